@@ -1,0 +1,56 @@
+"""Random values that are a pure function of (seed, stream, row, column), bit for bit the same on every machine.
+
+Counter-based (Philox 4x64), on NumPy's raw stream, which NumPy promises to keep stable. Only integer operations and
+single IEEE additions, multiplications, divisions and square roots follow, so no processor, thread count or library
+version can change a bit. Values of a longer row or a further row never change those already made.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def raw_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.uint64]:
+    """The first `count` raw 64-bit values of one row of one stream."""
+    key = np.array([seed, stream], dtype=np.uint64)
+    counter = np.array([0, row, 0, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def uniform_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.float32]:
+    """`count` values, uniform on (-1, 1): odd multiples of 2**-24, so exact in float32 and symmetric about zero."""
+    bits = (raw_row(seed, stream, row, count) >> np.uint64(40)).astype(np.int32)
+    return (2 * bits + (1 - 2**24)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def gaussian_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.float32]:
+    """`count` values, normal to within the sum of twelve uniforms (Irwin-Hall), of variance one.
+
+    A logarithm or a cosine would differ in the last bit between libraries; a sum of integers does not.
+    """
+    parts = raw_row(seed, stream, row, 3 * count).view(np.uint16).reshape(count, 12)
+    centred = parts.sum(axis=1, dtype=np.int32) - 6 * (2**16 - 1)
+    return centred.astype(np.float32) * np.float32(2.0**-16)
+
+
+def orthogonal_rows(seed: int, stream: int, rows: int, columns: int) -> NDArray[np.float32]:
+    """Gaussian rows made orthogonal, each of norm sqrt(columns), (rows, columns); needs rows <= columns.
+
+    Modified Gram-Schmidt in float64 in a fixed order of operations: a library's QR is faster, but not bit-stable.
+    """
+    assert rows <= columns, (rows, columns)
+    basis = np.stack([gaussian_row(seed, stream, row, columns) for row in range(rows)]).astype(np.float64)
+    for index in range(rows):
+        basis[index] /= np.sqrt(_ordered_sum(basis[index] * basis[index]))
+        rest = basis[index + 1 :]
+        rest -= _ordered_sum(rest * basis[index])[:, None] * basis[index]
+    return (basis * np.sqrt(np.float64(columns))).astype(np.float32)
+
+
+def _ordered_sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum over the last axis, half onto half: NumPy's own sum depends on the processor's vector width."""
+    while (width := terms.shape[-1]) > 1:
+        half = (width + 1) // 2
+        folded = terms[..., :half].copy()
+        folded[..., : width - half] += terms[..., half:]
+        terms = folded
+    return terms[..., 0]

@@ -1,0 +1,61 @@
+"""Adding an adapter's update to a weight in the weight's own dtype, and measuring what the rounding swallows."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .shapes import Float
+
+SMALL_LOSS = 0.05
+"""A merge that loses less than this share of its update is not worth a warning."""
+
+
+class MergePrecisionWarning(UserWarning):
+    """A merged weight's dtype swallowed a considerable part of the update."""
+
+
+class Merged(NamedTuple):
+    """A merged weight in the base's dtype, and the share of the update that rounding changed (0 .. 1)."""
+
+    weight: Tensor
+    lost: float
+
+
+@torch.no_grad()
+def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
+    """`weight + delta` in the dtype of `weight`.
+
+    Args:
+        weight: W.
+        delta: `W' - W` in float32 or float64.
+
+    Returns:
+        The rounded weight and `||rounded - exact|| / ||delta||` (Frobenius norms), zero for a zero delta.
+    """
+    exact = weight.to(delta.dtype) + delta
+    rounded = exact.to(weight.dtype)
+    size = torch.linalg.vector_norm(delta)
+    lost = torch.linalg.vector_norm(rounded.to(delta.dtype) - exact) / torch.where(size > 0, size, 1.0)
+    return Merged(rounded, float(lost))
+
+
+def warn_of_losses(losses: dict[str, float], dtype: torch.dtype) -> None:
+    """One warning for all layers of a merge that lost more than a small part of their update.
+
+    Args:
+        losses: share lost, by layer name.
+        dtype: of the merged weights.
+    """
+    large = {name: lost for name, lost in losses.items() if lost > SMALL_LOSS}
+    if not large:
+        return
+    worst = max(large, key=lambda name: large[name])
+    warnings.warn(
+        f"merging into {dtype} changed more than {SMALL_LOSS:.0%} of the update in {len(large)} of {len(losses)} "
+        f"layers, most in {worst}: {large[worst]:.1%}. The merged model is not the adapted model to that extent; "
+        "keep the adapter unmerged, or merge into a float32 copy of the base.",
+        MergePrecisionWarning,
+        stacklevel=3,
+    )
