@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which norms, gains and vectors of a weight of `dtype` are kept: float64 for float64, else float32."""
+    """The dtype of norms, gains and vectors for a weight of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

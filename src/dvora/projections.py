@@ -11,7 +11,7 @@ so layers of any size and adapters of any rank use the same values (VeRA, arXiv 
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import numpy as np
@@ -52,6 +52,7 @@ class SharedProjections(nn.Module):
         super().__init__()
         self.seed = _checked_seed(seed)
         self.distribution = _checked_distribution(distribution)
+        self._bases: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def reserve(self, rank: int, in_features: int, out_features: int) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
@@ -88,18 +89,47 @@ class SharedProjections(nn.Module):
         return (A @ A.T).to(dtype)
 
     def factor(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R K"]:
-        """The matrix `L` of `A = L Q` with orthonormal rows `Q`; `L L^T = G`. Cached for each size."""
-        return self._cached("factor", rank, in_features, dtype)
+        """The matrix `L` of `A = L Q` with orthonormal rows `Q`; `L L^T = G`. Kept as a buffer for each size."""
+        name = f"factor_{rank}x{in_features}_{_dtype_name(dtype)}"
+        if name not in self._buffers:
+            self._decompose(rank, in_features, dtype)
+        return self.get_buffer(name)
 
     def basis(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "K I"]:
-        """The matrix `Q` of `A = L Q`: an orthonormal basis of the rows of `A`. Cached for each size."""
-        return self._cached("basis", rank, in_features, dtype)
+        """The matrix `Q` of `A = L Q`: an orthonormal basis of the rows of `A`, on the CPU. Kept for each size.
+
+        Only set-up needs it, so it is no buffer: it neither moves nor is exported.
+        """
+        if (rank, in_features, dtype) not in self._bases:
+            self._decompose(rank, in_features, dtype)
+        return self._bases[rank, in_features, dtype]
 
     def fingerprint(self) -> str:
-        """A short hash of the format version, the distribution and a probe of the values; equal means equal matrices."""
+        """A short hash of format version, distribution and a probe of the values; equal means equal matrices."""
         probe = [_unit_rows(self.distribution, self.seed, stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)]
         head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
         return hashlib.sha256(head + np.stack(probe).astype("<f4").tobytes()).hexdigest()[:16]
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The stored values as they are written into files: unscaled, as large as any layer so far has needed."""
+        return {name: buffer for name, buffer in self.named_buffers() if name.startswith("stream_")}
+
+    def check_matrices(self, matrices: Mapping[str, Tensor]) -> None:
+        """Compare matrices of a file, as of `matrices`, with those made from the seed.
+
+        Raises:
+            ValueError: a name or a value differs.
+        """
+        for name, saved in matrices.items():
+            kind, _, stream = name.partition("_")
+            made = None
+            if kind == "stream" and stream[:1] in ("0", "1") and saved.dim() == 2:
+                made = _unit_rows(self.distribution, self.seed, int(stream[:1]), *saved.shape)
+            if made is None or not np.array_equal(made, saved.cpu().numpy()):
+                raise ValueError(
+                    f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
+                    f"{self.distribution!r} give; the file is damaged or was trained with other matrices"
+                )
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}, distribution={self.distribution!r}"
@@ -126,13 +156,12 @@ class SharedProjections(nn.Module):
         with torch.inference_mode(False):
             return torch.from_numpy(_unit_rows(self.distribution, self.seed, stream, rows, columns)).to(device=device)
 
-    def _cached(self, kind: Literal["factor", "basis"], rank: int, in_features: int, dtype: torch.dtype) -> Tensor:
-        name = f"{kind}_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
-        if name not in self._buffers:
-            with torch.inference_mode(False), torch.no_grad():
-                L, Q = decompose(self.A(rank, in_features, torch.float64))
-                self.register_buffer(name, (L if kind == "factor" else Q).to(dtype), persistent=False)
-        return self.get_buffer(name)
+    def _decompose(self, rank: int, in_features: int, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            L, Q = decompose(self.A(rank, in_features, torch.float64))
+            name = f"factor_{rank}x{in_features}_{_dtype_name(dtype)}"
+            self.register_buffer(name, L.to(dtype), persistent=False)
+            self._bases[rank, in_features, dtype] = Q.to("cpu", dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SharedProjections":
         # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
@@ -143,7 +172,8 @@ class SharedProjections(nn.Module):
             if not stored.is_meta or device.type == "meta":
                 self._buffers[name] = stored.to(device)
             elif name.startswith("stream_"):
-                self._buffers[name] = self._generate(int(name.split("_")[1]), *stored.shape, device)
+                rows, columns = stored.shape
+                self._buffers[name] = self._generate(int(name.split("_")[1]), rows, columns, device)
             else:
                 del self._buffers[name]
         return self
@@ -165,6 +195,10 @@ def _unit_rows(distribution: str, seed: int, stream: int, rows: int, columns: in
         for start in range(0, rows, columns)
     ]
     return np.concatenate(blocks)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _checked_seed(seed: int) -> int:

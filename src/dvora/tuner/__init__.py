@@ -1,0 +1,10 @@
+"""The PEFT method: importing it registers DVoRA with PEFT."""
+
+from .config import DVoRAConfig
+from .layer import DVoRALayer
+from .model import DVoRAModel
+from .registration import register
+
+register()
+
+__all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel"]

@@ -1,0 +1,164 @@
+"""Checks that run before a model is touched: what is targeted, is it adaptable, is it the right base, is the file whole.
+
+PEFT replaces layers one by one, so an error half-way would leave a model half adapted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+
+from ..adapted_weight import check_weight
+from ..functional import row_norm
+from .config import DVoRAConfig
+from .kinds import KINDS, kind_of
+from .layer import DVoRALayer
+
+BASE_TOLERANCE = 0.05
+"""Largest relative difference of a layer's mean row norm to the base that an adapter was trained on.
+
+Casts and quantisation stay far below it, another checkpoint of the same shape exceeds it somewhere."""
+
+
+def check_targets(targets: Mapping[str, nn.Module], config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse target names that match nothing, with the closest names that exist.
+
+    Args:
+        targets: the matched layers, by name.
+        config: whose `target_modules` are still as the user gave them.
+        model: the model to adapt.
+
+    Raises:
+        NoMatchingPeftModuleError: (a ValueError) some name, or everything, matched nothing.
+    """
+    names = config.target_modules
+    if isinstance(names, set | list):
+        unmatched = [n for n in sorted(names) if not any(t == n or t.endswith(f".{n}") for t in _all_names(model))]
+    else:
+        unmatched = [] if targets or names is None else [names]
+    if unmatched:
+        raise NoMatchingPeftModuleError(
+            "target_modules: nothing in the model is named "
+            + "; ".join(f"{name!r}{_closest(name, model)}" for name in unmatched)
+        )
+    if not targets:
+        raise NoMatchingPeftModuleError(
+            f"no layer is left to adapt: target_modules={config.target_modules!r} with exclude_modules="
+            f"{config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r} and modules_to_save="
+            f"{config.modules_to_save!r} match none of the model's layers"
+        )
+
+
+def check_layers(targets: Mapping[str, nn.Module], config: DVoRAConfig) -> dict[str, float]:
+    """Refuse layers that cannot be adapted, and a base model that the adapter was not made for.
+
+    Returns:
+        The mean row norm of every target's base weight, by layer name.
+
+    Raises:
+        TypeError: a layer's type or dtype is not supported, or it carries an adapter of another method.
+        ValueError: a weight is on the meta device, not finite, or not the one the adapter was made for.
+    """
+    norms = {}
+    for name, layer in targets.items():
+        norms[name] = _mean_row_norm(_matrix(layer, name), name)
+        if config.fan_in_fan_out and isinstance(layer, nn.Linear):
+            warnings.warn(
+                f"fan_in_fan_out=True is ignored: {name} is a torch.nn.Linear, whose weight is (out, in)", stacklevel=4
+            )
+    for name, expected in (config.base_row_norms or {}).items():
+        if name in norms and abs(norms[name] - expected) > BASE_TOLERANCE * abs(expected):
+            raise ValueError(
+                f"{name}: the base weight's mean row norm is {norms[name]:.6g}, but the adapter was made for a base "
+                f"where it is {expected:.6g}: this is another base model. To adapt it all the same, set "
+                "base_row_norms=None in the adapter's configuration"
+            )
+    return norms
+
+
+def checked_vectors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a loaded state dict, vectors checked and in the layers' own dtype.
+
+    Args:
+        model: with the adapter injected.
+        adapter_name: its name.
+        state_dict: keys as in the model's own state dict.
+
+    Raises:
+        ValueError: a vector is missing, unknown, of another shape, not floating or not finite.
+    """
+    own = {
+        f"{name}.{vector}.{adapter_name}": getattr(layer, vector)[adapter_name]
+        for name, layer in model.named_modules()
+        if isinstance(layer, DVoRALayer) and adapter_name in layer.dvora_adapted
+        for vector in DVoRALayer.adapter_layer_names
+    }
+    vector_key = re.compile(r"\.(" + "|".join(DVoRALayer.adapter_layer_names) + r")(\.|$)")
+    unknown = [key for key in state_dict if vector_key.search(key) and key not in own]
+    if unknown:
+        raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(unknown)}")
+    missing = [key for key in own if key not in state_dict]
+    if missing:
+        raise ValueError(f"the adapter lacks vectors of adapted layers: {_some(missing)}")
+    return {k: _checked_vector(k, v, own[k]) if k in own else v for k, v in state_dict.items()}
+
+
+def _checked_vector(key: str, loaded: Tensor, own: Tensor) -> Tensor:
+    if loaded.shape != own.shape:
+        raise ValueError(
+            f"{key} has shape {tuple(loaded.shape)} in the adapter and {tuple(own.shape)} in the model: another base "
+            "model, or another rank than the configuration says; neither can be changed by loading"
+        )
+    if not loaded.is_floating_point():
+        raise ValueError(f"{key} has dtype {loaded.dtype} in the adapter, expected a floating-point vector")
+    if not loaded.isfinite().all():
+        raise ValueError(
+            f"{key} has values that are not finite in the adapter; the file is damaged or training diverged"
+        )
+    return loaded.to(own.dtype)
+
+
+def _matrix(layer: nn.Module, name: str) -> Tensor:
+    if isinstance(layer, DVoRALayer):
+        return layer.unmerged_matrix()
+    if isinstance(layer, BaseTunerLayer):
+        raise TypeError(
+            f"{name} already carries an adapter of another method ({type(layer).__module__.split('.')[-2]}); merge or "
+            "unload it first, or leave the layer out with exclude_modules"
+        )
+    kind = kind_of(layer, name)
+    check_weight(layer.weight, name)
+    return kind.matrix(layer.weight)
+
+
+@torch.no_grad()
+def _mean_row_norm(matrix: Tensor, name: str) -> float:
+    norms = row_norm(matrix)
+    if not norms.isfinite().all():
+        raise ValueError(
+            f"{name}: {int((~norms.isfinite()).sum())} of {len(norms)} rows of the base weight have no finite norm "
+            "(NaN, infinity or overflow); repair the base model before adapting it"
+        )
+    return float(f"{float(norms.double().mean()):.6g}")
+
+
+def _all_names(model: nn.Module) -> Iterable[str]:
+    return [name for name, _ in model.named_modules()]
+
+
+def _closest(name: str, model: nn.Module) -> str:
+    adaptable = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (*KINDS, DVoRALayer))}
+    close = difflib.get_close_matches(name.rpartition(".")[2], sorted(adaptable), n=3, cutoff=0.0)
+    return f" (closest layers: {', '.join(close)})" if close else " (the model has no layer of a supported type)"
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

@@ -1,0 +1,144 @@
+"""DVoRAConfig: the settings of one adapter, as PEFT stores them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from ..adapted_weight import checked_alpha, checked_direction, checked_rank
+from ..adapter import checked_d_initial
+from ..projections import FORMAT_VERSION, SharedProjections
+
+BIASES = ("none", "all", "dvora_only")
+
+
+@dataclass
+class DVoRAConfig(PeftConfig):
+    """Configuration of a DVoRA adapter.
+
+    Args:
+        r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer.
+        alpha: the update is scaled by `alpha / r`; None means `r`, a scale of one.
+        target_modules: names (or a regular expression) of the layers to adapt, or "all-linear"; None takes PEFT's
+            default for the architecture. A name that matches nothing is an error.
+        exclude_modules: names (or a regular expression) of layers to leave out.
+        direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA).
+        d_initial: starting value of lambda_d (VeRA paper, table 6: 0.1).
+        detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
+        dvora_dropout: dropout probability of the inputs of the update.
+        projection_seed: names the shared random matrices.
+        projection_init: their distribution, "kaiming_uniform", "gaussian" or "orthogonal".
+        save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
+            the seed, bit for bit, and checks those in the file against them.
+        bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
+        modules_to_save: further modules to train and save whole, such as a new head.
+        rank_pattern: ranks by layer name or regular expression, where they differ from `r`.
+        alpha_pattern: alphas by layer name or regular expression, where they differ from `alpha`.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the module list those indices refer to.
+        init_weights: start as the identity. False starts from random vectors, for tests.
+        fan_in_fan_out: accepted for likeness with PEFT's other methods; the layout of a weight follows from its
+            layer's type.
+        projection_format: version of the projections' format; filled in, and checked on loading.
+        projection_fingerprint: hash of the projections; filled in, and checked on loading.
+        base_row_norms: mean row norm of each adapted base weight; filled in, and checked on loading, where another
+            base model is refused. Set it to None to load onto another base on purpose.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong type or out of range.
+    """
+
+    r: int = field(default=256, metadata={"help": "rank of the update"})
+    alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / r; None means r"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
+    direction: str = field(default="unit", metadata={"help": "'unit' or 'weight'"})
+    d_initial: float = field(default=0.1, metadata={"help": "starting value of lambda_d"})
+    detach_norm: bool = field(default=False, metadata={"help": "leave the gradient through the norm out"})
+    dvora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the update"})
+    projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
+    projection_init: str = field(default="kaiming_uniform", metadata={"help": "their distribution"})
+    save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks by layer name"})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "alphas by layer name"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of their module list"})
+    init_weights: bool = field(default=True, metadata={"help": "start as the identity"})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "follows from the layer's type"})
+    projection_format: int = field(default=FORMAT_VERSION, metadata={"help": "version of the projections' format"})
+    projection_fingerprint: str | None = field(default=None, metadata={"help": "hash of the projections"})
+    base_row_norms: dict[str, float] | None = field(default=None, metadata={"help": "mean row norms of the base"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["DVORA"]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_numbers()
+        self._check_choices()
+        self._check_projections()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+    def rank_of(self, layer_name: str) -> int:
+        """The rank of a layer: its entry in `rank_pattern`, else `r`."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer_name), self.r)
+
+    def alpha_of(self, layer_name: str) -> float | None:
+        """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.alpha)
+
+    def _check_numbers(self) -> None:
+        for rank in (self.r, *self.rank_pattern.values()):
+            checked_rank(rank)
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None:
+                checked_alpha(alpha)
+        checked_d_initial(self.d_initial)
+        dropout = self.dvora_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dvora_dropout must be a number, got {dropout!r}")
+        if not (math.isfinite(dropout) and 0 <= dropout < 1):
+            raise ValueError(f"dvora_dropout must lie in 0 <= p < 1, got {dropout}")
+
+    def _check_choices(self) -> None:
+        checked_direction(self.direction)
+        if self.bias not in BIASES:
+            raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
+        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is set but layers_to_transform is not; set both or neither")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform works with a list of target_modules only, got target_modules="
+                f"{self.target_modules!r}; put the indices into the expression instead"
+            )
+
+    def _check_projections(self) -> None:
+        if self.projection_format != FORMAT_VERSION:
+            raise ValueError(
+                f"projection_format is {self.projection_format!r}, this version of dvora makes format {FORMAT_VERSION}; "
+                "load the adapter with the version that saved it"
+            )
+        fingerprint = SharedProjections(self.projection_seed, self.projection_init).fingerprint()  # type: ignore[arg-type]
+        if self.projection_fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"projection_fingerprint is {self.projection_fingerprint!r}, but projection_seed="
+                f"{self.projection_seed} and projection_init={self.projection_init!r} give {fingerprint!r}: the "
+                "adapter was trained with other shared matrices, or its configuration was edited. To make a new "
+                "adapter from this configuration, set projection_fingerprint=None"
+            )
+        self.projection_fingerprint = fingerprint

@@ -1,0 +1,245 @@
+"""DVoRAModel: puts DVoRA adapters into a model, the way PEFT's own tuners do."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .. import generator
+from ..adapted_weight import AdaptedWeight
+from ..functional import Vectors
+from ..merging import warn_of_losses
+from ..projections import SharedProjections
+from .checks import check_layers, check_targets, checked_vectors
+from .config import DVoRAConfig
+from .layer import BASE, DVoRALayer
+
+_RANDOM_START_STREAM = 2**32
+
+
+class DVoRAModel(BaseTuner):
+    """The DVoRA tuner; made by `peft.get_peft_model` and friends. Arguments as for PEFT's other tuners.
+
+    The projections of one seed and distribution exist once in a model, referenced by all its layers and adapters.
+    """
+
+    uses_shared_state = False
+    prefix = "dvora_"
+    tuner_layer_cls = DVoRALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Check everything first, then let PEFT replace the targeted layers. The caller's config is not changed."""
+        config = copy.deepcopy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        targets = self._targets(model, config, state_dict)
+        if state_dict is None:
+            check_targets(targets, config, model)
+        config.base_row_norms = check_layers(targets, config)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base's weights; `unmerge_adapter` restores them bit for bit.
+
+        Args:
+            adapter_names: which; None means the active ones.
+            safe_merge: refuse to write weights that are not finite.
+
+        Warns:
+            MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
+        """
+        self._merge(adapter_names, safe_merge, keep_original=True)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._merge(adapter_names, safe_merge, keep_original=False)
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, keep_original: bool) -> None:
+        self._check_merge_allowed()
+        losses: dict[str, float] = {}
+        dtype = torch.float32
+        for layer in self.model.modules():
+            if isinstance(layer, DVoRALayer):
+                with onload_layer(layer):
+                    losses |= layer.merge_quietly(safe_merge, adapter_names, keep_original)
+                    dtype = layer.base_layer.weight.dtype
+        warn_of_losses(losses, dtype)
+
+    def _targets(
+        self, model: nn.Module, config: DVoRAConfig, state_dict: dict[str, Tensor] | None
+    ) -> dict[str, nn.Module]:
+        """The layers that PEFT is about to replace, by name."""
+        if state_dict is not None:
+            named = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+            return {name: module for name, module in _outside_adapters(model) if name in named}
+        resolved = self._prepare_adapter_config(copy.deepcopy(config), self.get_model_config(model))
+        resolved = _maybe_include_all_linear_layers(resolved, model)
+        return {
+            name: module
+            for name, module in _outside_adapters(model)
+            if name and self._check_target_module_exists(resolved, name)
+        }
+
+    def _create_and_replace(
+        self,
+        config: DVoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, DVoRALayer) else DVoRALayer(target, current_key)
+        adapted = AdaptedWeight(
+            layer.unmerged_matrix(),
+            config.rank_of(current_key),
+            shared=_projections_of(self.model, config),
+            alpha=config.alpha_of(current_key),
+            direction=config.direction,
+            detach_norm=config.detach_norm,
+            name=current_key,
+        )
+        vectors = adapted.initial_vectors(config.d_initial)
+        if not config.init_weights:
+            vectors = _random_vectors(vectors, config.projection_seed, f"{adapter_name}/{current_key}")
+        layer.update_layer(adapter_name, adapted, vectors, config.dvora_dropout, config.inference_mode)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The vectors are kept in float32 whatever the base's dtype, so there is nothing to cast."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DVoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        vectors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not config.save_projection:
+            return vectors
+        matrices = _projections_of(model, config).matrices()
+        return vectors | {f"{_MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DVoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        matrices = {k.removeprefix(_MATRIX_PREFIX): v for k, v in state_dict.items() if k.startswith(_MATRIX_PREFIX)}
+        _projections_of(model, config).check_matrices(matrices)
+        rest = {k: v for k, v in state_dict.items() if not k.startswith(_MATRIX_PREFIX)}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        return checked_vectors(model, adapter_name, remapped)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` to every layer for the time of one forward pass; PEFT calls this."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names works for inference only; call model.eval() first")
+        known = {name for layer in self.modules() if isinstance(layer, DVoRALayer) for name in layer.dvora_adapted}
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(known)}")
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = (
+            self.model.get_encoder() if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False) else None
+        )
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, names=list(names) if module in in_encoder else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+_MATRIX_PREFIX = "base_model.dvora_projections."
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside an adapter that is already there."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside) or not inside:
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+
+
+def _projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:
+    """The model's projections of this seed and distribution, or new ones."""
+    for module in model.modules():
+        if (
+            isinstance(module, SharedProjections)
+            and module.seed == config.projection_seed
+            and module.distribution == config.projection_init
+        ):
+            return module
+    return SharedProjections(config.projection_seed, config.projection_init)
+
+
+def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
+    """Vectors that are not the identity, a pure function of the seed and the layer's and adapter's names."""
+    stream = _RANDOM_START_STREAM + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    magnitude, lambda_b, lambda_d = (
+        torch.from_numpy(generator.uniform_row(seed, stream, row, len(vector))).to(vector)
+        for row, vector in enumerate(start)
+    )
+    return Vectors(start.magnitude * (1 + 0.1 * magnitude), lambda_b, 1 + lambda_d)
