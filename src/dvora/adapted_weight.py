@@ -9,6 +9,7 @@ to, cast or moved, and computed in every pass, with gradients, while the weight 
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ def checked_direction(direction: str) -> Direction:
     """The direction, if it is known."""
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
-    return direction  # type: ignore[return-value]
+    return cast(Direction, direction)
 
 
 def _state_of(weight: Tensor) -> tuple[int, int, torch.dtype, torch.device]:

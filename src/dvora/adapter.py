@@ -44,6 +44,10 @@ class DVoRAAdapter(nn.Module):
             matrices are not initialized.
     """
 
+    magnitude: nn.Parameter
+    lambda_b: nn.Parameter
+    lambda_d: nn.Parameter
+
     def __init__(
         self,
         base_layer: nn.Linear,

@@ -57,7 +57,8 @@ class NormConstants(NamedTuple):
 
 def row_norm(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
     """Euclidean norm of each row, in float32 (float64 for a float64 weight)."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=norm_dtype(weight.dtype))
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=norm_dtype(weight.dtype))
+    return norms
 
 
 def norm_constants(

@@ -19,7 +19,8 @@ def raw_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.uint64]:
 def uniform_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.float32]:
     """`count` values, uniform on (-1, 1): odd multiples of 2**-24, so exact in float32 and symmetric about zero."""
     bits = (raw_row(seed, stream, row, count) >> np.uint64(40)).astype(np.int32)
-    return (2 * bits + (1 - 2**24)).astype(np.float32) * np.float32(2.0**-24)
+    values: NDArray[np.float32] = (2 * bits + (1 - 2**24)).astype(np.float32) * np.float32(2.0**-24)
+    return values
 
 
 def gaussian_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.float32]:
@@ -29,7 +30,8 @@ def gaussian_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.flo
     """
     parts = raw_row(seed, stream, row, 3 * count).view(np.uint16).reshape(count, 12)
     centred = parts.sum(axis=1, dtype=np.int32) - 6 * (2**16 - 1)
-    return centred.astype(np.float32) * np.float32(2.0**-16)
+    values: NDArray[np.float32] = centred.astype(np.float32) * np.float32(2.0**-16)
+    return values
 
 
 def orthogonal_rows(seed: int, stream: int, rows: int, columns: int) -> NDArray[np.float32]:
@@ -43,7 +45,8 @@ def orthogonal_rows(seed: int, stream: int, rows: int, columns: int) -> NDArray[
         basis[index] /= np.sqrt(_ordered_sum(basis[index] * basis[index]))
         rest = basis[index + 1 :]
         rest -= _ordered_sum(rest * basis[index])[:, None] * basis[index]
-    return (basis * np.sqrt(np.float64(columns))).astype(np.float32)
+    values: NDArray[np.float32] = (basis * np.sqrt(np.float64(columns))).astype(np.float32)
+    return values
 
 
 def _ordered_sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ so layers of any size and adapters of any rank use the same values (VeRA, arXiv 
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class SharedProjections(nn.Module):
     def __init__(self, seed: int = 0, distribution: Distribution = "kaiming_uniform") -> None:
         super().__init__()
         self.seed = _checked_seed(seed)
-        self.distribution = _checked_distribution(distribution)
+        self.distribution = checked_distribution(distribution)
         self._bases: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def reserve(self, rank: int, in_features: int, out_features: int) -> None:
@@ -209,7 +209,8 @@ def _checked_seed(seed: int) -> int:
     return seed
 
 
-def _checked_distribution(distribution: str) -> str:
+def checked_distribution(distribution: str) -> Distribution:
+    """The distribution, if it is known."""
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
-    return distribution
+    return cast(Distribution, distribution)

@@ -1,4 +1,4 @@
-"""Checks that run before a model is touched: what is targeted, is it adaptable, is it the right base, is the file whole.
+"""Checks that run before a model is touched: targets, layers, the base model, the values of a file.
 
 PEFT replaces layers one by one, so an error half-way would leave a model half adapted.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapted_weight import check_weight
 from ..functional import row_norm
 from .config import DVoRAConfig
-from .kinds import KINDS, kind_of
+from .kinds import KINDS, kind_of, weight_of
 from .layer import DVoRALayer
 
 BASE_TOLERANCE = 0.05
@@ -134,8 +134,9 @@ def _matrix(layer: nn.Module, name: str) -> Tensor:
             "unload it first, or leave the layer out with exclude_modules"
         )
     kind = kind_of(layer, name)
-    check_weight(layer.weight, name)
-    return kind.matrix(layer.weight)
+    weight = weight_of(layer)
+    check_weight(weight, name)
+    return kind.matrix(weight)
 
 
 @torch.no_grad()
@@ -154,9 +155,11 @@ def _all_names(model: nn.Module) -> Iterable[str]:
 
 
 def _closest(name: str, model: nn.Module) -> str:
-    adaptable = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (*KINDS, DVoRALayer))}
-    close = difflib.get_close_matches(name.rpartition(".")[2], sorted(adaptable), n=3, cutoff=0.0)
-    return f" (closest layers: {', '.join(close)})" if close else " (the model has no layer of a supported type)"
+    layers = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (*KINDS, DVoRALayer))})
+    close = difflib.get_close_matches(name.rpartition(".")[2], layers, n=3)
+    if close:
+        return f" (closest: {', '.join(close)})"
+    return f" (layers that can be adapted: {', '.join(layers[:10]) or 'none'})"
 
 
 def _some(keys: list[str]) -> str:

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from ..adapted_weight import checked_alpha, checked_direction, checked_rank
 from ..adapter import checked_d_initial
-from ..projections import FORMAT_VERSION, SharedProjections
+from ..projections import FORMAT_VERSION, SharedProjections, checked_distribution
 
 BIASES = ("none", "all", "dvora_only")
 
@@ -55,8 +55,8 @@ class DVoRAConfig(PeftConfig):
 
     r: int = field(default=256, metadata={"help": "rank of the update"})
     alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / r; None means r"})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
     direction: str = field(default="unit", metadata={"help": "'unit' or 'weight'"})
     d_initial: float = field(default=0.1, metadata={"help": "starting value of lambda_d"})
     detach_norm: bool = field(default=False, metadata={"help": "leave the gradient through the norm out"})
@@ -130,10 +130,10 @@ class DVoRAConfig(PeftConfig):
     def _check_projections(self) -> None:
         if self.projection_format != FORMAT_VERSION:
             raise ValueError(
-                f"projection_format is {self.projection_format!r}, this version of dvora makes format {FORMAT_VERSION}; "
+                f"projection_format is {self.projection_format!r}, this version makes format {FORMAT_VERSION}; "
                 "load the adapter with the version that saved it"
             )
-        fingerprint = SharedProjections(self.projection_seed, self.projection_init).fingerprint()  # type: ignore[arg-type]
+        fingerprint = SharedProjections(self.projection_seed, checked_distribution(self.projection_init)).fingerprint()
         if self.projection_fingerprint not in (None, fingerprint):
             raise ValueError(
                 f"projection_fingerprint is {self.projection_fingerprint!r}, but projection_seed="

@@ -26,6 +26,20 @@ KINDS: dict[type[nn.Module], LayerKind] = {
 }
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a base layer, as stored."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor), type(weight)
+    return weight
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a base layer, if it has one."""
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor), type(bias)
+    return bias
+
+
 def kind_of(layer: nn.Module, name: str) -> LayerKind:
     """The kind of a base layer.
 

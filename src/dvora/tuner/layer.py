@@ -15,7 +15,7 @@ from ..functional import Vectors
 from ..merging import merge, warn_of_losses
 from ..precision import at_least_float32
 from ..shapes import Float
-from .kinds import kind_of
+from .kinds import bias_of, kind_of, weight_of
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
@@ -45,7 +45,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.kind = kind_of(base_layer, name)
-        self.out_features, self.in_features = self.kind.matrix(base_layer.weight).shape
+        self.out_features, self.in_features = self.kind.matrix(weight_of(base_layer)).shape
         self.dvora_magnitude = VectorDict()
         self.dvora_lambda_b = VectorDict()
         self.dvora_lambda_d = VectorDict()
@@ -78,9 +78,15 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """The trained vectors of one adapter."""
         return Vectors(*(vector_dict[adapter_name] for vector_dict in self._vector_dicts()))
 
+    def adapted(self, adapter_name: str) -> AdaptedWeight:
+        """The frozen side of one adapter."""
+        adapted = self.dvora_adapted[adapter_name]
+        assert isinstance(adapted, AdaptedWeight)
+        return adapted
+
     def unmerged_matrix(self) -> Float[Tensor, "O I"]:
         """The base's own weight as an (out, in) matrix, also while adapters are merged into it."""
-        stored = self.base_layer.weight
+        stored = weight_of(self.base_layer)
         return self.kind.matrix(stored if self._original is None else self._original.to(stored.device))
 
     def forward(self, x: Float[Tensor, "*T I"], adapter_names: Sequence[str] | None = None) -> Float[Tensor, "*T O"]:
@@ -89,7 +95,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             return self._mixed_forward(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base_output = self.base_layer(x)
+        base_output: Tensor = self.base_layer(x)
         if self.disable_adapters or self.merged:
             return base_output
         return self._adapt(x, base_output, self.active_adapters)
@@ -107,7 +113,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         Warns:
             MergePrecisionWarning: the weight's dtype swallows a considerable part of the update.
         """
-        warn_of_losses(self.merge_quietly(safe_merge, adapter_names), self.base_layer.weight.dtype)
+        warn_of_losses(self.merge_quietly(safe_merge, adapter_names), weight_of(self.base_layer).dtype)
 
     @torch.no_grad()
     def merge_quietly(
@@ -117,7 +123,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dvora_adapted]
         if not new:
             return {}
-        stored, original = self.base_layer.weight, self.unmerged_matrix()
+        stored, original = weight_of(self.base_layer), self.unmerged_matrix()
         deltas = [self._delta(name, original) for name in (*self.merged_adapters, *new)]
         merged = merge(original, torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0])
         if safe_merge and not merged.weight.isfinite().all():
@@ -135,7 +141,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._original is not None
-        self.base_layer.weight.copy_(self._original)
+        weight_of(self.base_layer).copy_(self._original)
         self._original = None
         self.merged_adapters.clear()
 
@@ -149,12 +155,12 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names:
             if name in self.dvora_adapted:
                 inputs = self.dvora_dropout[name](x)
-                update, g1 = self.dvora_adapted[name].update(inputs, self.vectors(name), self._matrix())
+                update, g1 = self.adapted(name).update(inputs, self.vectors(name), self._matrix())
                 updates.append(update)
                 gains.append(g1)
         if not updates:
             return base_output
-        return F.combine(base_output, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), self.base_layer.bias)
+        return F.combine(base_output, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias_of(self.base_layer))
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         if len(adapter_names) != len(x):
@@ -167,7 +173,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: adapter_names cannot be used while adapters are merged ({self.merged_adapters}); "
                 "call unmerge_adapter first"
             )
-        base_output = self.base_layer(x)
+        base_output: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return base_output
         output = base_output.clone()
@@ -178,17 +184,17 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return output
 
     def _delta(self, adapter_name: str, original: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
-        return self.dvora_adapted[adapter_name].delta(self.vectors(adapter_name), original)
+        return self.adapted(adapter_name).delta(self.vectors(adapter_name), original)
 
     def _matrix(self) -> Float[Tensor, "O I"]:
-        return self.kind.matrix(self.base_layer.weight)
+        return self.kind.matrix(weight_of(self.base_layer))
 
     def _vector_dicts(self) -> tuple[VectorDict, VectorDict, VectorDict]:
         return self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype: bfloat16 would round the magnitude by up to 0.4 %.
-        device = self.base_layer.weight.device if device is None else device
+        device = weight_of(self.base_layer).device if device is None else device
         if adapter_name not in self.dvora_adapted:
             return
         self.dvora_adapted[adapter_name].to(device)

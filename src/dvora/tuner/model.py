@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -21,12 +23,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .. import generator
-from ..adapted_weight import AdaptedWeight
+from ..adapted_weight import AdaptedWeight, checked_direction
 from ..functional import Vectors
 from ..merging import warn_of_losses
-from ..projections import SharedProjections
+from ..projections import SharedProjections, checked_distribution
 from .checks import check_layers, check_targets, checked_vectors
 from .config import DVoRAConfig
+from .kinds import weight_of
 from .layer import BASE, DVoRALayer
 
 _RANDOM_START_STREAM = 2**32
@@ -41,7 +44,7 @@ class DVoRAModel(BaseTuner):
     uses_shared_state = False
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+    target_module_mapping = {k: list(v) for k, v in TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items()}
 
     def inject_adapter(
         self,
@@ -52,7 +55,7 @@ class DVoRAModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Check everything first, then let PEFT replace the targeted layers. The caller's config is not changed."""
-        config = copy.deepcopy(self.peft_config[adapter_name])
+        config = _own(copy.deepcopy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         targets = self._targets(model, config, state_dict)
         if state_dict is None:
@@ -78,7 +81,16 @@ class DVoRAModel(BaseTuner):
         """
         self._merge(adapter_names, safe_merge, keep_original=True)
 
-    def _unload_and_optionally_merge(
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit."""
+        merged = [layer for layer in self.model.modules() if isinstance(layer, DVoRALayer) and layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        for layer in merged:
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, its annotation says None
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -87,7 +99,9 @@ class DVoRAModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._merge(adapter_names, safe_merge, keep_original=False)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        model: nn.Module = self.model
+        return model
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, keep_original: bool) -> None:
         self._check_merge_allowed()
@@ -97,7 +111,7 @@ class DVoRAModel(BaseTuner):
             if isinstance(layer, DVoRALayer):
                 with onload_layer(layer):
                     losses |= layer.merge_quietly(safe_merge, adapter_names, keep_original)
-                    dtype = layer.base_layer.weight.dtype
+                    dtype = weight_of(layer.base_layer).dtype
         warn_of_losses(losses, dtype)
 
     def _targets(
@@ -117,7 +131,7 @@ class DVoRAModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        config: DVoRAConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -125,13 +139,14 @@ class DVoRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        config = _own(peft_config)
         layer = target if isinstance(target, DVoRALayer) else DVoRALayer(target, current_key)
         adapted = AdaptedWeight(
             layer.unmerged_matrix(),
             config.rank_of(current_key),
             shared=_projections_of(self.model, config),
             alpha=config.alpha_of(current_key),
-            direction=config.direction,
+            direction=checked_direction(config.direction),
             detach_norm=config.detach_norm,
             name=current_key,
         )
@@ -150,23 +165,24 @@ class DVoRAModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: DVoRAConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         vectors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if not config.save_projection:
+        own = _own(config)
+        if not own.save_projection:
             return vectors
-        matrices = _projections_of(model, config).matrices()
+        matrices = _projections_of(model, own).matrices()
         return vectors | {f"{_MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DVoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         matrices = {k.removeprefix(_MATRIX_PREFIX): v for k, v in state_dict.items() if k.startswith(_MATRIX_PREFIX)}
-        _projections_of(model, config).check_matrices(matrices)
+        _projections_of(model, _own(config)).check_matrices(matrices)
         rest = {k: v for k, v in state_dict.items() if not k.startswith(_MATRIX_PREFIX)}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         return checked_vectors(model, adapter_name, remapped)
@@ -207,6 +223,11 @@ class DVoRAModel(BaseTuner):
 _MATRIX_PREFIX = "base_model.dvora_projections."
 
 
+def _own(config: PeftConfig) -> DVoRAConfig:
+    assert isinstance(config, DVoRAConfig), type(config)
+    return config
+
+
 def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -232,7 +253,7 @@ def _projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:
             and module.distribution == config.projection_init
         ):
             return module
-    return SharedProjections(config.projection_seed, config.projection_init)
+    return SharedProjections(config.projection_seed, checked_distribution(config.projection_init))
 
 
 def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
