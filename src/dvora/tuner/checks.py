@@ -83,6 +83,23 @@ def check_layers(targets: Mapping[str, nn.Module], config: DVoRAConfig) -> dict[
     return norms
 
 
+def check_untied(model: nn.Module) -> None:
+    """Refuse to merge into a weight that another layer reads too, such as an embedding tied to the head.
+
+    Raises:
+        ValueError: a layer's weight belongs to another module as well.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+    for layer in model.modules():
+        if isinstance(layer, DVoRALayer) and len(names := owners[id(weight_of(layer.base_layer))]) > 1:
+            raise ValueError(
+                f"{layer.name}: its weight is tied ({' and '.join(names)} are one tensor), so merging would change "
+                "the other layer too; untie the weights in the base model first, or keep the adapter unmerged"
+            )
+
+
 def checked_vectors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a loaded state dict, vectors checked and in the layers' own dtype.
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -27,7 +27,7 @@ from ..adapted_weight import AdaptedWeight, checked_direction
 from ..functional import Vectors
 from ..merging import warn_of_losses
 from ..projections import SharedProjections, checked_distribution
-from .checks import check_layers, check_targets, checked_vectors
+from .checks import check_layers, check_targets, check_untied, checked_vectors
 from .config import DVoRAConfig
 from .kinds import weight_of
 from .layer import BASE, DVoRALayer
@@ -44,7 +44,9 @@ class DVoRAModel(BaseTuner):
     uses_shared_state = False
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
-    target_module_mapping = {k: list(v) for k, v in TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items()}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {
+        k: list(v) for k, v in TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items()
+    }
 
     def inject_adapter(
         self,
@@ -105,6 +107,7 @@ class DVoRAModel(BaseTuner):
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, keep_original: bool) -> None:
         self._check_merge_allowed()
+        check_untied(self.model)
         losses: dict[str, float] = {}
         dtype = torch.float32
         for layer in self.model.modules():

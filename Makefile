@@ -1,0 +1,31 @@
+# `make demo` and `make test` set themselves up; nothing is done twice.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+.PHONY: setup demo test lint bench docs
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of your own
+	$(PY) -m demo $(if $(SENTENCE),"$(SENTENCE)")
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: setup  ## write benchmarks/results/*.json
+	$(PY) -m benchmarks.exactness
+
+docs: setup  ## write the README's tables from the committed results
+	$(PY) -m benchmarks.readme
