@@ -1,0 +1,120 @@
+"""The rules of the house: which way imports go, what is public, what the documentation says of it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dvora
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "dvora"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# A module may import from those above it only.
+ORDER = [
+    "shapes",
+    "precision",
+    "generator",
+    "projections",
+    "functional",
+    "gradients",
+    "adapted_weight",
+    "merging",
+    "shared",
+    "adapter",
+    "tuner.kinds",
+    "tuner.config",
+    "tuner.layer",
+    "tuner.checks",
+    "tuner.model",
+    "tuner.registration",
+    "tuner",
+    "peft_hook",
+    "",
+]
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Names, relative to the package, of the modules that a file imports anywhere in it."""
+    package = path.relative_to(SOURCE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) - node.level + 1]
+            base = [*start, *(node.module.split(".") if node.module else [])]
+            if node.module:
+                found.add(".".join(base))
+            else:
+                found |= {".".join([*base, alias.name]) for alias in node.names}
+    return found
+
+
+def top_level_imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(str(node.module).partition(".")[0])
+    return names
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert sorted(map(module_name, FILES)) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way_only(path: Path) -> None:
+    place = ORDER.index(module_name(path))
+    later = {name for name in imported_modules(path) if name in ORDER and ORDER.index(name) >= place}
+    assert not later, f"{module_name(path)} imports {later}, which come after it"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "tuner" not in p.parts], ids=module_name)
+def test_the_plain_layer_needs_torch_and_numpy_only(path: Path) -> None:
+    assert top_level_imports(path) <= {"numpy", "torch", *sys.stdlib_module_names}
+
+
+def test_importing_dvora_imports_neither_peft_nor_transformers() -> None:
+    code = "import sys, dvora; print([m for m in ('peft', 'transformers', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_has_one_purpose_said_first_and_is_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
+    assert len(text.splitlines()) <= 300
+
+
+def test_public_names_are_those_of_the_readme() -> None:
+    table = README.partition("## Public names")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `dvora\.(\w+)`", table, flags=re.MULTILINE)) == sorted(dvora.__all__)
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in dvora.__all__:
+        assert getattr(dvora, name).__doc__, name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        dvora.no_such_name  # noqa: B018
+
+
+def test_the_readme_maps_every_source_file() -> None:
+    table = README.partition("## Map")[2].partition("\n## ")[0]
+    mapped = set(re.findall(r"^ *(?:src/dvora/)?([\w/]+\.py) ", table, flags=re.MULTILINE))
+    files = {path.relative_to(SOURCE).as_posix() for path in FILES}
+    assert files <= mapped, files - mapped
