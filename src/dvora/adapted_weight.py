@@ -80,12 +80,17 @@ class AdaptedWeight(nn.Module):
         if weight.requires_grad and torch.is_grad_enabled():
             return self._measure(weight)
         # A compiled graph holds the constants it was traced with: asking a weight for its version breaks the graph.
-        if not torch.compiler.is_compiling() and not weight.is_meta and _state_of(weight) != self._measured:
-            self.refresh(weight)
+        if not torch.compiler.is_compiling():
+            self.follow(weight)
         return NormConstants(self.w, self.coordinates, self.rest_squared, self._factor(weight))
 
+    def follow(self, weight: Float[Tensor, "O I"]) -> None:
+        """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
+        if not weight.is_meta and _state_of(weight) != self._measured:
+            self.refresh(weight)
+
     def refresh(self, weight: Float[Tensor, "O I"]) -> None:
-        """Make the constants anew; called by itself when the weight has changed.
+        """Make the constants anew.
 
         Raises:
             ValueError: a row norm of the weight is not finite.

@@ -79,6 +79,7 @@ class DVoRAAdapter(nn.Module):
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
         self._last_input: Tensor | None = None
+        self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     @property
     def vectors(self) -> Vectors:
@@ -269,10 +270,14 @@ class DVoRAAdapter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DVoRAAdapter":
+        dtype = self.base_layer.weight.dtype
         if recurse:
             for child in self.children():
                 child._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
+        # A cast changes the base's values, and a graph compiled next cannot notice.
+        if self.base_layer.weight.dtype != dtype:
+            self.adapted.follow(self.base_layer.weight)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -286,6 +291,11 @@ def checked_d_initial(d_initial: float) -> float:
     if not math.isfinite(d_initial):
         raise ValueError(f"d_initial must be finite, got {d_initial}")
     return float(d_initial)
+
+
+def _follow_loaded_base(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, DVoRAAdapter)
+    layer.adapted.follow(layer.base_layer.weight)
 
 
 def _check_base_layer(base_layer: nn.Module) -> None:

@@ -55,6 +55,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._original: Tensor | None = None
+        self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
         self, adapter_name: str, adapted: AdaptedWeight, vectors: Vectors, dropout: float, inference_mode: bool
@@ -204,8 +205,25 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                     vector_dict[adapter_name].detach().to(device), vector_dict[adapter_name].requires_grad
                 )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DVoRALayer:
+        dtype = weight_of(self.base_layer).dtype
+        super()._apply(fn, recurse)
+        # A cast changes the base's values, and a graph compiled next cannot notice.
+        if weight_of(self.base_layer).dtype != dtype:
+            self._follow_base()
+        return self
+
+    def _follow_base(self) -> None:
+        for name in self.dvora_adapted:
+            self.adapted(name).follow(self.unmerged_matrix())
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()
+
+
+def _follow_loaded_base(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, DVoRALayer)
+    layer._follow_base()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -32,6 +32,8 @@ from .config import DVoRAConfig
 from .kinds import weight_of
 from .layer import BASE, DVoRALayer
 
+_DEFAULT_TARGETS = {k: list(v) for k, v in TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items()}
+_MATRIX_PREFIX = "base_model.dvora_projections."
 _RANDOM_START_STREAM = 2**32
 
 
@@ -44,9 +46,7 @@ class DVoRAModel(BaseTuner):
     uses_shared_state = False
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {
-        k: list(v) for k, v in TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items()
-    }
+    target_module_mapping = _DEFAULT_TARGETS
 
     def inject_adapter(
         self,
@@ -221,9 +221,6 @@ class DVoRAModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-_MATRIX_PREFIX = "base_model.dvora_projections."
 
 
 def _own(config: PeftConfig) -> DVoRAConfig:
