@@ -9,7 +9,7 @@ to, cast or moved, and computed in every pass, with gradients, while the weight 
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class AdaptedWeight(nn.Module):
         self.name = name
         self.shared = shared
         shared.reserve(rank, self.in_features, self.out_features)
+        self._measured: tuple[Tensor, int] | None = None
         for buffer in ("w", "coordinates", "rest_squared"):
             self.register_buffer(buffer, None, persistent=False)
         self.refresh(weight)
@@ -86,7 +87,7 @@ class AdaptedWeight(nn.Module):
 
     def follow(self, weight: Float[Tensor, "O I"]) -> None:
         """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
-        if not weight.is_meta and _state_of(weight) != self._measured:
+        if not weight.is_meta and not self._is_measured(weight):
             self.refresh(weight)
 
     def refresh(self, weight: Float[Tensor, "O I"]) -> None:
@@ -105,7 +106,7 @@ class AdaptedWeight(nn.Module):
                     "finite norm (NaN, infinity or overflow); repair the base model before adapting it"
                 )
             self.w = w
-        self._measured = _state_of(weight)
+        self._measured = weight.detach(), _version(weight)
 
     def gain_minus_one(
         self, vectors: Vectors, weight: Float[Tensor, "O I"]
@@ -160,6 +161,18 @@ class AdaptedWeight(nn.Module):
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
 
+    def _is_measured(self, weight: Tensor) -> bool:
+        if self._measured is None:
+            return False
+        # The alias keeps the measured storage alive: no other weight can come to lie at its address.
+        alias, version = self._measured
+        return (
+            weight.data_ptr() == alias.data_ptr()
+            and _version(weight) == version
+            and weight.dtype == alias.dtype
+            and weight.device == alias.device
+        )
+
     def _measure(self, weight: Float[Tensor, "O I"]) -> NormConstants:
         dtype = norm_dtype(weight.dtype)
         basis = self.shared.basis(self.rank, self.in_features, dtype).to(weight.device)
@@ -176,7 +189,11 @@ class AdaptedWeight(nn.Module):
         if recurse:
             self.shared._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
+        self._measured = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_measured": None}
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -219,7 +236,6 @@ def checked_direction(direction: str) -> Direction:
     return cast(Direction, direction)
 
 
-def _state_of(weight: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
-    """Changes whenever the weight's values may have changed."""
-    version = -1 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.dtype, weight.device
+def _version(weight: Tensor) -> int:
+    """PyTorch's count of writes to the weight; inference tensors have none."""
+    return -1 if weight.is_inference() else weight._version

@@ -83,6 +83,22 @@ def check_layers(targets: Mapping[str, nn.Module], config: DVoRAConfig) -> dict[
     return norms
 
 
+def check_finite(model: nn.Module, adapter_names: list[str]) -> None:
+    """Refuse to merge vectors that are not finite, before any layer is merged.
+
+    Raises:
+        ValueError: a vector of one of the adapters has NaN or infinity; the message names layer and adapter.
+    """
+    for layer in model.modules():
+        if isinstance(layer, DVoRALayer):
+            for name in (n for n in adapter_names if n in layer.dvora_adapted):
+                if not all(vector.isfinite().all() for vector in layer.vectors(name)):
+                    raise ValueError(
+                        f"{layer.name}: adapter {name!r} has values that are not finite; nothing was merged. Its "
+                        "training diverged: go back to an earlier checkpoint"
+                    )
+
+
 def check_untied(model: nn.Module) -> None:
     """Refuse to merge into a weight that another layer reads too, such as an embedding tied to the head.
 

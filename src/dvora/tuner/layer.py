@@ -105,21 +105,19 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """Merge adapters into the base's weight; `unmerge` restores it bit for bit from a copy kept on the CPU.
 
         Args:
-            safe_merge: refuse to write a weight that is not finite.
+            safe_merge: PEFT's switch for refusing values that are not finite; here they always are refused.
             adapter_names: which; None means the active ones.
 
         Raises:
-            ValueError: `safe_merge` found a value that is not finite.
+            ValueError: a merged value would not be finite; the weight is left as it was.
 
         Warns:
             MergePrecisionWarning: the weight's dtype swallows a considerable part of the update.
         """
-        warn_of_losses(self.merge_quietly(safe_merge, adapter_names), weight_of(self.base_layer).dtype)
+        warn_of_losses(self.merge_quietly(adapter_names), weight_of(self.base_layer).dtype)
 
     @torch.no_grad()
-    def merge_quietly(
-        self, safe_merge: bool, adapter_names: list[str] | None, keep_original: bool = True
-    ) -> dict[str, float]:
+    def merge_quietly(self, adapter_names: list[str] | None, keep_original: bool = True) -> dict[str, float]:
         """Merge like `merge`, and return the share of the update lost to rounding by layer name instead of warning."""
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dvora_adapted]
         if not new:
@@ -127,7 +125,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         stored, original = weight_of(self.base_layer), self.unmerged_matrix()
         deltas = [self._delta(name, original) for name in (*self.merged_adapters, *new)]
         merged = merge(original, torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0])
-        if safe_merge and not merged.weight.isfinite().all():
+        if not merged.weight.isfinite().all():
             raise ValueError(f"{self.name}: merging {', '.join(new)} gives values that are not finite; nothing merged")
         if keep_original and self._original is None:
             self._original = stored.detach().to("cpu", copy=True)

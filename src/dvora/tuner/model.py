@@ -27,7 +27,7 @@ from ..adapted_weight import AdaptedWeight, checked_direction
 from ..functional import Vectors
 from ..merging import warn_of_losses
 from ..projections import SharedProjections, checked_distribution
-from .checks import check_layers, check_targets, check_untied, checked_vectors
+from .checks import check_finite, check_layers, check_targets, check_untied, checked_vectors
 from .config import DVoRAConfig
 from .kinds import weight_of
 from .layer import BASE, DVoRALayer
@@ -76,12 +76,15 @@ class DVoRAModel(BaseTuner):
 
         Args:
             adapter_names: which; None means the active ones.
-            safe_merge: refuse to write weights that are not finite.
+            safe_merge: PEFT's switch for refusing values that are not finite; here they always are refused.
+
+        Raises:
+            ValueError: a value is not finite, or a weight is tied to another layer's; nothing is merged.
 
         Warns:
             MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
         """
-        self._merge(adapter_names, safe_merge, keep_original=True)
+        self._merge(adapter_names, keep_original=True)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit."""
@@ -100,20 +103,21 @@ class DVoRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._merge(adapter_names, safe_merge, keep_original=False)
+            self._merge(adapter_names, keep_original=False)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         model: nn.Module = self.model
         return model
 
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, keep_original: bool) -> None:
+    def _merge(self, adapter_names: list[str] | None, keep_original: bool) -> None:
         self._check_merge_allowed()
         check_untied(self.model)
+        check_finite(self.model, self.active_adapters if adapter_names is None else adapter_names)
         losses: dict[str, float] = {}
         dtype = torch.float32
         for layer in self.model.modules():
             if isinstance(layer, DVoRALayer):
                 with onload_layer(layer):
-                    losses |= layer.merge_quietly(safe_merge, adapter_names, keep_original)
+                    losses |= layer.merge_quietly(adapter_names, keep_original)
                     dtype = weight_of(layer.base_layer).dtype
         warn_of_losses(losses, dtype)
 
