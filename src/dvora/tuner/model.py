@@ -207,15 +207,14 @@ class DVoRAModel(BaseTuner):
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(known)}")
+        # Beam search repeats every row in all modules but the encoder's.
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
-        encoder = (
-            self.model.get_encoder() if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False) else None
-        )
-        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)
+        encoder = set(self.model.get_encoder().modules()) if has_encoder else set()
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_adapter_names, names=list(names) if module in in_encoder else repeated), with_kwargs=True
+                partial(_pass_adapter_names, names=list(names) if module in encoder else repeated), with_kwargs=True
             )
             for module in self.modules()
             if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper)
