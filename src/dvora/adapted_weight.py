@@ -9,19 +9,38 @@ to, cast or moved, and computed in every pass, with gradients, while the weight 
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import functional as F
 from .functional import DIRECTIONS, Direction, NormConstants, Vectors
+from .gradients import LinearGradients, dvora_linear_backward
 from .precision import at_least_float32, full_precision, norm_dtype
 from .projections import SharedProjections
 from .shapes import Float
 
 _SET_UP_VALUES = 2**24
 """Values of the weight that are held in float32 at a time while the constants are made."""
+
+
+class _State(NamedTuple):
+    """Equal states mean equal values, but for writes through `weight.data`, which PyTorch does not count."""
+
+    storage: StorageWeakRef
+    """Weak, so that it keeps no memory, but no other storage can come to have its identity."""
+    address: int
+    version: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_State":
+        version = -1 if weight.is_inference() else weight._version
+        storage = StorageWeakRef(weight.untyped_storage())
+        return cls(storage, weight.data_ptr(), version, weight.dtype, weight.device)
 
 
 class AdaptedWeight(nn.Module):
@@ -67,27 +86,29 @@ class AdaptedWeight(nn.Module):
         self.name = name
         self.shared = shared
         shared.reserve(rank, self.in_features, self.out_features)
-        self._measured: tuple[Tensor, int] | None = None
+        self._measured: _State | None = None
         for buffer in ("w", "coordinates", "rest_squared"):
             self.register_buffer(buffer, None, persistent=False)
         self.refresh(weight)
 
     def initial_vectors(self, d_initial: float) -> Vectors:
         """The starting values, with which the layer is its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
-        return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), d_initial))
+        with torch.inference_mode(False):
+            return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), d_initial))
 
     def constants(self, weight: Float[Tensor, "O I"]) -> NormConstants:
         """The norm constants of the weight as it is now."""
-        if weight.requires_grad and torch.is_grad_enabled():
+        # A compiled graph cannot ask a weight for its version: it holds the constants of a frozen weight.
+        compiling = torch.compiler.is_compiling()
+        if weight.requires_grad and (torch.is_grad_enabled() or compiling):
             return self._measure(weight)
-        # A compiled graph holds the constants it was traced with: asking a weight for its version breaks the graph.
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.follow(weight)
         return NormConstants(self.w, self.coordinates, self.rest_squared, self._factor(weight))
 
     def follow(self, weight: Float[Tensor, "O I"]) -> None:
         """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
-        if not weight.is_meta and not self._is_measured(weight):
+        if not weight.is_meta and self._measured != _State.of(weight):
             self.refresh(weight)
 
     def refresh(self, weight: Float[Tensor, "O I"]) -> None:
@@ -106,7 +127,7 @@ class AdaptedWeight(nn.Module):
                     "finite norm (NaN, infinity or overflow); repair the base model before adapting it"
                 )
             self.w = w
-        self._measured = weight.detach(), _version(weight)
+        self._measured = _State.of(weight)
 
     def gain_minus_one(
         self, vectors: Vectors, weight: Float[Tensor, "O I"]
@@ -126,12 +147,36 @@ class AdaptedWeight(nn.Module):
         low_rank = self.shared.expand(z * vectors.lambda_d.to(z.dtype), self.out_features)
         return (1 + g1) * beta * low_rank, g1
 
+    @torch.no_grad()
+    def gradients(
+        self,
+        output_gradient: Float[Tensor, "*T O"],
+        x: Float[Tensor, "*T I"],
+        vectors: Vectors,
+        weight: Float[Tensor, "O I"],
+    ) -> LinearGradients:
+        """The gradients of the whole layer in closed form; that of W only if it is trained."""
+        constants = self.constants(weight)
+        found = dvora_linear_backward(
+            output_gradient.reshape(-1, self.out_features),
+            x.reshape(-1, self.in_features),
+            weight,
+            self._A(constants.w),
+            self._B(constants.w),
+            vectors,
+            constants,
+            scaling=self.scaling,
+            direction=self.direction,
+            detach_norm=self.detach_norm,
+            train_weight=weight.requires_grad,
+        )
+        return found._replace(x=found.x.reshape(x.shape))
+
     def delta(self, vectors: Vectors, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """`W' - W`, dense, in float32 or float64."""
         g1, beta = self.gain_minus_one(vectors, weight)
-        A = self.shared.A(self.rank, self.in_features, g1.dtype).to(g1.device)
         with full_precision(weight.device):
-            return F.rescaled_delta(weight, A, self._B(g1), vectors.lambda_d, beta, g1)
+            return F.rescaled_delta(weight, self._A(g1), self._B(g1), vectors.lambda_d, beta, g1)
 
     @torch.no_grad()
     def diagnostics(self, vectors: Vectors, weight: Float[Tensor, "O I"]) -> dict[str, float]:
@@ -161,18 +206,6 @@ class AdaptedWeight(nn.Module):
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
 
-    def _is_measured(self, weight: Tensor) -> bool:
-        if self._measured is None:
-            return False
-        # The alias keeps the measured storage alive: no other weight can come to lie at its address.
-        alias, version = self._measured
-        return (
-            weight.data_ptr() == alias.data_ptr()
-            and _version(weight) == version
-            and weight.dtype == alias.dtype
-            and weight.device == alias.device
-        )
-
     def _measure(self, weight: Float[Tensor, "O I"]) -> NormConstants:
         dtype = norm_dtype(weight.dtype)
         basis = self.shared.basis(self.rank, self.in_features, dtype).to(weight.device)
@@ -181,6 +214,9 @@ class AdaptedWeight(nn.Module):
 
     def _factor(self, weight: Tensor) -> Float[Tensor, "R K"]:
         return self.shared.factor(self.rank, self.in_features, norm_dtype(weight.dtype)).to(weight.device)
+
+    def _A(self, like: Tensor) -> Float[Tensor, "R I"]:
+        return self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
 
     def _B(self, like: Tensor) -> Float[Tensor, "O R"]:
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
@@ -203,6 +239,11 @@ def check_weight(weight: Tensor, name: str) -> None:
         TypeError: not a floating matrix.
         ValueError: on the meta device.
     """
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise TypeError(
+            f"{name}: the base weight is a {type(weight).__name__} (quantised, sharded or uninitialised); DVoRA adapts "
+            "plain floating-point tensors"
+        )
     if not weight.is_floating_point():
         raise TypeError(f"{name}: the base weight has dtype {weight.dtype}; DVoRA adapts floating-point weights")
     if weight.dim() != 2:
@@ -236,6 +277,10 @@ def checked_direction(direction: str) -> Direction:
     return cast(Direction, direction)
 
 
-def _version(weight: Tensor) -> int:
-    """PyTorch's count of writes to the weight; inference tensors have none."""
-    return -1 if weight.is_inference() else weight._version
+def checked_d_initial(d_initial: float) -> float:
+    """The starting value of lambda_d, if it is a finite number."""
+    if isinstance(d_initial, bool) or not isinstance(d_initial, int | float):
+        raise TypeError(f"d_initial must be a number, got {d_initial!r}")
+    if not math.isfinite(d_initial):
+        raise ValueError(f"d_initial must be finite, got {d_initial}")
+    return float(d_initial)

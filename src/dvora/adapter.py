@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .adapted_weight import AdaptedWeight
+from .adapted_weight import AdaptedWeight, checked_d_initial
 from .functional import Direction, Vectors
-from .gradients import dvora_linear_backward
 from .merging import merge, warn_of_losses
 from .precision import at_least_float32
 from .projections import SharedProjections
@@ -73,8 +72,9 @@ class DVoRAAdapter(nn.Module):
             detach_norm=detach_norm,
             name=f"{type(base_layer).__name__}({base_layer.in_features}, {base_layer.out_features})",
         )
-        for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
-            self.register_parameter(name, nn.Parameter(value))
+        with torch.inference_mode(False):
+            for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
+                self.register_parameter(name, nn.Parameter(value))
         self.base_layer = base_layer
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
@@ -143,27 +143,12 @@ class DVoRAAdapter(nn.Module):
             raise ValueError(
                 f"output_gradient has shape {tuple(output_gradient.shape)}, the last outputs had {expected}"
             )
-        adapted, weight = self.adapted, self.base_layer.weight
-        with torch.no_grad():
-            constants = adapted.constants(weight)
-        gradients = dvora_linear_backward(
-            output_gradient.reshape(-1, adapted.out_features),
-            x.reshape(-1, adapted.in_features),
-            weight,
-            self.shared.A(adapted.rank, adapted.in_features, constants.w.dtype).to(weight.device),
-            self.shared.B(adapted.rank, adapted.out_features, constants.w.dtype).to(weight.device),
-            self.vectors,
-            constants,
-            scaling=adapted.scaling,
-            direction=adapted.direction,
-            detach_norm=adapted.detach_norm,
-            train_weight=weight.requires_grad,
-        )
+        gradients = self.adapted.gradients(output_gradient, x, self.vectors, self.base_layer.weight)
         for name, parameter in self._trained():
             gradient = getattr(gradients, name.removeprefix("base_layer.")).to(parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._last_input = None
-        return gradients.x.reshape(x.shape).to(x.dtype)
+        return gradients.x.to(x.dtype)
 
     @torch.no_grad()
     def update_parameters(self, learning_rate: float) -> None:
@@ -221,15 +206,15 @@ class DVoRAAdapter(nn.Module):
             MergePrecisionWarning: the base's dtype swallows a considerable part of the update.
         """
         base = self.base_layer
-        if base._parameters.get("weight") is None:
+        if "weight" not in {**base._parameters, **base._buffers}:
             raise TypeError(
-                f"{self.adapted.name} does not own its weight as a parameter (it is parametrized), so a merged weight "
-                "cannot be set; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+                f"{self.adapted.name} computes its weight in every pass (it is parametrized), so a merged one cannot "
+                "be set; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
             )
         merged = merge(base.weight, self.adapted.delta(self.vectors, base.weight))
         warn_of_losses({self.adapted.name: merged.lost}, base.weight.dtype)
         layer = copy.deepcopy(base)
-        layer.weight = nn.Parameter(merged.weight, requires_grad=base.weight.requires_grad)
+        layer.weight.copy_(merged.weight)
         return layer
 
     def diagnostics(self) -> dict[str, float | int | str]:
@@ -249,6 +234,12 @@ class DVoRAAdapter(nn.Module):
     def extra_repr(self) -> str:
         return f"trained={self.parameter_count}, freeze_base_layer={self.freeze_base_layer}"
 
+    def train(self, mode: bool = True) -> "DVoRAAdapter":
+        """Switch to training mode, or to evaluation, which forgets the last input."""
+        if not mode:
+            self._last_input = None
+        return super().train(mode)
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in _VECTORS:
             yield name, self.get_parameter(name)
@@ -256,8 +247,9 @@ class DVoRAAdapter(nn.Module):
             yield from self.base_layer.named_parameters(prefix="base_layer")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in _VECTORS:
-            loaded, own = state_dict.get(prefix + name), self.get_parameter(name)
+        # Everything is checked before anything is copied: torch would stop half-way.
+        for name, own in self.named_parameters():
+            loaded = state_dict.get(prefix + name)
             if loaded is None:
                 continue
             if loaded.shape != own.shape:
@@ -265,8 +257,10 @@ class DVoRAAdapter(nn.Module):
                     f"{prefix}{name} has shape {tuple(loaded.shape)} in the state dict, {tuple(own.shape)} in the "
                     f"layer ({self.adapted.extra_repr()}); sizes and rank cannot be changed by loading"
                 )
-            if not loaded.is_meta and not loaded.isfinite().all():
-                raise ValueError(f"{prefix}{name} has values that are not finite in the state dict")
+            if name in _VECTORS:
+                if not loaded.is_meta and not loaded.isfinite().all():
+                    raise ValueError(f"{prefix}{name} has values that are not finite in the state dict")
+                state_dict[prefix + name] = loaded.to(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DVoRAAdapter":
@@ -282,15 +276,6 @@ class DVoRAAdapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last_input": None}
-
-
-def checked_d_initial(d_initial: float) -> float:
-    """The starting value of lambda_d, if it is a finite number."""
-    if isinstance(d_initial, bool) or not isinstance(d_initial, int | float):
-        raise TypeError(f"d_initial must be a number, got {d_initial!r}")
-    if not math.isfinite(d_initial):
-        raise ValueError(f"d_initial must be finite, got {d_initial}")
-    return float(d_initial)
 
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:

@@ -56,12 +56,14 @@ def dvora_linear_backward(
         train_weight: also return the dense gradient of W.
     """
     w, P, _, L = constants
-    delta, x, weight = delta.to(w.dtype), x.to(w.dtype), weight.to(w.dtype)
+    # Products with W run in its own dtype, as the base's do: a wide copy would be as large as the weight.
+    base_output = torch.nn.functional.linear(x, weight).to(w.dtype)
+    delta, x = delta.to(w.dtype), x.to(w.dtype)
     lambda_d, beta = vectors.lambda_d, row_scale(vectors.lambda_b, w, scaling, direction)
     g = 1 + gain_minus_one(vectors, constants, B, beta)
     _, s = relative_norm(constants, B, lambda_d, beta)
     z = x @ A.T
-    y0 = x @ weight.T + beta * ((z * lambda_d) @ B.T)
+    y0 = base_output + beta * ((z * lambda_d) @ B.T)
 
     live = w > 0
     one_over_n = torch.where(live, 1 / torch.where(live, w * s, 1.0), 0.0)
@@ -73,10 +75,11 @@ def dvora_linear_backward(
     d_beta = g * ((M * B) @ lambda_d) + rho_over_n * (cross + beta * q)
     d_update = (rho_over_n * beta)[:, None] * (P + beta[:, None] * U)
     d_lambda_d = ((g * beta)[:, None] * B * M).sum(0) + (B * (d_update @ L.T)).sum(0)
-    d_x = (delta * g) @ weight + (((delta * (g * beta)) @ B) * lambda_d) @ A
+    d_x = ((delta * g).to(weight.dtype) @ weight).to(w.dtype) + (((delta * (g * beta)) @ B) * lambda_d) @ A
 
     d_weight = None
     if train_weight:
+        weight = weight.to(w.dtype)
         adapted = weight + (beta[:, None] * B * lambda_d) @ A
         d_weight = (delta * g).T @ x + rho_over_n[:, None] * adapted
         if direction == "unit":

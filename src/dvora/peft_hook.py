@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -20,23 +19,25 @@ def register_with_peft() -> None:
 
 
 class _PeftFinder(MetaPathFinder):
-    """Steps aside at the first import of PEFT, adding the registration to its execution."""
+    """Adds the registration to the execution of PEFT; asking for PEFT without importing it changes nothing."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = partial(_execute_and_register, spec.loader.exec_module)  # type: ignore[method-assign]
+            execute = partial(self._execute_and_register, spec.loader.exec_module)
+            spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec
 
-
-def _execute_and_register(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-    execute(module)
-    _register()
+    def _execute_and_register(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        _register()
 
 
 def _register() -> None:

@@ -15,12 +15,12 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap a function of `nn.Module._apply` so that it moves tensors but never rounds them below float32."""
+    """Wrap a function of `nn.Module._apply` so that a cast below float32 ends at float32; moves are unchanged."""
 
     def guarded(tensor: Tensor) -> Tensor:
         changed = change(tensor)
         if changed.is_floating_point() and changed.dtype.itemsize < 4:
-            return tensor.to(changed.device)
+            return tensor.to(changed.device, torch.float32)
         return changed
 
     return guarded

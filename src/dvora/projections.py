@@ -61,11 +61,12 @@ class SharedProjections(nn.Module):
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        return nn.functional.linear(x, self._like(_STREAM_A, rank, x.shape[-1], x)) * self._scale(x.shape[-1])
+        # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
+        return nn.functional.linear(x * self._scale(x.shape[-1]), self._like(_STREAM_A, rank, x.shape[-1], x))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return h @ self._like(_STREAM_A, h.shape[-1], in_features, h) * self._scale(in_features)
+        return (h * self._scale(in_features)) @ self._like(_STREAM_A, h.shape[-1], in_features, h)
 
     def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
         """`z B^T`, in the dtype of `z`."""
@@ -73,7 +74,7 @@ class SharedProjections(nn.Module):
 
     def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
         """`d B`, the transpose of `expand`, in the dtype of `d`."""
-        return nn.functional.linear(d, self._like(_STREAM_B, rank, d.shape[-1], d)) * self._scale(rank)
+        return nn.functional.linear(d * self._scale(rank), self._like(_STREAM_B, rank, d.shape[-1], d))
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
         """The dense matrix `A`."""

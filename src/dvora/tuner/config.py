@@ -10,8 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..adapted_weight import checked_alpha, checked_direction, checked_rank
-from ..adapter import checked_d_initial
+from ..adapted_weight import checked_alpha, checked_d_initial, checked_direction, checked_rank
 from ..projections import FORMAT_VERSION, SharedProjections, checked_distribution
 
 BIASES = ("none", "all", "dvora_only")

@@ -71,8 +71,9 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        for vector_dict, value in zip(self._vector_dicts(), vectors, strict=True):
-            vector_dict[adapter_name] = nn.Parameter(value)
+        with torch.inference_mode(False):
+            for vector_dict, value in zip(self._vector_dicts(), vectors, strict=True):
+                vector_dict[adapter_name] = nn.Parameter(value)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def vectors(self, adapter_name: str) -> Vectors:

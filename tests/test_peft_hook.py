@@ -1,0 +1,67 @@
+"""The method is registered whenever PEFT and dvora are both imported, in either order, and PEFT only if it is used."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+REGISTERED = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; assert 'DVORA' in known"
+
+
+def check(code: str) -> str:
+    """What some lines print that run without an error in a process of their own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_importing_dvora_imports_neither_peft_nor_transformers() -> None:
+    check("import sys, dvora; assert not {'peft', 'transformers', 'matplotlib'} & set(sys.modules)")
+
+
+@pytest.mark.parametrize("imports", ["import dvora; from peft.utils import PeftType", "import peft, dvora"])
+def test_the_order_of_imports_does_not_matter_and_no_hook_remains(imports: str) -> None:
+    check(
+        f"{imports}; {REGISTERED}; import sys, peft; assert not any('PeftFinder' in repr(f) for f in sys.meta_path); "
+        "assert peft.__spec__.name == 'peft'; assert peft.__file__.endswith('__init__.py')"
+    )
+
+
+def test_transformers_looking_whether_peft_is_there_does_not_use_up_the_hook() -> None:
+    check(f"import dvora; from transformers.utils import is_peft_available; assert is_peft_available(); {REGISTERED}")
+
+
+def test_reloading_dvora_adds_no_second_hook() -> None:
+    check(
+        "import sys, importlib, dvora; importlib.reload(dvora); "
+        "assert sum('PeftFinder' in repr(f) for f in sys.meta_path) == 1; "
+        f"import peft; importlib.reload(dvora); {REGISTERED}"
+    )
+
+
+def test_without_peft_the_plain_layer_works_and_the_config_says_what_is_missing() -> None:
+    out = check(
+        "import sys; sys.modules['peft'] = None\n"
+        "import dvora, torch\n"
+        "layer = dvora.DVoRAAdapter(torch.nn.Linear(3, 4), 2, shared=dvora.SharedProjections())\n"
+        "print(layer(torch.ones(1, 3)).shape)\n"
+        "try:\n    dvora.DVoRAConfig\nexcept ImportError as error:\n    print('ImportError', error)"
+    )
+    assert "torch.Size([1, 4])" in out
+    assert "ImportError" in out
+    assert "peft" in out
+
+
+def test_a_peft_that_does_not_fit_can_still_be_imported_and_warns() -> None:
+    out = check(
+        "import sys, warnings, dvora\n"
+        "sys.modules['dvora.tuner.config'] = None\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import peft\n"
+        "print(peft.LoraConfig, [str(w.message) for w in caught if issubclass(w.category, ImportWarning)])"
+    )
+    assert "dvora's PEFT method is not available" in out
+    assert "pip install 'dvora[peft]'" in out
