@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .adapted_weight import AdaptedWeight, checked_d_initial
 from .functional import Direction, Vectors
-from .merging import merge, warn_of_losses
+from .merging import check_can_be_set, merge, warn_of_losses
 from .precision import at_least_float32
 from .projections import SharedProjections
 from .shapes import Float
@@ -206,11 +206,7 @@ class DVoRAAdapter(nn.Module):
             MergePrecisionWarning: the base's dtype swallows a considerable part of the update.
         """
         base = self.base_layer
-        if "weight" not in {**base._parameters, **base._buffers}:
-            raise TypeError(
-                f"{self.adapted.name} computes its weight in every pass (it is parametrized), so a merged one cannot "
-                "be set; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+        check_can_be_set(base, self.adapted.name)
         merged = merge(base.weight, self.adapted.delta(self.vectors, base.weight))
         warn_of_losses({self.adapted.name: merged.lost}, base.weight.dtype)
         layer = copy.deepcopy(base)

@@ -94,12 +94,26 @@ def relative_norm(
     U = (B * lambda_d) @ L
     live = w > 0
     w2 = torch.where(live, w.square(), 1.0)
-    eps = (2 * beta * (P * U).sum(1) + beta.square() * U.square().sum(1)) / w2
-    nearly_cancelled = (rest_squared + (P + beta[:, None] * U).square().sum(1)) / w2
-    # A row that vanishes altogether has no direction; the floor keeps its gain finite.
-    floor = torch.finfo(w.dtype).eps ** 2
-    s = torch.where(eps < NEAR_CANCELLATION, nearly_cancelled.clamp_min(floor), 1 + eps).sqrt()
-    return torch.where(live, eps, 0.0), torch.where(live, s, 1.0)
+    cross, q = torch.linalg.vecdot(P, U), torch.linalg.vecdot(U, U)
+    eps = (2 * beta * cross + beta.square() * q) / w2
+    squared, near = 1 + eps, eps < NEAR_CANCELLATION
+    if _may_hold(near):
+        shifted = torch.addcmul(P, beta[:, None], U)
+        # A row that vanishes altogether has no direction; the floor keeps its gain finite.
+        floor = torch.finfo(w.dtype).eps ** 2
+        exact = (rest_squared + torch.linalg.vecdot(shifted, shifted)) / w2
+        squared = torch.where(near, exact.clamp_min(floor), squared)
+    return torch.where(live, eps, 0.0), torch.where(live, squared, 1.0).sqrt()
+
+
+def _may_hold(condition: Tensor) -> bool:
+    """Whether a condition holds in some row, or yes where it cannot be asked: in a graph, under vmap, on a device."""
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+        return True
+    try:
+        return bool(condition.any())
+    except RuntimeError:
+        return True
 
 
 def row_angle(
@@ -108,7 +122,7 @@ def row_angle(
     """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
     w, P, _, L = constants
     U = (B * lambda_d) @ L
-    cross, q, w2 = (P * U).sum(1), U.square().sum(1), w.square()
+    cross, q, w2 = torch.linalg.vecdot(P, U), torch.linalg.vecdot(U, U), w.square()
     # atan2 of the parts across and along the row: arccos would lose half the digits of a small angle.
     across = beta.abs() * (q * w2 - cross.square()).clamp_min(0).sqrt()
     return torch.where(w > 0, torch.atan2(across, w2 + beta * cross), 0.0)
@@ -156,7 +170,7 @@ def combine(
         gain_minus_one: `g - 1`, float32 or float64.
         bias: the base's, or None.
     """
-    y = (1 + gain_minus_one) * base_output + update
+    y = torch.addcmul(update, base_output, 1 + gain_minus_one)
     if bias is not None:
         y = y - gain_minus_one * bias
     return y.to(base_output.dtype)

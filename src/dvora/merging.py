@@ -4,7 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shapes import Float
 
@@ -39,6 +39,19 @@ def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
     size = torch.linalg.vector_norm(delta)
     lost = torch.linalg.vector_norm(rounded.to(delta.dtype) - exact) / torch.where(size > 0, size, 1.0)
     return Merged(rounded, float(lost))
+
+
+def check_can_be_set(layer: nn.Module, name: str) -> None:
+    """Refuse to merge into a layer that does not keep its weight.
+
+    Raises:
+        TypeError: the weight is computed in every pass (a parametrization).
+    """
+    if "weight" not in {**layer._parameters, **layer._buffers}:
+        raise TypeError(
+            f"{name} computes its weight in every pass (it is parametrized), so a merged weight cannot be set; remove "
+            "the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 def warn_of_losses(losses: dict[str, float], dtype: torch.dtype) -> None:

@@ -45,8 +45,8 @@ class DVoRAConfig(PeftConfig):
             layer's type.
         projection_format: version of the projections' format; filled in, and checked on loading.
         projection_fingerprint: hash of the projections; filled in, and checked on loading.
-        base_row_norms: mean row norm of each adapted base weight; filled in, and checked on loading, where another
-            base model is refused. Set it to None to load onto another base on purpose.
+        base_probes: norm and four random projections of each adapted base weight; filled in, and checked on loading,
+            where another base model is refused. Set it to None to load onto another base on purpose.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of range.
@@ -73,7 +73,9 @@ class DVoRAConfig(PeftConfig):
     fan_in_fan_out: bool = field(default=False, metadata={"help": "follows from the layer's type"})
     projection_format: int = field(default=FORMAT_VERSION, metadata={"help": "version of the projections' format"})
     projection_fingerprint: str | None = field(default=None, metadata={"help": "hash of the projections"})
-    base_row_norms: dict[str, float] | None = field(default=None, metadata={"help": "mean row norms of the base"})
+    base_probes: dict[str, list[float]] | None = field(
+        default=None, metadata={"help": "norms and projections of the base"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +84,15 @@ class DVoRAConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        self.check()
+
+    def check(self) -> None:
+        """Check every setting; done when the configuration is made, and again before it changes a model.
+
+        Raises:
+            TypeError, ValueError: a value is of the wrong type or out of range.
+        """
+        self._check_types()
         self._check_numbers()
         self._check_choices()
         self._check_projections()
@@ -97,6 +108,26 @@ class DVoRAConfig(PeftConfig):
     def alpha_of(self, layer_name: str) -> float | None:
         """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.alpha)
+
+    def _check_types(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _all_of(value, str)):
+                raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+        if not (self.modules_to_save is None or _all_of(self.modules_to_save, str)):
+            raise TypeError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not (isinstance(value, dict) and _all_of(set(value), str)):
+                raise TypeError(f"{name} must be a dictionary from layer names to numbers, got {value!r}")
+        layers = self.layers_to_transform
+        if not (layers is None or _all_of(layers if isinstance(layers, list) else [layers], int)):
+            raise TypeError(f"layers_to_transform must be an index or a list of indices, got {layers!r}")
+        probes = self.base_probes
+        if probes is not None and not (
+            isinstance(probes, dict) and all(_all_of(p, float, int) for p in probes.values())
+        ):
+            raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r}")
 
     def _check_numbers(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
@@ -141,3 +172,7 @@ class DVoRAConfig(PeftConfig):
                 "adapter from this configuration, set projection_fingerprint=None"
             )
         self.projection_fingerprint = fingerprint
+
+
+def _all_of(values: object, *types: type) -> bool:
+    return isinstance(values, list | tuple | set) and all(type(value) in types for value in values)

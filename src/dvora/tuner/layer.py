@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
-from ..merging import merge, warn_of_losses
+from ..merging import check_can_be_set, merge, warn_of_losses
 from ..precision import at_least_float32
 from ..shapes import Float
 from .kinds import bias_of, kind_of, weight_of
@@ -123,6 +123,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dvora_adapted]
         if not new:
             return {}
+        check_can_be_set(self.base_layer, self.name)
         stored, original = weight_of(self.base_layer), self.unmerged_matrix()
         deltas = [self._delta(name, original) for name in (*self.merged_adapters, *new)]
         merged = merge(original, torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0])

@@ -14,7 +14,6 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     onload_layer,
 )
@@ -27,12 +26,11 @@ from ..adapted_weight import AdaptedWeight, checked_direction
 from ..functional import Vectors
 from ..merging import warn_of_losses
 from ..projections import SharedProjections, checked_distribution
-from .checks import check_finite, check_layers, check_targets, check_untied, checked_vectors
+from .checks import check_layers, check_mergeable, check_targets, checked_vectors, names_found, outside_adapters
 from .config import DVoRAConfig
 from .kinds import weight_of
 from .layer import BASE, DVoRALayer
 
-_DEFAULT_TARGETS = {k: list(v) for k, v in TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items()}
 _MATRIX_PREFIX = "base_model.dvora_projections."
 _RANDOM_START_STREAM = 2**32
 
@@ -46,7 +44,26 @@ class DVoRAModel(BaseTuner):
     uses_shared_state = False
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
-    target_module_mapping = _DEFAULT_TARGETS
+    target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # some are str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        # PEFT enters the new configuration beside those of the model's adapters before anything is checked.
+        held = vars(model).get("peft_config")
+        before = dict(held) if isinstance(held, dict) else None
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except Exception:
+            if held is not None and before is not None:
+                held.clear()
+                held.update(before)
+            raise
 
     def inject_adapter(
         self,
@@ -58,11 +75,13 @@ class DVoRAModel(BaseTuner):
     ) -> None:
         """Check everything first, then let PEFT replace the targeted layers. The caller's config is not changed."""
         config = _own(copy.deepcopy(self.peft_config[adapter_name]))
-        self.peft_config[adapter_name] = config
+        config.check()
+        self._fill_in_targets(config, model)
         targets = self._targets(model, config, state_dict)
         if state_dict is None:
             check_targets(targets, config, model)
-        config.base_row_norms = check_layers(targets, config)
+        config.base_probes = check_layers(targets, config)
+        self.peft_config[adapter_name] = config
         super().inject_adapter(
             model,
             adapter_name,
@@ -110,8 +129,7 @@ class DVoRAModel(BaseTuner):
 
     def _merge(self, adapter_names: list[str] | None, keep_original: bool) -> None:
         self._check_merge_allowed()
-        check_untied(self.model)
-        check_finite(self.model, self.active_adapters if adapter_names is None else adapter_names)
+        check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
         losses: dict[str, float] = {}
         dtype = torch.float32
         for layer in self.model.modules():
@@ -121,18 +139,24 @@ class DVoRAModel(BaseTuner):
                     dtype = weight_of(layer.base_layer).dtype
         warn_of_losses(losses, dtype)
 
+    def _fill_in_targets(self, config: DVoRAConfig, model: nn.Module) -> None:
+        """PEFT's default targets of the architecture, where the user names none: those of them that exist."""
+        if config.target_modules is None:
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            if isinstance(config.target_modules, set):
+                config.target_modules = names_found(config.target_modules, model)
+
     def _targets(
         self, model: nn.Module, config: DVoRAConfig, state_dict: dict[str, Tensor] | None
     ) -> dict[str, nn.Module]:
         """The layers that PEFT is about to replace, by name."""
         if state_dict is not None:
             named = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-            return {name: module for name, module in _outside_adapters(model) if name in named}
-        resolved = self._prepare_adapter_config(copy.deepcopy(config), self.get_model_config(model))
-        resolved = _maybe_include_all_linear_layers(resolved, model)
+            return {name: module for name, module in outside_adapters(model) if name in named}
+        resolved = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
         return {
             name: module
-            for name, module in _outside_adapters(model)
+            for name, module in outside_adapters(model)
             if name and self._check_target_module_exists(resolved, name)
         }
 
@@ -235,16 +259,6 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules but those inside an adapter that is already there."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name.startswith(inside) or not inside:
-            yield name, module
-            if isinstance(module, BaseTunerLayer):
-                inside = (*inside, f"{name}.")
 
 
 def _projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:

@@ -1,0 +1,193 @@
+"""The settings: what is accepted, what is refused with which words, and what is written."""
+
+import copy
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models_compared import assert_unchanged, snapshot
+from peft import LoraConfig, PeftConfig, get_peft_model
+from tiny import LAYERS, MODELS
+
+from dvora import DVoRAConfig, SharedProjections
+
+BAD_VALUES = [
+    *[pytest.param({"r": r}, ValueError, f"rank.*{r}", id=f"r {r}") for r in (0, -1)],
+    *[pytest.param({"r": r}, TypeError, f"rank.*{r!r}", id=f"r {r!r}") for r in (2.5, True, "8", None)],
+    pytest.param({"rank_pattern": {"query": 0}}, ValueError, "rank.*0", id="rank_pattern 0"),
+    pytest.param({"rank_pattern": {"query": "8"}}, TypeError, "rank.*'8'", id="rank_pattern '8'"),
+    pytest.param({"rank_pattern": ["query"]}, TypeError, "rank_pattern", id="rank_pattern list"),
+    pytest.param({"rank_pattern": None}, TypeError, "rank_pattern", id="rank_pattern None"),
+    *[
+        pytest.param({"alpha": alpha}, ValueError, f"alpha.*{alpha}", id=f"alpha {alpha}")
+        for alpha in (0, -1.5, float("inf"), float("nan"))
+    ],
+    *[pytest.param({"alpha": alpha}, TypeError, f"alpha.*{alpha!r}", id=f"alpha {alpha!r}") for alpha in ("8", True)],
+    pytest.param({"alpha_pattern": {"query": -1}}, ValueError, "alpha.*-1", id="alpha_pattern -1"),
+    pytest.param({"alpha_pattern": 3}, TypeError, "alpha_pattern", id="alpha_pattern 3"),
+    pytest.param({"direction": "rows"}, ValueError, "direction 'rows'.*unit, weight", id="direction"),
+    pytest.param({"direction": None}, ValueError, "direction None.*unit, weight", id="direction None"),
+    pytest.param(
+        {"projection_init": "uniform"},
+        ValueError,
+        "distribution 'uniform'.*kaiming_uniform, gaussian",
+        id="distribution",
+    ),
+    pytest.param({"bias": "lora_only"}, ValueError, "bias 'lora_only'.*none, all, dvora_only", id="bias"),
+    pytest.param({"projection_seed": -1}, ValueError, "seed.*-1", id="seed -1"),
+    pytest.param({"projection_seed": 2**64}, ValueError, f"seed.*{2**64}", id="seed too large"),
+    pytest.param({"projection_seed": "0"}, TypeError, "seed.*'0'", id="seed '0'"),
+    pytest.param({"d_initial": "0.1"}, TypeError, "d_initial.*'0.1'", id="d_initial '0.1'"),
+    pytest.param({"d_initial": float("nan")}, ValueError, "d_initial.*nan", id="d_initial nan"),
+    pytest.param({"dvora_dropout": 1.0}, ValueError, "dvora_dropout.*1.0", id="dropout 1"),
+    pytest.param({"dvora_dropout": -0.1}, ValueError, "dvora_dropout.*-0.1", id="dropout -0.1"),
+    pytest.param({"dvora_dropout": "0"}, TypeError, "dvora_dropout.*'0'", id="dropout '0'"),
+    *[
+        pytest.param({name: 1}, TypeError, f"{name}.*1", id=f"{name} 1")
+        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out")
+    ],
+    pytest.param({"layers_pattern": "layers"}, ValueError, "layers_pattern.*layers_to_transform", id="layers_pattern"),
+    pytest.param(
+        {"target_modules": "query", "layers_to_transform": [0]},
+        ValueError,
+        "layers_to_transform.*'query'",
+        id="indices",
+    ),
+    pytest.param({"target_modules": 5}, TypeError, "target_modules.*5", id="target_modules 5"),
+    pytest.param({"target_modules": ["query", 5]}, TypeError, "target_modules.*5", id="target_modules ['query', 5]"),
+    pytest.param({"exclude_modules": 5}, TypeError, "exclude_modules.*5", id="exclude_modules 5"),
+    pytest.param({"modules_to_save": "head"}, TypeError, "modules_to_save.*'head'", id="modules_to_save 'head'"),
+    pytest.param(
+        {"target_modules": ["query"], "layers_to_transform": "0"}, TypeError, "layers_to_transform.*'0'", id="index '0'"
+    ),
+    pytest.param({"projection_format": 2}, ValueError, "projection_format is 2.*format 1", id="format"),
+    pytest.param({"projection_format": "1"}, ValueError, "projection_format is '1'.*format 1", id="format '1'"),
+    pytest.param({"projection_fingerprint": "0" * 16}, ValueError, "projection_fingerprint is '0000", id="fingerprint"),
+    pytest.param({"base_probes": [1.0]}, TypeError, "base_probes", id="base_probes list"),
+    pytest.param({"base_probes": {"query": ["1"]}}, TypeError, "base_probes.*'1'", id="base_probes '1'"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), BAD_VALUES)
+def test_a_bad_value_is_refused_by_name(values: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DVoRAConfig(**values)
+
+
+@pytest.mark.parametrize(("values", "error", "message"), BAD_VALUES)
+def test_a_bad_value_in_a_saved_file_is_refused_by_name(
+    values: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    DVoRAConfig(r=4).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    with pytest.raises(error, match=message):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_every_setting_comes_back_from_its_file(tmp_path: Path) -> None:
+    config = DVoRAConfig(
+        r=7,
+        alpha=3.5,
+        target_modules=["b", "a"],
+        exclude_modules=["c"],
+        direction="weight",
+        d_initial=0.2,
+        detach_norm=True,
+        dvora_dropout=0.1,
+        projection_seed=2**64 - 1,
+        projection_init="orthogonal",
+        save_projection=True,
+        bias="dvora_only",
+        modules_to_save=["head"],
+        rank_pattern={"a": 9},
+        alpha_pattern={"b": 2.0},
+        layers_to_transform=[0, 2],
+        layers_pattern="layers",
+        init_weights=False,
+    )
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+
+
+def test_the_file_holds_the_projections_format_and_fingerprint(tmp_path: Path) -> None:
+    DVoRAConfig(projection_seed=5, projection_init="gaussian").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "DVORA"
+    assert saved["projection_format"] == 1
+    assert saved["projection_fingerprint"] == SharedProjections(5, "gaussian").fingerprint()
+
+
+def test_fingerprints_of_saved_adapters_stay_valid() -> None:
+    """Literal values: if one changes, the adapters that were saved with it can no longer be loaded."""
+    known = {"kaiming_uniform": "b5e24f8bbf66c072", "gaussian": "73e1942998e3699c", "orthogonal": "4420248b1f005773"}
+    assert {init: DVoRAConfig(projection_init=init).projection_fingerprint for init in known} == known
+
+
+def test_sets_are_written_in_order(tmp_path: Path) -> None:
+    DVoRAConfig(target_modules={"c", "a", "b"}, exclude_modules={"z", "y"}).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["a", "b", "c"]
+    assert saved["exclude_modules"] == ["y", "z"]
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_config_can_be_copied(clone: Callable[[DVoRAConfig], DVoRAConfig]) -> None:
+    config = DVoRAConfig(r=4, target_modules=["query"], projection_seed=3)
+    assert clone(config) == config
+
+
+def test_a_setting_can_be_replaced() -> None:
+    config = DVoRAConfig(r=4, target_modules=["query"])
+    assert dataclasses.replace(config, r=8).r == 8
+
+
+def test_get_peft_model_changes_the_callers_config_no_more_than_lora_does() -> None:
+    changed = {}
+    for kind in (DVoRAConfig, LoraConfig):
+        config = kind(r=4, target_modules=LAYERS["bert"])
+        before = dataclasses.asdict(config)
+        get_peft_model(MODELS["bert"](), config)
+        changed[kind] = {name for name, value in dataclasses.asdict(config).items() if value != before[name]}
+    assert changed[DVoRAConfig] <= changed[LoraConfig] | {"base_model_name_or_path"}
+
+
+def test_one_config_serves_several_models() -> None:
+    config = DVoRAConfig(r=4, target_modules="all-linear")
+    before = dataclasses.asdict(config)
+    bert, llama = (get_peft_model(MODELS[name](), config) for name in ("bert", "llama"))
+    assert bert.targeted_module_names != llama.targeted_module_names
+    assert dataclasses.asdict(config) == before
+
+
+def test_ranks_and_alphas_of_a_layer_follow_the_patterns() -> None:
+    config = DVoRAConfig(r=4, alpha=2, rank_pattern={"query": 8, r"layer\.1\..*": 16}, alpha_pattern={"^head": 1.5})
+    assert [config.rank_of(name) for name in ("layer.0.query", "layer.1.key", "layer.0.key")] == [8, 16, 4]
+    assert [config.alpha_of(name) for name in ("head", "a.head")] == [1.5, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"r": -1}, r"rank .*-1", id="rank"),
+        pytest.param({"rank_pattern": {"value": -1}}, r"rank .*-1", id="rank of one layer"),
+        pytest.param({"alpha_pattern": {"value": -1}}, r"alpha .*-1", id="alpha of one layer"),
+        pytest.param({"direction": "rows"}, r"direction 'rows'", id="direction"),
+        pytest.param({"projection_seed": 7}, r"projection_fingerprint .* projection_seed=7", id="seed"),
+        pytest.param({"bias": "some"}, r"bias 'some'", id="bias"),
+    ],
+)
+def test_a_config_changed_afterwards_is_checked_again_before_the_model_is_touched(
+    change: dict[str, object], message: str
+) -> None:
+    config = DVoRAConfig(r=4, target_modules=["query", "value"])
+    for name, value in change.items():
+        setattr(config, name, value)
+    base = MODELS["bert"]()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, config)
+    assert_unchanged(base, before)
