@@ -45,7 +45,7 @@ class DVoRAConfig(PeftConfig):
             layer's type.
         projection_format: version of the projections' format; filled in, and checked on loading.
         projection_fingerprint: hash of the projections; filled in, and checked on loading.
-        base_probes: norm and four random projections of each adapted base weight; filled in, and checked on loading,
+        base_probes: norm and eight random projections of each adapted base weight; filled in, and checked on loading,
             where another base model is refused. Set it to None to load onto another base on purpose.
 
     Raises:
