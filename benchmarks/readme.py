@@ -1,0 +1,96 @@
+"""Writes the README's figures from the committed result files, so that none of them is typed.
+
+Run from the repository's root: python -m benchmarks.readme
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.exactness import RESULT as EXACTNESS
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DEMO = ROOT / "demo" / "result.json"
+
+
+def updated(readme: str) -> str:
+    """The README with every generated part made anew."""
+    parts = {"exactness": exactness(_load(EXACTNESS)), "demo": demo(_load(DEMO))}
+    for name, text in parts.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        readme, found = re.subn(
+            pattern, lambda marks, text=text: f"{marks[1]}{text}{marks[2]}", readme, flags=re.DOTALL
+        )
+        if found != 1:
+            raise ValueError(f"README.md has {found} parts between <!-- {name}:begin --> and end, expected one")
+    return readme
+
+
+def exactness(result: dict[str, Any]) -> str:
+    """Worst errors by dtype, as a table."""
+    rows, environment = result["rows"], result["environment"]
+    quantities = {
+        "outputs": lambda name: name == "outputs",
+        "gradients": lambda name: name.startswith("gradient"),
+        "merged weight": lambda name: name == "merged weight",
+    }
+    lines = [
+        f"Worst relative error against the dense float64 method ({len(rows)} combinations of size, direction and "
+        f"dtype, 1 x 1 to 1536 x 384, ranks 1 to 256, {len(result['seeds'])} seeds; torch {environment['torch']}, CPU, "
+        "`benchmarks/results/exactness.json`):",
+        "",
+        "| dtype | " + " | ".join(quantities) + " |",
+        "|---|" + "---|" * len(quantities),
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        worst = [
+            max(e for row in rows if row["dtype"] == dtype for name, e in row["worst"].items() if matches(name))
+            for matches in quantities.values()
+        ]
+        lines.append(f"| {dtype} | " + " | ".join(f"{error:.0e}" for error in worst) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def demo(result: dict[str, Any]) -> str:
+    """The demo's table and what it found out, with its picture."""
+    scores, differences = result["scores"], result["largest_logit_difference"]
+    lines = [
+        f"Good or bad? {scores['dvora']['count']:,} movie reviews that training did not see "
+        f"(`demo/result.json`; torch {result['versions']['torch'].partition('+')[0]}, {result['threads']} threads, "
+        f"seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
+        "",
+        "| | test accuracy | 95 % interval (Wilson) | trained values |",
+        "|---|---|---|---|",
+    ]
+    for score in scores.values():
+        low, high = score["interval"]
+        lines.append(
+            f"| {score['name']} | {score['accuracy']:.1%} | {low:.1%} to {high:.1%} | {score['trained_values']:,} |"
+        )
+    lines += [
+        "",
+        f"The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} kB, the model's "
+        f"{result['model_bytes'] / 1e6:,.1f} MB. Loaded in a fresh process its outputs differ by "
+        f"{differences['fresh_process']:.2g}; merged into the weights, by {differences['merged']:.2g}. Both "
+        "models are read through the same kind of head, and DVoRA starts from the frozen model's. One seed and one data "
+        "set: a demonstration, not evidence about the method.",
+        "",
+        "![Training and validation curves; what training did to magnitude and direction of each layer](demo/curve.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Rewrite README.md in place."""
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _load(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the demo found: the figures, their tables on the screen and their file."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+import dvora
+from demo.model import CLASSES
+from demo.statistics import sign_test, wilson
+from demo.train import History, Settings
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one model does on the test sentences: how many of them are told right, with how many trained values."""
+
+    name: str
+    correct: int
+    count: int
+    trained_values: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.correct, self.count)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The majority class, the frozen model and DVoRA; and how many sentences only one of the latter two tells."""
+
+    majority: Score
+    frozen: Score
+    dvora: Score
+    only_dvora: int
+    only_frozen: int
+
+    @property
+    def chance(self) -> float:
+        return sign_test(self.only_dvora, self.only_frozen)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything the demo measured. Differences are the largest between two logits."""
+
+    scores: Comparison
+    adapter_bytes: int
+    model_bytes: int
+    fresh_process_difference: float
+    merged_difference: float
+    history: History
+
+
+def compare(
+    train_labels: Tensor, labels: Tensor, frozen: Tensor, adapted: Tensor, head_values: int, dvora_values: int
+) -> Comparison:
+    """Score the predictions for the test sentences.
+
+    Args:
+        train_labels: (M,) classes of the training sentences, for the majority.
+        labels: (N,) classes of the test sentences.
+        frozen: (N, classes) logits of the frozen model.
+        adapted: (N, classes) logits of the model with DVoRA.
+        head_values: values trained for the frozen model.
+        dvora_values: values trained for DVoRA, the head's among them.
+    """
+    majority_right = labels == train_labels.bincount().argmax()
+    frozen_right, dvora_right = frozen.argmax(1) == labels, adapted.argmax(1) == labels
+    return Comparison(
+        majority=Score("majority class", int(majority_right.sum()), len(labels), 0),
+        frozen=Score("frozen, trained head", int(frozen_right.sum()), len(labels), head_values),
+        dvora=Score("DVoRA", int(dvora_right.sum()), len(labels), dvora_values),
+        only_dvora=int((dvora_right & ~frozen_right).sum()),
+        only_frozen=int((frozen_right & ~dvora_right).sum()),
+    )
+
+
+def print_findings(findings: Findings, console: Console) -> None:
+    """Print the table of accuracies and what follows from it."""
+    scores, history = findings.scores, findings.history
+    table = Table(title="Is the movie good or bad?", title_justify="left")
+    table.add_column("")
+    for heading in ("test accuracy", "95 % interval", "trained values"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for score in (scores.majority, scores.frozen, scores.dvora):
+        low, high = score.interval
+        table.add_row(score.name, f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{score.trained_values:,}")
+    console.print(table)
+    for line in (
+        f"Of {scores.dvora.count:,} test sentences, only DVoRA tells {scores.only_dvora} and only the frozen model "
+        f"{scores.only_frozen} (as uneven by chance: p = {scores.chance:.1g}).",
+        f"The adapter's file has {findings.adapter_bytes / 1e3:,.0f} kB, the model's {findings.model_bytes / 1e6:,.1f} "
+        f"MB: {findings.model_bytes / findings.adapter_bytes:,.0f} times as much.",
+        f"Loaded in a fresh process, its outputs differ by at most {findings.fresh_process_difference:.2g}; "
+        f"merged into the weights, by {findings.merged_difference:.2g}.",
+        f"Training took {history.seconds:.0f} s for {len(history.steps)} steps.",
+    ):
+        console.print(line, highlight=False)
+
+
+def print_predictions(texts: list[str], logits: Tensor, console: Console) -> None:
+    """Print each sentence with its class and that class's probability."""
+    table = Table(title="What DVoRA says", title_justify="left")
+    table.add_column("sentence", overflow="fold")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    for text, probabilities in zip(texts, logits.softmax(1), strict=True):
+        best = int(probabilities.argmax())
+        table.add_row(Text(text), CLASSES[best], f"{probabilities[best].item():.1%}")
+    console.print(table)
+
+
+def save_findings(findings: Findings, settings: Settings, seed: int, file: Path) -> None:
+    """Write the figures, and what they were measured with, as JSON."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    scores, history = findings.scores, findings.history
+    content = {
+        "versions": {"python": platform.python_version(), "dvora": dvora.__version__, **packages},
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "settings": asdict(settings),
+        "scores": {
+            name: {**asdict(score), "accuracy": score.accuracy, "interval": score.interval}
+            for name, score in (("majority", scores.majority), ("frozen", scores.frozen), ("dvora", scores.dvora))
+        },
+        "only_dvora_correct": scores.only_dvora,
+        "only_frozen_correct": scores.only_frozen,
+        "sign_test": scores.chance,
+        "adapter_bytes": findings.adapter_bytes,
+        "model_bytes": findings.model_bytes,
+        "largest_logit_difference": {
+            "fresh_process": findings.fresh_process_difference,
+            "merged": findings.merged_difference,
+        },
+        "training_seconds": round(history.seconds, 1),
+        "training_steps": len(history.steps),
+        "validation": [{"step": step, "loss": loss, "accuracy": share} for step, loss, share in history.checks],
+    }
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

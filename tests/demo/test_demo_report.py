@@ -1,0 +1,67 @@
+"""The tables, the figures' file and the picture, on small inputs."""
+
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from demo.plot import save_plot
+from demo.report import Comparison, Findings, compare, print_findings, print_predictions, save_findings
+from demo.statistics import KINDS, LayerChange
+from demo.train import History, Settings
+
+HISTORY = History(steps=[0.7, 0.6, 0.65, 0.5], checks=[(0, 0.69, 0.5), (4, 0.52, 0.75)], seconds=1.5)
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def logits(predictions: list[int]) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(predictions), 2).float()
+
+
+def comparison() -> Comparison:
+    return compare(torch.tensor([1, 1, 0]), LABELS, logits([0, 0, 0, 0]), logits([1, 1, 1, 0]), 6, 60)
+
+
+def findings() -> Findings:
+    return Findings(comparison(), 220_000, 90_000_000, 0.0, 2e-6, HISTORY)
+
+
+def test_compare_counts() -> None:
+    scores = comparison()
+    assert (scores.majority.correct, scores.frozen.correct, scores.dvora.correct) == (2, 2, 3)
+    assert (scores.only_dvora, scores.only_frozen) == (2, 1)
+    assert (scores.frozen.trained_values, scores.dvora.trained_values) == (6, 60)
+
+
+def test_the_table_has_every_figure() -> None:
+    console = Console(width=200, record=True, quiet=False)
+    with console.capture() as printed:
+        print_findings(findings(), console)
+    text = printed.get()
+    for figure in ("50.0%", "75.0%", "60", "220 kB", "90.0 MB: 409 times", "at most 0;", "by 2e-06", "2 s for 4 steps"):
+        assert figure in text, figure
+
+
+def test_predictions_show_the_sentence_as_it_is() -> None:
+    console = Console(width=200)
+    with console.capture() as printed:
+        print_predictions(["[bold]brackets[/bold]"], torch.tensor([[0.0, 3.0]]), console)
+    assert "[bold]brackets[/bold]" in printed.get()
+    assert "good" in printed.get()
+    assert "95.3%" in printed.get()
+
+
+def test_the_file_can_be_read_back(tmp_path: Path) -> None:
+    settings = Settings(1, 32, 1e-2, 1e-3, 1e-3, 0.1, 4)
+    save_findings(findings(), settings, 7, tmp_path / "result.json")
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["seed"] == 7
+    assert content["scores"]["dvora"]["accuracy"] == 0.75
+    assert content["settings"]["batch"] == 32
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    changes = [LayerChange(layer, kind, 0.01, 2.0) for layer in range(2) for kind in KINDS.values()]
+    save_plot(HISTORY, changes, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
