@@ -74,8 +74,8 @@ def demo(result: dict[str, Any]) -> str:
         f"The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} kB, the model's "
         f"{result['model_bytes'] / 1e6:,.1f} MB. Loaded in a fresh process its outputs differ by "
         f"{differences['fresh_process']:.2g}; merged into the weights, by {differences['merged']:.2g}. Both "
-        "models are read through the same kind of head, and DVoRA starts from the frozen model's. One seed and one data "
-        "set: a demonstration, not evidence about the method.",
+        "models are read through the same kind of head, and DVoRA starts from the frozen model's. One seed and one "
+        "data set: a demonstration, not evidence about the method.",
         "",
         "![Training and validation curves; what training did to magnitude and direction of each layer](demo/curve.png)",
     ]
