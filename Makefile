@@ -26,6 +26,7 @@ lint: setup
 
 bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness
+	$(PY) -m demo --record
 
 docs: setup  ## write the README's tables from the committed results
 	$(PY) -m benchmarks.readme

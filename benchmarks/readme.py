@@ -12,7 +12,7 @@ from benchmarks.exactness import RESULT as EXACTNESS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DEMO = ROOT / "demo" / "result.json"
+DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
 
 def updated(readme: str) -> str:
@@ -58,7 +58,7 @@ def demo(result: dict[str, Any]) -> str:
     scores, differences = result["scores"], result["largest_logit_difference"]
     lines = [
         f"Good or bad? {scores['dvora']['count']:,} movie reviews that training did not see "
-        f"(`demo/result.json`; torch {result['versions']['torch'].partition('+')[0]}, {result['threads']} threads, "
+        f"(`benchmarks/results/demo.json`; torch {result['versions']['torch'].partition('+')[0]}, {result['threads']} threads, "
         f"seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
         "",
         "| | test accuracy | 95 % interval (Wilson) | trained values |",
