@@ -58,8 +58,8 @@ def demo(result: dict[str, Any]) -> str:
     scores, differences = result["scores"], result["largest_logit_difference"]
     lines = [
         f"Good or bad? {scores['dvora']['count']:,} movie reviews that training did not see "
-        f"(`benchmarks/results/demo.json`; torch {result['versions']['torch'].partition('+')[0]}, {result['threads']} threads, "
-        f"seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
+        f"(`benchmarks/results/demo.json`; torch {result['versions']['torch'].partition('+')[0]}, "
+        f"{result['threads']} threads, seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
         "",
         "| | test accuracy | 95 % interval (Wilson) | trained values |",
         "|---|---|---|---|",
