@@ -225,7 +225,6 @@ class AdaptedWeight(nn.Module):
         if recurse:
             self.shared._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
-        self._measured = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
