@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+# Debian splits the part of venv that brings pip into a package of its own.
+BARE_VENV := { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 
 .PHONY: setup demo test lint bench docs
 
 setup: $(READY)
 
 $(READY): pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || $(BARE_VENV)
 	$(PY) -m pip install --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
