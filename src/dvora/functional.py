@@ -18,6 +18,7 @@ Dimensions: T tokens, I in, O out, R rank, K = min(R, I). lambda_b, lambda_d and
 (arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
 """
 
+from contextlib import nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -144,10 +145,9 @@ def gain_minus_one(
         beta: of `row_scale`.
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
-    w = constants.w
-    eps, s = relative_norm(constants, B, vectors.lambda_d, beta)
-    if detach_norm:
-        w, eps, s = w.detach(), eps.detach(), s.detach()
+    with torch.no_grad() if detach_norm else nullcontext():
+        eps, s = relative_norm(constants, B, vectors.lambda_d, beta)
+    w = constants.w.detach() if detach_norm else constants.w
     live = w > 0
     mu = vectors.magnitude / torch.where(live, w, 1.0) - 1
     return torch.where(live, (mu - eps / (1 + s)) / s, 0.0)
