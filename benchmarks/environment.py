@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import torch
 
-_PACKAGES = ("torch", "numpy", "peft", "transformers")
+_PACKAGES = ("dvora", "torch", "numpy", "peft", "transformers")
 
 
 def environment() -> dict[str, object]:

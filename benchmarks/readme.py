@@ -56,10 +56,11 @@ def exactness(result: dict[str, Any]) -> str:
 def demo(result: dict[str, Any]) -> str:
     """The demo's table and what it found out, with its picture."""
     scores, differences = result["scores"], result["largest_logit_difference"]
+    environment = result["environment"]
     lines = [
         f"Good or bad? {scores['dvora']['count']:,} movie reviews that training did not see "
-        f"(`benchmarks/results/demo.json`; torch {result['versions']['torch'].partition('+')[0]}, "
-        f"{result['threads']} threads, seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
+        f"(`benchmarks/results/demo.json`; torch {environment['torch']}, {environment['threads']} "
+        f"threads, seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
         "",
         "| | test accuracy | 95 % interval (Wilson) | trained values |",
         "|---|---|---|---|",

@@ -1,18 +1,15 @@
 """What the demo found: the figures, their tables on the screen and their file."""
 
 import json
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-import dvora
+from benchmarks.environment import environment
 from demo.model import CLASSES
 from demo.statistics import sign_test, wilson
 from demo.train import History, Settings
@@ -124,11 +121,9 @@ def print_predictions(texts: list[str], logits: Tensor, console: Console) -> Non
 
 def save_findings(findings: Findings, settings: Settings, seed: int, file: Path) -> None:
     """Write the figures, and what they were measured with, as JSON."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
     scores, history = findings.scores, findings.history
     content = {
-        "versions": {"python": platform.python_version(), "dvora": dvora.__version__, **packages},
-        "threads": torch.get_num_threads(),
+        "environment": environment(),
         "seed": seed,
         "settings": asdict(settings),
         "scores": {

@@ -121,11 +121,7 @@ class AdaptedWeight(nn.Module):
             rows = max(1, _SET_UP_VALUES // max(1, self.in_features))
             parts = [self._measure(part) for part in weight.detach().split(rows)]
             w, self.coordinates, self.rest_squared = (torch.cat(part) for part in list(zip(*parts, strict=True))[:3])
-            if not w.isfinite().all():
-                raise ValueError(
-                    f"{self.name}: {int((~w.isfinite()).sum())} of {self.out_features} rows of the base weight have no "
-                    "finite norm (NaN, infinity or overflow); repair the base model before adapting it"
-                )
+            check_norms(w, self.name)
             self.w = w
         self._measured = _State.of(weight)
 
@@ -249,6 +245,19 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise TypeError(f"{name}: the base weight has shape {tuple(weight.shape)}; DVoRA adapts matrices")
     if weight.is_meta:
         raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
+
+
+def check_norms(w: Float[Tensor, "O"], name: str) -> None:
+    """Refuse a base weight with a row norm that is not finite, naming the layer.
+
+    Raises:
+        ValueError: a norm is NaN or infinite.
+    """
+    if not w.isfinite().all():
+        raise ValueError(
+            f"{name}: {int((~w.isfinite()).sum())} of {len(w)} rows of the base weight have no finite norm "
+            "(NaN, infinity or overflow); repair the base model before adapting it"
+        )
 
 
 def checked_rank(rank: int) -> int:

@@ -211,9 +211,8 @@ def gain(
         direction: "unit" or "weight".
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
-    constants = constants or norm_constants(weight, *decompose(A))
-    beta = row_scale(vectors.lambda_b, constants.w, scaling, direction)
-    return 1 + gain_minus_one(vectors, constants, B, beta, detach_norm)
+    _, g1 = _row_terms(weight, A, B, vectors, constants, scaling, direction, detach_norm)
+    return 1 + g1
 
 
 def dvora_linear(
@@ -230,9 +229,7 @@ def dvora_linear(
     detach_norm: bool = False,
 ) -> Float[Tensor, "*T O"]:
     """`torch.nn.functional.linear(x, weight, bias)` with the weight adapted. Other arguments as for `gain`."""
-    constants = constants or norm_constants(weight, *decompose(A))
-    beta = row_scale(vectors.lambda_b, constants.w, scaling, direction)
-    g1 = gain_minus_one(vectors, constants, B, beta, detach_norm)
+    beta, g1 = _row_terms(weight, A, B, vectors, constants, scaling, direction, detach_norm)
     z = x @ A.to(x.dtype).T
     update = (1 + g1) * beta * ((z * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T)
     return combine(torch.nn.functional.linear(x, weight, bias), update, g1, bias)
@@ -249,9 +246,7 @@ def delta_weight(
     direction: Direction = "unit",
 ) -> Float[Tensor, "O I"]:
     """`W' - W`, dense, in the dtype of the vectors. Arguments as for `gain`."""
-    constants = constants or norm_constants(weight, *decompose(A))
-    beta = row_scale(vectors.lambda_b, constants.w, scaling, direction)
-    g1 = gain_minus_one(vectors, constants, B, beta)
+    beta, g1 = _row_terms(weight, A, B, vectors, constants, scaling, direction, detach_norm=False)
     return rescaled_delta(weight, A, B, vectors.lambda_d, beta, g1)
 
 
@@ -268,3 +263,19 @@ def merged_weight(
     """`W'`, dense, in the dtype of the vectors; W to the last bit if untrained. Arguments as for `gain`."""
     delta = delta_weight(weight, A, B, vectors, constants, scaling=scaling, direction=direction)
     return weight.to(delta.dtype) + delta
+
+
+def _row_terms(
+    weight: Float[Tensor, "O I"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    vectors: Vectors,
+    constants: NormConstants | None,
+    scaling: float,
+    direction: Direction,
+    detach_norm: bool,
+) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+    """`beta` and `g - 1` of every row, from the whole layer."""
+    constants = constants or norm_constants(weight, *decompose(A))
+    beta = row_scale(vectors.lambda_b, constants.w, scaling, direction)
+    return beta, gain_minus_one(vectors, constants, B, beta, detach_norm)

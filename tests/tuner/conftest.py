@@ -1,9 +1,6 @@
 """Settings of the tests of the PEFT method."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 # PEFT 0.21 asks transformers 5 for a flag by its old name, in every `get_peft_model`; only PEFT can change that.
 _PEFT_ASKS_BY_THE_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -13,12 +10,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tuner" in item.path.parts:
             item.add_marker(pytest.mark.filterwarnings(_PEFT_ASKS_BY_THE_OLD_NAME))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, which wait a hundred times longer for each other than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from ..adapted_weight import check_weight
+from ..adapted_weight import check_norms, check_weight
 from ..functional import row_norm
 from ..generator import uniform_row
 from ..merging import check_can_be_set
@@ -67,8 +67,9 @@ def check_targets(targets: Mapping[str, nn.Module], config: DVoRAConfig, model: 
 
 def names_found(names: Iterable[str], model: nn.Module) -> set[str]:
     """Those of the target names that some module has."""
-    existing = [f".{name}" for name, _ in model.named_modules()]
-    return {name for name in names if any(each.endswith(f".{name}") for each in existing)}
+    paths = [name.split(".") for name, _ in model.named_modules()]
+    endings = {".".join(path[start:]) for path in paths for start in range(len(path))}
+    return endings.intersection(names)
 
 
 def check_layers(targets: Mapping[str, nn.Module], config: DVoRAConfig) -> dict[str, list[float]]:
@@ -193,11 +194,7 @@ def _matrix(layer: nn.Module, name: str) -> Tensor:
 def _probes(matrix: Tensor, name: str) -> list[float]:
     """The norm of W, and products `u^T W v` with random vectors: of the norm's size, and other for another W."""
     norms = row_norm(matrix)
-    if not norms.isfinite().all():
-        raise ValueError(
-            f"{name}: {int((~norms.isfinite()).sum())} of {len(norms)} rows of the base weight have no finite norm "
-            "(NaN, infinity or overflow); repair the base model before adapting it"
-        )
+    check_norms(norms, name)
     u, v = (
         torch.from_numpy(np.stack([uniform_row(_PROBE_SEED, stream, k, size) for k in range(_PROBES)])).to(norms)
         for stream, size in zip((_ROW_STREAM, _COLUMN_STREAM), matrix.shape, strict=True)

@@ -1,5 +1,6 @@
 """Makes the method known to PEFT under the name "DVORA"."""
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from .config import DVoRAConfig
@@ -23,6 +24,6 @@ def extend_peft_type() -> None:
 
 def register() -> None:
     """Register config and model with PEFT; does nothing the second time."""
-    if NAME not in PeftType.__members__:
-        extend_peft_type()
+    extend_peft_type()
+    if NAME not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=DVoRAConfig, model_cls=DVoRAModel, prefix=DVoRAModel.prefix)
