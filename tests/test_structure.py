@@ -45,6 +45,7 @@ ORDER = [
     "tuner.mixed_batch",
     "tuner.loading",
     "tuner.saving",
+    "tuner.hotswap",
     "tuner.model",
     "tuner.registration",
     "tuner",

@@ -76,11 +76,9 @@ def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Se
     if new in configs:
         raise ValueError(f"adapter_name: there is an adapter {new!r} already; delete it first, or choose another name")
     first, *others = (configs[name] for name in names)
-    trained = [name for name in names if configs[name].modules_to_save or configs[name].bias != "none"]
-    if trained:
-        raise ValueError(
-            f"adapter {trained[0]!r} trains biases or whole modules too (bias, modules_to_save). {INSTEAD}"
-        )
+    for name in names:
+        if configs[name].bias != "none" or configs[name].modules_to_save or configs[name].trainable_token_indices:
+            raise ValueError(f"adapter {name!r} trains biases, tokens or whole modules too. {INSTEAD}")
     for other, name in zip(others, names[1:], strict=True):
         for setting in ("projection_seed", "projection_init"):
             if getattr(first, setting) != getattr(other, setting):

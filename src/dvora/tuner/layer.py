@@ -14,7 +14,7 @@ from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, readable_weight, stored_weight
+from .base import bias_of, check_gradient, check_mergeable, check_rows, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
 from .operating_weight import device_of, keep_differentiable, read_bias
 from .vectors import VECTORS, Strength, VectorDict
@@ -25,6 +25,8 @@ BASE = "__base__"
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
     """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
+
+    `probes` are those of the base weight, by which files recognise it.
 
     Args:
         base_layer: a layer that `kinds.kind_of` knows.
@@ -68,6 +70,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._original: Tensor | None = None
+        self.probes: list[float] = []
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
@@ -220,16 +223,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return summed.movedim(-1, features)
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"{self.name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; "
-                "pass one name a row"
-            )
-        if self.merged:
-            raise ValueError(
-                f"{self.name}: adapter_names cannot be used while adapters are merged ({self.merged_adapters}); "
-                "call unmerge_adapter first"
-            )
+        check_rows(adapter_names, x, self.merged_adapters, self.name)
         base_output: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return base_output
@@ -289,6 +283,10 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()
+
+
+class DVoRALinear(DVoRALayer):
+    """Over a linear layer; PEFT finds those of "all-linear" by the name of their class."""
 
 
 def layers_in(model: nn.Module) -> list[DVoRALayer]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..functional import Vectors
 from .checks import check_targets, check_weights
-from .combining import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
+from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injection import add_adapter, projections_of
 from .layer import DVoRALayer, layers_in
@@ -29,6 +29,8 @@ from .merging import merge_model, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .saving import as_saved, from_saved
 from .targets import find_targets, matches, names_found, wrap
+
+_COMPILED = "_orig_mod."
 
 
 class DVoRAModel(BaseTuner):
@@ -69,19 +71,20 @@ class DVoRAModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Check everything first, then let PEFT replace the targeted layers. The caller's config is not changed."""
-        config = own_config(copy.deepcopy(self.peft_config[adapter_name]))
+        """Check everything first, then let PEFT replace the targeted layers."""
+        config = own_config(self.peft_config[adapter_name])
         config.check()
-        self._fill_in_targets(config, model)
-        resolved = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
+        filled = self._with_targets(config, model)
         if state_dict is None:
+            resolved = _maybe_include_all_linear_layers(copy.deepcopy(filled), model)
             targets = find_targets(model, lambda name: bool(self._check_target_module_exists(resolved, name)), config)
-            check_targets(targets, config, model)
+            check_targets(targets, filled, model)
         else:
-            named = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-            targets = find_targets(model, named.__contains__, config)
-        config.base_probes = check_weights(targets, config)
-        self.peft_config[adapter_name] = config
+            named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
+            targets = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
+        probes = check_weights(targets, filled)
+        # PEFT keeps the caller's object, and writes into it itself.
+        config.target_modules = filled.target_modules
         super().inject_adapter(
             model,
             adapter_name,
@@ -89,6 +92,8 @@ class DVoRAModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        for layer in layers_of(model, adapter_name):
+            layer.probes = probes[layer.name]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.
@@ -201,17 +206,19 @@ class DVoRAModel(BaseTuner):
         self._check_merge_allowed()
         merge_model(self.model, self.active_adapters if adapter_names is None else adapter_names, keep_original)
 
-    def _fill_in_targets(self, config: DVoRAConfig, model: nn.Module) -> None:
-        """PEFT's default targets of the architecture, where the user names none: those of them that exist."""
+    def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:
+        """The configuration with PEFT's targets for the architecture where the user names none: those that exist."""
+        config = copy.deepcopy(config)
         if config.target_modules is None:
             model_config = self.get_model_config(model)
             named_otherwise = config.target_parameters or config.magnitude_modules
             if named_otherwise and model_config.get("model_type") not in self.target_module_mapping:
                 config.target_modules = set()
-                return
+                return config
             self._prepare_adapter_config(config, model_config)
             if isinstance(config.target_modules, set):
                 config.target_modules = names_found(config.target_modules, model)
+        return config
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -265,7 +272,7 @@ class DVoRAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         vectors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return as_saved(model, own_config(config), vectors)
+        return as_saved(model, own_config(config), adapter_name, vectors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -106,6 +106,10 @@ class ParamWrapper(DVoRALayer):
         return getattr(modules["base_layer"], name)
 
 
+class ReadLinear(ParamWrapper):
+    """Over a linear layer that is read; PEFT finds those of "all-linear" by the name of their class."""
+
+
 def is_read(layer: nn.Module) -> bool:
     """Whether a layer is read by the module around it instead of called."""
     return isinstance(layer, READ_BY_ATTENTION)

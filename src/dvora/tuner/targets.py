@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..layouts import ROWS
 from ..shapes import Float
 from ..validation import check_weight
+from . import operations
 from .base import readable_weight, stored_weight
 from .config import DVoRAConfig
 from .kinds import LayerKind, is_initialized, kind_of, parameter_kind
-from .layer import DVoRALayer
-from .parameters import ParamWrapper, is_read, projections_of, wrapped
+from .layer import DVoRALayer, DVoRALinear
+from .parameters import ParamWrapper, ReadLinear, is_read, projections_of, wrapped
 
 
 class Target(NamedTuple):
@@ -92,7 +93,12 @@ def wrap(module: nn.Module, name: str, parameter_name: str | None = None) -> tup
         return module, layers + added
     if isinstance(module, DVoRALayer):
         return module, [module]
-    layer = ParamWrapper(base, "weight", name, LayerKind(ROWS, None)) if is_read(base) else DVoRALayer(base, name)
+    if is_read(base):
+        layer: DVoRALayer = ReadLinear(base, "weight", name, LayerKind(ROWS, None))
+    elif kind_of(base, name).low_rank is operations.linear:
+        layer = DVoRALinear(base, name)
+    else:
+        layer = DVoRALayer(base, name)
     return layer, [layer]
 
 
