@@ -37,6 +37,17 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, self.dequantised(), self.bias)
 
 
+class HiddenBiasLinear(PackedLinear):
+    """A layer that keeps its bias under a name of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.register_buffer("offset", self._buffers.pop("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantised(), self.offset)
+
+
 class InferenceOnlyLinear(PackedLinear):
     """A kernel without a backward."""
 
@@ -169,6 +180,7 @@ BASES: dict[str, Base] = {
     "hqq_4bit_bfloat16": Base(partial(_hqq, bits=4, compute=torch.bfloat16), _hqq_weight, **_BFLOAT16),
     "forward_only": Base(PackedLinear, _packed_weight),
     "forward_only_float16": Base(PackedLinear, _packed_weight, **_FLOAT16),
+    "forward_only_hidden_bias": Base(HiddenBiasLinear, _packed_weight),
     "inference_only": Base(InferenceOnlyLinear, _packed_weight, differentiable=False),
 }
 PLAIN = ("bfloat16", "float16")

@@ -86,6 +86,16 @@ def test_a_trained_adapter_gives_the_outputs_of_the_dense_reference(kind: str, d
     assert worst_difference(output(model, kind), expected) < 3 * tolerance
 
 
+@pytest.mark.parametrize("kind", [kind for kind in QUANTISED if "hidden_bias" not in kind])
+def test_the_bias_may_change(kind: str) -> None:
+    model, plain = trained(kind), wide()
+    with torch.no_grad():
+        for layer in (model.base_model.model.lin0.base_layer, plain.lin0):
+            layer.bias.add_(1)
+    expected = dense_twin(model, plain, kind)(inputs(BASES[kind]).double())
+    assert worst_difference(output(model, kind), expected) < 3 * BASES[kind].tolerance
+
+
 @pytest.mark.parametrize("detach_norm", [False, True])
 @pytest.mark.parametrize("kind", TRAINABLE)
 def test_gradients_are_those_of_the_dense_reference(kind: str, detach_norm: bool) -> None:

@@ -93,6 +93,17 @@ def test_a_base_that_ran_before_can_be_trained(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pass_through_layers_that_are_not_adapted_after_an_eval_pass(kind: str) -> None:
+    model = get_peft_model(quantised(wide(), kind), DVoRAConfig(r=8, target_modules=["lin0"]))
+    train_vectors(model)
+    expected = gradients(model.train(), inputs(BASES[kind]))
+    eval_passes(model, kind)
+    again = gradients(model.train(), inputs(BASES[kind]))
+    assert again.keys() == expected.keys()
+    assert all(same_bits(value, expected[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_eval_outputs_are_the_same_before_and_after_saving_the_whole_model(kind: str) -> None:
     """Saving makes bitsandbytes undo the rewriting, which rounds."""
     model = trained(kind)
