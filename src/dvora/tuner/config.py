@@ -132,6 +132,8 @@ class DVoRAConfig(PeftConfig):
     def strength_of(self, layer_name: str) -> float:
         """The strength of a layer: `strength`, or its entry there, else 1."""
         if isinstance(self.strength, dict):
+            if layer_name in self.strength:
+                return self.strength[layer_name]
             return self.strength.get(get_pattern_key(list(self.strength), layer_name), 1.0)
         return self.strength
 

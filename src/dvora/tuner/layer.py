@@ -17,11 +17,10 @@ from ..shapes import Float
 from .base import bias_of, check_gradient, check_mergeable, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
 from .operating_weight import device_of, keep_differentiable, read_bias
-from .vectors import Strength, VectorDict
+from .vectors import VECTORS, Strength, VectorDict
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
-VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
@@ -274,6 +273,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)
         # A cast changes the base's values, and a graph compiled next cannot notice.
         if self._stored_dtype() != dtype:
+            self._original = None if self._original is None else self._original.to(self._stored_dtype())
             self._follow_base()
         return self
 
@@ -287,11 +287,13 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             for name in self.dvora_adapted:
                 self.adapted(name).follow(self.unmerged())
 
-    def extra_repr(self) -> str:
-        return "" if self.parameter_name == "weight" else f"parameter_name={self.parameter_name!r}"
-
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()
+
+
+def layers_in(model: nn.Module) -> list[DVoRALayer]:
+    """All adapted layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
 
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:

@@ -84,6 +84,9 @@ class ParamWrapper(DVoRALayer):
         assert isinstance(weight, Tensor)
         return weight
 
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
     def _path(self) -> str:
         """The parameter's name as seen from the base layer, which may be a wrapper itself."""
         depth, module = 0, self.base_layer
