@@ -243,7 +243,7 @@ class DVoRAModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = own_config(peft_config)
-        wrapper, layers = wrap(target, current_key, parameter_name)
+        wrapper, layers = wrap(target, current_key, parameter_name, parent)
         for layer in layers:
             add_adapter(layer, adapter_name, config, self._measured[layer.name], self.active_adapters)
         if wrapper is not target and any(other.disable_adapters for other in layers_in(self.model)):
