@@ -120,8 +120,8 @@ def _check_linear(forward: _Forward, weight: Float[Tensor, "O I"], zero: Float[T
     distance = (forward.products(x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
     if not distance <= TOLERANCE:
         raise TypeError(
-            f"{name} of type {type(forward.layer).__name__} is not linear in its inputs (off by {float(distance):.1%}), so it "
-            "has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
+            f"{name} of type {type(forward.layer).__name__} is not linear in its inputs (off by {float(distance):.1%}): "
+            "it has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
         )
 
 
