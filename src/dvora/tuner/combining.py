@@ -139,4 +139,5 @@ def _summed(layer: DVoRALayer, names: Sequence[str], shares: Sequence[float]) ->
         Part(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
         for name, share in zip(names, shares, strict=True)
     ]
-    return weighted_sum(parts, layer.stored(), layer.adapted(names[0]))
+    weight = layer.unmerged() if layer.kind.has_weight else None
+    return weighted_sum(parts, weight, layer.adapted(names[0]))
