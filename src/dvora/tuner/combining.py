@@ -48,7 +48,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
     merged = [layer.name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
         raise ValueError(
-            f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter before set_strength"
+            f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter first"
         )
     for layer in layers:
         key = get_pattern_key(list(by_layer), layer.name)
