@@ -66,6 +66,14 @@ class ParamWrapper(DVoRALayer):
         weight = self.adapted_weight()
         if weight is self.stored():
             return self.base_layer(*args, **kwargs)
+        module = vars(self.get_base_layer())
+        if self.parameter_name in module:
+            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter put in its place.
+            own, module[self.parameter_name] = module[self.parameter_name], weight
+            try:
+                return self.base_layer(*args, **kwargs)
+            finally:
+                module[self.parameter_name] = own
         return functional_call(self.base_layer, {self._path(): weight}, args, kwargs, tie_weights=False)
 
     def unload_and_optionally_merge_module(
