@@ -129,12 +129,12 @@ class UnfusedLinear(DVoRALinear):
     @property
     def weight(self) -> Tensor:
         """The base's weight; while adapters are at work, one without values, which fused operations decline."""
-        stored = self.stored()
-        assert stored is not None
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
         at_work = any(name in self.dvora_adapted for name in self.active_adapters)
         if self.disable_adapters or self.merged or not at_work:
-            return stored
-        return torch.empty_like(stored, device="meta")
+            return weight
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
 def is_read(layer: nn.Module) -> bool:
