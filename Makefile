@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # Debian splits the part of venv that brings pip into a package of its own.
 BARE_VENV := { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 
-.PHONY: setup demo test lint bench docs
+.PHONY: setup demo test conformance lint bench docs
 
 setup: $(READY)
 
@@ -20,6 +20,9 @@ demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of yo
 
 test: setup
 	$(PY) -m pytest
+
+conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record for the figures
+	$(PY) -m conformance $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

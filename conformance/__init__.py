@@ -1,0 +1,1 @@
+"""PEFT's own generic tests, run on DVoRA."""

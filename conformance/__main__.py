@@ -1,0 +1,58 @@
+"""Run PEFT's own tests on DVoRA, offline, on tiny models.
+
+python -m conformance [--record] [options and tests for pytest]
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.fetch import FetchError
+from conformance.hub import build_hub
+from conformance.source import copy_tests
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+BUILD = ROOT / "build" / "conformance"
+TESTS = BUILD / "peft" / "tests"
+RECORD = ROOT / "benchmarks" / "results" / "conformance.json"
+FILES = (
+    "test_config.py",
+    "test_custom_models.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_low_level_api.py",
+    "test_mapping.py",
+    "test_seq_classifier.py",
+    "test_target_parameters.py",
+    "test_token_classification_qa.py",
+    "test_tuners_utils.py",
+    "test_vision_models.py",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Fetch the tests, make the models, run pytest; its exit status."""
+    copy_tests(TESTS)
+    build_hub(BUILD / "hub")
+    whole = [argument for argument in arguments if argument != "--record"]
+    if len(whole) < len(arguments):
+        if whole:
+            sys.exit("--record is for a whole run: leave the other arguments out")
+        whole = [f"--record={RECORD}"]
+    chosen = whole if any(argument.startswith("test_") for argument in whole) else [*whole, *FILES]
+    command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(TESTS), *chosen]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    offline = {"HF_HOME": str(BUILD / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    # Which tests PEFT skips depends on the devices that it finds.
+    on_cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=TESTS, env=os.environ | offline | on_cpu, check=False).returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except FetchError as error:
+        sys.exit(str(error))
