@@ -23,7 +23,7 @@ from ..validation import (
     checked_strength,
     fits_float32,
 )
-from .files import check_readable
+from .files import check_biases, keys_in
 
 BIASES = ("none", "all", "dvora_only")
 
@@ -63,8 +63,7 @@ class DVoRAConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: name of the module list those indices refer to.
         init_weights: start as the identity. False starts from random vectors, for tests.
-        fan_in_fan_out: accepted for likeness with PEFT's other methods; the layout of a weight follows from its
-            layer's type.
+        fan_in_fan_out: accepted as by PEFT's other methods; the layout of a weight follows from its layer's type.
         projection_format: version of the projections' format; filled in, and checked on loading.
         projection_fingerprint: hash of the projections; filled in, and checked on loading.
         base_probes: norm and eight random projections of each adapted base weight; written into files, and checked on
@@ -133,7 +132,9 @@ class DVoRAConfig(PeftConfig):
             TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
         """
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        check_readable(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        keys = keys_in(Path(pretrained_model_name_or_path, subfolder or ""))
+        if isinstance(config, DVoRAConfig):
+            check_biases(keys, config.bias, config.modules_to_save or ())
         return config
 
     @classmethod

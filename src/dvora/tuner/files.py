@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-def check_readable(folder: Path) -> None:
-    """Refuse a damaged file of values. PEFT reads the values only after it has put the adapter into the model.
+def keys_in(folder: Path) -> Collection[str]:
+    """The names in a folder's file of values. PEFT reads it only after it has put the adapter into the model.
 
     Args:
         folder: of the adapter; without a file of values in it, they are elsewhere.
@@ -24,20 +25,39 @@ def check_readable(folder: Path) -> None:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if file.is_file():
         try:
-            with safe_open(file, "pt"):
-                return
+            with safe_open(file, "pt") as values:
+                return list(values.keys())
         except SafetensorError as error:
             raise SafetensorError(f"{file} cannot be read: {error}") from error
     if file.exists():
         raise ValueError(f"{file} is not a file")
-    if (folder / WEIGHTS_NAME).exists():
-        _check_pickle(folder / WEIGHTS_NAME)
+    return _pickled_keys(folder / WEIGHTS_NAME) if (folder / WEIGHTS_NAME).exists() else ()
 
 
-def _check_pickle(file: Path) -> None:
+def check_biases(keys: Collection[str], bias: str, modules_to_save: Collection[str]) -> None:
+    """Refuse biases of the base model that an adapter does not train: they would overwrite the base's in silence.
+
+    Args:
+        keys: of a file of values.
+        bias: which biases the adapter trains, "none", "all" or "dvora_only".
+        modules_to_save: modules that are trained whole.
+
+    Raises:
+        ValueError: the file holds others.
+    """
+    adapted = {key.rpartition(".dvora_")[0] for key in keys}
+    trained = {f"{layer}.base_layer.bias" for layer in adapted} if bias == "dvora_only" else set()
+    for key in () if bias == "all" else keys:
+        saved_whole = any(f".{module}." in key for module in modules_to_save)
+        if key.endswith(".bias") and key not in trained and not saved_whole:
+            raise ValueError(f"the adapter's file has {key!r}, which its configuration does not train (bias={bias!r})")
+
+
+def _pickled_keys(file: Path) -> Collection[str]:
     try:
         tensors = torch.load(file, "cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be read as tensors: {error}") from error
     if not (isinstance(tensors, dict) and all(type(tensor) is Tensor for tensor in tensors.values())):
         raise ValueError(f"{file} does not hold tensors by name")
+    return list(map(str, tensors))

@@ -10,7 +10,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .config import DVoRAConfig
 from .layer import layers_in
 from .vectors import VECTORS
 
@@ -21,13 +20,12 @@ _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
 
 def checked_values(
-    model: nn.Module, config: DVoRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor], biases: Collection[str]
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], biases: Collection[str]
 ) -> dict[str, Tensor]:
     """The entries of a loaded state dict in the model's own dtypes, checked but for their shapes.
 
     Args:
         model: with the adapter injected.
-        config: of the adapter.
         adapter_name: its name.
         state_dict: keys as in the model's own state dict, those of biases perhaps with PEFT's prefix.
         biases: names of the biases that the adapter trains.
@@ -37,11 +35,12 @@ def checked_values(
     """
     values = model.state_dict()
     own = {key for key in values if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
-    others = {*biases, *_further_keys(model, adapter_name)}
+    # Biases of the base are taken from a state dict at hand, as in PEFT; `files.check_biases` refuses them in a file.
+    base_biases = (key for key in outside_saved_modules(model) if key.endswith(".bias"))
+    others = {*biases, *base_biases, *_further_keys(model, adapter_name)}
     loaded = {key if key in values else key.removeprefix(_PEFT_PREFIX): value for key, value in state_dict.items()}
-    if config.bias == "all":
-        # PEFT saves the biases of modules_to_save a second time, under names that loading has no use for.
-        loaded = {key: value for key, value in loaded.items() if key in others or not _SECOND_BIAS.search(key)}
+    # With bias="all" PEFT saves those of modules_to_save a second time, under names that loading has no use for.
+    loaded = {key: value for key, value in loaded.items() if key in others or not _SECOND_BIAS.search(key)}
     unknown = [key for key in loaded if key not in own and key not in others]
     if vectors := [key for key in unknown if _VECTOR.search(key)]:
         raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(vectors)}")

@@ -281,7 +281,7 @@ class DVoRAModel(BaseTuner):
         vectors = from_saved(model, own_config(config), state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
         biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config)
-        checked = checked_values(model, own_config(config), adapter_name, remapped, biases.keys())
+        checked = checked_values(model, adapter_name, remapped, biases.keys())
         if not any(isinstance(module, DVoRAModel) for module in model.modules()):
             check_shapes(model, checked)
         return checked
