@@ -23,3 +23,7 @@ def no_default_projections() -> Iterator[None]:
     dvora.reset_shared_matrices()
     yield
     dvora.reset_shared_matrices()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", action="store_true", help="run the randomised tests at their full length")

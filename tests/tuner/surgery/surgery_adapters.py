@@ -1,0 +1,168 @@
+"""Rules of the surgery histories: adapters are added, switched, disabled, merged and deleted."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule
+from peft import LoraConfig, get_peft_model
+from surgery_base import (
+    DTYPES,
+    NAMES,
+    SurgeryBase,
+    has_adapters,
+    has_room,
+    present,
+    several,
+    some_settings,
+    wrapper_is_usable,
+)
+from surgery_checks import check_close, forward, stored_of, take_over_merged, vectors_of
+from surgery_model import mixed
+from surgery_reference import Reference, Settings
+
+from dvora import DVoRAConfig
+
+
+class AdapterRules(SurgeryBase):
+    """Which adapters there are, and what they do to the base."""
+
+    @initialize(settings=some_settings, dtype=st.sampled_from(DTYPES), trained=st.booleans())
+    def begin(self, settings: Settings, dtype: torch.dtype, trained: bool) -> None:
+        self.count("begin")
+        self.reference = Reference.of_base(dtype)
+        self.wrap(mixed(dtype), settings, trained)
+
+    @has_room
+    @rule(settings=some_settings, trained=st.booleans())
+    def add(self, settings: Settings, trained: bool) -> None:
+        self.count("add")
+        name = self.free_name()
+        with self.unmerges():
+            self.model.add_adapter(name, settings.config())
+        self.take_over_new(name, settings, trained)
+
+    @has_adapters
+    @rule(names=several, trained=st.booleans())
+    def switch(self, names: list[str], trained: bool) -> None:
+        self.count(f"switch to {'one' if len(names) == 1 else 'several'}")
+        with self.unmerges():
+            if len(names) == 1:
+                self.model.set_adapter(names[0], inference_mode=not trained)
+            else:
+                self.model.base_model.set_adapter(names, inference_mode=not trained)
+        self.reference.activate(names, trained)
+
+    @has_adapters
+    @rule(name=present)
+    def delete(self, name: str) -> None:
+        if any(name in merged for merged in self.reference.merged.values()):
+            with self.refused("delete a merged adapter", "while they are merged"):
+                self.model.delete_adapter(name)
+            return
+        self.count("delete")
+        replaced = self.reference.active == [name] and len(self.reference.adapters) > 1
+        with pytest.warns(UserWarning, match="which is now deleted") if replaced else nullcontext():
+            self.model.delete_adapter(name)
+        self.reference.delete(name)
+
+    @has_adapters
+    @rule(names=several, trained=st.booleans())
+    def set_requires_grad(self, names: list[str], trained: bool) -> None:
+        self.count("set_requires_grad")
+        self.model.set_requires_grad(names, trained)
+        for name in names:
+            self.reference.adapters[name].trained = trained
+
+    @rule(enabled=st.booleans())
+    def enable(self, enabled: bool) -> None:
+        self.count("enable" if enabled else "disable")
+        tuner = self.model.base_model
+        tuner.enable_adapter_layers() if enabled else tuner.disable_adapter_layers()
+        self.reference.enable(enabled)
+
+    @wrapper_is_usable
+    @rule(runs=st.booleans(), fails=st.booleans())
+    def disable_for_a_while(self, runs: bool, fails: bool) -> None:
+        self.count("disable for a while")
+        was_enabled = self.reference.enabled
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), self.model.disable_adapter():
+            self.reference.enable(False)
+            if runs:
+                self.reference.unmerge()
+                with torch.no_grad():
+                    check_close(forward(self.model), self.reference.outputs(), self.reference.dtype)
+            if fails:
+                raise KeyboardInterrupt
+        if was_enabled:
+            self.reference.enable(True)
+
+    @has_adapters
+    @rule(names=st.none() | several)
+    def merge(self, names: list[str] | None) -> None:
+        self.count("merge the active adapters" if names is None else "merge some adapters")
+        with self.merging():
+            self.model.merge_adapter(names)
+        take_over_merged(lambda weight: stored_of(self.model, weight), self.reference.merge(names), self.reference)
+
+    @precondition(lambda machine: machine.reference.merged)
+    @rule()
+    def unmerge(self) -> None:
+        self.count("unmerge")
+        self.model.unmerge_adapter()
+        self.reference.unmerge()
+
+    @precondition(lambda machine: not machine.reference.merged)
+    @rule()
+    def unmerge_without_need(self) -> None:
+        self.count("unmerge without need")
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            self.model.unmerge_adapter()
+
+    @has_adapters
+    @rule(name=present)
+    def merge_what_is_not_finite(self, name: str) -> None:
+        vector = next(v for place, v in vectors_of(self.model).items() if place.adapter == name)
+        before = vector.detach().clone()
+        with torch.no_grad():
+            vector[0] = float("nan")
+            with self.merging(), self.refused("merge what is not finite", "not finite"):
+                self.model.merge_adapter([name])
+            vector.copy_(before)
+
+    @has_adapters
+    @rule(
+        ask=st.sampled_from(
+            [
+                lambda model, name: model.add_adapter(name, DVoRAConfig(r=2, target_modules=["plain.up"])),
+                lambda model, name: model.add_adapter("new", DVoRAConfig(r=2, target_modules=["plain.up", "nothing"])),
+                lambda model, name: model.add_adapter("new", LoraConfig(target_modules=["plain.up"])),
+                lambda model, name: model.set_adapter("nobody"),
+                lambda model, name: model.delete_adapter("nobody"),
+            ]
+        ),
+        name=present,
+    )
+    def ask_for_nonsense(self, ask: Callable[..., None], name: str) -> None:
+        with self.refused("nonsense", "already exists|nothing in the model is named|Cannot combine|nobody"):
+            ask(self.model, name)
+
+    @rule(merge=st.booleans(), settings=some_settings, trained=st.booleans())
+    def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
+        self.count("merge and unload" if merge else "unload")
+        with self.merging():
+            base = self.model.merge_and_unload() if merge else self.model.unload()
+        if merge:
+            take_over_merged(base.get_parameter, self.reference.merge(None), self.reference)
+        self.reference = Reference(self.reference.dtype, self.reference.stored)
+        self.saved.clear()
+        self.wrap(base, settings, trained)
+
+    def wrap(self, base: torch.nn.Module, settings: Settings, trained: bool) -> None:
+        """Adapt a plain base."""
+        self.adopt(get_peft_model(base, settings.config(), adapter_name=NAMES[0]).train())
+        self.reference.training = True
+        self.take_over_new(NAMES[0], settings, trained)
+        self.reference.activate([NAMES[0]])

@@ -1,0 +1,156 @@
+"""What the rules of the surgery histories have in common: the model, its reference, and the checks after every step."""
+
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
+from models_compared import assert_unchanged, snapshot
+from peft import PeftModel
+from surgery_checks import check_deltas, check_outputs, check_state, check_values, vectors_of
+from surgery_model import AVAILABLE, TARGETS
+from surgery_reference import VECTORS, Adapter, Place, Reference, Settings
+from torch import nn
+
+from dvora import MergePrecisionWarning
+
+NAMES = ("first", "second", "third", "fourth")
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+_targets = st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(lambda names: tuple(sorted(names)))
+some_settings = st.builds(
+    Settings,
+    targets=_targets,
+    r=st.sampled_from([3, 1, 7]),
+    alpha=st.sampled_from([None, 2.0]),
+    direction=st.sampled_from(["unit", "weight"]),
+    detach_norm=st.booleans(),
+    seed=st.sampled_from([0, 1]),
+    random_start=st.booleans(),
+    train=st.sampled_from([VECTORS, ("magnitude",), ("lambda_b", "lambda_d")] if "train" in AVAILABLE else [VECTORS]),
+    magnitude_only=st.just(()) | _targets if "magnitude_modules" in AVAILABLE else st.just(()),
+)
+
+
+def drawn(choices: Callable[["SurgeryBase"], Sequence[object]]) -> st.SearchStrategy:
+    """One of the choices that the machine has at this step."""
+    return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
+
+
+present = drawn(lambda machine: sorted(machine.reference.adapters))
+several = st.runner().flatmap(lambda m: st.lists(st.sampled_from(sorted(m.reference.adapters)), min_size=1, unique=True))
+
+has_adapters = precondition(lambda machine: bool(machine.reference.adapters))
+has_room = precondition(lambda machine: len(machine.reference.adapters) < len(NAMES))
+# PEFT's wrapper remembers one active adapter by name, also when that one was deleted and several or none are active.
+wrapper_is_usable = precondition(lambda machine: machine.model.active_adapter in machine.reference.adapters)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder, and the adapter that was saved in it."""
+
+    folder: Path
+    name: str
+    adapter: Adapter
+
+    def __repr__(self) -> str:
+        return f"<{self.name} in {self.folder.name}>"
+
+
+class SurgeryBase(RuleBasedStateMachine):
+    """`self.model` must always be what `self.reference` says."""
+
+    steps_of_histories: ClassVar[list[int]] = []
+    steps_by_rule: ClassVar[Counter[str]] = Counter()
+
+    model: PeftModel
+    reference: Reference
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.saved: list[Saved] = []
+        self.known: dict[Place, nn.Parameter] = {}
+        self.folder = tempfile.TemporaryDirectory()
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+        self.steps_of_histories.append(self.steps)
+
+    @invariant()
+    def model_is_what_the_reference_says(self) -> None:
+        if not self.steps:
+            return
+        for _ in range(2):  # no check may change anything
+            check_state(self.model, self.reference)
+            check_values(self.model, self.reference)
+            check_outputs(self.model, self.reference)
+        check_deltas(self.model, self.reference)
+        self._check_optimizers_keep_working()
+
+    def count(self, step: str) -> None:
+        """To be called by every rule."""
+        self.steps += 1
+        self.steps_by_rule[step] += 1
+
+    def free_name(self) -> str:
+        return next(name for name in NAMES if name not in self.reference.adapters)
+
+    def adopt(self, model: PeftModel) -> None:
+        """Go on with another model."""
+        self.model = model
+        self.known.clear()
+
+    def take_over_new(self, name: str, settings: Settings, trained: bool) -> None:
+        """Enter a new adapter, which starts as it has to, in the reference; move its vectors if `trained`."""
+        self.reference.add(name, settings)
+        generator = torch.Generator().manual_seed(NAMES.index(name))
+        for place, vector in vectors_of(self.model).items():
+            if place.adapter == name:
+                held = self.reference.adapters[name].vectors[place.weight]
+                start = held[place.vector]
+                assert vector.dtype == start.dtype
+                if not settings.random_start:
+                    torch.testing.assert_close(vector.detach(), start, rtol=1e-6, atol=0)
+                if trained:
+                    with torch.no_grad():
+                        vector.add_(0.3 * torch.randn(vector.shape, generator=generator))
+                held[place.vector] = vector.detach().clone()
+
+    def unmerges(self) -> AbstractContextManager[object]:
+        """The block takes merged adapters out, and says so."""
+        merged = bool(self.reference.merged)
+        return pytest.warns(UserWarning, match="Unmerging the model first") if merged else nullcontext()
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """The block may say that adapters are merged already, and what rounding took."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergePrecisionWarning)
+            for message in ("Already following adapters were merged", "All adapters are already merged"):
+                warnings.filterwarnings("ignore", message)
+            yield
+
+    @contextmanager
+    def refused(self, what: str, match: str) -> Iterator[None]:
+        """The block raises a ValueError, and nothing about the model has changed."""
+        self.count(f"refused: {what}")
+        before = snapshot(self.model)
+        with pytest.raises(ValueError, match=match):
+            yield
+        assert_unchanged(self.model, before)
+
+    def _check_optimizers_keep_working(self) -> None:
+        """The parameters of adapters stay the same objects, which is all that an optimizer knows of them."""
+        now = vectors_of(self.model)
+        assert not [place for place, parameter in self.known.items() if place in now and now[place] is not parameter]
+        self.known = now

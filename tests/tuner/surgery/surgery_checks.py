@@ -1,0 +1,153 @@
+"""Comparisons of a model under surgery with its reference."""
+
+from collections.abc import Callable
+
+import torch
+from models_compared import worst_difference
+from peft import PeftModel
+from surgery_model import TOKENS, WEIGHTS
+from surgery_reference import VECTORS, Place, Reference, loss
+from tiny import same_bits
+from torch import Tensor, nn
+
+from dvora.tuner import DVoRALayer
+
+OUTPUTS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.06}
+"""Largest error of the outputs, relative to the largest output."""
+GRADIENTS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Largest error of a gradient, relative to the norm of all gradients of its kind."""
+DELTAS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+"""Largest error of `W' - W`, relative to the largest weight: it is never computed below float32."""
+
+
+def layer_of(model: PeftModel, weight: str) -> nn.Module:
+    """The layer of the model that holds a weight of the base, adapted or not."""
+    return model.base_model.model.get_submodule(weight.rpartition(".")[0])
+
+
+def stored_of(model: PeftModel, weight: str) -> Tensor:
+    """A parameter of the base as the model holds it."""
+    layer = layer_of(model, weight)
+    base = layer.base_layer if isinstance(layer, DVoRALayer) else layer
+    return base.get_parameter(weight.rpartition(".")[2])
+
+
+def vectors_of(model: PeftModel) -> dict[Place, nn.Parameter]:
+    """All vectors that the model has."""
+    found = {}
+    for weight in WEIGHTS:
+        layer = layer_of(model, weight)
+        if isinstance(layer, DVoRALayer):
+            for vector in VECTORS:
+                held = getattr(layer, f"dvora_{vector}")
+                found |= {Place(weight, name, vector): parameter for name, parameter in held.items()}
+    return found
+
+
+def expected_vectors(reference: Reference) -> dict[Place, Tensor]:
+    """All vectors that it has to have."""
+    return {
+        Place(weight, name, vector): value
+        for name, adapter in reference.adapters.items()
+        for weight, vectors in adapter.vectors.items()
+        for vector, value in vectors.items()
+    }
+
+
+def forward(model: PeftModel, **options: object) -> Tensor:
+    """A pass through PEFT's wrapper, or past it where the wrapper remembers an adapter that was deleted."""
+    outer = model if model.active_adapter in model.peft_config else model.base_model
+    return outer(TOKENS, **options)
+
+
+def check_values(model: PeftModel, reference: Reference) -> None:
+    """Every parameter to the last bit."""
+    for name, value in reference.stored.items():
+        assert same_bits(stored_of(model, name), value), name
+    expected, actual = expected_vectors(reference), vectors_of(model)
+    assert actual.keys() == expected.keys()
+    for place, value in expected.items():
+        assert same_bits(actual[place], value), place
+
+
+def check_state(model: PeftModel, reference: Reference) -> None:
+    """What is active, merged, disabled, trained."""
+    assert list(model.peft_config) == list(reference.adapters)
+    assert model.active_adapters == reference.active
+    assert model.training == reference.training
+    for place, parameter in vectors_of(model).items():
+        assert parameter.requires_grad == reference.adapters[place.adapter].trains(place.vector), place
+    for weight in WEIGHTS:
+        assert stored_of(model, weight).requires_grad == reference.base_trained, weight
+        layer = layer_of(model, weight)
+        if isinstance(layer, DVoRALayer):
+            assert layer.merged_adapters == reference.merged.get(weight, []), weight
+            assert layer.active_adapters == reference.active, weight
+            assert layer.disable_adapters != reference.enabled, weight
+            assert same_bits(layer.unmerged_matrix(), WEIGHTS[weight].view.matrix(reference.base(weight))), weight
+
+
+def check_outputs(model: PeftModel, reference: Reference) -> None:
+    """A forward pass; where adapters are disabled it takes merged ones out again."""
+    with torch.no_grad():
+        actual = forward(model)
+    if not reference.enabled:
+        reference.unmerge()
+    check_close(actual, reference.outputs(), reference.dtype)
+
+
+def check_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Outputs of a model of `dtype`."""
+    assert actual.dtype == dtype
+    assert worst_difference(actual, expected) < OUTPUTS[dtype]
+
+
+def check_deltas(model: PeftModel, reference: Reference) -> None:
+    """`W' - W` of every adapter of every weight; this one is as accurate for a bfloat16 base."""
+    for weight in WEIGHTS:
+        for name in reference.at(weight):
+            actual = layer_of(model, weight).get_delta_weight(name)
+            expected = reference.delta(weight, name)
+            size = max(expected.abs().max(), reference.base(weight).abs().max())
+            assert (actual.double() - expected).abs().max() < DELTAS[reference.dtype] * size, (weight, name)
+
+
+def check_gradients(model: PeftModel, reference: Reference) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
+    """A backward pass; returns the reference's gradients of what is trained: vectors, weights of the base."""
+    of_vectors, of_weights = reference.gradients()
+    of_vectors = {place: g for place, g in of_vectors.items() if reference.adapters[place.adapter].trains(place.vector)}
+    model.zero_grad()
+    value = loss(forward(model))
+    if not reference.enabled:
+        reference.unmerge()
+    trained = bool(of_vectors) or reference.base_trained
+    assert value.requires_grad == trained
+    if trained:
+        value.backward()
+    actual = {place: parameter.grad for place, parameter in vectors_of(model).items() if parameter.grad is not None}
+    tolerance = GRADIENTS[reference.dtype]
+    for vector in VECTORS:
+        of_kind = {place: g for place, g in of_vectors.items() if place.vector == vector}
+        _check_gradients({p: g for p, g in actual.items() if p.vector == vector}, of_kind, tolerance)
+    weights = {w: g for w in WEIGHTS if (g := stored_of(model, w).grad) is not None}
+    of_weights = of_weights if reference.base_trained else {}
+    _check_gradients(weights, of_weights, tolerance)
+    return of_vectors, of_weights
+
+
+def _check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    size = sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
+    for key, gradient in expected.items():
+        error = float((actual[key].double() - gradient).norm())
+        assert error <= tolerance * size, (key, error / size)
+
+
+def take_over_merged(stored: Callable[[str], Tensor], changed: list[str], reference: Reference) -> None:
+    """Merged weights are exact up to the rounding of their dtype; their bits are the reference's from here on."""
+    for weight in changed:
+        actual, exact = stored(weight).detach(), reference.merged_weight(weight)
+        rounding = torch.finfo(reference.dtype).eps * exact.abs()
+        arithmetic = DELTAS[reference.dtype] * exact.abs().max()
+        assert ((actual.double() - exact).abs() <= rounding + arithmetic).all(), weight
+        reference.stored[weight] = actual.clone()

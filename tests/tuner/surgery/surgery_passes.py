@@ -1,0 +1,129 @@
+"""Rules of the surgery histories: models are trained, cast, compiled, and run with an adapter for every row."""
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule
+from surgery_base import DTYPES, SurgeryBase, has_adapters, wrapper_is_usable
+from surgery_checks import GRADIENTS, check_close, check_gradients, forward, stored_of, vectors_of
+from surgery_model import TOKENS, WEIGHTS
+from torch import Tensor
+
+BASE = "__base__"
+"""PEFT's name for "no adapter" in a batch."""
+ROWS = len(TOKENS)
+LEARNING_RATE, DAMPING = 0.05, 0.1
+
+
+class PassRules(SurgeryBase):
+    """What a model computes, forwards and backwards."""
+
+    @rule(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
+    def train(self, adam: bool, decay: float) -> None:
+        self.count("train")
+        of_vectors, of_weights = check_gradients(self.model, self.reference)
+        now = vectors_of(self.model)
+        trained = [(now[place], gradient) for place, gradient in of_vectors.items()]
+        # Merged weights are put back to what they were, so training them would be lost.
+        weights = {} if self.reference.merged else of_weights
+        trained += [(stored_of(self.model, weight), gradient) for weight, gradient in weights.items()]
+        if not trained:
+            return
+        expected = [stepped(parameter, gradient, adam, decay) for parameter, gradient in trained]
+        # An eps of the gradients' size keeps Adam's first step a smooth function of them.
+        kind, options = (torch.optim.AdamW, {"eps": DAMPING}) if adam else (torch.optim.SGD, {})
+        parameters = [parameter for parameter, _ in trained]
+        kind(parameters, lr=LEARNING_RATE, weight_decay=decay, **options).step()
+        for (parameter, _), value in zip(trained, expected, strict=True):
+            rounding = torch.finfo(parameter.dtype).eps * value.abs()
+            slack = LEARNING_RATE * GRADIENTS[self.reference.dtype] * sum(float(g.norm()) for _, g in trained)
+            assert ((parameter.double() - value).abs() <= rounding + slack).all()
+        for place in of_vectors:
+            self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
+        for weight in weights:
+            self.reference.stored[weight] = stored_of(self.model, weight).detach().clone()
+
+    @rule(trained=st.booleans())
+    def train_the_base_too(self, trained: bool) -> None:
+        self.count("train the base too" if trained else "freeze the base")
+        for weight in WEIGHTS:
+            stored_of(self.model, weight).requires_grad_(trained)
+        self.reference.base_trained = trained
+
+    @rule(dtype=st.sampled_from(DTYPES), way=st.sampled_from(["to", "to both", "move", "cpu"]))
+    def cast(self, dtype: torch.dtype, way: str) -> None:
+        self.count(f"cast to {dtype}" if way.startswith("to") else "move")
+        if way == "cpu":
+            self.model.cpu()
+        elif way == "move":
+            self.model.to("cpu")
+        else:
+            self.model.to(dtype) if way == "to" else self.model.to("cpu", dtype)
+            self.reference.cast(dtype)
+
+    @rule(training=st.booleans())
+    def set_mode(self, training: bool) -> None:
+        self.count("train mode" if training else "eval mode")
+        self.model.train(training)
+        self.reference.training = training
+
+    @wrapper_is_usable
+    @rule(data=st.data(), go_on=st.booleans())
+    def mixed_batch(self, data: st.DataObject, go_on: bool) -> None:
+        if go_on:
+            self.model.eval()
+            self.reference.training = False
+        available = st.sampled_from([BASE, *sorted(self.reference.adapters)])
+        names = data.draw(st.lists(available, min_size=ROWS, max_size=ROWS))
+        if self.reference.training:
+            with self.refused("mixed batch in training", "inference only"):
+                forward(self.model, adapter_names=names)
+        elif self.reference.merged:
+            with self.refused("mixed batch while merged", "while adapters are merged"):
+                forward(self.model, adapter_names=names)
+        else:
+            self.count("mixed batch")
+            with torch.no_grad():
+                actual = forward(self.model, adapter_names=names)
+            rows = [self.reference.outputs([n] if self.reference.enabled else [])[k] for k, n in enumerate(names)]
+            check_close(actual, torch.stack(rows), self.reference.dtype)
+
+    @wrapper_is_usable
+    @precondition(lambda machine: not machine.reference.training)
+    @rule(names=st.sampled_from([[BASE] * (ROWS + 1), [], ["nobody"] * ROWS]))
+    def mixed_batch_of_nonsense(self, names: list[str]) -> None:
+        with self.refused("mixed batch of nonsense", "entries|no adapter is named|merged"):
+            forward(self.model, adapter_names=names)
+
+    # ---- compiled
+
+    compiled_passes_left = 3
+    compiled = None
+
+    @has_adapters
+    @precondition(lambda machine: machine.compiled is None and machine.compiled_passes_left)
+    @rule(backend=st.sampled_from(["eager", "aot_eager"]))
+    def compile(self, backend: str) -> None:
+        self.count("compile")
+        torch._dynamo.reset()
+        self.compiled = torch.compile(self.model.base_model.model, backend=backend, fullgraph=True)
+
+    @invariant()
+    def compiled_model_is_what_the_reference_says(self) -> None:
+        """After the first pass, also through the changes of the next steps: compiled code has to notice them."""
+        if self.compiled is None or not self.compiled_passes_left:
+            return
+        self.compiled_passes_left -= 1
+        with torch.no_grad():
+            check_close(self.compiled(TOKENS), self.reference.outputs(), self.reference.dtype)
+
+    def adopt(self, model: torch.nn.Module) -> None:
+        super().adopt(model)
+        self.compiled = None
+
+
+def stepped(parameter: Tensor, gradient: Tensor, adam: bool, decay: float) -> Tensor:
+    """The first step of AdamW (which decays apart from the gradient) or of SGD (which does not), from the formulas."""
+    before = parameter.detach().double()
+    if adam:
+        return before * (1 - LEARNING_RATE * decay) - LEARNING_RATE * gradient / (gradient.abs() + DAMPING)
+    return before - LEARNING_RATE * (gradient + decay * before)
