@@ -1,26 +1,30 @@
 """One adapted weight without its trained vectors: projections, norm constants and hyperparameters.
 
-The plain layer and the PEFT layer both own their vectors and leave everything else to this module, so that forward
-pass, gain and merge are written once.
+The plain layer and the PEFT layers own their vectors and leave everything else to this module, so that forward pass,
+gain and merge are written once, for every way of storing a weight.
 
 The norm constants belong to one state of the base weight. They are made again when the weight was replaced, written
 to, cast or moved, and computed in every pass, with gradients, while the weight itself is trained.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import functional as F
-from .functional import DIRECTIONS, Direction, NormConstants, Vectors
+from .functional import Direction, NormConstants, Vectors
 from .gradients import LinearGradients, dvora_linear_backward
+from .layouts import ROWS, Layout
 from .precision import at_least_float32, full_precision, norm_dtype
-from .projections import SharedProjections
+from .projections import SharedProjections, decompose
 from .shapes import Float
+from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
+
+MAGNITUDE_ONLY = 0
+"""The rank of a weight whose rows are rescaled and nothing else."""
 
 _SET_UP_VALUES = 2**24
 """Values of the weight that are held in float32 at a time while the constants are made."""
@@ -44,50 +48,61 @@ class _State(NamedTuple):
 
 
 class AdaptedWeight(nn.Module):
-    """The frozen side of one adapted weight (O, I).
+    """The frozen side of one adapted weight.
+
+    Methods take the weight as the layer stores it, or None where nothing but the constants is at hand: a quantised
+    layer keeps no such tensor.
 
     Args:
-        weight: the base's, as an (O, I) matrix.
-        rank: R.
+        weight: the base's, as stored.
+        rank: R, or `MAGNITUDE_ONLY`.
         shared: the frozen projections.
         alpha: the update is scaled by `alpha / rank`; None means `rank`.
         direction: what the update is added to, the "unit" rows or the "weight".
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
+        layout: how the weight is stored.
+        skipped_column: a column of the weight's matrix that the update leaves alone: the padding entry of a table.
         name: of the layer, for error messages.
 
     Raises:
-        TypeError: the weight is not a floating matrix or `rank` is not an integer.
+        TypeError: the weight is not floating or `rank` is not an integer.
         ValueError: the weight is on the meta device or not finite, or a hyperparameter is out of range.
     """
 
     w: Tensor
     coordinates: Tensor
     rest_squared: Tensor
+    own_factor: Tensor | None
 
     def __init__(
         self,
-        weight: Float[Tensor, "O I"],
+        weight: Tensor,
         rank: int,
         *,
         shared: SharedProjections,
         alpha: float | None = None,
         direction: Direction = "unit",
         detach_norm: bool = False,
+        layout: Layout = ROWS,
+        skipped_column: int | None = None,
         name: str = "layer",
     ) -> None:
         super().__init__()
         check_weight(weight, name)
-        self.out_features, self.in_features = weight.shape
-        self.rank = checked_rank(rank)
+        self.layout = layout
+        self.out_features, self.in_features = layout.matrix(weight).shape
+        self.rank = rank if rank == MAGNITUDE_ONLY else checked_rank(rank)
         self.alpha = float(rank) if alpha is None else checked_alpha(alpha)
-        self.scaling = self.alpha / self.rank
+        self.scaling = self.alpha / self.rank if self.rank else 0.0
         self.direction = checked_direction(direction)
         self.detach_norm = detach_norm
+        self.skipped_column = skipped_column
         self.name = name
         self.shared = shared
-        shared.reserve(rank, self.in_features, self.out_features)
+        if self.rank:
+            shared.reserve(rank, self.in_features, self.out_features)
         self._measured: _State | None = None
-        for buffer in ("w", "coordinates", "rest_squared"):
+        for buffer in ("w", "coordinates", "rest_squared", "own_factor"):
             self.register_buffer(buffer, None, persistent=False)
         self.refresh(weight)
 
@@ -96,67 +111,75 @@ class AdaptedWeight(nn.Module):
         with torch.inference_mode(False):
             return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), d_initial))
 
-    def constants(self, weight: Float[Tensor, "O I"]) -> NormConstants:
+    def constants(self, weight: Tensor | None) -> NormConstants:
         """The norm constants of the weight as it is now."""
         # A compiled graph cannot ask a weight for its version: it holds the constants of a frozen weight.
         compiling = torch.compiler.is_compiling()
-        if weight.requires_grad and (torch.is_grad_enabled() or compiling):
-            return self._measure(weight)
-        if not compiling:
-            self.follow(weight)
-        return NormConstants(self.w, self.coordinates, self.rest_squared, self._factor(weight))
+        if weight is not None:
+            if weight.requires_grad and (torch.is_grad_enabled() or compiling):
+                return self._measure(self.layout.matrix(weight))
+            if not compiling:
+                self.follow(weight)
+        return NormConstants(self.w, self.coordinates, self.rest_squared, self._factor())
 
-    def follow(self, weight: Float[Tensor, "O I"]) -> None:
+    def follow(self, weight: Tensor) -> None:
         """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
         if not weight.is_meta and self._measured != _State.of(weight):
             self.refresh(weight)
 
-    def refresh(self, weight: Float[Tensor, "O I"]) -> None:
+    def refresh(self, weight: Tensor) -> None:
         """Make the constants anew.
 
         Raises:
             ValueError: a row norm of the weight is not finite.
         """
         with torch.inference_mode(False), torch.no_grad():
+            matrix = self.layout.matrix(weight.detach())
             rows = max(1, _SET_UP_VALUES // max(1, self.in_features))
-            parts = [self._measure(part) for part in weight.detach().split(rows)]
+            parts = [self._measure(part) for part in matrix.split(rows)]
             w, self.coordinates, self.rest_squared = (torch.cat(part) for part in list(zip(*parts, strict=True))[:3])
+            if not self.rank or self.skipped_column is not None:
+                self.own_factor = parts[0].factor
             check_norms(w, self.name)
             self.w = w
         self._measured = _State.of(weight)
 
-    def gain_minus_one(
-        self, vectors: Vectors, weight: Float[Tensor, "O I"]
-    ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+    def gain_minus_one(self, vectors: Vectors, weight: Tensor | None) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`g - 1` and `beta` of every row."""
         constants = self.constants(weight)
-        with full_precision(weight.device):
+        with full_precision(constants.w.device):
             beta = F.row_scale(vectors.lambda_b, constants.w, self.scaling, self.direction)
             return F.gain_minus_one(vectors, constants, self._B(constants.w), beta, self.detach_norm), beta
 
-    def update(
-        self, x: Float[Tensor, "*T I"], vectors: Vectors, weight: Float[Tensor, "O I"]
-    ) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "O"]]:
-        """What `functional.combine` adds to the base's output: `g beta ((x A^T) lambda_d) B^T`, and `g - 1`."""
-        g1, beta = self.gain_minus_one(vectors, weight)
+    def low_rank(self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:
+        """`((x A^T) lambda_d) B^T`, in the dtype of `x`."""
         z = self.shared.project(x, self.rank)
-        low_rank = self.shared.expand(z * vectors.lambda_d.to(z.dtype), self.out_features)
-        return (1 + g1) * beta * low_rank, g1
+        return self.shared.expand(z * lambda_d.to(z.dtype), self.out_features)
+
+    def update(
+        self, low_rank: Float[Tensor, "*T O"], vectors: Vectors, weight: Tensor | None, strength: float | Tensor = 1.0
+    ) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "O"]]:
+        """What `functional.combine` adds to the base's output: `g beta` times the low-rank product, and `g - 1`.
+
+        Args:
+            low_rank: the inputs through A, lambda_d and B.
+            vectors: the trained ones.
+            weight: as stored, or None.
+            strength: s of `W + s (W' - W)`.
+        """
+        g1, beta = self.gain_minus_one(vectors, weight)
+        return (strength * (1 + g1) * beta) * low_rank, strength * g1
 
     @torch.no_grad()
     def gradients(
-        self,
-        output_gradient: Float[Tensor, "*T O"],
-        x: Float[Tensor, "*T I"],
-        vectors: Vectors,
-        weight: Float[Tensor, "O I"],
+        self, output_gradient: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], vectors: Vectors, weight: Tensor
     ) -> LinearGradients:
         """The gradients of the whole layer in closed form; that of W only if it is trained."""
         constants = self.constants(weight)
         found = dvora_linear_backward(
             output_gradient.reshape(-1, self.out_features),
             x.reshape(-1, self.in_features),
-            weight,
+            self.layout.matrix(weight),
             self._A(constants.w),
             self._B(constants.w),
             vectors,
@@ -168,17 +191,18 @@ class AdaptedWeight(nn.Module):
         )
         return found._replace(x=found.x.reshape(x.shape))
 
-    def delta(self, vectors: Vectors, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
-        """`W' - W`, dense, in float32 or float64."""
+    def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
+        """`W' - W` as a dense matrix, in float32 or float64."""
         g1, beta = self.gain_minus_one(vectors, weight)
-        with full_precision(weight.device):
-            return F.rescaled_delta(weight, self._A(g1), self._B(g1), vectors.lambda_d, beta, g1)
+        with full_precision(g1.device):
+            matrix = self.layout.matrix(weight)
+            return F.rescaled_delta(matrix, self._A(g1), self._B(g1), vectors.lambda_d, beta, g1)
 
     @torch.no_grad()
-    def diagnostics(self, vectors: Vectors, weight: Float[Tensor, "O I"]) -> dict[str, float]:
+    def diagnostics(self, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
         """How far the vectors have moved the weight: norm ratios n / w, angles in degrees, gains, rows at risk."""
         constants = self.constants(weight)
-        with full_precision(weight.device):
+        with full_precision(constants.w.device):
             B = self._B(constants.w)
             beta = F.row_scale(vectors.lambda_b, constants.w, self.scaling, self.direction)
             _, s = F.relative_norm(constants, B, vectors.lambda_d, beta)
@@ -202,19 +226,40 @@ class AdaptedWeight(nn.Module):
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
 
-    def _measure(self, weight: Float[Tensor, "O I"]) -> NormConstants:
-        dtype = norm_dtype(weight.dtype)
-        basis = self.shared.basis(self.rank, self.in_features, dtype).to(weight.device)
-        with full_precision(weight.device):
-            return F.norm_constants(weight, self._factor(weight), basis)
+    def _measure(self, matrix: Float[Tensor, "O I"]) -> NormConstants:
+        factor, basis = self._decomposed(norm_dtype(matrix.dtype), matrix.device)
+        with full_precision(matrix.device):
+            return F.norm_constants(matrix, factor, basis)
 
-    def _factor(self, weight: Tensor) -> Float[Tensor, "R K"]:
-        return self.shared.factor(self.rank, self.in_features, norm_dtype(weight.dtype)).to(weight.device)
+    def _decomposed(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Float[Tensor, "R K"], Float[Tensor, "K I"]]:
+        """`L` and `Q` of `A = L Q`, shared by all weights of this width unless a column is left out."""
+        if self.rank and self.skipped_column is None:
+            factor = self.shared.factor(self.rank, self.in_features, dtype)
+            basis = self.shared.basis(self.rank, self.in_features, dtype)
+        elif self.rank:
+            factor, basis = decompose(self._A(torch.empty(0, dtype=torch.float64)))
+        else:
+            factor, basis = torch.empty(0, 0), torch.empty(0, self.in_features)
+        return factor.to(device, dtype), basis.to(device, dtype)
+
+    def _factor(self) -> Float[Tensor, "R K"]:
+        if self.own_factor is not None:
+            return self.own_factor
+        return self.shared.factor(self.rank, self.in_features, self.w.dtype).to(self.w.device)
 
     def _A(self, like: Tensor) -> Float[Tensor, "R I"]:
-        return self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
+        if not self.rank:
+            return like.new_empty(0, self.in_features)
+        A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
+        if self.skipped_column is None:
+            return A
+        return A.index_fill(1, torch.tensor([self.skipped_column], device=A.device), 0.0)
 
     def _B(self, like: Tensor) -> Float[Tensor, "O R"]:
+        if not self.rank:
+            return like.new_empty(self.out_features, 0)
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
@@ -225,70 +270,3 @@ class AdaptedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_measured": None}
-
-
-def check_weight(weight: Tensor, name: str) -> None:
-    """Refuse a base weight that cannot be adapted, naming the layer.
-
-    Raises:
-        TypeError: not a floating matrix.
-        ValueError: on the meta device.
-    """
-    if type(weight) not in (Tensor, nn.Parameter):
-        raise TypeError(
-            f"{name}: the base weight is a {type(weight).__name__} (quantised, sharded or uninitialised); DVoRA adapts "
-            "plain floating-point tensors"
-        )
-    if not weight.is_floating_point():
-        raise TypeError(f"{name}: the base weight has dtype {weight.dtype}; DVoRA adapts floating-point weights")
-    if weight.dim() != 2:
-        raise TypeError(f"{name}: the base weight has shape {tuple(weight.shape)}; DVoRA adapts matrices")
-    if weight.is_meta:
-        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
-
-
-def check_norms(w: Float[Tensor, "O"], name: str) -> None:
-    """Refuse a base weight with a row norm that is not finite, naming the layer.
-
-    Raises:
-        ValueError: a norm is NaN or infinite.
-    """
-    if not w.isfinite().all():
-        raise ValueError(
-            f"{name}: {int((~w.isfinite()).sum())} of {len(w)} rows of the base weight have no finite norm "
-            "(NaN, infinity or overflow); repair the base model before adapting it"
-        )
-
-
-def checked_rank(rank: int) -> int:
-    """The rank, if it is a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be a positive integer, got {rank!r} of type {type(rank).__name__}")
-    if rank < 1:
-        raise ValueError(f"rank must be a positive integer, got {rank}")
-    return rank
-
-
-def checked_alpha(alpha: float) -> float:
-    """alpha as a float, if it is finite and positive."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"alpha must be a positive number or None (for alpha = rank), got {alpha!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be finite and positive, or None (for alpha = rank), got {alpha}")
-    return float(alpha)
-
-
-def checked_direction(direction: str) -> Direction:
-    """The direction, if it is known."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
-    return cast(Direction, direction)
-
-
-def checked_d_initial(d_initial: float) -> float:
-    """The starting value of lambda_d, if it is a finite number."""
-    if isinstance(d_initial, bool) or not isinstance(d_initial, int | float):
-        raise TypeError(f"d_initial must be a number, got {d_initial!r}")
-    if not math.isfinite(d_initial):
-        raise ValueError(f"d_initial must be finite, got {d_initial}")
-    return float(d_initial)

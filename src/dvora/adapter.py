@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .adapted_weight import AdaptedWeight, checked_d_initial
+from .adapted_weight import AdaptedWeight
 from .functional import Direction, Vectors
 from .merging import check_can_be_set, merge, warn_of_losses
 from .precision import at_least_float32
 from .projections import SharedProjections
 from .shapes import Float
 from .shared import default_projections
+from .validation import checked_d_initial, checked_rank
 
 _VECTORS = Vectors._fields
 
@@ -65,7 +66,7 @@ class DVoRAAdapter(nn.Module):
             shared = default_projections(base_layer.in_features, base_layer.out_features, rank)
         self.adapted = AdaptedWeight(
             base_layer.weight,
-            rank,
+            checked_rank(rank),
             shared=shared,
             alpha=alpha,
             direction=direction,
@@ -119,7 +120,8 @@ class DVoRAAdapter(nn.Module):
             )
         if not torch.compiler.is_compiling():
             self._last_input = x.detach() if self.training else None
-        update, g1 = self.adapted.update(x, self.vectors, self.base_layer.weight)
+        low_rank = self.adapted.low_rank(x, self.lambda_d)
+        update, g1 = self.adapted.update(low_rank, self.vectors, self.base_layer.weight)
         return F.combine(self.base_layer(x), update, g1, self.base_layer.bias)
 
     def backward(self, output_gradient: Float[Tensor, "*T O"]) -> Float[Tensor, "*T I"]:
@@ -206,7 +208,7 @@ class DVoRAAdapter(nn.Module):
             MergePrecisionWarning: the base's dtype swallows a considerable part of the update.
         """
         base = self.base_layer
-        check_can_be_set(base, self.adapted.name)
+        check_can_be_set(base, "weight", self.adapted.name)
         merged = merge(base.weight, self.adapted.delta(self.vectors, base.weight))
         warn_of_losses({self.adapted.name: merged.lost}, base.weight.dtype)
         layer = copy.deepcopy(base)

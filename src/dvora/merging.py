@@ -41,13 +41,13 @@ def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
     return Merged(rounded, float(lost))
 
 
-def check_can_be_set(layer: nn.Module, name: str) -> None:
+def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:
     """Refuse to merge into a layer that does not keep its weight.
 
     Raises:
         TypeError: the weight is computed in every pass (a parametrization).
     """
-    if "weight" not in {**layer._parameters, **layer._buffers}:
+    if parameter_name not in {**layer._parameters, **layer._buffers}:
         raise TypeError(
             f"{name} computes its weight in every pass (it is parametrized), so a merged weight cannot be set; remove "
             "the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"

@@ -64,6 +64,11 @@ class SharedProjections(nn.Module):
         # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
         return nn.functional.linear(x * self._scale(x.shape[-1]), self._like(_STREAM_A, rank, x.shape[-1], x))
 
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """`onehot(index) A^T`: columns of A by index, without reading the others."""
+        stored = self._stored(_STREAM_A, rank, in_features).to(index.device)
+        return stored[:, index].movedim(0, -1).to(dtype) * self._scale(in_features)
+
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
         return (h * self._scale(in_features)) @ self._like(_STREAM_A, h.shape[-1], in_features, h)

@@ -2,8 +2,8 @@
 
 import threading
 
-from .adapted_weight import checked_rank
 from .projections import SharedProjections
+from .validation import checked_rank
 
 _lock = threading.Lock()
 _default: SharedProjections | None = None

@@ -1,58 +1,89 @@
-"""How each supported layer type holds its weight."""
+"""Which kind a layer is of, and what is refused."""
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from dvora.tuner.kinds import KINDS, bias_of, kind_of, weight_of
+from dvora.tuner.kinds import FORWARD_ONLY, KINDS, kind_of, parameter_kind, skipped_column
+
+LAYERS = {
+    nn.Linear: lambda: nn.Linear(3, 5),
+    Conv1D: lambda: Conv1D(5, 3),
+    nn.Conv1d: lambda: nn.Conv1d(4, 6, 3, groups=2),
+    nn.Conv2d: lambda: nn.Conv2d(4, 6, 3, groups=2),
+    nn.Conv3d: lambda: nn.Conv3d(4, 6, 3, groups=2),
+    nn.Embedding: lambda: nn.Embedding(9, 4),
+}
 
 
-@pytest.fixture(params=["Linear", "Conv1D"])
-def layer(request: pytest.FixtureRequest) -> nn.Module:
-    """Three inputs, five outputs."""
-    return nn.Linear(3, 5) if request.param == "Linear" else Conv1D(5, 3)
+class Halved(nn.Linear):
+    """A linear layer that computes something else than its type does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
 
 
-def test_the_matrix_is_an_out_by_in_view_of_the_weight(layer: nn.Module) -> None:
-    matrix = kind_of(layer, "layer").matrix(weight_of(layer))
-    assert matrix.shape == (5, 3)
-    with torch.no_grad():
-        matrix.zero_()
-    assert not layer.weight.any()
+class Squared(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
 
 
-def test_the_matrix_is_what_the_layer_multiplies_by(layer: nn.Module) -> None:
-    with torch.no_grad():
-        layer.weight.normal_()
-    x = torch.randn(4, 3)
-    expected = x @ kind_of(layer, "layer").matrix(weight_of(layer)).T + bias_of(layer)
-    assert torch.allclose(layer(x), expected, atol=1e-6)
+def test_every_row_of_the_table_is_tried_here() -> None:
+    assert LAYERS.keys() == KINDS.keys()
 
 
-def test_the_matrix_of_the_matrix_is_the_weight(layer: nn.Module) -> None:
-    kind = kind_of(layer, "layer")
-    assert kind.matrix(kind.matrix(layer.weight)).shape == layer.weight.shape
+@pytest.mark.parametrize("layer_type", LAYERS, ids=lambda t: t.__name__)
+def test_a_layer_is_of_the_kind_of_its_type(layer_type: type[nn.Module]) -> None:
+    assert kind_of(LAYERS[layer_type](), "layer") is KINDS[layer_type]
 
 
-def test_a_layer_without_a_bias_has_none() -> None:
-    assert bias_of(nn.Linear(3, 5, bias=False)) is None
-
-
-def test_a_subclass_is_of_its_parents_kind() -> None:
+def test_a_subclass_that_computes_the_same_is_of_its_parents_kind() -> None:
     class Named(nn.Linear):
         pass
 
     assert kind_of(Named(3, 5), "layer") is KINDS[nn.Linear]
+    assert kind_of(parametrizations.weight_norm(nn.Linear(3, 5)), "layer") is KINDS[nn.Linear]
+
+
+def test_a_subclass_that_computes_something_else_is_read_through_its_forward() -> None:
+    assert kind_of(Halved(3, 5), "layer") is FORWARD_ONLY
+
+
+def test_a_convolution_that_computes_something_else_is_refused() -> None:
+    with pytest.raises(TypeError, match="a of type Squared is not supported"):
+        kind_of(Squared(2, 2, 1), "a")
 
 
 def test_another_type_is_refused_with_the_supported_types() -> None:
     with pytest.raises(
-        TypeError, match=r"a\.b of type Conv2d is not supported; .*torch's Linear, transformers's Conv1D"
+        TypeError, match=r"a\.b of type ConvTranspose1d is not supported; .*torch's Linear, .*transformers's Conv1D"
     ):
-        kind_of(nn.Conv2d(1, 1, 1), "a.b")
+        kind_of(nn.ConvTranspose1d(1, 1, 1), "a.b")
 
 
-def test_the_projection_inside_multi_head_attention_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"a\.out_proj belongs to .*MultiheadAttention.*exclude_modules=\['out_proj'\]"):
-        kind_of(nn.MultiheadAttention(4, 2).out_proj, "a.out_proj")
+def test_a_scaled_embedding_is_an_embedding() -> None:
+    assert kind_of(BartScaledWordEmbedding(9, 4, padding_idx=0, embed_scale=2.0), "layer") is KINDS[nn.Embedding]
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"p of type BartLearnedPositionalEmbedding does more than look its entries up"):
+        kind_of(BartLearnedPositionalEmbedding(9, 4), "p")
+
+
+def test_an_embedding_that_changes_its_table_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"e: the embedding renormalises .*max_norm=1.0"):
+        kind_of(nn.Embedding(9, 4, max_norm=1.0), "e")
+
+
+def test_only_the_padding_entry_of_an_embedding_is_skipped() -> None:
+    assert skipped_column(nn.Embedding(9, 4, padding_idx=2)) == 2
+    assert skipped_column(nn.Embedding(9, 4)) is None
+    assert skipped_column(nn.Linear(3, 5)) is None
+
+
+def test_a_vector_is_no_parameter_to_adapt() -> None:
+    with pytest.raises(TypeError, match=r"m\.scale has shape \(4,\)"):
+        parameter_kind(nn.Module(), torch.ones(4), "m.scale")

@@ -95,12 +95,12 @@ def test_the_delta_weight_has_the_layout_of_the_base_and_is_what_merging_adds(
 
 
 @pytest.mark.parametrize("make", [linear, conv1d])
-def test_the_unmerged_matrix_is_that_of_the_base_while_merged(make: Callable[[int, int], nn.Module]) -> None:
+def test_the_unmerged_weight_is_that_of_the_base_while_merged(make: Callable[[int, int], nn.Module]) -> None:
     layer = wrapped(make(10, 7))
-    before = layer.unmerged_matrix().detach().clone()
+    before = layer.unmerged().detach().clone()
     layer.merge()
-    assert same_bits(layer.unmerged_matrix(), before)
-    assert not torch.equal(layer.kind.matrix(layer.base_layer.weight), before)
+    assert same_bits(layer.unmerged(), before)
+    assert not torch.equal(layer.kind.layout.matrix(layer.base_layer.weight), before)
 
 
 def test_a_layers_own_merge_warns_of_swallowed_updates() -> None:

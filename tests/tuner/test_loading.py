@@ -10,7 +10,8 @@ from files import CONFIG, WEIGHTS, edit_config, edit_weights, save_bert
 from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
+from safetensors.torch import load_file
+from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor
 
 from dvora import DVoRAConfig
@@ -241,7 +242,13 @@ def test_loading_over_an_adapter_of_another_seed_is_refused(folder: Path) -> Non
         model.load_adapter(folder, "default")
 
 
-def test_ignore_mismatched_sizes_does_not_let_another_rank_in(folder: Path) -> None:
+def test_ignore_mismatched_sizes_leaves_the_vectors_of_another_shape_and_says_which(folder: Path) -> None:
     model = get_peft_model(MODELS["bert"](), DVoRAConfig(r=5, target_modules=LAYERS["bert"]))
-    with pytest.raises(ValueError, match="shape"):
+    saved = load_file(folder / WEIGHTS)
+    with pytest.warns(UserWarning, match=r"lambda_d\.default: found shape .*6.* in the checkpoint and .*5"):
         model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
+    for name, layer in dvora_layers(model):
+        magnitude, lambda_b, lambda_d = layer.vectors("default")
+        assert same_bits(magnitude, saved[f"base_model.model.{name}.dvora_magnitude"])
+        assert same_bits(lambda_b, saved[f"base_model.model.{name}.dvora_lambda_b"])
+        assert torch.equal(lambda_d, torch.full((5,), 0.1))

@@ -62,7 +62,7 @@ def test_the_merged_weight_is_the_dense_one(name: str, dtype: torch.dtype) -> No
     model.merge_adapter(ADAPTERS)
     for layer_name, layer in dvora_layers(model):
         expected = rebuilt.get_submodule(layer_name).weight()
-        merged = layer.kind.matrix(layer.base_layer.weight)
+        merged = layer.kind.layout.matrix(layer.base_layer.weight)
         assert worst_difference(merged.detach(), expected.detach()) < TOLERANCE[dtype]
 
 

@@ -10,8 +10,9 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..adapted_weight import checked_alpha, checked_d_initial, checked_direction, checked_rank
+from ..functional import Vectors
 from ..projections import FORMAT_VERSION, SharedProjections, checked_distribution
+from ..validation import checked_alpha, checked_d_initial, checked_direction, checked_rank, checked_strength
 
 BIASES = ("none", "all", "dvora_only")
 
@@ -25,7 +26,15 @@ class DVoRAConfig(PeftConfig):
         alpha: the update is scaled by `alpha / r`; None means `r`, a scale of one.
         target_modules: names (or a regular expression) of the layers to adapt, or "all-linear"; None takes PEFT's
             default for the architecture. A name that matches nothing is an error.
+        target_parameters: names of parameters to adapt that their modules read themselves: matrices, and the stacks of
+            mixture-of-experts blocks. In every pass the adapted weight is made whole, in the parameter's dtype.
+        magnitude_modules: names (or a regular expression) of layers that get the magnitude only, one vector a layer,
+            whether `target_modules` names them too or not.
         exclude_modules: names (or a regular expression) of layers to leave out.
+        train: which of the vectors are trained, any of "magnitude", "lambda_b" and "lambda_d"; the others keep their
+            starting values. Adapters that share `lambda_d` can be added up exactly.
+        strength: s of `W + s (W' - W)`, where 0 is the base and 1 the adapter itself; a number, or numbers by layer
+            name or regular expression, with 1 for the layers that it does not name.
         direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA).
         d_initial: starting value of lambda_d (VeRA paper, table 6: 0.1).
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
@@ -55,7 +64,15 @@ class DVoRAConfig(PeftConfig):
     r: int = field(default=256, metadata={"help": "rank of the update"})
     alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / r; None means r"})
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "parameters to adapt"})
+    magnitude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "layers that get the magnitude only"}
+    )
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
+    train: list[str] | tuple[str, ...] = field(
+        default=Vectors._fields, metadata={"help": "which of the three vectors are trained"}
+    )
+    strength: float | dict[str, float] = field(default=1.0, metadata={"help": "s of W + s (W' - W)"})
     direction: str = field(default="unit", metadata={"help": "'unit' or 'weight'"})
     d_initial: float = field(default=0.1, metadata={"help": "starting value of lambda_d"})
     detach_norm: bool = field(default=False, metadata={"help": "leave the gradient through the norm out"})
@@ -80,10 +97,11 @@ class DVoRAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["DVORA"]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "magnitude_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.train, list):
+            self.train = tuple(self.train)
         self.check()
 
     def check(self) -> None:
@@ -99,7 +117,9 @@ class DVoRAConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+        settings = super().to_dict()
+        settings["train"] = list(self.train)
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def rank_of(self, layer_name: str) -> int:
         """The rank of a layer: its entry in `rank_pattern`, else `r`."""
@@ -109,13 +129,21 @@ class DVoRAConfig(PeftConfig):
         """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.alpha)
 
+    def strength_of(self, layer_name: str) -> float:
+        """The strength of a layer: `strength`, or its entry there, else 1."""
+        if isinstance(self.strength, dict):
+            return self.strength.get(get_pattern_key(list(self.strength), layer_name), 1.0)
+        return self.strength
+
     def _check_types(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "magnitude_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all_of(value, str)):
                 raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
-        if not (self.modules_to_save is None or _all_of(self.modules_to_save, str)):
-            raise TypeError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
+        for name in ("modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if not (value is None or _all_of(value, str)):
+                raise TypeError(f"{name} must be a list of names, got {value!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not (isinstance(value, dict) and _all_of(set(value), str)):
@@ -136,6 +164,9 @@ class DVoRAConfig(PeftConfig):
             if alpha is not None:
                 checked_alpha(alpha)
         checked_d_initial(self.d_initial)
+        strengths = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
+        for strength in strengths:
+            checked_strength(strength)
         dropout = self.dvora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"dvora_dropout must be a number, got {dropout!r}")
@@ -146,6 +177,8 @@ class DVoRAConfig(PeftConfig):
         checked_direction(self.direction)
         if self.bias not in BIASES:
             raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
+        if not (_all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
+            raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {self.train!r}")
         for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -172,6 +205,12 @@ class DVoRAConfig(PeftConfig):
                 "adapter from this configuration, set projection_fingerprint=None"
             )
         self.projection_fingerprint = fingerprint
+
+
+def own_config(config: PeftConfig) -> DVoRAConfig:
+    """A configuration that PEFT hands on, known to be this method's."""
+    assert isinstance(config, DVoRAConfig), type(config)
+    return config
 
 
 def _all_of(values: object, *types: type) -> bool:

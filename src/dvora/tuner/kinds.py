@@ -1,58 +1,132 @@
-"""The layer types that the PEFT method adapts, and how each holds its weight. A new type is one more row."""
+"""The layer types that the PEFT method adapts, and how each holds and uses its weight. A new type is one more row."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ..shapes import Float
+from ..adapted_weight import AdaptedWeight
+from ..layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from . import operations
+
+LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
+"""Of an adapter, its base layer, the inputs, lambda_d and the dropout of the inputs."""
 
 
 class LayerKind(NamedTuple):
-    """How a layer type holds its weight."""
+    """How a layer type holds and uses its weight."""
 
-    transposed: bool
-    """The weight is stored (in, out) instead of (out, in)."""
-
-    def matrix(self, stored: Tensor) -> Float[Tensor, "O I"]:
-        """The stored weight as an (out, in) view: writing to it writes to the weight."""
-        return stored.T if self.transposed else stored
+    layout: Layout
+    low_rank: LowRank | None
+    """Inputs through A, lambda_d and B; None where the weight is read instead of a layer called."""
+    spatial: int = 0
+    """Number of dimensions of an output behind that of the output features."""
+    has_weight: bool = True
+    """False where the layer's own forward is the only way to its weight: quantised layers."""
 
 
 KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(transposed=False),
-    Conv1D: LayerKind(transposed=True),
+    nn.Linear: LayerKind(ROWS, operations.linear),
+    Conv1D: LayerKind(COLUMNS, operations.linear),
+    nn.Conv1d: LayerKind(KERNELS, operations.convolve, spatial=1),
+    nn.Conv2d: LayerKind(KERNELS, operations.convolve, spatial=2),
+    nn.Conv3d: LayerKind(KERNELS, operations.convolve, spatial=3),
+    nn.Embedding: LayerKind(COLUMNS, operations.lookup),
 }
+FORWARD_ONLY = LayerKind(ROWS, operations.linear, has_weight=False)
+"""Any layer that maps `in_features` to `out_features` linearly, however it does that."""
 
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a base layer, as stored."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor), type(weight)
-    return weight
-
-
-def bias_of(layer: nn.Module) -> Tensor | None:
-    """The bias of a base layer, if it has one."""
-    bias = layer.bias
-    assert bias is None or isinstance(bias, Tensor), type(bias)
-    return bias
+# Its weight is read by the attention around it, its forward never called.
+READ_BY_ATTENTION = NonDynamicallyQuantizableLinear
 
 
 def kind_of(layer: nn.Module, name: str) -> LayerKind:
-    """The kind of a base layer.
+    """The kind of a base layer that is called.
 
     Raises:
         TypeError: the type is not supported; the message lists those that are.
+        ValueError: the layer changes its weight while it runs.
     """
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{name} belongs to a torch.nn.MultiheadAttention, which reads its weight without calling the layer, so an "
-            f"adapter on it would be ignored; leave it out with exclude_modules=[{name.rpartition('.')[2]!r}]"
-        )
     for layer_type, kind in KINDS.items():
         if isinstance(layer, layer_type):
-            return kind
-    supported = ", ".join(sorted(f"{t.__module__.partition('.')[0]}'s {t.__name__}" for t in KINDS))
-    raise TypeError(f"{name} of type {type(layer).__name__} is not supported; supported layers: {supported}")
+            if isinstance(layer, nn.Embedding):
+                _check_embedding(layer, name)
+            if _is_plain(layer, layer_type):
+                return kind
+            break
+    if all(type(size) is int and size > 0 for size in sizes_of(layer)):
+        return FORWARD_ONLY
+    raise TypeError(f"{name} of type {type(layer).__name__} is not supported; supported layers: {_supported()}")
+
+
+def parameter_kind(module: nn.Module, parameter: Tensor, name: str) -> LayerKind:
+    """The kind of a parameter that its module reads itself: (O, I), or a stack of experts.
+
+    A stack is (E, O, I), or (E, I, O) where the module says `is_transposed`, as in transformers.
+
+    Raises:
+        TypeError: it has neither two nor three dimensions.
+    """
+    if parameter.dim() == 2:
+        return LayerKind(ROWS, None)
+    if parameter.dim() == 3:
+        return LayerKind(EXPERTS_TRANSPOSED if getattr(module, "is_transposed", False) else EXPERTS, None)
+    raise TypeError(
+        f"{name} has shape {tuple(parameter.shape)}; DVoRA adapts matrices (out, in) and stacks of them (experts, out, "
+        "in)"
+    )
+
+
+def sizes_of(layer: nn.Module) -> tuple[Any, Any]:
+    """Output and input features as the layer states them; None where it does not."""
+    return getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+
+
+def skipped_column(layer: nn.Module) -> int | None:
+    """The column of the weight's matrix that stays as it is: an embedding's padding entry."""
+    return layer.padding_idx if isinstance(layer, nn.Embedding) else None
+
+
+def is_initialized(layer: nn.Module) -> bool:
+    """Whether the layer's tensors exist: those of a lazy module come with its first input."""
+    return not any(isinstance(p, UninitializedParameter | UninitializedBuffer) for p in layer.parameters(recurse=False))
+
+
+def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
+    """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
+    forward: Any = type(layer).forward
+    same = forward is layer_type.forward or isinstance(layer, nn.Embedding)
+    return same and type(layer.weight) in (Tensor, nn.Parameter)
+
+
+@torch.no_grad()
+def _check_embedding(layer: nn.Embedding, name: str) -> None:
+    if layer.max_norm is not None:
+        raise ValueError(
+            f"{name}: the embedding renormalises its table in every pass (max_norm={layer.max_norm}), so its norms are "
+            "not constant; set max_norm=None, or leave the layer out with exclude_modules"
+        )
+    if type(layer).forward is nn.Embedding.forward:
+        return
+    ids = torch.arange(min(2, layer.num_embeddings), device=layer.weight.device)
+    expected = operations.output_scale(layer) * nn.functional.embedding(ids, layer.weight)
+    try:
+        same = layer.weight.is_meta or torch.allclose(layer(ids), expected)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        same = False
+    if not same:
+        raise TypeError(
+            f"{name} of type {type(layer).__name__} does more than look its entries up, so an adapter would change "
+            "something else than its outputs; leave it out with exclude_modules"
+        )
+
+
+def _supported() -> str:
+    names = sorted(f"{t.__module__.partition('.')[0]}'s {t.__name__}" for t in (*KINDS, nn.MultiheadAttention))
+    return f"{', '.join(names)}, and layers with in_features and out_features that are linear"

@@ -12,45 +12,59 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
-from ..merging import check_can_be_set, merge, warn_of_losses
-from ..precision import at_least_float32
+from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .kinds import bias_of, kind_of, weight_of
+from .base import bias_of, check_gradient, check_mergeable, readable_weight, stored_weight
+from .kinds import LayerKind, kind_of, sizes_of
+from .operating_weight import device_of, keep_differentiable, read_bias
+from .vectors import Strength, VectorDict
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
-
-
-class VectorDict(nn.ParameterDict):
-    """One trained vector by adapter name; never rounded below float32 when the model is cast."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
-        super()._apply(at_least_float32(fn), recurse)
-        return self
+VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
-    """Wraps a base layer; the type of the base decides how its weight is stored, nothing else differs between types.
+    """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
 
     Args:
-        base_layer: a layer of one of the types in `kinds.KINDS`.
-        name: of the layer in the model, for messages.
+        base_layer: a layer that `kinds.kind_of` knows.
+        name: of the weight in the model, for messages.
+        kind: of the weight; None looks it up by the layer's type.
+        parameter_name: of the weight in the base layer.
     """
 
-    adapter_layer_names = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
-    other_param_names = ("dvora_adapted", "dvora_dropout")
+    measured_bias: Tensor | None
+    out_features: int
+    in_features: int
+    adapter_layer_names = VECTORS
+    other_param_names = ("dvora_adapted", "dvora_dropout", "dvora_strength")
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, kind: LayerKind | None = None, parameter_name: str = "weight"
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self.kind = kind_of(base_layer, name)
-        self.out_features, self.in_features = self.kind.matrix(weight_of(base_layer)).shape
+        self.parameter_name = parameter_name
+        self.kind = kind_of(base_layer, name) if kind is None else kind
+        self.register_buffer("measured_bias", None, persistent=False)
+        if not self.kind.has_weight:
+            keep_differentiable(base_layer)
+            if bias_of(base_layer, None) is None:
+                self.measured_bias = read_bias(base_layer)
+        stored = self.stored()
+        if stored is None:
+            self.out_features, self.in_features = sizes_of(base_layer)
+        else:
+            self.out_features, self.in_features = self._matrix_of(stored).shape
         self.dvora_magnitude = VectorDict()
         self.dvora_lambda_b = VectorDict()
         self.dvora_lambda_d = VectorDict()
         self.dvora_adapted = nn.ModuleDict()
         self.dvora_dropout = nn.ModuleDict()
+        self.dvora_strength = nn.ModuleDict()
+        self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -58,27 +72,44 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
-        self, adapter_name: str, adapted: AdaptedWeight, vectors: Vectors, dropout: float, inference_mode: bool
+        self,
+        adapter_name: str,
+        adapted: AdaptedWeight,
+        vectors: Vectors,
+        *,
+        trained: Sequence[str] = Vectors._fields,
+        strength: float = 1.0,
+        dropout: float = 0.0,
+        inference_mode: bool = False,
     ) -> None:
         """Add an adapter, or replace the one of the same name.
 
         Args:
             adapter_name: its name.
-            adapted: its frozen side, made for `unmerged_matrix()`.
+            adapted: its frozen side, made for `unmerged()`.
             vectors: its starting values.
+            trained: which of them are trained; the others keep their values.
+            strength: s of `W + s (W' - W)`.
             dropout: probability with which an input of the update is dropped in training.
             inference_mode: leave its vectors frozen.
         """
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dvora_strength[adapter_name] = Strength(adapted.w, strength)
+        self.frozen_peft_weight_names[adapter_name] = tuple(
+            f"dvora_{vector}" for vector in Vectors._fields if vector not in trained
+        )
         with torch.inference_mode(False):
-            for vector_dict, value in zip(self._vector_dicts(), vectors, strict=True):
+            for vector_dict, value in zip(self._vector_dicts(adapter_name), vectors, strict=False):
                 vector_dict[adapter_name] = nn.Parameter(value)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def vectors(self, adapter_name: str) -> Vectors:
-        """The trained vectors of one adapter."""
-        return Vectors(*(vector_dict[adapter_name] for vector_dict in self._vector_dicts()))
+        """The trained vectors of one adapter; zero and empty where it has the magnitude only."""
+        magnitude, *others = (vector_dict[adapter_name] for vector_dict in self._vector_dicts(adapter_name))
+        if not others:
+            return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
+        return Vectors(magnitude, *others)
 
     def adapted(self, adapter_name: str) -> AdaptedWeight:
         """The frozen side of one adapter."""
@@ -86,12 +117,22 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         assert isinstance(adapted, AdaptedWeight)
         return adapted
 
-    def unmerged_matrix(self) -> Float[Tensor, "O I"]:
-        """The base's own weight as an (out, in) matrix, also while adapters are merged into it."""
-        stored = weight_of(self.base_layer)
-        return self.kind.matrix(stored if self._original is None else self._original.to(stored.device))
+    def strength(self, adapter_name: str) -> Tensor:
+        """s of `W + s (W' - W)`, a tensor without dimensions."""
+        strength = self.dvora_strength[adapter_name]
+        assert isinstance(strength, Strength)
+        return strength.value
 
-    def forward(self, x: Float[Tensor, "*T I"], adapter_names: Sequence[str] | None = None) -> Float[Tensor, "*T O"]:
+    def stored(self) -> Tensor | None:
+        """The base's weight as it is stored now, or None where only the base's forward knows it."""
+        return stored_weight(self.get_base_layer(), self.kind, self.parameter_name)
+
+    def unmerged(self) -> Tensor:
+        """The base's own weight, also while adapters are merged into it or it is offloaded."""
+        weight = readable_weight(self.get_base_layer(), self.kind, self.parameter_name, self.name)
+        return weight if self._original is None else self._original.to(weight.device)
+
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names)
@@ -110,12 +151,15 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             adapter_names: which; None means the active ones.
 
         Raises:
+            TypeError: the base has no weight that could be set.
             ValueError: a merged value would not be finite; the weight is left as it was.
 
         Warns:
             MergePrecisionWarning: the weight's dtype swallows a considerable part of the update.
         """
-        warn_of_losses(self.merge_quietly(adapter_names), weight_of(self.base_layer).dtype)
+        losses = self.merge_quietly(adapter_names)
+        if losses:
+            warn_of_losses(losses, self.unmerged().dtype)
 
     @torch.no_grad()
     def merge_quietly(self, adapter_names: list[str] | None, keep_original: bool = True) -> dict[str, float]:
@@ -123,15 +167,15 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dvora_adapted]
         if not new:
             return {}
-        check_can_be_set(self.base_layer, self.name)
-        stored, original = weight_of(self.base_layer), self.unmerged_matrix()
-        deltas = [self._delta(name, original) for name in (*self.merged_adapters, *new)]
-        merged = merge(original, torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0])
+        check_mergeable(self.get_base_layer(), self.kind, self.parameter_name, self.name)
+        stored, original = self.stored(), self.unmerged()
+        assert stored is not None
+        merged = merge(self._matrix_of(original), self._delta([*self.merged_adapters, *new], original))
         if not merged.weight.isfinite().all():
             raise ValueError(f"{self.name}: merging {', '.join(new)} gives values that are not finite; nothing merged")
         if keep_original and self._original is None:
             self._original = stored.detach().to("cpu", copy=True)
-        self.kind.matrix(stored).copy_(merged.weight)
+        stored.copy_(self.kind.layout.stored(merged.weight, stored.shape))
         self.merged_adapters.extend(new)
         return {self.name: merged.lost}
 
@@ -141,27 +185,40 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        stored = self.stored()
+        assert stored is not None
         assert self._original is not None
-        weight_of(self.base_layer).copy_(self._original)
+        stored.copy_(self._original)
         self._original = None
         self.merged_adapters.clear()
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`W' - W` of one adapter, in the layout of the base's weight, in float32 (float64 for a float64 base)."""
-        return self.kind.matrix(self._delta(adapter_name, self.unmerged_matrix()))
+        """`W' - W` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
+        weight = self.unmerged()
+        return self.kind.layout.stored(self._delta([adapter_name], weight), weight.shape)
 
     def _adapt(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        low_rank, features = self.kind.low_rank, -1 - self.kind.spatial
+        assert low_rank is not None
+        check_gradient(self.base_layer, self.kind, x, base_output, self.name)
+        outputs = base_output.movedim(features, -1)
         updates, gains = [], []
         for name in adapter_names:
             if name in self.dvora_adapted:
-                inputs = self.dvora_dropout[name](x)
-                update, g1 = self.adapted(name).update(inputs, self.vectors(name), self._matrix())
+                adapted, vectors = self.adapted(name), self.vectors(name)
+                if adapted.rank:
+                    product = low_rank(adapted, self.base_layer, x, vectors.lambda_d, self.dvora_dropout[name])
+                else:
+                    product = outputs.new_zeros(1).expand_as(outputs)
+                update, g1 = adapted.update(product, vectors, self.stored(), self.strength(name))
                 updates.append(update)
                 gains.append(g1)
         if not updates:
             return base_output
-        return F.combine(base_output, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias_of(self.base_layer))
+        bias = bias_of(self.base_layer, self.measured_bias)
+        summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
+        return summed.movedim(-1, features)
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         if len(adapter_names) != len(x):
@@ -184,41 +241,54 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 output[rows] = self._adapt(x[rows], base_output[rows], [name])
         return output
 
-    def _delta(self, adapter_name: str, original: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
-        return self.adapted(adapter_name).delta(self.vectors(adapter_name), original)
+    def _matrix_of(self, weight: Tensor) -> Float[Tensor, "O I"]:
+        return self.kind.layout.matrix(weight)
 
-    def _matrix(self) -> Float[Tensor, "O I"]:
-        return self.kind.matrix(weight_of(self.base_layer))
+    def _delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
+        deltas = [self.strength(n) * self.adapted(n).delta(self.vectors(n), weight) for n in adapter_names]
+        return sum(deltas[1:], deltas[0])
 
-    def _vector_dicts(self) -> tuple[VectorDict, VectorDict, VectorDict]:
-        return self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
+    def _vector_dicts(self, adapter_name: str) -> tuple[VectorDict, ...]:
+        """Where the vectors of an adapter are kept: without a rank there is a magnitude only."""
+        if self.adapted(adapter_name).rank:
+            return self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
+        return (self.dvora_magnitude,)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype: bfloat16 would round the magnitude by up to 0.4 %.
-        device = weight_of(self.base_layer).device if device is None else device
         if adapter_name not in self.dvora_adapted:
             return
+        device = device_of(self.get_base_layer()) if device is None else device
+        if device.type == "meta":
+            return
         self.dvora_adapted[adapter_name].to(device)
-        for vector_dict in self._vector_dicts():
+        self.dvora_strength[adapter_name].to(device)
+        for vector_dict in self._vector_dicts(adapter_name):
             if not vector_dict[adapter_name].is_meta:
                 vector_dict[adapter_name] = nn.Parameter(
                     vector_dict[adapter_name].detach().to(device), vector_dict[adapter_name].requires_grad
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DVoRALayer:
-        dtype = weight_of(self.base_layer).dtype
+        dtype = self._stored_dtype()
         super()._apply(fn, recurse)
         # A cast changes the base's values, and a graph compiled next cannot notice.
-        if weight_of(self.base_layer).dtype != dtype:
+        if self._stored_dtype() != dtype:
             self._follow_base()
         return self
 
+    def _stored_dtype(self) -> torch.dtype | None:
+        stored = self.stored()
+        return None if stored is None else stored.dtype
+
     def _follow_base(self) -> None:
-        for name in self.dvora_adapted:
-            self.adapted(name).follow(self.unmerged_matrix())
+        stored = self.stored()
+        if stored is not None and not stored.is_meta:
+            for name in self.dvora_adapted:
+                self.adapted(name).follow(self.unmerged())
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        return "" if self.parameter_name == "weight" else f"parameter_name={self.parameter_name!r}"
 
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .. import generator
-from ..adapted_weight import AdaptedWeight, checked_direction
-from ..functional import Vectors
 from ..merging import warn_of_losses
-from ..projections import SharedProjections, checked_distribution
-from .checks import check_layers, check_mergeable, check_targets, checked_vectors, names_found, outside_adapters
-from .config import DVoRAConfig
-from .kinds import weight_of
-from .layer import BASE, DVoRALayer
-
-_MATRIX_PREFIX = "base_model.dvora_projections."
-_RANDOM_START_STREAM = 2**32
+from .checks import check_mergeable, check_targets, check_weights
+from .config import DVoRAConfig, own_config
+from .injection import add_adapter, projections_of
+from .layer import DVoRALayer
+from .loading import check_shapes, checked_vectors
+from .mixed_batch import adapter_names_passed
+from .saving import as_saved, from_saved
+from .targets import Target, matches, names_found, outside_adapters, parameters_named, targets_in, wrap
 
 
 class DVoRAModel(BaseTuner):
@@ -74,13 +69,13 @@ class DVoRAModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Check everything first, then let PEFT replace the targeted layers. The caller's config is not changed."""
-        config = _own(copy.deepcopy(self.peft_config[adapter_name]))
+        config = own_config(copy.deepcopy(self.peft_config[adapter_name]))
         config.check()
         self._fill_in_targets(config, model)
         targets = self._targets(model, config, state_dict)
         if state_dict is None:
             check_targets(targets, config, model)
-        config.base_probes = check_layers(targets, config)
+        config.base_probes = check_weights(targets, config)
         self.peft_config[adapter_name] = config
         super().inject_adapter(
             model,
@@ -136,29 +131,45 @@ class DVoRAModel(BaseTuner):
             if isinstance(layer, DVoRALayer):
                 with onload_layer(layer):
                     losses |= layer.merge_quietly(adapter_names, keep_original)
-                    dtype = weight_of(layer.base_layer).dtype
+                    stored = layer.stored()
+                    dtype = dtype if stored is None else stored.dtype
         warn_of_losses(losses, dtype)
 
     def _fill_in_targets(self, config: DVoRAConfig, model: nn.Module) -> None:
         """PEFT's default targets of the architecture, where the user names none: those of them that exist."""
         if config.target_modules is None:
-            self._prepare_adapter_config(config, self.get_model_config(model))
+            model_config = self.get_model_config(model)
+            named_otherwise = config.target_parameters or config.magnitude_modules
+            if named_otherwise and model_config.get("model_type") not in self.target_module_mapping:
+                config.target_modules = set()
+                return
+            self._prepare_adapter_config(config, model_config)
             if isinstance(config.target_modules, set):
                 config.target_modules = names_found(config.target_modules, model)
 
-    def _targets(
-        self, model: nn.Module, config: DVoRAConfig, state_dict: dict[str, Tensor] | None
-    ) -> dict[str, nn.Module]:
-        """The layers that PEFT is about to replace, by name."""
-        if state_dict is not None:
+    def _targets(self, model: nn.Module, config: DVoRAConfig, state_dict: dict[str, Tensor] | None) -> list[Target]:
+        """The weights that PEFT is about to have adapted."""
+        if state_dict is None:
+            resolved = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
+            found = [
+                (name, module)
+                for name, module in outside_adapters(model)
+                if name and self._check_target_module_exists(resolved, name)
+            ]
+        else:
             named = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-            return {name: module for name, module in outside_adapters(model) if name in named}
-        resolved = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
-        return {
-            name: module
-            for name, module in outside_adapters(model)
-            if name and self._check_target_module_exists(resolved, name)
-        }
+            found = [(name, module) for name, module in outside_adapters(model) if name in named]
+        targets = {target.name: target for name, module in found for target in targets_in(module, name)}
+        parameters = parameters_named(model, config.target_parameters or ())
+        return [*targets.values(), *(target for target in parameters if target.name not in targets)]
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """Whether a layer is targeted, with its direction or with its magnitude only; PEFT asks for every module."""
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        if found or isinstance(found, _ExcludedModule):
+            return found
+        return matches(own_config(peft_config).magnitude_modules, key)
 
     def _create_and_replace(
         self,
@@ -170,27 +181,26 @@ class DVoRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = _own(peft_config)
-        layer = target if isinstance(target, DVoRALayer) else DVoRALayer(target, current_key)
-        adapted = AdaptedWeight(
-            layer.unmerged_matrix(),
-            config.rank_of(current_key),
-            shared=_projections_of(self.model, config),
-            alpha=config.alpha_of(current_key),
-            direction=checked_direction(config.direction),
-            detach_norm=config.detach_norm,
-            name=current_key,
-        )
-        vectors = adapted.initial_vectors(config.d_initial)
-        if not config.init_weights:
-            vectors = _random_vectors(vectors, config.projection_seed, f"{adapter_name}/{current_key}")
-        layer.update_layer(adapter_name, adapted, vectors, config.dvora_dropout, config.inference_mode)
-        if layer is not target:
-            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            self._replace_module(parent, target_name, layer, target)
+        config = own_config(peft_config)
+        wrapper, layers = wrap(target, current_key, parameter_name)
+        shared = projections_of(self.model, config)
+        for layer in layers:
+            only_magnitude = matches(config.magnitude_modules, current_key)
+            add_adapter(layer, adapter_name, config, shared, self.active_adapters, only_magnitude)
+        if wrapper is not target:
+            self._replace_module(parent, target_name, wrapper, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer into its parent; adapters are on the base's device already."""
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The vectors are kept in float32 whatever the base's dtype, so there is nothing to cast."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # Before anything is copied; a model that ignores mismatched sizes has dropped them by now.
+        check_shapes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -202,21 +212,18 @@ class DVoRAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         vectors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        own = _own(config)
-        if not own.save_projection:
-            return vectors
-        matrices = _projections_of(model, own).matrices()
-        return vectors | {f"{_MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+        return as_saved(model, own_config(config), vectors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        matrices = {k.removeprefix(_MATRIX_PREFIX): v for k, v in state_dict.items() if k.startswith(_MATRIX_PREFIX)}
-        _projections_of(model, _own(config)).check_matrices(matrices)
-        rest = {k: v for k, v in state_dict.items() if not k.startswith(_MATRIX_PREFIX)}
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-        return checked_vectors(model, adapter_name, remapped)
+        vectors = from_saved(model, own_config(config), state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
+        checked = checked_vectors(model, adapter_name, remapped)
+        if not any(isinstance(module, DVoRAModel) for module in model.modules()):
+            check_shapes(model, checked)
+        return checked
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -225,59 +232,7 @@ class DVoRAModel(BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
-            raise ValueError("adapter_names works for inference only; call model.eval() first")
-        known = {name for layer in self.modules() if isinstance(layer, DVoRALayer) for name in layer.dvora_adapted}
-        unknown = sorted(set(names) - known - {BASE})
-        if unknown:
-            raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(known)}")
-        # Beam search repeats every row in all modules but the encoder's.
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
         has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)
         encoder = set(self.model.get_encoder().modules()) if has_encoder else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_adapter_names, names=list(names) if module in encoder else repeated), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        with adapter_names_passed(self, names, kwargs.get("num_beams") or 1, encoder):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _own(config: PeftConfig) -> DVoRAConfig:
-    assert isinstance(config, DVoRAConfig), type(config)
-    return config
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:
-    """The model's projections of this seed and distribution, or new ones."""
-    for module in model.modules():
-        if (
-            isinstance(module, SharedProjections)
-            and module.seed == config.projection_seed
-            and module.distribution == config.projection_init
-        ):
-            return module
-    return SharedProjections(config.projection_seed, checked_distribution(config.projection_init))
-
-
-def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
-    """Vectors that are not the identity, a pure function of the seed and the layer's and adapter's names."""
-    stream = _RANDOM_START_STREAM + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-    magnitude, lambda_b, lambda_d = (
-        torch.from_numpy(generator.uniform_row(seed, stream, row, len(vector))).to(vector)
-        for row, vector in enumerate(start)
-    )
-    return Vectors(start.magnitude * (1 + 0.1 * magnitude), lambda_b, 1 + lambda_d)

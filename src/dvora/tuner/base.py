@@ -1,0 +1,71 @@
+"""The base layer under an adapter: where its weight and bias are, and what cannot be done with it."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..merging import check_can_be_set
+from .kinds import LayerKind
+from .operating_weight import read_operating_weight
+
+
+def stored_weight(layer: nn.Module, kind: LayerKind, parameter_name: str) -> Tensor | None:
+    """The weight as it is stored now, or None where only the layer's forward knows it."""
+    if not kind.has_weight:
+        return None
+    weight = getattr(layer, parameter_name)
+    assert isinstance(weight, Tensor), type(weight)
+    return weight
+
+
+def readable_weight(layer: nn.Module, kind: LayerKind, parameter_name: str, name: str) -> Tensor:
+    """The weight's values, also while it is offloaded; in float32 where only the layer's forward knows them.
+
+    Raises:
+        TypeError: the layer is not linear.
+    """
+    stored = stored_weight(layer, kind, parameter_name)
+    if stored is None:
+        return read_operating_weight(layer, name)
+    if not stored.is_meta:
+        return stored
+    with align_module_device(layer):
+        stored = stored_weight(layer, kind, parameter_name)
+        assert stored is not None
+        return stored
+
+
+def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
+    """The bias of a layer: its own, or the one measured where the layer does not show it."""
+    bias = getattr(layer, "bias", None)
+    return bias if isinstance(bias, Tensor) else measured
+
+
+def check_mergeable(layer: nn.Module, kind: LayerKind, parameter_name: str, name: str) -> None:
+    """Refuse to merge into a layer that keeps no weight that could be set.
+
+    Raises:
+        TypeError: it is quantised or computes its weight in every pass.
+    """
+    if not kind.has_weight:
+        raise TypeError(
+            f"{name} of type {type(layer).__name__} keeps its weight in a form of its own (quantised or packed), whose "
+            "steps are larger than most updates: nothing was merged. Keep the adapter unmerged, or load the base model "
+            "unquantised, load the adapter onto it and merge there"
+        )
+    check_can_be_set(layer, parameter_name, name)
+
+
+def check_gradient(layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor, name: str) -> None:
+    """Refuse to train through a layer whose forward pass forgets where its input came from.
+
+    Raises:
+        RuntimeError: the input asks for a gradient, the output cannot pass one on.
+    """
+    if not kind.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
+        raise RuntimeError(
+            f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
+            "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
+        )

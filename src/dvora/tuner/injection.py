@@ -1,0 +1,87 @@
+"""Gives a wrapped weight an adapter as its configuration describes it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .. import generator
+from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from ..functional import Vectors
+from ..projections import SharedProjections, checked_distribution
+from ..validation import checked_direction
+from .config import DVoRAConfig
+from .kinds import skipped_column
+from .layer import DVoRALayer
+
+_RANDOM_START_STREAM = 2**32
+
+
+def add_adapter(
+    layer: DVoRALayer,
+    adapter_name: str,
+    config: DVoRAConfig,
+    shared: SharedProjections,
+    active_adapters: Sequence[str],
+    magnitude_only: bool,
+) -> None:
+    """Add an adapter with its starting values to a layer.
+
+    Args:
+        layer: the wrapped weight.
+        adapter_name: of the adapter.
+        config: of the adapter.
+        shared: the model's projections of the configuration's seed.
+        active_adapters: of the model.
+        magnitude_only: whether the layer gets the magnitude only.
+    """
+    adapted = AdaptedWeight(
+        layer.unmerged(),
+        MAGNITUDE_ONLY if magnitude_only else config.rank_of(layer.name),
+        shared=shared,
+        alpha=None if magnitude_only else config.alpha_of(layer.name),
+        direction=checked_direction(config.direction),
+        detach_norm=config.detach_norm,
+        layout=layer.kind.layout,
+        skipped_column=skipped_column(layer.base_layer),
+        name=layer.name,
+    )
+    vectors = adapted.initial_vectors(config.d_initial)
+    if not config.init_weights:
+        vectors = _random_vectors(vectors, config.projection_seed, f"{adapter_name}/{layer.name}")
+    layer.update_layer(
+        adapter_name,
+        adapted,
+        vectors,
+        trained=config.train,
+        strength=config.strength_of(layer.name),
+        dropout=config.dvora_dropout,
+        inference_mode=config.inference_mode,
+    )
+    layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
+    layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+
+def projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:
+    """The model's projections of this seed and distribution, or new ones."""
+    for module in model.modules():
+        if (
+            isinstance(module, SharedProjections)
+            and module.seed == config.projection_seed
+            and module.distribution == config.projection_init
+        ):
+            return module
+    return SharedProjections(config.projection_seed, checked_distribution(config.projection_init))
+
+
+def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
+    """Vectors that are not the identity, a pure function of the seed and the layer's and adapter's names."""
+    stream = _RANDOM_START_STREAM + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    magnitude, lambda_b, lambda_d = (
+        torch.from_numpy(generator.uniform_row(seed, stream, row, len(vector))).to(vector)
+        for row, vector in enumerate(start)
+    )
+    return Vectors(start.magnitude * (1 + 0.1 * magnitude), lambda_b, 1 + lambda_d)

@@ -1,0 +1,128 @@
+"""The weight that a layer multiplies by, read through the layer's own forward pass.
+
+A quantised layer keeps codes, scales and packed bytes that only its kernels know. Unit vectors through its forward give
+the columns of the weight that it works with, whatever the format: no format has to be known, and none can be read
+wrongly (bitsandbytes repacks its 4-bit weights on a CPU, after which its own dequantisation returns garbage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from .. import generator
+from ..precision import full_precision
+from ..shapes import Float
+from .kinds import sizes_of
+
+CHUNK = 512
+"""Unit vectors in one forward pass."""
+SCALE = 256.0
+"""Their length, which lifts the weight above the bias in an output of half precision; a power of two, so exact."""
+TOLERANCE = 0.1
+"""Largest relative distance of the layer from a linear one; activations of eight bits are off by 0.02."""
+
+_PROBE_SEED, _PROBE_STREAM, _PROBES = 0, 2**33 + 2, 4
+
+
+def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
+    """The weight W of a layer that computes `x W^T + bias`, in float32, from its forward pass.
+
+    Args:
+        layer: with `in_features` and `out_features`.
+        name: for messages.
+
+    Raises:
+        TypeError: the layer does not take vectors of its input features, or is not linear in them.
+    """
+    with _reading(layer):
+        try:
+            zero = _outputs(layer, torch.zeros(1, _width(layer)))
+        except Exception as error:  # a foreign layer may raise anything
+            raise TypeError(
+                f"{name} of type {type(layer).__name__} does not take vectors of its {_width(layer)} input features "
+                f"({type(error).__name__}: {error}); leave it out with exclude_modules"
+            ) from error
+        units = torch.eye(_width(layer)).split(CHUNK)
+        columns = [(_outputs(layer, SCALE * chunk) - zero) / SCALE for chunk in units]
+        weight = torch.cat(columns).T
+        _check_linear(layer, weight, zero, name)
+    return weight
+
+
+def read_bias(layer: nn.Module) -> Float[Tensor, "O"] | None:
+    """What a layer returns for an input of zeros, in float32; None if that is zero."""
+    with _reading(layer):
+        zero = _outputs(layer, torch.zeros(1, _width(layer)))[0]
+    return zero if zero.any() else None
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """The device of a layer's tensors."""
+    tensors = chain(layer.parameters(), layer.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def keep_differentiable(layer: nn.Module) -> None:
+    """Keep bitsandbytes from packing a 4-bit weight in its first evaluation pass on a CPU, and unpack one that is.
+
+    The product with a packed weight has no backward pass, so no training could follow an evaluation.
+    """
+    if "support_avx512bf16_for_cpu" in vars(layer):
+        vars(layer)["support_avx512bf16_for_cpu"] = False
+        layer.state_dict()
+
+
+@contextmanager
+def _reading(layer: nn.Module) -> Iterator[None]:
+    """Exact forward passes of a layer that is left as it was."""
+    settings = {key: value for key, value in vars(layer).items() if not key.startswith("_")}
+    try:
+        # In evaluation bitsandbytes rounds its inputs to eight bits, or packs its weight.
+        layer.training = True
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            align_module_device(layer),
+            full_precision(device_of(layer)),
+        ):
+            yield
+    finally:
+        # Some layers also settle on the dtype of the first input that they see.
+        vars(layer).update(settings)
+
+
+def _check_linear(layer: nn.Module, weight: Float[Tensor, "O I"], zero: Float[Tensor, "1 O"], name: str) -> None:
+    rows = [generator.uniform_row(_PROBE_SEED, _PROBE_STREAM, row, weight.shape[1]) for row in range(_PROBES)]
+    x = torch.stack([torch.from_numpy(row) for row in rows])
+    expected = x.to(weight) @ weight.T
+    distance = (_outputs(layer, x) - zero - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+    if not distance <= TOLERANCE:
+        raise TypeError(
+            f"{name} of type {type(layer).__name__} is not linear in its inputs (off by {float(distance):.1%}), so it "
+            "has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
+        )
+
+
+def _width(layer: nn.Module) -> int:
+    _, width = sizes_of(layer)
+    assert isinstance(width, int), width
+    return width
+
+
+def _outputs(layer: nn.Module, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+    outputs: Tensor = layer(x.to(device_of(layer), _input_dtype(layer)))
+    return outputs.float()
+
+
+def _input_dtype(layer: nn.Module) -> torch.dtype:
+    declared = getattr(layer, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    tensors = chain(layer.parameters(), layer.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)

@@ -1,0 +1,123 @@
+"""ParamWrapper: adapters on a parameter that its module reads itself, such as attention's projections and experts.
+
+There is no call between inputs and outputs to add an update to, so the module is handed the adapted weight in every
+pass, as are all who read the parameter from outside: torch's fused transformer layers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .kinds import READ_BY_ATTENTION, LayerKind
+from .layer import DVoRALayer
+
+# Attributes of attention that torch's fused layers ask for by a private name.
+_PRIVATE = ("_qkv_same_embed_dim",)
+
+
+class ParamWrapper(DVoRALayer):
+    """Wraps a module, or a wrapper of it, and adapts one of its parameters. PEFT knows the class by its name.
+
+    Args:
+        base_layer: the module, or another wrapper for another of its parameters.
+        parameter_name: of the parameter.
+        name: of the parameter in the model, for messages.
+        kind: of the parameter.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, kind: LayerKind) -> None:
+        super().__init__(base_layer, name, kind, parameter_name)
+
+    def adapted_weight(self) -> Tensor:
+        """The parameter with the active adapters, in its own dtype; the parameter itself where there are none."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self.stored()
+        assert weight is not None
+        names = [name for name in self.active_adapters if name in self.dvora_adapted]
+        if self.disable_adapters or self.merged or not names:
+            return weight
+        matrix = self.kind.layout.matrix(weight)
+        delta = self._delta(names, weight)
+        return self.kind.layout.stored((matrix.to(delta.dtype) + delta).to(weight.dtype), weight.shape)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the module returns with its parameter adapted.
+
+        Raises:
+            ValueError: `adapter_names` is given; a parameter serves the whole batch.
+        """
+        if adapter_names is not None and any(name in self.dvora_adapted for name in adapter_names):
+            raise ValueError(
+                f"{self.name}: adapter_names needs a layer that is called row by row, and this is a parameter that its "
+                "module reads; run one adapter at a time (set_adapter), or leave the module out of target_modules and "
+                "target_parameters"
+            )
+        weight = self.adapted_weight()
+        if weight is self.stored():
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, {self._path(): weight}, args, kwargs, tie_weights=False)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without its wrappers, that of attention's output projection included; PEFT calls this."""
+        for layer in self.modules():
+            if isinstance(layer, ParamWrapper) and merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        module: nn.Module = self.get_base_layer()
+        for name, child in module.named_children():
+            if isinstance(child, ParamWrapper):
+                setattr(module, name, child.get_base_layer())
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight, where that is the parameter; the module's weight otherwise."""
+        if self.parameter_name == "weight":
+            return self.adapted_weight()
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _path(self) -> str:
+        """The parameter's name as seen from the base layer, which may be a wrapper itself."""
+        depth, module = 0, self.base_layer
+        while isinstance(module, ParamWrapper):
+            depth, module = depth + 1, module.base_layer
+        return "base_layer." * depth + self.parameter_name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "base_layer" not in modules or (name.startswith("_") and name not in _PRIVATE):
+                raise
+        if name == self.parameter_name:
+            return self.adapted_weight()
+        return getattr(modules["base_layer"], name)
+
+
+def is_read(layer: nn.Module) -> bool:
+    """Whether a layer is read by the module around it instead of called."""
+    return isinstance(layer, READ_BY_ATTENTION)
+
+
+def wrapped(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
+    """The wrapper of a parameter, if the module has one."""
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == parameter_name:
+            return module
+        module = module.base_layer
+    return None
+
+
+def projections_of(attention: nn.MultiheadAttention) -> list[str]:
+    """The names of the parameters that attention projects its inputs with."""
+    names = ["in_proj_weight"] if attention._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return [name for name in names if isinstance(getattr(attention, name), Tensor)]

@@ -1,0 +1,58 @@
+"""What of an adapted model goes into an adapter's file, and under which names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .config import DVoRAConfig
+from .injection import projections_of
+from .targets import saved_names
+
+_MATRIX_PREFIX = "base_model.dvora_projections."
+_PEFT_PREFIX = "base_model.model."
+_VECTOR_PREFIX = ".dvora_"
+
+
+def as_saved(model: nn.Module, config: DVoRAConfig, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a file: vectors by the names of their weights, and the projections where the configuration asks.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        vectors: by their keys in the model's state dict.
+    """
+    renamed = _renamed(vectors, saved_names(model))
+    if not config.save_projection:
+        return renamed
+    matrices = projections_of(model, config).matrices()
+    return renamed | {f"{_MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+
+
+def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The vectors of a file by the paths of their layers in this model; its projections are checked.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        entries: of the file.
+
+    Raises:
+        ValueError: the projections are not those of the configuration's seed.
+    """
+    matrices = {k.removeprefix(_MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(_MATRIX_PREFIX)}
+    projections_of(model, config).check_matrices(matrices)
+    rest = {k: v for k, v in entries.items() if not k.startswith(_MATRIX_PREFIX)}
+    paths = {name: path for path, name in saved_names(model).items()}
+    # Files carry PEFT's prefix, a model that was adapted in place does not.
+    paths |= {f"{_PEFT_PREFIX}{name}": f"{_PEFT_PREFIX}{path}" for name, path in paths.items()}
+    return _renamed(rest, paths)
+
+
+def _renamed(state_dict: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """The state dict with the layers in its keys under other names."""
+
+    def renamed(key: str) -> str:
+        layer, found, rest = key.rpartition(_VECTOR_PREFIX)
+        return f"{names[layer]}{found}{rest}" if layer in names else key
+
+    return {renamed(key): value for key, value in state_dict.items()}

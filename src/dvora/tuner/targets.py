@@ -1,0 +1,175 @@
+"""Which weights of a model an adapter is for: what names match, and the wrappers that go around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..layouts import ROWS
+from ..shapes import Float
+from ..validation import check_weight
+from .base import readable_weight, stored_weight
+from .kinds import LayerKind, is_initialized, kind_of, parameter_kind
+from .layer import DVoRALayer
+from .parameters import ParamWrapper, is_read, projections_of, wrapped
+
+
+class Target(NamedTuple):
+    """One weight to adapt."""
+
+    name: str
+    """Of the weight: what rank and alpha patterns, probes and messages go by."""
+    layer: nn.Module
+    """The layer that holds it, or the wrapper that it has already."""
+    kind: LayerKind
+    parameter_name: str
+
+    def matrix(self) -> Float[Tensor, "O I"]:
+        """The base's own weight.
+
+        Raises:
+            TypeError, ValueError: it cannot be adapted.
+        """
+        if isinstance(self.layer, DVoRALayer):
+            return self.kind.layout.matrix(self.layer.unmerged())
+        weight = readable_weight(self.layer, self.kind, self.parameter_name, self.name)
+        check_weight(weight, self.name)
+        return self.kind.layout.matrix(weight)
+
+
+def targets_in(module: nn.Module, name: str) -> list[Target]:
+    """The weights of a targeted module: one, or all projections of an attention.
+
+    Raises:
+        TypeError: the module cannot be adapted, or carries an adapter of another method.
+        ValueError: it changes its weight while it runs.
+    """
+    base = _base_of(module, name)
+    if isinstance(base, nn.MultiheadAttention):
+        inputs = [parameter_target(module, p, f"{name}.{p}") for p in projections_of(base)]
+        return [*inputs, *targets_in(base.out_proj, f"{name}.out_proj")]
+    if isinstance(module, DVoRALayer):
+        return [Target(name, module, module.kind, module.parameter_name)]
+    if not is_initialized(base):
+        check_weight(next(base.parameters()), name)
+    return [Target(name, base, LayerKind(ROWS, None) if is_read(base) else kind_of(base, name), "weight")]
+
+
+def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Target:
+    """A parameter of a module, or the wrapper that it has already.
+
+    Raises:
+        TypeError: it has neither two nor three dimensions, or the module carries an adapter of another method.
+    """
+    base, wrapper = _base_of(module, name), wrapped(module, parameter_name)
+    if wrapper is not None:
+        return Target(name, wrapper, wrapper.kind, parameter_name)
+    parameter = stored_weight(base, LayerKind(ROWS, None), parameter_name)
+    assert parameter is not None
+    return Target(name, base, parameter_kind(base, parameter, name), parameter_name)
+
+
+def wrap(module: nn.Module, name: str, parameter_name: str | None = None) -> tuple[nn.Module, list[DVoRALayer]]:
+    """The module in its wrappers, and the wrapper of every weight that `targets_in` or `parameter_target` lists."""
+    if parameter_name is not None:
+        target = parameter_target(module, parameter_name, name)
+        if isinstance(target.layer, DVoRALayer):
+            return module, [target.layer]
+        wrapper = ParamWrapper(module, parameter_name, name, target.kind)
+        return wrapper, [wrapper]
+    base = _base_of(module, name)
+    if isinstance(base, nn.MultiheadAttention):
+        layers: list[DVoRALayer] = []
+        for projection in projections_of(base):
+            module, added = wrap(module, f"{name}.{projection}", projection)
+            layers += added
+        base.out_proj, added = wrap(base.out_proj, f"{name}.out_proj")  # type: ignore[assignment]
+        return module, layers + added
+    if isinstance(module, DVoRALayer):
+        return module, [module]
+    layer = ParamWrapper(base, "weight", name, LayerKind(ROWS, None)) if is_read(base) else DVoRALayer(base, name)
+    return layer, [layer]
+
+
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, but those inside an adapter that is already there."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not (inside and name.startswith(inside)):
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+
+
+def parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Target]:
+    """The parameters that `target_parameters` names, wrapped or not.
+
+    Raises:
+        TypeError: one has neither two nor three dimensions.
+        ValueError: one belongs to the model itself instead of a module in it, or to a layer that is adapted as a whole.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        outer = path.replace(".base_layer", "")
+        for parameter_name, _ in module.named_parameters(recurse=False):
+            name = f"{outer}.{parameter_name}"
+            if not matches(names, name):
+                continue
+            holder = model.get_submodule(outer)
+            if not outer or (isinstance(holder, DVoRALayer) and not isinstance(holder, ParamWrapper)):
+                raise ValueError(
+                    f"target_parameters: {name.lstrip('.')} cannot be wrapped, because "
+                    + ("it belongs to the model itself" if not outer else "its layer is targeted by target_modules too")
+                )
+            yield parameter_target(holder, parameter_name, name)
+
+
+def names_found(names: Iterable[str], model: nn.Module) -> set[str]:
+    """Those of the target names that some module has."""
+    return _endings(name for name, _ in model.named_modules()).intersection(names)
+
+
+def parameter_names_found(names: Iterable[str], model: nn.Module) -> set[str]:
+    """Those of the target names that some parameter has."""
+    return _endings(name.replace(".base_layer", "") for name, _ in model.named_parameters()).intersection(names)
+
+
+def matches(names: Collection[str] | str | None, path: str) -> bool:
+    """Whether a path is one of the names, ends in one of them, or matches them as a regular expression."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """How files call the wrappers of parameters, by their paths in the model.
+
+    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
+    """
+    return {
+        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+
+
+def _endings(paths: Iterable[str]) -> set[str]:
+    split = [path.split(".") for path in paths]
+    return {".".join(parts[start:]) for parts in split for start in range(len(parts))}
+
+
+def _base_of(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, DVoRALayer):
+        base: nn.Module = module.get_base_layer()
+        return base
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(
+            f"{name} already carries an adapter of another method ({type(module).__module__.split('.')[-2]}); merge or "
+            "unload it first, or leave the layer out with exclude_modules"
+        )
+    return module

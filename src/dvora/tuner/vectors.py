@@ -1,0 +1,36 @@
+"""What a layer keeps of its adapters beside their frozen side: trained vectors and strengths, by adapter name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..precision import at_least_float32
+
+
+class VectorDict(nn.ParameterDict):
+    """One trained vector by adapter name; never rounded below float32 when the model is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
+        super()._apply(at_least_float32(fn), recurse)
+        return self
+
+
+class Strength(nn.Module):
+    """s of `W + s (W' - W)`: a tensor, so that a compiled model follows when it changes.
+
+    Args:
+        like: the dtype and device to have.
+        value: s.
+    """
+
+    value: Tensor
+
+    def __init__(self, like: Tensor, value: float) -> None:
+        super().__init__()
+        self.register_buffer("value", like.new_full((), value), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
+        super()._apply(at_least_float32(fn), recurse)
+        return self
