@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import initialize, rule
 from peft import LoraConfig, get_peft_model
 from surgery_base import (
     DTYPES,
@@ -19,7 +19,7 @@ from surgery_base import (
     some_settings,
     wrapper_is_usable,
 )
-from surgery_checks import check_close, forward, stored_of, take_over_merged, vectors_of
+from surgery_checks import base_of, check_close, forward, take_over_merged, vectors_of
 from surgery_model import mixed
 from surgery_reference import Reference, Settings
 
@@ -29,11 +29,18 @@ from dvora import DVoRAConfig
 class AdapterRules(SurgeryBase):
     """Which adapters there are, and what they do to the base."""
 
-    @initialize(settings=some_settings, dtype=st.sampled_from(DTYPES), trained=st.booleans())
-    def begin(self, settings: Settings, dtype: torch.dtype, trained: bool) -> None:
+    @initialize(
+        settings=some_settings,
+        dtype=st.sampled_from(DTYPES),
+        trained=st.booleans(),
+        tied=st.booleans(),
+        compiles=st.sampled_from([False] * 9 + [True]),
+    )
+    def begin(self, settings: Settings, dtype: torch.dtype, trained: bool, tied: bool, compiles: bool) -> None:
         self.count("begin")
-        self.reference = Reference.of_base(dtype)
-        self.wrap(mixed(dtype), settings, trained)
+        self.compiled_passes_left = 3 if compiles else 0
+        self.reference = Reference.of_base(dtype, tied)
+        self.wrap(mixed(dtype, tied), settings, trained)
 
     @has_room
     @rule(settings=some_settings, trained=st.booleans())
@@ -102,24 +109,22 @@ class AdapterRules(SurgeryBase):
     @has_adapters
     @rule(names=st.none() | several)
     def merge(self, names: list[str] | None) -> None:
+        if self.reference.adapts_tied(names):
+            with self.refused("merge into a tied weight", "is tied"):
+                self.model.merge_adapter(names)
+            return
         self.count("merge the active adapters" if names is None else "merge some adapters")
         with self.merging():
             self.model.merge_adapter(names)
-        take_over_merged(lambda weight: stored_of(self.model, weight), self.reference.merge(names), self.reference)
+        take_over_merged(base_of(self.model), self.reference.merge(names), self.reference)
 
-    @precondition(lambda machine: machine.reference.merged)
     @rule()
     def unmerge(self) -> None:
-        self.count("unmerge")
-        self.model.unmerge_adapter()
-        self.reference.unmerge()
-
-    @precondition(lambda machine: not machine.reference.merged)
-    @rule()
-    def unmerge_without_need(self) -> None:
-        self.count("unmerge without need")
-        with pytest.warns(UserWarning, match="Already unmerged"):
+        merged = bool(self.reference.merged)
+        self.count("unmerge" if merged else "unmerge without need")
+        with nullcontext() if merged else pytest.warns(UserWarning, match="Already unmerged"):
             self.model.unmerge_adapter()
+        self.reference.unmerge()
 
     @has_adapters
     @rule(name=present)
@@ -128,7 +133,7 @@ class AdapterRules(SurgeryBase):
         before = vector.detach().clone()
         with torch.no_grad():
             vector[0] = float("nan")
-            with self.merging(), self.refused("merge what is not finite", "not finite"):
+            with self.merging(), self.refused("merge what is not finite", "not finite|is tied"):
                 self.model.merge_adapter([name])
             vector.copy_(before)
 
@@ -151,12 +156,16 @@ class AdapterRules(SurgeryBase):
 
     @rule(merge=st.booleans(), settings=some_settings, trained=st.booleans())
     def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
+        if merge and self.reference.adapts_tied(None):
+            with self.refused("merge into a tied weight and unload", "is tied"):
+                self.model.merge_and_unload()
+            return
         self.count("merge and unload" if merge else "unload")
         with self.merging():
             base = self.model.merge_and_unload() if merge else self.model.unload()
         if merge:
-            take_over_merged(base.get_parameter, self.reference.merge(None), self.reference)
-        self.reference = Reference(self.reference.dtype, self.reference.stored)
+            take_over_merged(dict(base.named_parameters()), self.reference.merge(None), self.reference)
+        self.reference = self.reference.of_its_base()
         self.saved.clear()
         self.wrap(base, settings, trained)
 

@@ -5,7 +5,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,27 +15,28 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
 from models_compared import assert_unchanged, snapshot
 from peft import PeftModel
 from surgery_checks import check_deltas, check_outputs, check_state, check_values, vectors_of
-from surgery_model import AVAILABLE, TARGETS
+from surgery_model import PARAMETERS, TARGETS
 from surgery_reference import VECTORS, Adapter, Place, Reference, Settings
-from torch import nn
+from torch import Tensor, nn
 
 from dvora import MergePrecisionWarning
 
 NAMES = ("first", "second", "third", "fourth")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
-_targets = st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(lambda names: tuple(sorted(names)))
+_modules = [target for target in TARGETS if target not in PARAMETERS]
 some_settings = st.builds(
     Settings,
-    targets=_targets,
+    targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(lambda names: tuple(sorted(names))),
     r=st.sampled_from([3, 1, 7]),
     alpha=st.sampled_from([None, 2.0]),
     direction=st.sampled_from(["unit", "weight"]),
     detach_norm=st.booleans(),
     seed=st.sampled_from([0, 1]),
     random_start=st.booleans(),
-    train=st.sampled_from([VECTORS, ("magnitude",), ("lambda_b", "lambda_d")] if "train" in AVAILABLE else [VECTORS]),
-    magnitude_only=st.just(()) | _targets if "magnitude_modules" in AVAILABLE else st.just(()),
+    train=st.sampled_from([VECTORS, VECTORS, ("magnitude",), ("lambda_b", "lambda_d")]),
+    magnitude_only=st.just(()) | st.sampled_from(_modules).map(lambda name: (name,)),
+    strength=st.sampled_from([1.0, 1.0, 0.5, 0.0]),
 )
 
 
@@ -54,16 +54,14 @@ has_room = precondition(lambda machine: len(machine.reference.adapters) < len(NA
 wrapper_is_usable = precondition(lambda machine: machine.model.active_adapter in machine.reference.adapters)
 
 
-@dataclass(frozen=True)
 class Saved:
     """A folder, and the adapter that was saved in it."""
 
-    folder: Path
-    name: str
-    adapter: Adapter
+    def __init__(self, folder: Path, adapter: Adapter) -> None:
+        self.folder, self.adapter = folder, adapter
 
     def __repr__(self) -> str:
-        return f"<{self.name} in {self.folder.name}>"
+        return f"<{self.folder.parent.name}/{self.folder.name}>"
 
 
 class SurgeryBase(RuleBasedStateMachine):
@@ -74,6 +72,8 @@ class SurgeryBase(RuleBasedStateMachine):
 
     model: PeftModel
     reference: Reference
+    compiled_passes_left: int
+    """Compiling takes seconds, so that only some histories do it, and not for long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,6 +81,7 @@ class SurgeryBase(RuleBasedStateMachine):
         self.saved: list[Saved] = []
         self.known: dict[Place, nn.Parameter] = {}
         self.folder = tempfile.TemporaryDirectory()
+        self.compiled: Callable[[Tensor], Tensor] | None = None
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -109,6 +110,7 @@ class SurgeryBase(RuleBasedStateMachine):
         """Go on with another model."""
         self.model = model
         self.known.clear()
+        self.compiled = None
 
     def take_over_new(self, name: str, settings: Settings, trained: bool) -> None:
         """Enter a new adapter, which starts as it has to, in the reference; move its vectors if `trained`."""

@@ -1,11 +1,11 @@
 """Comparisons of a model under surgery with its reference."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from models_compared import worst_difference
 from peft import PeftModel
-from surgery_model import TOKENS, WEIGHTS
+from surgery_model import TIED, TOKENS, WEIGHTS
 from surgery_reference import VECTORS, Place, Reference, loss
 from tiny import same_bits
 from torch import Tensor, nn
@@ -20,28 +20,29 @@ DELTAS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 """Largest error of `W' - W`, relative to the largest weight: it is never computed below float32."""
 
 
-def layer_of(model: PeftModel, weight: str) -> nn.Module:
-    """The layer of the model that holds a weight of the base, adapted or not."""
-    return model.base_model.model.get_submodule(weight.rpartition(".")[0])
+def layers_of(model: PeftModel) -> dict[str, DVoRALayer]:
+    """The adapted layers by the names that their weights have in the base model."""
+    return {
+        f"{path.replace('.base_layer', '')}.{layer.parameter_name}": layer
+        for path, layer in model.base_model.model.named_modules()
+        if isinstance(layer, DVoRALayer)
+    }
 
 
-def stored_of(model: PeftModel, weight: str) -> Tensor:
-    """A parameter of the base as the model holds it."""
-    layer = layer_of(model, weight)
-    base = layer.base_layer if isinstance(layer, DVoRALayer) else layer
-    return base.get_parameter(weight.rpartition(".")[2])
+def base_of(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The base's own parameters by the names that they have in the base model."""
+    named = model.base_model.model.named_parameters(remove_duplicate=False)
+    return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".dvora_" not in name}
 
 
 def vectors_of(model: PeftModel) -> dict[Place, nn.Parameter]:
     """All vectors that the model has."""
-    found = {}
-    for weight in WEIGHTS:
-        layer = layer_of(model, weight)
-        if isinstance(layer, DVoRALayer):
-            for vector in VECTORS:
-                held = getattr(layer, f"dvora_{vector}")
-                found |= {Place(weight, name, vector): parameter for name, parameter in held.items()}
-    return found
+    return {
+        Place(weight, name, vector): parameter
+        for weight, layer in layers_of(model).items()
+        for vector in VECTORS
+        for name, parameter in getattr(layer, f"dvora_{vector}").items()
+    }
 
 
 def expected_vectors(reference: Reference) -> dict[Place, Tensor]:
@@ -62,8 +63,12 @@ def forward(model: PeftModel, **options: object) -> Tensor:
 
 def check_values(model: PeftModel, reference: Reference) -> None:
     """Every parameter to the last bit."""
+    base = base_of(model)
+    assert base.keys() == reference.stored.keys()
     for name, value in reference.stored.items():
-        assert same_bits(stored_of(model, name), value), name
+        assert same_bits(base[name], value), name
+    if reference.tied:
+        assert len({id(base[name]) for name in TIED}) == 1
     expected, actual = expected_vectors(reference), vectors_of(model)
     assert actual.keys() == expected.keys()
     for place, value in expected.items():
@@ -77,14 +82,14 @@ def check_state(model: PeftModel, reference: Reference) -> None:
     assert model.training == reference.training
     for place, parameter in vectors_of(model).items():
         assert parameter.requires_grad == reference.adapters[place.adapter].trains(place.vector), place
-    for weight in WEIGHTS:
-        assert stored_of(model, weight).requires_grad == reference.base_trained, weight
-        layer = layer_of(model, weight)
-        if isinstance(layer, DVoRALayer):
-            assert layer.merged_adapters == reference.merged.get(weight, []), weight
-            assert layer.active_adapters == reference.active, weight
-            assert layer.disable_adapters != reference.enabled, weight
-            assert same_bits(layer.unmerged_matrix(), WEIGHTS[weight].view.matrix(reference.base(weight))), weight
+    base = base_of(model)
+    assert all(base[weight].requires_grad == reference.base_trained for weight in WEIGHTS)
+    for weight, layer in layers_of(model).items():
+        assert layer.merged_adapters == reference.merged.get(weight, []), weight
+        assert layer.active_adapters == reference.active, weight
+        assert layer.disable_adapters != reference.enabled, weight
+        assert same_bits(layer.unmerged(), reference.base(weight)), weight
+    assert reference.merged.keys() <= layers_of(model).keys()
 
 
 def check_outputs(model: PeftModel, reference: Reference) -> None:
@@ -104,9 +109,9 @@ def check_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 def check_deltas(model: PeftModel, reference: Reference) -> None:
     """`W' - W` of every adapter of every weight; this one is as accurate for a bfloat16 base."""
-    for weight in WEIGHTS:
+    for weight, layer in layers_of(model).items():
         for name in reference.at(weight):
-            actual = layer_of(model, weight).get_delta_weight(name)
+            actual = layer.get_delta_weight(name)
             expected = reference.delta(weight, name)
             size = max(expected.abs().max(), reference.base(weight).abs().max())
             assert (actual.double() - expected).abs().max() < DELTAS[reference.dtype] * size, (weight, name)
@@ -129,7 +134,7 @@ def check_gradients(model: PeftModel, reference: Reference) -> tuple[dict[Place,
     for vector in VECTORS:
         of_kind = {place: g for place, g in of_vectors.items() if place.vector == vector}
         _check_gradients({p: g for p, g in actual.items() if p.vector == vector}, of_kind, tolerance)
-    weights = {w: g for w in WEIGHTS if (g := stored_of(model, w).grad) is not None}
+    weights = {w: g for w, p in base_of(model).items() if (g := p.grad) is not None}
     of_weights = of_weights if reference.base_trained else {}
     _check_gradients(weights, of_weights, tolerance)
     return of_vectors, of_weights
@@ -143,10 +148,10 @@ def _check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
         assert error <= tolerance * size, (key, error / size)
 
 
-def take_over_merged(stored: Callable[[str], Tensor], changed: list[str], reference: Reference) -> None:
+def take_over_merged(base: Mapping[str, Tensor], changed: list[str], reference: Reference) -> None:
     """Merged weights are exact up to the rounding of their dtype; their bits are the reference's from here on."""
     for weight in changed:
-        actual, exact = stored(weight).detach(), reference.merged_weight(weight)
+        actual, exact = base[weight].detach(), reference.merged_weight(weight)
         rounding = torch.finfo(reference.dtype).eps * exact.abs()
         arithmetic = DELTAS[reference.dtype] * exact.abs().max()
         assert ((actual.double() - exact).abs() <= rounding + arithmetic).all(), weight

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from surgery_base import Saved, SurgeryBase, drawn, has_adapters, has_room, present
 from surgery_checks import check_close, take_over_merged
 from surgery_model import TOKENS, Mixed, mixed
-from surgery_reference import Reference, vector_dtype
+from surgery_reference import vector_dtype
 from tiny import same_bits
 from torch import nn
 
@@ -47,7 +47,7 @@ class CopyRules(SurgeryBase):
         self.count("save")
         folder = f"{self.folder.name}/{len(self.saved)}"
         self.model.save_pretrained(folder, selected_adapters=[name])
-        saved = Saved(Path(folder) / name, name, copy.deepcopy(self.reference.adapters[name]))
+        saved = Saved(Path(folder) / name, copy.deepcopy(self.reference.adapters[name]))
         written = load_file(saved.folder / "adapter_model.safetensors")
         expected = {
             f"base_model.model.{weight.removesuffix('.weight')}.dvora_{vector}": value
@@ -90,14 +90,14 @@ class CopyRules(SurgeryBase):
     def load_into_a_fresh_model(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
         self.count("load into a fresh model")
         self.reference.unmerge()
-        base = mixed(self.reference.dtype)
+        base = mixed(self.reference.dtype, self.reference.tied)
         base.load_state_dict(self.reference.stored)
-        options = {"adapter_name": saved.name, "is_trainable": trainable, "low_cpu_mem_usage": meta_first}
+        options = {"adapter_name": saved.folder.name, "is_trainable": trainable, "low_cpu_mem_usage": meta_first}
         self.adopt(PeftModel.from_pretrained(base, saved.folder, **options))
-        self.reference = Reference(self.reference.dtype, self.reference.stored, training=trainable)
-        self.reference.add(saved.name, saved.adapter.settings)
-        self.reference.activate([saved.name], trainable)
-        self.enter_loaded(saved.name, saved)
+        self.reference = self.reference.of_its_base(trainable)
+        self.reference.add(saved.folder.name, saved.adapter.settings)
+        self.reference.activate([saved.folder.name], trainable)
+        self.enter_loaded(saved.folder.name, saved)
 
     @has_room
     @rule(meta_first=st.booleans())
@@ -119,21 +119,23 @@ class CopyRules(SurgeryBase):
 
     @rule(merge=st.booleans())
     def unload_a_copy(self, merge: bool) -> None:
+        merge = merge and not self.reference.adapts_tied(None)
         self.count("merge and unload a copy" if merge else "unload a copy")
         reference, copied = copy.deepcopy(self.reference), copy.deepcopy(self.model)
         with self.merging():
             plain = copied.merge_and_unload() if merge else copied.unload()
         if merge:
-            take_over_merged(plain.get_parameter, reference.merge(None), reference)
+            take_over_merged(dict(plain.named_parameters()), reference.merge(None), reference)
         assert type(plain) is Mixed
         assert plain.state_dict().keys() == reference.stored.keys()
         assert all(same_bits(value, reference.stored[name]) for name, value in plain.state_dict().items())
         with torch.no_grad():
-            check_close(plain(TOKENS), Reference(reference.dtype, reference.stored).outputs(), reference.dtype)
+            check_close(plain(TOKENS), reference.of_its_base().outputs(), reference.dtype)
         spoil(plain)
 
     @rule(assign=st.booleans())
     def load_own_state_dict(self, assign: bool) -> None:
+        assign = assign and not self.reference.tied  # assigning, torch unties
         self.count("load own state dict")
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         with torch.no_grad():

@@ -37,7 +37,48 @@ class Transposed(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-BLOCKS: dict[str, Callable[[], nn.Module]] = {"plain": FeedForward, "transposed": Transposed}
+class Convolutions(nn.Module):
+    """Along the length, in groups: with one dimension and two, with a bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(WIDTH, 4, 3, padding=1, groups=2)
+        self.plane = nn.Conv2d(4, WIDTH, (1, 2), padding="same", padding_mode="circular", bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.line(x.transpose(1, 2)))
+        return self.plane(y.unsqueeze(2)).squeeze(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Torch's own, which reads its weights instead of calling layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Experts(nn.Module):
+    """A stack of matrices (experts, out, in) that the module multiplies with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.empty(2, WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.einsum("bli,eoi->bleo", x, self.stack)).mean(2)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": FeedForward,
+    "transposed": Transposed,
+    "convolved": Convolutions,
+    "attention": Attention,
+    "experts": Experts,
+}
 """Modules from (batch, length, width) to the same, applied one after the other, each beside a residual connection."""
 
 
@@ -50,6 +91,8 @@ class View(NamedTuple):
 
 AS_IT_IS = View(lambda weight: weight, lambda matrix, shape: matrix)
 TRANSPOSED = View(lambda weight: weight.T, lambda matrix, shape: matrix.T)
+KERNELS = View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
+STACK = View(lambda weight: weight.flatten(0, 1), lambda matrix, shape: matrix.reshape(shape))
 
 
 class Weight(NamedTuple):
@@ -57,7 +100,13 @@ class Weight(NamedTuple):
 
     view: View
     target: str
-    """What a configuration calls its layer."""
+    """What a configuration calls it: the name of its layer, or of a parameter."""
+    by_name: bool = False
+    """The target is a parameter."""
+    called: bool = True
+    """Its layer is called, so that rows of a batch can use different adapters."""
+    skipped_column: int | None = None
+    """Of the matrix: no update reaches it."""
 
 
 WEIGHTS: dict[str, Weight] = {
@@ -65,13 +114,24 @@ WEIGHTS: dict[str, Weight] = {
     "blocks.plain.down.weight": Weight(AS_IT_IS, "plain.down"),
     "blocks.transposed.up.weight": Weight(TRANSPOSED, "transposed.up"),
     "blocks.transposed.down.weight": Weight(TRANSPOSED, "transposed.down"),
+    "blocks.convolved.line.weight": Weight(KERNELS, "convolved.line"),
+    "blocks.convolved.plane.weight": Weight(KERNELS, "convolved.plane"),
+    "blocks.attention.inner.in_proj_weight": Weight(AS_IT_IS, "attention.inner", called=False),
+    "blocks.attention.inner.out_proj.weight": Weight(AS_IT_IS, "attention.inner", called=False),
+    "blocks.experts.stack": Weight(STACK, "experts.stack", by_name=True, called=False),
+    "embed.weight": Weight(TRANSPOSED, "embed", skipped_column=0),
+    "head.weight": Weight(AS_IT_IS, "head"),
 }
 """By the name of the parameter in the base model."""
 
-AVAILABLE: frozenset[str] = frozenset()
-"""What is there of "strength", "train", "magnitude_modules", "interpolate_adapters", "add_weighted_adapter"."""
+TIED = ("embed.weight", "head.weight")
+"""One tensor in a model that is made so."""
 
 TARGETS = sorted({weight.target for weight in WEIGHTS.values()})
+PARAMETERS = sorted({weight.target for weight in WEIGHTS.values() if weight.by_name})
+
+AVAILABLE: frozenset[str] = frozenset()
+"""What is there of "set_strength", "interpolate_adapters", "add_weighted_adapter"."""
 
 
 class Mixed(nn.Module):
@@ -79,7 +139,7 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
         self.blocks = nn.ModuleDict({name: make() for name, make in BLOCKS.items()})
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
@@ -91,13 +151,17 @@ class Mixed(nn.Module):
 
 
 @torch.no_grad()
-def mixed(dtype: torch.dtype = torch.float32) -> Mixed:
+def mixed(dtype: torch.dtype = torch.float32, tied: bool = False) -> Mixed:
     """The model with the same values each time; one row of one weight is zero, and no bias is."""
     generator = torch.Generator().manual_seed(0)
-    model = Mixed()
+    with torch.random.fork_rng(devices=[]):
+        model = Mixed()
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     model.get_parameter("blocks.plain.down.weight")[2] = 0
+    model.embed.weight[0] = 0
+    if tied:
+        model.head.weight = model.embed.weight
     return model.to(dtype)
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 from surgery_base import DTYPES, SurgeryBase, has_adapters, wrapper_is_usable
-from surgery_checks import GRADIENTS, check_close, check_gradients, forward, stored_of, vectors_of
+from surgery_checks import GRADIENTS, base_of, check_close, check_gradients, forward, vectors_of
 from surgery_model import TOKENS, WEIGHTS
 from torch import Tensor
 
@@ -21,11 +21,11 @@ class PassRules(SurgeryBase):
     def train(self, adam: bool, decay: float) -> None:
         self.count("train")
         of_vectors, of_weights = check_gradients(self.model, self.reference)
-        now = vectors_of(self.model)
+        now, base = vectors_of(self.model), base_of(self.model)
         trained = [(now[place], gradient) for place, gradient in of_vectors.items()]
         # Merged weights are put back to what they were, so training them would be lost.
         weights = {} if self.reference.merged else of_weights
-        trained += [(stored_of(self.model, weight), gradient) for weight, gradient in weights.items()]
+        trained += [(base[weight], gradient) for weight, gradient in weights.items()]
         if not trained:
             return
         expected = [stepped(parameter, gradient, adam, decay) for parameter, gradient in trained]
@@ -39,14 +39,18 @@ class PassRules(SurgeryBase):
             assert ((parameter.double() - value).abs() <= rounding + slack).all()
         for place in of_vectors:
             self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
+        if weights:
+            self.saved.clear()  # another base by now, which may be refused or not
         for weight in weights:
-            self.reference.stored[weight] = stored_of(self.model, weight).detach().clone()
+            self.reference.stored[weight] = base[weight].detach().clone()
 
+    @precondition(lambda machine: not machine.reference.tied)
     @rule(trained=st.booleans())
     def train_the_base_too(self, trained: bool) -> None:
         self.count("train the base too" if trained else "freeze the base")
+        base = base_of(self.model)
         for weight in WEIGHTS:
-            stored_of(self.model, weight).requires_grad_(trained)
+            base[weight].requires_grad_(trained)
         self.reference.base_trained = trained
 
     @rule(dtype=st.sampled_from(DTYPES), way=st.sampled_from(["to", "to both", "move", "cpu"]))
@@ -77,6 +81,9 @@ class PassRules(SurgeryBase):
         if self.reference.training:
             with self.refused("mixed batch in training", "inference only"):
                 forward(self.model, adapter_names=names)
+        elif any(not WEIGHTS[weight].called for name in names if name != BASE for weight in self.weights(name)):
+            with self.refused("mixed batch of adapters of parameters", "called row by row"):
+                forward(self.model, adapter_names=names)
         elif self.reference.merged:
             with self.refused("mixed batch while merged", "while adapters are merged"):
                 forward(self.model, adapter_names=names)
@@ -94,10 +101,10 @@ class PassRules(SurgeryBase):
         with self.refused("mixed batch of nonsense", "entries|no adapter is named|merged"):
             forward(self.model, adapter_names=names)
 
-    # ---- compiled
+    def weights(self, name: str) -> list[str]:
+        return list(self.reference.adapters[name].vectors)
 
-    compiled_passes_left = 3
-    compiled = None
+    # ---- compiled
 
     @has_adapters
     @precondition(lambda machine: machine.compiled is None and machine.compiled_passes_left)
@@ -115,10 +122,6 @@ class PassRules(SurgeryBase):
         self.compiled_passes_left -= 1
         with torch.no_grad():
             check_close(self.compiled(TOKENS), self.reference.outputs(), self.reference.dtype)
-
-    def adopt(self, model: torch.nn.Module) -> None:
-        super().adopt(model)
-        self.compiled = None
 
 
 def stepped(parameter: Tensor, gradient: Tensor, adam: bool, decay: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from reference import DenseDVoRA
-from surgery_model import AVAILABLE, COEFFICIENTS, TOKENS, WEIGHTS, mixed
+from surgery_model import COEFFICIENTS, PARAMETERS, TIED, TOKENS, WEIGHTS, mixed
 from torch import Tensor
 from torch.func import functional_call
 
@@ -42,20 +42,22 @@ class Settings:
     """The vectors that are trained."""
     magnitude_only: tuple[str, ...] = ()
     """Targets whose layers get the magnitude only."""
+    strength: float = 1.0
 
     def config(self) -> DVoRAConfig:
-        values = {
-            "target_modules": list(self.targets),
-            "r": self.r,
-            "alpha": self.alpha,
-            "direction": self.direction,
-            "detach_norm": self.detach_norm,
-            "projection_seed": self.seed,
-            "init_weights": not self.random_start,
-        }
-        values |= {"train": list(self.train)} if "train" in AVAILABLE else {}
-        values |= {"magnitude_modules": list(self.magnitude_only)} if "magnitude_modules" in AVAILABLE else {}
-        return DVoRAConfig(**values)
+        return DVoRAConfig(
+            r=self.r,
+            alpha=self.alpha,
+            target_modules=[target for target in self.targets if target not in PARAMETERS],
+            target_parameters=[target for target in self.targets if target in PARAMETERS],
+            magnitude_modules=list(self.magnitude_only),
+            train=self.train,
+            strength=self.strength,
+            direction=self.direction,
+            detach_norm=self.detach_norm,
+            projection_seed=self.seed,
+            init_weights=not self.random_start,
+        )
 
     def weights(self) -> list[str]:
         """The names of the weights that the adapter adapts."""
@@ -86,6 +88,7 @@ class Reference:
     """The state of the model."""
 
     dtype: torch.dtype
+    tied: bool
     stored: dict[str, Tensor]
     """Every parameter of the base as the model has to hold it, to the last bit; merged weights too."""
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -99,8 +102,13 @@ class Reference:
     base_trained: bool = False
 
     @classmethod
-    def of_base(cls, dtype: torch.dtype) -> "Reference":
-        return cls(dtype, {name: value.detach().clone() for name, value in mixed(dtype).named_parameters()})
+    def of_base(cls, dtype: torch.dtype, tied: bool) -> "Reference":
+        values = mixed(dtype, tied).named_parameters(remove_duplicate=False)
+        return cls(dtype, tied, {name: value.detach().clone() for name, value in values})
+
+    def of_its_base(self, training: bool = False) -> "Reference":
+        """A model without adapters that has this one's weights as they are."""
+        return Reference(self.dtype, self.tied, self.stored, training=training)
 
     def base(self, weight: str) -> Tensor:
         """The base's own weight."""
@@ -116,13 +124,18 @@ class Reference:
             return []
         return [name for name in self.active if name in self.at(weight)]
 
+    def adapts_tied(self, names: list[str] | None) -> bool:
+        """Whether one of the adapters, or of the active ones, is at a weight that is another one too."""
+        names = self.active if names is None else names
+        return self.tied and any(name in self.at(weight) for weight in TIED for name in names)
+
     # ---- what operations do
 
     def add(self, name: str, settings: Settings) -> None:
         """Add an adapter that changes nothing yet."""
         self.unmerge()
         dtype = vector_dtype(self.dtype)
-        self.adapters[name] = Adapter(settings, {})
+        self.adapters[name] = Adapter(settings, {}, strength=settings.strength)
         for weight in settings.weights():
             matrix = WEIGHTS[weight].view.matrix(self.stored[weight])
             vectors = {"magnitude": matrix.double().norm(dim=1).to(dtype)}
@@ -188,10 +201,13 @@ class Reference:
         """One adapter of one weight."""
         adapter, matrix = self.adapters[name], WEIGHTS[weight].view.matrix(self.base(weight))
         settings, vectors = adapter.settings, adapter.vectors[weight]
+        A = _shared(settings.seed).A(settings.r, matrix.shape[1], torch.float64)
+        if WEIGHTS[weight].skipped_column is not None:
+            A[:, WEIGHTS[weight].skipped_column] = 0
         return DenseDVoRA(
             matrix,
             None,
-            _shared(settings.seed).A(settings.r, matrix.shape[1], torch.float64),
+            A,
             _shared(settings.seed).B(settings.r, len(matrix), torch.float64),
             vectors["magnitude"],
             vectors.get("lambda_b", torch.zeros(len(matrix))),
