@@ -13,7 +13,7 @@ from .projections import SharedProjections
 from .shared import are_shared_matrices_initialized, initialize_shared_matrices, reset_shared_matrices
 
 if TYPE_CHECKING:
-    from .tuner import DVoRAConfig, DVoRAModel
+    from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter
 
 __version__ = "0.1.0.dev0"
 
@@ -25,14 +25,15 @@ __all__ = [
     "SharedProjections",
     "are_shared_matrices_initialized",
     "functional",
+    "hotswap_adapter",
     "initialize_shared_matrices",
     "reset_shared_matrices",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The PEFT method's classes, imported with PEFT at their first use."""
-    if name in ("DVoRAConfig", "DVoRAModel"):
+    """The PEFT method's names, imported with PEFT at their first use."""
+    if name in ("DVoRAConfig", "DVoRAModel", "hotswap_adapter"):
         from . import tuner
 
         return getattr(tuner, name)

@@ -144,12 +144,27 @@ class AdaptedWeight(nn.Module):
             self.w = w
         self._measured = _State.of(weight)
 
+    def A(self, like: Tensor) -> Float[Tensor, "R I"]:
+        """The dense A of this weight, with the dtype and device of `like`."""
+        if not self.rank:
+            return like.new_empty(0, self.in_features)
+        A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
+        if self.skipped_column is None:
+            return A
+        return A.index_fill(1, torch.tensor([self.skipped_column], device=A.device), 0.0)
+
+    def B(self, like: Tensor) -> Float[Tensor, "O R"]:
+        """The dense B of this weight, with the dtype and device of `like`."""
+        if not self.rank:
+            return like.new_empty(self.out_features, 0)
+        return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
+
     def gain_minus_one(self, vectors: Vectors, weight: Tensor | None) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`g - 1` and `beta` of every row."""
         constants = self.constants(weight)
         with full_precision(constants.w.device):
             beta = F.row_scale(vectors.lambda_b, constants.w, self.scaling, self.direction)
-            return F.gain_minus_one(vectors, constants, self._B(constants.w), beta, self.detach_norm), beta
+            return F.gain_minus_one(vectors, constants, self.B(constants.w), beta, self.detach_norm), beta
 
     def low_rank(self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:
         """`((x A^T) lambda_d) B^T`, in the dtype of `x`."""
@@ -180,8 +195,8 @@ class AdaptedWeight(nn.Module):
             output_gradient.reshape(-1, self.out_features),
             x.reshape(-1, self.in_features),
             self.layout.matrix(weight),
-            self._A(constants.w),
-            self._B(constants.w),
+            self.A(constants.w),
+            self.B(constants.w),
             vectors,
             constants,
             scaling=self.scaling,
@@ -196,14 +211,14 @@ class AdaptedWeight(nn.Module):
         g1, beta = self.gain_minus_one(vectors, weight)
         with full_precision(g1.device):
             matrix = self.layout.matrix(weight)
-            return F.rescaled_delta(matrix, self._A(g1), self._B(g1), vectors.lambda_d, beta, g1)
+            return F.rescaled_delta(matrix, self.A(g1), self.B(g1), vectors.lambda_d, beta, g1)
 
     @torch.no_grad()
     def diagnostics(self, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
         """How far the vectors have moved the weight: norm ratios n / w, angles in degrees, gains, rows at risk."""
         constants = self.constants(weight)
         with full_precision(constants.w.device):
-            B = self._B(constants.w)
+            B = self.B(constants.w)
             beta = F.row_scale(vectors.lambda_b, constants.w, self.scaling, self.direction)
             _, s = F.relative_norm(constants, B, vectors.lambda_d, beta)
             angle = F.row_angle(constants, B, vectors.lambda_d, beta).rad2deg()
@@ -239,7 +254,7 @@ class AdaptedWeight(nn.Module):
             factor = self.shared.factor(self.rank, self.in_features, dtype)
             basis = self.shared.basis(self.rank, self.in_features, dtype)
         elif self.rank:
-            factor, basis = decompose(self._A(torch.empty(0, dtype=torch.float64)))
+            factor, basis = decompose(self.A(torch.empty(0, dtype=torch.float64)))
         else:
             factor, basis = torch.empty(0, 0), torch.empty(0, self.in_features)
         return factor.to(device, dtype), basis.to(device, dtype)
@@ -248,19 +263,6 @@ class AdaptedWeight(nn.Module):
         if self.own_factor is not None:
             return self.own_factor
         return self.shared.factor(self.rank, self.in_features, self.w.dtype).to(self.w.device)
-
-    def _A(self, like: Tensor) -> Float[Tensor, "R I"]:
-        if not self.rank:
-            return like.new_empty(0, self.in_features)
-        A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
-        if self.skipped_column is None:
-            return A
-        return A.index_fill(1, torch.tensor([self.skipped_column], device=A.device), 0.0)
-
-    def _B(self, like: Tensor) -> Float[Tensor, "O R"]:
-        if not self.rank:
-            return like.new_empty(self.out_features, 0)
-        return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:

@@ -221,7 +221,7 @@ def test_layer_and_model_status_are_those_of_lora() -> None:
 
 def test_layer_types_are_shown_by_the_method_name() -> None:
     model = with_adapters("mlp", ("default",))
-    assert {status.module_type for status in model.get_layer_status()} == {"dvora.DVoRALayer"}
+    assert {status.module_type for status in model.get_layer_status()} == {"dvora.DVoRALinear"}
     assert all(repr(layer).startswith("dvora.") for _, layer in dvora_layers(model))
 
 

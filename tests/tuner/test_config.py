@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from models_compared import assert_unchanged, snapshot
-from peft import LoraConfig, PeftConfig, get_peft_model
-from tiny import LAYERS, MODELS
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tiny import LAYERS, MODELS, same_bits
+from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from dvora import DVoRAConfig, SharedProjections
 
@@ -155,12 +157,41 @@ def test_get_peft_model_changes_the_callers_config_no_more_than_lora_does() -> N
     assert changed[DVoRAConfig] <= changed[LoraConfig] | {"base_model_name_or_path"}
 
 
-def test_one_config_serves_several_models() -> None:
-    config = DVoRAConfig(r=4, target_modules="all-linear")
-    before = dataclasses.asdict(config)
-    bert, llama = (get_peft_model(MODELS[name](), config) for name in ("bert", "llama"))
-    assert bert.targeted_module_names != llama.targeted_module_names
-    assert dataclasses.asdict(config) == before
+def test_one_config_serves_several_bases_and_each_adapter_knows_its_own(tmp_path: Path) -> None:
+    config = DVoRAConfig(r=4, target_modules=["lin0", "lin1"])
+    bases = [MODELS["mlp"](), MODELS["mlp"]()]
+    with torch.no_grad():
+        bases[1].lin0.weight.normal_(generator=torch.Generator().manual_seed(1))
+    models = [get_peft_model(copy.deepcopy(base), config) for base in bases]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+    for number, base in enumerate(bases):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(number))
+        with pytest.raises(ValueError, match="lin0: the adapter was made for another base model"):
+            PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(1 - number))
+
+
+def test_the_model_holds_the_config_that_it_was_given_as_peft_expects() -> None:
+    config = DVoRAConfig(r=4, target_modules=["lin0"])
+    assert get_peft_model(MODELS["mlp"](), config).peft_config["default"] is config
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_heads_that_peft_adds_to_the_config_are_trained_saved_and_loaded(task: str, tmp_path: Path) -> None:
+    make = {"TOKEN_CLS": BertForTokenClassification, "QUESTION_ANS": BertForQuestionAnswering}[task]
+    settings = MODELS["bert"]().config
+    settings.num_labels = 2
+    base = make(settings).eval()
+    model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=4, target_modules=["query"], task_type=task))
+    heads = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+    assert heads
+    with torch.no_grad():
+        for head in heads:
+            head.add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    ids = torch.arange(6)[None]
+    assert same_bits(loaded(ids)[0], model.eval()(ids)[0])
 
 
 def test_ranks_and_alphas_of_a_layer_follow_the_patterns() -> None:

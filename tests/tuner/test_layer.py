@@ -155,7 +155,7 @@ def test_a_zero_row_stays_zero_and_finite() -> None:
 
 def test_the_layer_shows_its_sizes_and_its_adapters() -> None:
     shown = repr(wrapped(linear(10, 7)))
-    assert shown.startswith("dvora.DVoRALayer(")
+    assert shown.startswith("dvora.DVoRALinear(")
     for part in ("in_features=10, out_features=7", "rank=5", "alpha=5", "direction='unit'", "seed=0"):
         assert part in shown
 

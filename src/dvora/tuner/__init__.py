@@ -1,10 +1,11 @@
 """The PEFT method: importing it registers DVoRA with PEFT."""
 
 from .config import DVoRAConfig
+from .hotswap import hotswap_adapter
 from .layer import DVoRALayer
 from .model import DVoRAModel
 from .registration import register
 
 register()
 
-__all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel"]
+__all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel", "hotswap_adapter"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -68,4 +70,21 @@ def check_gradient(layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor,
         raise RuntimeError(
             f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
             "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
+        )
+
+
+def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:
+    """Refuse a batch of adapters that does not fit the batch of inputs, or that merged weights would falsify.
+
+    Raises:
+        ValueError: there is not one name a row, or an adapter is merged.
+    """
+    if len(adapter_names) != len(x):
+        raise ValueError(
+            f"{name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; pass one name a row"
+        )
+    if merged:
+        raise ValueError(
+            f"{name}: adapter_names cannot be used while adapters are merged ({', '.join(merged)}); call "
+            "unmerge_adapter first"
         )

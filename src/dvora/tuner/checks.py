@@ -1,4 +1,4 @@
-"""Checks that run before a model is touched: names that match nothing, weights that cannot be adapted or merged.
+"""Checks that run before a model is touched: names that match nothing, weights that cannot be adapted.
 
 PEFT replaces layers one by one, so an error half-way would leave a model half adapted.
 """
@@ -9,11 +9,9 @@ import difflib
 import warnings
 from collections.abc import Sequence
 
-import torch
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .base import check_mergeable as check_layer_mergeable
 from .base_probes import alike, probes_of
 from .config import DVoRAConfig
 from .kinds import KINDS
@@ -77,48 +75,6 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig) -> dict[str, l
                 "use it all the same, set base_probes=None in its configuration"
             )
     return probes
-
-
-def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Refuse a merge that cannot be done whole, before any layer is merged.
-
-    Raises:
-        TypeError: a layer is quantised or computes its weight in every pass.
-        ValueError: a vector is not finite or a magnitude exceeds the weight's dtype, or a layer's weight belongs to
-            another module too, such as an embedding tied to the head.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
-    for layer in model.modules():
-        if not isinstance(layer, DVoRALayer):
-            continue
-        names = [name for name in adapter_names if name in layer.dvora_adapted]
-        if names:
-            check_layer_mergeable(layer.get_base_layer(), layer.kind, layer.parameter_name, layer.name)
-            _check_not_tied(layer, owners)
-        for name in names:
-            _check_range(layer, name)
-
-
-def _check_not_tied(layer: DVoRALayer, owners: dict[int, list[str]]) -> None:
-    if len(names := owners.get(id(layer.stored()), [])) > 1:
-        raise ValueError(
-            f"{layer.name}: its weight is tied ({' and '.join(names)} are one tensor), so merging would change "
-            "the other layer too; untie the weights in the base model first, or keep the adapter unmerged"
-        )
-
-
-def _check_range(layer: DVoRALayer, adapter_name: str) -> None:
-    vectors, stored = layer.vectors(adapter_name), layer.stored()
-    assert stored is not None
-    # The magnitude is the norm of a merged row, so it bounds every merged value.
-    fits = vectors.magnitude.abs().max() <= torch.finfo(stored.dtype).max
-    if not (fits and all(vector.isfinite().all() for vector in vectors)):
-        raise ValueError(
-            f"{layer.name}: adapter {adapter_name!r} has values that are not finite or too large for {stored.dtype}; "
-            "nothing was merged. Its training diverged: go back to an earlier checkpoint"
-        )
 
 
 def _check_names(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> None:

@@ -45,6 +45,8 @@ class DVoRAConfig(PeftConfig):
             the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
         modules_to_save: further modules to train and save whole, such as a new head.
+        trainable_token_indices: tokens whose embeddings are trained and saved whole, a list of indices for the input
+            embeddings or lists by layer name.
         rank_pattern: ranks by layer name or regular expression, where they differ from `r`.
         alpha_pattern: alphas by layer name or regular expression, where they differ from `alpha`.
         layers_to_transform: indices of the layers to adapt.
@@ -54,8 +56,8 @@ class DVoRAConfig(PeftConfig):
             layer's type.
         projection_format: version of the projections' format; filled in, and checked on loading.
         projection_fingerprint: hash of the projections; filled in, and checked on loading.
-        base_probes: norm and eight random projections of each adapted base weight; filled in, and checked on loading,
-            where another base model is refused. Set it to None to load onto another base on purpose.
+        base_probes: norm and eight random projections of each adapted base weight; written into files, and checked on
+            loading, where another base model is refused. Set it to None to load onto another base on purpose.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of range.
@@ -82,6 +84,9 @@ class DVoRAConfig(PeftConfig):
     save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "tokens whose embeddings are trained whole"}
+    )
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks by layer name"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "alphas by layer name"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
@@ -96,6 +101,8 @@ class DVoRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The caller may use one configuration for several bases, so the field stays what it was.
+        self.measured_probes: dict[str, list[float]] | None = None
         self.peft_type = PeftType["DVORA"]
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -118,7 +125,7 @@ class DVoRAConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
         settings = super().to_dict()
-        settings["train"] = list(self.train)
+        settings |= {"train": list(self.train), "base_probes": self.measured_probes or self.base_probes}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def rank_of(self, layer_name: str) -> int:
@@ -132,6 +139,8 @@ class DVoRAConfig(PeftConfig):
     def strength_of(self, layer_name: str) -> float:
         """The strength of a layer: `strength`, or its entry there, else 1."""
         if isinstance(self.strength, dict):
+            if layer_name in self.strength:
+                return self.strength[layer_name]
             return self.strength.get(get_pattern_key(list(self.strength), layer_name), 1.0)
         return self.strength
 
@@ -151,6 +160,10 @@ class DVoRAConfig(PeftConfig):
         layers = self.layers_to_transform
         if not (layers is None or _all_of(layers if isinstance(layers, list) else [layers], int)):
             raise TypeError(f"layers_to_transform must be an index or a list of indices, got {layers!r}")
+        tokens = self.trainable_token_indices
+        by_layer = tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+        if not all(_all_of(indices, int) for indices in by_layer):
+            raise TypeError(f"trainable_token_indices must be lists of indices, got {tokens!r}")
         probes = self.base_probes
         if probes is not None and not (
             isinstance(probes, dict) and all(_all_of(p, float, int) for p in probes.values())

@@ -51,7 +51,8 @@ def add_adapter(
     )
     vectors = adapted.initial_vectors(config.d_initial)
     if not config.init_weights:
-        vectors = _random_vectors(vectors, config.projection_seed, f"{adapter_name}/{layer.name}")
+        others = len(set(layer.dvora_adapted) - {adapter_name})
+        vectors = _random_vectors(vectors, config.projection_seed, f"{others}/{layer.name}")
     layer.update_layer(
         adapter_name,
         adapted,
@@ -78,7 +79,7 @@ def projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:
 
 
 def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
-    """Vectors that are not the identity, a pure function of the seed and the layer's and adapter's names."""
+    """Vectors that are not the identity, a pure function of the seed, the layer's name and its number of adapters."""
     stream = _RANDOM_START_STREAM + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
     magnitude, lambda_b, lambda_d = (
         torch.from_numpy(generator.uniform_row(seed, stream, row, len(vector))).to(vector)

@@ -14,18 +14,19 @@ from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, readable_weight, stored_weight
+from .base import bias_of, check_gradient, check_mergeable, check_rows, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
 from .operating_weight import device_of, keep_differentiable, read_bias
-from .vectors import Strength, VectorDict
+from .vectors import VECTORS, Strength, VectorDict
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
-VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
     """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
+
+    `probes` are those of the base weight, by which files recognise it.
 
     Args:
         base_layer: a layer that `kinds.kind_of` knows.
@@ -69,6 +70,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._original: Tensor | None = None
+        self.probes: list[float] = []
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
@@ -221,16 +223,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return summed.movedim(-1, features)
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"{self.name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; "
-                "pass one name a row"
-            )
-        if self.merged:
-            raise ValueError(
-                f"{self.name}: adapter_names cannot be used while adapters are merged ({self.merged_adapters}); "
-                "call unmerge_adapter first"
-            )
+        check_rows(adapter_names, x, self.merged_adapters, self.name)
         base_output: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return base_output
@@ -274,6 +267,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)
         # A cast changes the base's values, and a graph compiled next cannot notice.
         if self._stored_dtype() != dtype:
+            self._original = None if self._original is None else self._original.to(self._stored_dtype())
             self._follow_base()
         return self
 
@@ -287,11 +281,17 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             for name in self.dvora_adapted:
                 self.adapted(name).follow(self.unmerged())
 
-    def extra_repr(self) -> str:
-        return "" if self.parameter_name == "weight" else f"parameter_name={self.parameter_name!r}"
-
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()
+
+
+class DVoRALinear(DVoRALayer):
+    """Over a linear layer; PEFT finds those of "all-linear" by the name of their class."""
+
+
+def layers_in(model: nn.Module) -> list[DVoRALayer]:
+    """All adapted layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
 
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .layer import VECTORS, DVoRALayer
+from .layer import DVoRALayer
+from .vectors import VECTORS
 
 
 def checked_vectors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import BASE, DVoRALayer
+from .layer import BASE, DVoRALayer, layers_in
 from .parameters import ParamWrapper
 
 
@@ -29,7 +29,7 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
     """
     if model.training:
         raise ValueError("adapter_names works for inference only; call model.eval() first")
-    layers = [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
+    layers = layers_in(model)
     known = {name for layer in layers for name in layer.dvora_adapted}
     unknown = sorted(set(names) - known - {BASE})
     if unknown:

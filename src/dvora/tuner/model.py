@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
+    _check_adapters_not_merged,
     _ExcludedModule,
     _maybe_include_all_linear_layers,
-    onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..merging import warn_of_losses
-from .checks import check_mergeable, check_targets, check_weights
+from ..functional import Vectors
+from .checks import check_targets, check_weights
+from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injection import add_adapter, projections_of
-from .layer import DVoRALayer
+from .layer import DVoRALayer, layers_in
 from .loading import check_shapes, checked_vectors
+from .merging import merge_model, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .saving import as_saved, from_saved
-from .targets import Target, matches, names_found, outside_adapters, parameters_named, targets_in, wrap
+from .targets import find_targets, matches, names_found, wrap
+
+_COMPILED = "_orig_mod."
 
 
 class DVoRAModel(BaseTuner):
@@ -68,15 +71,20 @@ class DVoRAModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Check everything first, then let PEFT replace the targeted layers. The caller's config is not changed."""
-        config = own_config(copy.deepcopy(self.peft_config[adapter_name]))
+        """Check everything first, then let PEFT replace the targeted layers."""
+        config = own_config(self.peft_config[adapter_name])
         config.check()
-        self._fill_in_targets(config, model)
-        targets = self._targets(model, config, state_dict)
+        filled = self._with_targets(config, model)
         if state_dict is None:
-            check_targets(targets, config, model)
-        config.base_probes = check_weights(targets, config)
-        self.peft_config[adapter_name] = config
+            resolved = _maybe_include_all_linear_layers(copy.deepcopy(filled), model)
+            targets = find_targets(model, lambda name: bool(self._check_target_module_exists(resolved, name)), config)
+            check_targets(targets, filled, model)
+        else:
+            named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
+            targets = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
+        probes = check_weights(targets, filled)
+        # PEFT keeps the caller's object, and writes into it itself.
+        config.target_modules = filled.target_modules
         super().inject_adapter(
             model,
             adapter_name,
@@ -84,6 +92,83 @@ class DVoRAModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        for layer in layers_of(model, adapter_name):
+            layer.probes = probes[layer.name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged.
+        """
+        if self.active_adapters == [adapter_name]:
+            # PEFT lets every layer choose among the adapters that it has, so that layers could come to differ.
+            _check_adapters_not_merged(self.model, adapter_name)
+            others = sorted(set(self.peft_config) - {adapter_name})[:1]
+            if others:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {others[0]}.",
+                    stacklevel=3,
+                )
+            for layer in layers_in(self.model):
+                layer.set_adapter(others)
+            self.active_adapter = others
+        super().delete_adapter(adapter_name)
+
+    def set_strength(self, strength: float | dict[str, float], adapter_name: str | None = None) -> None:
+        """Scale an adapter in place, `W + s (W' - W)`: 0 gives the base exactly, 1 the adapter itself exactly.
+
+        Args:
+            strength: s, or its values by layer name or regular expression; layers that it does not name keep theirs.
+            adapter_name: of the adapter; None means the active ones. Its configuration keeps the strength.
+
+        Raises:
+            TypeError, ValueError: s is not a finite number, a name matches nothing, or the adapter is merged.
+        """
+        for name in self.active_adapters if adapter_name is None else [adapter_name]:
+            if name not in self.peft_config:
+                raise ValueError(f"adapter_name: there is no adapter {name!r}, only {sorted(self.peft_config)}")
+            set_strength(self.model, own_config(self.peft_config[name]), name, strength)
+
+    def interpolate_adapters(self, first: str, second: str, t: float, adapter_name: str) -> None:
+        """Add an adapter whose vectors lie between those of two others: the first at t = 0, the second at t = 1.
+
+        Raises:
+            ValueError: the adapters differ in more than the values of their vectors, or t does not lie in 0 .. 1.
+        """
+        config = combined_config(self.model, self._own_configs(), [first, second], adapter_name)
+        self._add_combined(adapter_name, config, interpolated_vectors(self.model, first, second, t))
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of other adapters' updates, where one adapter can have it.
+
+        Args:
+            adapters: names of the adapters; they must share lambda_d up to a factor wherever they turn rows.
+            weights: one for each.
+            adapter_name: of the sum.
+            combination_type: "linear"; PEFT's others are approximations.
+
+        Raises:
+            ValueError: no single adapter has that update; the message says why and what to do instead.
+        """
+        if combination_type != "linear":
+            raise ValueError(f"combination_type={combination_type!r} would only approximate the sum; use 'linear'")
+        config = combined_config(self.model, self._own_configs(), adapters, adapter_name)
+        self._add_combined(adapter_name, config, summed_vectors(self.model, adapters, weights))
+
+    def _own_configs(self) -> dict[str, DVoRAConfig]:
+        return {name: own_config(config) for name, config in self.peft_config.items()}
+
+    def _add_combined(self, adapter_name: str, config: DVoRAConfig, vectors: dict[str, Vectors]) -> None:
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        set_vectors(self.model, adapter_name, vectors)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base's weights; `unmerge_adapter` restores them bit for bit.
@@ -102,12 +187,7 @@ class DVoRAModel(BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit."""
-        merged = [layer for layer in self.model.modules() if isinstance(layer, DVoRALayer) and layer.merged]
-        if not merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        for layer in merged:
-            with onload_layer(layer):
-                layer.unmerge()
+        unmerge_model(self.model)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, its annotation says None
         self,
@@ -124,44 +204,21 @@ class DVoRAModel(BaseTuner):
 
     def _merge(self, adapter_names: list[str] | None, keep_original: bool) -> None:
         self._check_merge_allowed()
-        check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
-        losses: dict[str, float] = {}
-        dtype = torch.float32
-        for layer in self.model.modules():
-            if isinstance(layer, DVoRALayer):
-                with onload_layer(layer):
-                    losses |= layer.merge_quietly(adapter_names, keep_original)
-                    stored = layer.stored()
-                    dtype = dtype if stored is None else stored.dtype
-        warn_of_losses(losses, dtype)
+        merge_model(self.model, self.active_adapters if adapter_names is None else adapter_names, keep_original)
 
-    def _fill_in_targets(self, config: DVoRAConfig, model: nn.Module) -> None:
-        """PEFT's default targets of the architecture, where the user names none: those of them that exist."""
+    def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:
+        """The configuration with PEFT's targets for the architecture where the user names none: those that exist."""
+        config = copy.deepcopy(config)
         if config.target_modules is None:
             model_config = self.get_model_config(model)
             named_otherwise = config.target_parameters or config.magnitude_modules
             if named_otherwise and model_config.get("model_type") not in self.target_module_mapping:
                 config.target_modules = set()
-                return
+                return config
             self._prepare_adapter_config(config, model_config)
             if isinstance(config.target_modules, set):
                 config.target_modules = names_found(config.target_modules, model)
-
-    def _targets(self, model: nn.Module, config: DVoRAConfig, state_dict: dict[str, Tensor] | None) -> list[Target]:
-        """The weights that PEFT is about to have adapted."""
-        if state_dict is None:
-            resolved = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
-            found = [
-                (name, module)
-                for name, module in outside_adapters(model)
-                if name and self._check_target_module_exists(resolved, name)
-            ]
-        else:
-            named = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-            found = [(name, module) for name, module in outside_adapters(model) if name in named]
-        targets = {target.name: target for name, module in found for target in targets_in(module, name)}
-        parameters = parameters_named(model, config.target_parameters or ())
-        return [*targets.values(), *(target for target in parameters if target.name not in targets)]
+        return config
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -187,6 +244,9 @@ class DVoRAModel(BaseTuner):
         for layer in layers:
             only_magnitude = matches(config.magnitude_modules, current_key)
             add_adapter(layer, adapter_name, config, shared, self.active_adapters, only_magnitude)
+        if wrapper is not target and any(other.disable_adapters for other in layers_in(self.model)):
+            for layer in layers:
+                layer.enable_adapters(False)
         if wrapper is not target:
             self._replace_module(parent, target_name, wrapper, target)
 
@@ -212,7 +272,7 @@ class DVoRAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         vectors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return as_saved(model, own_config(config), vectors)
+        return as_saved(model, own_config(config), adapter_name, vectors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

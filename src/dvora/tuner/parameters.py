@@ -84,6 +84,9 @@ class ParamWrapper(DVoRALayer):
         assert isinstance(weight, Tensor)
         return weight
 
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
     def _path(self) -> str:
         """The parameter's name as seen from the base layer, which may be a wrapper itself."""
         depth, module = 0, self.base_layer
@@ -101,6 +104,10 @@ class ParamWrapper(DVoRALayer):
         if name == self.parameter_name:
             return self.adapted_weight()
         return getattr(modules["base_layer"], name)
+
+
+class ReadLinear(ParamWrapper):
+    """Over a linear layer that is read; PEFT finds those of "all-linear" by the name of their class."""
 
 
 def is_read(layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .combining import layers_of
 from .config import DVoRAConfig
 from .injection import projections_of
 from .targets import saved_names
@@ -13,14 +14,16 @@ _PEFT_PREFIX = "base_model.model."
 _VECTOR_PREFIX = ".dvora_"
 
 
-def as_saved(model: nn.Module, config: DVoRAConfig, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a file: vectors by the names of their weights, and the projections where the configuration asks.
 
     Args:
         model: with the adapter.
-        config: of the adapter.
+        config: of the adapter; it is told the probes of this base, which it is saved with next.
+        adapter_name: of the adapter.
         vectors: by their keys in the model's state dict.
     """
+    config.measured_probes = {layer.name: layer.probes for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..layouts import ROWS
 from ..shapes import Float
 from ..validation import check_weight
+from . import operations
 from .base import readable_weight, stored_weight
+from .config import DVoRAConfig
 from .kinds import LayerKind, is_initialized, kind_of, parameter_kind
-from .layer import DVoRALayer
-from .parameters import ParamWrapper, is_read, projections_of, wrapped
+from .layer import DVoRALayer, DVoRALinear
+from .parameters import ParamWrapper, ReadLinear, is_read, projections_of, wrapped
 
 
 class Target(NamedTuple):
@@ -91,7 +93,12 @@ def wrap(module: nn.Module, name: str, parameter_name: str | None = None) -> tup
         return module, layers + added
     if isinstance(module, DVoRALayer):
         return module, [module]
-    layer = ParamWrapper(base, "weight", name, LayerKind(ROWS, None)) if is_read(base) else DVoRALayer(base, name)
+    if is_read(base):
+        layer: DVoRALayer = ReadLinear(base, "weight", name, LayerKind(ROWS, None))
+    elif kind_of(base, name).low_rank is operations.linear:
+        layer = DVoRALinear(base, name)
+    else:
+        layer = DVoRALayer(base, name)
     return layer, [layer]
 
 
@@ -103,6 +110,23 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, f"{name}.")
+
+
+def find_targets(model: nn.Module, is_targeted: Callable[[str], bool], config: DVoRAConfig) -> list[Target]:
+    """The weights that PEFT is about to have adapted.
+
+    Args:
+        model: the model to adapt.
+        is_targeted: whether a module, by its name, is targeted.
+        config: which may name parameters, too.
+
+    Raises:
+        TypeError, ValueError: one of them cannot be adapted.
+    """
+    modules = [(name, module) for name, module in outside_adapters(model) if name and is_targeted(name)]
+    targets = {target.name: target for name, module in modules for target in targets_in(module, name)}
+    parameters = parameters_named(model, config.target_parameters or ())
+    return [*targets.values(), *(target for target in parameters if target.name not in targets)]
 
 
 def parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Target]:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from ..precision import at_least_float32
 
+VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
+"""Attributes of a layer, in the order of `functional.Vectors`."""
+
 
 class VectorDict(nn.ParameterDict):
     """One trained vector by adapter name; never rounded below float32 when the model is cast."""
