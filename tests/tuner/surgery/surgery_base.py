@@ -1,5 +1,6 @@
 """What the rules of the surgery histories have in common: the model, its reference, and the checks after every step."""
 
+import copy
 import tempfile
 import warnings
 from collections import Counter
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
 from models_compared import assert_unchanged, snapshot
 from peft import PeftModel
+from safetensors.torch import load_file
 from surgery_checks import check_deltas, check_outputs, check_state, check_values, vectors_of
 from surgery_model import PARAMETERS, TARGETS
-from surgery_reference import VECTORS, Adapter, Place, Reference, Settings
+from surgery_reference import VECTORS, Adapter, Place, Reference, Settings, vector_dtype
+from tiny import same_bits
 from torch import Tensor, nn
 
 from dvora import MergePrecisionWarning
@@ -46,9 +49,13 @@ def drawn(choices: Callable[["SurgeryBase"], Sequence[object]]) -> st.SearchStra
 
 
 present = drawn(lambda machine: sorted(machine.reference.adapters))
-several = st.runner().flatmap(lambda m: st.lists(st.sampled_from(sorted(m.reference.adapters)), min_size=1, unique=True))
+several = st.runner().flatmap(
+    lambda m: st.lists(st.sampled_from(sorted(m.reference.adapters)), min_size=1, unique=True)
+)
+some_saved = drawn(lambda machine: machine.saved)
 
 has_adapters = precondition(lambda machine: bool(machine.reference.adapters))
+has_saved = precondition(lambda machine: bool(machine.saved))
 has_room = precondition(lambda machine: len(machine.reference.adapters) < len(NAMES))
 # PEFT's wrapper remembers one active adapter by name, also when that one was deleted and several or none are active.
 wrapper_is_usable = precondition(lambda machine: machine.model.active_adapter in machine.reference.adapters)
@@ -127,6 +134,27 @@ class SurgeryBase(RuleBasedStateMachine):
                     with torch.no_grad():
                         vector.add_(0.3 * torch.randn(vector.shape, generator=generator))
                 held[place.vector] = vector.detach().clone()
+
+    def save_one(self, name: str) -> None:
+        """Save an adapter; the file has its vectors to the last bit, and nothing else."""
+        folder = f"{self.folder.name}/{len(self.saved)}"
+        self.model.save_pretrained(folder, selected_adapters=[name])
+        saved = Saved(Path(folder) / name, copy.deepcopy(self.reference.adapters[name]))
+        written = load_file(saved.folder / "adapter_model.safetensors")
+        expected = {
+            f"base_model.model.{weight.removesuffix('.weight')}.dvora_{vector}": value
+            for weight, vectors in saved.adapter.vectors.items()
+            for vector, value in vectors.items()
+        }
+        assert written.keys() == expected.keys()
+        assert all(same_bits(written[key], value) for key, value in expected.items())
+        self.saved.append(saved)
+
+    def enter_loaded(self, name: str, saved: Saved) -> None:
+        """The vectors of a file, in the dtype that they have to have here."""
+        dtype = vector_dtype(self.reference.dtype)
+        for weight, vectors in saved.adapter.vectors.items():
+            self.reference.adapters[name].vectors[weight] = {k: v.to(dtype) for k, v in vectors.items()}
 
     def unmerges(self) -> AbstractContextManager[object]:
         """The block takes merged adapters out, and says so."""

@@ -4,24 +4,18 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import rule
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from surgery_base import Saved, SurgeryBase, drawn, has_adapters, has_room, present
+from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, some_saved
 from surgery_checks import check_close, take_over_merged
 from surgery_model import TOKENS, Mixed, mixed
-from surgery_reference import vector_dtype
 from tiny import same_bits
 from torch import nn
 
 from dvora import DVoRAConfig
-
-has_saved = precondition(lambda machine: bool(machine.saved))
-some_saved = drawn(lambda machine: machine.saved)
 
 
 def through_torch_save(model: PeftModel) -> PeftModel:
@@ -45,18 +39,7 @@ class CopyRules(SurgeryBase):
     @rule(name=present)
     def save(self, name: str) -> None:
         self.count("save")
-        folder = f"{self.folder.name}/{len(self.saved)}"
-        self.model.save_pretrained(folder, selected_adapters=[name])
-        saved = Saved(Path(folder) / name, copy.deepcopy(self.reference.adapters[name]))
-        written = load_file(saved.folder / "adapter_model.safetensors")
-        expected = {
-            f"base_model.model.{weight.removesuffix('.weight')}.dvora_{vector}": value
-            for weight, vectors in saved.adapter.vectors.items()
-            for vector, value in vectors.items()
-        }
-        assert written.keys() == expected.keys()
-        assert all(same_bits(written[key], value) for key, value in expected.items())
-        self.saved.append(saved)
+        self.save_one(name)
 
     @has_saved
     @has_room
@@ -68,6 +51,7 @@ class CopyRules(SurgeryBase):
             self.model.load_adapter(saved.folder, name, is_trainable=trainable, low_cpu_mem_usage=meta_first)
         self.reference.add(name, saved.adapter.settings)
         self.enter_loaded(name, saved)
+        self.reference.adapters[name].strength = dict(saved.adapter.strength)
         self.reference.adapters[name].trained = trainable
         self.reference.training &= trainable
 
@@ -75,8 +59,7 @@ class CopyRules(SurgeryBase):
     @has_adapters
     @rule(saved=some_saved, name=present, trainable=st.booleans())
     def load_over(self, saved: Saved, name: str, trainable: bool) -> None:
-        settings = self.reference.adapters[name].settings
-        if (settings.r, settings.weights()) != (saved.adapter.settings.r, saved.adapter.settings.weights()):
+        if self.reference.adapters[name].shapes() != saved.adapter.shapes():
             with self.refused("load over another shape", "not adapted here|lacks vectors|has shape"):
                 self.model.load_adapter(saved.folder, name, is_trainable=trainable)
             return
@@ -98,6 +81,7 @@ class CopyRules(SurgeryBase):
         self.reference.add(saved.folder.name, saved.adapter.settings)
         self.reference.activate([saved.folder.name], trainable)
         self.enter_loaded(saved.folder.name, saved)
+        self.reference.adapters[saved.folder.name].strength = dict(saved.adapter.strength)
 
     @has_room
     @rule(meta_first=st.booleans())
@@ -143,12 +127,6 @@ class CopyRules(SurgeryBase):
                 parameter.add_(1)
         self.model.load_state_dict(state, assign=assign)
         self.known.clear()
-
-    def enter_loaded(self, name: str, saved: Saved) -> None:
-        """The vectors of a file, in the dtype that they have to have here."""
-        dtype = vector_dtype(self.reference.dtype)
-        for weight, vectors in saved.adapter.vectors.items():
-            self.reference.adapters[name].vectors[weight] = {k: v.to(dtype) for k, v in vectors.items()}
 
 
 @torch.no_grad()

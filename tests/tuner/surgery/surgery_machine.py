@@ -4,9 +4,10 @@ After every step it is compared with its reference: values to the last bit, outp
 """
 
 from surgery_adapters import AdapterRules
+from surgery_combining import CombiningRules
 from surgery_copies import CopyRules
 from surgery_passes import PassRules
 
 
-class Surgery(AdapterRules, CopyRules, PassRules):
+class Surgery(AdapterRules, CombiningRules, CopyRules, PassRules):
     """All rules."""

@@ -130,9 +130,6 @@ TIED = ("embed.weight", "head.weight")
 TARGETS = sorted({weight.target for weight in WEIGHTS.values()})
 PARAMETERS = sorted({weight.target for weight in WEIGHTS.values() if weight.by_name})
 
-AVAILABLE: frozenset[str] = frozenset()
-"""What is there of "set_strength", "interpolate_adapters", "add_weighted_adapter"."""
-
 
 class Mixed(nn.Module):
     """Token numbers (batch, length) to logits (batch, length, vocabulary) through every block."""

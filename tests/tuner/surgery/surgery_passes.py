@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
-from surgery_base import DTYPES, SurgeryBase, has_adapters, wrapper_is_usable
+from surgery_base import DTYPES, SurgeryBase, has_adapters, several, wrapper_is_usable
 from surgery_checks import GRADIENTS, base_of, check_close, check_gradients, forward, vectors_of
 from surgery_model import TOKENS, WEIGHTS
 from torch import Tensor
@@ -16,6 +16,14 @@ LEARNING_RATE, DAMPING = 0.05, 0.1
 
 class PassRules(SurgeryBase):
     """What a model computes, forwards and backwards."""
+
+    @has_adapters
+    @rule(names=several, adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
+    def switch_and_train(self, names: list[str], adam: bool, decay: float) -> None:
+        with self.unmerges():
+            self.model.base_model.set_adapter(names)
+        self.reference.activate(names)
+        self.train(adam, decay)
 
     @rule(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
     def train(self, adam: bool, decay: float) -> None:
@@ -82,7 +90,7 @@ class PassRules(SurgeryBase):
             with self.refused("mixed batch in training", "inference only"):
                 forward(self.model, adapter_names=names)
         elif any(not WEIGHTS[weight].called for name in names if name != BASE for weight in self.weights(name)):
-            with self.refused("mixed batch of adapters of parameters", "called row by row"):
+            with self.refused("mixed batch of adapters of parameters", "called row by row|while adapters are merged"):
                 forward(self.model, adapter_names=names)
         elif self.reference.merged:
             with self.refused("mixed batch while merged", "while adapters are merged"):

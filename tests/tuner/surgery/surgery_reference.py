@@ -72,7 +72,12 @@ class Adapter:
     settings: Settings
     vectors: dict[str, dict[str, Tensor]]
     trained: bool = False
-    strength: float = 1.0
+    strength: dict[str, float] = field(default_factory=dict)
+    """By weight: s of `W + s (W' - W)`."""
+
+    def shapes(self) -> dict[tuple[str, str], torch.Size]:
+        """Of the vectors by weight and name."""
+        return {(w, vector): value.shape for w, vectors in self.vectors.items() for vector, value in vectors.items()}
 
     def trains(self, vector: str) -> bool:
         return self.trained and vector in self.settings.train
@@ -135,7 +140,7 @@ class Reference:
         """Add an adapter that changes nothing yet."""
         self.unmerge()
         dtype = vector_dtype(self.dtype)
-        self.adapters[name] = Adapter(settings, {}, strength=settings.strength)
+        self.adapters[name] = Adapter(settings, {}, strength=dict.fromkeys(settings.weights(), settings.strength))
         for weight in settings.weights():
             matrix = WEIGHTS[weight].view.matrix(self.stored[weight])
             vectors = {"magnitude": matrix.double().norm(dim=1).to(dtype)}
@@ -197,10 +202,11 @@ class Reference:
 
     # ---- what it computes, densely in float64
 
-    def dense(self, weight: str, name: str) -> DenseDVoRA:
-        """One adapter of one weight."""
+    def dense(self, weight: str, name: str, settings: Settings | None = None) -> DenseDVoRA:
+        """One adapter of one weight; with other settings than its own, if they are given."""
         adapter, matrix = self.adapters[name], WEIGHTS[weight].view.matrix(self.base(weight))
-        settings, vectors = adapter.settings, adapter.vectors[weight]
+        settings = adapter.settings if settings is None else settings
+        vectors = adapter.vectors[weight]
         A = _shared(settings.seed).A(settings.r, matrix.shape[1], torch.float64)
         if WEIGHTS[weight].skipped_column is not None:
             A[:, WEIGHTS[weight].skipped_column] = 0
@@ -217,11 +223,11 @@ class Reference:
             detach_norm=settings.detach_norm,
         )
 
-    def delta(self, weight: str, name: str) -> Tensor:
-        """W' - W of one adapter of one weight, as stored."""
-        dense = self.dense(weight, name)
+    def delta(self, weight: str, name: str, settings: Settings | None = None) -> Tensor:
+        """s (W' - W) of one adapter of one weight, as stored."""
+        dense = self.dense(weight, name, settings)
         with torch.no_grad():
-            change = self.adapters[name].strength * (dense.merged_weight() - dense.weight)
+            change = self.adapters[name].strength[weight] * (dense.merged_weight() - dense.weight)
         return WEIGHTS[weight].view.stored(change, self.stored[weight].shape)
 
     def merged_weight(self, weight: str) -> Tensor:
@@ -249,7 +255,7 @@ class Reference:
             changed = leaf
             for name in self.in_effect(weight):
                 dense = layers[weight, name] = self.dense(weight, name)
-                change = self.adapters[name].strength * (dense.merged_weight() - dense.weight)
+                change = self.adapters[name].strength[weight] * (dense.merged_weight() - dense.weight)
                 changed = changed + WEIGHTS[weight].view.stored(change, leaf.shape)
             parameters[weight] = changed
         loss(functional_call(_SKELETON, parameters, (TOKENS,))).backward()
