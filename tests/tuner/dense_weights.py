@@ -67,9 +67,7 @@ class DenseModel:
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         kwargs = {name: _doubled(value) for name, value in kwargs.items()}
-        result = functional_call(
-            self.base, self.parameters(), tuple(map(_doubled, args)), kwargs, tie_weights=False
-        )
+        result = functional_call(self.base, self.parameters(), tuple(map(_doubled, args)), kwargs, tie_weights=False)
         return result if isinstance(result, Tensor) else result[0]
 
     def gradients(self, adapter_name: str = "default") -> dict[str, Tensor]:

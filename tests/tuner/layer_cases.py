@@ -98,10 +98,8 @@ class Experts(nn.Module):
     def __init__(self, is_transposed: bool) -> None:
         super().__init__()
         self.is_transposed = is_transposed
-        shapes = [(3, 12, 16), (3, 8, 12)]
-        self.up, self.down = (
-            nn.Parameter(0.3 * torch.randn(e, i, o) if is_transposed else 0.3 * torch.randn(e, o, i)) for e, o, i in shapes
-        )
+        shapes = [(3, 16, 12), (3, 12, 8)] if is_transposed else [(3, 12, 16), (3, 8, 12)]
+        self.up, self.down = (nn.Parameter(0.3 * torch.randn(shape)) for shape in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -45,6 +43,13 @@ def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else measured
 
 
+def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
+    """An update in the memory format of the base's output, so that the sum is in it too (channels_last stays that)."""
+    if update.stride() == output.stride():
+        return update
+    return torch.empty_like(output, dtype=update.dtype).copy_(update)
+
+
 def check_mergeable(layer: nn.Module, kind: LayerKind, parameter_name: str, name: str) -> None:
     """Refuse to merge into a layer that keeps no weight that could be set.
 
@@ -70,21 +75,4 @@ def check_gradient(layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor,
         raise RuntimeError(
             f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
             "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
-        )
-
-
-def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:
-    """Refuse a batch of adapters that does not fit the batch of inputs, or that merged weights would falsify.
-
-    Raises:
-        ValueError: there is not one name a row, or an adapter is merged.
-    """
-    if len(adapter_names) != len(x):
-        raise ValueError(
-            f"{name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; pass one name a row"
-        )
-    if merged:
-        raise ValueError(
-            f"{name}: adapter_names cannot be used while adapters are merged ({', '.join(merged)}); call "
-            "unmerge_adapter first"
         )

@@ -7,10 +7,8 @@ import math
 import numpy as np
 import torch
 
-from ..functional import row_norm
 from ..generator import uniform_row
 from ..shapes import Float
-from ..validation import check_norms
 
 BASE_TOLERANCE = 0.3
 """Largest distance of the probes of a weight to those of the weight that an adapter was trained on.
@@ -24,14 +22,13 @@ _PROBES, _PROBE_SEED, _ROW_STREAM, _COLUMN_STREAM = 8, 0, 2**33, 2**33 + 1
 
 
 @torch.no_grad()
-def probes_of(matrix: Float[torch.Tensor, "O I"], name: str) -> list[float]:
+def probes_of(matrix: Float[torch.Tensor, "O I"], norms: Float[torch.Tensor, "O"]) -> list[float]:
     """The norm of W, and products `u^T W v` with random vectors: of the norm's size, and other for another W.
 
-    Raises:
-        ValueError: a row has no finite norm.
+    Args:
+        matrix: W.
+        norms: of its rows.
     """
-    norms = row_norm(matrix)
-    check_norms(norms, name)
     u, v = (
         torch.from_numpy(np.stack([uniform_row(_PROBE_SEED, stream, k, size) for k in range(_PROBES)])).to(norms)
         for stream, size in zip((_ROW_STREAM, _COLUMN_STREAM), matrix.shape, strict=True)

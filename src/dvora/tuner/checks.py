@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .base_probes import alike, probes_of
+from ..projections import SharedProjections
+from .base_probes import alike
 from .config import DVoRAConfig
-from .kinds import KINDS
+from .injection import Measured, measure
+from .kinds import KINDS, is_linear_by_forward
 from .layer import DVoRALayer
 from .targets import Target, names_found, outside_adapters, parameter_names_found
 
@@ -43,38 +45,38 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
         )
 
 
-def check_weights(targets: Sequence[Target], config: DVoRAConfig) -> dict[str, list[float]]:
+def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: SharedProjections) -> dict[str, Measured]:
     """Refuse weights that cannot be adapted, and a base model that the adapter was not made for.
 
     Returns:
-        Probes of every target's base weight, by name: what `DVoRAConfig.base_probes` keeps.
+        What was measured of every target's base weight, by name.
 
     Raises:
         TypeError: a layer's type or dtype is not supported, or it carries an adapter of another method.
         ValueError: a weight is on the meta device, not finite, or not the one the adapter was made for, or dropout is
             asked for where there are no inputs.
     """
-    probes = {}
+    measured = {}
     for target in targets:
         if config.dvora_dropout and target.kind.low_rank is None:
             raise ValueError(
                 f"{target.name}: dvora_dropout={config.dvora_dropout} drops inputs of the update, and this weight "
                 "is read by its module without inputs of its own; set dvora_dropout=0, or leave it out"
             )
-        probes[target.name] = probes_of(target.matrix(), target.name)
+        measured[target.name] = measure(target, config, shared)
         if config.fan_in_fan_out and isinstance(target.layer, nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True is ignored: {target.name} is a torch.nn.Linear, whose weight is (out, in)",
                 stacklevel=4,
             )
     for name, expected in (config.base_probes or {}).items():
-        if name in probes and not alike(probes[name], expected):
+        if name in measured and not alike(measured[name].probes, expected):
             raise ValueError(
                 f"{name}: the adapter was made for another base model: norm and random projections of the layer's "
-                f"weight are {probes[name]} here and were {expected} there, too far for a cast or a quantisation. To "
-                "use it all the same, set base_probes=None in its configuration"
+                f"weight are {measured[name].probes} here and were {expected} there, too far for a cast or a "
+                "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
-    return probes
+    return measured
 
 
 def _check_names(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> None:
@@ -91,7 +93,8 @@ def _check_names(setting: str, names: set[str] | list[str] | str | None, model: 
 
 def _closest(name: str, model: nn.Module) -> str:
     kinds = (*KINDS, nn.MultiheadAttention, DVoRALayer)
-    layers = sorted({n.rpartition(".")[2] for n, m in outside_adapters(model) if isinstance(m, kinds)})
+    adaptable = (n for n, m in outside_adapters(model) if isinstance(m, kinds) or is_linear_by_forward(m))
+    layers = sorted({name.rpartition(".")[2] for name in adaptable})
     close = difflib.get_close_matches(name.rpartition(".")[2], layers, n=3)
     if close:
         return f" (closest: {', '.join(close)})"

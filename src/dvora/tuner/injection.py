@@ -1,9 +1,10 @@
-"""Gives a wrapped weight an adapter as its configuration describes it."""
+"""Gives a weight an adapter as its configuration describes it: measured first, then put into the layer."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,20 +14,46 @@ from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..functional import Vectors
 from ..projections import SharedProjections, checked_distribution
 from ..validation import checked_direction
+from .base_probes import probes_of
 from .config import DVoRAConfig
 from .kinds import skipped_column
 from .layer import DVoRALayer
+from .targets import Target, matches
 
 _RANDOM_START_STREAM = 2**32
 
 
+class Measured(NamedTuple):
+    """What is known of a target before the model is touched."""
+
+    adapted: AdaptedWeight
+    probes: list[float]
+
+
+def measure(target: Target, config: DVoRAConfig, shared: SharedProjections) -> Measured:
+    """Read a base weight once, for the norm constants and the probes.
+
+    Raises:
+        TypeError, ValueError: the weight cannot be adapted.
+    """
+    weight = target.weight()
+    magnitude_only = matches(config.magnitude_modules, target.module_name)
+    adapted = AdaptedWeight(
+        weight,
+        MAGNITUDE_ONLY if magnitude_only else config.rank_of(target.name),
+        shared=shared,
+        alpha=None if magnitude_only else config.alpha_of(target.name),
+        direction=checked_direction(config.direction),
+        detach_norm=config.detach_norm,
+        layout=target.kind.layout,
+        skipped_column=skipped_column(target.base()),
+        name=target.name,
+    )
+    return Measured(adapted, probes_of(target.kind.layout.matrix(weight), adapted.w))
+
+
 def add_adapter(
-    layer: DVoRALayer,
-    adapter_name: str,
-    config: DVoRAConfig,
-    shared: SharedProjections,
-    active_adapters: Sequence[str],
-    magnitude_only: bool,
+    layer: DVoRALayer, adapter_name: str, config: DVoRAConfig, measured: Measured, active_adapters: Sequence[str]
 ) -> None:
     """Add an adapter with its starting values to a layer.
 
@@ -34,34 +61,23 @@ def add_adapter(
         layer: the wrapped weight.
         adapter_name: of the adapter.
         config: of the adapter.
-        shared: the model's projections of the configuration's seed.
+        measured: of the weight.
         active_adapters: of the model.
-        magnitude_only: whether the layer gets the magnitude only.
     """
-    adapted = AdaptedWeight(
-        layer.unmerged(),
-        MAGNITUDE_ONLY if magnitude_only else config.rank_of(layer.name),
-        shared=shared,
-        alpha=None if magnitude_only else config.alpha_of(layer.name),
-        direction=checked_direction(config.direction),
-        detach_norm=config.detach_norm,
-        layout=layer.kind.layout,
-        skipped_column=skipped_column(layer.base_layer),
-        name=layer.name,
-    )
-    vectors = adapted.initial_vectors(config.d_initial)
+    vectors = measured.adapted.initial_vectors(config.d_initial)
     if not config.init_weights:
         others = len(set(layer.dvora_adapted) - {adapter_name})
         vectors = _random_vectors(vectors, config.projection_seed, f"{others}/{layer.name}")
     layer.update_layer(
         adapter_name,
-        adapted,
+        measured.adapted,
         vectors,
         trained=config.train,
         strength=config.strength_of(layer.name),
         dropout=config.dvora_dropout,
         inference_mode=config.inference_mode,
     )
+    layer.probes = measured.probes
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
 

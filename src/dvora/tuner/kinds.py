@@ -60,7 +60,7 @@ def kind_of(layer: nn.Module, name: str) -> LayerKind:
             if _is_plain(layer, layer_type):
                 return kind
             break
-    if all(type(size) is int and size > 0 for size in sizes_of(layer)):
+    if is_linear_by_forward(layer):
         return FORWARD_ONLY
     raise TypeError(f"{name} of type {type(layer).__name__} is not supported; supported layers: {_supported()}")
 
@@ -81,6 +81,11 @@ def parameter_kind(module: nn.Module, parameter: Tensor, name: str) -> LayerKind
         f"{name} has shape {tuple(parameter.shape)}; DVoRA adapts matrices (out, in) and stacks of them (experts, out, "
         "in)"
     )
+
+
+def is_linear_by_forward(layer: nn.Module) -> bool:
+    """Whether a layer states the sizes that a linear layer has, as quantised ones do."""
+    return all(type(size) is int and size > 0 for size in sizes_of(layer))
 
 
 def sizes_of(layer: nn.Module) -> tuple[Any, Any]:

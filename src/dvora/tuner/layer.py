@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -14,13 +16,11 @@ from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, check_rows, readable_weight, stored_weight
+from .base import bias_of, check_gradient, check_mergeable, laid_out_like, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
-from .operating_weight import device_of, keep_differentiable, read_bias
+from .operating_weight import device_of, input_dtype, keep_differentiable, read_bias
+from .rows import check_rows, mixed_outputs
 from .vectors import VECTORS, Strength, VectorDict
-
-BASE = "__base__"
-"""PEFT's name for "no adapter" in a batch of adapter names."""
 
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
@@ -45,32 +45,30 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, name: str, kind: LayerKind | None = None, parameter_name: str = "weight"
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.name = name
         self.parameter_name = parameter_name
         self.kind = kind_of(base_layer, name) if kind is None else kind
-        self.register_buffer("measured_bias", None, persistent=False)
-        if not self.kind.has_weight:
-            keep_differentiable(base_layer)
-            if bias_of(base_layer, None) is None:
-                self.measured_bias = read_bias(base_layer)
-        stored = self.stored()
-        if stored is None:
-            self.out_features, self.in_features = sizes_of(base_layer)
-        else:
-            self.out_features, self.in_features = self._matrix_of(stored).shape
         self.dvora_magnitude = VectorDict()
         self.dvora_lambda_b = VectorDict()
         self.dvora_lambda_d = VectorDict()
         self.dvora_adapted = nn.ModuleDict()
         self.dvora_dropout = nn.ModuleDict()
         self.dvora_strength = nn.ModuleDict()
+        self.register_buffer("measured_bias", None, persistent=False)
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._original: Tensor | None = None
+        self._base_loads = False
         self.probes: list[float] = []
+        self.base_layer = base_layer
+        if not self.kind.has_weight:
+            keep_differentiable(base_layer)
+            self._read_bias()
+        stored = self.stored()
+        sizes = sizes_of(base_layer) if stored is None else self._matrix_of(stored).shape
+        self.out_features, self.in_features = sizes
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
@@ -87,13 +85,10 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of the same name.
 
         Args:
-            adapter_name: its name.
-            adapted: its frozen side, made for `unmerged()`.
-            vectors: its starting values.
-            trained: which of them are trained; the others keep their values.
+            adapter_name, adapted, vectors: its name, its frozen side for `unmerged()`, and its starting values.
+            trained: which of the vectors are trained; none in `inference_mode`.
             strength: s of `W + s (W' - W)`.
             dropout: probability with which an input of the update is dropped in training.
-            inference_mode: leave its vectors frozen.
         """
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -115,15 +110,11 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def adapted(self, adapter_name: str) -> AdaptedWeight:
         """The frozen side of one adapter."""
-        adapted = self.dvora_adapted[adapter_name]
-        assert isinstance(adapted, AdaptedWeight)
-        return adapted
+        return cast(AdaptedWeight, self.dvora_adapted[adapter_name])
 
     def strength(self, adapter_name: str) -> Tensor:
         """s of `W + s (W' - W)`, a tensor without dimensions."""
-        strength = self.dvora_strength[adapter_name]
-        assert isinstance(strength, Strength)
-        return strength.value
+        return cast(Strength, self.dvora_strength[adapter_name]).value
 
     def stored(self) -> Tensor | None:
         """The base's weight as it is stored now, or None where only the base's forward knows it."""
@@ -211,6 +202,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 adapted, vectors = self.adapted(name), self.vectors(name)
                 if adapted.rank:
                     product = low_rank(adapted, self.base_layer, x, vectors.lambda_d, self.dvora_dropout[name])
+                    product = laid_out_like(outputs, product)
                 else:
                     product = outputs.new_zeros(1).expand_as(outputs)
                 update, g1 = adapted.update(product, vectors, self.stored(), self.strength(name))
@@ -227,12 +219,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         base_output: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return base_output
-        output = base_output.clone()
-        for name in dict.fromkeys(adapter_names):
-            if name != BASE:
-                rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                output[rows] = self._adapt(x[rows], base_output[rows], [name])
-        return output
+        return mixed_outputs(x, base_output, adapter_names, self._adapt)
 
     def _matrix_of(self, weight: Tensor) -> Float[Tensor, "O I"]:
         return self.kind.layout.matrix(weight)
@@ -257,29 +244,41 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.dvora_adapted[adapter_name].to(device)
         self.dvora_strength[adapter_name].to(device)
         for vector_dict in self._vector_dicts(adapter_name):
-            if not vector_dict[adapter_name].is_meta:
-                vector_dict[adapter_name] = nn.Parameter(
-                    vector_dict[adapter_name].detach().to(device), vector_dict[adapter_name].requires_grad
-                )
+            vector_dict.move(adapter_name, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DVoRALayer:
-        dtype = self._stored_dtype()
+        dtype = self._base_dtype()
         super()._apply(fn, recurse)
         # A cast changes the base's values, and a graph compiled next cannot notice.
-        if self._stored_dtype() != dtype:
-            self._original = None if self._original is None else self._original.to(self._stored_dtype())
+        if self._base_dtype() != dtype:
+            self._original = None if self._original is None else self._original.to(self._base_dtype())
             self._follow_base()
         return self
 
-    def _stored_dtype(self) -> torch.dtype | None:
-        stored = self.stored()
-        return None if stored is None else stored.dtype
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        tensors = chain(self.base_layer.named_parameters(), self.base_layer.named_buffers())
+        self._base_loads = any(f"{prefix}base_layer.{name}" in state_dict for name, _ in tensors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _follow_base(self) -> None:
+        """Measure the base anew where it has changed."""
         stored = self.stored()
-        if stored is not None and not stored.is_meta:
+        if stored is None:
+            self._read_bias()
+            weight = self.unmerged()
+            for name in self.dvora_adapted:
+                self.adapted(name).refresh(weight)
+        elif not stored.is_meta:
             for name in self.dvora_adapted:
                 self.adapted(name).follow(self.unmerged())
+
+    def _read_bias(self) -> None:
+        if bias_of(self.base_layer, None) is None:
+            self.measured_bias = read_bias(self.base_layer)
+
+    def _base_dtype(self) -> torch.dtype:
+        stored = self.stored()
+        return input_dtype(self.base_layer) if stored is None else stored.dtype
 
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()
@@ -296,4 +295,6 @@ def layers_in(model: nn.Module) -> list[DVoRALayer]:
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRALayer)
-    layer._follow_base()
+    if layer._base_loads:
+        layer._follow_base()
+        layer._base_loads = False

@@ -1,4 +1,4 @@
-"""One adapter a row: hands the names of a batch's adapters to every layer for the time of one forward pass."""
+"""Hands the adapter names of a batch to every layer for the time of one forward pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import BASE, DVoRALayer, layers_in
+from .layer import DVoRALayer, layers_in
 from .parameters import ParamWrapper
+from .rows import BASE
 
 
 @contextmanager

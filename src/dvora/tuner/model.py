@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..functional import Vectors
 from .checks import check_targets, check_weights
-from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
+from .combining import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
-from .injection import add_adapter, projections_of
+from .injection import Measured, add_adapter, projections_of
 from .layer import DVoRALayer, layers_in
 from .loading import check_shapes, checked_vectors
 from .merging import merge_model, unmerge_model
 from .mixed_batch import adapter_names_passed
+from .operating_weight import keep_differentiable
 from .saving import as_saved, from_saved
 from .targets import find_targets, matches, names_found, wrap
 
@@ -40,6 +41,7 @@ class DVoRAModel(BaseTuner):
     """
 
     uses_shared_state = False
+    _measured: dict[str, Measured]
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # some are str
@@ -81,8 +83,9 @@ class DVoRAModel(BaseTuner):
             check_targets(targets, filled, model)
         else:
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
-            targets = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
-        probes = check_weights(targets, filled)
+            found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
+            targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
+        self._measured = check_weights(targets, filled, projections_of(model, filled))
         # PEFT keeps the caller's object, and writes into it itself.
         config.target_modules = filled.target_modules
         super().inject_adapter(
@@ -92,8 +95,9 @@ class DVoRAModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        for layer in layers_of(model, adapter_name):
-            layer.probes = probes[layer.name]
+        self._measured = {}
+        for module in model.modules():
+            keep_differentiable(module)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.
@@ -240,10 +244,8 @@ class DVoRAModel(BaseTuner):
     ) -> None:
         config = own_config(peft_config)
         wrapper, layers = wrap(target, current_key, parameter_name)
-        shared = projections_of(self.model, config)
         for layer in layers:
-            only_magnitude = matches(config.magnitude_modules, current_key)
-            add_adapter(layer, adapter_name, config, shared, self.active_adapters, only_magnitude)
+            add_adapter(layer, adapter_name, config, self._measured[layer.name], self.active_adapters)
         if wrapper is not target and any(other.disable_adapters for other in layers_in(self.model)):
             for layer in layers:
                 layer.enable_adapters(False)

@@ -22,8 +22,6 @@ from .kinds import sizes_of
 
 CHUNK = 512
 """Unit vectors in one forward pass."""
-SCALE = 256.0
-"""Their length, which lifts the weight above the bias in an output of half precision; a power of two, so exact."""
 TOLERANCE = 0.1
 """Largest relative distance of the layer from a linear one; activations of eight bits are off by 0.02."""
 
@@ -48,9 +46,8 @@ def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
                 f"{name} of type {type(layer).__name__} does not take vectors of its {_width(layer)} input features "
                 f"({type(error).__name__}: {error}); leave it out with exclude_modules"
             ) from error
-        units = torch.eye(_width(layer)).split(CHUNK)
-        columns = [(_outputs(layer, SCALE * chunk) - zero) / SCALE for chunk in units]
-        weight = torch.cat(columns).T
+        starts = range(0, _width(layer), CHUNK)
+        weight = torch.cat([_products(layer, _units(start, _width(layer)), zero) for start in starts]).T
         _check_linear(layer, weight, zero, name)
     return weight
 
@@ -101,7 +98,7 @@ def _check_linear(layer: nn.Module, weight: Float[Tensor, "O I"], zero: Float[Te
     rows = [generator.uniform_row(_PROBE_SEED, _PROBE_STREAM, row, weight.shape[1]) for row in range(_PROBES)]
     x = torch.stack([torch.from_numpy(row) for row in rows])
     expected = x.to(weight) @ weight.T
-    distance = (_outputs(layer, x) - zero - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+    distance = (_products(layer, x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
     if not distance <= TOLERANCE:
         raise TypeError(
             f"{name} of type {type(layer).__name__} is not linear in its inputs (off by {float(distance):.1%}), so it "
@@ -115,12 +112,27 @@ def _width(layer: nn.Module) -> int:
     return width
 
 
+def _units(start: int, width: int) -> Float[Tensor, "T I"]:
+    """Unit vectors number `start` and following."""
+    count = min(CHUNK, width - start)
+    units = torch.zeros(count, width)
+    units[range(count), range(start, start + count)] = 1
+    return units
+
+
+def _products(layer: nn.Module, x: Float[Tensor, "T I"], zero: Float[Tensor, "1 O"]) -> Float[Tensor, "T O"]:
+    """`x W^T`. Long inputs lift the products above the bias, whose size rounds outputs of half precision."""
+    length = 2.0**8 if input_dtype(layer) == torch.float16 else 2.0**12
+    return (_outputs(layer, length * x) - zero) / length
+
+
 def _outputs(layer: nn.Module, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
-    outputs: Tensor = layer(x.to(device_of(layer), _input_dtype(layer)))
+    outputs: Tensor = layer(x.to(device_of(layer), input_dtype(layer)))
     return outputs.float()
 
 
-def _input_dtype(layer: nn.Module) -> torch.dtype:
+def input_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a layer wants its inputs in."""
     declared = getattr(layer, "compute_dtype", None)
     if isinstance(declared, torch.dtype):
         return declared

@@ -56,8 +56,9 @@ def convolve(
     if adapted.rank < adapted.in_features:
         # Groups become batch entries: all of them see the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
-        z = z.movedim(1, -1).unflatten(0, (len(batch), groups))
-        product = (z @ B.view(groups, *(1,) * (spatial - 1), -1, adapted.rank).mT).movedim(1, -2).flatten(-2)
+        places = z.shape[2:]
+        product = B.view(groups, -1, adapted.rank) @ z.reshape(len(batch), groups, adapted.rank, -1)
+        product = product.view(len(batch), -1, *places).movedim(1, -1)
     else:
         # The update's own kernels are smaller than a rank beyond their size: depthwise and pointwise convolutions.
         product = _convolution(layer, batch, (B @ A).view(-1, *kernel), groups).movedim(1, -1)

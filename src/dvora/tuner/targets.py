@@ -10,7 +10,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layouts import ROWS
-from ..shapes import Float
 from ..validation import check_weight
 from . import operations
 from .base import readable_weight, stored_weight
@@ -29,18 +28,24 @@ class Target(NamedTuple):
     """The layer that holds it, or the wrapper that it has already."""
     kind: LayerKind
     parameter_name: str
+    module_name: str
+    """Of the module that was targeted."""
 
-    def matrix(self) -> Float[Tensor, "O I"]:
-        """The base's own weight.
+    def base(self) -> nn.Module:
+        """The layer that holds the weight."""
+        return _base_of(self.layer, self.name)
+
+    def weight(self) -> Tensor:
+        """The base's own weight, as stored.
 
         Raises:
             TypeError, ValueError: it cannot be adapted.
         """
         if isinstance(self.layer, DVoRALayer):
-            return self.kind.layout.matrix(self.layer.unmerged())
+            return self.layer.unmerged()
         weight = readable_weight(self.layer, self.kind, self.parameter_name, self.name)
         check_weight(weight, self.name)
-        return self.kind.layout.matrix(weight)
+        return weight
 
 
 def targets_in(module: nn.Module, name: str) -> list[Target]:
@@ -53,12 +58,13 @@ def targets_in(module: nn.Module, name: str) -> list[Target]:
     base = _base_of(module, name)
     if isinstance(base, nn.MultiheadAttention):
         inputs = [parameter_target(module, p, f"{name}.{p}") for p in projections_of(base)]
-        return [*inputs, *targets_in(base.out_proj, f"{name}.out_proj")]
+        both = [*inputs, *targets_in(base.out_proj, f"{name}.out_proj")]
+        return [target._replace(module_name=name) for target in both]
     if isinstance(module, DVoRALayer):
-        return [Target(name, module, module.kind, module.parameter_name)]
+        return [Target(name, module, module.kind, module.parameter_name, name)]
     if not is_initialized(base):
         check_weight(next(base.parameters()), name)
-    return [Target(name, base, LayerKind(ROWS, None) if is_read(base) else kind_of(base, name), "weight")]
+    return [Target(name, base, LayerKind(ROWS, None) if is_read(base) else kind_of(base, name), "weight", name)]
 
 
 def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Target:
@@ -69,10 +75,10 @@ def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Targe
     """
     base, wrapper = _base_of(module, name), wrapped(module, parameter_name)
     if wrapper is not None:
-        return Target(name, wrapper, wrapper.kind, parameter_name)
+        return Target(name, wrapper, wrapper.kind, parameter_name, name)
     parameter = stored_weight(base, LayerKind(ROWS, None), parameter_name)
     assert parameter is not None
-    return Target(name, base, parameter_kind(base, parameter, name), parameter_name)
+    return Target(name, base, parameter_kind(base, parameter, name), parameter_name, name)
 
 
 def wrap(module: nn.Module, name: str, parameter_name: str | None = None) -> tuple[nn.Module, list[DVoRALayer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..precision import at_least_float32
@@ -18,6 +19,12 @@ class VectorDict(nn.ParameterDict):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
         super()._apply(at_least_float32(fn), recurse)
         return self
+
+    def move(self, adapter_name: str, device: torch.device) -> None:
+        """Move one vector, unless its values are still to come."""
+        vector = self[adapter_name]
+        if not vector.is_meta:
+            self[adapter_name] = nn.Parameter(vector.detach().to(device), vector.requires_grad)
 
 
 class Strength(nn.Module):

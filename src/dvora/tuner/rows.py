@@ -1,0 +1,46 @@
+"""A batch in which every row has an adapter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+BASE = "__base__"
+"""PEFT's name for "no adapter" in a batch of adapter names."""
+
+
+def mixed_outputs(
+    x: Tensor, base_output: Tensor, adapter_names: Sequence[str], adapt: Callable[[Tensor, Tensor, list[str]], Tensor]
+) -> Tensor:
+    """The outputs of a batch, adapter by adapter.
+
+    Args:
+        x: inputs.
+        base_output: of the base layer for all of them.
+        adapter_names: one a row.
+        adapt: inputs and base outputs of some rows to their outputs with the named adapters.
+    """
+    output = base_output.clone()
+    for name in dict.fromkeys(adapter_names):
+        if name != BASE:
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            output[rows] = adapt(x[rows], base_output[rows], [name])
+    return output
+
+
+def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:
+    """Refuse a batch of adapters that does not fit the batch of inputs, or that merged weights would falsify.
+
+    Raises:
+        ValueError: there is not one name a row, or an adapter is merged.
+    """
+    if len(adapter_names) != len(x):
+        raise ValueError(
+            f"{name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; pass one name a row"
+        )
+    if merged:
+        raise ValueError(
+            f"{name}: adapter_names cannot be used while adapters are merged ({', '.join(merged)}); call "
+            "unmerge_adapter first"
+        )
