@@ -91,7 +91,7 @@ class AdapterRules(SurgeryBase):
     @rule(names=several, trained=st.booleans())
     def set_requires_grad(self, names: list[str], trained: bool) -> None:
         self.count("set_requires_grad")
-        self.model.set_requires_grad(names, trained)
+        self.model.base_model.set_requires_grad(names, trained)
         for name in names:
             self.reference.adapters[name].trained = trained
 
@@ -166,7 +166,7 @@ class AdapterRules(SurgeryBase):
         if merge:
             take_over_merged(dict(base.named_parameters()), self.reference.merge(None), self.reference)
         self.reference = self.reference.of_its_base()
-        self.saved.clear()
+        self.forget_saved()
         self.wrap(base, settings, trained)
 
     def merge(self, names: list[str] | None) -> None:
@@ -185,4 +185,5 @@ class AdapterRules(SurgeryBase):
         self.reference.training = True
         self.take_over_new(NAMES[0], settings, trained)
         self.reference.activate([NAMES[0]])
+        self.base_is_known = True
         self.save_one(NAMES[0])

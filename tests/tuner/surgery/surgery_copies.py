@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 from peft import PeftModel, get_peft_model
-from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, some_saved
+from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, some_saved, wrapper_is_usable
 from surgery_checks import check_close, take_over_merged
 from surgery_model import TOKENS, Mixed, mixed
 from tiny import same_bits
@@ -35,12 +35,14 @@ COPIES: dict[str, Callable[[PeftModel], PeftModel]] = {
 class CopyRules(SurgeryBase):
     """What leaves a model and comes back."""
 
+    @precondition(lambda machine: machine.base_is_known)
     @has_adapters
     @rule(name=present)
     def save(self, name: str) -> None:
         self.count("save")
         self.save_one(name)
 
+    @wrapper_is_usable
     @has_saved
     @has_room
     @rule(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())

@@ -48,7 +48,7 @@ class PassRules(SurgeryBase):
         for place in of_vectors:
             self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
         if weights:
-            self.saved.clear()  # another base by now, which may be refused or not
+            self.forget_saved()
         for weight in weights:
             self.reference.stored[weight] = base[weight].detach().clone()
 

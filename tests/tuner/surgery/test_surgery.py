@@ -1,5 +1,7 @@
 """Surgery on a small mixed model, in any order, compared after every step with a dense float64 model."""
 
+import logging
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -28,7 +30,10 @@ def counted() -> int:
     return sum(steps >= 15 for steps in Surgery.steps_of_histories)
 
 
-def test_after_every_step_the_model_is_what_the_dense_model_says(request: pytest.FixtureRequest) -> None:
+def test_after_every_step_the_model_is_what_the_dense_model_says(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "torch.__trace")  # the compiler's, of which pytest would keep every line
     Surgery.steps_of_histories.clear()
     Surgery.steps_by_rule.clear()
     if request.config.getoption("--fuzz"):
