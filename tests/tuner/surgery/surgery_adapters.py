@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition
 from peft import LoraConfig, PeftModel, get_peft_model
 from surgery_base import (
     DTYPES,
@@ -17,6 +17,7 @@ from surgery_base import (
     present,
     several,
     some_settings,
+    step,
     wrapper_is_usable,
 )
 from surgery_checks import base_of, check_close, forward, take_over_merged, vectors_of
@@ -55,7 +56,7 @@ class AdapterRules(SurgeryBase):
         self.wrap(mixed(dtype, tied), settings, trained)
 
     @has_room
-    @rule(settings=some_settings, trained=st.booleans())
+    @step(settings=some_settings, trained=st.booleans())
     def add(self, settings: Settings, trained: bool) -> None:
         self.count("add")
         name = self.free_name()
@@ -64,7 +65,7 @@ class AdapterRules(SurgeryBase):
         self.take_over_new(name, settings, trained)
 
     @has_adapters
-    @rule(names=several, trained=st.booleans())
+    @step(names=several, trained=st.booleans())
     def switch(self, names: list[str], trained: bool) -> None:
         self.count(f"switch to {'one' if len(names) == 1 else 'several'}")
         with self.unmerges():
@@ -75,7 +76,7 @@ class AdapterRules(SurgeryBase):
         self.reference.activate(names, trained)
 
     @has_adapters
-    @rule(name=present)
+    @step(name=present)
     def delete(self, name: str) -> None:
         if any(name in merged for merged in self.reference.merged.values()):
             with self.refused("delete a merged adapter", "while they are merged"):
@@ -88,14 +89,14 @@ class AdapterRules(SurgeryBase):
         self.reference.delete(name)
 
     @has_adapters
-    @rule(names=several, trained=st.booleans())
+    @step(names=several, trained=st.booleans())
     def set_requires_grad(self, names: list[str], trained: bool) -> None:
         self.count("set_requires_grad")
         self.model.base_model.set_requires_grad(names, trained)
         for name in names:
             self.reference.adapters[name].trained = trained
 
-    @rule(enabled=st.booleans())
+    @step(enabled=st.booleans())
     def enable(self, enabled: bool) -> None:
         self.count("enable" if enabled else "disable")
         tuner = self.model.base_model
@@ -103,7 +104,7 @@ class AdapterRules(SurgeryBase):
         self.reference.enable(enabled)
 
     @wrapper_is_usable
-    @rule(runs=st.booleans(), fails=st.booleans())
+    @step(runs=st.booleans(), fails=st.booleans())
     def disable_for_a_while(self, runs: bool, fails: bool) -> None:
         self.count("disable for a while")
         was_enabled = self.reference.enabled
@@ -119,31 +120,31 @@ class AdapterRules(SurgeryBase):
             self.reference.enable(True)
 
     @has_adapters
-    @rule()
+    @step()
     def merge_active(self) -> None:
         self.merge(None)
 
     @has_adapters
-    @rule(names=several)
+    @step(names=several)
     def merge_some(self, names: list[str]) -> None:
         self.merge(names)
 
     @precondition(lambda machine: machine.reference.merged)
-    @rule()
+    @step()
     def unmerge(self) -> None:
         self.count("unmerge")
         self.model.unmerge_adapter()
         self.reference.unmerge()
 
     @has_adapters
-    @rule(what=st.sampled_from(sorted(NONSENSE)), name=present)
+    @step(what=st.sampled_from(sorted(NONSENSE)), name=present)
     def ask_for_nonsense(self, what: str, name: str) -> None:
         ask, match = NONSENSE[what]
         with self.refused(what, match):
             ask(self.model, name)
 
     @has_adapters
-    @rule(name=present, vector=st.sampled_from(VECTORS))
+    @step(name=present, vector=st.sampled_from(VECTORS))
     def merge_what_is_not_finite(self, name: str, vector: str) -> None:
         held = vectors_of(self.model)
         spoilt = next(v for place, v in held.items() if place.adapter == name and place.vector in (vector, "magnitude"))
@@ -154,7 +155,7 @@ class AdapterRules(SurgeryBase):
                 self.model.merge_adapter([name])
             spoilt.copy_(before)
 
-    @rule(merge=st.booleans(), settings=some_settings, trained=st.booleans())
+    @step(merge=st.booleans(), settings=some_settings, trained=st.booleans())
     def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
         if merge and self.reference.adapts_tied(None):
             with self.refused("merge into a tied weight and unload", "is tied"):

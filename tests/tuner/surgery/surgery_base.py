@@ -6,13 +6,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from models_compared import assert_unchanged, snapshot
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -46,6 +47,20 @@ some_settings = st.builds(
 def drawn(choices: Callable[["SurgeryBase"], Sequence[object]]) -> st.SearchStrategy:
     """One of the choices that the machine has at this step."""
     return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
+
+
+def step(**strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A rule that does not follow itself at once: Hypothesis likes to copy steps, and most change nothing then."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def made(machine: "SurgeryBase", **values: object) -> None:
+            machine.previous = function.__name__
+            function(machine, **values)
+
+        return precondition(lambda machine: machine.previous != function.__name__)(rule(**strategies)(made))
+
+    return decorate
 
 
 present = drawn(lambda machine: sorted(machine.reference.adapters))
@@ -85,6 +100,7 @@ class SurgeryBase(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
+        self.previous = ""
         self.saved: list[Saved] = []
         self.base_is_known = True
         self.known: dict[Place, nn.Parameter] = {}

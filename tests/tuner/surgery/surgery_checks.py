@@ -6,7 +6,7 @@ import torch
 from models_compared import worst_difference
 from peft import PeftModel
 from surgery_model import TIED, TOKENS, WEIGHTS
-from surgery_reference import VECTORS, Place, Reference, loss
+from surgery_reference import VECTORS, Adapter, Place, Reference, loss
 from tiny import same_bits
 from torch import Tensor, nn
 
@@ -90,6 +90,19 @@ def check_state(model: PeftModel, reference: Reference) -> None:
         assert layer.disable_adapters != reference.enabled, weight
         assert same_bits(layer.unmerged(), reference.base(weight)), weight
     assert reference.merged.keys() <= layers_of(model).keys()
+    for name, adapter in reference.adapters.items():
+        check_config(model, name, adapter)
+
+
+def check_config(model: PeftModel, name: str, adapter: Adapter) -> None:
+    """The configuration, which is what a file will say, and the strength at every layer."""
+    config, settings = model.peft_config[name], adapter.settings
+    kept = (config.r, config.alpha, config.direction, config.detach_norm, config.projection_seed, tuple(config.train))
+    assert kept == (settings.r, settings.alpha, settings.direction, settings.detach_norm, settings.seed, settings.train)
+    layers = layers_of(model)
+    for weight, strength in adapter.strength.items():
+        layer = layers[weight]
+        assert float(layer.strength(name)) == config.strength_of(layer.name) == strength, (weight, name)
 
 
 def check_outputs(model: PeftModel, reference: Reference) -> None:

@@ -4,9 +4,8 @@ import warnings
 from dataclasses import replace
 
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
 from models_compared import assert_unchanged, snapshot
-from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, several, some_saved
+from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, several, some_saved, step
 from surgery_checks import check_delta, vectors_of
 from surgery_reference import Adapter
 
@@ -19,7 +18,7 @@ class CombiningRules(SurgeryBase):
     """What is made of the vectors of adapters."""
 
     @has_adapters
-    @rule(name=present, strength=st.sampled_from([0.0, 0.5, 1.0, 1.5]), data=st.data())
+    @step(name=present, strength=st.sampled_from([0.0, 0.5, 1.0, 1.5]), data=st.data())
     def set_strength(self, name: str, strength: float, data: st.DataObject) -> None:
         adapter = self.reference.adapters[name]
         weight = data.draw(st.none() | st.sampled_from(sorted(adapter.vectors)), label="weight")
@@ -34,7 +33,7 @@ class CombiningRules(SurgeryBase):
 
     @has_room
     @has_adapters
-    @rule(first=present, second=present, t=st.sampled_from([0.0, 0.25, 1.0]))
+    @step(first=present, second=present, t=st.sampled_from([0.0, 0.25, 1.0]))
     def interpolate(self, first: str, second: str, t: float) -> None:
         a, b, name = self.reference.adapters[first], self.reference.adapters[second], self.free_name()
         must = alike(a, b) and {*a.strength.values(), *b.strength.values()} == {1.0}
@@ -47,7 +46,7 @@ class CombiningRules(SurgeryBase):
 
     @has_room
     @has_adapters
-    @rule(names=several, data=st.data())
+    @step(names=several, data=st.data())
     def add_up(self, names: list[str], data: st.DataObject) -> None:
         """A sum is what it says or it is refused; a multiple of one adapter is possible but for rows of no gain."""
         shares = data.draw(st.lists(st.sampled_from(SHARES), min_size=len(names), max_size=len(names)), label="shares")
@@ -61,7 +60,7 @@ class CombiningRules(SurgeryBase):
 
     @has_saved
     @has_adapters
-    @rule(saved=some_saved, name=present)
+    @step(saved=some_saved, name=present)
     def hot_swap(self, saved: Saved, name: str) -> None:
         adapter, reference = self.reference.adapters[name], self.reference
         merged = any(name in each for each in reference.merged.values())

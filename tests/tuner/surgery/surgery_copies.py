@@ -7,9 +7,19 @@ from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import precondition
 from peft import PeftModel, get_peft_model
-from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, some_saved, wrapper_is_usable
+from surgery_base import (
+    Saved,
+    SurgeryBase,
+    has_adapters,
+    has_room,
+    has_saved,
+    present,
+    some_saved,
+    step,
+    wrapper_is_usable,
+)
 from surgery_checks import check_close, take_over_merged
 from surgery_model import TOKENS, Mixed, mixed
 from tiny import same_bits
@@ -37,7 +47,7 @@ class CopyRules(SurgeryBase):
 
     @precondition(lambda machine: machine.base_is_known)
     @has_adapters
-    @rule(name=present)
+    @step(name=present)
     def save(self, name: str) -> None:
         self.count("save")
         self.save_one(name)
@@ -45,7 +55,7 @@ class CopyRules(SurgeryBase):
     @wrapper_is_usable
     @has_saved
     @has_room
-    @rule(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
+    @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
     def load(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
         self.count("load")
         name = self.free_name()
@@ -59,7 +69,7 @@ class CopyRules(SurgeryBase):
 
     @has_saved
     @has_adapters
-    @rule(saved=some_saved, name=present, trainable=st.booleans())
+    @step(saved=some_saved, name=present, trainable=st.booleans())
     def load_over(self, saved: Saved, name: str, trainable: bool) -> None:
         if self.reference.adapters[name].shapes() != saved.adapter.shapes():
             with self.refused("load over another shape", "not adapted here|lacks vectors|has shape"):
@@ -71,7 +81,7 @@ class CopyRules(SurgeryBase):
         self.reference.training &= trainable
 
     @has_saved
-    @rule(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
+    @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
     def load_into_a_fresh_model(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
         self.count("load into a fresh model")
         self.reference.unmerge()
@@ -86,7 +96,7 @@ class CopyRules(SurgeryBase):
         self.reference.adapters[saved.folder.name].strength = dict(saved.adapter.strength)
 
     @has_room
-    @rule(meta_first=st.booleans())
+    @step(meta_first=st.booleans())
     def load_what_was_made_for_another_base(self, meta_first: bool) -> None:
         other = mixed(self.reference.dtype)
         with torch.no_grad():
@@ -96,14 +106,14 @@ class CopyRules(SurgeryBase):
         with self.refused("load what was made for another base", "another base model"):
             self.model.load_adapter(folder, self.free_name(), low_cpu_mem_usage=meta_first)
 
-    @rule(way=st.sampled_from(sorted(COPIES)), go_on_with_copy=st.booleans())
+    @step(way=st.sampled_from(sorted(COPIES)), go_on_with_copy=st.booleans())
     def copy(self, way: str, go_on_with_copy: bool) -> None:
         self.count(way)
         original, copied = self.model, COPIES[way](self.model)
         self.adopt(copied if go_on_with_copy else original)
         spoil(original if go_on_with_copy else copied)
 
-    @rule(merge=st.booleans())
+    @step(merge=st.booleans())
     def unload_a_copy(self, merge: bool) -> None:
         merge = merge and not self.reference.adapts_tied(None)
         self.count("merge and unload a copy" if merge else "unload a copy")
@@ -119,7 +129,7 @@ class CopyRules(SurgeryBase):
             check_close(plain(TOKENS), reference.of_its_base().outputs(), reference.dtype)
         spoil(plain)
 
-    @rule(assign=st.booleans())
+    @step(assign=st.booleans())
     def load_own_state_dict(self, assign: bool) -> None:
         assign = assign and not self.reference.tied  # assigning, torch unties
         self.count("load own state dict")

@@ -2,8 +2,8 @@
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule
-from surgery_base import DTYPES, SurgeryBase, has_adapters, several, wrapper_is_usable
+from hypothesis.stateful import invariant, precondition
+from surgery_base import DTYPES, SurgeryBase, has_adapters, several, step, wrapper_is_usable
 from surgery_checks import GRADIENTS, base_of, check_close, check_gradients, forward, vectors_of
 from surgery_model import TOKENS, WEIGHTS
 from torch import Tensor
@@ -18,14 +18,14 @@ class PassRules(SurgeryBase):
     """What a model computes, forwards and backwards."""
 
     @has_adapters
-    @rule(names=several, adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
+    @step(names=several, adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
     def switch_and_train(self, names: list[str], adam: bool, decay: float) -> None:
         with self.unmerges():
             self.model.base_model.set_adapter(names)
         self.reference.activate(names)
-        self.train(adam, decay)
+        self.train(adam=adam, decay=decay)
 
-    @rule(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
+    @step(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
     def train(self, adam: bool, decay: float) -> None:
         self.count("train")
         of_vectors, of_weights = check_gradients(self.model, self.reference)
@@ -53,7 +53,7 @@ class PassRules(SurgeryBase):
             self.reference.stored[weight] = base[weight].detach().clone()
 
     @precondition(lambda machine: not machine.reference.tied)
-    @rule(trained=st.booleans())
+    @step(trained=st.booleans())
     def train_the_base_too(self, trained: bool) -> None:
         self.count("train the base too" if trained else "freeze the base")
         base = base_of(self.model)
@@ -61,7 +61,7 @@ class PassRules(SurgeryBase):
             base[weight].requires_grad_(trained)
         self.reference.base_trained = trained
 
-    @rule(dtype=st.sampled_from(DTYPES), way=st.sampled_from(["to", "to both", "move", "cpu"]))
+    @step(dtype=st.sampled_from(DTYPES), way=st.sampled_from(["to", "to both", "move", "cpu"]))
     def cast(self, dtype: torch.dtype, way: str) -> None:
         self.count(f"cast to {dtype}" if way.startswith("to") else "move")
         if way == "cpu":
@@ -72,14 +72,14 @@ class PassRules(SurgeryBase):
             self.model.to(dtype) if way == "to" else self.model.to("cpu", dtype)
             self.reference.cast(dtype)
 
-    @rule(training=st.booleans())
+    @step(training=st.booleans())
     def set_mode(self, training: bool) -> None:
         self.count("train mode" if training else "eval mode")
         self.model.train(training)
         self.reference.training = training
 
     @wrapper_is_usable
-    @rule(data=st.data(), go_on=st.booleans())
+    @step(data=st.data(), go_on=st.booleans())
     def mixed_batch(self, data: st.DataObject, go_on: bool) -> None:
         if go_on:
             self.model.eval()
@@ -104,7 +104,7 @@ class PassRules(SurgeryBase):
 
     @wrapper_is_usable
     @precondition(lambda machine: not machine.reference.training)
-    @rule(names=st.sampled_from([[BASE] * (ROWS + 1), [], ["nobody"] * ROWS]))
+    @step(names=st.sampled_from([[BASE] * (ROWS + 1), [], ["nobody"] * ROWS]))
     def mixed_batch_of_nonsense(self, names: list[str]) -> None:
         with self.refused("mixed batch of nonsense", "entries|no adapter is named|merged"):
             forward(self.model, adapter_names=names)
@@ -116,7 +116,7 @@ class PassRules(SurgeryBase):
 
     @has_adapters
     @precondition(lambda machine: machine.compiled is None and machine.compiled_passes_left)
-    @rule(backend=st.sampled_from(["eager", "aot_eager"]))
+    @step(backend=st.sampled_from(["eager", "aot_eager"]))
     def compile(self, backend: str) -> None:
         self.count("compile")
         torch._dynamo.reset()
