@@ -36,6 +36,7 @@ ORDER = [
     "tuner.rows",
     "tuner.layer",
     "tuner.parameters",
+    "tuner.files",
     "tuner.config",
     "tuner.targets",
     "tuner.base_probes",

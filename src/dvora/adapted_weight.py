@@ -109,7 +109,7 @@ class AdaptedWeight(nn.Module):
     def initial_vectors(self, d_initial: float) -> Vectors:
         """The starting values, with which the layer is its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
         with torch.inference_mode(False):
-            return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), d_initial))
+            return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), float(d_initial)))
 
     def constants(self, weight: Tensor | None) -> NormConstants:
         """The norm constants of the weight as it is now."""

@@ -129,9 +129,10 @@ class SharedProjections(nn.Module):
         for name, saved in matrices.items():
             kind, _, stream = name.partition("_")
             made = None
-            if kind == "stream" and stream[:1] in ("0", "1") and saved.dim() == 2:
-                made = _unit_rows(self.distribution, self.seed, int(stream[:1]), *saved.shape)
-            if made is None or not np.array_equal(made, saved.cpu().numpy()):
+            if kind == "stream" and stream[:1] in ("0", "1") and saved.dim() == 2 and saved.is_floating_point():
+                rows, columns = saved.shape
+                made = self._generate(int(stream[:1]), rows, columns, None) if saved.numel() else None
+            if made is None or not torch.equal(made, saved.to(made)):
                 raise ValueError(
                     f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
                     f"{self.distribution!r} give; the file is damaged or was trained with other matrices"

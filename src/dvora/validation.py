@@ -1,12 +1,15 @@
 """Checks of hyperparameters and of base weights, with messages that say what was expected."""
 
-import math
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .functional import DIRECTIONS, Direction
 from .shapes import Float
+
+MAX_RANK = 2**16
+"""Far beyond any use; a damaged setting must not make matrices of a rank that never ends."""
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -50,14 +53,22 @@ def checked_rank(rank: int) -> int:
         raise TypeError(f"rank must be a positive integer, got {rank!r} of type {type(rank).__name__}")
     if rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank}")
+    if rank > MAX_RANK:
+        raise ValueError(f"rank must be at most {MAX_RANK}, got {rank}")
     return rank
+
+
+def fits_float32(value: float) -> bool:
+    """Whether a number is finite in float32; `math.isfinite` fails for integers beyond a double."""
+    limit = torch.finfo(torch.float32).max
+    return bool(-limit <= value <= limit)
 
 
 def checked_alpha(alpha: float) -> float:
     """alpha as a float, if it is finite and positive."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise TypeError(f"alpha must be a positive number or None (for alpha = rank), got {alpha!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
+    if not (fits_float32(alpha) and alpha > 0):
         raise ValueError(f"alpha must be finite and positive, or None (for alpha = rank), got {alpha}")
     return float(alpha)
 
@@ -73,7 +84,7 @@ def checked_d_initial(d_initial: float) -> float:
     """The starting value of lambda_d, if it is a finite number."""
     if isinstance(d_initial, bool) or not isinstance(d_initial, int | float):
         raise TypeError(f"d_initial must be a number, got {d_initial!r}")
-    if not math.isfinite(d_initial):
+    if not fits_float32(d_initial):
         raise ValueError(f"d_initial must be finite, got {d_initial}")
     return float(d_initial)
 
@@ -82,6 +93,6 @@ def checked_strength(strength: float) -> float:
     """The strength as a float, if it is finite."""
     if isinstance(strength, bool) or not isinstance(strength, int | float):
         raise TypeError(f"strength must be a number, got {strength!r}")
-    if not math.isfinite(strength):
+    if not fits_float32(strength):
         raise ValueError(f"strength must be finite, with 0 for the base and 1 for the adapter itself, got {strength}")
     return float(strength)

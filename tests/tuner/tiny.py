@@ -173,6 +173,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, in dtype and shape too."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if type(a) not in (Tensor, nn.Parameter):
+        a, b = a.dequantize(), b.dequantize()
     return torch.equal(*(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..merging import check_can_be_set
 from .kinds import LayerKind
-from .operating_weight import read_operating_weight
+from .operating_weight import read_bias, read_operating_weight
 
 
 def stored_weight(layer: nn.Module, kind: LayerKind, parameter_name: str) -> Tensor | None:
@@ -38,9 +38,22 @@ def readable_weight(layer: nn.Module, kind: LayerKind, parameter_name: str, name
 
 
 def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
-    """The bias of a layer: its own, or the one measured where the layer does not show it."""
+    """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
     bias = getattr(layer, "bias", None)
-    return bias if isinstance(bias, Tensor) else measured
+    return bias if isinstance(bias, Tensor) and not bias.is_meta else measured
+
+
+def measured_bias(layer: nn.Module, kind: LayerKind) -> Tensor | None:
+    """The bias of a layer that hides it or is offloaded; None if it is at hand whenever it is needed."""
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, Tensor):
+        return None if kind.has_weight else read_bias(layer)
+    if not bias.is_meta:
+        return None
+    with align_module_device(layer):
+        loaded = layer.bias
+        assert isinstance(loaded, Tensor)
+        return None if loaded.is_meta else loaded.detach().clone()
 
 
 def laid_out_like(output: Tensor, update: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -12,7 +15,15 @@ from peft.utils.other import get_pattern_key
 
 from ..functional import Vectors
 from ..projections import FORMAT_VERSION, SharedProjections, checked_distribution
-from ..validation import checked_alpha, checked_d_initial, checked_direction, checked_rank, checked_strength
+from ..validation import (
+    checked_alpha,
+    checked_d_initial,
+    checked_direction,
+    checked_rank,
+    checked_strength,
+    fits_float32,
+)
+from .files import check_readable
 
 BIASES = ("none", "all", "dvora_only")
 
@@ -104,12 +115,35 @@ class DVoRAConfig(PeftConfig):
         # The caller may use one configuration for several bases, so the field stays what it was.
         self.measured_probes: dict[str, list[float]] | None = None
         self.peft_type = PeftType["DVORA"]
+        self._check_types()
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         if isinstance(self.train, list):
             self.train = tuple(self.train)
         self.check()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> DVoRAConfig:
+        """Read the configuration, and check that the values beside it can be read before a model is touched.
+
+        Raises:
+            TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        check_readable(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return own_config(config)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The settings in a file."""
+        settings: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        # PEFT passes them on as keyword arguments, where these two have another meaning.
+        if reserved := {"cls", "self"}.intersection(settings):
+            raise ValueError(f"{path_json_file}: {min(reserved)!r} is not a setting")
+        return settings
 
     def check(self) -> None:
         """Check every setting; done when the configuration is made, and again before it changes a model.
@@ -118,6 +152,7 @@ class DVoRAConfig(PeftConfig):
             TypeError, ValueError: a value is of the wrong type or out of range.
         """
         self._check_types()
+        self._check_expressions()
         self._check_numbers()
         self._check_choices()
         self._check_projections()
@@ -145,6 +180,9 @@ class DVoRAConfig(PeftConfig):
         return self.strength
 
     def _check_types(self) -> None:
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         for name in ("target_modules", "magnitude_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all_of(value, str)):
@@ -153,6 +191,9 @@ class DVoRAConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or _all_of(value, str)):
                 raise TypeError(f"{name} must be a list of names, got {value!r}")
+        if "" in (self.modules_to_save or ()):
+            # PEFT compares ends of names, so this one is every module's, the model's own included.
+            raise ValueError(f"modules_to_save must not hold an empty name, got {self.modules_to_save!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not (isinstance(value, dict) and _all_of(set(value), str)):
@@ -160,6 +201,8 @@ class DVoRAConfig(PeftConfig):
         layers = self.layers_to_transform
         if not (layers is None or _all_of(layers if isinstance(layers, list) else [layers], int)):
             raise TypeError(f"layers_to_transform must be an index or a list of indices, got {layers!r}")
+        if isinstance(self.strength, dict) and not _all_of(set(self.strength), str):
+            raise TypeError(f"strength must be a number, or a dictionary from layer names, got {self.strength!r}")
         tokens = self.trainable_token_indices
         by_layer = tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]
         if not all(_all_of(indices, int) for indices in by_layer):
@@ -169,6 +212,29 @@ class DVoRAConfig(PeftConfig):
             isinstance(probes, dict) and all(_all_of(p, float, int) for p in probes.values())
         ):
             raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r}")
+
+    def _expressions(self) -> Iterator[tuple[str, str]]:
+        """The settings that are read as regular expressions."""
+        for name in ("target_modules", "magnitude_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                yield name, value
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        strengths = self.strength if isinstance(self.strength, dict) else ()
+        several: dict[str, Iterable[str]] = {
+            "layers_pattern": patterns,
+            "modules_to_save": self.modules_to_save or (),
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "strength": strengths,
+        }
+        yield from ((name, expression) for name, expressions in several.items() for expression in expressions)
+
+    def _check_expressions(self) -> None:
+        for name, expression in self._expressions():
+            try:
+                re.compile(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from error
 
     def _check_numbers(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
@@ -183,8 +249,11 @@ class DVoRAConfig(PeftConfig):
         dropout = self.dvora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"dvora_dropout must be a number, got {dropout!r}")
-        if not (math.isfinite(dropout) and 0 <= dropout < 1):
+        if not 0 <= dropout < 1:
             raise ValueError(f"dvora_dropout must lie in 0 <= p < 1, got {dropout}")
+        for layer, probes in (self.base_probes or {}).items():
+            if not all(map(fits_float32, probes)):
+                raise ValueError(f"base_probes of {layer} are not finite: {probes!r}")
 
     def _check_choices(self) -> None:
         checked_direction(self.direction)

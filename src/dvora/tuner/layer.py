@@ -16,9 +16,9 @@ from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, laid_out_like, readable_weight, stored_weight
+from .base import bias_of, check_gradient, check_mergeable, laid_out_like, measured_bias, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
-from .operating_weight import device_of, input_dtype, keep_differentiable, read_bias
+from .operating_weight import device_of, input_dtype, keep_differentiable
 from .rows import check_rows, mixed_outputs
 from .vectors import VECTORS, Strength, VectorDict
 
@@ -45,6 +45,8 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, name: str, kind: LayerKind | None = None, parameter_name: str = "weight"
     ) -> None:
         super().__init__()
+        # First, because the first parameter's dtype is what many take for that of the model.
+        self.base_layer = base_layer
         self.name = name
         self.parameter_name = parameter_name
         self.kind = kind_of(base_layer, name) if kind is None else kind
@@ -62,10 +64,9 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self._original: Tensor | None = None
         self._base_loads = False
         self.probes: list[float] = []
-        self.base_layer = base_layer
         if not self.kind.has_weight:
             keep_differentiable(base_layer)
-            self._read_bias()
+        self.measured_bias = measured_bias(base_layer, self.kind)
         stored = self.stored()
         sizes = sizes_of(base_layer) if stored is None else self._matrix_of(stored).shape
         self.out_features, self.in_features = sizes
@@ -264,17 +265,13 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """Measure the base anew where it has changed."""
         stored = self.stored()
         if stored is None:
-            self._read_bias()
+            self.measured_bias = measured_bias(self.base_layer, self.kind)
             weight = self.unmerged()
             for name in self.dvora_adapted:
                 self.adapted(name).refresh(weight)
         elif not stored.is_meta:
             for name in self.dvora_adapted:
                 self.adapted(name).follow(self.unmerged())
-
-    def _read_bias(self) -> None:
-        if bias_of(self.base_layer, None) is None:
-            self.measured_bias = read_bias(self.base_layer)
 
     def _base_dtype(self) -> torch.dtype:
         stored = self.stored()

@@ -1,46 +1,63 @@
-"""Checks of the vectors in a state dict before any of them is copied into a model."""
+"""Checks of an adapter's values before any of them is copied into a model: every one is accounted for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .layer import DVoRALayer
+from .config import DVoRAConfig
+from .layer import layers_in
 from .vectors import VECTORS
 
+_PEFT_PREFIX = "base_model.model."
+_VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
+_OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
+_SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
-def checked_vectors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a loaded state dict, vectors in the layers' own dtype and checked but for their shapes.
+
+def checked_values(
+    model: nn.Module, config: DVoRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor], biases: Collection[str]
+) -> dict[str, Tensor]:
+    """The entries of a loaded state dict in the model's own dtypes, checked but for their shapes.
 
     Args:
         model: with the adapter injected.
+        config: of the adapter.
         adapter_name: its name.
-        state_dict: keys as in the model's own state dict.
+        state_dict: keys as in the model's own state dict, those of biases perhaps with PEFT's prefix.
+        biases: names of the biases that the adapter trains.
 
     Raises:
-        ValueError: a vector is missing, unknown, not floating or not finite.
+        ValueError: a value is missing, belongs to nothing that the adapter trains, is not floating or not finite.
     """
-    own = {
-        f"{name}.{vector}.{adapter_name}": getattr(layer, vector)[adapter_name]
-        for name, layer in model.named_modules()
-        if isinstance(layer, DVoRALayer)
-        for vector in VECTORS
-        if adapter_name in getattr(layer, vector)
-    }
-    vector_key = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
-    unknown = [key for key in state_dict if vector_key.search(key) and key not in own]
-    if unknown:
-        raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(unknown)}")
-    missing = [key for key in own if key not in state_dict]
-    if missing:
+    values = model.state_dict()
+    own = {key for key in values if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
+    others = {*biases, *_further_keys(model, adapter_name)}
+    loaded = {key if key in values else key.removeprefix(_PEFT_PREFIX): value for key, value in state_dict.items()}
+    if config.bias == "all":
+        # PEFT saves the biases of modules_to_save a second time, under names that loading has no use for.
+        loaded = {key: value for key, value in loaded.items() if key in others or not _SECOND_BIAS.search(key)}
+    unknown = [key for key in loaded if key not in own and key not in others]
+    if vectors := [key for key in unknown if _VECTOR.search(key)]:
+        raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(vectors)}")
+    if missing := sorted(own - loaded.keys()):
         raise ValueError(f"the adapter lacks vectors of adapted layers: {_some(missing)}")
-    return {k: _checked_vector(k, v, own[k]) if k in own else v for k, v in state_dict.items()}
+    if missing := [key for key in biases if key not in loaded]:
+        raise ValueError(f"the adapter lacks biases that its configuration trains: {_some(missing)}")
+    if unknown:
+        raise ValueError(
+            f"the adapter's file has values that its configuration does not train: {_some(list(map(repr, unknown)))}"
+        )
+    return {key: _checked_value(key, value, values[key]) for key, value in loaded.items()}
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuse a state dict with vectors of other shapes than the model's, before any is copied.
+    """Refuse values of other shapes than the model's, before any is copied: torch would stop half-way.
 
     Args:
         model: with the adapters injected.
@@ -48,30 +65,48 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
         prefix: of the model's keys.
 
     Raises:
-        ValueError: a vector has another shape.
+        ValueError: a value has another shape.
     """
-    for name, layer in model.named_modules():
-        if isinstance(layer, DVoRALayer):
-            for vector in VECTORS:
-                for adapter_name, own in getattr(layer, vector).items():
-                    key = f"{prefix}{name}.{vector}.{adapter_name}"
-                    loaded = state_dict.get(key)
-                    if loaded is not None and loaded.shape != own.shape:
-                        raise ValueError(
-                            f"{key} has shape {tuple(loaded.shape)} in the adapter and {tuple(own.shape)} in the "
-                            "model: another base model, or another rank than the configuration says; neither can be "
-                            "changed by loading"
-                        )
+    # Base weights may be packed, and are loaded by their layers in ways of their own.
+    packed = {id(tensor) for layer in layers_in(model) for tensor in layer.get_base_layer().parameters()}
+    for name, own in chain(model.named_parameters(), model.named_buffers()):
+        loaded = state_dict.get(prefix + name)
+        if loaded is not None and loaded.shape != own.shape and (id(own) not in packed or name.endswith(".bias")):
+            raise ValueError(
+                f"{prefix}{name} has shape {tuple(loaded.shape)} in the adapter and {tuple(own.shape)} in the model: "
+                "another base model, or another rank than the configuration says; neither can be changed by loading"
+            )
 
 
-def _checked_vector(key: str, loaded: Tensor, own: Tensor) -> Tensor:
-    if not loaded.is_floating_point():
+def outside_saved_modules(model: nn.Module) -> dict[str, Tensor]:
+    """The model's values but those of `modules_to_save`, which are loaded under names of their own."""
+    return {key: value for key, value in model.state_dict().items() if not _OF_SAVED_MODULES.search(key)}
+
+
+def _further_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    """Of modules saved whole: those of `modules_to_save`, and embeddings, which PEFT saves when they were resized."""
+    embeddings = set()
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from (f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+        if isinstance(module, PreTrainedModel):
+            ends = (module.get_input_embeddings(), module.get_output_embeddings())
+            embeddings |= {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in embeddings and not _VECTOR.search(name) and ".modules_to_save." not in name:
+            yield name
+
+
+def _checked_value(key: str, loaded: Tensor, own: Tensor) -> Tensor:
+    if own.is_floating_point() and not loaded.is_floating_point():
         raise ValueError(f"{key} has dtype {loaded.dtype} in the adapter, expected a floating-point vector")
-    if not loaded.isfinite().all():
+    # Cast first: a finite float64 may be infinite in the model, and there is no `isfinite` for eight bits.
+    cast = loaded.to(own.dtype)
+    if not cast.isfinite().all():
         raise ValueError(
             f"{key} has values that are not finite in the adapter; the file is damaged or training diverged"
         )
-    return loaded.to(own.dtype)
+    return cast
 
 
 def _some(keys: list[str]) -> str:

@@ -24,7 +24,7 @@ from .combining import combined_config, interpolated_vectors, set_strength, set_
 from .config import DVoRAConfig, own_config
 from .injection import Measured, add_adapter, projections_of
 from .layer import DVoRALayer, layers_in
-from .loading import check_shapes, checked_vectors
+from .loading import check_shapes, checked_values, outside_saved_modules
 from .merging import merge_model, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .operating_weight import keep_differentiable
@@ -95,7 +95,6 @@ class DVoRAModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        self._measured = {}
         for module in model.modules():
             keep_differentiable(module)
 
@@ -243,7 +242,7 @@ class DVoRAModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = own_config(peft_config)
-        wrapper, layers = wrap(target, current_key, parameter_name)
+        wrapper, layers = wrap(target, current_key, parameter_name, parent)
         for layer in layers:
             add_adapter(layer, adapter_name, config, self._measured[layer.name], self.active_adapters)
         if wrapper is not target and any(other.disable_adapters for other in layers_in(self.model)):
@@ -260,7 +259,7 @@ class DVoRAModel(BaseTuner):
         """The vectors are kept in float32 whatever the base's dtype, so there is nothing to cast."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # Before anything is copied; a model that ignores mismatched sizes has dropped them by now.
+        # A load that ignores mismatched sizes has dropped them by now.
         check_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -282,7 +281,8 @@ class DVoRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         vectors = from_saved(model, own_config(config), state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
-        checked = checked_vectors(model, adapter_name, remapped)
+        biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config)
+        checked = checked_values(model, own_config(config), adapter_name, remapped, biases.keys())
         if not any(isinstance(module, DVoRAModel) for module in model.modules()):
             check_shapes(model, checked)
         return checked

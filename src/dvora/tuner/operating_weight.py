@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
@@ -38,24 +39,24 @@ def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
     Raises:
         TypeError: the layer does not take vectors of its input features, or is not linear in them.
     """
-    with _reading(layer):
+    with _reading(layer) as forward:
         try:
-            zero = _outputs(layer, torch.zeros(1, _width(layer)))
+            zero = forward.outputs(torch.zeros(1, forward.width))
         except Exception as error:  # a foreign layer may raise anything
             raise TypeError(
-                f"{name} of type {type(layer).__name__} does not take vectors of its {_width(layer)} input features "
+                f"{name} of type {type(layer).__name__} does not take vectors of its {forward.width} input features "
                 f"({type(error).__name__}: {error}); leave it out with exclude_modules"
             ) from error
-        starts = range(0, _width(layer), CHUNK)
-        weight = torch.cat([_products(layer, _units(start, _width(layer)), zero) for start in starts]).T
-        _check_linear(layer, weight, zero, name)
+        starts = range(0, forward.width, CHUNK)
+        weight = torch.cat([forward.products(_units(start, forward.width), zero) for start in starts]).T
+        _check_linear(forward, weight, zero, name)
     return weight
 
 
 def read_bias(layer: nn.Module) -> Float[Tensor, "O"] | None:
     """What a layer returns for an input of zeros, in float32; None if that is zero."""
-    with _reading(layer):
-        zero = _outputs(layer, torch.zeros(1, _width(layer)))[0]
+    with _reading(layer) as forward:
+        zero = forward.outputs(torch.zeros(1, forward.width))[0]
     return zero if zero.any() else None
 
 
@@ -75,41 +76,53 @@ def keep_differentiable(layer: nn.Module) -> None:
         layer.state_dict()
 
 
+class _Forward(NamedTuple):
+    """A layer's forward pass, and what it wants for inputs."""
+
+    layer: nn.Module
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def outputs(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+        """`x W^T + bias`."""
+        outputs: Tensor = self.layer(x.to(self.device, self.dtype))
+        return outputs.float()
+
+    def products(self, x: Float[Tensor, "T I"], zero: Float[Tensor, "1 O"]) -> Float[Tensor, "T O"]:
+        """`x W^T`. Long inputs lift the products above the bias, whose size rounds outputs of half precision."""
+        length = 2.0**8 if self.dtype == torch.float16 else 2.0**12
+        return (self.outputs(length * x) - zero) / length
+
+
 @contextmanager
-def _reading(layer: nn.Module) -> Iterator[None]:
+def _reading(layer: nn.Module) -> Iterator[_Forward]:
     """Exact forward passes of a layer that is left as it was."""
     settings = {key: value for key, value in vars(layer).items() if not key.startswith("_")}
+    _, width = sizes_of(layer)
+    assert isinstance(width, int), width
     try:
         # In evaluation bitsandbytes rounds its inputs to eight bits, or packs its weight.
         layer.training = True
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            align_module_device(layer),
-            full_precision(device_of(layer)),
-        ):
-            yield
+        with torch.inference_mode(False), torch.no_grad(), align_module_device(layer):
+            device = device_of(layer)
+            with full_precision(device):
+                yield _Forward(layer, width, device, input_dtype(layer))
     finally:
         # Some layers also settle on the dtype of the first input that they see.
         vars(layer).update(settings)
 
 
-def _check_linear(layer: nn.Module, weight: Float[Tensor, "O I"], zero: Float[Tensor, "1 O"], name: str) -> None:
+def _check_linear(forward: _Forward, weight: Float[Tensor, "O I"], zero: Float[Tensor, "1 O"], name: str) -> None:
     rows = [generator.uniform_row(_PROBE_SEED, _PROBE_STREAM, row, weight.shape[1]) for row in range(_PROBES)]
     x = torch.stack([torch.from_numpy(row) for row in rows])
     expected = x.to(weight) @ weight.T
-    distance = (_products(layer, x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+    distance = (forward.products(x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
     if not distance <= TOLERANCE:
         raise TypeError(
-            f"{name} of type {type(layer).__name__} is not linear in its inputs (off by {float(distance):.1%}), so it "
-            "has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
+            f"{name} of type {type(forward.layer).__name__} is not linear in its inputs (off by {float(distance):.1%}): "
+            "it has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
         )
-
-
-def _width(layer: nn.Module) -> int:
-    _, width = sizes_of(layer)
-    assert isinstance(width, int), width
-    return width
 
 
 def _units(start: int, width: int) -> Float[Tensor, "T I"]:
@@ -118,17 +131,6 @@ def _units(start: int, width: int) -> Float[Tensor, "T I"]:
     units = torch.zeros(count, width)
     units[range(count), range(start, start + count)] = 1
     return units
-
-
-def _products(layer: nn.Module, x: Float[Tensor, "T I"], zero: Float[Tensor, "1 O"]) -> Float[Tensor, "T O"]:
-    """`x W^T`. Long inputs lift the products above the bias, whose size rounds outputs of half precision."""
-    length = 2.0**8 if input_dtype(layer) == torch.float16 else 2.0**12
-    return (_outputs(layer, length * x) - zero) / length
-
-
-def _outputs(layer: nn.Module, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
-    outputs: Tensor = layer(x.to(device_of(layer), input_dtype(layer)))
-    return outputs.float()
 
 
 def input_dtype(layer: nn.Module) -> torch.dtype:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .kinds import READ_BY_ATTENTION, LayerKind
-from .layer import DVoRALayer
+from .layer import DVoRALayer, DVoRALinear
 
 # Attributes of attention that torch's fused layers ask for by a private name.
 _PRIVATE = ("_qkv_same_embed_dim",)
@@ -38,6 +39,11 @@ class ParamWrapper(DVoRALayer):
             self.unmerge()
         weight = self.stored()
         assert weight is not None
+        if weight.is_meta:
+            raise ValueError(
+                f"{self.name} is offloaded, and its module would put the unadapted weight back as it loads it; keep "
+                "the module in memory, or merge its adapters first"
+            )
         names = [name for name in self.active_adapters if name in self.dvora_adapted]
         if self.disable_adapters or self.merged or not names:
             return weight
@@ -101,13 +107,26 @@ class ParamWrapper(DVoRALayer):
             modules = self.__dict__.get("_modules", {})
             if "base_layer" not in modules or (name.startswith("_") and name not in _PRIVATE):
                 raise
-        if name == self.parameter_name:
-            return self.adapted_weight()
-        return getattr(modules["base_layer"], name)
+        wrapper = wrapped(self, name)
+        return getattr(self.get_base_layer(), name) if wrapper is None else wrapper.adapted_weight()
 
 
 class ReadLinear(ParamWrapper):
     """Over a linear layer that is read; PEFT finds those of "all-linear" by the name of their class."""
+
+
+class UnfusedLinear(DVoRALinear):
+    """Over a linear layer of torch's transformer layer, whose fused evaluation would read the base's weight only."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; while adapters are at work, one without values, which fused operations decline."""
+        stored = self.stored()
+        assert stored is not None
+        at_work = any(name in self.dvora_adapted for name in self.active_adapters)
+        if self.disable_adapters or self.merged or not at_work:
+            return stored
+        return torch.empty_like(stored, device="meta")
 
 
 def is_read(layer: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from .base import readable_weight, stored_weight
 from .config import DVoRAConfig
 from .kinds import LayerKind, is_initialized, kind_of, parameter_kind
 from .layer import DVoRALayer, DVoRALinear
-from .parameters import ParamWrapper, ReadLinear, is_read, projections_of, wrapped
+from .parameters import ParamWrapper, ReadLinear, UnfusedLinear, is_read, projections_of, wrapped
 
 
 class Target(NamedTuple):
@@ -43,6 +43,9 @@ class Target(NamedTuple):
         """
         if isinstance(self.layer, DVoRALayer):
             return self.layer.unmerged()
+        if self.kind.low_rank is None:
+            # Offloaded, it could be read here, but not when its module reads it.
+            check_weight(self.layer.get_parameter(self.parameter_name), self.name)
         weight = readable_weight(self.layer, self.kind, self.parameter_name, self.name)
         check_weight(weight, self.name)
         return weight
@@ -81,7 +84,9 @@ def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Targe
     return Target(name, base, parameter_kind(base, parameter, name), parameter_name, name)
 
 
-def wrap(module: nn.Module, name: str, parameter_name: str | None = None) -> tuple[nn.Module, list[DVoRALayer]]:
+def wrap(
+    module: nn.Module, name: str, parameter_name: str | None = None, parent: nn.Module | None = None
+) -> tuple[nn.Module, list[DVoRALayer]]:
     """The module in its wrappers, and the wrapper of every weight that `targets_in` or `parameter_target` lists."""
     if parameter_name is not None:
         target = parameter_target(module, parameter_name, name)
@@ -101,6 +106,8 @@ def wrap(module: nn.Module, name: str, parameter_name: str | None = None) -> tup
         return module, [module]
     if is_read(base):
         layer: DVoRALayer = ReadLinear(base, "weight", name, LayerKind(ROWS, None))
+    elif isinstance(parent, nn.TransformerEncoderLayer):
+        layer = UnfusedLinear(base, name)
     elif kind_of(base, name).low_rank is operations.linear:
         layer = DVoRALinear(base, name)
     else:
