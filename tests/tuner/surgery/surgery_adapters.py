@@ -113,7 +113,7 @@ class AdapterRules(SurgeryBase):
             if runs:
                 self.reference.unmerge()
                 with torch.no_grad():
-                    check_close(forward(self.model), self.reference.outputs(), self.reference.dtype)
+                    check_close(forward(self.model), self.reference.outputs(), self.reference)
             if fails:
                 raise KeyboardInterrupt
         if was_enabled:

@@ -111,13 +111,13 @@ def check_outputs(model: PeftModel, reference: Reference) -> None:
         actual = forward(model)
     if not reference.enabled:
         reference.unmerge()
-    check_close(actual, reference.outputs(), reference.dtype)
+    check_close(actual, reference.outputs(), reference)
 
 
-def check_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Outputs of a model of `dtype`."""
-    assert actual.dtype == dtype
-    assert worst_difference(actual, expected) < OUTPUTS[dtype]
+def check_close(actual: Tensor, expected: Tensor, reference: Reference) -> None:
+    """Outputs of a model."""
+    assert actual.dtype == reference.dtype
+    assert worst_difference(actual, expected) < OUTPUTS[reference.dtype] * reference.slack
 
 
 def check_deltas(model: PeftModel, reference: Reference) -> None:
@@ -130,7 +130,7 @@ def check_deltas(model: PeftModel, reference: Reference) -> None:
 def check_delta(actual: Tensor, expected: Tensor, weight: str, reference: Reference, slack: float = 1.0) -> None:
     """An update of a weight; `slack` multiplies the tolerance."""
     size = max(expected.abs().max(), reference.base(weight).abs().max())
-    assert (actual.double() - expected).abs().max() < slack * DELTAS[reference.dtype] * size, weight
+    assert (actual.double() - expected).abs().max() < slack * reference.slack * DELTAS[reference.dtype] * size, weight
 
 
 def check_gradients(model: PeftModel, reference: Reference) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
@@ -146,7 +146,7 @@ def check_gradients(model: PeftModel, reference: Reference) -> tuple[dict[Place,
     if trained:
         value.backward()
     actual = {place: parameter.grad for place, parameter in vectors_of(model).items() if parameter.grad is not None}
-    tolerance = GRADIENTS[reference.dtype]
+    tolerance = GRADIENTS[reference.dtype] * reference.slack
     for vector in VECTORS:
         of_kind = {place: g for place, g in of_vectors.items() if place.vector == vector}
         _check_gradients({p: g for p, g in actual.items() if p.vector == vector}, of_kind, tolerance)
@@ -169,6 +169,6 @@ def take_over_merged(base: Mapping[str, Tensor], changed: list[str], reference: 
     for weight in changed:
         actual, exact = base[weight].detach(), reference.merged_weight(weight)
         rounding = torch.finfo(reference.dtype).eps * exact.abs()
-        arithmetic = DELTAS[reference.dtype] * exact.abs().max()
+        arithmetic = DELTAS[reference.dtype] * reference.slack * exact.abs().max()
         assert ((actual.double() - exact).abs() <= rounding + arithmetic).all(), weight
         reference.stored[weight] = actual.clone()

@@ -126,7 +126,7 @@ class CopyRules(SurgeryBase):
         assert plain.state_dict().keys() == reference.stored.keys()
         assert all(same_bits(value, reference.stored[name]) for name, value in plain.state_dict().items())
         with torch.no_grad():
-            check_close(plain(TOKENS), reference.of_its_base().outputs(), reference.dtype)
+            check_close(plain(TOKENS), reference.of_its_base().outputs(), reference)
         spoil(plain)
 
     @step(assign=st.booleans())

@@ -102,6 +102,8 @@ class Reference:
     """Merged adapters by weight."""
     original: dict[str, Tensor] = field(default_factory=dict)
     """Of merged weights: as they were before."""
+    slack: float = 1.0
+    """How much worse than usual the adapters are conditioned; `conditioning` of the last look."""
     enabled: bool = True
     training: bool = False
     base_trained: bool = False
@@ -222,6 +224,20 @@ class Reference:
             direction=settings.direction,
             detach_norm=settings.detach_norm,
         )
+
+    @torch.no_grad()
+    def conditioning(self) -> float:
+        """By how much float32 may be worse than usual: where an update nearly cancels a row, or a gain is near zero.
+
+        The first no implementation can help, the second comes of keeping the gain as its distance to one.
+        """
+        worst = 1.0
+        for weight in WEIGHTS:
+            for dense in (self.dense(weight, name) for name in self.at(weight)):
+                live = dense.weight.norm(dim=1) > 0
+                smallest = torch.minimum(dense.norm_ratio()[live], dense.gain()[live].abs()).min()
+                worst = max(worst, 0.03 / float(smallest))
+        return worst
 
     def delta(self, weight: str, name: str, settings: Settings | None = None) -> Tensor:
         """s (W' - W) of one adapter of one weight, as stored."""
