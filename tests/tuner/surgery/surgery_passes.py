@@ -41,16 +41,10 @@ class PassRules(SurgeryBase):
         kind, options = (torch.optim.AdamW, {"eps": DAMPING}) if adam else (torch.optim.SGD, {})
         parameters = [parameter for parameter, _ in trained]
         kind(parameters, lr=LEARNING_RATE, weight_decay=decay, **options).step()
-        size = sum(float(gradient.norm()) for _, gradient in trained)
-        gradient_error = GRADIENTS[self.reference.dtype] * self.reference.slack * size
+        slack = LEARNING_RATE * GRADIENTS[self.reference.dtype] * self.reference.slack / (DAMPING if adam else 1)
+        slack *= sum(float(gradient.norm()) for _, gradient in trained)
         for (parameter, _), value in zip(trained, expected, strict=True):
             rounding = torch.finfo(parameter.dtype).eps * value.abs()
-            slack = (
-                LEARNING_RATE
-                * GRADIENTS[self.reference.dtype]
-                * self.reference.slack
-                * sum(float(g.norm()) for _, g in trained)
-            )
             assert ((parameter.double() - value).abs() <= rounding + slack).all()
         for place in of_vectors:
             self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
