@@ -98,13 +98,19 @@ class AdaptedWeight(nn.Module):
         self.detach_norm = detach_norm
         self.skipped_column = skipped_column
         self.name = name
-        self.shared = shared
+        # A name that no model has: PEFT finds modules to save by the ends of their names.
+        self.dvora_projections = shared
         if self.rank:
             shared.reserve(rank, self.in_features, self.out_features)
         self._measured: _State | None = None
         for buffer in ("w", "coordinates", "rest_squared", "own_factor"):
             self.register_buffer(buffer, None, persistent=False)
         self.refresh(weight)
+
+    @property
+    def shared(self) -> SharedProjections:
+        """The frozen projections."""
+        return self.dvora_projections
 
     def initial_vectors(self, d_initial: float) -> Vectors:
         """The starting values, with which the layer is its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""

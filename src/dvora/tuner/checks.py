@@ -22,7 +22,7 @@ from .targets import Target, names_found, outside_adapters, parameter_names_foun
 
 
 def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse target names that match nothing, with the closest names that exist.
+    """Refuse target names if nothing matches, and warn of those that match nothing, with the closest that exist.
 
     Args:
         targets: the matched weights.
@@ -30,13 +30,20 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
         model: the model to adapt.
 
     Raises:
-        NoMatchingPeftModuleError: (a ValueError) some name, or everything, matched nothing.
+        NoMatchingPeftModuleError: (a ValueError) nothing matches.
+
+    Warns:
+        UserWarning: some names match nothing; generic lists of names for several architectures do that.
     """
-    _check_names("target_modules", config.target_modules, model, matched=bool(targets))
-    _check_names("magnitude_modules", config.magnitude_modules, model, matched=bool(targets))
-    unmatched = set(config.target_parameters or ()) - parameter_names_found(config.target_parameters or (), model)
-    if unmatched:
-        raise NoMatchingPeftModuleError(f"target_parameters: no parameter is named {', '.join(sorted(unmatched))}")
+    unmatched = [
+        *_unmatched("target_modules", config.target_modules, model, matched=bool(targets)),
+        *_unmatched("magnitude_modules", config.magnitude_modules, model, matched=bool(targets)),
+        *_unmatched_parameters(config.target_parameters or [], model),
+    ]
+    if unmatched and targets:
+        warnings.warn(f"{'; '.join(unmatched)}. Only the {len(targets)} weights that match are adapted", stacklevel=4)
+    elif unmatched:
+        raise NoMatchingPeftModuleError("; ".join(unmatched))
     if not targets:
         raise NoMatchingPeftModuleError(
             f"no layer is left to adapt: target_modules={config.target_modules!r} with exclude_modules="
@@ -79,16 +86,26 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
     return measured
 
 
-def _check_names(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> None:
+def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:
+    """What to say of names that no module has."""
     if isinstance(names, str):
         unmatched = [] if matched else [names]
     else:
         unmatched = sorted(set(names or ()) - names_found(names or (), model))
-    if unmatched:
-        raise NoMatchingPeftModuleError(
-            f"{setting}: nothing in the model is named "
-            + "; ".join(f"{name!r}{_closest(name, model)}" for name in unmatched)
-        )
+    if not unmatched:
+        return []
+    close = "; ".join(f"{name!r}{_closest(name, model)}" for name in unmatched)
+    return [f"{setting}: nothing in the model is named {close}"]
+
+
+def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
+    unmatched = sorted(set(names) - parameter_names_found(names, model))
+    if not unmatched:
+        return []
+    return [
+        f"target_parameters: no parameter is named {', '.join(unmatched)} (a parametrized weight is no parameter; name "
+        "its layer in target_modules)"
+    ]
 
 
 def _closest(name: str, model: nn.Module) -> str:

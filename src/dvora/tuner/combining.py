@@ -48,7 +48,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
     merged = [layer.name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
         raise ValueError(
-            f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter before set_strength"
+            f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter first"
         )
     for layer in layers:
         key = get_pattern_key(list(by_layer), layer.name)
@@ -139,4 +139,5 @@ def _summed(layer: DVoRALayer, names: Sequence[str], shares: Sequence[float]) ->
         Part(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
         for name, share in zip(names, shares, strict=True)
     ]
-    return weighted_sum(parts, layer.stored(), layer.adapted(names[0]))
+    weight = layer.unmerged() if layer.kind.has_weight else None
+    return weighted_sum(parts, weight, layer.adapted(names[0]))

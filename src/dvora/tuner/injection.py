@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import generator
 from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from ..functional import Vectors
+from ..functional import Vectors, row_norm
 from ..projections import SharedProjections, checked_distribution
 from ..validation import checked_direction
 from .base_probes import probes_of
@@ -78,8 +78,26 @@ def add_adapter(
         inference_mode=config.inference_mode,
     )
     layer.probes = measured.probes
+    layer.probed = stamp_of(layer)
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+
+def present_probes(layer: DVoRALayer) -> list[float]:
+    """The probes of a layer's base weight as it is now, which may have been trained since it was adapted."""
+    stored = layer.stored()
+    if stored is not None and not stored.is_meta and stamp_of(layer) != layer.probed:
+        matrix = layer.kind.layout.matrix(layer.unmerged())
+        layer.probes, layer.probed = probes_of(matrix, row_norm(matrix)), stamp_of(layer)
+    return layer.probes
+
+
+def stamp_of(layer: DVoRALayer) -> tuple[int, int] | None:
+    """What changes with the base weight; None where only its layer knows it."""
+    stored = layer.stored()
+    if stored is None:
+        return None
+    return stored.data_ptr(), -1 if stored.is_inference() else stored._version
 
 
 def projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:

@@ -26,7 +26,7 @@ from .vectors import VECTORS, Strength, VectorDict
 class DVoRALayer(nn.Module, BaseTunerLayer):
     """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
 
-    `probes` are those of the base weight, by which files recognise it.
+    `probes` are those of the base weight, by which files recognise it, and `probed` the state that they are of.
 
     Args:
         base_layer: a layer that `kinds.kind_of` knows.
@@ -64,6 +64,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self._original: Tensor | None = None
         self._base_loads = False
         self.probes: list[float] = []
+        self.probed: tuple[int, int] | None = None
         if not self.kind.has_weight:
             keep_differentiable(base_layer)
         self.measured_bias = measured_bias(base_layer, self.kind)

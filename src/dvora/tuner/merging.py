@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..merging import warn_of_losses
@@ -14,13 +13,14 @@ from .base import check_mergeable as check_layer
 from .layer import DVoRALayer, layers_in
 
 
-def merge_model(model: nn.Module, adapter_names: Sequence[str], keep_original: bool) -> None:
-    """Merge adapters into the weights of all layers.
+def merge_model(model: nn.Module, adapter_names: list[str] | None, keep_original: bool, safe_merge: bool) -> None:
+    """Merge adapters into the weights of all layers, and tokens that PEFT trains whole into theirs.
 
     Args:
         model: with the adapters.
-        adapter_names: which of them.
+        adapter_names: which of them; None means those that are active in each layer.
         keep_original: keep a copy of every weight, so that it can be unmerged.
+        safe_merge: PEFT's switch for its own layers.
 
     Raises:
         TypeError, ValueError: some layer cannot be merged; none is then.
@@ -33,9 +33,12 @@ def merge_model(model: nn.Module, adapter_names: Sequence[str], keep_original: b
     dtype = torch.float32
     for layer in layers_in(model):
         with onload_layer(layer):
-            losses |= layer.merge_quietly(list(adapter_names), keep_original)
+            losses |= layer.merge_quietly(adapter_names, keep_original)
             stored = layer.stored()
             dtype = dtype if stored is None else stored.dtype
+    for other in _other_layers(model):
+        with onload_layer(other):
+            other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     warn_of_losses(losses, dtype)
 
 
@@ -44,12 +47,17 @@ def unmerge_model(model: nn.Module) -> None:
     merged = [layer for layer in layers_in(model) if layer.merged]
     if not merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-    for layer in merged:
+    for layer in [*merged, *(other for other in _other_layers(model) if other.merged)]:
         with onload_layer(layer):
             layer.unmerge()
 
 
-def _check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
+def _other_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """PEFT's own, such as those of tokens that are trained whole."""
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DVoRALayer)]
+
+
+def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Refuse a merge that cannot be done whole, before any layer is merged.
 
     Raises:
@@ -61,7 +69,8 @@ def _check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
     for layer in layers_in(model):
-        names = [name for name in adapter_names if name in layer.dvora_adapted]
+        wanted = layer.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in layer.dvora_adapted]
         if names:
             check_layer(layer.get_base_layer(), layer.kind, layer.parameter_name, layer.name)
             _check_not_tied(layer, owners)

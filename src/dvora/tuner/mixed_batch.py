@@ -35,8 +35,9 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
     unknown = sorted(set(names) - known - {BASE})
     if unknown:
         raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(known)}")
-    for layer in layers:
-        if isinstance(layer, ParamWrapper) and not set(names).isdisjoint(layer.dvora_adapted):
+    parameters = [layer for layer in layers if isinstance(layer, ParamWrapper)]
+    for layer in parameters:
+        if layer.merged or not set(names).isdisjoint(layer.dvora_adapted):
             raise ValueError(
                 f"{layer.name}: adapter_names needs a layer that is called row by row, and this is a parameter that "
                 "its module reads; run one adapter at a time (set_adapter), or adapt other layers"
@@ -49,9 +50,15 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
         for module in model.modules()
         if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper) and not isinstance(module, ParamWrapper)
     ]
+    # Their active adapters would serve every row.
+    active = [layer.active_adapters for layer in parameters]
     try:
+        for layer in parameters:
+            layer._active_adapter = []
         yield
     finally:
+        for layer, adapters in zip(parameters, active, strict=True):
+            layer._active_adapter = adapters
         for handle in handles:
             handle.remove()
 

@@ -186,7 +186,8 @@ class DVoRAModel(BaseTuner):
         Warns:
             MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
         """
-        self._merge(adapter_names, keep_original=True)
+        self._check_merge_allowed()
+        merge_model(self.model, adapter_names, keep_original=True, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit."""
@@ -200,14 +201,11 @@ class DVoRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._merge(adapter_names, keep_original=False)
+            self._check_merge_allowed()
+            merge_model(self.model, adapter_names, keep_original=False, safe_merge=safe_merge)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         model: nn.Module = self.model
         return model
-
-    def _merge(self, adapter_names: list[str] | None, keep_original: bool) -> None:
-        self._check_merge_allowed()
-        merge_model(self.model, self.active_adapters if adapter_names is None else adapter_names, keep_original)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:
         """The configuration with PEFT's targets for the architecture where the user names none: those that exist."""

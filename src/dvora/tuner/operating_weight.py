@@ -119,9 +119,10 @@ def _check_linear(forward: _Forward, weight: Float[Tensor, "O I"], zero: Float[T
     expected = x.to(weight) @ weight.T
     distance = (forward.products(x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
     if not distance <= TOLERANCE:
+        kind = type(forward.layer).__name__
         raise TypeError(
-            f"{name} of type {type(forward.layer).__name__} is not linear in its inputs (off by {float(distance):.1%}): "
-            "it has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
+            f"{name} of type {kind} is not linear in its inputs (off by {float(distance):.1%}), so it has no weight to "
+            "adapt; leave it out with exclude_modules, or target the linear layers inside it"
         )
 
 

@@ -51,8 +51,7 @@ def convolve(
     spatial, groups = len(layer.kernel_size), layer.groups
     batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
     kernel = (layer.weight.shape[1], *layer.kernel_size)
-    A = adapted.shared.A(adapted.rank, adapted.in_features, x.dtype).to(x.device)
-    B = adapted.shared.B(adapted.rank, adapted.out_features, x.dtype).to(x.device) * lambda_d.to(x.dtype)
+    A, B = adapted.A(x), adapted.B(x) * lambda_d.to(x.dtype)
     if adapted.rank < adapted.in_features:
         # Groups become batch entries: all of them see the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .combining import layers_of
 from .config import DVoRAConfig
-from .injection import projections_of
+from .injection import present_probes, projections_of
 from .targets import saved_names
 
 _MATRIX_PREFIX = "base_model.dvora_projections."
@@ -23,7 +23,7 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
         adapter_name: of the adapter.
         vectors: by their keys in the model's state dict.
     """
-    config.measured_probes = {layer.name: layer.probes for layer in layers_of(model, adapter_name)}
+    config.measured_probes = {layer.name: present_probes(layer) for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed
