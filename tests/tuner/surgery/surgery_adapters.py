@@ -28,7 +28,7 @@ from dvora import DVoRAConfig
 
 NONSENSE: dict[str, tuple[Callable[[PeftModel, str], object], str]] = {
     "a taken name": (lambda m, n: m.add_adapter(n, DVoRAConfig(r=2, target_modules=["head"])), "already exists"),
-    "no such layer": (lambda m, n: m.add_adapter("x", DVoRAConfig(r=2, target_modules=["head", "haed"])), "is named"),
+    "no such layer": (lambda m, n: m.add_adapter("x", DVoRAConfig(r=2, target_modules=["haed"])), "closest: head"),
     "another method": (lambda m, n: m.add_adapter("x", LoraConfig(target_modules=["head"])), "Cannot combine"),
     "activate nobody": (lambda m, n: m.set_adapter("nobody"), "nobody"),
     "delete nobody": (lambda m, n: m.delete_adapter("nobody"), "nobody"),
@@ -167,7 +167,7 @@ class AdapterRules(SurgeryBase):
         if merge:
             take_over_merged(dict(base.named_parameters()), self.reference.merge(None), self.reference)
         self.reference = self.reference.of_its_base()
-        self.forget_saved()
+        self.saved.clear()  # of another base, which may be taken for this one or not
         self.wrap(base, settings, trained)
 
     def merge(self, names: list[str] | None) -> None:
@@ -186,5 +186,4 @@ class AdapterRules(SurgeryBase):
         self.reference.training = True
         self.take_over_new(NAMES[0], settings, trained)
         self.reference.activate([NAMES[0]])
-        self.base_is_known = True
         self.save_one(NAMES[0])

@@ -102,7 +102,6 @@ class SurgeryBase(RuleBasedStateMachine):
         self.steps = 0
         self.previous = ""
         self.saved: list[Saved] = []
-        self.base_is_known = True
         self.known: dict[Place, nn.Parameter] = {}
         self.folder = tempfile.TemporaryDirectory()
         self.compiled: Callable[[Tensor], Tensor] | None = None
@@ -152,11 +151,6 @@ class SurgeryBase(RuleBasedStateMachine):
                     with torch.no_grad():
                         vector.add_(0.3 * torch.randn(vector.shape, generator=generator))
                 held[place.vector] = vector.detach().clone()
-
-    def forget_saved(self) -> None:
-        """The base is another one by now: an adapter that was made for it may be refused or not."""
-        self.saved.clear()
-        self.base_is_known = False
 
     def save_one(self, name: str) -> None:
         """Save an adapter; the file has its vectors to the last bit, and nothing else."""

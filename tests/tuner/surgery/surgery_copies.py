@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition
 from peft import PeftModel, get_peft_model
 from surgery_base import (
     Saved,
@@ -45,7 +44,6 @@ COPIES: dict[str, Callable[[PeftModel], PeftModel]] = {
 class CopyRules(SurgeryBase):
     """What leaves a model and comes back."""
 
-    @precondition(lambda machine: machine.base_is_known)
     @has_adapters
     @step(name=present)
     def save(self, name: str) -> None:

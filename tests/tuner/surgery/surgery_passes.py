@@ -10,6 +10,7 @@ from torch import Tensor
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch."""
+MIXED = "called row by row|while adapters are merged"
 ROWS = len(TOKENS)
 LEARNING_RATE, DAMPING = 0.05, 0.1
 
@@ -49,7 +50,7 @@ class PassRules(SurgeryBase):
         for place in of_vectors:
             self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
         if weights:
-            self.forget_saved()
+            self.saved.clear()  # of another base, which may be taken for this one or not
         for weight in weights:
             self.reference.stored[weight] = base[weight].detach().clone()
 
@@ -91,10 +92,10 @@ class PassRules(SurgeryBase):
             with self.refused("mixed batch in training", "inference only"):
                 forward(self.model, adapter_names=names)
         elif any(not WEIGHTS[weight].called for name in names if name != BASE for weight in self.weights(name)):
-            with self.refused("mixed batch of adapters of parameters", "called row by row|while adapters are merged"):
+            with self.refused("mixed batch of adapters of parameters", MIXED):
                 forward(self.model, adapter_names=names)
         elif self.reference.merged:
-            with self.refused("mixed batch while merged", "while adapters are merged"):
+            with self.refused("mixed batch while merged", MIXED):
                 forward(self.model, adapter_names=names)
         else:
             self.count("mixed batch")
@@ -108,7 +109,7 @@ class PassRules(SurgeryBase):
     @precondition(lambda machine: any(WEIGHTS[weight].called for weight in layers_of(machine.model)))
     @step(names=st.sampled_from([[BASE] * (ROWS + 1), [], ["nobody"] * ROWS]))
     def mixed_batch_of_nonsense(self, names: list[str]) -> None:
-        with self.refused("mixed batch of nonsense", "entries|no adapter is named|merged"):
+        with self.refused("mixed batch of nonsense", f"entries|no adapter is named|{MIXED}"):
             forward(self.model, adapter_names=names)
 
     def weights(self, name: str) -> list[str]:

@@ -227,16 +227,15 @@ class Reference:
 
     @torch.no_grad()
     def conditioning(self) -> float:
-        """By how much float32 may be worse than usual: where an update nearly cancels a row, or a gain is near zero.
+        """By how much float32 may be worse than usual: where updates nearly cancel rows, or dwarf them.
 
-        The first no implementation can help, the second comes of keeping the gain as its distance to one.
+        The first no implementation can help, the second comes of keeping a gain as its distance to one.
         """
         worst = 1.0
         for weight in WEIGHTS:
             for dense in (self.dense(weight, name) for name in self.at(weight)):
-                live = dense.weight.norm(dim=1) > 0
-                smallest = torch.minimum(dense.norm_ratio()[live], dense.gain()[live].abs()).min()
-                worst = max(worst, 0.03 / float(smallest))
+                ratio = dense.norm_ratio()[dense.weight.norm(dim=1) > 0]
+                worst = max(worst, 0.03 * float(torch.maximum(ratio, 1 / ratio).max()))
         return worst
 
     def delta(self, weight: str, name: str, settings: Settings | None = None) -> Tensor:
