@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exactness import RESULT as EXACTNESS
+from benchmarks.support import RESULT as SUPPORT
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -17,7 +18,7 @@ DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
 def updated(readme: str) -> str:
     """The README with every generated part made anew."""
-    parts = {"exactness": exactness(_load(EXACTNESS)), "demo": demo(_load(DEMO))}
+    parts = {"exactness": exactness(_load(EXACTNESS)), "demo": demo(_load(DEMO)), "support": support(_load(SUPPORT))}
     for name, text in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         readme, found = re.subn(
@@ -51,6 +52,43 @@ def exactness(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {dtype} | " + " | ".join(f"{error:.0e}" for error in worst) + " |")
     return "\n".join(lines) + "\n"
+
+
+def support(result: dict[str, Any]) -> str:
+    """What works: layer types on plain bases, then a linear layer on the others."""
+    outcomes = {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in result["rows"]}
+    operations = list(dict.fromkeys(operation for _, _, operation in outcomes))
+    bases = {layer: [base for name, base, _ in outcomes if name == layer] for layer, _, _ in outcomes}
+    plain = list(dict.fromkeys(bases["Conv1d"]))
+    others = [base for base in dict.fromkeys(bases["Linear"]) if base not in plain]
+    cells = {"works": "yes", "refused": "refused", "the base cannot": "base cannot"}
+
+    def cell(layer: str, chosen: list[str], operation: str) -> str:
+        found = {base: cells[outcomes[layer, base, operation]] for base in chosen}
+        if len(set(found.values())) == 1:
+            return found[chosen[0]]
+        return ", ".join(f"{base}: {outcome}" for base, outcome in found.items())
+
+    head = ["| | " + " | ".join(operations) + " |", "|---|" + "---|" * len(operations)]
+    layers = [f"| {name} | " + " | ".join(cell(name, plain, o) for o in operations) + " |" for name in bases]
+    linear = [f"| {base} | " + " | ".join(cell("Linear", [base], o) for o in operations) + " |" for base in others]
+    environment = result["environment"]
+    return "\n".join(
+        [
+            f"{len(outcomes):,} tests (`benchmarks/results/support.json`; torch {environment['torch']}, PEFT "
+            f"{environment['peft']}, transformers {environment['transformers']}, CPU). Every layer type in "
+            f'{", ".join(plain)}; "refused" is an error that says why and leaves the model alone:',
+            "",
+            *head,
+            *layers,
+            "",
+            "A linear layer on a quantised base, or on one that shows nothing but its forward pass:",
+            "",
+            *head,
+            *linear,
+            "",
+        ]
+    )
 
 
 def demo(result: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def test_different_lambda_d_are_refused() -> None:
 def test_different_ranks_are_refused() -> None:
     small, large = adapted(rank=2), adapted()
     parts = [Part(torch.tensor(1.0), vectors(of, 1), of) for of in (small, large)]
-    with pytest.raises(ValueError, match="layer: .*rank"):
+    with pytest.raises(ValueError, match=r"layer: .*rank"):
         weighted_sum(parts, weight(), large)
 
 

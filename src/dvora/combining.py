@@ -19,7 +19,9 @@ from .functional import Vectors
 from .shapes import Float
 
 TOLERANCE = 1e-5
-"""Relative distance below which two lambda_d are the same up to a factor, and the smallest gain."""
+"""Relative distance below which two lambda_d are the same up to a factor."""
+SMALLEST_GAIN = 1e-2
+"""Gains are known to 6e-8 in float32, so a row that should keep a direction without one would lose digits."""
 
 
 class Part(NamedTuple):
@@ -89,7 +91,7 @@ def _vectors_of(
     constants = into.constants(weight)
     scale = F.row_scale(torch.ones_like(constants.w), constants.w, into.scaling, into.direction)
     moved = b != 0
-    if (moved & ((g.abs() < TOLERANCE) | (scale == 0))).any():
+    if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
         raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
     beta = torch.where(moved, b / torch.where(moved, g, 1.0), 0.0)
     _, s = F.relative_norm(constants, into.B(g), lambda_d, beta)

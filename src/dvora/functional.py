@@ -186,7 +186,8 @@ def rescaled_delta(
 ) -> Float[Tensor, "O I"]:
     """`W' - W = (g - 1) W + g beta B diag(lambda_d) A`, dense, in the dtype of the gain; exactly zero if untrained."""
     update = (beta[:, None] * B * lambda_d) @ A
-    return gain_minus_one[:, None] * (weight.to(beta.dtype) + update) + update
+    # g by itself, because g - 1 times an update far above W would cancel the update.
+    return gain_minus_one[:, None] * weight.to(beta.dtype) + (1 + gain_minus_one)[:, None] * update
 
 
 def gain(

@@ -1,7 +1,6 @@
 """Which layers an adapter targets, compared with LoRA's choice; and targets that match nothing."""
 
 import copy
-import re
 from pathlib import Path
 
 import pytest

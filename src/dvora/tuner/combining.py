@@ -47,9 +47,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
             raise ValueError(f"strength: no layer of adapter {adapter_name!r} is named {pattern!r}")
     merged = [layer.name for layer in layers if adapter_name in layer.merged_adapters]
     if merged:
-        raise ValueError(
-            f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter first"
-        )
+        raise ValueError(f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter first")
     for layer in layers:
         key = get_pattern_key(list(by_layer), layer.name)
         if key in by_layer:

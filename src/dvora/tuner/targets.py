@@ -18,6 +18,8 @@ from .kinds import LayerKind, is_initialized, kind_of, parameter_kind
 from .layer import DVoRALayer, DVoRALinear
 from .parameters import ParamWrapper, ReadLinear, UnfusedLinear, is_read, projections_of, wrapped
 
+_TARGETED_TWICE = "its layer is targeted by target_modules too"
+
 
 class Target(NamedTuple):
     """One weight to adapt."""
@@ -138,7 +140,11 @@ def find_targets(model: nn.Module, is_targeted: Callable[[str], bool], config: D
     """
     modules = [(name, module) for name, module in outside_adapters(model) if name and is_targeted(name)]
     targets = {target.name: target for name, module in modules for target in targets_in(module, name)}
-    parameters = parameters_named(model, config.target_parameters or ())
+    parameters = list(parameters_named(model, config.target_parameters or ()))
+    called = {target.module_name for target in targets.values() if target.kind.low_rank is not None}
+    for parameter in parameters:
+        if parameter.name.rpartition(".")[0] in called:
+            raise ValueError(f"target_parameters: {parameter.name} cannot be wrapped, because {_TARGETED_TWICE}")
     return [*targets.values(), *(target for target in parameters if target.name not in targets)]
 
 
@@ -159,10 +165,8 @@ def parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Targe
                 continue
             holder = model.get_submodule(outer)
             if not outer or (isinstance(holder, DVoRALayer) and not isinstance(holder, ParamWrapper)):
-                raise ValueError(
-                    f"target_parameters: {name.lstrip('.')} cannot be wrapped, because "
-                    + ("it belongs to the model itself" if not outer else "its layer is targeted by target_modules too")
-                )
+                reason = _TARGETED_TWICE if outer else "it belongs to the model itself, which cannot be replaced"
+                raise ValueError(f"target_parameters: {name.lstrip('.')} cannot be wrapped, because {reason}")
             yield parameter_target(holder, parameter_name, name)
 
 
