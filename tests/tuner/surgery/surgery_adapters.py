@@ -22,7 +22,8 @@ from surgery_base import (
 )
 from surgery_checks import base_of, check_close, forward, take_over_merged, vectors_of
 from surgery_model import mixed
-from surgery_reference import VECTORS, Reference, Settings
+from surgery_reference import Reference
+from surgery_settings import VECTORS, Settings
 
 from dvora import DVoRAConfig
 
@@ -125,9 +126,10 @@ class AdapterRules(SurgeryBase):
         self.merge(None)
 
     @has_adapters
-    @step(names=several)
-    def merge_some(self, names: list[str]) -> None:
-        self.merge(names)
+    @step(names=several, one_by_one=st.booleans())
+    def merge_some(self, names: list[str], one_by_one: bool) -> None:
+        for part in [[name] for name in names] if one_by_one else [names]:
+            self.merge(part)
 
     @precondition(lambda machine: machine.reference.merged)
     @step()

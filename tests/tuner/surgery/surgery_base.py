@@ -19,7 +19,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from surgery_checks import check_deltas, check_outputs, check_state, check_values, vectors_of
 from surgery_model import PARAMETERS, TARGETS
-from surgery_reference import VECTORS, Adapter, Place, Reference, Settings, vector_dtype
+from surgery_reference import Reference
+from surgery_settings import VECTORS, Adapter, Place, Settings, vector_dtype
 from tiny import same_bits
 from torch import Tensor, nn
 

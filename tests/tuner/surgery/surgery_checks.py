@@ -6,7 +6,8 @@ import torch
 from models_compared import worst_difference
 from peft import PeftModel
 from surgery_model import TIED, TOKENS, WEIGHTS
-from surgery_reference import VECTORS, Adapter, Place, Reference, loss
+from surgery_reference import Reference, loss
+from surgery_settings import VECTORS, Adapter, Place
 from tiny import same_bits
 from torch import Tensor, nn
 

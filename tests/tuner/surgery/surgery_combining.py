@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models_compared import assert_unchanged, snapshot
 from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, several, some_saved, step
 from surgery_checks import check_delta, vectors_of
-from surgery_reference import Adapter
+from surgery_settings import Adapter
 
 from dvora.tuner.hotswap import hotswap_adapter
 
@@ -48,10 +48,12 @@ class CombiningRules(SurgeryBase):
     @has_adapters
     @step(names=several, data=st.data())
     def add_up(self, names: list[str], data: st.DataObject) -> None:
-        """A sum is what it says or it is refused; a multiple of one adapter is possible but for rows of no gain."""
+        """A sum is what it says or it is refused; a copy of one adapter is possible where its rows have a gain."""
         shares = data.draw(st.lists(st.sampled_from(SHARES), min_size=len(names), max_size=len(names)), label="shares")
         name = self.free_name()
-        if self.done_or_refused("weighted sum", len(names) == 1 and shares == [1.0], names, shares, name):
+        whole = shares == [1.0] and {*self.reference.adapters[names[0]].strength.values()} == {1.0}
+        must = whole and self.reference.smallest_gain(names[0]) > 0.02
+        if self.done_or_refused("weighted sum", must, names, shares, name):
             self.enter_combined(name, names[0])
             for weight in self.reference.adapters[name].vectors:
                 pairs = zip(shares, names, strict=True)

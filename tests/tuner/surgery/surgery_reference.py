@@ -6,86 +6,15 @@ against float64 and then taken over to the last bit, so that everything else can
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from reference import DenseDVoRA
-from surgery_model import COEFFICIENTS, PARAMETERS, TIED, TOKENS, WEIGHTS, mixed
+from surgery_model import COEFFICIENTS, TIED, TOKENS, WEIGHTS, mixed
+from surgery_settings import Adapter, Place, Settings, vector_dtype
 from torch import Tensor
 from torch.func import functional_call
 
-from dvora import DVoRAConfig, SharedProjections
-
-VECTORS = ("magnitude", "lambda_b", "lambda_d")
-
-
-class Place(NamedTuple):
-    """Where a trained vector is."""
-
-    weight: str
-    adapter: str
-    vector: str
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of an adapter that histories vary."""
-
-    targets: tuple[str, ...]
-    r: int = 3
-    alpha: float | None = None
-    direction: str = "unit"
-    detach_norm: bool = False
-    seed: int = 0
-    random_start: bool = False
-    train: tuple[str, ...] = VECTORS
-    """The vectors that are trained."""
-    magnitude_only: tuple[str, ...] = ()
-    """Targets whose layers get the magnitude only."""
-    strength: float = 1.0
-
-    def config(self) -> DVoRAConfig:
-        return DVoRAConfig(
-            r=self.r,
-            alpha=self.alpha,
-            target_modules=[target for target in self.targets if target not in PARAMETERS],
-            target_parameters=[target for target in self.targets if target in PARAMETERS],
-            magnitude_modules=list(self.magnitude_only),
-            train=self.train,
-            strength=self.strength,
-            direction=self.direction,
-            detach_norm=self.detach_norm,
-            projection_seed=self.seed,
-            init_weights=not self.random_start,
-        )
-
-    def weights(self) -> list[str]:
-        """The names of the weights that the adapter adapts."""
-        adapted = {*self.targets, *self.magnitude_only}
-        return [name for name, weight in WEIGHTS.items() if weight.target in adapted]
-
-
-@dataclass
-class Adapter:
-    """One adapter: its vectors by weight and name, and whether they are trained."""
-
-    settings: Settings
-    vectors: dict[str, dict[str, Tensor]]
-    trained: bool = False
-    strength: dict[str, float] = field(default_factory=dict)
-    """By weight: s of `W + s (W' - W)`."""
-
-    def shapes(self) -> dict[tuple[str, str], torch.Size]:
-        """Of the vectors by weight and name."""
-        return {(w, vector): value.shape for w, vectors in self.vectors.items() for vector, value in vectors.items()}
-
-    def trains(self, vector: str) -> bool:
-        return self.trained and vector in self.settings.train
-
-
-def vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What vectors are kept in beside a base of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from dvora import SharedProjections
 
 
 @dataclass
@@ -237,6 +166,11 @@ class Reference:
                 ratio = dense.norm_ratio()[dense.weight.norm(dim=1) > 0]
                 worst = max(worst, 0.03 * float(torch.maximum(ratio, 1 / ratio).max()))
         return worst
+
+    @torch.no_grad()
+    def smallest_gain(self, name: str) -> float:
+        """Of an adapter's rows, how little the one is scaled that is scaled least."""
+        return min(float(self.dense(weight, name).gain().abs().min()) for weight in self.adapters[name].vectors)
 
     def delta(self, weight: str, name: str, settings: Settings | None = None) -> Tensor:
         """s (W' - W) of one adapter of one weight, as stored."""
