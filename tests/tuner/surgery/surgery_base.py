@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from models_compared import assert_unchanged, snapshot
 from peft import PeftModel
 from safetensors.torch import load_file
-from surgery_checks import check_deltas, check_outputs, check_state, check_values, vectors_of
-from surgery_model import PARAMETERS, TARGETS
+from surgery_checks import check_close, check_deltas, check_outputs, check_state, check_values, vectors_of
+from surgery_model import PARAMETERS, TARGETS, TOKENS
 from surgery_reference import Reference
 from surgery_settings import VECTORS, Adapter, Place, Settings, vector_dtype
 from tiny import same_bits
@@ -122,6 +122,7 @@ class SurgeryBase(RuleBasedStateMachine):
             check_outputs(self.model, self.reference)
         check_deltas(self.model, self.reference)
         self._check_optimizers_keep_working()
+        self._check_compiled()
 
     def count(self, step: str) -> None:
         """To be called by every rule."""
@@ -202,3 +203,11 @@ class SurgeryBase(RuleBasedStateMachine):
         now = vectors_of(self.model)
         assert not [place for place, parameter in self.known.items() if place in now and now[place] is not parameter]
         self.known = now
+
+    def _check_compiled(self) -> None:
+        """Compiled code has to notice what the next steps change, too."""
+        if self.compiled is None or not self.compiled_passes_left:
+            return
+        self.compiled_passes_left -= 1
+        with torch.no_grad():
+            check_close(self.compiled(TOKENS), self.reference.outputs(), self.reference)
