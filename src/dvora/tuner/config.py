@@ -126,15 +126,15 @@ class DVoRAConfig(PeftConfig):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> DVoRAConfig:
-        """Read the configuration, and check that the values beside it can be read before a model is touched.
+    ) -> PeftConfig:
+        """Read a configuration, of whatever method, and check that the values beside it can be read.
 
         Raises:
             TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         check_readable(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        return own_config(config)
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

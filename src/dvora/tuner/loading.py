@@ -90,11 +90,19 @@ def _further_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield from (f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
         if isinstance(module, PreTrainedModel):
-            ends = (module.get_input_embeddings(), module.get_output_embeddings())
-            embeddings |= {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+            embeddings |= {id(parameter) for end in _ends(module) for parameter in end.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in embeddings and not _VECTOR.search(name) and ".modules_to_save." not in name:
             yield name
+
+
+def _ends(model: PreTrainedModel) -> list[nn.Module]:
+    """Input and output embeddings, of models that have any."""
+    try:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:
+        return []
+    return [end for end in ends if end is not None]
 
 
 def _checked_value(key: str, loaded: Tensor, own: Tensor) -> Tensor:

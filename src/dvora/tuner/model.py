@@ -95,6 +95,7 @@ class DVoRAModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        self._measured = {}
         for module in model.modules():
             keep_differentiable(module)
 

@@ -66,6 +66,14 @@ class ParamWrapper(DVoRALayer):
         weight = self.adapted_weight()
         if weight is self.stored():
             return self.base_layer(*args, **kwargs)
+        module = vars(self.get_base_layer())
+        if self.parameter_name in module:
+            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter put in its place.
+            own, module[self.parameter_name] = module[self.parameter_name], weight
+            try:
+                return self.base_layer(*args, **kwargs)
+            finally:
+                module[self.parameter_name] = own
         return functional_call(self.base_layer, {self._path(): weight}, args, kwargs, tie_weights=False)
 
     def unload_and_optionally_merge_module(
@@ -121,12 +129,12 @@ class UnfusedLinear(DVoRALinear):
     @property
     def weight(self) -> Tensor:
         """The base's weight; while adapters are at work, one without values, which fused operations decline."""
-        stored = self.stored()
-        assert stored is not None
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
         at_work = any(name in self.dvora_adapted for name in self.active_adapters)
         if self.disable_adapters or self.merged or not at_work:
-            return stored
-        return torch.empty_like(stored, device="meta")
+            return weight
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
 def is_read(layer: nn.Module) -> bool:

@@ -192,10 +192,15 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
     A wrapper's path depends on what else is wrapped; the name of its parameter does not.
     """
-    return {
-        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
+    wrappers = {
+        # FSDP's own modules are in no key of a state dict.
+        path.replace("_fsdp_wrapped_module.", ""): module
         for path, module in model.named_modules()
         if isinstance(module, ParamWrapper)
+    }
+    return {
+        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
+        for path, module in wrappers.items()
     }
 
 
