@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
-from surgery_base import DTYPES, SurgeryBase, has_adapters, several, step, wrapper_is_usable
+from surgery_base import DTYPES, SurgeryBase, drawn, has_adapters, several, step, wrapper_is_usable
 from surgery_checks import GRADIENTS, base_of, check_close, check_gradients, forward, layers_of, vectors_of
 from surgery_model import TOKENS, WEIGHTS
 from torch import Tensor
@@ -63,16 +63,16 @@ class PassRules(SurgeryBase):
             base[weight].requires_grad_(trained)
         self.reference.base_trained = trained
 
-    @step(dtype=st.sampled_from(DTYPES), way=st.sampled_from(["to", "to both", "move", "cpu"]))
-    def cast(self, dtype: torch.dtype, way: str) -> None:
-        self.count(f"cast to {dtype}" if way.startswith("to") else "move")
-        if way == "cpu":
-            self.model.cpu()
-        elif way == "move":
-            self.model.to("cpu")
-        else:
-            self.model.to(dtype) if way == "to" else self.model.to("cpu", dtype)
-            self.reference.cast(dtype)
+    @step(dtype=drawn(lambda machine: [d for d in DTYPES if d != machine.reference.dtype]), device=st.booleans())
+    def cast(self, dtype: torch.dtype, device: bool) -> None:
+        self.count(f"cast to {dtype}" + (" while merged" if self.reference.merged else ""))
+        self.model.to("cpu", dtype) if device else self.model.to(dtype)
+        self.reference.cast(dtype)
+
+    @step(by_name=st.booleans())
+    def move(self, by_name: bool) -> None:
+        self.count("move")
+        self.model.cpu() if by_name else self.model.to("cpu")
 
     @step(training=st.booleans())
     def set_mode(self, training: bool) -> None:
