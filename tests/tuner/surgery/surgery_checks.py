@@ -1,0 +1,175 @@
+"""Comparisons of a model under surgery with its reference."""
+
+from collections.abc import Mapping
+
+import torch
+from models_compared import worst_difference
+from peft import PeftModel
+from surgery_model import TIED, TOKENS, WEIGHTS
+from surgery_reference import Reference, loss
+from surgery_settings import VECTORS, Adapter, Place
+from tiny import same_bits
+from torch import Tensor, nn
+
+from dvora.tuner import DVoRALayer
+
+OUTPUTS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.06}
+"""Largest error of the outputs, relative to the largest output."""
+GRADIENTS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Largest error of a gradient, relative to the norm of all gradients of its kind."""
+DELTAS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+"""Largest error of `W' - W`, relative to the largest weight: it is never computed below float32."""
+
+
+def layers_of(model: PeftModel) -> dict[str, DVoRALayer]:
+    """The adapted layers by the names that their weights have in the base model."""
+    return {
+        f"{path.replace('.base_layer', '')}.{layer.parameter_name}": layer
+        for path, layer in model.base_model.model.named_modules()
+        if isinstance(layer, DVoRALayer)
+    }
+
+
+def base_of(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The base's own parameters by the names that they have in the base model."""
+    named = model.base_model.model.named_parameters(remove_duplicate=False)
+    return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".dvora_" not in name}
+
+
+def vectors_of(model: PeftModel) -> dict[Place, nn.Parameter]:
+    """All vectors that the model has."""
+    return {
+        Place(weight, name, vector): parameter
+        for weight, layer in layers_of(model).items()
+        for vector in VECTORS
+        for name, parameter in getattr(layer, f"dvora_{vector}").items()
+    }
+
+
+def expected_vectors(reference: Reference) -> dict[Place, Tensor]:
+    """All vectors that it has to have."""
+    return {
+        Place(weight, name, vector): value
+        for name, adapter in reference.adapters.items()
+        for weight, vectors in adapter.vectors.items()
+        for vector, value in vectors.items()
+    }
+
+
+def forward(model: PeftModel, **options: object) -> Tensor:
+    """A pass through PEFT's wrapper, or past it where the wrapper remembers an adapter that was deleted."""
+    outer = model if model.active_adapter in model.peft_config else model.base_model
+    return outer(TOKENS, **options)
+
+
+def check_values(model: PeftModel, reference: Reference) -> None:
+    """Every parameter to the last bit."""
+    base = base_of(model)
+    assert base.keys() == reference.stored.keys()
+    for name, value in reference.stored.items():
+        assert same_bits(base[name], value), name
+    if reference.tied:
+        assert len({id(base[name]) for name in TIED}) == 1
+    expected, actual = expected_vectors(reference), vectors_of(model)
+    assert actual.keys() == expected.keys()
+    for place, value in expected.items():
+        assert same_bits(actual[place], value), place
+
+
+def check_state(model: PeftModel, reference: Reference) -> None:
+    """What is active, merged, disabled, trained."""
+    assert list(model.peft_config) == list(reference.adapters)
+    assert model.active_adapters == reference.active
+    assert model.training == reference.training
+    for place, parameter in vectors_of(model).items():
+        assert parameter.requires_grad == reference.adapters[place.adapter].trains(place.vector), place
+    base = base_of(model)
+    assert all(base[weight].requires_grad == reference.base_trained for weight in WEIGHTS)
+    for weight, layer in layers_of(model).items():
+        assert layer.merged_adapters == reference.merged.get(weight, []), weight
+        assert layer.active_adapters == reference.active, weight
+        assert layer.disable_adapters != reference.enabled, weight
+        assert same_bits(layer.unmerged(), reference.base(weight)), weight
+    assert reference.merged.keys() <= layers_of(model).keys()
+    for name, adapter in reference.adapters.items():
+        check_config(model, name, adapter)
+
+
+def check_config(model: PeftModel, name: str, adapter: Adapter) -> None:
+    """The configuration, which is what a file will say, and the strength at every layer."""
+    config, settings = model.peft_config[name], adapter.settings
+    kept = (config.r, config.alpha, config.direction, config.detach_norm, config.projection_seed, tuple(config.train))
+    assert kept == (settings.r, settings.alpha, settings.direction, settings.detach_norm, settings.seed, settings.train)
+    layers = layers_of(model)
+    for weight, strength in adapter.strength.items():
+        layer = layers[weight]
+        assert float(layer.strength(name)) == config.strength_of(layer.name) == strength, (weight, name)
+
+
+def check_outputs(model: PeftModel, reference: Reference) -> None:
+    """A forward pass; where adapters are disabled it takes merged ones out again."""
+    with torch.no_grad():
+        actual = forward(model)
+    if not reference.enabled:
+        reference.unmerge()
+    check_close(actual, reference.outputs(), reference)
+
+
+def check_close(actual: Tensor, expected: Tensor, reference: Reference) -> None:
+    """Outputs of a model."""
+    assert actual.dtype == reference.dtype
+    assert worst_difference(actual, expected) < OUTPUTS[reference.dtype] * reference.slack
+
+
+def check_deltas(model: PeftModel, reference: Reference) -> None:
+    """`W' - W` of every adapter of every weight; this one is as accurate for a bfloat16 base."""
+    for weight, layer in layers_of(model).items():
+        for name in reference.at(weight):
+            check_delta(layer.get_delta_weight(name), reference.delta(weight, name), weight, reference)
+
+
+def check_delta(actual: Tensor, expected: Tensor, weight: str, reference: Reference, slack: float = 1.0) -> None:
+    """An update of a weight; `slack` multiplies the tolerance."""
+    size = max(expected.abs().max(), reference.base(weight).abs().max())
+    assert (actual.double() - expected).abs().max() < slack * reference.slack * DELTAS[reference.dtype] * size, weight
+
+
+def check_gradients(model: PeftModel, reference: Reference) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
+    """A backward pass; returns the reference's gradients of what is trained: vectors, weights of the base."""
+    of_vectors, of_weights = reference.gradients()
+    of_vectors = {place: g for place, g in of_vectors.items() if reference.adapters[place.adapter].trains(place.vector)}
+    model.zero_grad()
+    value = loss(forward(model))
+    if not reference.enabled:
+        reference.unmerge()
+    trained = bool(of_vectors) or reference.base_trained
+    assert value.requires_grad == trained
+    if trained:
+        value.backward()
+    actual = {place: parameter.grad for place, parameter in vectors_of(model).items() if parameter.grad is not None}
+    tolerance = GRADIENTS[reference.dtype] * reference.slack
+    for vector in VECTORS:
+        of_kind = {place: g for place, g in of_vectors.items() if place.vector == vector}
+        _check_gradients({p: g for p, g in actual.items() if p.vector == vector}, of_kind, tolerance)
+    weights = {w: g for w, p in base_of(model).items() if (g := p.grad) is not None}
+    of_weights = of_weights if reference.base_trained else {}
+    _check_gradients(weights, of_weights, tolerance)
+    return of_vectors, of_weights
+
+
+def _check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    size = sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
+    for key, gradient in expected.items():
+        error = float((actual[key].double() - gradient).norm())
+        assert error <= tolerance * size, (key, error / size)
+
+
+def take_over_merged(base: Mapping[str, Tensor], changed: list[str], reference: Reference) -> None:
+    """Merged weights are exact up to the rounding of their dtype; their bits are the reference's from here on."""
+    for weight in changed:
+        actual, exact = base[weight].detach(), reference.merged_weight(weight)
+        rounding = torch.finfo(reference.dtype).eps * exact.abs()
+        arithmetic = DELTAS[reference.dtype] * reference.slack * exact.abs().max()
+        assert ((actual.double() - exact).abs() <= rounding + arithmetic).all(), weight
+        reference.stored[weight] = actual.clone()

@@ -1,0 +1,167 @@
+"""The small mixed model of the surgery histories, and the table of its weights that can be adapted.
+
+A layer type more is a block in `BLOCKS` and a line for each of its weights in `WEIGHTS`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+WIDTH, VOCABULARY = 6, 9
+
+
+class FeedForward(nn.Module):
+    """Linear layers, with a bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 8)
+        self.down = nn.Linear(8, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Transposed(nn.Module):
+    """Linear layers that store their weights transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Conv1D(5, WIDTH)
+        self.down = Conv1D(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Convolutions(nn.Module):
+    """Along the length, in groups: with one dimension and two, with a bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(WIDTH, 4, 3, padding=1, groups=2)
+        self.plane = nn.Conv2d(4, WIDTH, (1, 2), padding="same", padding_mode="circular", bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.line(x.transpose(1, 2)))
+        return self.plane(y.unsqueeze(2)).squeeze(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Torch's own, which reads its weights instead of calling layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Experts(nn.Module):
+    """A stack of matrices (experts, out, in) that the module multiplies with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.empty(2, WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.einsum("bli,eoi->bleo", x, self.stack)).mean(2)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": FeedForward,
+    "transposed": Transposed,
+    "convolved": Convolutions,
+    "attention": Attention,
+    "experts": Experts,
+}
+"""Modules from (batch, length, width) to the same, applied one after the other, each beside a residual connection."""
+
+
+class View(NamedTuple):
+    """How a stored weight is seen as a matrix (rows, columns), and back."""
+
+    matrix: Callable[[Tensor], Tensor]
+    stored: Callable[[Tensor, torch.Size], Tensor]
+
+
+AS_IT_IS = View(lambda weight: weight, lambda matrix, shape: matrix)
+TRANSPOSED = View(lambda weight: weight.T, lambda matrix, shape: matrix.T)
+KERNELS = View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
+STACK = View(lambda weight: weight.flatten(0, 1), lambda matrix, shape: matrix.reshape(shape))
+
+
+class Weight(NamedTuple):
+    """A weight that can be adapted."""
+
+    view: View
+    target: str
+    """What a configuration calls it: the name of its layer, or of a parameter."""
+    by_name: bool = False
+    """The target is a parameter."""
+    called: bool = True
+    """Its layer is called, so that rows of a batch can use different adapters."""
+    skipped_column: int | None = None
+    """Of the matrix: no update reaches it."""
+
+
+WEIGHTS: dict[str, Weight] = {
+    "blocks.plain.up.weight": Weight(AS_IT_IS, "plain.up"),
+    "blocks.plain.down.weight": Weight(AS_IT_IS, "plain.down"),
+    "blocks.transposed.up.weight": Weight(TRANSPOSED, "transposed.up"),
+    "blocks.transposed.down.weight": Weight(TRANSPOSED, "transposed.down"),
+    "blocks.convolved.line.weight": Weight(KERNELS, "convolved.line"),
+    "blocks.convolved.plane.weight": Weight(KERNELS, "convolved.plane"),
+    "blocks.attention.inner.in_proj_weight": Weight(AS_IT_IS, "attention.inner", called=False),
+    "blocks.attention.inner.out_proj.weight": Weight(AS_IT_IS, "attention.inner", called=False),
+    "blocks.experts.stack": Weight(STACK, "experts.stack", by_name=True, called=False),
+    "embed.weight": Weight(TRANSPOSED, "embed", skipped_column=0),
+    "head.weight": Weight(AS_IT_IS, "head"),
+}
+"""By the name of the parameter in the base model."""
+
+TIED = ("embed.weight", "head.weight")
+"""One tensor in a model that is made so."""
+
+TARGETS = sorted({weight.target for weight in WEIGHTS.values()})
+PARAMETERS = sorted({weight.target for weight in WEIGHTS.values() if weight.by_name})
+
+
+class Mixed(nn.Module):
+    """Token numbers (batch, length) to logits (batch, length, vocabulary) through every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
+        self.blocks = nn.ModuleDict({name: make() for name, make in BLOCKS.items()})
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks.values():
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+@torch.no_grad()
+def mixed(dtype: torch.dtype = torch.float32, tied: bool = False) -> Mixed:
+    """The model with the same values each time; one row of one weight is zero, and no bias is."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        model = Mixed()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    model.get_parameter("blocks.plain.down.weight")[2] = 0
+    model.embed.weight[0] = 0
+    if tied:
+        model.head.weight = model.embed.weight
+    return model.to(dtype)
+
+
+TOKENS = torch.randint(VOCABULARY, (4, 3), generator=torch.Generator().manual_seed(1))
+COEFFICIENTS = torch.randn(4, 3, VOCABULARY, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+"""Of the outputs in the loss."""

@@ -1,0 +1,231 @@
+"""What the model of a surgery history must be: plain tensors, and the dense float64 method on them.
+
+Nothing is computed by the model under test. What rounding leaves open (a merged weight, a trained vector) is checked
+against float64 and then taken over to the last bit, so that everything else can be compared bit for bit.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from reference import DenseDVoRA
+from surgery_model import COEFFICIENTS, TIED, TOKENS, WEIGHTS, mixed
+from surgery_settings import Adapter, Place, Settings, vector_dtype
+from torch import Tensor
+from torch.func import functional_call
+
+from dvora import SharedProjections
+
+
+@dataclass
+class Reference:
+    """The state of the model."""
+
+    dtype: torch.dtype
+    tied: bool
+    stored: dict[str, Tensor]
+    """Every parameter of the base as the model has to hold it, to the last bit; merged weights too."""
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    merged: dict[str, list[str]] = field(default_factory=dict)
+    """Merged adapters by weight."""
+    original: dict[str, Tensor] = field(default_factory=dict)
+    """Of merged weights: as they were before."""
+    slack: float = 1.0
+    """How much worse than usual the adapters are conditioned; `conditioning` of the last look."""
+    enabled: bool = True
+    training: bool = False
+    base_trained: bool = False
+
+    @classmethod
+    def of_base(cls, dtype: torch.dtype, tied: bool) -> "Reference":
+        values = mixed(dtype, tied).named_parameters(remove_duplicate=False)
+        return cls(dtype, tied, {name: value.detach().clone() for name, value in values})
+
+    def of_its_base(self, training: bool = False) -> "Reference":
+        """A model without adapters that has this one's weights as they are."""
+        return Reference(self.dtype, self.tied, self.stored, training=training)
+
+    def base(self, weight: str) -> Tensor:
+        """The base's own weight."""
+        return self.original.get(weight, self.stored[weight])
+
+    def at(self, weight: str) -> list[str]:
+        """The adapters of a weight."""
+        return [name for name, adapter in self.adapters.items() if weight in adapter.vectors]
+
+    def in_effect(self, weight: str) -> list[str]:
+        """The adapters that a forward pass applies to the weight, beyond what is merged into it."""
+        if weight in self.merged or not self.enabled:
+            return []
+        return [name for name in self.active if name in self.at(weight)]
+
+    def adapts_tied(self, names: list[str] | None) -> bool:
+        """Whether one of the adapters, or of the active ones, is at a weight that is another one too."""
+        names = self.active if names is None else names
+        return self.tied and any(name in self.at(weight) for weight in TIED for name in names)
+
+    # ---- what operations do
+
+    def add(self, name: str, settings: Settings) -> None:
+        """Add an adapter that changes nothing yet."""
+        self.unmerge()
+        dtype = vector_dtype(self.dtype)
+        self.adapters[name] = Adapter(settings, {}, strength=dict.fromkeys(settings.weights(), settings.strength))
+        for weight in settings.weights():
+            matrix = WEIGHTS[weight].view.matrix(self.stored[weight])
+            vectors = {"magnitude": matrix.double().norm(dim=1).to(dtype)}
+            if WEIGHTS[weight].target not in settings.magnitude_only:
+                vectors["lambda_b"] = torch.zeros(len(matrix), dtype=dtype)
+                vectors["lambda_d"] = torch.full((settings.r,), 0.1, dtype=dtype)
+            self.adapters[name].vectors[weight] = vectors
+
+    def activate(self, names: list[str], trained: bool = True) -> None:
+        """Make these the active adapters, and those whose vectors are trained."""
+        self.unmerge()
+        self.active = list(names)
+        self.train(names if trained else [])
+
+    def train(self, names: list[str]) -> None:
+        """Train the vectors of these adapters and of no others."""
+        for name, adapter in self.adapters.items():
+            adapter.trained = name in names
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter; where it was the only active one, the first of the others takes its place."""
+        del self.adapters[name]
+        if name in self.active:
+            self.active = [other for other in self.active if other != name] or sorted(self.adapters)[:1]
+            self.train(self.active)
+
+    def enable(self, enabled: bool) -> None:
+        """Switch all adapters on or off; PEFT has disabled adapters trained never and enabled ones always."""
+        self.enabled = enabled
+        self.train(self.active if enabled else [])
+
+    def merge(self, names: list[str] | None) -> list[str]:
+        """Enter adapters as merged; returns the weights that change. `merged_weight` is what they become."""
+        changed = []
+        for weight in WEIGHTS:
+            new = [n for n in (self.active if names is None else names) if n in self.at(weight)]
+            new = [n for n in new if n not in self.merged.get(weight, [])]
+            if new:
+                self.original.setdefault(weight, self.stored[weight].clone())
+                self.merged[weight] = self.merged.get(weight, []) + new
+                changed.append(weight)
+        return changed
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back."""
+        for weight, original in self.original.items():
+            self.stored[weight] = original
+        self.original.clear()
+        self.merged.clear()
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Cast the base, and the vectors to what is kept beside it."""
+        self.dtype = dtype
+        for values in (self.stored, self.original):
+            values.update({name: value.to(dtype) for name, value in values.items()})
+        for adapter in self.adapters.values():
+            for vectors in adapter.vectors.values():
+                vectors.update({name: value.to(vector_dtype(dtype)) for name, value in vectors.items()})
+
+    # ---- what it computes, densely in float64
+
+    def dense(self, weight: str, name: str, settings: Settings | None = None) -> DenseDVoRA:
+        """One adapter of one weight; with other settings than its own, if they are given."""
+        adapter, matrix = self.adapters[name], WEIGHTS[weight].view.matrix(self.base(weight))
+        settings = adapter.settings if settings is None else settings
+        vectors = adapter.vectors[weight]
+        A = _shared(settings.seed).A(settings.r, matrix.shape[1], torch.float64)
+        if WEIGHTS[weight].skipped_column is not None:
+            A[:, WEIGHTS[weight].skipped_column] = 0
+        return DenseDVoRA(
+            matrix,
+            None,
+            A,
+            _shared(settings.seed).B(settings.r, len(matrix), torch.float64),
+            vectors["magnitude"],
+            vectors.get("lambda_b", torch.zeros(len(matrix))),
+            vectors.get("lambda_d", torch.zeros(settings.r)),
+            scaling=1.0 if settings.alpha is None else settings.alpha / settings.r,
+            direction=settings.direction,
+            detach_norm=settings.detach_norm,
+        )
+
+    @torch.no_grad()
+    def conditioning(self) -> float:
+        """By how much float32 may be worse than usual: where updates nearly cancel rows, or dwarf them.
+
+        The first no implementation can help, the second comes of keeping a gain as its distance to one.
+        """
+        worst = 1.0
+        for weight in WEIGHTS:
+            for dense in (self.dense(weight, name) for name in self.at(weight)):
+                ratio = dense.norm_ratio()[dense.weight.norm(dim=1) > 0]
+                worst = max(worst, 0.03 * float(torch.maximum(ratio, 1 / ratio).max()))
+        return worst
+
+    @torch.no_grad()
+    def smallest_gain(self, name: str) -> float:
+        """Of an adapter's rows, how little the one is scaled that is scaled least."""
+        return min(float(self.dense(weight, name).gain().abs().min()) for weight in self.adapters[name].vectors)
+
+    def delta(self, weight: str, name: str, settings: Settings | None = None) -> Tensor:
+        """s (W' - W) of one adapter of one weight, as stored."""
+        dense = self.dense(weight, name, settings)
+        with torch.no_grad():
+            change = self.adapters[name].strength[weight] * (dense.merged_weight() - dense.weight)
+        return WEIGHTS[weight].view.stored(change, self.stored[weight].shape)
+
+    def merged_weight(self, weight: str) -> Tensor:
+        """The weight with its merged adapters, in exact arithmetic."""
+        deltas = [self.delta(weight, name) for name in self.merged.get(weight, [])]
+        return self.base(weight).double() + sum(deltas)
+
+    @torch.no_grad()
+    def outputs(self, names: list[str] | None = None) -> Tensor:
+        """What the model returns; or what it returns with exactly these adapters instead, unmerged."""
+        parameters = {name: value.double() for name, value in self.stored.items()}
+        for weight in WEIGHTS:
+            wanted = self.in_effect(weight) if names is None else [n for n in names if n in self.at(weight)]
+            if names is not None:
+                parameters[weight] = self.base(weight).double()
+            parameters[weight] = parameters[weight] + sum(self.delta(weight, name) for name in wanted)
+        return functional_call(_SKELETON, parameters, (TOKENS,))
+
+    def gradients(self) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
+        """The gradients of the loss: of the vectors in effect, and of all adaptable base weights."""
+        parameters = {name: value.double() for name, value in self.stored.items()}
+        leaves = {weight: parameters[weight].clone().requires_grad_() for weight in WEIGHTS}
+        layers: dict[tuple[str, str], DenseDVoRA] = {}
+        for weight, leaf in leaves.items():
+            changed = leaf
+            for name in self.in_effect(weight):
+                dense = layers[weight, name] = self.dense(weight, name)
+                change = self.adapters[name].strength[weight] * (dense.merged_weight() - dense.weight)
+                changed = changed + WEIGHTS[weight].view.stored(change, leaf.shape)
+            parameters[weight] = changed
+        loss(functional_call(_SKELETON, parameters, (TOKENS,))).backward()
+        of_weights = {weight: leaf.grad for weight, leaf in leaves.items()}
+        of_vectors = {}
+        for (weight, name), dense in layers.items():
+            held = self.adapters[name].vectors[weight]
+            of_vectors |= {Place(weight, name, vector): getattr(dense, vector).grad for vector in held}
+            through_norm = WEIGHTS[weight].view.stored(dense.weight.grad, leaves[weight].shape)
+            of_weights[weight] = of_weights[weight] + through_norm
+        return of_vectors, of_weights
+
+
+@cache
+def _shared(seed: int) -> SharedProjections:
+    return SharedProjections(seed)
+
+
+def loss(outputs: Tensor) -> Tensor:
+    """A scalar that every output matters to."""
+    return (outputs * COEFFICIENTS.to(outputs.dtype)).sum()
+
+
+_SKELETON = mixed(torch.float64)
