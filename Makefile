@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # Debian splits the part of venv that brings pip into a package of its own.
 BARE_VENV := { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 
-.PHONY: setup demo test conformance lint bench docs
+.PHONY: setup demo test conformance fuzz lint bench docs
 
 setup: $(READY)
 
@@ -24,6 +24,9 @@ test: setup
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record for the figures
 	$(PY) -m conformance $(ARGS)
 
+fuzz: setup  ## the long runs: at least 500 surgery histories, and every damaged adapter folder
+	$(PY) -m pytest --fuzz tests/tuner/surgery tests/tuner/test_fuzzed_folders.py
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -31,6 +34,7 @@ lint: setup
 
 bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness
+	$(PY) -m benchmarks.support
 	$(PY) -m demo --record
 
 docs: setup  ## write the README's tables from the committed results
