@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import BASES
+from bases import BASES, GROUP
 from peft import PeftModel, get_peft_model
 from tiny import dvora_layers, same_bits
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from benchmarks import models
 from benchmarks.fetch import cache_folder
@@ -28,17 +28,36 @@ def smollm2() -> nn.Module:
     )
 
 
-def minilm() -> nn.Module:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    int8 = BitsAndBytesConfig(load_in_8bit=True)
+def minilm(quantisation: object = None) -> nn.Module:
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return AutoModel.from_pretrained(
-        models.minilm(), quantization_config=int8, dtype=torch.float32, device_map="cpu", **no_dropout
+        models.minilm(), quantization_config=quantisation, dtype=torch.float32, device_map="cpu", **no_dropout
     )
 
 
+def minilm_in_bitsandbytes() -> nn.Module:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return minilm(BitsAndBytesConfig(load_in_8bit=True))
+
+
+def minilm_in_torchao() -> nn.Module:
+    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    four_bits = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP))
+    return minilm(TorchAoConfig(quant_type=four_bits))
+
+
+def minilm_in_hqq() -> nn.Module:
+    """transformers 5.24 has no loader for HQQ, so its layers are put into the loaded model."""
+    model = minilm()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            model.set_submodule(name, BASES["hqq_4bit"].make(layer))
+    return model
+
+
 def dequantised(layer: nn.Module) -> Tensor:
-    return BASES[{"Linear4bit": "bnb_nf4", "Linear8bitLt": "bnb_int8"}[type(layer).__name__]].weight(layer).float()
+    kinds = {"Linear4bit": "bnb_nf4", "Linear8bitLt": "bnb_int8", "HQQLinear": "hqq_4bit", "Linear": "torchao_int4"}
+    return BASES[kinds[type(layer).__name__]].weight(layer).float()
 
 
 def language_loss(model: nn.Module) -> Tensor:
@@ -51,7 +70,14 @@ def distance_to_a_target(model: nn.Module) -> Tensor:
 
 CHECKPOINTS = {
     "SmolLM2 in nf4": (smollm2, ["q_proj", "v_proj"], language_loss),
-    "MiniLM in 8 bits": (minilm, ["query", "value", "output.dense"], distance_to_a_target),
+    **{
+        f"MiniLM in {name}": (load, ["query", "value", "output.dense"], distance_to_a_target)
+        for name, load in {
+            "8 bits of bitsandbytes": minilm_in_bitsandbytes,
+            "4 bits of torchao": minilm_in_torchao,
+            "4 bits of HQQ": minilm_in_hqq,
+        }.items()
+    },
 }
 
 
