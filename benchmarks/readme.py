@@ -14,11 +14,17 @@ from benchmarks.support import RESULT as SUPPORT
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+CONFORMANCE = ROOT / "benchmarks" / "results" / "conformance.json"
 
 
 def updated(readme: str) -> str:
     """The README with every generated part made anew."""
-    parts = {"exactness": exactness(_load(EXACTNESS)), "demo": demo(_load(DEMO)), "support": support(_load(SUPPORT))}
+    parts = {
+        "exactness": exactness(_load(EXACTNESS)),
+        "demo": demo(_load(DEMO)),
+        "support": support(_load(SUPPORT)),
+        "conformance": conformance(_load(CONFORMANCE)),
+    }
     for name, text in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         readme, found = re.subn(
@@ -86,6 +92,23 @@ def support(result: dict[str, Any]) -> str:
             "",
             *head,
             *linear,
+            "",
+        ]
+    )
+
+
+def conformance(result: dict[str, Any]) -> str:
+    """How PEFT's own tests went, with the reasons of those that did not simply pass."""
+    reasons = sorted(result["reasons"].items(), key=lambda reason: -reason[1])
+    return "\n".join(
+        [
+            f"PEFT {result['environment']['peft']}'s own tests with DVoRA in their lists "
+            f"(`benchmarks/results/conformance.json`): {result['passed']:,} passed, {result['failed']} failed, "
+            f"{result['listed']} skipped or failing for a reason:",
+            "",
+            "| tests | reason |",
+            "|---|---|",
+            *(f"| {count} | {reason} |" for reason, count in reasons),
             "",
         ]
     )

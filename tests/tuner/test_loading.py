@@ -1,6 +1,7 @@
 """Files that must not be loaded: damaged, edited, or of another rank."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -252,3 +253,12 @@ def test_ignore_mismatched_sizes_leaves_the_vectors_of_another_shape_and_says_wh
         assert same_bits(magnitude, saved[f"base_model.model.{name}.dvora_magnitude"])
         assert same_bits(lambda_b, saved[f"base_model.model.{name}.dvora_lambda_b"])
         assert torch.equal(lambda_d, torch.full((5,), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_vectors_stay_in_float32_and_a_wish_for_less_is_answered(folder: Path, dtype: torch.dtype) -> None:
+    base = MODELS["bert"]().to(dtype)
+    half = pytest.warns(UserWarning, match="autocast_adapter_dtype=False is ignored: the vectors stay in float32")
+    with half if dtype == torch.bfloat16 else nullcontext():
+        model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+    assert {vector.dtype for _, layer in dvora_layers(model) for vector in layer.vectors("default")} == {torch.float32}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -84,6 +84,17 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
     return measured
+
+
+def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
+    """Say that vectors stay in float32 where `autocast_adapter_dtype=False` asks for the base's half precision."""
+    stored = [layer.stored() for layer in layers]
+    if any(weight is not None and weight.dtype.itemsize < 4 for weight in stored):
+        warnings.warn(
+            "autocast_adapter_dtype=False is ignored: the vectors stay in float32, because half precision would round "
+            "a magnitude by up to 0.4 %; they are kilobytes",
+            stacklevel=4,
+        )
 
 
 def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:

@@ -19,8 +19,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..functional import Vectors
-from .checks import check_targets, check_weights
-from .combining import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
+from .checks import check_targets, check_weights, warn_of_kept_dtype
+from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injection import Measured, add_adapter, projections_of
 from .layer import DVoRALayer, layers_in
@@ -86,7 +86,7 @@ class DVoRAModel(BaseTuner):
             found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
             targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
         self._measured = check_weights(targets, filled, projections_of(model, filled))
-        # PEFT keeps the caller's object, and writes into it itself.
+        # PEFT keeps the caller's object and writes into it.
         config.target_modules = filled.target_modules
         super().inject_adapter(
             model,
@@ -255,7 +255,9 @@ class DVoRAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The vectors are kept in float32 whatever the base's dtype, so there is nothing to cast."""
+        """Nothing is cast: the vectors are kept in float32 whatever the base's dtype."""
+        if not autocast_adapter_dtype:
+            warn_of_kept_dtype(layers_of(self.model, adapter_name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # A load that ignores mismatched sizes has dropped them by now.
@@ -289,8 +291,7 @@ class DVoRAModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` to every layer for the time of one forward pass; PEFT calls this."""
-        names = kwargs.get("adapter_names")
-        if names is None:
+        if (names := kwargs.get("adapter_names")) is None:
             yield
             return
         has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)
