@@ -10,7 +10,9 @@ from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, adapted_weight
-from dvora.adapted_weight import AdaptedWeight
+from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.functional import Vectors
+from dvora.layouts import COLUMNS
 
 IN, OUT, RANK = 6, 5, 3
 
@@ -197,3 +199,44 @@ def test_the_printed_form_names_the_sizes_and_hyperparameters() -> None:
     adapted = AdaptedWeight(linear(IN, OUT).weight.detach(), RANK, shared=SHARED, alpha=2.5, direction="weight")
     expected = "in_features=6, out_features=5, rank=3, alpha=2.5, direction='weight', detach_norm=False"
     assert adapted.extra_repr() == expected
+
+
+def test_a_weight_stored_otherwise_has_the_same_constants_and_updates() -> None:
+    weight = randn(OUT, IN, seed=1, dtype=torch.float64)
+    plain = AdaptedWeight(weight, RANK, shared=SHARED)
+    turned = AdaptedWeight(weight.T.contiguous(), RANK, shared=SHARED, layout=COLUMNS)
+    vectors = plain.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2, dtype=torch.float64))
+    assert torch.equal(turned.delta(vectors, weight.T), plain.delta(vectors, weight))
+    assert all(torch.equal(a, b) for a, b in zip(turned.constants(None), plain.constants(None), strict=True))
+
+
+def test_a_skipped_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
+    weight = randn(OUT, IN, seed=1, dtype=torch.float64)
+    adapted = AdaptedWeight(weight, RANK, shared=SHARED, skipped_column=2)
+    lambda_b = randn(OUT, seed=2, dtype=torch.float64)
+    vectors = adapted.initial_vectors(0.1)._replace(lambda_b=lambda_b)
+    A = SHARED.A(RANK, IN, torch.float64)
+    A[:, 2] = 0
+    dense = DenseDVoRA(weight, None, A, SHARED.B(RANK, OUT, torch.float64), *vectors)
+    assert worst_error(weight + adapted.delta(vectors, weight), dense.merged_weight()) < 1e-12
+    ratio = (weight + adapted.delta(vectors, weight))[:, 2] / weight[:, 2]
+    assert torch.allclose(ratio, dense.gain())
+
+
+def test_the_magnitude_alone_rescales_rows() -> None:
+    weight = randn(OUT, IN, seed=1)
+    adapted = AdaptedWeight(weight, MAGNITUDE_ONLY, shared=SHARED)
+    magnitude, lambda_b, lambda_d = adapted.initial_vectors(0.1)
+    assert lambda_d.numel() == 0
+    found = adapted.delta(Vectors(2 * magnitude, lambda_b, lambda_d), weight)
+    assert torch.allclose(found, weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, -1.0])
+def test_strength_scales_update_and_gain(strength: float) -> None:
+    weight = randn(OUT, IN, seed=1)
+    adapted = AdaptedWeight(weight, RANK, shared=SHARED)
+    vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2))
+    low_rank = adapted.low_rank(randn(4, IN, seed=3), vectors.lambda_d)
+    full, scaled = (adapted.update(low_rank, vectors, weight, s) for s in (1.0, strength))
+    assert all(torch.allclose(a, strength * b, atol=1e-7) for a, b in zip(scaled, full, strict=True))

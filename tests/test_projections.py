@@ -216,3 +216,11 @@ def test_a_matrix_of_a_file_with_one_value_changed_is_refused() -> None:
 
 def test_the_printed_form_names_seed_and_distribution() -> None:
     assert repr(SharedProjections(5, "gaussian")) == "SharedProjections(seed=5, distribution='gaussian')"
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_columns_are_selected_as_a_product_with_unit_vectors_would(distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
+    index = torch.tensor([[0, 3, 3], [8, 1, 0]])
+    expected = shared.project(torch.eye(9, dtype=torch.float64)[index], 4)
+    assert torch.allclose(shared.select(index, 4, 9, torch.float64), expected, atol=1e-15)

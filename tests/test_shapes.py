@@ -55,6 +55,22 @@ def test_every_annotation_of_the_projections_holds(distribution: str) -> None:
         shared.gram(rank, size), shared.factor(rank, size), shared.basis(rank, size)
 
 
+@pytest.mark.parametrize(("rank", "skipped"), [(3, None), (0, None), (3, 2)], ids=["plain", "magnitude", "skipped"])
+def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: int | None) -> None:
+    combining, layouts = checked("combining"), checked("layouts")
+    shared = checked("projections").SharedProjections(0)
+    adapted = checked("adapted_weight").AdaptedWeight(
+        randn(6, 5, seed=0), rank, shared=shared, layout=layouts.COLUMNS, skipped_column=skipped
+    )
+    vectors = adapted.initial_vectors(0.1)
+    adapted.delta(vectors, randn(6, 5, seed=0))
+    adapted.diagnostics(vectors, None)
+    combining.weighted_sum([combining.Part(torch.tensor(0.5), vectors, adapted)], None, adapted)
+    if rank:
+        low_rank = shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
+        adapted.update(low_rank, vectors, None, torch.tensor(0.5))
+
+
 def test_the_check_is_on() -> None:
     with pytest.raises(TypeCheckError):
         checked("functional").row_norm(torch.ones(3))
