@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_cases import CASES
 from models_compared import worst_difference
 from peft import PeftModel, get_peft_model
 from tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
@@ -137,3 +138,21 @@ def test_no_hook_is_left_behind_even_after_an_error() -> None:
         outputs(model, adapter_names=["default"] * 3)
     outputs(model, adapter_names=["default"] * 4)
     assert not any(layer._forward_pre_hooks for _, layer in dvora_layers(model))
+
+
+def test_active_adapters_of_parameters_serve_no_row_of_a_mixed_batch() -> None:
+    case = CASES["MultiheadAttention"]
+    model = get_peft_model(case.base(), case.config()).eval()
+    train_vectors(model)
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["keys"]))
+    train_vectors(model, "second")
+    x = case.inputs()
+    with torch.no_grad():
+        before = model(x)
+        mixed = model(x, adapter_names=["__base__", "second", "__base__", "second"])
+        assert torch.allclose(mixed[0], case.base()(x[:1])[0], atol=1e-6)
+        assert not torch.allclose(mixed[1], case.base()(x[1:2])[0], atol=1e-3)
+        assert torch.equal(model(x), before)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"attn\.in_proj_weight: adapter_names needs a layer"):
+            model(x, adapter_names=["__base__"] * 4)
