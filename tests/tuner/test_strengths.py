@@ -213,3 +213,10 @@ def test_a_sum_that_is_not_exact_is_refused_and_changes_nothing(arguments: tuple
         model.add_weighted_adapter(*arguments)
     assert_unchanged(model, before)
     assert set(model.peft_config) == {"default", "second"}
+
+
+@pytest.mark.parametrize("strength", [2**64, -(2**70)])
+def test_whole_numbers_of_any_size_are_strengths(strength: int) -> None:
+    model = adapted(strength=strength)
+    assert {float(layer.strength("default")) for _, layer in dvora_layers(model)} == {float(strength)}
+    model.set_strength(2 * strength)

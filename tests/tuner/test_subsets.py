@@ -113,3 +113,21 @@ def test_tokens_are_trained_saved_and_merged_beside_an_adapter(tmp_path: Path) -
 def test_tokens_are_named_by_their_indices(indices: object) -> None:
     with pytest.raises(TypeError, match="trainable_token_indices must be lists of indices"):
         DVoRAConfig(trainable_token_indices=indices)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([40], "40 is no row of model.embed_tokens, which has 40"),
+        ([-1], "-1 is no row of"),
+        ([10**30], "is no row of"),
+        ([], "at least one index"),
+        ({"wte": [1]}, r"trainable_token_indices: \[1\] of 'wte'; the model must have a layer of that name"),
+    ],
+)
+def test_tokens_that_no_layer_has_are_refused_before_the_model_is_touched(indices: object, message: str) -> None:
+    base = MODELS["llama"]()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, DVoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices))
+    assert_unchanged(base, before)

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from peft.utils.other import _get_input_embeddings_name
+from torch import Tensor, nn
 
 from ..projections import SharedProjections
 from .base_probes import alike
@@ -18,7 +19,7 @@ from .config import DVoRAConfig
 from .injection import Measured, measure
 from .kinds import KINDS, is_linear_by_forward
 from .layer import DVoRALayer
-from .targets import Target, names_found, outside_adapters, parameter_names_found
+from .targets import Target, matches, names_found, outside_adapters, parameter_names_found
 
 
 def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
@@ -84,6 +85,31 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
     return measured
+
+
+def check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse tokens to train that no layer has; PEFT would find out after the model was changed.
+
+    Raises:
+        ValueError: a layer is not there, or an index lies outside its table.
+    """
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    embeddings = _get_input_embeddings_name(model, "embed_tokens") or "embed_tokens"
+    by_layer = tokens if isinstance(tokens, dict) else {embeddings: tokens}
+    for name, indices in by_layer.items():
+        tables = [layer for path, layer in outside_adapters(model) if matches([name], path)]
+        if not (tables and indices):
+            raise ValueError(
+                f"trainable_token_indices: {indices} of {name!r}; the model must have a layer of that name, and the "
+                "list at least one index"
+            )
+        for table in tables:
+            weight = getattr(table, "weight", None)
+            rows = len(weight) if isinstance(weight, Tensor) else 0
+            if outside := [index for index in indices if not 0 <= index < rows]:
+                raise ValueError(f"trainable_token_indices: {outside[0]} is no row of {name}, which has {rows}")
 
 
 def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:

@@ -51,7 +51,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
     for layer in layers:
         key = get_pattern_key(list(by_layer), layer.name)
         if key in by_layer:
-            layer.strength(adapter_name).fill_(by_layer[key])
+            layer.strength(adapter_name).fill_(float(by_layer[key]))
     by_name = {layer.name: float(layer.strength(adapter_name)) for layer in layers}
     config.strength = by_name if isinstance(strength, dict) else float(strength)
 

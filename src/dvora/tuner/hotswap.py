@@ -52,7 +52,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     set_peft_model_state_dict(model, weights, adapter_name)
     with torch.no_grad():
         for layer in layers:
-            layer.strength(adapter_name).fill_(config.strength_of(layer.name))
+            layer.strength(adapter_name).fill_(float(config.strength_of(layer.name)))
     configs[adapter_name].strength = config.strength
 
 

@@ -94,7 +94,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.dvora_strength[adapter_name] = Strength(adapted.w, strength)
+        self.dvora_strength[adapter_name] = Strength(adapted.w, float(strength))
         self.frozen_peft_weight_names[adapter_name] = tuple(
             f"dvora_{vector}" for vector in Vectors._fields if vector not in trained
         )

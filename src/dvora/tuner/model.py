@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..functional import Vectors
-from .checks import check_targets, check_weights, warn_of_kept_dtype
+from .checks import check_targets, check_tokens, check_weights, warn_of_kept_dtype
 from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injection import Measured, add_adapter, projections_of
@@ -85,6 +85,7 @@ class DVoRAModel(BaseTuner):
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
             found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
             targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
+        check_tokens(filled, model)
         self._measured = check_weights(targets, filled, projections_of(model, filled))
         # PEFT keeps the caller's object and writes into it.
         config.target_modules = filled.target_modules
@@ -205,8 +206,7 @@ class DVoRAModel(BaseTuner):
             self._check_merge_allowed()
             merge_model(self.model, adapter_names, keep_original=False, safe_merge=safe_merge)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-        model: nn.Module = self.model
-        return model
+        return cast(nn.Module, self.model)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:
         """The configuration with PEFT's targets for the architecture where the user names none: those that exist."""
