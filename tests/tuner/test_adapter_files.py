@@ -53,3 +53,14 @@ def test_biases_in_a_state_dict_at_hand_are_taken_as_by_peft() -> None:
     target = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"])).eval()
     set_peft_model_state_dict(target, get_peft_model_state_dict(source))
     assert same_bits(outputs(target), outputs(source))
+
+
+def test_a_file_must_have_the_tokens_that_its_configuration_trains(tmp_path: Path) -> None:
+    model = get_peft_model(MODELS["llama"](), DVoRAConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, trainable_token_indices=[6])
+    base = MODELS["llama"]()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"lacks the tokens that trainable_token_indices=\[6\] says it trains"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)

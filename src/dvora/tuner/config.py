@@ -23,7 +23,7 @@ from ..validation import (
     checked_strength,
     fits_float32,
 )
-from .files import check_biases, keys_in
+from .files import check_biases, check_tokens, keys_in
 
 BIASES = ("none", "all", "dvora_only")
 
@@ -36,14 +36,13 @@ class DVoRAConfig(PeftConfig):
         r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer.
         alpha: the update is scaled by `alpha / r`; None means `r`, a scale of one.
         target_modules: names (or a regular expression) of the layers to adapt, or "all-linear"; None takes PEFT's
-            default for the architecture. A name that matches nothing is an error.
+            default for the architecture. Names that match nothing are warned of, and an error if none matches.
         target_parameters: names of parameters to adapt that their modules read themselves: matrices, and the stacks of
             mixture-of-experts blocks. In every pass the adapted weight is made whole, in the parameter's dtype.
         magnitude_modules: names (or a regular expression) of layers that get the magnitude only, one vector a layer,
             whether `target_modules` names them too or not.
         exclude_modules: names (or a regular expression) of layers to leave out.
-        train: which of the vectors are trained, any of "magnitude", "lambda_b" and "lambda_d"; the others keep their
-            starting values. Adapters that share `lambda_d` can be added up exactly.
+        train: which of "magnitude", "lambda_b" and "lambda_d" are trained; the others keep their starting values.
         strength: s of `W + s (W' - W)`, where 0 is the base and 1 the adapter itself; a number, or numbers by layer
             name or regular expression, with 1 for the layers that it does not name.
         direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA).
@@ -135,6 +134,7 @@ class DVoRAConfig(PeftConfig):
         keys = keys_in(Path(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, DVoRAConfig):
             check_biases(keys, config.bias, config.modules_to_save or ())
+            check_tokens(keys, config.trainable_token_indices)
         return config
 
     @classmethod

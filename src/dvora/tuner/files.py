@@ -34,6 +34,20 @@ def keys_in(folder: Path) -> Collection[str]:
     return _pickled_keys(folder / WEIGHTS_NAME) if (folder / WEIGHTS_NAME).exists() else ()
 
 
+def check_tokens(keys: Collection[str], tokens: object) -> None:
+    """Refuse a file without the tokens that its adapter trains; PEFT would find out with the model half changed.
+
+    Args:
+        keys: of a file of values.
+        tokens: the setting `trainable_token_indices`.
+
+    Raises:
+        ValueError: the file has none.
+    """
+    if tokens is not None and keys and not any(".trainable_tokens_delta" in key for key in keys):
+        raise ValueError(f"the adapter's file lacks the tokens that trainable_token_indices={tokens!r} says it trains")
+
+
 def check_biases(keys: Collection[str], bias: str, modules_to_save: Collection[str]) -> None:
     """Refuse biases of the base model that an adapter does not train: they would overwrite the base's in silence.
 
