@@ -1,5 +1,7 @@
 """Strength, interpolation and weighted sums of the adapters of a model."""
 
+import copy
+from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from models_compared import assert_unchanged, snapshot, worst_difference
 from peft import PeftModel, get_peft_model
 from subjects import Subject, second
 from tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvora import DVoRAConfig
 
@@ -220,3 +222,12 @@ def test_whole_numbers_of_any_size_are_strengths(strength: int) -> None:
     model = adapted(strength=strength)
     assert {float(layer.strength("default")) for _, layer in dvora_layers(model)} == {float(strength)}
     model.set_strength(2 * strength)
+
+
+def test_a_whole_name_comes_before_the_end_of_another() -> None:
+    base = nn.Sequential(OrderedDict(layer=nn.Linear(4, 4), sub=nn.Sequential(OrderedDict(layer=nn.Linear(4, 4)))))
+    strengths = {"layer": 0.5, "sub.layer": 0.2}
+    for start in (1.0, strengths):
+        model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=2, target_modules=["layer"], strength=start))
+        model.set_strength(strengths)
+        assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)

@@ -14,6 +14,7 @@ from ..functional import Vectors
 from ..validation import checked_strength
 from .config import DVoRAConfig
 from .layer import DVoRALayer, layers_in
+from .vectors import strength_key
 
 INSTEAD = (
     "Activate them together instead, set_adapter([...]) with set_strength as their weights: outputs and merges are "
@@ -49,7 +50,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
     if merged:
         raise ValueError(f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter first")
     for layer in layers:
-        key = get_pattern_key(list(by_layer), layer.name)
+        key = strength_key(by_layer, layer.name)
         if key in by_layer:
             layer.strength(adapter_name).fill_(float(by_layer[key]))
     by_name = {layer.name: float(layer.strength(adapter_name)) for layer in layers}

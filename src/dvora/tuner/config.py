@@ -24,6 +24,7 @@ from ..validation import (
     fits_float32,
 )
 from .files import check_biases, check_tokens, keys_in
+from .vectors import strength_key
 
 BIASES = ("none", "all", "dvora_only")
 
@@ -175,9 +176,7 @@ class DVoRAConfig(PeftConfig):
     def strength_of(self, layer_name: str) -> float:
         """The strength of a layer: `strength`, or its entry there, else 1."""
         if isinstance(self.strength, dict):
-            if layer_name in self.strength:
-                return self.strength[layer_name]
-            return self.strength.get(get_pattern_key(list(self.strength), layer_name), 1.0)
+            return self.strength.get(strength_key(self.strength, layer_name), 1.0)
         return self.strength
 
     def _check_types(self) -> None:

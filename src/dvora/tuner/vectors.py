@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..precision import at_least_float32
@@ -44,3 +45,9 @@ class Strength(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
         super()._apply(at_least_float32(fn), recurse)
         return self
+
+
+def strength_key(strengths: dict[str, float], layer_name: str) -> str:
+    """The key of a layer's strength: its whole name before names and expressions that match its end."""
+    key: str = layer_name if layer_name in strengths else get_pattern_key(list(strengths), layer_name)
+    return key
