@@ -42,6 +42,9 @@ KINDS: dict[type[nn.Module], LayerKind] = {
 FORWARD_ONLY = LayerKind(ROWS, operations.linear, has_weight=False)
 """Any layer that maps `in_features` to `out_features` linearly, however it does that."""
 
+READ = LayerKind(ROWS, None)
+"""A matrix (O, I) that the module around it reads."""
+
 # Its weight is read by the attention around it, its forward never called.
 READ_BY_ATTENTION = NonDynamicallyQuantizableLinear
 
@@ -74,7 +77,7 @@ def parameter_kind(module: nn.Module, parameter: Tensor, name: str) -> LayerKind
         TypeError: it has neither two nor three dimensions.
     """
     if parameter.dim() == 2:
-        return LayerKind(ROWS, None)
+        return READ
     if parameter.dim() == 3:
         return LayerKind(EXPERTS_TRANSPOSED if getattr(module, "is_transposed", False) else EXPERTS, None)
     raise TypeError(

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from .layer import layers_in
 from .vectors import VECTORS
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
 _OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
-_SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
 
 def checked_values(
@@ -36,11 +35,11 @@ def checked_values(
     values = model.state_dict()
     own = {key for key in values if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
     # Biases of the base are taken from a state dict at hand, as in PEFT; `files.check_biases` refuses them in a file.
-    base_biases = (key for key in outside_saved_modules(model) if key.endswith(".bias"))
+    base_biases = (key for key in values if key.endswith(".bias") and not _is_second_bias(key))
     others = {*biases, *base_biases, *_further_keys(model, adapter_name)}
-    loaded = {key if key in values else key.removeprefix(_PEFT_PREFIX): value for key, value in state_dict.items()}
+    loaded = {key if key in values else key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
     # With bias="all" PEFT saves those of modules_to_save a second time, under names that loading has no use for.
-    loaded = {key: value for key, value in loaded.items() if key in others or not _SECOND_BIAS.search(key)}
+    loaded = {key: value for key, value in loaded.items() if key in others or not _is_second_bias(key)}
     unknown = [key for key in loaded if key not in own and key not in others]
     if vectors := [key for key in unknown if _VECTOR.search(key)]:
         raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(vectors)}")
@@ -80,6 +79,10 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
 def outside_saved_modules(model: nn.Module) -> dict[str, Tensor]:
     """The model's values but those of `modules_to_save`, which are loaded under names of their own."""
     return {key: value for key, value in model.state_dict().items() if not _OF_SAVED_MODULES.search(key)}
+
+
+def _is_second_bias(key: str) -> bool:
+    return key.endswith(".bias") and _OF_SAVED_MODULES.search(key) is not None
 
 
 def _further_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:

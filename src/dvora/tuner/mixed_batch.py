@@ -37,11 +37,7 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
         raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(known)}")
     parameters = [layer for layer in layers if isinstance(layer, ParamWrapper)]
     for layer in parameters:
-        if layer.merged or not set(names).isdisjoint(layer.dvora_adapted):
-            raise ValueError(
-                f"{layer.name}: adapter_names needs a layer that is called row by row, and this is a parameter that "
-                "its module reads; run one adapter at a time (set_adapter), or adapt other layers"
-            )
+        layer.check_serves_all_rows(names)
     repeated = [name for name in names for _ in range(beams)]
     handles = [
         module.register_forward_pre_hook(

@@ -57,12 +57,8 @@ class ParamWrapper(DVoRALayer):
         Raises:
             ValueError: `adapter_names` is given; a parameter serves the whole batch.
         """
-        if adapter_names is not None and any(name in self.dvora_adapted for name in adapter_names):
-            raise ValueError(
-                f"{self.name}: adapter_names needs a layer that is called row by row, and this is a parameter that its "
-                "module reads; run one adapter at a time (set_adapter), or leave the module out of target_modules and "
-                "target_parameters"
-            )
+        if adapter_names is not None:
+            self.check_serves_all_rows(adapter_names)
         weight = self.adapted_weight()
         if weight is self.stored():
             return self.base_layer(*args, **kwargs)
@@ -75,6 +71,18 @@ class ParamWrapper(DVoRALayer):
             finally:
                 module[self.parameter_name] = own
         return functional_call(self.base_layer, {self._path(): weight}, args, kwargs, tie_weights=False)
+
+    def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
+        """Refuse a batch of adapters of which some row would need, or get, another weight than the others.
+
+        Raises:
+            ValueError: a row asks for an adapter of this parameter, or one is merged into it.
+        """
+        if self.merged or not set(adapter_names).isdisjoint(self.dvora_adapted):
+            raise ValueError(
+                f"{self.name}: adapter_names needs a layer that is called row by row, and this is a parameter that "
+                "its module reads; run one adapter at a time (set_adapter), or adapt other layers"
+            )
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from .combining import layers_of
 from .config import DVoRAConfig
 from .injection import present_probes, projections_of
+from .loading import PEFT_PREFIX
 from .targets import saved_names
 
 _MATRIX_PREFIX = "base_model.dvora_projections."
-_PEFT_PREFIX = "base_model.model."
 _VECTOR_PREFIX = ".dvora_"
 
 
@@ -47,7 +47,7 @@ def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]
     rest = {k: v for k, v in entries.items() if not k.startswith(_MATRIX_PREFIX)}
     paths = {name: path for path, name in saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.
-    paths |= {f"{_PEFT_PREFIX}{name}": f"{_PEFT_PREFIX}{path}" for name, path in paths.items()}
+    paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
     return _renamed(rest, paths)
 
 

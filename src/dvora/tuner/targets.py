@@ -9,12 +9,11 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layouts import ROWS
 from ..validation import check_weight
 from . import operations
 from .base import readable_weight, stored_weight
 from .config import DVoRAConfig
-from .kinds import LayerKind, is_initialized, kind_of, parameter_kind
+from .kinds import READ, LayerKind, is_initialized, kind_of, parameter_kind
 from .layer import DVoRALayer, DVoRALinear
 from .parameters import ParamWrapper, ReadLinear, UnfusedLinear, is_read, projections_of, wrapped
 
@@ -69,7 +68,7 @@ def targets_in(module: nn.Module, name: str) -> list[Target]:
         return [Target(name, module, module.kind, module.parameter_name, name)]
     if not is_initialized(base):
         check_weight(next(base.parameters()), name)
-    return [Target(name, base, LayerKind(ROWS, None) if is_read(base) else kind_of(base, name), "weight", name)]
+    return [Target(name, base, READ if is_read(base) else kind_of(base, name), "weight", name)]
 
 
 def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Target:
@@ -81,7 +80,7 @@ def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Targe
     base, wrapper = _base_of(module, name), wrapped(module, parameter_name)
     if wrapper is not None:
         return Target(name, wrapper, wrapper.kind, parameter_name, name)
-    parameter = stored_weight(base, LayerKind(ROWS, None), parameter_name)
+    parameter = stored_weight(base, READ, parameter_name)
     assert parameter is not None
     return Target(name, base, parameter_kind(base, parameter, name), parameter_name, name)
 
@@ -107,13 +106,15 @@ def wrap(
     if isinstance(module, DVoRALayer):
         return module, [module]
     if is_read(base):
-        layer: DVoRALayer = ReadLinear(base, "weight", name, LayerKind(ROWS, None))
-    elif isinstance(parent, nn.TransformerEncoderLayer):
-        layer = UnfusedLinear(base, name)
-    elif kind_of(base, name).low_rank is operations.linear:
-        layer = DVoRALinear(base, name)
+        layer: DVoRALayer = ReadLinear(base, "weight", name, READ)
+        return layer, [layer]
+    kind = kind_of(base, name)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        layer = UnfusedLinear(base, name, kind)
+    elif kind.low_rank is operations.linear:
+        layer = DVoRALinear(base, name, kind)
     else:
-        layer = DVoRALayer(base, name)
+        layer = DVoRALayer(base, name, kind)
     return layer, [layer]
 
 
