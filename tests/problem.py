@@ -7,8 +7,6 @@ from reference import DenseDVoRA
 from torch import Tensor
 
 F = checked("functional")
-decompose = checked("projections").decompose
-
 
 class Problem:
     """One adapted weight as plain tensors."""
@@ -32,8 +30,8 @@ class Problem:
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.A, self.B
 
-    def constants(self) -> tuple[Tensor, ...]:
-        return F.norm_constants(self.weight, *decompose(self.A))
+    def norm(self) -> object:
+        return F.norm_terms(self.weight, self.A, self.B)
 
     def beta(self) -> Tensor:
         return F.row_scale(

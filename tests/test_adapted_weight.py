@@ -9,7 +9,7 @@ from cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
 from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 
-from dvora import DVoRAAdapter, adapted_weight
+from dvora import DVoRAAdapter, norms
 from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from dvora.functional import Vectors
 from dvora.layouts import COLUMNS
@@ -152,10 +152,13 @@ def test_constants_are_made_once_for_a_weight_that_does_not_change() -> None:
 
 def test_a_trained_base_passes_its_gradient_through_the_constants() -> None:
     layer = trained_layer(IN, OUT, RANK, freeze_base_layer=False)
-    constants = layer.adapted.constants(layer.base_layer.weight)
-    assert all(constant.requires_grad for constant in constants[:3])
+    norm = layer.adapted.norm(layer.base_layer.weight)
+    assert norm.w.requires_grad
+    assert norm.C.requires_grad
     with torch.no_grad():
-        assert not any(constant.requires_grad for constant in layer.adapted.constants(layer.base_layer.weight))
+        norm = layer.adapted.norm(layer.base_layer.weight)
+    assert not norm.w.requires_grad
+    assert not norm.C.requires_grad
 
 
 def test_a_weight_that_became_nan_is_refused_by_name_until_it_is_repaired() -> None:
@@ -172,11 +175,10 @@ def test_a_weight_that_became_nan_is_refused_by_name_until_it_is_repaired() -> N
 
 def test_constants_made_in_parts_equal_those_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = linear(IN, OUT).weight.detach()
-    whole = AdaptedWeight(weight, RANK, shared=SHARED).constants(weight)
-    monkeypatch.setattr(adapted_weight, "_SET_UP_VALUES", 2 * IN)
-    parts = AdaptedWeight(weight, RANK, shared=SHARED).constants(weight)
-    for part, expected in zip(parts, whole, strict=True):
-        torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
+    whole = AdaptedWeight(weight, RANK, shared=SHARED).C
+    monkeypatch.setattr(norms, "_CHUNK_VALUES", 2 * IN)
+    parts = AdaptedWeight(weight, RANK, shared=SHARED).C
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,7 +186,7 @@ def test_vectors_and_constants_are_never_below_float32(dtype: torch.dtype) -> No
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     layer = trained_layer(IN, OUT, RANK, dtype=dtype)
     assert {vector.dtype for vector in layer.vectors} == {expected}
-    assert {c.dtype for c in layer.adapted.constants(layer.base_layer.weight)} == {expected}
+    assert {layer.adapted.w.dtype, layer.adapted.C.dtype} == {expected}
 
 
 def test_the_starting_vectors_make_the_layer_its_base() -> None:
@@ -207,7 +209,8 @@ def test_a_weight_stored_otherwise_has_the_same_constants_and_updates() -> None:
     turned = AdaptedWeight(weight.T.contiguous(), RANK, shared=SHARED, layout=COLUMNS)
     vectors = plain.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2, dtype=torch.float64))
     assert torch.equal(turned.delta(vectors, weight.T), plain.delta(vectors, weight))
-    assert all(torch.equal(a, b) for a, b in zip(turned.constants(None), plain.constants(None), strict=True))
+    assert torch.equal(turned.w, plain.w)
+    assert torch.equal(turned.C, plain.C)
 
 
 def test_a_skipped_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
@@ -237,6 +240,5 @@ def test_strength_scales_update_and_gain(strength: float) -> None:
     weight = randn(OUT, IN, seed=1)
     adapted = AdaptedWeight(weight, RANK, shared=SHARED)
     vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2))
-    low_rank = adapted.low_rank(randn(4, IN, seed=3), vectors.lambda_d)
-    full, scaled = (adapted.update(low_rank, vectors, weight, s) for s in (1.0, strength))
+    full, scaled = (adapted.row_factors(vectors, weight, torch.tensor(s)) for s in (1.0, strength))
     assert all(torch.allclose(a, strength * b, atol=1e-7) for a, b in zip(scaled, full, strict=True))

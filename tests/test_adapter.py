@@ -174,6 +174,7 @@ def test_diagnostics_equal_those_of_the_dense_matrices() -> None:
         "gain_distance_max": pytest.approx(float(distance.max()), rel=1e-5),
         "near_cancellation_share": 0.0,
         "zero_row_share": pytest.approx(1 / 7),
+        "constant_bytes": 4 * (7 + 7 * 3),
         "parameter_count": 17,
         "dtype": "torch.float32",
         "base_dtype": "torch.float32",

@@ -8,7 +8,7 @@ from cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
-from problem import F, Problem, decompose
+from problem import F, Problem
 from reference import worst_error
 
 from dvora import functional as unchecked
@@ -38,10 +38,10 @@ def test_every_function_equals_the_dense_method(
 
 
 @directions
-def test_given_constants_change_nothing(direction: str) -> None:
+def test_given_terms_change_nothing(direction: str) -> None:
     p = Problem(6, 5, 3, direction=direction)
     for function in (F.gain, F.delta_weight, F.merged_weight):
-        given_them = function(*p.matrices, p.vectors, p.constants(), **p.options)
+        given_them = function(*p.matrices, p.vectors, p.norm(), **p.options)
         assert torch.equal(function(*p.matrices, p.vectors, **p.options), given_them)
 
 
@@ -77,7 +77,7 @@ def test_the_norm_from_vectors_equals_the_norm_of_the_dense_rows(
     in_features: int, out_features: int, rank: int
 ) -> None:
     p = Problem(in_features, out_features, rank)
-    eps, s = F.relative_norm(p.constants(), p.B, p.vectors.lambda_d, p.beta())
+    eps, s = F.relative_norm(p.norm(), p.vectors.lambda_d, p.beta())
     ratio = p.dense().norm_ratio()
     assert worst_error(s, ratio) < 1e-12
     assert worst_error(eps, ratio**2 - 1) < 1e-12
@@ -87,7 +87,7 @@ def test_the_norm_from_vectors_equals_the_norm_of_the_dense_rows(
 def test_the_angle_keeps_its_digits_when_it_is_small(size: float) -> None:
     p = Problem(12, 9, 3, direction="weight")
     beta = size * p.vectors.lambda_b
-    angle = F.row_angle(p.constants(), p.B, p.vectors.lambda_d, beta)
+    angle = F.row_angle(p.norm(), p.vectors.lambda_d, beta)
     old = torch.nn.functional.normalize(p.weight, dim=1)
     new = torch.nn.functional.normalize(p.weight + (beta[:, None] * p.B * p.vectors.lambda_d) @ p.A, dim=1)
     expected = 2 * torch.atan2((new - old).norm(dim=1), (new + old).norm(dim=1))
@@ -96,8 +96,8 @@ def test_the_angle_keeps_its_digits_when_it_is_small(size: float) -> None:
 
 def test_the_angle_of_a_reversed_row_is_a_half_turn() -> None:
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    constants = F.norm_constants(weight, *decompose(torch.eye(2)))
-    angle = F.row_angle(constants, torch.tensor([[1.0, 0.0]] * 2), torch.ones(2), torch.tensor([-3.0, 1.0]))
+    norm = F.norm_terms(weight, torch.eye(2), torch.tensor([[1.0, 0.0]] * 2))
+    angle = F.row_angle(norm, torch.ones(2), torch.tensor([-3.0, 1.0]))
     assert angle.tolist() == pytest.approx([math.pi, 0.0])
 
 
@@ -117,7 +117,7 @@ def test_without_training_the_gain_is_exactly_one_and_the_delta_exactly_zero(
 def test_gain_minus_one_keeps_its_digits_in_float32(size: float) -> None:
     p = Problem(7, 5, 3, torch.float32)
     p.vectors = F.Vectors(F.row_norm(p.weight), size * p.vectors.lambda_b, p.vectors.lambda_d)
-    ours = F.gain_minus_one(p.vectors, p.constants(), p.B, p.beta())
+    ours = F.gain_minus_one(p.vectors, p.norm(), p.beta())
     dense = p.dense()
     # The magnitude is the float32 row norm: the distance of that from the true one is not what is tested here.
     true_norm = p.weight.double().norm(dim=1)
@@ -137,7 +137,7 @@ def test_nearly_cancelled_rows_keep_the_digits_that_are_there(ratio: float, dire
     p.vectors = p.vectors._replace(lambda_b=(1.0 if direction == "unit" else w) / size[:, 0])
     ratios = p.dense().norm_ratio()
     assert ratios.max() < 3 * ratio
-    _, s = F.relative_norm(p.constants(), p.B, p.vectors.lambda_d, p.beta())
+    _, s = F.relative_norm(p.norm(), p.vectors.lambda_d, p.beta())
     # Rounding of the terms alone moves a difference that is w / n times smaller by eps * w / n.
     assert worst_error(s, ratios) < 20 * 2.2e-16 / ratio
 
@@ -180,13 +180,13 @@ def test_combine_never_rescales_the_bias() -> None:
 @pytest.mark.parametrize("name", ["weight", "A", "B", "bias", "magnitude", "lambda_b", "lambda_d"])
 def test_a_wrong_shape_is_refused_by_the_checked_copy(name: str) -> None:
     p = Problem(6, 5, 3)
-    constants = p.constants()
+    norm = p.norm()
     if name in F.Vectors._fields:
         p.vectors = p.vectors._replace(**{name: randn(4, seed=0, dtype=torch.float64)})
     else:
         setattr(p, name, randn(*[4] * getattr(p, name).dim(), seed=0, dtype=torch.float64))
     with pytest.raises((TypeCheckError, RuntimeError)):
-        F.dvora_linear(p.x, p.weight, p.bias, p.A, p.B, p.vectors, constants, **p.options)
+        F.dvora_linear(p.x, p.weight, p.bias, p.A, p.B, p.vectors, norm, **p.options)
 
 
 def test_a_shape_that_broadcasts_is_refused_by_the_checked_copy_alone() -> None:

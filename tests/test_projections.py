@@ -9,7 +9,7 @@ from cases import randn
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.projections import DISTRIBUTIONS, FORMAT_VERSION, decompose
+from dvora.projections import DISTRIBUTIONS, FORMAT_VERSION
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
 # A change of any of them is a new format: raise FORMAT_VERSION.
@@ -107,22 +107,6 @@ def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype) -> None:
     assert shared.project_transpose(narrow, 6).dtype == dtype
     assert shared.expand(narrow, 6).dtype == dtype
     assert shared.expand_transpose(wide, 3).dtype == dtype
-
-
-@every_distribution
-@pytest.mark.parametrize(("rank", "size"), [(1, 1), (3, 8), (8, 8), (12, 5)])
-def test_factor_and_basis_make_up_the_matrix(distribution: str, rank: int, size: int) -> None:
-    shared = SharedProjections(5, distribution)
-    L, Q = shared.factor(rank, size, torch.float64), shared.basis(rank, size, torch.float64)
-    eye = torch.eye(min(rank, size), dtype=torch.float64)
-    torch.testing.assert_close(L @ Q, shared.A(rank, size, torch.float64))
-    torch.testing.assert_close(Q @ Q.T, eye)
-    torch.testing.assert_close(L @ L.T, shared.gram(rank, size, torch.float64))
-
-
-def test_decompose_returns_the_dtype_of_its_matrix() -> None:
-    for dtype in (torch.float32, torch.float64):
-        assert [part.dtype for part in decompose(randn(3, 5, seed=0, dtype=dtype))] == [dtype, dtype]
 
 
 @every_distribution

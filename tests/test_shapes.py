@@ -52,7 +52,7 @@ def test_every_annotation_of_the_projections_holds(distribution: str) -> None:
     for rank, size in [(3, 6), (8, 6), (1, 1)]:
         shared.project_transpose(shared.project(torch.ones(2, size), rank), size)
         shared.expand_transpose(shared.expand(torch.ones(2, rank), size), rank)
-        shared.gram(rank, size), shared.factor(rank, size), shared.basis(rank, size)
+        shared.gram(rank, size)
 
 
 @pytest.mark.parametrize(("rank", "skipped"), [(3, None), (0, None), (3, 2)], ids=["plain", "magnitude", "skipped"])
@@ -67,8 +67,8 @@ def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: 
     adapted.diagnostics(vectors, None)
     combining.weighted_sum([combining.Part(torch.tensor(0.5), vectors, adapted)], None, adapted)
     if rank:
-        low_rank = shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
-        adapted.update(low_rank, vectors, None, torch.tensor(0.5))
+        shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
+    adapted.row_factors(vectors, None, torch.tensor(0.5))
 
 
 def test_the_check_is_on() -> None:

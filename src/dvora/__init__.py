@@ -13,7 +13,7 @@ from .projections import SharedProjections
 from .shared import are_shared_matrices_initialized, initialize_shared_matrices, reset_shared_matrices
 
 if TYPE_CHECKING:
-    from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter
+    from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
 
 __version__ = "0.1.0.dev0"
 
@@ -27,13 +27,14 @@ __all__ = [
     "functional",
     "hotswap_adapter",
     "initialize_shared_matrices",
+    "merged",
     "reset_shared_matrices",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """The PEFT method's names, imported with PEFT at their first use."""
-    if name in ("DVoRAConfig", "DVoRAModel", "hotswap_adapter"):
+    if name in ("DVoRAConfig", "DVoRAModel", "hotswap_adapter", "merged"):
         from . import tuner
 
         return getattr(tuner, name)

@@ -8,43 +8,30 @@ to, cast or moved, and computed in every pass, with gradients, while the weight 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import functional as F
-from .functional import Direction, NormConstants, Vectors
-from .gradients import LinearGradients, dvora_linear_backward
+from .evaluated import LastFactors, RowFactors, State
+from .functional import Direction, Vectors
+from .kernels.combine import combine
+from .kernels.gain import gain_minus_one
 from .layouts import ROWS, Layout
+from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix
 from .precision import at_least_float32, full_precision, norm_dtype
-from .projections import SharedProjections, decompose
+from .projections import SharedProjections
 from .shapes import Float
-from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
+from .transforms import transforming
+from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
 
 MAGNITUDE_ONLY = 0
 """The rank of a weight whose rows are rescaled and nothing else."""
 
 _SET_UP_VALUES = 2**24
 """Values of the weight that are held in float32 at a time while the constants are made."""
-
-
-class _State(NamedTuple):
-    """Equal states mean equal values, but for writes through `weight.data`, which PyTorch does not count."""
-
-    storage: StorageWeakRef
-    """Weak, so that it keeps no memory, but no other storage can come to have its identity."""
-    address: int
-    version: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "_State":
-        version = -1 if weight.is_inference() else weight._version
-        storage = StorageWeakRef(weight.untyped_storage())
-        return cls(storage, weight.data_ptr(), version, weight.dtype, weight.device)
 
 
 class AdaptedWeight(nn.Module):
@@ -62,6 +49,8 @@ class AdaptedWeight(nn.Module):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
         layout: how the weight is stored.
         skipped_column: a column of the weight's matrix that the update leaves alone: the padding entry of a table.
+        readable: whether the weight is at hand in every pass; that of a quantised layer is not.
+        norm_cache: keep the constants of (O, R) values, make them again in every step, or "auto" (`norms.cache_dtype`).
         name: of the layer, for error messages.
 
     Raises:
@@ -70,9 +59,7 @@ class AdaptedWeight(nn.Module):
     """
 
     w: Tensor
-    coordinates: Tensor
-    rest_squared: Tensor
-    own_factor: Tensor | None
+    C: Tensor | None
 
     def __init__(
         self,
@@ -85,6 +72,8 @@ class AdaptedWeight(nn.Module):
         detach_norm: bool = False,
         layout: Layout = ROWS,
         skipped_column: int | None = None,
+        readable: bool = True,
+        norm_cache: NormCache = "auto",
         name: str = "layer",
     ) -> None:
         super().__init__()
@@ -101,10 +90,18 @@ class AdaptedWeight(nn.Module):
         # A name that no model has: PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
         if self.rank:
-            shared.reserve(rank, self.in_features, self.out_features)
-        self._measured: _State | None = None
-        for buffer in ("w", "coordinates", "rest_squared", "own_factor"):
-            self.register_buffer(buffer, None, persistent=False)
+            shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
+        self.readable = readable
+        self.norm_cache = checked_norm_cache(norm_cache)
+        if self.norm_cache is False and not readable:
+            raise ValueError(
+                f"{name}: norm_cache=False makes the norm's constants from the weight in every step, and this layer's "
+                'weight cannot be read (it is quantised or offloaded); use "auto" or True'
+            )
+        self._measured: State | None = None
+        self._last = LastFactors()
+        self.register_buffer("w", None, persistent=False)
+        self.register_buffer("C", None, persistent=False)
         self.refresh(weight)
 
     @property
@@ -117,20 +114,23 @@ class AdaptedWeight(nn.Module):
         with torch.inference_mode(False):
             return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), float(d_initial)))
 
-    def constants(self, weight: Tensor | None) -> NormConstants:
-        """The norm constants of the weight as it is now."""
+    def norm(self, weight: Tensor | None) -> FrozenNorm:
+        """The norm of the weight as it is now."""
+        if weight is None or weight.is_meta:
+            return self._norm(None, self.w, self.C)
         # A compiled graph cannot ask a weight for its version: it holds the constants of a frozen weight.
         compiling = torch.compiler.is_compiling()
-        if weight is not None:
-            if weight.requires_grad and (torch.is_grad_enabled() or compiling):
-                return self._measure(self.layout.matrix(weight))
-            if not compiling:
-                self.follow(weight)
-        return NormConstants(self.w, self.coordinates, self.rest_squared, self._factor())
+        if weight.requires_grad and (torch.is_grad_enabled() or compiling):
+            matrix = self.layout.matrix(weight)
+            with full_precision(weight.device):
+                return self._norm(matrix, F.row_norm(matrix), self._cross(matrix, norm_dtype(matrix.dtype)))
+        if not compiling:
+            self.follow(weight)
+        return self._norm(self.layout.matrix(weight.detach()), self.w, self.C)
 
     def follow(self, weight: Tensor) -> None:
         """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
-        if not weight.is_meta and self._measured != _State.of(weight):
+        if not weight.is_meta and self._measured != State.of(weight):
             self.refresh(weight)
 
     def refresh(self, weight: Tensor) -> None:
@@ -139,16 +139,14 @@ class AdaptedWeight(nn.Module):
         Raises:
             ValueError: a row norm of the weight is not finite.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
             matrix = self.layout.matrix(weight.detach())
-            rows = max(1, _SET_UP_VALUES // max(1, self.in_features))
-            parts = [self._measure(part) for part in matrix.split(rows)]
-            w, self.coordinates, self.rest_squared = (torch.cat(part) for part in list(zip(*parts, strict=True))[:3])
-            if not self.rank or self.skipped_column is not None:
-                self.own_factor = parts[0].factor
+            w = F.row_norm(matrix)
             check_norms(w, self.name)
-            self.w = w
-        self._measured = _State.of(weight)
+            dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.readable)
+            self.w, self.C = w, None if dtype is None else self._cross(matrix, dtype)
+        self._last.drop()
+        self._measured = State.of(weight)
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
         """The dense A of this weight, with the dtype and device of `like`."""
@@ -167,50 +165,57 @@ class AdaptedWeight(nn.Module):
 
     def gain_minus_one(self, vectors: Vectors, weight: Tensor | None) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`g - 1` and `beta` of every row."""
-        constants = self.constants(weight)
-        with full_precision(constants.w.device):
-            beta = F.row_scale(vectors.lambda_b, constants.w, self.scaling, self.direction)
-            return F.gain_minus_one(vectors, constants, self.B(constants.w), beta, self.detach_norm), beta
+        norm = self.norm(weight)
+        with full_precision(norm.w.device):
+            beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
+            frozen = not norm.w.requires_grad and not transforming()
+            function = gain_minus_one if frozen else F.gain_minus_one
+            return function(vectors, norm, beta, self.detach_norm), beta
+
+    def row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None) -> RowFactors:
+        """What the outputs are rescaled with; in evaluation made once, until anything changes.
+
+        Args:
+            vectors: the trained ones.
+            weight: as stored, or None.
+            strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
+        """
+        compute = partial(self._row_factors, vectors, weight, strength)
+        inputs = vectors if strength is None else (*vectors, strength)
+        trained = any(t.requires_grad for t in inputs) or (weight is not None and weight.requires_grad)
+        if transforming() or (torch.is_grad_enabled() and trained):
+            self._last.drop()
+            return compute()
+        return self._last.of(inputs, None if weight is None else State.of(weight), compute)
 
     def low_rank(self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:
         """`((x A^T) lambda_d) B^T`, in the dtype of `x`."""
-        z = self.shared.project(x, self.rank)
+        z = self.shared.project_once(x, self.rank, self)
         return self.shared.expand(z * lambda_d.to(z.dtype), self.out_features)
 
-    def update(
-        self, low_rank: Float[Tensor, "*T O"], vectors: Vectors, weight: Tensor | None, strength: float | Tensor = 1.0
-    ) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "O"]]:
-        """What `functional.combine` adds to the base's output: `g beta` times the low-rank product, and `g - 1`.
+    def combine(
+        self,
+        base_output: Float[Tensor, "*T O"],
+        x: Float[Tensor, "*T I"],
+        lambda_d: Float[Tensor, "R"],
+        factors: RowFactors,
+        bias: Float[Tensor, "O"] | None,
+    ) -> Float[Tensor, "*T O"]:
+        """The output of a linear layer, from that of its base.
 
         Args:
-            low_rank: the inputs through A, lambda_d and B.
-            vectors: the trained ones.
-            weight: as stored, or None.
-            strength: s of `W + s (W' - W)`.
+            base_output: `x W^T + bias`.
+            x: the inputs of the update.
+            lambda_d: the trained vector.
+            factors: of this adapter.
+            bias: the base's, or None.
         """
-        g1, beta = self.gain_minus_one(vectors, weight)
-        return (strength * (1 + g1) * beta) * low_rank, strength * g1
-
-    @torch.no_grad()
-    def gradients(
-        self, output_gradient: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], vectors: Vectors, weight: Tensor
-    ) -> LinearGradients:
-        """The gradients of the whole layer in closed form; that of W only if it is trained."""
-        constants = self.constants(weight)
-        found = dvora_linear_backward(
-            output_gradient.reshape(-1, self.out_features),
-            x.reshape(-1, self.in_features),
-            self.layout.matrix(weight),
-            self.A(constants.w),
-            self.B(constants.w),
-            vectors,
-            constants,
-            scaling=self.scaling,
-            direction=self.direction,
-            detach_norm=self.detach_norm,
-            train_weight=weight.requires_grad,
-        )
-        return found._replace(x=found.x.reshape(x.shape))
+        if transforming() or not self.rank:
+            nothing = base_output.new_zeros(1).expand_as(base_output)
+            update = factors.scale * self.low_rank(x, lambda_d) if self.rank else nothing
+            return F.combine(base_output, update, factors.gain_minus_one, bias)
+        z = self.shared.project_once(x, self.rank, self)
+        return combine(base_output, z, lambda_d, factors.gain_minus_one, factors.scale, bias, self.shared.kind)
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` as a dense matrix, in float32 or float64."""
@@ -222,13 +227,12 @@ class AdaptedWeight(nn.Module):
     @torch.no_grad()
     def diagnostics(self, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
         """How far the vectors have moved the weight: norm ratios n / w, angles in degrees, gains, rows at risk."""
-        constants = self.constants(weight)
-        with full_precision(constants.w.device):
-            B = self.B(constants.w)
-            beta = F.row_scale(vectors.lambda_b, constants.w, self.scaling, self.direction)
-            _, s = F.relative_norm(constants, B, vectors.lambda_d, beta)
-            angle = F.row_angle(constants, B, vectors.lambda_d, beta).rad2deg()
-            g1 = F.gain_minus_one(vectors, constants, B, beta).abs()
+        norm = self.norm(weight)
+        with full_precision(norm.w.device):
+            beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
+            _, s = F.relative_norm(norm, vectors.lambda_d, beta)
+            angle = F.row_angle(norm, vectors.lambda_d, beta).rad2deg()
+            g1 = F.gain_minus_one(vectors, norm, beta).abs()
         figures = {
             "norm_ratio_mean": s.mean(),
             "norm_ratio_max": s.max(),
@@ -237,7 +241,8 @@ class AdaptedWeight(nn.Module):
             "gain_distance_mean": g1.mean(),
             "gain_distance_max": g1.max(),
             "near_cancellation_share": (s.square() < 1e-3).to(s.dtype).mean(),
-            "zero_row_share": (constants.w == 0).to(s.dtype).mean(),
+            "zero_row_share": (norm.w == 0).to(s.dtype).mean(),
+            "constant_bytes": sum(t.numel() * t.element_size() for t in (self.w, self.C) if t is not None),
         }
         return {name: float(value) for name, value in figures.items()}
 
@@ -247,28 +252,23 @@ class AdaptedWeight(nn.Module):
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
 
-    def _measure(self, matrix: Float[Tensor, "O I"]) -> NormConstants:
-        factor, basis = self._decomposed(norm_dtype(matrix.dtype), matrix.device)
-        with full_precision(matrix.device):
-            return F.norm_constants(matrix, factor, basis)
+    def _row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None) -> RowFactors:
+        g1, beta = self.gain_minus_one(vectors, weight)
+        scale = (1 + g1) * beta
+        return RowFactors(g1, scale) if strength is None else RowFactors(strength * g1, strength * scale)
 
-    def _decomposed(
-        self, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Float[Tensor, "R K"], Float[Tensor, "K I"]]:
-        """`L` and `Q` of `A = L Q`, shared by all weights of this width unless a column is left out."""
-        if self.rank and self.skipped_column is None:
-            factor = self.shared.factor(self.rank, self.in_features, dtype)
-            basis = self.shared.basis(self.rank, self.in_features, dtype)
-        elif self.rank:
-            factor, basis = decompose(self.A(torch.empty(0, dtype=torch.float64)))
-        else:
-            factor, basis = torch.empty(0, 0), torch.empty(0, self.in_features)
-        return factor.to(device, dtype), basis.to(device, dtype)
+    def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
+        if self.rank and C is None and matrix is None:
+            raise RuntimeError(
+                f"{self.name}: the weight is not in memory (it was offloaded), and the norm's constants were not kept; "
+                "adapt the model after it was offloaded, or with norm_cache=True"
+            )
+        return FrozenNorm(w, C, matrix, self.shared, self.in_features, self.rank, self.skipped_column)
 
-    def _factor(self) -> Float[Tensor, "R K"]:
-        if self.own_factor is not None:
-            return self.own_factor
-        return self.shared.factor(self.rank, self.in_features, self.w.dtype).to(self.w.device)
+    def _cross(self, matrix: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O R"]:
+        if not self.rank:
+            return matrix.new_empty(len(matrix), 0, dtype=dtype)
+        return cross_matrix(matrix, self.shared, self.rank, self.skipped_column, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:

@@ -120,9 +120,7 @@ class DVoRAAdapter(nn.Module):
             )
         if not torch.compiler.is_compiling():
             self._last_input = x.detach() if self.training else None
-        low_rank = self.adapted.low_rank(x, self.lambda_d)
-        update, g1 = self.adapted.update(low_rank, self.vectors, self.base_layer.weight)
-        return F.combine(self.base_layer(x), update, g1, self.base_layer.bias)
+        return self._outputs(x)
 
     def backward(self, output_gradient: Float[Tensor, "*T O"]) -> Float[Tensor, "*T I"]:
         """The explicit backward pass: add to the `.grad` of all trained values what autograd would.
@@ -145,12 +143,15 @@ class DVoRAAdapter(nn.Module):
             raise ValueError(
                 f"output_gradient has shape {tuple(output_gradient.shape)}, the last outputs had {expected}"
             )
-        gradients = self.adapted.gradients(output_gradient, x, self.vectors, self.base_layer.weight)
-        for name, parameter in self._trained():
-            gradient = getattr(gradients, name.removeprefix("base_layer.")).to(parameter.dtype)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self._outputs(x)
+        parameters = [parameter for _, parameter in self._trained()]
+        inputs_gradient, *gradients = torch.autograd.grad(y, [x, *parameters], output_gradient.to(y.dtype))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._last_input = None
-        return gradients.x.to(x.dtype)
+        return inputs_gradient
 
     @torch.no_grad()
     def update_parameters(self, learning_rate: float) -> None:
@@ -237,6 +238,10 @@ class DVoRAAdapter(nn.Module):
         if not mode:
             self._last_input = None
         return super().train(mode)
+
+    def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        factors = self.adapted.row_factors(self.vectors, self.base_layer.weight)
+        return self.adapted.combine(self.base_layer(x), x, self.lambda_d, factors, self.base_layer.bias)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in _VECTORS:

@@ -88,13 +88,12 @@ def _vectors_of(
     into: AdaptedWeight,
 ) -> Vectors:
     """The adapter with gain g whose update is b B diag(lambda_d) A."""
-    constants = into.constants(weight)
-    scale = F.row_scale(torch.ones_like(constants.w), constants.w, into.scaling, into.direction)
+    norm = into.norm(weight)
+    scale = F.row_scale(torch.ones_like(norm.w), norm.w, into.scaling, into.direction)
     moved = b != 0
     if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
         raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
     beta = torch.where(moved, b / torch.where(moved, g, 1.0), 0.0)
-    _, s = F.relative_norm(constants, into.B(g), lambda_d, beta)
-    return Vectors(
-        g * s * constants.w, torch.where(moved, beta / torch.where(moved, scale, 1.0), 0.0), lambda_d.clone()
-    )
+    _, s = F.relative_norm(norm, lambda_d, beta)
+    lambda_b = torch.where(moved, beta / torch.where(moved, scale, 1.0), 0.0)
+    return Vectors(g * s * norm.w, lambda_b, lambda_d.clone())

@@ -5,34 +5,33 @@
     n  = ||V'||_row,   g = m / n,   W' = diag(g) V'
     y  = x W'^T + bias
 
-W, A and B are frozen, so the norm needs no dense update. With A = L Q, the rows of Q orthonormal, every row of W is a
-point P = W Q^T in the row space of A and a rest outside, which the update never reaches:
+W, A and B are frozen, so the norm needs no dense update:
 
-    U     = B diag(lambda_d) L
-    cross = rowsum(P * U),   q = rowsum(U * U)
-    n**2  = w**2 + 2 beta cross + beta**2 q = rest**2 + ||P + diag(beta) U||_row**2
+    C     = B * (W A^T),  G = A A^T                        constants
+    cross = C lambda_d,   q = rowsum((U G) * U),  U = B diag(lambda_d)
+    n**2  = w**2 + 2 beta cross + beta**2 q
 
-The first form is exact for small updates, the second for a row that the update nearly cancels.
+These functions are the reference that PyTorch differentiates; `kernels` has the same ones with gradients in closed form.
 
-Dimensions: T tokens, I in, O out, R rank, K = min(R, I). lambda_b, lambda_d and their sizes are those of the VeRA paper
+Dimensions: T tokens, I in, O out, R rank. lambda_b, lambda_d and their sizes are those of the VeRA paper
 (arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
 """
 
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .precision import norm_dtype
-from .projections import decompose
 from .shapes import Float
+from .transforms import transforming
 
 Direction = Literal["unit", "weight"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
 NEAR_CANCELLATION = -0.9
-"""Below this relative change of the squared norm the form without cancellation is used."""
+"""Below this relative change of its squared norm a row is measured densely: the sum of large terms lost its digits."""
 
 
 class Vectors(NamedTuple):
@@ -43,17 +42,43 @@ class Vectors(NamedTuple):
     lambda_d: Float[Tensor, "R"]
 
 
-class NormConstants(NamedTuple):
-    """What the norm needs to know of one frozen weight, for one pair of projections."""
+@runtime_checkable
+class NormTerms(Protocol):
+    """What the norm needs to know of one frozen weight."""
 
     w: Float[Tensor, "O"]
     """Row norms of W."""
-    coordinates: Float[Tensor, "O K"]
-    """P: the rows of W in the orthonormal basis Q of the row space of A."""
-    rest_squared: Float[Tensor, "O"]
-    """Squared norms of what of each row lies outside that space."""
-    factor: Float[Tensor, "R K"]
-    """L of A = L Q: one tensor for all weights of the same width."""
+
+    def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+        """`cross` and `q`."""
+
+    def updated_rows(
+        self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
+    ) -> Float[Tensor, "N I"] | None:
+        """Rows of V' by index, dense, in float64; None where the weight is not at hand."""
+
+
+class DenseTerms(NamedTuple):
+    """The terms of a weight with given matrices; made by `norm_terms`."""
+
+    w: Float[Tensor, "O"]
+    C: Float[Tensor, "O R"]
+    G: Float[Tensor, "R R"]
+    weight: Float[Tensor, "O I"]
+    A: Float[Tensor, "R I"]
+    B: Float[Tensor, "O R"]
+
+    def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+        """`cross` and `q`."""
+        U = self.B * lambda_d
+        return self.C @ lambda_d, torch.linalg.vecdot(U @ self.G, U)
+
+    def updated_rows(
+        self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
+    ) -> Float[Tensor, "N I"]:
+        """Rows of V' by index, dense, in float64."""
+        update = (beta.double()[:, None] * self.B[rows].double() * lambda_d.double()) @ self.A.double()
+        return self.weight[rows].double() + update
 
 
 def row_norm(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
@@ -62,18 +87,10 @@ def row_norm(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
     return norms
 
 
-def norm_constants(
-    weight: Float[Tensor, "O I"], factor: Float[Tensor, "R K"], basis: Float[Tensor, "K I"]
-) -> NormConstants:
-    """The constants of a weight's norm, differentiable in the weight.
-
-    Args:
-        weight: W, in any floating dtype.
-        factor, basis: L and Q of `decompose(A)`, in the dtype the constants shall have.
-    """
-    wide = weight.to(basis.dtype)
-    coordinates = wide @ basis.T
-    return NormConstants(row_norm(wide), coordinates, row_norm(wide - coordinates @ basis).square(), factor)
+def norm_terms(weight: Float[Tensor, "O I"], A: Float[Tensor, "R I"], B: Float[Tensor, "O R"]) -> DenseTerms:
+    """The constants of a weight's norm, in the dtype of A and B; differentiable in the weight."""
+    wide = weight.to(A.dtype)
+    return DenseTerms(row_norm(wide), B * (wide @ A.T), A @ A.T, wide, A, B)
 
 
 def row_scale(
@@ -84,72 +101,74 @@ def row_scale(
 
 
 def relative_norm(
-    constants: NormConstants, B: Float[Tensor, "O R"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
+    norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
 ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
     """How the update changes the row norms, from vectors alone.
 
     Returns:
         `eps = n**2 / w**2 - 1` and `s = n / w`; zero and one for a zero row of W.
     """
-    w, P, rest_squared, L = constants
-    U = (B * lambda_d) @ L
+    cross, q = norm.terms(lambda_d)
+    eps, s = norm_change(norm.w, cross, q, beta)
+    near = nearly_cancelled(eps)
+    if near is not None:
+        updated = norm.updated_rows(near, beta[near], lambda_d)
+        if updated is not None:
+            exact = torch.linalg.vecdot(updated, updated).clamp_min(torch.finfo(norm.w.dtype).tiny)
+            s = s.index_copy(0, near, (exact.sqrt() / norm.w[near]).to(s.dtype))
+    return eps, s
+
+
+def norm_change(
+    w: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"], beta: Float[Tensor, "O"]
+) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+    """`eps = n**2 / w**2 - 1` and `s = n / w` from the terms of the norm."""
     live = w > 0
-    w2 = torch.where(live, w.square(), 1.0)
-    cross, q = torch.linalg.vecdot(P, U), torch.linalg.vecdot(U, U)
-    eps = (2 * beta * cross + beta.square() * q) / w2
-    squared, near = 1 + eps, eps < NEAR_CANCELLATION
-    if _may_hold(near):
-        shifted = torch.addcmul(P, beta[:, None], U)
-        # A row that vanishes altogether has no direction; the floor keeps its gain finite.
-        floor = torch.finfo(w.dtype).eps ** 2
-        exact = (rest_squared + torch.linalg.vecdot(shifted, shifted)) / w2
-        squared = torch.where(near, exact.clamp_min(floor), squared)
-    return torch.where(live, eps, 0.0), torch.where(live, squared, 1.0).sqrt()
+    eps = torch.where(live, (2 * beta * cross + beta.square() * q) / torch.where(live, w.square(), 1.0), 0.0)
+    # A row that vanishes altogether has no direction; the floor keeps its gain finite.
+    return eps, (1 + eps).clamp_min(torch.finfo(w.dtype).eps ** 2).sqrt()
 
 
-def _may_hold(condition: Tensor) -> bool:
-    """Whether a condition holds in some row, or yes where it cannot be asked: in a graph, under vmap, on a device."""
-    if torch.compiler.is_compiling() or condition.device.type != "cpu":
-        return True
-    try:
-        return bool(condition.any())
-    except RuntimeError:
-        return True
+def nearly_cancelled(eps: Float[Tensor, "O"]) -> Tensor | None:
+    """Indices of the rows that the update nearly cancels; None without any, or where that cannot be asked cheaply."""
+    if transforming() or eps.device.type != "cpu":
+        return None
+    near = eps < NEAR_CANCELLATION
+    return near.nonzero()[:, 0] if near.any() else None
 
 
 def row_angle(
-    constants: NormConstants, B: Float[Tensor, "O R"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
+    norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
 ) -> Float[Tensor, "O"]:
     """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
-    w, P, _, L = constants
-    U = (B * lambda_d) @ L
-    cross, q, w2 = torch.linalg.vecdot(P, U), torch.linalg.vecdot(U, U), w.square()
+    (cross, q), w2 = norm.terms(lambda_d), norm.w.square()
     # atan2 of the parts across and along the row: arccos would lose half the digits of a small angle.
     across = beta.abs() * (q * w2 - cross.square()).clamp_min(0).sqrt()
-    return torch.where(w > 0, torch.atan2(across, w2 + beta * cross), 0.0)
+    return torch.where(norm.w > 0, torch.atan2(across, w2 + beta * cross), 0.0)
 
 
 def gain_minus_one(
-    vectors: Vectors,
-    constants: NormConstants,
-    B: Float[Tensor, "O R"],
-    beta: Float[Tensor, "O"],
-    detach_norm: bool = False,
+    vectors: Vectors, norm: NormTerms, beta: Float[Tensor, "O"], detach_norm: bool = False
 ) -> Float[Tensor, "O"]:
     """`g - 1 = m / n - 1` of every row without cancellation: exactly zero where nothing was trained.
 
     Args:
         vectors: magnitude, lambda_b, lambda_d.
-        constants: of the frozen weight.
-        B: shared matrix.
+        norm: of the frozen weight.
         beta: of `row_scale`.
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
     with torch.no_grad() if detach_norm else nullcontext():
-        eps, s = relative_norm(constants, B, vectors.lambda_d, beta)
-    w = constants.w.detach() if detach_norm else constants.w
+        eps, s = relative_norm(norm, vectors.lambda_d, beta)
+    return gain_from_norm(vectors.magnitude, norm.w.detach() if detach_norm else norm.w, eps, s)
+
+
+def gain_from_norm(
+    magnitude: Float[Tensor, "O"], w: Float[Tensor, "O"], eps: Float[Tensor, "O"], s: Float[Tensor, "O"]
+) -> Float[Tensor, "O"]:
+    """`g - 1 = (mu - eps / (1 + s)) / s` with `mu = m / w - 1`; zero for a zero row of W."""
     live = w > 0
-    mu = vectors.magnitude / torch.where(live, w, 1.0) - 1
+    mu = magnitude / torch.where(live, w, 1.0) - 1
     return torch.where(live, (mu - eps / (1 + s)) / s, 0.0)
 
 
@@ -195,7 +214,7 @@ def gain(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     vectors: Vectors,
-    constants: NormConstants | None = None,
+    norm: DenseTerms | None = None,
     *,
     scaling: float = 1.0,
     direction: Direction = "unit",
@@ -207,12 +226,12 @@ def gain(
         weight: W, (O, I).
         A, B: shared matrices, in the dtype of the vectors.
         vectors: magnitude, lambda_b, lambda_d.
-        constants: `norm_constants(weight, *decompose(A))`; made here, at the cost of a QR of A, when left out.
+        norm: `norm_terms(weight, A, B)`; made here when left out.
         scaling: c = alpha / rank.
         direction: "unit" or "weight".
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
-    _, g1 = _row_terms(weight, A, B, vectors, constants, scaling, direction, detach_norm)
+    _, g1 = _row_terms(weight, A, B, vectors, norm, scaling, direction, detach_norm)
     return 1 + g1
 
 
@@ -223,14 +242,14 @@ def dvora_linear(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     vectors: Vectors,
-    constants: NormConstants | None = None,
+    norm: DenseTerms | None = None,
     *,
     scaling: float = 1.0,
     direction: Direction = "unit",
     detach_norm: bool = False,
 ) -> Float[Tensor, "*T O"]:
     """`torch.nn.functional.linear(x, weight, bias)` with the weight adapted. Other arguments as for `gain`."""
-    beta, g1 = _row_terms(weight, A, B, vectors, constants, scaling, direction, detach_norm)
+    beta, g1 = _row_terms(weight, A, B, vectors, norm, scaling, direction, detach_norm)
     z = x @ A.to(x.dtype).T
     update = (1 + g1) * beta * ((z * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T)
     return combine(torch.nn.functional.linear(x, weight, bias), update, g1, bias)
@@ -241,13 +260,13 @@ def delta_weight(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     vectors: Vectors,
-    constants: NormConstants | None = None,
+    norm: DenseTerms | None = None,
     *,
     scaling: float = 1.0,
     direction: Direction = "unit",
 ) -> Float[Tensor, "O I"]:
     """`W' - W`, dense, in the dtype of the vectors. Arguments as for `gain`."""
-    beta, g1 = _row_terms(weight, A, B, vectors, constants, scaling, direction, detach_norm=False)
+    beta, g1 = _row_terms(weight, A, B, vectors, norm, scaling, direction, detach_norm=False)
     return rescaled_delta(weight, A, B, vectors.lambda_d, beta, g1)
 
 
@@ -256,13 +275,13 @@ def merged_weight(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     vectors: Vectors,
-    constants: NormConstants | None = None,
+    norm: DenseTerms | None = None,
     *,
     scaling: float = 1.0,
     direction: Direction = "unit",
 ) -> Float[Tensor, "O I"]:
     """`W'`, dense, in the dtype of the vectors; W to the last bit if untrained. Arguments as for `gain`."""
-    delta = delta_weight(weight, A, B, vectors, constants, scaling=scaling, direction=direction)
+    delta = delta_weight(weight, A, B, vectors, norm, scaling=scaling, direction=direction)
     return weight.to(delta.dtype) + delta
 
 
@@ -271,12 +290,12 @@ def _row_terms(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     vectors: Vectors,
-    constants: NormConstants | None,
+    norm: DenseTerms | None,
     scaling: float,
     direction: Direction,
     detach_norm: bool,
 ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
     """`beta` and `g - 1` of every row, from the whole layer."""
-    constants = constants or norm_constants(weight, *decompose(A))
-    beta = row_scale(vectors.lambda_b, constants.w, scaling, direction)
-    return beta, gain_minus_one(vectors, constants, B, beta, detach_norm)
+    norm = norm or norm_terms(weight, A, B)
+    beta = row_scale(vectors.lambda_b, norm.w, scaling, direction)
+    return beta, gain_minus_one(vectors, norm, beta, detach_norm)

@@ -1,35 +1,91 @@
-"""The frozen random matrices A and B of DVoRA, held once and shared by all layers of all sizes.
+"""SharedProjections: the frozen random matrices A and B of DVoRA, held once and shared by all layers of all sizes.
 
-Dimensions: I in, O out, R rank, K = min(rank, in).
-
-    A (R, I): row k of A is row k of stream 0, cut to I columns and scaled by sqrt(2 / I)
-    B (O, R): column k of B is row k of stream 1, cut to O values and scaled by sqrt(2 / R)
-
-Both have the entry variance of Kaiming uniform, 2 / fan_in. The scale belongs to the layer's size and is not stored,
-so layers of any size and adapters of any rank use the same values (VeRA, arXiv 2310.11454).
+One interface, several kinds: `dense` holds matrices of independent or orthogonal rows, `structured` never needs one.
+Dimensions: T tokens, I in, O out, R rank.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
-from typing import Literal, cast, get_args
+from collections.abc import Mapping
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import generator
+from .dense import DenseMatrices
 from .shapes import Float
+from .siblings import LastProjection
+from .structured import StructuredMatrices
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
 
-Distribution = Literal["kaiming_uniform", "gaussian", "orthogonal"]
+Distribution = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
-_STREAM_A, _STREAM_B = 0, 1
-_ENTRY_VARIANCE = {"kaiming_uniform": 1 / 3, "gaussian": 1.0, "orthogonal": 1.0}
-_ROW = {"kaiming_uniform": generator.uniform_row, "gaussian": generator.gaussian_row}
+
+@runtime_checkable
+class Matrices(Protocol):
+    """What dense and structured matrices do; scales, sums and gradients of the norm are for `kernels` and `norms`."""
+
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Make the matrices for a layer now, and what norms in that dtype need."""
+
+    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
+        """`x A^T`."""
+
+    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
+        """`h A`."""
+
+    def expand(
+        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T O"]:
+        """`(z B^T) * scale`."""
+
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`."""
+
+    def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
+        """`sum_t d * (z B^T)`, in float32 or wider."""
+
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """Columns of A by index."""
+
+    def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
+        """The dense matrix A."""
+
+    def B(self, rank: int, out_features: int, dtype: torch.dtype) -> Float[Tensor, "O R"]:
+        """The dense matrix B."""
+
+    def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
+        """`G = A A^T`."""
+
+    def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
+        """`q = ||B diag(lambda_d) A||_row**2`."""
+
+    def row_squares_gradient(
+        self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
+    ) -> Float[Tensor, "R"]:
+        """The gradient of `(v * q).sum()` with respect to lambda_d."""
+
+    def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
+        """`cross = rowsum(W * (B diag(lambda_d) A))`, a few rows at a time."""
+
+    def row_dots_gradient(
+        self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int
+    ) -> Float[Tensor, "R"]:
+        """The gradient of `(v * cross).sum()` with respect to lambda_d."""
+
+    def probe(self) -> np.ndarray:
+        """Some values, for the fingerprint."""
+
+    def saved(self) -> dict[str, Tensor]:
+        """What files hold."""
+
+    def remade(self, name: str, saved: Tensor) -> Tensor | None:
+        """What a tensor of a file should be; None where there is no such tensor."""
 
 
 class SharedProjections(nn.Module):
@@ -40,8 +96,9 @@ class SharedProjections(nn.Module):
 
     Args:
         seed: names the matrices, 0 <= seed < 2**64.
-        distribution: "kaiming_uniform", "gaussian" or "orthogonal" (rows of A and columns of B orthogonal in blocks
-            of at most the layer's size). All three are bit for bit reproducible.
+        distribution: "structured" (a randomised trigonometric transform: rank is nearly free), or dense:
+            "kaiming_uniform", "gaussian", "rademacher" (signs) or "orthogonal" (rows of A and columns of B orthogonal
+            in blocks of at most the layer's size). All are bit for bit reproducible.
 
     Raises:
         TypeError: `seed` is not an integer.
@@ -52,73 +109,64 @@ class SharedProjections(nn.Module):
         super().__init__()
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
-        self._bases: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        structured = self.distribution == "structured"
+        self.kind: Matrices = StructuredMatrices(seed) if structured else DenseMatrices(seed, self.distribution)
+        self._last = LastProjection()
 
-    def reserve(self, rank: int, in_features: int, out_features: int) -> None:
-        """Make the matrices for a layer now, so that no forward pass has to."""
-        self._stored(_STREAM_A, rank, in_features)
-        self._stored(_STREAM_B, rank, out_features)
+    def reserve(
+        self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Make the matrices for a layer, and what norms in that dtype need, now, so that no forward pass has to."""
+        self.kind.reserve(rank, in_features, out_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
-        return nn.functional.linear(x * self._scale(x.shape[-1]), self._like(_STREAM_A, rank, x.shape[-1], x))
+        return self.kind.project(x, rank)
 
-    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
-        """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        stored = self._stored(_STREAM_A, rank, in_features).to(index.device)
-        return stored[:, index].movedim(0, -1).to(dtype) * self._scale(in_features)
+    def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
+        """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
+        return self._last.of(x, rank, reader, self.kind.project)
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return (h * self._scale(in_features)) @ self._like(_STREAM_A, h.shape[-1], in_features, h)
+        return self.kind.project_transpose(h, in_features)
 
-    def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
-        """`z B^T`, in the dtype of `z`."""
-        return (z * self._scale(z.shape[-1])) @ self._like(_STREAM_B, z.shape[-1], out_features, z)
+    def expand(
+        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T O"]:
+        """`(z B^T) * scale`, in the dtype of `z`."""
+        return self.kind.expand(z, out_features, scale)
 
-    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
-        """`d B`, the transpose of `expand`, in the dtype of `d`."""
-        return nn.functional.linear(d * self._scale(rank), self._like(_STREAM_B, rank, d.shape[-1], d))
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
+        return self.kind.expand_transpose(d, rank, scale)
+
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """`onehot(index) A^T`: columns of A by index, without reading the others."""
+        return self.kind.select(index, rank, in_features, dtype)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
         """The dense matrix `A`."""
-        return self._stored(_STREAM_A, rank, in_features).to(dtype) * self._scale(in_features)
+        return self.kind.A(rank, in_features, dtype)
 
     def B(self, rank: int, out_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O R"]:
         """The dense matrix `B`."""
-        return self._stored(_STREAM_B, rank, out_features).to(dtype).T * self._scale(rank)
+        return self.kind.B(rank, out_features, dtype)
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
         """`G = A A^T`, summed in float64."""
-        A = self.A(rank, in_features, torch.float64)
-        return (A @ A.T).to(dtype)
-
-    def factor(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R K"]:
-        """The matrix `L` of `A = L Q` with orthonormal rows `Q`; `L L^T = G`. Kept as a buffer for each size."""
-        name = f"factor_{rank}x{in_features}_{_dtype_name(dtype)}"
-        if name not in self._buffers:
-            self._decompose(rank, in_features, dtype)
-        return self.get_buffer(name)
-
-    def basis(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "K I"]:
-        """The matrix `Q` of `A = L Q`: an orthonormal basis of the rows of `A`, on the CPU. Kept for each size.
-
-        Only set-up needs it, so it is no buffer: it neither moves nor is exported.
-        """
-        if (rank, in_features, dtype) not in self._bases:
-            self._decompose(rank, in_features, dtype)
-        return self._bases[rank, in_features, dtype]
+        return self.kind.gram(rank, in_features, dtype)
 
     def fingerprint(self) -> str:
         """A short hash of format version, distribution and a probe of the values; equal means equal matrices."""
-        probe = [_unit_rows(self.distribution, self.seed, stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)]
         head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
-        return hashlib.sha256(head + np.stack(probe).astype("<f4").tobytes()).hexdigest()[:16]
+        return hashlib.sha256(head + self.kind.probe().astype("<f4").tobytes()).hexdigest()[:16]
 
     def matrices(self) -> dict[str, Tensor]:
-        """The stored values as they are written into files: unscaled, as large as any layer so far has needed."""
-        return {name: buffer for name, buffer in self.named_buffers() if name.startswith("stream_")}
+        """The stored values as they are written into files."""
+        return self.kind.saved()
 
     def check_matrices(self, matrices: Mapping[str, Tensor]) -> None:
         """Compare matrices of a file, as of `matrices`, with those made from the seed.
@@ -127,11 +175,7 @@ class SharedProjections(nn.Module):
             ValueError: a name or a value differs.
         """
         for name, saved in matrices.items():
-            kind, _, stream = name.partition("_")
-            made = None
-            if kind == "stream" and stream[:1] in ("0", "1") and saved.dim() == 2 and saved.is_floating_point():
-                rows, columns = saved.shape
-                made = self._generate(int(stream[:1]), rows, columns, None) if saved.numel() else None
+            made = self.kind.remade(name, saved) if saved.is_floating_point() else None
             if made is None or not torch.equal(made, saved.to(made)):
                 raise ValueError(
                     f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
@@ -141,71 +185,12 @@ class SharedProjections(nn.Module):
     def extra_repr(self) -> str:
         return f"seed={self.seed}, distribution={self.distribution!r}"
 
-    def _scale(self, fan_in: int) -> float:
-        return math.sqrt(2 / fan_in / _ENTRY_VARIANCE[self.distribution])
 
-    def _like(self, stream: int, rank: int, size: int, like: Tensor) -> Tensor:
-        return self._stored(stream, rank, size).to(device=like.device, dtype=like.dtype)
-
-    def _stored(self, stream: int, rank: int, size: int) -> Tensor:
-        """The unscaled values of one stream, (rank, size): a view of the largest matrix made so far."""
-        # Orthogonality holds for one size only, so these cannot be cut from a larger matrix.
-        name = f"stream_{stream}_{rank}x{size}" if self.distribution == "orthogonal" else f"stream_{stream}"
-        stored = self._buffers.get(name)
-        if stored is None or stored.shape[0] < rank or stored.shape[1] < size:
-            rows, columns = (rank, size) if stored is None else map(max, stored.shape, (rank, size))
-            device = None if stored is None else stored.device
-            stored = self._generate(stream, rows, columns, device)
-            self.register_buffer(name, stored, persistent=False)
-        return stored[:rank, :size]
-
-    def _generate(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.from_numpy(_unit_rows(self.distribution, self.seed, stream, rows, columns)).to(device=device)
-
-    def _decompose(self, rank: int, in_features: int, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            L, Q = decompose(self.A(rank, in_features, torch.float64))
-            name = f"factor_{rank}x{in_features}_{_dtype_name(dtype)}"
-            self.register_buffer(name, L.to(dtype), persistent=False)
-            self._bases[rank, in_features, dtype] = Q.to("cpu", dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SharedProjections":
-        # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
-        # `to_empty` would leave them undefined.
-        for name, stored in list(self._buffers.items()):
-            assert stored is not None
-            device = fn(stored.new_empty(0)).device
-            if not stored.is_meta or device.type == "meta":
-                self._buffers[name] = stored.to(device)
-            elif name.startswith("stream_"):
-                rows, columns = stored.shape
-                self._buffers[name] = self._generate(int(name.split("_")[1]), rows, columns, device)
-            else:
-                del self._buffers[name]
-        return self
-
-
-def decompose(A: Float[Tensor, "R I"]) -> tuple[Float[Tensor, "R K"], Float[Tensor, "K I"]]:
-    """`L` and `Q` of `A = L Q` with orthonormal rows of Q, by a QR decomposition in float64, in the dtype of A."""
-    q, r = torch.linalg.qr(A.double().T)
-    return r.T.contiguous().to(A.dtype), q.T.contiguous().to(A.dtype)
-
-
-def _unit_rows(distribution: str, seed: int, stream: int, rows: int, columns: int) -> np.ndarray:
-    """The unscaled values (rows, columns), float32. Orthogonal rows beyond the columns start independent blocks."""
-    if distribution != "orthogonal":
-        return np.stack([_ROW[distribution](seed, stream, row, columns) for row in range(rows)])
-    blocks = [
-        # Each block draws from a stream of its own: rows of one stream belong to one Gram-Schmidt.
-        generator.orthogonal_rows(seed, stream + 2 * (start // columns), min(columns, rows - start), columns)
-        for start in range(0, rows, columns)
-    ]
-    return np.concatenate(blocks)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def checked_distribution(distribution: str) -> Distribution:
+    """The distribution, if it is known."""
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
+    return cast(Distribution, distribution)
 
 
 def _checked_seed(seed: int) -> int:
@@ -214,10 +199,3 @@ def _checked_seed(seed: int) -> int:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in 0 .. 2**64 - 1, got {seed}")
     return seed
-
-
-def checked_distribution(distribution: str) -> Distribution:
-    """The distribution, if it is known."""
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
-    return cast(Distribution, distribution)

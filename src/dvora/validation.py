@@ -1,6 +1,6 @@
 """Checks of hyperparameters and of base weights, with messages that say what was expected."""
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ def check_norms(w: Float[Tensor, "O"], name: str) -> None:
             f"{name}: {int((~w.isfinite()).sum())} of {len(w)} rows of the base weight have no finite norm "
             "(NaN, infinity or overflow); repair the base model before adapting it"
         )
+
+
+def checked_norm_cache(norm_cache: object) -> Literal["auto"] | bool:
+    """Whether constants of the size (out, rank) are kept, if it says so."""
+    if norm_cache == "auto":
+        return "auto"
+    if isinstance(norm_cache, bool):
+        return norm_cache
+    raise ValueError(f'norm_cache must be "auto", True or False, got {norm_cache!r}')
 
 
 def checked_rank(rank: int) -> int:

@@ -3,9 +3,10 @@
 from .config import DVoRAConfig
 from .hotswap import hotswap_adapter
 from .layer import DVoRALayer
+from .merging import merged
 from .model import DVoRAModel
 from .registration import register
 
 register()
 
-__all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel", "hotswap_adapter"]
+__all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel", "hotswap_adapter", "merged"]

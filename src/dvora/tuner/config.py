@@ -19,6 +19,7 @@ from ..validation import (
     checked_alpha,
     checked_d_initial,
     checked_direction,
+    checked_norm_cache,
     checked_rank,
     checked_strength,
     fits_float32,
@@ -51,7 +52,10 @@ class DVoRAConfig(PeftConfig):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
-        projection_init: their distribution, "kaiming_uniform", "gaussian" or "orthogonal".
+        projection_init: their kind, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured", which
+            makes the rank nearly free.
+        norm_cache: keep the constants of the norm, (out, r) values a layer, or make them again from the weight in every
+            step; "auto" keeps them while they are small, `norms.cache_dtype` says when.
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
             the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
@@ -91,6 +95,7 @@ class DVoRAConfig(PeftConfig):
     dvora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the update"})
     projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
     projection_init: str = field(default="kaiming_uniform", metadata={"help": "their distribution"})
+    norm_cache: bool | str = field(default="auto", metadata={"help": "keep the constants of the norm"})
     save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
@@ -257,6 +262,7 @@ class DVoRAConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         checked_direction(self.direction)
+        checked_norm_cache(self.norm_cache)
         if self.bias not in BIASES:
             raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
         if not (_all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):

@@ -13,7 +13,7 @@ from .. import generator
 from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..functional import Vectors, row_norm
 from ..projections import SharedProjections, checked_distribution
-from ..validation import checked_direction
+from ..validation import checked_direction, checked_norm_cache
 from .base_probes import probes_of
 from .config import DVoRAConfig
 from .kinds import skipped_column
@@ -47,6 +47,8 @@ def measure(target: Target, config: DVoRAConfig, shared: SharedProjections) -> M
         detach_norm=config.detach_norm,
         layout=target.kind.layout,
         skipped_column=skipped_column(target.base()),
+        readable=target.is_readable(),
+        norm_cache=checked_norm_cache(config.norm_cache),
         name=target.name,
     )
     return Measured(adapted, probes_of(target.kind.layout.matrix(weight), adapted.w))

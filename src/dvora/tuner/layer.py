@@ -18,6 +18,7 @@ from ..merging import merge, warn_of_losses
 from ..shapes import Float
 from .base import bias_of, check_gradient, check_mergeable, laid_out_like, measured_bias, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
+from .operations import linear
 from .operating_weight import device_of, input_dtype, keep_differentiable
 from .rows import check_rows, mixed_outputs
 from .vectors import VECTORS, Strength, VectorDict
@@ -194,27 +195,30 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return self.kind.layout.stored(self._delta([adapter_name], weight), weight.shape)
 
     def _adapt(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        low_rank, features = self.kind.low_rank, -1 - self.kind.spatial
-        assert low_rank is not None
         check_gradient(self.base_layer, self.kind, x, base_output, self.name)
-        outputs = base_output.movedim(features, -1)
-        updates, gains = [], []
-        for name in adapter_names:
-            if name in self.dvora_adapted:
-                adapted, vectors = self.adapted(name), self.vectors(name)
-                if adapted.rank:
-                    product = low_rank(adapted, self.base_layer, x, vectors.lambda_d, self.dvora_dropout[name])
-                    product = laid_out_like(outputs, product)
-                else:
-                    product = outputs.new_zeros(1).expand_as(outputs)
-                update, g1 = adapted.update(product, vectors, self.stored(), self.strength(name))
-                updates.append(update)
-                gains.append(g1)
-        if not updates:
+        names = [name for name in adapter_names if name in self.dvora_adapted]
+        if not names:
             return base_output
-        bias = bias_of(self.base_layer, self.measured_bias)
+        stored, bias = self.stored(), bias_of(self.base_layer, self.measured_bias)
+        factors = [self.adapted(n).row_factors(self.vectors(n), stored, self.strength(n)) for n in names]
+        if len(names) == 1 and self.kind.low_rank is linear:
+            dropped, lambda_d = self.dvora_dropout[names[0]](x), self.vectors(names[0]).lambda_d
+            return self.adapted(names[0]).combine(base_output, dropped, lambda_d, factors[0], bias)
+        features = -1 - self.kind.spatial
+        outputs = base_output.movedim(features, -1)
+        updates = [f.scale * self._product(name, x, outputs) for name, f in zip(names, factors, strict=True)]
+        gains = [f.gain_minus_one for f in factors]
         summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
         return summed.movedim(-1, features)
+
+    def _product(self, adapter_name: str, x: Tensor, outputs: Tensor) -> Float[Tensor, "*T O"]:
+        """The inputs through A, lambda_d and B of one adapter, laid out as the outputs are."""
+        adapted, low_rank = self.adapted(adapter_name), self.kind.low_rank
+        assert low_rank is not None
+        if not adapted.rank:
+            return outputs.new_zeros(1).expand_as(outputs)
+        lambda_d, dropout = self.vectors(adapter_name).lambda_d, self.dvora_dropout[adapter_name]
+        return laid_out_like(outputs, low_rank(adapted, self.base_layer, x, lambda_d, dropout))
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         check_rows(adapter_names, x, self.merged_adapters, self.name)

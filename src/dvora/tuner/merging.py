@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -50,6 +52,37 @@ def unmerge_model(model: nn.Module) -> None:
     for layer in [*merged, *(other for other in _other_layers(model) if other.merged)]:
         with onload_layer(layer):
             layer.unmerge()
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within it a model in evaluation has its active adapters merged, and runs as fast as its base.
+
+    The weights' own bits come back at the end, from copies that are kept on the CPU until then.
+
+    Args:
+        model: with adapters, in evaluation mode.
+
+    Raises:
+        TypeError: a layer is quantised or computes its weight in every pass; nothing is merged.
+        ValueError: the model is in training mode, has no adapters or has merged ones, or a value is not finite.
+
+    Warns:
+        MergePrecisionWarning: the dtype swallows a considerable part of the update.
+    """
+    layers = layers_in(model)
+    if not layers:
+        raise ValueError(f"model of type {type(model).__name__} has no DVoRA layers to merge")
+    if model.training:
+        raise ValueError("merged is for evaluation, and merged adapters cannot be trained; call model.eval() first")
+    if already := [layer.name for layer in layers if layer.merged]:
+        raise ValueError(f"adapters are merged already (in {already[0]} and others); call unmerge_adapter first")
+    merge_model(model, None, keep_original=True, safe_merge=False)
+    try:
+        yield
+    finally:
+        if any(layer.merged for layer in layers):
+            unmerge_model(model)
 
 
 def _other_layers(model: nn.Module) -> list[BaseTunerLayer]:

@@ -36,6 +36,11 @@ class Target(NamedTuple):
         """The layer that holds the weight."""
         return _base_of(self.layer, self.name)
 
+    def is_readable(self) -> bool:
+        """Whether the weight is at hand in every pass: it is not of a quantised or an offloaded layer."""
+        stored = stored_weight(self.base(), self.kind, self.parameter_name)
+        return stored is not None and not stored.is_meta
+
     def weight(self) -> Tensor:
         """The base's own weight, as stored.
 

@@ -1,0 +1,274 @@
+"""The dense kinds of the frozen matrices A and B: independent random entries, or rows made orthogonal.
+
+Dimensions: T tokens, I in, O out, R rank.
+
+    A (R, I): row k of A is row k of stream 0, cut to I columns and scaled by sqrt(2 / I)
+    B (O, R): column k of B is row k of stream 1, cut to O values and scaled by sqrt(2 / R)
+
+Both have the entry variance of Kaiming uniform, 2 / fan_in. The scale belongs to the layer's size and is not stored,
+so layers of any size and adapters of any rank use the same values (VeRA, arXiv 2310.11454).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import generator
+from .precision import norm_dtype
+from .shapes import Float
+from .transforms import transforming
+
+_STREAM_A, _STREAM_B = 0, 1
+_SPLIT_RANK = 64
+_CHUNK_VALUES = 2**18
+"""Values of a weight that are projected at a time."""
+_ENTRY_VARIANCE = {"kaiming_uniform": 1 / 3, "gaussian": 1.0, "rademacher": 1.0, "orthogonal": 1.0}
+_ROW = {
+    "kaiming_uniform": generator.uniform_row,
+    "gaussian": generator.gaussian_row,
+    "rademacher": generator.sign_row,
+}
+
+
+class DenseMatrices(nn.Module):
+    """A and B of one seed and distribution as stored matrices, as large as any layer so far has needed.
+
+    Args:
+        seed: names the matrices.
+        distribution: "kaiming_uniform", "gaussian", "rademacher" or "orthogonal".
+    """
+
+    def __init__(self, seed: int, distribution: str) -> None:
+        super().__init__()
+        self.seed = seed
+        self.distribution = distribution
+
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Make the matrices for a layer now, so that no forward pass has to."""
+        self._stored(_STREAM_A, rank, in_features)
+        self._stored(_STREAM_B, rank, out_features)
+        self.gram(rank, in_features, dtype)
+
+    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
+        """`x A^T`, in the dtype of `x`."""
+        matrix = self._like(_STREAM_A, rank, x.shape[-1], x)
+        return _product(x, matrix.T, self._scale(x.shape[-1]))
+
+    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
+        """`h A`, in the dtype of `h`."""
+        return _product(h, self._like(_STREAM_A, h.shape[-1], in_features, h), self._scale(in_features))
+
+    def expand(
+        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T O"]:
+        """`(z B^T) * scale`, in the dtype of `z`."""
+        rank = z.shape[-1]
+        matrix = self._stored(_STREAM_B, rank, out_features).to(z.device)
+        if scale is not None and z.numel() > rank**2:
+            # More tokens than the rank: the scale costs least on the matrix.
+            return _product(z, (matrix * scale).to(z.dtype), self._scale(rank))
+        outputs = _product(z, matrix.to(z.dtype), self._scale(rank))
+        return outputs if scale is None else outputs * scale.to(z.dtype)
+
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`, in the dtype of `d`."""
+        matrix = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
+        if scale is not None and d.numel() > rank * d.shape[-1]:
+            return _product(d, (matrix * scale).to(d.dtype).T, self._scale(rank))
+        scaled = d if scale is None else d * scale.to(d.dtype)
+        return _product(scaled, matrix.to(d.dtype).T, self._scale(rank))
+
+    def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
+        """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""
+        matrix = self._stored(_STREAM_B, z.shape[-1], d.shape[-1]).to(d.device, norm_dtype(d.dtype))
+        products = (z.T @ d).to(matrix.dtype)
+        return torch.linalg.vecdot(products, matrix, dim=0) * self._scale(z.shape[-1])
+
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """`onehot(index) A^T`: columns of A by index, without reading the others."""
+        stored = self._stored(_STREAM_A, rank, in_features).to(index.device)
+        return stored[:, index].movedim(0, -1).to(dtype) * self._scale(in_features)
+
+    def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
+        """The dense matrix A."""
+        return self._stored(_STREAM_A, rank, in_features).to(dtype) * self._scale(in_features)
+
+    def B(self, rank: int, out_features: int, dtype: torch.dtype) -> Float[Tensor, "O R"]:
+        """The dense matrix B."""
+        return self._stored(_STREAM_B, rank, out_features).to(dtype).T * self._scale(rank)
+
+    def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
+        """`G = A A^T`, summed in float64. Kept as a buffer for each size."""
+        name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
+        if name not in self._buffers:
+            with torch.inference_mode(False), torch.no_grad():
+                A = self.A(rank, in_features, torch.float64)
+                self.register_buffer(name, (A @ A.T).to(dtype), persistent=False)
+        return self.get_buffer(name)
+
+    def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
+        """`q = ||B diag(lambda_d) A||_row**2`, from G: `O R**2` operations."""
+        B, G = self._quadratic(lambda_d, in_features, out_features)
+        if self._has_orthogonal_rows(lambda_d, in_features):
+            return (G.diagonal() * lambda_d.square()) @ B.square()
+        U = B * lambda_d[:, None]
+        # G is symmetric: its lower blocks give the sum, those off the diagonal counted twice.
+        parts = []
+        for k in _blocks(len(lambda_d)):
+            H = G[k, k] @ U[k]
+            if k.start:
+                H = H + 2 * (G[k, : k.start] @ U[: k.start])
+            parts.append((U[k] * H).sum(0))
+        return sum(parts[1:], parts[0])
+
+    def row_squares_gradient(
+        self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
+    ) -> Float[Tensor, "R"]:
+        """The gradient of `(v * q).sum()` with respect to lambda_d, `2 ((B^T diag(v) B) * G) lambda_d`."""
+        B, G = self._quadratic(lambda_d, in_features, len(v))
+        if self._has_orthogonal_rows(lambda_d, in_features):
+            return 2 * G.diagonal() * lambda_d * (B.square() @ v)
+        scaled = B * (2 * v)
+        parts = []
+        for k in _blocks(len(lambda_d)):
+            lower = (scaled[k] @ B[: k.stop].T) * G[k, : k.stop]
+            above = lower[:, : k.start].T @ lambda_d[k]
+            parts.append(torch.cat([above, lower @ lambda_d[: k.stop], lambda_d.new_zeros(len(lambda_d) - k.stop)]))
+        return sum(parts[1:], parts[0])
+
+    def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
+        """`cross = rowsum(W * (B diag(lambda_d) A))`, without keeping anything of (O, R)."""
+        B = self.B(len(lambda_d), len(weight), lambda_d.dtype).to(weight.device)
+        parts = [
+            (self.project(part.to(lambda_d.dtype), len(lambda_d)) * rows) @ lambda_d
+            for part, rows in _row_chunks(weight, B)
+        ]
+        return torch.cat(parts)
+
+    def row_dots_gradient(
+        self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int
+    ) -> Float[Tensor, "R"]:
+        """The gradient of `(v * cross).sum()` with respect to lambda_d."""
+        B = self.B(rank, len(weight), v.dtype).to(weight.device)
+        starts = _row_chunks(weight, B, v)
+        parts = [v_part @ (self.project(part.to(v.dtype), rank) * rows) for part, rows, v_part in starts]
+        return sum(parts[1:], parts[0])
+
+    def probe(self) -> np.ndarray:
+        """Some values, (2, 8, 16), float32."""
+        return np.stack([self._unit_rows(stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)])
+
+    def saved(self) -> dict[str, Tensor]:
+        """The stored values as they are written into files: unscaled, as large as any layer so far has needed."""
+        return {name: buffer for name, buffer in self.named_buffers() if name.startswith("stream_")}
+
+    def remade(self, name: str, saved: Tensor) -> Tensor | None:
+        """What a matrix of a file, named as in `saved`, should be; None where there is no such matrix."""
+        kind, _, stream = name.partition("_")
+        if kind != "stream" or stream[:1] not in ("0", "1") or saved.dim() != 2 or not saved.numel():
+            return None
+        return self._generate(int(stream[:1]), *saved.shape, None)
+
+    def _scale(self, fan_in: int) -> float:
+        return math.sqrt(2 / fan_in / _ENTRY_VARIANCE[self.distribution])
+
+    def _quadratic(
+        self, like: Tensor, in_features: int, out_features: int
+    ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
+        """Transposed B without its scale, and G with the square of that scale."""
+        rank = len(like)
+        B = self._stored(_STREAM_B, rank, out_features).to(like)
+        return B, self.gram(rank, in_features, like.dtype).to(like.device) * self._scale(rank) ** 2
+
+    def _has_orthogonal_rows(self, like: Tensor, in_features: int) -> bool:
+        """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""
+        return self.distribution == "orthogonal" and len(like) <= in_features and like.dtype == torch.float32
+
+    def _like(self, stream: int, rank: int, size: int, like: Tensor) -> Tensor:
+        return self._stored(stream, rank, size).to(device=like.device, dtype=like.dtype)
+
+    def _stored(self, stream: int, rank: int, size: int) -> Tensor:
+        """The unscaled values of one stream, (rank, size): a view of the largest matrix made so far."""
+        # Orthogonality holds for one size only, so these cannot be cut from a larger matrix.
+        name = f"stream_{stream}_{rank}x{size}" if self.distribution == "orthogonal" else f"stream_{stream}"
+        stored = self._buffers.get(name)
+        if stored is None or stored.shape[0] < rank or stored.shape[1] < size:
+            rows, columns = (rank, size) if stored is None else map(max, stored.shape, (rank, size))
+            device = None if stored is None else stored.device
+            stored = self._generate(stream, rows, columns, device)
+            self.register_buffer(name, stored, persistent=False)
+        return stored[:rank, :size]
+
+    def _generate(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.from_numpy(self._unit_rows(stream, rows, columns)).to(device=device)
+
+    def _unit_rows(self, stream: int, rows: int, columns: int) -> np.ndarray:
+        """The unscaled values (rows, columns), float32. Orthogonal rows beyond the columns start independent blocks."""
+        if self.distribution != "orthogonal":
+            made = [_ROW[self.distribution](self.seed, stream, row, columns) for row in range(rows)]
+            return np.stack(made).astype(np.float32)
+        blocks = [
+            # Each block draws from a stream of its own: rows of one stream belong to one Gram-Schmidt.
+            generator.orthogonal_rows(self.seed, stream + 2 * (start // columns), min(columns, rows - start), columns)
+            for start in range(0, rows, columns)
+        ]
+        return np.concatenate(blocks)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseMatrices":
+        # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
+        # `to_empty` would leave them undefined.
+        for name, stored in list(self._buffers.items()):
+            assert stored is not None
+            device = fn(stored.new_empty(0)).device
+            if not stored.is_meta or device.type == "meta":
+                self._buffers[name] = stored.to(device)
+            elif name.startswith("stream_"):
+                rows, columns = stored.shape
+                self._buffers[name] = self._generate(int(name.split("_")[1]), rows, columns, device)
+            else:
+                del self._buffers[name]
+        return self
+
+
+def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
+    """`scale a b`."""
+    if a.dtype.itemsize < 4 or transforming() or b.requires_grad:
+        # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
+        return (a * scale) @ b
+    product: Tensor = _ScaledProduct.apply(a, b, scale)
+    return product
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """`scale a b` for a constant b: the scale is part of the product in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(b)
+        product = torch.addmm(b[0], a.reshape(-1, a.shape[-1]), b, beta=0, alpha=scale)
+        return product.view(*a.shape[:-1], b.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (b,) = ctx.saved_tensors
+        return _product(gradient, b.T, ctx.scale), None, None
+
+
+def _blocks(rank: int) -> list[slice]:
+    """Four slices of the rank, or one where they would be too thin to be worth it."""
+    width = rank if rank < _SPLIT_RANK else -(-rank // 4)
+    return [slice(start, min(start + width, rank)) for start in range(0, rank, width)]
+
+
+def _row_chunks(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of a weight, a few at a time, with those of other tensors."""
+    rows = max(1, _CHUNK_VALUES // weight.shape[1])
+    return zip(weight.split(rows), *(other.split(rows) for other in others), strict=True)
