@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ..shapes import Float
 
-_TILE = 4096
-"""Values of one tensor in a program: 32 a thread, which are four loads of 16 bytes in half precision."""
+_FORWARD_BYTES = 8192
+"""Of one tensor in a program of the forward pass: four loads of 16 bytes a thread."""
+_BACKWARD_BYTES = 4096
+"""Of one tensor in a program of the backward pass, which also keeps two tiles of sums in registers."""
 _WIDTH = 256
+WARPS = 4
 _PROGRAMS = 1024
 """How many programs the backward pass aims at: several for each multiprocessor of the largest devices."""
 
@@ -58,7 +61,7 @@ def combine(
     if not y.numel():
         return y
     base_output, low_rank = _row_strided(base_output), _row_strided(low_rank)
-    rows, columns = tile_of(T, O)
+    rows, columns = forward_tile(T, O, y.dtype)
     with torch.cuda.device_of(y):
         _combine_kernel[(triton.cdiv(T, rows) * triton.cdiv(O, columns),)](
             base_output,
@@ -71,10 +74,11 @@ def combine(
             O,
             base_output.stride(0),
             low_rank.stride(0),
-            WIDE=_wide(y.dtype),
+            WIDE=wide(y.dtype),
             ROWS=rows,
             COLUMNS=columns,
-            num_warps=4,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return y
 
@@ -97,8 +101,7 @@ def combine_backward(
     T, O = base_output.shape
     base = torch.empty((T, O), dtype=base_output.dtype, device=base_output.device)
     scaled = torch.empty_like(base, dtype=(output_gradient if low_rank is None else low_rank).dtype)
-    rows, columns = tile_of(T, O)
-    chunk = chunk_of(T, O)
+    (rows, columns), chunk = backward_tile(T, O, base.dtype)
     chunks = triton.cdiv(T, chunk)
     partial = gain_minus_one.new_empty((1 if low_rank is None else 2, chunks, O))
     if base.numel():
@@ -122,29 +125,36 @@ def combine_backward(
                 delta.stride(0),
                 base_output.stride(0),
                 0 if low_rank is None else low_rank.stride(0),
-                WIDE=_wide(base.dtype),
+                WIDE=wide(base.dtype),
                 ROWS=rows,
                 COLUMNS=columns,
-                num_warps=4,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
             )
     sums = partial.sum(1)
     return CombineGradients(base, scaled, sums[0], None if low_rank is None else sums[1])
 
 
-def tile_of(T: int, O: int) -> tuple[int, int]:
-    """Rows and columns of one program's tile: wide enough for whole cache lines, no larger than the tensor."""
-    columns = min(_WIDTH, triton.next_power_of_2(O))
-    return max(1, min(_TILE // columns, triton.next_power_of_2(T))), columns
+def forward_tile(T: int, O: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns that one program of the forward pass computes."""
+    return _tile(T, O, _FORWARD_BYTES // dtype.itemsize)
 
 
-def chunk_of(T: int, O: int) -> int:
-    """Rows that one program of the backward pass sums up: whole tiles, as many programs as keep a device busy."""
-    rows, columns = tile_of(T, O)
+def backward_tile(T: int, O: int, dtype: torch.dtype) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a tile of the backward pass, and the rows that one program sums up, tile by tile."""
+    rows, columns = _tile(T, O, _BACKWARD_BYTES // dtype.itemsize)
     chunks = max(1, _PROGRAMS // triton.cdiv(O, columns))
-    return max(1, triton.cdiv(triton.cdiv(T, rows), chunks)) * rows
+    return (rows, columns), max(1, triton.cdiv(triton.cdiv(T, rows), chunks)) * rows
 
 
-def _wide(dtype: torch.dtype) -> Any:
+def _tile(T: int, O: int, values: int) -> tuple[int, int]:
+    """Powers of two: wide enough for whole cache lines, no larger than the tensor."""
+    columns = min(_WIDTH, triton.next_power_of_2(O))
+    return max(1, min(values // columns, triton.next_power_of_2(T))), columns
+
+
+def wide(dtype: torch.dtype) -> Any:
+    """The dtype, of triton, that a kernel for tensors of `dtype` computes in."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
