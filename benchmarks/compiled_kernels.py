@@ -35,18 +35,18 @@ class Case(NamedTuple):
     arguments: dict[str, str]
     """Types of the arguments that are known at run time only."""
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, int]
 
 
-def combine_cases(T: int, O: int, dtype: torch.dtype = HALF) -> Iterator[Case]:
+def combine_cases(T: int, out: int, dtype: torch.dtype = HALF) -> Iterator[Case]:
     """Forward and backward, with and without a bias, with and without a low-rank product."""
     vector = "*fp64" if dtype == torch.float64 else "*fp32"
-    forward, (backward, _) = triton_combine.forward_tile(T, O, dtype), triton_combine.backward_tile(T, O, dtype)
-    for kernel, (rows, columns), optional in (
-        (triton_combine._combine_kernel, forward, ("bias_ptr",)),
-        (triton_combine._combine_backward_kernel, backward, ("bias_ptr", "low_rank_ptr")),
+    rows, columns = triton_combine.tile_of(T, out, dtype)
+    constants = {"WIDE": triton_combine.wide(dtype), "ROWS": rows, "COLUMNS": columns}
+    for kernel, optional in (
+        (triton_combine._combine_kernel, ("bias_ptr",)),
+        (triton_combine._combine_backward_kernel, ("bias_ptr", "low_rank_ptr")),
     ):
-        constants = {"WIDE": triton_combine.wide(dtype), "ROWS": rows, "COLUMNS": columns}
         for missing in ((), *((name,) for name in optional)):
             types = {
                 name: vector if name in ("gain_ptr", "scale_ptr", "partial_ptr") else _POINTER[dtype]
@@ -54,8 +54,15 @@ def combine_cases(T: int, O: int, dtype: torch.dtype = HALF) -> Iterator[Case]:
                 if name.endswith("_ptr") and name not in missing
             }
             numbers = {name: "i32" for name in kernel.arg_names if not name.endswith("_ptr") and name not in constants}
-            sizes = f"{T} x {O}" + "".join(f", no {name.removesuffix('_ptr')}" for name in missing)
-            yield Case(kernel, sizes, dtype, types | numbers, constants | dict.fromkeys(missing), triton_combine.WARPS)
+            sizes = f"{T} x {out}" + "".join(f", no {name.removesuffix('_ptr')}" for name in missing)
+            yield Case(
+                kernel,
+                sizes,
+                dtype,
+                types | numbers,
+                constants | dict.fromkeys(missing),
+                {"num_warps": triton_combine.WARPS},
+            )
 
 
 def kronecker_case(T: int, left: tuple[int, int], right: tuple[int, int], dtype: torch.dtype = HALF) -> Case:
@@ -67,8 +74,9 @@ def kronecker_case(T: int, left: tuple[int, int], right: tuple[int, int], dtype:
     constants["PRECISION"] = triton_kronecker.precision_of(dtype)
     types = dict.fromkeys(("left_ptr", "right_ptr", "in_scale_ptr", "out_scale_ptr"), "*fp32")
     types |= {"x_ptr": _POINTER[dtype], "y_ptr": _POINTER[dtype], "T": "i32", "x_stride": "i32"}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     sizes = f"{T} x ({n1} * {n2}) -> ({r1} * {r2})"
-    return Case(triton_kronecker._kronecker_kernel, sizes, dtype, types, constants, blocks.warps)
+    return Case(triton_kronecker._kronecker_kernel, sizes, dtype, types, constants, options)
 
 
 def cases() -> Iterator[Case]:
@@ -94,40 +102,36 @@ def compiled(case: Case) -> Any:
     # A size of one would be a constant at run time; everything else divides by 16.
     aligned = [i for i, name in enumerate(names) if name in case.arguments and name not in ("T", "chunk", "chunks")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    # Contraction into fused multiply-adds is named, as at the launch: its default differs between releases.
     source = ASTSource(case.kernel, signature, case.constants, attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": case.warps, "enable_fp_fusion": True})
+    return triton.compile(source, target=TARGET, options=case.options | {"enable_fp_fusion": True})
 
 
 def resources(case: Case) -> dict[str, object]:
     """One row of the table: what a program of the kernel takes."""
     kernel = compiled(case)
-    report = _ptxas_report(kernel.asm["ptx"])
+    usage = _resource_usage(kernel.asm["cubin"])
     return {
         "kernel": case.kernel.__name__.strip("_").removesuffix("_kernel"),
         "sizes": case.sizes,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "warps": case.warps,
-        "registers": _number(r"Used (\d+) registers", report),
-        "spilled bytes": _number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
+        "warps": case.options["num_warps"],
+        "registers": usage["REG"],
+        # Registers that do not fit live on the stack, in memory.
+        "spilled bytes": usage["STACK"] + usage["LOCAL"],
         "shared bytes": kernel.metadata.shared,
         "tensor cores": sorted(set(re.findall(r"\b(?:wgmma|mma)\.[\w.]*\.(?:tf32|bf16|f16)\b", kernel.asm["ptx"]))),
     }
 
 
-def _ptxas_report(ptx: str) -> str:
-    """What the assembler that triton brings along says of a program."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx, encoding="utf-8")
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-        command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", str(source), "-o", str(source.with_suffix(".o"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _number(pattern: str, text: str) -> int:
-    return int(re.search(pattern, text).group(1))
+def _resource_usage(binary: bytes) -> dict[str, int]:
+    """What the compiled program itself declares, in registers a thread and bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
 
 
 def main() -> None:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..shapes import Float
 
-_FORWARD_BYTES = 8192
-"""Of one tensor in a program of the forward pass: four loads of 16 bytes a thread."""
-_BACKWARD_BYTES = 4096
-"""Of one tensor in a program of the backward pass, which also keeps two tiles of sums in registers."""
-_WIDTH = 256
+_TILE_BYTES = 4096
+"""Of one tensor in a program: two loads of 16 bytes a thread, few enough registers for many programs at a time."""
+_WIDTH = 128
+"""Columns of a program: whole cache lines, and tall tiles, which read the vectors seldom."""
 WARPS = 4
 _PROGRAMS = 1024
 """How many programs the backward pass aims at: several for each multiprocessor of the largest devices."""
@@ -56,14 +55,14 @@ def combine(
         scale: `g beta`, of the same dtype.
         bias: the base's, in any dtype, or None.
     """
-    T, O = base_output.shape
-    y = torch.empty((T, O), dtype=base_output.dtype, device=base_output.device)
+    T, out = base_output.shape
+    y = torch.empty((T, out), dtype=base_output.dtype, device=base_output.device)
     if not y.numel():
         return y
     base_output, low_rank = _row_strided(base_output), _row_strided(low_rank)
-    rows, columns = forward_tile(T, O, y.dtype)
+    rows, columns = tile_of(T, out, y.dtype)
     with torch.cuda.device_of(y):
-        _combine_kernel[(triton.cdiv(T, rows) * triton.cdiv(O, columns),)](
+        _combine_kernel[(triton.cdiv(T, rows) * triton.cdiv(out, columns),)](
             base_output,
             low_rank,
             gain_minus_one.contiguous(),
@@ -71,7 +70,7 @@ def combine(
             None if bias is None else bias.contiguous(),
             y,
             T,
-            O,
+            out,
             base_output.stride(0),
             low_rank.stride(0),
             WIDE=wide(y.dtype),
@@ -98,17 +97,17 @@ def combine_backward(
         base_output, gain_minus_one, scale, bias: as in the forward pass.
         low_rank: as in the forward pass, or None where the gradient of the scale comes from elsewhere.
     """
-    T, O = base_output.shape
-    base = torch.empty((T, O), dtype=base_output.dtype, device=base_output.device)
+    T, out = base_output.shape
+    base = torch.empty((T, out), dtype=base_output.dtype, device=base_output.device)
     scaled = torch.empty_like(base, dtype=(output_gradient if low_rank is None else low_rank).dtype)
-    (rows, columns), chunk = backward_tile(T, O, base.dtype)
+    (rows, columns), chunk = tile_of(T, out, base.dtype), chunk_of(T, out, base.dtype)
     chunks = triton.cdiv(T, chunk)
-    partial = gain_minus_one.new_empty((1 if low_rank is None else 2, chunks, O))
+    partial = gain_minus_one.new_empty((1 if low_rank is None else 2, chunks, out))
     if base.numel():
         delta, base_output = _row_strided(output_gradient), _row_strided(base_output)
         low_rank = None if low_rank is None else _row_strided(low_rank)
         with torch.cuda.device_of(base):
-            _combine_backward_kernel[(chunks * triton.cdiv(O, columns),)](
+            _combine_backward_kernel[(chunks * triton.cdiv(out, columns),)](
                 delta,
                 base_output,
                 low_rank,
@@ -119,7 +118,7 @@ def combine_backward(
                 scaled,
                 partial,
                 T,
-                O,
+                out,
                 chunk,
                 chunks,
                 delta.stride(0),
@@ -135,22 +134,17 @@ def combine_backward(
     return CombineGradients(base, scaled, sums[0], None if low_rank is None else sums[1])
 
 
-def forward_tile(T: int, O: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns that one program of the forward pass computes."""
-    return _tile(T, O, _FORWARD_BYTES // dtype.itemsize)
+def tile_of(T: int, out: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of a tile: powers of two, no larger than the tensor needs."""
+    columns = min(_WIDTH, triton.next_power_of_2(out))
+    return max(1, min(_TILE_BYTES // dtype.itemsize // columns, triton.next_power_of_2(T))), columns
 
 
-def backward_tile(T: int, O: int, dtype: torch.dtype) -> tuple[tuple[int, int], int]:
-    """Rows and columns of a tile of the backward pass, and the rows that one program sums up, tile by tile."""
-    rows, columns = _tile(T, O, _BACKWARD_BYTES // dtype.itemsize)
-    chunks = max(1, _PROGRAMS // triton.cdiv(O, columns))
-    return (rows, columns), max(1, triton.cdiv(triton.cdiv(T, rows), chunks)) * rows
-
-
-def _tile(T: int, O: int, values: int) -> tuple[int, int]:
-    """Powers of two: wide enough for whole cache lines, no larger than the tensor."""
-    columns = min(_WIDTH, triton.next_power_of_2(O))
-    return max(1, min(values // columns, triton.next_power_of_2(T))), columns
+def chunk_of(T: int, out: int, dtype: torch.dtype) -> int:
+    """Rows that a program of the backward pass sums up: whole tiles, and as many programs as keep a device busy."""
+    rows, columns = tile_of(T, out, dtype)
+    chunks = max(1, _PROGRAMS // triton.cdiv(out, columns))
+    return max(1, int(triton.cdiv(triton.cdiv(T, rows), chunks))) * rows
 
 
 def wide(dtype: torch.dtype) -> Any:
@@ -172,31 +166,31 @@ def _combine_kernel(
     bias_ptr,
     y_ptr,
     T,
-    O,
+    out,
     base_stride,
     low_rank_stride,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    program, across = tl.program_id(0), tl.cdiv(O, COLUMNS)
+    program, across = tl.program_id(0), tl.cdiv(out, COLUMNS)
     column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
     # 64 bits: a long batch of a wide layer has more than 2**31 values.
     first = (program // across).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
-    inside = (first + row < T) & (column < O)[None, :]
+    inside = (first + row < T) & (column < out)[None, :]
 
-    gain_minus_one = tl.load(gain_ptr + column, column < O, other=0).to(WIDE)
-    scale = tl.load(scale_ptr + column, column < O, other=0).to(WIDE)
+    gain_minus_one = tl.load(gain_ptr + column, column < out, other=0).to(WIDE)
+    scale = tl.load(scale_ptr + column, column < out, other=0).to(WIDE)
     base = tl.load(base_ptr + first * base_stride + row * base_stride + column[None, :], inside, other=0).to(WIDE)
     low_rank = tl.load(
         low_rank_ptr + first * low_rank_stride + row * low_rank_stride + column[None, :], inside, other=0
     ).to(WIDE)
     unbiased = base
     if bias_ptr is not None:
-        unbiased -= tl.load(bias_ptr + column, column < O, other=0).to(WIDE)[None, :]
+        unbiased -= tl.load(bias_ptr + column, column < out, other=0).to(WIDE)[None, :]
     y = base + (gain_minus_one[None, :] * unbiased + scale[None, :] * low_rank)
-    tl.store(y_ptr + first * O + row * O + column[None, :], y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + first * out + row * out + column[None, :], y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -211,7 +205,7 @@ def _combine_backward_kernel(
     scaled_ptr,
     partial_ptr,
     T,
-    O,
+    out,
     chunk,
     chunks,
     delta_stride,
@@ -221,14 +215,14 @@ def _combine_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    program, across = tl.program_id(0), tl.cdiv(O, COLUMNS)
+    program, across = tl.program_id(0), tl.cdiv(out, COLUMNS)
     column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
     part = (program // across).to(tl.int64)
-    gain = 1 + tl.load(gain_ptr + column, column < O, other=0).to(WIDE)
-    scale = tl.load(scale_ptr + column, column < O, other=0).to(WIDE)
+    gain = 1 + tl.load(gain_ptr + column, column < out, other=0).to(WIDE)
+    scale = tl.load(scale_ptr + column, column < out, other=0).to(WIDE)
     bias = tl.zeros((COLUMNS,), WIDE)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, column < O, other=0).to(WIDE)
+        bias = tl.load(bias_ptr + column, column < out, other=0).to(WIDE)
 
     # Whole tiles are accumulated and summed over their rows once: warps meet only at the end.
     gain_sums = tl.zeros((ROWS, COLUMNS), WIDE)
@@ -236,10 +230,10 @@ def _combine_backward_kernel(
     row = tl.arange(0, ROWS)[:, None]
     for start in range(0, chunk, ROWS):
         first = part * chunk + start
-        inside = (first + row < T) & (column < O)[None, :]
-        delta = tl.load(
-            delta_ptr + first * delta_stride + row * delta_stride + column[None, :], inside, other=0
-        ).to(WIDE)
+        inside = (first + row < T) & (column < out)[None, :]
+        delta = tl.load(delta_ptr + first * delta_stride + row * delta_stride + column[None, :], inside, other=0).to(
+            WIDE
+        )
         base = tl.load(base_ptr + first * base_stride + row * base_stride + column[None, :], inside, other=0).to(WIDE)
         gain_sums += delta * (base - bias[None, :])
         if low_rank_ptr is not None:
@@ -247,10 +241,10 @@ def _combine_backward_kernel(
                 low_rank_ptr + first * low_rank_stride + row * low_rank_stride + column[None, :], inside, other=0
             )
             scale_sums += delta * low_rank.to(WIDE)
-        here = first * O + row * O + column[None, :]
+        here = first * out + row * out + column[None, :]
         tl.store(base_gradient_ptr + here, (delta * gain[None, :]).to(base_gradient_ptr.dtype.element_ty), inside)
         tl.store(scaled_ptr + here, (delta * scale[None, :]).to(scaled_ptr.dtype.element_ty), inside)
 
-    tl.store(partial_ptr + part * O + column, tl.sum(gain_sums, 0), column < O)
+    tl.store(partial_ptr + part * out + column, tl.sum(gain_sums, 0), column < out)
     if low_rank_ptr is not None:
-        tl.store(partial_ptr + (chunks + part) * O + column, tl.sum(scale_sums, 0), column < O)
+        tl.store(partial_ptr + (chunks + part) * out + column, tl.sum(scale_sums, 0), column < out)

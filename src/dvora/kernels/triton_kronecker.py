@@ -22,12 +22,13 @@ from ..shapes import Float
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE = 4096
 """Values of the largest tile of a program: 32 a thread, which leaves registers for four programs on one processor."""
-_RIGHT = 16384
-"""Values of `right`, padded, up to which the tiles beside it fit into shared memory and registers."""
+_LARGEST_RIGHT = 8192
+_LONGEST = 256
+"""Values of `right` and of one of its sides up to which all tiles fit into registers and 99 KiB of shared memory."""
 
 
 class Blocks(NamedTuple):
-    """The tiles of a program, powers of two, and how many warps share them."""
+    """The tiles of a program, powers of two; how many warps share them, and how many loads are under way at once."""
 
     tokens: int
     n1: int
@@ -35,12 +36,13 @@ class Blocks(NamedTuple):
     r1: int
     r2: int
     warps: int
+    stages: int
 
 
 def supports(left: tuple[int, int], right: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether `kronecker` takes matrices of these shapes, (r1, n1) and (r2, n2), for rows of `dtype`."""
-    padded = _padded(right[0]) * _padded(right[1])
-    return dtype in _DTYPES and min(*left, *right) > 0 and padded <= _RIGHT and max(right) <= 512
+    r2, n2 = map(_padded, right)
+    return dtype in _DTYPES and min(*left, *right) > 0 and max(r2, n2) <= _LONGEST and r2 * n2 <= _LARGEST_RIGHT
 
 
 def kronecker(
@@ -58,7 +60,8 @@ def kronecker(
     Args:
         x: bfloat16, float16 or float32; its rows may be strided.
         left, right: in any floating dtype.
-        in_scale, out_scale: in any floating dtype, or None for ones.
+        in_scale, out_scale: in any dtype, or None for ones. Each program reads its part of them once for a few tokens
+            only, so signs are best kept in int8.
 
     Raises:
         ValueError: sizes or dtype that `supports` says no to, or sizes that do not fit together.
@@ -97,6 +100,7 @@ def kronecker(
             BLOCK_R2=blocks.r2,
             PRECISION=precision_of(x.dtype),
             num_warps=blocks.warps,
+            num_stages=blocks.stages,
             enable_fp_fusion=True,
         )
     return y
@@ -110,7 +114,8 @@ def blocks_of(T: int, left: tuple[int, int], right: tuple[int, int], dtype: torc
     widest = 64 if r1 <= n1 else 32
     r1 = max(16, min(_padded(r1), widest, _TILE // r2))
     tokens = max(1, _TILE // (16 * max(n2, r2, r2 * r1 // 16)))
-    return Blocks(min(tokens, 8, triton.next_power_of_2(T)), 16, n2, r1, r2, 4 if dtype.itemsize == 2 else 8)
+    tokens = min(tokens, 8, triton.next_power_of_2(T))
+    return Blocks(tokens, 16, n2, r1, r2, *((8, 2) if dtype == torch.float32 else (4, 3)))
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -119,7 +124,8 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    # The smallest operand of a tensor core.
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 @triton.jit
