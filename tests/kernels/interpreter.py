@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+
 
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,8 +20,6 @@ def _interpret() -> None:
 
 def _call(request: bytes) -> bytes:
     module, function, arguments = pickle.loads(request)
-    import torch
-
     torch.set_num_threads(1)
     return pickle.dumps(getattr(importlib.import_module(f"dvora.kernels.{module}"), function)(*arguments))
 
@@ -37,3 +37,11 @@ class Interpreter:
 
     def close(self) -> None:
         self._process.shutdown()
+
+
+def last_rounding(dtype: torch.dtype) -> float:
+    """Largest relative error of a result that was computed in a wider dtype, if there is one for `dtype`."""
+    if dtype == torch.bfloat16:
+        # The interpreter cuts off; that the compiled kernels round to nearest is a test of its own.
+        return torch.finfo(dtype).eps
+    return torch.finfo(dtype).eps / 2 if dtype == torch.float16 else 0.0

@@ -1,5 +1,6 @@
 """Every kernel compiles for a GPU of today and keeps its values in registers; no GPU is needed for that."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,12 @@ def test_kernels_compile_without_spills(case: report.Case) -> None:
 def test_products_in_half_precision_use_tensor_cores(dtype: torch.dtype) -> None:
     row = report.resources(report.kronecker_case(8192, (16, 64), (16, 64), dtype))
     assert bool(row["tensor cores"]) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[8]], ids=lambda case: case.kernel.__name__)
+def test_results_are_rounded_to_nearest(case: report.Case) -> None:
+    conversions = set(re.findall(r"cvt\.(r\w)\S*\.bf16(?:x2)?\.f32", report.compiled(case).asm["ptx"]))
+    assert conversions == {"rn"}
 
 
 def test_the_interpreter_stays_in_its_process() -> None:

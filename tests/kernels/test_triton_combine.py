@@ -5,12 +5,12 @@ import torch
 from cases import DTYPES, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import Interpreter
+from interpreter import Interpreter, last_rounding
 from torch import Tensor
 
 from dvora.precision import norm_dtype
 
-SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 300))
+SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 200))
 
 
 def problem(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> dict[str, Tensor | None]:
@@ -34,7 +34,7 @@ def in_float64(arguments: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
 def assert_rounded_once(result: Tensor, exact: Tensor, size_of_terms: Tensor, terms: int = 4) -> None:
     """The result is off by its own last rounding and by a few roundings of the wide terms, no more."""
     wide = torch.finfo(norm_dtype(result.dtype)).eps * terms * size_of_terms
-    last = 0 if result.dtype == norm_dtype(result.dtype) else torch.finfo(result.dtype).eps / 2
+    last = last_rounding(result.dtype)
     smallest = torch.finfo(result.dtype).smallest_normal * torch.finfo(result.dtype).eps
     assert ((result.double() - exact).abs() <= last * exact.abs() + wide + smallest).all()
 
@@ -81,13 +81,20 @@ def test_an_untrained_layer_returns_the_bits_of_the_base(interpreter: Interprete
     assert torch.equal(interpreter("triton_combine", "combine", *untrained.values()), arguments["base_output"])
 
 
+@pytest.mark.parametrize("programs", [1, 6], ids=["all tokens in one", "a few tiles each"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_sums_over_many_tokens_run_in_a_fixed_order(interpreter: Interpreter, dtype: torch.dtype) -> None:
-    arguments = problem((3000, 150), dtype, bias=True)
-    delta = randn(3000, 150, seed=6, dtype=dtype)
-    first, second = (interpreter("triton_combine", "combine_backward", delta, *arguments.values()) for _ in range(2))
-    base, z, _, _, bias = in_float64(arguments)
+def test_sums_over_several_tiles_run_in_a_fixed_order(
+    interpreter: Interpreter, dtype: torch.dtype, programs: int
+) -> None:
+    arguments = problem((103, 150), dtype, bias=True)
+    delta = randn(103, 150, seed=6, dtype=dtype)
+    first, second = (
+        interpreter("triton_combine", "combine_backward", delta, *arguments.values(), programs) for _ in range(2)
+    )
+    base, z, gain_minus_one, scale, bias = in_float64(arguments)
     d = delta.double()
+    assert_rounded_once(first.base, d * (1 + gain_minus_one), d.abs())
+    assert_rounded_once(first.scaled, d * scale, (d * scale).abs())
     assert_rounded_once(first.gain, (d * (base - bias)).sum(0), (d * (base - bias)).abs().sum(0), 12)
     assert_rounded_once(first.scale, (d * z).sum(0), (d * z).abs().sum(0), 12)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

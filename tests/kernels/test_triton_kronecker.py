@@ -5,7 +5,7 @@ import torch
 from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import Interpreter
+from interpreter import Interpreter, last_rounding
 from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -38,7 +38,7 @@ def assert_close_to_dense(
         allowed = (left.shape[1] + right.shape[1] + 4) * 2**-24 * size
     else:
         # Four operands of TF32, each rounded to nearest: x * in_scale, right, what lies between, left.
-        allowed = torch.finfo(y.dtype).eps / 2 * exact.abs() + 4.01 * 2**-11 * size
+        allowed = last_rounding(y.dtype) * exact.abs() + 4.01 * 2**-11 * size
     # The smallest float16 values are evenly spaced.
     assert ((y.double() - exact).abs() <= allowed + 2**-24).all()
 
@@ -98,7 +98,7 @@ def test_operands_are_rounded_to_nearest_not_cut_off(interpreter: Interpreter) -
     exact = x.double() @ torch.kron(L.double(), R.double()).T
     y = interpreter("triton_kronecker", "kronecker", x, L, R, None, None).double()
     shrunk = 1 - (y * exact).sum() / exact.square().sum()
-    assert shrunk.abs() < 3e-5, "cut-off operands shrink the result by 3e-4 each"
+    assert shrunk.abs() < 2e-4, "cut-off operands shrink the result by 3e-4 each"
 
 
 def test_signs_may_be_integers(interpreter: Interpreter) -> None:

@@ -3,7 +3,7 @@
     y = base_output + (g - 1) * (base_output - bias) + scale * low_rank
 
 Everything is computed in float32 (float64 for float64) and rounded once, to the dtype of the result. Sums over tokens
-run in a fixed order that depends on the shapes alone, so they are the same bits at every run.
+run in a fixed order that depends on the sizes alone, so they are the same bits at every run.
 
 Dimensions: T tokens, O out, P partial sums.
 """
@@ -22,8 +22,8 @@ _TILE_BYTES = 4096
 _WIDTH = 128
 """Columns of a program: whole cache lines, and tall tiles, which read the vectors seldom."""
 WARPS = 4
-_PROGRAMS = 1024
-"""How many programs the backward pass aims at: several for each multiprocessor of the largest devices."""
+PROGRAMS = 512
+"""How many programs the backward pass aims at: all that the largest devices of today run at once."""
 
 
 class CombineGradients(NamedTuple):
@@ -89,6 +89,7 @@ def combine_backward(
     gain_minus_one: Float[Tensor, "O"],
     scale: Float[Tensor, "O"],
     bias: Float[Tensor, "O"] | None,
+    programs: int = PROGRAMS,
 ) -> CombineGradients:
     """Gradients of `combine`.
 
@@ -96,11 +97,12 @@ def combine_backward(
         output_gradient: `delta`, the gradient with respect to the result.
         base_output, gain_minus_one, scale, bias: as in the forward pass.
         low_rank: as in the forward pass, or None where the gradient of the scale comes from elsewhere.
+        programs: how many programs to aim at; the order of the sums depends on it.
     """
     T, out = base_output.shape
     base = torch.empty((T, out), dtype=base_output.dtype, device=base_output.device)
     scaled = torch.empty_like(base, dtype=(output_gradient if low_rank is None else low_rank).dtype)
-    (rows, columns), chunk = tile_of(T, out, base.dtype), chunk_of(T, out, base.dtype)
+    (rows, columns), chunk = tile_of(T, out, base.dtype), chunk_of(T, out, base.dtype, programs)
     chunks = triton.cdiv(T, chunk)
     partial = gain_minus_one.new_empty((1 if low_rank is None else 2, chunks, out))
     if base.numel():
@@ -140,10 +142,10 @@ def tile_of(T: int, out: int, dtype: torch.dtype) -> tuple[int, int]:
     return max(1, min(_TILE_BYTES // dtype.itemsize // columns, triton.next_power_of_2(T))), columns
 
 
-def chunk_of(T: int, out: int, dtype: torch.dtype) -> int:
-    """Rows that a program of the backward pass sums up: whole tiles, and as many programs as keep a device busy."""
+def chunk_of(T: int, out: int, dtype: torch.dtype, programs: int) -> int:
+    """Rows that a program of the backward pass sums up: whole tiles, for about as many programs as asked for."""
     rows, columns = tile_of(T, out, dtype)
-    chunks = max(1, _PROGRAMS // triton.cdiv(out, columns))
+    chunks = max(1, programs // triton.cdiv(out, columns))
     return max(1, int(triton.cdiv(triton.cdiv(T, rows), chunks))) * rows
 
 
