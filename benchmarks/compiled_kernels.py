@@ -120,8 +120,13 @@ def resources(case: Case) -> dict[str, object]:
         # Registers that do not fit live on the stack, in memory.
         "spilled bytes": usage["STACK"] + usage["LOCAL"],
         "shared bytes": kernel.metadata.shared,
-        "tensor cores": sorted(set(re.findall(r"\b(?:wgmma|mma)\.[\w.]*\.(?:tf32|bf16|f16)\b", kernel.asm["ptx"]))),
+        "tensor cores": tensor_core_instructions(kernel.asm["ptx"]),
     }
+
+
+def tensor_core_instructions(ptx: str) -> list[str]:
+    """The kinds of matrix instructions of a program."""
+    return sorted(set(re.findall(r"\b(?:wgmma|mma)\.[\w.]*\.(?:tf32|bf16|f16)\b", ptx)))
 
 
 def _resource_usage(binary: bytes) -> dict[str, int]:

@@ -39,9 +39,12 @@ def test_kernels_compile_without_spills(case: report.Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_products_in_half_precision_use_tensor_cores(dtype: torch.dtype) -> None:
-    row = report.resources(report.kronecker_case(8192, (16, 64), (16, 64), dtype))
-    assert bool(row["tensor cores"]) == (dtype == torch.bfloat16)
+def test_products_in_half_precision_use_tensor_cores_on_rounded_operands(dtype: torch.dtype) -> None:
+    ptx = report.compiled(report.kronecker_case(8192, (16, 64), (16, 64), dtype)).asm["ptx"]
+    half = dtype == torch.bfloat16
+    assert bool(report.tensor_core_instructions(ptx)) == half
+    # The mask of the bits that TF32 keeps; the interpreter, whose products are exact, would not miss it.
+    assert (f"{-0x2000};" in ptx) == half
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[8]], ids=lambda case: case.kernel.__name__)

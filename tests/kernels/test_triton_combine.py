@@ -101,7 +101,7 @@ def test_sums_over_several_tiles_run_in_a_fixed_order(
 
 
 def test_strided_rows_are_read_where_they_lie(interpreter: Interpreter) -> None:
-    arguments = problem((7, 50), torch.bfloat16, bias=True)
+    arguments = problem((40, 50), torch.bfloat16, bias=True)
     expected = interpreter("triton_combine", "combine", *arguments.values())
     fused = torch.cat([arguments["base_output"], arguments["low_rank"], arguments["low_rank"]], dim=1)
     slices = {"base_output": fused[:, :50], "low_rank": fused[:, 50:100]}
@@ -111,16 +111,16 @@ def test_strided_rows_are_read_where_they_lie(interpreter: Interpreter) -> None:
 
 
 def test_strided_gradients_are_read_where_they_lie(interpreter: Interpreter) -> None:
-    arguments = problem((7, 50), torch.float32, bias=False)
+    arguments = problem((40, 50), torch.float32, bias=False)
     delta = randn(1, 50, seed=6)
     fused = torch.cat([arguments["base_output"], arguments["low_rank"]], dim=1)
     slices = {"base_output": fused[:, :50], "low_rank": fused[:, 50:]}
-    plain = interpreter("triton_combine", "combine_backward", delta.expand(7, 50).contiguous(), *arguments.values())
+    plain = interpreter("triton_combine", "combine_backward", delta.expand(40, 50).contiguous(), *arguments.values())
     # The gradient of a sum has one value for all rows, or for all elements.
-    strided = interpreter("triton_combine", "combine_backward", delta.expand(7, 50), *(arguments | slices).values())
+    strided = interpreter("triton_combine", "combine_backward", delta.expand(40, 50), *(arguments | slices).values())
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
-    ones = interpreter("triton_combine", "combine_backward", torch.ones(()).expand(7, 50), *arguments.values())
-    assert torch.equal(ones.base, (1 + arguments["gain_minus_one"]).expand(7, 50))
+    ones = interpreter("triton_combine", "combine_backward", torch.ones(()).expand(40, 50), *arguments.values())
+    assert torch.equal(ones.base, (1 + arguments["gain_minus_one"]).expand(40, 50))
 
 
 def test_no_tokens_give_nothing(interpreter: Interpreter) -> None:
