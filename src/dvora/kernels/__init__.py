@@ -1,1 +1,1 @@
-"""The functions of `functional` that training spends its time in, with gradients in closed form."""
+"""The functions that training spends its time in, with gradients in closed form, and the same for CUDA devices."""
