@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .dense import DenseMatrices
 from .evaluated import LastFactors, RowFactors, State
 from .functional import Direction, Vectors
 from .kernels.combine import combine
 from .kernels.gain import gain_minus_one
+from .kernels.updated import updated_linear
 from .layouts import ROWS, Layout
 from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix
 from .precision import at_least_float32, full_precision, norm_dtype
@@ -193,6 +195,20 @@ class AdaptedWeight(nn.Module):
         z = self.shared.project_once(x, self.rank, self)
         return self.shared.expand(z * lambda_d.to(z.dtype), self.out_features)
 
+    def updated_outputs(
+        self,
+        layer: nn.Linear,
+        x: Float[Tensor, "*T I"],
+        lambda_d: Float[Tensor, "R"],
+        factors: RowFactors,
+    ) -> Float[Tensor, "*T O"]:
+        """The output of a linear layer by way of its updated weight; for a strength of one (`routes`)."""
+        matrices = self.shared.kind
+        assert isinstance(matrices, DenseMatrices)
+        z = self.shared.project_once(x, self.rank, self)
+        updated = updated_linear(x, z, layer.weight, layer.bias, lambda_d, factors.beta, matrices)
+        return combine(updated, None, lambda_d, factors.gain_minus_one, factors.scale, layer.bias, matrices)
+
     def combine(
         self,
         base_output: Float[Tensor, "*T O"],
@@ -210,11 +226,11 @@ class AdaptedWeight(nn.Module):
             factors: of this adapter.
             bias: the base's, or None.
         """
-        if transforming() or not self.rank:
+        if transforming():
             nothing = base_output.new_zeros(1).expand_as(base_output)
             update = factors.scale * self.low_rank(x, lambda_d) if self.rank else nothing
             return F.combine(base_output, update, factors.gain_minus_one, bias)
-        z = self.shared.project_once(x, self.rank, self)
+        z = self.shared.project_once(x, self.rank, self) if self.rank else None
         return combine(base_output, z, lambda_d, factors.gain_minus_one, factors.scale, bias, self.shared.kind)
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
@@ -255,7 +271,9 @@ class AdaptedWeight(nn.Module):
     def _row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None) -> RowFactors:
         g1, beta = self.gain_minus_one(vectors, weight)
         scale = (1 + g1) * beta
-        return RowFactors(g1, scale) if strength is None else RowFactors(strength * g1, strength * scale)
+        if strength is None:
+            return RowFactors(g1, scale, beta)
+        return RowFactors(strength * g1, strength * scale, beta)
 
     def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
         if self.rank and C is None and matrix is None:

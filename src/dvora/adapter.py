@@ -14,6 +14,7 @@ from .functional import Direction, Vectors
 from .merging import check_can_be_set, merge, warn_of_losses
 from .precision import at_least_float32
 from .projections import SharedProjections
+from .routes import takes_updated_weight
 from .shapes import Float
 from .shared import default_projections
 from .validation import checked_d_initial, checked_rank
@@ -241,6 +242,8 @@ class DVoRAAdapter(nn.Module):
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         factors = self.adapted.row_factors(self.vectors, self.base_layer.weight)
+        if takes_updated_weight(self.base_layer, x, self.rank, self.shared.kind):
+            return self.adapted.updated_outputs(self.base_layer, x, self.lambda_d, factors)
         return self.adapted.combine(self.base_layer(x), x, self.lambda_d, factors, self.base_layer.bias)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -42,6 +42,8 @@ class DenseMatrices(nn.Module):
         distribution: "kaiming_uniform", "gaussian", "rademacher" or "orthogonal".
     """
 
+    remakes_updates = False
+
     def __init__(self, seed: int, distribution: str) -> None:
         super().__init__()
         self.seed = seed
@@ -90,6 +92,23 @@ class DenseMatrices(nn.Module):
         products = (z.T @ d).to(matrix.dtype)
         return torch.linalg.vecdot(products, matrix, dim=0) * self._scale(z.shape[-1])
 
+    def updated(
+        self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
+    ) -> Float[Tensor, "O I"]:
+        """`W + diag(beta) B diag(lambda_d) A`, dense."""
+        (out_features, in_features), rank = weight.shape, len(lambda_d)
+        B = self._like(_STREAM_B, rank, out_features, weight) * lambda_d[:, None]
+        scale = self._scale(rank) * self._scale(in_features)
+        return torch.addmm(weight, (B * beta).T, self._like(_STREAM_A, rank, in_features, weight), alpha=scale)
+
+    def update_products(
+        self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
+    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "O"]]:
+        """The gradients of `sum_t d * (beta ((z lambda_d) B^T))` with respect to lambda_d and beta."""
+        products = (z.T @ d) * self._like(_STREAM_B, z.shape[-1], d.shape[-1], d)
+        scale = self._scale(z.shape[-1])
+        return (products @ beta) * scale, (lambda_d @ products) * scale
+
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
         stored = self._stored(_STREAM_A, rank, in_features).to(index.device)
@@ -113,9 +132,12 @@ class DenseMatrices(nn.Module):
         return self.get_buffer(name)
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
-        """`q = ||B diag(lambda_d) A||_row**2`, from G: `O R**2` operations."""
+        """`q = ||B diag(lambda_d) A||_row**2`, from G or, for a rank above the width, from A: `O R min(R, I)`."""
+        if len(lambda_d) > in_features:
+            A, B = self._both(lambda_d, in_features, out_features)
+            return ((B * lambda_d) @ A).square().sum(1)
         B, G = self._quadratic(lambda_d, in_features, out_features)
-        if self._has_orthogonal_rows(lambda_d, in_features):
+        if self._has_orthogonal_rows(lambda_d):
             return (G.diagonal() * lambda_d.square()) @ B.square()
         U = B * lambda_d[:, None]
         # G is symmetric: its lower blocks give the sum, those off the diagonal counted twice.
@@ -131,8 +153,11 @@ class DenseMatrices(nn.Module):
         self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
     ) -> Float[Tensor, "R"]:
         """The gradient of `(v * q).sum()` with respect to lambda_d, `2 ((B^T diag(v) B) * G) lambda_d`."""
+        if len(lambda_d) > in_features:
+            A, B = self._both(lambda_d, in_features, len(v))
+            return 2 * (v @ (B * (((B * lambda_d) @ A) @ A.T)))
         B, G = self._quadratic(lambda_d, in_features, len(v))
-        if self._has_orthogonal_rows(lambda_d, in_features):
+        if self._has_orthogonal_rows(lambda_d):
             return 2 * G.diagonal() * lambda_d * (B.square() @ v)
         scaled = B * (2 * v)
         parts = []
@@ -178,6 +203,10 @@ class DenseMatrices(nn.Module):
     def _scale(self, fan_in: int) -> float:
         return math.sqrt(2 / fan_in / _ENTRY_VARIANCE[self.distribution])
 
+    def _both(self, like: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        A, B = self.A(len(like), in_features, like.dtype), self.B(len(like), out_features, like.dtype)
+        return A.to(like.device), B.to(like.device)
+
     def _quadratic(
         self, like: Tensor, in_features: int, out_features: int
     ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
@@ -186,9 +215,9 @@ class DenseMatrices(nn.Module):
         B = self._stored(_STREAM_B, rank, out_features).to(like)
         return B, self.gram(rank, in_features, like.dtype).to(like.device) * self._scale(rank) ** 2
 
-    def _has_orthogonal_rows(self, like: Tensor, in_features: int) -> bool:
+    def _has_orthogonal_rows(self, like: Tensor) -> bool:
         """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""
-        return self.distribution == "orthogonal" and len(like) <= in_features and like.dtype == torch.float32
+        return self.distribution == "orthogonal" and like.dtype == torch.float32
 
     def _like(self, stream: int, rank: int, size: int, like: Tensor) -> Tensor:
         return self._stored(stream, rank, size).to(device=like.device, dtype=like.dtype)
@@ -239,7 +268,8 @@ class DenseMatrices(nn.Module):
 
 def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
     """`scale a b`."""
-    if a.dtype.itemsize < 4 or transforming() or b.requires_grad:
+    autocast = torch.is_autocast_enabled(a.device.type)
+    if a.dtype.itemsize < 4 or autocast or transforming() or b.requires_grad:
         # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
         return (a * scale) @ b
     product: Tensor = _ScaledProduct.apply(a, b, scale)

@@ -15,12 +15,15 @@ from .shapes import Float
 
 
 class State(NamedTuple):
-    """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count."""
+    """Equal states mean equal values, but for what PyTorch does not count: writes through `tensor.data`, and those to
+    tensors that were made in inference mode."""
 
     storage: StorageWeakRef
     """Weak, so that it keeps no memory, but no other storage can come to have its identity."""
     address: int
     version: int
+    shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -29,7 +32,8 @@ class State(NamedTuple):
         """The state of a tensor now."""
         version = -1 if tensor.is_inference() else tensor._version
         storage = StorageWeakRef(tensor.untyped_storage())
-        return cls(storage, tensor.data_ptr(), version, tensor.dtype, tensor.device)
+        layout = tensor.shape, tensor.stride()
+        return cls(storage, tensor.data_ptr(), version, *layout, tensor.dtype, tensor.device)
 
 
 class RowFactors(NamedTuple):
@@ -39,6 +43,8 @@ class RowFactors(NamedTuple):
     """`s (g - 1)`, s the adapter's strength."""
     scale: Float[Tensor, "O"]
     """`s g beta`."""
+    beta: Float[Tensor, "O"]
+    """That of the update itself."""
 
 
 class LastFactors:

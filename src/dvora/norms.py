@@ -90,6 +90,8 @@ class FrozenNorm(NamedTuple):
         self, d_cross: Float[Tensor, "O"], d_q: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"]
     ) -> Float[Tensor, "R"]:
         """The gradient of `(d_cross * cross + d_q * q).sum()` with respect to lambda_d."""
+        if not self.rank:
+            return torch.zeros_like(lambda_d)
         gradient = self.shared.kind.row_squares_gradient(d_q, lambda_d, self.in_features)
         if self.skipped_column is not None:
             a = self._skipped(lambda_d)

@@ -6,7 +6,7 @@ Dimensions: T tokens, I in, O out, R rank.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from .dense import DenseMatrices
 from .shapes import Float
 from .siblings import LastProjection
 from .structured import StructuredMatrices
+from .transforms import transforming
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
@@ -27,6 +28,9 @@ DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 @runtime_checkable
 class Matrices(Protocol):
     """What dense and structured matrices do; scales, sums and gradients of the norm are for `kernels` and `norms`."""
+
+    remakes_updates: bool
+    """Whether an update is made again in the backward pass where `row_products` costs more."""
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, and what norms in that dtype need."""
@@ -125,7 +129,13 @@ class SharedProjections(nn.Module):
 
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
         """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
-        return self._last.of(x, rank, reader, self.kind.project)
+        return self._last.of(x, rank, reader, self._projected)
+
+    def _projected(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
+        if transforming():
+            return self.kind.project(x, rank)
+        z: Tensor = _Projection.apply(x, rank, self.kind)
+        return z
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
@@ -184,6 +194,20 @@ class SharedProjections(nn.Module):
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}, distribution={self.distribution!r}"
+
+
+class _Projection(torch.autograd.Function):
+    """`x A^T`, which keeps nothing: any number of backward passes may go through the one that siblings share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: int, kind: Matrices) -> Tensor:
+        ctx.in_features, ctx.kind = x.shape[-1], kind
+        return kind.project(x, rank)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
+        kind: Matrices = ctx.kind
+        return kind.project_transpose(h, ctx.in_features), None, None
 
 
 def checked_distribution(distribution: str) -> Distribution:

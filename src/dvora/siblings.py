@@ -31,10 +31,13 @@ class LastProjection:
             reader: the layer that asks.
             project: the product with A^T.
         """
-        # PyTorch does not count the changes of inference tensors; a graph being made keeps nothing.
-        if transforming() or x.is_inference():
+        # PyTorch does not count the changes of inference tensors, and the graph of a leaf would keep it alive.
+        if transforming() or x.is_inference() or (x.is_leaf and x.requires_grad):
             return project(x, rank)
-        context = _Context(x, rank)
+        try:
+            context = _Context(x, rank)
+        except TypeError:  # hooks of the user's that cannot be told apart
+            return project(x, rank)
         last: _Entry | None = getattr(self._local, "entry", None)
         if last is not None and last.reference() is x and last.context == context:
             z = last.handed_to(reader)
@@ -54,7 +57,10 @@ class _Context:
     def __init__(self, x: Tensor, rank: int) -> None:
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.state = (x._version, x.data_ptr(), rank, torch.is_grad_enabled(), x.requires_grad, autocast, _stream(x))
+        self.values = (x._version, x.data_ptr(), x.stride(), x.requires_grad)
+        self.mode = (rank, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, _stream(x))
+        # `detach_` changes nothing else.
+        self.grad_fn = x.grad_fn
         # Checkpointing runs a part of the model twice, and both runs must save the same tensors: neither may take what
         # was projected outside it. Weak, for the hooks hold what they saved.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -65,7 +71,8 @@ class _Context:
         if (self.hook is None) != (other.hook is None):
             return False
         same_hook = self.hook is None or other.hook is None or self.hook() is other.hook()
-        return same_hook and self.state == other.state
+        same_graph = self.grad_fn is other.grad_fn
+        return same_hook and same_graph and self.values == other.values and self.mode == other.mode
 
     __hash__ = None  # type: ignore[assignment]  # it is compared, never looked up
 
@@ -84,9 +91,6 @@ class _Entry:
                 kept.z = None
 
         self.reference = weakref.ref(x, forget)
-        if z.requires_grad:
-            # A backward pass frees what it went through.
-            z.register_hook(forget)
 
     def handed_to(self, reader: object) -> Tensor | None:
         """The projection, for a reader that has not had it yet."""

@@ -46,6 +46,8 @@ class StructuredMatrices(nn.Module):
         seed: names the matrices, 0 <= seed < 2**64.
     """
 
+    remakes_updates = True
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed

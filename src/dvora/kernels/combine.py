@@ -2,6 +2,8 @@
 
     y = y_b + (g - 1) (y_b - bias) + scale ((z lambda_d) B^T)        y_b = x W^T + bias
 
+(Without z there is no update: the magnitude alone, or an output that holds its update already.)
+
     dL/dy_b      = g delta
     dL/d(g - 1)  = sum_t delta (y_b - bias)
     dL/dscale    = sum_t delta ((z lambda_d) B^T)
@@ -10,6 +12,7 @@
 For the backward pass it keeps y_b and z: neither the inputs of the layer nor the update.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,11 +23,14 @@ from ..projections import Matrices
 from ..shapes import Float
 
 _CHUNK_VALUES = 2**18
+_HAS_TRITON = find_spec("triton") is not None
+_TENSOR_CORES_OF_TF32 = (8, 0)
+"""The compute capability from which on the Triton kernels run."""
 
 
 def combine(
     base_output: Float[Tensor, "*T O"],
-    z: Float[Tensor, "*T R"],
+    z: Float[Tensor, "*T R"] | None,
     lambda_d: Float[Tensor, "R"],
     gain_minus_one: Float[Tensor, "O"],
     scale: Float[Tensor, "O"],
@@ -35,7 +41,7 @@ def combine(
 
     Args:
         base_output: y_b, with its bias.
-        z: `x A^T`.
+        z: `x A^T`, or None for no update.
         lambda_d: the trained vector.
         gain_minus_one: `g - 1`, float32 or float64.
         scale: of every output of the update, `g beta`.
@@ -50,14 +56,23 @@ def combine(
 
 def _forward(
     base_output: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     lambda_d: Tensor,
     gain_minus_one: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     matrices: Matrices,
 ) -> Tensor:
-    y = matrices.expand(z * lambda_d.to(z.dtype), base_output.shape[-1], scale).to(base_output.dtype)
+    if z is None:
+        return _without_update(base_output, gain_minus_one, bias)
+    scaled = z * lambda_d.to(z.dtype)
+    if _in_triton(base_output):
+        from . import triton_combine
+
+        low_rank = _rows(matrices.expand(scaled, base_output.shape[-1]))
+        fused = triton_combine.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias)
+        return fused.view_as(base_output)
+    y = matrices.expand(scaled, base_output.shape[-1], scale).to(base_output.dtype)
     if bias is not None:
         y.sub_((gain_minus_one * bias).to(y.dtype))
     if y.dtype.itemsize < 4:
@@ -66,12 +81,17 @@ def _forward(
     return y.addcmul_(base_output, 1 + gain_minus_one)
 
 
+def _without_update(base_output: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
+    y = _rescaled(base_output, gain_minus_one)
+    return y if bias is None else y.sub_((gain_minus_one * bias).to(y.dtype))
+
+
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         base_output: Tensor,
-        z: Tensor,
+        z: Tensor | None,
         lambda_d: Tensor,
         gain_minus_one: Tensor,
         scale: Tensor,
@@ -86,11 +106,14 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias = ctx.saved_tensors
         matrices: Matrices = ctx.matrices
+        if z is not None and _in_triton(delta) and not torch.is_grad_enabled():
+            found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
+            return *found, None
         wants = ctx.needs_input_grad
         d_base = d_z = d_lambda_d = d_gain = d_scale = d_bias = None
         if wants[0]:
             d_base = _rescaled(delta, gain_minus_one)
-        if wants[1] or wants[2]:
+        if z is not None and (wants[1] or wants[2]):
             h = matrices.expand_transpose(delta.to(z.dtype), z.shape[-1], scale)
             d_lambda_d = _sum_of_products(h, z) if wants[2] else None
             if wants[1]:
@@ -100,11 +123,44 @@ class _Combine(torch.autograd.Function):
             d_gain = _sum_of_products(delta, base_output)
             if bias is not None:
                 d_gain = d_gain - _total(delta) * bias
-        if wants[4]:
+        if z is not None and wants[4]:
             d_scale = matrices.row_products(_rows(delta.to(z.dtype)), _rows(z * lambda_d.to(z.dtype)))
         if wants[5]:
             d_bias = -gain_minus_one * _total(delta)
         return d_base, d_z, d_lambda_d, d_gain, d_scale, d_bias, None
+
+
+def _backward_in_triton(
+    delta: Float[Tensor, "*T O"],
+    base_output: Float[Tensor, "*T O"],
+    z: Float[Tensor, "*T R"] | None,
+    lambda_d: Float[Tensor, "R"],
+    gain_minus_one: Float[Tensor, "O"],
+    scale: Float[Tensor, "O"],
+    bias: Float[Tensor, "O"] | None,
+    matrices: Matrices,
+) -> tuple[Tensor | None, ...]:
+    """All gradients, what is as large as the outputs in one pass over memory."""
+    from . import triton_combine
+
+    out_features, inner = delta.shape[-1], lambda_d.to(z.dtype)
+    scaled_z = _rows(z * inner)
+    low_rank = matrices.expand(scaled_z, out_features) if matrices.remakes_updates else None
+    found = triton_combine.combine_backward(
+        _rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias
+    )
+    d_scale = matrices.row_products(_rows(delta).to(z.dtype), scaled_z) if found.scale is None else found.scale
+    h = matrices.expand_transpose(found.scaled.to(z.dtype), z.shape[-1])
+    d_lambda_d = _sum_of_products(h, _rows(z))
+    d_bias = None if bias is None else -gain_minus_one * _total(delta)
+    return found.base.view_as(delta), h.mul_(inner).view_as(z), d_lambda_d, found.gain, d_scale, d_bias
+
+
+def _in_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels take the tensor: they run on CUDA devices with tensor cores for TF32."""
+    return (
+        tensor.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(tensor.device) >= _TENSOR_CORES_OF_TF32
+    )
 
 
 def _rescaled(delta: Float[Tensor, "*T O"], gain_minus_one: Float[Tensor, "O"]) -> Float[Tensor, "*T O"]:

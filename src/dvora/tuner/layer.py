@@ -11,15 +11,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import functional as F
 from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, laid_out_like, measured_bias, readable_weight, stored_weight
+from .base import bias_of, check_gradient, check_mergeable, measured_bias, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of, sizes_of
-from .operations import linear
 from .operating_weight import device_of, input_dtype, keep_differentiable
+from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
 from .rows import check_rows, mixed_outputs
 from .vectors import VECTORS, Strength, VectorDict
 
@@ -134,10 +133,12 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             return self._mixed_forward(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base_output: Tensor = self.base_layer(x)
         if self.disable_adapters or self.merged:
+            base_output: Tensor = self.base_layer(x)
             return base_output
-        return self._adapt(x, base_output, self.active_adapters)
+        adapters = self._at_work(self.active_adapters)
+        outputs = updated_outputs(self.base_layer, x, adapters)
+        return self._adapted(x, self.base_layer(x), adapters) if outputs is None else outputs
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base's weight; `unmerge` restores it bit for bit from a copy kept on the CPU.
@@ -194,38 +195,32 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         weight = self.unmerged()
         return self.kind.layout.stored(self._delta([adapter_name], weight), weight.shape)
 
-    def _adapt(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        check_gradient(self.base_layer, self.kind, x, base_output, self.name)
-        names = [name for name in adapter_names if name in self.dvora_adapted]
-        if not names:
-            return base_output
-        stored, bias = self.stored(), bias_of(self.base_layer, self.measured_bias)
-        factors = [self.adapted(n).row_factors(self.vectors(n), stored, self.strength(n)) for n in names]
-        if len(names) == 1 and self.kind.low_rank is linear:
-            dropped, lambda_d = self.dvora_dropout[names[0]](x), self.vectors(names[0]).lambda_d
-            return self.adapted(names[0]).combine(base_output, dropped, lambda_d, factors[0], bias)
-        features = -1 - self.kind.spatial
-        outputs = base_output.movedim(features, -1)
-        updates = [f.scale * self._product(name, x, outputs) for name, f in zip(names, factors, strict=True)]
-        gains = [f.gain_minus_one for f in factors]
-        summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
-        return summed.movedim(-1, features)
+    def _at_work(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
+        """Those of the named adapters that this layer has."""
+        stored, at_work = self.stored(), []
+        for name in adapter_names:
+            if name in self.dvora_adapted:
+                adapted, vectors, strength = self.adapted(name), self.vectors(name), self.strength(name)
+                factors = adapted.row_factors(vectors, stored, strength)
+                at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
+        return at_work
 
-    def _product(self, adapter_name: str, x: Tensor, outputs: Tensor) -> Float[Tensor, "*T O"]:
-        """The inputs through A, lambda_d and B of one adapter, laid out as the outputs are."""
-        adapted, low_rank = self.adapted(adapter_name), self.kind.low_rank
-        assert low_rank is not None
-        if not adapted.rank:
-            return outputs.new_zeros(1).expand_as(outputs)
-        lambda_d, dropout = self.vectors(adapter_name).lambda_d, self.dvora_dropout[adapter_name]
-        return laid_out_like(outputs, low_rank(adapted, self.base_layer, x, lambda_d, dropout))
+    def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
+        check_gradient(self.base_layer, self.kind, x, base_output, self.name)
+        if not adapters:
+            return base_output
+        bias = bias_of(self.base_layer, self.measured_bias)
+        return adapted_outputs(self.base_layer, self.kind, x, base_output, adapters, bias)
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         check_rows(adapter_names, x, self.merged_adapters, self.name)
         base_output: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return base_output
-        return mixed_outputs(x, base_output, adapter_names, self._adapt)
+        return mixed_outputs(x, base_output, adapter_names, self._adapt_rows)
+
+    def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        return self._adapted(x, base_output, self._at_work(adapter_names))
 
     def _matrix_of(self, weight: Tensor) -> Float[Tensor, "O I"]:
         return self.kind.layout.matrix(weight)

@@ -1,0 +1,58 @@
+"""Which way a linear layer takes: the one place that decides it.
+
+| situation | way | made for it |
+|---|---|---|
+| compiled, exported, under `torch.func` | PyTorch differentiates `functional` | nothing |
+| training, many tokens for the layer's size, dense matrices, a plain float32 or float64 layer | updated weight | V', twice |
+| any other training, and evaluation | two thin products | nothing; in evaluation the gain is kept |
+| within `dvora.merged(model)` | the base's forward alone | W', once |
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .dense import DenseMatrices
+from .projections import Matrices
+from .transforms import transforming
+
+WORTH_IT = 2.0
+"""By how much the thin products must exceed the updated weight in multiply-adds: those of W's size wait for memory."""
+
+
+def takes_updated_weight(layer: nn.Module, x: Tensor, rank: int, matrices: Matrices) -> bool:
+    """Whether training goes through the updated weight.
+
+    Args:
+        layer: the base; its weight is frozen.
+        x: inputs, which nothing but the layer itself changes.
+        rank: R.
+        matrices: of the adapter.
+    """
+    if transforming() or not (torch.is_grad_enabled() and isinstance(matrices, DenseMatrices) and _is_plain(layer)):
+        return False
+    assert isinstance(layer, nn.Linear)
+    # Half precision would round small updates away.
+    wide = layer.weight.dtype in (torch.float32, torch.float64) and x.dtype == layer.weight.dtype
+    if not wide or layer.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return False
+    return pays(x.numel() // max(1, x.shape[-1]), *layer.weight.shape, rank)
+
+
+def pays(tokens: int, out_features: int, in_features: int, rank: int) -> bool:
+    """The cost model: `z B^T` and both its transposes for each token, against V' made forward and again backward."""
+    thin = tokens * rank * (2 * out_features + in_features)
+    updated = 2 * out_features * in_features * rank
+    return thin > WORTH_IT * updated
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer's forward is the product with its weight and nothing listens to it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and not layer.weight.is_meta
+        and "forward" not in vars(layer)
+        and not any(hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )

@@ -1,0 +1,71 @@
+"""The outputs of a layer from those of its base and its active adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..adapted_weight import AdaptedWeight
+from ..evaluated import RowFactors
+from ..functional import Vectors
+from ..routes import takes_updated_weight
+from ..shapes import Float
+from .base import laid_out_like
+from .kinds import LayerKind
+from .operations import linear
+
+
+class ActiveAdapter(NamedTuple):
+    """One adapter at work on a layer."""
+
+    adapted: AdaptedWeight
+    vectors: Vectors
+    factors: RowFactors
+    dropout: nn.Module
+    strength: Tensor
+
+
+def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor | None:
+    """The outputs by way of the updated weight, without the base's forward; None where that is not the way to go."""
+    if len(adapters) != 1:
+        return None
+    adapted, vectors, factors, dropout, strength = adapters[0]
+    alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
+    if not (alone and takes_updated_weight(base_layer, x, adapted.rank, adapted.shared.kind) and strength == 1):
+        return None
+    assert isinstance(base_layer, nn.Linear)
+    return adapted.updated_outputs(base_layer, x, vectors.lambda_d, factors)
+
+
+def adapted_outputs(
+    base_layer: nn.Module,
+    kind: LayerKind,
+    x: Tensor,
+    base_output: Tensor,
+    adapters: Sequence[ActiveAdapter],
+    bias: Tensor | None,
+) -> Tensor:
+    """The outputs of the base with the updates of all adapters added up, laid out as the base's are."""
+    if len(adapters) == 1 and kind.low_rank is linear:
+        adapted, vectors, factors, dropout, _ = adapters[0]
+        return adapted.combine(base_output, dropout(x), vectors.lambda_d, factors, bias)
+    features = -1 - kind.spatial
+    outputs = base_output.movedim(features, -1)
+    updates = [adapter.factors.scale * _product(base_layer, kind, x, outputs, adapter) for adapter in adapters]
+    gains = [adapter.factors.gain_minus_one for adapter in adapters]
+    summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
+    return summed.movedim(-1, features)
+
+
+def _product(
+    base_layer: nn.Module, kind: LayerKind, x: Tensor, outputs: Tensor, adapter: ActiveAdapter
+) -> Float[Tensor, "*T O"]:
+    """The inputs through A, lambda_d and B of one adapter."""
+    assert kind.low_rank is not None
+    if not adapter.adapted.rank:
+        return outputs.new_zeros(1).expand_as(outputs)
+    product = kind.low_rank(adapter.adapted, base_layer, x, adapter.vectors.lambda_d, adapter.dropout)
+    return laid_out_like(outputs, product)
