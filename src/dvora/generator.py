@@ -71,7 +71,8 @@ def cosine_rows(frequencies: NDArray[np.int64], size: int) -> NDArray[np.float64
     """
     angle = np.outer(frequencies, 2 * np.arange(size) + 1)
     scale = np.sqrt(np.where(frequencies == 0, 1.0, 2.0) / size)
-    return _cosine(angle, size) * scale[:, None]
+    values: NDArray[np.float64] = _cosine(angle, size) * scale[:, None]
+    return values
 
 
 def _cosine(numerator: NDArray[np.int64], quarter: int) -> NDArray[np.float64]:
@@ -90,7 +91,8 @@ def _cosine(numerator: NDArray[np.int64], quarter: int) -> NDArray[np.float64]:
     for order in range(8, -1, -1):
         cosine = cosine * square + (-1.0) ** order / math.factorial(2 * order)
         sine = sine * square + (-1.0) ** order / math.factorial(2 * order + 1)
-    return np.where(half > quarter, -1.0, 1.0) * np.where(use_sine, sine * angle, cosine)
+    values: NDArray[np.float64] = np.where(half > quarter, -1.0, 1.0) * np.where(use_sine, sine * angle, cosine)
+    return values
 
 
 def _ordered_sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:

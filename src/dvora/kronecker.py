@@ -8,7 +8,6 @@ A token of N values is an (n1, n2) matrix X, so `x M^T` is `left (X * diagonal) 
 multiply-adds instead of N R. Several such matrices, one upon the other, are a stack.
 """
 
-from collections.abc import Sequence
 from math import ceil, isqrt
 from typing import Any, NamedTuple
 
@@ -157,11 +156,11 @@ class _Narrow(torch.autograd.Function):
         ctx.stack = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         return widen(d, ctx.stack), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         return narrow(tangent, ctx.stack)
 
     @staticmethod
@@ -193,11 +192,11 @@ class _Widen(torch.autograd.Function):
         ctx.stack = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         return narrow(d, ctx.stack), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         return widen(tangent, ctx.stack)
 
     @staticmethod

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import generator, kronecker, structured_rows
@@ -105,7 +105,7 @@ class StructuredMatrices(nn.Module):
         return kronecker.dense(self._stack("B", rank, out_features, norm_dtype(dtype))).T.to(dtype)
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in the precision of `dtype`; `2` times the identity for a rank of at most `in_features`."""
+        """`G = A A^T`; twice the identity up to rounding for a rank of at most `in_features`."""
         A = self.A(rank, in_features, norm_dtype(dtype))
         return self.project(A, rank).to(dtype)
 
@@ -134,10 +134,9 @@ class StructuredMatrices(nn.Module):
 
     def cross_matrix(self, weight: Float[Tensor, "O I"], rank: int) -> Float[Tensor, "O R"]:
         """`C = B * (W A^T)`, in float32 or float64."""
-        out_features, in_features = weight.shape
         wide = norm_dtype(weight.dtype)
         products = self.project(weight.to(wide), rank)
-        return products * self.B(rank, out_features, wide).to(products.device)
+        return products * self.B(rank, len(weight), wide).to(products.device)
 
     def probe(self) -> np.ndarray:
         """A few values that tell seeds and formats apart, float32."""

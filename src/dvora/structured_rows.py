@@ -10,6 +10,7 @@ so that products with the rows of W are one small dense product for every j1: `W
 """
 
 from collections.abc import Iterator
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def row_dots(weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], A: Stac
     """Products of the rows of W with those of `B diag(lambda_d) A`."""
     total: Tensor | float = 0.0
     for M, start in _starts(Bt):
-        (p1, m1), (p2, m2) = M.left.shape, M.right.shape
+        p1, p2 = M.left.shape[0], M.right.shape[0]
         grid = pad(lambda_d[start : start + M.rows], (0, p1 * p2 - M.rows)).view(p1, p2)
         parts = []
         for rows, left in _groups(weight, M):
@@ -104,14 +105,20 @@ def _mixed(
     left: Float[Tensor, "c p1"], grid: Float[Tensor, "p1 p2"], A: Stack, M: Kronecker, start: int
 ) -> Float[Tensor, "c p2 I"]:
     """V for some j1: sums over k1 of rows of A."""
-    mixing = left[:, None, :] * grid.T
-    if _alike(A, M):
-        inner = mixing @ A[0].left
-        return (inner[..., None] * _signed_right(A[0])).flatten(-2)
-    # The rank vector of V[j1, k2] has values at that k2 only.
-    vectors = torch.diag_embed(mixing.mT).movedim(3, 1).flatten(0, 1).flatten(1)[:, : M.rows]
-    rank = sum(block.rows for block in A)
-    return widen(pad(vectors, (start, rank - start - M.rows)), A).view(*mixing.shape[:2], -1)
+    if (common := _common_grid(A, M)) is None:
+        # The rank vector of V[j1, k2] has values at that k2 only.
+        vectors = torch.diag_embed(left[:, :, None] * grid).movedim(3, 1).flatten(2).flatten(0, 1)[:, : M.rows]
+        rank = sum(block.rows for block in A)
+        return widen(pad(vectors, (start, rank - start - M.rows)), A).view(len(left), grid.shape[1], -1)
+    t, q, h, e = common
+    C1, C2 = _common_factors(A[0], common)
+    mixing = _padded(left, 1, t * h)[:, :, None] * _padded(grid, 0, t * h)
+    inner = mixing.view(-1, t, h, q, e).permute(0, 3, 4, 2, 1).flatten(2, 3) @ C1
+    inner = inner.view(len(left), q, e, h, -1, 1)
+    V = inner[:, :, :, 0] * C2[0]
+    for index in range(1, h):
+        V = torch.addcmul(V, inner[:, :, :, index], C2[index])
+    return V.flatten(3).flatten(1, 2)
 
 
 def _unmixed(
@@ -119,22 +126,47 @@ def _unmixed(
 ) -> Float[Tensor, "p1 p2"]:
     """The transpose of `_mixed` in its grid."""
     (c, p1), p2 = left.shape, M.right.shape[0]
-    if _alike(A, M):
-        (_, n1), (_, n2) = A[0].left.shape, A[0].right.shape
-        inner = (Y.view(c, p2, n1, n2) * _signed_right(A[0])).sum(-1)
-        return ((inner @ A[0].left.T).mT * left[:, :, None]).sum(0)
-    products = narrow(Y.flatten(0, 1), A)[:, start : start + M.rows]
-    grid = pad(products, (0, p1 * p2 - M.rows)).view(c, p2, p1, p2).diagonal(dim1=1, dim2=3)
-    return (grid * left[:, :, None]).sum(0)
+    if (common := _common_grid(A, M)) is None:
+        products = narrow(Y.flatten(0, 1), A)[:, start : start + M.rows]
+        grid = pad(products, (0, p1 * p2 - M.rows)).view(c, p2, p1, p2).diagonal(dim1=1, dim2=3)
+        return (grid * left[:, :, None]).sum(0)
+    t, q, h, e = common
+    C1, C2 = _common_factors(A[0], common)
+    Y = Y.view(c, q, e, *C2.shape[2:])
+    inner = torch.stack([(Y * C2[index]).sum(-1) for index in range(h)], 3)
+    grid = (inner.flatten(2, 3) @ C1.mT).view(c, q, e, h, t).permute(0, 4, 3, 1, 2).reshape(c, t * h, p2)
+    return (grid[:, :p1] * left[:, :, None]).sum(0)
 
 
-def _alike(A: Stack, M: Kronecker) -> bool:
-    """Whether A and this block of B^T count the rank alike: then V is an outer product."""
-    return len(A) == 1 and A[0].rows == M.rows and A[0].right.shape[0] == M.right.shape[0]
+def _common_grid(A: Stack, M: Kronecker) -> tuple[int, int, int, int] | None:
+    """Counts of (t, q, h, e) such that A counts the rank k as ((t, q), (h, e)) and B^T as ((t, h), (q, e)).
+
+    There are such where one of r2 and p2 divides the other; q or h is one. V is then a sum of h outer products.
+    """
+    if len(A) > 1 or A[0].rows != M.rows:
+        return None
+    r2, p2 = A[0].right.shape[0], M.right.shape[0]
+    e = min(r2, p2)
+    if max(r2, p2) % e:
+        return None
+    q, h = p2 // e, r2 // e
+    return ceil(M.rows / (q * h * e)), q, h, e
 
 
-def _signed_right(A: Kronecker) -> Float[Tensor, "p2 n1 n2"]:
-    return A.right[:, None, :] * A.diagonal.view(A.left.shape[1], -1)
+def _common_factors(
+    A: Kronecker, common: tuple[int, int, int, int]
+) -> tuple[Float[Tensor, "q t n1"], Float[Tensor, "h e n1 n2"]]:
+    """The factors of A on the common grid, the right one with the signs."""
+    t, q, h, e = common
+    n1, n2 = A.left.shape[1], A.right.shape[1]
+    C1 = _padded(A.left, 0, t * q).view(t, q, n1).transpose(0, 1)
+    return C1, A.right.view(h, e, 1, n2) * A.diagonal.view(n1, n2)
+
+
+def _padded(matrix: Tensor, dim: int, size: int) -> Tensor:
+    """The matrix with zeros up to a size, in one of its two dimensions."""
+    missing = size - matrix.shape[dim]
+    return pad(matrix, (0, missing) if dim == 1 else (0, 0, 0, missing)) if missing else matrix
 
 
 def _groups(weight: Float[Tensor, "O I"], M: Kronecker) -> Iterator[tuple[Tensor, Tensor]]:
