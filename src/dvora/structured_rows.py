@@ -26,12 +26,8 @@ _CHUNK_VALUES = 2**18
 
 def row_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], Bt: Stack) -> Float[Tensor, "O"]:
     """`sum_t d[t] * (z[t] B^T)`, in the dtype of the stack."""
-    total = Bt[0].diagonal.new_zeros(d.shape[1])
-    start = 0
-    for M in Bt:
-        total = total + _block_products(d, z[:, start : start + M.rows], M)
-        start += M.rows
-    return total
+    parts = [_block_products(d, z[:, start : start + M.rows], M) for M, start in _starts(Bt)]
+    return sum(parts[1:], parts[0])
 
 
 def _block_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], M: Kronecker) -> Float[Tensor, "O"]:
@@ -52,8 +48,9 @@ def row_squares(lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tens
     """Squared norms of the rows of `B diag(lambda_d) A`."""
     if len(A) == 1:
         return 2 * widen(lambda_d.square(), _squared(Bt))
-    B = kronecker.dense(Bt).T
-    return torch.cat([widen(part * lambda_d, A).square().sum(1) for part in B.split(_rows_at_a_time(A))])
+    A, Bt = _aligned(A, Bt)
+    rows = [_update_rows(group, lambda_d, A, Bt) for group in _groups(A, Bt)]
+    return torch.cat([part.square().sum(-1).flatten() for part in rows])
 
 
 def row_squares_gradient(
@@ -62,42 +59,61 @@ def row_squares_gradient(
     """Gradient of `(v * row_squares).sum()` with respect to lambda_d."""
     if len(A) == 1:
         return 4 * lambda_d * narrow(v, _squared(Bt))
+    A, Bt = _aligned(A, Bt)
     total = torch.zeros_like(lambda_d)
-    size = _rows_at_a_time(A)
-    for part, v_part in zip(kronecker.dense(Bt).T.split(size), v.split(size), strict=True):
-        total = total + 2 * (part * narrow(v_part[:, None] * widen(part * lambda_d, A), A)).sum(0)
+    for group in _groups(A, Bt):
+        total = total + 2 * _rank_sums(group, _update_rows(group, lambda_d, A, Bt), v, A, Bt)
     return total
 
 
 def row_dots(weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tensor, "O"]:
     """Products of the rows of W with those of `B diag(lambda_d) A`."""
-    total: Tensor | float = 0.0
-    for M, start in _starts(Bt):
-        p1, p2 = M.left.shape[0], M.right.shape[0]
-        grid = pad(lambda_d[start : start + M.rows], (0, p1 * p2 - M.rows)).view(p1, p2)
+    A, Bt = _aligned(A, Bt)
+    found = []
+    for group in _groups(A, Bt):
+        rows = _by_j1(weight, Bt)[group].to(lambda_d.dtype)
+        if not _few_vectors(A, Bt):
+            found.append((narrow(rows.flatten(0, 1), A) * _rows_of_B(group, Bt)) @ lambda_d)
+            continue
         parts = []
-        for rows, left in _groups(weight, M):
-            V = _mixed(left, grid, A, M, start)
-            dots = rows.to(V.dtype) @ V.mT
-            parts.append((dots * M.right.T).sum(-1))
-        total = total + torch.cat(parts).flatten() * M.diagonal
-    assert isinstance(total, Tensor)
-    return total
+        for M, start in _starts(Bt):
+            dots = rows @ _mixed(M.left.T[group], _grid(lambda_d, M, start), A, M, start).mT
+            parts.append((dots * M.right.T).sum(-1) * _by_j1(M.diagonal, Bt)[group])
+        found.append(sum(parts[1:], parts[0]).flatten())
+    return torch.cat(found)
 
 
 def row_dots_gradient(weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], A: Stack, Bt: Stack) -> Float[Tensor, "R"]:
     """Gradient of `(v * row_dots).sum()` with respect to lambda_d."""
+    A, Bt = _aligned(A, Bt)
+    total = v.new_zeros(sum(M.rows for M in Bt))
+    for group in _groups(A, Bt):
+        total = total + _rank_sums(group, _by_j1(weight, Bt)[group].to(v.dtype), v, A, Bt)
+    return total
+
+
+def _update_rows(group: slice, lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tensor, "c m2 I"]:
+    """The rows of `B diag(lambda_d) A` for some j1."""
+    if not _few_vectors(A, Bt):
+        return _by_j1(widen(_rows_of_B(group, Bt) * lambda_d, A), Bt)
+    parts = []
+    for M, start in _starts(Bt):
+        V = _mixed(M.left.T[group], _grid(lambda_d, M, start), A, M, start)
+        parts.append((_by_j1(M.diagonal, Bt)[group][:, :, None] * M.right.T) @ V)
+    return sum(parts[1:], parts[0])
+
+
+def _rank_sums(
+    group: slice, rows: Float[Tensor, "c m2 I"], v: Float[Tensor, "O"], A: Stack, Bt: Stack
+) -> Float[Tensor, "R"]:
+    """For every k the sum over some rows j of `v[j] B[j, k] (A[k] . rows[j])`."""
+    if not _few_vectors(A, Bt):
+        scaled = (_by_j1(v, Bt)[group][:, :, None] * rows).flatten(0, 1)
+        return (narrow(scaled, A) * _rows_of_B(group, Bt)).sum(0)
     found = []
     for M, start in _starts(Bt):
-        (p1, m1), (p2, m2) = M.left.shape, M.right.shape
-        scaled = (v * M.diagonal).view(m1, 1, m2) * M.right
-        total = M.left.new_zeros(p1, p2)
-        row = 0
-        for rows, left in _groups(weight, M):
-            Y = scaled[row : row + len(rows)] @ rows.to(scaled.dtype)
-            total = total + _unmixed(left, Y, A, M, start)
-            row += len(rows)
-        found.append(total.flatten()[: M.rows])
+        Y = (_by_j1(v * M.diagonal, Bt)[group][:, None, :] * M.right) @ rows
+        found.append(_unmixed(M.left.T[group], Y, A, M, start).flatten()[: M.rows])
     return torch.cat(found)
 
 
@@ -105,13 +121,13 @@ def _mixed(
     left: Float[Tensor, "c p1"], grid: Float[Tensor, "p1 p2"], A: Stack, M: Kronecker, start: int
 ) -> Float[Tensor, "c p2 I"]:
     """V for some j1: sums over k1 of rows of A."""
-    if (common := _common_grid(A, M)) is None:
+    if (block := _matching(A, M, start)) is None:
         # The rank vector of V[j1, k2] has values at that k2 only.
         vectors = torch.diag_embed(left[:, :, None] * grid).movedim(3, 1).flatten(2).flatten(0, 1)[:, : M.rows]
-        rank = sum(block.rows for block in A)
+        rank = sum(other.rows for other in A)
         return widen(pad(vectors, (start, rank - start - M.rows)), A).view(len(left), grid.shape[1], -1)
-    t, q, h, e = common
-    C1, C2 = _common_factors(A[0], common)
+    t, q, h, e = _common_grid(block, M)
+    C1, C2 = _common_factors(block, M)
     mixing = _padded(left, 1, t * h)[:, :, None] * _padded(grid, 0, t * h)
     inner = mixing.view(-1, t, h, q, e).permute(0, 3, 4, 2, 1).flatten(2, 3) @ C1
     inner = inner.view(len(left), q, e, h, -1, 1)
@@ -126,38 +142,54 @@ def _unmixed(
 ) -> Float[Tensor, "p1 p2"]:
     """The transpose of `_mixed` in its grid."""
     (c, p1), p2 = left.shape, M.right.shape[0]
-    if (common := _common_grid(A, M)) is None:
+    if (block := _matching(A, M, start)) is None:
         products = narrow(Y.flatten(0, 1), A)[:, start : start + M.rows]
         grid = pad(products, (0, p1 * p2 - M.rows)).view(c, p2, p1, p2).diagonal(dim1=1, dim2=3)
         return (grid * left[:, :, None]).sum(0)
-    t, q, h, e = common
-    C1, C2 = _common_factors(A[0], common)
+    t, q, h, e = _common_grid(block, M)
+    C1, C2 = _common_factors(block, M)
     Y = Y.view(c, q, e, *C2.shape[2:])
     inner = torch.stack([(Y * C2[index]).sum(-1) for index in range(h)], 3)
     grid = (inner.flatten(2, 3) @ C1.mT).view(c, q, e, h, t).permute(0, 4, 3, 1, 2).reshape(c, t * h, p2)
     return (grid[:, :p1] * left[:, :, None]).sum(0)
 
 
-def _common_grid(A: Stack, M: Kronecker) -> tuple[int, int, int, int] | None:
-    """Counts of (t, q, h, e) such that A counts the rank k as ((t, q), (h, e)) and B^T as ((t, h), (q, e)).
+def _aligned(A: Stack, Bt: Stack) -> tuple[Stack, Stack]:
+    """Both stacks cut where either has a block's end, as far as whole rows of a left factor allow."""
+    ends = [{start + M.rows for M, start in _starts(stack)} for stack in (A, Bt)]
+    return _cut(A, ends[1]), _cut(Bt, ends[0])
 
-    There are such where one of r2 and p2 divides the other; q or h is one. V is then a sum of h outer products.
-    """
-    if len(A) > 1 or A[0].rows != M.rows:
-        return None
-    r2, p2 = A[0].right.shape[0], M.right.shape[0]
+
+def _cut(stack: Stack, ends: set[int]) -> Stack:
+    parts = []
+    for M, start in _starts(stack):
+        r2, first = M.right.shape[0], 0
+        inside = [end - start for end in sorted(ends) if 0 < end - start < M.rows and (end - start) % r2 == 0]
+        for last in [*inside, M.rows]:
+            parts.append(M._replace(left=M.left[first // r2 : ceil(last / r2)], rows=last - first))
+            first = last
+    return tuple(parts)
+
+
+def _matching(A: Stack, M: Kronecker, start: int) -> Kronecker | None:
+    """The block of A with the same ranks as M, if one of r2 and p2 divides the other: V is then outer products."""
+    for block, first in _starts(A):
+        narrower, wider = sorted((block.right.shape[0], M.right.shape[0]))
+        if (first, block.rows) == (start, M.rows) and wider % narrower == 0:
+            return block
+    return None
+
+
+def _common_grid(A: Kronecker, M: Kronecker) -> tuple[int, int, int, int]:
+    """Counts of (t, q, h, e), q or h one, such that A counts the rank as ((t, q), (h, e)) and M as ((t, h), (q, e))."""
+    r2, p2 = A.right.shape[0], M.right.shape[0]
     e = min(r2, p2)
-    if max(r2, p2) % e:
-        return None
-    q, h = p2 // e, r2 // e
-    return ceil(M.rows / (q * h * e)), q, h, e
+    return ceil(M.rows / max(r2, p2)), p2 // e, r2 // e, e
 
 
-def _common_factors(
-    A: Kronecker, common: tuple[int, int, int, int]
-) -> tuple[Float[Tensor, "q t n1"], Float[Tensor, "h e n1 n2"]]:
+def _common_factors(A: Kronecker, M: Kronecker) -> tuple[Float[Tensor, "q t n1"], Float[Tensor, "h e n1 n2"]]:
     """The factors of A on the common grid, the right one with the signs."""
-    t, q, h, e = common
+    t, q, h, e = _common_grid(A, M)
     n1, n2 = A.left.shape[1], A.right.shape[1]
     C1 = _padded(A.left, 0, t * q).view(t, q, n1).transpose(0, 1)
     return C1, A.right.view(h, e, 1, n2) * A.diagonal.view(n1, n2)
@@ -169,11 +201,32 @@ def _padded(matrix: Tensor, dim: int, size: int) -> Tensor:
     return pad(matrix, (0, missing) if dim == 1 else (0, 0, 0, missing)) if missing else matrix
 
 
-def _groups(weight: Float[Tensor, "O I"], M: Kronecker) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of W by j1, (c, m2, I), with the columns of E1 for them, (c, p1): a few at a time."""
-    (_, m1), (p2, m2) = M.left.shape, M.right.shape
-    size = max(1, _CHUNK_VALUES // (p2 * weight.shape[1]))
-    return zip(weight.view(m1, m2, -1).split(size), M.left.T.split(size), strict=True)
+def _grid(lambda_d: Float[Tensor, "R"], M: Kronecker, start: int) -> Float[Tensor, "p1 p2"]:
+    p1, p2 = M.left.shape[0], M.right.shape[0]
+    return pad(lambda_d[start : start + M.rows], (0, p1 * p2 - M.rows)).view(p1, p2)
+
+
+def _by_j1(values: Tensor, Bt: Stack) -> Tensor:
+    """Values of outputs, (O, ...), by j1 and j2: (m1, m2, ...)."""
+    return values.view(-1, Bt[0].right.shape[1], *values.shape[1:])
+
+
+def _rows_of_B(group: slice, Bt: Stack) -> Float[Tensor, "J R"]:
+    """The dense rows of B for some j1."""
+    parts = (M._replace(left=M.left[:, group], diagonal=_by_j1(M.diagonal, Bt)[group].flatten()) for M in Bt)
+    return kronecker.dense(tuple(parts)).T
+
+
+def _few_vectors(A: Stack, Bt: Stack) -> bool:
+    """Whether V, where it is no outer product, takes fewer vectors than there are outputs."""
+    return sum(M.right.shape[0] for M, start in _starts(Bt) if not _matching(A, M, start)) < Bt[0].right.shape[1]
+
+
+def _groups(A: Stack, Bt: Stack) -> list[slice]:
+    """Slices of j1, so that V is small."""
+    m1, p2 = Bt[0].left.shape[1], max(M.right.shape[0] for M in Bt)
+    size = max(1, _CHUNK_VALUES // (p2 * A[0].diagonal.shape[0]))
+    return [slice(first, first + size) for first in range(0, m1, size)]
 
 
 def _starts(stack: Stack) -> Iterator[tuple[Kronecker, int]]:
@@ -185,7 +238,3 @@ def _starts(stack: Stack) -> Iterator[tuple[Kronecker, int]]:
 
 def _squared(stack: Stack) -> Stack:
     return tuple(Kronecker(M.left.square(), M.right.square(), torch.ones_like(M.diagonal), M.rows) for M in stack)
-
-
-def _rows_at_a_time(A: Stack) -> int:
-    return max(1, _CHUNK_VALUES // A[0].diagonal.shape[0])
