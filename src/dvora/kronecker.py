@@ -141,15 +141,15 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, stack: Stack) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
         rows = [M.rows for M in stack]
-        out = flat.new_empty(flat.shape[0], sum(rows))
+        out = x.new_empty(*x.shape[:-1], sum(rows))
+        flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, sum(rows))
         chunk = _chunk_tokens(flat.shape[0], stack)
         wide, inner = _scratch(chunk, stack)
-        for part, into in zip(flat.split(chunk), out.split(chunk), strict=True):
+        for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
             for M, block in zip(stack, into.split(rows, 1), strict=True):
                 _narrow_chunk(part, M, block, wide, inner)
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Stack], output: Tensor) -> None:
@@ -173,19 +173,19 @@ class _Widen(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, stack: Stack) -> Tensor:
-        flat = z.reshape(-1, z.shape[-1])
-        rows = [M.rows for M in stack]
-        out = flat.new_empty(flat.shape[0], stack[0].diagonal.shape[0])
+        rows, size = [M.rows for M in stack], stack[0].diagonal.shape[0]
+        out = z.new_empty(*z.shape[:-1], size)
+        flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
         chunk = _chunk_tokens(flat.shape[0], stack)
         wide, inner = _scratch(chunk, stack)
-        for part, into in zip(flat.split(chunk), out.split(chunk), strict=True):
+        for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
             # Half-precision results are summed in float32 and rounded once.
             total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
             for index, (M, block) in enumerate(zip(stack, part.split(rows, 1), strict=True)):
                 _widen_chunk(block, M, total, index > 0, wide, inner)
             if total is not into:
                 into.copy_(total)
-        return out.view(*z.shape[:-1], -1)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Stack], output: Tensor) -> None:
