@@ -159,6 +159,21 @@ def test_row_sums_equal_those_of_the_dense_update(dtype: torch.dtype, shape: tup
         assert worst_error(value, expected) < TOLERANCE[dtype], name
 
 
+def test_products_over_no_tokens_are_zero() -> None:
+    assert torch.equal(StructuredMatrices(3).row_products(torch.empty(0, 10), torch.empty(0, 7)), torch.zeros(10))
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_autocast_leaves_the_dtype_of_products_alone(tokens: int) -> None:
+    matrices = StructuredMatrices(3)
+    x = randn(tokens, 1024, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = matrices.project(x, 16)
+        y = matrices.expand(z, 1024)
+    assert z.dtype == y.dtype == torch.float32
+    assert worst_error(y, x.double() @ naive("A", 16, 1024).T @ naive("B", 16, 1024)) < 2e-2
+
+
 def test_rows_of_a_half_precision_weight_are_summed_in_float32() -> None:
     matrices = StructuredMatrices(3)
     W = randn(36, 64, seed=0, dtype=torch.bfloat16)
