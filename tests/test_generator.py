@@ -1,5 +1,8 @@
 """Random values as a pure function of (seed, stream, row, column): pinned, and checked against Philox's definition."""
 
+import hashlib
+from decimal import Decimal, localcontext
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -107,3 +110,68 @@ def test_orthogonal_rows_are_orthogonal_with_norm_root_of_the_columns(rows: int,
 def test_orthogonal_rows_are_refused_beyond_the_columns() -> None:
     with pytest.raises(AssertionError):
         generator.orthogonal_rows(0, 0, 5, 4)
+
+
+@given(seed=st.integers(0, WORD), count=st.integers(1, 50), more=st.integers(1, 50))
+def test_signs_are_plus_and_minus_one_and_a_longer_row_starts_with_the_shorter(
+    seed: int, count: int, more: int
+) -> None:
+    signs = generator.sign_row(seed, 2, 3, count + more)
+    assert set(signs) <= {-1.0, 1.0}
+    np.testing.assert_array_equal(signs[:count], generator.sign_row(seed, 2, 3, count))
+
+
+def test_signs_are_pinned_and_balanced() -> None:
+    assert generator.sign_row(7, 1, 5, 6).tolist() == [1, -1, -1, 1, 1, -1]
+    assert abs(generator.sign_row(0, 0, 0, 2**16).mean()) < 0.01
+
+
+@given(seed=st.integers(0, WORD), count=st.integers(1, 200))
+def test_a_permutation_sorts_the_raw_values(seed: int, count: int) -> None:
+    order = generator.permutation_row(seed, 2, 3, count)
+    assert sorted(order.tolist()) == list(range(count))
+    raw = generator.raw_row(seed, 2, 3, count)[order].tolist()
+    assert raw == sorted(raw)
+
+
+def test_permutations_are_pinned() -> None:
+    assert generator.permutation_row(7, 1, 5, 8).tolist() == [4, 7, 3, 0, 6, 2, 1, 5]
+
+
+def exact_cosine(numerator: int, quarter: int) -> float:
+    """cos(pi numerator / (2 quarter)) from its series in forty digits."""
+    with localcontext() as context:
+        context.prec = 40
+        pi = Decimal("3.141592653589793238462643383279502884197")
+        angle = pi * (numerator % (4 * quarter)) / (2 * quarter)
+        term = total = Decimal(1)
+        for order in range(1, 30):
+            term *= -angle * angle / ((2 * order - 1) * 2 * order)
+            total += term
+        return float(total)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 32, 88, 101])
+def test_cosines_are_those_of_the_mathematics(size: int) -> None:
+    angle = np.arange(-4 * size, 8 * size + 1)
+    expected = [exact_cosine(numerator, size) for numerator in angle.tolist()]
+    np.testing.assert_allclose(generator._cosine(angle, size), expected, rtol=0, atol=3e-16)
+
+
+def test_cosines_of_whole_quarters_are_exact() -> None:
+    np.testing.assert_array_equal(generator._cosine(np.arange(-4, 9), 1), [1, 0, -1, 0] * 3 + [1])
+
+
+@given(size=st.integers(1, 120))
+def test_rows_of_cosines_are_orthonormal(size: int) -> None:
+    rows = generator.cosine_rows(np.arange(size), size)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(size), atol=1e-13)
+    np.testing.assert_array_equal(generator.cosine_rows(np.array([size - 1, 0]), size), rows[[size - 1, 0]])
+
+
+def test_rows_of_cosines_are_pinned() -> None:
+    # Every bit: a library that fused a multiplication and an addition would change some.
+    rows = [generator.cosine_rows(np.arange(size), size) for size in (32, 44, 97)]
+    digest = hashlib.sha256(b"".join(row.astype("<f8").tobytes() for row in rows)).hexdigest()
+    assert digest == "6e6da48250d73b682f0d2640c7489bfc2f6f4e53dc6bfd0b4212acd12b569e17"
+    assert generator.cosine_rows(np.array([3]), 5)[0, :2].tolist() == [0.3717480344601845, -0.6015009550075456]

@@ -12,7 +12,7 @@ B are a Kronecker product without signs: the norms of the rows of `B diag(lambda
 A size that is prime has no factors but one: its transform is the dense cosine matrix, 2 size rank operations a token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -53,7 +53,7 @@ class StructuredMatrices(nn.Module):
         self.seed = seed
         self._made: dict[tuple[Side, int, int, torch.dtype], list[tuple[tuple[str, str, str], int]]] = {}
 
-    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
         self._stack("A", rank, in_features, dtype)
         self._stack("B", rank, out_features, dtype)
@@ -134,12 +134,6 @@ class StructuredMatrices(nn.Module):
         out_features, in_features = weight.shape
         return structured_rows.row_dots_gradient(weight, v, *self._pair(v, rank, in_features, out_features))
 
-    def cross_matrix(self, weight: Float[Tensor, "O I"], rank: int) -> Float[Tensor, "O R"]:
-        """`C = B * (W A^T)`, in float32 or float64."""
-        wide = norm_dtype(weight.dtype)
-        products = self.project(weight.to(wide), rank)
-        return products * self.B(rank, len(weight), wide).to(products.device)
-
     def probe(self) -> np.ndarray:
         """A few values that tell seeds and formats apart, float32."""
         sides: tuple[Side, Side] = ("A", "B")
@@ -151,7 +145,7 @@ class StructuredMatrices(nn.Module):
         return {}
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """What a matrix of a file should be: there is none."""
+        """What a matrix of a file should be: none is ever written."""
         return None
 
     def extra_repr(self) -> str:

@@ -1,7 +1,8 @@
 """Row sums of `B diag(lambda_d) A` for stacks of Kronecker products, without a matrix of outputs by rank or inputs.
 
-Dimensions: I in, O out = m1 m2, R rank. A is a stack (R, I), Bt = B^T a stack (R, O). With the factors E1 (p1, m1),
-E2 (p2, m2) and the signs d of one block of Bt, and the rank index k = (k1, k2), the output index j = (j1, j2):
+Dimensions: I in, O out = m1 m2, R rank. A is a stack (R, I) of blocks with orthogonal rows of squared norm two,
+Bt = B^T a stack (R, O). With the factors E1 (p1, m1), E2 (p2, m2) and the signs d of one block of Bt, and the indices
+k = (k1, k2) of the rank and j = (j1, j2) of the outputs:
 
     (B diag(lambda_d) A)[j] = d[j] sum_k2 E2[k2, j2] V[j1, k2]
     V[j1, k2]               = sum_k1 E1[k1, j1] lambda_d[k1, k2] A[k1, k2]            m1 p2 vectors of I values
@@ -47,6 +48,7 @@ def _block_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], M: Kroneck
 def row_squares(lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tensor, "O"]:
     """Squared norms of the rows of `B diag(lambda_d) A`."""
     if len(A) == 1:
+        # The rows of A are orthogonal, of squared norm two, and the squares of a Kronecker product are one.
         return 2 * widen(lambda_d.square(), _squared(Bt))
     A, Bt = _aligned(A, Bt)
     rows = [_update_rows(group, lambda_d, A, Bt) for group in _groups(A, Bt)]
