@@ -53,7 +53,7 @@ class StructuredMatrices(nn.Module):
         self.seed = seed
         self._made: dict[tuple[Side, int, int, torch.dtype], list[tuple[tuple[str, str, str], int]]] = {}
 
-    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
         self._stack("A", rank, in_features, dtype)
         self._stack("B", rank, out_features, dtype)
