@@ -26,7 +26,7 @@ from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix
 from .precision import at_least_float32, full_precision, norm_dtype
 from .projections import SharedProjections
 from .shapes import Float
-from .transforms import transforming
+from .transforms import recording, transforming
 from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
 
 MAGNITUDE_ONLY = 0
@@ -132,7 +132,7 @@ class AdaptedWeight(nn.Module):
 
     def follow(self, weight: Tensor) -> None:
         """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
-        if not weight.is_meta and self._measured != State.of(weight):
+        if not weight.is_meta and (self._measured is None or not self._measured.is_of(weight)):
             self.refresh(weight)
 
     def refresh(self, weight: Tensor) -> None:
@@ -145,7 +145,8 @@ class AdaptedWeight(nn.Module):
             matrix = self.layout.matrix(weight.detach())
             w = F.row_norm(matrix)
             check_norms(w, self.name)
-            dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.readable)
+            cheap = self.shared.kind.products_are_cheap
+            dtype = cache_dtype(matrix, self.rank, self.norm_cache, cheap, self.readable)
             self.w, self.C = w, None if dtype is None else self._cross(matrix, dtype)
         self._last.drop()
         self._measured = State.of(weight)
@@ -182,13 +183,11 @@ class AdaptedWeight(nn.Module):
             weight: as stored, or None.
             strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
         """
-        compute = partial(self._row_factors, vectors, weight, strength)
         inputs = vectors if strength is None else (*vectors, strength)
-        trained = any(t.requires_grad for t in inputs) or (weight is not None and weight.requires_grad)
-        if transforming() or (torch.is_grad_enabled() and trained):
+        if transforming() or (recording() and _any_trained(*inputs, weight)):
             self._last.drop()
-            return compute()
-        return self._last.of(inputs, None if weight is None else State.of(weight), compute)
+            return self._row_factors(vectors, weight, strength)
+        return self._last.of(inputs, weight, partial(self._row_factors, vectors, weight, strength))
 
     def low_rank(self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:
         """`((x A^T) lambda_d) B^T`, in the dtype of `x`."""
@@ -296,3 +295,7 @@ class AdaptedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_measured": None}
+
+
+def _any_trained(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

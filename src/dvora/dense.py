@@ -11,7 +11,6 @@ so layers of any size and adapters of any rank use the same values (VeRA, arXiv 
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from . import generator
 from .precision import norm_dtype
+from .scaled_product import scaled_product
 from .shapes import Float
-from .transforms import transforming
 
 _STREAM_A, _STREAM_B = 0, 1
 _SPLIT_RANK = 64
@@ -42,7 +41,7 @@ class DenseMatrices(nn.Module):
         distribution: "kaiming_uniform", "gaussian", "rademacher" or "orthogonal".
     """
 
-    remakes_updates = False
+    products_are_cheap = False
 
     def __init__(self, seed: int, distribution: str) -> None:
         super().__init__()
@@ -58,11 +57,11 @@ class DenseMatrices(nn.Module):
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
         matrix = self._like(_STREAM_A, rank, x.shape[-1], x)
-        return _product(x, matrix.T, self._scale(x.shape[-1]))
+        return scaled_product(x, matrix.T, self._scale(x.shape[-1]))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, in the dtype of `h`."""
-        return _product(h, self._like(_STREAM_A, h.shape[-1], in_features, h), self._scale(in_features))
+        return scaled_product(h, self._like(_STREAM_A, h.shape[-1], in_features, h), self._scale(in_features))
 
     def expand(
         self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
@@ -72,8 +71,8 @@ class DenseMatrices(nn.Module):
         matrix = self._stored(_STREAM_B, rank, out_features).to(z.device)
         if scale is not None and z.numel() > rank**2:
             # More tokens than the rank: the scale costs least on the matrix.
-            return _product(z, (matrix * scale).to(z.dtype), self._scale(rank))
-        outputs = _product(z, matrix.to(z.dtype), self._scale(rank))
+            return scaled_product(z, (matrix * scale).to(z.dtype), self._scale(rank))
+        outputs = scaled_product(z, matrix.to(z.dtype), self._scale(rank))
         return outputs if scale is None else outputs * scale.to(z.dtype)
 
     def expand_transpose(
@@ -82,9 +81,9 @@ class DenseMatrices(nn.Module):
         """`(d * scale) B`, in the dtype of `d`."""
         matrix = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
         if scale is not None and d.numel() > rank * d.shape[-1]:
-            return _product(d, (matrix * scale).to(d.dtype).T, self._scale(rank))
+            return scaled_product(d, (matrix * scale).to(d.dtype).T, self._scale(rank))
         scaled = d if scale is None else d * scale.to(d.dtype)
-        return _product(scaled, matrix.to(d.dtype).T, self._scale(rank))
+        return scaled_product(scaled, matrix.to(d.dtype).T, self._scale(rank))
 
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
         """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""
@@ -264,32 +263,6 @@ class DenseMatrices(nn.Module):
             else:
                 del self._buffers[name]
         return self
-
-
-def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    """`scale a b`."""
-    autocast = torch.is_autocast_enabled(a.device.type)
-    if a.dtype.itemsize < 4 or autocast or transforming() or b.requires_grad:
-        # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
-        return (a * scale) @ b
-    product: Tensor = _ScaledProduct.apply(a, b, scale)
-    return product
-
-
-class _ScaledProduct(torch.autograd.Function):
-    """`scale a b` for a constant b: the scale is part of the product in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(b)
-        product = torch.addmm(b[0], a.reshape(-1, a.shape[-1]), b, beta=0, alpha=scale)
-        return product.view(*a.shape[:-1], b.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (b,) = ctx.saved_tensors
-        return _product(gradient, b.T, ctx.scale), None, None
 
 
 def _blocks(rank: int) -> list[slice]:

@@ -30,10 +30,25 @@ class State(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "State":
         """The state of a tensor now."""
-        version = -1 if tensor.is_inference() else tensor._version
-        storage = StorageWeakRef(tensor.untyped_storage())
+        storage, version = StorageWeakRef(tensor.untyped_storage()), _version(tensor)
         layout = tensor.shape, tensor.stride()
         return cls(storage, tensor.data_ptr(), version, *layout, tensor.dtype, tensor.device)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether the tensor is still in this state."""
+        return (
+            tensor.untyped_storage()._cdata == self.storage.cdata
+            and tensor.data_ptr() == self.address
+            and _version(tensor) == self.version
+            and tensor.dtype == self.dtype
+            and tensor.shape == self.shape
+            and tensor.stride() == self.stride
+            and tensor.device == self.device
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class RowFactors(NamedTuple):
@@ -52,23 +67,24 @@ class LastFactors:
 
     def __init__(self) -> None:
         # One attribute, so that threads find both of one evaluation.
-        self._kept: tuple[tuple[object, ...], RowFactors] | None = None
+        self._kept: _Kept | None = None
 
-    def of(self, inputs: Sequence[Tensor], weight_state: object, compute: Callable[[], RowFactors]) -> RowFactors:
-        """What `compute` gives, or gave for the same inputs.
+    def of(self, inputs: Sequence[Tensor], weight: Tensor | None, compute: Callable[[], RowFactors]) -> RowFactors:
+        """What `compute` gives, or gave for the same inputs and weight.
 
         Args:
             inputs: tensors that the factors depend on.
-            weight_state: changes with the weight.
+            weight: the base's, or None.
             compute: makes the factors.
         """
         kept = self._kept
-        if kept is not None and _same(inputs, weight_state, *kept[0]):
-            return kept[1]
+        if kept is not None and kept.serves(inputs, weight):
+            return kept.factors
         # Factors made in inference mode could not be used in a pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             factors = compute()
-        self._kept = (weight_state, *map(_fixed, inputs)), factors
+        known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
+        self._kept = _Kept(factors, known, None if weight is None else State.of(weight))
         return factors
 
     def drop(self) -> None:
@@ -79,19 +95,24 @@ class LastFactors:
         return LastFactors, ()
 
 
-def _same(inputs: Sequence[Tensor], weight_state: object, known_weight: object, *known: object) -> bool:
-    return known_weight == weight_state and len(known) == len(inputs) and all(map(_unchanged, inputs, known))
+class _Kept(NamedTuple):
+    """Factors, and what they were made from."""
+
+    factors: RowFactors
+    inputs: list[Tensor | State]
+    weight: State | None
+
+    def serves(self, inputs: Sequence[Tensor], weight: Tensor | None) -> bool:
+        """Whether nothing has changed."""
+        if (weight is None) != (self.weight is None) or len(inputs) != len(self.inputs):
+            return False
+        if weight is not None and self.weight is not None and not self.weight.is_of(weight):
+            return False
+        return all(map(_unchanged, inputs, self.inputs))
 
 
-def _fixed(tensor: Tensor) -> Tensor | State:
-    """Something to compare the tensor with later."""
-    return tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor)
-
-
-def _unchanged(tensor: Tensor, known: object) -> bool:
+def _unchanged(tensor: Tensor, known: Tensor | State) -> bool:
     if isinstance(known, State):
         # PyTorch does not count the changes of inference tensors.
-        return not tensor.is_inference() and State.of(tensor) == known
-    assert isinstance(known, Tensor)
-    same_kind = tensor.device == known.device and tensor.dtype == known.dtype
-    return same_kind and torch.equal(tensor, known)
+        return not tensor.is_inference() and known.is_of(tensor)
+    return tensor.device == known.device and tensor.dtype == known.dtype and torch.equal(tensor, known)

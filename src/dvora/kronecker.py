@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from .shapes import Float
 
 _VECTOR = 16
 """Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
+
+_FEW_TOKENS = 16
+"""These are one chunk whatever their size."""
 
 _CHUNK_VALUES = 2**18
 """Intermediate values held at a time on a processor: they fit its cache, and no memory is asked for again and again."""
@@ -101,9 +104,13 @@ def _narrow_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T
     found = []
     for left, right, diagonal, rows in stack:
         (r1, n1), (r2, n2) = left.shape, right.shape
-        inner = (x * diagonal).to(right.dtype).reshape(-1, n2) @ right.T
-        tokens = inner.view(-1, n1, r2)
-        product = torch.bmm(left.expand(tokens.shape[0], r1, n1), tokens).view(*x.shape[:-1], r1 * r2)
+        inner = linear((x * diagonal).to(right.dtype).reshape(-1, n2), right)
+        if len(inner) == n1:
+            product = torch.mm(left, inner)
+        else:
+            tokens = inner.view(-1, n1, r2)
+            product = torch.bmm(left.expand(len(tokens), r1, n1), tokens)
+        product = product.view(*x.shape[:-1], r1 * r2)
         found.append(product if rows == r1 * r2 else product[..., :rows])
     return (found[0] if len(found) == 1 else torch.cat(found, -1)).to(x.dtype)
 
@@ -115,7 +122,10 @@ def _widen_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T 
         (r1, n1), (r2, n2) = left.shape, right.shape
         padded = part if rows == r1 * r2 else pad(part, (0, r1 * r2 - rows))
         tokens = padded.to(left.dtype).reshape(-1, r1, r2)
-        inner = torch.bmm(left.T.expand(tokens.shape[0], n1, r1), tokens)
+        if len(tokens) == 1:
+            inner = torch.mm(left.T, tokens[0])
+        else:
+            inner = torch.bmm(left.T.expand(len(tokens), n1, r1), tokens)
         product = (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2) * diagonal
         total = product if total is None else total + product
     assert total is not None
@@ -125,15 +135,15 @@ def _widen_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T 
 def _chunk_tokens(tokens: int, stack: Stack) -> int:
     """Tokens that one chunk holds; all chunks are about as long."""
     (_, n1), (r2, n2) = stack[0].left.shape, stack[0].right.shape
-    most = max(16, _CHUNK_VALUES // (n1 * (n2 + r2)))
+    most = max(_FEW_TOKENS, _CHUNK_VALUES // (n1 * (n2 + r2)))
     return ceil(tokens / ceil(tokens / most))
 
 
 def _in_chunks(x: Tensor, stack: Stack) -> bool:
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
     tokens = x.numel() // x.shape[-1]
-    return tokens > 16 and _chunk_tokens(tokens, stack) < tokens
+    if tokens <= _FEW_TOKENS or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return _chunk_tokens(tokens, stack) < tokens
 
 
 class _Narrow(torch.autograd.Function):

@@ -23,28 +23,30 @@ LARGEST_SHARE = 1 / 4
 
 
 def cache_dtype(
-    matrix: Float[Tensor, "O I"], rank: int, norm_cache: NormCache, readable: bool = True
+    matrix: Float[Tensor, "O I"], rank: int, norm_cache: NormCache, cheap: bool = True, readable: bool = True
 ) -> torch.dtype | None:
     """The dtype in which C is kept; None where it is made again in every step.
 
     "auto" keeps it in float32 if it is small (1 MiB, or a quarter of the weight's bytes), else, for a weight of half
-    precision, in bfloat16 if it is small then. For a weight that is not at hand later it is always kept.
+    precision, in bfloat16 if it is small then. It is always kept, in the narrower of these, where it could not be made
+    again cheaply: with dense matrices, and for a weight that is not at hand later.
 
     Args:
         matrix: the weight.
         rank: R.
         norm_cache: True keeps it in float32, False never keeps it.
+        cheap: whether products with the weight's rows cost little.
         readable: whether the weight can be read in every step.
     """
     wide = norm_dtype(matrix.dtype)
     if norm_cache != "auto":
         return wide if norm_cache else None
     values = len(matrix) * rank
-    if not readable:
-        return wide if values * wide.itemsize <= SMALL_CACHE else torch.bfloat16
-    allowed = max(SMALL_CACHE, LARGEST_SHARE * matrix.numel() * matrix.dtype.itemsize)
-    candidates = (wide, torch.bfloat16) if matrix.dtype.itemsize == 2 else (wide,)
-    return next((dtype for dtype in candidates if values * dtype.itemsize <= allowed), None)
+    # What is read of a layer that hides its weight is float32, whatever it keeps.
+    allowed = max(SMALL_CACHE, LARGEST_SHARE * matrix.numel() * matrix.dtype.itemsize if readable else 0)
+    candidates = (wide, torch.bfloat16) if matrix.dtype.itemsize == 2 or not readable else (wide,)
+    small = (dtype for dtype in candidates if values * dtype.itemsize <= allowed)
+    return next(small, None if cheap and readable else candidates[-1])
 
 
 def cross_matrix(

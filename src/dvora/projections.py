@@ -16,7 +16,7 @@ from .dense import DenseMatrices
 from .shapes import Float
 from .siblings import LastProjection
 from .structured import StructuredMatrices
-from .transforms import transforming
+from .transforms import recording, transforming
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
@@ -29,8 +29,8 @@ DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 class Matrices(Protocol):
     """What dense and structured matrices do; scales, sums and gradients of the norm are for `kernels` and `norms`."""
 
-    remakes_updates: bool
-    """Whether an update is made again in the backward pass where `row_products` costs more."""
+    products_are_cheap: bool
+    """Whether products with A and B are made again rather than kept."""
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, and what norms in that dtype need."""
@@ -132,7 +132,7 @@ class SharedProjections(nn.Module):
         return self._last.of(x, rank, reader, self._projected)
 
     def _projected(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
-        if transforming():
+        if transforming() or not (x.requires_grad and recording()):
             return self.kind.project(x, rank)
         z: Tensor = _Projection.apply(x, rank, self.kind)
         return z

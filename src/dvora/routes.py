@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .dense import DenseMatrices
 from .projections import Matrices
-from .transforms import transforming
+from .transforms import recording, transforming
 
 WORTH_IT = 2.0
 """By how much the thin products must exceed the updated weight in multiply-adds: those of W's size wait for memory."""
@@ -28,7 +28,7 @@ def takes_updated_weight(layer: nn.Module, x: Tensor, rank: int, matrices: Matri
         rank: R.
         matrices: of the adapter.
     """
-    if transforming() or not (torch.is_grad_enabled() and isinstance(matrices, DenseMatrices) and _is_plain(layer)):
+    if transforming() or not (recording() and isinstance(matrices, DenseMatrices) and _is_plain(layer)):
         return False
     assert isinstance(layer, nn.Linear)
     # Half precision would round small updates away.

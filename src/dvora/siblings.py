@@ -34,10 +34,7 @@ class LastProjection:
         # PyTorch does not count the changes of inference tensors, and the graph of a leaf would keep it alive.
         if transforming() or x.is_inference() or (x.is_leaf and x.requires_grad):
             return project(x, rank)
-        try:
-            context = _Context(x, rank)
-        except TypeError:  # hooks of the user's that cannot be told apart
-            return project(x, rank)
+        context = _context(x, rank)
         last: _Entry | None = getattr(self._local, "entry", None)
         if last is not None and last.reference() is x and last.context == context:
             z = last.handed_to(reader)
@@ -51,28 +48,40 @@ class LastProjection:
         return LastProjection, ()
 
 
-class _Context:
+def _context(x: Tensor, rank: int) -> tuple[object, ...]:
     """Everything but the values of x on which its projection, or the use of it, depends."""
+    device, recorded = x.device.type, torch.is_grad_enabled()
+    # `detach_` changes nothing but the node that made x.
+    graph = (x.requires_grad, x.grad_fn, _hook()) if recorded else None
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    stream = _stream(x) if x.is_cuda else None
+    values = (x._version, x.data_ptr(), x.stride())
+    return values, rank, graph, recorded, torch.is_inference_mode_enabled(), autocast, stream
 
-    def __init__(self, x: Tensor, rank: int) -> None:
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.values = (x._version, x.data_ptr(), x.stride(), x.requires_grad)
-        self.mode = (rank, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, _stream(x))
-        # `detach_` changes nothing else.
-        self.grad_fn = x.grad_fn
-        # Checkpointing runs a part of the model twice, and both runs must save the same tensors: neither may take what
-        # was projected outside it. Weak, for the hooks hold what they saved.
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self.hook = None if hooks is None else weakref.ref(hooks[0])
+
+def _hook() -> "_Hook | None":
+    """What is done with tensors that are saved for the backward pass.
+
+    Checkpointing runs a part of the model twice, and both runs must save the same tensors: neither may take what was
+    projected outside it.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else _Hook(hooks[0])
+
+
+class _Hook:
+    """A hook, held weakly because it holds what it saved; one that cannot be is like no other."""
+
+    def __init__(self, hook: object) -> None:
+        try:
+            self.reference: Callable[[], object] | None = weakref.ref(hook)
+        except TypeError:
+            self.reference = None
 
     def __eq__(self, other: object) -> bool:
-        assert isinstance(other, _Context)
-        if (self.hook is None) != (other.hook is None):
+        if not isinstance(other, _Hook) or self.reference is None or other.reference is None:
             return False
-        same_hook = self.hook is None or other.hook is None or self.hook() is other.hook()
-        same_graph = self.grad_fn is other.grad_fn
-        return same_hook and same_graph and self.values == other.values and self.mode == other.mode
+        return self.reference() is other.reference()
 
     __hash__ = None  # type: ignore[assignment]  # it is compared, never looked up
 
@@ -80,7 +89,7 @@ class _Context:
 class _Entry:
     """A projection and the tensor that it is of; the projection goes when the tensor does."""
 
-    def __init__(self, x: Tensor, context: _Context, z: Tensor, reader: object) -> None:
+    def __init__(self, x: Tensor, context: tuple[object, ...], z: Tensor, reader: object) -> None:
         self.context = context
         self.z: Tensor | None = z
         self.readers = {id(reader)}
@@ -100,8 +109,6 @@ class _Entry:
         return self.z
 
 
-def _stream(x: Tensor) -> tuple[int, bool] | None:
-    """The stream that x is used on, and whether its work is being captured; None where there are no streams."""
-    if not x.is_cuda:
-        return None
+def _stream(x: Tensor) -> tuple[int, bool]:
+    """The stream that x is used on, and whether its work is being captured."""
     return torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()

@@ -46,11 +46,12 @@ class StructuredMatrices(nn.Module):
         seed: names the matrices, 0 <= seed < 2**64.
     """
 
-    remakes_updates = True
+    products_are_cheap = True
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
+        self._stacks: dict[_Key, Stack] = {}
         self._made: dict[tuple[Side, int, int, torch.dtype], list[tuple[tuple[str, str, str], int]]] = {}
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
@@ -73,7 +74,7 @@ class StructuredMatrices(nn.Module):
         stack = self._stack_for(z, "B", z.shape[-1], out_features)
         if scale is None:
             return widen(z, stack)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or z.numel() == z.shape[-1]:
             return (widen(z, stack) * scale).to(z.dtype)
         return widen(z, kronecker.scaled(stack, scale))
 
@@ -162,20 +163,24 @@ class StructuredMatrices(nn.Module):
 
     def _stack(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
         key = (side, rank, size, dtype)
-        if key not in self._made:
-            if torch.compiler.is_compiling():
-                return self._cast(key, device)
-            self._make(key, device)
-        return tuple(self._block(names, rows, device) for names, rows in self._made[key])
+        stack = self._stacks.get(key)
+        if stack is None:
+            if key not in self._made:
+                if torch.compiler.is_compiling():
+                    return self._cast(key, device)
+                self._make(key, device)
+            stack = tuple(self._block(names, rows) for names, rows in self._made[key])
+            self._stacks[key] = stack
+        if device is None or stack[0].left.device == device:
+            return stack
+        return tuple(Kronecker(M.left.to(device), M.right.to(device), M.diagonal.to(device), M.rows) for M in stack)
 
-    def _block(self, names: tuple[str, str, str], rows: int, device: torch.device | None) -> Kronecker:
+    def _block(self, names: tuple[str, str, str], rows: int) -> Kronecker:
         left, right, diagonal = (self._buffers[name] for name in names)
         assert left is not None
         assert right is not None
         assert diagonal is not None
-        if device is None or left.device == device:
-            return Kronecker(left, right, diagonal, rows)
-        return Kronecker(left.to(device), right.to(device), diagonal.to(device), rows)
+        return Kronecker(left, right, diagonal, rows)
 
     def _cast(self, key: _Key, device: torch.device | None) -> Stack:
         """The matrices in a dtype of which there are no buffers: a graph cannot make new ones."""
@@ -210,6 +215,7 @@ class StructuredMatrices(nn.Module):
             for names, _ in blocks:
                 for name in names:
                     self._buffers[name] = self.get_buffer(name).to(device)
+        self._stacks.clear()
         return self
 
 

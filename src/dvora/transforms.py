@@ -1,18 +1,27 @@
-"""Whether PyTorch is transforming the code that runs: then it must see every operation, and nothing may be kept."""
+"""What PyTorch is doing with the code that runs: transforming it, recording it for a backward pass, or neither."""
 
 import torch
 from torch.autograd import forward_ad
 
 
-_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
 def transforming() -> bool:
-    """Whether the code is compiled, exported or traced, or runs under `torch.func` or forward-mode differentiation."""
+    """Whether the code is compiled, exported or traced, or runs under `torch.func` or forward-mode differentiation.
+
+    Then PyTorch must see every operation, and nothing may be kept from one pass to another.
+    """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(torch._C._get_dispatch_mode(tracer) is not None for tracer in _TRACERS)
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+        or torch._C._get_dispatch_mode(_FAKE) is not None
     )
+
+
+def recording() -> bool:
+    """Whether operations are recorded for a backward pass."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

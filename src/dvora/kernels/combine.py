@@ -21,6 +21,7 @@ from torch import Tensor
 from ..precision import norm_dtype
 from ..projections import Matrices
 from ..shapes import Float
+from ..transforms import recording
 
 _CHUNK_VALUES = 2**18
 _HAS_TRITON = find_spec("triton") is not None
@@ -48,7 +49,7 @@ def combine(
         bias: the base's, or None.
         matrices: those of B.
     """
-    if torch.is_grad_enabled():
+    if recording():
         y: Tensor = _Combine.apply(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
         return y
     return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
@@ -145,7 +146,7 @@ def _backward_in_triton(
 
     out_features, inner = delta.shape[-1], lambda_d.to(z.dtype)
     scaled_z = _rows(z * inner)
-    low_rank = matrices.expand(scaled_z, out_features) if matrices.remakes_updates else None
+    low_rank = matrices.expand(scaled_z, out_features) if matrices.products_are_cheap else None
     found = triton_combine.combine_backward(
         _rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias
     )

@@ -17,12 +17,15 @@ from .. import functional as F
 from ..functional import Vectors
 from ..norms import FrozenNorm
 from ..shapes import Float
+from ..transforms import recording
 
 
 def gain_minus_one(
     vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool = False
 ) -> Float[Tensor, "O"]:
     """`functional.gain_minus_one` for a frozen weight."""
+    if not recording():
+        return F.gain_minus_one(vectors, norm, beta)
     fused, eps = _Gain.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
     near = F.nearly_cancelled(eps)
     if near is None or norm.matrix is None:

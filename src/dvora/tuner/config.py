@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from ..validation import (
     checked_strength,
     fits_float32,
 )
+from .config_checks import all_of, check_expressions, check_types
 from .files import check_biases, check_tokens, keys_in
 from .vectors import strength_key
 
@@ -119,7 +117,7 @@ class DVoRAConfig(PeftConfig):
         # The caller may use one configuration for several bases, so the field stays what it was.
         self.measured_probes: dict[str, list[float]] | None = None
         self.peft_type = PeftType["DVORA"]
-        self._check_types()
+        check_types(vars(self))
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -158,8 +156,8 @@ class DVoRAConfig(PeftConfig):
         Raises:
             TypeError, ValueError: a value is of the wrong type or out of range.
         """
-        self._check_types()
-        self._check_expressions()
+        check_types(vars(self))
+        check_expressions(vars(self))
         self._check_numbers()
         self._check_choices()
         self._check_projections()
@@ -183,63 +181,6 @@ class DVoRAConfig(PeftConfig):
         if isinstance(self.strength, dict):
             return self.strength.get(strength_key(self.strength, layer_name), 1.0)
         return self.strength
-
-    def _check_types(self) -> None:
-        for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), str | os.PathLike | None):
-                raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
-        for name in ("target_modules", "magnitude_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if not (value is None or isinstance(value, str) or _all_of(value, str)):
-                raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
-        for name in ("modules_to_save", "target_parameters"):
-            value = getattr(self, name)
-            if not (value is None or _all_of(value, str)):
-                raise TypeError(f"{name} must be a list of names, got {value!r}")
-        if "" in (self.modules_to_save or ()):
-            # PEFT compares ends of names, so this one is every module's, the model's own included.
-            raise ValueError(f"modules_to_save must not hold an empty name, got {self.modules_to_save!r}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            if not (isinstance(value, dict) and _all_of(set(value), str)):
-                raise TypeError(f"{name} must be a dictionary from layer names to numbers, got {value!r}")
-        layers = self.layers_to_transform
-        if not (layers is None or _all_of(layers if isinstance(layers, list) else [layers], int)):
-            raise TypeError(f"layers_to_transform must be an index or a list of indices, got {layers!r}")
-        if isinstance(self.strength, dict) and not _all_of(set(self.strength), str):
-            raise TypeError(f"strength must be a number, or a dictionary from layer names, got {self.strength!r}")
-        tokens = self.trainable_token_indices
-        by_layer = tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]
-        if not all(_all_of(indices, int) for indices in by_layer):
-            raise TypeError(f"trainable_token_indices must be lists of indices, got {tokens!r}")
-        probes = self.base_probes
-        if probes is not None and not (
-            isinstance(probes, dict) and all(_all_of(p, float, int) for p in probes.values())
-        ):
-            raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r}")
-
-    def _expressions(self) -> Iterator[tuple[str, str]]:
-        """The settings that are read as regular expressions."""
-        for name in ("target_modules", "magnitude_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), str):
-                yield name, value
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        strengths = self.strength if isinstance(self.strength, dict) else ()
-        several: dict[str, Iterable[str]] = {
-            "layers_pattern": patterns,
-            "modules_to_save": self.modules_to_save or (),
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-            "strength": strengths,
-        }
-        yield from ((name, expression) for name, expressions in several.items() for expression in expressions)
-
-    def _check_expressions(self) -> None:
-        for name, expression in self._expressions():
-            try:
-                re.compile(expression)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from error
 
     def _check_numbers(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
@@ -265,7 +206,7 @@ class DVoRAConfig(PeftConfig):
         checked_norm_cache(self.norm_cache)
         if self.bias not in BIASES:
             raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
-        if not (_all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
+        if not (all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
             raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {self.train!r}")
         for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
@@ -299,7 +240,3 @@ def own_config(config: PeftConfig) -> DVoRAConfig:
     """A configuration that PEFT hands on, known to be this method's."""
     assert isinstance(config, DVoRAConfig), type(config)
     return config
-
-
-def _all_of(values: object, *types: type) -> bool:
-    return isinstance(values, list | tuple | set) and all(type(value) in types for value in values)

@@ -105,10 +105,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def vectors(self, adapter_name: str) -> Vectors:
         """The trained vectors of one adapter; zero and empty where it has the magnitude only."""
-        magnitude, *others = (vector_dict[adapter_name] for vector_dict in self._vector_dicts(adapter_name))
-        if not others:
-            return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
-        return Vectors(magnitude, *others)
+        return self._vectors(adapter_name, self.adapted(adapter_name).rank)
 
     def adapted(self, adapter_name: str) -> AdaptedWeight:
         """The frozen side of one adapter."""
@@ -197,10 +194,11 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def _at_work(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """Those of the named adapters that this layer has."""
-        stored, at_work = self.stored(), []
+        stored, at_work, all_adapted = self.stored(), [], self.dvora_adapted
         for name in adapter_names:
-            if name in self.dvora_adapted:
-                adapted, vectors, strength = self.adapted(name), self.vectors(name), self.strength(name)
+            if name in all_adapted:
+                adapted, strength = cast(AdaptedWeight, all_adapted[name]), self.strength(name)
+                vectors = self._vectors(name, adapted.rank)
                 factors = adapted.row_factors(vectors, stored, strength)
                 at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
         return at_work
@@ -229,11 +227,16 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         deltas = [self.strength(n) * self.adapted(n).delta(self.vectors(n), weight) for n in adapter_names]
         return sum(deltas[1:], deltas[0])
 
+    def _vectors(self, adapter_name: str, rank: int) -> Vectors:
+        magnitude = self.dvora_magnitude[adapter_name]
+        if not rank:
+            return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
+        return Vectors(magnitude, self.dvora_lambda_b[adapter_name], self.dvora_lambda_d[adapter_name])
+
     def _vector_dicts(self, adapter_name: str) -> tuple[VectorDict, ...]:
         """Where the vectors of an adapter are kept: without a rank there is a magnitude only."""
-        if self.adapted(adapter_name).rank:
-            return self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
-        return (self.dvora_magnitude,)
+        dicts = self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
+        return dicts if self.adapted(adapter_name).rank else dicts[:1]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype: bfloat16 would round the magnitude by up to 0.4 %.
