@@ -6,13 +6,11 @@ All models of one workload share the base's weights, so that many of them fit in
 import copy
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, RandLoraConfig, VeraConfig, get_peft_model
 from torch import nn
-
-import dvora
 
 RANDLORA_RANK = 32
 """PEFT's default; a smaller rank means more trained values."""
@@ -23,27 +21,47 @@ class Arm(NamedTuple):
 
     method: str
     rank: int = 0
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method} r={self.rank}" if self.rank else self.method
+        """As in the result file."""
+        return self.method + (f" r={self.rank}" if self.rank else "") + (" compiled" if self.compiled else "")
+
+    def described(self) -> dict[str, Any]:
+        """For a row of the result file."""
+        return {"arm": self.name, "method": self.method, "rank": self.rank}
 
 
 BASE = Arm("base")
 FULL = Arm("full fine-tuning")
+MERGED = Arm("dvora merged", 256)
 
 
 def adapted(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
     """A model of a method on the base's own weights; its trained values are slightly off their starting ones."""
-    if arm == BASE:
+    model = _eager(base, arm, targets)
+    return cast(nn.Module, torch.compile(model)) if arm.compiled else model
+
+
+def _eager(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
+    if arm.method == BASE.method:
         return base
-    if arm == FULL:
+    if arm.method == FULL.method:
         return unfrozen(base)
     # PEFT's other methods draw their starting values from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = get_peft_model(sharing_copy(base), CONFIGS[arm.method](arm.rank, list(targets)))
+        own = arm.method == MERGED.method
+        model: nn.Module = get_peft_model(
+            unshared(base) if own else sharing_copy(base), CONFIGS[arm.method](arm.rank, list(targets))
+        )
     return moved(model)
+
+
+def unshared(base: nn.Module) -> nn.Module:
+    """A copy with weights of its own, for a method that writes to them."""
+    return copy.deepcopy(base)
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -84,12 +102,19 @@ def _randlora(rank: int, targets: list[str]) -> PeftConfig:
     return RandLoraConfig(r=rank, target_modules=targets)
 
 
+def _dvora(rank: int, targets: list[str], distribution: str) -> PeftConfig:
+    # Here, because the environments of some peers do not have it.
+    from dvora import DVoRAConfig
+
+    return DVoRAConfig(r=rank, target_modules=targets, projection_init=distribution)
+
+
 def _dvora_dense(rank: int, targets: list[str]) -> PeftConfig:
-    return dvora.DVoRAConfig(r=rank, target_modules=targets, projection_init="kaiming_uniform")
+    return _dvora(rank, targets, "kaiming_uniform")
 
 
 def _dvora_structured(rank: int, targets: list[str]) -> PeftConfig:
-    return dvora.DVoRAConfig(r=rank, target_modules=targets, projection_init="structured")
+    return _dvora(rank, targets, "structured")
 
 
 CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
@@ -99,4 +124,5 @@ CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "RandLoRA": _randlora,
     "dvora dense": _dvora_dense,
     "dvora structured": _dvora_structured,
+    MERGED.method: _dvora_dense,
 }

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.speed import workloads
-from benchmarks.speed.arms import BASE, FULL, RANDLORA_RANK, Arm
+from benchmarks.speed.arms import BASE, FULL, MERGED, RANDLORA_RANK, Arm
 from benchmarks.speed.workloads import Workload
 
 RANKS = (16, 64, 256, 1024)
 TOKENS = (128, 512, 2048, 4096)
-MERGED = Arm("dvora merged", 256)
 
 
 def at_rank(rank: int) -> list[Arm]:

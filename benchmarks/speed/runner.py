@@ -3,20 +3,22 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import dvora
-from benchmarks.speed.arms import Arm, adapted
-from benchmarks.speed.plan import MERGED, Run
+from benchmarks.speed.arms import MERGED, Arm, adapted
+from benchmarks.speed.plan import Run
 from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import Workload
 
 Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAILURES = (AttributeError, ImportError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+"""What a library answers with where a method does not work in a setting."""
 
 
 @dataclass
@@ -26,41 +28,70 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     not_measured: list[dict[str, str]] = field(default_factory=list)
 
-    def miss(self, what: str, error: BaseException | str) -> None:
-        reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    def add(self, row: Row) -> None:
+        """Add a row; five digits of a time are more than can be trusted."""
+        self.rows.append({key: _rounded(value) if "seconds" in key else value for key, value in row.items()})
+
+    def miss(self, what: str, reason: str) -> None:
+        """Note what is missing."""
         self.not_measured.append({"what": what, "reason": reason})
+
+    def attempt(self, what: str, step: Step) -> bool:
+        """Whether something works; if not, its error is noted."""
+        try:
+            step()
+        except FAILURES as error:
+            self.miss(what, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            return False
+        return True
 
 
 def carry_out(run: Run, report: Report, on_round: Step = lambda: None) -> None:
     """Time one run's methods in turns and add a row for each."""
     workload, dtype = run.workload(), DTYPES[run.dtype]
     base = workload.frozen(dtype)
-    extra = CACHED_TOKENS if run.part == "decode" else 0
-    x = workload.inputs(run.batch, run.tokens + extra, dtype)
-    with ExitStack() as contexts:
-        steps: dict[str, Step] = {}
-        arms = {arm.name: arm for arm in run.arms}
-        for name, arm in arms.items():
-            try:
-                steps[name] = _step(run, workload, base, arm, x, contexts)
-            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                report.miss(f"{workload.name}, {run.dtype}: {name}", error)
-        seconds, repeats = interleaved(steps, run.rounds, on_round=on_round)
-    setting = {"part": run.part, "workload": workload.name, "dtype": run.dtype, "batch": run.batch}
-    for name, measured in seconds.items():
-        method, rank = arms[name]
-        row = {**setting, "tokens": run.tokens, "arm": name, "method": method, "rank": rank, "repeats": repeats}
-        report.rows.append({**row, "seconds": [float(f"{value:.5g}") for value in measured]})
+    prompt = CACHED_TOKENS if run.part == "decode" else 0
+    x = workload.inputs(run.batch, prompt + run.tokens, dtype)
+    steps: dict[str, Step] = {}
 
-
-def _step(run: Run, workload: Workload, base: nn.Module, arm: Arm, x: Tensor, contexts: ExitStack) -> Step:
-    if arm == MERGED:
-        model = adapted(base, Arm("dvora dense", arm.rank), workload.targets)
-        contexts.enter_context(dvora.merged(model))
-    else:
+    def prepare(arm: Arm) -> None:
         model = adapted(base, arm, workload.targets)
-    if run.part == "decode":
-        return decode_step(model, x)
-    make: Callable[[Workload, nn.Module, Tensor], Step] = prefill_step if run.part == "prefill" else training_step
-    step = make(workload, model, x)
-    return step
+        if arm.method == MERGED.method:
+            contexts.enter_context(merged(model))
+        step = STEPS[run.part](workload, model, x)
+        # Also the warm-up.
+        step()
+        steps[arm.name] = step
+
+    with ExitStack() as contexts:
+        for arm in run.arms:
+            report.attempt(f"{run.part}, {workload.name}, {run.dtype}: {arm.name}", partial(prepare, arm))
+        seconds, repeats = interleaved(steps, run.rounds, warm_ups=0, on_round=on_round)
+    setting = {"part": run.part, "workload": workload.name, "dtype": run.dtype, "batch": run.batch}
+    for arm in run.arms:
+        if arm.name in seconds:
+            measured = {"repeats": repeats, "seconds": seconds[arm.name]}
+            report.add({**setting, "tokens": run.tokens, **arm.described(), **measured})
+
+
+def merged(model: nn.Module) -> Any:
+    """`dvora.merged`: the adapter lies in the weights as long as the context is open."""
+    import dvora
+
+    return dvora.merged(model)
+
+
+def _decode(workload: Workload, model: nn.Module, x: Tensor) -> Step:
+    return decode_step(model, x)
+
+
+STEPS: dict[str, Callable[[Workload, nn.Module, Tensor], Step]] = {
+    "training": training_step,
+    "compile": training_step,
+    "prefill": prefill_step,
+    "decode": _decode,
+}
+
+
+def _rounded(seconds: list[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in seconds]
