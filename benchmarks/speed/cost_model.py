@@ -1,8 +1,8 @@
 """Operations of a training step from the shapes alone, relative to the frozen base, to hold measured times against.
 
-Counted are the multiplications and additions of matrix products, forward and backward: two for each value of a matrix and
-token. Work on single values (sums, scales, norms of rows) is not counted, nor is what memory can deliver: at few tokens and
-for small products the measured times lie above.
+Counted are the multiplications and additions of matrix products, forward and backward: two for each value of a matrix
+and token. Work on single values (sums, scales, norms of rows) is not counted, nor is what memory can deliver: at few
+tokens and for small products the measured times lie above.
 
 Dimensions: T tokens, I in, O out, R rank.
 """

@@ -40,7 +40,11 @@ def _measure_model(report: Report, workload: Workload, base: nn.Module, arm: Arm
     forward = partial(workload.output, model)
     # What is made at first use and kept is a constant.
     torch.autograd.backward(output := forward(x), torch.ones_like(output))
-    saved, live, kept = saved_for_backward(model, forward, x), live_memory(model, forward, x), constants(base, model, workload.targets)
+    saved, live, kept = (
+        saved_for_backward(model, forward, x),
+        live_memory(model, forward, x),
+        constants(base, model, workload.targets),
+    )
     weights = [p for name, p in base.named_parameters() if name.removesuffix(".weight").endswith(workload.targets)]
     report.rows.append(
         {
@@ -86,7 +90,14 @@ def measure_resident(report: Report, arms: Sequence[Arm] = COMPARED) -> None:
 
 
 def _measure_resident(report: Report, arm: Arm) -> None:
-    command = [sys.executable, "-m", "benchmarks.speed.footprint", arm.method, str(arm.rank), str(torch.get_num_threads())]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.footprint",
+        arm.method,
+        str(arm.rank),
+        str(torch.get_num_threads()),
+    ]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(process.stderr.strip().splitlines()[-1])

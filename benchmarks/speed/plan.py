@@ -27,6 +27,17 @@ FEW = [BASE, Arm("LoRA", 16), *at_rank(256), Arm("DoRA", 16)]
 DECODING = [arm for arm in COMPARED if arm != FULL]
 
 
+LEFT_OUT = (
+    "hidden 2,048: 128 and 4,096 tokens, bfloat16 and prefill; at 2,048 tokens only six methods",
+    "SmolLM2: only six methods, 128 tokens; MiniLM: only 16 x 32 tokens",
+    "ranks 16 and 64: only at 512 tokens and hidden 1,024",
+    "bfloat16: only on the Llama block of hidden 1,024, 512 and 2,048 tokens",
+    "torch.compile: only rank 256 at 512 tokens",
+    "CUDA: never run; benchmarks/speed/cuda.py is ready for it",
+)
+"""Combinations that the plan leaves out, for the result file."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Methods that are timed in turns.
@@ -75,7 +86,7 @@ def llama_64() -> Workload:
 
 def whole() -> list[Run]:
     """Every run of the committed result file."""
-    return [*training(), *decoding()]
+    return [*training(), *decoding(), *compiling()]
 
 
 def quick() -> list[Run]:
@@ -85,7 +96,7 @@ def quick() -> list[Run]:
         Run("training", linears_64, few, tokens=32, rounds=2),
         Run("training", llama_64, few, dtype="bfloat16", tokens=32, rounds=2),
         Run("prefill", llama_64, few, tokens=32, rounds=2),
-        Run("decode", llama_64, few, batch=2, tokens=1, rounds=2),
+        Run("decode", llama_64, [*few, MERGED._replace(rank=16)], batch=2, tokens=1, rounds=2),
     ]
 
 
@@ -113,3 +124,9 @@ def decoding() -> Iterator[Run]:
             yield Run("decode", llama_1024, arms, dtype=dtype, batch=batch, tokens=1, rounds=15)
     for batch in (1, 16):
         yield Run("decode", llama_2048, arms, batch=batch, tokens=1)
+
+
+def compiling() -> Iterator[Run]:
+    """torch.compile, forward and backward, beside the same in eager mode."""
+    eager = [BASE, *at_rank(256)]
+    yield Run("compile", llama_1024, [*eager, *(arm._replace(compiled=True) for arm in eager)], tokens=512, rounds=7)

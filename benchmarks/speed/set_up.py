@@ -69,7 +69,9 @@ def measure_model(report: Report, rounds: int, workload: Workload | None = None)
         seconds, _ = interleaved(steps, rounds, warm_ups=0, at_least=0)
         for arm in chosen:
             if arm.name in seconds:
-                report.add({"part": "adapting", "workload": workload.name, **arm.described(), "seconds": seconds[arm.name]})
+                report.add(
+                    {"part": "adapting", "workload": workload.name, **arm.described(), "seconds": seconds[arm.name]}
+                )
 
 
 def measure_norm(report: Report, rounds: int, workload: Workload | None = None) -> None:
@@ -128,4 +130,3 @@ def _new(base: nn.Linear, arm: Arm) -> Step:
     step = partial(dvora.DVoRAAdapter, base, arm.rank, shared=shared)
     step()
     return step
-

@@ -5,16 +5,21 @@ Inputs are embeddings, so that the first layer has to compute the gradient of it
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from benchmarks import models
 
 SEED = 0
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LAYERS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""For BERT; it would draw from torch's global generator."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,9 @@ class Linears(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        for name in LLAMA_LAYERS[:4]:
-            self.add_module(name, nn.Linear(hidden, hidden, bias=False))
-        for name in LLAMA_LAYERS[4:6]:
-            self.add_module(name, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module("down_proj", nn.Linear(intermediate, hidden, bias=False))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # Sums, because a product would keep both of its factors for the backward pass.
@@ -87,15 +90,40 @@ def llama(hidden: int, intermediate: int, heads: int, layers: int = 1) -> Worklo
             num_attention_heads=heads,
             num_hidden_layers=layers,
             max_position_embeddings=8192,
+            # A cache would keep keys and values.
+            use_cache=False,
         )
         return randomised(LlamaModel(config))
 
     return Workload(f"llama-{hidden}", hidden, LLAMA_LAYERS, build, last_hidden_state)
 
 
+def bert_square(hidden: int) -> Workload:
+    """One BERT block whose layers are all square."""
+
+    def build() -> nn.Module:
+        config = BertConfig(
+            vocab_size=8,
+            hidden_size=hidden,
+            intermediate_size=hidden,
+            num_attention_heads=hidden // 64,
+            num_hidden_layers=1,
+            **NO_DROPOUT,
+        )
+        return randomised(BertModel(config, add_pooling_layer=False))
+
+    targets = ("query", "key", "value", "intermediate.dense", "0.output.dense")
+    return Workload(f"bert-square-{hidden}", hidden, targets, build, last_hidden_state)
+
+
 def minilm() -> Workload:
     """all-MiniLM-L6-v2, whole."""
-    return Workload("minilm", 384, BERT_LAYERS, lambda: AutoModel.from_pretrained(models.minilm()), last_hidden_state)
+
+    def build() -> nn.Module:
+        model: nn.Module = AutoModel.from_pretrained(models.minilm(), **NO_DROPOUT)
+        return model
+
+    return Workload("minilm", 384, BERT_LAYERS, build, last_hidden_state)
 
 
 def smollm2() -> Workload:
@@ -105,13 +133,16 @@ def smollm2() -> Workload:
         logits: Tensor = model(inputs_embeds=x, use_cache=False).logits
         return logits
 
-    build = lambda: AutoModelForCausalLM.from_pretrained(models.smollm2())  # noqa: E731
+    def build() -> nn.Module:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(models.smollm2())
+        return model
+
     return Workload("smollm2", 576, LLAMA_LAYERS, build, output)
 
 
 def last_hidden_state(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of a transformers model without a head; a cache would keep keys and values."""
-    hidden: Tensor = model(inputs_embeds=x, use_cache=False).last_hidden_state
+    """The output of a transformers model without a head."""
+    hidden: Tensor = model(inputs_embeds=x).last_hidden_state
     return hidden
 
 
