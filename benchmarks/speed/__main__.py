@@ -25,7 +25,7 @@ RESULT = Path(__file__).parent.parent / "results" / "speed.json"
 def memory(report: Report, quick: bool) -> None:
     """Memory of models, of single layers and of whole processes."""
     if quick:
-        footprint.measure_models(report, [plan.linears_64()])
+        footprint.measure_models(report, [plan.linears_64()], arms=plan.TINY)
         return
     footprint.measure_models(report, [plan.linears_1024(), plan.llama_1024()])
     footprint.measure_models(report, [plan.llama_1024()], "bfloat16")
@@ -36,7 +36,7 @@ def memory(report: Report, quick: bool) -> None:
 def setting_up(report: Report, quick: bool) -> None:
     """Constants of layers, a whole model, and the norm's share of a step."""
     if quick:
-        set_up.measure_norm(report, 2, plan.linears_64())
+        set_up.measure_norm(report, 2, plan.linears_64(), plan.at_rank(16)[::2])
         return
     set_up.measure_layers(report, 7)
     set_up.measure_norm(report, 9)

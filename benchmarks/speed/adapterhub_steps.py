@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 rounds, threads, *sources = sys.argv[1:]
 # The folder of this file comes first on the path otherwise, where `timing` and others are no top-level modules.
@@ -26,7 +27,7 @@ ADAPTERHUB = Arm("AdapterHub DVoRA", 256)
 
 def adapterhub(base: nn.Module, rank: int) -> nn.Module:
     """All layers that it can adapt: query, key, value and the feed-forward pair; alpha = rank scales by one."""
-    model = sharing_copy(base)
+    model: Any = sharing_copy(base)
     adapters.init(model)
     config = adapters.DvoRAConfig(
         r=rank, alpha=rank, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True

@@ -82,7 +82,7 @@ def moved(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
 
 

@@ -25,12 +25,14 @@ LAYER_TOKENS = 1000
 RESIDENT_TOKENS = 4096
 
 
-def measure_models(report: Report, workloads: Iterable[Workload], dtype: str = "float32") -> None:
+def measure_models(
+    report: Report, workloads: Iterable[Workload], dtype: str = "float32", arms: Sequence[Arm] = COMPARED
+) -> None:
     """One training step of every method on every model."""
     for workload in workloads:
         base = workload.frozen(DTYPES[dtype])
         x = workload.inputs(1, TOKENS, DTYPES[dtype]).requires_grad_()
-        for arm in COMPARED:
+        for arm in arms:
             what = f"memory, {workload.name}, {dtype}: {arm.name}"
             report.attempt(what, partial(_measure_model, report, workload, base, arm, x, dtype))
 

@@ -1,5 +1,6 @@
 """What a training step keeps: counted tensor by tensor, so that it is exact and the same on every machine."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,10 +23,11 @@ class Saved(NamedTuple):
     keeps_input: bool
 
 
-class _SavedStorage(NamedTuple):
-    reference: StorageWeakRef
-    bytes: int
-    item: int
+class _Kept:
+    """Alive as long as the graph that keeps the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class Live(NamedTuple):
@@ -55,23 +57,25 @@ def saved_for_backward(model: nn.Module, forward: Callable[[Tensor], Tensor], x:
         x: inputs; needs a gradient.
     """
     known = storages(tensors_of(model))
-    saved: dict[int, _SavedStorage] = {}
+    packed: list[weakref.ref[_Kept]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in known and tensor.numel():
-            storage = tensor.untyped_storage()
-            saved[storage._cdata] = _SavedStorage(StorageWeakRef(storage), storage.nbytes(), tensor.element_size())
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        # Detached, or a saved output would keep its own graph alive.
+        kept = _Kept(tensor.detach())
+        packed.append(weakref.ref(kept))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         output = forward(x)
     # A graph that no output needs is gone by now, with all that it saved.
-    kept = {address: storage for address, storage in saved.items() if not storage.reference.expired()}
+    alive = [kept.tensor for reference in packed if (kept := reference()) is not None]
+    found = {_address(tensor): tensor for tensor in alive if tensor.numel() and _address(tensor) not in known}
     del output
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in found.items()}
     return Saved(
-        values=sum(storage.bytes // storage.item for storage in kept.values()),
-        bytes=sum(storage.bytes for storage in kept.values()),
-        keeps_input=_address(x) in kept,
+        values=sum(size // found[address].element_size() for address, size in sizes.items()),
+        bytes=sum(sizes.values()),
+        keeps_input=_address(x) in found,
     )
 
 

@@ -24,6 +24,8 @@ COMPARED = [
 SWEPT = [*COMPARED, *at_rank(16), *at_rank(64), *(Arm("LoRA", rank) for rank in RANKS[1:])]
 """The same with every rank that all methods have."""
 FEW = [BASE, Arm("LoRA", 16), *at_rank(256), Arm("DoRA", 16)]
+TINY = [BASE, Arm("DoRA", 4), *at_rank(16)]
+"""For models of hidden size 64."""
 DECODING = [arm for arm in COMPARED if arm != FULL]
 
 
@@ -91,12 +93,11 @@ def whole() -> list[Run]:
 
 def quick() -> list[Run]:
     """The same kinds of run on tiny models: whether everything works, not how fast it is."""
-    few = [BASE, Arm("DoRA", 4), Arm("VeRA", 16), Arm("dvora dense", 16), Arm("dvora structured", 16)]
     return [
-        Run("training", linears_64, few, tokens=32, rounds=2),
-        Run("training", llama_64, few, dtype="bfloat16", tokens=32, rounds=2),
-        Run("prefill", llama_64, few, tokens=32, rounds=2),
-        Run("decode", llama_64, [*few, MERGED._replace(rank=16)], batch=2, tokens=1, rounds=2),
+        Run("training", linears_64, TINY, tokens=32, rounds=2),
+        Run("training", llama_64, TINY, dtype="bfloat16", tokens=32, rounds=2),
+        Run("prefill", llama_64, TINY, tokens=32, rounds=2),
+        Run("decode", llama_64, [*TINY, MERGED._replace(rank=16)], batch=2, tokens=1, rounds=2),
     ]
 
 

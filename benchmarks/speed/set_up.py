@@ -1,6 +1,6 @@
 """The time before the first step: a layer's constants, a whole model; and what the norm takes of every step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 
@@ -74,7 +74,7 @@ def measure_model(report: Report, rounds: int, workload: Workload | None = None)
                 )
 
 
-def measure_norm(report: Report, rounds: int, workload: Workload | None = None) -> None:
+def measure_norm(report: Report, rounds: int, workload: Workload | None = None, chosen: Sequence[Arm] = ARMS) -> None:
     """The gains of all layers, forward and backward, beside whole training steps."""
     workload = workload or linears_1024()
     base = workload.frozen(torch.float32)
@@ -86,10 +86,10 @@ def measure_norm(report: Report, rounds: int, workload: Workload | None = None) 
         steps[arm.name] = training_step(workload, model, x)
         steps[f"{arm.name} norm"] = norm_step(model)
 
-    for arm in ARMS:
+    for arm in chosen:
         report.attempt(f"norm of {workload.name}: {arm.name}", partial(prepare, arm))
     seconds, _ = interleaved(steps, rounds)
-    for arm in ARMS:
+    for arm in chosen:
         if arm.name in seconds:
             row = {"part": "norm", "workload": workload.name, "tokens": NORM_TOKENS, **arm.described()}
             report.add({**row, "seconds": seconds[f"{arm.name} norm"], "step_seconds": seconds[arm.name]})

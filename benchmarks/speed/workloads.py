@@ -50,17 +50,27 @@ class Workload:
 
 
 class Linears(nn.Module):
-    """The seven linear layers of a Llama block and nothing else but the sums that join them."""
+    """The seven linear layers of a Llama block and nothing else but the sums that join them.
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    Args:
+        hidden, intermediate: sizes.
+        key_value: outputs of key and value, a divisor of `hidden`.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, key_value: int) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.q_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(hidden, key_value, bias=False) for _ in range(2))
         self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.repeats = hidden // key_value
 
     def forward(self, x: Tensor) -> Tensor:
         # Sums, because a product would keep both of its factors for the backward pass.
-        x = self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
+        grouped = self.k_proj(x) + self.v_proj(x)
+        x = self.o_proj(
+            self.q_proj(x) + (grouped if self.repeats == 1 else grouped.repeat_interleave(self.repeats, -1))
+        )
         y: Tensor = self.down_proj(self.gate_proj(x) + self.up_proj(x))
         return y
 
@@ -70,11 +80,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = SEED) ->
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def linears(hidden: int, intermediate: int) -> Workload:
+def linears(hidden: int, intermediate: int, key_value: int | None = None) -> Workload:
     """Seven linear layers: query, key and value read the same input, gate and up another one."""
 
     def build() -> nn.Module:
-        return randomised(Linears(hidden, intermediate))
+        return randomised(Linears(hidden, intermediate, key_value or hidden))
 
     return Workload(f"linears-{hidden}", hidden, LLAMA_LAYERS, build, lambda model, x: model(x))
 
