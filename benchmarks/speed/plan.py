@@ -32,7 +32,7 @@ DECODING = [arm for arm in COMPARED if arm != FULL]
 LEFT_OUT = (
     "hidden 2,048: 128 and 4,096 tokens, bfloat16 and prefill; at 2,048 tokens only six methods",
     "SmolLM2: only six methods, 128 tokens; MiniLM: only 16 x 32 tokens",
-    "ranks 16 and 64: only at 512 tokens and hidden 1,024",
+    "ranks 16 and 64: only the linear layers of hidden 1,024 at 512 tokens",
     "bfloat16: only on the Llama block of hidden 1,024, 512 and 2,048 tokens",
     "torch.compile: only rank 256 at 512 tokens",
     "CUDA: never run; benchmarks/speed/cuda.py is ready for it",
@@ -103,8 +103,9 @@ def quick() -> list[Run]:
 
 def training() -> Iterator[Run]:
     """Training steps, the sweep over ranks first."""
+    yield Run("training", linears_1024, SWEPT, tokens=512, rounds=11)
+    yield Run("training", llama_1024, COMPARED, tokens=512, rounds=11)
     for model in (linears_1024, llama_1024):
-        yield Run("training", model, SWEPT, tokens=512, rounds=11)
         for tokens, rounds in ((128, 15), (2048, 7), (4096, 5)):
             yield Run("training", model, COMPARED, tokens=tokens, rounds=rounds)
     yield Run("training", llama_1024, COMPARED, dtype="bfloat16", tokens=512)

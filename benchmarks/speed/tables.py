@@ -24,6 +24,16 @@ ARMS = (
 )
 
 
+FEW_ARMS = ("LoRA r=16", "DoRA r=16", "VeRA r=256", "dvora dense r=256", "dvora structured r=256")
+MORE: dict[str, dict[str, object]] = {
+    "seven linear layers, hidden 2,048": {**_TRAINING, "workload": "linears-2048", "tokens": 512},
+    "a Llama block, hidden 2,048": {**_TRAINING, "workload": "llama-2048", "tokens": 512},
+    "... at 2,048 tokens": {**_TRAINING, "workload": "llama-2048", "tokens": 2048},
+    "MiniLM, 16 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 16},
+    "SmolLM2-135M, 128 tokens": {**_TRAINING, "workload": "smollm2"},
+}
+
+
 def speed(result: dict[str, Any]) -> str:
     """Times of all methods in units of the frozen base's, then what was aimed for."""
     rows, environment = result["rows"], result["environment"]
@@ -37,6 +47,14 @@ def speed(result: dict[str, Any]) -> str:
         "|---|" + "---|" * (len(COLUMNS) + 1),
         *(f"| {arm} | " + " | ".join(_cells(rows, arm)) + " |" for arm in ARMS),
         "",
+        "Training steps of larger and of whole models:",
+        "",
+        "| | " + " | ".join(FEW_ARMS) + " |",
+        "|---|" + "---|" * len(FEW_ARMS),
+        *(f"| {label} | " + " | ".join(_medians(rows, setting)) + " |" for label, setting in MORE.items()),
+        "",
+        *compiled(rows),
+        *beside_adapterhub(rows),
         "What was aimed for, with the quartiles of the ratios:",
         "",
         "| figure | aim | median | quartiles | reached |",
@@ -49,6 +67,35 @@ def speed(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def compiled(rows: Rows) -> list[str]:
+    """Steps compiled by torch.compile, in units of the same in eager mode."""
+    setting = {"part": "compile", "workload": "llama-1024"}
+    found = {arm: time_ratio(rows, f"{arm} compiled", arm, **setting) for arm in ("base", *FEW_ARMS)}
+    parts = [f"{arm} {figure.median:.2f}" for arm, figure in found.items() if figure is not None]
+    sentence = "`torch.compile`, forward and backward of a Llama block at 512 tokens, in units of eager mode: "
+    return [f"{sentence}{', '.join(parts)}.", ""] if parts else []
+
+
+def beside_adapterhub(rows: Rows) -> list[str]:
+    """AdapterHub's DVoRA on its own ground."""
+    timed = [row for row in rows if row["part"] == "adapterhub" and row["method"] != "base"]
+    if not timed:
+        return []
+    figures = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
+    parts = [f"{arm} {figure.median:.2f}" for arm, figure in figures.items() if figure is not None]
+    versions = timed[0]["environment"]
+    sentence = (
+        f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) adapts square "
+        "layers only; on a BERT block of 1,024 x 1,024 layers, 512 tokens: "
+    )
+    return [f"{sentence}{', '.join(parts)}.", ""]
+
+
+def _medians(rows: Rows, setting: dict[str, object]) -> list[str]:
+    figures = [time_ratio(rows, arm, "base", **setting) for arm in FEW_ARMS]
+    return ["" if figure is None else f"{figure.median:.2f}" for figure in figures]
 
 
 def _cells(rows: Rows, arm: str) -> list[str]:

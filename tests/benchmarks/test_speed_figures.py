@@ -126,6 +126,15 @@ def measured_rows() -> Iterator[dict[str, Any]]:
     yield {**layer, "in_features": 5, "saved_values": 78, "held_values": 38}
     memory = {"part": "memory", "workload": "linears-1024", "dtype": "float32", "tokens": 10, **arm}
     yield {**memory, "constant_bytes": 1, "weight_bytes": 5, "held_bytes": 2_000_000, "saved_bytes": 3_000_000}
+    yield timed("base", [1.0], workload="smollm2", tokens=128)
+    yield timed("VeRA r=256", [1.25], workload="smollm2", tokens=128)
+    compiled = {"part": "compile", "workload": "llama-1024"}
+    yield timed("base", [2.0], **compiled)
+    yield {**timed("base", [1.5], **compiled), "arm": "base compiled"}
+    square = {"part": "adapterhub", "workload": "bert-square-1024"}
+    versions = {"adapters": "1.3.0", "transformers": "4.57.6"}
+    yield timed("base", [1.0], **square, environment=versions)
+    yield timed("AdapterHub DVoRA r=256", [3.5], **square, environment=versions)
     yield {"part": "norm", "workload": "linears-1024", **arm, "seconds": [1.0], "step_seconds": [50.0]}
     yield {"part": "set-up", "in_features": 3, **arm, "seconds": [1.0], "forward_seconds": [2.0]}
     yield {"part": "set-up", "in_features": 5, **arm, "seconds": [3.0], "forward_seconds": [2.0]}
@@ -177,7 +186,7 @@ def test_the_readme_s_table(tmp_path: Path) -> None:
     report.miss("training: dvora merged", "not there")
     write(report, tmp_path / "speed.json", seconds=61.4)
     result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
-    assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 17, [1.8, 1.9, 2.2])
+    assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 23, [1.8, 1.9, 2.2])
     lines = speed(result).splitlines()
     assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 |" in lines
     aim = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | yes |"
@@ -185,4 +194,7 @@ def test_the_readme_s_table(tmp_path: Path) -> None:
     assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  | no |" in lines
     assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | yes |" in lines
     assert any(line.endswith("| ≤ 0.97 | not measured | | |") for line in lines)
+    assert "| SmolLM2-135M, 128 tokens |  |  | 1.25 |  |  |" in lines
+    assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)
+    assert any(line.endswith("layers, 512 tokens: AdapterHub DVoRA r=256 3.50.") for line in lines)
     assert "- training: dvora merged: not there" in lines
