@@ -67,6 +67,23 @@ def main(arguments: list[str] | None = None) -> int:
     if not runs and not sections:
         raise SystemExit("no run of the plan is as described; see benchmarks/speed/plan.py")
     report, start = Report(), perf_counter()
+    whole = not (chosen.quick or chosen.part or _narrowed(chosen))
+    file: Path | None = chosen.output or (RESULT if whole else None)
+    try:
+        measure(report, runs, sections, chosen.quick)
+    except BaseException:
+        if file:
+            # What was measured until then, under another name: a result file is whole.
+            write(report, file.with_suffix(".unfinished.json"), perf_counter() - start)
+        raise
+    show(report)
+    if file:
+        write(report, file, perf_counter() - start)
+    return 0
+
+
+def measure(report: Report, runs: list[Run], sections: list[str], quick: bool) -> None:
+    """Carry out runs and sections, with a progress bar."""
     with _progress() as progress:
         bar = progress.add_task("", total=sum(run.rounds for run in runs) + 10 * len(sections))
         for run in runs:
@@ -74,13 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
             carry_out(run, report, on_round=lambda: progress.advance(bar))
         for name in sections:
             progress.update(bar, description=name)
-            SECTIONS[name](report, chosen.quick)
+            SECTIONS[name](report, quick)
             progress.advance(bar, 10)
-    show(report)
-    whole = not (chosen.quick or chosen.part or _narrowed(chosen))
-    if file := chosen.output or (RESULT if whole else None):
-        write(report, file, perf_counter() - start)
-    return 0
 
 
 def selected(runs: list[Run], chosen: argparse.Namespace) -> list[Run]:

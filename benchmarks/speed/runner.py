@@ -57,7 +57,7 @@ def carry_out(run: Run, report: Report, on_round: Step = lambda: None) -> None:
     def prepare(arm: Arm) -> None:
         model = adapted(base, arm, workload.targets)
         if arm.method == MERGED.method:
-            contexts.enter_context(merged(model))
+            contexts.enter_context(merged(model.eval()))
         step = STEPS[run.part](workload, model, x)
         # Also the warm-up.
         step()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.arms import BASE, FULL, Arm, adapted, sharing_copy
-from benchmarks.speed.memory import Constants, Saved, constants, live_memory, saved_for_backward
+from benchmarks.speed.memory import Constants, Live, Saved, constants, live_memory, saved_for_backward
 from benchmarks.speed.workloads import linears, random
 
 FLOAT = 4
@@ -52,6 +52,12 @@ def test_live_memory_sees_what_hooks_are_not_shown() -> None:
     assert live.after_forward == 80 * FLOAT
     # Kept, output, its gradient of ones, and the input's gradient.
     assert live.at_most == 4 * 80 * FLOAT
+
+
+def test_what_is_freed_is_not_alive() -> None:
+    x = random(10, 8).requires_grad_()
+    # Sums keep nothing. At the end there are the output, its gradient and that of the input.
+    assert live_memory(nn.Identity(), lambda x: x + 1 + 1 + 1, x) == Live(0, 3 * 80 * FLOAT)
 
 
 def test_a_copy_has_the_base_s_own_tensors() -> None:
