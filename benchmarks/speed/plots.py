@@ -15,10 +15,13 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.speed.cost_model import llama_block, relative_cost
 from benchmarks.speed.figures import Rows, row_of, time_ratio
+from benchmarks.speed.timing import Spread
 
 RESULT = Path(__file__).parent.parent / "results" / "speed.json"
 FOLDER = Path(__file__).parent.parent / "plots"
@@ -63,48 +66,61 @@ def tokens(rows: Rows) -> Figure:
 
 def decoding(rows: Rows) -> Figure:
     """Time of one decoded token, for one row and for sixteen."""
-    figure, both = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
     setting = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
     arms = _arms(rows, **setting)
     for axes, batch in zip(both, (1, 16), strict=True):
-        figures = {arm: time_ratio(rows, arm, "base", batch=batch, **setting) for arm in arms}
-        present = {arm: value for arm, value in figures.items() if value is not None}
-        medians = [value.median for value in present.values()]
-        low = [value.median - value.low for value in present.values()]
-        high = [value.high - value.median for value in present.values()]
-        bars = axes.barh(list(present), medians, xerr=(low, high), color=[_colour(arm) for arm in present])
-        axes.bar_label(bars, fmt="%.2f", padding=6)
+        for place, arm in enumerate(arms):
+            measured = time_ratio(rows, arm, "base", batch=batch, **setting)
+            if measured is not None:
+                _dot(axes, place, measured, _colour(arm))
         axes.axvline(1, color="0.6", linewidth=1)
-        axes.margins(x=0.18)
-        axes.set(title=f"batch {batch}", xlabel="time of a token, frozen base = 1")
+        axes.set_yticks(range(len(arms)), arms)
+        axes.set_xscale("log")
+        _ticks(axes.xaxis, (0.5, 1, 2, 4, 8, 16, 32, 64))
+        # Room for the labels beside the dots.
+        axes.margins(x=0.2)
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
+        axes.set_title(f"Llama block, hidden size 1,024, float32, batch {batch}", fontsize="medium")
+        axes.set_xlabel("time of a token, frozen base = 1 (logarithmic)")
     both[0].invert_yaxis()
     return figure
 
 
 def memory(rows: Rows) -> Figure:
     """What a training step keeps and what a method holds all the time."""
-    figure, both = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained", sharey=True)
     setting = {"part": "memory", "workload": "linears-1024", "dtype": "float32"}
     found = {arm: row for arm in _arms(rows, **setting) if (row := row_of(rows, arm=arm, **setting))}
     arms, kept = list(found), [max(r["held_bytes"], r["saved_bytes"]) / 1e6 for r in found.values()]
     bars = both[0].barh(arms, kept, color=[_colour(arm) for arm in arms])
     both[0].bar_label(bars, fmt="%.0f", padding=3)
-    both[0].set(xlabel="kept for the backward pass, MB")
+    tokens, weights = ({row[key] for row in found.values()} for key in ("tokens", "weight_bytes"))
+    both[0].set(xlabel=f"kept for the backward pass of {max(tokens, default=0):,} tokens, MB")
     left = [0.0] * len(arms)
     for name, label, shade in (
-        ("trained_bytes", "trained", "0.2"),
-        ("constant_bytes", "of one layer", "0.5"),
-        ("shared_bytes", "shared", "0.8"),
+        ("trained_bytes", "trained values", "0.2"),
+        ("constant_bytes", "constants of single layers", "0.5"),
+        ("shared_bytes", "shared constants", "0.8"),
     ):
         sizes = [row[name] / 1e6 for row in found.values()]
-        both[1].barh(arms, sizes, left=left, color=shade, label=label)
+        bars = both[1].barh(arms, sizes, left=left, color=shade, label=label)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    both[1].set(xlabel="beside the base's weights, MB")
-    both[1].legend(loc="lower right", frameon=False)
-    for axes in both:
-        axes.margins(x=0.14)
+    both[1].bar_label(bars, [f"{total:.1f}" for total in left], padding=3)
+    both[1].set(xlabel=f"held all the time, MB (the base's weights: {max(weights, default=0) / 1e6:.0f})")
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    for axes, values in zip(both, (kept, left), strict=True):
+        # Room for the labels.
+        axes.set_xlim(0, 1.16 * max(values, default=1.0))
     both[0].invert_yaxis()
     return figure
+
+
+def _dot(axes: Axes, place: int, measured: Spread, colour: str) -> None:
+    low, median, high = measured
+    axes.errorbar([median], [place], xerr=[[median - low], [high - median]], fmt="o", color=colour, capsize=3)
+    axes.annotate(f"{median:.2f}", (high, place), (8, 0), textcoords="offset points", va="center", fontsize="small")
 
 
 def _sweep(
@@ -133,12 +149,19 @@ def _model_line(axes: Axes, method: str, at: Sequence[int], costs: Sequence[floa
 def _finish(axes: Axes, x_label: str, ticks: Sequence[int], what: str) -> None:
     axes.plot([], [], color="0.4", linestyle=":", label="operations (model)")
     axes.axhline(1, color="0.6", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel=x_label, ylabel="training step, frozen base = 1")
+    axes.set(xscale="log", yscale="log")
+    _ticks(axes.xaxis, ticks)
+    _ticks(axes.yaxis, (0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16))
+    axes.set(xlabel=x_label, ylabel="training step, frozen base = 1 (logarithmic)")
     axes.set_title(f"Seven linear layers, hidden size 1,024, float32, {what}", fontsize="medium")
     axes.legend(frameon=False)
+
+
+def _ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic axis; where they lie does not change what is shown."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _arms(rows: Rows, **setting: object) -> list[str]:
