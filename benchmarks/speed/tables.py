@@ -43,8 +43,8 @@ def speed(result: dict[str, Any]) -> str:
         "threads; hidden size 1,024, all linear layers adapted, float32 unless said). A training step of the base "
         "computes its output and the gradient of its input; of all others, also the gradients of what is trained:",
         "",
-        "| | " + " | ".join(COLUMNS) + " | kept for backward, MB |",
-        "|---|" + "---|" * (len(COLUMNS) + 1),
+        "| | " + " | ".join(COLUMNS) + " | kept for backward, MB | resident, MB |",
+        "|---|" + "---|" * (len(COLUMNS) + 2),
         *(f"| {arm} | " + " | ".join(_cells(rows, arm)) + " |" for arm in ARMS),
         "",
         "Training steps of larger and of whole models:",
@@ -55,6 +55,9 @@ def speed(result: dict[str, Any]) -> str:
         "",
         *compiled(rows),
         *beside_adapterhub(rows),
+        "Kept for backward: of the seven linear layers and 2,048 tokens. Resident: by how much a process grows that adapts "
+        "them and trains on 4,096 tokens, the base's own activations included.",
+        "",
         "What was aimed for, with the quartiles of the ratios:",
         "",
         "| figure | aim | median | quartiles | reached |",
@@ -64,6 +67,8 @@ def speed(result: dict[str, Any]) -> str:
         *missing(result["not_measured"]),
         "![Time of a training step against rank](benchmarks/plots/ranks.png)",
         "![Time of a training step against tokens](benchmarks/plots/tokens.png)",
+        "![Time of one decoded token](benchmarks/plots/decoding.png)",
+        "![Memory of a training step, and constants](benchmarks/plots/memory.png)",
         "",
     ]
     return "\n".join(lines)
@@ -101,11 +106,14 @@ def _medians(rows: Rows, setting: dict[str, object]) -> list[str]:
 def _cells(rows: Rows, arm: str) -> list[str]:
     times = [time_ratio(rows, arm, "base", **setting) for setting in COLUMNS.values()]
     row = row_of(rows, part="memory", workload="linears-1024", dtype="float32", arm=arm)
-    return [*("" if t is None else f"{t.median:.2f}" for t in times), "" if row is None else _megabytes(row)]
+    kept = "" if row is None else _megabytes(max(row["held_bytes"], row["saved_bytes"]))
+    process = row_of(rows, part="resident", arm=arm)
+    resident = "" if process is None else _megabytes(process["most_bytes"] - process["before_bytes"])
+    return [*("" if t is None else f"{t.median:.2f}" for t in times), kept, resident]
 
 
-def _megabytes(row: dict[str, Any]) -> str:
-    return f"{max(row['held_bytes'], row['saved_bytes']) / 1e6:,.0f}"
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f}"
 
 
 def _reach_line(reach: Reach) -> str:
