@@ -55,8 +55,8 @@ def speed(result: dict[str, Any]) -> str:
         "",
         *compiled(rows),
         *beside_adapterhub(rows),
-        "Kept for backward: of the seven linear layers and 2,048 tokens. Resident: by how much a process grows that adapts "
-        "them and trains on 4,096 tokens, the base's own activations included.",
+        "Kept for backward: of the seven linear layers and 2,048 tokens. Resident: by how much a process grows that "
+        "adapts them and trains on 4,096 tokens, the base's own activations included.",
         "",
         "What was aimed for, with the quartiles of the ratios:",
         "",
