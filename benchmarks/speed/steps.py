@@ -24,8 +24,8 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
     model.train()
     x = x.detach().requires_grad_()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.no_grad():
-        output_gradient = torch.ones_like(workload.output(model, x))
+    # With gradients: a compiled model would be compiled once more without them.
+    output_gradient = torch.ones_like(workload.output(model, x)).detach()
 
     def step() -> None:
         for tensor in chain([x], trained):
