@@ -1,0 +1,138 @@
+"""Operations of a training step from the shapes alone, relative to the frozen base, to hold measured times against.
+
+Counted are the multiplications and additions of matrix products, forward and backward: two for each value of a matrix
+and token. Work on single values (sums, scales, norms of rows) is not counted, nor is what memory can deliver: at few
+tokens and for small products the measured times lie above.
+
+Dimensions: T tokens, I in, O out, R rank.
+"""
+
+from collections.abc import Callable, Sequence
+from math import ceil, isqrt
+from typing import NamedTuple
+
+
+class Product(NamedTuple):
+    """One linear layer."""
+
+    in_features: int
+    out_features: int
+    siblings: int
+    """How many layers read the same input, this one included."""
+
+
+def llama_block(hidden: int, intermediate: int) -> list[Product]:
+    """The seven linear layers of a Llama block."""
+    return [
+        *[Product(hidden, hidden, 3)] * 3,
+        Product(hidden, hidden, 1),
+        *[Product(hidden, intermediate, 2)] * 2,
+        Product(intermediate, hidden, 1),
+    ]
+
+
+def relative_cost(method: str, products: Sequence[Product], rank: int, tokens: int) -> float:
+    """Operations of a step as a multiple of the frozen base's.
+
+    Args:
+        method: "base", "full fine-tuning", "LoRA", "DoRA", "VeRA", "dvora dense" or "dvora structured".
+        products: the layers.
+        rank: of the update.
+        tokens: in the step; what is done once a step weighs less with more of them.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
+    of_base = sum(base(product) for product in products)
+    return 1 + sum(METHODS[method](product, rank, tokens) for product in products) / of_base
+
+
+def base(product: Product) -> float:
+    """Output and gradient of the input, a token."""
+    return 4.0 * product.in_features * product.out_features
+
+
+def full(product: Product, rank: int, tokens: int) -> float:
+    """The gradient of the weight."""
+    return base(product) / 2
+
+
+def lora(product: Product, rank: int, tokens: int) -> float:
+    """Two small products, with gradients of inputs and of both matrices."""
+    return 6.0 * rank * (product.in_features + product.out_features)
+
+
+def dora(product: Product, rank: int, tokens: int) -> float:
+    """LoRA's, and the dense update made in every step from an identity matrix, as PEFT does."""
+    inputs, outputs = product.in_features, product.out_features
+    return lora(product, rank, tokens) + 2 * rank * inputs * (inputs + outputs) / tokens
+
+
+def vera(product: Product, rank: int, tokens: int) -> float:
+    """Two products with frozen matrices, and the gradients of their inputs."""
+    return 4.0 * rank * (product.in_features + product.out_features)
+
+
+def dvora_dense(product: Product, rank: int, tokens: int) -> float:
+    """VeRA's with one product with A for all siblings, the product `delta^T z` of lambda_b's gradient, and the norm."""
+    inputs, outputs, siblings = product
+    norm = 4 * outputs * rank**2 + norm_cross(product, rank, 2.0 * inputs * rank)
+    return 4 * rank * inputs / siblings + 6 * rank * outputs + norm / tokens
+
+
+def dvora_structured(product: Product, rank: int, tokens: int) -> float:
+    """The same with fast products; the update is made a second time in place of `delta^T z`."""
+    inputs, outputs, siblings = product
+    norm = 2 * fast_product(outputs, rank) + norm_cross(product, rank, fast_product(inputs, rank))
+    return 2 * fast_product(inputs, rank) / siblings + 3 * fast_product(outputs, rank) + norm / tokens
+
+
+def norm_cross(product: Product, rank: int, projection: float) -> float:
+    """The norm's term `C lambda_d` and its gradient, once a step; C is made again in both if it is not kept.
+
+    Args:
+        product: the layer.
+        rank: of the update.
+        projection: operations of one row of the weight through A.
+    """
+    made_again = 0.0 if keeps_cross(product, rank) else 2 * product.out_features * projection
+    return 4.0 * product.out_features * rank + made_again
+
+
+def keeps_cross(product: Product, rank: int) -> bool:
+    """Whether `norm_cache="auto"` keeps C of a float32 layer: up to 1 MiB or a quarter of the weight."""
+    return product.out_features * rank <= max(2**18, product.out_features * product.in_features / 4)
+
+
+def fast_product(size: int, rank: int) -> float:
+    """Operations of a vector through `C1 (x) C2`, size to rank or back, by two small products.
+
+    A rank above the size is several blocks of at most the size.
+    """
+    if rank > size:
+        return sum(fast_product(size, min(size, rank - start)) for start in range(0, rank, size))
+    n1, n2 = near_square(size)
+    # A side of the inner product is filled up to 16, the values that a processor multiplies at once.
+    r2 = min(n2, rank, 16 * ceil(rank / (16 * n1)))
+    r1 = ceil(rank / r2)
+    return 2.0 * (n1 * n2 * r2 + n1 * r1 * r2)
+
+
+def near_square(size: int) -> tuple[int, int]:
+    """The two factors of a size that are nearest to its square root, the smaller one first."""
+    smaller = next(factor for factor in range(isqrt(size), 0, -1) if size % factor == 0)
+    return smaller, size // smaller
+
+
+METHODS: dict[str, Callable[[Product, int, int], float]] = {
+    "base": lambda product, rank, tokens: 0.0,
+    "full fine-tuning": full,
+    "LoRA": lora,
+    "DoRA": dora,
+    "VeRA": vera,
+    "dvora dense": dvora_dense,
+    "dvora structured": dvora_structured,
+}
+"""What each method adds to the base, a token."""

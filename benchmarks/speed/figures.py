@@ -1,0 +1,51 @@
+"""Figures from the rows of a result file: ratios of times within a round, and looked-up rows. Pure functions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.speed.timing import Spread, ratios, spread
+
+Row = dict[str, Any]
+Rows = Sequence[Row]
+
+
+def row_of(rows: Rows, **wanted: object) -> Row | None:
+    """The one row with the wanted values, or None.
+
+    Raises:
+        ValueError: several rows have them.
+    """
+    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    if len(found) > 1:
+        raise ValueError(f"expected one row with {wanted}, found {len(found)}")
+    return found[0] if found else None
+
+
+def time_ratio(rows: Rows, arm: str, to: str, **setting: object) -> Spread | None:
+    """Time of one method in units of another's, of the same rounds of the same run; None if one of them is missing.
+
+    Args:
+        rows: of the result file.
+        arm, to: names of the two methods.
+        setting: part, workload, dtype, batch, tokens.
+    """
+    first, second = row_of(rows, arm=arm, **setting), row_of(rows, arm=to, **setting)
+    if first is None or second is None:
+        return None
+    return spread(ratios(first["seconds"], second["seconds"]))
+
+
+def share(row: Row | None, part: str, whole: str) -> Spread | None:
+    """The spread of the ratio of two series in one row."""
+    return None if row is None else spread(ratios(row[part], row[whole]))
+
+
+def exactly(value: float) -> Spread:
+    """A figure that is counted, not timed."""
+    return Spread(value, value, value)
+
+
+def worst(figures: Sequence[Spread | None]) -> Spread | None:
+    """The figure with the largest median; None if one is missing."""
+    present = [figure for figure in figures if figure is not None]
+    return max(present, key=lambda figure: figure.median) if present and len(present) == len(figures) else None

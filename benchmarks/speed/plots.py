@@ -1,0 +1,191 @@
+"""Pictures of the result file: ranks and tokens beside the cost model, decoding, memory.
+
+Run from the repository's root: python -m benchmarks.speed.plots [RESULT]
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from benchmarks.speed.cost_model import llama_block, relative_cost
+from benchmarks.speed.figures import Rows, row_of, time_ratio
+from benchmarks.speed.timing import Spread
+
+RESULT = Path(__file__).parent.parent / "results" / "speed.json"
+FOLDER = Path(__file__).parent.parent / "plots"
+RANKS = (16, 64, 256, 1024)
+TOKENS = (128, 512, 2048, 4096)
+BLOCK = llama_block(1024, 2816)
+COLOURS = {
+    "base": "0.5",
+    "full fine-tuning": "0.25",
+    "LoRA": "tab:green",
+    "DoRA": "tab:red",
+    "VeRA": "tab:orange",
+    "RandLoRA": "tab:brown",
+    "dvora dense": "tab:blue",
+    "dvora structured": "tab:purple",
+    "dvora merged": "tab:cyan",
+}
+MARKERS = {"LoRA": "s", "DoRA": "v", "VeRA": "D", "dvora dense": "o", "dvora structured": "P"}
+TRAINING = {"part": "training", "workload": "linears-1024", "dtype": "float32"}
+
+
+def ranks(rows: Rows) -> Figure:
+    """Time of a training step against the rank, at 512 tokens."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in ("LoRA", "VeRA", "dvora dense", "dvora structured"):
+        _sweep(axes, rows, method, method, RANKS, [{"arm": f"{method} r={r}", "tokens": 512} for r in RANKS])
+        _model_line(axes, method, RANKS, [relative_cost(method, BLOCK, rank, 512) for rank in RANKS])
+    _finish(axes, "rank", RANKS, "512 tokens")
+    return figure
+
+
+def tokens(rows: Rows) -> Figure:
+    """Time of a training step against the number of tokens, at rank 256 and DoRA's 16."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, rank in (("DoRA", 16), ("VeRA", 256), ("dvora dense", 256), ("dvora structured", 256)):
+        arm = f"{method} r={rank}"
+        _sweep(axes, rows, method, arm, TOKENS, [{"arm": arm, "tokens": count} for count in TOKENS])
+        _model_line(axes, method, TOKENS, [relative_cost(method, BLOCK, rank, count) for count in TOKENS])
+    _finish(axes, "tokens in a step", TOKENS, "rank 256, and 16 for DoRA")
+    return figure
+
+
+def decoding(rows: Rows) -> Figure:
+    """Time of one decoded token, for one row and for sixteen."""
+    figure, both = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
+    setting = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
+    arms = _arms(rows, **setting)
+    for axes, batch in zip(both, (1, 16), strict=True):
+        for place, arm in enumerate(arms):
+            measured = time_ratio(rows, arm, "base", batch=batch, **setting)
+            if measured is not None:
+                _dot(axes, place, measured, _colour(arm))
+        axes.axvline(1, color="0.6", linewidth=1)
+        axes.set_yticks(range(len(arms)), arms)
+        axes.set_xscale("log")
+        _ticks(axes.xaxis, (0.5, 1, 2, 4, 8, 16, 32, 64))
+        # Room for the labels beside the dots.
+        axes.margins(x=0.2)
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
+        axes.set_title(f"Llama block, hidden size 1,024, float32, batch {batch}", fontsize="medium")
+        axes.set_xlabel("time of a token, frozen base = 1 (logarithmic)")
+    both[0].invert_yaxis()
+    return figure
+
+
+def memory(rows: Rows) -> Figure:
+    """What a training step keeps and what a method holds all the time."""
+    figure, both = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained", sharey=True)
+    setting = {"part": "memory", "workload": "linears-1024", "dtype": "float32"}
+    found = {arm: row for arm in _arms(rows, **setting) if (row := row_of(rows, arm=arm, **setting))}
+    arms, kept = list(found), [max(r["held_bytes"], r["saved_bytes"]) / 1e6 for r in found.values()]
+    bars = both[0].barh(arms, kept, color=[_colour(arm) for arm in arms])
+    both[0].bar_label(bars, fmt="%.0f", padding=3)
+    tokens, weights = ({row[key] for row in found.values()} for key in ("tokens", "weight_bytes"))
+    both[0].set(xlabel=f"kept for the backward pass of {max(tokens, default=0):,} tokens, MB")
+    left = [0.0] * len(arms)
+    for name, label, shade in (
+        ("trained_bytes", "trained values", "0.2"),
+        ("constant_bytes", "constants of single layers", "0.5"),
+        ("shared_bytes", "shared constants", "0.8"),
+    ):
+        sizes = [row[name] / 1e6 for row in found.values()]
+        bars = both[1].barh(arms, sizes, left=left, color=shade, label=label)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    both[1].bar_label(bars, [f"{total:.1f}" for total in left], padding=3)
+    both[1].set(xlabel=f"held all the time, MB (the base's weights: {max(weights, default=0) / 1e6:.0f})")
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    for axes, values in zip(both, (kept, left), strict=True):
+        # Room for the labels.
+        axes.set_xlim(0, 1.16 * max(values, default=1.0))
+    both[0].invert_yaxis()
+    return figure
+
+
+def _dot(axes: Axes, place: int, measured: Spread, colour: str) -> None:
+    low, median, high = measured
+    axes.errorbar([median], [place], xerr=[[median - low], [high - median]], fmt="o", color=colour, capsize=3)
+    axes.annotate(f"{median:.2f}", (high, place), (8, 0), textcoords="offset points", va="center", fontsize="small")
+
+
+def _sweep(
+    axes: Axes, rows: Rows, method: str, label: str, at: Sequence[int], wanted: Sequence[dict[str, object]]
+) -> None:
+    """Measured medians with quartiles."""
+    measured = [time_ratio(rows, str(w["arm"]), "base", tokens=w["tokens"], **TRAINING) for w in wanted]
+    points = [(x, figure) for x, figure in zip(at, measured, strict=True) if figure is not None]
+    if points:
+        bars = [[f.median - f.low for _, f in points], [f.high - f.median for _, f in points]]
+        axes.errorbar(
+            [x for x, _ in points],
+            [f.median for _, f in points],
+            yerr=bars,
+            label=label,
+            color=COLOURS[method],
+            marker=MARKERS[method],
+            capsize=3,
+        )
+
+
+def _model_line(axes: Axes, method: str, at: Sequence[int], costs: Sequence[float]) -> None:
+    axes.plot(at, costs, color=COLOURS[method], linestyle=":", marker=MARKERS[method], fillstyle="none", alpha=0.7)
+
+
+def _finish(axes: Axes, x_label: str, ticks: Sequence[int], what: str) -> None:
+    axes.plot([], [], color="0.4", linestyle=":", label="operations (model)")
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.set(xscale="log", yscale="log")
+    _ticks(axes.xaxis, ticks)
+    _ticks(axes.yaxis, (0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16))
+    axes.set(xlabel=x_label, ylabel="training step, frozen base = 1 (logarithmic)")
+    axes.set_title(f"Seven linear layers, hidden size 1,024, float32, {what}", fontsize="medium")
+    axes.legend(frameon=False)
+
+
+def _ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic axis; where they lie does not change what is shown."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _arms(rows: Rows, **setting: object) -> list[str]:
+    matching = [row for row in rows if all(row.get(key) == value for key, value in setting.items())]
+    return sorted({row["arm"] for row in matching}, key=lambda arm: (list(COLOURS).index(_method(arm)), len(arm)))
+
+
+def _method(arm: str) -> str:
+    return arm.split(" r=")[0]
+
+
+def _colour(arm: str) -> str:
+    return COLOURS[_method(arm)]
+
+
+def main() -> None:
+    """Draw every picture anew."""
+    result: dict[str, Any] = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULT).read_text(encoding="utf-8"))
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in {"ranks": ranks, "tokens": tokens, "decoding": decoding, "memory": memory}.items():
+        figure = draw(result["rows"])
+        figure.savefig(FOLDER / f"{name}.png", dpi=120)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The time before the first step: a layer's constants, a whole model; and what the norm takes of every step."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import dvora
+from benchmarks.speed.arms import Arm, adapted, sharing_copy
+from benchmarks.speed.plan import linears_1024
+from benchmarks.speed.runner import Report
+from benchmarks.speed.steps import training_step
+from benchmarks.speed.timing import Step, interleaved
+from benchmarks.speed.workloads import SEED, Workload, random, smollm2
+from dvora.tuner.layer import DVoRALayer, layers_in
+
+LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
+"""in_features, out_features."""
+DISTRIBUTIONS = {"dvora dense": "kaiming_uniform", "dvora structured": "structured"}
+ARMS = [Arm(method, rank) for method in DISTRIBUTIONS for rank in (256, 1024)]
+NORM_TOKENS = 1024
+
+
+def measure_layers(report: Report, rounds: int) -> None:
+    """Set-up of one layer, its matrices being there already, beside 2 x out tokens through the frozen layer."""
+    for inputs, outputs in LAYERS:
+        base = frozen_layer(inputs, outputs)
+        x = random(2 * outputs, inputs)
+        steps: dict[str, Step] = {"forward": partial(base, x)}
+
+        def prepare(arm: Arm, base: nn.Linear = base, steps: dict[str, Step] = steps) -> None:
+            steps[arm.name] = _new(base, arm)
+
+        for arm in ARMS:
+            report.attempt(f"set-up {inputs} x {outputs}: {arm.name}", partial(prepare, arm))
+        seconds, _ = interleaved(steps, rounds)
+        for arm in ARMS:
+            if arm.name in seconds:
+                row = {"part": "set-up", "in_features": inputs, "out_features": outputs, **arm.described()}
+                report.add({**row, "seconds": seconds[arm.name], "forward_seconds": seconds["forward"]})
+
+
+def measure_model(report: Report, rounds: int, workload: Workload | None = None) -> None:
+    """All linear layers of a model of 135 million values adapted, from the base model to one that could be trained."""
+    workload = workload or smollm2()
+    base = workload.frozen(torch.float32)
+    # A new seed each time, or the matrices of the last time would be used again.
+    seeds = count(1)
+
+    def adapt(arm: Arm) -> None:
+        config = dvora.DVoRAConfig(
+            r=arm.rank,
+            target_modules="all-linear",
+            projection_init=DISTRIBUTIONS[arm.method],
+            projection_seed=next(seeds),
+        )
+        get_peft_model(sharing_copy(base), config)
+
+    steps: dict[str, Step] = {}
+    chosen = [arm for arm in ARMS if arm.rank == 256]
+    for arm in chosen:
+        step = partial(adapt, arm)
+        if report.attempt(f"adapting {workload.name}: {arm.name}", step):
+            steps[arm.name] = step
+    if steps:
+        seconds, _ = interleaved(steps, rounds, warm_ups=0, at_least=0)
+        for arm in chosen:
+            if arm.name in seconds:
+                report.add(
+                    {"part": "adapting", "workload": workload.name, **arm.described(), "seconds": seconds[arm.name]}
+                )
+
+
+def measure_norm(report: Report, rounds: int, workload: Workload | None = None, chosen: Sequence[Arm] = ARMS) -> None:
+    """The gains of all layers, forward and backward, beside whole training steps."""
+    workload = workload or linears_1024()
+    base = workload.frozen(torch.float32)
+    x = workload.inputs(1, NORM_TOKENS, torch.float32)
+    steps: dict[str, Step] = {}
+
+    def prepare(arm: Arm) -> None:
+        model = adapted(base, arm, workload.targets)
+        steps[arm.name] = training_step(workload, model, x)
+        steps[f"{arm.name} norm"] = norm_step(model)
+
+    for arm in chosen:
+        report.attempt(f"norm of {workload.name}: {arm.name}", partial(prepare, arm))
+    seconds, _ = interleaved(steps, rounds)
+    for arm in chosen:
+        if arm.name in seconds:
+            row = {"part": "norm", "workload": workload.name, "tokens": NORM_TOKENS, **arm.described()}
+            report.add({**row, "seconds": seconds[f"{arm.name} norm"], "step_seconds": seconds[arm.name]})
+
+
+def frozen_layer(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer with weights of a seed."""
+    layer = nn.Linear(in_features, out_features, bias=False).requires_grad_(False)
+    layer.weight.copy_(random(out_features, in_features, seed=SEED) / in_features**0.5)
+    return layer
+
+
+def norm_step(model: nn.Module) -> Step:
+    """The gains of all adapted layers and the gradients of their vectors: what does not depend on the tokens."""
+    parts = [_gain(layer) for layer in layers_in(model)]
+
+    def step() -> None:
+        for part in parts:
+            part()
+
+    return step
+
+
+def _gain(layer: DVoRALayer) -> Callable[[], object]:
+    (name,) = layer.active_adapters
+    vectors, adapted, weight = layer.vectors(name), layer.adapted(name), layer.unmerged()
+    output_gradient = torch.ones(layer.out_features)
+
+    def step() -> object:
+        g1, _ = adapted.gain_minus_one(vectors, weight)
+        return torch.autograd.grad(g1, list(vectors), output_gradient)
+
+    return step
+
+
+def _new(base: nn.Linear, arm: Arm) -> Step:
+    shared = dvora.SharedProjections(SEED, DISTRIBUTIONS[arm.method])  # type: ignore[arg-type]
+    step = partial(dvora.DVoRAAdapter, base, arm.rank, shared=shared)
+    step()
+    return step

@@ -1,0 +1,139 @@
+"""The README's part on speed, from the result file."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.speed.figures import Rows, row_of, time_ratio
+from benchmarks.speed.reach import Reach, reaches
+
+_TRAINING = {"part": "training", "dtype": "float32", "batch": 1}
+_DECODING = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
+COLUMNS: dict[str, dict[str, object]] = {
+    "linear layers, 512 tokens": {**_TRAINING, "workload": "linears-1024", "tokens": 512},
+    "4,096 tokens": {**_TRAINING, "workload": "linears-1024", "tokens": 4096},
+    "Llama block, 512 tokens": {**_TRAINING, "workload": "llama-1024", "tokens": 512},
+    "bfloat16": {**_TRAINING, "workload": "llama-1024", "tokens": 512, "dtype": "bfloat16"},
+    "prefill, 512 tokens": {"part": "prefill", "workload": "llama-1024", "dtype": "float32"},
+    "decode, batch 1": {**_DECODING, "batch": 1},
+    "batch 16": {**_DECODING, "batch": 16},
+}
+ARMS = (
+    *("full fine-tuning", "LoRA r=16", "DoRA r=16", "DoRA r=256", "VeRA r=256", "VeRA r=1024", "RandLoRA r=32"),
+    *("dvora dense r=256", "dvora structured r=256", "dvora dense r=1024", "dvora structured r=1024"),
+    "dvora merged r=256",
+)
+
+
+FEW_ARMS = ("LoRA r=16", "DoRA r=16", "VeRA r=256", "dvora dense r=256", "dvora structured r=256")
+MORE: dict[str, dict[str, object]] = {
+    "seven linear layers, hidden 2,048": {**_TRAINING, "workload": "linears-2048", "tokens": 512},
+    "a Llama block, hidden 2,048": {**_TRAINING, "workload": "llama-2048", "tokens": 512},
+    "... at 2,048 tokens": {**_TRAINING, "workload": "llama-2048", "tokens": 2048},
+    "MiniLM, 16 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 16},
+    "SmolLM2-135M, 128 tokens": {**_TRAINING, "workload": "smollm2"},
+}
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Times of all methods in units of the frozen base's, then what was aimed for."""
+    rows, environment = result["rows"], result["environment"]
+    lines = [
+        "Times in units of the frozen base's, medians of ratios within a round (`benchmarks/results/speed.json`; "
+        f"torch {environment['torch']}, PEFT {environment['peft']}, CPU, {environment['threads']} "
+        "threads; hidden size 1,024, all linear layers adapted, float32 unless said). A training step of the base "
+        "computes its output and the gradient of its input; of all others, also the gradients of what is trained:",
+        "",
+        "| | " + " | ".join(COLUMNS) + " | kept for backward, MB | resident, MB |",
+        "|---|" + "---|" * (len(COLUMNS) + 2),
+        *(f"| {arm} | " + " | ".join(_cells(rows, arm)) + " |" for arm in ARMS),
+        "",
+        "Training steps of larger and of whole models:",
+        "",
+        "| | " + " | ".join(FEW_ARMS) + " |",
+        "|---|" + "---|" * len(FEW_ARMS),
+        *(f"| {label} | " + " | ".join(_medians(rows, setting)) + " |" for label, setting in MORE.items()),
+        "",
+        *compiled(rows),
+        *beside_adapterhub(rows),
+        "Kept for backward: of the seven linear layers and 2,048 tokens. Resident: by how much a process grows that "
+        "adapts them and trains on 4,096 tokens, the base's own activations included.",
+        "",
+        "What was aimed for, with the quartiles of the ratios:",
+        "",
+        "| figure | aim | median | quartiles | reached |",
+        "|---|---|---|---|---|",
+        *(_reach_line(reach) for reach in reaches(rows)),
+        "",
+        *missing(result["not_measured"]),
+        "![Time of a training step against rank](benchmarks/plots/ranks.png)",
+        "![Time of a training step against tokens](benchmarks/plots/tokens.png)",
+        "![Time of one decoded token](benchmarks/plots/decoding.png)",
+        "![Memory of a training step, and constants](benchmarks/plots/memory.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def compiled(rows: Rows) -> list[str]:
+    """Steps compiled by torch.compile, in units of the same in eager mode."""
+    setting = {"part": "compile", "workload": "llama-1024"}
+    found = {arm: time_ratio(rows, f"{arm} compiled", arm, **setting) for arm in ("base", *FEW_ARMS)}
+    parts = [f"{arm} {figure.median:.2f}" for arm, figure in found.items() if figure is not None]
+    sentence = "`torch.compile`, forward and backward of a Llama block at 512 tokens, in units of eager mode: "
+    return [f"{sentence}{', '.join(parts)}.", ""] if parts else []
+
+
+def beside_adapterhub(rows: Rows) -> list[str]:
+    """AdapterHub's DVoRA on its own ground."""
+    timed = [row for row in rows if row["part"] == "adapterhub" and row["method"] != "base"]
+    if not timed:
+        return []
+    figures = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
+    parts = [f"{arm} {figure.median:.2f}" for arm, figure in figures.items() if figure is not None]
+    versions = timed[0]["environment"]
+    sentence = (
+        f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) adapts square "
+        "layers only; on a BERT block of 1,024 x 1,024 layers, 512 tokens: "
+    )
+    return [f"{sentence}{', '.join(parts)}.", ""]
+
+
+def _medians(rows: Rows, setting: dict[str, object]) -> list[str]:
+    figures = [time_ratio(rows, arm, "base", **setting) for arm in FEW_ARMS]
+    return ["" if figure is None else f"{figure.median:.2f}" for figure in figures]
+
+
+def _cells(rows: Rows, arm: str) -> list[str]:
+    times = [time_ratio(rows, arm, "base", **setting) for setting in COLUMNS.values()]
+    row = row_of(rows, part="memory", workload="linears-1024", dtype="float32", arm=arm)
+    kept = "" if row is None else _megabytes(max(row["held_bytes"], row["saved_bytes"]))
+    process = row_of(rows, part="resident", arm=arm)
+    resident = "" if process is None else _megabytes(process["most_bytes"] - process["before_bytes"])
+    return [*("" if t is None else f"{t.median:.2f}" for t in times), kept, resident]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f}"
+
+
+def _reach_line(reach: Reach) -> str:
+    aim = f"{'≥' if reach.at_least else '≤'} {written(reach.limit, reach.unit)}"
+    if reach.measured is None:
+        return f"| {reach.figure} | {aim} | not measured | | |"
+    low, median, high = (written(value, reach.unit) for value in reach.measured)
+    quartiles = f"{low} to {high}" if low != high else ""
+    return f"| {reach.figure} | {aim} | {median} | {quartiles} | {'yes' if reach.reached else 'no'} |"
+
+
+def written(value: float, unit: str) -> str:
+    """A figure in its unit."""
+    return {"times": f"{value:.3g}", "share": f"{value:.1%}", "seconds": f"{value:.2g} s"}[unit]
+
+
+def missing(not_measured: Sequence[dict[str, str]]) -> list[str]:
+    """One sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for miss in not_measured:
+        by_reason.setdefault(miss["reason"], []).append(miss["what"])
+    lines = [f"- {'; '.join(what)}: {reason}" for reason, what in by_reason.items()]
+    return ["Not measured:", "", *lines, ""] if lines else []

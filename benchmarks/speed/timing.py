@@ -1,0 +1,86 @@
+"""Interleaved timing: every round runs every step once, and figures are ratios within a round.
+
+A machine that gets slower or faster during a run then changes both sides of a ratio alike.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+Step = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    rounds: int,
+    warm_ups: int = 1,
+    at_least: float = 0.02,
+    on_round: Step = lambda: None,
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds of every step in every round.
+
+    Args:
+        steps: what is timed, by name. The first is the yardstick of `at_least`.
+        rounds: how many are kept.
+        warm_ups: rounds before them that are thrown away.
+        at_least: seconds that the first step should take in a round; it is repeated until it does, and all steps
+            are repeated as often.
+        on_round: called after every round, for a progress bar.
+
+    Returns:
+        Seconds of one step by name, and how often a step was repeated in a round.
+    """
+    order, seconds = list(steps), {name: list[float]() for name in steps}
+    for _ in range(warm_ups):
+        for name in order:
+            steps[name]()
+        on_round()
+    first = _timed(steps[order[0]], 1)
+    repeats = max(1, round(at_least / max(first, 1e-9)))
+    for _ in range(rounds):
+        for name in order:
+            seconds[name].append(_timed(steps[name], repeats))
+        # Back and forth, so that no step always follows the same one.
+        order.reverse()
+        on_round()
+    return seconds, repeats
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """The ratio of every round.
+
+    Raises:
+        ValueError: the numbers of rounds differ.
+    """
+    if len(numerator) != len(denominator):
+        raise ValueError(f"expected as many rounds of both, got {len(numerator)} and {len(denominator)}")
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles; a single value is all three.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("expected at least one value to take the median of, got none")
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def _timed(step: Step, repeats: int) -> float:
+    start = perf_counter()
+    for _ in range(repeats):
+        step()
+    return (perf_counter() - start) / repeats

@@ -1,0 +1,201 @@
+"""Medians, ratios, the cost model and the table of aims, from numbers that can be worked out by hand."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.speed.cost_model import Product, fast_product, llama_block, relative_cost
+from benchmarks.speed.figures import row_of, time_ratio
+from benchmarks.speed.reach import Reach, beside_z, reaches
+from benchmarks.speed.results import write
+from benchmarks.speed.runner import Report
+from benchmarks.speed.tables import speed
+from benchmarks.speed.timing import Spread, interleaved, ratios, spread
+
+SETTING = {"part": "training", "workload": "linears-1024", "dtype": "float32", "batch": 1, "tokens": 512}
+SQUARE = [Product(1024, 1024, 1)]
+
+
+def timed(arm: str, seconds: list[float], **setting: object) -> dict[str, Any]:
+    method, _, rank = arm.partition(" r=")
+    return {**SETTING, "arm": arm, "method": method, "rank": int(rank or 0), "seconds": seconds, **setting}
+
+
+def test_the_spread_is_median_and_quartiles() -> None:
+    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(2.0, 3.0, 4.0)
+    assert spread([7.0]) == Spread(7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="at least one value"):
+        spread([])
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # The machine is twice as slow in the second round: the ratio of medians would be 2.5 / 1.5.
+    assert ratios([2.0, 6.0], [1.0, 2.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="as many rounds"):
+        ratios([1.0], [1.0, 2.0])
+
+
+def test_steps_are_timed_in_turns() -> None:
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds, repeats = interleaved(steps, rounds=2, warm_ups=1, at_least=0)
+    assert repeats == 1
+    # The warm-up, the first step once to see how long it takes, then there and back.
+    assert "".join(calls) == "abc" + "a" + "abc" + "cba"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_short_steps_are_repeated() -> None:
+    calls: list[int] = []
+    _, repeats = interleaved({"short": lambda: calls.append(0)}, rounds=3, warm_ups=0, at_least=1e-3)
+    assert repeats > 1
+    assert len(calls) == 1 + 3 * repeats
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "tokens", "expected"),
+    [
+        ("base", 0, 512, 1.0),
+        # dx and y: 4 x 1024^2; dW: 2 x 1024^2.
+        ("full fine-tuning", 0, 512, 1.5),
+        # 6 x 16 x 2048 / (4 x 1024^2)
+        ("LoRA", 16, 512, 1.046875),
+        # ... and 2 x 16 x 1024 x 2048 / 512 for the dense update
+        ("DoRA", 16, 512, 1.046875 + 0.03125),
+        # 4 x 256 x 2048 / (4 x 1024^2)
+        ("VeRA", 256, 512, 1.5),
+        # 4 x 256 x 1024 + 6 x 256 x 1024, and the norm: (4 x 1024 x 256^2 + 4 x 1024 x 256) / 512
+        ("dvora dense", 256, 512, 1.625 + 0.125 + 0.00048828125),
+        # C is half of the weight, so it is not kept: 2 x 1024 x (2 x 1024 x 512) more, once a step.
+        ("dvora dense", 512, 1024, 1 + 1.25 + 0.25 + 0.00048828125 + 0.5),
+        # 32 x 32 x 16 + 32 x 16 x 16 = 24,576 multiply-adds a product; five products; two for q once a step
+        ("dvora structured", 256, 512, 1 + 5 * 49152 / 2**22 + (2 * 49152 + 2**20) / 512 / 2**22),
+    ],
+)
+def test_the_cost_model(method: str, rank: int, tokens: int, expected: float) -> None:
+    assert relative_cost(method, SQUARE, rank, tokens) == pytest.approx(expected, rel=1e-12)
+
+
+def test_siblings_share_the_products_with_a() -> None:
+    # 4 x 256 x 1024 a layer for the products with A, over 4 x 1024^2.
+    alone, together = (relative_cost("dvora dense", [Product(1024, 1024, n)] * n, 256, 10**9) for n in (1, 4))
+    assert alone - together == pytest.approx(0.25 * 3 / 4, rel=1e-6)
+
+
+def test_a_block_has_the_right_number_of_weights() -> None:
+    assert sum(p.in_features * p.out_features for p in llama_block(1024, 2816)) == 4 * 1024**2 + 3 * 1024 * 2816
+
+
+def test_fast_products() -> None:
+    # 2816 = 44 x 64, rank 1024 = 32 x 32
+    assert fast_product(2816, 1024) == 2 * (44 * 64 * 32 + 44 * 32 * 32)
+    # A rank above the size is a second block.
+    assert fast_product(64, 80) == fast_product(64, 64) + fast_product(64, 16)
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown method 'LoHa'"):
+        relative_cost("LoHa", SQUARE, 4, 512)
+
+
+def test_times_are_compared_within_a_setting() -> None:
+    rows = [timed("base", [1.0, 2.0]), timed("VeRA r=256", [2.0, 4.0]), timed("VeRA r=256", [9.0, 9.0], tokens=128)]
+    assert time_ratio(rows, "VeRA r=256", "base", tokens=512) == Spread(2.0, 2.0, 2.0)
+    assert time_ratio(rows, "VeRA r=256", "base", tokens=128) is None
+    with pytest.raises(ValueError, match="found 2"):
+        row_of(rows, arm="VeRA r=256")
+
+
+def measured_rows() -> Iterator[dict[str, Any]]:
+    """A result file with one figure that is reached, one that is not, and one of each kind beside."""
+    yield timed("base", [1.0, 1.0, 1.0])
+    yield timed("VeRA r=256", [2.0, 2.0, 2.0])
+    yield timed("dvora dense r=256", [1.8, 1.9, 2.2])
+    yield timed("dvora structured r=256", [1.9, 1.9, 1.9])
+    llama = {"workload": "llama-1024", "tokens": 1, "part": "decode"}
+    for batch in (1, 16):
+        yield timed("base", [1.0], batch=batch, **llama)
+        yield timed("DoRA r=16", [9.0], batch=batch, **llama)
+        yield timed("dvora dense r=256", [1.5], batch=batch, **llama)
+    arm = {"arm": "dvora dense r=256", "method": "dvora dense", "rank": 256}
+    layer = {"part": "layer memory", "tokens": 10, "out_features": 4, "z_values": 30, "keeps_input": False, **arm}
+    yield {**layer, "in_features": 3, "saved_values": 30, "held_values": 74}
+    yield {**layer, "in_features": 5, "saved_values": 78, "held_values": 38}
+    memory = {"part": "memory", "workload": "linears-1024", "dtype": "float32", "tokens": 10, **arm}
+    yield {**memory, "constant_bytes": 1, "weight_bytes": 5, "held_bytes": 2_000_000, "saved_bytes": 3_000_000}
+    yield timed("base", [1.0], workload="smollm2", tokens=128)
+    yield timed("VeRA r=256", [1.25], workload="smollm2", tokens=128)
+    compiled = {"part": "compile", "workload": "llama-1024"}
+    yield timed("base", [2.0], **compiled)
+    yield {**timed("base", [1.5], **compiled), "arm": "base compiled"}
+    square = {"part": "adapterhub", "workload": "bert-square-1024"}
+    versions = {"adapters": "1.3.0", "transformers": "4.57.6"}
+    yield timed("base", [1.0], **square, environment=versions)
+    yield timed("AdapterHub DVoRA r=256", [3.5], **square, environment=versions)
+    yield {"part": "resident", **arm, "before_bytes": 600_000_000, "most_bytes": 1_700_000_000}
+    yield {"part": "norm", "workload": "linears-1024", **arm, "seconds": [1.0], "step_seconds": [50.0]}
+    yield {"part": "set-up", "in_features": 3, **arm, "seconds": [1.0], "forward_seconds": [2.0]}
+    yield {"part": "set-up", "in_features": 5, **arm, "seconds": [3.0], "forward_seconds": [2.0]}
+    yield {"part": "adapting", "workload": "smollm2", **arm, "seconds": [4.0, 6.0, 5.5]}
+
+
+def outcome(figure: str) -> Reach:
+    (found,) = [reach for reach in reaches(list(measured_rows())) if reach.figure == figure]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("figure", "median", "reached"),
+    [
+        ("training, 512 tokens: dvora dense r=256 to VeRA r=256", 0.95, True),
+        ("training, 512 tokens: dvora structured r=256 to VeRA r=256", 0.95, False),
+        ("decode, batch 1: DoRA r=16 to dvora dense r=256", 6.0, False),
+        ("decode, batch 16: dvora dense r=256 to the base", 1.5, False),
+        ("kept for backward beside z, in tokens x out, worst layer: dvora dense", 1.2, False),
+        ("layers that keep their input, of 2: dvora dense", 0, True),
+        ("constants to adapted weights, bytes: dvora dense r=256", 0.2, True),
+        ("the norm's share of a step of 1,024 tokens: dvora dense r=256", 0.02, True),
+        ("set-up of a layer to 2 x out tokens through it, worst layer: dvora dense r=256", 1.5, False),
+        ("a model of 135 million values is adapted: dvora dense r=256", 5.5, False),
+    ],
+)
+def test_what_was_aimed_for_is_judged_by_the_median(figure: str, median: float, reached: bool) -> None:
+    found = outcome(figure)
+    assert found.measured is not None
+    assert found.measured.median == pytest.approx(median)
+    assert found.reached is reached
+
+
+def test_what_is_missing_is_neither_reached_nor_not() -> None:
+    assert outcome("training, 4,096 tokens: dvora dense r=256 to VeRA r=256").reached is None
+    assert outcome("decode, batch 1: dvora dense r=256 to VeRA r=256").reached is None
+
+
+def test_what_is_kept_is_the_larger_of_two_counts() -> None:
+    layer = {"tokens": 2, "out_features": 5, "z_values": 4}
+    assert beside_z({**layer, "saved_values": 14, "held_values": 9}) == 1.0
+    assert beside_z({**layer, "saved_values": 9, "held_values": 24}) == 2.0
+
+
+def test_the_readme_s_table(tmp_path: Path) -> None:
+    report = Report()
+    for row in measured_rows():
+        report.add(row)
+    report.miss("training: dvora merged", "not there")
+    write(report, tmp_path / "speed.json", seconds=61.4)
+    result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 24, [1.8, 1.9, 2.2])
+    lines = speed(result).splitlines()
+    assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 | 1,100 |" in lines
+    aim = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | yes |"
+    assert aim in lines
+    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  | no |" in lines
+    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | yes |" in lines
+    assert any(line.endswith("| ≤ 0.97 | not measured | | |") for line in lines)
+    assert "| SmolLM2-135M, 128 tokens |  |  | 1.25 |  |  |" in lines
+    assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)
+    assert any(line.endswith("layers, 512 tokens: AdapterHub DVoRA r=256 3.50.") for line in lines)
+    assert "- training: dvora merged: not there" in lines
