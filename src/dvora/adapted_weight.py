@@ -184,7 +184,8 @@ class AdaptedWeight(nn.Module):
             strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
         """
         inputs = vectors if strength is None else (*vectors, strength)
-        if transforming() or (recording() and _any_trained(*inputs, weight)):
+        trained = any(t is not None and t.requires_grad for t in (*inputs, weight)) if recording() else False
+        if trained or transforming():
             self._last.drop()
             return self._row_factors(vectors, weight, strength)
         return self._last.of(inputs, weight, partial(self._row_factors, vectors, weight, strength))
@@ -241,7 +242,7 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
-        """How far the vectors have moved the weight: norm ratios n / w, angles in degrees, gains, rows at risk."""
+        """How far the vectors have moved the weight (ratios, angles in degrees), rows at risk, bytes of constants."""
         norm = self.norm(weight)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
@@ -257,9 +258,9 @@ class AdaptedWeight(nn.Module):
             "gain_distance_max": g1.max(),
             "near_cancellation_share": (s.square() < 1e-3).to(s.dtype).mean(),
             "zero_row_share": (norm.w == 0).to(s.dtype).mean(),
-            "constant_bytes": sum(t.numel() * t.element_size() for t in (self.w, self.C) if t is not None),
         }
-        return {name: float(value) for name, value in figures.items()}
+        kept = self.w.nbytes + (0 if self.C is None else self.C.nbytes)
+        return {**{name: float(value) for name, value in figures.items()}, "constant_bytes": kept}
 
     def extra_repr(self) -> str:
         return (
@@ -295,7 +296,3 @@ class AdaptedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_measured": None}
-
-
-def _any_trained(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
 from .adapted_weight import AdaptedWeight
 from .functional import Direction, Vectors
 from .merging import check_can_be_set, merge, warn_of_losses
@@ -242,7 +241,7 @@ class DVoRAAdapter(nn.Module):
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         factors = self.adapted.row_factors(self.vectors, self.base_layer.weight)
-        if takes_updated_weight(self.base_layer, x, self.rank, self.shared.kind):
+        if takes_updated_weight(self.base_layer, x, self.shared.kind):
             return self.adapted.updated_outputs(self.base_layer, x, self.lambda_d, factors)
         return self.adapted.combine(self.base_layer(x), x, self.lambda_d, factors, self.base_layer.bias)
 

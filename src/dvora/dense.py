@@ -26,7 +26,7 @@ _SPLIT_RANK = 64
 _CHUNK_VALUES = 2**18
 """Values of a weight that are projected at a time."""
 _ENTRY_VARIANCE = {"kaiming_uniform": 1 / 3, "gaussian": 1.0, "rademacher": 1.0, "orthogonal": 1.0}
-_ROW = {
+_ROW: dict[str, Callable[[int, int, int, int], np.ndarray]] = {
     "kaiming_uniform": generator.uniform_row,
     "gaussian": generator.gaussian_row,
     "rademacher": generator.sign_row,
@@ -89,7 +89,7 @@ class DenseMatrices(nn.Module):
         """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""
         matrix = self._stored(_STREAM_B, z.shape[-1], d.shape[-1]).to(d.device, norm_dtype(d.dtype))
         products = (z.T @ d).to(matrix.dtype)
-        return torch.linalg.vecdot(products, matrix, dim=0) * self._scale(z.shape[-1])
+        return (products * matrix).sum(0) * self._scale(z.shape[-1])
 
     def updated(
         self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
@@ -175,9 +175,7 @@ class DenseMatrices(nn.Module):
         ]
         return torch.cat(parts)
 
-    def row_dots_gradient(
-        self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int
-    ) -> Float[Tensor, "R"]:
+    def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
         """The gradient of `(v * cross).sum()` with respect to lambda_d."""
         B = self.B(rank, len(weight), v.dtype).to(weight.device)
         starts = _row_chunks(weight, B, v)
@@ -197,7 +195,8 @@ class DenseMatrices(nn.Module):
         kind, _, stream = name.partition("_")
         if kind != "stream" or stream[:1] not in ("0", "1") or saved.dim() != 2 or not saved.numel():
             return None
-        return self._generate(int(stream[:1]), *saved.shape, None)
+        rows, columns = saved.shape
+        return self._generate(int(stream[:1]), rows, columns, None)
 
     def _scale(self, fan_in: int) -> float:
         return math.sqrt(2 / fan_in / _ENTRY_VARIANCE[self.distribution])
@@ -240,8 +239,8 @@ class DenseMatrices(nn.Module):
     def _unit_rows(self, stream: int, rows: int, columns: int) -> np.ndarray:
         """The unscaled values (rows, columns), float32. Orthogonal rows beyond the columns start independent blocks."""
         if self.distribution != "orthogonal":
-            made = [_ROW[self.distribution](self.seed, stream, row, columns) for row in range(rows)]
-            return np.stack(made).astype(np.float32)
+            make = _ROW[self.distribution]
+            return np.stack([make(self.seed, stream, row, columns) for row in range(rows)]).astype(np.float32)
         blocks = [
             # Each block draws from a stream of its own: rows of one stream belong to one Gram-Schmidt.
             generator.orthogonal_rows(self.seed, stream + 2 * (start // columns), min(columns, rows - start), columns)

@@ -11,7 +11,7 @@ W, A and B are frozen, so the norm needs no dense update:
     cross = C lambda_d,   q = rowsum((U G) * U),  U = B diag(lambda_d)
     n**2  = w**2 + 2 beta cross + beta**2 q
 
-These functions are the reference that PyTorch differentiates; `kernels` has the same ones with gradients in closed form.
+PyTorch differentiates these functions; `kernels` has the same ones with gradients in closed form.
 
 Dimensions: T tokens, I in, O out, R rank. lambda_b, lambda_d and their sizes are those of the VeRA paper
 (arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
@@ -46,8 +46,9 @@ class Vectors(NamedTuple):
 class NormTerms(Protocol):
     """What the norm needs to know of one frozen weight."""
 
-    w: Float[Tensor, "O"]
-    """Row norms of W."""
+    @property
+    def w(self) -> Float[Tensor, "O"]:
+        """Row norms of W."""
 
     def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`cross` and `q`."""
@@ -137,9 +138,7 @@ def nearly_cancelled(eps: Float[Tensor, "O"]) -> Tensor | None:
     return near.nonzero()[:, 0] if near.any() else None
 
 
-def row_angle(
-    norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
-) -> Float[Tensor, "O"]:
+def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
     """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
     (cross, q), w2 = norm.terms(lambda_d), norm.w.square()
     # atan2 of the parts across and along the row: arccos would lose half the digits of a small angle.

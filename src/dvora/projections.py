@@ -77,9 +77,7 @@ class Matrices(Protocol):
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross = rowsum(W * (B diag(lambda_d) A))`, a few rows at a time."""
 
-    def row_dots_gradient(
-        self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int
-    ) -> Float[Tensor, "R"]:
+    def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
         """The gradient of `(v * cross).sum()` with respect to lambda_d."""
 
     def probe(self) -> np.ndarray:
@@ -117,9 +115,7 @@ class SharedProjections(nn.Module):
         self.kind: Matrices = StructuredMatrices(seed) if structured else DenseMatrices(seed, self.distribution)
         self._last = LastProjection()
 
-    def reserve(
-        self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer, and what norms in that dtype need, now, so that no forward pass has to."""
         self.kind.reserve(rank, in_features, out_features, dtype)
 

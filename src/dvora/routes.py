@@ -3,8 +3,8 @@
 | situation | way | made for it |
 |---|---|---|
 | compiled, exported, under `torch.func` | PyTorch differentiates `functional` | nothing |
-| training, many tokens for the layer's size, dense matrices, a plain float32 or float64 layer | updated weight | V', twice |
-| any other training, and evaluation | two thin products | nothing; in evaluation the gain is kept |
+| training with many tokens, dense matrices, a plain layer of float32 or float64 | updated weight | V', twice |
+| other training, evaluation | two thin products | nothing; in evaluation the gain is kept |
 | within `dvora.merged(model)` | the base's forward alone | W', once |
 """
 
@@ -19,13 +19,12 @@ WORTH_IT = 2.0
 """By how much the thin products must exceed the updated weight in multiply-adds: those of W's size wait for memory."""
 
 
-def takes_updated_weight(layer: nn.Module, x: Tensor, rank: int, matrices: Matrices) -> bool:
+def takes_updated_weight(layer: nn.Module, x: Tensor, matrices: Matrices) -> bool:
     """Whether training goes through the updated weight.
 
     Args:
         layer: the base; its weight is frozen.
         x: inputs, which nothing but the layer itself changes.
-        rank: R.
         matrices: of the adapter.
     """
     if transforming() or not (recording() and isinstance(matrices, DenseMatrices) and _is_plain(layer)):
@@ -35,13 +34,14 @@ def takes_updated_weight(layer: nn.Module, x: Tensor, rank: int, matrices: Matri
     wide = layer.weight.dtype in (torch.float32, torch.float64) and x.dtype == layer.weight.dtype
     if not wide or layer.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
         return False
-    return pays(x.numel() // max(1, x.shape[-1]), *layer.weight.shape, rank)
+    out_features, in_features = layer.weight.shape
+    return pays(x.numel() // max(1, in_features), out_features, in_features)
 
 
-def pays(tokens: int, out_features: int, in_features: int, rank: int) -> bool:
-    """The cost model: `z B^T` and both its transposes for each token, against V' made forward and again backward."""
-    thin = tokens * rank * (2 * out_features + in_features)
-    updated = 2 * out_features * in_features * rank
+def pays(tokens: int, out_features: int, in_features: int) -> bool:
+    """The cost model, in multiply-adds by rank: `z B^T`, its transpose and `h A`, against V' made twice."""
+    thin = tokens * (2 * out_features + in_features)
+    updated = 2 * out_features * in_features
     return thin > WORTH_IT * updated
 
 

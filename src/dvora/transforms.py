@@ -3,7 +3,6 @@
 import torch
 from torch.autograd import forward_ad
 
-
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 

@@ -106,35 +106,47 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias = ctx.saved_tensors
-        matrices: Matrices = ctx.matrices
-        if z is not None and _in_triton(delta) and not torch.is_grad_enabled():
-            found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
-            return *found, None
         wants = ctx.needs_input_grad
-        d_base = d_z = d_lambda_d = d_gain = d_scale = d_bias = None
-        if wants[0]:
-            d_base = _rescaled(delta, gain_minus_one)
-        if z is not None and (wants[1] or wants[2]):
-            h = matrices.expand_transpose(delta.to(z.dtype), z.shape[-1], scale)
-            d_lambda_d = _sum_of_products(h, z) if wants[2] else None
-            if wants[1]:
-                lambda_d = lambda_d.to(h.dtype)
-                d_z = h * lambda_d if torch.is_grad_enabled() else h.mul_(lambda_d)
+        if z is not None and _in_triton(delta) and not torch.is_grad_enabled():
+            found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, ctx.matrices)
+            return *found, None
+        d_base = _rescaled(delta, gain_minus_one) if wants[0] else None
+        d_z = d_lambda_d = d_gain = d_scale = None
+        if z is not None:
+            d_z, d_lambda_d, d_scale = _update_gradients(delta, z, lambda_d, scale, ctx.matrices, wants)
         if wants[3]:
             d_gain = _sum_of_products(delta, base_output)
             if bias is not None:
                 d_gain = d_gain - _total(delta) * bias
-        if z is not None and wants[4]:
-            d_scale = matrices.row_products(_rows(delta.to(z.dtype)), _rows(z * lambda_d.to(z.dtype)))
-        if wants[5]:
-            d_bias = -gain_minus_one * _total(delta)
+        d_bias = -gain_minus_one * _total(delta) if wants[5] else None
         return d_base, d_z, d_lambda_d, d_gain, d_scale, d_bias, None
+
+
+def _update_gradients(
+    delta: Float[Tensor, "*T O"],
+    z: Float[Tensor, "*T R"],
+    lambda_d: Float[Tensor, "R"],
+    scale: Float[Tensor, "O"],
+    matrices: Matrices,
+    wants: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients with respect to z, lambda_d and the scale, those that are wanted of the function's inputs."""
+    delta, inner = delta.to(z.dtype), lambda_d.to(z.dtype)
+    d_z = d_lambda_d = d_scale = None
+    if wants[4]:
+        d_scale = matrices.row_products(_rows(delta), _rows(z * inner))
+    if wants[1] or wants[2]:
+        h = matrices.expand_transpose(delta, z.shape[-1], scale)
+        d_lambda_d = _sum_of_products(h, z) if wants[2] else None
+        if wants[1]:
+            d_z = h * inner if torch.is_grad_enabled() else h.mul_(inner)
+    return d_z, d_lambda_d, d_scale
 
 
 def _backward_in_triton(
     delta: Float[Tensor, "*T O"],
     base_output: Float[Tensor, "*T O"],
-    z: Float[Tensor, "*T R"] | None,
+    z: Float[Tensor, "*T R"],
     lambda_d: Float[Tensor, "R"],
     gain_minus_one: Float[Tensor, "O"],
     scale: Float[Tensor, "O"],
@@ -147,9 +159,7 @@ def _backward_in_triton(
     out_features, inner = delta.shape[-1], lambda_d.to(z.dtype)
     scaled_z = _rows(z * inner)
     low_rank = matrices.expand(scaled_z, out_features) if matrices.products_are_cheap else None
-    found = triton_combine.combine_backward(
-        _rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias
-    )
+    found = triton_combine.combine_backward(_rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias)
     d_scale = matrices.row_products(_rows(delta).to(z.dtype), scaled_z) if found.scale is None else found.scale
     h = matrices.expand_transpose(found.scaled.to(z.dtype), z.shape[-1])
     d_lambda_d = _sum_of_products(h, _rows(z))
@@ -159,9 +169,7 @@ def _backward_in_triton(
 
 def _in_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels take the tensor: they run on CUDA devices with tensor cores for TF32."""
-    return (
-        tensor.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(tensor.device) >= _TENSOR_CORES_OF_TF32
-    )
+    return tensor.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(tensor.device) >= _TENSOR_CORES_OF_TF32
 
 
 def _rescaled(delta: Float[Tensor, "*T O"], gain_minus_one: Float[Tensor, "O"]) -> Float[Tensor, "*T O"]:

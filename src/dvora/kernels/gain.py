@@ -1,11 +1,11 @@
 """The gain with its gradient in closed form: only vectors are kept for the backward pass.
 
-    n**2 = w**2 + 2 beta cross + beta**2 q,   g = m / n
+n**2 = w**2 + 2 beta cross + beta**2 q,   g = m / n
 
-    dL/dm       = dL/dg / n
-    dL/d(n**2)  = -g dL/dg / (2 n**2)
-    dL/dbeta    = dL/d(n**2) (2 cross + 2 beta q)
-    dL/dlambda_d through cross (2 beta dL/d(n**2)) and q (beta**2 dL/d(n**2))
+dL/dm       = dL/dg / n
+dL/d(n**2)  = -g dL/dg / (2 n**2)
+dL/dbeta    = dL/d(n**2) (2 cross + 2 beta q)
+dL/dlambda_d through cross (2 beta dL/d(n**2)) and q (beta**2 dL/d(n**2))
 """
 
 from typing import Any
@@ -26,6 +26,8 @@ def gain_minus_one(
     """`functional.gain_minus_one` for a frozen weight."""
     if not recording():
         return F.gain_minus_one(vectors, norm, beta)
+    fused: Tensor
+    eps: Tensor
     fused, eps = _Gain.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
     near = F.nearly_cancelled(eps)
     if near is None or norm.matrix is None:
@@ -41,7 +43,8 @@ def _dense_gain(
         updated = norm.updated_rows(rows, beta[rows], vectors.lambda_d)
         assert updated is not None
         n = torch.linalg.vector_norm(updated, dim=1).clamp_min(torch.finfo(norm.w.dtype).tiny)
-    return (vectors.magnitude[rows] / n - 1).to(beta.dtype)
+    gain: Tensor = vectors.magnitude[rows] / n - 1
+    return gain.to(beta.dtype)
 
 
 class _Gain(torch.autograd.Function):

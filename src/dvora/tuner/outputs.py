@@ -34,7 +34,7 @@ def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveA
         return None
     adapted, vectors, factors, dropout, strength = adapters[0]
     alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
-    if not (alone and takes_updated_weight(base_layer, x, adapted.rank, adapted.shared.kind) and strength == 1):
+    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength == 1):
         return None
     assert isinstance(base_layer, nn.Linear)
     return adapted.updated_outputs(base_layer, x, vectors.lambda_d, factors)
