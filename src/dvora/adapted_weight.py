@@ -184,11 +184,11 @@ class AdaptedWeight(nn.Module):
             strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
         """
         inputs = vectors if strength is None else (*vectors, strength)
-        trained = any(t is not None and t.requires_grad for t in (*inputs, weight)) if recording() else False
-        if trained or transforming():
+        if not transforming():
+            if not (recording() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
+                return self._last.of(inputs, weight, partial(self._row_factors, vectors, weight, strength))
             self._last.drop()
-            return self._row_factors(vectors, weight, strength)
-        return self._last.of(inputs, weight, partial(self._row_factors, vectors, weight, strength))
+        return self._row_factors(vectors, weight, strength)
 
     def low_rank(self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:
         """`((x A^T) lambda_d) B^T`, in the dtype of `x`."""

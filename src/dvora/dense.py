@@ -56,40 +56,43 @@ class DenseMatrices(nn.Module):
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        matrix = self._like(_STREAM_A, rank, x.shape[-1], x)
-        return scaled_product(x, matrix.T, self._scale(x.shape[-1]))
+        A = self._stored(_STREAM_A, rank, x.shape[-1]).to(x.device)
+        return scaled_product(x, A.T, self._scale(x.shape[-1]))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, in the dtype of `h`."""
-        return scaled_product(h, self._like(_STREAM_A, h.shape[-1], in_features, h), self._scale(in_features))
+        A = self._stored(_STREAM_A, h.shape[-1], in_features).to(h.device)
+        return scaled_product(h, A, self._scale(in_features))
 
     def expand(
         self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
     ) -> Float[Tensor, "*T O"]:
         """`(z B^T) * scale`, in the dtype of `z`."""
         rank = z.shape[-1]
-        matrix = self._stored(_STREAM_B, rank, out_features).to(z.device)
+        B = self._stored(_STREAM_B, rank, out_features).to(z.device)
         if scale is not None and z.numel() > rank**2:
             # More tokens than the rank: the scale costs least on the matrix.
-            return scaled_product(z, (matrix * scale).to(z.dtype), self._scale(rank))
-        outputs = scaled_product(z, matrix.to(z.dtype), self._scale(rank))
+            return scaled_product(z, B * scale, self._scale(rank))
+        outputs = scaled_product(z, B, self._scale(rank))
         return outputs if scale is None else outputs * scale.to(z.dtype)
 
     def expand_transpose(
         self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
     ) -> Float[Tensor, "*T R"]:
         """`(d * scale) B`, in the dtype of `d`."""
-        matrix = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
+        B = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
         if scale is not None and d.numel() > rank * d.shape[-1]:
-            return scaled_product(d, (matrix * scale).to(d.dtype).T, self._scale(rank))
-        scaled = d if scale is None else d * scale.to(d.dtype)
-        return scaled_product(scaled, matrix.to(d.dtype).T, self._scale(rank))
+            return scaled_product(d, (B * scale).T, self._scale(rank))
+        return scaled_product(d if scale is None else d * scale.to(d.dtype), B.T, self._scale(rank))
 
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
         """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""
-        matrix = self._stored(_STREAM_B, z.shape[-1], d.shape[-1]).to(d.device, norm_dtype(d.dtype))
-        products = (z.T @ d).to(matrix.dtype)
-        return (products * matrix).sum(0) * self._scale(z.shape[-1])
+        wide = norm_dtype(d.dtype)
+        if d.dtype == torch.float16:
+            # The sums over many tokens would overflow.
+            d, z = d.to(wide), z.to(wide)
+        B = self._stored(_STREAM_B, z.shape[-1], d.shape[-1]).to(d.device, wide)
+        return ((z.T @ d).to(wide) * B).sum(0) * self._scale(z.shape[-1])
 
     def updated(
         self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]

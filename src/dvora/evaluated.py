@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .shapes import Float
 
@@ -111,8 +112,18 @@ class _Kept(NamedTuple):
         return all(map(_unchanged, inputs, self.inputs))
 
 
+def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+    """Let PyTorch count an optimizer's step as a change: fused ones, and those of other packages, do not."""
+    if not torch.compiler.is_compiling():
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if not p.is_inference()]
+        torch.autograd.graph.increment_version(stepped)
+
+
 def _unchanged(tensor: Tensor, known: Tensor | State) -> bool:
     if isinstance(known, State):
         # PyTorch does not count the changes of inference tensors.
         return not tensor.is_inference() and known.is_of(tensor)
     return tensor.device == known.device and tensor.dtype == known.dtype and torch.equal(tensor, known)
+
+
+register_optimizer_step_post_hook(_count_step)

@@ -115,8 +115,8 @@ def relative_norm(
     if near is not None:
         updated = norm.updated_rows(near, beta[near], lambda_d)
         if updated is not None:
-            exact = torch.linalg.vecdot(updated, updated).clamp_min(torch.finfo(norm.w.dtype).tiny)
-            s = s.index_copy(0, near, (exact.sqrt() / norm.w[near]).to(s.dtype))
+            exact = torch.linalg.vector_norm(updated, dim=1) / norm.w[near]
+            s = s.index_copy(0, near, exact.to(s.dtype).clamp_min(torch.finfo(s.dtype).eps))
     return eps, s
 
 

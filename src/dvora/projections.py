@@ -188,8 +188,8 @@ class SharedProjections(nn.Module):
                     f"{self.distribution!r} give; the file is damaged or was trained with other matrices"
                 )
 
-    def extra_repr(self) -> str:
-        return f"seed={self.seed}, distribution={self.distribution!r}"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r})"
 
 
 class _Projection(torch.autograd.Function):

@@ -10,11 +10,9 @@ from .transforms import recording, transforming
 
 
 def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    """`scale a b`."""
-    autocast = torch.is_autocast_enabled(a.device.type)
-    if a.dtype.itemsize < 4 or autocast or transforming() or (b.requires_grad and recording()):
-        # Scaled before the product: in float16 the unscaled sum of a wide input would overflow.
-        return (a * scale) @ b
+    """`scale a b`, in the dtype of `a`, whatever that of `b`."""
+    if torch.is_autocast_enabled(a.device.type) or transforming() or (b.requires_grad and recording()):
+        return (a * scale) @ b.to(a.dtype)
     if not (a.requires_grad and recording()):
         return _product(a, b, scale)
     product: Tensor = _ScaledProduct.apply(a, b, scale)
@@ -22,12 +20,17 @@ def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: flo
 
 
 def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    product = torch.addmm(b[0], a.reshape(-1, a.shape[-1]), b, beta=0, alpha=scale)
-    return product.view(*a.shape[:-1], b.shape[1])
+    rows, b = a.reshape(-1, a.shape[-1]), b.to(a.dtype)
+    # In half precision scaled before the product: in float16 the unscaled sum of a wide input would overflow.
+    half = a.dtype.itemsize < 4
+    product = (rows * scale) @ b if half else torch.addmm(b[0], rows, b, beta=0, alpha=scale)
+    # No view in the eyes of autograd, so that callers may change it in place.
+    whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
+    return whole
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """`scale a b` for a constant b: the scale is part of the product in both directions."""
+    """`scale a b` for a constant b: the scale is part of the product in both directions, and no cast of b is kept."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:

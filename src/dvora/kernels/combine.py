@@ -74,17 +74,18 @@ def _forward(
         fused = triton_combine.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias)
         return fused.view_as(base_output)
     y = matrices.expand(scaled, base_output.shape[-1], scale).to(base_output.dtype)
-    if bias is not None:
-        y.sub_((gain_minus_one * bias).to(y.dtype))
+    offset = None if bias is None else gain_minus_one * bias
     if y.dtype.itemsize < 4:
-        # A gain near one would vanish in half precision; its distance from one keeps its digits.
-        return y.addcmul_(base_output, gain_minus_one.to(y.dtype)).add_(base_output)
-    return y.addcmul_(base_output, 1 + gain_minus_one)
+        # In half precision a gain near one would be one.
+        wide = torch.addcmul(y.float(), base_output, 1 + gain_minus_one)
+        return (wide if offset is None else wide.sub_(offset)).to(y.dtype)
+    y.addcmul_(base_output, 1 + gain_minus_one)
+    return y if offset is None else y.sub_(offset)
 
 
 def _without_update(base_output: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
-    y = _rescaled(base_output, gain_minus_one)
-    return y if bias is None else y.sub_((gain_minus_one * bias).to(y.dtype))
+    y = base_output * (1 + gain_minus_one)
+    return (y if bias is None else y.sub_(gain_minus_one * bias)).to(base_output.dtype)
 
 
 class _Combine(torch.autograd.Function):
@@ -110,7 +111,7 @@ class _Combine(torch.autograd.Function):
         if z is not None and _in_triton(delta) and not torch.is_grad_enabled():
             found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, ctx.matrices)
             return *found, None
-        d_base = _rescaled(delta, gain_minus_one) if wants[0] else None
+        d_base = (delta * (1 + gain_minus_one)).to(delta.dtype) if wants[0] else None
         d_z = d_lambda_d = d_gain = d_scale = None
         if z is not None:
             d_z, d_lambda_d, d_scale = _update_gradients(delta, z, lambda_d, scale, ctx.matrices, wants)
@@ -172,23 +173,16 @@ def _in_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(tensor.device) >= _TENSOR_CORES_OF_TF32
 
 
-def _rescaled(delta: Float[Tensor, "*T O"], gain_minus_one: Float[Tensor, "O"]) -> Float[Tensor, "*T O"]:
-    """`g delta`, in the dtype of delta."""
-    if delta.dtype.itemsize < 4:
-        return torch.addcmul(delta, delta, gain_minus_one.to(delta.dtype))
-    return delta * (1 + gain_minus_one)
-
-
 def _sum_of_products(a: Float[Tensor, "*T N"], b: Float[Tensor, "*T N"]) -> Float[Tensor, "N"]:
     """`sum_t a b`, summed in float32 or wider."""
     wide = norm_dtype(a.dtype)
     if torch.is_grad_enabled():
-        return _rows(a * b).sum(0, dtype=wide)
+        return _rows(a.to(wide) * b).sum(0)
     # A few tokens at a time: fresh memory for all products would cost more than the products.
     tokens = max(1, _CHUNK_VALUES // a.shape[-1])
     total = torch.zeros(a.shape[-1], dtype=wide, device=a.device)
     for part_a, part_b in zip(_rows(a).split(tokens), _rows(b).split(tokens), strict=True):
-        total += (part_a * part_b).sum(0, dtype=wide)
+        total += (part_a.to(wide) * part_b).sum(0)
     return total
 
 

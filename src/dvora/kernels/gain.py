@@ -42,7 +42,8 @@ def _dense_gain(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_norm):
         updated = norm.updated_rows(rows, beta[rows], vectors.lambda_d)
         assert updated is not None
-        n = torch.linalg.vector_norm(updated, dim=1).clamp_min(torch.finfo(norm.w.dtype).tiny)
+        floor = torch.finfo(norm.w.dtype).eps * norm.w[rows].double()
+        n = torch.maximum(torch.linalg.vector_norm(updated, dim=1), floor)
     gain: Tensor = vectors.magnitude[rows] / n - 1
     return gain.to(beta.dtype)
 
@@ -73,7 +74,9 @@ class _Gain(torch.autograd.Function):
         d_magnitude = d_gain * one_over_n
         if ctx.detach_norm:
             return d_magnitude, None, None, None, None
-        d_squared = -(1 + g1) * d_magnitude * one_over_n / 2
+        # At the floor of the norm it does not change.
+        moves = s > torch.finfo(s.dtype).eps
+        d_squared = torch.where(moves, -(1 + g1) * d_magnitude * one_over_n / 2, 0.0)
         d_beta = 2 * d_squared * slope
         d_lambda_d = norm.terms_gradient(2 * d_squared * beta, d_squared * beta.square(), lambda_d)
         return d_magnitude, d_beta, d_lambda_d, None, None
