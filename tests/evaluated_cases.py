@@ -1,6 +1,5 @@
 """A layer in evaluation, plain or in a PEFT model, and everything that can change what it should return."""
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -195,11 +194,6 @@ def cast(*dtypes: torch.dtype) -> Change:
             case.outputs()
 
     return change
-
-
-def train_a_copy(case: Evaluated) -> None:
-    """Which leaves the layer as it is."""
-    train(Evaluated(copy.deepcopy(case.model)))
 
 
 def train(case: Evaluated) -> None:
