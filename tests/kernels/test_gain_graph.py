@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+from frozen_weight import NAMES, Problem, c_kept_or_not, every_distribution
 from reference import worst_error
-from test_gain import NAMES, Problem, every_distribution, with_or_without_C
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -24,7 +24,7 @@ def problem(distribution: str = "kaiming_uniform", **options: object) -> Problem
 
 
 @every_distribution
-@with_or_without_C
+@c_kept_or_not
 @pytest.mark.parametrize("skipped_column", [None, 2])
 @pytest.mark.parametrize("detach_norm", [False, True], ids=["through the norm", "detach_norm"])
 def test_only_vectors_are_kept_for_the_backward_pass(
@@ -42,7 +42,7 @@ def test_only_vectors_are_kept_for_the_backward_pass(
 
 
 @every_distribution
-@with_or_without_C
+@c_kept_or_not
 @pytest.mark.parametrize("skipped_column", [None, 2])
 def test_first_and_second_derivatives_are_those_of_the_values(
     distribution: str, keep_C: bool, skipped_column: int | None
