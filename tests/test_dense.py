@@ -163,8 +163,7 @@ def test_products_under_autocast_have_gradients(enabled: bool, distribution: str
 def test_wide_float16_products_do_not_overflow() -> None:
     matrices, n = DenseMatrices(SEED, "rademacher"), 1024
     (A, B), half = naive("rademacher", n, n, n), torch.float16
-    aligned = 100 * math.sqrt(2 * n)
-    ones = torch.ones(n)
+    aligned, ones = 100 * math.sqrt(2 * n), torch.ones(n)
     for found in (
         matrices.project(100 * A[0].sign().to(half), n)[0],
         matrices.project_transpose(100 * A[:, 0].sign().to(half), n)[0],
@@ -174,7 +173,11 @@ def test_wide_float16_products_do_not_overflow() -> None:
         matrices.expand_transpose(100 * B[:, 0].sign().to(half), n, ones)[0],
     ):
         assert float(found) == pytest.approx(aligned, rel=3e-3)
-    many = torch.full((n, 1), 10.0, dtype=half)
+
+
+def test_sums_over_many_float16_tokens_do_not_overflow() -> None:
+    matrices, n = DenseMatrices(SEED, "rademacher"), 1024
+    many = torch.full((n, 1), 10.0, dtype=torch.float16)
     assert float(matrices.row_products(many, many)) == pytest.approx(100 * n * float(naive("rademacher", 1, 1, 1)[1]))
 
 

@@ -155,7 +155,12 @@ def test_first_and_second_derivatives_are_those_of_the_values(rank: int, distrib
 @every_distribution
 def test_G_is_kept_for_every_size_and_dtype(distribution: str) -> None:
     matrices = DenseMatrices(5, distribution)
-    for rank, size, dtype in [(3, 6, torch.float64), (3, 6, torch.float32), (2, 6, torch.float32), (3, 5, torch.float32)]:
+    for rank, size, dtype in [
+        (3, 6, torch.float64),
+        (3, 6, torch.float32),
+        (2, 6, torch.float32),
+        (3, 5, torch.float32),
+    ]:
         A = matrices.A(rank, size, torch.float64)
         G = matrices.gram(rank, size, dtype)
         assert G.dtype == dtype
