@@ -35,10 +35,26 @@ PINNED = {
         [0.3538077771663666, -0.5357864499092102, 0.007945340126752853],
         "caf4d18dcf34713f",
     ),
+    "rademacher": (
+        "3d0db851c879067ec0b8c002c25b8b8d7ce79f93bc69772934dafcc4cf35bfcb",
+        "0f110dc7603b25bf74006e5281742cf27b69137bab530dace763a2321b20c341",
+        [-0.22360679507255554, -0.22360679507255554, 0.22360679507255554],
+        [-0.28867512941360474, -0.28867512941360474, 0.28867512941360474],
+        "da2fe42f711c022c",
+    ),
+    "structured": (
+        "550bfadae3bd363bd8616661b27fdb48feb16a8f182abee9eeae85c4196b3e4b",
+        "0a6d7ba0d0d77419aa62010dec8310ecccedcaef91c7117dbaab34ab17e34426",
+        [-0.09771975129842758, 0.09771975129842758, -0.09771975129842758],
+        [0.058099787682294846, 0.1695924699306488, 0.26734575629234314],
+        "15feef9c84d4dab5",
+    ),
 }
 
 every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-GROWING = ["kaiming_uniform", "gaussian"]
+GROWING = ["kaiming_uniform", "gaussian", "rademacher"]
+STORED = [name for name in DISTRIBUTIONS if name != "structured"]
+"""The others are made of small factors, which no file has to hold."""
 
 
 def sha256(matrix: Tensor) -> str:
@@ -69,11 +85,14 @@ def test_values_do_not_depend_on_what_was_made_before(distribution: str) -> None
 @every_distribution
 def test_growth_leaves_matrices_already_in_use_unchanged(distribution: str) -> None:
     shared = SharedProjections(7, distribution)
-    stored = shared._stored(0, 4, 10)
-    before = stored.clone()
+    A, B = shared.A(4, 10), shared.B(4, 10)
+    in_use = list(shared.buffers())
+    before = [buffer.clone() for buffer in in_use]
     shared.reserve(40, 100, 100)
-    assert torch.equal(stored, before)
-    assert torch.equal(shared._stored(0, 4, 10), before)
+    assert in_use
+    assert all(torch.equal(now, then) for now, then in zip(in_use, before, strict=True))
+    assert torch.equal(shared.A(4, 10), A)
+    assert torch.equal(shared.B(4, 10), B)
 
 
 @pytest.mark.parametrize("distribution", GROWING)
@@ -97,12 +116,19 @@ def test_products_equal_those_with_the_dense_matrices(distribution: str, rank: i
     torch.testing.assert_close(shared.expand(narrow, size), narrow @ B.T)
     torch.testing.assert_close(shared.expand_transpose(wide, rank), wide @ B)
     torch.testing.assert_close(shared.gram(rank, size, torch.float64), A @ A.T)
+    scale = randn(size, seed=2, dtype=torch.float64)
+    torch.testing.assert_close(shared.expand(narrow, size, scale), (narrow @ B.T) * scale)
+    torch.testing.assert_close(shared.expand_transpose(wide, rank, scale), (wide * scale) @ B)
 
 
+@every_distribution
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype) -> None:
-    shared = SharedProjections()
+def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype, distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
     wide, narrow = randn(2, 6, seed=0, dtype=dtype), randn(2, 3, seed=1, dtype=dtype)
+    scale = randn(6, seed=2)
+    assert shared.expand(narrow, 6, scale).dtype == dtype
+    assert shared.expand_transpose(wide, 3, scale).dtype == dtype
     assert shared.project(wide, 3).dtype == dtype
     assert shared.project_transpose(narrow, 6).dtype == dtype
     assert shared.expand(narrow, 6).dtype == dtype
@@ -124,9 +150,10 @@ def test_uniform_entries_lie_within_the_bound_of_kaiming_uniform() -> None:
         assert 0.999 * bound < float(matrix.abs().max()) <= bound
 
 
+@pytest.mark.parametrize("distribution", ["orthogonal", "structured"])
 @pytest.mark.parametrize("rank", [3, 8, 19])
-def test_orthogonal_rows_are_orthogonal_within_blocks_of_the_size(rank: int) -> None:
-    shared = SharedProjections(0, "orthogonal")
+def test_orthogonal_rows_are_orthogonal_within_blocks_of_the_size(rank: int, distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
     for rows in (shared.A(rank, 8, torch.float64), shared.B(rank, 8, torch.float64).T):
         for block in rows.split(8):
             gram = block @ block.T
@@ -138,21 +165,36 @@ def test_orthogonal_blocks_are_independent() -> None:
     assert not torch.isclose(blocks[0], blocks[1]).any()
 
 
-@every_distribution
+@pytest.mark.parametrize("distribution", ["kaiming_uniform", "gaussian", "orthogonal"])
 def test_A_and_B_share_no_values(distribution: str) -> None:
     shared = SharedProjections(0, distribution)
     assert not torch.isin(shared.A(8, 8), shared.B(8, 8)).any()
 
 
+@every_distribution
+def test_A_and_B_are_uncorrelated_and_so_are_those_of_two_seeds(distribution: str) -> None:
+    shared, other = SharedProjections(0, distribution), SharedProjections(1, distribution)
+    A, B = shared.A(64, 64), shared.B(64, 64)
+    for first, second in [(A, B), (A, B.T), (A, other.A(64, 64)), (B, other.B(64, 64))]:
+        assert abs(float((first * second).mean())) < 0.06 * (2 / 64), "four standard errors"
+
+
+def test_signs_are_all_of_one_size() -> None:
+    shared = SharedProjections(0, "rademacher")
+    for matrix, fan_in in [(shared.A(16, 50), 50), (shared.B(16, 50), 16)]:
+        assert torch.equal(matrix.abs(), torch.full_like(matrix, (2 / fan_in) ** 0.5))
+
+
 def test_fingerprints_tell_seeds_and_distributions_apart() -> None:
     prints = {SharedProjections(seed, name).fingerprint() for seed in (0, 1, 2**64 - 1) for name in DISTRIBUTIONS}
-    assert len(prints) == 9
+    assert len(prints) == 3 * len(DISTRIBUTIONS)
 
 
-def test_a_fingerprint_does_not_depend_on_what_was_made() -> None:
-    used = SharedProjections(3)
+@every_distribution
+def test_a_fingerprint_does_not_depend_on_what_was_made(distribution: str) -> None:
+    used = SharedProjections(3, distribution)
     used.reserve(8, 100, 50)
-    assert used.fingerprint() == SharedProjections(3).fingerprint()
+    assert used.fingerprint() == SharedProjections(3, distribution).fingerprint()
 
 
 @pytest.mark.parametrize("seed", [True, 1.0, "1", None])
@@ -168,11 +210,11 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
 
 
 def test_an_unknown_distribution_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'normal'.* kaiming_uniform, gaussian, orthogonal"):
+    with pytest.raises(ValueError, match=r"'normal'.* kaiming_uniform, gaussian, rademacher, orthogonal, structured$"):
         SharedProjections(0, "normal")
 
 
-@every_distribution
+@pytest.mark.parametrize("distribution", STORED)
 def test_matrices_of_a_file_are_those_of_the_seed(distribution: str) -> None:
     shared = SharedProjections(5, distribution)
     shared.reserve(3, 8, 4)
@@ -183,10 +225,20 @@ def test_matrices_of_a_file_are_those_of_the_seed(distribution: str) -> None:
         SharedProjections(6, distribution).check_matrices(saved)
 
 
-@pytest.mark.parametrize("name", ["stream_2", "stream", "weight", ""])
-def test_a_matrix_of_a_file_with_an_unknown_name_is_refused(name: str) -> None:
+def test_a_file_holds_nothing_of_structured_matrices() -> None:
+    shared = SharedProjections(5, "structured")
+    shared.reserve(3, 8, 4)
+    assert shared.matrices() == {}
+    shared.check_matrices({})
+    with pytest.raises(ValueError, match=r"stream_0 differs.* seed 5 .*'structured'"):
+        shared.check_matrices({"stream_0": torch.zeros(3, 8)})
+
+
+@every_distribution
+@pytest.mark.parametrize("name", ["stream_2", "stream", "weight", "gram_3x8_float32", ""])
+def test_a_matrix_of_a_file_with_an_unknown_name_is_refused(name: str, distribution: str) -> None:
     with pytest.raises(ValueError, match=f"matrix {name} differs"):
-        SharedProjections().check_matrices({name: torch.zeros(2, 3)})
+        SharedProjections(0, distribution).check_matrices({name: torch.zeros(2, 3)})
 
 
 def test_a_matrix_of_a_file_with_one_value_changed_is_refused() -> None:
@@ -199,10 +251,12 @@ def test_a_matrix_of_a_file_with_one_value_changed_is_refused() -> None:
 
 
 def test_the_printed_form_names_seed_and_distribution() -> None:
-    assert repr(SharedProjections(5, "gaussian")) == "SharedProjections(seed=5, distribution='gaussian')"
+    for distribution in DISTRIBUTIONS:
+        shared = SharedProjections(5, distribution)
+        assert repr(shared) == f"SharedProjections(seed=5, distribution={distribution!r})"
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@every_distribution
 def test_columns_are_selected_as_a_product_with_unit_vectors_would(distribution: str) -> None:
     shared = SharedProjections(0, distribution)
     index = torch.tensor([[0, 3, 3], [8, 1, 0]])

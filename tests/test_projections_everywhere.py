@@ -19,6 +19,8 @@ import dvora
 from dvora import DVoRAAdapter, SharedProjections
 from dvora.projections import DISTRIBUTIONS
 
+every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+
 DIGESTS = """
 import hashlib
 from dvora import SharedProjections
@@ -73,7 +75,7 @@ def assert_same(shared: SharedProjections, other: SharedProjections) -> None:
         assert torch.equal(matrix, expected)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@every_distribution
 @pytest.mark.parametrize(
     "change",
     [
@@ -91,14 +93,18 @@ def test_matrices_survive(change, distribution: str) -> None:
     assert_same(change(shared), SharedProjections(2, distribution))
 
 
-def test_matrices_on_the_meta_device_hold_no_memory() -> None:
-    shared = SharedProjections()
+@every_distribution
+def test_matrices_on_the_meta_device_hold_no_memory(distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
     made(shared)
+    assert list(shared.buffers())
     assert all(buffer.is_meta for buffer in shared.to("meta").buffers())
 
 
-def test_a_whole_model_survives_the_meta_device() -> None:
-    model = nn.Sequential(train(DVoRAAdapter(linear(6, 5), 3, shared=SharedProjections(2))), nn.ReLU())
+@every_distribution
+def test_a_whole_model_survives_the_meta_device(distribution: str) -> None:
+    shared = SharedProjections(2, distribution)
+    model = nn.Sequential(train(DVoRAAdapter(linear(6, 5), 3, shared=shared)), nn.ReLU())
     x = randn(4, 6, seed=0)
     expected, values = model(x), model.state_dict()
     model = model.to("meta").to_empty(device="cpu")
@@ -106,8 +112,9 @@ def test_a_whole_model_survives_the_meta_device() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_matrices_are_no_part_of_the_state_dict_and_no_parameters() -> None:
-    shared = SharedProjections()
+@every_distribution
+def test_matrices_are_no_part_of_the_state_dict_and_no_parameters(distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
     made(shared)
     assert shared.state_dict() == {}
     assert list(shared.parameters()) == []
@@ -119,27 +126,31 @@ def twelve_layers(shared: SharedProjections) -> nn.ModuleList:
     return nn.ModuleList(DVoRAAdapter(linear(*size), 8, shared=shared) for size in sizes)
 
 
-def storages(model: nn.Module, name: str) -> set[int]:
-    """Distinct memory blocks behind all buffers of one name."""
+def storages(model: nn.Module, start: str = "") -> set[int]:
+    """Distinct memory blocks behind all buffers of the projections whose names start with `start`."""
     buffers = model.named_buffers(remove_duplicate=False)
-    return {buffer.untyped_storage().data_ptr() for key, buffer in buffers if key.rpartition(".")[2].startswith(name)}
+    found = {name: buffer for name, buffer in buffers if ".dvora_projections." in name}
+    return {t.untyped_storage().data_ptr() for name, t in found.items() if name.rpartition(".")[2].startswith(start)}
 
 
-def test_a_model_of_twelve_layers_holds_each_matrix_once() -> None:
+def test_a_model_of_twelve_layers_holds_each_dense_matrix_once() -> None:
     model = twelve_layers(SharedProjections())
     assert len(storages(model, "stream_0")) == len(storages(model, "stream_1")) == 1
-    assert len(storages(model, "factor")) == 2, "one small factor for each width"
+    assert len(storages(model, "gram")) == 2, "one small G for each width"
+    assert len(storages(model)) == 4
 
 
-def test_a_moved_or_copied_model_still_holds_each_matrix_once() -> None:
-    model = twelve_layers(SharedProjections())
-    for changed in (model.double(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len(storages(changed, "stream_0")) == len(storages(changed, "stream_1")) == 1
+@every_distribution
+def test_a_moved_or_copied_model_still_holds_each_matrix_once(distribution: str) -> None:
+    model = twelve_layers(SharedProjections(0, distribution))
+    for changed in (model, model.double(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(storages(changed)) == len(list(changed[0].shared.buffers())) > 0
         assert len({id(layer.shared) for layer in changed}) == 1
 
 
-def test_a_saved_model_does_not_repeat_the_matrices() -> None:
-    model = twelve_layers(SharedProjections())
+@every_distribution
+def test_a_saved_model_does_not_repeat_the_matrices(distribution: str) -> None:
+    model = twelve_layers(SharedProjections(0, distribution))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     base_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
@@ -153,9 +164,10 @@ def test_a_saved_model_does_not_repeat_the_matrices() -> None:
     }
 
 
-def test_inference_mode_leaves_matrices_that_can_be_trained_through() -> None:
+@every_distribution
+def test_inference_mode_leaves_matrices_that_can_be_trained_through(distribution: str) -> None:
     with torch.inference_mode():
-        shared = SharedProjections()
+        shared = SharedProjections(0, distribution)
         shared.reserve(3, 6, 5)
     layer = dvora.DVoRAAdapter(linear(6, 5), 3, shared=shared)
     layer(randn(2, 6, seed=0)).sum().backward()
