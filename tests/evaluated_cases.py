@@ -56,7 +56,7 @@ class Evaluated(NamedTuple):
     def factors(self) -> RowFactors | None:
         """What is kept."""
         kept = self.adapted._last._kept
-        return None if kept is None else kept[1]
+        return None if kept is None else kept.factors
 
     def fresh(self) -> "Evaluated":
         """The same made anew from the values: nothing in it can be stale."""

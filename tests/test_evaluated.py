@@ -17,8 +17,6 @@ from torch.func import functional_call, vmap
 
 from dvora import DVoRAAdapter
 
-BUG = pytest.mark.xfail(strict=True, reason="known defect")
-
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_evaluation_follows_a_change(change: str) -> None:
@@ -140,7 +138,7 @@ def test_alternating_training_and_evaluation_are_never_stale() -> None:
         assert torch.equal(case.outputs(), case.fresh().outputs()), step
 
 
-@pytest.mark.parametrize("kind", ["for each", "foreach", pytest.param("fused", marks=BUG)])
+@pytest.mark.parametrize("kind", ["for each", "foreach", "fused"])
 @pytest.mark.parametrize("between", [True, False], ids=["evaluated between", "at the end"])
 def test_a_base_trained_by_an_optimizer_is_followed(kind: str, between: bool) -> None:
     case = Evaluated(trained_layer(IN, OUT, RANK, freeze_base_layer=False).eval())

@@ -67,7 +67,7 @@ def test_the_constants_are_kept_while_they_are_small(
     readable: bool,
     expected: torch.dtype | None,
 ) -> None:
-    assert cache_dtype(empty(rows, columns, dtype), rank, norm_cache, readable) == expected
+    assert cache_dtype(empty(rows, columns, dtype), rank, norm_cache, readable=readable) == expected
 
 
 def values(dtype: torch.dtype, rank: int = RANK) -> Vectors:
@@ -139,7 +139,6 @@ def test_they_do_for_every_way_to_store_a_weight(distribution: str, layout: Layo
         assert worst_error(value, expected) < 1e-12
 
 
-@pytest.mark.xfail(strict=True, reason="known defect")
 def test_a_magnitude_alone_needs_no_constants() -> None:
     weight = randn(OUT, IN, seed=1)
     again = kept_and_made_again_agree(weight, MAGNITUDE_ONLY, shared=SHARED)

@@ -17,8 +17,6 @@ from dvora.projections import DISTRIBUTIONS, SharedProjections
 Layers = Sequence[DVoRAAdapter]
 Change = Callable[[Tensor], object]
 
-BUG = pytest.mark.xfail(strict=True, reason="known defect")
-
 
 def test_three_siblings_make_one_product_and_one_of_its_transpose() -> None:
     layers, x = siblings(), inputs(requires_grad=True)
@@ -139,7 +137,6 @@ def test_inputs_that_come_to_want_a_gradient_get_it() -> None:
     assert projections_made(step) == 2
 
 
-@BUG
 def test_inputs_that_become_a_leaf_get_their_gradient_and_pass_none_on() -> None:
     def step(layers: Layers) -> list[Tensor]:
         before = inputs(requires_grad=True)
@@ -188,7 +185,6 @@ def test_a_projection_is_of_one_way_of_running(first: str, second: str) -> None:
     assert projections_made(step, dtype=torch.float32) == (1 if first == second else 2)
 
 
-@BUG
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_inputs_of_autocast_get_their_gradient(dtype: torch.dtype) -> None:
     def step(layers: Layers) -> list[Tensor]:
@@ -198,7 +194,7 @@ def test_inputs_of_autocast_get_their_gradient(dtype: torch.dtype) -> None:
         loss(y).backward()
         return [y, x.grad]
 
-    assert projections_made(step, dtype=torch.float32) == 1
+    assert projections_made(step, tolerance=5e-2, dtype=torch.float32) == 1
 
 
 @pytest.mark.parametrize(
@@ -208,8 +204,8 @@ def test_inputs_of_autocast_get_their_gradient(dtype: torch.dtype) -> None:
         (torch.no_grad, torch.inference_mode),
         (torch.inference_mode, torch.enable_grad),
         (torch.no_grad, torch.enable_grad),
-        pytest.param(enabled_in_inference_mode, torch.enable_grad, marks=BUG),
-        pytest.param(torch.enable_grad, enabled_in_inference_mode, marks=BUG),
+        pytest.param(enabled_in_inference_mode, torch.enable_grad),
+        pytest.param(torch.enable_grad, enabled_in_inference_mode),
     ],
     ids=lambda mode: mode.__name__,
 )

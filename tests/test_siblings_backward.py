@@ -18,8 +18,6 @@ from dvora import DVoRAAdapter
 Layers = Sequence[DVoRAAdapter]
 Checkpoint = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
-BUG = pytest.mark.xfail(strict=True, reason="known defect")
-
 
 def one_pass(layers: Layers) -> list[Tensor]:
     x = inputs(requires_grad=True)
@@ -110,8 +108,8 @@ STEPS = {
     one_pass: 1,
     backward_after_each_layer: 3,
     backward_with_the_graph_kept: 1,
-    backward_between_layers_with_the_graph_kept: 2,
-    gradients_of_vectors_between_layers: 1,
+    backward_between_layers_with_the_graph_kept: 1,
+    gradients_of_vectors_between_layers: 2,
     gradients_of_inputs_between_layers: 2,
     two_passes_over_one_leaf: 2,
     a_step_between_two_passes_over_one_leaf: 2,
@@ -130,7 +128,6 @@ def test_second_derivatives_are_those_of_layers_that_share_nothing() -> None:
     projections_made(a_penalty_on_the_gradient)
 
 
-@BUG
 def test_each_layer_may_have_a_backward_pass_of_its_own() -> None:
     assert projections_made(backward_at_the_end_for_each_layer) == 1
 
@@ -222,7 +219,7 @@ def test_checkpointed_layers_have_the_gradients_of_others(
 def test_checkpointed_siblings_share_in_both_of_their_passes(use_reentrant: bool) -> None:
     layers, x = siblings(), inputs(requires_grad=True)
     with Products() as products:
-        loss(checkpoint(partial(outputs, layers), x, use_reentrant=use_reentrant)).backward()
+        loss(checkpoint(lambda x: outputs(layers, 2 * x), x, use_reentrant=use_reentrant)).backward()
     assert (products.forward(), products.backward()) == (2, 1)
 
 
@@ -275,7 +272,6 @@ def test_siblings_under_one_hook_share() -> None:
     assert projections_made(step) == 1
 
 
-@BUG
 def test_a_hook_may_be_anything_that_can_be_called() -> None:
     with saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
         outputs(siblings(), inputs(requires_grad=True))

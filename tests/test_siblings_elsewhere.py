@@ -22,8 +22,6 @@ Layers = Sequence[DVoRAAdapter]
 # PyTorch's own use of what it has deprecated, in its first forward-mode derivative.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-BUG = pytest.mark.xfail(strict=True, reason="known defect")
-
 
 class Together(nn.Module):
     """Siblings as one module."""
@@ -183,7 +181,7 @@ def test_a_projection_goes_with_its_inputs(mode: type) -> None:
     assert (alive(made), alive([seen])) == (0, 0)
 
 
-@pytest.mark.parametrize("made_by_a_layer", [pytest.param(False, marks=BUG, id="leaf"), pytest.param(True, id="made")])
+@pytest.mark.parametrize("made_by_a_layer", [pytest.param(False, id="leaf"), pytest.param(True, id="made")])
 def test_a_projection_with_a_graph_goes_with_its_inputs(made_by_a_layer: bool) -> None:
     layers = [layer.eval() for layer in siblings()]
     made = projections_alive(layers)

@@ -16,8 +16,7 @@ from .shapes import Float
 
 
 class State(NamedTuple):
-    """Equal states mean equal values, but for what PyTorch does not count: writes through `tensor.data`, and those to
-    tensors that were made in inference mode."""
+    """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count."""
 
     storage: StorageWeakRef
     """Weak, so that it keeps no memory, but no other storage can come to have its identity."""
@@ -31,25 +30,22 @@ class State(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "State":
         """The state of a tensor now."""
-        storage, version = StorageWeakRef(tensor.untyped_storage()), _version(tensor)
+        storage, version = StorageWeakRef(tensor.untyped_storage()), -1 if tensor.is_inference() else tensor._version
         layout = tensor.shape, tensor.stride()
         return cls(storage, tensor.data_ptr(), version, *layout, tensor.dtype, tensor.device)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether the tensor is still in this state."""
+        """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
         return (
-            tensor.untyped_storage()._cdata == self.storage.cdata
+            not tensor.is_inference()
+            and tensor.untyped_storage()._cdata == self.storage.cdata
             and tensor.data_ptr() == self.address
-            and _version(tensor) == self.version
+            and tensor._version == self.version
             and tensor.dtype == self.dtype
             and tensor.shape == self.shape
             and tensor.stride() == self.stride
             and tensor.device == self.device
         )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class RowFactors(NamedTuple):
@@ -121,8 +117,7 @@ def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None
 
 def _unchanged(tensor: Tensor, known: Tensor | State) -> bool:
     if isinstance(known, State):
-        # PyTorch does not count the changes of inference tensors.
-        return not tensor.is_inference() and known.is_of(tensor)
+        return known.is_of(tensor)
     return tensor.device == known.device and tensor.dtype == known.dtype and torch.equal(tensor, known)
 
 

@@ -126,16 +126,15 @@ def norm_change(
     """`eps = n**2 / w**2 - 1` and `s = n / w` from the terms of the norm."""
     live = w > 0
     eps = torch.where(live, (2 * beta * cross + beta.square() * q) / torch.where(live, w.square(), 1.0), 0.0)
-    # A row that vanishes altogether has no direction; the floor keeps its gain finite.
+    # Rounding can bring a squared norm below zero; the floor keeps the gain of a row that vanishes finite.
+    eps = eps.clamp_min(-1)
     return eps, (1 + eps).clamp_min(torch.finfo(w.dtype).eps ** 2).sqrt()
 
 
 def nearly_cancelled(eps: Float[Tensor, "O"]) -> Tensor | None:
     """Indices of the rows that the update nearly cancels; None without any, or where that cannot be asked cheaply."""
-    if transforming() or eps.device.type != "cpu":
-        return None
-    near = eps < NEAR_CANCELLATION
-    return near.nonzero()[:, 0] if near.any() else None
+    near = None if transforming() or eps.device.type != "cpu" else eps < NEAR_CANCELLATION
+    return near.nonzero()[:, 0] if near is not None and near.any() else None
 
 
 def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> Float[Tensor, "O"]:

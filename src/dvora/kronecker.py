@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from .devices import runs_triton
 from .shapes import Float
+from .transforms import transforming
 
 _VECTOR = 16
 """Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
@@ -72,12 +74,26 @@ def operations(rows: int, size: int) -> int:
 
 def narrow(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
     """`x M^T`, in the dtype of `x`. Nothing of `x` is kept for the backward pass."""
-    return _Narrow.apply(x, stack) if _in_chunks(x, stack) else _narrow_at_once(x, stack)
+    return _Narrow.apply(x, stack) if _in_chunks(x, stack) or fits_triton(x, stack) else _narrow_at_once(x, stack)
 
 
 def widen(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     """`z M`, in the dtype of `z`. Nothing of `z` is kept for the backward pass."""
-    return _Widen.apply(z, stack) if _in_chunks(z, stack) else _widen_at_once(z, stack)
+    return _Widen.apply(z, stack) if _in_chunks(z, stack) or fits_triton(z, stack) else _widen_at_once(z, stack)
+
+
+def fits_triton(x: Tensor, stack: Stack) -> bool:
+    """Whether the Triton kernel takes a product with the stack or with its transpose."""
+    if not runs_triton(x) or transforming():
+        return False
+    from .kernels.triton_kronecker import supports
+
+    for M in stack:
+        (r1, n1), (r2, n2) = M.left.shape, M.right.shape
+        both = ((r1, n1), (r2, n2)), ((n1, r1), (n2, r2))
+        if not all(supports(left, right, x.dtype) for left, right in both):
+            return False
+    return True
 
 
 def scaled(stack: Stack, scale: Float[Tensor, "N"]) -> Stack:
@@ -151,6 +167,8 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, stack: Stack) -> Tensor:
+        if x.is_cuda:
+            return _narrow_in_triton(x, stack)
         rows = [M.rows for M in stack]
         out = x.new_empty(*x.shape[:-1], sum(rows))
         flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, sum(rows))
@@ -183,6 +201,8 @@ class _Widen(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, stack: Stack) -> Tensor:
+        if z.is_cuda:
+            return _widen_in_triton(z, stack)
         rows, size = [M.rows for M in stack], stack[0].diagonal.shape[0]
         out = z.new_empty(*z.shape[:-1], size)
         flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
@@ -238,6 +258,23 @@ def _widen_chunk(z: Tensor, M: Kronecker, total: Tensor, add: bool, wide: Tensor
         total.addcmul_(product, diagonal)
     else:
         total.mul_(diagonal)
+
+
+def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+    from .kernels.triton_kronecker import kronecker
+
+    flat = x.reshape(-1, x.shape[-1])
+    found = [kronecker(flat, M.left, M.right, M.diagonal, None)[:, : M.rows] for M in stack]
+    return torch.cat(found, 1).view(*x.shape[:-1], -1)
+
+
+def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+    from .kernels.triton_kronecker import kronecker
+
+    parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)
+    padded = [pad(part, (0, len(M.left) * len(M.right) - M.rows)) for part, M in zip(parts, stack, strict=True)]
+    found = [kronecker(part, M.left.T, M.right.T, None, M.diagonal) for part, M in zip(padded, stack, strict=True)]
+    return sum(found[1:], found[0]).view(*z.shape[:-1], -1)
 
 
 def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ class LastProjection:
             reader: the layer that asks.
             project: the product with A^T.
         """
-        # PyTorch does not count the changes of inference tensors, and the graph of a leaf would keep it alive.
-        if transforming() or x.is_inference() or (x.is_leaf and x.requires_grad):
+        # PyTorch does not count the changes of inference tensors, and a graph being made keeps nothing.
+        if transforming() or x.is_inference():
             return project(x, rank)
         context = _context(x, rank)
         last: _Entry | None = getattr(self._local, "entry", None)
@@ -91,13 +91,14 @@ class _Entry:
 
     def __init__(self, x: Tensor, context: tuple[object, ...], z: Tensor, reader: object) -> None:
         self.context = context
-        self.z: Tensor | None = z
+        # The graph of z holds a leaf that wants a gradient, so z must not be what keeps that alive.
+        self.z: Callable[[], Tensor | None] = weakref.ref(z) if x.is_leaf and x.requires_grad else lambda: z
         self.readers = {id(reader)}
         entry = weakref.ref(self)
 
         def forget(_: object) -> None:
             if (kept := entry()) is not None:
-                kept.z = None
+                kept.z = lambda: None
 
         self.reference = weakref.ref(x, forget)
 
@@ -106,7 +107,7 @@ class _Entry:
         if id(reader) in self.readers:
             return None
         self.readers.add(id(reader))
-        return self.z
+        return self.z()
 
 
 def _stream(x: Tensor) -> tuple[int, bool]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import generator, kronecker, structured_rows
+from .devices import runs_triton
 from .kronecker import Kronecker, Stack, narrow, widen
 from .precision import norm_dtype
 from .shapes import Float
@@ -157,8 +158,10 @@ class StructuredMatrices(nn.Module):
         return self._stack("A", rank, in_features, dtype, device), self._stack("B", rank, out_features, dtype, device)
 
     def _stack_for(self, x: Tensor, side: Side, rank: int, size: int) -> Stack:
-        # A processor multiplies small matrices of float32 faster than of half precision, and rounds once.
-        dtype = norm_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+        # A processor multiplies small matrices of float32 faster than of half precision, and rounds once; the kernels
+        # take float32 too.
+        wide = x.device.type == "cpu" or runs_triton(x)
+        dtype = norm_dtype(x.dtype) if wide else x.dtype
         return self._stack(side, rank, size, dtype, x.device)
 
     def _stack(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:

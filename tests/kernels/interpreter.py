@@ -21,11 +21,11 @@ def _interpret() -> None:
 def _call(request: bytes) -> bytes:
     module, function, arguments = pickle.loads(request)
     torch.set_num_threads(1)
-    return pickle.dumps(getattr(importlib.import_module(f"dvora.kernels.{module}"), function)(*arguments))
+    return pickle.dumps(getattr(importlib.import_module(f"dvora.{module}"), function)(*arguments))
 
 
 class Interpreter:
-    """Calls functions of `dvora.kernels` in the interpreting process; arguments keep their strides."""
+    """Calls functions of `dvora` in the interpreting process; arguments keep their strides."""
 
     def __init__(self) -> None:
         self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)

@@ -146,7 +146,6 @@ def test_autocast_over_a_whole_model_changes_nothing(dtype: torch.dtype) -> None
     assert same_bits(*found)
 
 
-@pytest.mark.xfail(strict=True, reason="known defect")
 def test_a_model_trains_under_autocast() -> None:
     model = adapted("llama")
     expected = gradients(model)

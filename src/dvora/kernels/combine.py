@@ -12,21 +12,18 @@
 For the backward pass it keeps y_b and z: neither the inputs of the layer nor the update.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..devices import runs_triton
 from ..precision import norm_dtype
 from ..projections import Matrices
 from ..shapes import Float
 from ..transforms import recording
 
 _CHUNK_VALUES = 2**18
-_HAS_TRITON = find_spec("triton") is not None
-_TENSOR_CORES_OF_TF32 = (8, 0)
-"""The compute capability from which on the Triton kernels run."""
 
 
 def combine(
@@ -67,12 +64,8 @@ def _forward(
     if z is None:
         return _without_update(base_output, gain_minus_one, bias)
     scaled = z * lambda_d.to(z.dtype)
-    if _in_triton(base_output):
-        from . import triton_combine
-
-        low_rank = _rows(matrices.expand(scaled, base_output.shape[-1]))
-        fused = triton_combine.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias)
-        return fused.view_as(base_output)
+    if runs_triton(base_output):
+        return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
     y = matrices.expand(scaled, base_output.shape[-1], scale).to(base_output.dtype)
     offset = None if bias is None else gain_minus_one * bias
     if y.dtype.itemsize < 4:
@@ -108,7 +101,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        if z is not None and _in_triton(delta) and not torch.is_grad_enabled():
+        if z is not None and runs_triton(delta) and not torch.is_grad_enabled():
             found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, ctx.matrices)
             return *found, None
         d_base = (delta * (1 + gain_minus_one)).to(delta.dtype) if wants[0] else None
@@ -144,6 +137,20 @@ def _update_gradients(
     return d_z, d_lambda_d, d_scale
 
 
+def _forward_in_triton(
+    base_output: Float[Tensor, "*T O"],
+    scaled_z: Float[Tensor, "*T R"],
+    gain_minus_one: Float[Tensor, "O"],
+    scale: Float[Tensor, "O"],
+    bias: Float[Tensor, "O"] | None,
+    matrices: Matrices,
+) -> Float[Tensor, "*T O"]:
+    from . import triton_combine
+
+    low_rank = _rows(matrices.expand(scaled_z, base_output.shape[-1]))
+    return triton_combine.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias).view_as(base_output)
+
+
 def _backward_in_triton(
     delta: Float[Tensor, "*T O"],
     base_output: Float[Tensor, "*T O"],
@@ -166,11 +173,6 @@ def _backward_in_triton(
     d_lambda_d = _sum_of_products(h, _rows(z))
     d_bias = None if bias is None else -gain_minus_one * _total(delta)
     return found.base.view_as(delta), h.mul_(inner).view_as(z), d_lambda_d, found.gain, d_scale, d_bias
-
-
-def _in_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take the tensor: they run on CUDA devices with tensor cores for TF32."""
-    return tensor.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(tensor.device) >= _TENSOR_CORES_OF_TF32
 
 
 def _sum_of_products(a: Float[Tensor, "*T N"], b: Float[Tensor, "*T N"]) -> Float[Tensor, "N"]:
