@@ -35,6 +35,8 @@ lint: setup
 bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness
 	$(PY) -m benchmarks.support
+	$(PY) -m benchmarks.speed
+	$(PY) -m benchmarks.speed.plots
 	$(PY) -m demo --record
 
 docs: setup  ## write the README's tables from the committed results

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exactness import RESULT as EXACTNESS
+from benchmarks.speed.tables import speed
 from benchmarks.support import RESULT as SUPPORT
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+SPEED = ROOT / "benchmarks" / "results" / "speed.json"
 CONFORMANCE = ROOT / "benchmarks" / "results" / "conformance.json"
 
 
@@ -24,6 +26,7 @@ def updated(readme: str) -> str:
         "demo": demo(_load(DEMO)),
         "support": support(_load(SUPPORT)),
         "conformance": conformance(_load(CONFORMANCE)),
+        "speed": speed(_load(SPEED)),
     }
     for name, text in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"

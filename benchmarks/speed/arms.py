@@ -113,6 +113,10 @@ def _dvora_dense(rank: int, targets: list[str]) -> PeftConfig:
     return _dvora(rank, targets, "kaiming_uniform")
 
 
+def _dvora_orthogonal(rank: int, targets: list[str]) -> PeftConfig:
+    return _dvora(rank, targets, "orthogonal")
+
+
 def _dvora_structured(rank: int, targets: list[str]) -> PeftConfig:
     return _dvora(rank, targets, "structured")
 
@@ -123,6 +127,7 @@ CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "VeRA": _vera,
     "RandLoRA": _randlora,
     "dvora dense": _dvora_dense,
+    "dvora orthogonal": _dvora_orthogonal,
     "dvora structured": _dvora_structured,
     MERGED.method: _dvora_dense,
 }

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from math import ceil, isqrt
 from typing import NamedTuple
 
+from dvora.routes import pays
+
 
 class Product(NamedTuple):
     """One linear layer."""
@@ -35,7 +37,8 @@ def relative_cost(method: str, products: Sequence[Product], rank: int, tokens: i
     """Operations of a step as a multiple of the frozen base's.
 
     Args:
-        method: "base", "full fine-tuning", "LoRA", "DoRA", "VeRA", "dvora dense" or "dvora structured".
+        method: "base", "full fine-tuning", "LoRA", "DoRA", "VeRA", "dvora dense", "dvora orthogonal" or
+            "dvora structured".
         products: the layers.
         rank: of the update.
         tokens: in the step; what is done once a step weighs less with more of them.
@@ -76,33 +79,38 @@ def vera(product: Product, rank: int, tokens: int) -> float:
 
 
 def dvora_dense(product: Product, rank: int, tokens: int) -> float:
-    """VeRA's with one product with A for all siblings, the product `delta^T z` of lambda_b's gradient, and the norm."""
+    """That of `dvora_orthogonal`, and the triangular products with `G = A A^T` of the norm and of its gradient."""
+    outputs = product.out_features
+    triangles = 2.5 * outputs * min(rank, product.in_features) * rank
+    return dvora_orthogonal(product, rank, tokens) + triangles / tokens
+
+
+def dvora_orthogonal(product: Product, rank: int, tokens: int) -> float:
+    """VeRA's with one product with A for all siblings, and `delta^T z`; or the updated weight, made twice a step."""
     inputs, outputs, siblings = product
-    norm = 4 * outputs * rank**2 + norm_cross(product, rank, 2.0 * inputs * rank)
-    return 4 * rank * inputs / siblings + 6 * rank * outputs + norm / tokens
+    norm = 4 * outputs * rank / tokens
+    if pays(tokens, outputs, inputs):
+        return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens + norm
+    return 4 * rank * inputs / siblings + 6 * rank * outputs + norm
 
 
 def dvora_structured(product: Product, rank: int, tokens: int) -> float:
     """The same with fast products; the update is made a second time in place of `delta^T z`."""
     inputs, outputs, siblings = product
-    norm = 2 * fast_product(outputs, rank) + norm_cross(product, rank, fast_product(inputs, rank))
+    norm = 2 * fast_product(outputs, rank) + norm_cross(product, rank)
     return 2 * fast_product(inputs, rank) / siblings + 3 * fast_product(outputs, rank) + norm / tokens
 
 
-def norm_cross(product: Product, rank: int, projection: float) -> float:
-    """The norm's term `C lambda_d` and its gradient, once a step; C is made again in both if it is not kept.
-
-    Args:
-        product: the layer.
-        rank: of the update.
-        projection: operations of one row of the weight through A.
-    """
-    made_again = 0.0 if keeps_cross(product, rank) else 2 * product.out_features * projection
+def norm_cross(product: Product, rank: int) -> float:
+    """The norm's term `C lambda_d` and its gradient, once a step; C is made again in both if it is not kept."""
+    made_again = (
+        0.0 if keeps_cross(product, rank) else 2 * product.out_features * fast_product(product.in_features, rank)
+    )
     return 4.0 * product.out_features * rank + made_again
 
 
 def keeps_cross(product: Product, rank: int) -> bool:
-    """Whether `norm_cache="auto"` keeps C of a float32 layer: up to 1 MiB or a quarter of the weight."""
+    """Whether `norm_cache="auto"` keeps C of a structured float32 layer: up to 1 MiB or a quarter of the weight."""
     return product.out_features * rank <= max(2**18, product.out_features * product.in_features / 4)
 
 
@@ -133,6 +141,7 @@ METHODS: dict[str, Callable[[Product, int, int], float]] = {
     "DoRA": dora,
     "VeRA": vera,
     "dvora dense": dvora_dense,
+    "dvora orthogonal": dvora_orthogonal,
     "dvora structured": dvora_structured,
 }
 """What each method adds to the base, a token."""

@@ -43,6 +43,7 @@ def reaches(rows: Rows) -> list[Reach]:
 def _training(rows: Rows) -> Iterator[Reach]:
     aims = [
         (512, "dvora dense r=256", "VeRA r=256", 1.0),
+        (512, "dvora orthogonal r=256", "VeRA r=256", 1.0),
         (4096, "dvora dense r=256", "VeRA r=256", 0.97),
         (512, "dvora structured r=256", "VeRA r=256", 0.88),
         (512, "dvora structured r=1024", "VeRA r=1024", 0.55),
