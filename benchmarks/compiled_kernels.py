@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel: registers, spills and shared memory on sm_90, without a GPU.
 
-Run from the repository's root: python -m benchmarks.compiled_kernels
+Run from the repository's root: python -m benchmarks.compiled_kernels [--print]
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -141,12 +142,16 @@ def _resource_usage(binary: bytes) -> dict[str, int]:
 
 def main() -> None:
     """Compile everything, print the table and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--print", action="store_true", help="leave the result file alone")
+    print_only = parser.parse_args().print
     rows = []
     for case in cases():
         rows.append(resources(case))
         print(*rows[-1].values(), sep="  ", flush=True)
     head = environment() | {"triton": triton.__version__, "target": f"sm_{TARGET.arch}"}
-    RESULT.write_text(json.dumps({"environment": head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if not print_only:
+        RESULT.write_text(json.dumps({"environment": head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
