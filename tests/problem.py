@@ -8,6 +8,7 @@ from torch import Tensor
 
 F = checked("functional")
 
+
 class Problem:
     """One adapted weight as plain tensors."""
 
