@@ -8,7 +8,6 @@ from torch import Tensor
 
 F = checked("functional")
 
-
 class Problem:
     """One adapted weight as plain tensors."""
 
