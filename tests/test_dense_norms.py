@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dvora import dense
 from dvora.dense import DenseMatrices
 
 DENSE = ["kaiming_uniform", "gaussian", "rademacher", "orthogonal"]
@@ -83,7 +82,7 @@ def test_row_dots_and_their_gradient_are_those_of_the_dense_rows(
     rank: int, distribution: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for chunk_values in (2**18, 7 * 20, 1):
-        monkeypatch.setattr(dense, "_CHUNK_VALUES", chunk_values)
+        monkeypatch.setattr(checked("dense"), "_CHUNK_VALUES", chunk_values)
         Rows(rank, 20, 30, dtype, distribution).assert_dots(TOLERANCE[dtype])
 
 

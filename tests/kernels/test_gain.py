@@ -141,10 +141,12 @@ def test_a_row_whose_terms_are_nothing_but_rounding_has_no_gradient_through_the_
     norm = p.norm(keep_weight=False)
     norm = norm._replace(C=1.01 * norm.C)  # as coarse as bfloat16: the squared norm comes out negative
     gradients = p.gradients(norm)
-    plain = torch.autograd.grad(F.gain_minus_one(p.vectors, norm, p.beta()), p.vectors, p.loss_gradient)
+    assert gradients["magnitude"][1].isfinite()
     assert gradients["lambda_b"][1] == 0
-    for name, expected in zip(NAMES, plain, strict=True):
-        assert worst_error(gradients[name], expected) < TOLERANCE[dtype], name
+    p.loss_gradient[1] = 0
+    without = p.gradients(norm)
+    assert torch.equal(gradients["lambda_d"], without["lambda_d"])
+    assert torch.equal(gradients["lambda_b"], without["lambda_b"])
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
