@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from cases import randn, trained_layer
 from frozen_weight import NAMES, Problem, c_kept_or_not, every_distribution
 from reference import worst_error
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from dvora import functional as F
+from dvora.adapted_weight import AdaptedWeight
 from dvora.kernels.gain import gain_minus_one
 
 IN, OUT, RANK = 6, 9, 4
@@ -32,8 +34,11 @@ def test_only_vectors_are_kept_for_the_backward_pass(
 ) -> None:
     p = problem(distribution, skipped_column=skipped_column, detach_norm=detach_norm)
     norm, beta, kept = p.norm(keep_C), p.beta(), []
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         p.gain_minus_one(norm)
+    # The weight itself, where it is read again, takes no memory.
+    own = norm.matrix.untyped_storage().data_ptr()
+    kept = [tensor.shape for tensor in kept if tensor.untyped_storage().data_ptr() != own]
     assert kept
     assert set(kept) <= {(OUT,), (RANK,)}
     with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
@@ -103,3 +108,13 @@ def test_without_gradients_the_values_are_the_same_bits(context: type) -> None:
         values = p.gain_minus_one()
     assert torch.equal(values, expected)
     assert not values.requires_grad
+
+
+def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused() -> None:
+    layer = trained_layer(6, 5, 3)
+    layer.adapted = AdaptedWeight(layer.base_layer.weight, 3, shared=layer.shared, norm_cache=False)
+    y = layer(randn(4, 6, seed=0)).sum()
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

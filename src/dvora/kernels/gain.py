@@ -59,13 +59,15 @@ class _Gain(torch.autograd.Function):
         eps, s = F.norm_change(norm.w, cross, q, beta)
         g1 = F.gain_from_norm(magnitude, norm.w, eps, s)
         ctx.norm, ctx.detach_norm = norm, detach_norm
-        ctx.save_for_backward(magnitude, beta, lambda_d, g1, s, cross + beta * q)
+        # The weight, where it is read again, so that autograd refuses one that was written to in between.
+        read_again = norm.matrix if norm.C is None else None
+        ctx.save_for_backward(magnitude, beta, lambda_d, g1, s, cross + beta * q, read_again)
         ctx.mark_non_differentiable(eps)
         return g1, eps
 
     @staticmethod
-    def backward(ctx: Any, d_gain: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        magnitude, beta, lambda_d, g1, s, slope = ctx.saved_tensors
+    def backward(ctx: Any, d_gain: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+        magnitude, beta, lambda_d, g1, s, slope, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm
         if torch.is_grad_enabled():
             return _differentiable_gradients(d_gain, magnitude, beta, lambda_d, norm, ctx.detach_norm)
