@@ -152,7 +152,7 @@ def test_a_model_trains_under_autocast() -> None:
     expected = gradients(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(model)
-    assert max(worst_difference(found[key], expected[key]) for key in expected) < 0.1
+    assert max(worst_difference(found[key], expected[key]) for key in expected) < 0.15
 
 
 def test_a_compiled_model_is_one_graph() -> None:
