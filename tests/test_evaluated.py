@@ -153,6 +153,14 @@ def test_a_base_trained_by_an_optimizer_is_followed(kind: str, between: bool) ->
         torch.testing.assert_close(case.outputs(), fresh_copy(case.model)(case.x()))
 
 
+def test_a_refresh_drops_the_factors_of_a_weight_whose_change_torch_does_not_count() -> None:
+    case = plain()
+    case.outputs()
+    case.base.weight.data.mul_(torch.linspace(1, 2, IN))
+    case.adapted.refresh(case.base.weight)
+    assert torch.equal(case.outputs(), case.fresh().outputs())
+
+
 def test_set_parameters_and_update_parameters_are_followed() -> None:
     layer = trained_layer(IN, OUT, RANK).eval()
     case = Evaluated(layer)

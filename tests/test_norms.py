@@ -10,64 +10,12 @@ from dvora import DVoRAAdapter, SharedProjections
 from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from dvora.functional import Vectors
 from dvora.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
-from dvora.norms import SMALL_CACHE, cache_dtype
 from dvora.projections import DISTRIBUTIONS
 
 IN, OUT, RANK = 6, 8, 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
-def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A weight of which only size and dtype are asked."""
-    return torch.empty(rows, columns, dtype=dtype, device="meta")
-
-
-SMALL_ROWS = SMALL_CACHE // 4 // 64
-"""So many rows at rank 64 fill the small cache in float32."""
-
-CHOICES = [
-    # rows, columns, dtype, rank, norm_cache, readable, expected
-    (SMALL_ROWS, 1, F32, 64, "auto", True, F32),
-    (SMALL_ROWS + 1, 1, F32, 64, "auto", True, None),
-    (SMALL_ROWS // 2, 1, F64, 64, "auto", True, F64),
-    (SMALL_ROWS // 2 + 1, 1, F64, 64, "auto", True, None),
-    (SMALL_ROWS, 1, BF16, 64, "auto", True, F32),
-    (SMALL_ROWS + 1, 1, BF16, 64, "auto", True, BF16),
-    (SMALL_ROWS + 1, 1, F16, 64, "auto", True, BF16),
-    (2 * SMALL_ROWS, 1, BF16, 64, "auto", True, BF16),
-    (2 * SMALL_ROWS + 1, 1, BF16, 64, "auto", True, None),
-    # A quarter of the weight's bytes: a quarter of its columns, or an eighth in float32 of a weight of half precision.
-    (8192, 4096, F32, 1024, "auto", True, F32),
-    (8192, 4096, F32, 1025, "auto", True, None),
-    (8192, 4096, F64, 1024, "auto", True, F64),
-    (8192, 4096, BF16, 512, "auto", True, F32),
-    (8192, 4096, BF16, 513, "auto", True, BF16),
-    (8192, 4096, F16, 1024, "auto", True, BF16),
-    (8192, 4096, BF16, 1025, "auto", True, None),
-    # A weight that cannot be read again is always kept.
-    (SMALL_ROWS, 1, F32, 64, "auto", False, F32),
-    (SMALL_ROWS + 1, 1, F32, 64, "auto", False, BF16),
-    (8192, 4096, F32, 1024, "auto", False, BF16),
-    (SMALL_ROWS // 2 + 1, 1, F64, 64, "auto", False, BF16),
-    # Whoever says so gets it.
-    *((8192, 4096, dtype, 4000, True, True, F64 if dtype == F64 else F32) for dtype in (F64, F32, BF16, F16)),
-    *((2, 3, dtype, 1, False, True, None) for dtype in (F64, F32, BF16, F16)),
-]
-
-
-@pytest.mark.parametrize(("rows", "columns", "dtype", "rank", "norm_cache", "readable", "expected"), CHOICES)
-def test_the_constants_are_kept_while_they_are_small(
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    rank: int,
-    norm_cache: bool | str,
-    readable: bool,
-    expected: torch.dtype | None,
-) -> None:
-    assert cache_dtype(empty(rows, columns, dtype), rank, norm_cache, readable=readable) == expected
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 def values(dtype: torch.dtype, rank: int = RANK) -> Vectors:
@@ -113,10 +61,28 @@ def test_constants_made_again_equal_those_that_are_kept(distribution: str, dtype
 def test_they_do_with_a_skipped_column(distribution: str, dtype: torch.dtype) -> None:
     weight, shared = randn(OUT, IN, seed=1, dtype=dtype), SharedProjections(3, distribution)
     again = kept_and_made_again_agree(weight, shared=shared, skipped_column=2)
-    A = shared.A(RANK, IN, F64).index_fill(1, torch.tensor([2]), 0)
-    dense = DenseDVoRA(weight, None, A, shared.B(RANK, OUT, F64), *values(dtype))
-    factors = again.row_factors(values(dtype), weight)
-    assert worst_error(1 + factors.gain_minus_one, dense.gain()) < TOLERANCE[dtype]
+    dense = DenseDVoRA(weight, None, A_without(2, shared), shared.B(RANK, OUT, F64), *values(dtype))
+    vectors, weights = values(dtype), torch.linspace(-1, 2, OUT, dtype=F64)
+    gain = 1 + again.row_factors(vectors, weight).gain_minus_one
+    assert worst_error(gain, dense.gain()) < TOLERANCE[dtype]
+    (gain * weights).sum().backward()
+    (dense.gain() * weights).sum().backward()
+    for name, vector in vectors._asdict().items():
+        assert worst_error(vector.grad, dense.get_parameter(name).grad) < TOLERANCE[dtype], name
+
+
+def A_without(column: int, shared: SharedProjections) -> Tensor:
+    return shared.A(RANK, IN, F64).index_fill(1, torch.tensor([column]), 0)
+
+
+def test_rows_that_are_nearly_cancelled_leave_a_skipped_column_alone() -> None:
+    A, B, vectors = A_without(2, SHARED), SHARED.B(RANK, OUT, F64), values(F64)
+    update = ((vectors.lambda_b[:, None] * B * vectors.lambda_d) @ A).detach()
+    weight = 1e-2 * randn(OUT, IN, seed=1, dtype=F64) - update
+    adapted = AdaptedWeight(weight, RANK, shared=SHARED, skipped_column=2, direction="weight")
+    dense = DenseDVoRA(weight, None, A, B, *vectors, direction="weight")
+    assert float(dense.norm_ratio().min()) < 0.1
+    assert worst_error(1 + adapted.row_factors(vectors, weight).gain_minus_one, dense.gain()) < 1e-12
 
 
 @pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
@@ -205,15 +171,18 @@ def test_rows_that_are_nearly_cancelled_are_exact_with_constants_of_bfloat16(dir
         assert worst_error(vector.grad, expected[name]) < 1e-9, name
 
 
-def test_constants_of_bfloat16_move_the_norm_by_little() -> None:
-    layer = trained_layer(IN, OUT, RANK)
+def test_constants_of_bfloat16_are_summed_in_float32() -> None:
+    layer = trained_layer(IN, OUT, 64)
     with torch.no_grad():
         layer.lambda_b.mul_(0.05)
-    exact = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
     in_bfloat16(layer)
-    rounded = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
-    assert not torch.equal(exact, rounded)
-    assert worst_error(rounded, exact.double()) < 1e-3
+    norm = layer.adapted.norm(layer.base_layer.weight)
+    cross, _ = norm.terms(layer.lambda_d)
+    assert cross.dtype == F32
+    assert worst_error(cross, layer.adapted.C.double() @ layer.lambda_d.double()) < 1e-6
+    exact = DenseDVoRA.of(layer).gain()
+    gain = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
+    assert 1e-6 < worst_error(gain, exact) < 1e-3
 
 
 def test_constants_follow_a_weight_whether_they_are_kept_or_not() -> None:
@@ -248,8 +217,25 @@ def test_with_constants_a_weight_is_not_needed() -> None:
     adapted = AdaptedWeight(weight, RANK, shared=SHARED, norm_cache=True)
     expected = adapted.row_factors(values(F32), weight)
     for missing in (None, weight.to("meta")):
+        assert adapted.diagnostics(values(F32), missing).keys() == adapted.diagnostics(values(F32), weight).keys()
         for value, reference in zip(adapted.row_factors(values(F32), missing), expected, strict=True):
             assert torch.allclose(value, reference, atol=1e-6)
+
+
+def test_a_row_that_is_nearly_cancelled_has_a_norm_without_the_weight() -> None:
+    layer = nearly_cancelled(trained_layer(IN, OUT, RANK, dtype=F64), 1e-2)
+    layer.adapted.follow(layer.base_layer.weight)
+    figures = [layer.adapted.diagnostics(layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-9)
+    found, expected = (layer.adapted.row_factors(layer.vectors, w) for w in (None, layer.base_layer.weight))
+    assert worst_error(found.gain_minus_one, expected.gain_minus_one) < 1e-9
+
+
+def test_a_magnitude_alone_needs_no_weight() -> None:
+    weight = linear(IN, OUT).weight.detach()
+    adapted = AdaptedWeight(weight, MAGNITUDE_ONLY, shared=SHARED, norm_cache=False)
+    expected = adapted.row_factors(values(F32, 0), weight)
+    assert torch.equal(adapted.row_factors(values(F32, 0), None).gain_minus_one, expected.gain_minus_one)
 
 
 def test_a_weight_that_cannot_be_read_again_needs_constants() -> None:

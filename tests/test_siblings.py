@@ -192,7 +192,7 @@ def test_inputs_of_autocast_get_their_gradient(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype=dtype):
             y = outputs(layers, x)
         loss(y).backward()
-        return [y, x.grad]
+        return [y, x.grad.to(dtype)]
 
     assert projections_made(step, tolerance=5e-2, dtype=torch.float32) == 1
 

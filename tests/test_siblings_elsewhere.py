@@ -193,6 +193,16 @@ def test_a_projection_with_a_graph_goes_with_its_inputs(made_by_a_layer: bool) -
     assert (alive(made), alive([seen])) == (0, 0)
 
 
+def test_the_graph_of_the_inputs_goes_with_them() -> None:
+    layers = [layer.eval() for layer in siblings()]
+    before = 2 * inputs(requires_grad=True)
+    x = before.square()
+    outputs(layers, x)
+    seen = weakref.ref(before)
+    del before, x
+    assert alive([seen]) == 0
+
+
 def test_a_backward_pass_frees_the_projection_of_inputs_that_stay() -> None:
     layers, x = siblings(), inputs(requires_grad=True)
     made = projections_alive(layers)
