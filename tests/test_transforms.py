@@ -1,14 +1,17 @@
 """PyTorch's transformations of the layer give what the plain layer gives."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from cases import DIRECTIONS, SHARED, fresh_copy, linear, randn, train, trained_layer
 from reference import worst_error
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dvora import DVoRAAdapter, SharedProjections
 
@@ -245,3 +248,34 @@ def test_outputs_in_inference_mode_equal_those_outside() -> None:
     with torch.inference_mode():
         y = layer(x)
     assert torch.equal(y, layer(x))
+
+
+def traced(layer: DVoRAAdapter, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        # It is deprecated, and says what it does not record.
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(layer, (x,))(x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("trace", [lambda layer, x: make_fx(layer)(x)(x), traced], ids=["make_fx", "jit.trace"])
+def test_a_traced_layer_equals_the_layer(trace: Callable[[DVoRAAdapter, Tensor], Tensor], training: bool) -> None:
+    layer, x = trained_layer(IN, OUT, RANK).train(training), randn(4, IN, seed=0)
+    torch.testing.assert_close(trace(layer, x), layer(x))
+
+
+def test_a_layer_runs_on_tensors_without_values() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty(4, IN)).shape == (4, OUT)
+    layer(randn(4, IN, seed=0))
+
+
+def test_forward_mode_differentiation_equals_the_product_with_the_merged_weight() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    x, tangent = randn(4, IN, seed=0), randn(4, IN, seed=1)
+    expected = tangent @ layer.merge_to_original_layer().weight.T
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(jvp(layer, (x,), (tangent,))[1], expected)

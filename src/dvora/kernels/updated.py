@@ -31,13 +31,13 @@ def updated_linear(
 
     Args:
         x: inputs.
-        z: `x A^T`; its gradient is part of that of x.
+        z: `x A^T`; it gets no gradient, that of x is whole without.
         weight: W, frozen, float32 or float64.
         bias: the base's, or None.
         lambda_d, beta: as for the norm.
         matrices: those of A and B.
     """
-    outputs: Tensor = _UpdatedLinear.apply(x, z.detach(), weight, bias, lambda_d, beta, matrices)
+    outputs: Tensor = _UpdatedLinear.apply(x, z, weight, bias, lambda_d, beta, matrices)
     return outputs
 
 
