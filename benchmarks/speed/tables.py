@@ -19,7 +19,8 @@ COLUMNS: dict[str, dict[str, object]] = {
 }
 ARMS = (
     *("full fine-tuning", "LoRA r=16", "DoRA r=16", "DoRA r=256", "VeRA r=256", "VeRA r=1024", "RandLoRA r=32"),
-    *("dvora dense r=256", "dvora structured r=256", "dvora dense r=1024", "dvora structured r=1024"),
+    *("dvora dense r=256", "dvora orthogonal r=256", "dvora structured r=256"),
+    *("dvora dense r=1024", "dvora structured r=1024"),
     "dvora merged r=256",
 )
 

@@ -32,9 +32,6 @@ from .validation import check_norms, check_weight, checked_alpha, checked_direct
 MAGNITUDE_ONLY = 0
 """The rank of a weight whose rows are rescaled and nothing else."""
 
-_SET_UP_VALUES = 2**24
-"""Values of the weight that are held in float32 at a time while the constants are made."""
-
 
 class AdaptedWeight(nn.Module):
     """The frozen side of one adapted weight.
