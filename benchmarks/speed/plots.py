@@ -36,6 +36,7 @@ COLOURS = {
     "VeRA": "tab:orange",
     "RandLoRA": "tab:brown",
     "dvora dense": "tab:blue",
+    "dvora orthogonal": "navy",
     "dvora structured": "tab:purple",
     "dvora merged": "tab:cyan",
 }
