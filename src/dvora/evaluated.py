@@ -111,8 +111,8 @@ class _Kept(NamedTuple):
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
     """Let PyTorch count an optimizer's step as a change: fused ones, and those of other packages, do not."""
     if not torch.compiler.is_compiling():
-        stepped = [p for group in optimizer.param_groups for p in group["params"] if not p.is_inference()]
-        torch.autograd.graph.increment_version(stepped)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.autograd.graph.increment_version([p for p in parameters if p.grad is not None and not p.is_inference()])
 
 
 def _unchanged(tensor: Tensor, known: Tensor | State) -> bool:

@@ -98,7 +98,8 @@ class _Entry:
 
         def forget(_: object) -> None:
             if (kept := entry()) is not None:
-                kept.z = lambda: None
+                # The context holds the node that made x, and that the whole graph.
+                kept.z, kept.context = lambda: None, ()
 
         self.reference = weakref.ref(x, forget)
 
