@@ -86,7 +86,7 @@ def fits_triton(x: Tensor, stack: Stack) -> bool:
     """Whether the Triton kernel takes a product with the stack or with its transpose."""
     if not runs_triton(x) or transforming():
         return False
-    from .kernels.triton_kronecker import supports
+    from .triton_kernels.kronecker import supports
 
     for M in stack:
         (r1, n1), (r2, n2) = M.left.shape, M.right.shape
@@ -261,7 +261,7 @@ def _widen_chunk(z: Tensor, M: Kronecker, total: Tensor, add: bool, wide: Tensor
 
 
 def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    from .kernels.triton_kronecker import kronecker
+    from .triton_kernels.kronecker import kronecker
 
     flat = x.reshape(-1, x.shape[-1])
     found = [kronecker(flat, M.left, M.right, M.diagonal, None)[:, : M.rows] for M in stack]
@@ -269,7 +269,7 @@ def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "
 
 
 def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
-    from .kernels.triton_kronecker import kronecker
+    from .triton_kernels.kronecker import kronecker
 
     parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)
     padded = [pad(part, (0, len(M.left) * len(M.right) - M.rows)) for part, M in zip(parts, stack, strict=True)]

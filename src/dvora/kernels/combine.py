@@ -145,10 +145,10 @@ def _forward_in_triton(
     bias: Float[Tensor, "O"] | None,
     matrices: Matrices,
 ) -> Float[Tensor, "*T O"]:
-    from . import triton_combine
+    from ..triton_kernels import combine as fused
 
     low_rank = _rows(matrices.expand(scaled_z, base_output.shape[-1]))
-    return triton_combine.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias).view_as(base_output)
+    return fused.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias).view_as(base_output)
 
 
 def _backward_in_triton(
@@ -162,12 +162,12 @@ def _backward_in_triton(
     matrices: Matrices,
 ) -> tuple[Tensor | None, ...]:
     """All gradients, what is as large as the outputs in one pass over memory."""
-    from . import triton_combine
+    from ..triton_kernels import combine as fused
 
     out_features, inner = delta.shape[-1], lambda_d.to(z.dtype)
     scaled_z = _rows(z * inner)
     low_rank = matrices.expand(scaled_z, out_features) if matrices.products_are_cheap else None
-    found = triton_combine.combine_backward(_rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias)
+    found = fused.combine_backward(_rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias)
     d_scale = matrices.row_products(_rows(delta).to(z.dtype), scaled_z) if found.scale is None else found.scale
     h = matrices.expand_transpose(found.scaled.to(z.dtype), z.shape[-1])
     d_lambda_d = _sum_of_products(h, _rows(z))
