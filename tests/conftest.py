@@ -1,6 +1,8 @@
 """Settings of the whole suite."""
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +25,26 @@ def no_default_projections() -> Iterator[None]:
     dvora.reset_shared_matrices()
     yield
     dvora.reset_shared_matrices()
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """An empty compile cache, and none of the warnings that the compiler gives about itself."""
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        # Inductor's own imports and code paths use what PyTorch, Python and NumPy have deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads that take turns after microseconds instead of milliseconds."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

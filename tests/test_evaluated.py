@@ -3,9 +3,8 @@
 import copy
 import io
 import pickle
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -238,15 +237,6 @@ def test_a_compiled_layer_follows_vectors_and_leaves_no_factors() -> None:
                 torch.testing.assert_close(compiled(case.x()), case.fresh().outputs())
                 torch.testing.assert_close(case.outputs(), case.fresh().outputs())
     torch.compiler.reset()
-
-
-@pytest.fixture
-def hasty_threads() -> Iterator[None]:
-    """Threads that take turns after microseconds instead of milliseconds."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 @pytest.mark.usefixtures("hasty_threads")

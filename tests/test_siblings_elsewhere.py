@@ -1,10 +1,8 @@
 """Siblings in threads, on streams, under PyTorch's transformations, and what is freed afterwards."""
 
 import gc
-import sys
-import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -44,15 +42,6 @@ def test_a_thread_takes_nothing_from_another() -> None:
         # Both graphs can be freed.
         loss(first).backward()
         loss(second).backward()
-
-
-@pytest.fixture
-def hasty_threads() -> Iterator[None]:
-    """Threads that take turns after microseconds instead of milliseconds."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 @pytest.mark.usefixtures("hasty_threads")
@@ -111,16 +100,6 @@ def test_siblings_may_be_called_with_other_vectors_between() -> None:
         return [model(x), functional_call(model, values, x), model(x)]
 
     assert projections_made(step) == 3
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """An empty compile cache, and none of the warnings that the compiler gives about itself."""
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("compiler")

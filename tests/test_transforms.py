@@ -1,7 +1,7 @@
 """PyTorch's transformations of the layer give what the plain layer gives."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,17 +21,6 @@ IN, OUT, RANK = 6, 5, 3
 def gradients(layer: nn.Module, y: Tensor) -> dict[str, Tensor]:
     trained = {name.removeprefix("_orig_mod."): p for name, p in layer.named_parameters() if p.requires_grad}
     return dict(zip(trained, torch.autograd.grad(y.square().sum(), list(trained.values())), strict=True))
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """An empty compile cache, and none of the warnings that the compiler gives about itself."""
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        # Inductor's own imports and code paths use what PyTorch, Python and NumPy have deprecated.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("compiler")

@@ -8,9 +8,12 @@ Dimensions: T tokens, I in, O out, R rank.
 """
 
 from collections.abc import Callable, Sequence
-from math import ceil, isqrt
 from typing import NamedTuple
 
+import torch
+
+from dvora.kronecker import block_rows, operations
+from dvora.norms import cache_dtype
 from dvora.routes import pays
 
 
@@ -110,28 +113,15 @@ def norm_cross(product: Product, rank: int) -> float:
 
 
 def keeps_cross(product: Product, rank: int) -> bool:
-    """Whether `norm_cache="auto"` keeps C of a structured float32 layer: up to 1 MiB or a quarter of the weight."""
-    return product.out_features * rank <= max(2**18, product.out_features * product.in_features / 4)
+    """Whether `norm_cache="auto"` keeps C of a structured float32 layer."""
+    weight = torch.empty(product.out_features, product.in_features, device="meta")
+    return cache_dtype(weight, rank, "auto") is not None
 
 
 def fast_product(size: int, rank: int) -> float:
-    """Operations of a vector through `C1 (x) C2`, size to rank or back, by two small products.
-
-    A rank above the size is several blocks of at most the size.
-    """
-    if rank > size:
-        return sum(fast_product(size, min(size, rank - start)) for start in range(0, rank, size))
-    n1, n2 = near_square(size)
-    # A side of the inner product is filled up to 16, the values that a processor multiplies at once.
-    r2 = min(n2, rank, 16 * ceil(rank / (16 * n1)))
-    r1 = ceil(rank / r2)
-    return 2.0 * (n1 * n2 * r2 + n1 * r1 * r2)
-
-
-def near_square(size: int) -> tuple[int, int]:
-    """The two factors of a size that are nearest to its square root, the smaller one first."""
-    smaller = next(factor for factor in range(isqrt(size), 0, -1) if size % factor == 0)
-    return smaller, size // smaller
+    """Operations of a vector through `C1 (x) C2`, size to rank or back, by two small products."""
+    signs = size * len(block_rows(rank, size))
+    return 2.0 * (operations(rank, size) - signs)
 
 
 METHODS: dict[str, Callable[[Product, int, int], float]] = {

@@ -22,7 +22,7 @@ from .kernels.combine import combine
 from .kernels.gain import gain_minus_one
 from .kernels.updated import updated_linear
 from .layouts import ROWS, Layout
-from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix
+from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
 from .precision import at_least_float32, full_precision, norm_dtype
 from .projections import SharedProjections
 from .shapes import Float
@@ -153,9 +153,7 @@ class AdaptedWeight(nn.Module):
         if not self.rank:
             return like.new_empty(0, self.in_features)
         A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
-        if self.skipped_column is None:
-            return A
-        return A.index_fill(1, torch.tensor([self.skipped_column], device=A.device), 0.0)
+        return A if self.skipped_column is None else without_column(A, self.skipped_column)
 
     def B(self, like: Tensor) -> Float[Tensor, "O R"]:
         """The dense B of this weight, with the dtype and device of `like`."""

@@ -140,8 +140,8 @@ class DenseMatrices(nn.Module):
             return ((B * lambda_d) @ A).square().sum(1)
         B, G = self._quadratic(lambda_d, in_features, out_features)
         if self._has_orthogonal_rows(lambda_d):
-            return (G.diagonal() * lambda_d.square()) @ B.square()
-        U = B * lambda_d[:, None]
+            return self._scale(len(lambda_d)) ** 2 * (G.diagonal() * lambda_d.square()) @ B.square()
+        U = B * (self._scale(len(lambda_d)) * lambda_d)[:, None]
         # G is symmetric: its lower blocks give the sum, those off the diagonal counted twice.
         parts = []
         for k in _blocks(len(lambda_d)):
@@ -160,8 +160,8 @@ class DenseMatrices(nn.Module):
             return 2 * (v @ (B * (((B * lambda_d) @ A) @ A.T)))
         B, G = self._quadratic(lambda_d, in_features, len(v))
         if self._has_orthogonal_rows(lambda_d):
-            return 2 * G.diagonal() * lambda_d * (B.square() @ v)
-        scaled = B * (2 * v)
+            return 2 * self._scale(len(lambda_d)) ** 2 * G.diagonal() * lambda_d * (B.square() @ v)
+        scaled = B * (2 * self._scale(len(lambda_d)) ** 2 * v)
         parts = []
         for k in _blocks(len(lambda_d)):
             lower = (scaled[k] @ B[: k.stop].T) * G[k, : k.stop]
@@ -211,10 +211,9 @@ class DenseMatrices(nn.Module):
     def _quadratic(
         self, like: Tensor, in_features: int, out_features: int
     ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
-        """Transposed B without its scale, and G with the square of that scale."""
-        rank = len(like)
-        B = self._stored(_STREAM_B, rank, out_features).to(like)
-        return B, self.gram(rank, in_features, like.dtype).to(like.device) * self._scale(rank) ** 2
+        """Transposed B without its scale, and G."""
+        B = self._like(_STREAM_B, len(like), out_features, like)
+        return B, self.gram(len(like), in_features, like.dtype).to(like.device)
 
     def _has_orthogonal_rows(self, like: Tensor) -> bool:
         """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""

@@ -58,7 +58,7 @@ def cross_matrix(
     rows = max(1, _CHUNK_VALUES // matrix.shape[1])
     parts = []
     for part, of_b in zip(matrix.split(rows), B.split(rows), strict=True):
-        updated = part if skipped_column is None else _without_column(part, skipped_column)
+        updated = part if skipped_column is None else without_column(part, skipped_column)
         parts.append((shared.kind.project(updated.to(wide), rank) * of_b).to(dtype))
     return torch.cat(parts)
 
@@ -112,7 +112,7 @@ class FrozenNorm(NamedTuple):
         B = self.shared.B(self.rank, len(self.w), torch.float64).to(rows.device)[rows]
         update = self.shared.project_transpose(beta.double()[:, None] * B * lambda_d.double(), self.in_features)
         if self.skipped_column is not None:
-            update = _without_column(update, self.skipped_column)
+            update = without_column(update, self.skipped_column)
         return self.matrix[rows].double() + update
 
     def _skipped(self, like: Tensor) -> Float[Tensor, "R"]:
@@ -123,8 +123,9 @@ class FrozenNorm(NamedTuple):
         assert self.matrix is not None
         if self.skipped_column is None:
             return self.matrix
-        return _without_column(self.matrix, self.skipped_column)
+        return without_column(self.matrix, self.skipped_column)
 
 
-def _without_column(matrix: Float[Tensor, "O I"], column: int) -> Float[Tensor, "O I"]:
+def without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:
+    """The matrix with zeros in one column."""
     return matrix.index_fill(1, torch.tensor([column], device=matrix.device), 0.0)

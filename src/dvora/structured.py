@@ -53,7 +53,7 @@ class StructuredMatrices(nn.Module):
         super().__init__()
         self.seed = seed
         self._stacks: dict[_Key, Stack] = {}
-        self._made: dict[tuple[Side, int, int, torch.dtype], list[tuple[tuple[str, str, str], int]]] = {}
+        self._made: dict[_Key, list[tuple[tuple[str, str, str], int]]] = {}
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
