@@ -24,14 +24,11 @@ import torch
 from torch import Tensor
 
 from .precision import norm_dtype
+from .row_change import measured_change, nearly_cancelled, norm_change
 from .shapes import Float
-from .transforms import transforming
 
 Direction = Literal["unit", "weight"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
-
-NEAR_CANCELLATION = -0.9
-"""Below this relative change of its squared norm a row is measured densely: the sum of large terms lost its digits."""
 
 
 class Vectors(NamedTuple):
@@ -112,29 +109,10 @@ def relative_norm(
     cross, q = norm.terms(lambda_d)
     eps, s = norm_change(norm.w, cross, q, beta)
     near = nearly_cancelled(eps)
-    if near is not None:
-        updated = norm.updated_rows(near, beta[near], lambda_d)
-        if updated is not None:
-            exact = torch.linalg.vector_norm(updated, dim=1) / norm.w[near]
-            s = s.index_copy(0, near, exact.to(s.dtype).clamp_min(torch.finfo(s.dtype).eps))
+    updated = None if near is None else norm.updated_rows(near, beta[near], lambda_d)
+    if near is not None and updated is not None:
+        s = s.index_copy(0, near, measured_change(updated, norm.w[near]).to(s.dtype))
     return eps, s
-
-
-def norm_change(
-    w: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"], beta: Float[Tensor, "O"]
-) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-    """`eps = n**2 / w**2 - 1` and `s = n / w` from the terms of the norm."""
-    live = w > 0
-    eps = torch.where(live, (2 * beta * cross + beta.square() * q) / torch.where(live, w.square(), 1.0), 0.0)
-    # Rounding can bring a squared norm below zero; the floor keeps the gain of a row that vanishes finite.
-    eps = eps.clamp_min(-1)
-    return eps, (1 + eps).clamp_min(torch.finfo(w.dtype).eps ** 2).sqrt()
-
-
-def nearly_cancelled(eps: Float[Tensor, "O"]) -> Tensor | None:
-    """Indices of the rows that the update nearly cancels; None without any, or where that cannot be asked cheaply."""
-    near = None if transforming() or eps.device.type != "cpu" else eps < NEAR_CANCELLATION
-    return near.nonzero()[:, 0] if near is not None and near.any() else None
 
 
 def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> Float[Tensor, "O"]:

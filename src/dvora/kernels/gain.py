@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import functional as F
 from ..functional import Vectors
 from ..norms import FrozenNorm
+from ..row_change import measured_change, nearly_cancelled, norm_change
 from ..shapes import Float
 from ..transforms import recording
 
@@ -29,23 +30,15 @@ def gain_minus_one(
     fused: Tensor
     eps: Tensor
     fused, eps = _Gain.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
-    near = F.nearly_cancelled(eps)
+    near = nearly_cancelled(eps)
     if near is None or norm.matrix is None:
         return fused
-    return fused.index_copy(0, near, _dense_gain(near, vectors, norm, beta, detach_norm))
-
-
-def _dense_gain(
-    rows: Tensor, vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool
-) -> Float[Tensor, "N"]:
-    """The same for a few rows whose terms cancel, from these rows themselves."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_norm):
-        updated = norm.updated_rows(rows, beta[rows], vectors.lambda_d)
+    with torch.set_grad_enabled(not detach_norm):
+        updated = norm.updated_rows(near, beta[near], vectors.lambda_d)
         assert updated is not None
-        floor = torch.finfo(norm.w.dtype).eps * norm.w[rows].double()
-        n = torch.maximum(torch.linalg.vector_norm(updated, dim=1), floor)
-    gain: Tensor = vectors.magnitude[rows] / n - 1
-    return gain.to(beta.dtype)
+        n = norm.w[near] * measured_change(updated, norm.w[near])
+    measured = vectors.magnitude[near] / n - 1
+    return fused.index_copy(0, near, measured.to(fused.dtype))
 
 
 class _Gain(torch.autograd.Function):
@@ -56,7 +49,7 @@ class _Gain(torch.autograd.Function):
         ctx: Any, magnitude: Tensor, beta: Tensor, lambda_d: Tensor, norm: FrozenNorm, detach_norm: bool
     ) -> tuple[Tensor, Tensor]:
         cross, q = norm.terms(lambda_d)
-        eps, s = F.norm_change(norm.w, cross, q, beta)
+        eps, s = norm_change(norm.w, cross, q, beta)
         g1 = F.gain_from_norm(magnitude, norm.w, eps, s)
         ctx.norm, ctx.detach_norm = norm, detach_norm
         # The weight, where it is read again, so that autograd refuses one that was written to in between.
