@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from dvora.kronecker import block_rows, operations
+from dvora.kronecker import block_rows, factors_of_rows, factors_of_size, operations
 from dvora.norms import cache_dtype
 from dvora.routes import pays
 
@@ -55,6 +55,13 @@ def relative_cost(method: str, products: Sequence[Product], rank: int, tokens: i
     return 1 + sum(METHODS[method](product, rank, tokens) for product in products) / of_base
 
 
+def norm_share(method: str, products: Sequence[Product], rank: int, tokens: int) -> float:
+    """The share of the norm in the operations of a step."""
+    of_base = sum(base(product) for product in products)
+    of_norm = sum(NORMS[method](product, rank) for product in products)
+    return of_norm / tokens / of_base / relative_cost(method, products, rank, tokens)
+
+
 def base(product: Product) -> float:
     """Output and gradient of the input, a token."""
     return 4.0 * product.in_features * product.out_features
@@ -82,34 +89,52 @@ def vera(product: Product, rank: int, tokens: int) -> float:
 
 
 def dvora_dense(product: Product, rank: int, tokens: int) -> float:
-    """That of `dvora_orthogonal`, and the triangular products with `G = A A^T` of the norm and of its gradient."""
-    outputs = product.out_features
-    triangles = 2.5 * outputs * min(rank, product.in_features) * rank
-    return dvora_orthogonal(product, rank, tokens) + triangles / tokens
+    """VeRA's with one product with A for all siblings, and `delta^T z`; or the updated weight, made twice a step."""
+    return _dense_products(product, rank, tokens) + dense_norm(product, rank) / tokens
 
 
 def dvora_orthogonal(product: Product, rank: int, tokens: int) -> float:
-    """VeRA's with one product with A for all siblings, and `delta^T z`; or the updated weight, made twice a step."""
+    """The same with the norm of orthogonal rows."""
+    return _dense_products(product, rank, tokens) + orthogonal_norm(product, rank) / tokens
+
+
+def _dense_products(product: Product, rank: int, tokens: int) -> float:
     inputs, outputs, siblings = product
-    norm = 4 * outputs * rank / tokens
     if pays(tokens, outputs, inputs):
-        return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens + norm
-    return 4 * rank * inputs / siblings + 6 * rank * outputs + norm
+        return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens
+    return 4 * rank * inputs / siblings + 6 * rank * outputs
+
+
+def orthogonal_norm(product: Product, rank: int) -> float:
+    """`C lambda_d` and its gradient, once a step."""
+    return 4.0 * product.out_features * rank
+
+
+def dense_norm(product: Product, rank: int) -> float:
+    """The same, and the triangular products with `G = A A^T` of `q` and of its gradient."""
+    return orthogonal_norm(product, rank) + 2.5 * product.out_features * min(rank, product.in_features) * rank
 
 
 def dvora_structured(product: Product, rank: int, tokens: int) -> float:
     """The same with fast products; the update is made a second time in place of `delta^T z`."""
     inputs, outputs, siblings = product
-    norm = 2 * fast_product(outputs, rank) + norm_cross(product, rank)
-    return 2 * fast_product(inputs, rank) / siblings + 3 * fast_product(outputs, rank) + norm / tokens
+    products = 2 * fast_product(inputs, rank) / siblings + 3 * fast_product(outputs, rank)
+    return products + structured_norm(product, rank) / tokens
+
+
+def structured_norm(product: Product, rank: int) -> float:
+    """`q`, `cross` and their gradients, once a step."""
+    return 2 * fast_product(product.out_features, rank) + norm_cross(product, rank)
 
 
 def norm_cross(product: Product, rank: int) -> float:
-    """The norm's term `C lambda_d` and its gradient, once a step; C is made again in both if it is not kept."""
-    made_again = (
-        0.0 if keeps_cross(product, rank) else 2 * product.out_features * fast_product(product.in_features, rank)
-    )
-    return 4.0 * product.out_features * rank + made_again
+    """The norm's term `cross` and its gradient, once a step: from C, or from the rows of W where it is not kept."""
+    inputs, outputs, _ = product
+    if keeps_cross(product, rank):
+        return 4.0 * outputs * rank
+    # Each row of W meets one vector for every row of the right factor of B.
+    _, vectors = factors_of_rows(min(rank, outputs), *factors_of_size(outputs))
+    return 4.0 * outputs * inputs * vectors
 
 
 def keeps_cross(product: Product, rank: int) -> bool:
@@ -135,3 +160,9 @@ METHODS: dict[str, Callable[[Product, int, int], float]] = {
     "dvora structured": dvora_structured,
 }
 """What each method adds to the base, a token."""
+NORMS: dict[str, Callable[[Product, int], float]] = {
+    "dvora dense": dense_norm,
+    "dvora orthogonal": orthogonal_norm,
+    "dvora structured": structured_norm,
+}
+"""What of it is the norm's, a step."""

@@ -3,11 +3,16 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks.speed.cost_model import llama_block, norm_share, relative_cost
 from benchmarks.speed.figures import Row, Rows, exactly, row_of, share, time_ratio, worst
 from benchmarks.speed.timing import Spread
 
 KINDS = ("dense", "structured")
 RANKS = (256, 1024)
+NORM_TOKENS = 1024
+"""Of the step that the norm's time is compared with."""
+LAYERS = llama_block(1024, 2816)
+"""The shapes of which training is timed."""
 
 
 class Reach(NamedTuple):
@@ -19,6 +24,7 @@ class Reach(NamedTuple):
         measured: median and quartiles, or None if it was not measured.
         at_least: whether the limit is the smallest value and not the largest.
         unit: "times", "share" or "seconds".
+        model: what the operations alone would give (`cost_model`), or None where it does not say.
     """
 
     figure: str
@@ -26,6 +32,7 @@ class Reach(NamedTuple):
     measured: Spread | None
     at_least: bool = False
     unit: str = "times"
+    model: float | None = None
 
     @property
     def reached(self) -> bool | None:
@@ -51,7 +58,13 @@ def _training(rows: Rows) -> Iterator[Reach]:
     ]
     for tokens, arm, to, limit in aims:
         setting = {"part": "training", "workload": "linears-1024", "dtype": "float32", "tokens": tokens}
-        yield Reach(f"training, {tokens:,} tokens: {arm} to {to}", limit, time_ratio(rows, arm, to, **setting))
+        measured, model = time_ratio(rows, arm, to, **setting), _modelled(arm, tokens) / _modelled(to, tokens)
+        yield Reach(f"training, {tokens:,} tokens: {arm} to {to}", limit, measured, model=model)
+
+
+def _modelled(arm: str, tokens: int) -> float:
+    method, rank = arm.split(" r=")
+    return relative_cost(method, LAYERS, int(rank), tokens)
 
 
 def _decoding(rows: Rows) -> Iterator[Reach]:
@@ -95,8 +108,9 @@ def _norm(rows: Rows) -> Iterator[Reach]:
     for kind, limit in zip(KINDS, (0.05, 0.03), strict=True):
         for rank in RANKS:
             row = row_of(rows, part="norm", workload="linears-1024", arm=f"dvora {kind} r={rank}")
-            figure = f"the norm's share of a step of 1,024 tokens: dvora {kind} r={rank}"
-            yield Reach(figure, limit, share(row, "seconds", "step_seconds"), unit="share")
+            figure = f"the norm's share of a step of {NORM_TOKENS:,} tokens: dvora {kind} r={rank}"
+            model = norm_share(f"dvora {kind}", LAYERS, rank, NORM_TOKENS)
+            yield Reach(figure, limit, share(row, "seconds", "step_seconds"), unit="share", model=model)
 
 
 def _set_up(rows: Rows) -> Iterator[Reach]:

@@ -11,6 +11,7 @@ from torch import nn
 import dvora
 from benchmarks.speed.arms import Arm, adapted, sharing_copy
 from benchmarks.speed.plan import linears_1024
+from benchmarks.speed.reach import NORM_TOKENS
 from benchmarks.speed.runner import Report
 from benchmarks.speed.steps import training_step
 from benchmarks.speed.timing import Step, interleaved
@@ -21,7 +22,6 @@ LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
 """in_features, out_features."""
 DISTRIBUTIONS = {"dvora dense": "kaiming_uniform", "dvora structured": "structured"}
 ARMS = [Arm(method, rank) for method in DISTRIBUTIONS for rank in (256, 1024)]
-NORM_TOKENS = 1024
 
 
 def measure_layers(report: Report, rounds: int) -> None:

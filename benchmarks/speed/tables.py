@@ -59,10 +59,11 @@ def speed(result: dict[str, Any]) -> str:
         "Kept for backward: of the seven linear layers and 2,048 tokens. Resident: by how much a process grows that "
         "adapts them and trains on 4,096 tokens, the base's own activations included.",
         "",
-        "What was aimed for, with the quartiles of the ratios:",
+        "What was aimed for, with the quartiles of the ratios, and what the operations alone would give "
+        "(`benchmarks/speed/cost_model.py`: matrix products, all at the speed of the base's):",
         "",
-        "| figure | aim | median | quartiles | reached |",
-        "|---|---|---|---|---|",
+        "| figure | aim | median | quartiles | operations | reached |",
+        "|---|---|---|---|---|---|",
         *(_reach_line(reach) for reach in reaches(rows)),
         "",
         *missing(result["not_measured"]),
@@ -120,10 +121,11 @@ def _megabytes(size: float) -> str:
 def _reach_line(reach: Reach) -> str:
     aim = f"{'≥' if reach.at_least else '≤'} {written(reach.limit, reach.unit)}"
     if reach.measured is None:
-        return f"| {reach.figure} | {aim} | not measured | | |"
+        return f"| {reach.figure} | {aim} | not measured | | | |"
     low, median, high = (written(value, reach.unit) for value in reach.measured)
     quartiles = f"{low} to {high}" if low != high else ""
-    return f"| {reach.figure} | {aim} | {median} | {quartiles} | {'yes' if reach.reached else 'no'} |"
+    model = "" if reach.model is None else written(reach.model, reach.unit)
+    return f"| {reach.figure} | {aim} | {median} | {quartiles} | {model} | {'yes' if reach.reached else 'no'} |"
 
 
 def written(value: float, unit: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed.cost_model import Product, fast_product, llama_block, relative_cost
+from benchmarks.speed.cost_model import Product, fast_product, llama_block, norm_share, relative_cost
 from benchmarks.speed.figures import row_of, time_ratio
 from benchmarks.speed.reach import Reach, beside_z, reaches
 from benchmarks.speed.results import write
@@ -75,10 +75,18 @@ def test_short_steps_are_repeated() -> None:
         ("dvora orthogonal", 256, 4096, 1 + 0.25 + 0.0625 + 0.00048828125 / 8),
         # 32 x 32 x 16 + 32 x 16 x 16 = 24,576 multiply-adds a product; five products; two for q once a step
         ("dvora structured", 256, 512, 1 + 5 * 49152 / 2**22 + (2 * 49152 + 2**20) / 512 / 2**22),
+        # 65,536 multiply-adds a product; C is not kept: 1024 rows of W by 32 vectors, twice
+        ("dvora structured", 1024, 512, 1 + 5 * 2**17 / 2**22 + (2 * 2**17 + 4 * 2**20 * 32) / 512 / 2**22),
     ],
 )
 def test_the_cost_model(method: str, rank: int, tokens: int, expected: float) -> None:
     assert relative_cost(method, SQUARE, rank, tokens) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_norm_s_share_is_what_a_step_takes_longer_with_it() -> None:
+    # (2.5 x 1024 x 256^2 + 4 x 1024 x 256) / (4 x 1024^2), once a step
+    share = norm_share("dvora dense", SQUARE, 256, 512)
+    assert share == pytest.approx(40.25 / 512 / relative_cost("dvora dense", SQUARE, 256, 512))
 
 
 def test_siblings_share_the_products_with_a() -> None:
@@ -171,6 +179,12 @@ def test_what_was_aimed_for_is_judged_by_the_median(figure: str, median: float, 
     assert found.reached is reached
 
 
+def test_what_operations_alone_would_give_stands_beside_what_was_timed() -> None:
+    blocks = [relative_cost(method, llama_block(1024, 2816), 256, 512) for method in ("dvora dense", "VeRA")]
+    assert outcome("training, 512 tokens: dvora dense r=256 to VeRA r=256").model == blocks[0] / blocks[1]
+    assert outcome("decode, batch 1: DoRA r=16 to dvora dense r=256").model is None
+
+
 def test_what_is_missing_is_neither_reached_nor_not() -> None:
     assert outcome("training, 4,096 tokens: dvora dense r=256 to VeRA r=256").reached is None
     assert outcome("decode, batch 1: dvora dense r=256 to VeRA r=256").reached is None
@@ -192,11 +206,11 @@ def test_the_readme_s_table(tmp_path: Path) -> None:
     assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 24, [1.8, 1.9, 2.2])
     lines = speed(result).splitlines()
     assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 | 1,100 |" in lines
-    aim = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | yes |"
+    aim = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 1.08 | yes |"
     assert aim in lines
-    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  | no |" in lines
-    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | yes |" in lines
-    assert any(line.endswith("| ≤ 0.97 | not measured | | |") for line in lines)
+    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  | no |" in lines
+    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 2.3% | yes |" in lines
+    assert any(line.endswith("| ≤ 0.97 | not measured | | | |") for line in lines)
     assert "| SmolLM2-135M, 128 tokens |  |  | 1.25 |  |  |" in lines
     assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)
     assert any(line.endswith("layers, 512 tokens: AdapterHub DVoRA r=256 3.50.") for line in lines)
