@@ -260,6 +260,8 @@ def test_a_layer_runs_on_tensors_without_values() -> None:
     layer(randn(4, IN, seed=0))
 
 
+# PyTorch compiles its rules for forward mode when they are first used, by a function that it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_differentiation_equals_the_product_with_the_merged_weight() -> None:
     layer = trained_layer(IN, OUT, RANK)
     x, tangent = randn(4, IN, seed=0), randn(4, IN, seed=1)

@@ -27,6 +27,8 @@ def trained(base: nn.Module, **settings: object) -> PeftModel:
     return model
 
 
+# PyTorch says it once a process, of even kernels.
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @given(
     dimensions=st.sampled_from([1, 2, 3]),
     groups=st.sampled_from([1, 2, 4]),
