@@ -130,7 +130,7 @@ def test_what_is_known_of_a_tensor_of_inference_mode_is_never_trusted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "same"),
+    ("tensor", "same"),
     [
         (torch.ones(3), True),
         (torch.tensor([1.0, 1.0, 2.0]), False),
@@ -141,9 +141,8 @@ def test_what_is_known_of_a_tensor_of_inference_mode_is_never_trusted() -> None:
     ],
     ids=["equal", "other", "float64", "longer", "nan", "elsewhere"],
 )
-def test_values_on_a_cpu_are_compared_themselves(known: Tensor, same: bool) -> None:
-    tensor = torch.ones(3)
-    assert _unchanged(tensor, known) == same
+def test_values_on_a_cpu_are_compared_themselves(tensor: Tensor, same: bool) -> None:
+    assert _unchanged(tensor, torch.ones(3)) == same
 
 
 def made(log: list[int]) -> Callable[[], RowFactors]:

@@ -19,7 +19,6 @@ Kronecker = kronecker.Kronecker
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 97, 384]))
 LONG = 2**14
-"""A size at which more than 16 tokens are taken in chunks."""
 
 
 def stack(rows: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Kronecker, ...]:
@@ -114,11 +113,15 @@ def test_products_equal_those_with_the_dense_matrix(rows: int, size: int, tokens
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)]
 )
 @pytest.mark.parametrize(("rows", "size"), [(40, LONG), (37, LONG), (700, 300)])
-def test_many_tokens_are_taken_in_chunks(rows: int, size: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_many_tokens_are_taken_in_chunks(
+    rows: int, size: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kronecker, "_CHUNK_VALUES", 2**18)
     matrices = stack(rows, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     M, tokens = naive(matrices), 50 if size == LONG else 2000
     x, z = (randn(2, tokens // 2, n, seed=9, dtype=dtype) for n in (size, rows))
     assert kronecker._in_chunks(x, matrices)
+    assert kronecker.chunk_tokens(tokens, matrices) < tokens
     narrowed, widened = kronecker.narrow(x, matrices), kronecker.widen(z, matrices)
     assert narrowed.dtype == widened.dtype == dtype
     assert worst_error(narrowed, x.double() @ M.T) < tolerance

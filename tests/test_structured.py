@@ -2,8 +2,11 @@
 
 import copy
 import hashlib
+import itertools
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -102,6 +105,15 @@ def test_seeds_sides_and_blocks_differ() -> None:
         assert not torch.isclose(first, second).all(1).any()
 
 
+@contextmanager
+def in_chunks_of(values: int) -> Iterator[None]:
+    """With less than the usual memory for what lies between two products."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("kronecker", "structured_rows"):
+            patch.setattr(checked(module), "_CHUNK_VALUES", values)
+        yield
+
+
 @every_dtype
 @given(rank=RANK, size=SIZE, tokens=st.sampled_from([1, 3, 40]))
 def test_products_equal_those_with_the_dense_matrices(dtype: torch.dtype, rank: int, size: int, tokens: int) -> None:
@@ -123,10 +135,11 @@ def test_products_equal_those_with_the_dense_matrices(dtype: torch.dtype, rank: 
         for name, (value, expected) in found.items():
             assert value.dtype == dtype, name
             assert worst_error(value, expected) < tolerance, name
-    products = matrices.row_products(wide, narrow)
-    assert products.dtype == scale.dtype
-    expected = (x * (z @ B.T)).sum(0)
-    assert (products - expected).abs().max() < 1e-5 * (x * (z @ B.T)).abs().sum(0).max()
+        with torch.set_grad_enabled(grad), in_chunks_of(2**12):
+            products = matrices.row_products(wide, narrow)
+        assert products.dtype == scale.dtype
+        expected = (x * (z @ B.T)).sum(0)
+        assert (products - expected).abs().max() < 1e-5 * (x * (z @ B.T)).abs().sum(0).max()
 
 
 PAIR = st.one_of(
@@ -146,16 +159,25 @@ def test_row_sums_equal_those_of_the_dense_update(dtype: torch.dtype, shape: tup
     W, lambda_d, v = (randn(*n, seed=k, dtype=dtype) for k, n in enumerate([(outputs, inputs), (rank,), (outputs,)]))
     update = (B * lambda_d) @ A
     C, H = B * (W.double() @ A.T), (B.T * v) @ B * (A @ A.T)
-    found = {
-        "row_squares": (matrices.row_squares(lambda_d, inputs, outputs), update.square().sum(1)),
-        "their gradient": (matrices.row_squares_gradient(v, lambda_d, inputs), 2 * H @ lambda_d.double()),
-        "row_dots": (matrices.row_dots(W, lambda_d), (W * update).sum(1)),
-        "its gradient": (matrices.row_dots_gradient(W, v, rank), C.T @ v.double()),
-        "gram": (matrices.gram(rank, inputs, dtype), A @ A.T),
+    expected = {
+        "row_squares": update.square().sum(1),
+        "their gradient": 2 * H @ lambda_d.double(),
+        "row_dots": (W * update).sum(1),
+        "its gradient": C.T @ v.double(),
+        "gram": A @ A.T,
     }
-    for name, (value, expected) in found.items():
-        assert value.dtype == dtype, name
-        assert worst_error(value, expected) < TOLERANCE[dtype], name
+    for recorded, chunk in itertools.product((True, False), (2**20, 2**12)):
+        with torch.set_grad_enabled(recorded), in_chunks_of(chunk):
+            found = {
+                "row_squares": matrices.row_squares(lambda_d, inputs, outputs),
+                "their gradient": matrices.row_squares_gradient(v, lambda_d, inputs),
+                "row_dots": matrices.row_dots(W, lambda_d),
+                "its gradient": matrices.row_dots_gradient(W, v, rank),
+                "gram": matrices.gram(rank, inputs, dtype),
+            }
+        for name, value in found.items():
+            assert value.dtype == dtype, name
+            assert worst_error(value, expected[name]) < TOLERANCE[dtype], name
 
 
 def test_products_over_no_tokens_are_zero() -> None:

@@ -225,8 +225,10 @@ class AdaptedWeight(nn.Module):
             nothing = base_output.new_zeros(1).expand_as(base_output)
             update = factors.scale * self.low_rank(x, lambda_d) if self.rank else nothing
             return F.combine(base_output, update, factors.gain_minus_one, bias)
-        z = self.shared.project_once(x, self.rank, self) if self.rank else None
-        return combine(base_output, z, lambda_d, factors.gain_minus_one, factors.scale, bias, self.shared.kind)
+        shared = self.shared
+        z = shared.project_once(x, self.rank, self) if self.rank else None
+        g1, scale, _, gain = factors
+        return combine(base_output, z, lambda_d, g1, scale, bias, shared.kind, gain)
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` as a dense matrix, in float32 or float64."""

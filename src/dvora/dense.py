@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from . import generator
-from .precision import norm_dtype
+from .precision import as_dtype, norm_dtype
 from .scaled_product import scaled_product
+from .scratch import out
 from .shapes import Float
 
 _STREAM_A, _STREAM_B = 0, 1
@@ -52,7 +54,7 @@ class DenseMatrices(nn.Module):
         """Make the matrices for a layer now, so that no forward pass has to."""
         self._stored(_STREAM_A, rank, in_features)
         self._stored(_STREAM_B, rank, out_features)
-        self.gram(rank, in_features, dtype)
+        self._folded_gram(rank, in_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
@@ -72,9 +74,9 @@ class DenseMatrices(nn.Module):
         B = self._stored(_STREAM_B, rank, out_features).to(z.device)
         if scale is not None and z.numel() > rank**2:
             # More tokens than the rank: the scale costs least on the matrix.
-            return scaled_product(z, B * scale, self._scale(rank))
+            return scaled_product(z, _scaled(B, scale), self._scale(rank))
         outputs = scaled_product(z, B, self._scale(rank))
-        return outputs if scale is None else outputs * scale.to(z.dtype)
+        return outputs if scale is None else outputs * as_dtype(scale, z.dtype)
 
     def expand_transpose(
         self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
@@ -82,7 +84,7 @@ class DenseMatrices(nn.Module):
         """`(d * scale) B`, in the dtype of `d`."""
         B = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
         if scale is not None and d.numel() > rank * d.shape[-1]:
-            return scaled_product(d, (B * scale).T, self._scale(rank))
+            return scaled_product(d, _scaled(B, scale).T, self._scale(rank))
         return scaled_product(d if scale is None else d * scale.to(d.dtype), B.T, self._scale(rank))
 
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
@@ -92,7 +94,9 @@ class DenseMatrices(nn.Module):
             # The sums over many tokens would overflow.
             d, z = d.to(wide), z.to(wide)
         B = self._stored(_STREAM_B, z.shape[-1], d.shape[-1]).to(d.device, wide)
-        return ((z.T @ d).to(wide) * B).sum(0) * self._scale(z.shape[-1])
+        products = torch.mm(z.T, d, out=out("z d", B.shape, d)).to(wide)
+        products = torch.mul(products, B, out=out("z d B", B.shape, products))
+        return _column_sums(products) * self._scale(z.shape[-1])
 
     def updated(
         self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
@@ -125,13 +129,9 @@ class DenseMatrices(nn.Module):
         return self._stored(_STREAM_B, rank, out_features).to(dtype).T * self._scale(rank)
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in float64. Kept as a buffer for each size."""
-        name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
-        if name not in self._buffers:
-            with torch.inference_mode(False), torch.no_grad():
-                A = self.A(rank, in_features, torch.float64)
-                self.register_buffer(name, (A @ A.T).to(dtype), persistent=False)
-        return self.get_buffer(name)
+        """`G = A A^T`, summed in float64."""
+        folded = self._folded_gram(rank, in_features, dtype)
+        return (folded + folded.T) / 2
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
         """`q = ||B diag(lambda_d) A||_row**2`, from G or, for a rank above the width, from A: `O R min(R, I)`."""
@@ -141,15 +141,11 @@ class DenseMatrices(nn.Module):
         B, G = self._quadratic(lambda_d, in_features, out_features)
         if self._has_orthogonal_rows(lambda_d):
             return self._scale(len(lambda_d)) ** 2 * (G.diagonal() * lambda_d.square()) @ B.square()
-        U = B * (self._scale(len(lambda_d)) * lambda_d)[:, None]
-        # G is symmetric: its lower blocks give the sum, those off the diagonal counted twice.
-        parts = []
+        quadratic, room, parts = G * torch.outer(lambda_d, lambda_d), out("H", B.shape, B), []
         for k in _blocks(len(lambda_d)):
-            H = G[k, k] @ U[k]
-            if k.start:
-                H = H + 2 * (G[k, : k.start] @ U[: k.start])
-            parts.append((U[k] * H).sum(0))
-        return sum(parts[1:], parts[0])
+            parts.append(torch.mm(quadratic[k, : k.stop], B[: k.stop], out=None if room is None else room[k]))
+        H = torch.cat(parts) if room is None else room
+        return _column_sums(torch.mul(H, B, out=room)) * self._scale(len(lambda_d)) ** 2
 
     def row_squares_gradient(
         self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
@@ -161,13 +157,13 @@ class DenseMatrices(nn.Module):
         B, G = self._quadratic(lambda_d, in_features, len(v))
         if self._has_orthogonal_rows(lambda_d):
             return 2 * self._scale(len(lambda_d)) ** 2 * G.diagonal() * lambda_d * (B.square() @ v)
-        scaled = B * (2 * self._scale(len(lambda_d)) ** 2 * v)
         parts = []
         for k in _blocks(len(lambda_d)):
-            lower = (scaled[k] @ B[: k.stop].T) * G[k, : k.stop]
-            above = lower[:, : k.start].T @ lambda_d[k]
-            parts.append(torch.cat([above, lower @ lambda_d[: k.stop], lambda_d.new_zeros(len(lambda_d) - k.stop)]))
-        return sum(parts[1:], parts[0])
+            scaled = torch.mul(B[k], v, out=out("v B", B[k].shape, B))
+            lower = (scaled @ B[: k.stop].T) * G[k, : k.stop]
+            across, down = lower @ lambda_d[: k.stop], lambda_d[k] @ lower
+            parts.append(pad(down, (0, len(lambda_d) - k.stop)) + pad(across, (k.start, len(lambda_d) - k.stop)))
+        return self._scale(len(lambda_d)) ** 2 * sum(parts[1:], parts[0])
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross = rowsum(W * (B diag(lambda_d) A))`, without keeping anything of (O, R)."""
@@ -211,9 +207,22 @@ class DenseMatrices(nn.Module):
     def _quadratic(
         self, like: Tensor, in_features: int, out_features: int
     ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
-        """Transposed B without its scale, and G."""
+        """Transposed B without its scale, and the folded G."""
         B = self._like(_STREAM_B, len(like), out_features, like)
-        return B, self.gram(len(like), in_features, like.dtype).to(like.device)
+        return B, self._folded_gram(len(like), in_features, like.dtype).to(like.device)
+
+    def _folded_gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
+        """The lower triangle of G with what lies off the diagonal doubled: as a quadratic form it is G.
+
+        Kept as a buffer for each size.
+        """
+        name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
+        if name not in self._buffers:
+            with torch.inference_mode(False), torch.no_grad():
+                A = self.A(rank, in_features, torch.float64)
+                G = A @ A.T
+                self.register_buffer(name, (G.tril() + G.tril(-1)).to(dtype), persistent=False)
+        return self.get_buffer(name)
 
     def _has_orthogonal_rows(self, like: Tensor) -> bool:
         """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""
@@ -270,6 +279,17 @@ def _blocks(rank: int) -> list[slice]:
     """Four slices of the rank, or one where they would be too thin to be worth it."""
     width = rank if rank < _SPLIT_RANK else -(-rank // 4)
     return [slice(start, min(start + width, rank)) for start in range(0, rank, width)]
+
+
+def _scaled(B: Float[Tensor, "R O"], scale: Float[Tensor, "O"]) -> Float[Tensor, "R O"]:
+    """`B * scale` for one product."""
+    room = out("scaled B", B.shape, B) if B.dtype == scale.dtype else None
+    return torch.mul(B, scale, out=room)
+
+
+def _column_sums(matrix: Float[Tensor, "N M"]) -> Float[Tensor, "M"]:
+    """As a product with ones, which processors make faster than a sum."""
+    return matrix.new_ones(len(matrix)) @ matrix
 
 
 def _row_chunks(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -57,6 +57,8 @@ class RowFactors(NamedTuple):
     """`s g beta`."""
     beta: Float[Tensor, "O"]
     """That of the update itself."""
+    gain: Float[Tensor, "O"] | None = None
+    """`1 + gain_minus_one`, made once where the factors are kept."""
 
 
 class LastFactors:
@@ -80,6 +82,7 @@ class LastFactors:
         # Factors made in inference mode could not be used in a pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             factors = compute()
+            factors = factors._replace(gain=1 + factors.gain_minus_one)
         known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
         self._kept = _Kept(factors, known, None if weight is None else State.of(weight))
         return factors
@@ -118,7 +121,7 @@ def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None
 def _unchanged(tensor: Tensor, known: Tensor | State) -> bool:
     if isinstance(known, State):
         return known.is_of(tensor)
-    return tensor.device == known.device and tensor.dtype == known.dtype and torch.equal(tensor, known)
+    return tensor.is_cpu and tensor.dtype == known.dtype and torch.equal(tensor, known)
 
 
 register_optimizer_step_post_hook(_count_step)

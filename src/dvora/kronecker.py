@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from .devices import runs_triton
+from .precision import as_dtype
+from .scratch import scratch
 from .shapes import Float
 from .transforms import transforming
 
@@ -23,10 +25,10 @@ _VECTOR = 16
 """Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
 
 _FEW_TOKENS = 16
-"""These are one chunk whatever their size."""
+"""These are one chunk whatever their size; so few take fresh memory."""
 
-_CHUNK_VALUES = 2**18
-"""Intermediate values held at a time on a processor: they fit its cache, and no memory is asked for again and again."""
+_CHUNK_VALUES = 2**20
+"""Intermediate values held at a time on a processor, in memory that is used again."""
 
 
 class Kronecker(NamedTuple):
@@ -117,49 +119,51 @@ def columns(stack: Stack, index: Tensor) -> Float[Tensor, "*T R"]:
 
 
 def _narrow_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    found = []
-    for left, right, diagonal, rows in stack:
-        (r1, n1), (r2, n2) = left.shape, right.shape
-        inner = linear((x * diagonal).to(right.dtype).reshape(-1, n2), right)
-        if len(inner) == n1:
-            product = torch.mm(left, inner)
-        else:
-            tokens = inner.view(-1, n1, r2)
-            product = torch.bmm(left.expand(len(tokens), r1, n1), tokens)
-        product = product.view(*x.shape[:-1], r1 * r2)
-        found.append(product if rows == r1 * r2 else product[..., :rows])
-    return (found[0] if len(found) == 1 else torch.cat(found, -1)).to(x.dtype)
+    found = [_narrow_block(x, M) for M in stack]
+    z = found[0] if len(found) == 1 else torch.cat(found, -1)
+    return as_dtype(z, x.dtype)
+
+
+def _narrow_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
+    left, right, diagonal, rows = M
+    (r1, n1), (r2, n2) = left.shape, right.shape
+    inner = (x * diagonal).reshape(-1, n2) @ right.T
+    tokens = inner.shape[0] // n1
+    # The product of two matrices takes less time to start than one of many.
+    product = left @ inner if tokens == 1 else torch.bmm(left.expand(tokens, r1, n1), inner.view(tokens, n1, r2))
+    product = product.view(*x.shape[:-1], r1 * r2)
+    return product if rows == r1 * r2 else product[..., :rows]
 
 
 def _widen_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
-    total: Tensor | None = None
-    for part, (left, right, diagonal, rows) in zip(parts, stack, strict=True):
-        (r1, n1), (r2, n2) = left.shape, right.shape
-        padded = part if rows == r1 * r2 else pad(part, (0, r1 * r2 - rows))
-        tokens = padded.to(left.dtype).reshape(-1, r1, r2)
-        if len(tokens) == 1:
-            inner = torch.mm(left.T, tokens[0])
-        else:
-            inner = torch.bmm(left.T.expand(len(tokens), n1, r1), tokens)
-        product = (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2) * diagonal
-        total = product if total is None else total + product
-    assert total is not None
-    return total.to(z.dtype)
+    blocks = [_widen_block(part, M) for part, M in zip(parts, stack, strict=True)]
+    x = sum(blocks[1:], blocks[0])
+    return as_dtype(x, z.dtype)
 
 
-def _chunk_tokens(tokens: int, stack: Stack) -> int:
+def _widen_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+    left, right, diagonal, rows = M
+    (r1, n1), (r2, n2) = left.shape, right.shape
+    padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
+    wide = as_dtype(padded, left.dtype)
+    tokens = z.numel() // rows
+    if tokens == 1:
+        inner = left.T @ wide.reshape(r1, r2)
+    else:
+        inner = torch.bmm(left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
+    return (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2) * diagonal
+
+
+def chunk_tokens(tokens: int, stack: Stack) -> int:
     """Tokens that one chunk holds; all chunks are about as long."""
     (_, n1), (r2, n2) = stack[0].left.shape, stack[0].right.shape
     most = max(_FEW_TOKENS, _CHUNK_VALUES // (n1 * (n2 + r2)))
-    return ceil(tokens / ceil(tokens / most))
+    return max(1, ceil(tokens / max(1, ceil(tokens / most))))
 
 
 def _in_chunks(x: Tensor, stack: Stack) -> bool:
-    tokens = x.numel() // x.shape[-1]
-    if tokens <= _FEW_TOKENS or torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    return _chunk_tokens(tokens, stack) < tokens
+    return x.numel() > _FEW_TOKENS * x.shape[-1] and x.is_cpu and not torch.compiler.is_compiling()
 
 
 class _Narrow(torch.autograd.Function):
@@ -169,14 +173,12 @@ class _Narrow(torch.autograd.Function):
     def forward(x: Tensor, stack: Stack) -> Tensor:
         if x.is_cuda:
             return _narrow_in_triton(x, stack)
-        rows = [M.rows for M in stack]
-        out = x.new_empty(*x.shape[:-1], sum(rows))
-        flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, sum(rows))
-        chunk = _chunk_tokens(flat.shape[0], stack)
-        wide, inner = _scratch(chunk, stack)
+        rank = sum(M.rows for M in stack)
+        out = x.new_empty(*x.shape[:-1], rank)
+        flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, rank)
+        chunk = chunk_tokens(len(flat), stack)
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-            for M, block in zip(stack, into.split(rows, 1), strict=True):
-                _narrow_chunk(part, M, block, wide, inner)
+            narrow_chunk(part, stack, into)
         return out
 
     @staticmethod
@@ -203,18 +205,12 @@ class _Widen(torch.autograd.Function):
     def forward(z: Tensor, stack: Stack) -> Tensor:
         if z.is_cuda:
             return _widen_in_triton(z, stack)
-        rows, size = [M.rows for M in stack], stack[0].diagonal.shape[0]
+        size = len(stack[0].diagonal)
         out = z.new_empty(*z.shape[:-1], size)
         flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
-        chunk = _chunk_tokens(flat.shape[0], stack)
-        wide, inner = _scratch(chunk, stack)
+        chunk = chunk_tokens(len(flat), stack)
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-            # Half-precision results are summed in float32 and rounded once.
-            total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
-            for index, (M, block) in enumerate(zip(stack, part.split(rows, 1), strict=True)):
-                _widen_chunk(block, M, total, index > 0, wide, inner)
-            if total is not into:
-                into.copy_(total)
+            widen_chunk(part, stack, into)
         return out
 
     @staticmethod
@@ -234,30 +230,39 @@ class _Widen(torch.autograd.Function):
         return _batched(widen, _widen_at_once, in_dims, z, stack)
 
 
-def _narrow_chunk(x: Tensor, M: Kronecker, into: Tensor, wide: Tensor, inner: Tensor) -> None:
-    left, right, diagonal, rows = M
-    (r1, n1), (r2, n2), tokens = left.shape, right.shape, x.shape[0]
-    signed = torch.mul(x, diagonal, out=wide[:tokens])
-    half = torch.mm(signed.view(-1, n2), right.T, out=inner[: tokens * n1 * r2].view(-1, r2)).view(tokens, n1, r2)
-    repeated = left.expand(tokens, r1, n1)
-    if rows == r1 * r2 and into.is_contiguous() and into.dtype == half.dtype:
-        torch.bmm(repeated, half, out=into.view(tokens, r1, r2))
-    else:
-        into.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
+def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
+    """`into = x M^T` for a few tokens."""
+    wide, inner = _scratch(len(x), stack)
+    for (left, right, diagonal, rows), block in zip(stack, into.split([M.rows for M in stack], 1), strict=True):
+        (r1, n1), (r2, n2), tokens = left.shape, right.shape, len(x)
+        signed = torch.mul(x, diagonal, out=wide)
+        half = torch.mm(signed.view(-1, n2), right.T, out=inner[: tokens * n1 * r2].view(-1, r2)).view(tokens, n1, r2)
+        repeated = left.expand(tokens, r1, n1)
+        if rows == r1 * r2 and block.is_contiguous() and block.dtype == half.dtype:
+            torch.bmm(repeated, half, out=block.view(tokens, r1, r2))
+        else:
+            block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
 
 
-def _widen_chunk(z: Tensor, M: Kronecker, total: Tensor, add: bool, wide: Tensor, inner: Tensor) -> None:
-    left, right, diagonal, rows = M
-    (r1, n1), (r2, n2), tokens = left.shape, right.shape, z.shape[0]
-    padded = z.to(wide.dtype) if rows == r1 * r2 else pad(z.to(wide.dtype), (0, r1 * r2 - rows))
-    half = inner[: tokens * n1 * r2]
-    torch.bmm(left.T.expand(tokens, n1, r1), padded.reshape(tokens, r1, r2), out=half.view(tokens, n1, r2))
-    product = wide[:tokens] if add else total
-    torch.mm(half.view(-1, r2), right, out=product.view(-1, n2))
-    if add:
-        total.addcmul_(product, diagonal)
-    else:
-        total.mul_(diagonal)
+def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
+    """`into = z M` for a few tokens."""
+    wide, inner = _scratch(len(z), stack)
+    # Half-precision results are summed in float32 and rounded once.
+    total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
+    for index, (M, block) in enumerate(zip(stack, z.split([M.rows for M in stack], 1), strict=True)):
+        (r1, n1), (r2, n2), tokens = M.left.shape, M.right.shape, len(z)
+        missing = r1 * r2 - M.rows
+        padded = pad(block.to(wide.dtype), (0, missing)) if missing else block.to(wide.dtype)
+        half = inner[: tokens * n1 * r2]
+        torch.bmm(M.left.T.expand(tokens, n1, r1), padded.reshape(tokens, r1, r2), out=half.view(tokens, n1, r2))
+        product = wide if index else total
+        torch.mm(half.view(-1, r2), M.right, out=product.view(-1, n2))
+        if index:
+            total.addcmul_(product, M.diagonal)
+        else:
+            total.mul_(M.diagonal)
+    if total is not into:
+        into.copy_(total)
 
 
 def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
@@ -281,7 +286,9 @@ def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:
     """Room for one chunk on the wide side and between the two products."""
     diagonal, (_, n1) = stack[0].diagonal, stack[0].left.shape
     widest = max(M.right.shape[0] for M in stack)
-    return diagonal.new_empty(chunk, diagonal.shape[0]), diagonal.new_empty(chunk * n1 * widest)
+    shapes = {"kronecker wide": (chunk, len(diagonal)), "kronecker inner": (chunk * n1 * widest,)}
+    wide, inner = (scratch(name, shape, diagonal.dtype, diagonal.device) for name, shape in shapes.items())
+    return wide, inner
 
 
 def _batched(product: Any, at_once: Any, in_dims: tuple[Any, Any], x: Tensor, stack: Stack) -> tuple[Tensor, int]:

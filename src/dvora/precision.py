@@ -14,6 +14,11 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes as long as a small product even where nothing changes."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Wrap a function of `nn.Module._apply` so that a cast below float32 ends at float32; moves are unchanged."""
 

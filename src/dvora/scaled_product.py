@@ -5,8 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import as_dtype
 from .shapes import Float
 from .transforms import recording, transforming
+
+_FEW_TOKENS = 16
+"""For these a pass over the values costs less than what saves it."""
 
 
 def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
@@ -20,10 +24,11 @@ def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: flo
 
 
 def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    rows, b = a.reshape(-1, a.shape[-1]), b.to(a.dtype)
+    b = as_dtype(b, a.dtype)
     # In half precision scaled before the product: in float16 the unscaled sum of a wide input would overflow.
-    half = a.dtype.itemsize < 4
-    product = (rows * scale) @ b if half else torch.addmm(b[0], rows, b, beta=0, alpha=scale)
+    if a.dtype.itemsize < 4 or a.numel() <= _FEW_TOKENS * a.shape[-1]:
+        return (a * scale) @ b
+    product = torch.addmm(b[0], a.reshape(-1, a.shape[-1]), b, beta=0, alpha=scale)
     # No view in the eyes of autograd, so that callers may change it in place.
     whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
     return whole

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import generator, kronecker, structured_rows
 from .devices import runs_triton
 from .kronecker import Kronecker, Stack, narrow, widen
-from .precision import norm_dtype
+from .precision import as_dtype, norm_dtype
 from .shapes import Float
 
 Side = Literal["A", "B"]
@@ -76,7 +76,7 @@ class StructuredMatrices(nn.Module):
         if scale is None:
             return widen(z, stack)
         if torch.is_grad_enabled() or z.numel() == z.shape[-1]:
-            return (widen(z, stack) * scale).to(z.dtype)
+            return as_dtype(widen(z, stack) * scale, z.dtype)
         return widen(z, kronecker.scaled(stack, scale))
 
     def expand_transpose(
@@ -160,7 +160,7 @@ class StructuredMatrices(nn.Module):
     def _stack_for(self, x: Tensor, side: Side, rank: int, size: int) -> Stack:
         # A processor multiplies small matrices of float32 faster than of half precision, and rounds once; the kernels
         # take float32 too.
-        wide = x.device.type == "cpu" or runs_triton(x)
+        wide = x.is_cpu or runs_triton(x)
         dtype = norm_dtype(x.dtype) if wide else x.dtype
         return self._stack(side, rank, size, dtype, x.device)
 

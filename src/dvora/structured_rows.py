@@ -19,30 +19,25 @@ from torch.nn.functional import pad
 
 from . import kronecker
 from .kronecker import Kronecker, Stack, narrow, widen
+from .scratch import out, scratch
 from .shapes import Float
+from .sums import sum_of_products
 
-_CHUNK_VALUES = 2**18
+_CHUNK_VALUES = 2**20
 """Values of V at a time."""
 
 
 def row_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], Bt: Stack) -> Float[Tensor, "O"]:
     """`sum_t d[t] * (z[t] B^T)`, in the dtype of the stack."""
-    parts = [_block_products(d, z[:, start : start + M.rows], M) for M, start in _starts(Bt)]
-    return sum(parts[1:], parts[0])
-
-
-def _block_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], M: Kronecker) -> Float[Tensor, "O"]:
-    # The sum over tokens comes before the one over k2: nothing of the size of d is made.
-    left, right, diagonal, rows = M
-    (p1, m1), (p2, m2) = left.shape, right.shape
-    summed = right.new_zeros(m1, m2, p2)
-    chunk = max(16, _CHUNK_VALUES // (m1 * (m2 + p2)))
+    if torch.is_grad_enabled():
+        return sum_of_products(d, widen(z.to(Bt[0].left.dtype), Bt))
+    chunk, dtype = kronecker.chunk_tokens(len(d), Bt), Bt[0].left.dtype
+    total = torch.zeros(d.shape[1], dtype=dtype, device=d.device)
     for d_part, z_part in zip(d.split(chunk), z.split(chunk), strict=True):
-        tokens = pad(z_part.to(left.dtype), (0, p1 * p2 - rows)).view(-1, p1, p2)
-        inner = left.T @ tokens
-        outputs = d_part.to(right.dtype).view(-1, m1, m2)
-        summed = torch.baddbmm(summed, outputs.permute(1, 2, 0), inner.transpose(0, 1))
-    return (summed * right.T).sum(-1).flatten() * diagonal
+        outputs = scratch("row products", d_part.shape, dtype, d.device)
+        kronecker.widen_chunk(z_part, Bt, outputs)
+        total += sum_of_products(d_part, outputs)
+    return total
 
 
 def row_squares(lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tensor, "O"]:
@@ -114,7 +109,8 @@ def _rank_sums(
         return (narrow(scaled, A) * _rows_of_B(group, Bt)).sum(0)
     found = []
     for M, start in _starts(Bt):
-        Y = (_by_j1(v * M.diagonal, Bt)[group][:, None, :] * M.right) @ rows
+        scaled = _by_j1(v * M.diagonal, Bt)[group][:, None, :] * M.right
+        Y = torch.bmm(scaled, rows, out=out("Y", (*scaled.shape[:2], rows.shape[2]), rows))
         found.append(_unmixed(M.left.T[group], Y, A, M, start).flatten()[: M.rows])
     return torch.cat(found)
 
@@ -133,9 +129,10 @@ def _mixed(
     mixing = _padded(left, 1, t * h)[:, :, None] * _padded(grid, 0, t * h)
     inner = mixing.view(-1, t, h, q, e).permute(0, 3, 4, 2, 1).flatten(2, 3) @ C1
     inner = inner.view(len(left), q, e, h, -1, 1)
-    V = inner[:, :, :, 0] * C2[0]
+    room = out("V", (len(left), q, e, *C2.shape[2:]), inner)
+    V = torch.mul(inner[:, :, :, 0], C2[0], out=room)
     for index in range(1, h):
-        V = torch.addcmul(V, inner[:, :, :, index], C2[index])
+        V = torch.addcmul(V, inner[:, :, :, index], C2[index], out=room)
     return V.flatten(3).flatten(1, 2)
 
 
@@ -151,7 +148,8 @@ def _unmixed(
     t, q, h, e = _common_grid(block, M)
     C1, C2 = _common_factors(block, M)
     Y = Y.view(c, q, e, *C2.shape[2:])
-    inner = torch.stack([(Y * C2[index]).sum(-1) for index in range(h)], 3)
+    room = out("Y products", Y.shape, Y)
+    inner = torch.stack([torch.mul(Y, C2[index], out=room).sum(-1) for index in range(h)], 3)
     grid = (inner.flatten(2, 3) @ C1.mT).view(c, q, e, h, t).permute(0, 4, 3, 1, 2).reshape(c, t * h, p2)
     return (grid[:, :p1] * left[:, :, None]).sum(0)
 

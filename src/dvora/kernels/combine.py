@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..devices import runs_triton
-from ..precision import norm_dtype
+from ..precision import as_dtype, norm_dtype
 from ..projections import Matrices
 from ..shapes import Float
+from ..sums import sum_of_products
 from ..transforms import recording
-
-_CHUNK_VALUES = 2**18
 
 
 def combine(
@@ -34,6 +33,7 @@ def combine(
     scale: Float[Tensor, "O"],
     bias: Float[Tensor, "O"] | None,
     matrices: Matrices,
+    gain: Float[Tensor, "O"] | None = None,
 ) -> Float[Tensor, "*T O"]:
     """`y`, in the dtype of the base's output.
 
@@ -45,11 +45,12 @@ def combine(
         scale: of every output of the update, `g beta`.
         bias: the base's, or None.
         matrices: those of B.
+        gain: `1 + gain_minus_one`, where it is kept.
     """
     if recording():
         y: Tensor = _Combine.apply(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
         return y
-    return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
+    return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices, gain)
 
 
 def _forward(
@@ -60,19 +61,21 @@ def _forward(
     scale: Tensor,
     bias: Tensor | None,
     matrices: Matrices,
+    gain: Tensor | None = None,
 ) -> Tensor:
     if z is None:
         return _without_update(base_output, gain_minus_one, bias)
-    scaled = z * lambda_d.to(z.dtype)
+    gain = 1 + gain_minus_one if gain is None else gain
+    scaled = z * as_dtype(lambda_d, z.dtype)
     if runs_triton(base_output):
         return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
-    y = matrices.expand(scaled, base_output.shape[-1], scale).to(base_output.dtype)
+    y = as_dtype(matrices.expand(scaled, base_output.shape[-1], scale), base_output.dtype)
     offset = None if bias is None else gain_minus_one * bias
     if y.dtype.itemsize < 4:
         # In half precision a gain near one would be one.
-        wide = torch.addcmul(y.float(), base_output, 1 + gain_minus_one)
+        wide = torch.addcmul(y.float(), base_output, gain)
         return (wide if offset is None else wide.sub_(offset)).to(y.dtype)
-    y.addcmul_(base_output, 1 + gain_minus_one)
+    y.addcmul_(base_output, gain)
     return y if offset is None else y.sub_(offset)
 
 
@@ -109,7 +112,7 @@ class _Combine(torch.autograd.Function):
         if z is not None:
             d_z, d_lambda_d, d_scale = _update_gradients(delta, z, lambda_d, scale, ctx.matrices, wants)
         if wants[3]:
-            d_gain = _sum_of_products(delta, base_output)
+            d_gain = sum_of_products(_rows(delta), _rows(base_output))
             if bias is not None:
                 d_gain = d_gain - _total(delta) * bias
         d_bias = -gain_minus_one * _total(delta) if wants[5] else None
@@ -131,7 +134,7 @@ def _update_gradients(
         d_scale = matrices.row_products(_rows(delta), _rows(z * inner))
     if wants[1] or wants[2]:
         h = matrices.expand_transpose(delta, z.shape[-1], scale)
-        d_lambda_d = _sum_of_products(h, z) if wants[2] else None
+        d_lambda_d = sum_of_products(_rows(h), _rows(z)) if wants[2] else None
         if wants[1]:
             d_z = h * inner if torch.is_grad_enabled() else h.mul_(inner)
     return d_z, d_lambda_d, d_scale
@@ -170,22 +173,9 @@ def _backward_in_triton(
     found = fused.combine_backward(_rows(delta), _rows(base_output), low_rank, gain_minus_one, scale, bias)
     d_scale = matrices.row_products(_rows(delta).to(z.dtype), scaled_z) if found.scale is None else found.scale
     h = matrices.expand_transpose(found.scaled.to(z.dtype), z.shape[-1])
-    d_lambda_d = _sum_of_products(h, _rows(z))
+    d_lambda_d = sum_of_products(h, _rows(z))
     d_bias = None if bias is None else -gain_minus_one * _total(delta)
     return found.base.view_as(delta), h.mul_(inner).view_as(z), d_lambda_d, found.gain, d_scale, d_bias
-
-
-def _sum_of_products(a: Float[Tensor, "*T N"], b: Float[Tensor, "*T N"]) -> Float[Tensor, "N"]:
-    """`sum_t a b`, summed in float32 or wider."""
-    wide = norm_dtype(a.dtype)
-    if torch.is_grad_enabled():
-        return _rows(a.to(wide) * b).sum(0)
-    # A few tokens at a time: fresh memory for all products would cost more than the products.
-    tokens = max(1, _CHUNK_VALUES // a.shape[-1])
-    total = torch.zeros(a.shape[-1], dtype=wide, device=a.device)
-    for part_a, part_b in zip(_rows(a).split(tokens), _rows(b).split(tokens), strict=True):
-        total += (part_a.to(wide) * part_b).sum(0)
-    return total
 
 
 def _total(delta: Float[Tensor, "*T O"]) -> Float[Tensor, "O"]:

@@ -51,7 +51,9 @@ def adapted_outputs(
     """The outputs of the base with the updates of all adapters added up, laid out as the base's are."""
     if len(adapters) == 1 and kind.low_rank is linear:
         adapted, vectors, factors, dropout, _ = adapters[0]
-        return adapted.combine(base_output, dropout(x), vectors.lambda_d, factors, bias)
+        # A module's call takes as long as a small product.
+        inputs = dropout(x) if dropout.training else x
+        return adapted.combine(base_output, inputs, vectors.lambda_d, factors, bias)
     features = -1 - kind.spatial
     outputs = base_output.movedim(features, -1)
     updates = [adapter.factors.scale * _product(base_layer, kind, x, outputs, adapter) for adapter in adapters]
