@@ -80,7 +80,15 @@ def saved_for_backward(model: nn.Module, forward: Callable[[Tensor], Tensor], x:
 
 
 def live_memory(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Live:
-    """Bytes alive after a forward pass and at most in a training step; counts what hooks are not shown, too."""
+    """Bytes alive after a forward pass and at most in a training step; counts what hooks are not shown, too.
+
+    A step goes before: what it leaves behind, scratch memory that all layers use again, is no layer's.
+    """
+    output = forward(x)
+    torch.autograd.backward(output, torch.ones_like(output))
+    del output
+    for tensor in (x, *model.parameters()):
+        tensor.grad = None
     with _LiveTensors(storages([x, *tensors_of(model)])) as live:
         output = forward(x)
         after_forward = live.now() - output.untyped_storage().nbytes()

@@ -19,13 +19,13 @@ from .devices import runs_triton
 from .precision import as_dtype
 from .scratch import scratch
 from .shapes import Float
-from .transforms import transforming
+from .transforms import recording, transforming
 
 _VECTOR = 16
 """Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
 
-_FEW_TOKENS = 16
-"""These are one chunk whatever their size; so few take fresh memory."""
+_FEW_VALUES = 2**17
+"""Products of so few take fresh memory and fewer steps."""
 
 _CHUNK_VALUES = 2**20
 """Intermediate values held at a time on a processor, in memory that is used again."""
@@ -76,12 +76,16 @@ def operations(rows: int, size: int) -> int:
 
 def narrow(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
     """`x M^T`, in the dtype of `x`. Nothing of `x` is kept for the backward pass."""
-    return _Narrow.apply(x, stack) if _in_chunks(x, stack) or fits_triton(x, stack) else _narrow_at_once(x, stack)
+    if not (_in_chunks(x, stack) or fits_triton(x, stack)):
+        return _narrow_at_once(x, stack)
+    return _product(x, stack, widens=False)
 
 
 def widen(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     """`z M`, in the dtype of `z`. Nothing of `z` is kept for the backward pass."""
-    return _Widen.apply(z, stack) if _in_chunks(z, stack) or fits_triton(z, stack) else _widen_at_once(z, stack)
+    if not (_in_chunks(z, stack) or fits_triton(z, stack)):
+        return _widen_at_once(z, stack)
+    return _product(z, stack, widens=True)
 
 
 def fits_triton(x: Tensor, stack: Stack) -> bool:
@@ -158,76 +162,57 @@ def _widen_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"
 def chunk_tokens(tokens: int, stack: Stack) -> int:
     """Tokens that one chunk holds; all chunks are about as long."""
     (_, n1), (r2, n2) = stack[0].left.shape, stack[0].right.shape
-    most = max(_FEW_TOKENS, _CHUNK_VALUES // (n1 * (n2 + r2)))
+    most = max(1, _CHUNK_VALUES // (n1 * (n2 + r2)))
     return max(1, ceil(tokens / max(1, ceil(tokens / most))))
 
 
 def _in_chunks(x: Tensor, stack: Stack) -> bool:
-    return x.numel() > _FEW_TOKENS * x.shape[-1] and x.is_cpu and not torch.compiler.is_compiling()
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return x.numel() // x.shape[-1] * stack[0].diagonal.shape[0] > _FEW_VALUES
 
 
-class _Narrow(torch.autograd.Function):
-    """`narrow` a few tokens at a time. The gradient of a linear map is its transpose, so no token is kept."""
+def _product(x: Tensor, stack: Stack, widens: bool) -> Tensor:
+    # To call a function of autograd takes as long as a small product.
+    if transforming() or (x.requires_grad and recording()):
+        product: Tensor = _Product.apply(x, stack, widens)
+        return product
+    return _Product.forward(x, stack, widens)
+
+
+class _Product(torch.autograd.Function):
+    """`narrow`, or `widen`, a few tokens at a time. The gradient of a linear map is its transpose: no token is kept."""
 
     @staticmethod
-    def forward(x: Tensor, stack: Stack) -> Tensor:
+    def forward(x: Tensor, stack: Stack, widens: bool) -> Tensor:
         if x.is_cuda:
-            return _narrow_in_triton(x, stack)
-        rank = sum(M.rows for M in stack)
-        out = x.new_empty(*x.shape[:-1], rank)
-        flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, rank)
-        chunk = chunk_tokens(len(flat), stack)
+            return _widen_in_triton(x, stack) if widens else _narrow_in_triton(x, stack)
+        size = stack[0].diagonal.shape[0] if widens else sum(M.rows for M in stack)
+        out = x.new_empty(*x.shape[:-1], size)
+        flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, size)
+        chunk, product = chunk_tokens(len(flat), stack), widen_chunk if widens else narrow_chunk
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-            narrow_chunk(part, stack, into)
+            product(part, stack, into)
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Stack], output: Tensor) -> None:
-        ctx.stack = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Stack, bool], output: Tensor) -> None:
+        _, ctx.stack, ctx.widens = inputs
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        return widen(d, ctx.stack), None
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        return (narrow if ctx.widens else widen)(d, ctx.stack), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return narrow(tangent, ctx.stack)
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return (widen if ctx.widens else narrow)(tangent, ctx.stack)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, Any], x: Tensor, stack: Stack) -> tuple[Tensor, int]:
-        return _batched(narrow, _narrow_at_once, in_dims, x, stack)
-
-
-class _Widen(torch.autograd.Function):
-    """`widen` a few tokens at a time."""
-
-    @staticmethod
-    def forward(z: Tensor, stack: Stack) -> Tensor:
-        if z.is_cuda:
-            return _widen_in_triton(z, stack)
-        size = len(stack[0].diagonal)
-        out = z.new_empty(*z.shape[:-1], size)
-        flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
-        chunk = chunk_tokens(len(flat), stack)
-        for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-            widen_chunk(part, stack, into)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Stack], output: Tensor) -> None:
-        ctx.stack = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        return narrow(d, ctx.stack), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return widen(tangent, ctx.stack)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, Any], z: Tensor, stack: Stack) -> tuple[Tensor, int]:
-        return _batched(widen, _widen_at_once, in_dims, z, stack)
+    def vmap(info: Any, in_dims: tuple[Any, Any, Any], x: Tensor, stack: Stack, widens: bool) -> tuple[Tensor, int]:
+        # A batch is more tokens, unless the stack itself holds a batch of scales.
+        if any(dim is not None for M in in_dims[1] for dim in M):
+            return torch.vmap(_widen_at_once if widens else _narrow_at_once, in_dims[:2])(x, stack), 0
+        return (widen if widens else narrow)(x.movedim(in_dims[0], 0), stack), 0
 
 
 def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
@@ -289,10 +274,3 @@ def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:
     shapes = {"kronecker wide": (chunk, len(diagonal)), "kronecker inner": (chunk * n1 * widest,)}
     wide, inner = (scratch(name, shape, diagonal.dtype, diagonal.device) for name, shape in shapes.items())
     return wide, inner
-
-
-def _batched(product: Any, at_once: Any, in_dims: tuple[Any, Any], x: Tensor, stack: Stack) -> tuple[Tensor, int]:
-    """A product under vmap: a batch is more tokens, unless the stack itself holds a batch of scales."""
-    if any(dim is not None for M in in_dims[1] for dim in M):
-        return torch.vmap(at_once, in_dims)(x, stack), 0
-    return product(x.movedim(in_dims[0], 0), stack), 0

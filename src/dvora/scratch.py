@@ -1,5 +1,6 @@
 """Memory that is used again: fresh memory costs more than most of what is computed in it, in page faults."""
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -29,9 +30,7 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
         name: of its use; two tensors that are in use at once need two names.
         shape, dtype, device: of the tensor.
     """
-    values = 1
-    for size in shape:
-        values *= size
+    values = math.prod(shape)
     if values > _LARGEST or device.type != "cpu" or transforming():
         return torch.empty(*shape, dtype=dtype, device=device)
     buffer = _kept.buffers.get((name, dtype))
