@@ -82,14 +82,15 @@ def saved_for_backward(model: nn.Module, forward: Callable[[Tensor], Tensor], x:
 def live_memory(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Live:
     """Bytes alive after a forward pass and at most in a training step; counts what hooks are not shown, too.
 
-    A step goes before: what it leaves behind, scratch memory that all layers use again, is no layer's.
+    A step goes before: what it leaves behind, memory that all layers use again, is no layer's.
     """
-    output = forward(x)
-    torch.autograd.backward(output, torch.ones_like(output))
+    known = storages([x, *tensors_of(model)])
+    with _LiveTensors(known) as before:
+        torch.autograd.backward(output := forward(x), torch.ones_like(output))
     del output
     for tensor in (x, *model.parameters()):
         tensor.grad = None
-    with _LiveTensors(storages([x, *tensors_of(model)])) as live:
+    with _LiveTensors(known | before.storages()) as live:
         output = forward(x)
         after_forward = live.now() - output.untyped_storage().nbytes()
         torch.autograd.backward(output, torch.ones_like(output))
@@ -144,9 +145,13 @@ class _LiveTensors(TorchDispatchMode):
         self.at_most = 0
 
     def now(self) -> int:
-        """Bytes alive, of storages made since the mode was entered."""
+        """Bytes alive, of storages that were not known when the mode was entered."""
+        return sum(self.storages().values())
+
+    def storages(self) -> Storages:
+        """The same, each by itself."""
         self.alive = {a: (ref, size) for a, (ref, size) in self.alive.items() if not ref.expired()}
-        return sum(size for _, size in self.alive.values())
+        return {address: size for address, (_, size) in self.alive.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
