@@ -73,6 +73,7 @@ ORDER = [
     "tuner.model",
     "tuner.registration",
     "tuner",
+    "training",
     "peft_hook",
     "",
 ]

@@ -1,0 +1,92 @@
+"""Training with any optimizer: the trained values in groups with learning rates and weight decays of their own."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor, nn
+
+from .adapter import DVoRAAdapter
+from .functional import Vectors
+
+Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""`head` is everything that is trained beside the vectors: heads, trained tokens, a base that is not frozen."""
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    *,
+    weight_decay: float = 0.0,
+    learning_rates: Mapping[Group, float] | None = None,
+    weight_decays: Mapping[Group, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Every trained parameter of a model once, grouped for an optimizer of `torch.optim` or a trainer.
+
+    Args:
+        model: with `DVoRAAdapter` layers or adapted through PEFT, wrapped or not.
+        learning_rate: of the groups that `learning_rates` leaves out.
+        weight_decay: of the groups that `weight_decays` leaves out, but for the magnitude: it starts as the norm of its
+            row, and decay would pull it away from there. Its own is zero.
+        learning_rates, weight_decays: by group: "magnitude", "lambda_b", "lambda_d", "head".
+
+    Returns:
+        One dictionary a group that is not empty: `name`, `params`, `lr`, `weight_decay`.
+
+    Raises:
+        ValueError: nothing is trained, a group is unknown or empty, or a number is not finite or negative.
+    """
+    members = _trained(model)
+    if not any(members.values()):
+        raise ValueError(
+            "the model trains nothing: adapt it first, and load adapters with is_trainable=True to go on training them"
+        )
+    rates = dict.fromkeys(GROUPS, _checked(learning_rate, "learning_rate"))
+    decays = {**dict.fromkeys(GROUPS, _checked(weight_decay, "weight_decay")), "magnitude": 0.0}
+    rates |= _checked_groups(learning_rates, "learning_rates", members)
+    decays |= _checked_groups(weight_decays, "weight_decays", members)
+    return [
+        {"name": name, "params": parameters, "lr": rates[name], "weight_decay": decays[name]}
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def _checked_groups(
+    given: Mapping[Group, float] | None, argument: str, members: Mapping[Group, list[Tensor]]
+) -> dict[Group, float]:
+    for name, value in (given or {}).items():
+        if name not in GROUPS:
+            raise ValueError(f"{argument} names the group {name!r}, expected one of {', '.join(GROUPS)}")
+        if not members[name]:
+            raise ValueError(f"{argument} names the group {name!r}, of which the model trains nothing")
+        _checked(value, f"{argument}[{name!r}]")
+    return dict(given or {})
+
+
+def _checked(value: float, argument: str) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{argument} must be finite and not negative, got {value}")
+    return value
+
+
+def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
+    """The trained parameters by group, each once."""
+    own = {
+        id(vector): name
+        for layer in model.modules()
+        if isinstance(layer, DVoRAAdapter)
+        for name, vector in layer.vectors._asdict().items()
+    }
+    members: dict[Group, list[Tensor]] = {"magnitude": [], "lambda_b": [], "lambda_d": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[cast(Group, own.get(id(parameter)) or _vector_of(name))].append(parameter)
+    return members
+
+
+def _vector_of(name: str) -> str:
+    """The group of a parameter in a PEFT model, by the dictionary of its layer that holds it."""
+    parts = name.split(".")
+    return next((vector for vector in Vectors._fields if f"dvora_{vector}" in parts), "head")

@@ -1,0 +1,84 @@
+"""Training in several processes, each with a part of the batch, against one process with all of it."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from processes import run
+from tiny import LAYERS, MODELS
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dvora import DVoRAConfig
+from dvora.training import parameter_groups
+
+BATCH, TOKENS, STEPS = 8, 6, 5
+
+
+def adapted(**settings: object) -> PeftModel:
+    return get_peft_model(MODELS["llama"](), DVoRAConfig(**{"r": 6, "target_modules": LAYERS["llama"], **settings}))
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(3, 40, (BATCH, TOKENS), generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, rank: int = 0, processes: int = 1) -> list[float]:
+    """Losses of a few AdamW steps on one rank's part of every batch."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02))
+    losses = []
+    for step in range(STEPS):
+        part = batch(step).chunk(processes)[rank]
+        optimizer.zero_grad()
+        loss = model(input_ids=part, labels=part).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def vectors(model: nn.Module) -> dict[str, Tensor]:
+    return {n.removeprefix("module."): p.detach().clone() for n, p in model.named_parameters() if "dvora_" in n}
+
+
+def trained_in_parallel(
+    settings: dict[str, object], options: dict[str, bool]
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    model = DistributedDataParallel(adapted(**settings), **options)
+    losses = train(model, dist.get_rank(), dist.get_world_size())
+    # Tensors would travel in memory that goes with this process.
+    return losses, {name: vector.numpy() for name, vector in vectors(model).items()}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [({}, {}), ({"projection_init": "structured"}, {"broadcast_buffers": False})],
+    ids=["dense", "structured, buffers left alone"],
+)
+def test_several_processes_train_what_one_does(
+    processes: int, settings: dict[str, object], options: dict[str, bool]
+) -> None:
+    one = adapted(**settings)
+    losses = train(one)
+    found = run(trained_in_parallel, processes, settings, options)
+    for step, loss in enumerate(losses):
+        assert sum(part[step] for part, _ in found) / processes == pytest.approx(loss, rel=1e-5)
+    start = vectors(adapted(**settings))
+    for name, vector in vectors(one).items():
+        moved = (vector - start[name]).abs().max()
+        for _, trained in found:
+            assert (torch.from_numpy(trained[name]) - vector).abs().max() < 1e-3 * moved, name
+            assert (trained[name] == found[0][1][name]).all(), name
+
+
+def fails_on_the_second_rank() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("not here")
+    dist.barrier()
+
+
+def test_a_rank_that_fails_leaves_no_process_waiting() -> None:
+    with pytest.raises(RuntimeError, match=r"rank \d: "):
+        run(fails_on_the_second_rank, 2)

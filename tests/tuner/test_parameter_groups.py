@@ -1,0 +1,105 @@
+"""Every trained value is in one group, with its own learning rate and decay, whatever wraps the model."""
+
+import re
+
+import pytest
+import torch
+from cases import SHARED, linear, randn
+from peft import LoraConfig, get_peft_model
+from tiny import LAYERS, MODELS
+from torch import nn
+
+from dvora import DVoRAAdapter, DVoRAConfig
+from dvora.training import parameter_groups
+
+
+def adapted(name: str = "bert", **settings: object) -> nn.Module:
+    return get_peft_model(MODELS[name](), DVoRAConfig(**{"r": 4, "target_modules": LAYERS[name], **settings}))
+
+
+def members(model: nn.Module, **settings: object) -> dict[str, list[str]]:
+    """The names of the parameters in each group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        group["name"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.1, **settings)
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_trained_parameter_is_in_one_group(name: str) -> None:
+    model = adapted(name, modules_to_save=["classifier"] if name == "bert" else None)
+    groups = members(model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert sorted(n for group in groups.values() for n in group) == sorted(trained)
+    for vector in ("magnitude", "lambda_b", "lambda_d"):
+        assert groups[vector]
+        assert all(f".dvora_{vector}." in n for n in groups[vector])
+    assert groups.get("head", []) == [n for n in trained if "classifier" in n]
+
+
+def test_rates_and_decay_go_to_their_groups() -> None:
+    groups = parameter_groups(
+        adapted(modules_to_save=["classifier"]),
+        0.1,
+        learning_rates={"lambda_d": 0.5},
+        weight_decay=0.01,
+        weight_decays={"head": 0.1},
+    )
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups} == {
+        "magnitude": (0.1, 0.0),
+        "lambda_b": (0.1, 0.01),
+        "lambda_d": (0.5, 0.01),
+        "head": (0.1, 0.1),
+    }
+
+
+def test_an_optimizer_follows_them() -> None:
+    layer = DVoRAAdapter(linear(6, 5), rank=3, shared=SHARED)
+    before = {name: vector.detach().clone() for name, vector in layer.vectors._asdict().items()}
+    groups = parameter_groups(layer, 1.0, learning_rates={"lambda_d": 0.0})
+    torch.optim.SGD(groups, lr=9.0).step(lambda: layer(randn(4, 6, seed=0)).sum().backward())
+    moved = {name: not torch.equal(vector, before[name]) for name, vector in layer.vectors._asdict().items()}
+    assert moved == {"magnitude": True, "lambda_b": True, "lambda_d": False}
+
+
+def test_groups_of_a_plain_model_with_several_layers_and_a_trained_base() -> None:
+    model = nn.Sequential(
+        DVoRAAdapter(linear(6, 6), rank=3, shared=SHARED),
+        DVoRAAdapter(linear(6, 6), rank=3, shared=SHARED, freeze_base_layer=False),
+        nn.Linear(6, 2),
+    )
+    assert {name: len(group) for name, group in members(model).items()} == {
+        "magnitude": 2,
+        "lambda_b": 2,
+        "lambda_d": 2,
+        "head": 4,
+    }
+
+
+def test_a_subset_that_is_trained_makes_groups_of_its_own_only() -> None:
+    assert members(adapted(train=["magnitude"])).keys() == {"magnitude"}
+
+
+def test_another_method_s_parameters_are_others() -> None:
+    model = get_peft_model(MODELS["bert"](), LoraConfig(r=2, target_modules=["query"]))
+    assert members(model).keys() == {"head"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rates": {"lambda_c": 1.0}}, "learning_rates names the group 'lambda_c', expected one of magnitude"),
+        ({"weight_decays": {"head": 1.0}}, "weight_decays names the group 'head', of which the model trains nothing"),
+        ({"learning_rates": {"lambda_b": -1.0}}, "learning_rates['lambda_b'] must be finite and not negative"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and not negative, got nan"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite and not negative, got inf"),
+    ],
+)
+def test_bad_input(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parameter_groups(adapted(), **{"learning_rate": 0.1, **settings})
+
+
+def test_a_model_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="the model trains nothing: adapt it first"):
+        parameter_groups(adapted(inference_mode=True), 0.1)
