@@ -28,7 +28,7 @@ def values(dtype: torch.dtype, rank: int = RANK) -> Vectors:
 def found(adapted: AdaptedWeight, weight: Tensor) -> list[Tensor]:
     """Gain, scale, and the gradients of all vectors."""
     vectors = values(weight.dtype, adapted.rank)
-    factors = adapted.row_factors(vectors, weight)
+    *factors, _ = adapted.row_factors(vectors, weight)
     loss = sum((factor * torch.linspace(-1, 2, OUT).to(factor)).sum() + factor.square().sum() for factor in factors)
     gradients = torch.autograd.grad(loss, vectors, allow_unused=adapted.rank == MAGNITUDE_ONLY)
     return [*factors, *(gradient for gradient in gradients if gradient is not None)]
@@ -218,7 +218,7 @@ def test_with_constants_a_weight_is_not_needed() -> None:
     expected = adapted.row_factors(values(F32), weight)
     for missing in (None, weight.to("meta")):
         assert adapted.diagnostics(values(F32), missing).keys() == adapted.diagnostics(values(F32), weight).keys()
-        for value, reference in zip(adapted.row_factors(values(F32), missing), expected, strict=True):
+        for value, reference in zip(adapted.row_factors(values(F32), missing)[:3], expected[:3], strict=True):
             assert torch.allclose(value, reference, atol=1e-6)
 
 
