@@ -1,0 +1,65 @@
+"""A run of transformers' Trainer in a process of its own, which may be killed half-way: FOLDER [STEP].
+
+Prints the losses of all steps, the trained vectors, and how many steps this process made, as JSON.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from tiny import LAYERS, MODELS
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dvora import DVoRAConfig
+
+STEPS, SAVED_EVERY = 10, 4
+
+
+class Steps(TrainerCallback):
+    """Counts the steps of this process, and ends it after one as a power failure would."""
+
+    def __init__(self, last: int | None) -> None:
+        self.made, self.last = 0, last
+
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        self.made += 1
+        if state.global_step == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: Path, killed_at: int | None) -> None:
+    torch.set_num_threads(1)
+    config = DVoRAConfig(r=6, target_modules=LAYERS["llama"], dvora_dropout=0.1)
+    model = get_peft_model(MODELS["llama"](), config)
+    tokens = torch.randint(3, 40, (24, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=0.02,
+        logging_steps=1,
+        save_steps=SAVED_EVERY,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    steps = Steps(killed_at)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        callbacks=[steps],
+    )
+    saved = any(folder.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=saved)
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    trained = {n: p.detach().tolist() for n, p in model.named_parameters() if p.requires_grad}
+    print(json.dumps({"losses": losses, "vectors": trained, "steps_made": steps.made}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
