@@ -74,6 +74,7 @@ ORDER = [
     "tuner.registration",
     "tuner",
     "training",
+    "ranks",
     "peft_hook",
     "",
 ]
