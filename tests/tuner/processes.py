@@ -1,5 +1,6 @@
 """Runs a function in several processes of one gloo group, and never leaves one behind."""
 
+import queue
 import socket
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def run(worker: Callable[..., object], processes: int, *arguments: object) -> li
             if error:
                 raise RuntimeError(f"rank {rank}: {error}")
             found[rank] = value
+    except queue.Empty:
+        raise RuntimeError(f"only ranks {sorted(found)} of {processes} answered within {LIMIT} seconds") from None
     finally:
         for process in started:
             process.join(timeout=5 if len(found) == processes else 0)
