@@ -1,7 +1,6 @@
 """DVoRAAdapter: one linear layer adapted by DVoRA, for plain PyTorch."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from .projections import SharedProjections
 from .routes import takes_updated_weight
 from .shapes import Float
 from .shared import default_projections
-from .validation import checked_d_initial, checked_rank
+from .validation import checked_d_initial, checked_not_negative, checked_rank
 
 _VECTORS = Vectors._fields
 
@@ -161,8 +160,7 @@ class DVoRAAdapter(nn.Module):
             ValueError: `learning_rate` is not finite or negative.
             RuntimeError: no gradient is there.
         """
-        if not (math.isfinite(learning_rate) and learning_rate >= 0):
-            raise ValueError(f"learning_rate must be finite and not negative, got {learning_rate}")
+        checked_not_negative(learning_rate, "learning_rate")
         if all(parameter.grad is None for _, parameter in self._trained()):
             raise RuntimeError("no gradients to step along: call backward first")
         for _, parameter in self._trained():

@@ -85,7 +85,7 @@ class DenseMatrices(nn.Module):
         B = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
         if scale is not None and d.numel() > rank * d.shape[-1]:
             return scaled_product(d, _scaled(B, scale).T, self._scale(rank))
-        return scaled_product(d if scale is None else d * scale.to(d.dtype), B.T, self._scale(rank))
+        return scaled_product(d if scale is None else d * as_dtype(scale, d.dtype), B.T, self._scale(rank))
 
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
         """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""

@@ -271,6 +271,5 @@ def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:
     """Room for one chunk on the wide side and between the two products."""
     diagonal, (_, n1) = stack[0].diagonal, stack[0].left.shape
     widest = max(M.right.shape[0] for M in stack)
-    shapes = {"kronecker wide": (chunk, len(diagonal)), "kronecker inner": (chunk * n1 * widest,)}
-    wide, inner = (scratch(name, shape, diagonal.dtype, diagonal.device) for name, shape in shapes.items())
-    return wide, inner
+    wide = scratch("kronecker wide", (chunk, len(diagonal)), diagonal.dtype, diagonal.device)
+    return wide, scratch("kronecker inner", (chunk * n1 * widest,), diagonal.dtype, diagonal.device)

@@ -1,6 +1,5 @@
 """Training with any optimizer: the trained values in groups with learning rates and weight decays of their own."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from .adapter import DVoRAAdapter
 from .functional import Vectors
+from .validation import checked_not_negative
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -42,10 +42,10 @@ def parameter_groups(
         raise ValueError(
             "the model trains nothing: adapt it first, and load adapters with is_trainable=True to go on training them"
         )
-    rates = dict.fromkeys(GROUPS, _checked(learning_rate, "learning_rate"))
-    decays = {**dict.fromkeys(GROUPS, _checked(weight_decay, "weight_decay")), "magnitude": 0.0}
-    rates |= _checked_groups(learning_rates, "learning_rates", members)
-    decays |= _checked_groups(weight_decays, "weight_decays", members)
+    rates = dict.fromkeys(GROUPS, checked_not_negative(learning_rate, "learning_rate"))
+    decays = {**dict.fromkeys(GROUPS, checked_not_negative(weight_decay, "weight_decay")), "magnitude": 0.0}
+    rates |= _checked_groups(learning_rates or {}, "learning_rates", members)
+    decays |= _checked_groups(weight_decays or {}, "weight_decays", members)
     return [
         {"name": name, "params": parameters, "lr": rates[name], "weight_decay": decays[name]}
         for name, parameters in members.items()
@@ -54,21 +54,15 @@ def parameter_groups(
 
 
 def _checked_groups(
-    given: Mapping[Group, float] | None, argument: str, members: Mapping[Group, list[Tensor]]
+    given: Mapping[Group, float], argument: str, members: Mapping[Group, list[Tensor]]
 ) -> dict[Group, float]:
-    for name, value in (given or {}).items():
+    for name, value in given.items():
         if name not in GROUPS:
             raise ValueError(f"{argument} names the group {name!r}, expected one of {', '.join(GROUPS)}")
         if not members[name]:
             raise ValueError(f"{argument} names the group {name!r}, of which the model trains nothing")
-        _checked(value, f"{argument}[{name!r}]")
-    return dict(given or {})
-
-
-def _checked(value: float, argument: str) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{argument} must be finite and not negative, got {value}")
-    return value
+        checked_not_negative(value, f"{argument}[{name!r}]")
+    return dict(given)
 
 
 def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
@@ -79,7 +73,7 @@ def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
         if isinstance(layer, DVoRAAdapter)
         for name, vector in layer.vectors._asdict().items()
     }
-    members: dict[Group, list[Tensor]] = {"magnitude": [], "lambda_b": [], "lambda_d": [], "head": []}
+    members: dict[Group, list[Tensor]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[cast(Group, own.get(id(parameter)) or _vector_of(name))].append(parameter)

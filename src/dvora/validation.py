@@ -1,5 +1,6 @@
 """Checks of hyperparameters and of base weights, with messages that say what was expected."""
 
+import math
 from typing import Literal, cast
 
 import torch
@@ -96,6 +97,13 @@ def checked_d_initial(d_initial: float) -> float:
     if not fits_float32(d_initial):
         raise ValueError(f"d_initial must be finite, got {d_initial}")
     return float(d_initial)
+
+
+def checked_not_negative(value: float, argument: str) -> float:
+    """A rate or a decay, if it is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{argument} must be finite and not negative, got {value}")
+    return value
 
 
 def checked_strength(strength: float) -> float:

@@ -65,11 +65,11 @@ def _forward(
 ) -> Tensor:
     if z is None:
         return _without_update(base_output, gain_minus_one, bias)
-    gain = 1 + gain_minus_one if gain is None else gain
     scaled = z * as_dtype(lambda_d, z.dtype)
     if runs_triton(base_output):
         return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
     y = as_dtype(matrices.expand(scaled, base_output.shape[-1], scale), base_output.dtype)
+    gain = 1 + gain_minus_one if gain is None else gain
     offset = None if bias is None else gain_minus_one * bias
     if y.dtype.itemsize < 4:
         # In half precision a gain near one would be one.
