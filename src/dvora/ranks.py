@@ -18,19 +18,18 @@ def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) 
         group: of processes; None means all. Without a process group there is nothing to compare.
 
     Raises:
-        ValueError: on every rank, if two of them differ, or if nothing is adapted.
+        ValueError: on every rank, if two of them differ, or if none has an adapter.
     """
-    own = settings_of(model)
-    if not own:
+    found = [settings_of(model)]
+    if dist.is_initialized():
+        found *= dist.get_world_size(group)
+        # Before anything is refused: a rank that raised alone would leave the others waiting for it.
+        dist.all_gather_object(found, found[0], group=group)
+    if not any(found):
         raise ValueError("the model has no DVoRA adapters to compare between ranks: adapt it first")
-    if not dist.is_initialized():
-        return
-    found: list[Settings | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, own, group=group)
-    first = found[0] or {}
     for rank, settings in enumerate(found):
-        for name in sorted({*first, *(settings or {})}):
-            here, there = first.get(name, "no adapter"), (settings or {}).get(name, "no adapter")
+        for name in sorted({*found[0], *settings}):
+            here, there = found[0].get(name, "no adapter"), settings.get(name, "no adapter")
             if here != there:
                 raise ValueError(
                     f"the ranks hold different adapters: {name} has {here} on rank 0 and {there} on rank {rank}; adapt "

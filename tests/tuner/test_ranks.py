@@ -15,15 +15,16 @@ def adapted(**settings: object) -> nn.Module:
     return get_peft_model(MODELS["mlp"](), DVoRAConfig(**{"r": 4, "target_modules": LAYERS["mlp"], **settings}))
 
 
-OTHERS: list[tuple[dict[str, object], str]] = [
+OTHERS: list[tuple[dict[str, object] | None, str]] = [
     ({}, "agreed"),
     ({"projection_seed": 7}, "projections=kaiming_uniform/"),
     ({"projection_init": "structured"}, "projections=structured/"),
     ({"r": 5}, "rank=5"),
     ({"alpha": 9}, "alpha=9"),
     ({"target_modules": ["lin0"]}, "no adapter on rank 1"),
+    (None, "no adapter on rank 1"),
 ]
-"""Settings of the second rank, and what the check says where the first has none of them."""
+"""Settings of the second rank, None for no adapter, and what the check says where the first has none of them."""
 
 
 def answers() -> list[str]:
@@ -31,9 +32,9 @@ def answers() -> list[str]:
     return [answer(other if dist.get_rank() else {}) for other, _ in OTHERS]
 
 
-def answer(settings: dict[str, object]) -> str:
+def answer(settings: dict[str, object] | None) -> str:
     try:
-        check_ranks_agree(adapted(**settings))
+        check_ranks_agree(mlp() if settings is None else adapted(**settings))
     except ValueError as error:
         return str(error)
     return "agreed"
