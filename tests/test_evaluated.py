@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from dvora import DVoRAAdapter
+from dvora.linear_outputs import combined
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -262,4 +263,4 @@ def _called(layer: DVoRAAdapter, values: dict[str, Tensor], x: Tensor) -> Tensor
     """The outputs with other vectors; `functional_call` itself changes the layer and cannot be used by threads."""
     vectors = layer.vectors._replace(**values)
     factors = layer.adapted.row_factors(vectors, layer.base_layer.weight)
-    return layer.adapted.combine(layer.base_layer(x), x, vectors.lambda_d, factors, layer.base_layer.bias)
+    return combined(layer.adapted, layer.base_layer(x), x, vectors.lambda_d, factors, layer.base_layer.bias)

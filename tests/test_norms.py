@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.diagnostics import diagnostics
 from dvora.functional import Vectors
 from dvora.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
 from dvora.projections import DISTRIBUTIONS
@@ -217,7 +218,7 @@ def test_with_constants_a_weight_is_not_needed() -> None:
     adapted = AdaptedWeight(weight, RANK, shared=SHARED, norm_cache=True)
     expected = adapted.row_factors(values(F32), weight)
     for missing in (None, weight.to("meta")):
-        assert adapted.diagnostics(values(F32), missing).keys() == adapted.diagnostics(values(F32), weight).keys()
+        assert diagnostics(adapted, values(F32), missing).keys() == diagnostics(adapted, values(F32), weight).keys()
         for value, reference in zip(adapted.row_factors(values(F32), missing)[:3], expected[:3], strict=True):
             assert torch.allclose(value, reference, atol=1e-6)
 
@@ -225,7 +226,7 @@ def test_with_constants_a_weight_is_not_needed() -> None:
 def test_a_row_that_is_nearly_cancelled_has_a_norm_without_the_weight() -> None:
     layer = nearly_cancelled(trained_layer(IN, OUT, RANK, dtype=F64), 1e-2)
     layer.adapted.follow(layer.base_layer.weight)
-    figures = [layer.adapted.diagnostics(layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
+    figures = [diagnostics(layer.adapted, layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-9)
     found, expected = (layer.adapted.row_factors(layer.vectors, w) for w in (None, layer.base_layer.weight))
     assert worst_error(found.gain_minus_one, expected.gain_minus_one) < 1e-9

@@ -64,7 +64,7 @@ def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: 
     )
     vectors = adapted.initial_vectors(0.1)
     adapted.delta(vectors, randn(6, 5, seed=0))
-    adapted.diagnostics(vectors, None)
+    checked("diagnostics").diagnostics(adapted, vectors, None)
     combining.weighted_sum([combining.Part(torch.tensor(0.5), vectors, adapted)], None, adapted)
     if rank:
         shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)

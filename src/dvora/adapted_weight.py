@@ -1,7 +1,7 @@
 """One adapted weight without its trained vectors: projections, norm constants and hyperparameters.
 
-The plain layer and the PEFT layers own their vectors and leave everything else to this module, so that forward pass,
-gain and merge are written once, for every way of storing a weight.
+The plain layer and the PEFT layers own their vectors and leave everything else to this module, so that gain and merge
+are written once, for every way of storing a weight.
 
 The norm constants belong to one state of the base weight. They are made again when the weight was replaced, written
 to, cast or moved, and computed in every pass, with gradients, while the weight itself is trained.
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .dense import DenseMatrices
-from .evaluated import LastFactors, RowFactors, State
+from .evaluated import LastFactors, RowFactors
 from .functional import Direction, Vectors
-from .kernels.combine import combine
 from .kernels.gain import gain_minus_one
-from .kernels.updated import updated_linear
 from .layouts import ROWS, Layout
+from .measured import MeasuredWeight
 from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
+from .parts import Part, check_whole, gathered, is_divided, local, part_of
 from .precision import at_least_float32, full_precision, norm_dtype
-from .projections import SharedProjections
+from .projections import Matrices, SharedProjections
 from .shapes import Float
 from .transforms import recording, transforming
 from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
@@ -92,12 +91,9 @@ class AdaptedWeight(nn.Module):
             shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.readable = readable
         self.norm_cache = checked_norm_cache(norm_cache)
-        if self.norm_cache is False and not readable:
-            raise ValueError(
-                f"{name}: norm_cache=False makes the norm's constants from the weight in every step, and this layer's "
-                'weight cannot be read (it is quantised or offloaded); use "auto" or True'
-            )
-        self._measured: State | None = None
+        self._measured: MeasuredWeight | None = None
+        self.part: Part | None = None
+        """Of the weight, where several processes divide it."""
         self._last = LastFactors()
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
@@ -113,6 +109,28 @@ class AdaptedWeight(nn.Module):
         with torch.inference_mode(False):
             return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), float(d_initial)))
 
+    @property
+    def matrices(self) -> Matrices:
+        """A and B, of the part of the weight that this process holds."""
+        kind, part = self.shared.kind, self.part
+        return kind if part is None else kind.of_part(part.inputs, part.outputs)
+
+    def local(self, vectors: Vectors, weight: Tensor | None) -> Vectors:
+        """The vectors of the part of the weight that this process holds; all of them, if it holds all.
+
+        Raises:
+            ValueError: the weight is divided in a way that is not supported, or trained.
+        """
+        if not is_divided(weight):
+            return vectors
+        assert weight is not None
+        if weight.requires_grad:
+            raise ValueError(
+                f"{self.name}: a base weight that is divided between processes cannot be trained; freeze it"
+            )
+        self.follow(weight)
+        return vectors if self.part is None else self.part.vectors(vectors)
+
     def norm(self, weight: Tensor | None) -> FrozenNorm:
         """The norm of the weight as it is now."""
         if weight is None or weight.is_meta:
@@ -125,12 +143,26 @@ class AdaptedWeight(nn.Module):
                 return self._norm(matrix, F.row_norm(matrix), self._cross(matrix, norm_dtype(matrix.dtype)))
         if not compiling:
             self.follow(weight)
-        return self._norm(self.layout.matrix(weight.detach()), self.w, self.C)
+        # Of a row whose columns are divided no process could measure what an update nearly cancels.
+        at_hand = self.part is None or self.part.inputs is None
+        return self._norm(self.layout.matrix(local(weight).detach()) if at_hand else None, self.w, self.C)
 
     def follow(self, weight: Tensor) -> None:
         """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
-        if not weight.is_meta and (self._measured is None or not self._measured.is_of(weight)):
+        held, measured = local(weight), self._measured
+        if weight.is_meta or (measured is not None and measured.is_of(held)):
+            return
+        again = measured is not None and measured.was_gathered_again(held)
+        if measured is None or not (again and measured.has_values_of(held)):
             self.refresh(weight)
+            self._measured = MeasuredWeight(held, again)
+
+    def follow_loaded(self, weight: Tensor) -> None:
+        """Make the constants anew after a load: now, or of a weight in parts in the next pass, which may gather it."""
+        if is_divided(weight):
+            self._measured = None
+        else:
+            self.follow(weight)
 
     def refresh(self, weight: Tensor) -> None:
         """Make the constants anew.
@@ -138,15 +170,25 @@ class AdaptedWeight(nn.Module):
         Raises:
             ValueError: a row norm of the weight is not finite.
         """
+        part = part_of(weight, self.name) if is_divided(weight) else None
+        if part is not None and self.layout is not ROWS:
+            raise ValueError(f"{self.name}: processes divide the weight, which is supported for torch.nn.Linear only")
+        readable = self.readable and (part is None or part.inputs is None)
+        if self.norm_cache is False and not readable:
+            raise ValueError(
+                f"{self.name}: norm_cache=False makes the norm's constants from the weight in every step, and this "
+                "layer's weight cannot be read then (it is quantised or offloaded, or processes divide its inputs); "
+                'use "auto" or True'
+            )
         with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
-            matrix = self.layout.matrix(weight.detach())
+            matrix = self.layout.matrix(gathered(weight.detach()))
             w = F.row_norm(matrix)
             check_norms(w, self.name)
-            cheap = self.shared.kind.products_are_cheap
-            dtype = cache_dtype(matrix, self.rank, self.norm_cache, cheap, self.readable)
-            self.w, self.C = w, None if dtype is None else self._cross(matrix, dtype)
+            dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
+            C = None if dtype is None else self._cross(matrix, dtype)
+            self.w, self.C = (w, C) if part is None else (part.of_rows(w), None if C is None else part.of_rows(C))
         self._last.drop()
-        self._measured = State.of(weight)
+        self.part, self._measured = part, MeasuredWeight(local(weight))
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
         """The dense A of this weight, with the dtype and device of `like`."""
@@ -181,83 +223,21 @@ class AdaptedWeight(nn.Module):
         inputs = vectors if strength is None else (*vectors, strength)
         if not transforming():
             if not (recording() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
-                return self._last.of(inputs, weight, partial(self._row_factors, vectors, weight, strength))
+                return self._last.of(inputs, local(weight), partial(self._row_factors, vectors, weight, strength))
             self._last.drop()
         return self._row_factors(vectors, weight, strength)
 
-    def low_rank(self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:
-        """`((x A^T) lambda_d) B^T`, in the dtype of `x`."""
-        z = self.shared.project_once(x, self.rank, self)
-        return self.shared.expand(z * lambda_d.to(z.dtype), self.out_features)
-
-    def updated_outputs(
-        self,
-        layer: nn.Linear,
-        x: Float[Tensor, "*T I"],
-        lambda_d: Float[Tensor, "R"],
-        factors: RowFactors,
-    ) -> Float[Tensor, "*T O"]:
-        """The output of a linear layer by way of its updated weight; for a strength of one (`routes`)."""
-        matrices = self.shared.kind
-        assert isinstance(matrices, DenseMatrices)
-        z = self.shared.project_once(x, self.rank, self)
-        updated = updated_linear(x, z, layer.weight, layer.bias, lambda_d, factors.beta, matrices)
-        return combine(updated, None, lambda_d, factors.gain_minus_one, factors.scale, layer.bias, matrices)
-
-    def combine(
-        self,
-        base_output: Float[Tensor, "*T O"],
-        x: Float[Tensor, "*T I"],
-        lambda_d: Float[Tensor, "R"],
-        factors: RowFactors,
-        bias: Float[Tensor, "O"] | None,
-    ) -> Float[Tensor, "*T O"]:
-        """The output of a linear layer, from that of its base.
-
-        Args:
-            base_output: `x W^T + bias`.
-            x: the inputs of the update.
-            lambda_d: the trained vector.
-            factors: of this adapter.
-            bias: the base's, or None.
-        """
-        if transforming():
-            nothing = base_output.new_zeros(1).expand_as(base_output)
-            update = factors.scale * self.low_rank(x, lambda_d) if self.rank else nothing
-            return F.combine(base_output, update, factors.gain_minus_one, bias)
-        shared = self.shared
-        z = shared.project_once(x, self.rank, self) if self.rank else None
-        g1, scale, _, gain = factors
-        return combine(base_output, z, lambda_d, g1, scale, bias, shared.kind, gain)
-
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
-        """`W' - W` as a dense matrix, in float32 or float64."""
+        """`W' - W` as a dense matrix, in float32 or float64.
+
+        Raises:
+            ValueError: the weight is divided between processes.
+        """
+        check_whole(weight, self.name)
         g1, beta = self.gain_minus_one(vectors, weight)
         with full_precision(g1.device):
             matrix = self.layout.matrix(weight)
             return F.rescaled_delta(matrix, self.A(g1), self.B(g1), vectors.lambda_d, beta, g1)
-
-    @torch.no_grad()
-    def diagnostics(self, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
-        """How far the vectors have moved the weight (ratios, angles in degrees), rows at risk, bytes of constants."""
-        norm = self.norm(weight)
-        with full_precision(norm.w.device):
-            beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
-            _, s = F.relative_norm(norm, vectors.lambda_d, beta)
-            angle = F.row_angle(norm, vectors.lambda_d, beta).rad2deg()
-            g1 = F.gain_minus_one(vectors, norm, beta).abs()
-        figures = {
-            "norm_ratio_mean": s.mean(),
-            "norm_ratio_max": s.max(),
-            "angle_degrees_mean": angle.mean(),
-            "angle_degrees_max": angle.max(),
-            "gain_distance_mean": g1.mean(),
-            "gain_distance_max": g1.max(),
-            "near_cancellation_share": (s.square() < 1e-3).to(s.dtype).mean(),
-            "zero_row_share": (norm.w == 0).to(s.dtype).mean(),
-        }
-        kept = self.w.nbytes + (0 if self.C is None else self.C.nbytes)
-        return {**{name: float(value) for name, value in figures.items()}, "constant_bytes": kept}
 
     def extra_repr(self) -> str:
         return (
@@ -278,12 +258,14 @@ class AdaptedWeight(nn.Module):
                 f"{self.name}: the weight is not in memory (it was offloaded), and the norm's constants were not kept; "
                 "adapt the model after it was offloaded, or with norm_cache=True"
             )
-        return FrozenNorm(w, C, matrix, self.shared, self.in_features, self.rank, self.skipped_column)
+        part = self.part
+        matrices = self.shared.kind if part is None else self.shared.kind.of_part(None, part.outputs)
+        return FrozenNorm(w, C, matrix, matrices, self.in_features, self.rank, self.skipped_column)
 
     def _cross(self, matrix: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O R"]:
         if not self.rank:
             return matrix.new_empty(len(matrix), 0, dtype=dtype)
-        return cross_matrix(matrix, self.shared, self.rank, self.skipped_column, dtype)
+        return cross_matrix(matrix, self.shared.kind, self.rank, self.skipped_column, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:
@@ -292,4 +274,4 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_measured": None}
+        return {**self.__dict__, "_measured": None, "part": None}

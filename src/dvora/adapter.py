@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight
+from .diagnostics import diagnostics
 from .functional import Direction, Vectors
+from .linear_outputs import combined, from_updated_weight
 from .merging import check_can_be_set, merge, warn_of_losses
 from .precision import at_least_float32
 from .projections import SharedProjections
@@ -221,7 +223,7 @@ class DVoRAAdapter(nn.Module):
         the share of rows near cancellation (n**2 < 1e-3 w**2) and of zero rows; trained values, dtypes and device.
         """
         return {
-            **self.adapted.diagnostics(self.vectors, self.base_layer.weight),
+            **diagnostics(self.adapted, self.vectors, self.base_layer.weight),
             "parameter_count": self.parameter_count,
             "dtype": str(self.magnitude.dtype),
             "base_dtype": str(self.base_layer.weight.dtype),
@@ -238,10 +240,12 @@ class DVoRAAdapter(nn.Module):
         return super().train(mode)
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        factors = self.adapted.row_factors(self.vectors, self.base_layer.weight)
-        if takes_updated_weight(self.base_layer, x, self.shared.kind):
-            return self.adapted.updated_outputs(self.base_layer, x, self.lambda_d, factors)
-        return self.adapted.combine(self.base_layer(x), x, self.lambda_d, factors, self.base_layer.bias)
+        base = self.base_layer
+        vectors = self.adapted.local(self.vectors, base.weight)
+        factors = self.adapted.row_factors(vectors, base.weight)
+        if takes_updated_weight(base, x, self.shared.kind):
+            return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
+        return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in _VECTORS:
@@ -283,7 +287,7 @@ class DVoRAAdapter(nn.Module):
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRAAdapter)
-    layer.adapted.follow(layer.base_layer.weight)
+    layer.adapted.follow_loaded(layer.base_layer.weight)
 
 
 def _check_base_layer(base_layer: nn.Module) -> None:

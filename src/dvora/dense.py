@@ -9,6 +9,7 @@ Both have the entry variance of Kaiming uniform, 2 / fan_in. The scale belongs t
 so layers of any size and adapters of any rank use the same values (VeRA, arXiv 2310.11454).
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 
@@ -17,22 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from . import generator
+from .dense_rows import ENTRY_VARIANCE, unit_rows
 from .precision import as_dtype, norm_dtype
 from .scaled_product import scaled_product
 from .scratch import out
 from .shapes import Float
+from .spans import Span
 
 _STREAM_A, _STREAM_B = 0, 1
 _SPLIT_RANK = 64
 _CHUNK_VALUES = 2**18
 """Values of a weight that are projected at a time."""
-_ENTRY_VARIANCE = {"kaiming_uniform": 1 / 3, "gaussian": 1.0, "rademacher": 1.0, "orthogonal": 1.0}
-_ROW: dict[str, Callable[[int, int, int, int], np.ndarray]] = {
-    "kaiming_uniform": generator.uniform_row,
-    "gaussian": generator.gaussian_row,
-    "rademacher": generator.sign_row,
-}
 
 
 class DenseMatrices(nn.Module):
@@ -49,6 +45,14 @@ class DenseMatrices(nn.Module):
         super().__init__()
         self.seed = seed
         self.distribution = distribution
+        self._spans: dict[int, Span | None] = {}
+
+    def of_part(self, inputs: Span | None, outputs: Span | None) -> "DenseMatrices":
+        """The columns of A and the rows of B of one process: views of the same values, for sizes of its part."""
+        # A shallow copy has the very buffers, those made later too.
+        part = copy.copy(self)
+        part._spans = {_STREAM_A: inputs, _STREAM_B: outputs}
+        return part
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
@@ -59,12 +63,12 @@ class DenseMatrices(nn.Module):
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
         A = self._stored(_STREAM_A, rank, x.shape[-1]).to(x.device)
-        return scaled_product(x, A.T, self._scale(x.shape[-1]))
+        return scaled_product(x, A.T, self._scale(self._fan_in(x.shape[-1])))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, in the dtype of `h`."""
         A = self._stored(_STREAM_A, h.shape[-1], in_features).to(h.device)
-        return scaled_product(h, A, self._scale(in_features))
+        return scaled_product(h, A, self._scale(self._fan_in(in_features)))
 
     def expand(
         self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
@@ -122,7 +126,7 @@ class DenseMatrices(nn.Module):
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
         """The dense matrix A."""
-        return self._stored(_STREAM_A, rank, in_features).to(dtype) * self._scale(in_features)
+        return self._stored(_STREAM_A, rank, in_features).to(dtype) * self._scale(self._fan_in(in_features))
 
     def B(self, rank: int, out_features: int, dtype: torch.dtype) -> Float[Tensor, "O R"]:
         """The dense matrix B."""
@@ -183,7 +187,7 @@ class DenseMatrices(nn.Module):
 
     def probe(self) -> np.ndarray:
         """Some values, (2, 8, 16), float32."""
-        return np.stack([self._unit_rows(stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)])
+        return np.stack([unit_rows(self.seed, self.distribution, stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)])
 
     def saved(self) -> dict[str, Tensor]:
         """The stored values as they are written into files: unscaled, as large as any layer so far has needed."""
@@ -198,7 +202,12 @@ class DenseMatrices(nn.Module):
         return self._generate(int(stream[:1]), rows, columns, None)
 
     def _scale(self, fan_in: int) -> float:
-        return math.sqrt(2 / fan_in / _ENTRY_VARIANCE[self.distribution])
+        return math.sqrt(2 / fan_in / ENTRY_VARIANCE[self.distribution])
+
+    def _fan_in(self, in_features: int) -> int:
+        """The inputs of the whole weight."""
+        span = self._spans.get(_STREAM_A)
+        return in_features if span is None else span.total
 
     def _both(self, like: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         A, B = self.A(len(like), in_features, like.dtype), self.B(len(like), out_features, like.dtype)
@@ -233,6 +242,10 @@ class DenseMatrices(nn.Module):
 
     def _stored(self, stream: int, rank: int, size: int) -> Tensor:
         """The unscaled values of one stream, (rank, size): a view of the largest matrix made so far."""
+        span = self._spans.get(stream)
+        return self._whole(stream, rank, size) if span is None else span.of(self._whole(stream, rank, span.total))
+
+    def _whole(self, stream: int, rank: int, size: int) -> Tensor:
         # Orthogonality holds for one size only, so these cannot be cut from a larger matrix.
         name = f"stream_{stream}_{rank}x{size}" if self.distribution == "orthogonal" else f"stream_{stream}"
         stored = self._buffers.get(name)
@@ -245,19 +258,8 @@ class DenseMatrices(nn.Module):
 
     def _generate(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
         with torch.inference_mode(False):
-            return torch.from_numpy(self._unit_rows(stream, rows, columns)).to(device=device)
-
-    def _unit_rows(self, stream: int, rows: int, columns: int) -> np.ndarray:
-        """The unscaled values (rows, columns), float32. Orthogonal rows beyond the columns start independent blocks."""
-        if self.distribution != "orthogonal":
-            make = _ROW[self.distribution]
-            return np.stack([make(self.seed, stream, row, columns) for row in range(rows)]).astype(np.float32)
-        blocks = [
-            # Each block draws from a stream of its own: rows of one stream belong to one Gram-Schmidt.
-            generator.orthogonal_rows(self.seed, stream + 2 * (start // columns), min(columns, rows - start), columns)
-            for start in range(0, rows, columns)
-        ]
-        return np.concatenate(blocks)
+            values = unit_rows(self.seed, self.distribution, stream, rows, columns)
+            return torch.from_numpy(values).to(device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseMatrices":
         # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and

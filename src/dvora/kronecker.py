@@ -107,6 +107,17 @@ def scaled(stack: Stack, scale: Float[Tensor, "N"]) -> Stack:
     return tuple(M._replace(diagonal=M.diagonal * scale) for M in stack)
 
 
+def part(stack: Stack, start: int, stop: int) -> Stack:
+    """The stack of columns `start` to `stop` of M: views, or a dense matrix where these split a block of n2 columns."""
+    n2 = stack[0].right.shape[1]
+    if start % n2 == 0 and stop % n2 == 0:
+        blocks = slice(start // n2, stop // n2)
+        return tuple(M._replace(left=M.left[:, blocks], diagonal=M.diagonal[start:stop]) for M in stack)
+    one = stack[0].right.new_ones(1, 1)
+    columns = [torch.kron(M.left, M.right)[: M.rows, start:stop] for M in stack]
+    return tuple(Kronecker(of_M, one, M.diagonal[start:stop], M.rows) for of_M, M in zip(columns, stack, strict=True))
+
+
 def dense(stack: Stack) -> Float[Tensor, "R N"]:
     """The matrix itself."""
     return torch.cat([torch.kron(M.left, M.right)[: M.rows] * M.diagonal for M in stack])

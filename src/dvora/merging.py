@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .parts import check_whole
 from .shapes import Float
 
 SMALL_LOSS = 0.05
@@ -46,7 +47,9 @@ def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:
 
     Raises:
         TypeError: the weight is computed in every pass (a parametrization).
+        ValueError: it is divided between processes.
     """
+    check_whole(layer._parameters.get(parameter_name), name)
     if parameter_name not in {**layer._parameters, **layer._buffers}:
         raise TypeError(
             f"{name} computes its weight in every pass (it is parametrized), so a merged weight cannot be set; remove "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .precision import norm_dtype
-from .projections import SharedProjections
+from .projections import Matrices
 from .shapes import Float
 
 NormCache = Literal["auto"] | bool
@@ -50,16 +50,16 @@ def cache_dtype(
 
 
 def cross_matrix(
-    matrix: Float[Tensor, "O I"], shared: SharedProjections, rank: int, skipped_column: int | None, dtype: torch.dtype
+    matrix: Float[Tensor, "O I"], matrices: Matrices, rank: int, skipped_column: int | None, dtype: torch.dtype
 ) -> Float[Tensor, "O R"]:
     """`C = B * (W A^T)`, computed in float32 or wider, a few rows at a time; differentiable in the weight."""
     wide = norm_dtype(matrix.dtype)
-    B = shared.B(rank, len(matrix), wide).to(matrix.device)
+    B = matrices.B(rank, len(matrix), wide).to(matrix.device)
     rows = max(1, _CHUNK_VALUES // matrix.shape[1])
     parts = []
     for part, of_b in zip(matrix.split(rows), B.split(rows), strict=True):
         updated = part if skipped_column is None else without_column(part, skipped_column)
-        parts.append((shared.kind.project(updated.to(wide), rank) * of_b).to(dtype))
+        parts.append((matrices.project(updated.to(wide), rank) * of_b).to(dtype))
     return torch.cat(parts)
 
 
@@ -71,7 +71,7 @@ class FrozenNorm(NamedTuple):
     """None: made again from the weight."""
     matrix: Float[Tensor, "O I"] | None
     """The weight, where it is at hand."""
-    shared: SharedProjections
+    matrices: Matrices
     in_features: int
     rank: int
     skipped_column: int | None
@@ -81,12 +81,12 @@ class FrozenNorm(NamedTuple):
         """`cross` and `q`."""
         if not self.rank:
             return torch.zeros_like(self.w), torch.zeros_like(self.w)
-        q = self.shared.kind.row_squares(lambda_d, self.in_features, len(self.w))
+        q = self.matrices.row_squares(lambda_d, self.in_features, len(self.w))
         if self.skipped_column is not None:
-            q = q - self.shared.expand(lambda_d * self._skipped(lambda_d), len(self.w)).square()
+            q = q - self.matrices.expand(lambda_d * self._skipped(lambda_d), len(self.w)).square()
         if self.C is not None:
             return self.C.to(lambda_d.dtype) @ lambda_d, q
-        return self.shared.kind.row_dots(self._updated_columns(), lambda_d), q
+        return self.matrices.row_dots(self._updated_columns(), lambda_d), q
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "O"], d_q: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"]
@@ -94,14 +94,14 @@ class FrozenNorm(NamedTuple):
         """The gradient of `(d_cross * cross + d_q * q).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
-        gradient = self.shared.kind.row_squares_gradient(d_q, lambda_d, self.in_features)
+        gradient = self.matrices.row_squares_gradient(d_q, lambda_d, self.in_features)
         if self.skipped_column is not None:
             a = self._skipped(lambda_d)
-            skipped = self.shared.expand(lambda_d * a, len(self.w))
-            gradient = gradient - 2 * a * self.shared.expand_transpose(d_q * skipped, self.rank)
+            skipped = self.matrices.expand(lambda_d * a, len(self.w))
+            gradient = gradient - 2 * a * self.matrices.expand_transpose(d_q * skipped, self.rank)
         if self.C is not None:
             return gradient + d_cross @ self.C.to(d_cross.dtype)
-        return gradient + self.shared.kind.row_dots_gradient(self._updated_columns(), d_cross, self.rank)
+        return gradient + self.matrices.row_dots_gradient(self._updated_columns(), d_cross, self.rank)
 
     def updated_rows(
         self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
@@ -109,15 +109,15 @@ class FrozenNorm(NamedTuple):
         """Rows of V' by index, dense, in float64; None where the weight is not at hand."""
         if self.matrix is None:
             return None
-        B = self.shared.B(self.rank, len(self.w), torch.float64).to(rows.device)[rows]
-        update = self.shared.project_transpose(beta.double()[:, None] * B * lambda_d.double(), self.in_features)
+        B = self.matrices.B(self.rank, len(self.w), torch.float64).to(rows.device)[rows]
+        update = self.matrices.project_transpose(beta.double()[:, None] * B * lambda_d.double(), self.in_features)
         if self.skipped_column is not None:
             update = without_column(update, self.skipped_column)
         return self.matrix[rows].double() + update
 
     def _skipped(self, like: Tensor) -> Float[Tensor, "R"]:
         index = torch.tensor(self.skipped_column, device=like.device)
-        return self.shared.select(index, self.rank, self.in_features, like.dtype)
+        return self.matrices.select(index, self.rank, self.in_features, like.dtype)
 
     def _updated_columns(self) -> Float[Tensor, "O I"]:
         assert self.matrix is not None

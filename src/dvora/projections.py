@@ -6,6 +6,7 @@ Dimensions: T tokens, I in, O out, R rank.
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .dense import DenseMatrices
 from .shapes import Float
 from .siblings import LastProjection
+from .spans import Span
 from .structured import StructuredMatrices
 from .transforms import recording, transforming
 
@@ -31,6 +33,9 @@ class Matrices(Protocol):
 
     products_are_cheap: bool
     """Whether products with A and B are made again rather than kept."""
+
+    def of_part(self, inputs: Span | None, outputs: Span | None) -> "Matrices":
+        """The columns of A and the rows of B of one process; sizes are then those of its part, G that of all of A."""
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, and what norms in that dtype need."""
@@ -125,13 +130,7 @@ class SharedProjections(nn.Module):
 
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
         """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
-        return self._last.of(x, rank, reader, self._projected)
-
-    def _projected(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
-        if transforming() or not (x.requires_grad and recording()):
-            return self.kind.project(x, rank)
-        z: Tensor = _Projection.apply(x, rank, self.kind)
-        return z
+        return self._last.of(x, rank, reader, partial(projected, matrices=self.kind))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
@@ -190,6 +189,14 @@ class SharedProjections(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r})"
+
+
+def projected(x: Float[Tensor, "*T I"], rank: int, matrices: Matrices) -> Float[Tensor, "*T R"]:
+    """`x A^T`, of which nothing is kept for the backward pass."""
+    if transforming() or not (x.requires_grad and recording()):
+        return matrices.project(x, rank)
+    z: Tensor = _Projection.apply(x, rank, matrices)
+    return z
 
 
 class _Projection(torch.autograd.Function):

@@ -12,6 +12,7 @@ B are a Kronecker product without signs: the norms of the rows of `B diag(lambda
 A size that is prime has no factors but one: its transform is the dense cosine matrix, 2 size rank operations a token.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -25,6 +26,7 @@ from .devices import runs_triton
 from .kronecker import Kronecker, Stack, narrow, widen
 from .precision import as_dtype, norm_dtype
 from .shapes import Float
+from .spans import Span
 
 Side = Literal["A", "B"]
 
@@ -54,6 +56,14 @@ class StructuredMatrices(nn.Module):
         self.seed = seed
         self._stacks: dict[_Key, Stack] = {}
         self._made: dict[_Key, list[tuple[tuple[str, str, str], int]]] = {}
+        self._spans: dict[Side, Span | None] = {}
+
+    def of_part(self, inputs: Span | None, outputs: Span | None) -> "StructuredMatrices":
+        """The columns of A and the rows of B of one process: parts of the same values, for sizes of its part."""
+        # A shallow copy has the very buffers, those made later too.
+        part = copy.copy(self)
+        part._spans = {"A": inputs, "B": outputs}
+        return part
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
@@ -165,6 +175,12 @@ class StructuredMatrices(nn.Module):
         return self._stack(side, rank, size, dtype, x.device)
 
     def _stack(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
+        span = self._spans.get(side)
+        if span is None:
+            return self._whole(side, rank, size, dtype, device)
+        return kronecker.part(self._whole(side, rank, span.total, dtype, device), span.start, span.stop)
+
+    def _whole(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
         key = (side, rank, size, dtype)
         stack = self._stacks.get(key)
         if stack is None:
@@ -189,7 +205,7 @@ class StructuredMatrices(nn.Module):
         """The matrices in a dtype of which there are no buffers: a graph cannot make new ones."""
         side, rank, size, dtype = key
         known = [made[3] for made in self._made if made[:3] == key[:3]]
-        stack = self._stack(side, rank, size, max(known, key=lambda found: found.itemsize), device)
+        stack = self._whole(side, rank, size, max(known, key=lambda found: found.itemsize), device)
         return tuple(Kronecker(M.left.to(dtype), M.right.to(dtype), M.diagonal.to(dtype), M.rows) for M in stack)
 
     def _make(self, key: _Key, device: torch.device | None) -> None:
@@ -210,7 +226,7 @@ class StructuredMatrices(nn.Module):
         # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
         # `to_empty` would leave them undefined.
         for key, blocks in list(self._made.items()):
-            stack = self._stack(*key)
+            stack = self._whole(*key)
             device = fn(stack[0].left.new_empty(0)).device
             if stack[0].left.is_meta and device.type != "meta":
                 self._make(key, device)

@@ -63,10 +63,10 @@ class Problem:
 
     def norm(self, keep_C: bool = True, keep_weight: bool = True) -> FrozenNorm:
         rank, dtype = len(self.vectors.lambda_d), self.weight.dtype
-        C = cross_matrix(self.weight, self.shared, rank, self.skipped_column, dtype) if keep_C else None
+        C = cross_matrix(self.weight, self.shared.kind, rank, self.skipped_column, dtype) if keep_C else None
         matrix = self.weight if keep_weight else None
         w = F.row_norm(self.weight)
-        return FrozenNorm(w, C, matrix, self.shared, self.weight.shape[1], rank, self.skipped_column)
+        return FrozenNorm(w, C, matrix, self.shared.kind, self.weight.shape[1], rank, self.skipped_column)
 
     def beta(self) -> Tensor:
         return F.row_scale(self.vectors.lambda_b, F.row_norm(self.weight), self.scaling, self.direction)

@@ -199,7 +199,7 @@ def test_a_weight_of_which_only_the_rows_are_rescaled_has_gradients() -> None:
     p = Problem(7, 5, 3)
     p.vectors = p.vectors._replace(lambda_d=p.vectors.lambda_d[:0])
     w = F.row_norm(p.weight)
-    norm = FrozenNorm(w, None, p.weight, p.shared, 7, 0, None)
+    norm = FrozenNorm(w, None, p.weight, p.shared.kind, 7, 0, None)
     assert worst_error(p.gain_minus_one(norm), p.vectors.magnitude / w - 1) < 1e-12
     gradients = p.gradients(norm)
     assert worst_error(gradients["magnitude"], p.loss_gradient / w) < 1e-12

@@ -12,6 +12,7 @@ from torch.func import vmap
 from dvora import DVoRAAdapter, SharedProjections
 from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from dvora.functional import Vectors
+from dvora.linear_outputs import combined
 from dvora.projections import DISTRIBUTIONS
 
 every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -147,7 +148,7 @@ def test_a_weight_of_which_only_the_rows_are_rescaled(distribution: str, bias: b
     base_output = base(x).detach()
     bias_of = torch.zeros(5, dtype=torch.float64) if base.bias is None else base.bias.detach()
     factors = adapted.row_factors(vectors, base.weight.detach())
-    y = adapted.combine(base_output, x, vectors.lambda_d, factors, None if base.bias is None else bias_of)
+    y = combined(adapted, base_output, x, vectors.lambda_d, factors, None if base.bias is None else bias_of)
     products = base_output - bias_of
     assert worst_error(y, vectors.magnitude / adapted.w * products + bias_of) < 1e-12
     (gradient,) = torch.autograd.grad(y, vectors.magnitude, delta)

@@ -7,6 +7,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..merging import check_can_be_set
+from ..parts import local
 from .kinds import LayerKind
 from .operating_weight import read_bias, read_operating_weight
 
@@ -40,7 +41,7 @@ def readable_weight(layer: nn.Module, kind: LayerKind, parameter_name: str, name
 def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
     """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
     bias = getattr(layer, "bias", None)
-    return bias if isinstance(bias, Tensor) and not bias.is_meta else measured
+    return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured
 
 
 def measured_bias(layer: nn.Module, kind: LayerKind) -> Tensor | None:

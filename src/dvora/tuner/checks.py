@@ -13,6 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
+from ..parts import is_fully_sharded
 from ..projections import SharedProjections
 from .base_probes import alike
 from .config import DVoRAConfig
@@ -87,7 +88,32 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
     return measured
 
 
-def check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
+def check_model(config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse a model that FSDP2 holds already, as it would not know of the vectors, and one without tokens to train.
+
+    Raises:
+        ValueError: a module was given to `fully_shard`, or a token's layer is not there.
+    """
+    if sharded := [name or "the model" for name, module in model.named_modules() if is_fully_sharded(module)]:
+        raise ValueError(
+            f"{sharded[0]} is sharded already (fully_shard), which would leave the adapter's gradients unsynchronised; "
+            "adapt the model first, then call fully_shard"
+        )
+    _check_tokens(config, model)
+
+
+def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
+    """Say that vectors stay in float32 where `autocast_adapter_dtype=False` asks for the base's half precision."""
+    stored = [layer.stored() for layer in layers]
+    if any(weight is not None and weight.dtype.itemsize < 4 for weight in stored):
+        warnings.warn(
+            "autocast_adapter_dtype=False is ignored: the vectors stay in float32, because half precision would round "
+            "a magnitude by up to 0.4 %; they are kilobytes",
+            stacklevel=4,
+        )
+
+
+def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
     """Refuse tokens to train that no layer has; PEFT would find out after the model was changed.
 
     Raises:
@@ -110,17 +136,6 @@ def check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
             rows = len(weight) if isinstance(weight, Tensor) else 0
             if outside := [index for index in indices if not 0 <= index < rows]:
                 raise ValueError(f"trainable_token_indices: {outside[0]} is no row of {name}, which has {rows}")
-
-
-def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
-    """Say that vectors stay in float32 where `autocast_adapter_dtype=False` asks for the base's half precision."""
-    stored = [layer.stored() for layer in layers]
-    if any(weight is not None and weight.dtype.itemsize < 4 for weight in stored):
-        warnings.warn(
-            "autocast_adapter_dtype=False is ignored: the vectors stay in float32, because half precision would round "
-            "a magnitude by up to 0.4 %; they are kilobytes",
-            stacklevel=4,
-        )
 
 
 def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:

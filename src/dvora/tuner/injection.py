@@ -12,6 +12,7 @@ from torch import nn
 from .. import generator
 from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..functional import Vectors, row_norm
+from ..parts import is_divided
 from ..projections import SharedProjections, checked_distribution
 from ..validation import checked_direction, checked_norm_cache
 from .base_probes import probes_of
@@ -86,9 +87,13 @@ def add_adapter(
 
 
 def present_probes(layer: DVoRALayer) -> list[float]:
-    """The probes of a layer's base weight as it is now, which may have been trained since it was adapted."""
+    """The probes of a layer's base weight as it is now, which may have been trained since it was adapted.
+
+    Of one that processes divide they are those from when it was adapted.
+    """
     stored = layer.stored()
-    if stored is not None and not stored.is_meta and stamp_of(layer) != layer.probed:
+    at_hand = stored is not None and not stored.is_meta and not is_divided(stored)
+    if at_hand and stamp_of(layer) != layer.probed:
         matrix = layer.kind.layout.matrix(layer.unmerged())
         layer.probes, layer.probed = probes_of(matrix, row_norm(matrix)), stamp_of(layer)
     return layer.probes
@@ -97,7 +102,7 @@ def present_probes(layer: DVoRALayer) -> list[float]:
 def stamp_of(layer: DVoRALayer) -> tuple[int, int] | None:
     """What changes with the base weight; None where only its layer knows it."""
     stored = layer.stored()
-    if stored is None:
+    if stored is None or is_divided(stored):
         return None
     return stored.data_ptr(), -1 if stored.is_inference() else stored._version
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapted_weight import AdaptedWeight
 from ..layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from ..parts import is_divided
 from . import operations
 
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
@@ -110,7 +111,8 @@ def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
     """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
     forward: Any = type(layer).forward
     same = forward is layer_type.forward or isinstance(layer, nn.Embedding)
-    return same and type(layer.weight) in (Tensor, nn.Parameter)
+    divided = layer_type is nn.Linear and is_divided(layer.get_parameter("weight"))
+    return same and (divided or type(layer.weight) in (Tensor, nn.Parameter))
 
 
 @torch.no_grad()

@@ -198,7 +198,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names:
             if name in all_adapted:
                 adapted, strength = cast(AdaptedWeight, all_adapted[name]), self.strength(name)
-                vectors = self._vectors(name, adapted.rank)
+                vectors = adapted.local(self._vectors(name, adapted.rank), stored)
                 factors = adapted.row_factors(vectors, stored, strength)
                 at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
         return at_work
@@ -274,7 +274,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 self.adapted(name).refresh(weight)
         elif not stored.is_meta:
             for name in self.dvora_adapted:
-                self.adapted(name).follow(self.unmerged())
+                self.adapted(name).follow_loaded(self.unmerged())
 
     def _base_dtype(self) -> torch.dtype:
         stored = self.stored()

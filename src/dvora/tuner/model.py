@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..functional import Vectors
-from .checks import check_targets, check_tokens, check_weights, warn_of_kept_dtype
+from .checks import check_model, check_targets, check_weights, warn_of_kept_dtype
 from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injection import Measured, add_adapter, projections_of
@@ -85,7 +85,7 @@ class DVoRAModel(BaseTuner):
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
             found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
             targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
-        check_tokens(filled, model)
+        check_model(filled, model)
         self._measured = check_weights(targets, filled, projections_of(model, filled))
         # PEFT keeps the caller's object and writes into it.
         config.target_modules = filled.target_modules

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapted_weight import AdaptedWeight
+from ..linear_outputs import low_rank
 from ..shapes import Float
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -22,7 +23,7 @@ def linear(
     adapted: AdaptedWeight, _: nn.Module, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
     """`((x A^T) lambda_d) B^T`."""
-    return adapted.low_rank(dropout(x), lambda_d)
+    return low_rank(adapted, dropout(x), lambda_d)
 
 
 def lookup(

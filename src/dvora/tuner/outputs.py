@@ -11,6 +11,7 @@ from .. import functional as F
 from ..adapted_weight import AdaptedWeight
 from ..evaluated import RowFactors
 from ..functional import Vectors
+from ..linear_outputs import combined, from_updated_weight
 from ..routes import takes_updated_weight
 from ..shapes import Float
 from .base import laid_out_like
@@ -37,7 +38,7 @@ def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveA
     if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength == 1):
         return None
     assert isinstance(base_layer, nn.Linear)
-    return adapted.updated_outputs(base_layer, x, vectors.lambda_d, factors)
+    return from_updated_weight(adapted, base_layer, x, vectors.lambda_d, factors)
 
 
 def adapted_outputs(
@@ -48,12 +49,18 @@ def adapted_outputs(
     adapters: Sequence[ActiveAdapter],
     bias: Tensor | None,
 ) -> Tensor:
-    """The outputs of the base with the updates of all adapters added up, laid out as the base's are."""
+    """The outputs of the base with the updates of all adapters added up, laid out as the base's are.
+
+    Raises:
+        TypeError, ValueError: the weight is divided between processes in a way that is not supported.
+    """
+    for adapter in adapters:
+        _check_part(adapter, x, base_output)
     if len(adapters) == 1 and kind.low_rank is linear:
         adapted, vectors, factors, dropout, _ = adapters[0]
         # A module's call takes as long as a small product.
         inputs = dropout(x) if dropout.training else x
-        return adapted.combine(base_output, inputs, vectors.lambda_d, factors, bias)
+        return combined(adapted, base_output, inputs, vectors.lambda_d, factors, bias)
     features = -1 - kind.spatial
     outputs = base_output.movedim(features, -1)
     updates = [adapter.factors.scale * _product(base_layer, kind, x, outputs, adapter) for adapter in adapters]
@@ -71,3 +78,14 @@ def _product(
         return outputs.new_zeros(1).expand_as(outputs)
     product = kind.low_rank(adapter.adapted, base_layer, x, adapter.vectors.lambda_d, adapter.dropout)
     return laid_out_like(outputs, product)
+
+
+def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
+    adapted = adapter.adapted
+    if adapted.part is None:
+        return
+    adapted.part.check_sizes(x, base_output, adapted.name)
+    if adapter.dropout.training and not isinstance(adapter.dropout, nn.Identity):
+        raise ValueError(
+            f"{adapted.name}: every process would drop other inputs of a weight that they divide; set dvora_dropout=0"
+        )

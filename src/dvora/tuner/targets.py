@@ -9,6 +9,7 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..parts import gathered
 from ..validation import check_weight
 from . import operations
 from .base import readable_weight, stored_weight
@@ -42,17 +43,17 @@ class Target(NamedTuple):
         return stored is not None and not stored.is_meta
 
     def weight(self) -> Tensor:
-        """The base's own weight, as stored.
+        """The base's own weight, as stored; all of it, where processes divide it.
 
         Raises:
             TypeError, ValueError: it cannot be adapted.
         """
         if isinstance(self.layer, DVoRALayer):
-            return self.layer.unmerged()
+            return gathered(self.layer.unmerged())
         if self.kind.low_rank is None:
             # Offloaded, it could be read here, but not when its module reads it.
             check_weight(self.layer.get_parameter(self.parameter_name), self.name)
-        weight = readable_weight(self.layer, self.kind, self.parameter_name, self.name)
+        weight = gathered(readable_weight(self.layer, self.kind, self.parameter_name, self.name))
         check_weight(weight, self.name)
         return weight
 

@@ -1,0 +1,38 @@
+"""How far training has moved one adapted weight, as plain numbers."""
+
+import torch
+from torch import Tensor
+
+from . import functional as F
+from .adapted_weight import AdaptedWeight
+from .functional import Vectors
+from .precision import full_precision
+
+
+@torch.no_grad()
+def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
+    """How far the vectors have moved the weight (ratios, angles in degrees), rows at risk, bytes of constants.
+
+    Args:
+        adapted: the frozen side.
+        vectors: the trained ones.
+        weight: as stored, or None.
+    """
+    norm = adapted.norm(weight)
+    with full_precision(norm.w.device):
+        beta = F.row_scale(vectors.lambda_b, norm.w, adapted.scaling, adapted.direction)
+        _, s = F.relative_norm(norm, vectors.lambda_d, beta)
+        angle = F.row_angle(norm, vectors.lambda_d, beta).rad2deg()
+        g1 = F.gain_minus_one(vectors, norm, beta).abs()
+    figures = {
+        "norm_ratio_mean": s.mean(),
+        "norm_ratio_max": s.max(),
+        "angle_degrees_mean": angle.mean(),
+        "angle_degrees_max": angle.max(),
+        "gain_distance_mean": g1.mean(),
+        "gain_distance_max": g1.max(),
+        "near_cancellation_share": (s.square() < 1e-3).to(s.dtype).mean(),
+        "zero_row_share": (norm.w == 0).to(s.dtype).mean(),
+    }
+    kept = adapted.w.nbytes + (0 if adapted.C is None else adapted.C.nbytes)
+    return {**{name: float(value) for name, value in figures.items()}, "constant_bytes": kept}

@@ -1,0 +1,51 @@
+"""MeasuredWeight: whether a weight is still the one that constants were made from.
+
+An engine that frees weights between passes and gathers them again (FSDP2) shows the same tensor at another address.
+It does not count that as a change, nor does it count a change of the parts that it gathers from: there the values
+themselves are compared, by two passes over the weight in place of the constants' own product.
+"""
+
+import torch
+from torch import Tensor
+
+from .evaluated import State
+from .precision import norm_dtype
+from .shapes import Float
+
+
+class MeasuredWeight:
+    """The state of a weight, and from its second gathering on what tells its values.
+
+    Args:
+        weight: as constants were made from it.
+        gathered_again: whether it had been freed and gathered before.
+    """
+
+    def __init__(self, weight: Tensor, gathered_again: bool = False) -> None:
+        self._state = State.of(weight)
+        self._sample = _sample(weight) if gathered_again else None
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is in the same state."""
+        return self._state.is_of(weight)
+
+    def was_gathered_again(self, weight: Tensor) -> bool:
+        """Whether the weight is the same tensor at another address."""
+        return self._state._replace(address=weight.data_ptr()).is_of(weight)
+
+    def has_values_of(self, weight: Tensor) -> bool:
+        """Whether a weight that was gathered again has the values that it had; if so, its state is the new one."""
+        if self._sample is None or not torch.equal(self._sample, _sample(weight)):
+            return False
+        self._state = State.of(weight)
+        return True
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> Float[Tensor, "2 O"]:
+    """The norm of every row, and its product with one fixed vector, which tells signs and places."""
+    rows = weight.detach().flatten(1)
+    # Irrational steps: no two columns have the same weight, whatever their number.
+    fixed = torch.frac(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) * 0.6180339887)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=norm_dtype(rows.dtype))
+    return torch.stack([norms, (rows @ (fixed - 0.5).to(rows.dtype)).to(norms.dtype)])
