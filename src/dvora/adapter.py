@@ -12,6 +12,7 @@ from .diagnostics import diagnostics
 from .functional import Direction, Vectors
 from .linear_outputs import combined, from_updated_weight
 from .merging import check_can_be_set, merge, warn_of_losses
+from .parts import local
 from .precision import at_least_float32
 from .projections import SharedProjections
 from .routes import takes_updated_weight
@@ -114,9 +115,10 @@ class DVoRAAdapter(nn.Module):
         Raises:
             ValueError: the last dimension of `x` is not the layer's `in_features`.
         """
-        if x.dim() == 0 or x.shape[-1] != self.adapted.in_features:
+        width = local(self.base_layer.weight).shape[1]
+        if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(
-                f"expected inputs of width {self.adapted.in_features} (the base layer's in_features) in the last "
+                f"expected inputs of width {width} (the base layer's in_features) in the last "
                 f"dimension, got shape {tuple(x.shape)}"
             )
         if not torch.compiler.is_compiling():

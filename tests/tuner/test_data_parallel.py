@@ -82,3 +82,43 @@ def fails_on_the_second_rank() -> None:
 def test_a_rank_that_fails_leaves_no_process_waiting() -> None:
     with pytest.raises(RuntimeError, match=r"rank \d: "):
         run(fails_on_the_second_rank, 2)
+
+
+class Detour(nn.Module):
+    """Two linear layers, of which a pass takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.left = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.taken(x)
+
+
+def trained_with_a_layer_left_out() -> tuple[str, bool]:
+    """What DDP says in the second step when it is not told, and whether training goes on when it is."""
+    x = torch.ones(2, 6)
+    unaware, told = (
+        DistributedDataParallel(
+            get_peft_model(Detour(), DVoRAConfig(r=3, target_modules=["taken", "left"])),
+            find_unused_parameters=find_unused_parameters,
+        )
+        for find_unused_parameters in (False, True)
+    )
+    start = vectors(told)
+    for _ in range(2):
+        told(x).sum().backward()
+    torch.optim.SGD(told.parameters(), lr=0.1).step()
+    moved = {name for name, vector in vectors(told).items() if not torch.equal(vector, start[name])}
+    try:
+        for _ in range(2):
+            unaware(x).sum().backward()
+    except RuntimeError as error:
+        return str(error), all(".taken." in name for name in moved) and bool(moved)
+    return "nothing", False
+
+
+def test_a_layer_that_is_never_called_is_named_as_ddp_names_it() -> None:
+    for message, trained in run(trained_with_a_layer_left_out, 2):
+        assert "find_unused_parameters=True" in message
+        assert trained
