@@ -1,21 +1,37 @@
 """DVoRA adapters: DoRA's magnitude and direction on VeRA's shared random matrices.
 
-`import dvora` makes the method known to PEFT, whether PEFT is imported before or after it.
+`import dvora` makes the method known to PEFT, whether PEFT is imported before or after it. It takes no time: what it
+names is imported at its first use.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import functional
-from .adapter import DVoRAAdapter
-from .merging import MergePrecisionWarning
 from .peft_hook import register_with_peft
-from .projections import SharedProjections
-from .shared import are_shared_matrices_initialized, initialize_shared_matrices, reset_shared_matrices
 
 if TYPE_CHECKING:
+    from . import functional
+    from .adapter import DVoRAAdapter
+    from .merging import MergePrecisionWarning
+    from .projections import SharedProjections
+    from .shared import are_shared_matrices_initialized, initialize_shared_matrices, reset_shared_matrices
     from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
 
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "DVoRAAdapter": "adapter",
+    "DVoRAConfig": "tuner",
+    "DVoRAModel": "tuner",
+    "MergePrecisionWarning": "merging",
+    "SharedProjections": "projections",
+    "are_shared_matrices_initialized": "shared",
+    "hotswap_adapter": "tuner",
+    "initialize_shared_matrices": "shared",
+    "merged": "tuner",
+    "reset_shared_matrices": "shared",
+}
+"""Where each name is."""
 
 __all__ = [
     "DVoRAAdapter",
@@ -33,12 +49,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The PEFT method's names, imported with PEFT at their first use."""
-    if name in ("DVoRAConfig", "DVoRAModel", "hotswap_adapter", "merged"):
-        from . import tuner
-
-        return getattr(tuner, name)
+    """A public name at its first use."""
+    if name == "functional":
+        return import_module(f"{__name__}.functional")
+    if name in _HOMES:
+        found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
 
 
 register_with_peft()
