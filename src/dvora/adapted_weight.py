@@ -18,7 +18,7 @@ from . import functional as F
 from .evaluated import LastFactors, RowFactors
 from .functional import Direction, Vectors
 from .kernels.gain import gain_minus_one
-from .layouts import ROWS, Layout
+from .layouts import ROWS, Layout, is_at_hand
 from .measured import MeasuredWeight
 from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
 from .parts import Part, check_whole, gathered, is_divided, local, part_of
@@ -133,7 +133,7 @@ class AdaptedWeight(nn.Module):
 
     def norm(self, weight: Tensor | None) -> FrozenNorm:
         """The norm of the weight as it is now."""
-        if weight is None or weight.is_meta:
+        if weight is None or not is_at_hand(weight):
             return self._norm(None, self.w, self.C)
         # A compiled graph cannot ask a weight for its version: it holds the constants of a frozen weight.
         compiling = torch.compiler.is_compiling()
@@ -148,9 +148,9 @@ class AdaptedWeight(nn.Module):
         return self._norm(self.layout.matrix(local(weight).detach()) if at_hand else None, self.w, self.C)
 
     def follow(self, weight: Tensor) -> None:
-        """Make the constants anew if the weight has changed since; on the meta device there is nothing to measure."""
+        """Make the constants anew if the weight has changed since; one that is not at hand cannot be measured."""
         held, measured = local(weight), self._measured
-        if weight.is_meta or (measured is not None and measured.is_of(held)):
+        if not is_at_hand(weight) or (measured is not None and measured.is_of(held)):
             return
         again = measured is not None and measured.was_gathered_again(held)
         if measured is None or not (again and measured.has_values_of(held)):
@@ -255,8 +255,8 @@ class AdaptedWeight(nn.Module):
     def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
         if self.rank and C is None and matrix is None:
             raise RuntimeError(
-                f"{self.name}: the weight is not in memory (it was offloaded), and the norm's constants were not kept; "
-                "adapt the model after it was offloaded, or with norm_cache=True"
+                f"{self.name}: the weight is not in memory (it was offloaded, or DeepSpeed ZeRO-3 holds parts of it), "
+                "and the norm's constants were not kept; adapt with norm_cache=True, or after the model was offloaded"
             )
         part = self.part
         matrices = self.shared.kind if part is None else self.shared.kind.of_part(None, part.outputs)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
 from .functional import Direction, Vectors
+from .layouts import weight_at_hand
 from .linear_outputs import combined, from_updated_weight
 from .merging import check_can_be_set, merge, warn_of_losses
 from .parts import local
@@ -242,9 +243,9 @@ class DVoRAAdapter(nn.Module):
         return super().train(mode)
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        base = self.base_layer
-        vectors = self.adapted.local(self.vectors, base.weight)
-        factors = self.adapted.row_factors(vectors, base.weight)
+        base, weight = self.base_layer, weight_at_hand(self.base_layer, "weight")
+        vectors = self.adapted.local(self.vectors, weight)
+        factors = self.adapted.row_factors(vectors, weight)
         if takes_updated_weight(base, x, self.shared.kind):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
         return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias)

@@ -50,9 +50,10 @@ def _is_plain(layer: nn.Module) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return (
         type(layer) is nn.Linear
-        and type(layer.weight) in (Tensor, nn.Parameter)
-        and not layer.weight.is_meta
         and "forward" not in vars(layer)
+        # Before its weight is asked for, which DeepSpeed's hooks would gather.
         and not any(hooks)
         and not torch.nn.modules.module._has_any_global_hook()
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and not layer.weight.is_meta
     )

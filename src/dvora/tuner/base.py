@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..layouts import is_partitioned
 from ..merging import check_can_be_set
 from ..parts import local
 from .kinds import LayerKind
@@ -24,12 +27,17 @@ def stored_weight(layer: nn.Module, kind: LayerKind, parameter_name: str) -> Ten
 def readable_weight(layer: nn.Module, kind: LayerKind, parameter_name: str, name: str) -> Tensor:
     """The weight's values, also while it is offloaded; in float32 where only the layer's forward knows them.
 
+    Of a weight that ZeRO-3 has divided they are gathered from all processes, which must all ask.
+
     Raises:
         TypeError: the layer is not linear.
     """
     stored = stored_weight(layer, kind, parameter_name)
     if stored is None:
         return read_operating_weight(layer, name)
+    if is_partitioned(stored) and not stored.numel():
+        with importlib.import_module("deepspeed").zero.GatheredParameters([stored]):
+            return stored.detach().clone()
     if not stored.is_meta:
         return stored
     with align_module_device(layer):
@@ -69,6 +77,7 @@ def check_mergeable(layer: nn.Module, kind: LayerKind, parameter_name: str, name
 
     Raises:
         TypeError: it is quantised or computes its weight in every pass.
+        ValueError: ZeRO-3 has divided the weight.
     """
     if not kind.has_weight:
         raise TypeError(
@@ -77,6 +86,13 @@ def check_mergeable(layer: nn.Module, kind: LayerKind, parameter_name: str, name
             "unquantised, load the adapter onto it and merge there"
         )
     check_can_be_set(layer, parameter_name, name)
+    stored = stored_weight(layer, kind, parameter_name)
+    if stored is not None and is_partitioned(stored) and not stored.numel():
+        raise ValueError(
+            f"{name}: DeepSpeed ZeRO-3 has divided the weight between the processes, so nothing can be merged into it; "
+            "merge and unmerge on every rank within "
+            "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+        )
 
 
 def check_gradient(layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from .. import generator
 from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..functional import Vectors, row_norm
+from ..layouts import is_at_hand
 from ..parts import is_divided
 from ..projections import SharedProjections, checked_distribution
 from ..validation import checked_direction, checked_norm_cache
@@ -92,7 +93,7 @@ def present_probes(layer: DVoRALayer) -> list[float]:
     Of one that processes divide they are those from when it was adapted.
     """
     stored = layer.stored()
-    at_hand = stored is not None and not stored.is_meta and not is_divided(stored)
+    at_hand = stored is not None and is_at_hand(stored) and not is_divided(stored)
     if at_hand and stamp_of(layer) != layer.probed:
         matrix = layer.kind.layout.matrix(layer.unmerged())
         layer.probes, layer.probed = probes_of(matrix, row_norm(matrix)), stamp_of(layer)

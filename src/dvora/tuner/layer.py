@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
+from ..layouts import is_at_hand, weight_at_hand
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
 from .base import bias_of, check_gradient, check_mergeable, measured_bias, readable_weight, stored_weight
-from .kinds import LayerKind, kind_of, sizes_of
+from .kinds import LayerKind, kind_of
 from .operating_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
 from .rows import check_rows, mixed_outputs
@@ -68,9 +69,6 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         if not self.kind.has_weight:
             keep_differentiable(base_layer)
         self.measured_bias = measured_bias(base_layer, self.kind)
-        stored = self.stored()
-        sizes = sizes_of(base_layer) if stored is None else self._matrix_of(stored).shape
-        self.out_features, self.in_features = sizes
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
@@ -92,6 +90,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             strength: s of `W + s (W' - W)`.
             dropout: probability with which an input of the update is dropped in training.
         """
+        self.out_features, self.in_features = adapted.out_features, adapted.in_features
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.dvora_strength[adapter_name] = Strength(adapted.w, float(strength))
@@ -179,10 +178,8 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        stored = self.stored()
-        assert stored is not None
-        assert self._original is not None
-        stored.copy_(self._original)
+        check_mergeable(self.get_base_layer(), self.kind, self.parameter_name, self.name)
+        cast(Tensor, self.stored()).copy_(cast(Tensor, self._original))
         self._original = None
         self.merged_adapters.clear()
 
@@ -194,12 +191,13 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def _at_work(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """Those of the named adapters that this layer has."""
-        stored, at_work, all_adapted = self.stored(), [], self.dvora_adapted
+        weight = weight_at_hand(self.get_base_layer(), self.parameter_name) if self.kind.has_weight else None
+        at_work, all_adapted = [], self.dvora_adapted
         for name in adapter_names:
             if name in all_adapted:
                 adapted, strength = cast(AdaptedWeight, all_adapted[name]), self.strength(name)
-                vectors = adapted.local(self._vectors(name, adapted.rank), stored)
-                factors = adapted.row_factors(vectors, stored, strength)
+                vectors = adapted.local(self._vectors(name, adapted.rank), weight)
+                factors = adapted.row_factors(vectors, weight, strength)
                 at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
         return at_work
 
@@ -272,7 +270,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             weight = self.unmerged()
             for name in self.dvora_adapted:
                 self.adapted(name).refresh(weight)
-        elif not stored.is_meta:
+        elif is_at_hand(stored):
             for name in self.dvora_adapted:
                 self.adapted(name).follow_loaded(self.unmerged())
 

@@ -22,7 +22,11 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
         config: of the adapter; it is told the probes of this base, which it is saved with next.
         adapter_name: of the adapter.
         vectors: by their keys in the model's state dict.
+
+    Raises:
+        ValueError: this process has a part of a vector only.
     """
+    _check_whole(vectors)
     config.measured_probes = {layer.name: present_probes(layer) for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
@@ -49,6 +53,18 @@ def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]
     # Files carry PEFT's prefix, a model that was adapted in place does not.
     paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
     return _renamed(rest, paths)
+
+
+def _check_whole(vectors: dict[str, Tensor]) -> None:
+    """Refuse parts: gathering them here would wait for ever where one process saves alone."""
+    for key, vector in vectors.items():
+        if not vector.numel() or type(vector) not in (Tensor, nn.Parameter):
+            raise ValueError(
+                f"{key} is divided between the processes ({type(vector).__name__}, {tuple(vector.shape)}). Gather on "
+                "every rank first: under FSDP pass state_dict=get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)) of torch.distributed.checkpoint.state_dict; under DeepSpeed ZeRO-3 save within "
+                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
 
 
 def _renamed(state_dict: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

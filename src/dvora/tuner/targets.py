@@ -9,6 +9,7 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..layouts import is_partitioned
 from ..parts import gathered
 from ..validation import check_weight
 from . import operations
@@ -38,9 +39,9 @@ class Target(NamedTuple):
         return _base_of(self.layer, self.name)
 
     def is_readable(self) -> bool:
-        """Whether the weight is at hand in every pass: it is not of a quantised or an offloaded layer."""
+        """Whether the weight is at hand in every pass: it is not quantised, offloaded or divided (ZeRO-3)."""
         stored = stored_weight(self.base(), self.kind, self.parameter_name)
-        return stored is not None and not stored.is_meta
+        return stored is not None and not stored.is_meta and not is_partitioned(stored)
 
     def weight(self) -> Tensor:
         """The base's own weight, as stored; all of it, where processes divide it.
