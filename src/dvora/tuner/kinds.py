@@ -111,7 +111,7 @@ def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
     """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
     forward: Any = type(layer).forward
     same = forward is layer_type.forward or isinstance(layer, nn.Embedding)
-    divided = layer_type is nn.Linear and is_divided(layer.get_parameter("weight"))
+    divided = layer_type is nn.Linear and is_divided(layer._parameters.get("weight"))
     return same and (divided or type(layer.weight) in (Tensor, nn.Parameter))
 
 
