@@ -1,4 +1,6 @@
-"""Whether all processes of a run hold the same adapters, asked before they train together."""
+"""Whether all processes of a run hold the same adapters, and a checkpoint those that it was saved with."""
+
+import json
 
 import torch.distributed as dist
 from torch import nn
@@ -6,6 +8,9 @@ from torch import nn
 from .adapted_weight import AdaptedWeight
 
 Settings = dict[str, str]
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Names that engines put into the paths of modules."""
 
 
 def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -28,19 +33,63 @@ def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) 
     if not any(found):
         raise ValueError("the model has no DVoRA adapters to compare between ranks: adapt it first")
     for rank, settings in enumerate(found):
-        for name in sorted({*found[0], *settings}):
-            here, there = found[0].get(name, "no adapter"), settings.get(name, "no adapter")
-            if here != there:
-                raise ValueError(
-                    f"the ranks hold different adapters: {name} has {here} on rank 0 and {there} on rank {rank}; adapt "
-                    "with the same configuration, projection_seed included, on every rank"
-                )
+        if difference := _difference(found[0], settings):
+            name, here, there = difference
+            raise ValueError(
+                f"the ranks hold different adapters: {name} has {here} on rank 0 and {there} on rank {rank}; adapt "
+                "with the same configuration, projection_seed included, on every rank"
+            )
+
+
+class AdapterSettings:
+    """What must be equal where a training checkpoint is saved and where it is loaded, for the checkpoint to hold.
+
+    Engines save vectors and compare their shapes at most; under another seed or scale they would be another adapter.
+    Has the two methods that `torch.distributed.checkpoint` and `Accelerator.register_for_checkpointing` ask for.
+
+    Args:
+        model: with `DVoRAAdapter` layers or adapted through PEFT, wrapped or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, str]:
+        """The settings, as one text: a checkpoint of other layers has it under the same key."""
+        return {"settings": json.dumps(settings_of(self.model))}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Compare the settings of a checkpoint with those of the model; nothing is changed.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if difference := _difference(settings_of(self.model), json.loads(state_dict["settings"])):
+            name, here, there = difference
+            raise ValueError(
+                f"the checkpoint is of other adapters: {name} has {here} in the model and {there} in the checkpoint; "
+                "adapt with the configuration that it was trained with, projection_seed included"
+            )
 
 
 def settings_of(model: nn.Module) -> Settings:
     """What must be equal on all ranks, by the name of the adapted weight's module."""
     return {
-        name: f"{module.extra_repr()}, projections={module.shared.distribution}/{module.shared.fingerprint()}"
+        _without_wrappers(name): f"{module.extra_repr()}, projections={module.shared.distribution}/"
+        f"{module.shared.fingerprint()}"
         for name, module in model.named_modules()
         if isinstance(module, AdaptedWeight)
     }
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _difference(first: Settings, second: Settings) -> tuple[str, str, str] | None:
+    """A name whose settings differ, and both."""
+    for name in sorted({*first, *second}):
+        here, there = first.get(name, "no adapter"), second.get(name, "no adapter")
+        if here != there:
+            return name, here, there
+    return None

@@ -8,7 +8,7 @@ from tiny import LAYERS, MODELS, mlp
 from torch import nn
 
 from dvora import DVoRAConfig
-from dvora.ranks import check_ranks_agree
+from dvora.ranks import AdapterSettings, check_ranks_agree
 
 
 def adapted(**settings: object) -> nn.Module:
@@ -54,3 +54,16 @@ def test_one_process_agrees_with_itself() -> None:
 def test_a_model_without_adapters_is_refused() -> None:
     with pytest.raises(ValueError, match="no DVoRA adapters to compare between ranks: adapt it first"):
         check_ranks_agree(mlp())
+
+
+@pytest.mark.parametrize(("settings", "message"), OTHERS[1:-1])
+def test_a_checkpoint_of_other_adapters_is_refused(settings: dict[str, object], message: str) -> None:
+    saved = AdapterSettings(adapted(**settings)).state_dict()
+    with pytest.raises(ValueError, match="the checkpoint is of other adapters") as refused:
+        AdapterSettings(adapted()).load_state_dict(saved)
+    assert message.replace("rank 1", "the checkpoint").replace("on the", "in the") in str(refused.value)
+
+
+def test_a_checkpoint_of_the_same_adapters_is_taken_with_and_without_wrappers() -> None:
+    wrapped = nn.ModuleDict({"module": adapted()})
+    AdapterSettings(wrapped).load_state_dict(AdapterSettings(adapted()).state_dict())
