@@ -1,0 +1,166 @@
+"""The runner: rows, the file of results, the exit status; the catalogue; the table."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.examples import examples as table
+from benchmarks.examples import figures_of
+from examples import rows
+from examples.__main__ import main, run_all
+from examples.catalogue import CATALOGUE, Example
+from examples.report import read_report, report
+
+FOLDER = Path(__file__).parent.parent.parent / "examples"
+# What carries the examples, and is none.
+FRAME = {"__init__", "__main__", "catalogue", "processes", "report", "rows"}
+
+REPORTS = 'from examples.report import report\nreport({"works": True, "figures": {"loss": [2.0, 1.0]}})\n'
+REFUSES = (
+    'from examples.report import report\nreport({"works": False, "outcome": "refused", "reason": "sharded weights"})\n'
+)
+FAILS = 'raise SystemExit("the loss went up")\n'
+SAYS_NOTHING = 'print("trained")\n'
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with examples of its own, and the frame of the real ones."""
+    (tmp_path / "examples").mkdir()
+    for name in FRAME:
+        (tmp_path / "examples" / f"{name}.py").symlink_to(FOLDER / f"{name}.py")
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    return tmp_path
+
+
+def made(root: Path, name: str, code: str, **options: object) -> Example:
+    (root / "examples" / f"{name}.py").write_text(code, encoding="utf-8")
+    return Example(name, trainer="torch", shows="a loss", **options)
+
+
+def saved_rows(file: Path) -> dict[str, dict[str, object]]:
+    return {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+
+
+def test_the_catalogue_names_every_file_once() -> None:
+    files = {path.stem for path in FOLDER.glob("*.py")} - FRAME
+    assert sorted(example.name for example in CATALOGUE) == sorted(files)
+
+
+@pytest.mark.parametrize("example", CATALOGUE, ids=lambda example: example.name)
+def test_an_example_says_what_it_is_and_reports_last(example: Example) -> None:
+    text = (FOLDER / f"{example.name}.py").read_text(encoding="utf-8")
+    assert text.startswith('"""')
+    assert "report(" in text
+    assert len(text.splitlines()) <= 150
+    assert example.limit_seconds <= 300
+
+
+def test_one_that_works_has_its_figures_and_versions(root: Path) -> None:
+    example = made(root, "good", REPORTS, needs=("torch",))
+    row = rows.row_of(example)
+    assert row["outcome"] == "works"
+    assert row["figures"] == {"loss": [2.0, 1.0]}
+    assert set(row["versions"]) == {"torch"}
+    assert row["seconds"] < example.limit_seconds
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (FAILS, "exit status 1\nthe loss went up"),
+        (SAYS_NOTHING, "no report\ntrained"),
+        (REPORTS + FAILS, "exit status 1\nthe loss went up"),
+        ("import time\ntime.sleep(600)\n", "still running after 8 s, and killed"),
+    ],
+    ids=["a claim that does not hold", "no report", "an error after the report", "never ends"],
+)
+def test_one_that_fails_says_why_and_fails_the_run(root: Path, code: str, reason: str) -> None:
+    bad, good = made(root, "bad", code, limit_seconds=8), made(root, "good", REPORTS)
+    assert run_all([bad, good], [bad, good], root / "examples.json") == 1
+    found = saved_rows(root / "examples.json")
+    assert (found["bad"]["outcome"], found["bad"]["reason"]) == ("failed", reason)
+    assert found["good"]["outcome"] == "works"
+
+
+def test_one_that_is_refused_does_not_fail_the_run(root: Path) -> None:
+    example = made(root, "refuses", REFUSES)
+    assert run_all([example], [example], root / "examples.json") == 0
+    row = saved_rows(root / "examples.json")["refuses"]
+    assert (row["outcome"], row["reason"]) == ("refused", "sharded weights")
+
+
+def test_without_its_packages_an_example_is_not_started(root: Path) -> None:
+    example = made(root, "absent", FAILS, needs=("torch", "no-such-package"))
+    file = root / "examples.json"
+    assert run_all([example], [example], file) == 0
+    row = saved_rows(file)["absent"]
+    assert (row["outcome"], row["reason"]) == ("not installed", "install no-such-package")
+
+
+def test_what_is_not_installed_here_does_not_hide_what_was_found_before(root: Path) -> None:
+    file = root / "examples.json"
+    run_all([made(root, "one", REPORTS)], [made(root, "one", REPORTS)], file)
+    before = saved_rows(file)
+    absent = made(root, "one", REPORTS, needs=("no-such-package",))
+    run_all([absent], [absent], file)
+    assert saved_rows(file) == before
+
+
+def test_a_run_of_some_keeps_the_rows_of_the_others(root: Path) -> None:
+    first, second, gone = made(root, "first", REPORTS), made(root, "second", FAILS), made(root, "gone", REPORTS)
+    file = root / "examples.json"
+    run_all([gone, second, first], [first, second, gone], file)
+    before = saved_rows(file)
+    made(root, "second", REPORTS)
+    assert run_all([second], [first, second], file) == 0
+    after = saved_rows(file)
+    assert list(after) == ["first", "second"]
+    assert after["first"] == before["first"]
+    assert after["second"]["outcome"] == "works"
+
+
+def test_a_name_that_is_unknown_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["no_such_example"])
+    assert "there is no example 'no_such_example'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "result",
+    [{}, {"works": "yes"}, {"works": False}, {"works": False, "outcome": "failed", "reason": "it broke"}],
+)
+def test_a_report_that_is_not_one_is_refused(result: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"works|outcome"):
+        report(result)
+
+
+def test_a_report_is_found_among_other_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    report({"figures": {"steps": 3}, "works": True})
+    printed = capsys.readouterr().out
+    assert read_report(f"step 1\n{printed}goodbye\n") == {"works": True, "figures": {"steps": 3}}
+    assert read_report("step 1\n") is None
+
+
+def test_figures_in_words() -> None:
+    figures = {"loss": [0.69314, 0.5], "trained_values": 51458, "adapter_bytes": 221_000, "base_bytes": 90_900_000}
+    assert figures_of(figures) == "loss 0.693 to 0.5, trained values 51,458, adapter 221 kB, base 90.9 MB"
+    assert figures_of({"bits_equal": True, "engine": "gloo"}) == "bits equal yes, engine gloo"
+
+
+def test_the_table_has_a_row_for_each() -> None:
+    row = {"name": "one", "trainer": "TRL", "shows": "a loss", "versions": {"trl": "1.0"}, "seconds": 1.0}
+    result = {
+        "environment": {"torch": "2.13.0", "peft": "0.21.2", "transformers": "5.24.0"},
+        "rows": [
+            {**row, "outcome": "works", "figures": {"loss": [2.0, 1.0]}},
+            {**row, "name": "two", "outcome": "refused", "reason": "a\nb | c", "figures": {}},
+        ],
+    }
+    text = table(result)
+    assert "1 of 2 examples work" in text
+    assert "| TRL (trl 1.0) | yes | [one](examples/one.py) | a loss | loss 2 to 1 |" in text
+    assert r"| TRL (trl 1.0) | refused: a b \| c | [two](examples/two.py) | a loss |  |" in text
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}) == 1
