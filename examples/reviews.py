@@ -1,5 +1,7 @@
 """The task of the examples with several processes: MiniLM learns to tell good movie reviews from bad ones."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -22,14 +24,20 @@ def classifier() -> SentenceClassifier:
 
 def batches(count: int, size: int, part: str = "train", start: int = 0) -> list[Batch]:
     """The same batches in every process, from one place of a part on; each padded to its longest sentence."""
-    task = movie_reviews()
-    texts = {"train": task.train, "validation": task.validation}[part]
+    texts = _parts()[part]
     end = start + count * size
     sentences = labelled(
         Texts(texts.texts[start:end], texts.labels[start:end]), AutoTokenizer.from_pretrained(minilm())
     )
     rows = torch.arange(len(sentences)).split(size)
     return [(*sentences.batch(each.numpy()), sentences.labels[each]) for each in rows]
+
+
+@cache
+def _parts() -> dict[str, Texts]:
+    """The test part stays with the demo."""
+    task = movie_reviews()
+    return {"train": task.train, "validation": task.validation}
 
 
 def part_of(batch: Batch, rank: int, processes: int) -> Batch:
