@@ -74,9 +74,8 @@ def in_parallel(accelerator: Accelerator, data: Iterable[Batch], folder: Path) -
     for batch in accelerator.skip_first_batches(loader, SAVED_AFTER):
         step(model, optimizer, batch, accelerator)
     for copy in gather_object([trained(model)]):
-        require(
-            all(same_bits(copy[name], whole[name]) for name in whole), "a run goes on bit for bit, on all processes"
-        )
+        same = all(same_bits(copy[name], whole[name]) for name in whole)
+        require(same, "a run goes on bit for bit, on all processes")
     return accelerator.unwrap_model(model)
 
 

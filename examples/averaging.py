@@ -27,7 +27,7 @@ def average_update(model: PeftModel, states: Sequence[State]) -> State:
 
 @torch.no_grad()
 def distance_from_average(make: Callable[[], PeftModel], state: State, states: Sequence[State]) -> float:
-    """How far an adapter's weights are from the average of others' weights, as a share of how far that is from the base.
+    """How far an adapter's weights are from the average of others', as a share of how far that is from the base.
 
     Args:
         make: makes the adapted model anew.

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,4 +32,44 @@ class Example:
     launcher: tuple[str, ...] = ()
 
 
-CATALOGUE: tuple[Example, ...] = ()
+CATALOGUE: tuple[Example, ...] = (
+    Example(
+        "torchrun_ddp",
+        "torchrun, DistributedDataParallel",
+        "two processes train what one does; only the vectors' gradients are exchanged",
+        processes=2,
+        needs=("torch",),
+        launcher=TORCHRUN,
+    ),
+    Example(
+        "accelerate_launch",
+        "accelerate launch",
+        "two processes train what one does; checkpoints of the adapter; a run goes on bit for bit",
+        processes=2,
+        needs=("accelerate",),
+        launcher=ACCELERATE,
+    ),
+    Example(
+        "ray_train",
+        "Ray Train's TorchTrainer",
+        "two workers; the checkpoints that Ray keeps hold the adapter only",
+        processes=2,
+        needs=("ray",),
+    ),
+    Example(
+        "federated_flower",
+        "Flower's simulation",
+        "three clients; federated averages of vectors, and of updates",
+        limit_seconds=300,
+        processes=2,
+        needs=("flwr", "ray"),
+    ),
+    Example(
+        "rl_sync",
+        "TRL's GRPOTrainer",
+        "a generating copy in another process gets the vectors of every step, nothing else",
+        limit_seconds=300,
+        processes=2,
+        needs=("trl", "datasets"),
+    ),
+)

@@ -43,21 +43,21 @@ def adapted(config: PeftConfig) -> SentenceClassifier:
 
 
 def arrays_of(model: SentenceClassifier) -> ArrayRecord:
-    """What travels."""
-    return ArrayRecord({**get_peft_model_state_dict(model.encoder), **head(model.state_dict())})
+    """What travels: the vectors, and the head's weight and bias."""
+    return ArrayRecord({**get_peft_model_state_dict(model.encoder), **model.classifier.state_dict()})
+
+
+def parts(arrays: ArrayRecord) -> tuple[State, State]:
+    """Vectors and head."""
+    state = arrays.to_torch_state_dict()
+    head = {name: state.pop(name) for name in ("weight", "bias")}
+    return state, head
 
 
 def put(model: SentenceClassifier, arrays: ArrayRecord) -> None:
-    model.load_state_dict(head(arrays.to_torch_state_dict()), strict=False)
-    set_peft_model_state_dict(model.encoder, vectors(arrays))
-
-
-def head(state: State) -> State:
-    return {name: tensor for name, tensor in state.items() if name.startswith("classifier.")}
-
-
-def vectors(arrays: ArrayRecord) -> State:
-    return {name: tensor for name, tensor in arrays.to_torch_state_dict().items() if not name.startswith("classifier.")}
+    vectors, head = parts(arrays)
+    set_peft_model_state_dict(model.encoder, vectors)
+    model.classifier.load_state_dict(head)
 
 
 def clients(config: PeftConfig) -> ClientApp:
@@ -99,8 +99,8 @@ class ExactlyAveraged(Averaged):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         average, metrics = super().aggregate_train(server_round, replies)
-        exact = average_update(adapted(TWO).encoder, [vectors(answer) for answer in self.answers])
-        return ArrayRecord({**exact, **head(average.to_torch_state_dict())}), metrics
+        exact = average_update(adapted(TWO).encoder, [parts(answer)[0] for answer in self.answers])
+        return ArrayRecord({**exact, **parts(average)[1]}), metrics
 
 
 def federated(config: PeftConfig, strategy: Averaged) -> tuple[list[tuple[float, float]], float]:
@@ -122,13 +122,8 @@ def federated(config: PeftConfig, strategy: Averaged) -> tuple[list[tuple[float,
     finally:
         ray.shutdown()
     require(scores[-1][0] < scores[0][0], f"the loss falls: {scores}")
-    answers = [vectors(answer) for answer in strategy.answers]
-    return scores, distance_from_average(lambda: adapted(config).encoder, vectors(arrays_of(model)), answers)
-
-
-def message_bytes(config: PeftConfig) -> int:
-    """What Flower's message with the arrays takes, serialised."""
-    return arrays_of(adapted(config)).count_bytes()
+    answers = [parts(answer)[0] for answer in strategy.answers]
+    return scores, distance_from_average(lambda: adapted(config).encoder, parts(arrays_of(model))[0], answers)
 
 
 def main() -> None:
@@ -142,8 +137,8 @@ def main() -> None:
         "validation_loss": [before[0], after[0]],
         "validation_accuracy": [before[1], after[1]],
         "each_message_bytes": plain.answers[0].count_bytes(),
-        "LoRA_r8_bytes": message_bytes(LoraConfig(r=8, target_modules="all-linear")),
-        "LoRA_r16_bytes": message_bytes(LoraConfig(r=16, target_modules="all-linear")),
+        "LoRA_r8_bytes": arrays_of(adapted(LoraConfig(r=8, target_modules="all-linear"))).count_bytes(),
+        "LoRA_r16_bytes": arrays_of(adapted(LoraConfig(r=16, target_modules="all-linear"))).count_bytes(),
         "distance_from_the_average_update": distance,
         "with_lambda_d_frozen": distance_exact,
         "loss_then": after_exact[0],

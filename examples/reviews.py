@@ -74,8 +74,8 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
     """How far apart two trainings ended, as a share of how far the second moved; of all tensors the worst.
 
-    AdamW's first steps are as long for a small gradient as for a large one, and so is what rounding makes of one that is
-    nearly zero: 1e-3 is common in float32, where the same training in float64 differs by 1e-12.
+    AdamW's first steps are as long for a small gradient as for a large one, and so is what rounding makes of one that
+    is nearly zero: 1e-3 is common in float32, where the same training in float64 differs by 1e-12.
     """
     return max(
         ((found[name] - expected[name]).abs().max() / (expected[name] - start[name]).abs().max()).item()
