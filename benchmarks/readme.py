@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exactness import RESULT as EXACTNESS
+from benchmarks.examples import RESULT as EXAMPLES
+from benchmarks.examples import examples
 from benchmarks.speed.tables import speed
 from benchmarks.support import RESULT as SUPPORT
 
@@ -25,6 +27,7 @@ def updated(readme: str) -> str:
         "exactness": exactness(_load(EXACTNESS)),
         "demo": demo(_load(DEMO)),
         "support": support(_load(SUPPORT)),
+        "examples": examples(_load(EXAMPLES)),
         "conformance": conformance(_load(CONFORMANCE)),
         "speed": speed(_load(SPEED)),
     }

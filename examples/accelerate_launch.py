@@ -11,7 +11,7 @@ from pathlib import Path
 import accelerate
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -80,7 +80,12 @@ def in_parallel(accelerator: Accelerator, data: Iterable[Batch], folder: Path) -
 
 
 def main(own_folder: str) -> None:
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # A, B and the norms' constants are buffers, and the same in all processes: no step has to send them.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
     # The main process's, for all of them.
     folder = Path(broadcast_object_list([own_folder])[0])
     data = TensorDataset(*batches(1, STEPS * BATCH)[0])

@@ -31,7 +31,8 @@ def train_in_worker() -> None:
     adapted = get_peft_model(classifier(), config)
     untouched = frozen_digest(adapted.encoder)
     check_ranks_agree(adapted)
-    model = prepare_model(adapted)
+    # A, B and the norms' constants are buffers, and the same in all workers: no step has to send them.
+    model = prepare_model(adapted, parallel_strategy_kwargs={"broadcast_buffers": False})
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01, learning_rates={"magnitude": 0.001}))
     context = ray.train.get_context()
     rank, processes = context.get_world_rank(), context.get_world_size()

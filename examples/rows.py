@@ -11,7 +11,8 @@ from examples.processes import Ended, run
 from examples.report import read_report
 
 ROOT = Path(__file__).parent.parent
-LAST_LINES = 8
+# As many as show an error above what a launcher says of it.
+LAST_LINES = 30
 
 Row = dict[str, Any]
 

@@ -40,7 +40,9 @@ def in_parallel(data: list[Batch]) -> PeftModel:
     """What every process does."""
     model = adapted()
     check_ranks_agree(model)
-    train(DistributedDataParallel(model), data, dist.get_rank(), dist.get_world_size())
+    # By default DDP also sends all buffers in every step: A, B and the norms' constants, the same on all ranks.
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    train(parallel, data, dist.get_rank(), dist.get_world_size())
     copies: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(copies, trained(model))
     for copy in copies:
@@ -75,6 +77,7 @@ def main(folder: Path) -> None:
                 "held_out_loss": [start_loss, loss],
                 "trained_values": trained_values(model),
                 "gradients_per_step_bytes": 4 * trained_values(model),
+                "buffers_not_sent_bytes": sum(buffer.nbytes for buffer in model.buffers()),
                 "adapter_bytes": folder_bytes(folder),
                 "difference_from_one_process": difference,
             },
