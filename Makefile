@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # Debian splits the part of venv that brings pip into a package of its own.
 BARE_VENV := { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 
-.PHONY: setup demo test conformance fuzz lint bench docs
+.PHONY: setup demo test examples conformance fuzz lint bench docs
 
 setup: $(READY)
 
@@ -20,6 +20,10 @@ demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of yo
 
 test: setup
 	$(PY) -m pytest
+
+examples: setup  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
+	$(PY) -m pip install --disable-pip-version-check --editable ".[dev,examples,cluster]"
+	$(PY) -m examples $(ARGS)
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record for the figures
 	$(PY) -m conformance $(ARGS)
