@@ -1,4 +1,4 @@
-"""transformers' own adapter methods: `add_adapter`, `set_adapter`, `disable_adapters`, `load_adapter`, without PeftModel.
+"""transformers' own adapter methods, without a PeftModel: `add_adapter`, `disable_adapters`, `load_adapter`.
 
 transformers asks for a version of PEFT here, 5.24 for one that may not be out yet (5.23 works with PEFT 0.21). Where it
 refuses, the example reports that, after doing the same with PEFT's functions that these methods are made of.
@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -85,9 +85,9 @@ def with_peft_s_functions(folder: Path, inputs: dict[str, Tensor]) -> PreTrained
     require(same_bits(model(**inputs).logits, outputs), "with it again, it is the adapted model")
     # Not `model.save_pretrained`: transformers knows of no adapter, and would write the base under the wrappers' names.
     save_file(get_peft_model_state_dict(model, adapter_name="reviews"), folder / "adapter_model.safetensors")
+    model.peft_config["reviews"].save_pretrained(folder)
     fresh = base()
-    inject_adapter_in_model(config(), fresh, "reviews")
-    set_peft_model_state_dict(fresh, load_file(folder / "adapter_model.safetensors"), "reviews")
+    fresh.load_adapter(str(folder), "reviews")  # transformers' own: this one it does not refuse
     require(same_bits(fresh.eval()(**inputs).logits, outputs), "the loaded adapter gives the same outputs")
     return model
 
