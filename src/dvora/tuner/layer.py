@@ -21,7 +21,7 @@ from .kinds import LayerKind, kind_of
 from .operating_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
 from .rows import check_rows, mixed_outputs
-from .vectors import VECTORS, Strength, VectorDict
+from .vectors import VECTORS, Strength, VectorDict, told_if_rounded
 
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
@@ -226,7 +226,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return sum(deltas[1:], deltas[0])
 
     def _vectors(self, adapter_name: str, rank: int) -> Vectors:
-        magnitude = self.dvora_magnitude[adapter_name]
+        magnitude = told_if_rounded(self.dvora_magnitude[adapter_name])
         if not rank:
             return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
         return Vectors(magnitude, self.dvora_lambda_b[adapter_name], self.dvora_lambda_d[adapter_name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from ..precision import at_least_float32
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 """Attributes of a layer, in the order of `functional.Vectors`."""
+
+_ROUNDED = (torch.bfloat16, torch.float16)
 
 
 class VectorDict(nn.ParameterDict):
@@ -26,6 +29,24 @@ class VectorDict(nn.ParameterDict):
         vector = self[adapter_name]
         if not vector.is_meta:
             self[adapter_name] = nn.Parameter(vector.detach().to(device), vector.requires_grad)
+
+
+def told_if_rounded(magnitude: Tensor) -> Tensor:
+    """The magnitude as it is.
+
+    Warns:
+        UserWarning: something has cast it below float32 by `parameter.data`, which no module sees.
+    """
+    if magnitude.dtype in _ROUNDED:
+        # Without the layer's name, so that Python shows it once and not once a layer.
+        warnings.warn(
+            f"a DVoRA magnitude is in {magnitude.dtype}, which rounds it by up to 0.4 % and swallows small steps; "
+            "keep the adapter's vectors in float32. TRL's trainers cast what is trained where the model is in 4 or 8 "
+            "bits: hand them a model adapted with DVoRAConfig(..., inference_mode=True), and call "
+            "model.set_adapter(...) when the trainer is made, before it trains",
+            stacklevel=2,
+        )
+    return magnitude
 
 
 class Strength(nn.Module):
