@@ -24,7 +24,6 @@ from examples.checks import folder_bytes, frozen_digest, require, same_bits, tra
 from examples.report import report
 
 BATCH, ACCUMULATED, STEPS, SAVED_AFTER = 16, 2, 14, 7
-Reviews = list[tuple[str, int]]
 
 
 def base() -> PreTrainedModel:
@@ -32,14 +31,14 @@ def base() -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
 
 
-def reviews(texts: Texts, count: int) -> Reviews:
+def reviews(texts: Texts, count: int) -> list[tuple[str, int]]:
     return [(text, int(label)) for text, label in zip(texts.texts[:count], texts.labels, strict=False)]
 
 
 class Run:
     """A training run: everything that accelerate saves and loads, and the loop."""
 
-    def __init__(self, train: Reviews) -> None:
+    def __init__(self, train: list[tuple[str, int]]) -> None:
         set_seed(0)
         self.tokenizer = AutoTokenizer.from_pretrained(minilm())
         config = dvora.DVoRAConfig(r=256, target_modules="all-linear", task_type="SEQ_CLS", dvora_dropout=0.05)
@@ -53,7 +52,7 @@ class Run:
         self.accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED, cpu=True)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, torch.optim.AdamW(groups), loader)
 
-    def tokens(self, rows: Reviews) -> BatchEncoding:
+    def tokens(self, rows: list[tuple[str, int]]) -> BatchEncoding:
         texts, labels = zip(*rows, strict=True)
         batch = self.tokenizer(list(texts), truncation=True, max_length=32, padding=True, return_tensors="pt")
         return BatchEncoding({**batch, "labels": torch.tensor(labels)})
@@ -79,7 +78,7 @@ class Run:
         return losses
 
     @torch.no_grad()
-    def logits(self, rows: Reviews) -> Tensor:
+    def logits(self, rows: list[tuple[str, int]]) -> Tensor:
         model = self.accelerator.unwrap_model(self.model).eval()
         return torch.cat([model(**self.tokens(rows[i : i + 64])).logits for i in range(0, len(rows), 64)])
 
@@ -93,7 +92,7 @@ def main(folder: Path) -> None:
     losses = whole.train(0, STEPS, folder / "state")
     end = whole.logits(test)
 
-    # A new process would do the same: make everything again, and load the state.
+    # As a new process would: everything is made again, and the state loaded.
     resumed = Run(train)
     resumed.accelerator.load_state(str(folder / "state"))
     again = resumed.train(SAVED_AFTER, STEPS)
@@ -108,13 +107,12 @@ def main(folder: Path) -> None:
     require(same_bits(end, whole.logits(test)), "the saved adapter gives the same outputs on a new base")
     before, after = (torch.nn.functional.cross_entropy(logits, labels).item() for logits in (start, end))
     require(after < before, f"the loss on other reviews falls: {before} to {after}")
-    accuracy = (end.argmax(1) == labels).double().mean().item()
     report(
         {
             "works": True,
             "figures": {
                 "test_loss": [before, after],
-                "test_accuracy": accuracy,
+                "test_accuracy": (end.argmax(1) == labels).double().mean().item(),
                 "trained_values": trained_values(model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from cases import SHARED, linear, randn
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import LAYERS, MODELS
 from torch import nn
 
@@ -35,6 +35,13 @@ def test_every_trained_parameter_is_in_one_group(name: str) -> None:
         assert groups[vector]
         assert all(f".dvora_{vector}." in n for n in groups[vector])
     assert groups.get("head", []) == [n for n in trained if "classifier" in n]
+
+
+def test_a_model_that_is_adapted_in_place_inside_a_trainer_s_module() -> None:
+    config = DVoRAConfig(r=4, target_modules=LAYERS["bert"], modules_to_save=["classifier"])
+    module = nn.ModuleDict({"model": inject_adapter_in_model(config, MODELS["bert"](), "reviews")})
+    whole = adapted(modules_to_save=["classifier"])
+    assert {n: len(group) for n, group in members(module).items()} == {n: len(g) for n, g in members(whole).items()}
 
 
 def test_rates_and_decay_go_to_their_groups() -> None:
