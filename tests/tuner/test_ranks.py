@@ -21,8 +21,8 @@ OTHERS: list[tuple[dict[str, object] | None, str]] = [
     ({"projection_init": "structured"}, "projections=structured/"),
     ({"r": 5}, "rank=5"),
     ({"alpha": 9}, "alpha=9"),
-    ({"target_modules": ["lin0"]}, "no adapter on rank 1"),
-    (None, "no adapter on rank 1"),
+    ({"target_modules": ["lin0"]}, "no adapter"),
+    (None, "no adapter"),
 ]
 """Settings of the second rank, None for no adapter, and what the check says where the first has none of them."""
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(settings: dict[str, object], 
     saved = AdapterSettings(adapted(**settings)).state_dict()
     with pytest.raises(ValueError, match="the checkpoint is of other adapters") as refused:
         AdapterSettings(adapted()).load_state_dict(saved)
-    assert message.replace("rank 1", "the checkpoint").replace("on the", "in the") in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_a_checkpoint_of_the_same_adapters_is_taken_with_and_without_wrappers() -> None:
