@@ -56,3 +56,8 @@ def vectors(model: nn.Module) -> dict[str, np.ndarray]:
     named = {name: parameter for name, parameter in model.named_parameters() if "dvora_" in name}
     with deepspeed().zero.GatheredParameters(list(named.values())):
         return {name: vector.detach().clone().numpy() for name, vector in named.items()}
+
+
+def gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The mean over all ranks, gathered."""
+    return deepspeed().utils.safe_get_full_grad(parameter)

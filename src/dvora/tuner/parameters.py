@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..layouts import is_partitioned
 from .kinds import READ_BY_ATTENTION, LayerKind
 from .layer import DVoRALayer, DVoRALinear
 
@@ -47,6 +48,11 @@ class ParamWrapper(DVoRALayer):
         names = [name for name in self.active_adapters if name in self.dvora_adapted]
         if self.disable_adapters or self.merged or not names:
             return weight
+        if is_partitioned(weight):
+            raise ValueError(
+                f"{self.name} is read by its module, and DeepSpeed ZeRO-3 takes no adapted weight in place of its own; use "
+                "ZeRO-2 or FSDP, merge the adapters first, or adapt layers that are called"
+            )
         matrix = self.kind.layout.matrix(weight)
         delta = self._delta(names, weight)
         return self.kind.layout.stored((matrix.to(delta.dtype) + delta).to(weight.dtype), weight.shape)
