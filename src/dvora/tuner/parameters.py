@@ -50,8 +50,8 @@ class ParamWrapper(DVoRALayer):
             return weight
         if is_partitioned(weight):
             raise ValueError(
-                f"{self.name} is read by its module, and DeepSpeed ZeRO-3 takes no adapted weight in place of its own; "
-                "use ZeRO-2 or FSDP, merge the adapters first, or adapt layers that are called"
+                f"{self.name} is read by its module, which DeepSpeed ZeRO-3 hands no other weight than its own; use "
+                "ZeRO-2 or FSDP, merge the adapters first, or adapt layers that are called"
             )
         matrix = self.kind.layout.matrix(weight)
         delta = self._delta(names, weight)
