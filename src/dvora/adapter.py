@@ -116,11 +116,11 @@ class DVoRAAdapter(nn.Module):
         Raises:
             ValueError: the last dimension of `x` is not the layer's `in_features`.
         """
-        width = local(self.base_layer.weight).shape[1]
+        held = weight_at_hand(self.base_layer, "weight")
+        width = self.adapted.in_features if held is None else local(held).shape[1]
         if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(
-                f"expected inputs of width {width} (the base layer's in_features) in the last "
-                f"dimension, got shape {tuple(x.shape)}"
+                f"expected inputs of width {width} (the base layer's in_features), got shape {tuple(x.shape)}"
             )
         if not torch.compiler.is_compiling():
             self._last_input = x.detach() if self.training else None
