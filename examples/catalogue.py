@@ -34,6 +34,13 @@ class Example:
 
 CATALOGUE: tuple[Example, ...] = (
     Example(
+        "transformers_trainer",
+        "transformers' Trainer",
+        "learning rates by group; a run goes on from its checkpoint bit for bit",
+        limit_seconds=240,
+        needs=("datasets",),
+    ),
+    Example(
         "trl_sft",
         "TRL's SFTTrainer",
         "the configuration as `peft_config`; an adapted model with learning rates by group",
