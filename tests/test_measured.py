@@ -1,11 +1,13 @@
 """Whether a weight is still the one that constants were made from, also where an engine frees and gathers it."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from problem import randn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from dvora import SharedProjections
 from dvora.adapted_weight import AdaptedWeight
@@ -56,6 +58,27 @@ def test_a_counted_change_is_no_gathering() -> None:
     weight.mul_(2)
     assert not measured.is_of(weight)
     assert not measured.was_gathered_again(weight)
+
+
+def test_a_process_with_fsdp2_trusts_no_address() -> None:
+    original = randn(6, 5, seed=0)
+    weight = original.clone()
+    measured = MeasuredWeight(weight, gathered_again=True)
+    assert measured.is_of(weight)
+
+    class Sharded(FSDPModule):
+        """What `fully_shard` makes for a type of module."""
+
+    try:
+        assert not measured.is_of(weight)
+        assert measured.has_values_of(weight)
+        with torch.autograd._unsafe_preserve_version_counter(weight):
+            weight.mul_(2)
+        assert measured.was_gathered_again(weight)
+        assert not measured.has_values_of(weight)
+    finally:
+        del Sharded
+        gc.collect()
 
 
 def test_constants_are_made_twice_and_then_kept_until_the_values_change() -> None:

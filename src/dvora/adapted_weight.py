@@ -161,6 +161,7 @@ class AdaptedWeight(nn.Module):
         """Make the constants anew after a load: now, or of a weight in parts in the next pass, which may gather it."""
         if is_divided(weight):
             self._measured = None
+            self._last.drop()
         else:
             self.follow(weight)
 

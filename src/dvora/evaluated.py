@@ -4,6 +4,7 @@ On the CPU the values themselves are compared, which no way of writing them esca
 for the device in every pass: there, what PyTorch counts is compared, and a pass that trains drops what is kept.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,10 @@ from .shapes import Float
 
 
 class State(NamedTuple):
-    """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count."""
+    """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count.
+
+    Of a tensor that an engine frees and gathers again nothing is counted: in a process with FSDP2 no state is equal.
+    """
 
     storage: StorageWeakRef
     """Weak, so that it keeps no memory, but no other storage can come to have its identity."""
@@ -36,10 +40,13 @@ class State(NamedTuple):
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
+        return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not _gathers_weights()
+
+    def is_of_same(self, tensor: Tensor) -> bool:
+        """Whether this is a state of the same tensor, without a write that PyTorch counted, wherever it is now."""
         return (
             not tensor.is_inference()
             and tensor.untyped_storage()._cdata == self.storage.cdata
-            and tensor.data_ptr() == self.address
             and tensor._version == self.version
             and tensor.dtype == self.dtype
             and tensor.shape == self.shape
@@ -109,6 +116,12 @@ class _Kept(NamedTuple):
         if weight is not None and self.weight is not None and not self.weight.is_of(weight):
             return False
         return all(map(_unchanged, inputs, self.inputs))
+
+
+def _gathers_weights() -> bool:
+    """Whether anything in this process was given to FSDP2's `fully_shard`, which makes a class for every type."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:

@@ -1,8 +1,8 @@
 """MeasuredWeight: whether a weight is still the one that constants were made from.
 
-An engine that frees weights between passes and gathers them again (FSDP2) shows the same tensor at another address.
-It does not count that as a change, nor does it count a change of the parts that it gathers from: there the values
-themselves are compared, by two passes over the weight in place of the constants' own product.
+An engine that frees weights between passes and gathers them again (FSDP2) shows the same tensor, mostly at another
+address. It does not count that as a change, nor a change of the parts that it gathers from: there the values themselves
+are compared, by two passes over the weight in place of the constants' own product.
 """
 
 import torch
@@ -30,8 +30,8 @@ class MeasuredWeight:
         return self._state.is_of(weight)
 
     def was_gathered_again(self, weight: Tensor) -> bool:
-        """Whether the weight is the same tensor at another address."""
-        return self._state._replace(address=weight.data_ptr()).is_of(weight)
+        """Whether the weight is the same tensor, perhaps with other values."""
+        return self._state.is_of_same(weight)
 
     def has_values_of(self, weight: Tensor) -> bool:
         """Whether a weight that was gathered again has the values that it had; if so, its state is the new one."""
