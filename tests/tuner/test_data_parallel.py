@@ -42,35 +42,37 @@ def vectors(model: nn.Module) -> dict[str, Tensor]:
     return {n.removeprefix("module."): p.detach().clone() for n, p in model.named_parameters() if "dvora_" in n}
 
 
-def trained_in_parallel(
-    settings: dict[str, object], options: dict[str, bool]
-) -> tuple[list[float], dict[str, np.ndarray]]:
-    model = DistributedDataParallel(adapted(**settings), **options)
-    losses = train(model, dist.get_rank(), dist.get_world_size())
-    # Tensors would travel in memory that goes with this process.
-    return losses, {name: vector.numpy() for name, vector in vectors(model).items()}
+CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
+    "dense": ({}, {}),
+    "structured, buffers left alone": ({"projection_init": "structured"}, {"broadcast_buffers": False}),
+}
+"""Settings of the adapter, and options of DDP."""
+
+
+def trained_in_parallel() -> dict[str, tuple[list[float], dict[str, np.ndarray]]]:
+    """Losses and vectors of every case."""
+    found = {}
+    for case, (settings, options) in CASES.items():
+        model = DistributedDataParallel(adapted(**settings), **options)
+        losses = train(model, dist.get_rank(), dist.get_world_size())
+        # Tensors would travel in memory that goes with this process.
+        found[case] = losses, {name: vector.numpy() for name, vector in vectors(model).items()}
+    return found
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [({}, {}), ({"projection_init": "structured"}, {"broadcast_buffers": False})],
-    ids=["dense", "structured, buffers left alone"],
-)
-def test_several_processes_train_what_one_does(
-    processes: int, settings: dict[str, object], options: dict[str, bool]
-) -> None:
-    one = adapted(**settings)
-    losses = train(one)
-    found = run(trained_in_parallel, processes, settings, options)
-    for step, loss in enumerate(losses):
-        assert sum(part[step] for part, _ in found) / processes == pytest.approx(loss, rel=1e-5)
-    start = vectors(adapted(**settings))
-    for name, vector in vectors(one).items():
-        moved = (vector - start[name]).abs().max()
-        for _, trained in found:
-            assert (torch.from_numpy(trained[name]) - vector).abs().max() < 1e-4 * moved, name
-            assert (trained[name] == found[0][1][name]).all(), name
+def test_several_processes_train_what_one_does(processes: int) -> None:
+    found = run(trained_in_parallel, processes)
+    for case, (settings, _) in CASES.items():
+        one, start = adapted(**settings), vectors(adapted(**settings))
+        losses = train(one)
+        for step, loss in enumerate(losses):
+            assert sum(rank[case][0][step] for rank in found) / processes == pytest.approx(loss, rel=1e-5)
+        for name, vector in vectors(one).items():
+            moved = (vector - start[name]).abs().max()
+            first = found[0][case][1][name]
+            assert (torch.from_numpy(first) - vector).abs().max() < 1e-4 * moved, (case, name)
+            assert all((rank[case][1][name] == first).all() for rank in found), (case, name)
 
 
 def fails_on_the_second_rank() -> None:

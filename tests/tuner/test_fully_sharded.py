@@ -30,8 +30,21 @@ def adapted_layers(model: nn.Module) -> list[DVoRALayer]:
     return [module for module in model.modules() if isinstance(module, DVoRALayer)]
 
 
-def trained_in_parts(settings: dict[str, object]) -> dict[str, Any]:
-    """What training did, which constants were made in which step, and what each step sent."""
+CASES: dict[str, dict[str, object]] = {
+    "dense": {},
+    "structured": {"projection_init": "structured", "norm_cache": False},
+}
+
+
+def trained_in_parts() -> dict[str, dict[str, Any]]:
+    """What training did in every case, in which steps constants were kept, and what a step sends."""
+    found = {case: trained(settings) for case, settings in CASES.items()}
+    lora = LoraConfig(r=6, target_modules=LAYERS["llama"])
+    sent = sent_in_a_step(shard(get_peft_model(MODELS["llama"](), lora)))
+    return {**found, "LoRA": {"sent": sent}}
+
+
+def trained(settings: dict[str, object]) -> dict[str, Any]:
     model = shard(adapted(**settings))
     constants = []
     hook = model.register_forward_hook(
@@ -40,20 +53,16 @@ def trained_in_parts(settings: dict[str, object]) -> dict[str, Any]:
     losses = train(model, dist.get_rank(), dist.get_world_size())
     hook.remove()
     named = {name: vector for name, vector in model.named_parameters() if "dvora_" in name}
-    found = {
+    return {
         "losses": losses,
         "vectors": {name: vector.detach().full_tensor().numpy() for name, vector in named.items()},
-        "sharded": [vector.to_local().numel() < vector.numel() for vector in named.values()],
+        "sharded": all(vector.to_local().numel() < vector.numel() for vector in named.values()),
         "kept": [
             all(now is before for now, before in zip(*steps, strict=True))
             for steps in zip(constants[1:], constants[:-1], strict=True)
         ],
         "sent": sent_in_a_step(model),
     }
-    with torch.no_grad():
-        lora = LoraConfig(r=6, target_modules=LAYERS["llama"])
-        found["sent by LoRA"] = sent_in_a_step(shard(get_peft_model(MODELS["llama"](), lora)))
-    return found
 
 
 def sent_in_a_step(model: nn.Module) -> Counter[str]:
@@ -64,26 +73,23 @@ def sent_in_a_step(model: nn.Module) -> Counter[str]:
     return Counter({str(operation): count for operation, count in sent.get_comm_counts().items()})
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"projection_init": "structured", "norm_cache": False}], ids=["dense", "structured"]
-)
-def test_processes_with_parts_train_what_one_does(settings: dict[str, object]) -> None:
-    one = adapted(**settings)
-    losses = train(one)
-    found = run(trained_in_parts, 2, settings)
-    start = vectors(adapted(**settings))
-    for step, loss in enumerate(losses):
-        assert sum(part["losses"][step] for part in found) / 2 == pytest.approx(loss, rel=1e-5)
-    for part in found:
-        assert all(part["sharded"])
-        assert part["vectors"].keys() == start.keys()
-        for name, vector in vectors(one).items():
-            moved = (vector - start[name]).abs().max()
-            assert (torch.from_numpy(part["vectors"][name]) - vector).abs().max() < 1e-4 * moved, name
-        # Measured from the gathered weights in the first pass, and once more with what tells them apart.
-        assert part["kept"] == [False, True, True, True]
-        assert part["sent"] == part["sent by LoRA"]
-        assert part["sent"].total() > 0
+def test_processes_with_parts_train_what_one_does() -> None:
+    found = run(trained_in_parts, 2)
+    for case, settings in CASES.items():
+        one, start = adapted(**settings), vectors(adapted(**settings))
+        for step, loss in enumerate(train(one)):
+            assert sum(rank[case]["losses"][step] for rank in found) / 2 == pytest.approx(loss, rel=1e-5)
+        for rank in found:
+            part = rank[case]
+            assert part["sharded"]
+            assert part["vectors"].keys() == start.keys()
+            for name, vector in vectors(one).items():
+                moved = (vector - start[name]).abs().max()
+                assert (torch.from_numpy(part["vectors"][name]) - vector).abs().max() < 1e-4 * moved, (case, name)
+            # Measured from the gathered weights in the first pass, and once more with what tells them apart.
+            assert part["kept"] == [False, True, True, True]
+            assert part["sent"] == rank["LoRA"]["sent"]
+            assert part["sent"].total() > 0
 
 
 def other_base() -> nn.Module:
