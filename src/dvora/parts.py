@@ -93,13 +93,15 @@ def part_of(weight: Tensor, name: str) -> Part:
         ValueError: it is not divided along one dimension over one group of processes.
     """
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]  # it is a DTensor
-    divided = next((d for d in (0, 1) if mesh.ndim == 1 and placements[0].is_shard(d)), None)
-    if divided is None:
+    # The type itself: packed weights are divided in turns, by a subclass that passes for equal.
+    plain = [type(placement) is sys.modules["torch.distributed.tensor"].Shard for placement in placements]
+    if plain != [True] or placements[0].dim not in (0, 1):
         raise ValueError(
             f"{name}: the base weight is a DTensor with placements {placements} on a mesh of {mesh.ndim} dimensions; "
             "DVoRA supports weights of torch.nn.Linear divided by ColwiseParallel or RowwiseParallel over one dimension"
         )
-    total, rank = weight.shape[divided], mesh.get_local_rank()
+    divided, rank = placements[0].dim, mesh.get_local_rank()
+    total = weight.shape[divided]
     size = -(-total // mesh.size())
     span = Span(min(rank * size, total), min((rank + 1) * size, total), total)
     assert local(weight).shape[divided] == span.stop - span.start, (span, local(weight).shape)

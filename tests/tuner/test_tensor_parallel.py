@@ -12,9 +12,10 @@ from processes import run
 from test_data_parallel import batch, train, vectors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -205,6 +206,15 @@ def on_two_dimensions() -> object:
     return adapted(model, target_modules=["down_proj"])(input_ids=batch(0))
 
 
+def in_turns() -> object:
+    model = llama()
+    layer, mesh = model.model.layers[0].mlp.down_proj, init_device_mesh("cpu", (2,))
+    rows = layer.weight.detach().chunk(4)[dist.get_rank() :: 2]
+    placements = [_StridedShard(0, split_factor=2)]
+    layer.weight = nn.Parameter(DTensor.from_local(torch.cat(rows), mesh, placements), False)
+    return adapted(model, target_modules=["down_proj"])(input_ids=batch(0))
+
+
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "whole outputs": (
         parallelize(ColwiseParallel(output_layouts=Replicate()), ["down_proj"]),
@@ -219,6 +229,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         "the output is a DTensor",
     ),
     "two dimensions": (on_two_dimensions, "supports weights of torch.nn.Linear divided by"),
+    "in turns": (in_turns, "supports weights of torch.nn.Linear divided by"),
     "dropout": (lambda: divided(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
     "a trained base": (trained_base, "cannot be trained"),
     "constants from columns": (lambda: divided(norm_cache=False)(input_ids=batch(0)), "processes divide its inputs"),
