@@ -16,7 +16,7 @@ from examples.report import read_report, report
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What runs the examples, and what several of them use.
 FRAME = {"__init__", "__main__", "catalogue", "processes", "report", "rows"}
-SHARED = {"averaging", "checks", "generating", "reviews"}
+SHARED = {"averaging", "checks", "generating", "lying_digits", "reviews"}
 
 REPORTS = 'from examples.report import report\nreport({"works": True, "figures": {"loss": [2.0, 1.0]}})\n'
 REFUSES = (
