@@ -1,6 +1,7 @@
 # `make demo` and `make test` set themselves up; nothing is done twice.
 PYTHON ?= python3
 VENV := .venv
+EXTRAS := dev
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 # Debian splits the part of venv that brings pip into a package of its own.
@@ -12,7 +13,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV) || $(BARE_VENV)
-	$(PY) -m pip install --disable-pip-version-check --editable ".[dev]"
+	$(PY) -m pip install --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of your own
@@ -21,9 +22,10 @@ demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of yo
 test: setup
 	$(PY) -m pytest
 
-examples: setup  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
-	$(PY) -m pip install --disable-pip-version-check --editable ".[dev,examples,cluster]"
-	$(PY) -m examples $(ARGS)
+# An environment of their own: Flower holds packages at older versions than the command line needs.
+examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
+	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,cluster
+	.venv-examples/bin/python -m examples $(ARGS)
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record for the figures
 	$(PY) -m conformance $(ARGS)
