@@ -1,0 +1,1 @@
+"""The command line: every file is one command, which calls a recipe and shows what it returns."""

@@ -1,0 +1,84 @@
+"""What a command shows: a table or JSON on stdout, notes and progress on stderr."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel="Output")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.", rich_help_panel="Output")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+
+
+class Output:
+    """Where a command's results and notes go.
+
+    Args:
+        as_json: results as JSON.
+        quiet: no notes and no progress.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        # Piped into a program nobody reads notes.
+        self.talks = not quiet and sys.stderr.isatty()
+
+    def result(self, values: Mapping[str, Any], title: str = "") -> None:
+        """Show named values, among them lists of rows (each a mapping with the same keys) as tables of their own."""
+        if self.as_json:
+            typer.echo(json.dumps(values, default=str))
+            return
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if title:
+            console.print(f"[bold]{title}[/bold]")
+        single = {name: value for name, value in values.items() if not _is_rows(value)}
+        if single:
+            console.print(_table([{"": name, " ": value} for name, value in single.items()], headed=False))
+        for name, rows in values.items():
+            if _is_rows(rows):
+                console.print(f"\n[bold]{name.replace('_', ' ')}[/bold]")
+                console.print(_table(rows))
+
+    def note(self, text: str) -> None:
+        """Tell something on stderr, if somebody watches."""
+        if self.talks:
+            typer.echo(text, err=True)
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], headed: bool = True) -> Any:
+    from rich.table import Table
+
+    table = Table(show_header=headed, box=None, pad_edge=False)
+    for column in rows[0]:
+        numbers = all(isinstance(row.get(column), int | float) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(row.get(column)) for column in rows[0]))
+    return table
+
+
+def shown(value: Any) -> str:
+    """A value for a table."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return str(value)
