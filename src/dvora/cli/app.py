@@ -12,7 +12,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Fine-tune models with adapters of kilobytes: from a table or a text to a trained, evaluated and merged model.",
+    help="Fine-tune models with adapters of kilobytes: from a table or a text to a merged model.",
     epilog="Exit codes: 0 fine, 1 the work failed, 2 wrong use, 130 stopped by Ctrl-C.",
 )
 

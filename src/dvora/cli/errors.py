@@ -32,18 +32,9 @@ def one_line(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except (
-        ArithmeticError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        MemoryError,
-    ) as error:
-        if isinstance(error, typer.Exit):
-            raise
+    except typer.Exit:
+        raise
+    except Exception as error:  # whatever it is, nobody wants to read a traceback who did not ask for it
         if debug:
             traceback.print_exc()
         typer.echo(f"Error: {_told(error)}", err=True)
