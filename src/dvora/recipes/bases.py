@@ -1,0 +1,167 @@
+"""Base models, their tokenizers and image processors: loaded from a folder or the hub, with the task's head."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .settings import Settings, Task
+
+MODEL_CLASSES: dict[Task, type] = {
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "sentence-pairs": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model with the head of its task.
+
+    Args:
+        model: with the labels in its configuration.
+        heads: names of the modules that the task adds to the base; trained and saved whole by every method.
+        notes: what was made new, for whoever starts the run.
+    """
+
+    model: Any
+    heads: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def load_processor(settings: Settings) -> Any:
+    """The tokenizer of a run, or its image processor.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    source = settings.tokenizer or settings.model
+    kind = transformers.AutoImageProcessor if settings.task == "image-classification" else transformers.AutoTokenizer
+    images = settings.task == "image-classification"
+    files = ("preprocessor_config.json", "processor_config.json") if images else TOKENIZER_FILES
+    name = "image processor" if images else "tokenizer"
+    folder = Path(source)
+    if folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern)):
+        raise ValueError(f"{source} holds no {name} ({', '.join(files)}); say with `tokenizer` where it is")
+    with _told_in_one_line(f"the {name}", source):
+        processor = kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    if not images and processor.pad_token is None:
+        if processor.eos_token is None:
+            raise ValueError(f"the tokenizer of {source} has neither a token to pad with nor one that ends a text")
+        processor.pad_token = processor.eos_token
+    return processor
+
+
+def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | None) -> Base:
+    """The model of a run before training; new layers are made from the run's seed.
+
+    Args:
+        settings: of the run.
+        labels: names of the classes; empty where numbers or tokens are told.
+        pad_token_id: the tokenizer's, None for images.
+
+    Raises:
+        ValueError: it is no model, cannot be fetched, or has no safetensors weights.
+    """
+    source = settings.model
+    _check_folder(source)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    with _told_in_one_line("the model", source):
+        config = transformers.AutoConfig.from_pretrained(source, **options, **_head_options(settings.task, labels))
+        if pad_token_id is not None:
+            config.pad_token_id = pad_token_id
+        with _quiet_loading(), torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            model, info = MODEL_CLASSES[settings.task].from_pretrained(  # type: ignore[attr-defined]
+                source,
+                config=config,
+                dtype=getattr(torch, settings.base_dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    if settings.task == "causal-lm":
+        if new:
+            raise ValueError(f"{source} is no language model: it has no weights for {', '.join(sorted(new)[:3])}")
+        return Base(model, (), ())
+    heads = _heads(model, new)
+    notes = [f"new layers: {', '.join(heads)}"] if new else [f"the head of {source} is trained on: {', '.join(heads)}"]
+    return Base(model, heads, tuple(notes))
+
+
+def _head_options(task: Task, labels: Sequence[str]) -> dict[str, Any]:
+    """What the model's configuration has to say of the labels."""
+    if task == "causal-lm":
+        return {}
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _heads(model: nn.Module, new: set[str]) -> tuple[str, ...]:
+    """The modules beside the base, and those in the base that its weights lack."""
+    base = model.base_model_prefix
+    beside = [name for name, module in model.named_children() if name != base and [*module.parameters()]]
+    lacking = {key.rpartition(".")[0] for key in new if key.partition(".")[0] == base}
+    return (*beside, *sorted(lacking))
+
+
+def _check_folder(source: str) -> None:
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file; a model is a folder with config.json and safetensors weights")
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(f"{source} holds an adapter, not a model; give the base it was trained on")
+        raise ValueError(f"{source} holds no config.json, so it is no model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
+            "save_pretrained"
+        )
+
+
+@contextmanager
+def _told_in_one_line(what: str, source: str) -> Iterator[None]:
+    """Turn the pages that transformers writes when something is missing into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = str(error).strip().partition("\n")[0]
+        if Path(source).is_dir():
+            raise ValueError(f"{what} in {source} cannot be read: {said}") from error
+        raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Loading without transformers' report on new heads and its progress bar; `Base.notes` tells what is new."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,137 @@
+"""The folder of a training run: what is in it, who may write to it, and how its model is loaded again."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bases import load_base, load_processor
+from .files import write_atomically
+from .settings import Settings, checked_settings, commented
+
+RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
+HEAD_FILE = "head.safetensors"
+"""What the method "head" saves in the adapter's folder."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: of the run.
+        settings: resolved: paths are absolute, what the method decides is written out.
+        labels: names of the classes 0, 1, ...; empty where numbers or tokens are told.
+        adapter: the folder that PEFT reads; for the method "full" a whole model, for "head" its `head.safetensors`.
+        record: everything in run.json: versions, data hashes, split sizes, columns, metrics, trained values, seconds.
+    """
+
+    folder: Path
+    settings: Settings
+    labels: tuple[str, ...]
+    adapter: Path
+    record: Mapping[str, Any]
+
+    @property
+    def base(self) -> str:
+        """The base model: a folder or a name on the hub."""
+        return self.settings.model
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run.
+
+    Raises:
+        ValueError: there is no run, it is not finished, or its record is damaged.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(f"{folder} holds no {RECORD}, so it is not the folder of a run of `dvora train`")
+    if record["state"] != "finished":
+        raise ValueError(f"the run in {folder} is not finished; go on with `dvora train {folder / CONFIG} --resume`")
+    settings = checked_settings(record["settings"], str(folder / RECORD))
+    return Run(folder, settings, tuple(record["labels"]), folder / ADAPTER, record)
+
+
+def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
+    """The model of a run, in evaluation mode, and its tokenizer or image processor.
+
+    Args:
+        run: finished.
+        with_adapter: False: the base, whose new layers, if its task needs some, have not been trained.
+
+    Raises:
+        ValueError: the base or the adapter cannot be read, or they do not fit.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    import dvora  # noqa: F401  (makes the method known to PEFT)
+
+    processor = load_processor(run.settings)
+    settings = run.settings
+    if with_adapter and settings.method == "full":
+        # Its weights stand in for the base's; the processor is not among them.
+        settings = settings.model_copy(update={"model": str(run.adapter)})
+    model = load_base(settings, run.labels, getattr(processor, "pad_token_id", None)).model
+    if with_adapter and settings.method == "head":
+        _, unexpected = model.load_state_dict(load_file(run.adapter / HEAD_FILE), strict=False)
+        if unexpected:
+            raise ValueError(f"{run.adapter / HEAD_FILE} has {unexpected[0]}, which {run.base} has not")
+    elif with_adapter and settings.method != "full":
+        if not (run.adapter / "adapter_model.safetensors").exists():
+            raise ValueError(f"{run.adapter} holds no adapter_model.safetensors; pickled adapters are never loaded")
+        model = PeftModel.from_pretrained(model, run.adapter)
+    return model.eval(), processor
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What run.json says, finished or not; None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(record, dict) or not {"state", "settings", "labels"} <= record.keys():
+        raise ValueError(f"{path} is not the record of a run of `dvora train`")
+    return record
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write run.json, whole or not at all; with the state "finished" this is what ends a run."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_atomically(folder / RECORD, (text + "\n").encode())
+
+
+def write_config(folder: Path, settings: Settings) -> None:
+    """Write config.yaml, with which the run can be repeated."""
+    write_atomically(folder / CONFIG, commented(settings).encode())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made; however this process ends, the system opens the lock then.
+
+    Raises:
+        ValueError: another process works in it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another run works in {folder}; wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
