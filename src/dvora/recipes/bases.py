@@ -79,7 +79,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
         config = transformers.AutoConfig.from_pretrained(source, **options, **_head_options(settings.task, labels))
         if pad_token_id is not None:
             config.pad_token_id = pad_token_id
-        with _quiet_loading(), torch.random.fork_rng():
+        with quiet_transformers(), torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             model, info = MODEL_CLASSES[settings.task].from_pretrained(  # type: ignore[attr-defined]
                 source,
@@ -152,14 +152,15 @@ def _told_in_one_line(what: str, source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Loading without transformers' report on new heads and its progress bar; `Base.notes` tells what is new."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' reports and progress bars; what matters of them is in `Base.notes`."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            # PEFT 0.21 asks transformers 5 for a flag by its old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

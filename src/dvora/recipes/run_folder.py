@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bases import load_base, load_processor
+from .bases import load_base, load_processor, quiet_transformers
 from .files import write_atomically
 from .settings import Settings, checked_settings, commented
 
@@ -65,26 +65,29 @@ def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
     Raises:
         ValueError: the base or the adapter cannot be read, or they do not fit.
     """
+    with quiet_transformers():
+        processor = load_processor(run.settings)
+        pad_token_id = getattr(processor, "pad_token_id", None)
+        if not with_adapter or run.settings.method != "full":
+            model = load_base(run.settings, run.labels, pad_token_id).model
+            return (_with_adapter(model, run) if with_adapter else model).eval(), processor
+        whole = run.settings.model_copy(update={"model": str(run.adapter)})
+        return load_base(whole, run.labels, pad_token_id).model.eval(), processor
+
+
+def _with_adapter(model: Any, run: Run) -> Any:
+    """The base with the trained adapter, or with the trained head."""
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    import dvora  # noqa: F401  (makes the method known to PEFT)
-
-    processor = load_processor(run.settings)
-    settings = run.settings
-    if with_adapter and settings.method == "full":
-        # Its weights stand in for the base's; the processor is not among them.
-        settings = settings.model_copy(update={"model": str(run.adapter)})
-    model = load_base(settings, run.labels, getattr(processor, "pad_token_id", None)).model
-    if with_adapter and settings.method == "head":
+    if run.settings.method == "head":
         _, unexpected = model.load_state_dict(load_file(run.adapter / HEAD_FILE), strict=False)
         if unexpected:
             raise ValueError(f"{run.adapter / HEAD_FILE} has {unexpected[0]}, which {run.base} has not")
-    elif with_adapter and settings.method != "full":
-        if not (run.adapter / "adapter_model.safetensors").exists():
-            raise ValueError(f"{run.adapter} holds no adapter_model.safetensors; pickled adapters are never loaded")
-        model = PeftModel.from_pretrained(model, run.adapter)
-    return model.eval(), processor
+        return model
+    if not (run.adapter / "adapter_model.safetensors").exists():
+        raise ValueError(f"{run.adapter} holds no adapter_model.safetensors; pickled adapters are never loaded")
+    return PeftModel.from_pretrained(model, run.adapter)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

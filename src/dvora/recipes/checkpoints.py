@@ -1,0 +1,49 @@
+"""Checkpoints of a run that goes on after any end: each is marked when all of it is written."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from .files import write_atomically
+
+MARK = "complete.json"
+"""The names and sizes of a checkpoint's files, written last."""
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Say that all files of a checkpoint are there."""
+    sizes = {
+        file.relative_to(checkpoint).as_posix(): file.stat().st_size
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file() and file.name != MARK
+    }
+    write_atomically(checkpoint / MARK, json.dumps(sizes, indent=1).encode())
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is marked and has what its mark names: its removal may have begun after it was marked."""
+    try:
+        sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, by step."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(is_complete, found), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what an unclean end left half-written or half-removed."""
+    complete = checkpoints(folder)
+    for path in folder.glob("checkpoint-*"):
+        if path not in complete:
+            shutil.rmtree(path)

@@ -1,0 +1,46 @@
+"""A folder of images: one folder for each class."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test"}
+
+
+def image_examples(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The images with the class that their folder names, and the sha256 of each file.
+
+    Raises:
+        ValueError: there are no images, one cannot be read, or the folders are parts of a split.
+    """
+    rows: list[dict[str, Any]] = []
+    for folder in folders:
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if parts := sorted({path.name for path in classes} & PARTS):
+            raise ValueError(
+                f"{folder} holds {', '.join(parts)}, which are parts, not classes: give them one by one, as in data: "
+                f"{folder / parts[0]}, test_data: {folder / parts[-1]}"
+            )
+        found = [
+            {"image": str(path), "label": name.name}
+            for name in classes
+            for path in sorted(name.rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise ValueError(f"{folder} holds no folders with images ({', '.join(sorted(SUFFIXES))})")
+        rows += found
+    return rows, [_checked(Path(row["image"])) for row in rows]
+
+
+def _checked(path: Path) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from None
+    return hashlib.sha256(path.read_bytes()).hexdigest()

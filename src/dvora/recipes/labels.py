@@ -1,0 +1,60 @@
+"""What a label column says: classes by name, or numbers."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+MANY = 20
+"""Classes, or different numbers, from which on a column looks like another kind of column."""
+
+
+def class_name(value: object) -> str:
+    """A label as a class; 1 and 1.0 are the same one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
+    """The classes in their order: by number if they all are whole numbers, else by name.
+
+    Raises:
+        ValueError: there is only one, or so many that the column can hardly be one of classes.
+    """
+    counts = Counter(map(class_name, values))
+    names = sorted(counts)
+    if len(names) == 1:
+        raise ValueError(f"column {column!r} has the single class {names[0]!r}; there is nothing to tell apart")
+    if len(names) > max(MANY, len(values) / 2):
+        raise ValueError(
+            f"column {column!r} has {len(names)} different labels in {len(values)} rows; is it the right label_column? "
+            "Numbers are told by the task regression, or by label_kind: numbers"
+        )
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        names.sort(key=int)
+    return tuple(names)
+
+
+def number(value: Any) -> float:
+    """A label as a number.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not a number") from None
+    if not math.isfinite(found):
+        raise ValueError(f"{value!r} is not finite")
+    return found
+
+
+def are_numbers(values: Sequence[object]) -> bool:
+    """Whether labels look like numbers: all are, and some have a fraction or there are many different ones."""
+    try:
+        found = {number(value) for value in values}
+    except ValueError:
+        return False
+    return len(found) > MANY or any(not value.is_integer() for value in found)

@@ -1,0 +1,61 @@
+"""Train, validation and test rows: drawn by a seed, what is the same in one part, and classes in the same shares."""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Split(NamedTuple):
+    """Indices of the rows of each part, ascending; every row is in one."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def same_text(text: str) -> str:
+    """What two texts share when only case or spacing tells them apart."""
+    return " ".join(text.split()).casefold()
+
+
+def first_of_each(rows: Sequence[Hashable]) -> list[int]:
+    """Indices of the rows that did not occur before."""
+    seen: dict[Hashable, int] = {}
+    for index, row in enumerate(rows):
+        seen.setdefault(row, index)
+    return list(seen.values())
+
+
+def split_rows(
+    keys: Sequence[Hashable], classes: Sequence[int], validation_share: float, test_share: float, seed: int
+) -> Split:
+    """Divide rows by a seed.
+
+    Args:
+        keys: rows with the same key stay together.
+        classes: of each row; all the same where there are none. A key has the class of its first row.
+        validation_share, test_share: of the keys, as nearly as whole keys of every class allow. The last key of a class
+            is never held out.
+        seed: names the split.
+    """
+    rows_of: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(index)
+    members: dict[int, list[list[int]]] = {}
+    for rows in rows_of.values():
+        members.setdefault(classes[rows[0]], []).append(rows)
+    generator = np.random.default_rng(seed)
+    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    owed = {"test": 0.0, "validation": 0.0}
+    for name in sorted(members):
+        groups = [members[name][place] for place in generator.permutation(len(members[name]))]
+        for part, share in (("test", test_share), ("validation", validation_share)):
+            # What rounding takes from one class the next one gives.
+            owed[part] += share * len(members[name])
+            taken = min(int(owed[part] + 1e-9), len(groups) - 1)
+            owed[part] -= taken
+            parts[part] += [row for group in groups[:taken] for row in group]
+            groups = groups[taken:]
+        parts["train"] += [row for group in groups for row in group]
+    return Split(*(tuple(sorted(parts[part])) for part in ("train", "validation", "test")))

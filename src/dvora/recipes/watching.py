@@ -1,0 +1,147 @@
+"""What happens beside the steps of training: progress is told, signals stop it cleanly, checkpoints are marked."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from .checkpoints import mark_complete
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Args:
+        step: steps that were made, of `steps`.
+        loss: of the last steps, None before the first.
+        seconds_left: at the pace of this process so far, None before its first step.
+        memory: bytes that the process (on a GPU: torch) has held at most.
+        metrics: of an evaluation that just ended, else None.
+        is_best: whether that evaluation is the best one so far.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    seconds_left: float | None
+    memory: int
+    metrics: dict[str, float] | None = None
+    is_best: bool = False
+
+
+Tell = Callable[[Progress], None]
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop, by Ctrl-C or SIGTERM."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note the first signal; a second one interrupts at once."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+class Watching(TrainerCallback):
+    """Tells progress, stops with a checkpoint when asked, stops early, and marks checkpoints as complete.
+
+    Args:
+        stop: whether to stop after this step.
+        tell: called after every step and evaluation, on the first process.
+        best: the metric that evaluations are compared by.
+        greater_is_better: whether more of it is better.
+        patience: evaluations without a better one after which training ends; None: never.
+    """
+
+    def __init__(
+        self, stop: StopRequest, tell: Tell | None, best: str, greater_is_better: bool, patience: int | None
+    ) -> None:
+        self.stop, self.tell, self.best, self.patience = stop, tell, f"eval_{best}", patience
+        self.sign = 1 if greater_is_better else -1
+        self.was_stopped = False
+        self.started, self.first_step = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop with a checkpoint, if any process was asked to."""
+        if _anywhere(self.stop.wanted, args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.was_stopped = True
+            control.should_evaluate = False
+        self._told(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the metrics, and stop if there has been no better evaluation for long."""
+        # What is remembered in the state survives an end and a new start.
+        values = [self.sign * entry[self.best] for entry in state.log_history if self.best in entry]
+        if not values:
+            return
+        best = values.index(max(values))
+        if self.patience is not None and len(values) - 1 - best >= self.patience:
+            control.should_training_stop = True
+        latest = next(entry for entry in reversed(state.log_history) if self.best in entry)
+        metrics = {name.removeprefix("eval_"): value for name, value in latest.items() if name.startswith("eval_")}
+        self._told(state, metrics, best == len(values) - 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint, when every process has written its part."""
+        if dist.is_initialized():
+            dist.barrier()
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def _told(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
+        if self.tell is None or not state.is_world_process_zero:
+            return
+        made = state.global_step - self.first_step
+        pace = (time.monotonic() - self.started) / made if made else None
+        left = None if pace is None else pace * (state.max_steps - state.global_step)
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.tell(
+            Progress(
+                state.global_step, state.max_steps, losses[-1] if losses else None, left, memory(), metrics, is_best
+            )
+        )
+
+
+def _anywhere(wanted: bool, device: torch.device) -> bool:
+    """Whether it is so on one of the processes: they have to stop after the same step."""
+    if not dist.is_initialized():
+        return wanted
+    flag = torch.tensor(float(wanted), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def memory() -> int:
+    """Bytes that this process has held at most; on a GPU what torch has."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
