@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .train import train
 
 app = typer.Typer(
     name="dvora",
@@ -30,6 +31,9 @@ def _options(
     ] = False,
 ) -> None:
     """Options of the program itself."""
+
+
+app.command()(train)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 Projections = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
+PATHS = ("data", "validation_data", "test_data")
+"""Keys that take one path or several."""
 RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 4e-3, "vera": 4e-3, "lora": 3e-4, "dora": 3e-4, "full": 3e-5, "head": 1e-3,
@@ -120,7 +122,7 @@ class Settings(BaseModel):
         "write logs for TensorBoard into the run's folder (needs the package tensorboard)", False
     )
 
-    @field_validator("data", "validation_data", "test_data", mode="before")
+    @field_validator(*PATHS, mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -219,7 +221,7 @@ def resolved(settings: Settings) -> Settings:
             "model": path(settings.model),
             "tokenizer": path(settings.tokenizer) if settings.tokenizer else None,
             "output": str(Path(settings.output).resolve()),
-            **{key: tuple(map(path, getattr(settings, key))) for key in ("data", "validation_data", "test_data")},
+            **{key: tuple(map(path, getattr(settings, key))) for key in PATHS},
             "rank": settings.rank or RANKS.get(settings.method),
             "learning_rate": settings.learning_rate or LEARNING_RATES[settings.method],
             "max_length": settings.max_length or (256 if settings.task == "causal-lm" else 128),
@@ -245,7 +247,7 @@ def commented(settings: Settings | None = None) -> str:
 
 
 def _entry(key: str, value: object) -> str:
-    if isinstance(value, list) and len(value) == 1:
+    if key in PATHS and isinstance(value, list) and len(value) == 1:
         value = value[0]
     # A mapping in flow style, without its braces.
     dumped: str = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**9)

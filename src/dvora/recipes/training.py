@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from .trainers import Prepared, final_metrics, make_trainer
 from .watching import StopRequest, Tell
 
 Note = Callable[[str], None]
+
+
+class InputError(ValueError):
+    """The settings, the data, the model or the folder are not what a run needs; nothing has been trained yet."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +53,49 @@ def train(settings: Settings, resume: bool = False, tell: Tell | None = None, no
         note: is told what was guessed, assumed and removed.
 
     Raises:
-        ValueError: the settings, the data, the model or the folder are not what the run needs.
+        InputError: the settings, the data, the model or the folder are not what the run needs.
+        ValueError: training failed.
         OSError: a file cannot be read or written.
     """
     settings = resolved(settings)
     folder = Path(settings.output)
-    with locked(folder) if is_first() else nullcontext(), quiet_transformers():
-        record = read_record(folder)
-        check_resumable(folder, record, settings, resume)
-        if record is not None and record["state"] == "finished":
-            return Outcome(read_run(folder), None)
-        data = load_data(settings)
-        started = start_record(settings, data, record)
-        prepared = _prepared(settings, data, note or (lambda _: None))
+    with _lock(folder), quiet_transformers():
+        with _input_errors():
+            record = read_record(folder)
+            check_resumable(folder, record, settings, resume)
+            if record is not None and record["state"] == "finished":
+                return Outcome(read_run(folder), None)
+            data = load_data(settings)
+            started = start_record(settings, data, record)
+            prepared = _prepared(settings, data, note or (lambda _: None))
         return _trained(prepared, started, tell)
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """The folder for this process, and the others that work with it."""
+    if not is_first():
+        yield
+        return
+    with ExitStack() as stack:
+        with _input_errors():
+            stack.enter_context(locked(folder))
+        yield
 
 
 def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> Outcome:
     folder = Path(prepared.settings.output)
     stop, begun = StopRequest(), time.monotonic()
-    trainer, watching = make_trainer(prepared, stop, tell)
+    with _input_errors():
+        trainer, watching = make_trainer(prepared, stop, tell)
     if is_first():
         write_config(folder, prepared.settings)
         write_record(folder, record)

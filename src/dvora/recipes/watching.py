@@ -105,6 +105,10 @@ class Watching(TrainerCallback):
         metrics = {name.removeprefix("eval_"): value for name, value in latest.items() if name.startswith("eval_")}
         self._told(state, metrics, best == len(values) - 1)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Be silent in the evaluations of the finished model."""
+        self.tell = None
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint, when every process has written its part."""
         if dist.is_initialized():

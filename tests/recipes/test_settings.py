@@ -1,0 +1,81 @@
+"""Settings: what a file and flags may say, and how they are written down."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dvora.recipes.settings import Settings, checked_settings, commented, read_settings, resolved
+
+LEAST: dict[str, Any] = {"task": "regression", "model": "a/b", "data": "x.csv"}
+
+
+def test_what_is_printed_is_read_back_as_it_was() -> None:
+    chosen = checked_settings(
+        {**LEAST, "data": ["a b.csv", "ü.csv"], "learning_rates": {"head": 1e-5}, "targets": ["query"], "rank": 7}, ""
+    )
+    assert checked_settings(yaml.safe_load(commented(chosen)), "") == chosen
+    assert checked_settings(yaml.safe_load(commented(resolved(chosen))), "") == resolved(chosen)
+
+
+def test_every_key_has_a_comment_of_its_own() -> None:
+    lines = commented().splitlines()
+    for key in Settings.model_fields:
+        place = next(number for number, line in enumerate(lines) if line.startswith(f"{key}: "))
+        assert lines[place - 1].startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
+        ({"task": "regresion"}, "task is 'regresion', did you mean 'regression'"),
+        ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
+        ({"data": []}, "data is"),
+        ({"validation_share": 0.6, "test_share": 0.4}, "leave nothing to train on"),
+        ({"evaluate_every": 3, "save_every": 4}, "save_every 4 is no multiple of evaluate_every 3"),
+        ({"early_stopping": 2, "keep_best": False}, "early_stopping is set but keep_best is false"),
+        ({"method": "lora", "learning_rates": {"lambda_b": 1.0}}, "learning_rates has lambda_b, which only"),
+        ({"learning_rates": {"magnitud": 1.0}}, "did you mean 'magnitude'"),
+        ({"task": "causal-lm", "method": "head"}, "causal-lm has no new head"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        checked_settings({**LEAST, **change}, "a.yaml")
+    assert str(error.value).startswith("a.yaml: ")
+    assert "\n" not in str(error.value)
+
+
+def test_all_that_is_missing_is_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"task is missing.*model is missing.*data is missing"):
+        checked_settings({}, "a.yaml")
+
+
+def test_yaml_s_traps_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    file = tmp_path / "a b.yaml"
+    file.write_bytes(
+        b"\xef\xbb\xbftask: regression\r\nmodel: m\r\ndata: x.csv\r\nmixed_precision: no\r\nlearning_rate: 1e-4\r\n"
+    )
+    found = read_settings(file, {"model": "other"})
+    assert (found.mixed_precision, found.learning_rate, found.model, found.data) == ("no", 1e-4, "other", ("x.csv",))
+
+
+@pytest.mark.parametrize("content", [b"- a\n", b"text", b"a: [", b"\xff\xfe\x00", b"a: 1\na\n"])
+def test_what_holds_no_settings_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.yaml"):
+        read_settings(tmp_path / "a.yaml", {})
+
+
+def test_a_resolved_run_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").touch()
+    found = resolved(checked_settings(LEAST, ""))
+    assert found.data == (str(tmp_path / "x.csv"),)
+    assert found.output == str(tmp_path / "dvora-run")
+    assert (found.model, found.rank, found.learning_rate) == ("a/b", 256, 4e-3)
