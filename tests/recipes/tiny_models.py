@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
@@ -90,7 +91,9 @@ def _tokenizer(words: list[str], ends: bool) -> PreTrainedTokenizerFast:
     # Words by spaces, or single letters, line ends among them.
     pattern, behaviour = (r"\s+", "removed") if ends else (r"[\s\S]", "isolated")
     tokenizer.pre_tokenizer = Split(Regex(pattern), behaviour)
-    if ends:
+    if not ends:
+        tokenizer.decoder = Fuse()
+    else:
         tokenizer.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )

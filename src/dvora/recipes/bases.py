@@ -159,8 +159,8 @@ def quiet_transformers() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5 for a flag by its old name.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # PEFT 0.21 asks transformers 5 for a flag by its old name, and transformers 4 knows no other.
+            warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -92,6 +92,11 @@ class Watching(TrainerCallback):
             control.should_evaluate = False
         self._told(state)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A stop is no end of an epoch: evaluated here, the run would not go on as if it had not been stopped."""
+        if self.was_stopped:
+            control.should_evaluate = control.should_save = False
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the metrics, and stop if there has been no better evaluation for long."""
         # What is remembered in the state survives an end and a new start.

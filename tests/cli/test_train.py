@@ -1,0 +1,168 @@
+"""dvora train as it is typed: its examples, its errors and exit codes, signals, and several processes."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from dvora.cli.app import app
+from dvora.cli.train import train as train_command
+from tests.recipes import tiny_data, tiny_models
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = ["--epochs", "1", "--rank", "4", "--set", "cpu=true"]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models and data that the examples name, with a space and an umlaut in its name."""
+    folder = tmp_path_factory.mktemp("my dësk")
+    tiny_models.bert(folder / "minilm")
+    tiny_models.llama(folder / "smollm2")
+    tiny_data.reviews(folder / "reviews.csv")
+    tiny_data.play(folder / "play.txt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_the_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+
+
+def typed(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+def examples() -> list[str]:
+    text = (train_command.__doc__ or "").partition("Examples:")[2]
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("dvora ")]
+
+
+def test_the_examples_of_the_help_work_in_their_order(desk: Path) -> None:
+    shown = " ".join(typed("--help").stdout.split())
+    assert len(examples()) >= 5
+    for example in examples():
+        assert example in shown
+        words, _, target = example.partition(" > ")
+        result = typed(*shlex.split(words)[2:])
+        assert result.exit_code == 0, (example, result.output, result.exception)
+        if target:
+            (desk / target).write_text(result.stdout)
+    assert {path.name for path in (desk / "runs").iterdir()} == {"play", "lora", "decay"}
+    assert (desk / "dvora-run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_as_json(desk: Path) -> None:
+    given = ["--task", "text-classification", "--model", "minilm", "--data", "reviews.csv", "-o", "out", *SMALL]
+    result = typed(*given, "--json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown["run"] == str(desk / "out")
+    assert [(row["part"], row["model"]) for row in shown["metrics"]] == [
+        ("validation", "trained"),
+        ("validation", "always bad"),
+        ("test", "trained"),
+        ("test", "always bad"),
+    ]
+    assert "step 6 of 6: loss" in result.stderr
+    assert typed("out", "--resume", "--quiet", "--json").stderr == ""
+    assert json.loads(typed("out", "--resume", "--json").stdout) == shown
+    assert "always bad" in typed("out", "--resume").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "task is missing"),
+        (["no.yaml"], "no.yaml: no such file; --print-config writes one"),
+        (["--task", "text-classification", "-m", "minilm", "--data", "no.csv", "-o", "e1"], "no.csv: no such file"),
+        (
+            ["--task", "text-classification", "-m", "nobody/nothing", "--data", "reviews.csv", "-o", "e2"],
+            "is no folder here",
+        ),
+        (
+            ["--task", "text-clasification", "-m", "minilm", "--data", "reviews.csv"],
+            "did you mean 'text-classification'",
+        ),
+        (["--set", "weight_decai=1"], "unknown key 'weight_decai', did you mean 'weight_decay'"),
+        (["--set", "weight_decay"], "--set weight_decay: expected KEY=VALUE"),
+        (["--set", "a=[", "--print-config"], "the value is not YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = typed(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_print_config_is_a_config(desk: Path) -> None:
+    printed = typed("--print-config", "--task", "regression", "--learning-rate", "1e-5", "--set", "split_seed=3").stdout
+    (desk / "printed.yaml").write_text(printed)
+    assert "learning_rate: 1.0e-05\n" in printed
+    assert typed("printed.yaml", "--print-config").stdout == printed
+
+
+def process(*arguments: str, launcher: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "dvora.cli", "train", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, **pipes, **options)
+
+
+def wait_for(running: subprocess.Popen[str], start: str) -> str:
+    """The second word of the first line on stderr that starts so."""
+    assert running.stderr
+    return next(line.split()[1] for line in running.stderr if line.startswith(start))
+
+
+TRAINED = ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv", *SMALL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(desk: Path, number: signal.Signals) -> None:
+    output = f"stopped {number.name}"
+    running = process(*TRAINED, "-o", output, "--epochs", "100000")
+    wait_for(running, "step ")
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("stopped after step ")
+    again = shlex.split(last.partition("go on with: ")[2])
+    assert again == ["dvora", "train", f"{output}/config.yaml", "--resume"]
+    folder = desk / output / "checkpoints"
+    assert max(int(path.name.partition("-")[2]) for path in folder.iterdir()) == int(last.split()[3].rstrip(";"))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(desk: Path) -> None:
+    running = process(*TRAINED, "-o", "killed", "--epochs", "100000")
+    # The first epoch's checkpoint is whole when the second epoch is told of.
+    wait_for(running, "step 12 ")
+    running.kill()
+    running.communicate()
+    going = process("killed", "--resume")
+    assert int(wait_for(going, "step ")) >= 12
+    going.send_signal(signal.SIGINT)
+    going.communicate(timeout=60)
+    assert going.returncode == 130
+
+
+def test_two_processes_train_as_one_and_one_of_them_writes(desk: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    running = process(*TRAINED, "-o", "two", "--json", launcher=launcher)
+    shown, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    results = [json.loads(line) for line in shown.splitlines()]
+    assert len(results) == 1
+    # Two batches a step are half the steps.
+    assert results[0]["steps"] == 3
+    assert json.loads((desk / "two" / "run.json").read_text())["processes"] == 2
