@@ -177,9 +177,34 @@ def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path]
     (folder / "checkpoint-11" / "optimizer.pt").unlink()
     shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-12")
     (folder / "checkpoint-12" / "complete.json").unlink()
+    (tmp_path / "killed" / ".adapter.x").mkdir()
+    (tmp_path / "killed" / ".run.json.x").touch()
     assert [path.name for path in checkpoints(folder)][-1] == "checkpoint-8"
     assert train(settings, resume=True).run is not None
     assert_same(tmp_path / "whole", tmp_path / "killed")
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "killed")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"evaluate_every": 5}, {"learning_rate": 1e-9, "epochs": 50, "early_stopping": 3}],
+    ids=["an epoch", "steps", "early"],
+)
+def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("whole", **changes))
+    settings = run.settings("failed", **changes)
+    in_the_way = tmp_path / "failed" / "adapter"
+    with pytest.raises(FileExistsError):
+        train(settings, tell=lambda _: in_the_way.touch())
+    in_the_way.unlink()
+    steps: list[int] = []
+    assert train(settings, resume=True, tell=lambda progress: steps.append(progress.step)).run is not None
+    assert not steps
+    assert_same(tmp_path / "whole", tmp_path / "failed")
 
 
 def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .data import Data
 from .processes import world_size
-from .run_folder import CONFIG, LOCK, RECORD
+from .run_folder import CONFIG, LOCK, is_leftover
 from .settings import Settings
 
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -24,6 +24,7 @@ def start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None)
         "settings": settings.model_dump(mode="json"),
         "labels": list(data.labels),
         "data": data.record,
+        "notes": list(data.notes),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "processes": world_size(),
         "seconds": earlier["seconds"] if earlier else 0.0,
@@ -42,8 +43,7 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
     """
     if record is None:
         others = [path.name for path in folder.iterdir() if path.name not in (LOCK, CONFIG)] if folder.is_dir() else []
-        # What is written to a temporary name first may be left by a run that was killed while it started.
-        if others := [name for name in others if not name.startswith((f".{RECORD}.", f".{CONFIG}."))]:
+        if others := [name for name in others if not is_leftover(name)]:
             raise ValueError(f"{folder} is not empty (it holds {others[0]}); choose another output folder")
         return
     if not resume:

@@ -1,6 +1,7 @@
 """The folder of a training run: what is in it, who may write to it, and how its model is loaded again."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,20 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 def write_config(folder: Path, settings: Settings) -> None:
     """Write config.yaml, with which the run can be repeated."""
     write_atomically(folder / CONFIG, commented(settings).encode())
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a run that was killed while it wrote a file or the adapter left this behind."""
+    return name.startswith(tuple(f".{written}." for written in (RECORD, CONFIG, ADAPTER)))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what is left of such a run; only while the folder is locked."""
+    for path in folder.iterdir():
+        if is_leftover(path.name) and path.is_dir():
+            shutil.rmtree(path)
+        elif is_leftover(path.name):
+            path.unlink()
 
 
 @contextmanager

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..ranks import check_ranks_agree
 from .bases import Base
+from .checkpoints import step_of
 from .data import Data
 from .evaluation import guessed, judged
 from .methods import optimizer
@@ -19,7 +21,7 @@ from .processes import is_first, world_size
 from .run_folder import CHECKPOINTS
 from .settings import Settings
 from .tasks import Task, without_bytes
-from .watching import StopRequest, Tell, Watching
+from .watching import Patience, StopRequest, Tell, Watching
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,30 @@ class Prepared:
     datasets: Mapping[str, Any]
 
 
-def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None) -> tuple[Any, Watching]:
+def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None, last: Path | None) -> tuple[Any, Watching]:
     """The trainer of a run, and what watches it.
+
+    Args:
+        prepared: what is trained.
+        stop: whether somebody asked to stop.
+        tell: is told of every step and evaluation.
+        last: the checkpoint that training will go on from.
 
     Raises:
         ValueError: a setting does not fit this machine, or processes hold different adapters.
     """
     settings, task = prepared.settings, prepared.task
     arguments = _arguments(settings, task, "validation" in prepared.datasets)
+    patience = Patience(task.best, task.greater_is_better, settings.early_stopping)
+    if last and patience.is_over(TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history):
+        # It had stopped early, and was ended before that was on record: no step is left to be made.
+        arguments.max_steps = step_of(last)
     if settings.method == "dvora" and world_size() > 1:
         check_ranks_agree(prepared.model)
     if settings.gradient_checkpointing:
         prepared.base.model.config.use_cache = False
         prepared.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    watching = Watching(stop, tell, task.best, task.greater_is_better, settings.early_stopping)
+    watching = Watching(stop, tell, patience)
     # The order of rows and dropout start from the seed, whatever was drawn before.
     set_seed(settings.seed)
     trainer = Trainer(

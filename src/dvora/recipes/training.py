@@ -15,7 +15,17 @@ from .files import new_folder
 from .methods import adapted, save_trained, trained_values
 from .processes import is_first
 from .records import check_resumable, start_record
-from .run_folder import ADAPTER, CHECKPOINTS, Run, locked, read_record, read_run, write_config, write_record
+from .run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    Run,
+    locked,
+    read_record,
+    read_run,
+    remove_leftovers,
+    write_config,
+    write_record,
+)
 from .settings import Settings, resolved
 from .tasks import features, longest, task_parts
 from .trainers import Prepared, final_metrics, make_trainer
@@ -94,15 +104,16 @@ def _lock(folder: Path) -> Iterator[None]:
 def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> Outcome:
     folder = Path(prepared.settings.output)
     stop, begun = StopRequest(), time.monotonic()
+    last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
     with _input_errors():
-        trainer, watching = make_trainer(prepared, stop, tell)
+        trainer, watching = make_trainer(prepared, stop, tell, last)
     if is_first():
+        remove_leftovers(folder)
         write_config(folder, prepared.settings)
         write_record(folder, record)
         remove_incomplete(folder / CHECKPOINTS)
-    last = checkpoints(folder / CHECKPOINTS)[-1:]
     with stop.listening():
-        trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     record["seconds"] += time.monotonic() - begun
     if watching.was_stopped:
         if is_first():
@@ -112,7 +123,8 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
         "state": "finished",
         "trained_values": trained_values(prepared.model),
         "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step or trainer.state.global_step,
+        "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
+        or trainer.state.global_step,
         "metrics": final_metrics(trainer, prepared),
         "history": _history(trainer.state.log_history),
     }

@@ -62,22 +62,44 @@ class StopRequest:
         self.wanted = True
 
 
+@dataclass(frozen=True)
+class Patience:
+    """When training ends early, told from a run's history: that survives an end and a new start.
+
+    Args:
+        best: the metric that evaluations are compared by.
+        greater_is_better: whether more of it is better.
+        evaluations: without a better one after which training ends; None: never.
+    """
+
+    best: str
+    greater_is_better: bool
+    evaluations: int | None
+
+    def values(self, history: list[dict[str, Any]]) -> list[float]:
+        """The metric in every evaluation so far, turned so that more is better."""
+        name = f"eval_{self.best}"
+        return [entry[name] if self.greater_is_better else -entry[name] for entry in history if name in entry]
+
+    def is_over(self, history: list[dict[str, Any]]) -> bool:
+        """Whether there has been no better evaluation for long enough."""
+        values = self.values(history)
+        if not values or self.evaluations is None:
+            return False
+        return len(values) - 1 - values.index(max(values)) >= self.evaluations
+
+
 class Watching(TrainerCallback):
     """Tells progress, stops with a checkpoint when asked, stops early, and marks checkpoints as complete.
 
     Args:
         stop: whether to stop after this step.
         tell: called after every step and evaluation, on the first process.
-        best: the metric that evaluations are compared by.
-        greater_is_better: whether more of it is better.
-        patience: evaluations without a better one after which training ends; None: never.
+        patience: when to stop early.
     """
 
-    def __init__(
-        self, stop: StopRequest, tell: Tell | None, best: str, greater_is_better: bool, patience: int | None
-    ) -> None:
-        self.stop, self.tell, self.best, self.patience = stop, tell, f"eval_{best}", patience
-        self.sign = 1 if greater_is_better else -1
+    def __init__(self, stop: StopRequest, tell: Tell | None, patience: Patience) -> None:
+        self.stop, self.tell, self.patience = stop, tell, patience
         self.was_stopped = False
         self.started, self.first_step = 0.0, 0
 
@@ -99,16 +121,14 @@ class Watching(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the metrics, and stop if there has been no better evaluation for long."""
-        # What is remembered in the state survives an end and a new start.
-        values = [self.sign * entry[self.best] for entry in state.log_history if self.best in entry]
+        values = self.patience.values(state.log_history)
         if not values:
             return
-        best = values.index(max(values))
-        if self.patience is not None and len(values) - 1 - best >= self.patience:
+        if self.patience.is_over(state.log_history):
             control.should_training_stop = True
-        latest = next(entry for entry in reversed(state.log_history) if self.best in entry)
+        latest = next(entry for entry in reversed(state.log_history) if f"eval_{self.patience.best}" in entry)
         metrics = {name.removeprefix("eval_"): value for name, value in latest.items() if name.startswith("eval_")}
-        self._told(state, metrics, best == len(values) - 1)
+        self._told(state, metrics, values.index(max(values)) == len(values) - 1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Be silent in the evaluations of the finished model."""
