@@ -133,14 +133,17 @@ def test_chats_are_trained_on(models: dict[str, Path], tmp_path: Path) -> None:
     assert outcome.run.record["metrics"]["test"]["bits_per_byte"] > 0
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["dvora", "lora"])
+def test_the_same_seed_gives_the_same_run_and_another_another(
+    models: dict[str, Path], tmp_path: Path, method: str
+) -> None:
     run = Run(models, tmp_path)
-    train(run.settings("one", dropout=0.1))
+    train(run.settings("one", method=method, dropout=0.1))
     torch.manual_seed(123)
     again = read_settings(tmp_path / "one" / "config.yaml", {"output": str(tmp_path / "two")})
     train(again)
     assert_same(tmp_path / "one", tmp_path / "two")
-    train(run.settings("three", dropout=0.1, seed=1))
+    train(run.settings("three", method=method, dropout=0.1, seed=1))
     one, three = trained_values(tmp_path / "one"), trained_values(tmp_path / "three")
     assert any(not torch.equal(one[name], three[name]) for name in one)
 
