@@ -1,6 +1,8 @@
 """dvora train: from data and a model to a trained one in a folder of its own."""
 
 import shlex
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,15 +154,17 @@ def _print_config(config: Path | None, flags: dict[str, Any], pairs: list[str]) 
 
 
 def _run(settings: "Settings", resume: bool, output: Output, quiet: bool) -> None:
-    from ..recipes.processes import is_first
-    from ..recipes.training import InputError
-    from ..recipes.training import train as train_recipe
+    # Libraries write to stdout when they are imported and while they work; it is kept for the result.
+    with redirect_stdout(sys.stderr):
+        from ..recipes.processes import is_first
+        from ..recipes.training import InputError
+        from ..recipes.training import train as train_recipe
 
-    try:
-        with shown_progress(quiet) as tell:
-            outcome = train_recipe(settings, resume, tell, output.note if is_first() else None)
-    except InputError as error:
-        raise UsageError(str(error)) from error
+        try:
+            with shown_progress(quiet) as tell:
+                outcome = train_recipe(settings, resume, tell, output.note if is_first() else None)
+        except InputError as error:
+            raise UsageError(str(error)) from error
     if not is_first():
         return
     if outcome.run is None:
