@@ -7,7 +7,7 @@ Dimensions: T tokens, I in, O out, R rank.
 import hashlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from .siblings import LastProjection
 from .spans import Span
 from .structured import StructuredMatrices
 from .transforms import recording, transforming
+from .vera_matrices import VeraMatrices, vera_sizes
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
 
 Distribution = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
+"""Those for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
 
 
 @runtime_checkable
@@ -105,19 +107,19 @@ class SharedProjections(nn.Module):
         seed: names the matrices, 0 <= seed < 2**64.
         distribution: "structured" (a randomised trigonometric transform: rank is nearly free), or dense:
             "kaiming_uniform", "gaussian", "rademacher" (signs) or "orthogonal" (rows of A and columns of B orthogonal
-            in blocks of at most the layer's size). All are bit for bit reproducible.
+            in blocks of at most the layer's size). All of these are bit for bit reproducible. An adapter that comes
+            from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)" (`vera_matrices`), torch's values for a seed.
 
     Raises:
         TypeError: `seed` is not an integer.
         ValueError: `seed` is out of range or `distribution` is unknown.
     """
 
-    def __init__(self, seed: int = 0, distribution: Distribution = "kaiming_uniform") -> None:
+    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform") -> None:
         super().__init__()
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
-        structured = self.distribution == "structured"
-        self.kind: Matrices = StructuredMatrices(seed) if structured else DenseMatrices(seed, self.distribution)
+        self.kind = _matrices(seed, self.distribution)
         self._last = LastProjection()
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
@@ -213,11 +215,18 @@ class _Projection(torch.autograd.Function):
         return kind.project_transpose(h, ctx.in_features), None, None
 
 
-def checked_distribution(distribution: str) -> Distribution:
+def checked_distribution(distribution: str) -> str:
     """The distribution, if it is known."""
-    if distribution not in DISTRIBUTIONS:
+    known = distribution in DISTRIBUTIONS or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
+    if not known:
         raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
-    return cast(Distribution, distribution)
+    return distribution
+
+
+def _matrices(seed: int, distribution: str) -> Matrices:
+    if (sizes := vera_sizes(distribution)) is not None:
+        return VeraMatrices(seed, sizes)
+    return StructuredMatrices(seed) if distribution == "structured" else DenseMatrices(seed, distribution)
 
 
 def _checked_seed(seed: int) -> int:

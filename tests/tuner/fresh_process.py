@@ -3,16 +3,28 @@
 python fresh_process.py MODEL FOLDER OUTPUTS
 """
 
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import MODELS, outputs
+from torch import Tensor
 
 import dvora
+
+
+def run_fresh(name: str, adapter: Path, folder: Path) -> dict[str, Tensor]:
+    """Outputs of a tiny model with an adapter, unmerged and merged, from a process of its own."""
+    file = folder / "outputs.safetensors"
+    command = [sys.executable, __file__, name, str(adapter), str(file)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    assert process.returncode == 0, process.stderr
+    return load_file(file)
+
 
 if __name__ == "__main__":
     name, folder, file = sys.argv[1:]

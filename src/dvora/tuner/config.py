@@ -51,7 +51,7 @@ class DVoRAConfig(PeftConfig):
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
         projection_init: their kind, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured", which
-            makes the rank nearly free.
+            makes the rank nearly free. Adapters converted from PEFT's VeRA have "peft_vera(r=R, in=I, out=O)".
         norm_cache: keep the constants of the norm, (out, r) values a layer, or make them again from the weight in every
             step; "auto" keeps them while they are small, `norms.cache_dtype` says when.
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
@@ -230,8 +230,9 @@ class DVoRAConfig(PeftConfig):
             raise ValueError(
                 f"projection_fingerprint is {self.projection_fingerprint!r}, but projection_seed="
                 f"{self.projection_seed} and projection_init={self.projection_init!r} give {fingerprint!r}: the "
-                "adapter was trained with other shared matrices, or its configuration was edited. To make a new "
-                "adapter from this configuration, set projection_fingerprint=None"
+                "adapter was trained with other shared matrices, or its configuration was edited (or, for peft_vera, "
+                "this machine's torch draws other values). To make a new adapter from this configuration, set "
+                "projection_fingerprint=None"
             )
         self.projection_fingerprint = fingerprint
 
