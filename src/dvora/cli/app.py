@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .train import train
+from . import bench, convert, count, inspect, merge
 
 app = typer.Typer(
     name="dvora",
@@ -34,6 +35,11 @@ def _options(
 
 
 app.command()(train)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
+app.command("count", epilog=count.EXAMPLES)(count.count_command)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert_command)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
 
 
 def main() -> None:

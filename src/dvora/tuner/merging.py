@@ -15,7 +15,9 @@ from .base import check_mergeable as check_layer
 from .layer import DVoRALayer, layers_in
 
 
-def merge_model(model: nn.Module, adapter_names: list[str] | None, keep_original: bool, safe_merge: bool) -> None:
+def merge_model(
+    model: nn.Module, adapter_names: list[str] | None, keep_original: bool, safe_merge: bool
+) -> dict[str, float]:
     """Merge adapters into the weights of all layers, and tokens that PEFT trains whole into theirs.
 
     Args:
@@ -23,6 +25,9 @@ def merge_model(model: nn.Module, adapter_names: list[str] | None, keep_original
         adapter_names: which of them; None means those that are active in each layer.
         keep_original: keep a copy of every weight, so that it can be unmerged.
         safe_merge: PEFT's switch for its own layers.
+
+    Returns:
+        The share of the update that rounding changed, by layer name.
 
     Raises:
         TypeError, ValueError: some layer cannot be merged; none is then.
@@ -42,6 +47,7 @@ def merge_model(model: nn.Module, adapter_names: list[str] | None, keep_original
         with onload_layer(other):
             other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     warn_of_losses(losses, dtype)
+    return losses
 
 
 def unmerge_model(model: nn.Module) -> None:

@@ -1,0 +1,38 @@
+"""`dvora convert`: an adapter of one method as one of another."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import one_line
+from .output import Debug, Json, Output, Quiet
+
+EXAMPLES = """[bold]Examples[/bold]
+
+    dvora convert adapter --to dora --output as-dora
+
+    dvora convert vera-adapter --to dvora --output as-dvora
+
+    dvora convert adapter --to dense --output updates --model base
+"""
+
+
+def convert_command(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
+    to: Annotated[str, typer.Option(help="dora or dense (from dvora), dvora (from PEFT's vera).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    model: Annotated[str | None, typer.Option(help="The base; the one that the adapter names.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert an adapter where that is exact: DVoRA to PEFT's DoRA or dense updates, PEFT's VeRA to DVoRA.
+
+    To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
+    """
+    with one_line(debug):
+        from ..recipes.conversion import convert
+
+        Output(as_json, quiet).result(asdict(convert(adapter, to, output, model)), f"Converted adapter in {output}")

@@ -1,0 +1,45 @@
+"""`dvora count`: what each method would train."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .errors import one_line
+from .output import Debug, Json, Output, Quiet
+
+EXAMPLES = """[bold]Examples[/bold]
+
+    dvora count base
+
+    dvora count base --targets query,value --rank 8 --rank 64
+
+    dvora count base --task-type SEQ_CLS --labels 5
+"""
+
+
+def count_command(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the hub.")],
+    targets: Annotated[str, typer.Option(help="Names of the layers to adapt, with commas; all linear layers.")] = "",
+    rank: Annotated[
+        list[int] | None, typer.Option(help="A rank to count with; may be given again. Usual ones for each method.")
+    ] = None,
+    task_type: Annotated[
+        str | None,
+        typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM, IMAGE_CLS ...: adds the head of that task."),
+    ] = None,
+    labels: Annotated[int | None, typer.Option(help="Outputs of the head.", min=1)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Count what dvora, vera, lora, dora, a head alone and full fine-tuning train: values and bytes.
+
+    From the model's configuration alone: no weights are downloaded or read.
+    """
+    with one_line(debug):
+        from ..recipes.counting import count
+
+        names = [name for name in targets.replace(" ", "").split(",") if name]
+        found = asdict(count(model, names, rank or (), task_type, labels))
+        Output(as_json, quiet).result(found, f"What methods train of {model}")
