@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 import dvora
 
-from .architectures import config_of, load_base, model_class, quiet_loading
+from .architectures import config_of, load_base, model_class, quietly
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -100,7 +100,7 @@ def load_adapted(adapter: Adapter, base: str, dtype: torch.dtype | str = "auto")
     """
     assert dvora.__version__  # importing it makes the method known to PEFT
     model = load_base(base, *base_class(adapter, base), dtype)
-    with quiet_loading():
+    with quietly():
         adapted: PeftModel = PeftModel.from_pretrained(model, str(adapter.folder))
     return adapted.eval()
 

@@ -74,7 +74,7 @@ def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | s
             "save_pretrained"
         )
     # The head that an adapter brings is drawn first: not from the global generator.
-    with _told_in_one_line(source), quiet_loading(), torch.random.fork_rng():
+    with _told_in_one_line(source), quietly(), torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True
@@ -84,7 +84,7 @@ def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | s
 
 def without_memory(model_class: Any, config: Any) -> nn.Module:
     """A model of which nothing but names and shapes exists."""
-    with torch.device("meta"), quiet_loading():
+    with torch.device("meta"), quietly():
         # The automatic classes look the class up, the others are one.
         automatic = model_class.__name__.startswith("Auto")
         model: nn.Module = model_class.from_config(config) if automatic else model_class(config)
@@ -102,7 +102,7 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' reports, progress bars and PEFT's questions by old names; what matters is told by us."""
     logging = transformers.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

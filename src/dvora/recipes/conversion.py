@@ -13,7 +13,7 @@ from ..tuner.from_vera import from_vera
 from ..tuner.to_dense import dense_updates
 from ..tuner.to_dora import to_dora
 from .adapters import VALUES, load_adapted, read_adapter
-from .architectures import quiet_loading
+from .architectures import quietly
 from .files import new_folder
 from .inputs import example_inputs, first_output
 
@@ -102,7 +102,7 @@ def output_difference(first: Any, second: Any) -> float | None:
         inputs = example_inputs(first.get_base_model() if isinstance(first, PeftModel) else first, rows=2, tokens=16)
     except ValueError:
         return None
-    with quiet_loading():
+    with quietly():
         expected, actual = (first_output(model(**inputs)).double() for model in (first, second))
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from ..tuner.kinds import KINDS
-from .architectures import config_of, heads_of, model_class, quiet_loading, without_memory
+from .architectures import config_of, heads_of, model_class, quietly, without_memory
 
 METHODS = ("dvora", "vera", "lora", "dora", "head", "full")
 RANKS: Mapping[str, tuple[int, ...]] = {
@@ -188,7 +188,7 @@ def _adapter(
     if method in ("dvora", "vera"):
         return vectors_of(method, layers, rank)
     adapted = _with_lora(fresh(), list(layers), (), rank, dora=method == "dora")
-    with quiet_loading():
+    with quietly():
         values = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tuple(value.shape) for name, value in values.items()}
 
@@ -198,7 +198,7 @@ def _with_lora(model: nn.Module, targets: list[str], heads: Sequence[str], rank:
     config = LoraConfig(
         r=rank, target_modules=targets or "all-linear", modules_to_save=list(heads) or None, use_dora=dora
     )
-    with torch.device("meta"), quiet_loading():
+    with torch.device("meta"), quietly():
         # PEFT adapts a linear head that it also trains whole, unless it is left out.
         config.exclude_modules = _under(model, heads)
         return get_peft_model(model, config)

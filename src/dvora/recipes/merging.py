@@ -14,7 +14,7 @@ from ..merging import MergePrecisionWarning
 from ..tuner.merging import merge_model
 from ..tuner.model import DVoRAModel
 from .adapters import Adapter, base_class, load_adapted, read_adapter
-from .architectures import config_of, load_base, quiet_loading
+from .architectures import config_of, load_base, quietly
 from .files import new_folder
 from .inputs import example_inputs, first_output
 
@@ -89,7 +89,7 @@ def merge(folder: Path, output: Path, model: str | None = None, dtype: str = "au
     merged = cast(Any, adapted).unload() if losses is not None else cast(Any, adapted).merge_and_unload()
     worst = max(losses, key=lambda name: losses[name]) if losses else None
     with new_folder(output) as filling:
-        with quiet_loading():
+        with quietly():
             merged.save_pretrained(filling, max_shard_size=shard_size, safe_serialization=True)
         _copy_companions(adapter, base, filling)
         kept_dtype = merged.dtype
@@ -117,7 +117,7 @@ def _outputs(adapted: PeftModel) -> tuple[dict[str, torch.Tensor], torch.Tensor 
         inputs = example_inputs(adapted.get_base_model(), rows=2, tokens=16)
     except ValueError:
         return {}, None
-    with quiet_loading():
+    with quietly():
         return inputs, first_output(adapted(**inputs)).clone()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..tuner.config import DVoRAConfig
-from .architectures import config_of, heads_of, load_base, model_class, quiet_loading, without_memory
+from .architectures import config_of, heads_of, load_base, model_class, quietly, without_memory
 from .counting import targeted_layers
 from .inputs import example_inputs, first_output
 
@@ -134,9 +134,10 @@ def bench(
         except (TypeError, ValueError) as error:
             refused[method] = str(error)
     decodes = base.get_output_embeddings() is not None and not base.config.is_encoder_decoder
-    training = _timed_in_turns({n: training_step(m, inputs) for n, m in models.items()}, rounds, on_round)
     make: Callable[[nn.Module, dict[str, Tensor]], Step] = decoding_step if decodes else forward_step
-    inference = _timed_in_turns({n: make(m, inputs) for n, m in models.items()}, rounds, on_round)
+    with quietly():
+        training = _timed_in_turns({n: training_step(m, inputs) for n, m in models.items()}, rounds, on_round)
+        inference = _timed_in_turns({n: make(m, inputs) for n, m in models.items()}, rounds, on_round)
     timings = [_timing(method, model, training, inference, rank, low_rank) for method, model in models.items()]
     timings += [Timing(method, None, note=reason) for method, reason in refused.items()]
     told = "one token after a prompt" if decodes else "a forward pass"
@@ -151,7 +152,7 @@ def adapted(base: nn.Module, method: str, rank: int, targets: list[str]) -> nn.M
     """The base with an adapter, on the base's own weights, with values slightly off their starts."""
     shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(), quiet_loading():
+    with torch.random.fork_rng(), quietly():
         model: nn.Module = get_peft_model(copy.deepcopy(base, shared), CONFIGS[method](rank, targets))
     with torch.no_grad():
         for parameter in model.parameters():
