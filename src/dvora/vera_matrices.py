@@ -23,7 +23,7 @@ from .shapes import Float
 _NAME = re.compile(r"peft_vera\(r=([1-9]\d{0,4}), in=([1-9]\d{0,7}), out=([1-9]\d{0,7})\)")
 
 
-MAX_VALUES = 2**29
+MAX_VALUES = 2**28
 """Of both matrices: a damaged setting must not draw without end."""
 
 
@@ -104,5 +104,8 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _digest(seed: int, sizes: VeraSizes) -> bytes:
-    A, B = (matrix.numpy().astype("<f4").tobytes() for matrix in drawn(seed, sizes))
-    return hashlib.sha256(A + B).digest()
+    digest = hashlib.sha256()
+    for matrix in drawn(seed, sizes):
+        # Of the bytes themselves on the usual machines: a copy would double the memory.
+        digest.update(memoryview(matrix.numpy().astype("<f4", copy=False)).cast("B"))
+    return digest.digest()

@@ -85,10 +85,12 @@ def test_a_fresh_process_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     assert torch.equal(fresh["merged"], outputs(here.merge_and_unload()))
 
 
-def test_it_can_be_trained_and_saved_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_it_can_be_trained_and_saved_again(save_projection: bool, tmp_path: Path) -> None:
     base = MODELS["mlp"]()
     from_vera(vera(base, ["lin0", "lin1"])).save(tmp_path)
     model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    model.peft_config["default"].save_projection = save_projection
     outputs_before = outputs(model)
     model(torch.ones(2, 10)).square().sum().backward()
     with torch.no_grad():

@@ -41,13 +41,15 @@ def bench_command(
     """
     with one_line(debug):
         if dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+            raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         import torch
 
         from ..recipes.speed import CONFIGS, bench
 
         if threads is not None:
             torch.set_num_threads(threads)
+        shown = Output(as_json, quiet)
+        shown.note(f"timing each method {rounds} times, in turns")
         found = bench(
             model,
             targets=[name for name in targets.replace(" ", "").split(",") if name],
@@ -60,4 +62,4 @@ def bench_command(
             dtype=dtype,
             device=device,
         )
-        Output(as_json, quiet).result(asdict(found), f"Times on {model}, as multiples of the base")
+        shown.result(asdict(found), f"Times on {model}, as multiples of the base")

@@ -1,7 +1,7 @@
 """`dvora inspect`: what an adapter is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ EXAMPLES = """[bold]Examples[/bold]
 
     dvora inspect adapter --model base --json
 """
+MANY = 12
+NORM = "norm_of_"
 
 
 def inspect_command(
@@ -32,4 +34,18 @@ def inspect_command(
     with one_line(debug):
         from ..recipes.inspection import inspect
 
-        Output(as_json, quiet).result(inspect(adapter, model).told(), f"Adapter in {adapter}")
+        told = inspect(adapter, model).told()
+        Output(as_json, quiet).result(told if as_json else _fitting(told), f"Adapter in {adapter}")
+
+
+def _fitting(told: dict[str, Any]) -> dict[str, Any]:
+    """What fits a terminal: endings of long lists of layers, and either what was done to the weights or norms."""
+    targets = told.get("targets")
+    if isinstance(targets, list) and len(targets) > MANY:
+        told["targets"] = sorted({name.rpartition(".")[2] for name in targets})
+    for row in told.get("layers", ()):
+        for name in [name for name in row if name.startswith(NORM)]:
+            value = row.pop(name)
+            if "angle_mean" not in row:
+                row[name.removeprefix(NORM)] = value
+    return told

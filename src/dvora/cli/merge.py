@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import one_line
+from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -32,8 +32,10 @@ def merge_command(
     The folder appears whole, and only if the merged model, loaded again, gives the adapted model's outputs.
     """
     with one_line(debug):
-        from ..recipes.merging import merge
+        from ..recipes.merging import DTYPES, merge
 
+        if dtype not in DTYPES:
+            raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         shown = Output(as_json, quiet)
         done = merge(adapter, output, model, dtype, shard_size)
         shown.result(asdict(done), f"Merged model in {output}")

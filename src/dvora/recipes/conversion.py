@@ -17,7 +17,7 @@ from .architectures import quietly
 from .files import new_folder
 from .inputs import example_inputs, first_output
 
-TARGETS = ("dora", "dvora", "dense", "lora")
+TARGETS = ("dora", "dvora", "dense")
 DENSE_FILE = "weight_updates.safetensors"
 TO_LORA = (
     "an adapter of DVoRA is no LoRA: it rescales whole rows of the weight, (g - 1) W, which has the rank of W itself. "

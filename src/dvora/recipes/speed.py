@@ -197,7 +197,7 @@ def decoding_step(model: Any, inputs: Mapping[str, Tensor]) -> Step:
         if not cache.get_seq_length():
             model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
         model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(ids.shape[1] - 1)
+        cache.crop(-1)
 
     return step
 

@@ -1,0 +1,29 @@
+"""The program in this process: what a shell would see of it."""
+
+import contextlib
+import io
+import shlex
+from typing import NamedTuple
+
+from dvora.cli.app import app
+
+
+class Ended(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(command: str) -> Ended:
+    """Run a command line that begins with "dvora"."""
+    program, *arguments = shlex.split(command)
+    assert program == "dvora"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            app(arguments, prog_name="dvora")
+        except SystemExit as end:
+            return Ended(int(end.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("the program did not end")

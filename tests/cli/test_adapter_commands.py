@@ -1,0 +1,114 @@
+"""inspect, count, merge, convert and bench: their examples run, their errors are one line, their JSON is whole."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvora.cli import bench, convert, count, inspect, merge
+from tests.cli.program import run
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import save
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = {
+    name: [line.strip() for line in module.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
+    for name, module in {
+        "inspect": inspect,
+        "count": count,
+        "merge": merge,
+        "convert": convert,
+        "bench": bench,
+    }.items()
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    base = tiny_models.bert(folder / "base")
+    save(base, folder / "adapter", "dvora")
+    save(base, folder / "vera-adapter", "vera")
+    return folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the base and the adapters of the examples, where the commands run."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("base", "adapter", "vera-adapter"):
+        shutil.copytree(made / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [line for lines in EXAMPLES.values() for line in lines])
+def test_every_example_of_a_help_text_runs(command: str, work: Path) -> None:
+    result = run(command)
+    assert result.code == 0, result.stderr
+    assert result.stdout
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_help_text_shows_its_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run(f"dvora {name} --help")
+    assert result.code == 0
+    assert EXAMPLES[name]
+    for line in EXAMPLES[name]:
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize("command", [lines[-1] for lines in EXAMPLES.values()])
+def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
+    result = run(command if "--json" in command else f"{command} --json")
+    assert result.code == 0, result.stderr
+    assert isinstance(json.loads(result.stdout), dict)
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("dvora inspect base", 1, "holds no adapter_config.json"),
+        ("dvora inspect nothing", 1, "is not a folder"),
+        ("dvora count adapter", 1, "it is an adapter, so name its base"),
+        ("dvora count no/such-model", 1, "the hub did not give it"),
+        ("dvora count base --targets nothing", 1, "nothing"),
+        ("dvora merge adapter --output base", 1, "not an empty folder"),
+        ("dvora merge adapter --output merged --dtype int4", 2, "unknown --dtype 'int4'"),
+        ("dvora convert adapter --to lora --output lora", 2, "is no LoRA"),
+        ("dvora convert adapter --to ia3 --output ia3", 2, "unknown --to 'ia3', expected one of dora, dvora, dense"),
+        ("dvora convert vera-adapter --to dora --output new", 1, "only adapters of dvora are converted to dora"),
+        ("dvora bench base --dtype int4", 2, "unknown --dtype 'int4'"),
+        ("dvora bench base --methods lorra", 1, "unknown method 'lorra'"),
+    ],
+)
+def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:
+    result = run(command)
+    assert result.code == code, result.stderr
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_loss_of_rounding_is_told_on_stderr_too(work: Path) -> None:
+    result = run("dvora merge adapter --output merged --dtype bfloat16 --json")
+    done = json.loads(result.stdout)
+    assert done["dtype"] == "bfloat16"
+    assert result.code == 0
+    assert 0 <= done["lost_worst"] < 1
+
+
+def test_help_needs_none_of_the_heavy_packages() -> None:
+    code = (
+        "import sys; from tests.cli.program import run\n"
+        f"for name in {list(EXAMPLES)!r}: assert run(f'dvora {{name}} --help').code == 0\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
