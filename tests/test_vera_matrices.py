@@ -35,7 +35,7 @@ def test_the_values_are_those_that_peft_draws(seed: int) -> None:
 def test_products_are_those_with_the_matrices() -> None:
     projections = shared()
     A, B = projections.A(6, 20, torch.float64), projections.B(6, 25, torch.float64)
-    x, z, d = (randn(4, size, dtype=torch.float64) for size in (20, 6, 25))
+    x, z, d = (randn(4, size, seed=size, dtype=torch.float64) for size in (20, 6, 25))
     torch.testing.assert_close(projections.project(x, 6), x @ A.T)
     torch.testing.assert_close(projections.project_transpose(z, 20), z @ A)
     torch.testing.assert_close(projections.expand(z, 25), z @ B.T)

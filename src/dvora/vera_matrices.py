@@ -107,5 +107,5 @@ def _digest(seed: int, sizes: VeraSizes) -> bytes:
     digest = hashlib.sha256()
     for matrix in drawn(seed, sizes):
         # Of the bytes themselves on the usual machines: a copy would double the memory.
-        digest.update(memoryview(matrix.numpy().astype("<f4", copy=False)).cast("B"))
+        digest.update(matrix.numpy().astype("<f4", copy=False).ravel().data)
     return digest.digest()

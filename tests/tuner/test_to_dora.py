@@ -26,6 +26,7 @@ CONVERTED = [
     "Linear, magnitude only",
 ]
 REFUSED = {
+    "Linear, weight_norm": "it computes its weight in every pass",
     "Conv1d": "ignore dilation",
     "Conv1d, groups, circular": "no grouped convolutions",
     "Conv2d, depthwise": "no grouped convolutions",

@@ -139,6 +139,8 @@ def _check_supported(layer: DVoRALayer) -> None:
         reason = "it is quantised; load the adapter onto the unquantised base model and convert it there"
     elif layer.kind.low_rank is None:
         reason = "its module reads the weight (attention, experts), where PEFT has no DoRA"
+    elif layer.parameter_name not in base._parameters:
+        reason = "it computes its weight in every pass (it is parametrized), and PEFT would merge without any effect"
     elif isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         if base.groups > 1:
             reason = "PEFT's DoRA has no grouped convolutions"
