@@ -53,6 +53,14 @@ def test_other_kinds_of_models(make: object, tmp_path: Path) -> None:
     assert wanted in done.files
 
 
+def test_a_classifier_on_a_language_model_gets_a_token_to_pad_with(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "base")
+    save(base, tmp_path / "adapter", task_type="SEQ_CLS")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.pad_token_id == config.eos_token_id == 3
+
+
 def test_labels_of_a_run_come_along(bert: Path, tmp_path: Path) -> None:
     save(bert, tmp_path / "run" / "adapter", task_type="SEQ_CLS")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"labels": ["bad", "fine", "good"]}))

@@ -115,6 +115,10 @@ def base_class(adapter: Adapter, base: str) -> tuple[Any, Any]:
     if adapter.labels:
         config.id2label = dict(enumerate(adapter.labels))
         config.label2id = {label: index for index, label in enumerate(adapter.labels)}
+    if getattr(config, "pad_token_id", None) is None:
+        # Classifiers of decoders look for the end of a text by it; `dvora train` pads with this token too.
+        ends = getattr(config, "eos_token_id", None)
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return found, config
 
 
