@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .train import train
 from . import bench, convert, count, inspect, merge
+from .train import train
 
 app = typer.Typer(
     name="dvora",
