@@ -1,15 +1,19 @@
-"""Files of rows (csv, tsv, jsonl, json, parquet) and of text, read whole, with the line that each row is in."""
+"""Files of rows (csv, tsv, jsonl, json, parquet) and of text, with the line that each row is in."""
 
 import csv
-import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from .encodings import Note, opened_text
 from .nearest import did_you_mean
+
+Placed = tuple[str, dict[str, Any]]
+"""Where a row is, such as "line 7", and its values by column."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,28 @@ def read_table(path: Path, encoding: str | None = None) -> Table:
         ValueError: the format is unknown, or the file is empty or damaged; says where.
         OSError: it cannot be read.
     """
+    notes: list[str] = []
+    found = [*stream_table(path, encoding, notes.append)]
+    columns = dict.fromkeys(name for _, row in found for name in row)
+    return Table(path, tuple(columns), tuple(row for _, row in found), tuple(place for place, _ in found), tuple(notes))
+
+
+def stream_table(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+    """The rows of such a file one after another, with their places; in constant memory, unless it is a .json.
+
+    Raises:
+        ValueError, OSError: as `read_table`, when the place is reached.
+    """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         near = did_you_mean(suffix, [*_READERS, ".txt"])
         raise ValueError(f"{path}: the suffix {suffix!r} names no format that is read here; {near}")
-    table = _READERS[suffix](path, encoding)
-    if not table.rows:
+    empty = True
+    for placed in _READERS[suffix](path, encoding, note):
+        empty = False
+        yield placed
+    if empty:
         raise ValueError(f"{path} has no rows")
-    return table
 
 
 def read_text(path: Path, encoding: str | None = None) -> tuple[str, tuple[str, ...]]:
@@ -59,55 +77,28 @@ def read_text(path: Path, encoding: str | None = None) -> tuple[str, tuple[str, 
         ValueError: it is empty, no text, or not in the encoding.
         OSError: it cannot be read.
     """
-    content = path.read_bytes()
-    try:
-        text, notes = _decoded(content, path, encoding)
-    except LookupError:
-        raise ValueError(f"encoding {encoding!r} is unknown; `utf-8`, `latin-1` and `cp1252` are common ones") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    if "\0" in text:
-        raise ValueError(
-            f"{path} is no text: it has a zero byte in line {text[: text.index(chr(0))].count(chr(10)) + 1}"
-        )
-    return text, notes
+    notes: list[str] = []
+    with opened_text(path, encoding, notes.append) as file:
+        return file.read(), tuple(notes)
 
 
-def _decoded(content: bytes, path: Path, encoding: str | None) -> tuple[str, tuple[str, ...]]:
-    if encoding is None and content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    try:
-        return content.decode(encoding or "utf-8-sig").removeprefix("\ufeff"), ()
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        if encoding:
-            raise ValueError(f"{path}, line {line}: not {encoding} ({error.reason})") from None
-    try:
-        text, name = content.decode("cp1252"), "windows-1252"
-    except UnicodeDecodeError:
-        text, name = content.decode("latin-1"), "latin-1"
-    return text, (f"{path.name} is not UTF-8 (line {line}): read as {name}; set `encoding` if it is another",)
+def _read_csv(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+    with opened_text(path, encoding, note) as file:
+        first = file.readline()
+        delimiter = ","
+        if delimiter not in first and (others := [other for other in ";\t|" if other in first]):
+            delimiter = max(others, key=first.count)
+            note(f"{path.name} has no commas in its first line: read as separated by {delimiter!r}")
+        yield from _separated(path, chain([first], file), delimiter)
 
 
-def _read_csv(path: Path, encoding: str | None) -> Table:
-    text, notes = read_text(path, encoding)
-    first = text.partition("\n")[0]
-    delimiter = ","
-    if delimiter not in first and (others := [other for other in ";\t|" if other in first]):
-        delimiter = max(others, key=first.count)
-        notes = (*notes, f"{path.name} has no commas in its first line: read as separated by {delimiter!r}")
-    return _separated(path, text, delimiter, notes)
+def _read_tsv(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+    with opened_text(path, encoding, note) as file:
+        yield from _separated(path, file, "\t")
 
 
-def _read_tsv(path: Path, encoding: str | None) -> Table:
-    text, notes = read_text(path, encoding)
-    return _separated(path, text, "\t", notes)
-
-
-def _separated(path: Path, text: str, delimiter: str, notes: tuple[str, ...]) -> Table:
-    rows, places = [], []
-    records = _records(path, text, delimiter)
+def _separated(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[Placed]:
+    records = _records(path, lines, delimiter)
     _, header = next(records)
     columns = tuple(name.strip() for name in header)
     if twice := [name for name in columns if columns.count(name) > 1]:
@@ -120,15 +111,13 @@ def _separated(path: Path, text: str, delimiter: str, notes: tuple[str, ...]) ->
                 f"{path}, line {line}: {len(fields)} fields where the first line names {len(columns)} columns "
                 f"({', '.join(columns)}); a field with {delimiter!r} in it has to be in double quotes"
             )
-        rows.append(dict(zip(columns, fields, strict=True)))
-        places.append(f"line {line}")
-    return Table(path, columns, tuple(rows), tuple(places), notes)
+        yield f"line {line}", dict(zip(columns, fields, strict=True))
 
 
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The records that are not empty, with the line that each starts in."""
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     start = 1
     try:
         for fields in reader:
@@ -141,22 +130,20 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
         csv.field_size_limit(limit)
 
 
-def _read_json_lines(path: Path, encoding: str | None) -> Table:
-    text, notes = read_text(path, encoding)
-    rows, places = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_parsed(path, f", line {number}", line))
-            places.append(f"line {number}")
-    return _of_objects(path, rows, places, notes)
+def _read_json_lines(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+    with opened_text(path, encoding, note) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _checked(path, f"line {number}", _parsed(path, f", line {number}", line))
 
 
-def _read_json(path: Path, encoding: str | None) -> Table:
-    text, notes = read_text(path, encoding)
-    rows = _parsed(path, "", text)
+def _read_json(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+    with opened_text(path, encoding, note) as file:
+        rows = _parsed(path, "", file.read())
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, each an object; for one object a line name the file .jsonl")
-    return _of_objects(path, rows, [f"row {number}" for number in range(1, len(rows) + 1)], notes)
+    for number, row in enumerate(rows, start=1):
+        yield _checked(path, f"row {number}", row)
 
 
 def _parsed(path: Path, place: str, text: str) -> Any:
@@ -166,31 +153,29 @@ def _parsed(path: Path, place: str, text: str) -> Any:
         raise ValueError(f"{path}{place}: not JSON: {error}") from None
 
 
-def _of_objects(path: Path, rows: list[Any], places: list[str], notes: tuple[str, ...]) -> Table:
-    columns: dict[str, None] = {}
-    for row, place in zip(rows, places, strict=True):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, {place}: expected an object with a value for each column, got {type(row).__name__}"
-            )
-        columns |= dict.fromkeys(row)
-    return Table(path, tuple(columns), tuple(rows), tuple(places), notes)
+def _checked(path: Path, place: str, row: Any) -> Placed:
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, {place}: expected an object with a value for each column, got {type(row).__name__}")
+    return place, row
 
 
-def _read_parquet(path: Path, encoding: str | None) -> Table:
+def _read_parquet(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
+    number = 0
     try:
         # Not `read_table`, which takes the names of folders ("label=1") for columns.
-        read = parquet.ParquetFile(path).read()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a parquet file: {error}") from None
-    rows = read.to_pylist()
-    return Table(path, tuple(read.column_names), tuple(rows), tuple(f"row {n}" for n in range(1, len(rows) + 1)))
 
 
-_READERS: dict[str, Callable[[Path, str | None], Table]] = {
+_READERS: dict[str, Callable[[Path, str | None, Note], Iterator[Placed]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_json_lines,
