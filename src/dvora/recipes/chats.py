@@ -29,13 +29,20 @@ def chat_features(messages: Sequence[Message], tokenizer: Any, max_length: int) 
     return {"input_ids": encoded["input_ids"], "labels": labels, "bytes": count}
 
 
+def asked(messages: Sequence[Message], tokenizer: Any) -> str:
+    """The text of a chat up to where the assistant is to answer.
+
+    Raises:
+        ValueError: the tokenizer has no template.
+    """
+    _check_template(tokenizer)
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def rendered(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The text of a chat, and where in it the assistant speaks."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template, so chats cannot be written as text; take an instruction model, or set "
-            "`tokenizer` to one that has a template"
-        )
+    _check_template(tokenizer)
     text: str = tokenizer.apply_chat_template(list(messages), tokenize=False)
     spans = []
     for index, message in enumerate(messages):
@@ -52,3 +59,11 @@ def rendered(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tup
             )
         spans.append((len(before or ""), len(upto)))
     return text, spans
+
+
+def _check_template(tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, so chats cannot be written as text; take an instruction model, or set "
+            "`tokenizer` to one that has a template"
+        )

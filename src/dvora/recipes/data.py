@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Data:
         labels: names of the classes; empty where there are none.
         record: for run.json: sha256 and size of each file, columns, counts.
         notes: what was guessed, assumed or removed.
+        train_keys: of the training rows: what the same example has in any file.
     """
 
     train: Rows
@@ -34,6 +35,7 @@ class Data:
     labels: tuple[str, ...]
     record: dict[str, Any]
     notes: tuple[str, ...]
+    train_keys: tuple[str, ...] = ()
 
 
 def load_data(settings: Settings) -> Data:
@@ -63,13 +65,14 @@ def load_data(settings: Settings) -> Data:
     _check_parts(clean, settings)
     rows = {part: examples.rows for part, examples in clean.items()}
     record = {
-        "files": {path: _fingerprint(Path(path)) for path in _paths(settings)},
+        "files": fingerprints(settings),
         "columns": read["train"].columns,
         "rows": {part: len(found) for part, found in rows.items()},
         **removed,
     }
     notes += _told(clean, **removed)
-    return Data(rows["train"], rows["validation"], rows["test"], labels, record, tuple(dict.fromkeys(notes)))
+    keys = tuple(clean["train"].keys)
+    return Data(rows["train"], rows["validation"], rows["test"], labels, record, tuple(dict.fromkeys(notes)), keys)
 
 
 def _count(parts: Mapping[str, Examples]) -> int:
@@ -88,16 +91,25 @@ def _encode_labels(read: Mapping[str, Examples], settings: Settings) -> tuple[st
         numbers = are_numbers(raw)
         main.notes.append(f"label_kind: {'numbers' if numbers else 'classes'} (seen from {column!r})")
     labels = () if numbers else class_names(raw, column)
-    indices = {name: index for index, name in enumerate(labels)}
     for examples in read.values():
-        for row, place in zip(examples.rows, examples.places, strict=True):
-            try:
-                row["label"] = number(row["label"]) if numbers else indices[class_name(row["label"])]
-            except ValueError as error:
-                raise ValueError(f"{place}, column {column!r}: {error}") from None
-            except KeyError:
-                raise ValueError(f"{place}: the class {row['label']!r} does not occur in the training data") from None
+        encode_labels(examples, labels)
     return labels
+
+
+def encode_labels(examples: Examples, labels: Sequence[str]) -> None:
+    """Replace raw labels by indices of the classes, or by numbers where there are no classes.
+
+    Raises:
+        ValueError: a label is no number, or none of the classes.
+    """
+    indices = {name: index for index, name in enumerate(labels)}
+    for row, place in zip(examples.rows, examples.places, strict=True):
+        try:
+            row["label"] = indices[class_name(row["label"])] if labels else number(row["label"])
+        except ValueError as error:
+            raise ValueError(f"{place}, column {examples.columns['label']!r}: {error}") from None
+        except KeyError:
+            raise ValueError(f"{place}: the class {row['label']!r} does not occur in the training data") from None
 
 
 def _without_duplicates(examples: Examples) -> Examples:
@@ -156,13 +168,19 @@ def _told(parts: Mapping[str, Examples], duplicates_removed: int, leaks_removed:
     return notes
 
 
-def _paths(settings: Settings) -> tuple[str, ...]:
-    return (*settings.data, *settings.validation_data, *settings.test_data)
+def fingerprints(settings: Settings) -> dict[str, dict[str, Any]]:
+    """sha256 and size of each of a run's files and folders.
+
+    Raises:
+        OSError: one cannot be read, or is not there.
+    """
+    paths = (*settings.data, *settings.validation_data, *settings.test_data)
+    return {path: _fingerprint(Path(path)) for path in paths}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     """sha256 and size: of a file, or of the names and contents of a folder's files."""
-    if path.is_file():
+    if not path.is_dir():
         content = path.read_bytes()
         return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     files = sorted(file for file in path.rglob("*") if file.is_file())

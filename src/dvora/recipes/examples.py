@@ -112,7 +112,7 @@ def _add_table(examples: Examples, table: Table, settings: Settings) -> None:
     named = {"text": columns.text, "text2": columns.second, "label": columns.label}
     examples.columns.update({kind: name for kind, name in named.items() if name is not None})
     _check_labels(table, columns)
-    read = _chat if settings.task == "causal-lm" and _holds_chats(table, columns.text) else _row
+    read = _chat if settings.task == "causal-lm" and _holds_chats(table, columns.text) else row_of
     for values, place in zip(table.rows, table.places, strict=True):
         where = f"{table.path}, {place}"
         row, key = read(values, columns, where)
@@ -143,7 +143,12 @@ def _is_missing(value: object) -> bool:
     )
 
 
-def _row(values: dict[str, Any], columns: Columns, where: str) -> tuple[dict[str, Any], str]:
+def row_of(values: dict[str, Any], columns: Columns, where: str) -> tuple[dict[str, Any], str]:
+    """The texts and the label in a table's row, and the key of the example.
+
+    Raises:
+        ValueError: a text is missing or none.
+    """
     row = {"text": _text(values, columns.text, where)}
     key = same_text(row["text"])
     if columns.second is not None:

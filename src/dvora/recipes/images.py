@@ -32,10 +32,29 @@ def image_examples(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[
         if not found:
             raise ValueError(f"{folder} holds no folders with images ({', '.join(sorted(SUFFIXES))})")
         rows += found
-    return rows, [_checked(Path(row["image"])) for row in rows]
+    return rows, [image_key(Path(row["image"])) for row in rows]
 
 
-def _checked(path: Path) -> str:
+def images_in(path: Path) -> list[Path]:
+    """An image, or all images in a folder and the folders in it, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = [image for image in sorted(path.rglob("*")) if image.suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def image_key(path: Path) -> str:
+    """The sha256 of an image's file.
+
+    Raises:
+        ValueError: it is no image that can be read.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
