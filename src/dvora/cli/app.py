@@ -6,6 +6,9 @@ import typer
 
 from .. import __version__
 from . import bench, convert, count, inspect, merge
+from .evaluate import evaluate
+from .generate import generate
+from .predict import predict
 from .train import train
 
 app = typer.Typer(
@@ -34,7 +37,8 @@ def _options(
     """Options of the program itself."""
 
 
-app.command()(train)
+for command in (train, evaluate, predict, generate):
+    app.command()(command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)

@@ -47,3 +47,14 @@ def _told(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+@contextmanager
+def wrong_input() -> Iterator[None]:
+    """Around work that finds fault with nothing but its input: a ValueError there is the user's."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error

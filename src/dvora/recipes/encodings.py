@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 Note = Callable[[str], None]
 CHUNK = 2**20
@@ -29,6 +29,20 @@ def opened_text(path: Path, encoding: str | None, note: Note) -> Iterator[TextIO
         if file.read(1) != MARK:
             file.seek(0)
         yield file
+
+
+def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+    """The lines of UTF-8 text that cannot be read twice, each with its place, as soon as they are there.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{name}, line {number}: not UTF-8") from None
+        yield f"{name}, line {number}", (text.removeprefix(MARK) if number == 1 else text).rstrip("\r\n")
 
 
 def _encoding_of(path: Path, encoding: str | None, note: Note) -> str:

@@ -1,14 +1,53 @@
 """How good a trained model is on held-out rows, beside the simplest guess and the model before training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset  # type: ignore[import-untyped]
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from .computing import device_of
 from .metrics import bits_per_byte, simplest_guess
-from .tasks import bytes_of, without_bytes
+from .settings import Settings
+from .tasks import Task, bytes_of, without_bytes
 
 HIDDEN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "tokens")
+
+
+def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) -> Any:
+    """A trainer that only evaluates, in the batches and the precision of the run.
+
+    Args:
+        model: the trained one.
+        task: of the run.
+        settings: of the run.
+        folder: to which it writes nothing, but which has to be there.
+    """
+    gpu = device_of(settings).type == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_eval_batch_size=settings.batch_size,
+        bf16=settings.mixed_precision == "bf16",
+        fp16=settings.mixed_precision == "fp16" and gpu,
+        use_cpu=settings.cpu,
+        dataloader_pin_memory=gpu,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def judged(trainer: Any, dataset: Dataset) -> dict[str, float]:

@@ -56,6 +56,30 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, tuple(record["labels"]), folder / ADAPTER, record)
 
 
+def as_run(adapter: Path, base: str | None) -> Run:
+    """A language model's adapter that no run made, as if one had.
+
+    Args:
+        adapter: a folder that PEFT reads.
+        base: the model; None: the one that the adapter names.
+
+    Raises:
+        ValueError: it holds no adapter, or names no base.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except FileNotFoundError:
+        raise ValueError(f"{adapter} holds no {file.name}, so it is not the folder of an adapter") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not (base or named):
+        raise ValueError(f"{file} does not name the base; say with --model which it is")
+    # It has no data, but settings want some.
+    settings = Settings(task="causal-lm", model=base or named, data=(str(adapter),))
+    return Run(adapter, settings, (), adapter, {})
+
+
 def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
     """The model of a run, in evaluation mode, and its tokenizer or image processor.
 

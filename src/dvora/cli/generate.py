@@ -1,0 +1,153 @@
+"""dvora generate: texts continued with an adapter, and without it beside them."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import UsageError, one_line, wrong_input
+from .output import Debug, Json, Output, Quiet
+
+if TYPE_CHECKING:
+    from ..recipes.generation import Continuation
+    from ..recipes.run_folder import Run
+
+_SAMPLING, _WITHOUT_RUN = "How tokens are chosen", "Without a run"
+
+
+def generate(
+    run: Annotated[
+        str | None, typer.Argument(help="The folder of a finished run; left out with --adapter.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="A text to continue; else one a line from --file or stdin.", show_default=False)
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
+    only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Leave out what the base says.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are what the user says in a chat.")] = False,
+    system: Annotated[str | None, typer.Option(help="The chat's system message.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation.", rich_help_panel=_SAMPLING)] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the likeliest; else drawn, such as 0.8.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from so many likeliest.", rich_help_panel=_SAMPLING, show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest with this share.", rich_help_panel=_SAMPLING, show_default=False),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: what occurred becomes less likely.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn for each prompt.", rich_help_panel=_SAMPLING)] = 0,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The folder of an adapter.", rich_help_panel=_WITHOUT_RUN, show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Its base, else the one it names.", rich_help_panel=_WITHOUT_RUN),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Continue texts with a trained language model, and beside that with its base.
+
+    One model is loaded; for the base's text its adapter is switched off. The
+    likeliest token is taken every time unless a temperature is set; then the
+    same seed draws the same tokens. Piped, each continuation is a line of JSON.
+
+    Examples:
+
+    \b
+    dvora generate runs/play "the movie"
+    dvora generate runs/play "the movie" --temperature 0.8 --seed 1 --max-new-tokens 20
+    dvora generate runs/play "was it good?" --chat --only-adapter
+    dvora generate --adapter runs/play/adapter --model smollm2 --file prompts.txt --json
+    echo "the book" | dvora generate runs/play
+    """
+    with one_line(debug), wrong_input():
+        if adapter is not None and run is not None:
+            if prompt is not None:
+                raise UsageError(f"both a run ({run}) and --adapter {adapter} are given; give one of them")
+            run, prompt = None, run
+        if system is not None and not chat:
+            raise UsageError("--system is a message of a chat; give --chat too")
+        from ..recipes.generation import Generator, Sampling
+
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        shown = Output(as_json, quiet)
+        prompts = _prompts(prompt, file, shown)
+        generator = Generator(_chosen(run, adapter, model), not only_adapter)
+        _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json)
+
+
+def _chosen(run: str | None, adapter: Path | None, model: str | None) -> "Run":
+    from ..recipes.run_folder import as_run, read_run
+
+    if adapter is not None:
+        return as_run(adapter, model)
+    if model is not None:
+        raise UsageError("--model is the base of an --adapter; a run knows its base")
+    if run is None:
+        raise UsageError("say with what to generate: the folder of a run, or --adapter FOLDER")
+    return read_run(Path(run))
+
+
+def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[str]:
+    if prompt is not None:
+        if file is not None:
+            raise UsageError("both a prompt and --file are given; give one of them")
+        return iter([prompt])
+    if file is None and sys.stdin.isatty():
+        raise UsageError('there is no prompt; give one, as in: dvora generate RUN "Once upon a time"')
+    return _lines(file, shown)
+
+
+def _lines(file: Path | None, shown: Output) -> Iterator[str]:
+    from ..recipes.encodings import opened_text, stream_lines
+
+    if file is None:
+        yield from (line for _, line in stream_lines(sys.stdin.buffer, "stdin") if line.strip())
+        return
+    with opened_text(file, None, shown.note) as opened:
+        yield from (line.rstrip("\n") for line in opened if line.strip())
+
+
+def _print(continuations: "Iterable[Continuation]", as_json: bool) -> None:
+    from ..recipes.row_files import json_lines, json_object
+
+    if sys.stdout.isatty() and not as_json:
+        for number, found in enumerate(continuations):
+            _show(found, first=not number)
+        return
+    rows = map(_row, continuations)
+    for text in json_object(rows, "continuations") if as_json else json_lines(rows):
+        typer.echo(text.encode(), nl=False)
+
+
+def _row(found: "Continuation") -> dict[str, Any]:
+    return {name: value for name, value in asdict(found).items() if value is not None}
+
+
+def _show(found: "Continuation", first: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not first:
+        console.print()
+    console.print(Text(found.prompt, style="bold"))
+    if found.without_adapter is None:
+        console.print(Text(found.with_adapter))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
+    table.add_column("with the adapter", ratio=1, overflow="fold")
+    table.add_column("without", ratio=1, overflow="fold")
+    table.add_row(Text(found.with_adapter), Text(found.without_adapter))
+    console.print(table)

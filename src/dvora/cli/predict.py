@@ -1,0 +1,145 @@
+"""dvora predict: what a run's model tells of rows without labels."""
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import UsageError, one_line, wrong_input
+from .output import Debug, Json, Output, Quiet
+
+if TYPE_CHECKING:
+    from ..recipes.inputs_to_predict import Input
+    from ..recipes.prediction import Predicted
+    from ..recipes.run_folder import Run
+
+_COLUMNS = "Columns of the file, where they are not those of the training data"
+STREAM = "-"
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    file: Annotated[
+        str,
+        typer.Argument(help="csv, tsv, jsonl, json, parquet, txt with a text a line, images; -: lines from stdin."),
+    ] = STREAM,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="A csv, tsv or jsonl file; -: stdout, as JSON lines or to be read.")
+    ] = STREAM,
+    all_probabilities: Annotated[
+        bool, typer.Option("--all-probabilities", help="A column with the probability of every class.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 32,
+    text_column: Annotated[str | None, typer.Option(help="The text.", rich_help_panel=_COLUMNS)] = None,
+    second_text_column: Annotated[
+        str | None, typer.Option(help="A pair's second text.", rich_help_panel=_COLUMNS)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Tell the class (with its probability) or the number of every row, in the rows' order.
+
+    Rows keep their columns, a label among them or not, and get `prediction` and
+    `probability`. Lines hold a text, two texts with a tab between them, or the
+    path of an image, by the run's task; empty lines are passed over. Long inputs
+    take no more memory than short ones (but .json, which is read whole). An
+    output file appears when it is complete.
+
+    Examples:
+
+    \b
+    dvora predict dvora-run new.csv -o told.csv
+    dvora predict dvora-run new.csv --all-probabilities
+    echo "a fine movie" | dvora predict dvora-run
+    cat lines.txt | dvora predict dvora-run - -o told.jsonl
+    """
+    with one_line(debug), wrong_input():
+        _check_output(output)
+        from ..recipes.prediction import Predictor
+        from ..recipes.run_folder import read_run
+
+        shown = Output(as_json, quiet)
+        found = read_run(run)
+        predictor = Predictor(found)
+        inputs = _inputs(file, found, {"text_column": text_column, "second_text_column": second_text_column}, shown)
+        # Whoever types lines wants an answer to each.
+        size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
+        predicted = predictor.predict(inputs, size, all_probabilities)
+        if output == STREAM:
+            _print(predicted, found, as_json)
+        else:
+            shown.result(_write(predicted, Path(output)), title=f"Predictions of {run}")
+
+
+def _check_output(output: str) -> None:
+    if output == STREAM:
+        return
+    from ..recipes.row_files import writer_for
+
+    writer_for(Path(output).suffix)
+    if not Path(output).absolute().parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {Path(output).parent}")
+
+
+def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output) -> "Iterator[Input]":
+    from ..recipes.encodings import stream_lines
+    from ..recipes.inputs_to_predict import file_inputs, line_inputs
+
+    if file == STREAM:
+        return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)
+    return file_inputs(Path(file), run, columns, shown.note)
+
+
+def _write(predicted: "Iterable[Predicted]", path: Path) -> dict[str, Any]:
+    """Write a file of predictions, and tell how many there are of what."""
+    from ..recipes.files import new_file
+    from ..recipes.row_files import writer_for
+
+    counts: Counter[str] = Counter()
+    rows = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal rows
+        for found in predicted:
+            rows += 1
+            prediction = found.told["prediction"]
+            if isinstance(prediction, str):
+                counts[prediction] += 1
+            yield found.row
+
+    with new_file(path) as file:
+        for text in writer_for(path.suffix)(counted()):
+            file.write(text.encode())
+    return {"output": str(path), "rows": rows, **({"predicted": dict(counts.most_common())} if counts else {})}
+
+
+def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool) -> None:
+    from ..recipes.row_files import json_lines, json_object
+
+    if as_json:
+        texts = json_object((found.row for found in predicted), "predictions")
+    elif sys.stdout.isatty():
+        texts = _table(predicted, run.labels, shutil.get_terminal_size().columns)
+    else:
+        texts = json_lines(found.row for found in predicted)
+    for text in texts:
+        typer.echo(text.encode(), nl=False)
+
+
+def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int) -> Iterator[str]:
+    """Lines to be read, each as soon as it is known: columns of what is told, then as much of the row as has room."""
+    first = max(len("prediction"), *map(len, labels), 0)
+    for number, found in enumerate(predicted):
+        rest = {name: value for name, value in found.told.items() if name != "prediction"}
+        if not number:
+            yield "  ".join(["prediction".ljust(first), *rest, *found.input.row])[:width] + "\n"
+        told = found.told["prediction"]
+        numbers = [f"{value:.3f}".rjust(len(name)) for name, value in rest.items()]
+        texts = [" ".join(str(value).split()) for value in found.input.row.values()]
+        cells = [(told if isinstance(told, str) else f"{told:.4g}").ljust(first), *numbers, " | ".join(texts)]
+        yield "  ".join(cells)[:width] + "\n"
