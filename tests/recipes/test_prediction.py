@@ -29,7 +29,7 @@ TEXTS = ["good a the movie", "awful it was", "a book", "bad bad bad very bad it 
 
 @pytest.fixture(scope="module")
 def classified(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return Predictor(finished("text-classification", models, tmp_path_factory.mktemp("classified"), epochs=5))
+    return Predictor(finished("text-classification", models, tmp_path_factory.mktemp("classified"), epochs=10, rank=16))
 
 
 def from_file(predictor: Predictor, path: Path, **columns: str) -> list[Predicted]:

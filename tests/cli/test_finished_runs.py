@@ -1,0 +1,224 @@
+"""dvora evaluate, predict and generate as they are typed: their examples, their output, their errors, their pipes."""
+
+import csv
+import json
+import os
+import pty
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dvora.cli.app import app
+from dvora.cli.evaluate import evaluate
+from dvora.cli.generate import generate
+from dvora.cli.predict import predict
+from dvora.recipes.settings import Settings
+from dvora.recipes.training import train
+from tests.recipes import tiny_data, tiny_models
+
+ROOT = Path(__file__).parent.parent.parent
+LINES = "good a movie\n\nbad the book\nawful it was\n"
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the examples name: two finished runs, and files, under a name with a space and an umlaut."""
+    folder = tmp_path_factory.mktemp("my dësk")
+    common = {"epochs": 1, "rank": 4, "learning_rate": 0.03, "cpu": True}
+    for run, task, model, data in (
+        (
+            "dvora-run",
+            "text-classification",
+            tiny_models.bert(folder / "minilm"),
+            tiny_data.reviews(folder / "reviews.csv"),
+        ),
+        ("runs/play", "causal-lm", tiny_models.llama(folder / "smollm2"), tiny_data.play(folder / "play.txt")),
+    ):
+        given = {"task": task, "model": str(model), "data": str(data), "output": str(folder / run), **common}
+        train(Settings.model_validate(given))
+    (folder / "new.csv").write_text("id,text,verdict\n1,good it was fine,good\n2,poor book,bad\n")
+    (folder / "lines.txt").write_text(LINES)
+    (folder / "prompts.txt").write_text("the movie\nthe book\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_the_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+
+
+def typed(*arguments: str, stdin: str | bytes | None = None) -> Any:
+    return CliRunner().invoke(app, [*arguments], input=stdin)
+
+
+def examples(command: Callable[..., Any]) -> list[str]:
+    lines = (command.__doc__ or "").partition("Examples:")[2].splitlines()
+    return [line.strip() for line in lines if "dvora " in line]
+
+
+@pytest.mark.parametrize("command", [evaluate, predict, generate])
+def test_the_examples_of_the_help_work(command: Callable[..., Any]) -> None:
+    shown = " ".join(typed(command.__name__, "--help").stdout.split())
+    assert len(examples(command)) >= 3
+    for example in examples(command):
+        assert example in shown
+        before, _, words = example.rpartition(" | ")
+        stdin = subprocess.run(shlex.split(before), capture_output=True, check=True).stdout if before else None
+        result = typed(*shlex.split(words)[1:], stdin=stdin)
+        assert result.exit_code == 0, (example, result.output, result.exception)
+        assert result.stdout.strip()
+
+
+def test_evaluate_tells_the_record_s_figures_and_writes_them_where_asked(desk: Path) -> None:
+    record = json.loads((desk / "dvora-run" / "run.json").read_text())["metrics"]
+    shown = typed("evaluate", "dvora-run", "--json", "-o", "result.json")
+    assert shown.exit_code == 0, shown.output
+    result = json.loads(shown.stdout)
+    assert json.loads((desk / "result.json").read_text()) == result
+    trained, guess = result["metrics"]
+    assert trained == {"part": "test", "model": "trained", **record["test"]}
+    assert guess["model"] == f"always {record['test_simplest_guess']['guess']}"
+    table = typed("evaluate", "dvora-run", "reviews.csv").stdout
+    assert "seen_in_training" in table
+    assert "always" in table
+
+
+def test_predict_writes_a_file_when_it_is_complete(desk: Path) -> None:
+    result = typed("predict", "dvora-run", "new.csv", "-o", "told.csv", "--all-probabilities", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["output"], summary["rows"], sum(summary["predicted"].values())) == ("told.csv", 2, 2)
+    with (desk / "told.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["1", "2"]
+    assert [*rows[0]] == ["id", "text", "verdict", "prediction", "probability", "probability_bad", "probability_good"]
+    before = (desk / "told.csv").read_bytes()
+    (desk / "broken.csv").write_text("text\n" + "good\n" * 100 + "good,bad\n")
+    result = typed("predict", "dvora-run", "broken.csv", "-o", "told.csv")
+    assert result.exit_code == 2
+    assert "broken.csv, line 102: 2 fields" in result.stderr
+    assert (desk / "told.csv").read_bytes() == before
+    assert not [path for path in desk.iterdir() if path.name.startswith(".told")]
+
+
+def test_predictions_of_lines_as_json() -> None:
+    piped = [json.loads(line) for line in typed("predict", "dvora-run", stdin=LINES).stdout.splitlines()]
+    assert [row["text"] for row in piped] == [line for line in LINES.splitlines() if line]
+    assert json.loads(typed("predict", "dvora-run", "--json", stdin=LINES).stdout) == {"predictions": piped}
+    assert json.loads(typed("predict", "dvora-run", "--json", stdin="").stdout) == {"predictions": []}
+
+
+def test_continuations_as_json() -> None:
+    arguments = ["generate", "runs/play", "--max-new-tokens", "5"]
+    result = typed(*arguments, "--file", "prompts.txt")
+    piped = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [[*row] for row in piped] == 2 * [["prompt", "with_adapter", "without_adapter"]]
+    assert json.loads(typed(*arguments, "--json", stdin="the movie\n\nthe book").stdout) == {"continuations": piped}
+    alone = json.loads(typed(*arguments, "the movie", "--only-adapter").stdout)
+    assert alone == {"prompt": "the movie", "with_adapter": piped[0]["with_adapter"]}
+    bare = typed("generate", "--adapter", "runs/play/adapter", "the movie", "--max-new-tokens", "5")
+    assert json.loads(bare.stdout) == piped[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "minilm"], "holds no run.json"),
+        (["evaluate", "dvora-run", "no.csv"], "no.csv: no such file"),
+        (["evaluate", "dvora-run", "--base"], "the base knows nothing of text-classification"),
+        (["evaluate", "dvora-run", "-o", "no/result.json"], "there is no folder no"),
+        (["predict", "dvora-run", "no.csv"], "no.csv: no such file"),
+        (["predict", "dvora-run", "new.csv", "-o", "told.xlsx"], "'.xlsx' names no format that is written"),
+        (["predict", "dvora-run", "new.csv", "-o", "no/told.csv"], "there is no folder no"),
+        (["predict", "dvora-run", "new.csv", "--text-column", "txt"], "did you mean 'text'"),
+        (["predict", "runs/play", "new.csv"], "`dvora generate` continues texts"),
+        (["generate", "dvora-run", "x"], "ask it with `dvora predict`"),
+        (["generate"], "the folder of a run, or --adapter FOLDER"),
+        (["generate", "runs/play", "x", "--adapter", "runs/play/adapter"], "both a run (runs/play) and --adapter"),
+        (["generate", "runs/play", "x", "--model", "smollm2"], "a run knows its base"),
+        (["generate", "runs/play", "x", "--file", "prompts.txt"], "both a prompt and --file"),
+        (["generate", "runs/play", "x", "--top-p", "0.5"], "top_p is set but temperature is 0"),
+        (["generate", "runs/play", "x", "--system", "y"], "give --chat too"),
+        (["generate", "runs/play", ""], "the prompt is empty"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = typed(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_exit_code_1(desk: Path) -> None:
+    (desk / "folder.csv").mkdir()
+    (desk / "folder.csv" / "kept").touch()
+    result = typed("predict", "dvora-run", "new.csv", "-o", "folder.csv")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert (desk / "folder.csv" / "kept").exists()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvora.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "COLUMNS": "70"}
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(desk: Path) -> None:
+    running = subprocess.Popen(
+        command("predict", "dvora-run"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert running.stdin
+    assert running.stdout
+    # Predictions come while the input goes on: a batch of them, and no end of the input.
+    running.stdin.write(b"good a movie\n" * 32)
+    running.stdin.flush()
+    assert json.loads(running.stdout.readline())["text"] == "good a movie"
+    running.stdout.close()
+    # A batch or two that are written to nobody.
+    _, errors = running.communicate(b"good a movie\n" * 5000, timeout=120)
+    assert running.returncode == 1
+    assert not {"Traceback", "BrokenPipeError", "Error:"} & {*errors.decode().split()}
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What a command shows on a terminal of 70 columns."""
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        command(*arguments), stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, env=environment()
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # so Linux tells that the other side is closed
+        pass
+    finally:
+        os.close(ours)
+    assert running.communicate()[1] is not None
+    assert running.returncode == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_a_table(desk: Path) -> None:
+    lines = on_a_terminal("predict", "dvora-run", "lines.txt").splitlines()
+    assert lines[0].split() == ["prediction", "probability", "text"]
+    assert [line.split(maxsplit=2)[2] for line in lines[1:]] == [line for line in LINES.splitlines() if line]
+    assert {line.split()[0] for line in lines[1:]} <= {"good", "bad"}
+    shown = on_a_terminal("generate", "runs/play", "the movie", "--max-new-tokens", "3")
+    assert "with the adapter" in shown
+    assert "without" in shown
+    assert "{" not in on_a_terminal("generate", "runs/play", "the movie", "--only-adapter", "--max-new-tokens", "1")
