@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from dvora.recipes.bases import quiet_transformers
-from dvora.recipes.generation import Continuation, Generator, Sampling
+from dvora.recipes.generation import Continuation, Generator, Sampling, text_after
 from dvora.recipes.run_folder import Run, as_run
 from tests.recipes.finished_runs import finished
 
@@ -122,6 +125,14 @@ def test_a_text_ends_where_the_model_cannot_read_on(generator: Generator) -> Non
         generator.continued("x" * 64, GREEDY)
     with pytest.raises(ValueError, match="the prompt is empty"):
         generator.continued("", GREEDY)
+
+
+def test_the_space_between_prompt_and_continuation_is_kept() -> None:
+    words = Tokenizer(WordLevel({"[UNK]": 0, "▁the": 1, "▁movie": 2, "s": 3}, unk_token="[UNK]"))
+    words.decoder = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokens = torch.tensor([1, 2, 3, 1])
+    assert [text_after(tokens, start, tokenizer) for start in (1, 2, 3)] == [" movies the", "s the", " the"]
 
 
 @pytest.mark.parametrize(

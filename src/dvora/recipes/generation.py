@@ -143,13 +143,18 @@ class Generator:
         config = _config(model, sampling, self.positions - tokens.shape[1], self.tokenizer)
         with computing(self.settings), _seeded(sampling.seed, self.device):
             made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config)[0]
-        # Decoded together: tokenizers drop the space at the beginning of a text.
-        before = self.tokenizer.decode(tokens[0], skip_special_tokens=True)
-        whole: str = self.tokenizer.decode(made, skip_special_tokens=True)
-        if whole.startswith(before):
-            return whole[len(before) :]
-        alone: str = self.tokenizer.decode(made[tokens.shape[1] :], skip_special_tokens=True)
-        return alone
+        return text_after(made, tokens.shape[1], self.tokenizer)
+
+
+def text_after(tokens: Tensor, start: int, tokenizer: Any) -> str:
+    """The text of the tokens from `start` on, with the space that it may begin with."""
+    # Decoded alone it would lose that space, which many tokenizers drop from the beginning of a text.
+    before = tokenizer.decode(tokens[:start], skip_special_tokens=True)
+    whole: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    alone: str = tokenizer.decode(tokens[start:], skip_special_tokens=True)
+    return alone
 
 
 def _config(model: Any, sampling: Sampling, room: int, tokenizer: Any) -> GenerationConfig:
