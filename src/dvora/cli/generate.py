@@ -4,12 +4,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Json, Output, Quiet, kept_stdout
 
 if TYPE_CHECKING:
     from ..recipes.generation import Continuation
@@ -77,13 +77,13 @@ def generate(
             run, prompt = None, run
         if system is not None and not chat:
             raise UsageError("--system is a message of a chat; give --chat too")
-        from ..recipes.generation import Generator, Sampling
+        prompts = _prompts(prompt, file, Output(as_json, quiet))
+        with kept_stdout() as stdout:
+            from ..recipes.generation import Generator, Sampling
 
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        shown = Output(as_json, quiet)
-        prompts = _prompts(prompt, file, shown)
-        generator = Generator(_chosen(run, adapter, model), not only_adapter)
-        _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json)
+            sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+            generator = Generator(_chosen(run, adapter, model), not only_adapter)
+            _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, stdout)
 
 
 def _chosen(run: str | None, adapter: Path | None, model: str | None) -> "Run":
@@ -118,28 +118,28 @@ def _lines(file: Path | None, shown: Output) -> Iterator[str]:
         yield from (line.rstrip("\n") for line in opened if line.strip())
 
 
-def _print(continuations: "Iterable[Continuation]", as_json: bool) -> None:
+def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:
     from ..recipes.row_files import json_lines, json_object
 
-    if sys.stdout.isatty() and not as_json:
+    if stdout.isatty() and not as_json:
         for number, found in enumerate(continuations):
-            _show(found, first=not number)
+            _show(found, stdout, first=not number)
         return
     rows = map(_row, continuations)
     for text in json_object(rows, "continuations") if as_json else json_lines(rows):
-        typer.echo(text.encode(), nl=False)
+        typer.echo(text.encode(), file=stdout, nl=False)
 
 
 def _row(found: "Continuation") -> dict[str, Any]:
     return {name: value for name, value in asdict(found).items() if value is not None}
 
 
-def _show(found: "Continuation", first: bool) -> None:
+def _show(found: "Continuation", stdout: TextIO, first: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(file=stdout, highlight=False)
     if not first:
         console.print()
     console.print(Text(found.prompt, style="bold"))

@@ -5,12 +5,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Json, Output, Quiet, kept_stdout
 
 if TYPE_CHECKING:
     from ..recipes.inputs_to_predict import Input
@@ -60,20 +60,23 @@ def predict(
     """
     with one_line(debug), wrong_input():
         _check_output(output)
-        from ..recipes.prediction import Predictor
-        from ..recipes.run_folder import read_run
+        shown, summary = Output(as_json, quiet), None
+        columns = {"text_column": text_column, "second_text_column": second_text_column}
+        with kept_stdout() as stdout:
+            from ..recipes.prediction import Predictor
+            from ..recipes.run_folder import read_run
 
-        shown = Output(as_json, quiet)
-        found = read_run(run)
-        predictor = Predictor(found)
-        inputs = _inputs(file, found, {"text_column": text_column, "second_text_column": second_text_column}, shown)
-        # Whoever types lines wants an answer to each.
-        size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-        predicted = predictor.predict(inputs, size, all_probabilities)
-        if output == STREAM:
-            _print(predicted, found, as_json)
-        else:
-            shown.result(_write(predicted, Path(output)), title=f"Predictions of {run}")
+            found = read_run(run)
+            predictor = Predictor(found)
+            # Whoever types lines wants an answer to each.
+            size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
+            predicted = predictor.predict(_inputs(file, found, columns, shown), size, all_probabilities)
+            if output == STREAM:
+                _print(predicted, found, as_json, stdout)
+            else:
+                summary = _write(predicted, Path(output))
+        if summary is not None:
+            shown.result(summary, title=f"Predictions of {run}")
 
 
 def _check_output(output: str) -> None:
@@ -118,17 +121,17 @@ def _write(predicted: "Iterable[Predicted]", path: Path) -> dict[str, Any]:
     return {"output": str(path), "rows": rows, **({"predicted": dict(counts.most_common())} if counts else {})}
 
 
-def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool) -> None:
+def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool, stdout: TextIO) -> None:
     from ..recipes.row_files import json_lines, json_object
 
     if as_json:
         texts = json_object((found.row for found in predicted), "predictions")
-    elif sys.stdout.isatty():
+    elif stdout.isatty():
         texts = _table(predicted, run.labels, shutil.get_terminal_size().columns)
     else:
         texts = json_lines(found.row for found in predicted)
     for text in texts:
-        typer.echo(text.encode(), nl=False)
+        typer.echo(text.encode(), file=stdout, nl=False)
 
 
 def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int) -> Iterator[str]:

@@ -23,9 +23,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file to fill, which takes the place of the one of its name when everything is written.
 
+    A link stays one to what is written; a pipe or a device, such as /dev/null, is written to as it is.
+
     Raises:
         OSError: it cannot be written; nothing of it is left.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            yield stream
+        return
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

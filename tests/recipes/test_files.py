@@ -1,0 +1,53 @@
+"""Files that are whole or not there, and what is no file is left what it is."""
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from dvora.recipes.files import new_file, write_atomically
+
+
+def test_a_file_takes_the_other_s_place_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a b.txt"
+    path.write_text("before")
+    with new_file(path) as file:
+        file.write(b"after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_what_is_not_completed_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+
+    def interrupted() -> None:
+        with new_file(path) as file:
+            file.write(b"after")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("a.txt", "before")]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomically(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"content"
+
+
+def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    write_atomically(pipe, b"content")
+    reader.join(timeout=10)
+    assert found == [b"content"]
+    assert pipe.is_fifo()
