@@ -128,6 +128,7 @@ ORDER = [
     "recipes.row_files",
     "recipes.generation",
     "recipes",
+    "cli.streams",
     "cli.errors",
     "cli.output",
     "cli.progress",

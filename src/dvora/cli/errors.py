@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import typer
 
+from .streams import kept_stdout
+
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
 
@@ -18,13 +20,14 @@ class UsageError(ValueError):
 
 @contextmanager
 def one_line(debug: bool) -> Iterator[None]:
-    """Turn what goes wrong into one line and an exit code.
+    """Turn what goes wrong into one line and an exit code, and keep stdout for results.
 
     Args:
         debug: show the traceback too.
     """
     try:
-        yield
+        with kept_stdout():
+            yield
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet, kept_stdout
+from .output import Debug, Json, Output, Quiet
 from .train import metric_rows
 
 if TYPE_CHECKING:
@@ -58,13 +58,12 @@ def evaluate(
     with one_line(debug), wrong_input():
         if output is not None and not output.absolute().parent.is_dir():
             raise UsageError(f"--output {output}: there is no folder {output.parent}")
-        with kept_stdout():
-            from ..recipes.files import write_atomically
-            from ..recipes.judging import judge
-            from ..recipes.run_folder import read_run
+        from ..recipes.files import write_atomically
+        from ..recipes.judging import judge
+        from ..recipes.run_folder import read_run
 
-            found = read_run(run)
-            result = _shown(found, data or [], judge(found, data or [], columns, base))
+        found = read_run(run)
+        result = _shown(found, data or [], judge(found, data or [], columns, base))
         if output is not None:
             write_atomically(output, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
         Output(as_json, quiet).result(result, title=f"{found.settings.method} on {found.settings.task}")

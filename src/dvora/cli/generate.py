@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet, kept_stdout
+from .output import Debug, Json, Output, Quiet
+from .streams import results
 
 if TYPE_CHECKING:
     from ..recipes.generation import Continuation
@@ -78,12 +79,11 @@ def generate(
         if system is not None and not chat:
             raise UsageError("--system is a message of a chat; give --chat too")
         prompts = _prompts(prompt, file, Output(as_json, quiet))
-        with kept_stdout() as stdout:
-            from ..recipes.generation import Generator, Sampling
+        from ..recipes.generation import Generator, Sampling
 
-            sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-            generator = Generator(_chosen(run, adapter, model), not only_adapter)
-            _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, stdout)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        generator = Generator(_chosen(run, adapter, model), not only_adapter)
+        _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, results())
 
 
 def _chosen(run: str | None, adapter: Path | None, model: str | None) -> "Run":

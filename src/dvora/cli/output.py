@@ -2,23 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
+
+from .streams import results
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.", rich_help_panel="Output")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
-
-
-@contextmanager
-def kept_stdout() -> Iterator[TextIO]:
-    """stdout for results alone: what libraries print when they are imported and while they work goes to stderr."""
-    stdout = sys.stdout
-    with redirect_stdout(sys.stderr):
-        yield stdout
 
 
 class Output:
@@ -37,11 +30,11 @@ class Output:
     def result(self, values: Mapping[str, Any], title: str = "") -> None:
         """Show named values, among them lists of rows (each a mapping with the same keys) as tables of their own."""
         if self.as_json:
-            typer.echo(json.dumps(values, default=str))
+            typer.echo(json.dumps(values, default=str), file=results())
             return
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(file=results(), highlight=False)
         if title:
             console.print(f"[bold]{title}[/bold]")
         single = {name: value for name, value in values.items() if not _is_rows(value)}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet, kept_stdout
+from .output import Debug, Json, Output, Quiet
+from .streams import results
 
 if TYPE_CHECKING:
     from ..recipes.inputs_to_predict import Input
@@ -62,19 +63,18 @@ def predict(
         _check_output(output)
         shown, summary = Output(as_json, quiet), None
         columns = {"text_column": text_column, "second_text_column": second_text_column}
-        with kept_stdout() as stdout:
-            from ..recipes.prediction import Predictor
-            from ..recipes.run_folder import read_run
+        from ..recipes.prediction import Predictor
+        from ..recipes.run_folder import read_run
 
-            found = read_run(run)
-            predictor = Predictor(found)
-            # Whoever types lines wants an answer to each.
-            size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-            predicted = predictor.predict(_inputs(file, found, columns, shown), size, all_probabilities)
-            if output == STREAM:
-                _print(predicted, found, as_json, stdout)
-            else:
-                summary = _write(predicted, Path(output))
+        found = read_run(run)
+        predictor = Predictor(found)
+        # Whoever types lines wants an answer to each.
+        size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
+        predicted = predictor.predict(_inputs(file, found, columns, shown), size, all_probabilities)
+        if output == STREAM:
+            _print(predicted, found, as_json, results())
+        else:
+            summary = _write(predicted, Path(output))
         if summary is not None:
             shown.result(summary, title=f"Predictions of {run}")
 

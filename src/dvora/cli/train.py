@@ -1,8 +1,6 @@
 """dvora train: from data and a model to a trained one in a folder of its own."""
 
 import shlex
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +9,7 @@ import typer
 from .errors import INTERRUPTED, UsageError, one_line
 from .output import Debug, Json, Output, Quiet
 from .progress import shown_progress
+from .streams import results
 
 if TYPE_CHECKING:
     from ..recipes.run_folder import Run
@@ -150,21 +149,19 @@ def _print_config(config: Path | None, flags: dict[str, Any], pairs: list[str]) 
 
     # A file has what it has; without one the keys that must be set get an example.
     example = EXAMPLE if config is None else {}
-    typer.echo(commented(_settings(config, {**example, **flags}, pairs)), nl=False)
+    typer.echo(commented(_settings(config, {**example, **flags}, pairs)), file=results(), nl=False)
 
 
 def _run(settings: "Settings", resume: bool, output: Output, quiet: bool) -> None:
-    # Libraries write to stdout when they are imported and while they work; it is kept for the result.
-    with redirect_stdout(sys.stderr):
-        from ..recipes.processes import is_first
-        from ..recipes.training import InputError
-        from ..recipes.training import train as train_recipe
+    from ..recipes.processes import is_first
+    from ..recipes.training import InputError
+    from ..recipes.training import train as train_recipe
 
-        try:
-            with shown_progress(quiet) as tell:
-                outcome = train_recipe(settings, resume, tell, output.note if is_first() else None)
-        except InputError as error:
-            raise UsageError(str(error)) from error
+    try:
+        with shown_progress(quiet) as tell:
+            outcome = train_recipe(settings, resume, tell, output.note if is_first() else None)
+    except InputError as error:
+        raise UsageError(str(error)) from error
     if not is_first():
         return
     if outcome.run is None:

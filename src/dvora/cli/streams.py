@@ -1,0 +1,29 @@
+"""stdout for results alone: what libraries print when they are imported and while they work goes to stderr."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TextIO
+
+_kept: ContextVar[TextIO | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kept_stdout() -> Iterator[TextIO]:
+    """Send what is printed to stderr, and give the stream for results."""
+    kept = _kept.get()
+    if kept is not None:
+        yield kept
+        return
+    token = _kept.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield results()
+    finally:
+        _kept.reset(token)
+
+
+def results() -> TextIO:
+    """The stream for results: stdout, also while it is kept."""
+    return _kept.get() or sys.stdout

@@ -1,0 +1,1 @@
+"""From a CSV to a merged model with the command line alone, as it looks: python -m transcript"""
