@@ -19,8 +19,9 @@ $(READY): pyproject.toml
 demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of your own
 	$(PY) -m demo $(if $(SENTENCE),"$(SENTENCE)")
 
-test: setup
-	$(PY) -m pytest
+WORKERS := 2
+test: setup  ## the whole suite, in two processes; WORKERS=8 for more
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # An environment of their own: Flower holds packages at older versions than the command line needs.
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
