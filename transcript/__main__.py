@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         lay_out(folder, *((3000, 1200) if record else (600, 200)))
-        for sentence, command in commands(*((300, 60) if record else (24, 4))):
+        for sentence, command in commands(*((200, 40) if record else (24, 4))):
             print(f"$ {command}", flush=True)
             shown = run(command, folder)
             print(shown, flush=True)
