@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, one_line
+from .errors import UsageError, kept_stdout, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -42,24 +42,25 @@ def bench_command(
     with one_line(debug):
         if dtype not in DTYPES:
             raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-        import torch
-
-        from ..recipes.speed import CONFIGS, bench
-
-        if threads is not None:
-            torch.set_num_threads(threads)
         shown = Output(as_json, quiet)
-        shown.note(f"timing each method {rounds} times, in turns")
-        found = bench(
-            model,
-            targets=[name for name in targets.replace(" ", "").split(",") if name],
-            rank=rank,
-            low_rank=low_rank,
-            methods=[name.strip() for name in methods.split(",") if name.strip()] or list(CONFIGS),
-            tokens=tokens,
-            batch=batch,
-            rounds=rounds,
-            dtype=dtype,
-            device=device,
-        )
+        with kept_stdout():
+            import torch
+
+            from ..recipes.speed import CONFIGS, bench
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+            shown.note(f"timing each method {rounds} times, in turns")
+            found = bench(
+                model,
+                targets=[name for name in targets.replace(" ", "").split(",") if name],
+                rank=rank,
+                low_rank=low_rank,
+                methods=[name.strip() for name in methods.split(",") if name.strip()] or list(CONFIGS),
+                tokens=tokens,
+                batch=batch,
+                rounds=rounds,
+                dtype=dtype,
+                device=device,
+            )
         shown.result(asdict(found), f"Times on {model}, as multiples of the base")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, one_line
+from .errors import UsageError, kept_stdout, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -33,8 +33,11 @@ def convert_command(
     To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
     """
     with one_line(debug):
-        from ..recipes.conversion import TARGETS, TO_LORA, convert
+        with kept_stdout():
+            from ..recipes.conversion import TARGETS, TO_LORA, convert
 
-        if to not in TARGETS:
-            raise UsageError(TO_LORA if to == "lora" else f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}")
-        Output(as_json, quiet).result(asdict(convert(adapter, to, output, model)), f"Converted adapter in {output}")
+            if to not in TARGETS:
+                unknown = f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}"
+                raise UsageError(TO_LORA if to == "lora" else unknown)
+            done = convert(adapter, to, output, model)
+        Output(as_json, quiet).result(asdict(done), f"Converted adapter in {output}")

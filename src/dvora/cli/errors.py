@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import typer
 
@@ -42,6 +42,13 @@ def one_line(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         typer.echo(f"Error: {_told(error)}", err=True)
         raise typer.Exit(WRONG_USE if isinstance(error, UsageError) else FAILED) from None
+
+
+@contextmanager
+def kept_stdout() -> Iterator[None]:
+    """Keep stdout for the result: libraries write to it when they are imported and while they work."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def _told(error: Exception) -> str:

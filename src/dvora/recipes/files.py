@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, or leave what was there before.
@@ -61,16 +66,69 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder; choose another name or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    filled = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with _claimed(path) as filled:
         yield filled
+        # Some libraries write files for their owner only.
+        for file in filled.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
         filled.chmod(0o777 & ~_umask())
         if path.exists():
             path.rmdir()
         filled.rename(path)
-    except BaseException:
-        shutil.rmtree(filled, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that no other process fills, removed if something fails.
+
+    Its name is always the same one, so what a killed process left is found and emptied; a living one holds a lock.
+    """
+    folder = path.with_name(f".{path.name}.unfinished")
+    folder.mkdir(exist_ok=True)
+    with _lock(folder) as is_ours:
+        if not is_ours:
+            raise FileExistsError(f"another process is filling {path}; wait for it, or choose another name")
+        try:
+            for leftover in folder.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder for itself; however a process ends, the system opens its locks."""
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _is_locked(descriptor) and _is_still(folder, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether the lock was free; true on file systems that have none."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    """Whether the open folder has its name still; another process may have renamed or removed it before the lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _umask() -> int:

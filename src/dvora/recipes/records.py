@@ -42,8 +42,10 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
         ValueError: says what is in it and what to do.
     """
     if record is None:
-        others = [path.name for path in folder.iterdir() if path.name not in (LOCK, CONFIG)] if folder.is_dir() else []
-        if others := [name for name in others if not is_leftover(name)]:
+        # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
+        paths = [path for path in folder.iterdir() if not _is_empty(path)] if folder.is_dir() else []
+        others = [path.name for path in paths if path.name not in (LOCK, CONFIG) and not is_leftover(path.name)]
+        if others:
             raise ValueError(f"{folder} is not empty (it holds {others[0]}); choose another output folder")
         return
     if not resume:
@@ -60,6 +62,10 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
         raise ValueError(
             f"the run in {folder} was started with {record['processes']} processes, not {world_size()}; start as many"
         )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _version(package: str) -> str:

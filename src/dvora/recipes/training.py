@@ -74,6 +74,8 @@ def train(settings: Settings, resume: bool = False, tell: Tell | None = None, no
             record = read_record(folder)
             check_resumable(folder, record, settings, resume)
             if record is not None and record["state"] == "finished":
+                if is_first():
+                    _clear(folder)
                 return Outcome(read_run(folder), None)
             data = load_data(settings)
             started = start_record(settings, data, record)
@@ -181,4 +183,10 @@ def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
     with new_folder(folder / ADAPTER) as filled:
         save_trained(prepared.model, prepared.settings, prepared.base.heads, filled)
     write_record(folder, record)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a finished run no longer needs; it may have been killed before it did."""
+    remove_leftovers(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,132 @@
+"""Run as a process of its own: it imports everything once, then runs each command line in a fork of itself.
+
+Requests are lines of JSON on stdin, answers lines of JSON on stdout: the child's process id at once, its end later.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
+"""What a process does to files, as Python's audit hooks call it."""
+CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def save(folder: str, base: str) -> None:
+    """Save an adapter over whatever is in the folder, as PEFT does."""
+    from tests.recipes.saved_adapters import adapted
+
+    adapted(Path(base), "dvora", rank=8).save_pretrained(folder)
+
+
+def load_everything() -> None:
+    """Import what commands import when they are called."""
+    import accelerate
+    import datasets
+    import peft
+    from transformers import BertForSequenceClassification, PreTrainedTokenizerFast, Trainer
+
+    import dvora.recipes.conversion
+    import dvora.recipes.inspection
+    import dvora.recipes.merging
+    import dvora.recipes.training
+    from tests.recipes import saved_adapters
+
+    used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)
+    assert used
+    assert saved_adapters
+
+
+def kill_at_change(number: int, folder: str) -> list[int]:
+    """Kill this process when it is about to change a file below the folder for the nth time; 0: only count."""
+    count = [0]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in WATCHED or not _is_below(arguments[0], folder):
+            return
+        if event == "open" and not (arguments[2] or 0) & CHANGES:
+            return
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    return count
+
+
+def _is_below(path: object, folder: str) -> bool:
+    # Names that are relative to an open folder, as rmtree has them, cannot be told: they all count.
+    return isinstance(path, str | os.PathLike) and (
+        not os.path.isabs(path) or os.path.abspath(path).startswith(folder)  # noqa: PTH100, PTH117
+    )
+
+
+def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
+    """Become the command that is asked for; never returns."""
+    code = 70
+    try:
+        os.setsid()
+        for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+        os.chdir(request["cwd"])
+        os.environ.update(request.get("environment", {}))
+        if "largest_file" in request:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+        if "user" in request:
+            os.setgroups([])
+            os.setgid(request["user"])
+            os.setuid(request["user"])
+        count = kill_at_change(request.get("kill_at", 0), request["cwd"])
+        try:
+            run(request["arguments"])
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if "counted" in request:
+            Path(request["counted"]).write_text(str(count[0]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def command(arguments: list[str]) -> None:
+    """`dvora` with these arguments; "save" is no command, but what its users do with an adapter."""
+    if arguments[0] == "save":
+        save(*arguments[1:])
+        return
+    from dvora.cli.app import app
+
+    app(arguments, prog_name="dvora")
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    load_everything()
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            child(request, command)
+        print(json.dumps(pid), file=answers, flush=True)
+        began, status = time.monotonic(), None
+        while status is None:
+            found, state = os.waitpid(pid, 0)
+            status = os.waitstatus_to_exitcode(state) if found == pid else None
+        print(json.dumps([status, time.monotonic() - began]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

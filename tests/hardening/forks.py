@@ -1,0 +1,103 @@
+"""Commands in processes of their own that start at once: forks of one warm process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Ended(NamedTuple):
+    """A command that has ended; a negative code is the signal that ended it."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    changes: int
+
+
+class Forks:
+    """The warm process. Its children have one thread and see no network.
+
+    Args:
+        folder: for what the commands print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number = folder, 0
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "COLUMNS": "200",
+        }
+        self.log = (folder / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hardening.fork_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        assert self._answer() == "ready"
+
+    def run(
+        self,
+        cwd: Path,
+        *arguments: str,
+        signal_after: float | None = None,
+        number: int = signal.SIGKILL,
+        **options: Any,
+    ) -> Ended:
+        """Run a command, and send it a signal after some seconds if it still runs then.
+
+        Args:
+            cwd: where it runs.
+            arguments: behind "dvora".
+            signal_after: seconds.
+            number: of the signal.
+            options: `kill_at`, `largest_file`, `user`, `environment` of the server.
+        """
+        assert self.process.stdin
+        self.number += 1
+        out, err, counted = (self.folder / f"{self.number}.{name}" for name in ("out", "err", "count"))
+        request = {
+            "cwd": str(cwd), "arguments": arguments, "stdout": str(out), "stderr": str(err), "counted": str(counted),
+            **options,
+        }  # fmt: skip
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        pid = self._answer()
+        timer = threading.Timer(signal_after or 0, os.kill, (pid, number))
+        if signal_after is not None:
+            timer.start()
+        try:
+            code, seconds = self._answer()
+        finally:
+            timer.cancel()
+        changes = int(counted.read_text()) if counted.exists() else 0
+        return Ended(code, out.read_text(), err.read_text(), seconds, changes)
+
+    def close(self) -> None:
+        """End the warm process."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+        self.log.close()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, (self.folder / "server.log").read_text()
+        return json.loads(line)
