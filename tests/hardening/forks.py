@@ -36,6 +36,7 @@ class Forks:
             "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
             "COLUMNS": "200",
         }
         self.log = (folder / "server.log").open("w")

@@ -9,10 +9,12 @@ from . import bench, convert, count, inspect, merge
 from .evaluate import evaluate
 from .generate import generate
 from .predict import predict
+from .errors import Commands
 from .train import train
 
 app = typer.Typer(
     name="dvora",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

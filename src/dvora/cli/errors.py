@@ -1,17 +1,35 @@
 """How a command ends when it cannot do its work: one line on stderr, and an exit code."""
 
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from .streams import kept_stdout
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
+
+
+_FULL = "no space left; free some, or choose a folder on another disk"
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: "no space left in your quota; free some, or choose a folder on another disk",
+    errno.EFBIG: "file too large for this disk or for the limit of this shell (ulimit -f); choose another folder",
+    errno.EROFS: "the disk is read-only; choose another folder",
+    errno.EACCES: "permission denied; change the permissions, or choose another one",
+    errno.EPERM: "not permitted; change the permissions, or choose another one",
+}
+"""What to do about errors of the system, by their number."""
+_TYPERS_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What all errors in a command line are; Typer has no public name for it."""
 
 
 class UsageError(ValueError):
@@ -53,9 +71,12 @@ def kept_stdout() -> Iterator[None]:
 
 def _told(error: Exception) -> str:
     """What an error says, in one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
+    place = error.filename if isinstance(error, OSError) else None
+    if (number := _system_error(error, text)) in _ADVICE:
+        return f"{place or 'a file could not be written'}: {_ADVICE[number]}"
+    if isinstance(error, OSError) and error.strerror and place:
+        return f"{place}: {error.strerror}"
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
@@ -68,3 +89,41 @@ def wrong_input() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+def _system_error(error: Exception, text: str) -> int | None:
+    """The system's number of an error, which libraries that are not written in Python tell in words."""
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors is written in Rust.
+    if found := re.search(r"\(os error (\d+)\)", text):
+        return int(found[1])
+    # torch tells no more than that its archive is incomplete.
+    return errno.ENOSPC if "PytorchStreamWriter" in text or "inline_container" in text else None
+
+
+class Commands(TyperGroup):
+    """The commands of the program, whose mistyped options are told in one line as every other error is."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the options of the program itself."""
+        with _typed_wrongly():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the options of a command, and run it."""
+        with _typed_wrongly():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _typed_wrongly() -> Iterator[None]:
+    try:
+        yield
+    except _TYPERS_ERROR as error:
+        told = " ".join(str(cast(Any, error).format_message()).split())
+        if not told or "Usage:" in told:
+            # It is no error: the help is shown where nothing was typed.
+            raise
+        context = cast(Any, error).ctx
+        program = context.command_path if context else "dvora"
+        typer.echo(f"Error: {told.rstrip('.?')}; {program} --help shows what there is", err=True)
+        raise typer.Exit(WRONG_USE) from None

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 import dvora
 
 from .architectures import config_of, load_base, model_class, quietly
+from .files import check_readable
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -79,6 +80,7 @@ def read_adapter(folder: Path) -> Adapter:
                 "trusts it, load it with PEFT once and save it again (save_pretrained writes safetensors)"
             )
         raise ValueError(f"{folder} holds no {VALUES}")
+    check_readable([folder / VALUES])
     try:
         with safe_open(folder / VALUES, "pt") as values:
             shapes = {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
+
+from .files import check_readable
 
 AUTO_CLASSES: Mapping[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -73,6 +76,7 @@ def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | s
             f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
             "save_pretrained"
         )
+    check_readable(folder.glob("*.safetensors"))
     # The head that an adapter brings is drawn first: not from the global generator.
     with _told_in_one_line(source), quietly(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -129,8 +133,14 @@ def _told_in_one_line(source: str) -> Iterator[None]:
     """Turn the pages that transformers writes when something is missing into a sentence."""
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            said = "it is made of code that comes with it, which is not run; only transformers' own models are read"
         if Path(source).exists():
             raise ValueError(f"the model in {source} cannot be read: {said}") from error
         raise ValueError(f"{source!r} is no folder here, and the hub did not give it: {said}") from error

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
+from .files import check_readable
 from .settings import Settings, Task
 
 MODEL_CLASSES: dict[Task, type] = {
@@ -74,6 +76,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     """
     source = settings.model
     _check_folder(source)
+    check_readable(Path(source).glob("*.safetensors"))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     with _told_in_one_line("the model", source):
         config = transformers.AutoConfig.from_pretrained(source, **options, **_head_options(settings.task, labels))
@@ -144,8 +147,14 @@ def _told_in_one_line(what: str, source: str) -> Iterator[None]:
     """Turn the pages that transformers writes when something is missing into a sentence."""
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            said = "it is made of code that comes with it; if you trust its author, set trust_remote_code: true"
         if Path(source).is_dir():
             raise ValueError(f"{what} in {source} cannot be read: {said}") from error
         raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -50,6 +50,16 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_readable(paths: Iterable[Path]) -> None:
+    """Raise what keeps files from being read: libraries tell of files that may not be read as if they were missing.
+
+    Raises:
+        OSError: the first file's.
+    """
+    for path in paths:
+        path.open("rb").close()
 
 
 @contextmanager
