@@ -89,6 +89,7 @@ ORDER = [
     "peft_hook",
     "",
     "recipes.files",
+    "recipes.hub",
     "recipes.nearest",
     "recipes.settings",
     "recipes.bases",

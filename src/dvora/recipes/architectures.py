@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .files import check_readable
+from .hub import check_reachable
 
 AUTO_CLASSES: Mapping[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -38,6 +39,7 @@ def config_of(source: str) -> Any:
     if folder.is_dir() and not (folder / "config.json").is_file():
         hint = "; it is an adapter, so name its base" if (folder / "adapter_config.json").is_file() else ""
         raise ValueError(f"{source} holds no config.json, so it is no model folder{hint}")
+    check_reachable(source)
     with _told_in_one_line(source):
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
 

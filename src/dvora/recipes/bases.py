@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .files import check_readable
+from .hub import check_reachable
 from .settings import Settings, Task
 
 MODEL_CLASSES: dict[Task, type] = {
@@ -54,6 +55,7 @@ def load_processor(settings: Settings) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern)):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); say with `tokenizer` where it is")
+    check_reachable(source)
     with _told_in_one_line(f"the {name}", source):
         processor = kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     if not images and processor.pad_token is None:
@@ -76,6 +78,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     """
     source = settings.model
     _check_folder(source)
+    check_reachable(source)
     check_readable(Path(source).glob("*.safetensors"))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     with _told_in_one_line("the model", source):
