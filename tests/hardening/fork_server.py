@@ -3,6 +3,7 @@
 Requests are lines of JSON on stdin, answers lines of JSON on stdout: the child's process id at once, its end later.
 """
 
+import codecs
 import json
 import os
 import resource
@@ -42,6 +43,9 @@ def load_everything() -> None:
     used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)
     assert used
     assert saved_adapters
+    # Another user may not read the files that these are in.
+    for encoding in ("utf-8-sig", "utf-16", "cp1252", "latin-1"):
+        codecs.lookup(encoding)
 
 
 def kill_at_change(number: int, folder: str) -> list[int]:
@@ -76,7 +80,11 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
         for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
         os.chdir(request["cwd"])
-        os.environ.update(request.get("environment", {}))
+        counted = Path(request["counted"]).open("w")  # noqa: SIM115
+        if request.get("unread"):
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 1)
         if "largest_file" in request:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
@@ -92,8 +100,8 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
             code = int(end.code or 0)
         sys.stdout.flush()
         sys.stderr.flush()
-        if "counted" in request:
-            Path(request["counted"]).write_text(str(count[0]))
+        counted.write(str(count[0]))
+        counted.flush()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -102,7 +110,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
 
 def command(arguments: list[str]) -> None:
     """`dvora` with these arguments; "save" is no command, but what its users do with an adapter."""
-    if arguments[0] == "save":
+    if arguments[:1] == ["save"]:
         save(*arguments[1:])
         return
     from dvora.cli.app import app

@@ -36,7 +36,11 @@ class Forks:
             "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # Else deepspeed, where it is installed, tells which it chose.
             "DS_ACCELERATOR": "cpu",
+            # Nobody listens there.
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
             "COLUMNS": "200",
         }
         self.log = (folder / "server.log").open("w")
@@ -66,7 +70,7 @@ class Forks:
             arguments: behind "dvora".
             signal_after: seconds.
             number: of the signal.
-            options: `kill_at`, `largest_file`, `user`, `environment` of the server.
+            options: of the server: `kill_at`, `largest_file`, `user`, `unread` (stdout's reader is gone).
         """
         assert self.process.stdin
         self.number += 1
@@ -85,7 +89,7 @@ class Forks:
             code, seconds = self._answer()
         finally:
             timer.cancel()
-        changes = int(counted.read_text()) if counted.exists() else 0
+        changes = int(counted.read_text() or 0)
         return Ended(code, out.read_text(), err.read_text(), seconds, changes)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ _ADVICE = {
     errno.EPERM: "not permitted; change the permissions, or choose another one",
 }
 """What to do about errors of the system, by their number."""
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
 _TYPERS_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """What all errors in a command line are; Typer has no public name for it."""
 
@@ -97,7 +98,7 @@ def _system_error(error: Exception, text: str) -> int | None:
     if found := re.search(r"\(os error (\d+)\)", text):
         return int(found[1])
     # torch tells no more than that its archive is incomplete.
-    return errno.ENOSPC if "PytorchStreamWriter" in text or "inline_container" in text else None
+    return errno.ENOSPC if any(word in text for word in _TORCH_WRITES) and "Reader" not in text else None
 
 
 class Commands(TyperGroup):

@@ -47,6 +47,8 @@ def load_processor(settings: Settings) -> Any:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
+    # What is no model has no tokenizer either, but that is not what is wrong with it.
+    _check_folder(settings.model)
     source = settings.tokenizer or settings.model
     kind = transformers.AutoImageProcessor if settings.task == "image-classification" else transformers.AutoTokenizer
     images = settings.task == "image-classification"

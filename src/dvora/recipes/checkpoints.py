@@ -1,8 +1,12 @@
 """Checkpoints of a run that goes on after any end: each is marked when all of it is written."""
 
 import json
+import pickle
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .files import write_atomically
@@ -47,3 +51,26 @@ def remove_incomplete(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if path not in complete:
             shutil.rmtree(path)
+
+
+@contextmanager
+def told_if_damaged(checkpoint: Path | None) -> Iterator[None]:
+    """Say which checkpoint cannot be gone on with; torch reads tensors and numbers from it, and refuses the rest.
+
+    Raises:
+        ValueError: it is damaged, or holds pickled objects.
+    """
+    try:
+        with warnings.catch_warnings():
+            # What is written in other versions of pickle's format is read or refused, in any case told.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged or holds pickled objects, which are never loaded; remove that "
+            "folder to go on from the one before it"
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(f"{checkpoint} is damaged; remove that folder to go on from the one before it") from error

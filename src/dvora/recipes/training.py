@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .bases import load_base, load_processor, quiet_transformers
-from .checkpoints import checkpoints, remove_incomplete
+from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
 from .data import Data, load_data
 from .files import new_folder
 from .methods import adapted, save_trained, trained_values
@@ -114,7 +114,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
         write_config(folder, prepared.settings)
         write_record(folder, record)
         remove_incomplete(folder / CHECKPOINTS)
-    with stop.listening():
+    with stop.listening(), told_if_damaged(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     record["seconds"] += time.monotonic() - begun
     if watching.was_stopped:

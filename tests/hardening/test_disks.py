@@ -1,0 +1,151 @@
+"""Disks that are full or read-only, files that are too large, and folders that this user may not write to or read."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hardening.errors import TRAIN, assert_fails, assert_told
+from tests.hardening.forks import Forks
+
+WRITES = {
+    "merge": ["merge", "adapter", "--model", "base", "-o", "disk/out"],
+    "convert to dora": ["convert", "adapter", "--model", "base", "--to", "dora", "-o", "disk/out"],
+    "convert to dense": ["convert", "adapter", "--model", "base", "--to", "dense", "-o", "disk/out"],
+}
+TRAIN_THERE = [*TRAIN.split(), "-o", "disk/out", "--epochs", "2", "--quiet", "--json"]
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def metrics(forks: Forks, made: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Of the run that nothing stops."""
+    desk = Path(shutil.copytree(made, tmp_path_factory.mktemp("whole") / "desk"))
+    ended = forks.run(desk, *TRAIN_THERE)
+    assert ended.code == 0, ended.stderr
+    return json.loads(ended.stdout)["metrics"]
+
+
+@pytest.fixture
+def disk(desk: Path) -> Iterator[Callable[[str], None]]:
+    """Mounts a small disk with these options as "disk" on the desk, or mounts it again with others."""
+    place, mounted = desk / "disk", []
+    place.mkdir()
+
+    def mount(options: str) -> None:
+        options = f"remount,{options}" if mounted else options
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small disk needs root")
+        mounted.append(options)
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("command", WRITES.values(), ids=WRITES)
+def test_a_full_disk_is_told_and_nothing_is_left_on_it(
+    forks: Forks, desk: Path, disk: Callable[[str], None], command: list[str]
+) -> None:
+    disk("size=8k")
+    assert_fails(forks, desk, command, 1, "no space left; free some, or choose a folder on another disk")
+    assert not list((desk / "disk").iterdir())
+    disk("size=4m")
+    assert forks.run(desk, *command).code == 0
+
+
+@pytest.mark.parametrize("size", [8, 28, 40, 60, 76])
+def test_a_run_goes_on_when_a_full_disk_has_space_again(
+    forks: Forks, desk: Path, disk: Callable[[str], None], metrics: object, size: int
+) -> None:
+    disk(f"size={size}k")
+    ended = forks.run(desk, *TRAIN_THERE)
+    assert_told(ended, 1, "no space left")
+    disk("size=4m")
+    ended = forks.run(desk, *TRAIN_THERE, "--resume")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["metrics"] == metrics
+
+
+@pytest.mark.parametrize("command", WRITES.values(), ids=WRITES)
+def test_a_file_that_is_too_large_is_told(forks: Forks, desk: Path, command: list[str]) -> None:
+    assert_fails(forks, desk, [*command[:-1], "out"], 1, "file too large", largest_file=4000)
+
+
+@pytest.mark.parametrize("largest", [1000, 6000, 9000])
+def test_a_run_goes_on_when_large_files_are_allowed(forks: Forks, desk: Path, metrics: object, largest: int) -> None:
+    ended = forks.run(desk, *TRAIN_THERE, "-o", "out", largest_file=largest)
+    # torch does not tell why its file is incomplete.
+    assert_told(ended, 1, "choose", "folder")
+    ended = forks.run(desk, *TRAIN_THERE, "-o", "out", "--resume")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["metrics"] == metrics
+
+
+@pytest.mark.parametrize("command", [*WRITES.values(), [*TRAIN.split(), "-o", "disk/out"]], ids=[*WRITES, "train"])
+def test_a_read_only_disk_is_told(forks: Forks, desk: Path, disk: Callable[[str], None], command: list[str]) -> None:
+    disk("ro")
+    assert_fails(forks, desk, command, 1, "disk/", "the disk is read-only; choose another folder")
+
+
+@pytest.fixture
+def strangers_desk(made: Path) -> Iterator[Path]:
+    """A desk that everybody may read, and nobody but its owner write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        desk = Path(shutil.copytree(made, Path(folder) / "desk"))
+        for path in (desk, *desk.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        yield desk
+        desk.chmod(0o755)
+
+
+# Root may do everything.
+STRANGER = {"user": NOBODY} if os.getuid() == 0 else {}
+
+
+@pytest.mark.parametrize(
+    "command", [*([*command[:-1], "out"] for command in WRITES.values()), TRAIN.split()], ids=[*WRITES, "train"]
+)
+def test_a_folder_that_may_not_be_written_to_is_told(forks: Forks, strangers_desk: Path, command: list[str]) -> None:
+    assert_fails(forks, strangers_desk, command, 1, "out", "permission denied", **STRANGER)
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("reviews.csv", f"{TRAIN} -o out"),
+        ("base/model.safetensors", f"{TRAIN} -o out"),
+        ("base/config.json", "count base"),
+        ("base/model.safetensors", "bench base"),
+        ("base/model.safetensors", "merge adapter --model base -o out"),
+        ("adapter/adapter_model.safetensors", "inspect adapter"),
+        ("adapter/adapter_model.safetensors", "merge adapter --model base -o out"),
+        ("adapter/adapter_config.json", "convert adapter --to dora -o out"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_told(forks: Forks, strangers_desk: Path, file: str, command: str) -> None:
+    (strangers_desk / file).chmod(0)
+    # Its runs and models go elsewhere.
+    strangers_desk.chmod(0o777)
+    assert_fails(forks, strangers_desk, command.split(), 1, file, "permission denied", **STRANGER)
+
+
+def test_what_is_written_may_be_read_by_others(forks: Forks, desk: Path) -> None:
+    """safetensors makes files for their owner only."""
+    mask = os.umask(0o022)
+    try:
+        for command in (*([*command[:-1], "o"] for command in list(WRITES.values())[:1]), TRAIN.split()):
+            assert forks.run(desk, *command).code == 0
+    finally:
+        os.umask(mask)
+    files = [path for name in ("o", "out") for path in (desk / name).rglob("*") if path.name != ".lock"]
+    assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors", "run.json"}
+    for path in files:
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path

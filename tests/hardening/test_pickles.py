@@ -1,0 +1,123 @@
+"""What could run code when it is loaded is not loaded: pickled weights, pickled checkpoints, models with code."""
+
+import json
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from dvora.recipes.checkpoints import checkpoints, mark_complete
+from tests.hardening.errors import TRAIN, assert_fails, assert_told
+from tests.hardening.forks import Forks
+
+
+class Evil:
+    """Makes a file when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.mark), "w")
+
+
+@pytest.fixture(params=["torch", "pickle"])
+def mark(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """What evil pickles make, and how they are written."""
+    return tmp_path / f"made-by-a-{request.param}"
+
+
+def write_evil(path: Path, mark: Path) -> None:
+    if mark.name.endswith("torch"):
+        torch.save({"weight": Evil(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(mark)))
+
+
+def test_the_pickles_are_evil(tmp_path: Path, mark: Path) -> None:
+    write_evil(tmp_path / "evil.bin", mark)
+    if mark.name.endswith("torch"):
+        torch.load(tmp_path / "evil.bin", weights_only=False)["weight"].close()
+    else:
+        pickle.loads((tmp_path / "evil.bin").read_bytes()).close()
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("command", ["inspect adapter", "merge adapter -o out", "convert adapter --to dora -o out"])
+def test_a_pickled_adapter_is_refused(forks: Forks, desk: Path, mark: Path, command: str) -> None:
+    (desk / "adapter" / "adapter_model.safetensors").unlink()
+    write_evil(desk / "adapter" / "adapter_model.bin", mark)
+    assert_fails(forks, desk, command.split(), 1, "pickled adapter_model.bin", "never loaded", "save_pretrained")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (TRAIN, 2),
+        (f"{TRAIN} --method full", 2),
+        ("merge adapter --model base -o out", 1),
+        ("inspect adapter --model base", 1),
+        ("convert adapter --model base --to dense -o out", 1),
+        ("bench base", 1),
+    ],
+)
+def test_a_pickled_model_is_refused(forks: Forks, desk: Path, mark: Path, command: str, code: int) -> None:
+    (desk / "base" / "model.safetensors").unlink()
+    write_evil(desk / "base" / "pytorch_model.bin", mark)
+    assert_fails(forks, desk, command.split(), code, "no safetensors weights", "never loaded", "save_pretrained")
+    assert not mark.exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_looked_at(forks: Forks, desk: Path, mark: Path) -> None:
+    for path in ("adapter/adapter_model.bin", "base/pytorch_model.bin", "base/training_args.bin"):
+        write_evil(desk / path, mark)
+    for command in (TRAIN, "merge adapter --model base -o merged", "merge out -o merged-run", "count base"):
+        assert forks.run(desk, *command.split()).code == 0
+    assert not mark.exists()
+    assert not [*(desk / "merged").glob("*.bin"), *(desk / "merged-run").glob("*.bin")]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
+def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, mark: Path, name: str) -> None:
+    """transformers keeps an optimizer's state in torch's format; it is read as tensors and nothing else."""
+    command = [*TRAIN.split(), "--epochs", "3", "--quiet"]
+    assert forks.run(desk, *command, kill_at=55).code == -signal.SIGKILL
+    checkpoint = checkpoints(desk / "out" / "checkpoints")[-1]
+    write_evil(checkpoint / name, mark)
+    if name == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
+    # As if whoever put it there knew of the mark.
+    mark_complete(checkpoint)
+    assert_told(forks.run(desk, *command, "--resume"), 1, "checkpoint", "remove")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (TRAIN, 2, "set trust_remote_code: true"),
+        ("count base", 1, "code that comes with it, which is not run"),
+        ("bench base", 1, "code that comes with it, which is not run"),
+        ("merge adapter --model base -o out", 1, "code that comes with it, which is not run"),
+        ("convert adapter --model base --to dora -o out", 1, "code that comes with it, which is not run"),
+        ("inspect adapter --model base", 1, "code that comes with it, which is not run"),
+    ],
+)
+def test_code_of_a_model_is_not_run_unless_asked_for(
+    forks: Forks, desk: Path, tmp_path: Path, command: str, code: int, message: str
+) -> None:
+    mark, path = tmp_path / "made-by-code", desk / "base" / "config.json"
+    kinds = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoModel": "evil.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "evil", "auto_map": kinds}))
+    (desk / "base" / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n"
+        "from transformers import BertForSequenceClassification as Model\n"
+    )
+    assert_fails(forks, desk, command.split(), code, message)
+    assert not mark.exists()
+    if command == TRAIN:
+        forks.run(desk, *command.split(), "--set", "trust_remote_code=true")
+        assert mark.exists()
