@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -80,11 +81,23 @@ def test_a_pickle_beside_safetensors_is_not_looked_at(forks: Forks, desk: Path, 
     assert not [*(desk / "merged").glob("*.bin"), *(desk / "merged-run").glob("*.bin")]
 
 
+LONG = [*TRAIN.split(), "--epochs", "3", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def killed(forks: Forks, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A desk with a run that was killed after its second checkpoint."""
+    desk = Path(shutil.copytree(made, tmp_path_factory.mktemp("killed") / "desk"))
+    assert forks.run(desk, *LONG, kill_at=55).code == -signal.SIGKILL
+    return desk
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
-def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, mark: Path, name: str) -> None:
+def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path, mark: Path, name: str) -> None:
     """transformers keeps an optimizer's state in torch's format; it is read as tensors and nothing else."""
-    command = [*TRAIN.split(), "--epochs", "3", "--quiet"]
-    assert forks.run(desk, *command, kill_at=55).code == -signal.SIGKILL
+    # Its settings name the folders where it was killed.
+    shutil.copytree(killed, desk, dirs_exist_ok=True)
+    command = [*LONG, "-m", str(killed / "base"), "--data", str(killed / "reviews.csv")]
     checkpoint = checkpoints(desk / "out" / "checkpoints")[-1]
     write_evil(checkpoint / name, mark)
     if name == "adapter_model.bin":

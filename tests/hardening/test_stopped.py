@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests.hardening.errors import TRAIN, assert_told
 from tests.hardening.forks import Forks
 from tests.hardening.test_kills import contents, names
 
+TRIES = 20
+"""Moments with --fuzz."""
 LONG = {
     "merge": "merge adapter -o out --json",
     "convert": "convert adapter --to dora -o out --json",
@@ -22,26 +25,30 @@ LONG = {
 
 
 @pytest.mark.parametrize("command", LONG.values(), ids=LONG)
-def test_ctrl_c_leaves_nothing_behind(forks: Forks, desk: Path, command: str) -> None:
+def test_ctrl_c_leaves_nothing_behind(forks: Forks, desk: Path, command: str, request: pytest.FixtureRequest) -> None:
     before, drawn, stopped = names(desk), random.Random(0), 0
-    for _ in range(3):
+    for _ in range(TRIES if request.config.getoption("--fuzz") else 3):
         ended = forks.run(desk, *command.split(), signal_after=drawn.uniform(0.03, 0.15), number=signal.SIGINT)
         assert ended.code in (0, 130), ended
         if ended.code == 0:
+            shutil.rmtree(desk / "out", ignore_errors=True)
             continue
         stopped += 1
         assert ended.stdout == ""
         # Before the command has begun nothing is told.
         assert ended.stderr in ("stopped\n", "")
-        if "-o" in command and not (desk / "out").exists():
-            assert names(desk) == before
+        # The folder may have had its name already.
+        shutil.rmtree(desk / "out", ignore_errors=True)
+        assert names(desk) == before
     assert stopped
 
 
-def test_ctrl_c_stops_training_at_any_moment_and_it_goes_on(forks: Forks, desk: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_training_at_any_moment_and_it_goes_on(
+    forks: Forks, desk: Path, request: pytest.FixtureRequest
+) -> None:
     whole = forks.run(desk, *TRAIN.split(), "-o", "whole", "--epochs", "2", "--quiet", "--json")
     drawn, stopped = random.Random(1), 0
-    for number in range(4):
+    for number in range(TRIES if request.config.getoption("--fuzz") else 2):
         command = [*TRAIN.split(), "-o", f"out{number}", "--epochs", "2", "--quiet", "--json"]
         ended = forks.run(desk, *command, signal_after=drawn.uniform(0.05, whole.seconds), number=signal.SIGINT)
         assert ended.code in (0, 130), ended

@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -44,8 +46,10 @@ def one_line(debug: bool) -> Iterator[None]:
     Args:
         debug: show the traceback too.
     """
+    interrupts: list[int] = []
     try:
         with kept_stdout():
+        with _noted(interrupts):
             yield
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.
@@ -57,10 +61,36 @@ def one_line(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:  # whatever it is, nobody wants to read a traceback who did not ask for it
+        if interrupts:
+            # Libraries in C++ take an interrupt for a failure of their own.
+            typer.echo("stopped", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         if debug:
             traceback.print_exc()
         typer.echo(f"Error: {_told(error)}", err=True)
         raise typer.Exit(WRONG_USE if isinstance(error, UsageError) else FAILED) from None
+
+
+@contextmanager
+def _noted(interrupts: list[int]) -> Iterator[None]:
+    """Note every Ctrl-C beside raising KeyboardInterrupt, unless somebody else handles or ignores it."""
+
+    def note(number: int, _: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
