@@ -6,10 +6,10 @@ import typer
 
 from .. import __version__
 from . import bench, convert, count, inspect, merge
+from .errors import Commands
 from .evaluate import evaluate
 from .generate import generate
 from .predict import predict
-from .errors import Commands
 from .train import train
 
 app = typer.Typer(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, kept_stdout, one_line
+from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -43,24 +43,23 @@ def bench_command(
         if dtype not in DTYPES:
             raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         shown = Output(as_json, quiet)
-        with kept_stdout():
-            import torch
+        import torch
 
-            from ..recipes.speed import CONFIGS, bench
+        from ..recipes.speed import CONFIGS, bench
 
-            if threads is not None:
-                torch.set_num_threads(threads)
-            shown.note(f"timing each method {rounds} times, in turns")
-            found = bench(
-                model,
-                targets=[name for name in targets.replace(" ", "").split(",") if name],
-                rank=rank,
-                low_rank=low_rank,
-                methods=[name.strip() for name in methods.split(",") if name.strip()] or list(CONFIGS),
-                tokens=tokens,
-                batch=batch,
-                rounds=rounds,
-                dtype=dtype,
-                device=device,
-            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        shown.note(f"timing each method {rounds} times, in turns")
+        found = bench(
+            model,
+            targets=[name for name in targets.replace(" ", "").split(",") if name],
+            rank=rank,
+            low_rank=low_rank,
+            methods=[name.strip() for name in methods.split(",") if name.strip()] or list(CONFIGS),
+            tokens=tokens,
+            batch=batch,
+            rounds=rounds,
+            dtype=dtype,
+            device=device,
+        )
         shown.result(asdict(found), f"Times on {model}, as multiples of the base")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, kept_stdout, one_line
+from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -33,11 +33,10 @@ def convert_command(
     To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
     """
     with one_line(debug):
-        with kept_stdout():
-            from ..recipes.conversion import TARGETS, TO_LORA, convert
+        from ..recipes.conversion import TARGETS, TO_LORA, convert
 
-            if to not in TARGETS:
-                unknown = f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}"
-                raise UsageError(TO_LORA if to == "lora" else unknown)
-            done = convert(adapter, to, output, model)
+        if to not in TARGETS:
+            unknown = f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}"
+            raise UsageError(TO_LORA if to == "lora" else unknown)
+        done = convert(adapter, to, output, model)
         Output(as_json, quiet).result(asdict(done), f"Converted adapter in {output}")

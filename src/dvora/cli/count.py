@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import kept_stdout, one_line
+from .errors import one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -38,9 +38,8 @@ def count_command(
     From the model's configuration alone: no weights are downloaded or read.
     """
     with one_line(debug):
-        with kept_stdout():
-            from ..recipes.counting import count
+        from ..recipes.counting import count
 
-            names = [name for name in targets.replace(" ", "").split(",") if name]
-            found = asdict(count(model, names, rank or (), task_type, labels))
+        names = [name for name in targets.replace(" ", "").split(",") if name]
+        found = asdict(count(model, names, rank or (), task_type, labels))
         Output(as_json, quiet).result(found, f"What methods train of {model}")

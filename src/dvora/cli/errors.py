@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any, cast
 
 import typer
@@ -48,8 +48,7 @@ def one_line(debug: bool) -> Iterator[None]:
     """
     interrupts: list[int] = []
     try:
-        with kept_stdout():
-        with _noted(interrupts):
+        with kept_stdout(), _noted(interrupts):
             yield
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.
@@ -93,13 +92,6 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-@contextmanager
-def kept_stdout() -> Iterator[None]:
-    """Keep stdout for the result: libraries write to it when they are imported and while they work."""
-    with redirect_stdout(sys.stderr):
-        yield
-
-
 def _told(error: Exception) -> str:
     """What an error says, in one line."""
     text = " ".join(str(error).split())
@@ -120,6 +112,8 @@ def wrong_input() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
 def _system_error(error: Exception, text: str) -> int | None:
     """The system's number of an error, which libraries that are not written in Python tell in words."""
     if isinstance(error, OSError):

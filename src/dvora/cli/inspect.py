@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import kept_stdout, one_line
+from .errors import one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -32,10 +32,9 @@ def inspect_command(
     Reads safetensors only; pickled adapters are refused.
     """
     with one_line(debug):
-        with kept_stdout():
-            from ..recipes.inspection import inspect
+        from ..recipes.inspection import inspect
 
-            told = inspect(adapter, model).told()
+        told = inspect(adapter, model).told()
         Output(as_json, quiet).result(told if as_json else _fitting(told), f"Adapter in {adapter}")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, kept_stdout, one_line
+from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -32,12 +32,11 @@ def merge_command(
     The folder appears whole, and only if the merged model, loaded again, gives the adapted model's outputs.
     """
     with one_line(debug):
-        with kept_stdout():
-            from ..recipes.merging import DTYPES, merge
+        from ..recipes.merging import DTYPES, merge
 
-            if dtype not in DTYPES:
-                raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-            done = merge(adapter, output, model, dtype, shard_size)
+        if dtype not in DTYPES:
+            raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        done = merge(adapter, output, model, dtype, shard_size)
         Output(as_json, quiet).result(asdict(done), f"Merged model in {output}")
         if done.warning and not as_json:
             typer.echo(f"Warning: {done.warning}", err=True)
