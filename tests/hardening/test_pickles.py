@@ -97,7 +97,7 @@ def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path,
     """transformers keeps an optimizer's state in torch's format; it is read as tensors and nothing else."""
     # Its settings name the folders where it was killed.
     shutil.copytree(killed, desk, dirs_exist_ok=True)
-    command = [*LONG, "-m", str(killed / "base"), "--data", str(killed / "reviews.csv")]
+    command = ["train", "out", "-o", "out", "--quiet"]
     checkpoint = checkpoints(desk / "out" / "checkpoints")[-1]
     write_evil(checkpoint / name, mark)
     if name == "adapter_model.bin":

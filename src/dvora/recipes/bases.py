@@ -48,7 +48,7 @@ def load_processor(settings: Settings) -> Any:
         ValueError: there is none, or it cannot be read.
     """
     # What is no model has no tokenizer either, but that is not what is wrong with it.
-    _check_folder(settings.model)
+    _check_model(settings.model)
     source = settings.tokenizer or settings.model
     kind = transformers.AutoImageProcessor if settings.task == "image-classification" else transformers.AutoTokenizer
     images = settings.task == "image-classification"
@@ -79,7 +79,8 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
         ValueError: it is no model, cannot be fetched, or has no safetensors weights.
     """
     source = settings.model
-    _check_folder(source)
+    _check_model(source)
+    _check_weights(source)
     check_reachable(source)
     check_readable(Path(source).glob("*.safetensors"))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
@@ -130,7 +131,7 @@ def _heads(model: nn.Module, new: set[str]) -> tuple[str, ...]:
     return (*beside, *sorted(lacking))
 
 
-def _check_folder(source: str) -> None:
+def _check_model(source: str) -> None:
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file; a model is a folder with config.json and safetensors weights")
@@ -140,7 +141,11 @@ def _check_folder(source: str) -> None:
         if (folder / "adapter_config.json").exists():
             raise ValueError(f"{source} holds an adapter, not a model; give the base it was trained on")
         raise ValueError(f"{source} holds no config.json, so it is no model folder")
-    if not any(folder.glob("*.safetensors")):
+
+
+def _check_weights(source: str) -> None:
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
             "save_pretrained"
