@@ -94,6 +94,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
             os.setuid(request["user"])
         count = kill_at_change(request.get("kill_at", 0), request["cwd"])
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             run(request["arguments"])
             code = 0
         except SystemExit as end:
@@ -113,9 +114,10 @@ def command(arguments: list[str]) -> None:
     if arguments[:1] == ["save"]:
         save(*arguments[1:])
         return
-    from dvora.cli.app import app
+    from dvora.cli.app import main as program
 
-    app(arguments, prog_name="dvora")
+    sys.argv = ["dvora", *arguments]
+    program()
 
 
 def main() -> None:
@@ -125,15 +127,16 @@ def main() -> None:
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        # A child is no command yet while it prepares.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         pid = os.fork()
         if not pid:
             child(request, command)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         print(json.dumps(pid), file=answers, flush=True)
-        began, status = time.monotonic(), None
-        while status is None:
-            found, state = os.waitpid(pid, 0)
-            status = os.waitstatus_to_exitcode(state) if found == pid else None
-        print(json.dumps([status, time.monotonic() - began]), file=answers, flush=True)
+        began = time.monotonic()
+        _, state = os.waitpid(pid, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(state), time.monotonic() - began]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The program `dvora`: its commands, each in a file of its own."""
 
+import sys
 from typing import Annotated
 
 import typer
 
 from .. import __version__
 from . import bench, convert, count, inspect, merge
-from .errors import Commands
+from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
 from .generate import generate
 from .predict import predict
@@ -50,4 +51,8 @@ app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
 
 def main() -> None:
     """Run the program."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        # Before a command has begun; the commands tell of it themselves.
+        sys.exit(INTERRUPTED)
