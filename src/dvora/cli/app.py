@@ -52,7 +52,7 @@ app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
 def main() -> None:
     """Run the program."""
     try:
-        app()
+        app(prog_name="dvora")
     except KeyboardInterrupt:
         # Before a command has begun; the commands tell of it themselves.
         sys.exit(INTERRUPTED)
