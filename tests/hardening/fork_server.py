@@ -78,7 +78,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
     try:
         os.setsid()
         for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+            os.dup2(os.open(name, os.O_RDWR), number)
         os.chdir(request["cwd"])
         counted = Path(request["counted"]).open("w")  # noqa: SIM115
         if request.get("unread"):

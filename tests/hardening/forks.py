@@ -75,6 +75,9 @@ class Forks:
         assert self.process.stdin
         self.number += 1
         out, err, counted = (self.folder / f"{self.number}.{name}" for name in ("out", "err", "count"))
+        for path in (out, err, counted):
+            # A child may be killed before it opens them.
+            path.touch()
         request = {
             "cwd": str(cwd), "arguments": arguments, "stdout": str(out), "stderr": str(err), "counted": str(counted),
             **options,
