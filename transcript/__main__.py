@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     told = ["# From a CSV to a merged model, and a play\n", "Made by `python -m transcript --record`.\n"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        lay_out(folder, *((3000, 1200) if record else (600, 200)))
-        for sentence, command in commands(*((200, 40) if record else (24, 4))):
+        lay_out(folder, *((2000, 1000) if record else (600, 200)))
+        for sentence, command in commands(*((120, 30) if record else (24, 4))):
             print(f"$ {command}", flush=True)
             shown = run(command, folder)
             print(shown, flush=True)
