@@ -210,6 +210,21 @@ def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
     assert_same(tmp_path / "whole", tmp_path / "failed")
 
 
+@pytest.mark.parametrize("task", ["text-classification", "regression", "causal-lm"])
+def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp_path: Path, task: str) -> None:
+    without_dropout = shutil.copytree(models[TASKS[task][0]], tmp_path / "model")
+    config = json.loads((without_dropout / "config.json").read_text())
+    config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    (without_dropout / "config.json").write_text(json.dumps(config))
+    run = Run({TASKS[task][0]: without_dropout}, tmp_path, task)
+    histories = []
+    for output, changes in (("whole", {"batch_size": 4}), ("parts", {"batch_size": 2, "accumulation": 2})):
+        train(run.settings(output, max_steps=3, max_gradient_norm=0, keep_best=False, **changes))
+        histories.append(json.loads((tmp_path / output / "run.json").read_text())["history"])
+    for whole, parts in zip(*histories, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-3)
+
+
 def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     first = train(run.settings("out")).run

@@ -82,6 +82,9 @@ def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None, last:
         callbacks=[watching],
         optimizers=(optimizer(prepared.model, settings, prepared.base.heads), None),
     )
+    # transformers takes a model whose forward has keyword arguments for one that divides its loss by the tokens of all
+    # batches and processes. Classifiers do not, so their gradients would be multiplied by both.
+    trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
     if settings.tensorboard and is_first():
         trainer.add_callback(_tensorboard(Path(settings.output)))
