@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from .files import check_readable
-from .hub import check_reachable
+from .hub import check_reachable, told_in_one_line
+
+_OWN_CODE = ", which is not run; only transformers' own models are read"
 
 AUTO_CLASSES: Mapping[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -40,7 +41,7 @@ def config_of(source: str) -> Any:
         hint = "; it is an adapter, so name its base" if (folder / "adapter_config.json").is_file() else ""
         raise ValueError(f"{source} holds no config.json, so it is no model folder{hint}")
     check_reachable(source)
-    with _told_in_one_line(source):
+    with told_in_one_line("the model", source, _OWN_CODE):
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
@@ -80,7 +81,7 @@ def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | s
         )
     check_readable(folder.glob("*.safetensors"))
     # The head that an adapter brings is drawn first: not from the global generator.
-    with _told_in_one_line(source), quietly(), torch.random.fork_rng():
+    with told_in_one_line("the model", source, _OWN_CODE), quietly(), torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True
@@ -128,21 +129,3 @@ def quietly() -> Iterator[None]:
 def _of_transformers(name: str | None) -> Any:
     """A class of transformers, which imports them at their first use."""
     return getattr(transformers, name, None) if name else None
-
-
-@contextmanager
-def _told_in_one_line(source: str) -> Iterator[None]:
-    """Turn the pages that transformers writes when something is missing into a sentence."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().partition("\n")[0]
-        if "trust_remote_code" in str(error):
-            said = "it is made of code that comes with it, which is not run; only transformers' own models are read"
-        if Path(source).exists():
-            raise ValueError(f"the model in {source} cannot be read: {said}") from error
-        raise ValueError(f"{source!r} is no folder here, and the hub did not give it: {said}") from error

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from .files import check_readable
-from .hub import check_reachable
+from .hub import check_reachable, told_in_one_line
 from .settings import Settings, Task
+
+_OWN_CODE = "; if you trust its author, set trust_remote_code: true"
 
 MODEL_CLASSES: dict[Task, type] = {
     "text-classification": transformers.AutoModelForSequenceClassification,
@@ -58,7 +59,7 @@ def load_processor(settings: Settings) -> Any:
     if folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern)):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); say with `tokenizer` where it is")
     check_reachable(source)
-    with _told_in_one_line(f"the {name}", source):
+    with told_in_one_line(f"the {name}", source, _OWN_CODE):
         processor = kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     if not images and processor.pad_token is None:
         if processor.eos_token is None:
@@ -84,7 +85,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     check_reachable(source)
     check_readable(Path(source).glob("*.safetensors"))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    with _told_in_one_line("the model", source):
+    with told_in_one_line("the model", source, _OWN_CODE):
         config = transformers.AutoConfig.from_pretrained(source, **options, **_head_options(settings.task, labels))
         if pad_token_id is not None:
             config.pad_token_id = pad_token_id
@@ -150,24 +151,6 @@ def _check_weights(source: str) -> None:
             f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
             "save_pretrained"
         )
-
-
-@contextmanager
-def _told_in_one_line(what: str, source: str) -> Iterator[None]:
-    """Turn the pages that transformers writes when something is missing into a sentence."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().partition("\n")[0]
-        if "trust_remote_code" in str(error):
-            said = "it is made of code that comes with it; if you trust its author, set trust_remote_code: true"
-        if Path(source).is_dir():
-            raise ValueError(f"{what} in {source} cannot be read: {said}") from error
-        raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error
 
 
 @contextmanager

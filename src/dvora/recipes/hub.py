@@ -1,10 +1,13 @@
-"""Whether the model hub can be reached, asked once: its client asks again for minutes, once for each missing file."""
+"""Models that are not there: whether the hub can be reached, asked once (its client asks for minutes); what to say."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 SECONDS = 10.0
 
@@ -35,3 +38,30 @@ def _ask(name: str) -> None:
             f"{name!r} is no folder here, and the hub cannot be reached ({told}); give a folder, or set "
             "HF_HUB_OFFLINE=1 if the model was fetched before"
         ) from error
+
+
+@contextmanager
+def told_in_one_line(what: str, source: str, own_code: str) -> Iterator[None]:
+    """Turn the pages that transformers writes when something is missing into a sentence.
+
+    Args:
+        what: is loaded, for the message.
+        source: a folder, or a name on the hub.
+        own_code: what to say of a model that is made of code of its own.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            said = f"it is made of code that comes with it{own_code}"
+        if Path(source).exists():
+            raise ValueError(f"{what} in {source} cannot be read: {said}") from error
+        raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error
