@@ -168,6 +168,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Pa
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("changes", [{}, {"evaluate_every": 2}], ids=["epochs", "steps"])
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = Run(models, tmp_path)
+    whole = train(run.settings("whole", dropout=0.1, batch_size=20, **changes)).run
+    assert whole is not None
+    for step in range(1, whole.record["steps"] - 1):
+        settings = run.settings(f"stopped {step}", dropout=0.1, batch_size=20, **changes)
+        assert train(settings, tell=signal_after(step)).stopped_at == step + 1
+        train(settings, resume=True)
+        assert_same(tmp_path / "whole", tmp_path / f"stopped {step}")
+
+
 def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     train(run.settings("whole"))

@@ -100,7 +100,7 @@ class Watching(TrainerCallback):
 
     def __init__(self, stop: StopRequest, tell: Tell | None, patience: Patience) -> None:
         self.stop, self.tell, self.patience = stop, tell, patience
-        self.was_stopped = False
+        self.was_stopped = self.stopped_within_epoch = False
         self.started, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -108,16 +108,20 @@ class Watching(TrainerCallback):
         self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop with a checkpoint, if any process was asked to."""
+        """Stop with a checkpoint, if any process was asked to; an evaluation that is due at this step comes first."""
         if _anywhere(self.stop.wanted, args.device) and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self.was_stopped = True
-            control.should_evaluate = False
+            control.should_training_stop = self.was_stopped = True
+            # That of an epoch comes after its last step, and the checkpoint after that.
+            of_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
+            self.stopped_within_epoch = not (of_epochs and float(state.epoch).is_integer())
+            control.should_save = self.stopped_within_epoch
         self._told(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stop is no end of an epoch: evaluated here, the run would not go on as if it had not been stopped."""
         if self.was_stopped:
-            control.should_evaluate = control.should_save = False
+            control.should_save = not self.stopped_within_epoch
+            control.should_evaluate &= not self.stopped_within_epoch
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the metrics, and stop if there has been no better evaluation for long."""
