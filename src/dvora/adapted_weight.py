@@ -155,7 +155,8 @@ class AdaptedWeight(nn.Module):
         again = measured is not None and measured.was_gathered_again(held)
         if measured is None or not (again and measured.has_values_of(held)):
             self.refresh(weight)
-            self._measured = MeasuredWeight(held, again)
+            if again:
+                self._measured = MeasuredWeight(held, gathered_again=True)
 
     def follow_loaded(self, weight: Tensor) -> None:
         """Make the constants anew after a load: now, or of a weight in parts in the next pass, which may gather it."""

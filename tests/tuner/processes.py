@@ -51,6 +51,15 @@ def run(worker: Callable[..., object], processes: int, *arguments: object) -> li
     return [found[rank] for rank in range(processes)]
 
 
+def refusal(action: Callable[[], object]) -> str:
+    """What an action says when it is refused, "done" if it is not."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "done"
+
+
 def _in_group(
     worker: Callable[..., object], rank: int, processes: int, port: int, results: Any, arguments: tuple[object, ...]
 ) -> None:

@@ -1,6 +1,5 @@
 """torch's distributed checkpoints of adapters: into another number of processes, and into no other adapter."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel
-from processes import run
+from processes import refusal, run
 from test_data_parallel import STEPS, adapted, batch, train, vectors
 from test_fully_sharded import shard
 from tiny import MODELS
@@ -109,14 +108,6 @@ def saved_and_refused(engine: str, folder: Path) -> dict[str, Any]:
             for other in ({"projection_seed": 5}, {"r": 5}, {"target_modules": ["q_proj"]})
         ],
     }
-
-
-def refusal(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "done"
 
 
 @torch.no_grad()

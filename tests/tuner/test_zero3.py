@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO-3: base weights and vectors in parts, gathered for the passes of their own modules only."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import zero3
 from layer_cases import CASES as LAYER_CASES
 from layer_cases import Case
 from peft import PeftModel, get_peft_model
-from processes import run
+from processes import refusal, run
 from test_data_parallel import STEPS, adapted, batch, train, vectors
 from tiny import LAYERS, MODELS, dvora_layers, train_vectors
 from torch import nn
@@ -152,14 +151,6 @@ def life_of_a_divided_base(folder: str) -> dict[str, Any]:
         "merged": merged,
         "unmerged": unmerged,
     }
-
-
-def refusal(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "done"
 
 
 @torch.no_grad()

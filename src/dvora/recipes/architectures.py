@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from .files import check_readable
-from .hub import check_reachable, told_in_one_line
+from .bases import quiet_transformers
+from .hub import check_reachable, check_weights, told_in_one_line
 
 _OWN_CODE = ", which is not run; only transformers' own models are read"
 
@@ -73,13 +73,7 @@ def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | s
     Raises:
         ValueError: its weights cannot be read, or are pickled.
     """
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
-            "save_pretrained"
-        )
-    check_readable(folder.glob("*.safetensors"))
+    check_weights(source)
     # The head that an adapter brings is drawn first: not from the global generator.
     with told_in_one_line("the model", source, _OWN_CODE), quietly(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -111,19 +105,10 @@ def heads_of(model: nn.Module) -> list[str]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' reports, progress bars and PEFT's questions by old names; what matters is told by us."""
-    logging = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _of_transformers(name: str | None) -> Any:

@@ -11,8 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from .files import check_readable
-from .hub import check_reachable, told_in_one_line
+from .hub import check_reachable, check_weights, told_in_one_line
 from .settings import Settings, Task
 
 _OWN_CODE = "; if you trust its author, set trust_remote_code: true"
@@ -81,9 +80,8 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     """
     source = settings.model
     _check_model(source)
-    _check_weights(source)
+    check_weights(source)
     check_reachable(source)
-    check_readable(Path(source).glob("*.safetensors"))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     with told_in_one_line("the model", source, _OWN_CODE):
         config = transformers.AutoConfig.from_pretrained(source, **options, **_head_options(settings.task, labels))
@@ -142,15 +140,6 @@ def _check_model(source: str) -> None:
         if (folder / "adapter_config.json").exists():
             raise ValueError(f"{source} holds an adapter, not a model; give the base it was trained on")
         raise ValueError(f"{source} holds no config.json, so it is no model folder")
-
-
-def _check_weights(source: str) -> None:
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
-            "save_pretrained"
-        )
 
 
 @contextmanager

@@ -25,29 +25,39 @@ def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) ->
         settings: of the run.
         folder: to which it writes nothing, but which has to be there.
     """
-    gpu = device_of(settings).type == "cuda"
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_eval_batch_size=settings.batch_size,
-        bf16=settings.mixed_precision == "bf16",
-        fp16=settings.mixed_precision == "fp16" and gpu,
-        use_cpu=settings.cpu,
-        dataloader_pin_memory=gpu,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-    )
     trainer = Trainer(
         model,
-        arguments,
+        TrainingArguments(**common_arguments(settings, folder)),
         data_collator=task.collator,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
+    """What every trainer of a run is told.
+
+    Args:
+        settings: of the run.
+        folder: for what the trainer writes.
+    """
+    gpu = device_of(settings).type == "cuda"
+    return {
+        "output_dir": str(folder),
+        "per_device_eval_batch_size": settings.batch_size,
+        "bf16": settings.mixed_precision == "bf16",
+        "fp16": settings.mixed_precision == "fp16" and gpu,
+        "use_cpu": settings.cpu,
+        "dataloader_pin_memory": gpu,
+        # PEFT's wrapper hides them from the trainer.
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
 
 
 def judged(trainer: Any, dataset: Dataset) -> dict[str, float]:

@@ -9,6 +9,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
+from .files import check_readable
+
 SECONDS = 10.0
 
 
@@ -38,6 +40,22 @@ def _ask(name: str) -> None:
             f"{name!r} is no folder here, and the hub cannot be reached ({told}); give a folder, or set "
             "HF_HUB_OFFLINE=1 if the model was fetched before"
         ) from error
+
+
+def check_weights(source: str) -> None:
+    """Refuse a folder whose weights are pickled or may not be read; a name on the hub is not looked at.
+
+    Raises:
+        OSError: a file may not be read.
+        ValueError: there are no safetensors.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
+            "save_pretrained"
+        )
+    check_readable(folder.glob("*.safetensors"))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..tuner.config import DVoRAConfig
 from .architectures import config_of, heads_of, load_base, model_class, quietly, without_memory
 from .counting import targeted_layers
 from .inputs import example_inputs, first_output
+from .methods import trained_values
 
 Step = Callable[[], object]
 Make = Callable[[int, list[str]], PeftConfig]
@@ -244,9 +245,8 @@ def _timing(
     rank: int,
     low_rank: int,
 ) -> Timing:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = None if method == "base" else low_rank if method in LOW_RANK else rank
-    return Timing(method, own, trained, *_figures(method, training), *_figures(method, inference))
+    return Timing(method, own, trained_values(model), *_figures(method, training), *_figures(method, inference))
 
 
 def _figures(method: str, seconds: Mapping[str, list[float]]) -> tuple[float, float, tuple[float, float]]:

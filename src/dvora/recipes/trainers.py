@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
@@ -15,7 +14,7 @@ from ..ranks import check_ranks_agree
 from .bases import Base
 from .checkpoints import step_of
 from .data import Data
-from .evaluation import guessed, judged
+from .evaluation import common_arguments, guessed, judged
 from .methods import optimizer
 from .processes import is_first, world_size
 from .run_folder import CHECKPOINTS
@@ -108,17 +107,16 @@ def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
 
 
 def _arguments(settings: Settings, task: Task, validates: bool) -> TrainingArguments:
-    gpu = torch.cuda.is_available() and not settings.cpu
-    if settings.mixed_precision == "fp16" and not gpu:
+    common = common_arguments(settings, Path(settings.output) / CHECKPOINTS)
+    if settings.mixed_precision == "fp16" and not common["fp16"]:
         raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
     evaluates = ("steps" if settings.evaluate_every else "epoch") if validates else "no"
     saves = "steps" if settings.save_every or settings.evaluate_every else "epoch"
     return TrainingArguments(
-        output_dir=str(Path(settings.output) / CHECKPOINTS),
+        **common,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate or 0.0,
         weight_decay=settings.weight_decay,
@@ -126,8 +124,6 @@ def _arguments(settings: Settings, task: Task, validates: bool) -> TrainingArgum
         # Below one it is a share of all steps.
         warmup_steps=settings.warmup_share,
         max_grad_norm=settings.max_gradient_norm,
-        bf16=settings.mixed_precision == "bf16",
-        fp16=settings.mixed_precision == "fp16",
         eval_strategy=evaluates,
         eval_steps=settings.evaluate_every,
         save_strategy=saves,
@@ -139,14 +135,6 @@ def _arguments(settings: Settings, task: Task, validates: bool) -> TrainingArgum
         logging_steps=1,
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=settings.cpu,
-        dataloader_pin_memory=gpu,
-        # PEFT's wrapper hides them from the trainer.
-        label_names=["labels"],
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
     )
 
 
