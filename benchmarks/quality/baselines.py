@@ -1,0 +1,79 @@
+"""What a method has to beat: the majority class, bags of words, and the frozen model with the best linear head."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import Tensor
+
+from benchmarks import data
+from benchmarks.quality.grid import TaskPlan
+from benchmarks.quality.heads import PENALTIES
+from benchmarks.quality.problems import Judgement, Labelled, Plays, Problem
+
+Judged = tuple[Judgement, Judgement]
+
+
+def baseline(method: str, name: str, plan: TaskPlan, task: Problem) -> Judged:
+    """Judgement on validation and on test."""
+    return _BASELINES[method](name, plan, task)
+
+
+def _majority(name: str, plan: TaskPlan, task: Problem) -> Judged:
+    """The commonest class, the mean rating; of bytes, that all are equally likely."""
+    if isinstance(task, Plays):
+        return _uniform(task, "validation"), _uniform(task, "test")
+    assert isinstance(task, Labelled)
+    train = task.parts["train"].labels
+    if task.outputs == 1:
+        told = torch.zeros(1, dtype=torch.float64) + train.double().mean()
+        return _judged(task, told, "validation"), _judged(task, told, "test")
+    shares = torch.bincount(train, minlength=task.outputs).double() / len(train)
+    return _judged(task, shares.log(), "validation"), _judged(task, shares.log(), "test")
+
+
+def _judged(task: Labelled, outputs: Tensor, part: str) -> Judgement:
+    return task.judged(outputs.expand(len(task.parts[part].labels), -1), part)
+
+
+def _uniform(task: Plays, part: str) -> Judgement:
+    nats = task.bytes[part] * np.log(256)
+    return Judgement(float(nats.sum() / (len(nats) * 127)), 8.0, nats.astype(np.float32))
+
+
+def _tfidf(name: str, plan: TaskPlan, task: Problem) -> Judged:
+    """Words and pairs of words, weighted by how rare they are, and a linear model whose penalty validation chose."""
+    assert isinstance(task, Labelled)
+    texts = getattr(data, name)()
+    vectoriser = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    train = vectoriser.fit_transform(texts.train.texts[: plan.train])
+    labels = texts.train.labels[: plan.train]
+    parts = {
+        part: vectoriser.transform(getattr(texts, part).texts[: getattr(plan, part)]) for part in ("validation", "test")
+    }
+    tried: list[Judged] = []
+    for penalty in PENALTIES:
+        if task.outputs == 1:
+            model = Ridge(alpha=penalty).fit(train, labels)
+            told = {part: model.predict(words)[:, None] for part, words in parts.items()}
+        else:
+            model = LogisticRegression(C=1 / penalty, max_iter=2000).fit(train, labels)
+            told = {part: model.predict_log_proba(words) for part, words in parts.items()}
+        validation, test = (task.judged(torch.from_numpy(np.asarray(told[part])), part) for part in told)
+        tried.append((validation, test))
+    return min(tried, key=lambda each: each[0].loss)
+
+
+def _frozen(name: str, plan: TaskPlan, task: Problem) -> Judged:
+    """The pretrained model as every method finds it: with the best linear head, or none where the task has none."""
+    model = task.model("float32")
+    return task.judge(model, "validation"), task.judge(model, "test")
+
+
+_BASELINES: dict[str, Callable[[str, TaskPlan, Problem], Judged]] = {
+    "majority": _majority,
+    "tfidf": _tfidf,
+    "frozen": _frozen,
+}

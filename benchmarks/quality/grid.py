@@ -1,0 +1,144 @@
+"""The grid of runs: tasks, arms and tuning, as `grid.yaml` says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+
+FILE = Path(__file__).parent / "grid.yaml"
+
+Stage = Literal["trial", "final", "alone"]
+"""Tuning; the runs that are judged on the test split; a few steps with nothing else beside, for time and memory."""
+
+BASELINES = ("majority", "tfidf", "frozen")
+"""Methods of `baselines.baseline`; "untrained" takes no steps either, but its base may be quantised."""
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """How much of a task is used: the model, steps, rows of a step, and at most so many rows of each part.
+
+    Args:
+        tuned_on: the task whose tuned rates are taken over; None: its own.
+    """
+
+    model: str
+    steps: int
+    batch: int
+    train: int
+    validation: int
+    test: int
+    tuned_on: str | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its settings.
+
+    Args:
+        method: what `adapting.adapted` or `baselines.baseline` knows.
+        r: rank, one for all models or one a model.
+        layers: a name under `layers` in the grid, or "all".
+        options: further fields of the method's configuration.
+        magnitude: whether there is a magnitude with a rate of its own.
+        rates: adapter rates that are tried first.
+        tuned_as: the arm whose tuned rates this one takes.
+        base: how the frozen weights are kept: float32, or quantised as nf4 or int8.
+        precision: what the products are computed in.
+        vectors: what the trained values are kept in.
+        one_rate: the magnitude has the adapter's rate.
+        projection_seed, order_seed: fixed seeds of the shared matrices and of the batches; None: the run's seed.
+        tasks, seeds: None: all.
+    """
+
+    method: str
+    r: int | Mapping[str, int] | None = None
+    layers: str = "all"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    magnitude: bool = False
+    rates: tuple[float, ...] = ()
+    tuned_as: str | None = None
+    weight_decay: float = 0.0
+    base: Literal["float32", "nf4", "int8"] = "float32"
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    vectors: Literal["float32", "bfloat16"] = "float32"
+    one_rate: bool = False
+    projection_seed: int | None = None
+    order_seed: int | None = None
+    tasks: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Highest learning rates; None where there is nothing of that group."""
+
+    adapter: float
+    magnitude: float | None
+    head: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, and one row of the result file."""
+
+    task: str
+    arm: str
+    stage: Stage
+    seed: int
+    steps: int
+    rates: Rates | None
+
+    @property
+    def key(self) -> str:
+        """What tells this run from every other."""
+        rates = self.rates and (self.rates.adapter, self.rates.magnitude, self.rates.head)
+        told = "" if rates is None else " " + "/".join("-" if rate is None else f"{rate:.3g}" for rate in rates)
+        return f"{self.task} {self.arm} {self.stage} seed {self.seed} steps {self.steps}{told}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything in the file."""
+
+    training: Mapping[str, Any]
+    tuning: Mapping[str, Any]
+    tasks: Mapping[str, TaskPlan]
+    layers: Mapping[str, Mapping[str, str]]
+    arms: Mapping[str, Arm]
+
+    def arms_of(self, task: str) -> dict[str, Arm]:
+        """The arms that run on a task."""
+        return {name: arm for name, arm in self.arms.items() if arm.tasks is None or task in arm.tasks}
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """The final seeds of an arm."""
+        return arm.seeds or tuple(self.training["final_seeds"])
+
+    def rank_of(self, arm: Arm, model: str) -> int | None:
+        """The rank of an arm in a model."""
+        return arm.r[model] if isinstance(arm.r, Mapping) else arm.r
+
+
+def read_grid(file: Path = FILE) -> Grid:
+    """The grid of a YAML file.
+
+    Raises:
+        ValueError: an arm names a task or another arm that is not there.
+        TypeError: an entry has a key that is none.
+    """
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tasks = {name: TaskPlan(**entry) for name, entry in content["tasks"].items()}
+    arms = {name: Arm(**_tuples(entry)) for name, entry in content["arms"].items()}
+    for name, arm in arms.items():
+        if unknown := set(arm.tasks or ()) - set(tasks):
+            raise ValueError(f"arm {name!r} names the task {min(unknown)!r}; there are {', '.join(tasks)}")
+        if arm.tuned_as is not None and not arms.get(arm.tuned_as, arm).rates:
+            raise ValueError(f"arm {name!r} is tuned as {arm.tuned_as!r}, which is no arm with rates")
+    return Grid(content["training"], content["tuning"], tasks, content["layers"], arms)
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}

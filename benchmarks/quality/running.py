@@ -1,0 +1,155 @@
+"""One run of the grid, from a fresh model to its row."""
+
+import math
+import os
+import resource
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.quality.adapting import adapted, groups, saved_bytes
+from benchmarks.quality.backbones import quietly
+from benchmarks.quality.baselines import baseline
+from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
+from benchmarks.quality.items import packed
+from benchmarks.quality.problems import Judgement, Problem, problem
+
+
+def start_process(nice: int) -> None:
+    """Prepare a process for runs: one thread, so that several processes do not wait for each other."""
+    torch.set_num_threads(1)
+    os.nice(nice)
+
+
+def carry_out(grid: Grid, run: Run) -> dict[str, Any]:
+    """The row of a run; what goes wrong in it is a row too."""
+    start = perf_counter()
+    head = {
+        "key": run.key,
+        "task": run.task,
+        "arm": run.arm,
+        "stage": run.stage,
+        "seed": run.seed,
+        "steps": run.steps,
+        "rates": None if run.rates is None else vars(run.rates),
+    }
+    try:
+        with quietly():
+            found = _in_a_fresh_process(grid, run) if run.stage == "alone" else _found(grid, run)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    return {**head, **found, "seconds": round(perf_counter() - start, 2)}
+
+
+def _found(grid: Grid, run: Run) -> dict[str, Any]:
+    arm, plan = grid.arms[run.arm], grid.tasks[run.task]
+    task = problem(run.task, plan)
+    if arm.method in BASELINES:
+        judged = baseline(arm.method, run.task, plan, task)
+        row: dict[str, Any] = _judged_row(*judged)
+        # What the items of every row of this task are compared with.
+        return row if task.reference is None else row | {"reference": packed(task.reference)}
+    reader = task.model(arm.base)
+    if arm.method == "untrained":
+        return _judged_row(*(task.judge(reader, part) for part in ("validation", "test")))
+    seed = run.seed if arm.projection_seed is None else arm.projection_seed
+    loaded = resident()
+    reader.backbone = adapted(reader.backbone, arm, grid.rank_of(arm, plan.model), grid.layers[plan.model], seed)
+    trained = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
+    row = {"trained_values": trained}
+    row |= _trained(grid, run, task, reader)
+    if run.stage == "alone":
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return row | {"loaded_bytes": loaded, "peak_bytes": peak}
+    if row["diverged"]:
+        return row | {"validation": None}
+    reader.eval()
+    with _precision(arm):
+        validation = task.judge(reader, "validation")
+        if run.stage != "final":
+            return row | {"validation": _scores(validation)}
+        row |= _judged_row(validation, task.judge(reader, "test"))
+    with tempfile.TemporaryDirectory() as folder:
+        return row | {"saved_bytes": saved_bytes(reader.backbone, Path(folder))}
+
+
+def _in_a_fresh_process(grid: Grid, run: Run) -> dict[str, Any]:
+    """The highest memory of a process is not that of its last run."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process, initargs=(0,)) as alone:
+        return alone.submit(_found, grid, run).result()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str, Any]:
+    """Train in place; the loss of the last steps, and the time of a step."""
+    arm = grid.arms[run.arm]
+    assert run.rates is not None
+    members = groups(reader.backbone, reader.head, run.rates, arm.weight_decay)
+    everything = [parameter for group in members for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(members)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_at(run.steps, grid.training["warmup"]))
+    order = run.seed if arm.order_seed is None else arm.order_seed
+    reader.train()
+    losses, times = [], []
+    for rows in task.batches(order, run.steps):
+        start = perf_counter()
+        # Not around the loop: the casts of weights are kept until the context ends, and trained weights would go stale.
+        with _precision(arm):
+            loss = task.loss(reader, rows)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return {"diverged": True}
+        loss.backward()
+        nn.utils.clip_grad_norm_(everything, grid.training["max_gradient_norm"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        times.append(perf_counter() - start)
+    last = max(1, run.steps // 10)
+    return {
+        "diverged": False,
+        "training_loss": float(np.mean(losses[-last:])),
+        "seconds_per_step": float(np.median(times)),
+    }
+
+
+def _precision(arm: Arm) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=arm.precision == "bfloat16")
+
+
+def _rate_at(steps: int, warmup: float) -> Any:
+    rising = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+
+    return factor
+
+
+def _judged_row(validation: Judgement, test: Judgement) -> dict[str, Any]:
+    return {
+        "validation": _scores(validation),
+        "test": _scores(test),
+        "test_items": len(test.items),
+        "items": packed(test.items),
+    }
+
+
+def _scores(judged: Judgement) -> dict[str, float | None]:
+    """Numbers that JSON has: none where it would be infinite."""
+    found = {"loss": judged.loss, "score": judged.score}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}

@@ -1,0 +1,92 @@
+"""Scores with their uncertainty: means over seeds, and paired differences over seeds and test items."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Kind = Literal["accuracy", "pearson", "bits"]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the sign is certain at this level."""
+        return self.low > 0 or self.high < 0
+
+
+def over_seeds(scores: np.ndarray) -> Interval:
+    """Mean of (seeds,) scores with Student's interval; a single seed has none, and gets its score as both ends."""
+    mean = float(scores.mean())
+    if len(scores) < 2:
+        return Interval(mean, mean, mean)
+    half = stats.t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / np.sqrt(len(scores))
+    return Interval(mean, mean - float(half), mean + float(half))
+
+
+def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, reference: np.ndarray) -> Interval:
+    """Mean score of ours minus that of theirs, with the percentile interval of a bootstrap of seeds and items.
+
+    Both are drawn anew together: the same seeds and the same items for both sides, since both were trained on the same
+    batches and judged on the same items. Drawing rows and columns counts the noise of a single cell more than once, so
+    that the interval is rather too wide (Owen 2007, "The pigeonhole bootstrap").
+
+    Args:
+        kind: what the score is; see `scores`.
+        ours, theirs: (seeds, items) of the same seeds in the same order.
+        reference: (items,) as `scores` needs it.
+    """
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    seeds, items = ours.shape
+    of_items, of_seeds = _draws(items), _draws(seeds) / seeds
+    both = [scores(kind, each, reference, of_items) for each in (ours, theirs)]
+    drawn = ((both[0] - both[1]) * of_seeds).sum(1)
+    once = np.ones((1, items))
+    mean = float((scores(kind, ours, reference, once) - scores(kind, theirs, reference, once)).mean())
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(mean, float(low), float(high))
+
+
+@lru_cache(maxsize=16)
+def _draws(count: int) -> np.ndarray:
+    """(resamples, count) how often each of `count` things is drawn, with replacement; the same in every call."""
+    generator = np.random.default_rng(count)
+    drawn: np.ndarray = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+    return drawn
+
+
+def scores(kind: Kind, items: np.ndarray, reference: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(draws, seeds) scores of weighted items, where more is better.
+
+    Args:
+        kind: "accuracy" (in %) of items that are right or wrong, "pearson" (times 100) of told numbers, or "bits" per
+            byte (negative) of nats.
+        items: (seeds, items).
+        reference: (items,) true numbers for "pearson", bytes for "bits"; not read for "accuracy".
+        weights: (draws, items), how often each item is drawn.
+    """
+    if kind == "accuracy":
+        share: np.ndarray = 100 * (weights @ items.T.astype(np.float64)) / weights.sum(1, keepdims=True)
+        return share
+    if kind == "bits":
+        bits: np.ndarray = -(weights @ items.T.astype(np.float64)) / np.log(2) / (weights @ reference)[:, None]
+        return bits
+    # Centred first, so that the moments lose no digits.
+    x = items.T.astype(np.float64) - items.mean(1)
+    y = (reference - reference.mean())[:, None].astype(np.float64)
+    total = weights.sum(1, keepdims=True)
+    mean_x, mean_y = weights @ x / total, weights @ y / total
+    covariance = weights @ (x * y) / total - mean_x * mean_y
+    variances = (weights @ (x * x) / total - mean_x**2) * (weights @ (y * y) / total - mean_y**2)
+    correlation: np.ndarray = 100 * covariance / np.sqrt(np.maximum(variances, 1e-30))
+    return correlation

@@ -1,0 +1,90 @@
+"""Which trials a method gets, and what they chose: the same number for each method, judged on validation only."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.quality.grid import Arm, Grid, Rates, Run
+
+Rows = Mapping[str, dict[str, Any]]
+"""Finished rows by the key of their run."""
+LATER_TRIALS = 4
+"""Trials of a method after those of its first rates."""
+
+
+def trials(grid: Grid, task: str, name: str, rows: Rows) -> list[Run]:
+    """The trials of an arm that can be told from what has finished, those that have finished among them.
+
+    The next ones follow once these are finished.
+    """
+    runs = _first(grid, task, name)
+    for following in (_second, _third):
+        if not _finished(runs, rows):
+            break
+        runs = runs + following(grid, name, runs, rows)
+    return runs
+
+
+def chosen(grid: Grid, task: str, name: str, rows: Rows) -> Rates | None:
+    """The tuned rates of an arm; None while trials are missing."""
+    source = grid.arms[name].tuned_as or name
+    where = grid.tasks[task].tuned_on or task
+    if (where, source) != (task, name):
+        rates = chosen(grid, where, source, rows)
+        return rates and _fitted(grid.arms[name], rates)
+    runs = trials(grid, task, name, rows)
+    whole = len(grid.arms[name].rates) + LATER_TRIALS
+    return _best(runs, rows).rates if len(runs) == whole and _finished(runs, rows) else None
+
+
+def loss_of(row: Mapping[str, Any]) -> float:
+    """Validation loss of a row; a run that failed or diverged has the worst."""
+    loss = row["validation"]["loss"] if row.get("validation") else None
+    return float("inf") if loss is None else loss
+
+
+def _first(grid: Grid, task: str, name: str) -> list[Run]:
+    arm, tuning, plan = grid.arms[name], grid.tuning, grid.tasks[task]
+    head = None if plan.model == "smollm2" else tuning["head_rate"]
+    magnitude = tuning["magnitude_rate"] if arm.magnitude else None
+    every = [_fitted(arm, Rates(adapter, magnitude, head)) for adapter in arm.rates]
+    return [Run(task, name, "trial", grid.training["tuning_seed"], plan.steps, rates) for rates in every]
+
+
+def _second(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+    """Two adapter rates: beyond the best one if it is at an edge, else between it and its neighbours."""
+    best, between = _best(runs, rows), grid.tuning["between"]
+    factors = {0: (1 / between**2, 1 / between), len(runs) - 1: (between, between**2)}
+    return _at(grid, name, best, factors.get(runs.index(best), (1 / between, between)))
+
+
+def _third(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+    """Two rates of the magnitude, or, where it has none of its own, two adapter rates close to the best."""
+    best, around = _best(runs, rows), grid.tuning["around"]
+    assert best.rates is not None
+    magnitude = best.rates.magnitude
+    if magnitude is None or grid.arms[name].one_rate:
+        return _at(grid, name, best, (1 / around, around))
+    factors = grid.tuning["magnitude_factors"]
+    return [replace(best, rates=replace(best.rates, magnitude=magnitude * factor)) for factor in factors]
+
+
+def _at(grid: Grid, name: str, run: Run, factors: tuple[float, ...]) -> list[Run]:
+    assert run.rates is not None
+    every = [replace(run.rates, adapter=run.rates.adapter * factor) for factor in factors]
+    return [replace(run, rates=_fitted(grid.arms[name], rates)) for rates in every]
+
+
+def _fitted(arm: Arm, rates: Rates) -> Rates:
+    """The rates as the arm can use them."""
+    if arm.one_rate:
+        return replace(rates, magnitude=rates.adapter)
+    return rates if arm.magnitude else replace(rates, magnitude=None)
+
+
+def _finished(runs: list[Run], rows: Rows) -> bool:
+    return all(run.key in rows for run in runs)
+
+
+def _best(runs: list[Run], rows: Rows) -> Run:
+    return min(runs, key=lambda run: loss_of(rows[run.key]))

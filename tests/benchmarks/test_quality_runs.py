@@ -1,0 +1,119 @@
+"""Runs of every method on a little of the real data, and the command from end to end."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.grid import FILE, Grid, Rates, Run, TaskPlan, read_grid
+from benchmarks.quality.heads import best_linear
+from benchmarks.quality.problems import problem
+from benchmarks.quality.running import carry_out
+
+PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=20, test=20)
+ARMS = ("dvora", "vera", "lora_r8", "dora_r8", "full", "magnitude", "bitfit", "ia3", "dvora_structured", "dvora_nf4")
+
+
+@pytest.fixture
+def grid() -> Grid:
+    whole = read_grid()
+    return replace(whole, tasks=dict.fromkeys(("movie_reviews", "movie_ratings"), PLAN))
+
+
+def row(grid: Grid, arm: str, rate: float, task: str = "movie_reviews", stage: Any = "final") -> dict[str, Any]:
+    magnitude = rate if grid.arms[arm].magnitude else None
+    found = carry_out(grid, Run(task, arm, stage, 0, 3, Rates(rate, magnitude, 1e-3)))
+    assert "error" not in found, found["error"]
+    return found
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
+    """A cast that was kept from an earlier step once froze every weight, and the loss was that of the head alone."""
+    slow, fast = (row(grid, arm, rate)["validation"]["loss"] for rate in (1e-9, 3e-2))
+    assert abs(fast - slow) > 1e-4
+
+
+def test_a_run_again_gives_the_same_row(grid: Grid) -> None:
+    first, second = (row(grid, "dvora", 0.02) for _ in range(2))
+    assert first["validation"]["loss"] == pytest.approx(second["validation"]["loss"], abs=1e-3)
+    assert first["saved_bytes"] == second["saved_bytes"]
+
+
+def test_sizes_are_counted_without_the_head(grid: Grid) -> None:
+    assert row(grid, "dvora", 0.02)["trained_values"] == 6 * (5 * (2 * 384 + 256) + 2 * 1536 + 256)
+    assert row(grid, "vera_equal", 0.02)["trained_values"] == row(grid, "dvora", 0.02)["trained_values"]
+
+
+def test_a_trial_does_not_look_at_the_test_split(grid: Grid) -> None:
+    assert not {"test", "items"} & set(row(grid, "dvora", 0.02, stage="trial"))
+
+
+@pytest.mark.parametrize("arm", ["majority", "tfidf", "frozen"])
+@pytest.mark.parametrize("task", ["movie_reviews", "movie_ratings"])
+def test_baselines_take_no_steps(grid: Grid, arm: str, task: str) -> None:
+    found = carry_out(grid, Run(task, arm, "final", 0, 0, None))
+    assert "error" not in found, found
+    assert ("reference" in found) == (arm == "majority" and task == "movie_ratings") or arm != "majority"
+
+
+def test_a_failure_is_a_row(grid: Grid) -> None:
+    found = carry_out(grid, Run("movie_reviews", "dvora", "final", 0, 3, None))
+    assert found["error"].startswith("AssertionError")
+
+
+def test_a_run_that_diverges_says_so(grid: Grid) -> None:
+    found = row(grid, "full", 1e30)
+    assert found["diverged"]
+    assert found["validation"] is None
+
+
+def test_batches_depend_on_the_seed_alone_and_have_one_size() -> None:
+    task = problem("movie_reviews", PLAN)
+    first, again, other = (task.batches(seed, 30) for seed in (1, 1, 2))
+    assert all(len(rows) == PLAN.batch for rows in first)
+    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in again]
+    assert [rows.tolist() for rows in first] != [rows.tolist() for rows in other]
+
+
+def test_the_head_bears_a_feature_that_never_changes() -> None:
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((60, 4)).astype(np.float32)
+    features[:, 1] = 0
+    labels = (features[:, 0] > 0).astype(np.int64)
+    weight, bias = best_linear((features, labels), (features, labels), 2)
+    told = torch.from_numpy(features @ weight.T + bias).argmax(1)
+    assert (told.numpy() == labels).mean() > 0.95
+
+
+def test_the_command_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    content["tasks"] = {"movie_reviews": vars(PLAN)}
+    content["arms"] = {name: content["arms"][name] for name in ("majority", "vera")}
+    content["training"]["final_seeds"] = [0]
+    grid, output = tmp_path / "grid.yaml", tmp_path / "quality.json"
+    grid.write_text(yaml.safe_dump(content), encoding="utf-8")
+    options = ["--grid", str(grid), "--output", str(output), "--processes", "1"]
+
+    main([*options, "--arm", "majority"])
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [each["arm"] for each in rows] == ["majority"]
+
+    main([*options, "--hours", "0"])
+    assert json.loads(output.read_text(encoding="utf-8"))["rows"] == rows
+
+    main(options)
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [each["stage"] for each in rows] == ["final", *["trial"] * 7, "final"]
+    assert not any("error" in each for each in rows)
+
+    main([*options, "--repeat", rows[-1]["key"]])
+    assert "repeated" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="no row has the key 'nothing'"):
+        main([*options, "--repeat", "nothing"])

@@ -1,0 +1,133 @@
+"""Which runs follow from which results: the same number of trials for each method, and nothing chosen on test."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
+from benchmarks.quality.schedule import alone, ready, remaining
+from benchmarks.quality.tuning import LATER_TRIALS, chosen, trials
+
+GRID = read_grid()
+TUNED = [name for name, arm in GRID.arms.items() if arm.rates]
+Loss = dict[str, Any]
+
+
+def row(loss: float | None, test: float = 0.0) -> Loss:
+    return {"validation": {"loss": loss, "score": 0.5}, "test": {"loss": test, "score": test}}
+
+
+def best_near(adapter: float, magnitude: float = 3e-3) -> Any:
+    """Losses with their minimum at these rates."""
+
+    def loss(run: Run) -> float:
+        assert run.rates is not None
+        off = math.log(run.rates.adapter / adapter) ** 2
+        return off + math.log((run.rates.magnitude or magnitude) / magnitude) ** 2
+
+    return loss
+
+
+def carried_out(task: str, name: str, loss: Any, grid: Grid = GRID) -> dict[str, Loss]:
+    rows: dict[str, Loss] = {}
+    while waiting := [run for run in trials(grid, task, name, rows) if run.key not in rows]:
+        rows |= {run.key: {**row(loss(run)), "task": task, "arm": name, "stage": "trial", "seed": 0} for run in waiting}
+    return rows
+
+
+@pytest.mark.parametrize("best", [1e-9, 1.0, 1e9], ids=["lowest", "in the middle", "highest"])
+@pytest.mark.parametrize("name", TUNED)
+def test_every_method_gets_as_many_trials(name: str, best: float) -> None:
+    middle = sorted(GRID.arms[name].rates)[1]
+    rows = carried_out("wordnet10", name, best_near(best if best != 1 else middle))
+    assert len(rows) == 3 + LATER_TRIALS
+
+
+def test_the_search_goes_beyond_an_edge_but_stays_near_what_is_best() -> None:
+    low, high = (carried_out("wordnet10", "dvora", best_near(rate)) for rate in (1e-6, 10.0))
+    assert {run.split()[-1].split("/")[0] for run in low} == {"0.007", "0.02", "0.07", "0.00234", "0.00405"}
+    assert {run.split()[-1].split("/")[0] for run in high} == {"0.007", "0.02", "0.07", "0.121", "0.21"}
+
+
+def test_the_lowest_validation_loss_wins() -> None:
+    rows = carried_out("wordnet10", "dvora", best_near(0.02, magnitude=9e-3))
+    assert chosen(GRID, "wordnet10", "dvora", rows) == Rates(0.02, pytest.approx(9e-3), 1e-3)
+
+
+def test_the_test_split_does_not_choose() -> None:
+    rows = carried_out("wordnet10", "vera", best_near(0.02))
+    before = chosen(GRID, "wordnet10", "vera", rows)
+    for key in rows:
+        rows[key]["test"] = {"loss": -1.0 if "0.07" in key else 1.0, "score": 1.0}
+    assert chosen(GRID, "wordnet10", "vera", rows) == before
+
+
+def test_a_run_that_failed_or_diverged_is_not_chosen() -> None:
+    def loss(run: Run) -> float | None:
+        assert run.rates is not None
+        return None if run.rates.adapter > 0.01 else 1.0
+
+    rows = carried_out("wordnet10", "vera", loss)
+    best = chosen(GRID, "wordnet10", "vera", rows)
+    assert best is not None
+    assert best.adapter <= 0.01
+
+
+def test_nothing_is_chosen_while_trials_are_missing() -> None:
+    rows = carried_out("wordnet10", "vera", best_near(0.02))
+    rows.pop(next(iter(rows)))
+    assert chosen(GRID, "wordnet10", "vera", rows) is None
+    assert not [run for run in ready(GRID, rows, ["wordnet10"], ["vera"]) if run.stage == "final"]
+
+
+def test_rates_are_taken_over_from_another_arm_and_another_task() -> None:
+    rows = carried_out("movie_reviews", "dvora", best_near(0.02, magnitude=9e-3))
+    own = chosen(GRID, "movie_reviews", "dvora", rows)
+    assert own == chosen(GRID, "tweets", "dvora", rows) == chosen(GRID, "movie_reviews", "dvora_r16", rows)
+    assert not [run for run in ready(GRID, rows, ["tweets"], ["dvora"]) if run.stage == "trial"]
+
+
+def test_one_rate_is_one_rate() -> None:
+    runs = trials(GRID, "wordnet10", "one_rate", carried_out("wordnet10", "one_rate", best_near(0.02)))
+    assert all(run.rates and run.rates.magnitude == run.rates.adapter for run in runs)
+
+
+def test_methods_without_a_magnitude_have_no_rate_for_it_and_texts_have_no_head() -> None:
+    assert all(run.rates and run.rates.magnitude is None for run in trials(GRID, "wordnet10", "lora_r8", {}))
+    assert all(run.rates and run.rates.head is None for run in trials(GRID, "shakespeare", "dvora", {}))
+
+
+def test_one_seed_of_every_arm_comes_before_the_next_seed() -> None:
+    rows = {
+        key: each for arm in ("dvora", "vera") for key, each in carried_out("wordnet10", arm, best_near(0.02)).items()
+    }
+    runs = ready(GRID, rows, ["wordnet10"], ["dvora", "vera"])
+    assert [(run.seed, run.arm) for run in runs][:4] == [(0, "dvora"), (0, "vera"), (1, "dvora"), (1, "vera")]
+    assert remaining(GRID, rows, ["wordnet10"], ["dvora", "vera"]) == len(runs) == 10
+
+
+def test_what_is_measured_alone_is_each_arm_once_in_each_model() -> None:
+    rows = carried_out("movie_reviews", "dvora", best_near(0.02))
+    runs = alone(GRID, rows, list(GRID.tasks), ["dvora", "frozen"])
+    assert [(run.task, run.arm, run.stage) for run in runs] == [("movie_reviews", "dvora", "alone")]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tasks": ["chess"]}, ValueError, "names the task 'chess'"),
+        ({"tuned_as": "frozen"}, ValueError, "tuned as 'frozen', which is no arm with rates"),
+        ({"tuned_as": "nothing"}, ValueError, "tuned as 'nothing'"),
+        ({"colour": "red"}, TypeError, "colour"),
+    ],
+)
+def test_a_wrong_grid_is_refused(change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    content["arms"]["odd"] = {"method": "dvora", "r": 8, **change}
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(error, match=message):
+        read_grid(file)
