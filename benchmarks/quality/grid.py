@@ -50,6 +50,8 @@ class Arm:
         vectors: what the trained values are kept in.
         one_rate: the magnitude has the adapter's rate.
         projection_seed, order_seed: fixed seeds of the shared matrices and of the batches; None: the run's seed.
+        steps_factor: trains so many times as long as the task's other arms.
+        rate_factor: of the rates of adapter and magnitude that are taken over.
         tasks, seeds: None: all.
     """
 
@@ -67,6 +69,8 @@ class Arm:
     one_rate: bool = False
     projection_seed: int | None = None
     order_seed: int | None = None
+    steps_factor: int = 1
+    rate_factor: float = 1.0
     tasks: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
 

@@ -50,7 +50,7 @@ def best_linear(
     tried = [_fitted(features, train[1], penalty, outputs) for penalty in PENALTIES]
     weight, bias = min(tried, key=lambda each: _loss(checked @ each[0].T + each[1], validation[1], outputs))
     weight = weight / scale
-    return weight.astype(np.float32), (bias - weight @ mean).astype(np.float32)
+    return np.ascontiguousarray(weight, np.float32), (bias - weight @ mean).astype(np.float32)
 
 
 def _fitted(features: np.ndarray, labels: np.ndarray, penalty: float, outputs: int) -> tuple[np.ndarray, np.ndarray]:

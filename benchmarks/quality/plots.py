@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.results import RESULT
 from benchmarks.quality.statistics import Interval
-from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, LABELS, Result, result_of
+from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, LABELS, SEEDS, Result, result_of
 
 FOLDER = Path(__file__).parent.parent / "plots"
 COLOURS = {
@@ -103,7 +103,7 @@ def choices(result: Result) -> Figure:
 
 def rates(result: Result) -> Figure:
     """Question 4: validation loss against the adapter's learning rate."""
-    tasks = [task for task in KINDS if _trials(result, task, "vera")]
+    tasks = [task for task in KINDS if result.trials(task, "vera")]
     columns = max(1, min(3, len(tasks)))
     lines = -(-len(tasks) // columns)
     figure, grid = plt.subplots(
@@ -111,11 +111,11 @@ def rates(result: Result) -> Figure:
     )
     for axes, task in zip(grid.flat, tasks, strict=False):
         for arm in COLOURS:
-            if points := _trials(result, task, arm):
+            if points := result.trials(task, arm):
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[arm], label=ARMS[arm])
         axes.set(xscale="log", xlabel="adapter's learning rate", ylabel="validation loss")
-        best = min(loss for arm in COLOURS for _, loss in _trials(result, task, arm))
-        start = _frozen_loss(result, task)
+        best = min(loss for arm in COLOURS for _, loss in result.trials(task, arm))
+        start = result.start_loss(task)
         axes.set_ylim(best - 0.1 * (start - best), start + 0.6 * (start - best))
         axes.axhline(start, color="0.6", linewidth=1)
         axes.set_title(LABELS[task].split(",")[0], fontsize="medium")
@@ -154,17 +154,12 @@ def seeds(result: Result) -> Figure:
     """Question 6: test scores over shared matrices, and over orders of the batches."""
     tasks = _tasks(result, "dvora_projections")
     figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 2.8), layout="constrained", sharey=True)
-    series = {
-        "DVoRA, other matrices": ("dvora_projections", "dvora"),
-        "DVoRA, other batches": ("dvora_orders", "dvora"),
-        "VeRA, other matrices": ("vera_projections", "vera"),
-    }
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
-        for place, (arm, first) in enumerate(series.values()):
+        for place, (arm, (_, first)) in enumerate(SEEDS.items()):
             scores = [row["test"]["score"] for row in result.finals(task, arm).values()]
             scores += [row["test"]["score"] for seed, row in result.finals(task, first).items() if seed == 0]
             axes.plot(np.array(scores) * 100, [place] * len(scores), "o", color=COLOURS[first], alpha=0.7)
-        axes.set_yticks(range(len(series)), list(series))
+        axes.set_yticks(range(len(SEEDS)), [label for label, _ in SEEDS.values()])
         axes.set_title(LABELS[task], fontsize="medium")
         axes.grid(axis="x", color="0.92")
         axes.margins(y=0.3)
@@ -216,26 +211,6 @@ def _cost(result: Result, task: str, arm: str, what: str) -> float | None:
 
 def _tasks(result: Result, arm: str) -> list[str]:
     return [task for task in KINDS if result.finals(task, arm)]
-
-
-def _trials(result: Result, task: str, arm: str) -> list[tuple[float, float]]:
-    """(adapter rate, validation loss) of the first trials; a loss that diverged is drawn far above."""
-    rows = [row for row in result.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "trial")]
-    if not rows:
-        return []
-    # The first trials have the rates of head and magnitude that the first of them has.
-    like = rows[0]["rates"]
-    points = [
-        (row["rates"]["adapter"], row["validation"]["loss"] if row.get("validation") else 1e3)
-        for row in rows
-        if all(row["rates"][group] == like[group] for group in ("magnitude", "head"))
-    ]
-    return sorted((rate, 1e3 if loss is None else loss) for rate, loss in points)
-
-
-def _frozen_loss(result: Result, task: str) -> float:
-    loss: float = result.finals(task, "frozen")[0]["validation"]["loss"]
-    return loss
 
 
 def _differences(axes: Axes, result: Result, task: str, arms: Mapping[str, str], over: str) -> None:

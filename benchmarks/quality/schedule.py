@@ -25,7 +25,8 @@ def final(grid: Grid, task: str, name: str, seed: int, rows: Rows) -> list[Run]:
     if grid.arms[name].method in (*BASELINES, "untrained"):
         return [Run(task, name, "final", seed, 0, None)]
     rates = chosen(grid, task, name, rows)
-    return [Run(task, name, "final", seed, grid.tasks[task].steps, rates)] if rates else []
+    steps = grid.tasks[task].steps * grid.arms[name].steps_factor
+    return [Run(task, name, "final", seed, steps, rates)] if rates else []
 
 
 def alone(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> list[Run]:

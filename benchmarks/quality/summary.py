@@ -1,5 +1,6 @@
 """What the rows say: scores of arms on tasks, their differences, and what an arm costs; pure functions."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,33 @@ CHOICES = {
     "vectors_bfloat16": "vectors in bfloat16",
     "dvora_float32": "products in float32",
 }
+RANKS = {
+    "dvora_r16": "dense, r=16",
+    "dvora_r64": "dense, r=64",
+    "dvora": "dense, r=256",
+    "dvora_r1024": "dense, r=1024",
+    "structured_r16": "structured, r=16",
+    "structured_r64": "structured, r=64",
+    "dvora_structured": "structured, r=256",
+    "structured_r1024": "structured, r=1024",
+}
+QUANTISED = {
+    "frozen": "frozen base",
+    "frozen_nf4": "... in nf4",
+    "vera": "VeRA r=256",
+    "vera_nf4": "... on nf4",
+    "lora_r8": "LoRA r=8",
+    "lora_r8_nf4": "... on nf4",
+    "dvora": "DVoRA r=256",
+    "dvora_nf4": "... on nf4",
+    "dvora_int8": "... on int8",
+}
+SEEDS = {
+    "dvora_projections": ("DVoRA, other matrices", "dvora"),
+    "dvora_orders": ("DVoRA, other batches", "dvora"),
+    "vera_projections": ("VeRA, other matrices", "vera"),
+}
+"""Arms of question 6, and the arm whose seed 0 belongs to them."""
 
 
 @dataclass(frozen=True)
@@ -85,30 +113,60 @@ class Result:
         """Rows of runs that raised an error, and of final runs that diverged."""
         return [row for row in self.rows if "error" in row or (row.get("diverged") and row["stage"] == "final")]
 
-    def told(self, task: str, arm: str, seeds: list[int]) -> np.ndarray:
-        """(seeds, items) of an arm."""
-        rows, kind = self.finals(task, arm), "bits" if KINDS[task] == "accuracy" else "numbers"
-        return np.stack([unpacked(rows[seed]["items"], kind, rows[seed]["test_items"]) for seed in seeds])
-
     def score(self, task: str, arm: str) -> Interval | None:
         """Mean test score over seeds, in the units of `LABELS`."""
         rows = self.finals(task, arm)
         if not rows:
             return None
         reference = self._reference(task)
-        values = scores(KINDS[task], self.told(task, arm, list(rows)), reference, np.ones((1, len(reference))))[0]
+        values = scores(KINDS[task], self._told(task, list(rows.values())), reference, np.ones((1, len(reference))))[0]
         return over_seeds(-values if KINDS[task] == "bits" else values)
 
     def gain(self, task: str, arm: str, over: str) -> Interval | None:
         """How much better an arm is than another on the seeds that both have; bits are turned so that more is better.
 
-        An arm without a seed of its own, such as a baseline, is compared with every seed of the other.
+        A baseline, which has one row since it takes no steps, is compared with every seed of the other.
         """
         ours, theirs = self.finals(task, arm), self.finals(task, over)
+        if _takes_no_steps(ours):
+            ours = dict.fromkeys(theirs, ours[0])
+        if _takes_no_steps(theirs):
+            theirs = dict.fromkeys(ours, theirs[0])
         seeds = sorted(set(ours) & set(theirs))
-        if len(theirs) == 1 and len(ours) > 1:
-            return self._difference(task, arm, list(ours), over, list(theirs) * len(ours))
-        return self._difference(task, arm, seeds, over, seeds) if seeds else None
+        if not seeds:
+            return None
+        both = ([rows[seed] for seed in seeds] for rows in (ours, theirs))
+        return paired_difference(KINDS[task], *(self._told(task, rows) for rows in both), self._reference(task))
+
+    def trials(self, task: str, arm: str) -> list[tuple[float, float]]:
+        """(adapter rate, validation loss) of the trials with the usual rates of magnitude and head, by rate.
+
+        A loss that is not finite counts as infinite.
+        """
+        rows = [row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "trial")]
+        usual = Counter((row["rates"]["magnitude"], row["rates"]["head"]) for row in rows).most_common(1)
+        kept = [row for row in rows if usual and (row["rates"]["magnitude"], row["rates"]["head"]) == usual[0][0]]
+        return sorted((row["rates"]["adapter"], _validation_loss(row)) for row in kept)
+
+    def start_loss(self, task: str) -> float:
+        """Validation loss of the frozen model with the best head, where every method starts."""
+        return _validation_loss(self.finals(task, "frozen")[0])
+
+    def plateau(self, task: str, arm: str) -> tuple[float, bool] | None:
+        """By which factor the adapter's rate may vary, and whether it was seen to end on both sides.
+
+        The range around the best trial in which the validation loss, drawn in straight lines over the logarithm of the
+        rate, is within a quarter of what training gained.
+        """
+        points = self.trials(task, arm)
+        if len(points) < 3:
+            return None
+        rates, losses = np.log([rate for rate, _ in points]), np.array([loss for _, loss in points])
+        best = int(losses.argmin())
+        limit = losses[best] + 0.25 * (self.start_loss(task) - losses[best])
+        low, low_ends = _crossing(rates[best::-1], losses[best::-1], limit)
+        high, high_ends = _crossing(rates[best:], losses[best:], limit)
+        return float(np.exp(high - low)), low_ends and high_ends
 
     def size(self, task: str, arm: str, what: str) -> int | None:
         """`trained_values` or `saved_bytes` of an arm, without the head, which is the same for all."""
@@ -124,19 +182,53 @@ class Result:
         row = self.alone(task, arm)
         return None if row is None else row["seconds_per_step"]
 
-    def seeds(self, task: str, arm: str) -> int:
-        """How many final runs an arm has."""
-        return len(self.finals(task, arm))
+    def spread(self, task: str, arm: str, first: str | None = None) -> float | None:
+        """Standard deviation of the test score over seeds, in the units of `LABELS`.
 
-    def _difference(self, task: str, arm: str, seeds: list[int], over: str, others: list[int]) -> Interval:
-        ours, theirs = self.told(task, arm, seeds), self.told(task, over, others)
-        return paired_difference(KINDS[task], ours, theirs, self._reference(task))
+        Args:
+            first: another arm whose seed 0 is one of this arm's.
+        """
+        values = [row["test"]["score"] for row in self.finals(task, arm).values()]
+        if first is not None and 0 in (rows := self.finals(task, first)):
+            values.append(rows[0]["test"]["score"])
+        factor = 1 if KINDS[task] == "bits" else 100
+        return factor * float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def worse_than_the_start(self) -> list[dict[str, Any]]:
+        """Trials with a higher validation loss than the frozen model's."""
+        trials = [row for row in self.rows if row["stage"] == "trial" and self.finals(row["task"], "frozen")]
+        return [row for row in trials if _validation_loss(row) > self.start_loss(row["task"])]
+
+    def _told(self, task: str, rows: list[dict[str, Any]]) -> np.ndarray:
+        """(rows, items) of what the rows tell of each test item."""
+        kind = "bits" if KINDS[task] == "accuracy" else "numbers"
+        return np.stack([unpacked(row["items"], kind, row["test_items"]) for row in rows])
 
     def _reference(self, task: str) -> np.ndarray:
         """(items,) true numbers or bytes, which the row of the majority has; zeros where nothing reads them."""
         row = self.finals(task, "majority")[0]
         count: int = row["test_items"]
         return np.zeros(count) if KINDS[task] == "accuracy" else unpacked(row["reference"], "numbers", count)
+
+
+def _crossing(rates: np.ndarray, losses: np.ndarray, limit: float) -> tuple[float, bool]:
+    """Where the losses first rise to the limit, going away from the best; the last rate if they do not."""
+    for place in range(1, len(losses)):
+        if losses[place] > limit:
+            rise = np.minimum(losses[place], 1e3) - losses[place - 1]
+            return float(
+                rates[place - 1] + (rates[place] - rates[place - 1]) * (limit - losses[place - 1]) / rise
+            ), True
+    return float(rates[-1]), False
+
+
+def _validation_loss(row: Mapping[str, Any]) -> float:
+    loss = row["validation"]["loss"] if row.get("validation") else None
+    return float("inf") if loss is None else loss
+
+
+def _takes_no_steps(rows: dict[int, dict[str, Any]]) -> bool:
+    return len(rows) == 1 and rows.get(0, {}).get("steps") == 0
 
 
 def result_of(content: Mapping[str, Any]) -> Result:

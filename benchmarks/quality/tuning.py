@@ -31,7 +31,7 @@ def chosen(grid: Grid, task: str, name: str, rows: Rows) -> Rates | None:
     where = grid.tasks[task].tuned_on or task
     if (where, source) != (task, name):
         rates = chosen(grid, where, source, rows)
-        return rates and _fitted(grid.arms[name], rates)
+        return rates and _fitted(grid.arms[name], _scaled(rates, grid.arms[name].rate_factor))
     runs = trials(grid, task, name, rows)
     whole = len(grid.arms[name].rates) + LATER_TRIALS
     return _best(runs, rows).rates if len(runs) == whole and _finished(runs, rows) else None
@@ -46,7 +46,7 @@ def loss_of(row: Mapping[str, Any]) -> float:
 def _first(grid: Grid, task: str, name: str) -> list[Run]:
     arm, tuning, plan = grid.arms[name], grid.tuning, grid.tasks[task]
     head = None if plan.model == "smollm2" else tuning["head_rate"]
-    magnitude = tuning["magnitude_rate"] if arm.magnitude else None
+    magnitude = tuning["magnitude_rate"][plan.model] if arm.magnitude else None
     every = [_fitted(arm, Rates(adapter, magnitude, head)) for adapter in arm.rates]
     return [Run(task, name, "trial", grid.training["tuning_seed"], plan.steps, rates) for rates in every]
 
@@ -73,6 +73,11 @@ def _at(grid: Grid, name: str, run: Run, factors: tuple[float, ...]) -> list[Run
     assert run.rates is not None
     every = [replace(run.rates, adapter=run.rates.adapter * factor) for factor in factors]
     return [replace(run, rates=_fitted(grid.arms[name], rates)) for rates in every]
+
+
+def _scaled(rates: Rates, factor: float) -> Rates:
+    magnitude = None if rates.magnitude is None else rates.magnitude * factor
+    return replace(rates, adapter=rates.adapter * factor, magnitude=magnitude)
 
 
 def _fitted(arm: Arm, rates: Rates) -> Rates:

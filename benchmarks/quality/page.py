@@ -1,0 +1,115 @@
+"""The generated parts of docs/results.md: one table a question."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, LABELS, QUANTISED, RANKS, SEEDS, Result
+from benchmarks.quality.tables import scores, sizes
+
+TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
+
+
+def parts(result: Result, environment: Mapping[str, Any]) -> dict[str, str]:
+    """The text of every part, by its name."""
+    made: dict[str, Callable[[], list[str]]] = {
+        "budget": lambda: budget(result, environment),
+        "scores": lambda: scores(result, ARMS),
+        "sizes": lambda: sizes(result, ARMS),
+        "equal": lambda: scores(result, EQUAL_VALUES, "dvora"),
+        "ranks": lambda: scores(result, RANKS, "dvora"),
+        "choices": lambda: scores(result, {"dvora": "default", **CHOICES}, "dvora"),
+        "rates": lambda: rates(result),
+        "stability": lambda: stability(result),
+        "long": lambda: long(result),
+        "quantised": lambda: scores(result, QUANTISED, "dvora"),
+        "seeds": lambda: seeds(result),
+        "failures": lambda: failures(result),
+    }
+    return {f"quality-{name}": "\n".join([*make(), ""]) for name, make in made.items()}
+
+
+def budget(result: Result, environment: Mapping[str, Any]) -> list[str]:
+    """How many runs of which kind, and what they took."""
+    stages = [row["stage"] for row in result.rows]
+    hours = sum(row["seconds"] for row in result.rows) / 3600
+    return [
+        f"{len(stages):,} runs: {stages.count('trial')} to tune learning rates, {stages.count('final')} judged on the "
+        f"test split, {stages.count('alone')} for time and memory; {hours:.1f} hours of one core each. Python "
+        f"{environment['python']}, torch {environment['torch']}, PEFT {environment['peft']}, transformers "
+        f"{environment['transformers']}, {environment['cores']} cores, one thread a run."
+    ]
+
+
+def rates(result: Result) -> list[str]:
+    """The tuned rates: adapter, and magnitude where it has one."""
+    tasks = [task for task in KINDS if result.trials(task, "vera")]
+    lines = _head(tasks)
+    for arm, label in TRAINED.items():
+        cells = []
+        for task in tasks:
+            row = next(iter(result.finals(task, arm).values()), None)
+            told = "" if row is None else f"{row['rates']['adapter']:.2g}"
+            if row is not None and row["rates"]["magnitude"] is not None:
+                told += f", magnitude {row['rates']['magnitude']:.2g}"
+            cells.append(told)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def stability(result: Result) -> list[str]:
+    """Standard deviation over seeds, and how wide the plateau of learning rates is."""
+    tasks = [task for task in KINDS if result.trials(task, "vera")]
+    lines = _head(tasks)
+    for arm, label in TRAINED.items():
+        lines.append(f"| {label} | " + " | ".join(_stability_cell(result, task, arm) for task in tasks) + " |")
+    return lines
+
+
+def long(result: Result) -> list[str]:
+    """Four times as many steps, with the tuned rates and with a third of them."""
+    arms = {
+        "dvora": "DVoRA r=256",
+        "dvora_long": "... four times as long",
+        "dvora_long_third": "... with a third of the rates",
+        "vera": "VeRA r=256",
+        "vera_long": "... four times as long",
+        "vera_long_third": "... with a third of the rates",
+        "lora_r8": "LoRA r=8",
+        "lora_r8_long": "... four times as long",
+        "lora_r8_long_third": "... with a third of the rates",
+    }
+    return scores(result, arms, "dvora_long")
+
+
+def seeds(result: Result) -> list[str]:
+    """Standard deviations over the shared matrices, and over the order of the batches."""
+    tasks = [task for task in KINDS if result.finals(task, "dvora_projections")]
+    lines = _head(tasks)
+    for arm, (label, first) in SEEDS.items():
+        cells = []
+        for task in tasks:
+            spread = result.spread(task, arm, first)
+            cells.append("" if spread is None else f"{spread:.2f}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def failures(result: Result) -> list[str]:
+    """Runs that raised an error or diverged, and trials that ended worse than they began."""
+    lines = [f"- `{row['key']}`: {row.get('error', 'diverged')}" for row in result.failed()]
+    worse = result.worse_than_the_start()
+    lines.append(f"- {len(worse)} trials ended with a higher validation loss than the frozen model's.")
+    return lines
+
+
+def _stability_cell(result: Result, task: str, arm: str) -> str:
+    spread, plateau = result.spread(task, arm), result.plateau(task, arm)
+    told = "" if spread is None else f"{spread:.2f}" if KINDS[task] != "bits" else f"{spread:.4f}"
+    if plateau is None:
+        return told
+    factor, ends = plateau
+    return f"{told}, rates x {'' if ends else '> '}{factor:.0f}"
+
+
+def _head(tasks: list[str]) -> list[str]:
+    return ["| | " + " | ".join(LABELS[task] for task in tasks) + " |", "|---|" + "---|" * len(tasks)]

@@ -1,0 +1,160 @@
+"""What is told of rows: scores, differences, plateaus, tables and pictures, on made-up rows of known outcome."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from benchmarks.quality import page
+from benchmarks.quality.items import packed
+from benchmarks.quality.plots import NEEDED, PICTURES
+from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
+from benchmarks.quality.tables import quality, scores, sizes
+
+ITEMS = 50
+ENVIRONMENT = {"python": "3", "torch": "2", "peft": "0", "transformers": "5", "cores": 2, "threads": 1}
+EVERY_ARM = list(dict.fromkeys([*ARMS, *EQUAL_VALUES, *RANKS, *CHOICES, *QUANTISED, *SEEDS]))
+
+
+def final(task: str, arm: str, seed: int, items: np.ndarray, steps: int = 10, **more: Any) -> dict[str, Any]:
+    rates = {"adapter": 0.01, "magnitude": None, "head": 0.001} if steps else None
+    return {
+        "key": f"{task} {arm} final {seed}",
+        **{"task": task, "arm": arm, "stage": "final", "seed": seed, "steps": steps, "rates": rates, "seconds": 1.0},
+        **{"validation": {"loss": 0.7, "score": 0.5}, "test": {"loss": 0.7, "score": float(np.mean(items))}},
+        **{"test_items": len(items), "items": packed(items), "trained_values": 1234, "saved_bytes": 5678},
+        **more,
+    }
+
+
+def trial(task: str, arm: str, rate: float, loss: float | None, magnitude: float | None = None) -> dict[str, Any]:
+    return {
+        "key": f"{task} {arm} trial {rate}/{magnitude}",
+        **{"task": task, "arm": arm, "stage": "trial", "seed": 100, "steps": 10, "seconds": 1.0},
+        "rates": {"adapter": rate, "magnitude": magnitude, "head": 0.001},
+        "validation": None if loss is None else {"loss": loss, "score": 0.5},
+    }
+
+
+def right(count: int) -> np.ndarray:
+    """So many items right, the first ones."""
+    return np.arange(ITEMS) < count
+
+
+def classes(*rows: dict[str, Any]) -> Result:
+    return Result((final("tweets", "majority", 0, right(25), steps=0), *rows))
+
+
+def test_a_score_is_the_mean_over_seeds_in_percent() -> None:
+    result = classes(*(final("tweets", "vera", seed, right(30 + seed)) for seed in range(3)))
+    found = result.score("tweets", "vera")
+    assert found is not None
+    assert found.mean == pytest.approx(62)
+    assert result.spread("tweets", "vera") == pytest.approx(2)
+    assert result.score("tweets", "dvora") is None
+
+
+def test_a_gain_counts_common_seeds_only() -> None:
+    rows = [final("tweets", "vera", seed, right(30)) for seed in range(2)]
+    rows += [final("tweets", "dvora", 1, right(35)), final("tweets", "dvora", 7, right(50))]
+    found = classes(*rows).gain("tweets", "dvora", "vera")
+    assert found is not None
+    assert found.mean == pytest.approx(10)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_baseline_is_compared_with_every_seed(turned: bool) -> None:
+    rows = [final("tweets", "vera", seed, right(30 + seed)) for seed in range(3)]
+    rows.append(final("tweets", "frozen", 0, right(25), steps=0))
+    both = ("frozen", "vera") if turned else ("vera", "frozen")
+    found = classes(*rows).gain("tweets", *both)
+    assert found is not None
+    assert found.mean == pytest.approx(-12 if turned else 12)
+
+
+def test_fewer_bits_are_a_gain_and_a_lower_score() -> None:
+    bytes_of_windows = np.full(4, 500.0, np.float32)
+    rows = [
+        final("shakespeare", "majority", 0, np.ones(4, np.float32), steps=0, reference=packed(bytes_of_windows)),
+        *(final("shakespeare", arm, 0, np.full(4, nats, np.float32)) for arm, nats in (("vera", 700), ("dvora", 600))),
+    ]
+    result = Result(tuple(rows))
+    score, gain = result.score("shakespeare", "dvora"), result.gain("shakespeare", "dvora", "vera")
+    assert score is not None
+    assert gain is not None
+    assert score.mean == pytest.approx(600 / 500 / np.log(2))
+    assert gain.mean == pytest.approx(100 / 500 / np.log(2))
+
+
+def test_the_plateau_ends_where_a_quarter_of_the_gain_is_lost() -> None:
+    """From a start of 1.0 to a best of 0.6, the limit is 0.7: a fifth of the way to 1.1 on both sides of the best."""
+    losses = {0.001: 1.1, 0.01: 0.6, 0.1: 1.1}
+    rows = [trial("tweets", "vera", rate, loss) for rate, loss in losses.items()]
+    rows.append(trial("tweets", "vera", 0.01, 0.1, magnitude=5.0))
+    start = final("tweets", "frozen", 0, right(25), steps=0, validation={"loss": 1.0, "score": 0.5})
+    found = classes(start, *rows).plateau("tweets", "vera")
+    assert found == (pytest.approx(10**0.4), True)
+
+
+def test_a_plateau_that_was_not_left_is_open_and_a_diverged_trial_is_an_end() -> None:
+    start = final("tweets", "frozen", 0, right(25), steps=0, validation={"loss": 1.0, "score": 0.5})
+    rows = [
+        trial("tweets", "vera", 0.001, 0.65),
+        trial("tweets", "vera", 0.01, 0.6),
+        trial("tweets", "vera", 0.1, None),
+    ]
+    found = classes(start, *rows).plateau("tweets", "vera")
+    assert found is not None
+    factor, ends = found
+    assert factor == pytest.approx(10, rel=0.01)
+    assert not ends
+
+
+def test_failures_and_bad_trials_are_told() -> None:
+    start = final("tweets", "frozen", 0, right(25), steps=0, validation={"loss": 1.0, "score": 0.5})
+    failed = {**trial("tweets", "vera", 1, 0.5), "error": "ValueError: no"}
+    lines = page.failures(classes(start, failed, trial("tweets", "vera", 2, 1.5), trial("tweets", "vera", 3, 0.5)))
+    assert lines[0].endswith("ValueError: no")
+    assert lines[-1].startswith("- 1 trials")
+
+
+def everything() -> Result:
+    """Rows of every arm on every task, as random as they come."""
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for task, kind in KINDS.items():
+        reference = generator.random(ITEMS).astype(np.float32) + 300
+        for arm in EVERY_ARM:
+            steps = 0 if arm in ("majority", "tfidf", "frozen", "frozen_nf4") else 10
+            for seed in (0, 1) if steps else (0,):
+                told = generator.random(ITEMS).astype(np.float32)
+                items = told > 0.5 if kind == "accuracy" else told
+                rows.append(final(task, arm, seed, items, steps, reference=packed(reference)))
+            rows += [trial(task, arm, rate, 0.5 + generator.random()) for rate in (0.01, 0.1, 1.0) if steps]
+            alone = {"seconds_per_step": 0.1, "loaded_bytes": 10**8, "peak_bytes": 2 * 10**8}
+            rows += [{**rows[-1], "stage": "alone", **alone}] if steps else []
+    return Result(tuple(rows))
+
+
+def test_every_table_has_a_row_for_each_arm() -> None:
+    result = everything()
+    assert len(scores(result, ARMS)) == 2 + len(ARMS)
+    assert all(line.count("|") == len(KINDS) + 2 for line in scores(result, ARMS))
+    assert any("1,234 | 6 | 1.00 | 100" in line for line in sizes(result, ARMS))
+    made = page.parts(result, ENVIRONMENT)
+    assert all(text.strip() for text in made.values()), made
+    assert "VeRA r=256" in quality({"rows": list(result.rows), "environment": ENVIRONMENT})
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_is_drawn(name: str) -> None:
+    figure = PICTURES[name](everything())
+    figure.canvas.draw()
+    assert any(axes.lines or axes.containers for axes in figure.axes)
+    plt.close(figure)
+
+
+def test_what_a_picture_needs_is_known() -> None:
+    assert NEEDED.keys() == PICTURES.keys()
+    assert set(NEEDED.values()) <= set(EVERY_ARM)
