@@ -1,4 +1,4 @@
-"""Writes the README's figures from the committed result files, so that none of them is typed.
+"""Writes the figures of README.md and docs/results.md from the committed result files, so that none of them is typed.
 
 Run from the repository's root: python -m benchmarks.readme
 """
@@ -11,11 +11,16 @@ from typing import Any
 from benchmarks.exactness import RESULT as EXACTNESS
 from benchmarks.examples import RESULT as EXAMPLES
 from benchmarks.examples import examples
+from benchmarks.quality.page import parts as quality_parts
+from benchmarks.quality.results import RESULT as QUALITY
+from benchmarks.quality.summary import result_of
+from benchmarks.quality.tables import quality
 from benchmarks.speed.tables import speed
 from benchmarks.support import RESULT as SUPPORT
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results.md"
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 SPEED = ROOT / "benchmarks" / "results" / "speed.json"
 CONFORMANCE = ROOT / "benchmarks" / "results" / "conformance.json"
@@ -23,22 +28,40 @@ CONFORMANCE = ROOT / "benchmarks" / "results" / "conformance.json"
 
 def updated(readme: str) -> str:
     """The README with every generated part made anew."""
-    parts = {
+    return filled(readme, "README.md", readme_parts())
+
+
+def updated_results(page: str) -> str:
+    """The page of results with every generated part made anew."""
+    content = _load(QUALITY)
+    return filled(page, "docs/results.md", quality_parts(result_of(content), content["environment"]))
+
+
+def readme_parts() -> dict[str, str]:
+    """The generated parts of the README by name."""
+    return {
         "exactness": exactness(_load(EXACTNESS)),
         "demo": demo(_load(DEMO)),
         "support": support(_load(SUPPORT)),
         "examples": examples(_load(EXAMPLES)),
         "conformance": conformance(_load(CONFORMANCE)),
         "speed": speed(_load(SPEED)),
+        "quality": quality(_load(QUALITY)),
     }
+
+
+def filled(page: str, file: str, parts: dict[str, str]) -> str:
+    """A page with the text between the marks of each part put in.
+
+    Raises:
+        ValueError: a part has no marks in the page, or several.
+    """
     for name, text in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-        readme, found = re.subn(
-            pattern, lambda marks, text=text: f"{marks[1]}{text}{marks[2]}", readme, flags=re.DOTALL
-        )
+        page, found = re.subn(pattern, lambda marks, text=text: f"{marks[1]}{text}{marks[2]}", page, flags=re.DOTALL)
         if found != 1:
-            raise ValueError(f"README.md has {found} parts between <!-- {name}:begin --> and end, expected one")
-    return readme
+            raise ValueError(f"{file} has {found} parts between <!-- {name}:begin --> and end, expected one")
+    return page
 
 
 def exactness(result: dict[str, Any]) -> str:
@@ -151,8 +174,9 @@ def demo(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrite README.md in place."""
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite README.md and docs/results.md in place."""
+    for file, update in ((README, updated), (RESULTS, updated_results)):
+        file.write_text(update(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -73,7 +74,7 @@ def _repeat(grid: Grid, rows: dict[str, dict[str, Any]], key: str) -> int:
         )
     row = rows[key]
     rates = None if row["rates"] is None else Rates(**row["rates"])
-    start_process(0)
+    torch.set_num_threads(1)
     again = carry_out(grid, Run(row["task"], row["arm"], row["stage"], row["seed"], row["steps"], rates))
     for name, each in (("recorded", row), ("repeated", again)):
         print(name, json.dumps({key: value for key, value in each.items() if key != "items"}, indent=2))

@@ -4,6 +4,8 @@ import math
 import os
 import resource
 import tempfile
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,9 +25,17 @@ from benchmarks.quality.problems import Judgement, Problem, problem
 
 
 def start_process(nice: int) -> None:
-    """Prepare a process for runs: one thread, so that several processes do not wait for each other."""
+    """Prepare a process for runs: one thread, so that several do not wait for each other; it ends with its parent."""
     torch.set_num_threads(1)
     os.nice(nice)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has, which may have been killed: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def carry_out(grid: Grid, run: Run) -> dict[str, Any]:

@@ -3,15 +3,22 @@
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import DVoRAAdapter
 from .functional import Vectors
+from .layouts import is_partitioned
+from .parts import is_divided
 from .validation import checked_not_negative
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """`head` is everything that is trained beside the vectors: heads, trained tokens, a base that is not frozen."""
+LAMBDA_RATE = 0.02
+HEAD_RATE = 1e-3
+MAGNITUDE_SHARE = 0.007
+"""Learning rates of `recommended_rates`; the magnitude's is this share of the median norm of a row."""
 
 
 def parameter_groups(
@@ -51,6 +58,34 @@ def parameter_groups(
         for name, parameters in members.items()
         if parameters
     ]
+
+
+def recommended_rates(model: nn.Module) -> dict[Group, float]:
+    """Learning rates by group, as they did best in `docs/results.md`: where to start, not where to end.
+
+    The magnitude's rate is a share of the median magnitude, since models differ in the norms of their rows by more than
+    a factor of ten; the other vectors are relative to the rows already. They were found with AdamW in runs of some
+    hundred steps; take a third for runs of thousands.
+
+    Args:
+        model: as for `parameter_groups`, before its parameters are divided among processes.
+
+    Returns:
+        A rate for each group of which the model trains something, for the `learning_rates` of `parameter_groups`.
+
+    Raises:
+        ValueError: nothing is trained, or a magnitude is in parts.
+    """
+    members = _trained(model)
+    if not any(members.values()):
+        raise ValueError("the model trains nothing: adapt it first")
+    rates: dict[Group, float] = {"lambda_b": LAMBDA_RATE, "lambda_d": LAMBDA_RATE, "head": HEAD_RATE}
+    if members["magnitude"]:
+        if any(is_divided(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
+            raise ValueError("a magnitude is divided among processes: ask for the rates before dividing the model")
+        every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
+        rates["magnitude"] = MAGNITUDE_SHARE * every.median().item()
+    return {name: rates[name] for name in GROUPS if members[name]}
 
 
 def _checked_groups(

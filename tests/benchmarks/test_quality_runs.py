@@ -1,6 +1,9 @@
 """Runs of every method on a little of the real data, and the command from end to end."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from benchmarks.quality.heads import best_linear
 from benchmarks.quality.problems import problem
 from benchmarks.quality.running import carry_out
 
+ROOT = Path(__file__).parent.parent.parent
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=20, test=20)
 ARMS = ("dvora", "vera", "lora_r8", "dora_r8", "full", "magnitude", "bitfit", "ia3", "dvora_structured", "dvora_nf4")
 
@@ -92,6 +96,34 @@ def test_the_head_bears_a_feature_that_never_changes_and_can_be_saved(classes: i
     told = torch.from_numpy(features @ weight.T + bias).argmax(1)
     assert (told.numpy() == labels).mean() > 0.9
     assert weight.flags.c_contiguous
+
+
+def test_processes_end_with_their_parent(tmp_path: Path) -> None:
+    """The parent is killed while its process is in a run."""
+    code = (
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from benchmarks.quality.running import start_process\n"
+        "pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=start_process, initargs=(0,))\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "pool.submit(time.sleep, 600)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    assert ended_within(child, seconds=30)
+
+
+def ended_within(pid: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not Path(f"/proc/{pid}").exists():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def test_the_command_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,8 +53,8 @@ def test_the_search_goes_beyond_an_edge_but_stays_near_what_is_best() -> None:
 
 
 def test_the_lowest_validation_loss_wins() -> None:
-    rows = carried_out("wordnet10", "dvora", best_near(0.02, magnitude=9e-3))
-    assert chosen(GRID, "wordnet10", "dvora", rows) == Rates(0.02, pytest.approx(9e-3), 1e-3)
+    rows = carried_out("wordnet10", "dvora", best_near(0.02, magnitude=2.7e-2))
+    assert chosen(GRID, "wordnet10", "dvora", rows) == Rates(0.02, pytest.approx(2.7e-2), 1e-3)
 
 
 def test_the_test_split_does_not_choose() -> None:
@@ -84,7 +84,7 @@ def test_nothing_is_chosen_while_trials_are_missing() -> None:
 
 
 def test_rates_are_taken_over_from_another_arm_and_another_task() -> None:
-    rows = carried_out("movie_reviews", "dvora", best_near(0.02, magnitude=9e-3))
+    rows = carried_out("movie_reviews", "dvora", best_near(0.02, magnitude=2.7e-2))
     own = chosen(GRID, "movie_reviews", "dvora", rows)
     assert own == chosen(GRID, "tweets", "dvora", rows) == chosen(GRID, "movie_reviews", "dvora_r16", rows)
     assert not [run for run in ready(GRID, rows, ["tweets"], ["dvora"]) if run.stage == "trial"]

@@ -10,7 +10,7 @@ from tiny import LAYERS, MODELS
 from torch import nn
 
 from dvora import DVoRAAdapter, DVoRAConfig
-from dvora.training import parameter_groups
+from dvora.training import HEAD_RATE, LAMBDA_RATE, MAGNITUDE_SHARE, parameter_groups, recommended_rates
 
 
 def adapted(name: str = "bert", **settings: object) -> nn.Module:
@@ -110,3 +110,27 @@ def test_bad_input(settings: dict[str, object], message: str) -> None:
 def test_a_model_that_trains_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="the model trains nothing: adapt it first"):
         parameter_groups(adapted(inference_mode=True), 0.1)
+
+
+def test_recommended_rates_are_of_the_groups_that_are_trained() -> None:
+    model = adapted(modules_to_save=["classifier"])
+    rates = recommended_rates(model)
+    assert list(rates) == ["magnitude", "lambda_b", "lambda_d", "head"]
+    assert (rates["lambda_b"], rates["lambda_d"], rates["head"]) == (LAMBDA_RATE, LAMBDA_RATE, HEAD_RATE)
+    groups = parameter_groups(model, 9.0, learning_rates=rates)
+    assert {group["name"]: group["lr"] for group in groups} == rates
+    assert list(recommended_rates(adapted(train=["lambda_b"]))) == ["lambda_b"]
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
+def test_the_magnitude_s_rate_goes_with_the_rows(factor: float) -> None:
+    base = nn.Linear(6, 3)
+    with torch.no_grad():
+        base.weight.copy_(torch.eye(3, 6) * torch.tensor([[1.0], [2.0], [9.0]]) * factor)
+    layer = DVoRAAdapter(base, rank=3, shared=SHARED)
+    assert recommended_rates(layer)["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 2 * factor)
+
+
+def test_rates_for_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="the model trains nothing: adapt it first"):
+        recommended_rates(adapted(inference_mode=True))
