@@ -1,13 +1,17 @@
 """Every trained value is in one group, with its own learning rate and decay, whatever wraps the model."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import SHARED, linear, randn
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import LAYERS, MODELS
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from dvora import DVoRAAdapter, DVoRAConfig
 from dvora.training import HEAD_RATE, LAMBDA_RATE, MAGNITUDE_SHARE, parameter_groups, recommended_rates
@@ -134,3 +138,19 @@ def test_the_magnitude_s_rate_goes_with_the_rows(factor: float) -> None:
 def test_rates_for_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="the model trains nothing: adapt it first"):
         recommended_rates(adapted(inference_mode=True))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_rates_of_a_divided_model_are_refused() -> None:
+    layer = DVoRAAdapter(linear(6, 5), rank=3, shared=SHARED)
+    layer.magnitude = nn.Parameter(distribute_tensor(layer.magnitude.detach(), init_device_mesh("cpu", (1,))))
+    with pytest.raises(ValueError, match="a magnitude is divided among processes"):
+        recommended_rates(layer)
