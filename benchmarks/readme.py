@@ -11,8 +11,10 @@ from typing import Any
 from benchmarks.exactness import RESULT as EXACTNESS
 from benchmarks.examples import RESULT as EXAMPLES
 from benchmarks.examples import examples
+from benchmarks.quality.grid import read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.results import RESULT as QUALITY
+from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
 from benchmarks.quality.tables import quality
 from benchmarks.speed.tables import speed
@@ -33,8 +35,9 @@ def updated(readme: str) -> str:
 
 def updated_results(page: str) -> str:
     """The page of results with every generated part made anew."""
-    content = _load(QUALITY)
-    return filled(page, "docs/results.md", quality_parts(result_of(content), content["environment"]))
+    content, grid = _load(QUALITY), read_grid()
+    missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
+    return filled(page, "docs/results.md", quality_parts(result_of(content), content["environment"], missing))
 
 
 def readme_parts() -> dict[str, str]:

@@ -8,10 +8,11 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.readme import updated
+from benchmarks.readme import updated, updated_results
 from dvora import DVoRAConfig
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+RESULTS = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -32,6 +33,7 @@ def test_the_examples_run(code: str, model_folder: str, tmp_path: Path) -> None:
 
 def test_the_figures_are_those_of_the_result_files() -> None:
     assert updated(README) == README
+    assert updated_results(RESULTS) == RESULTS
 
 
 def trained_values(config: object) -> int:

@@ -9,10 +9,14 @@ from benchmarks.quality.tables import scores, sizes
 TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
 
 
-def parts(result: Result, environment: Mapping[str, Any]) -> dict[str, str]:
-    """The text of every part, by its name."""
+def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[str, str]:
+    """The text of every part, by its name.
+
+    Args:
+        missing: runs of the grid that have no row yet.
+    """
     made: dict[str, Callable[[], list[str]]] = {
-        "budget": lambda: budget(result, environment),
+        "budget": lambda: budget(result, environment, missing),
         "scores": lambda: scores(result, ARMS),
         "sizes": lambda: sizes(result, ARMS),
         "equal": lambda: scores(result, EQUAL_VALUES, "dvora"),
@@ -28,15 +32,16 @@ def parts(result: Result, environment: Mapping[str, Any]) -> dict[str, str]:
     return {f"quality-{name}": "\n".join([*make(), ""]) for name, make in made.items()}
 
 
-def budget(result: Result, environment: Mapping[str, Any]) -> list[str]:
-    """How many runs of which kind, and what they took."""
+def budget(result: Result, environment: Mapping[str, Any], missing: int) -> list[str]:
+    """How many runs of which kind, what they took, and how many are missing."""
     stages = [row["stage"] for row in result.rows]
     hours = sum(row["seconds"] for row in result.rows) / 3600
     return [
         f"{len(stages):,} runs: {stages.count('trial')} to tune learning rates, {stages.count('final')} judged on the "
         f"test split, {stages.count('alone')} for time and memory; {hours:.1f} hours of one core each. Python "
         f"{environment['python']}, torch {environment['torch']}, PEFT {environment['peft']}, transformers "
-        f"{environment['transformers']}, {environment['cores']} cores, one thread a run."
+        f"{environment['transformers']}, {environment['cores']} cores, one thread a run.",
+        *([f"\n**The grid is not finished: {missing:,} of its runs are missing.**"] if missing else []),
     ]
 
 

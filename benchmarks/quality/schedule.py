@@ -29,10 +29,26 @@ def final(grid: Grid, task: str, name: str, seed: int, rows: Rows) -> list[Run]:
     return [Run(task, name, "final", seed, steps, rates)] if rates else []
 
 
+def foreign(grid: Grid, rows: Rows) -> list[str]:
+    """Keys of rows that the grid would not make: of other rates, steps, tasks or arms than it has now."""
+    own: set[str] = set()
+    for task in grid.tasks:
+        for name, arm in grid.arms_of(task).items():
+            own |= {run.key for run in _tuning(grid, task, name, rows)}
+            for seed in grid.seeds_of(arm):
+                own |= {run.key for run in final(grid, task, name, seed, rows)}
+    own |= {run.key for run in _alone(grid, rows, list(grid.tasks), list(grid.arms))}
+    return [key for key in rows if key not in own]
+
+
 def alone(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> list[Run]:
     """A few steps of each arm in each model, on the model's first task, without a row."""
+    return [run for run in _alone(grid, rows, tasks, arms) if run.key not in rows]
+
+
+def _alone(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> list[Run]:
     firsts = {plan.model: task for task, plan in reversed(grid.tasks.items())}
-    runs = [
+    return [
         replace(run, stage="alone", steps=ALONE_STEPS)
         for task in tasks
         if task in firsts.values()
@@ -41,7 +57,6 @@ def alone(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> list[Run
         for run in final(grid, task, name, 0, rows)
         if run.rates is not None
     ]
-    return [run for run in runs if run.key not in rows]
 
 
 def remaining(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> int:

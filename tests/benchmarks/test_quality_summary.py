@@ -142,7 +142,8 @@ def test_every_table_has_a_row_for_each_arm() -> None:
     assert len(scores(result, ARMS)) == 2 + len(ARMS)
     assert all(line.count("|") == len(KINDS) + 2 for line in scores(result, ARMS))
     assert any("1,234 | 6 | 1.00 | 100" in line for line in sizes(result, ARMS))
-    made = page.parts(result, ENVIRONMENT)
+    made = page.parts(result, ENVIRONMENT, missing=7)
+    assert "7 of its runs are missing" in made["quality-budget"]
     assert all(text.strip() for text in made.values()), made
     assert "VeRA r=256" in quality({"rows": list(result.rows), "environment": ENVIRONMENT})
 

@@ -8,7 +8,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
-from benchmarks.quality.schedule import alone, ready, remaining
+from benchmarks.quality.results import read_rows
+from benchmarks.quality.schedule import alone, foreign, ready, remaining
 from benchmarks.quality.tuning import LATER_TRIALS, chosen, trials
 
 GRID = read_grid()
@@ -113,6 +114,21 @@ def test_what_is_measured_alone_is_each_arm_once_in_each_model() -> None:
     rows = carried_out("movie_reviews", "dvora", best_near(0.02))
     runs = alone(GRID, rows, list(GRID.tasks), ["dvora", "frozen"])
     assert [(run.task, run.arm, run.stage) for run in runs] == [("movie_reviews", "dvora", "alone")]
+
+
+def test_rows_of_another_grid_are_known() -> None:
+    rows = carried_out("movie_reviews", "dvora", best_near(0.02))
+    own = [*ready(GRID, rows, ["movie_reviews"], ["dvora"]), *alone(GRID, rows, ["movie_reviews"], ["dvora"])]
+    assert own
+    rows |= {run.key: row(0.5) for run in own}
+    assert foreign(GRID, rows) == []
+    assert foreign(GRID, {**rows, "movie_reviews dvora final seed 0 steps 7": row(0.5)}) == [
+        "movie_reviews dvora final seed 0 steps 7"
+    ]
+
+
+def test_every_row_of_the_result_file_is_of_the_grid() -> None:
+    assert foreign(GRID, read_rows()) == []
 
 
 @pytest.mark.parametrize(
