@@ -72,18 +72,17 @@ def stability(result: Result) -> list[str]:
 
 def long(result: Result) -> list[str]:
     """Four times as many steps, with the tuned rates and with a third of them."""
+    methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora", "dvora_structured")}
     arms = {
-        "dvora": "DVoRA r=256",
-        "dvora_long": "... four times as long",
-        "dvora_long_third": "... with a third of the rates",
-        "vera": "VeRA r=256",
-        "vera_long": "... four times as long",
-        "vera_long_third": "... with a third of the rates",
-        "lora_r8": "LoRA r=8",
-        "lora_r8_long": "... four times as long",
-        "lora_r8_long_third": "... with a third of the rates",
+        f"{arm}{ending}": f"{label}{text}"
+        for arm, label in methods.items()
+        for ending, text in (
+            ("", ""),
+            ("_long", ", four times as long"),
+            ("_long_third", ", ... with a third of the rates"),
+        )
     }
-    return scores(result, arms, "dvora_long")
+    return scores(result, arms, "vera_long")
 
 
 def seeds(result: Result) -> list[str]:
