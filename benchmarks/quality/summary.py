@@ -1,7 +1,7 @@
 """What the rows say: scores of arms on tasks, their differences, and what an arm costs; pure functions."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +193,15 @@ class Result:
             values.append(rows[0]["test"]["score"])
         factor = 1 if KINDS[task] == "bits" else 100
         return factor * float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def lowest_loss(self, task: str, arms: Sequence[str]) -> str | None:
+        """The arm with the lowest mean validation loss over its final runs."""
+        losses = {
+            arm: float(np.mean([_validation_loss(row) for row in self.finals(task, arm).values()]))
+            for arm in arms
+            if self.finals(task, arm)
+        }
+        return min(losses, key=losses.__getitem__) if losses else None
 
     def worse_than_the_start(self) -> list[dict[str, Any]]:
         """Trials with a higher validation loss than the frozen model's."""

@@ -7,6 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.quality import page
+from benchmarks.quality.grid import read_grid
 from benchmarks.quality.items import packed
 from benchmarks.quality.plots import NEEDED, PICTURES
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
@@ -14,7 +15,7 @@ from benchmarks.quality.tables import quality, scores, sizes
 
 ITEMS = 50
 ENVIRONMENT = {"python": "3", "torch": "2", "peft": "0", "transformers": "5", "cores": 2, "threads": 1}
-EVERY_ARM = list(dict.fromkeys([*ARMS, *EQUAL_VALUES, *RANKS, *CHOICES, *QUANTISED, *SEEDS]))
+EVERY_ARM = list(read_grid().arms)
 
 
 def final(task: str, arm: str, seed: int, items: np.ndarray, steps: int = 10, **more: Any) -> dict[str, Any]:
@@ -111,6 +112,17 @@ def test_a_plateau_that_was_not_left_is_open_and_a_diverged_trial_is_an_end() ->
     assert not ends
 
 
+def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
+    low, high = {"loss": 0.5, "score": 0.5}, {"loss": 0.6, "score": 0.5}
+    rows = [
+        final("tweets", "vera_long", 0, right(10), validation=low),
+        final("tweets", "vera_long_third", 0, right(50), validation=high),
+    ]
+    result = classes(*rows)
+    assert result.lowest_loss("tweets", ("vera_long", "vera_long_third")) == "vera_long"
+    assert result.lowest_loss("tweets", ("dvora_long", "dvora_long_third")) is None
+
+
 def test_failures_and_bad_trials_are_told() -> None:
     start = final("tweets", "frozen", 0, right(25), steps=0, validation={"loss": 1.0, "score": 0.5})
     failed = {**trial("tweets", "vera", 1, 0.5), "error": "ValueError: no"}
@@ -154,6 +166,10 @@ def test_every_picture_is_drawn(name: str) -> None:
     figure.canvas.draw()
     assert any(axes.lines or axes.containers for axes in figure.axes)
     plt.close(figure)
+
+
+def test_every_arm_that_is_told_of_is_in_the_grid() -> None:
+    assert {*ARMS, *EQUAL_VALUES, *RANKS, *CHOICES, *QUANTISED, *SEEDS} <= set(EVERY_ARM)
 
 
 def test_what_a_picture_needs_is_known() -> None:
