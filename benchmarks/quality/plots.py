@@ -121,7 +121,7 @@ def rates(result: Result) -> Figure:
         axes.set_title(LABELS[task].split(",")[0], fontsize="medium")
     for axes in list(grid.flat)[len(tasks) :]:
         axes.axis("off")
-    grid.flat[0].legend(frameon=False, fontsize="x-small", ncols=2)
+    _legend_above(figure, grid.flat[0])
     return figure
 
 
@@ -191,8 +191,7 @@ def pareto(result: Result) -> Figure:
             axes.set(xscale="log", xlabel=label)
             axes.grid(color="0.92")
         line[0].set_ylabel(f"{LABELS[task]}\ngain over the frozen base", fontsize="small")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    _legend_above(figure, grid[0][0])
     return figure
 
 
@@ -207,6 +206,11 @@ def _cost(result: Result, task: str, arm: str, what: str) -> float | None:
     if what != "seconds_per_step":
         return result.size(task, arm, what)
     return result.step(task, arm)
+
+
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
 
 
 def _tasks(result: Result, arm: str) -> list[str]:
