@@ -79,6 +79,13 @@ def random_batches(lengths: Sequence[int], size: int, generator: np.random.Gener
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
+def in_order(outputs: Tensor, batches: Sequence[Rows]) -> Tensor:
+    """(N, outputs) of all batches one after the other, put back into the order of the rows."""
+    ordered = torch.empty_like(outputs)
+    ordered[torch.from_numpy(np.concatenate(batches))] = outputs
+    return ordered
+
+
 def _cut(rows: Rows, size: int) -> list[Rows]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 

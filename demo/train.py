@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from demo.batches import Sentences, batches_by_length, random_batches
+from demo.batches import Sentences, batches_by_length, in_order, random_batches
 from demo.model import CLASSES, SentenceClassifier
 
 EVALUATION_BATCH = 64
@@ -55,10 +55,7 @@ class History:
 def encode(model: Callable[[Tensor, Tensor], Tensor], data: Sentences) -> Tensor:
     """(N, outputs) of a model (or of its `features`) for all sentences, in their order."""
     rows_of_batches = batches_by_length([len(ids) for ids in data.ids], EVALUATION_BATCH)
-    outputs = torch.cat([model(*data.batch(rows)) for rows in rows_of_batches])
-    result = torch.empty_like(outputs)
-    result[torch.from_numpy(np.concatenate(rows_of_batches))] = outputs
-    return result
+    return in_order(torch.cat([model(*data.batch(rows)) for rows in rows_of_batches]), rows_of_batches)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -5,12 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 
 from benchmarks import data
 from benchmarks.quality.grid import TaskPlan
-from benchmarks.quality.heads import PENALTIES
+from benchmarks.quality.heads import PENALTIES, fitted
 from benchmarks.quality.problems import Judgement, Labelled, Plays, Problem
 
 Judged = tuple[Judgement, Judgement]
@@ -55,14 +54,9 @@ def _tfidf(name: str, plan: TaskPlan, task: Problem) -> Judged:
     }
     tried: list[Judged] = []
     for penalty in PENALTIES:
-        if task.outputs == 1:
-            model = Ridge(alpha=penalty).fit(train, labels)
-            told = {part: model.predict(words)[:, None] for part, words in parts.items()}
-        else:
-            model = LogisticRegression(C=1 / penalty, max_iter=2000).fit(train, labels)
-            told = {part: model.predict_log_proba(words) for part, words in parts.items()}
-        validation, test = (task.judged(torch.from_numpy(np.asarray(told[part])), part) for part in told)
-        tried.append((validation, test))
+        weight, bias = fitted(train, labels, penalty, task.outputs)
+        told = {part: torch.from_numpy(words @ weight.T + bias) for part, words in parts.items()}
+        tried.append((task.judged(told["validation"], "validation"), task.judged(told["test"], "test")))
     return min(tried, key=lambda each: each[0].loss)
 
 

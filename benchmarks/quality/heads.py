@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +48,18 @@ def best_linear(
     # MiniLM has a feature that is always zero.
     scale = np.where(scale > 1e-6 * scale.max(), scale, 1.0)
     features, checked = ((each - mean) / scale for each in (train[0], validation[0]))
-    tried = [_fitted(features, train[1], penalty, outputs) for penalty in PENALTIES]
+    tried = [fitted(features, train[1], penalty, outputs) for penalty in PENALTIES]
     weight, bias = min(tried, key=lambda each: _loss(checked @ each[0].T + each[1], validation[1], outputs))
     weight = weight / scale
     return np.ascontiguousarray(weight, np.float32), (bias - weight @ mean).astype(np.float32)
 
 
-def _fitted(features: np.ndarray, labels: np.ndarray, penalty: float, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+def fitted(features: Any, labels: np.ndarray, penalty: float, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (outputs, features) and bias (outputs,) of a regression with this penalty.
+
+    Args:
+        features: (rows, features), dense or of scipy's sparse kinds.
+    """
     if outputs == 1:
         ridge = Ridge(alpha=penalty).fit(features, labels)
         return ridge.coef_[None], np.atleast_1d(ridge.intercept_)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, LABELS, QUANTISED, RANKS, SEEDS, Result
-from benchmarks.quality.tables import score_cell, scores, sizes
+from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
+from benchmarks.quality.tables import score_cell, scores, sizes, table
 
 TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
 
@@ -48,61 +48,35 @@ def budget(result: Result, environment: Mapping[str, Any], missing: int) -> list
 def rates(result: Result) -> list[str]:
     """The tuned rates: adapter, and magnitude where it has one."""
     tasks = [task for task in KINDS if result.trials(task, "vera")]
-    lines = _head(tasks)
-    for arm, label in TRAINED.items():
-        cells = []
-        for task in tasks:
-            row = next(iter(result.finals(task, arm).values()), None)
-            told = "" if row is None else f"{row['rates']['adapter']:.2g}"
-            if row is not None and row["rates"]["magnitude"] is not None:
-                told += f", magnitude {row['rates']['magnitude']:.2g}"
-            cells.append(told)
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return lines
+    return table(tasks, {label: [_rates_cell(result, task, arm) for task in tasks] for arm, label in TRAINED.items()})
 
 
 def stability(result: Result) -> list[str]:
     """Standard deviation over seeds, and how wide the plateau of learning rates is."""
     tasks = [task for task in KINDS if result.trials(task, "vera")]
-    lines = _head(tasks)
-    for arm, label in TRAINED.items():
-        lines.append(f"| {label} | " + " | ".join(_stability_cell(result, task, arm) for task in tasks) + " |")
-    return lines
+    return table(
+        tasks, {label: [_stability_cell(result, task, arm) for task in tasks] for arm, label in TRAINED.items()}
+    )
 
 
 def long(result: Result) -> list[str]:
     """Four times as many steps: each method with the better of two rates by validation loss, then everything."""
     methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora", "dvora_structured")}
     tasks = [task for task in KINDS if result.finals(task, "vera_long")]
-    lines = _head(tasks)
-    for arm, label in methods.items():
-        cells = []
-        for task in tasks:
-            ours, vera = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, "vera"))
-            cells.append(score_cell(result, task, ours, vera) if ours and vera else "")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    better = {label: [_long_cell(result, task, arm) for task in tasks] for arm, label in methods.items()}
     endings = {"": "", "_long": ", four times as long", "_long_third": ", four times as long, a third of the rates"}
     arms = {f"{arm}{ending}": label + text for arm, label in methods.items() for ending, text in endings.items()}
-    return [
-        *lines,
-        "",
-        "All of these runs, beside VeRA's with the tuned rates:",
-        "",
-        *scores(result, arms, "vera_long"),
-    ]
+    told = "All of these runs, beside VeRA's with the tuned rates:"
+    return [*table(tasks, better), "", told, "", *scores(result, arms, "vera_long")]
 
 
 def seeds(result: Result) -> list[str]:
     """Standard deviations over the shared matrices, and over the order of the batches."""
     tasks = [task for task in KINDS if result.finals(task, "dvora_projections")]
-    lines = _head(tasks)
-    for arm, (label, first) in SEEDS.items():
-        cells = []
-        for task in tasks:
-            spread = result.spread(task, arm, first)
-            cells.append("" if spread is None else f"{spread:.2f}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return lines
+    spreads = {label: [result.spread(task, arm, first) for task in tasks] for arm, (label, first) in SEEDS.items()}
+    return table(
+        tasks, {label: ["" if each is None else f"{each:.2f}" for each in some] for label, some in spreads.items()}
+    )
 
 
 def failures(result: Result) -> list[str]:
@@ -113,6 +87,19 @@ def failures(result: Result) -> list[str]:
     return lines
 
 
+def _rates_cell(result: Result, task: str, arm: str) -> str:
+    row = next(iter(result.finals(task, arm).values()), None)
+    if row is None:
+        return ""
+    magnitude = row["rates"]["magnitude"]
+    return f"{row['rates']['adapter']:.2g}" + ("" if magnitude is None else f", magnitude {magnitude:.2g}")
+
+
+def _long_cell(result: Result, task: str, arm: str) -> str:
+    ours, vera = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, "vera"))
+    return score_cell(result, task, ours, vera) if ours and vera else ""
+
+
 def _stability_cell(result: Result, task: str, arm: str) -> str:
     spread, plateau = result.spread(task, arm), result.plateau(task, arm)
     told = "" if spread is None else f"{spread:.2f}" if KINDS[task] != "bits" else f"{spread:.4f}"
@@ -120,7 +107,3 @@ def _stability_cell(result: Result, task: str, arm: str) -> str:
         return told
     factor, ends = plateau
     return f"{told}, rates x {'' if ends else '> '}{factor:.0f}"
-
-
-def _head(tasks: list[str]) -> list[str]:
-    return ["| | " + " | ".join(LABELS[task] for task in tasks) + " |", "|---|" + "---|" * len(tasks)]

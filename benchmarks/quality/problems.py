@@ -1,6 +1,6 @@
 """The six tasks behind one interface: a model to start from, batches, a loss, and a judgement of a part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -15,7 +15,7 @@ from benchmarks.models import minilm, smollm2
 from benchmarks.quality.backbones import LOADERS, ImageReader, SentenceReader, TextModel
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import fitted_head
-from demo.batches import MAX_TOKENS, batches_by_length, random_batches
+from demo.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
 
 Batch = dict[str, Tensor]
 EVALUATION_BATCH = 64
@@ -67,12 +67,12 @@ class Problem(Protocol):
 class Part:
     """Rows of one part: tokens or images, and labels."""
 
-    inputs: Sequence[list[int]] | np.ndarray
+    inputs: Sentences | np.ndarray
     labels: Tensor
 
     def lengths(self) -> list[int]:
         """Of each row; images are all alike."""
-        return [len(each) for each in self.inputs]
+        return [len(each) for each in (self.inputs.ids if isinstance(self.inputs, Sentences) else self.inputs)]
 
 
 class Labelled:
@@ -137,21 +137,16 @@ class Labelled:
         return reader(backbone, head or nn.Linear(0, 0)).eval()
 
     @torch.no_grad()
-    def _everything(self, model: object, part: str) -> Tensor:
+    def _everything(self, model: Callable[[Batch], Tensor], part: str) -> Tensor:
         """(rows, outputs) of all rows of a part, in their order."""
         batches = batches_by_length(self.parts[part].lengths(), EVALUATION_BATCH)
-        outputs = torch.cat([model(self._batch(part, rows)) for rows in batches])  # type: ignore[operator]
-        ordered = torch.empty_like(outputs)
-        ordered[torch.from_numpy(np.concatenate(batches))] = outputs
-        return ordered
+        return in_order(torch.cat([model(self._batch(part, rows)) for rows in batches]), batches)
 
     def _batch(self, part: str, rows: np.ndarray) -> Batch:
         inputs = self.parts[part].inputs
         if isinstance(inputs, np.ndarray):
             return {"pixels": torch.from_numpy(inputs[rows])}
-        chosen = [torch.tensor(inputs[row]) for row in rows]
-        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in chosen], batch_first=True)
+        ids, mask = inputs.batch(rows)
         return {"ids": ids, "mask": mask}
 
 
@@ -215,14 +210,12 @@ def problem(name: str, plan: TaskPlan) -> Problem:
     for part, count in (("train", plan.train), ("validation", plan.validation), ("test", plan.test)):
         rows = getattr(task, part)
         labels = torch.from_numpy(rows.labels[:count])
-        parts[part] = Part(rows.pixels[:count] if plan.model == "vit" else _tokens(rows.texts[:count]), labels)
+        parts[part] = Part(rows.pixels[:count] if plan.model == "vit" else _sentences(rows.texts[:count]), labels)
     return Labelled(name, plan, parts, len(task.classes) or 1)
 
 
-def _tokens(texts: Sequence[str]) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
-    tokens: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    return tokens
+def _sentences(texts: Sequence[str]) -> Sentences:
+    return unlabelled(texts, AutoTokenizer.from_pretrained(minilm()))
 
 
 def _windows(works: list[str], tokenizer: object, count: int) -> Tensor:

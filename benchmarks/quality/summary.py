@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.quality.items import unpacked
 from benchmarks.quality.statistics import Interval, Kind, over_seeds, paired_difference, scores
+from benchmarks.quality.tuning import loss_of
 
 KINDS: Mapping[str, Kind] = {
     "movie_reviews": "accuracy",
@@ -146,11 +147,11 @@ class Result:
         rows = [row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "trial")]
         usual = Counter((row["rates"]["magnitude"], row["rates"]["head"]) for row in rows).most_common(1)
         kept = [row for row in rows if usual and (row["rates"]["magnitude"], row["rates"]["head"]) == usual[0][0]]
-        return sorted((row["rates"]["adapter"], _validation_loss(row)) for row in kept)
+        return sorted((row["rates"]["adapter"], loss_of(row)) for row in kept)
 
     def start_loss(self, task: str) -> float:
         """Validation loss of the frozen model with the best head, where every method starts."""
-        return _validation_loss(self.finals(task, "frozen")[0])
+        return loss_of(self.finals(task, "frozen")[0])
 
     def plateau(self, task: str, arm: str) -> tuple[float, bool] | None:
         """By which factor the adapter's rate may vary, and whether it was seen to end on both sides.
@@ -197,7 +198,7 @@ class Result:
     def lowest_loss(self, task: str, arms: Sequence[str]) -> str | None:
         """The arm with the lowest mean validation loss over its final runs."""
         losses = {
-            arm: float(np.mean([_validation_loss(row) for row in self.finals(task, arm).values()]))
+            arm: float(np.mean([loss_of(row) for row in self.finals(task, arm).values()]))
             for arm in arms
             if self.finals(task, arm)
         }
@@ -206,7 +207,7 @@ class Result:
     def worse_than_the_start(self) -> list[dict[str, Any]]:
         """Trials with a higher validation loss than the frozen model's."""
         trials = [row for row in self.rows if row["stage"] == "trial" and self.finals(row["task"], "frozen")]
-        return [row for row in trials if _validation_loss(row) > self.start_loss(row["task"])]
+        return [row for row in trials if loss_of(row) > self.start_loss(row["task"])]
 
     def _told(self, task: str, rows: list[dict[str, Any]]) -> np.ndarray:
         """(rows, items) of what the rows tell of each test item."""
@@ -229,11 +230,6 @@ def _crossing(rates: np.ndarray, losses: np.ndarray, limit: float) -> tuple[floa
                 rates[place - 1] + (rates[place] - rates[place - 1]) * (limit - losses[place - 1]) / rise
             ), True
     return float(rates[-1]), False
-
-
-def _validation_loss(row: Mapping[str, Any]) -> float:
-    loss = row["validation"]["loss"] if row.get("validation") else None
-    return float("inf") if loss is None else loss
 
 
 def _takes_no_steps(rows: dict[int, dict[str, Any]]) -> bool:

@@ -1,6 +1,6 @@
 """The README's part on quality and the tables of the page "Results", from the result file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.statistics import Interval
@@ -31,10 +31,14 @@ def quality(content: dict[str, Any]) -> str:
 def scores(result: Result, arms: dict[str, str], over: str = YARDSTICK) -> list[str]:
     """A row an arm, a column a task: score, and difference to the yardstick."""
     tasks = [task for task in KINDS if result.finals(task, over)]
-    head = ["| | " + " | ".join(LABELS[task] for task in tasks) + " |", "|---|" + "---|" * len(tasks)]
     present = [arm for arm in arms if any(result.finals(task, arm) for task in tasks)]
-    cells = {arm: [score_cell(result, task, arm, over) for task in tasks] for arm in present}
-    return head + [f"| {arms[arm]} | " + " | ".join(cells[arm]) + " |" for arm in present]
+    return table(tasks, {arms[arm]: [score_cell(result, task, arm, over) for task in tasks] for arm in present})
+
+
+def table(tasks: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """A column a task, a labelled row for each list of cells."""
+    head = ["| | " + " | ".join(LABELS[task] for task in tasks) + " |", "|---|" + "---|" * len(tasks)]
+    return head + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
 
 
 def score_cell(result: Result, task: str, arm: str, over: str) -> str:

@@ -45,10 +45,6 @@ def parameter_groups(
         ValueError: nothing is trained, a group is unknown or empty, or a number is not finite or negative.
     """
     members = _trained(model)
-    if not any(members.values()):
-        raise ValueError(
-            "the model trains nothing: adapt it first, and load adapters with is_trainable=True to go on training them"
-        )
     rates = dict.fromkeys(GROUPS, checked_not_negative(learning_rate, "learning_rate"))
     decays = {**dict.fromkeys(GROUPS, checked_not_negative(weight_decay, "weight_decay")), "magnitude": 0.0}
     rates |= _checked_groups(learning_rates or {}, "learning_rates", members)
@@ -77,8 +73,6 @@ def recommended_rates(model: nn.Module) -> dict[Group, float]:
         ValueError: nothing is trained, or a magnitude is in parts.
     """
     members = _trained(model)
-    if not any(members.values()):
-        raise ValueError("the model trains nothing: adapt it first")
     rates: dict[Group, float] = {"lambda_b": LAMBDA_RATE, "lambda_d": LAMBDA_RATE, "head": HEAD_RATE}
     if members["magnitude"]:
         if any(is_divided(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
@@ -101,7 +95,11 @@ def _checked_groups(
 
 
 def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
-    """The trained parameters by group, each once."""
+    """The trained parameters by group, each once.
+
+    Raises:
+        ValueError: there are none.
+    """
     own = {
         id(vector): name
         for layer in model.modules()
@@ -112,6 +110,10 @@ def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[cast(Group, own.get(id(parameter)) or _vector_of(name))].append(parameter)
+    if not any(members.values()):
+        raise ValueError(
+            "the model trains nothing: adapt it first, and load adapters with is_trainable=True to go on training them"
+        )
     return members
 
 
