@@ -88,6 +88,14 @@ ORDER = [
     "ranks",
     "peft_hook",
     "",
+    "doctor.findings",
+    "doctor.rebuilt",
+    "doctor.watched",
+    "doctor.layer_checks",
+    "doctor.model_checks",
+    "doctor.training_checks",
+    "doctor.round_trip",
+    "doctor",
     "recipes.files",
     "recipes.hub",
     "recipes.nearest",
@@ -128,12 +136,14 @@ ORDER = [
     "recipes.prediction",
     "recipes.row_files",
     "recipes.generation",
+    "recipes.examining",
     "recipes",
     "cli.streams",
     "cli.errors",
     "cli.output",
     "cli.progress",
     "cli.train",
+    "cli.doctor",
     "cli.inspect",
     "cli.count",
     "cli.merge",
@@ -190,7 +200,7 @@ def test_imports_go_one_way_only(path: Path) -> None:
     assert not later, f"{module_name(path)} imports {later}, which come after it"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if not {"tuner", "recipes", "cli"} & {*p.parts}], ids=module_name)
+@pytest.mark.parametrize("path", [p for p in FILES if not {"tuner", "doctor", "recipes", "cli"} & {*p.parts}], ids=module_name)
 def test_the_plain_layer_needs_torch_and_numpy_only(path: Path) -> None:
     allowed = {"numpy", "torch", *sys.stdlib_module_names}
     assert top_level_imports(path) <= (allowed | {"triton"} if path.parent.name == "triton_kernels" else allowed)

@@ -140,13 +140,13 @@ class Result:
         return paired_difference(KINDS[task], *(self._told(task, rows) for rows in both), self._reference(task))
 
     def trials(self, task: str, arm: str) -> list[tuple[float, float]]:
-        """(adapter rate, validation loss) of the trials with the usual rates of magnitude and head, by rate.
+        """(adapter rate, validation loss) of the trials with the usual ratio of the magnitude's rate to it, by rate.
 
         A loss that is not finite counts as infinite.
         """
         rows = [row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "trial")]
-        usual = Counter((row["rates"]["magnitude"], row["rates"]["head"]) for row in rows).most_common(1)
-        kept = [row for row in rows if usual and (row["rates"]["magnitude"], row["rates"]["head"]) == usual[0][0]]
+        usual = Counter(map(_ratio, rows)).most_common(1)
+        kept = [row for row in rows if _ratio(row) == usual[0][0]]
         return sorted((row["rates"]["adapter"], loss_of(row)) for row in kept)
 
     def start_loss(self, task: str) -> float:
@@ -219,6 +219,11 @@ class Result:
         row = self.finals(task, "majority")[0]
         count: int = row["test_items"]
         return np.zeros(count) if KINDS[task] == "accuracy" else unpacked(row["reference"], "numbers", count)
+
+
+def _ratio(row: Mapping[str, Any]) -> float | None:
+    rates = row["rates"]
+    return None if rates["magnitude"] is None else round(rates["magnitude"] / rates["adapter"], 6)
 
 
 def _crossing(rates: np.ndarray, losses: np.ndarray, limit: float) -> tuple[float, bool]:

@@ -46,20 +46,21 @@ def loss_of(row: Mapping[str, Any]) -> float:
 def _first(grid: Grid, task: str, name: str) -> list[Run]:
     arm, tuning, plan = grid.arms[name], grid.tuning, grid.tasks[task]
     head = None if plan.model == "smollm2" else tuning["head_rate"]
-    magnitude = tuning["magnitude_rate"][plan.model] if arm.magnitude else None
-    every = [_fitted(arm, Rates(adapter, magnitude, head)) for adapter in arm.rates]
+    middle = sorted(arm.rates)[len(arm.rates) // 2]
+    start = Rates(middle, tuning["magnitude_rate"][plan.model], head)
+    every = [_fitted(arm, _scaled(start, adapter / middle)) for adapter in arm.rates]
     return [Run(task, name, "trial", grid.training["tuning_seed"], plan.steps, rates) for rates in every]
 
 
 def _second(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
-    """Two adapter rates: beyond the best one if it is at an edge, else between it and its neighbours."""
+    """Two rates: beyond the best one if it is at an edge, else between it and its neighbours."""
     best, between = _best(runs, rows), grid.tuning["between"]
     factors = {0: (1 / between**2, 1 / between), len(runs) - 1: (between, between**2)}
     return _at(grid, name, best, factors.get(runs.index(best), (1 / between, between)))
 
 
 def _third(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
-    """Two rates of the magnitude, or, where it has none of its own, two adapter rates close to the best."""
+    """Two rates of the magnitude, or, where it has none of its own, two rates close to the best."""
     best, around = _best(runs, rows), grid.tuning["around"]
     assert best.rates is not None
     magnitude = best.rates.magnitude
@@ -71,7 +72,7 @@ def _third(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
 
 def _at(grid: Grid, name: str, run: Run, factors: tuple[float, ...]) -> list[Run]:
     assert run.rates is not None
-    every = [replace(run.rates, adapter=run.rates.adapter * factor) for factor in factors]
+    every = [_scaled(run.rates, factor) for factor in factors]
     return [replace(run, rates=_fitted(grid.arms[name], rates)) for rates in every]
 
 

@@ -17,8 +17,8 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 """`head` is everything that is trained beside the vectors: heads, trained tokens, a base that is not frozen."""
 LAMBDA_RATE = 0.02
 HEAD_RATE = 1e-3
-MAGNITUDE_SHARE = 0.007
-"""Learning rates of `recommended_rates`; the magnitude's is this share of the median norm of a row."""
+MAGNITUDE_SHARE = 0.35
+"""Learning rates of `recommended_rates`; the magnitude's is this share of the others', for rows of norm one."""
 
 
 def parameter_groups(
@@ -56,7 +56,7 @@ def parameter_groups(
     ]
 
 
-def recommended_rates(model: nn.Module) -> dict[Group, float]:
+def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> dict[Group, float]:
     """Learning rates by group, as they did best in `docs/results.md`: where to start, not where to end.
 
     The magnitude's rate is a share of the median magnitude, since models differ in the norms of their rows by more than
@@ -65,20 +65,22 @@ def recommended_rates(model: nn.Module) -> dict[Group, float]:
 
     Args:
         model: as for `parameter_groups`, before its parameters are divided among processes.
+        learning_rate: of lambda_b and lambda_d; the magnitude's goes up and down with it, the head's does not.
 
     Returns:
         A rate for each group of which the model trains something, for the `learning_rates` of `parameter_groups`.
 
     Raises:
-        ValueError: nothing is trained, or a magnitude is in parts.
+        ValueError: nothing is trained, a magnitude is in parts, or the learning rate is negative or not finite.
     """
     members = _trained(model)
-    rates: dict[Group, float] = {"lambda_b": LAMBDA_RATE, "lambda_d": LAMBDA_RATE, "head": HEAD_RATE}
+    checked_not_negative(learning_rate, "learning_rate")
+    rates: dict[Group, float] = {"lambda_b": learning_rate, "lambda_d": learning_rate, "head": HEAD_RATE}
     if members["magnitude"]:
         if any(is_divided(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
             raise ValueError("a magnitude is divided among processes: ask for the rates before dividing the model")
         every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
-        rates["magnitude"] = MAGNITUDE_SHARE * every.median().item()
+        rates["magnitude"] = MAGNITUDE_SHARE * learning_rate * every.median().item()
     return {name: rates[name] for name in GROUPS if members[name]}
 
 

@@ -27,7 +27,7 @@ def best_near(adapter: float, magnitude: float = 3e-3) -> Any:
     def loss(run: Run) -> float:
         assert run.rates is not None
         off = math.log(run.rates.adapter / adapter) ** 2
-        return off + math.log((run.rates.magnitude or magnitude) / magnitude) ** 2
+        return 10 * off + math.log((run.rates.magnitude or magnitude) / magnitude) ** 2
 
     return loss
 
@@ -56,6 +56,15 @@ def test_the_search_goes_beyond_an_edge_but_stays_near_what_is_best() -> None:
 def test_the_lowest_validation_loss_wins() -> None:
     rows = carried_out("wordnet10", "dvora", best_near(0.02, magnitude=2.7e-2))
     assert chosen(GRID, "wordnet10", "dvora", rows) == Rates(0.02, pytest.approx(2.7e-2), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["dvora", "dora_r8", "d_initial_1"])
+def test_the_magnitude_goes_with_the_adapter_before_it_is_tuned_alone(name: str) -> None:
+    middle = sorted(GRID.arms[name].rates)[1]
+    runs = trials(GRID, "wordnet10", name, carried_out("wordnet10", name, best_near(middle)))
+    shares = [(run.rates.magnitude or 0) / run.rates.adapter for run in runs if run.rates]
+    assert shares[:5] == pytest.approx([9e-3 / middle] * 5)
+    assert shares[5:] == pytest.approx([9e-3 / middle * factor for factor in (0.33, 3)])
 
 
 def test_the_test_split_does_not_choose() -> None:

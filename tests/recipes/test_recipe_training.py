@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from dvora.recipes.checkpoints import checkpoints
-from dvora.recipes.run_folder import load_trained, read_run
+from dvora.recipes.run_folder import load_trained, read_record, read_run
 from dvora.recipes.settings import METHODS, Settings, checked_settings, read_settings
 from dvora.recipes.tasks import features
 from dvora.recipes.training import InputError, train
 from dvora.recipes.watching import Progress, Tell
+from dvora.training import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
 
 TASKS = {
@@ -285,6 +286,18 @@ def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: 
     assert "lambda_b" in changed
     assert "magnitude" not in changed
     assert "classifier" not in changed
+
+
+def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    for output, changes in {"whole": {"learning_rate": 0.03}, "third": {"learning_rate": 0.01}, "usual": {}}.items():
+        train(run.settings(output, max_steps=1, **changes))
+    whole, third, usual = (read_record(tmp_path / name) or {} for name in ("whole", "third", "usual"))
+    rows = [value for name, value in trained_values(tmp_path / "whole").items() if "magnitude" in name]
+    median = torch.cat(rows).median().item()
+    assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 0.03 * median, rel=0.02)
+    assert third["learning_rates"] == {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3)}
+    assert usual["learning_rates"] == {"magnitude": pytest.approx(third["learning_rates"]["magnitude"]), "head": 1e-3}
 
 
 @pytest.mark.parametrize(

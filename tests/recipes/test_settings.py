@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import yaml
 
-from dvora.recipes.settings import Settings, checked_settings, commented, read_settings, resolved
+from dvora import training
+from dvora.recipes.settings import (
+    HEAD_RATE,
+    LEARNING_RATES,
+    Settings,
+    checked_settings,
+    commented,
+    read_settings,
+    resolved,
+)
 
 LEAST: dict[str, Any] = {"task": "regression", "model": "a/b", "data": "x.csv"}
 
@@ -78,4 +87,23 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
     found = resolved(checked_settings(LEAST, ""))
     assert found.data == (str(tmp_path / "x.csv"),)
     assert found.output == str(tmp_path / "dvora-run")
-    assert (found.model, found.rank, found.learning_rate) == ("a/b", 256, 4e-3)
+    assert (found.model, found.rank, found.learning_rate) == ("a/b", 256, LEARNING_RATES["dvora"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({}, {"head": HEAD_RATE}),
+        ({"method": "full"}, {"head": HEAD_RATE}),
+        ({"learning_rates": {"head": 0.5, "magnitude": 0.1}}, {"head": 0.5, "magnitude": 0.1}),
+        ({"learning_rate": 0.01}, {}),
+        ({"method": "head"}, {}),
+        ({"task": "causal-lm"}, {}),
+    ],
+)
+def test_new_layers_have_a_rate_of_their_own_unless_one_is_given(changes: dict[str, Any], rates: Any) -> None:
+    assert resolved(checked_settings({**LEAST, **changes}, "")).learning_rates == rates
+
+
+def test_the_rates_are_those_of_the_library() -> None:
+    assert HEAD_RATE == training.HEAD_RATE

@@ -126,13 +126,23 @@ def test_recommended_rates_are_of_the_groups_that_are_trained() -> None:
     assert list(recommended_rates(adapted(train=["lambda_b"]))) == ["lambda_b"]
 
 
+def test_one_rate_moves_all_but_the_head_s() -> None:
+    model = adapted(modules_to_save=["classifier"])
+    usual, third = recommended_rates(model), recommended_rates(model, LAMBDA_RATE / 3)
+    assert {name: usual[name] / third[name] for name in usual} == pytest.approx(
+        {"magnitude": 3, "lambda_b": 3, "lambda_d": 3, "head": 1}
+    )
+    with pytest.raises(ValueError, match="learning_rate"):
+        recommended_rates(model, -1.0)
+
+
 @pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
 def test_the_magnitude_s_rate_goes_with_the_rows(factor: float) -> None:
     base = nn.Linear(6, 3)
     with torch.no_grad():
         base.weight.copy_(torch.eye(3, 6) * torch.tensor([[1.0], [2.0], [9.0]]) * factor)
     layer = DVoRAAdapter(base, rank=3, shared=SHARED)
-    assert recommended_rates(layer)["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 2 * factor)
+    assert recommended_rates(layer)["magnitude"] == pytest.approx(MAGNITUDE_SHARE * LAMBDA_RATE * 2 * factor)
 
 
 def test_rates_for_nothing_are_refused() -> None:

@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from ..training import parameter_groups
+from ..training import parameter_groups, recommended_rates
 from ..tuner import DVoRAConfig
 from .bases import Base
 from .run_folder import HEAD_FILE
-from .settings import METHODS, Method, Settings, Task
+from .settings import METHODS, Group, Method, Settings, Task
 
 TASK_TYPES: dict[Task, TaskType | None] = {
     "text-classification": TaskType.SEQ_CLS,
@@ -96,20 +96,32 @@ def optimizer(model: nn.Module, settings: Settings, heads: tuple[str, ...]) -> t
         ValueError: nothing is trained, or a learning rate is set for a group of which nothing is.
     """
     rate = settings.learning_rate or 0.0
+    rates = learning_rates(model, settings)
     if settings.method == "dvora":
-        groups = parameter_groups(
-            model, rate, weight_decay=settings.weight_decay, learning_rates=settings.learning_rates
-        )
+        groups = parameter_groups(model, rate, weight_decay=settings.weight_decay, learning_rates=rates)
         return torch.optim.AdamW([{k: v for k, v in group.items() if k != "name"} for group in groups])
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     in_heads = [parameter for name, parameter in trained.items() if _is_in(name, heads)]
     others = [parameter for name, parameter in trained.items() if not _is_in(name, heads)]
-    if "head" in settings.learning_rates and not in_heads:
+    if "head" in rates and not in_heads:
         raise ValueError("learning_rates names the group 'head', of which the model trains nothing")
-    rates = ((in_heads, settings.learning_rates.get("head", rate)), (others, rate))
+    both = ((in_heads, rates.get("head", rate)), (others, rate))
     return torch.optim.AdamW(
-        [{"params": members, "lr": lr, "weight_decay": settings.weight_decay} for members, lr in rates if members]
+        [{"params": members, "lr": lr, "weight_decay": settings.weight_decay} for members, lr in both if members]
     )
+
+
+def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
+    """The groups that have another learning rate than the settings' single one.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    if settings.method != "dvora":
+        return settings.learning_rates
+    recommended = recommended_rates(model, settings.learning_rate or 0.0)
+    own: dict[Group, float] = {"magnitude": recommended["magnitude"]} if "magnitude" in recommended else {}
+    return own | settings.learning_rates
 
 
 def save_trained(model: Any, settings: Settings, heads: tuple[str, ...], folder: Path) -> None:

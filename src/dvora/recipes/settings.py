@@ -19,8 +19,10 @@ PATHS = ("data", "validation_data", "test_data")
 """Keys that take one path or several."""
 RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
-    "dvora": 4e-3, "vera": 4e-3, "lora": 3e-4, "dora": 3e-4, "full": 3e-5, "head": 1e-3,
+    "dvora": 1e-2, "vera": 1e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
+HEAD_RATE = 1e-3
+"""Of new layers, where neither they nor the method are given another."""
 
 
 def _key(section: str, comment: str, default: Any = ..., **bounds: Any) -> Any:
@@ -90,7 +92,10 @@ class Settings(BaseModel):
     dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1)
 
     learning_rate: float | None = _training(
-        f"null: by method ({', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())})", None, gt=0
+        f"null: by method ({', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}), "
+        f"and {HEAD_RATE:g} for new layers; dvora's magnitude has one in proportion to it and to the base's rows",
+        None,
+        gt=0,
     )
     learning_rates: dict[Group, float] = _training(
         "by group where they differ: magnitude, lambda_b, lambda_d (dvora), head (new layers)", {}
@@ -216,6 +221,9 @@ def resolved(settings: Settings) -> Settings:
     def path(name: str) -> str:
         return str(Path(name).resolve()) if Path(name).exists() else name
 
+    by_group = settings.learning_rates
+    if settings.learning_rate is None and settings.method != "head" and settings.task != "causal-lm":
+        by_group = {"head": HEAD_RATE, **by_group}
     return settings.model_copy(
         update={
             "model": path(settings.model),
@@ -224,6 +232,7 @@ def resolved(settings: Settings) -> Settings:
             **{key: tuple(map(path, getattr(settings, key))) for key in PATHS},
             "rank": settings.rank or RANKS.get(settings.method),
             "learning_rate": settings.learning_rate or LEARNING_RATES[settings.method],
+            "learning_rates": by_group,
             "max_length": settings.max_length or (256 if settings.task == "causal-lm" else 128),
         }
     )

@@ -12,7 +12,7 @@ from .bases import load_base, load_processor, quiet_transformers
 from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
 from .data import Data, load_data
 from .files import new_folder
-from .methods import adapted, save_trained, trained_values
+from .methods import adapted, learning_rates, save_trained, trained_values
 from .processes import is_first
 from .records import check_resumable, start_record
 from .run_folder import (
@@ -108,6 +108,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
     stop, begun = StopRequest(), time.monotonic()
     last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
     with _input_errors():
+        record["learning_rates"] = learning_rates(prepared.model, prepared.settings)
         trainer, watching = make_trainer(prepared, stop, tell, last)
     if is_first():
         remove_leftovers(folder)

@@ -1,0 +1,98 @@
+"""What a check found: whether it passed, the figures, where, and what to do about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["pass", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Args:
+        check: its name.
+        status: "pass"; "warn" for what may be meant so; "fail" for what is wrong; "skip" for what was not checked.
+        told: what was found, in a line.
+        advice: what to do; empty where nothing has to be done.
+        figures: the numbers behind it.
+        layers: names of the layers or parameters that it is about.
+    """
+
+    check: str
+    status: Status
+    told: str
+    advice: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All findings on a model."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing failed and nothing was warned of."""
+        return all(finding.status in ("pass", "skip") for finding in self.findings)
+
+    def of(self, check: str) -> Finding:
+        """The finding of one check.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return {finding.check: finding for finding in self.findings}[check]
+
+    def __str__(self) -> str:
+        """A line a check, and the advice below those that need it."""
+        width = max(len(finding.check) for finding in self.findings)
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.status:4}  {finding.check:{width}}  {finding.told}")
+            if finding.advice:
+                lines.append(f"{'':{width + 8}}{finding.advice}")
+        return "\n".join(lines)
+
+
+def judged(
+    check: str,
+    values: Mapping[str, float],
+    limit: float,
+    told: str,
+    advice: str,
+    status: Status = "fail",
+) -> Finding:
+    """The finding on one figure a layer, of which each has to stay below a limit.
+
+    Args:
+        check: its name.
+        values: the figure by layer; one that is not a number is above any limit.
+        limit: highest value that passes.
+        told: what the figure is.
+        advice: for what does not pass.
+        status: of a finding that does not pass.
+    """
+    if not values:
+        return Finding(check, "skip", "no layer that this can be checked on")
+    above = sorted((name for name in values if not values[name] <= limit), key=lambda name: -_size(values[name]))
+    worst = max(map(_size, values.values()))
+    figures = {"worst": worst, "limit": limit, "layers": float(len(values))}
+    line = f"{told} {'at most ' if len(values) > 1 else ''}{worst:.1e} (limit {limit:.0e})"
+    if not above:
+        return Finding(check, "pass", line, figures=figures)
+    if len(values) > 1:
+        line += f"; too much in {len(above)} of {len(values)} layers, most in {above[0]}"
+    return Finding(check, status, line, advice, figures, tuple(above) if len(values) > 1 else ())
+
+
+def judged_model(check: str, value: float, limit: float, told: str, advice: str) -> Finding:
+    """The finding on one figure of the whole model."""
+    return judged(check, {"": value}, limit, told, advice)
+
+
+def _size(value: float) -> float:
+    return value if value == value else float("inf")

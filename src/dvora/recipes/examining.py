@@ -1,0 +1,58 @@
+"""The doctor for what lies in folders: a run with its own rows, or an adapter on its base with random inputs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..doctor import Examination, examine
+from .adapters import load_adapted, read_adapter
+from .inputs import example_inputs
+from .judging import unchanged_data
+from .other_files import labelled_examples
+from .run_folder import RECORD, Run, load_trained, read_run
+from .tasks import features, longest, task_parts, without_bytes
+
+TOKENS = 16
+
+
+def examine_folder(folder: Path, model: str | None = None, files: Sequence[str] = (), rows: int = 8) -> Examination:
+    """Examine an adapter on its base.
+
+    Args:
+        folder: of a run of `dvora train`, or of an adapter of PEFT.
+        model: the base of an adapter; None: the one that it names.
+        files: with labelled rows for a run's model; none: rows that the run held out, or trained on.
+        rows: of the batch that the model is asked.
+
+    Raises:
+        ValueError: the folder holds no adapter, it does not fit the base, or a file is not what the task needs.
+    """
+    if rows < 2:
+        raise ValueError(f"rows is {rows}; the doctor compares rows of a batch, so it needs two or more")
+    if (folder / RECORD).is_file():
+        if model is not None:
+            raise ValueError(f"{folder} is a run, whose base is on record; leave --model out, or name its adapter")
+        run = read_run(folder)
+        if run.settings.method in ("full", "head"):
+            raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
+        adapted, processor = load_trained(run)
+        return examine(adapted, _batch(run, adapted, processor, files, rows))
+    if files:
+        raise ValueError(f"{folder} is no run, so nothing says how {files[0]} is to be read; leave the data out")
+    adapter = read_adapter(folder)
+    adapted = load_adapted(adapter, adapter.base(model))
+    return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS))
+
+
+def _batch(run: Run, model: Any, processor: Any, files: Sequence[str], count: int) -> dict[str, Any]:
+    """A batch of labelled rows."""
+    if files:
+        rows: Sequence[dict[str, Any]] = labelled_examples(files, run, {}).rows
+    else:
+        data = unchanged_data(run)
+        rows = data.test or data.train
+    length = 0 if run.settings.task == "image-classification" else longest(run.settings, processor, model.config)
+    dataset = without_bytes(features(rows[:count], run.settings, processor, length))
+    task = task_parts(run.settings, run.labels, processor)
+    batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(count, len(dataset)))]))
+    return batch
