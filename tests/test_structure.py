@@ -200,7 +200,9 @@ def test_imports_go_one_way_only(path: Path) -> None:
     assert not later, f"{module_name(path)} imports {later}, which come after it"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if not {"tuner", "doctor", "recipes", "cli"} & {*p.parts}], ids=module_name)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if not {"tuner", "doctor", "recipes", "cli"} & {*p.parts}], ids=module_name
+)
 def test_the_plain_layer_needs_torch_and_numpy_only(path: Path) -> None:
     allowed = {"numpy", "torch", *sys.stdlib_module_names}
     assert top_level_imports(path) <= (allowed | {"triton"} if path.parent.name == "triton_kernels" else allowed)

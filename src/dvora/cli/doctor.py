@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import one_line, wrong_input
 from .output import Debug, Json, Output, Quiet
+
+if TYPE_CHECKING:
+    from ..doctor import Examination
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -42,19 +45,25 @@ def doctor_command(
         from ..recipes.examining import examine_folder
 
         found = examine_folder(folder, model, data or [], rows)
-        output = Output(as_json, quiet)
-        if as_json:
-            output.result({"healthy": found.healthy, "findings": [asdict(finding) for finding in found.findings]})
-        else:
-            output.result(
-                {"findings": [{"": f.status, "check": f.check, "found": f.told} for f in found.findings]},
-                f"Doctor's findings on {folder}",
-            )
-            for finding in found.findings:
-                if finding.advice:
-                    typer.echo(f"\n{finding.status} {finding.check}: {finding.advice}")
-                    if finding.layers:
-                        more = f" and {len(finding.layers) - MANY} more" if len(finding.layers) > MANY else ""
-                        typer.echo(f"  in {', '.join(finding.layers[:MANY])}{more}")
+        Output(as_json, quiet).result(_json(found) if as_json else _tables(found), f"Doctor's findings on {folder}")
     if any(finding.status == "fail" for finding in found.findings):
         raise typer.Exit(1)
+
+
+def _json(found: "Examination") -> dict[str, Any]:
+    return {"healthy": found.healthy, "findings": [asdict(finding) for finding in found.findings]}
+
+
+def _tables(found: "Examination") -> dict[str, Any]:
+    rows = [{"": finding.status, "check": finding.check, "found": finding.told} for finding in found.findings]
+    advice = [
+        {"check": finding.check, "advice": finding.advice, "where": _shortened(finding.layers)}
+        for finding in found.findings
+        if finding.advice
+    ]
+    return {"findings": rows, "what_to_do": advice} if advice else {"findings": rows}
+
+
+def _shortened(layers: tuple[str, ...]) -> str:
+    more = f" and {len(layers) - MANY} more" if len(layers) > MANY else ""
+    return ", ".join(layers[:MANY]) + more

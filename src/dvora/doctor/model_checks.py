@@ -13,7 +13,7 @@ from ..merging import MergePrecisionWarning
 from .findings import Finding, judged_model
 from .layer_checks import TOLERANCES
 from .rebuilt import Subject
-from .watched import Inputs, Loss, called, distance, restored, tensor_of
+from .watched import Inputs, Loss, called, distance, restored, tensor_of, tensors_of
 
 _PERTURBATION = 0.01
 _NO_GRADIENT = "an autograd kernel was not registered"
@@ -166,6 +166,8 @@ def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor
     if own is not None:
         found: Tensor = own
         return found
-    main = tensor_of(outputs)
-    weights = torch.randn(main.shape, generator=generator).to(main.device)
-    return (main.float() * weights).sum()
+    weighed = [
+        (each.float() * torch.randn(each.shape, generator=generator).to(each.device)).sum()
+        for each in tensors_of(outputs)
+    ]
+    return torch.stack(weighed).sum()

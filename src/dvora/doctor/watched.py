@@ -22,20 +22,26 @@ def called(model: nn.Module, inputs: Inputs, **more: Any) -> Any:
     return model(**inputs, **more) if isinstance(inputs, Mapping) else model(inputs, **more)
 
 
-def tensor_of(outputs: Any) -> Tensor:
-    """The tensor that matters among a model's outputs: logits where there are any, else the first of numbers.
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of numbers among a model's outputs, logits first.
 
     Raises:
         TypeError: there is none.
     """
     if isinstance(outputs, Tensor):
-        return outputs
+        return [outputs]
     named = dict(outputs) if isinstance(outputs, Mapping) else dict(enumerate(outputs))
-    found = [named["logits"]] if "logits" in named else list(named.values())
-    for each in found:
-        if isinstance(each, Tensor) and each.is_floating_point() and each.dim():
-            return each
-    raise TypeError(f"the model returned a {type(outputs).__name__} without a tensor of numbers")
+    ordered = sorted(named, key=lambda name: name != "logits")
+    found = [each for each in map(named.__getitem__, ordered) if isinstance(each, Tensor) and each.dim()]
+    found = [each for each in found if each.is_floating_point()]
+    if not found:
+        raise TypeError(f"the model returned a {type(outputs).__name__} without a tensor of numbers")
+    return found
+
+
+def tensor_of(outputs: Any) -> Tensor:
+    """The tensor that matters among a model's outputs: logits where there are any, else the first of numbers."""
+    return tensors_of(outputs)[0]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
