@@ -3,10 +3,10 @@
 import torch
 from peft import PeftModel
 
+from ..rebuilt import subjects
 from .findings import Examination, Finding
 from .layer_checks import constants, gradients, merge_losses, outputs, short_rows
 from .model_checks import calls, merging, mixed_batch, received, trained_values
-from .rebuilt import subjects
 from .round_trip import round_trip
 from .training_checks import identity, movement, rates
 from .watched import Inputs, Loss, recorded, restored

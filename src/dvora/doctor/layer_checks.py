@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..rebuilt import Subject, Term
 from ..tuner.layer import DVoRALayer
 from .findings import Finding, judged
-from .rebuilt import Subject, Term
 from .watched import distance
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}

@@ -10,9 +10,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..merging import MergePrecisionWarning
+from ..rebuilt import Subject
 from .findings import Finding, judged_model
 from .layer_checks import TOLERANCES
-from .rebuilt import Subject
 from .watched import Inputs, Loss, called, distance, restored, tensor_of, tensors_of
 
 _PERTURBATION = 0.01

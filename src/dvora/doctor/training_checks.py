@@ -6,9 +6,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..rebuilt import Subject
 from .findings import Finding, judged, judged_model
 from .layer_checks import TOLERANCES
-from .rebuilt import Subject
 from .watched import Inputs, called, distance, restored, tensor_of
 
 RUNAWAY = 0.5

@@ -8,7 +8,7 @@
 Nothing here is fast, and nothing is shared with what it is compared with.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..layouts import COLUMNS, KERNELS, ROWS, Layout
-from ..shapes import Float
-from ..tuner.layer import DVoRALayer
+from .layouts import COLUMNS, KERNELS, ROWS, Layout
+from .shapes import Float
+from .tuner.layer import DVoRALayer
 
 Values = Mapping[str, Tensor]
 """Trained values by the name of their vector or matrix, in float64."""
@@ -41,6 +41,7 @@ class Term:
     """What one adapter does to a weight.
 
     Args:
+        adapter: its name.
         parameters: the trained ones.
         updated: V' from the values and W.
         magnitude: name of the vector that the rows are rescaled to; None where they are not.
@@ -48,6 +49,7 @@ class Term:
         strength: s of `W + s (W' - W)`.
     """
 
+    adapter: str
     parameters: Mapping[str, nn.Parameter]
     updated: Callable[[Values, Tensor], Tensor]
     magnitude: str | None = None
@@ -93,7 +95,7 @@ class Subject:
         name: in the model.
         layer: as PEFT wraps it.
         base: the layer that it wraps.
-        terms: of the active adapters.
+        terms: of the adapters that it has.
         layout: how the base stores its weight; None where its forward is the only way to it.
     """
 
@@ -139,17 +141,23 @@ class Subject:
         return found
 
     def rebuilt(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
-        """W' of all active adapters."""
+        """W' of all its terms together."""
         return weight + sum(term.delta(term.values(), weight) for term in self.terms)
 
 
-def subjects(model: nn.Module) -> Iterator[Subject]:
-    """The adapted layers of a model that can be rebuilt."""
+def subjects(model: nn.Module, adapters: Sequence[str] | None = None) -> Iterator[Subject]:
+    """The adapted layers of a model that can be rebuilt.
+
+    Args:
+        model: adapted with PEFT.
+        adapters: by name; None: the active ones.
+    """
     for path, layer in model.named_modules():
         name = path.removeprefix("base_model.model.")
         for kind, terms_of in _METHODS.items():
             if isinstance(layer, kind):
-                terms = tuple(terms_of(layer, adapter) for adapter in layer.active_adapters)
+                names = layer.active_adapters if adapters is None else adapters
+                terms = tuple(terms_of(layer, adapter) for adapter in names)
                 base = layer.get_base_layer()
                 found = tuple(term for term in terms if term is not None)
                 layout = layer.kind.layout if isinstance(layer, DVoRALayer) else _layout(base)
@@ -194,7 +202,7 @@ def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:
         update: Tensor = rows[:, None] * ((adapted.B(like) * values["lambda_d"]) @ adapted.A(like))
         return weight + update
 
-    return Term(parameters, updated, "magnitude", adapted.detach_norm, float(layer.strength(adapter)))
+    return Term(adapter, parameters, updated, "magnitude", adapted.detach_norm, float(layer.strength(adapter)))
 
 
 def _vera(layer: Any, adapter: str) -> Term | None:
@@ -208,7 +216,7 @@ def _vera(layer: Any, adapter: str) -> Term | None:
         update: Tensor = values["lambda_b"][:, None] * ((B * values["lambda_d"]) @ A)
         return weight + update
 
-    return Term(parameters, updated)
+    return Term(adapter, parameters, updated)
 
 
 def _lora(layer: Any, adapter: str) -> Term | None:
@@ -230,7 +238,7 @@ def _lora(layer: Any, adapter: str) -> Term | None:
         return weight + update
 
     # PEFT holds the norm, as section 4.3 of the DoRA paper proposes.
-    return Term(parameters, updated, "magnitude" if dora else None, detached=True)
+    return Term(adapter, parameters, updated, "magnitude" if dora else None, detached=True)
 
 
 _METHODS: Mapping[type[Any], Callable[[Any, str], Term | None]] = {
