@@ -22,6 +22,8 @@ class TaskPlan:
 
     Args:
         tuned_on: the task whose tuned rates are taken over; None: its own.
+        fresh: rows behind the `train` rows that the batches are of, so that the head has not seen them; 0: they are of
+            the `train` rows.
     """
 
     model: str
@@ -31,6 +33,7 @@ class TaskPlan:
     validation: int
     test: int
     tuned_on: str | None = None
+    fresh: int = 0
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,13 @@ class Part:
 
 
 class Labelled:
-    """Sentences or images with a class or a number to tell."""
+    """Sentences or images with a class or a number to tell.
+
+    Args:
+        name, plan: of the task.
+        parts: "train" for the head, "batches" for everything else, "validation" and "test".
+        outputs: classes, or 1 for a number.
+    """
 
     def __init__(self, name: str, plan: TaskPlan, parts: dict[str, Part], outputs: int) -> None:
         self.name, self.plan, self.parts, self.outputs = name, plan, parts, outputs
@@ -100,7 +106,7 @@ class Labelled:
     def batches(self, seed: int, steps: int) -> list[np.ndarray]:
         """Sentences of like length go together, so that little of a batch is padding."""
         generator = np.random.default_rng(seed)
-        lengths = self.parts["train"].lengths()
+        lengths = self.parts["batches"].lengths()
         chosen: list[np.ndarray] = []
         while len(chosen) < steps:
             # Not the last, shorter batch: every step reads as many rows.
@@ -111,7 +117,7 @@ class Labelled:
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         """Cross-entropy or half the squared error."""
-        return self._losses(model(self._batch("train", rows)), self.parts["train"].labels[rows]).mean()
+        return self._losses(model(self._batch("batches", rows)), self.parts["batches"].labels[rows]).mean()
 
     def judge(self, model: nn.Module, part: str) -> Judgement:
         """Accuracy or correlation."""
@@ -206,11 +212,15 @@ def problem(name: str, plan: TaskPlan) -> Problem:
     if name == "shakespeare":
         return Plays(plan)
     task = getattr(data, name)()
-    parts = {}
-    for part, count in (("train", plan.train), ("validation", plan.validation), ("test", plan.test)):
-        rows = getattr(task, part)
-        labels = torch.from_numpy(rows.labels[:count])
-        parts[part] = Part(rows.pixels[:count] if plan.model == "vit" else _sentences(rows.texts[:count]), labels)
+
+    def part(of: str, chosen: slice) -> Part:
+        rows = getattr(task, of)
+        inputs = rows.pixels[chosen] if plan.model == "vit" else _sentences(rows.texts[chosen])
+        return Part(inputs, torch.from_numpy(rows.labels[chosen]))
+
+    parts = {name: part(name, slice(getattr(plan, name))) for name in ("train", "validation", "test")}
+    fresh = slice(plan.train, plan.train + plan.fresh)
+    parts["batches"] = part("train", fresh) if plan.fresh else parts["train"]
     return Labelled(name, plan, parts, len(task.classes) or 1)
 
 

@@ -8,6 +8,7 @@ Dimensions: O out, I in.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,15 @@ def spectrum(weight: Float[Tensor, "O I"], update: Float[Tensor, "O I"]) -> Spec
     entropy = float(-(shares * shares.clamp_min(1e-300).log()).sum())
     kept = values[:SOME] / (scale or 1.0)
     return Spectrum(tuple(map(float, kept)), math.exp(entropy) if bool(values.any()) else 0.0, complete)
+
+
+def means(changes: Sequence[Change]) -> dict[str, float]:
+    """Mean changes over layers: shares in percent, the angle in degrees."""
+    names = {"magnitude": "magnitude, %", "growth": "growth, %", "degrees": "angle, degrees", "size": "size, %"}
+    return {
+        label: (1 if name == "degrees" else 100) * sum(getattr(each, name) for each in changes) / len(changes)
+        for name, label in names.items()
+    }
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, convert, count, doctor, inspect, merge
+from . import analyze, bench, convert, count, doctor, inspect, merge
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
 from .generate import generate
@@ -43,6 +43,7 @@ def _options(
 for command in (train, evaluate, predict, generate):
     app.command()(command)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)
+app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze_command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)

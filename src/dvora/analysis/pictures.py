@@ -1,0 +1,123 @@
+"""Pictures of an analysis."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+from ..pages.pictures import COLOURS, axes_of, new_figure, svg
+from . import Analysis, LayerChange
+
+MARKS = "os^Dv<>Pp*"
+
+
+def kinds_of(changes: Sequence[LayerChange]) -> list[str]:
+    """The kinds of layers, in the order of the model."""
+    return list(dict.fromkeys(each.kind for each in changes))
+
+
+def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
+    """One point a layer: the change of its magnitude against that of its direction (DoRA paper, figure 2)."""
+    figure = new_figure(5, 3.6)
+    (axes,) = axes_of(figure)
+    for place, kind in enumerate(kinds_of(changes)):
+        points = [each.change for each in changes if each.kind == kind]
+        axes.plot(
+            [point.direction for point in points],
+            [point.magnitude for point in points],
+            MARKS[place % len(MARKS)],
+            color=COLOURS[place % len(COLOURS)],
+            label=kind,
+            alpha=0.85,
+        )
+    axes.set(xlabel="change of direction, mean of 1 - cos", ylabel="relative change of magnitude")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    _legend(figure)
+    return svg(figure, "Change of magnitude against change of direction, a point a layer")
+
+
+def sizes(changes: Sequence[LayerChange]) -> Markup:
+    """How far each layer was moved, along the model."""
+    figure = new_figure(5, 3.2)
+    (axes,) = axes_of(figure)
+    for place, kind in enumerate(kinds_of(changes)):
+        where = [index for index, each in enumerate(changes) if each.kind == kind]
+        axes.plot(
+            where,
+            [changes[index].change.size for index in where],
+            marker=MARKS[place % len(MARKS)],
+            color=COLOURS[place % len(COLOURS)],
+            label=kind,
+            linewidth=1,
+        )
+    axes.set(xlabel="layer, in the order of the model", ylabel="||W' - W|| / ||W||")
+    axes.set_ylim(bottom=0)
+    _legend(figure)
+    return svg(figure, "Size of the update of each layer along the model")
+
+
+def spectra(changes: Sequence[LayerChange]) -> Markup:
+    """Singular values of the updates: the median over the layers of a kind."""
+    figure = new_figure(5, 3.2)
+    (axes,) = axes_of(figure)
+    for place, kind in enumerate(kinds_of(changes)):
+        found = [each.spectrum.values for each in changes if each.kind == kind]
+        length = min(map(len, found))
+        values = np.array([each[:length] for each in found])
+        axes.plot(
+            range(1, length + 1),
+            np.median(values, axis=0),
+            color=COLOURS[place % len(COLOURS)],
+            label=kind,
+            linewidth=1.5,
+        )
+    axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
+    highest = max((each.spectrum.values[0] for each in changes), default=1.0)
+    if highest > 0:
+        axes.set_ylim(bottom=highest * 1e-6, top=highest * 2)
+    _legend(figure)
+    return svg(figure, "Singular values of the updates, medians over layers of a kind")
+
+
+def similarity(found: Analysis) -> Markup:
+    """Cosines of the whole updates, adapter by adapter."""
+    count = len(found.adapters)
+    size = min(7.0, 2.2 + 0.5 * count)
+    figure = new_figure(size + 0.8, size)
+    (axes,) = axes_of(figure)
+    image = axes.imshow(np.array(found.similarity), cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_xticks(range(count), found.adapters, rotation=45, ha="right")
+    axes.set_yticks(range(count), found.adapters)
+    if count <= 12:
+        for row, values in enumerate(found.similarity):
+            for column, value in enumerate(values):
+                shade = "#ffffff" if abs(value) > 0.6 else "#222222"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return svg(figure, "Cosines of the updates of adapters")
+
+
+def drift(found: Analysis, steps: Sequence[int]) -> Markup:
+    """Along checkpoints: how far the adapter is from the base, and how alike its last state."""
+    figure = new_figure(5, 4.6)
+    upper, lower = axes_of(figure, 2)
+    means = [np.mean([layer.change for layer in changes], axis=0) for changes in found.changes]
+    names = list(found.changes[0][0].change._fields)
+    for place, (name, label) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
+        values = [mean[names.index(name)] for mean in means]
+        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=label)
+    upper.set(
+        xlabel="step", ylabel="mean change", yscale="log" if min(min(mean[:1]) for mean in means) > 0 else "linear"
+    )
+    upper.legend(frameon=False)
+    lower.plot(steps, [row[-1] for row in found.similarity], marker="o", markersize=3, color=COLOURS[2])
+    lower.set(xlabel="step", ylabel="cosine with the last", ylim=(-0.05, 1.05))
+    return svg(figure, "Change of magnitude and direction along checkpoints, and similarity to the last")
+
+
+def _legend(figure: object) -> None:
+    """Above the axes, in columns."""
+    axes = figure.axes[0]  # type: ignore[attr-defined]
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), frameon=False)  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""`dvora analyze`: what did training change?"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UsageError, one_line, wrong_input
+from .output import Debug, Json, Output, Quiet
+
+EXAMPLES = """[bold]Examples[/bold]
+
+    dvora analyze dvora-run
+
+    dvora analyze adapter other-adapter --model base --output compared.html
+
+    dvora analyze trainer-output --model base --json
+"""
+
+
+def analyze_command(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Adapters or runs; or one folder with the checkpoints of a trainer.")
+    ],
+    model: Annotated[str | None, typer.Option(help="The base; the one that the first adapter names.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The report; its figures go beside it, as JSON.")
+    ] = Path("analysis.html"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what training changed: magnitude, direction and spectrum of every layer, similarity, drift.
+
+    Writes one self-contained HTML page and a JSON file of the same name. Works on
+    adapters of LoRA, DoRA, VeRA and DVoRA.
+    """
+    with one_line(debug), wrong_input():
+        if not output.absolute().parent.is_dir():
+            raise UsageError(f"--output {output}: there is no folder {output.parent}")
+        if output.suffix != ".html":
+            raise UsageError(f"--output {output}: the report is a page, so its name has to end in .html")
+        from ..analysis.measures import means
+        from ..recipes.analyzing import analyze_folders, write_report
+
+        found = analyze_folders(folders, model)
+        figures = write_report(found, folders, output)
+        rows: list[dict[str, Any]] = [
+            {"adapter": name, "layers": len(changes), **means([each.change for each in changes])}
+            for name, changes in zip(found.analysis.adapters, found.analysis.changes, strict=True)
+        ]
+        Output(as_json, quiet).result({"report": str(output), "figures": str(figures), "adapters": rows})

@@ -1,0 +1,101 @@
+"""What adapters in folders changed: one, several beside each other, or the checkpoints of one training."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..analysis import Analysis, analyze
+from .adapters import load_adapted, read_adapter
+from .architectures import quietly
+from .checkpoints import step_of
+from .files import write_atomically
+from .run_folder import ADAPTER, RECORD
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+@dataclass(frozen=True)
+class Analyzed:
+    """The analysis of adapters in folders.
+
+    Args:
+        analysis: of them, in the order of the folders.
+        steps: of the checkpoints, where they are those of one training.
+    """
+
+    analysis: Analysis
+    steps: tuple[int, ...] | None
+
+
+def analyze_folders(folders: Sequence[Path], model: str | None = None) -> Analyzed:
+    """Measure what adapters changed in their base.
+
+    Args:
+        folders: of adapters, or of runs of `dvora train`; or a single one with the `checkpoint-*` of a trainer.
+        model: the base; None: the one that the first adapter names.
+
+    Raises:
+        ValueError: a folder holds no adapter, or the adapters are of several methods or do not fit the base.
+    """
+    found = _checkpoints(folders[0]) if len(folders) == 1 else []
+    adapters = [read_adapter(folder) for folder in found or folders]
+    methods = dict.fromkeys(adapter.method for adapter in adapters)
+    if len(methods) > 1:
+        raise ValueError(f"the adapters are of several methods ({', '.join(methods)}); compare those of one method")
+    names = _names(found or folders)
+    adapted = load_adapted(adapters[0], adapters[0].base(model))
+    with quietly():
+        for name, adapter in zip(names[1:], adapters[1:], strict=True):
+            adapted.load_adapter(str(adapter.folder), adapter_name=name)
+    analysis = analyze(adapted, ["default", *names[1:]])
+    steps = tuple(map(step_of, found)) if found else None
+    return Analyzed(_renamed(analysis, names), steps)
+
+
+def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
+    """Write the page, and the figures beside it as JSON; returns the file of figures.
+
+    Raises:
+        ValueError: the page's name does not end in .html.
+        OSError: a file cannot be written.
+    """
+    from ..analysis.page import report
+
+    if page.suffix != ".html":
+        raise ValueError(f"the report is a page: {page} has to end in .html")
+    what = folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} adapters"
+    text = report(found.analysis, f"What training changed: {what}", "Made by dvora analyze.", found.steps)
+    figures = {**found.analysis.told(), "steps": found.steps}
+    write_atomically(page, text.encode())
+    write_atomically(page.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
+    return page.with_suffix(".json")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that a trainer left in a folder, by step; none in the folder of an adapter."""
+    if not folder.is_dir() or (folder / "adapter_config.json").is_file():
+        return []
+    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and _is_adapter(path)]
+    return sorted(found, key=step_of)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Short names, each once; PEFT takes no dots in them."""
+    names: list[str] = []
+    for folder in folders:
+        path = folder.resolve()
+        of_run = path.name == ADAPTER and (path.parent / RECORD).is_file()
+        name = (path.parent.name if of_run else path.name).replace(".", "_") or "adapter"
+        earlier = names.count(name) + sum(each.startswith(f"{name} (") for each in names)
+        names.append(f"{name} ({earlier + 1})" if earlier else name)
+    return names
+
+
+def _renamed(analysis: Analysis, names: Sequence[str]) -> Analysis:
+    return Analysis(tuple(names), analysis.changes, analysis.similarity, analysis.layer_similarity)

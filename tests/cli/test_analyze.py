@@ -1,0 +1,91 @@
+"""dvora analyze as it is typed, and its report in a browser."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dvora.cli import analyze
+from tests.cli.program import run
+from tests.pages.seen import PHONE, WIDE, seen
+from tests.recipes import tiny_models
+from tests.recipes.finished_runs import finished
+from tests.recipes.saved_adapters import save
+
+EXAMPLES = [line.strip() for line in analyze.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters, the checkpoints of a trainer, a run, and their base."""
+    folder = tmp_path_factory.mktemp("work")
+    base = tiny_models.bert(folder / "base")
+    save(base, folder / "adapter", "dvora")
+    save(base, folder / "other-adapter", "dvora", projection_seed=1)
+    save(base, folder / "vera", "vera")
+    for step in (5, 10, 100):
+        save(base, folder / "trainer-output" / f"checkpoint-{step}", "dvora")
+    shutil.move(finished("text-classification", {"bert": base}, folder).folder, folder / "dvora-run")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_work(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(made)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_every_example_of_the_help_text_runs(command: str) -> None:
+    ended = run(command)
+    assert ended.code == 0, ended.stderr
+    assert command in run("dvora analyze --help").stdout
+
+
+def test_the_report_has_figures_and_the_same_as_json(made: Path) -> None:
+    told = json.loads(run("dvora analyze adapter other-adapter --model base -o two.html --json").stdout)
+    assert (told["report"], told["figures"]) == ("two.html", "two.json")
+    figures = json.loads((made / "two.json").read_text())
+    assert [each["name"] for each in figures["adapters"]] == ["adapter", "other-adapter"]
+    assert figures["steps"] is None
+    assert -1 <= figures["similarity"][0][1] <= 1
+    page = (made / "two.html").read_text(encoding="utf-8")
+    assert "Similarity of adapters" in page
+    assert "Along the checkpoints" not in page
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(made: Path) -> None:
+    assert run("dvora analyze trainer-output --model base -o drift.html").code == 0
+    figures = json.loads((made / "drift.json").read_text())
+    assert figures["steps"] == [5, 10, 100]
+    assert [each["name"] for each in figures["adapters"]] == ["checkpoint-5", "checkpoint-10", "checkpoint-100"]
+    assert "Along the checkpoints" in (made / "drift.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str) -> None:
+    if not (made / "seen.html").exists():
+        assert run("dvora analyze trainer-output --model base -o seen.html").code == 0
+    with seen(made / "seen.html", width, scheme) as found:
+        assert found.width() == width
+        assert found.page.locator("svg").count() == 4
+        assert found.page.locator("h2").all_inner_texts()[:2] == ["Overview", "Magnitude and direction"]
+        assert found.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("dvora analyze nowhere", "nowhere is not a folder"),
+        ("dvora analyze adapter vera --model base", "several methods (dvora, vera)"),
+        ("dvora analyze adapter --model base -o report.txt", "has to end in .html"),
+        ("dvora analyze adapter --model base -o nowhere/report.html", "there is no folder nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line(command: str, told: str) -> None:
+    ended = run(command)
+    assert ended.code != 0
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1

@@ -1,0 +1,62 @@
+"""Pages as a real browser shows them."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WIDE, PHONE = 1100, 390
+
+
+@dataclass
+class Seen:
+    """A page in a browser.
+
+    Args:
+        page: of playwright.
+        complaints: what the console said, and what could not be loaded.
+    """
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+
+    def width(self) -> int:
+        """Of everything on it."""
+        found: int = self.page.evaluate("document.documentElement.scrollWidth")
+        return found
+
+    def colour(self, selector: str, what: str = "color") -> tuple[int, ...]:
+        """Red, green and blue of an element."""
+        style = self.page.eval_on_selector(selector, f"each => getComputedStyle(each)['{what}']")
+        return tuple(int(float(part)) for part in style[style.index("(") + 1 : style.index(")")].split(",")[:3])
+
+
+@contextlib.contextmanager
+def seen(file: Path, width: int = WIDE, scheme: str = "light") -> Iterator[Seen]:
+    """A file in headless Chromium, which may load nothing but the file."""
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        pytest.skip(f"no browser is installed ({', '.join(PROGRAMS)})")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        try:
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            found = Seen(context.new_page())
+            found.page.on("console", lambda message: found.complaints.append(message.text))
+            found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
+            found.page.on("request", lambda asked: _note(found, asked.url, file))
+            found.page.goto(file.as_uri())
+            yield found
+        finally:
+            browser.close()
+
+
+def _note(found: Seen, url: str, file: Path) -> None:
+    if url != file.as_uri() and not url.startswith("data:"):
+        found.complaints.append(f"asked for {url}")
