@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bench, convert, count, doctor, inspect, merge
+from . import analyze, bench, convert, count, doctor, inspect, merge, report
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
 from .generate import generate
@@ -44,6 +44,7 @@ for command in (train, evaluate, predict, generate):
     app.command()(command)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)
 app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze_command)
+app.command("report", epilog=report.EXAMPLES)(report.report_command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)

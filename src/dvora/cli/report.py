@@ -1,0 +1,44 @@
+"""`dvora report`: a page to look at."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError, one_line, wrong_input
+from .output import Debug, Json, Output, Quiet
+
+EXAMPLES = """[bold]Examples[/bold]
+
+    dvora report dvora-run
+
+    dvora report dvora-run --against head-run --output compared.html
+"""
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; RUN.html if left out.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run, to show what each gets right that the other does not.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to ask at most.")] = 500,
+    doctor: Annotated[bool, typer.Option(help="Examine the adapter too.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page on a run: what was trained, curves, answers that changed, sizes, and the doctor's table.
+
+    One HTML file that needs nothing else: no server, no scripts, no network.
+    """
+    with one_line(debug), wrong_input():
+        page = output or Path(f"{run.resolve().name}.html")
+        if page.suffix != ".html":
+            raise UsageError(f"--output {page}: the report is a page, so its name has to end in .html")
+        if not page.absolute().parent.is_dir():
+            raise UsageError(f"--output {page}: there is no folder {page.parent}")
+        from ..recipes.run_page import write_page
+
+        write_page(run, page, against, rows, doctor)
+        Output(as_json, quiet).result({"report": str(page), "bytes": page.stat().st_size})

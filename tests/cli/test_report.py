@@ -1,0 +1,122 @@
+"""dvora report as it is typed, on runs of every task, and its page in a browser."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dvora.cli import report
+from dvora.recipes.judging import unchanged_data
+from dvora.recipes.outcomes import outcomes
+from dvora.recipes.prediction import Predictor
+from dvora.recipes.run_folder import read_run
+from tests.cli.program import run
+from tests.pages.seen import PHONE, WIDE, seen
+from tests.recipes import tiny_data, tiny_models
+from tests.recipes.finished_runs import DATA, finished
+
+EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
+SECTIONS = ["What was trained", "How it went", "How good it is"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    makers = {"bert": tiny_models.bert, "vit": tiny_models.vit, "llama": tiny_models.llama}
+    return {name: make(folder / name) for name, make in makers.items()}
+
+
+@pytest.fixture(scope="module")
+def made(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run for each task, and one more of the method "head"."""
+    folder = tmp_path_factory.mktemp("work")
+    for task in DATA:
+        name = "dvora-run" if task == "text-classification" else task
+        shutil.move(finished(task, models, folder, epochs=3, evaluate_every=2).folder, folder / name)
+    shutil.move(finished("text-classification", models, folder, method="head").folder, folder / "head-run")
+    shutil.move(finished("text-classification", models, folder, method="full").folder, folder / "full-run")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_work(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(made)
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall("<h2>(.*)</h2>", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_every_example_of_the_help_text_runs(command: str) -> None:
+    ended = run(command)
+    assert ended.code == 0, ended.stderr
+    assert command in run("dvora report --help").stdout
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_runs_of_every_task_have_a_page(task: str, made: Path) -> None:
+    name = "dvora-run" if task == "text-classification" else task
+    assert run(f"dvora report {name} -o {task}.html").code == 0
+    found = headings(made / f"{task}.html")
+    assert found[:3] == SECTIONS
+    middle = {"causal-lm": ["Texts"], "regression": ["Told and right"]}
+    classes = ["Which classes it mistakes for which", "What changed"]
+    pairs = ["Told and right"] if not read_run(made / name).labels else classes
+    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is it sound?"]
+
+
+@pytest.mark.parametrize("name", ["head-run", "full-run"])
+def test_runs_without_an_adapter_have_one_too(name: str, made: Path) -> None:
+    assert run(f"dvora report {name}").code == 0
+    assert headings(made / f"{name}.html")[:3] == SECTIONS
+
+
+def test_answers_are_those_of_the_models(made: Path) -> None:
+    trained = read_run(made / "dvora-run")
+    rows = unchanged_data(trained).test
+    found = outcomes(trained, rows, read_run(made / "head-run"))
+    for name, told in (("dvora-run", "told"), ("head-run", "before")):
+        model = Predictor(read_run(made / name))
+        expected = [trained.labels[int(row.argmax())] for row in model._logits(rows)]
+        assert [getattr(each, told) for each in found] == expected
+    assert [each.label for each in found] == [trained.labels[row["label"]] for row in rows]
+
+
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["dvora-run", "image-classification", "causal-lm"])
+def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, scheme: str) -> None:
+    page = made / f"seen-{name}.html"
+    if not page.exists():
+        assert run(f"dvora report {name} -o {page.name}").code == 0
+    with seen(page, width, scheme) as found:
+        assert found.width() == width
+        assert found.page.locator("svg").count() >= 2
+        assert found.page.locator("td.pass").count() >= 8
+        assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
+        assert found.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("dvora report nowhere", "holds no run.json"),
+        ("dvora report dvora-run -o page.txt", "has to end in .html"),
+        ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),
+        ("dvora report dvora-run --against regression", "tells other classes"),
+    ],
+)
+def test_wrong_use_is_one_line(command: str, told: str) -> None:
+    ended = run(command)
+    assert ended.code != 0
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_run_whose_data_has_changed_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    trained = finished("text-classification", models, tmp_path)
+    tiny_data.reviews(tmp_path / "reviews.csv", 61)
+    assert "has changed" in run(f"dvora report {trained.folder}").stderr
