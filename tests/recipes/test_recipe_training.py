@@ -85,6 +85,8 @@ def test_every_task_is_trained_and_judged(models: dict[str, Path], tmp_path: Pat
     record = read_run(tmp_path / "out").record
     assert record == json.loads(json.dumps(outcome.run.record))
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
+    evaluated = [entry["step"] for entry in record["history"] if "eval_loss" in entry]
+    assert len(evaluated) == len(set(evaluated)) == 4
     assert sum(losses[-3:]) < sum(losses[:3])
     expected = {
         "regression": {"loss", "pearson", "rmse"},

@@ -13,7 +13,7 @@ from peft import PeftModel
 from ..analysis import analyze
 from ..analysis.pictures import magnitude_and_direction
 from ..doctor import Examination
-from ..pages.page import Section, Table, page
+from ..pages.page import Section, Table, page, shown
 from .examining import examine_folder
 from .files import write_atomically
 from .generation import Continuation
@@ -100,7 +100,7 @@ def _trained(run: Run) -> Section:
         "size of the base": _bytes(sizes.base),
         "share": f"1 / {sizes.base / sizes.adapter:,.0f}" if sizes.adapter < sizes.base else "all of it",
     }
-    rows = [{"": name, " ": value} for name, value in told.items() if value not in (None, "")]
+    rows = [{"": name, " ": shown(value)} for name, value in told.items() if value not in (None, "")]
     return Section("What was trained", [], tables=[Table(rows)])
 
 
@@ -122,12 +122,13 @@ def _answers(run: Run, found: Sequence[Outcome], other: Run | None) -> list[Sect
         pairs = [(float(each.label), float(each.told)) for each in found]
         return [Section("Told and right", [], [numbers(pairs)], [Table(_furthest(found), "furthest off")])]
     drawn = confusion([(str(each.label), str(each.told)) for each in found], run.labels)
-    who = "the base before training, whose new layers are random" if other is None else f"the run {other.folder.name}"
+    before = "before" if other is None else other.folder.name
+    who = "the base before training, whose new layers are random" if other is None else f"the run {before}"
     gained = [each for each in found if each.told == each.label and each.before not in (None, each.label)]
     lost = [each for each in found if each.told != each.label and each.before == each.label]
     tables = [
-        Table(_examples(gained, "before"), f"right here, wrong by {who}: {len(gained):,}"),
-        Table(_examples(lost, "before"), f"wrong here, right by {who}: {len(lost):,}"),
+        Table(_examples(gained, before), f"right here, wrong by {who}: {len(gained):,}"),
+        Table(_examples(lost, before), f"wrong here, right by {who}: {len(lost):,}"),
     ]
     right = sum(each.told == each.label for each in found)
     text = [f"{right:,} of {len(found):,} right ({right / len(found):.1%})."]

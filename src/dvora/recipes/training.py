@@ -122,6 +122,8 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
         if is_first():
             write_record(folder, record)
         return Outcome(None, trainer.state.global_step)
+    # Before the last judgements, which the trainer notes as if they were evaluations of this step.
+    history = _history(trainer.state.log_history)
     record |= {
         "state": "finished",
         "trained_values": trained_values(prepared.model),
@@ -129,7 +131,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
         "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
         or trainer.state.global_step,
         "metrics": final_metrics(trainer, prepared),
-        "history": _history(trainer.state.log_history),
+        "history": history,
     }
     if is_first():
         _finish(folder, prepared, record)
