@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 # Debian splits the part of venv that brings pip into a package of its own.
 BARE_VENV := { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 
-.PHONY: setup demo test examples conformance fuzz lint bench docs
+.PHONY: setup demo test examples conformance fuzz lint bench docs site
 
 setup: $(READY)
 
@@ -48,3 +48,6 @@ bench: setup  ## write benchmarks/results/*.json
 
 docs: setup  ## write the README's tables from the committed results
 	$(PY) -m benchmarks.readme
+
+site: setup  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet

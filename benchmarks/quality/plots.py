@@ -22,7 +22,7 @@ from benchmarks.quality.results import RESULT
 from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, LABELS, SEEDS, Result, result_of
 
-FOLDER = Path(__file__).parent.parent / "plots"
+FOLDER = Path(__file__).parent.parent.parent / "docs" / "pictures"
 COLOURS = {
     "frozen": "0.6",
     "tfidf": "0.75",
@@ -270,7 +270,7 @@ def main() -> None:
     for name, draw in PICTURES.items():
         if _tasks(result, NEEDED[name]):
             figure = draw(result)
-            figure.savefig(FOLDER / f"quality_{name}.png", dpi=110)
+            figure.savefig(FOLDER / f"{name}.png", dpi=110)
             plt.close(figure)
 
 

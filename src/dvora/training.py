@@ -36,7 +36,8 @@ def parameter_groups(
         learning_rate: of the groups that `learning_rates` leaves out.
         weight_decay: of the groups that `weight_decays` leaves out, but for the magnitude: it starts as the norm of its
             row, and decay would pull it away from there. Its own is zero.
-        learning_rates, weight_decays: by group: "magnitude", "lambda_b", "lambda_d", "head".
+        learning_rates: by group: "magnitude", "lambda_b", "lambda_d", "head".
+        weight_decays: likewise.
 
     Returns:
         One dictionary a group that is not empty: `name`, `params`, `lr`, `weight_decay`.

@@ -21,7 +21,8 @@ class LayerChange:
         layer: its name in the model.
         kind: the last part of the name, which layers of a kind share.
         shape: rows and columns of its weight.
-        change, spectrum: how far it was moved, and by which singular values.
+        change: how far it was moved.
+        spectrum: by which singular values.
     """
 
     layer: str

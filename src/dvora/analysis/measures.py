@@ -59,7 +59,8 @@ def change(weight: Float[Tensor, "O I"], moved: Float[Tensor, "O I"]) -> Change:
     """How far a weight was moved; rows of zeros count as unmoved.
 
     Args:
-        weight, moved: before and after, in float64.
+        weight: before, in float64.
+        moved: after.
     """
     before, after = weight.norm(dim=1), moved.norm(dim=1)
     live = before > 0

@@ -1,0 +1,95 @@
+"""The documentation: its code runs, what it types is what is recorded, its links lead somewhere, its site is built."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+import dvora
+from tests.recipes import tiny_models
+from transcript.__main__ import BLOCK, PAGES, SHELL, commands, recorded
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
+FILES = sorted(DOCS.rglob("*.md"))
+CODE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+FENCES = re.compile(r"^```(\w*)$", flags=re.MULTILINE)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(DOCS).as_posix()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with small models under the names that pages use, and an adapter where the commands leave theirs."""
+    tiny_models.bert(tmp_path / "minilm")
+    tiny_models.llama(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained("minilm", num_labels=2)
+    config = dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained("runs/reviews/adapter")
+    return tmp_path
+
+
+# transformers deprecates a property that PEFT still asks for; bitsandbytes tells of casts.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("path", [path for path in FILES if CODE.search(path.read_text(encoding="utf-8"))], ids=name)
+@pytest.mark.usefixtures("desk")
+def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path) -> None:
+    names: dict[str, object] = {"__name__": "page"}
+    for code in CODE.findall(path.read_text(encoding="utf-8")):
+        exec(compile(code, str(path), "exec"), names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_block_is_of_a_kind_that_is_run(path: Path) -> None:
+    opened = FENCES.findall(path.read_text(encoding="utf-8"))[::2]
+    assert {*opened} <= {"python", "console"}
+    assert ("console" in opened) == (name(path) in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_ours_and_have_shown_something(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert {command.split()[0] for command in commands(page=text)} <= {"dvora", *SHELL}
+    assert all(match[2].strip() for match in BLOCK.finditer(text)), "python -m transcript --record"
+    assert len(commands(text)) == text.count("```console")
+
+
+def test_what_is_shown_goes_into_its_own_block() -> None:
+    page = "a\n```console\n$ dvora x\nold\n```\nb\n```console\n$ dvora y\n```\n"
+    assert commands(page) == ["dvora x", "dvora y"]
+    assert recorded(page, ["1\n2", "3"]) == ("a\n```console\n$ dvora x\n1\n2\n```\nb\n```console\n$ dvora y\n3\n```\n")
+
+
+def test_get_started_leads_from_a_table_to_a_merged_model() -> None:
+    typed = commands((DOCS / "get-started.md").read_text(encoding="utf-8"))
+    order = ["train", "predict", "doctor", "report", "analyze", "merge"]
+    assert [command.split()[1] for command in typed if command.split()[1] in order] == order
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    # Its tags name Python functions, which a safe loader does not know.
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"]))
+    assert sorted(pages) == [name(path) for path in FILES]
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (built.returncode, built.stderr) == (0, "")
+    assert "parameter_groups" in (tmp_path / "reference.html").read_text(encoding="utf-8")
