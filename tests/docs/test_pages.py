@@ -75,6 +75,15 @@ def test_get_started_leads_from_a_table_to_a_merged_model() -> None:
     assert [command.split()[1] for command in typed if command.split()[1] in order] == order
 
 
+def test_the_notebook_runs() -> None:
+    command = [sys.executable, "-m", "transcript.notebook"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = re.search(r"merged: (0\.\d+)", ended.stdout)
+    assert told is not None
+    assert float(told[1]) > 0.8
+
+
 def test_every_page_is_in_the_navigation() -> None:
     # Its tags name Python functions, which a safe loader does not know.
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
