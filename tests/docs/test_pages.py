@@ -49,10 +49,13 @@ def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_every_block_is_of_a_kind_that_is_run(path: Path) -> None:
-    opened = FENCES.findall(path.read_text(encoding="utf-8"))[::2]
-    assert {*opened} <= {"python", "console"}
+def test_every_block_is_run_or_says_why_not(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    opened = FENCES.findall(text)[::2]
+    assert {*opened} <= {"python", "console", "sh"}
     assert ("console" in opened) == (name(path) in PAGES)
+    assert opened.count("sh") == len(re.findall(r"^<!-- not run: .+ -->\n```sh$", text, flags=re.MULTILINE))
+    assert not re.search(r"^    (pip|python|dvora|make) ", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
