@@ -12,6 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 import dvora
+from tests.pages.seen import PHONE, WIDE, seen
 from tests.recipes import tiny_models
 from transcript.__main__ import BLOCK, PAGES, SHELL, commands, recorded
 
@@ -94,9 +95,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(pages) == [name(path) for path in FILES]
 
 
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a warning of its making is an error."""
+    folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -104,4 +108,22 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         check=False,
     )
     assert (built.returncode, built.stderr) == (0, "")
-    assert "parameter_groups" in (tmp_path / "reference.html").read_text(encoding="utf-8")
+    return folder
+
+
+def test_the_reference_comes_from_the_docstrings(site: Path) -> None:
+    text = (site / "reference.html").read_text(encoding="utf-8")
+    for told in ("parameter_groups", "DVoRAConfig", "examine", "dvora_linear"):
+        assert told in text
+
+
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", ["index", "get-started", "how-it-works", "results", "reference", "notebook"])
+def test_the_site_reads_well_in_a_browser(site: Path, page: str, width: int, scheme: str) -> None:
+    with seen(site / f"{page}.html", width, scheme, root=site) as found:
+        assert found.width() == width
+        assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
+        paper = sum(found.colour("body", "backgroundColor"))
+        assert (paper > 600) == (scheme == "light")
+        assert found.complaints == []

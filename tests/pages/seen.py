@@ -37,8 +37,15 @@ class Seen:
 
 
 @contextlib.contextmanager
-def seen(file: Path, width: int = WIDE, scheme: str = "light") -> Iterator[Seen]:
-    """A file in headless Chromium, which may load nothing but the file."""
+def seen(file: Path, width: int = WIDE, scheme: str = "light", root: Path | None = None) -> Iterator[Seen]:
+    """A file in headless Chromium, which may load nothing but the file, or the files of a site.
+
+    Args:
+        file: a page.
+        width: of the window, in pixels.
+        scheme: light or dark.
+        root: of the site; None: the page is all there is.
+    """
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f"no browser is installed ({', '.join(PROGRAMS)})")
@@ -50,13 +57,13 @@ def seen(file: Path, width: int = WIDE, scheme: str = "light") -> Iterator[Seen]
             found = Seen(context.new_page())
             found.page.on("console", lambda message: found.complaints.append(message.text))
             found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
-            found.page.on("request", lambda asked: _note(found, asked.url, file))
+            found.page.on("request", lambda asked: _note(found, asked.url, (root or file).as_uri()))
             found.page.goto(file.as_uri())
             yield found
         finally:
             browser.close()
 
 
-def _note(found: Seen, url: str, file: Path) -> None:
-    if url != file.as_uri() and not url.startswith("data:"):
+def _note(found: Seen, url: str, allowed: str) -> None:
+    if not url.startswith((allowed, "data:")):
         found.complaints.append(f"asked for {url}")
