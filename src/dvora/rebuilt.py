@@ -10,7 +10,7 @@ Nothing here is fast, and nothing is shared with what it is compared with.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .layouts import COLUMNS, KERNELS, ROWS, Layout
 from .shapes import Float
 from .tuner.layer import DVoRALayer
+from .tuner.operating_weight import device_of, input_dtype
 
 Values = Mapping[str, Tensor]
 """Trained values by the name of their vector or matrix, in float64."""
@@ -115,14 +116,14 @@ class Subject:
         """W in float64, as the base computes with it."""
         if self.layout is not None:
             return self.layout.matrix(self.stored()).double()
-        every = torch.eye(self.base.in_features, device=self.base.weight.device, dtype=self.dtype)
+        every = torch.eye(self.base.in_features, device=device_of(self.base), dtype=self.dtype)
         found: Tensor = self.base(every).double() - self.base(torch.zeros_like(every[:1])).double()
         return found.T
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the inputs that the base takes."""
-        return self.stored().dtype if self.layout is not None else torch.float32
+        return self.stored().dtype if self.layout is not None else input_dtype(self.base)
 
     def make_differentiable(self) -> None:
         """Leave the fast paths of evaluation, through which quantised layers give no gradient."""
@@ -153,31 +154,34 @@ def subjects(model: nn.Module, adapters: Sequence[str] | None = None) -> Iterato
         adapters: by name; None: the active ones.
     """
     for path, layer in model.named_modules():
-        name = path.removeprefix("base_model.model.")
-        for kind, terms_of in _METHODS.items():
+        for kind, term_of in _METHODS.items():
             if isinstance(layer, kind):
                 names = layer.active_adapters if adapters is None else adapters
-                terms = tuple(terms_of(layer, adapter) for adapter in names)
-                base = layer.get_base_layer()
-                found = tuple(term for term in terms if term is not None)
-                layout = layer.kind.layout if isinstance(layer, DVoRALayer) else _layout(base)
-                if found and _is_called(layer) and not _is_odd(base, layout):
-                    yield Subject(name, layer, base, found, layout if _is_plain(base) else None)
+                terms = tuple(term for name in names if (term := term_of(layer, name)) is not None)
+                subject = _subject(path.removeprefix("base_model.model."), layer, terms)
+                if subject is not None:
+                    yield subject
 
 
-def _is_called(layer: nn.Module) -> bool:
-    """Whether it is a layer with a forward, and no parameter that another module reads."""
-    return not isinstance(layer, DVoRALayer) or layer.kind.low_rank is not None
+def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> Subject | None:
+    """The layer, or None where it has no adapter, is never called, or gives no way to its weight."""
+    base = layer.get_base_layer()
+    is_dvora = isinstance(layer, DVoRALayer)
+    # Parameters and attention's projections are read by the modules around them.
+    if not terms or (is_dvora and layer.kind.low_rank is None):
+        return None
+    layout = layer.kind.layout if is_dvora else _layout(base)
+    if layout is None or not _is_plain(base):
+        layout = None
+        if not isinstance(getattr(base, "in_features", None), int):
+            return None
+    return Subject(name, layer, base, terms, layout)
 
 
 def _is_plain(base: nn.Module) -> bool:
-    weight = getattr(base, "weight", None)
-    return isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-
-
-def _is_odd(base: nn.Module, layout: Layout | None) -> bool:
-    """Whether there is no way to the weight."""
-    return not (_is_plain(base) and layout is not None) and not isinstance(getattr(base, "in_features", None), int)
+    """Whether it keeps its weight as a tensor of numbers that are what they seem."""
+    weight = base._parameters.get("weight")
+    return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).is_floating_point()
 
 
 def _layout(base: nn.Module) -> Layout | None:

@@ -58,6 +58,29 @@ def test_healthy_convolutions_pass(method: str) -> None:
     assert findings(examined(adapted(Convolved(), method, ["conv", "out"]), batch)) == {}
 
 
+class Rounded(nn.Module):
+    """Linear, of which nothing but its forward pass is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 12, 7
+        self.register_buffer("whole", torch.arange(84).reshape(7, 12) % 17 - 8)
+        self.register_buffer("scale", torch.full((7,), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.whole.to(x.dtype).T * self.scale
+
+
+def test_layers_that_show_their_forward_pass_only() -> None:
+    batch = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    base = nn.Sequential()
+    base.add_module("first", Rounded())
+    base.add_module("second", nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)))
+    found = examined(adapted(base, "dvora", ["first", "second"]), batch)
+    assert found.of("outputs").figures["layers"] == 2
+    assert findings(found) == {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["dvora", "lora", "dora"])
 def test_healthy_models_of_other_dtypes_pass(method: str, dtype: torch.dtype) -> None:
