@@ -143,6 +143,15 @@ def test_its_own_loss_and_labels_are_used() -> None:
     assert asked
 
 
+def test_some_layers_stand_for_all() -> None:
+    found = examined(adapted(tiny.bert(), "dvora", "all-linear"), tiny.inputs(tiny.bert()), layers=3)
+    assert (found.layers, found.looked_at) == (14, 3)
+    assert found.of("outputs").figures["layers"] == 3
+    assert found.of("calls").figures["layers"] == 14
+    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
+        examined(patient(), inputs(), layers=0)
+
+
 def test_what_cannot_be_examined_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a PeftModel, got MLP"):
         examine(tiny.mlp(), inputs())  # type: ignore[arg-type]

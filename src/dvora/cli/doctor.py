@@ -30,6 +30,10 @@ def doctor_command(
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base of an adapter; the one that the adapter names.")] = None,
     rows: Annotated[int, typer.Option(help="Rows of the batch that the model is asked.")] = 8,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers to look at for themselves, spread over the model; else all."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -44,14 +48,19 @@ def doctor_command(
     with one_line(debug), wrong_input():
         from ..recipes.examining import examine_folder
 
-        found = examine_folder(folder, model, data or [], rows)
+        found = examine_folder(folder, model, data or [], rows, layers)
         Output(as_json, quiet).result(_json(found) if as_json else _tables(found), f"Doctor's findings on {folder}")
     if any(finding.status == "fail" for finding in found.findings):
         raise typer.Exit(1)
 
 
 def _json(found: "Examination") -> dict[str, Any]:
-    return {"healthy": found.healthy, "findings": [asdict(finding) for finding in found.findings]}
+    return {
+        "healthy": found.healthy,
+        "layers": found.layers,
+        "looked_at": found.looked_at,
+        "findings": [asdict(finding) for finding in found.findings],
+    }
 
 
 def _tables(found: "Examination") -> dict[str, Any]:
@@ -61,7 +70,8 @@ def _tables(found: "Examination") -> dict[str, Any]:
         for finding in found.findings
         if finding.advice
     ]
-    return {"findings": rows, "what_to_do": advice} if advice else {"findings": rows}
+    looked_at = f"{found.looked_at} of {found.layers}"
+    return {"layers_looked_at": looked_at, "findings": rows, **({"what_to_do": advice} if advice else {})}
 
 
 def _shortened(layers: tuple[str, ...]) -> str:

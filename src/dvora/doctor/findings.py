@@ -30,9 +30,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All findings on a model."""
+    """All findings on a model.
+
+    Args:
+        findings: one for each check.
+        layers: how many adapted layers there are.
+        looked_at: how many of them were checked for themselves.
+    """
 
     findings: tuple[Finding, ...]
+    layers: int
+    looked_at: int
 
     @property
     def healthy(self) -> bool:
@@ -50,7 +58,7 @@ class Examination:
     def __str__(self) -> str:
         """A line a check, and the advice below those that need it."""
         width = max(len(finding.check) for finding in self.findings)
-        lines = []
+        lines = [f"{self.looked_at} of {self.layers} adapted layers were looked at for themselves"]
         for finding in self.findings:
             lines.append(f"{finding.status:4}  {finding.check:{width}}  {finding.told}")
             if finding.advice:

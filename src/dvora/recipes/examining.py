@@ -15,7 +15,9 @@ from .tasks import features, longest, task_parts, without_bytes
 TOKENS = 16
 
 
-def examine_folder(folder: Path, model: str | None = None, files: Sequence[str] = (), rows: int = 8) -> Examination:
+def examine_folder(
+    folder: Path, model: str | None = None, files: Sequence[str] = (), rows: int = 8, layers: int | None = None
+) -> Examination:
     """Examine an adapter on its base.
 
     Args:
@@ -23,6 +25,7 @@ def examine_folder(folder: Path, model: str | None = None, files: Sequence[str] 
         model: the base of an adapter; None: the one that it names.
         files: with labelled rows for a run's model; none: rows that the run held out, or trained on.
         rows: of the batch that the model is asked.
+        layers: that are looked at for themselves at most; None: all.
 
     Raises:
         ValueError: the folder holds no adapter, it does not fit the base, or a file is not what the task needs.
@@ -36,12 +39,12 @@ def examine_folder(folder: Path, model: str | None = None, files: Sequence[str] 
         if run.settings.method in ("full", "head"):
             raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
         adapted, processor = load_trained(run)
-        return examine(adapted, _batch(run, adapted, processor, files, rows))
+        return examine(adapted, _batch(run, adapted, processor, files, rows), layers=layers)
     if files:
         raise ValueError(f"{folder} is no run, so nothing says how {files[0]} is to be read; leave the data out")
     adapter = read_adapter(folder)
     adapted = load_adapted(adapter, adapter.base(model))
-    return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS))
+    return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
 
 
 def _batch(run: Run, model: Any, processor: Any, files: Sequence[str], count: int) -> dict[str, Any]:
