@@ -62,7 +62,7 @@ def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> d
 
     The magnitude's rate is a share of the median magnitude, since models differ in the norms of their rows by more than
     a factor of ten; the other vectors are relative to the rows already. They were found with AdamW in runs of some
-    hundred steps; take a third for runs of thousands.
+    hundred steps on MiniLM; take half of it or a third for larger models, and for runs of thousands of steps.
 
     Args:
         model: as for `parameter_groups`, before its parameters are divided among processes.

@@ -19,7 +19,7 @@ PATHS = ("data", "validation_data", "test_data")
 """Keys that take one path or several."""
 RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
-    "dvora": 1e-2, "vera": 1e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
+    "dvora": 1e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
 HEAD_RATE = 1e-3
 """Of new layers, where neither they nor the method are given another."""
