@@ -85,8 +85,7 @@ def test_answers_are_those_of_the_models(made: Path) -> None:
     assert [each.label for each in found] == [trained.labels[row["label"]] for row in rows]
 
 
-@pytest.mark.parametrize("width", [WIDE, PHONE])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
 @pytest.mark.parametrize("name", ["dvora-run", "image-classification", "causal-lm"])
 def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, scheme: str) -> None:
     page = made / f"seen-{name}.html"

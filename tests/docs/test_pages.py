@@ -117,8 +117,7 @@ def test_the_reference_comes_from_the_docstrings(site: Path) -> None:
         assert told in text
 
 
-@pytest.mark.parametrize("width", [WIDE, PHONE])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
 @pytest.mark.parametrize("page", ["index", "get-started", "how-it-works", "results", "reference", "notebook"])
 def test_the_site_reads_well_in_a_browser(site: Path, page: str, width: int, scheme: str) -> None:
     with seen(site / f"{page}.html", width, scheme, root=site) as found:

@@ -143,6 +143,14 @@ def test_its_own_loss_and_labels_are_used() -> None:
     assert asked
 
 
+@pytest.mark.parametrize("method", ["dvora", "lora"])
+def test_rows_of_zeros_are_healthy(method: str) -> None:
+    base = tiny.mlp()
+    with torch.no_grad():
+        base.lin1.weight[3:5] = 0
+    assert findings(examined(adapted(base, method, ["lin0", "lin1"]), inputs())) == {}
+
+
 def test_some_layers_stand_for_all() -> None:
     found = examined(adapted(tiny.bert(), "dvora", "all-linear"), tiny.inputs(tiny.bert()), layers=3)
     assert (found.layers, found.looked_at) == (14, 3)

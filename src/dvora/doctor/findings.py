@@ -69,7 +69,7 @@ class Examination:
 def judged(
     check: str,
     values: Mapping[str, float],
-    limit: float,
+    limits: float | Mapping[str, float],
     told: str,
     advice: str,
     status: Status = "fail",
@@ -79,15 +79,18 @@ def judged(
     Args:
         check: its name.
         values: the figure by layer; one that is not a number is above any limit.
-        limit: highest value that passes.
+        limits: highest value that passes, one for all layers or one a layer.
         told: what the figure is.
         advice: for what does not pass.
         status: of a finding that does not pass.
     """
     if not values:
         return Finding(check, "skip", "no layer that this can be checked on")
-    above = sorted((name for name in values if not values[name] <= limit), key=lambda name: -_size(values[name]))
-    worst = max(map(_size, values.values()))
+    by_layer = {name: limits[name] if isinstance(limits, Mapping) else limits for name in values}
+    # The farthest above its own limit first; of figures that pass, the nearest to it.
+    ordered = sorted(values, key=lambda name: -_size(values[name]) / max(by_layer[name], 1e-30))
+    above = [name for name in ordered if not values[name] <= by_layer[name]]
+    worst, limit = _size(values[ordered[0]]), by_layer[ordered[0]]
     figures = {"worst": worst, "limit": limit, "layers": float(len(values))}
     line = f"{told} {'at most ' if len(values) > 1 else ''}{worst:.1e} (limit {limit:.0e})"
     if not above:

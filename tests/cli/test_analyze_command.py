@@ -63,8 +63,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(made: Path) -> None:
     assert "Along the checkpoints" in (made / "drift.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", [WIDE, PHONE])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
 def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str) -> None:
     if not (made / "seen.html").exists():
         assert run("dvora analyze trainer-output --model base -o seen.html").code == 0
