@@ -97,6 +97,7 @@ ORDER = [
     "doctor.round_trip",
     "doctor",
     "pages",
+    "pages.cells",
     "pages.pictures",
     "pages.page",
     "analysis.measures",

@@ -17,24 +17,15 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
-from .layouts import COLUMNS, KERNELS, ROWS, Layout
+from .layouts import Layout
 from .shapes import Float
+from .tuner.kinds import KINDS
 from .tuner.layer import DVoRALayer
 from .tuner.operating_weight import device_of, input_dtype
 
 Values = Mapping[str, Tensor]
 """Trained values by the name of their vector or matrix, in float64."""
-
-_LAYOUTS: Mapping[type[nn.Module], Layout] = {
-    nn.Linear: ROWS,
-    Conv1D: COLUMNS,
-    nn.Conv1d: KERNELS,
-    nn.Conv2d: KERNELS,
-    nn.Conv3d: KERNELS,
-    nn.Embedding: COLUMNS,
-}
 
 
 @dataclass(frozen=True)
@@ -185,7 +176,7 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def _layout(base: nn.Module) -> Layout | None:
-    return next((layout for kind, layout in _LAYOUTS.items() if isinstance(base, kind)), None)
+    return next((kind.layout for layer_type, kind in KINDS.items() if isinstance(base, layer_type)), None)
 
 
 def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from dvora.pages.page import Section, Table, page, shown
+from dvora.pages.cells import shown
+from dvora.pages.page import Section, Table, page
 from dvora.pages.pictures import axes_of, new_figure, svg
 from tests.pages.seen import PHONE, WIDE, seen
 

@@ -28,10 +28,8 @@ def report(found: Analysis, title: str, foot: str, steps: Sequence[int] | None =
     if several:
         lead += f" {len(found.adapters)} adapters are compared; layers are shown of the last, {found.adapters[-1]}."
     sections = [_overview(found), _directions(found, changes), _places(changes), _spectra(changes)]
-    if several and steps is None:
-        sections.append(_similarity(found))
-    if steps is not None and several:
-        sections.append(_drift(found, steps))
+    if several:
+        sections.append(_similarity(found) if steps is None else _drift(found, steps))
     return page(title, lead, [*sections, _layers(changes)], foot)
 
 

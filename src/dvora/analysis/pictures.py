@@ -1,9 +1,10 @@
 """Pictures of an analysis."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from ..pages.pictures import COLOURS, axes_of, new_figure, svg
 from . import Analysis, LayerChange
@@ -20,15 +21,10 @@ def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
     """One point a layer: the change of its magnitude against that of its direction (DoRA paper, figure 2)."""
     figure = new_figure(5, 3.6)
     (axes,) = axes_of(figure)
-    for place, kind in enumerate(kinds_of(changes)):
-        points = [each.change for each in changes if each.kind == kind]
+    for where, mark, style in _by_kind(changes):
+        points = [changes[index].change for index in where]
         axes.plot(
-            [point.direction for point in points],
-            [point.magnitude for point in points],
-            MARKS[place % len(MARKS)],
-            color=COLOURS[place % len(COLOURS)],
-            label=kind,
-            alpha=0.85,
+            [point.direction for point in points], [point.magnitude for point in points], mark, alpha=0.85, **style
         )
     axes.set(xlabel="change of direction, mean of 1 - cos", ylabel="relative change of magnitude")
     axes.set_xlim(left=0)
@@ -41,16 +37,8 @@ def sizes(changes: Sequence[LayerChange]) -> Markup:
     """How far each layer was moved, along the model."""
     figure = new_figure(5, 3.2)
     (axes,) = axes_of(figure)
-    for place, kind in enumerate(kinds_of(changes)):
-        where = [index for index, each in enumerate(changes) if each.kind == kind]
-        axes.plot(
-            where,
-            [changes[index].change.size for index in where],
-            marker=MARKS[place % len(MARKS)],
-            color=COLOURS[place % len(COLOURS)],
-            label=kind,
-            linewidth=1,
-        )
+    for where, mark, style in _by_kind(changes):
+        axes.plot(where, [changes[index].change.size for index in where], marker=mark, linewidth=1, **style)
     axes.set(xlabel="layer, in the order of the model", ylabel="||W' - W|| / ||W||")
     axes.set_ylim(bottom=0)
     _legend(figure)
@@ -61,17 +49,11 @@ def spectra(changes: Sequence[LayerChange]) -> Markup:
     """Singular values of the updates: the median over the layers of a kind."""
     figure = new_figure(5, 3.2)
     (axes,) = axes_of(figure)
-    for place, kind in enumerate(kinds_of(changes)):
-        found = [each.spectrum.values for each in changes if each.kind == kind]
+    for where, _, style in _by_kind(changes):
+        found = [changes[index].spectrum.values for index in where]
         length = min(map(len, found))
         values = np.array([each[:length] for each in found])
-        axes.plot(
-            range(1, length + 1),
-            np.median(values, axis=0),
-            color=COLOURS[place % len(COLOURS)],
-            label=kind,
-            linewidth=1.5,
-        )
+        axes.plot(range(1, length + 1), np.median(values, axis=0), linewidth=1.5, **style)
     axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
     highest = max((each.spectrum.values[0] for each in changes), default=1.0)
     if highest > 0:
@@ -116,8 +98,14 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
     return svg(figure, "Change of magnitude and direction along checkpoints, and similarity to the last")
 
 
-def _legend(figure: object) -> None:
+def _by_kind(changes: Sequence[LayerChange]) -> Iterator[tuple[list[int], str, dict[str, str]]]:
+    """The places of each kind's layers, and the kind's mark, colour and label."""
+    for place, kind in enumerate(kinds_of(changes)):
+        where = [index for index, each in enumerate(changes) if each.kind == kind]
+        yield where, MARKS[place % len(MARKS)], {"color": COLOURS[place % len(COLOURS)], "label": kind}
+
+
+def _legend(figure: Figure) -> None:
     """Above the axes, in columns."""
-    axes = figure.axes[0]  # type: ignore[attr-defined]
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), frameon=False)  # type: ignore[attr-defined]
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), frameon=False)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError, one_line, wrong_input
+from .errors import check_page, one_line, wrong_input
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -36,10 +36,7 @@ def analyze_command(
     adapters of LoRA, DoRA, VeRA and DVoRA.
     """
     with one_line(debug), wrong_input():
-        if not output.absolute().parent.is_dir():
-            raise UsageError(f"--output {output}: there is no folder {output.parent}")
-        if output.suffix != ".html":
-            raise UsageError(f"--output {output}: the report is a page, so its name has to end in .html")
+        check_page(output)
         from ..analysis.measures import means
         from ..recipes.analyzing import analyze_folders, write_report
 

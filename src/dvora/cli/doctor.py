@@ -64,14 +64,13 @@ def _json(found: "Examination") -> dict[str, Any]:
 
 
 def _tables(found: "Examination") -> dict[str, Any]:
-    rows = [{"": finding.status, "check": finding.check, "found": finding.told} for finding in found.findings]
     advice = [
         {"check": finding.check, "advice": finding.advice, "where": _shortened(finding.layers)}
         for finding in found.findings
         if finding.advice
     ]
     looked_at = f"{found.looked_at} of {found.layers}"
-    return {"layers_looked_at": looked_at, "findings": rows, **({"what_to_do": advice} if advice else {})}
+    return {"layers_looked_at": looked_at, "findings": found.rows(), **({"what_to_do": advice} if advice else {})}
 
 
 def _shortened(layers: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import typer
@@ -37,6 +38,18 @@ _TYPERS_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 class UsageError(ValueError):
     """The command was used wrongly: an argument, a configuration, a file that is not what it should be."""
+
+
+def check_page(page: Path) -> None:
+    """Refuse a name under which no page can be written.
+
+    Raises:
+        UsageError: it does not end in .html, or there is no such folder.
+    """
+    if page.suffix != ".html":
+        raise UsageError(f"--output {page}: the report is a page, so its name has to end in .html")
+    if not page.absolute().parent.is_dir():
+        raise UsageError(f"--output {page}: there is no folder {page.parent}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..pages.cells import shown
 from .streams import results
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]
@@ -65,20 +66,3 @@ def _table(rows: Sequence[Mapping[str, Any]], headed: bool = True) -> Any:
     for row in rows:
         table.add_row(*(shown(row.get(column)) for column in rows[0]))
     return table
-
-
-def shown(value: Any) -> str:
-    """A value for a table."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
-    return str(value)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, one_line, wrong_input
+from .errors import check_page, one_line, wrong_input
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -34,10 +34,7 @@ def report_command(
     """
     with one_line(debug), wrong_input():
         page = output or Path(f"{run.resolve().name}.html")
-        if page.suffix != ".html":
-            raise UsageError(f"--output {page}: the report is a page, so its name has to end in .html")
-        if not page.absolute().parent.is_dir():
-            raise UsageError(f"--output {page}: there is no folder {page.parent}")
+        check_page(page)
         from ..recipes.run_page import write_page
 
         write_page(run, page, against, rows, doctor)

@@ -47,6 +47,10 @@ class Examination:
         """Whether nothing failed and nothing was warned of."""
         return all(finding.status in ("pass", "skip") for finding in self.findings)
 
+    def rows(self) -> list[dict[str, str]]:
+        """A row of a table for each check."""
+        return [{"": finding.status, "check": finding.check, "found": finding.told} for finding in self.findings]
+
     def of(self, check: str) -> Finding:
         """The finding of one check.
 

@@ -7,6 +7,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from .cells import shown
+
 _TEMPLATES = Environment(
     loader=PackageLoader("dvora.pages", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
@@ -54,17 +56,6 @@ def page(title: str, lead: str, sections: Sequence[Section], foot: str) -> str:
     return (
         template.render(title=title, lead=lead, sections=sections, foot=foot, shown=shown, is_number=is_number) + "\n"
     )
-
-
-def shown(value: Any) -> str | Markup:
-    """A cell's text."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value if isinstance(value, Markup) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def is_number(value: Any) -> bool:

@@ -1,19 +1,16 @@
 """What adapters in folders changed: one, several beside each other, or the checkpoints of one training."""
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..analysis import Analysis, analyze
-from .adapters import load_adapted, read_adapter
+from .adapters import SETTINGS, load_adapted, read_adapter
 from .architectures import quietly
-from .checkpoints import step_of
+from .checkpoints import CHECKPOINT, step_of
 from .files import write_atomically
 from .run_folder import ADAPTER, RECORD
-
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def analyze_folders(folders: Sequence[Path], model: str | None = None) -> Analyz
             adapted.load_adapter(str(adapter.folder), adapter_name=name)
     analysis = analyze(adapted, ["default", *names[1:]])
     steps = tuple(map(step_of, found)) if found else None
-    return Analyzed(_renamed(analysis, names), steps)
+    return Analyzed(replace(analysis, adapters=tuple(names)), steps)
 
 
 def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
@@ -75,14 +72,14 @@ def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Those that a trainer left in a folder, by step; none in the folder of an adapter."""
-    if not folder.is_dir() or (folder / "adapter_config.json").is_file():
+    if not folder.is_dir() or _is_adapter(folder):
         return []
     found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and _is_adapter(path)]
     return sorted(found, key=step_of)
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+    return (folder / SETTINGS).is_file()
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -95,7 +92,3 @@ def _names(folders: Sequence[Path]) -> list[str]:
         earlier = names.count(name) + sum(each.startswith(f"{name} (") for each in names)
         names.append(f"{name} ({earlier + 1})" if earlier else name)
     return names
-
-
-def _renamed(analysis: Analysis, names: Sequence[str]) -> Analysis:
-    return Analysis(tuple(names), analysis.changes, analysis.similarity, analysis.layer_similarity)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .files import write_atomically
 
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 MARK = "complete.json"
 """The names and sizes of a checkpoint's files, written last."""
 
@@ -36,7 +37,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted(filter(is_complete, found), key=step_of)
 
 

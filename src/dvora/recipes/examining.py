@@ -13,10 +13,12 @@ from .run_folder import RECORD, Run, load_trained, read_run
 from .tasks import features, longest, task_parts, without_bytes
 
 TOKENS = 16
+EXAMINED = 8
+"""Rows of the batch that a model is asked."""
 
 
 def examine_folder(
-    folder: Path, model: str | None = None, files: Sequence[str] = (), rows: int = 8, layers: int | None = None
+    folder: Path, model: str | None = None, files: Sequence[str] = (), rows: int = EXAMINED, layers: int | None = None
 ) -> Examination:
     """Examine an adapter on its base.
 
@@ -39,7 +41,7 @@ def examine_folder(
         if run.settings.method in ("full", "head"):
             raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
         adapted, processor = load_trained(run)
-        return examine(adapted, _batch(run, adapted, processor, files, rows), layers=layers)
+        return examine(adapted, batch_of(run, adapted, processor, _rows(run, files)[:rows]), layers=layers)
     if files:
         raise ValueError(f"{folder} is no run, so nothing says how {files[0]} is to be read; leave the data out")
     adapter = read_adapter(folder)
@@ -47,15 +49,17 @@ def examine_folder(
     return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
 
 
-def _batch(run: Run, model: Any, processor: Any, files: Sequence[str], count: int) -> dict[str, Any]:
-    """A batch of labelled rows."""
-    if files:
-        rows: Sequence[dict[str, Any]] = labelled_examples(files, run, {}).rows
-    else:
-        data = unchanged_data(run)
-        rows = data.test or data.train
+def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Labelled rows as a batch of the run's model."""
     length = 0 if run.settings.task == "image-classification" else longest(run.settings, processor, model.config)
-    dataset = without_bytes(features(rows[:count], run.settings, processor, length))
+    dataset = without_bytes(features(rows, run.settings, processor, length))
     task = task_parts(run.settings, run.labels, processor)
-    batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(count, len(dataset)))]))
+    batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(len(rows), len(dataset)))]))
     return batch
+
+
+def _rows(run: Run, files: Sequence[str]) -> Sequence[dict[str, Any]]:
+    if files:
+        return labelled_examples(files, run, {}).rows
+    data = unchanged_data(run)
+    return data.test or data.train

@@ -12,9 +12,10 @@ from peft import PeftModel
 
 from ..analysis import analyze
 from ..analysis.pictures import magnitude_and_direction
-from ..doctor import Examination
-from ..pages.page import Section, Table, page, shown
-from .examining import examine_folder
+from ..doctor import Examination, examine
+from ..pages.cells import shown
+from ..pages.page import Section, Table, page
+from .examining import EXAMINED, batch_of
 from .files import write_atomically
 from .generation import Continuation
 from .judging import unchanged_data
@@ -68,7 +69,7 @@ def write_page(folder: Path, output: Path, against: Path | None = None, rows: in
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
     else:
         sections += _answers(run, outcomes(run, held_out, other), other)
-    sections += _soundness(run, doctor)
+    sections += _soundness(run, data.test or data.train, doctor)
     settings = run.settings
     lead = f"{settings.method} on {Path(settings.model).name}, {settings.task}; {held_out_text(run, len(held_out))}."
     title = f"A run of dvora train: {folder.resolve().name}"
@@ -156,24 +157,23 @@ def _texts(found: Sequence[Continuation]) -> Section:
     return Section("Texts", text if rows else ["No held-out text is long enough to begin with."], tables=[Table(rows)])
 
 
-def _soundness(run: Run, doctor: bool) -> list[Section]:
+def _soundness(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[Section]:
     if run.settings.method in ("full", "head"):
         return []
-    model, _ = load_trained(run)
+    model, processor = load_trained(run)
     sections = []
     if isinstance(model, PeftModel):
         found = analyze(model)
         text = ["One point a layer; `dvora analyze` shows more."]
         sections.append(Section("What changed in the layers", text, [magnitude_and_direction(found.changes[0])]))
     if doctor:
-        sections.append(_doctor(examine_folder(run.folder)))
+        sections.append(_doctor(examine(model, batch_of(run, model, processor, rows[:EXAMINED]))))
     return sections
 
 
 def _doctor(found: Examination) -> Section:
-    rows = [{"": each.status, "check": each.check, "found": each.told} for each in found.findings]
     advice = [f"{each.check}: {each.advice}." for each in found.findings if each.advice]
-    return Section("Is it sound?", advice, tables=[Table(rows)])
+    return Section("Is it sound?", advice, tables=[Table(found.rows())])
 
 
 def _sizes(run: Run) -> Sizes:
