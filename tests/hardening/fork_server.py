@@ -28,12 +28,16 @@ def save(folder: str, base: str) -> None:
 
 
 def load_everything() -> None:
-    """Import what commands import when they are called."""
+    """Import the program and what its commands import when they are called.
+
+    Whoever stops Python's import of the program sees Python's own traceback, which no code of ours can change.
+    """
     import accelerate
     import datasets
     import peft
     from transformers import BertForSequenceClassification, PreTrainedTokenizerFast, Trainer
 
+    import dvora.cli.app
     import dvora.recipes.conversion
     import dvora.recipes.inspection
     import dvora.recipes.merging
