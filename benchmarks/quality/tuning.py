@@ -45,9 +45,8 @@ def loss_of(row: Mapping[str, Any]) -> float:
 
 def _first(grid: Grid, task: str, name: str) -> list[Run]:
     arm, tuning, plan = grid.arms[name], grid.tuning, grid.tasks[task]
-    head = None if plan.model == "smollm2" else tuning["head_rate"]
     middle = sorted(arm.rates)[len(arm.rates) // 2]
-    start = Rates(middle, tuning["magnitude_rate"][plan.model], head)
+    start = Rates(middle, tuning["magnitude_rate"][plan.model], tuning["head_rate"][plan.model])
     every = [_fitted(arm, _scaled(start, adapter / middle)) for adapter in arm.rates]
     return [Run(task, name, "trial", grid.training["tuning_seed"], plan.steps, rates) for rates in every]
 

@@ -75,7 +75,7 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
     [
         ("dvora inspect base", 1, "holds no adapter_config.json"),
         ("dvora inspect nothing", 1, "is not a folder"),
-        ("dvora count adapter", 1, "it is an adapter, so name its base"),
+        ("dvora count adapter", 1, "holds an adapter, not a model; name its base"),
         ("dvora count no/such-model", 1, "no/such-model"),
         ("dvora count base --targets nothing", 1, "nothing"),
         ("dvora merge adapter --output base", 1, "not an empty folder"),

@@ -3,14 +3,13 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from .bases import quiet_transformers
+from .bases import check_model_folder, quiet_transformers
 from .hub import check_reachable, check_weights, told_in_one_line
 
 _OWN_CODE = ", which is not run; only transformers' own models are read"
@@ -36,10 +35,7 @@ def config_of(source: str) -> Any:
     Raises:
         ValueError: there is none.
     """
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        hint = "; it is an adapter, so name its base" if (folder / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{source} holds no config.json, so it is no model folder{hint}")
+    check_model_folder(source)
     check_reachable(source)
     with told_in_one_line("the model", source, _OWN_CODE):
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -48,7 +48,7 @@ def load_processor(settings: Settings) -> Any:
         ValueError: there is none, or it cannot be read.
     """
     # What is no model has no tokenizer either, but that is not what is wrong with it.
-    _check_model(settings.model)
+    check_model_folder(settings.model)
     source = settings.tokenizer or settings.model
     kind = transformers.AutoImageProcessor if settings.task == "image-classification" else transformers.AutoTokenizer
     images = settings.task == "image-classification"
@@ -79,7 +79,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
         ValueError: it is no model, cannot be fetched, or has no safetensors weights.
     """
     source = settings.model
-    _check_model(source)
+    check_model_folder(source)
     check_weights(source)
     check_reachable(source)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
@@ -130,7 +130,12 @@ def _heads(model: nn.Module, new: set[str]) -> tuple[str, ...]:
     return (*beside, *sorted(lacking))
 
 
-def _check_model(source: str) -> None:
+def check_model_folder(source: str) -> None:
+    """Check that a model that is no name on the hub is a folder with a model's configuration.
+
+    Raises:
+        ValueError: it is a file, or a folder of something else.
+    """
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file; a model is a folder with config.json and safetensors weights")
@@ -138,7 +143,7 @@ def _check_model(source: str) -> None:
         return
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
-            raise ValueError(f"{source} holds an adapter, not a model; give the base it was trained on")
+            raise ValueError(f"{source} holds an adapter, not a model; name its base")
         raise ValueError(f"{source} holds no config.json, so it is no model folder")
 
 
