@@ -39,7 +39,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# transformers deprecates a property that PEFT still asks for, torch 2.13 an argument that has no other name in torch 2.12.
+# transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 @pytest.mark.parametrize("path", [path for path in FILES if CODE.search(path.read_text(encoding="utf-8"))], ids=name)
