@@ -133,7 +133,7 @@ def read_grid(file: Path = FILE) -> Grid:
     """The grid of a YAML file.
 
     Raises:
-        ValueError: an arm names a task or another arm that is not there.
+        ValueError: an arm names a task or another arm that is not there, or is to be tuned though it has one rate.
         TypeError: an entry has a key that is none.
     """
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -144,6 +144,8 @@ def read_grid(file: Path = FILE) -> Grid:
             raise ValueError(f"arm {name!r} names the task {min(unknown)!r}; there are {', '.join(tasks)}")
         if arm.tuned_as is not None and not arms.get(arm.tuned_as, arm).rates:
             raise ValueError(f"arm {name!r} is tuned as {arm.tuned_as!r}, which is no arm with rates")
+        if arm.one_rate and arm.rates:
+            raise ValueError(f"arm {name!r} has one rate, which is not tuned by itself; give it tuned_as")
     return Grid(content["training"], content["tuning"], tasks, content["layers"], arms)
 
 

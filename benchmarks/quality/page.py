@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
-from benchmarks.quality.tables import score_cell, scores, sizes, table
+from benchmarks.quality.tables import YARDSTICK, difference, score_cell, scores, sizes, table
 
 TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
 
@@ -18,14 +18,15 @@ def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[
     made: dict[str, Callable[[], list[str]]] = {
         "budget": lambda: budget(result, environment, missing),
         "scores": lambda: scores(result, ARMS),
+        "means": lambda: means(result),
         "sizes": lambda: sizes(result, ARMS),
-        "equal": lambda: scores(result, EQUAL_VALUES, "dvora"),
-        "ranks": lambda: scores(result, RANKS, "dvora"),
-        "choices": lambda: scores(result, {"dvora": "default", **CHOICES}, "dvora"),
+        "equal": lambda: scores(result, EQUAL_VALUES, "dvora", "lora_r1"),
+        "ranks": lambda: scores(result, RANKS, "dvora", "dvora_r64"),
+        "choices": lambda: scores(result, {"dvora": "default", **CHOICES}, "dvora", "detached_norm"),
         "rates": lambda: rates(result),
         "stability": lambda: stability(result),
         "long": lambda: long(result),
-        "quantised": lambda: scores(result, QUANTISED, "dvora"),
+        "quantised": lambda: scores(result, QUANTISED, "dvora", "dvora_nf4"),
         "seeds": lambda: seeds(result),
         "failures": lambda: failures(result),
     }
@@ -43,6 +44,24 @@ def budget(result: Result, environment: Mapping[str, Any], missing: int) -> list
         f"{environment['transformers']}, {environment['cores']} cores, one thread a run.",
         *([f"\n**The grid is not finished: {missing:,} of its runs are missing.**"] if missing else []),
     ]
+
+
+def means(result: Result) -> list[str]:
+    """Mean differences to VeRA over the tasks that are scored in points."""
+    points = [task for task in KINDS if KINDS[task] != "bits" and result.finals(task, YARDSTICK)]
+    longer = [task for task in points if result.finals(task, f"{YARDSTICK}_long")]
+    lines = [f"| | short, {len(points)} tasks | four times as long, {len(longer)} tasks |", "|---|---|---|"]
+    for arm, label in TRAINED.items():
+        short = result.mean_gain([(task, arm, YARDSTICK) for task in points])
+        pairs = [(task, *pair) for task in longer if (pair := _better_rates(result, task, arm))]
+        long = result.mean_gain(pairs) if len(pairs) == len(longer) else None
+        if arm != YARDSTICK and (short or long):
+            lines.append(
+                f"| {label} | "
+                + " | ".join("" if each is None else difference(each, 1) for each in (short, long))
+                + " |"
+            )
+    return lines
 
 
 def rates(result: Result) -> list[str]:
@@ -96,8 +115,14 @@ def _rates_cell(result: Result, task: str, arm: str) -> str:
 
 
 def _long_cell(result: Result, task: str, arm: str) -> str:
-    ours, vera = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, "vera"))
-    return score_cell(result, task, ours, vera) if ours and vera else ""
+    pair = _better_rates(result, task, arm)
+    return score_cell(result, task, *pair) if pair else ""
+
+
+def _better_rates(result: Result, task: str, arm: str) -> tuple[str, str] | None:
+    """Of the longer runs of an arm and of VeRA those with the lower validation loss."""
+    ours, theirs = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, YARDSTICK))
+    return (ours, theirs) if ours and theirs else None
 
 
 def _stability_cell(result: Result, task: str, arm: str) -> str:

@@ -35,7 +35,6 @@ COLOURS = {
     "bitfit": "tab:olive",
     "magnitude": "tab:cyan",
     "dvora": "tab:blue",
-    "dvora_orthogonal": "navy",
     "dvora_structured": "tab:purple",
 }
 

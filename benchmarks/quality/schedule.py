@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
-from benchmarks.quality.tuning import LATER_TRIALS, Rows, chosen, trials
+from benchmarks.quality.tuning import Rows, chosen, trial_count, trials
 
 ALONE_STEPS = 12
 
@@ -69,7 +69,7 @@ def remaining(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> int:
             final_rows = sum(row["stage"] == "final" for row in have)
             count += len(grid.seeds_of(arm)) - final_rows
             if _is_tuned(grid, task, arm):
-                count += len(arm.rates) + LATER_TRIALS - sum(row["stage"] == "trial" for row in have)
+                count += trial_count(grid, task, name) - sum(row["stage"] == "trial" for row in have)
     return count
 
 

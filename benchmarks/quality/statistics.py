@@ -1,5 +1,6 @@
 """Scores with their uncertainty: means over seeds, and paired differences over seeds and test items."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -34,8 +35,22 @@ def over_seeds(scores: np.ndarray) -> Interval:
     return Interval(mean, mean - float(half), mean + float(half))
 
 
-def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, reference: np.ndarray) -> Interval:
-    """Mean score of ours minus that of theirs, with the percentile interval of a bootstrap of seeds and items.
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference, and what it is when seeds and items are drawn anew, (draws,)."""
+
+    mean: float
+    drawn: np.ndarray
+
+
+def mean_difference(differences: Sequence[Difference]) -> Interval:
+    """The mean of differences on several tasks, with its percentile interval."""
+    low, high = np.percentile(np.mean([each.drawn for each in differences], axis=0), [2.5, 97.5])
+    return Interval(float(np.mean([each.mean for each in differences])), float(low), float(high))
+
+
+def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, reference: np.ndarray) -> Difference:
+    """Mean score of ours minus that of theirs, and its bootstrap over seeds and items.
 
     Both are drawn anew together: the same seeds and the same items for both sides, since both were trained on the same
     batches and judged on the same items. Drawing rows and columns counts the noise of a single cell more than once, so
@@ -52,9 +67,9 @@ def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, referenc
     both = [scores(kind, each, reference, of_items) for each in (ours, theirs)]
     drawn = ((both[0] - both[1]) * of_seeds).sum(1)
     once = np.ones((1, items))
-    mean = float((scores(kind, ours, reference, once) - scores(kind, theirs, reference, once)).mean())
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(mean, float(low), float(high))
+    return Difference(
+        float((scores(kind, ours, reference, once) - scores(kind, theirs, reference, once)).mean()), drawn
+    )
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.items import unpacked
-from benchmarks.quality.statistics import Interval, Kind, over_seeds, paired_difference, scores
+from benchmarks.quality.statistics import (
+    Difference,
+    Interval,
+    Kind,
+    mean_difference,
+    over_seeds,
+    paired_difference,
+    scores,
+)
 from benchmarks.quality.tuning import loss_of
 
 KINDS: Mapping[str, Kind] = {
@@ -40,7 +48,6 @@ ARMS = {
     "bitfit": "BitFit",
     "magnitude": "magnitude only",
     "dvora": "DVoRA r=256, dense",
-    "dvora_orthogonal": "DVoRA r=256, orthogonal",
     "dvora_structured": "DVoRA r=256, structured",
 }
 """The arms of the main table, in its order."""
@@ -63,7 +70,7 @@ CHOICES = {
     "dvora_attention": "attention only",
     "feed_forward": "feed-forward only",
     "query_value": "query and value only",
-    "dvora_orthogonal": "orthogonal matrices",
+    "orthogonal": "orthogonal matrices",
     "dvora_structured": "structured matrices",
     "gaussian": "Gaussian matrices",
     "rademacher": "matrices of signs",
@@ -82,14 +89,14 @@ RANKS = {
 }
 QUANTISED = {
     "frozen": "frozen base",
-    "frozen_nf4": "... in nf4",
+    "frozen_nf4": "frozen base, nf4",
     "vera": "VeRA r=256",
-    "vera_nf4": "... on nf4",
+    "vera_nf4": "VeRA r=256, nf4",
     "lora_r8": "LoRA r=8",
-    "lora_r8_nf4": "... on nf4",
+    "lora_r8_nf4": "LoRA r=8, nf4",
     "dvora": "DVoRA r=256",
-    "dvora_nf4": "... on nf4",
-    "dvora_int8": "... on int8",
+    "dvora_nf4": "DVoRA r=256, nf4",
+    "dvora_int8": "DVoRA r=256, int8",
 }
 SEEDS = {
     "dvora_projections": ("DVoRA, other matrices", "dvora"),
@@ -126,6 +133,19 @@ class Result:
     def gain(self, task: str, arm: str, over: str) -> Interval | None:
         """How much better an arm is than another on the seeds that both have; bits are turned so that more is better.
 
+        None where one of them has no rows.
+        """
+        return self.mean_gain([(task, arm, over)])
+
+    def mean_gain(self, pairs: Sequence[tuple[str, str, str]]) -> Interval | None:
+        """The mean of gains over (task, arm, other arm); None where one of them has no rows."""
+        differences = [self._difference(*pair) for pair in pairs]
+        known = [each for each in differences if each is not None]
+        return mean_difference(known) if known and len(known) == len(pairs) else None
+
+    def _difference(self, task: str, arm: str, over: str) -> Difference | None:
+        """On the seeds that both have.
+
         A baseline, which has one row since it takes no steps, is compared with every seed of the other.
         """
         ours, theirs = self.finals(task, arm), self.finals(task, over)
@@ -139,14 +159,19 @@ class Result:
         both = ([rows[seed] for seed in seeds] for rows in (ours, theirs))
         return paired_difference(KINDS[task], *(self._told(task, rows) for rows in both), self._reference(task))
 
+    def fewer_seeds(self, task: str, arm: str, over: str) -> int:
+        """How many seeds an arm that is trained has, if it has fewer than the other; else zero."""
+        ours, theirs = self.finals(task, arm), self.finals(task, over)
+        return 0 if _takes_no_steps(ours) or len(ours) >= len(theirs) else len(ours)
+
     def trials(self, task: str, arm: str) -> list[tuple[float, float]]:
-        """(adapter rate, validation loss) of the trials with the usual ratio of the magnitude's rate to it, by rate.
+        """(adapter rate, validation loss) of the trials with the usual rates of magnitude and head beside it, by rate.
 
         A loss that is not finite counts as infinite.
         """
         rows = [row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "trial")]
-        usual = Counter(map(_ratio, rows)).most_common(1)
-        kept = [row for row in rows if _ratio(row) == usual[0][0]]
+        usual = Counter(map(_beside, rows)).most_common(1)
+        kept = [row for row in rows if _beside(row) == usual[0][0]]
         return sorted((row["rates"]["adapter"], loss_of(row)) for row in kept)
 
     def start_loss(self, task: str) -> float:
@@ -221,9 +246,10 @@ class Result:
         return np.zeros(count) if KINDS[task] == "accuracy" else unpacked(row["reference"], "numbers", count)
 
 
-def _ratio(row: Mapping[str, Any]) -> float | None:
+def _beside(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The magnitude's rate as a share of the adapter's, and the head's rate."""
     rates = row["rates"]
-    return None if rates["magnitude"] is None else round(rates["magnitude"] / rates["adapter"], 6)
+    return rates["magnitude"] and round(rates["magnitude"] / rates["adapter"], 6), rates["head"]
 
 
 def _crossing(rates: np.ndarray, losses: np.ndarray, limit: float) -> tuple[float, bool]:

@@ -28,9 +28,13 @@ def quality(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scores(result: Result, arms: dict[str, str], over: str = YARDSTICK) -> list[str]:
-    """A row an arm, a column a task: score, and difference to the yardstick."""
-    tasks = [task for task in KINDS if result.finals(task, over)]
+def scores(result: Result, arms: dict[str, str], over: str = YARDSTICK, needed: str = YARDSTICK) -> list[str]:
+    """A row an arm, a column a task: score, and difference to the yardstick.
+
+    Args:
+        needed: an arm without which a task is left out.
+    """
+    tasks = [task for task in KINDS if result.finals(task, over) and result.finals(task, needed)]
     present = [arm for arm in arms if any(result.finals(task, arm) for task in tasks)]
     return table(tasks, {arms[arm]: [score_cell(result, task, arm, over) for task in tasks] for arm in present})
 
@@ -42,14 +46,18 @@ def table(tasks: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def score_cell(result: Result, task: str, arm: str, over: str) -> str:
-    """Score and difference, such as `84.3 (+1.2: 0.4 to 2.0)`."""
+    """Score and difference, such as `84.3 (+1.2: 0.4 to 2.0)`; the difference is on the seeds that both have."""
     score = result.score(task, arm)
     if score is None:
         return ""
     digits = 3 if KINDS[task] == "bits" else 1
     told = f"{score.mean:.{digits}f}"
     gain = None if arm == over else result.gain(task, arm, over)
-    return told if gain is None else f"{told} ({difference(gain, digits)})"
+    if gain is None:
+        return told
+    few = result.fewer_seeds(task, arm, over)
+    seeds = f"; {few} seed{'s' if few > 1 else ''}" if few else ""
+    return f"{told} ({difference(gain, digits)}{seeds})"
 
 
 def difference(gain: Interval, digits: int) -> str:

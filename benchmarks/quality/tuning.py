@@ -8,8 +8,6 @@ from benchmarks.quality.grid import Arm, Grid, Rates, Run
 
 Rows = Mapping[str, dict[str, Any]]
 """Finished rows by the key of their run."""
-LATER_TRIALS = 4
-"""Trials of a method after those of its first rates."""
 
 
 def trials(grid: Grid, task: str, name: str, rows: Rows) -> list[Run]:
@@ -18,7 +16,7 @@ def trials(grid: Grid, task: str, name: str, rows: Rows) -> list[Run]:
     The next ones follow once these are finished.
     """
     runs = _first(grid, task, name)
-    for following in (_second, _third):
+    for following in (_second, _third, _fourth):
         if not _finished(runs, rows):
             break
         runs = runs + following(grid, name, runs, rows)
@@ -33,8 +31,12 @@ def chosen(grid: Grid, task: str, name: str, rows: Rows) -> Rates | None:
         rates = chosen(grid, where, source, rows)
         return rates and _fitted(grid.arms[name], _scaled(rates, grid.arms[name].rate_factor))
     runs = trials(grid, task, name, rows)
-    whole = len(grid.arms[name].rates) + LATER_TRIALS
-    return _best(runs, rows).rates if len(runs) == whole and _finished(runs, rows) else None
+    return _best(runs, rows).rates if len(runs) == trial_count(grid, task, name) and _finished(runs, rows) else None
+
+
+def trial_count(grid: Grid, task: str, name: str) -> int:
+    """How many trials a tuned arm gets on a task."""
+    return len(grid.arms[name].rates) + 2 + 2 + len(grid.tuning["head_factors"][grid.tasks[task].model])
 
 
 def loss_of(row: Mapping[str, Any]) -> float:
@@ -63,10 +65,19 @@ def _third(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
     best, around = _best(runs, rows), grid.tuning["around"]
     assert best.rates is not None
     magnitude = best.rates.magnitude
-    if magnitude is None or grid.arms[name].one_rate:
+    if magnitude is None:
         return _at(grid, name, best, (1 / around, around))
     factors = grid.tuning["magnitude_factors"]
     return [replace(best, rates=replace(best.rates, magnitude=magnitude * factor)) for factor in factors]
+
+
+def _fourth(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+    """Other rates of the head, where they matter."""
+    best = _best(runs, rows)
+    assert best.rates is not None
+    head = best.rates.head
+    factors = grid.tuning["head_factors"][grid.tasks[best.task].model]
+    return [replace(best, rates=replace(best.rates, head=head * factor)) for factor in factors if head is not None]
 
 
 def _at(grid: Grid, name: str, run: Run, factors: tuple[float, ...]) -> list[Run]:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality.items import packed, unpacked
-from benchmarks.quality.statistics import Kind, over_seeds, paired_difference, scores
+from benchmarks.quality.statistics import Interval, Kind, mean_difference, over_seeds, paired_difference, scores
 
 GENERATOR = np.random.default_rng(0)
 
@@ -30,6 +30,10 @@ def test_weighted_scores_are_those_of_repeated_rows(kind: Kind) -> None:
     np.testing.assert_allclose(scores(kind, items, reference, weights), expected, rtol=1e-9)
 
 
+def difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    return mean_difference([paired_difference("accuracy", ours, theirs, np.zeros(ours.shape[1]))])
+
+
 def test_a_mean_has_students_interval() -> None:
     values = np.array([80.0, 81.0, 83.0])
     found = over_seeds(values)
@@ -40,7 +44,7 @@ def test_a_mean_has_students_interval() -> None:
 
 def test_an_arm_does_not_differ_from_itself() -> None:
     items = GENERATOR.random((5, 100)) > 0.3
-    found = paired_difference("accuracy", items, items, np.zeros(100))
+    found = difference(items, items)
     assert (found.mean, found.low, found.high) == (0, 0, 0)
     assert not found.excludes_zero
 
@@ -54,7 +58,7 @@ def test_the_interval_covers_the_truth_at_least_as_often_as_it_says() -> None:
         shifts = generator.normal(0, 0.01, (5, 1))
         theirs = hard > 0.25 + shifts + generator.normal(0, 0.1, (5, 300))
         ours = hard > 0.22 + shifts + generator.normal(0, 0.1, (5, 300))
-        found = paired_difference("accuracy", ours, theirs, np.zeros(300))
+        found = difference(ours, theirs)
         covered += found.low <= 3 <= found.high
     assert covered / 200 >= 0.93
 
@@ -64,9 +68,21 @@ def test_the_same_items_are_drawn_for_both_sides() -> None:
     theirs = np.tile(GENERATOR.random(1000) > 0.5, (5, 1))
     ours = theirs.copy()
     ours[:, np.flatnonzero(~theirs[0])[:20]] = True
-    found = paired_difference("accuracy", ours, theirs, np.zeros(1000))
+    found = difference(ours, theirs)
     assert found.mean == pytest.approx(2)
     assert 1 < found.low < found.high < 3
+
+
+def test_the_mean_over_tasks_is_narrower_than_each() -> None:
+    tasks = []
+    for trial in range(5):
+        generator = np.random.default_rng(trial)
+        theirs = generator.random((3, 400 + trial)) > 0.3
+        tasks.append(paired_difference("accuracy", theirs | (generator.random(theirs.shape) > 0.9), theirs, theirs[0]))
+    found = mean_difference(tasks)
+    assert found.mean == pytest.approx(np.mean([each.mean for each in tasks]))
+    each = [mean_difference([task]) for task in tasks]
+    assert found.high - found.low < 0.7 * min(one.high - one.low for one in each)
 
 
 @pytest.mark.parametrize("items", [GENERATOR.random(13) > 0.5, GENERATOR.random(7).astype(np.float32)])

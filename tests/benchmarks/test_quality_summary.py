@@ -11,7 +11,7 @@ from benchmarks.quality.grid import read_grid
 from benchmarks.quality.items import packed
 from benchmarks.quality.plots import NEEDED, PICTURES
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
-from benchmarks.quality.tables import quality, scores, sizes
+from benchmarks.quality.tables import quality, score_cell, scores, sizes
 
 ITEMS = 50
 ENVIRONMENT = {"python": "3", "torch": "2", "peft": "0", "transformers": "5", "cores": 2, "threads": 1}
@@ -62,6 +62,28 @@ def test_a_gain_counts_common_seeds_only() -> None:
     found = classes(*rows).gain("tweets", "dvora", "vera")
     assert found is not None
     assert found.mean == pytest.approx(10)
+
+
+def test_a_cell_says_when_it_has_fewer_seeds() -> None:
+    rows = [final("tweets", "vera", seed, right(30)) for seed in range(3)]
+    rows += [final("tweets", "dvora", seed, right(35)) for seed in range(2)]
+    rows += [final("tweets", "lora_r8", 0, right(35)), final("tweets", "frozen", 0, right(25), steps=0)]
+    cells = {arm: score_cell(classes(*rows), "tweets", arm, "vera") for arm in ("dvora", "lora_r8", "frozen")}
+    assert "; 2 seeds)" in cells["dvora"]
+    assert "; 1 seed)" in cells["lora_r8"]
+    assert "seed" not in cells["frozen"]
+
+
+def test_a_mean_gain_is_over_all_tasks_or_none() -> None:
+    rows = [final("tweets", arm, 0, right(count)) for arm, count in (("vera", 30), ("dvora", 35))]
+    rows += [final("wordnet10", "majority", 0, right(25), steps=0)]
+    rows += [final("wordnet10", arm, 0, right(count)) for arm, count in (("vera", 30), ("dvora", 34))]
+    result, pairs = classes(*rows), [(task, "dvora", "vera") for task in ("tweets", "wordnet10")]
+    found = result.mean_gain(pairs)
+    assert found is not None
+    assert found.mean == pytest.approx(9)
+    assert result.mean_gain([*pairs, ("movie_reviews", "dvora", "vera")]) is None
+    assert result.mean_gain([]) is None
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -166,6 +188,12 @@ def test_every_picture_is_drawn(name: str) -> None:
     figure.canvas.draw()
     assert any(axes.lines or axes.containers for axes in figure.axes)
     plt.close(figure)
+
+
+@pytest.mark.parametrize("arms", [ARMS, EQUAL_VALUES, RANKS, CHOICES, QUANTISED])
+def test_every_arm_of_a_table_has_a_row_of_its_own(arms: dict[str, str]) -> None:
+    assert len(set(arms.values())) == len(arms)
+    assert len(scores(everything(), arms)) == 2 + len(arms)
 
 
 def test_every_arm_that_is_told_of_is_in_the_grid() -> None:

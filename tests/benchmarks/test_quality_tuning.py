@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
 from benchmarks.quality.results import read_rows
 from benchmarks.quality.schedule import alone, foreign, ready, remaining
-from benchmarks.quality.tuning import LATER_TRIALS, chosen, trials
+from benchmarks.quality.tuning import chosen, trials
 
 GRID = read_grid()
 TUNED = [name for name, arm in GRID.arms.items() if arm.rates]
@@ -41,10 +41,17 @@ def carried_out(task: str, name: str, loss: Any, grid: Grid = GRID) -> dict[str,
 
 @pytest.mark.parametrize("best", [1e-9, 1.0, 1e9], ids=["lowest", "in the middle", "highest"])
 @pytest.mark.parametrize("name", TUNED)
-def test_every_method_gets_as_many_trials(name: str, best: float) -> None:
+@pytest.mark.parametrize(("task", "count"), [("wordnet10", 7), ("fashion_mnist", 8), ("shakespeare", 7)])
+def test_every_method_gets_as_many_trials(task: str, count: int, name: str, best: float) -> None:
     middle = sorted(GRID.arms[name].rates)[1]
-    rows = carried_out("wordnet10", name, best_near(best if best != 1 else middle))
-    assert len(rows) == 3 + LATER_TRIALS
+    rows = carried_out(task, name, best_near(best if best != 1 else middle))
+    assert len(rows) == count
+
+
+def test_the_rate_of_the_head_is_tried_where_it_matters() -> None:
+    *before, last = trials(GRID, "fashion_mnist", "vera", carried_out("fashion_mnist", "vera", best_near(0.02)))
+    assert {run.rates.head for run in before if run.rates} == {1e-3}
+    assert last.rates == Rates(0.02, None, pytest.approx(1e-4))
 
 
 def test_the_search_goes_beyond_an_edge_but_stays_near_what_is_best() -> None:
@@ -101,8 +108,8 @@ def test_rates_are_taken_over_from_another_arm_and_another_task() -> None:
 
 
 def test_one_rate_is_one_rate() -> None:
-    runs = trials(GRID, "wordnet10", "one_rate", carried_out("wordnet10", "one_rate", best_near(0.02)))
-    assert all(run.rates and run.rates.magnitude == run.rates.adapter for run in runs)
+    rows = carried_out("wordnet10", "dvora", best_near(0.02))
+    assert chosen(GRID, "wordnet10", "one_rate", rows) == Rates(0.02, 0.02, 1e-3)
 
 
 def test_methods_without_a_magnitude_have_no_rate_for_it_and_texts_have_no_head() -> None:
@@ -116,7 +123,7 @@ def test_one_seed_of_every_arm_comes_before_the_next_seed() -> None:
     }
     runs = ready(GRID, rows, ["wordnet10"], ["dvora", "vera"])
     assert [(run.seed, run.arm) for run in runs][:4] == [(0, "dvora"), (0, "vera"), (1, "dvora"), (1, "vera")]
-    assert remaining(GRID, rows, ["wordnet10"], ["dvora", "vera"]) == len(runs) == 10
+    assert remaining(GRID, rows, ["wordnet10"], ["dvora", "vera"]) == len(runs) == 2 * len(GRID.training["final_seeds"])
 
 
 def test_what_is_measured_alone_is_each_arm_once_in_each_model() -> None:
@@ -146,6 +153,7 @@ def test_every_row_of_the_result_file_is_of_the_grid() -> None:
         ({"tasks": ["chess"]}, ValueError, "names the task 'chess'"),
         ({"tuned_as": "frozen"}, ValueError, "tuned as 'frozen', which is no arm with rates"),
         ({"tuned_as": "nothing"}, ValueError, "tuned as 'nothing'"),
+        ({"one_rate": True, "rates": [0.1, 0.2, 0.3]}, ValueError, "give it tuned_as"),
         ({"colour": "red"}, TypeError, "colour"),
     ],
 )

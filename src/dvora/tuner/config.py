@@ -32,26 +32,34 @@ BIASES = ("none", "all", "dvora_only")
 class DVoRAConfig(PeftConfig):
     """Configuration of a DVoRA adapter.
 
+    What the defaults rest on: "Choosing" in the documentation, and the rows of `benchmarks/results/quality.json` behind
+    "Results", by question. Where those do not decide, defaults are the papers'.
+
     Args:
-        r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer.
+        r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer
+            (question 2: rows `dvora_r16` to `dvora_r1024`).
         alpha: the update is scaled by `alpha / r`; None means `r`, a scale of one.
         target_modules: names (or a regular expression) of the layers to adapt, or "all-linear"; None takes PEFT's
             default for the architecture. Names that match nothing are warned of, and an error if none matches.
+            "all-linear" is what did best (question 3: `feed_forward`, `dvora_attention`, `query_value`).
         target_parameters: names of parameters to adapt that their modules read themselves: matrices, and the stacks of
             mixture-of-experts blocks. In every pass the adapted weight is made whole, in the parameter's dtype.
         magnitude_modules: names (or a regular expression) of layers that get the magnitude only, one vector a layer,
             whether `target_modules` names them too or not.
         exclude_modules: names (or a regular expression) of layers to leave out.
-        train: which of "magnitude", "lambda_b" and "lambda_d" are trained; the others keep their starting values.
+        train: which of "magnitude", "lambda_b" and "lambda_d" are trained; the others keep their starting values
+            (question 3: `lambda_d_frozen`).
         strength: s of `W + s (W' - W)`, where 0 is the base and 1 the adapter itself; a number, or numbers by layer
             name or regular expression, with 1 for the layers that it does not name.
-        direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA).
-        d_initial: starting value of lambda_d (VeRA paper, table 6: 0.1).
-        detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
+        direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA); question 3:
+            `direction_weight`.
+        d_initial: starting value of lambda_d (VeRA paper, table 6: 0.1; question 3: `d_initial_0.01`, `d_initial_1`).
+        detach_norm: leave the gradient through the norm out (DoRA, section 4.3; question 3: `detached_norm`).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
         projection_init: their kind, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured", which
-            makes the rank nearly free. Adapters converted from PEFT's VeRA have "peft_vera(r=R, in=I, out=O)".
+            makes the rank nearly free (questions 2 and 3). Adapters converted from PEFT's VeRA have "peft_vera(r=R,
+            in=I, out=O)".
         norm_cache: keep the constants of the norm, (out, r) values a layer, or make them again from the weight in every
             step; "auto" keeps them while they are small, `norms.cache_dtype` says when.
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
