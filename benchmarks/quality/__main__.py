@@ -88,6 +88,8 @@ def _is_wanted(run: Run, chosen: argparse.Namespace) -> bool:
 def _told(row: dict[str, Any]) -> str:
     if "error" in row:
         return str(row["error"])
+    if row["stage"] == "alone" and not row.get("diverged"):
+        return f"{row['seconds_per_step']:.2f} s a step"
     if row.get("validation") is None:
         return "diverged"
     score = (row.get("test") or row["validation"])["score"]

@@ -20,7 +20,18 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.results import RESULT
 from benchmarks.quality.statistics import Interval
-from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, LABELS, SEEDS, Result, result_of
+from benchmarks.quality.summary import (
+    ARMS,
+    CHOICES,
+    EQUAL_VALUES,
+    KINDS,
+    LABELS,
+    QUANTISED,
+    SEEDS,
+    Result,
+    result_of,
+)
+from benchmarks.quality.tables import MODELS
 
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "pictures"
 COLOURS = {
@@ -63,31 +74,29 @@ def equal_values(result: Result) -> Figure:
 
 
 def ranks(result: Result) -> Figure:
-    """Question 2: test score against the rank, for dense and structured matrices."""
+    """Question 2: better than dense matrices of rank 256 by how much, against the rank."""
     tasks = _tasks(result, "structured_r64")
     figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), layout="constrained")
-    series = {
-        "dvora": {16: "dvora_r16", 64: "dvora_r64", 256: "dvora", 1024: "dvora_r1024"},
-        "dvora_structured": {
-            16: "structured_r16",
-            64: "structured_r64",
-            256: "dvora_structured",
-            1024: "structured_r1024",
-        },
-    }
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
-        for place, (arm, by_rank) in enumerate(series.items()):
-            found = {rank: score for rank, name in by_rank.items() if (score := result.score(task, name))}
-            at = [rank * (0.97 + 0.06 * place) for rank in found]
-            _line(axes, at, list(found.values()), ARMS[arm].split(", ")[1], COLOURS[arm])
-        if vera := result.score(task, "vera"):
+        for place, (arm, by_rank) in enumerate(_BY_RANK.items()):
+            gains = {rank: gain for rank, name in by_rank.items() if (gain := result.gain(task, name, "dvora"))}
+            at = [rank * (0.97 + 0.06 * place) for rank in gains]
+            _line(axes, at, list(gains.values()), ARMS[arm].split(", ")[1], COLOURS[arm])
+        if vera := result.gain(task, "vera", "dvora"):
             axes.axhline(vera.mean, color=COLOURS["vera"], linestyle="--", label="VeRA r=256")
         axes.set(xscale="log", xlabel="rank")
         axes.set_xticks([16, 64, 256, 1024], ["16", "64", "256", "1,024"])
         axes.minorticks_off()
         axes.set_title(LABELS[task], fontsize="medium")
+    np.atleast_1d(rows)[0].set_ylabel("difference to dense r=256")
     np.atleast_1d(rows)[0].legend(frameon=False, fontsize="small")
     return figure
+
+
+_BY_RANK = {
+    "dvora": {16: "dvora_r16", 64: "dvora_r64", 256: "dvora", 1024: "dvora_r1024"},
+    "dvora_structured": {16: "structured_r16", 64: "structured_r64", 256: "dvora_structured", 1024: "structured_r1024"},
+}
 
 
 def choices(result: Result) -> Figure:
@@ -125,27 +134,12 @@ def rates(result: Result) -> Figure:
 
 
 def quantised(result: Result) -> Figure:
-    """Question 5: test scores on a quantised base beside the float32 base."""
+    """Question 5: every method on a quantised base and on the float32 base, beside DVoRA on the latter."""
     tasks = _tasks(result, "dvora_nf4")
-    pairs = {
-        "frozen base": ("frozen", "frozen_nf4", None),
-        "VeRA r=256": ("vera", "vera_nf4", None),
-        "LoRA r=8": ("lora_r8", "lora_r8_nf4", None),
-        "DVoRA r=256": ("dvora", "dvora_nf4", "dvora_int8"),
-    }
-    figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.2), layout="constrained", sharey=True)
+    figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks) + 1.4, 3.4), layout="constrained", sharey=True)
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
-        for place, arms in enumerate(pairs.values()):
-            for shift, (arm, colour) in enumerate(zip(arms, ("0.2", "tab:blue", "tab:green"), strict=True)):
-                if arm and (score := result.score(task, arm)):
-                    _dot(axes, place + 0.18 * (shift - 1), score, colour)
-        for name, colour in (("float32", "0.2"), ("nf4", "tab:blue"), ("int8", "tab:green")):
-            axes.plot([], [], "o", color=colour, label=name)
-        axes.set_yticks(range(len(pairs)), list(pairs))
-        axes.set_title(LABELS[task], fontsize="medium")
-        axes.grid(axis="x", color="0.92")
-    np.atleast_1d(rows)[0].invert_yaxis()
-    np.atleast_1d(rows)[0].legend(frameon=False, fontsize="small")
+        _differences(axes, result, task, QUANTISED, "dvora")
+        axes.set_xlabel("difference to DVoRA r=256 on float32")
     return figure
 
 
@@ -168,9 +162,7 @@ def seeds(result: Result) -> Figure:
 
 def pareto(result: Result) -> Figure:
     """Question 7: gain over the frozen base against trained values, bytes and time, one line of panels a model."""
-    tasks = [
-        task for task in ("movie_reviews", "wordnet10", "fashion_mnist", "shakespeare") if result.finals(task, "vera")
-    ]
+    tasks = [task for task in MODELS.values() if result.finals(task, "vera")]
     figure, grid = plt.subplots(
         len(tasks), 3, figsize=(11, 2.9 * len(tasks)), layout="constrained", squeeze=False, sharey="row"
     )

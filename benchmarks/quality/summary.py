@@ -53,9 +53,9 @@ ARMS = {
 """The arms of the main table, in its order."""
 EQUAL_VALUES = {
     "vera": "VeRA r=256",
-    "vera_equal": "VeRA of higher rank",
+    "vera_equal": "VeRA r=832",
     "lora_r1": "LoRA r=1",
-    "lora_query_value": "LoRA r=5 or 6, query and value",
+    "lora_query_value": "LoRA r=5, query and value",
     "dvora_attention": "DVoRA r=256, attention only",
 }
 CHOICES = {
