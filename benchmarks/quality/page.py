@@ -80,7 +80,7 @@ def stability(result: Result) -> list[str]:
 
 def long(result: Result) -> list[str]:
     """Four times as many steps: each method with the better of two rates by validation loss, then everything."""
-    methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora", "dvora_structured")}
+    methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora")}
     tasks = [task for task in KINDS if result.finals(task, "vera_long")]
     better = {label: [_long_cell(result, task, arm) for task in tasks] for arm, label in methods.items()}
     endings = {"": "", "_long": ", four times as long", "_long_third": ", four times as long, a third of the rates"}
