@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
     "no tokenizer": (without("base/token*"), TRAIN, 2, "holds no tokenizer"),
     "no weights": (without("base/model*"), TRAIN, 2, "holds no safetensors weights"),
     "no model": (without("base/config.json"), TRAIN, 2, "holds no config.json, so it is no model folder"),
-    "an adapter as model": (nothing, f"{TRAIN} -m adapter", 2, "holds an adapter, not a model; give the base"),
+    "an adapter as model": (nothing, f"{TRAIN} -m adapter", 2, "holds an adapter, not a model; name its base"),
     "a file as model": (nothing, f"{TRAIN} -m reviews.csv", 2, "reviews.csv is a file; a model is a folder"),
     "a damaged configuration": (content("base/config.json", b"{"), TRAIN, 2, "is not a valid JSON file"),
     "a configuration of nothing": (content("base/config.json", b"{}"), TRAIN, 2, "Unrecognized model"),
