@@ -12,11 +12,10 @@ from benchmarks.quality.grid import Arm, Rates
 from dvora import DVoRAConfig
 
 
-def adapted(backbone: nn.Module, arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> nn.Module:
+def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int) -> nn.Module:
     """The backbone with the arm's method in it, its random starts drawn from the seed.
 
     Args:
-        rank: of the update, for methods that have one.
         layers: regular expressions by name.
         seed: of the shared matrices, or of LoRA's random start.
     """
@@ -30,7 +29,7 @@ def adapted(backbone: nn.Module, arm: Arm, rank: int | None, layers: Mapping[str
         return backbone
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(backbone, _CONFIGS[arm.method](arm, rank, layers, seed))
+        model = get_peft_model(backbone, _CONFIGS[arm.method](arm, layers, seed))
     if arm.vectors == "bfloat16":
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -70,36 +69,36 @@ def _targets(arm: Arm, layers: Mapping[str, str]) -> str:
     return "all-linear" if arm.layers == "all" else layers[arm.layers]
 
 
-def _dvora(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert rank is not None
-    return DVoRAConfig(r=rank, target_modules=_targets(arm, layers), projection_seed=seed, **arm.options)
+def _dvora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert arm.r is not None
+    return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **arm.options)
 
 
-def _magnitude(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+def _magnitude(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
     every_layer = f"{layers['attention']}|{layers['feed_forward']}"
     return DVoRAConfig(r=1, target_modules=every_layer, magnitude_modules=every_layer, **arm.options)
 
 
-def _vera(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    return VeraConfig(r=rank, target_modules=_targets(arm, layers), projection_prng_key=seed, **arm.options)
+def _vera(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    return VeraConfig(r=arm.r, target_modules=_targets(arm, layers), projection_prng_key=seed, **arm.options)
 
 
-def _lora(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert rank is not None
+def _lora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert arm.r is not None
     return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
+        r=arm.r,
+        lora_alpha=2 * arm.r,
         target_modules=_targets(arm, layers),
         use_dora=arm.method == "dora",
         **arm.options,
     )
 
 
-def _ia3(arm: Arm, rank: int | None, layers: Mapping[str, str], seed: int) -> PeftConfig:
+def _ia3(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
     return IA3Config(target_modules=layers["ia3"], feedforward_modules=layers["ia3_feed_forward"], **arm.options)
 
 
-_CONFIGS: dict[str, Callable[[Arm, int | None, Mapping[str, str], int], PeftConfig]] = {
+_CONFIGS: dict[str, Callable[[Arm, Mapping[str, str], int], PeftConfig]] = {
     "dvora": _dvora,
     "magnitude": _magnitude,
     "vera": _vera,

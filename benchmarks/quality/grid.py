@@ -42,7 +42,7 @@ class Arm:
 
     Args:
         method: what `adapting.adapted` or `baselines.baseline` knows.
-        r: rank, one for all models or one a model.
+        r: rank of the update, for methods that have one.
         layers: a name under `layers` in the grid, or "all".
         options: further fields of the method's configuration.
         magnitude: whether there is a magnitude with a rate of its own.
@@ -59,7 +59,7 @@ class Arm:
     """
 
     method: str
-    r: int | Mapping[str, int] | None = None
+    r: int | None = None
     layers: str = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
     magnitude: bool = False
@@ -123,10 +123,6 @@ class Grid:
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         """The final seeds of an arm."""
         return arm.seeds or tuple(self.training["final_seeds"])
-
-    def rank_of(self, arm: Arm, model: str) -> int | None:
-        """The rank of an arm in a model."""
-        return arm.r[model] if isinstance(arm.r, Mapping) else arm.r
 
 
 def read_grid(file: Path = FILE) -> Grid:

@@ -56,25 +56,22 @@ def means(result: Result) -> list[str]:
         pairs = [(task, *pair) for task in longer if (pair := _better_rates(result, task, arm))]
         long = result.mean_gain(pairs) if len(pairs) == len(longer) else None
         if arm != YARDSTICK and (short or long):
-            lines.append(
-                f"| {label} | "
-                + " | ".join("" if each is None else difference(each, 1) for each in (short, long))
-                + " |"
-            )
+            cells = ["" if each is None else difference(each, 1) for each in (short, long)]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 
 def rates(result: Result) -> list[str]:
     """The tuned rates: adapter, and magnitude where it has one."""
     tasks = [task for task in KINDS if result.trials(task, "vera")]
-    return table(tasks, {label: [_rates_cell(result, task, arm) for task in tasks] for arm, label in TRAINED.items()})
+    return table(tasks, [(label, [_rates_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()])
 
 
 def stability(result: Result) -> list[str]:
     """Standard deviation over seeds, and how wide the plateau of learning rates is."""
     tasks = [task for task in KINDS if result.trials(task, "vera")]
     return table(
-        tasks, {label: [_stability_cell(result, task, arm) for task in tasks] for arm, label in TRAINED.items()}
+        tasks, [(label, [_stability_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()]
     )
 
 
@@ -82,7 +79,7 @@ def long(result: Result) -> list[str]:
     """Four times as many steps: each method with the better of two rates by validation loss, then everything."""
     methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora")}
     tasks = [task for task in KINDS if result.finals(task, "vera_long")]
-    better = {label: [_long_cell(result, task, arm) for task in tasks] for arm, label in methods.items()}
+    better = [(label, [_long_cell(result, task, arm) for task in tasks]) for arm, label in methods.items()]
     endings = {"": "", "_long": ", four times as long", "_long_third": ", four times as long, a third of the rates"}
     arms = {f"{arm}{ending}": label + text for arm, label in methods.items() for ending, text in endings.items()}
     told = "All of these runs, beside VeRA's with the tuned rates:"
@@ -92,10 +89,8 @@ def long(result: Result) -> list[str]:
 def seeds(result: Result) -> list[str]:
     """Standard deviations over the shared matrices, and over the order of the batches."""
     tasks = [task for task in KINDS if result.finals(task, "dvora_projections")]
-    spreads = {label: [result.spread(task, arm, first) for task in tasks] for arm, (label, first) in SEEDS.items()}
-    return table(
-        tasks, {label: ["" if each is None else f"{each:.2f}" for each in some] for label, some in spreads.items()}
-    )
+    spreads = [(label, [result.spread(task, arm, first) for task in tasks]) for arm, (label, first) in SEEDS.items()]
+    return table(tasks, [(label, ["" if each is None else f"{each:.2f}" for each in some]) for label, some in spreads])
 
 
 def failures(result: Result) -> list[str]:

@@ -71,7 +71,7 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
         return _judged_row(*(task.judge(reader, part) for part in ("validation", "test")))
     seed = run.seed if arm.projection_seed is None else arm.projection_seed
     loaded = resident()
-    reader.backbone = adapted(reader.backbone, arm, grid.rank_of(arm, plan.model), grid.layers[plan.model], seed)
+    reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], seed)
     trained = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
     row = {"trained_values": trained}
     row |= _trained(grid, run, task, reader)

@@ -67,9 +67,8 @@ def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, referenc
     both = [scores(kind, each, reference, of_items) for each in (ours, theirs)]
     drawn = ((both[0] - both[1]) * of_seeds).sum(1)
     once = np.ones((1, items))
-    return Difference(
-        float((scores(kind, ours, reference, once) - scores(kind, theirs, reference, once)).mean()), drawn
-    )
+    mean = (scores(kind, ours, reference, once) - scores(kind, theirs, reference, once)).mean()
+    return Difference(float(mean), drawn)
 
 
 @lru_cache(maxsize=16)

@@ -1,6 +1,6 @@
 """The README's part on quality and the tables of the page "Results", from the result file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.quality.statistics import Interval
@@ -36,13 +36,13 @@ def scores(result: Result, arms: dict[str, str], over: str = YARDSTICK, needed: 
     """
     tasks = [task for task in KINDS if result.finals(task, over) and result.finals(task, needed)]
     present = [arm for arm in arms if any(result.finals(task, arm) for task in tasks)]
-    return table(tasks, {arms[arm]: [score_cell(result, task, arm, over) for task in tasks] for arm in present})
+    return table(tasks, [(arms[arm], [score_cell(result, task, arm, over) for task in tasks]) for arm in present])
 
 
-def table(tasks: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
-    """A column a task, a labelled row for each list of cells."""
+def table(tasks: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A column a task, a row for each label and its cells."""
     head = ["| | " + " | ".join(LABELS[task] for task in tasks) + " |", "|---|" + "---|" * len(tasks)]
-    return head + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
+    return head + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
 
 
 def score_cell(result: Result, task: str, arm: str, over: str) -> str:

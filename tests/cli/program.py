@@ -27,3 +27,11 @@ def run(command: str) -> Ended:
         except SystemExit as end:
             return Ended(int(end.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("the program did not end")
+
+
+def assert_refused(command: str, told: str) -> None:
+    """The command fails with one line on stderr that tells this."""
+    ended = run(command)
+    assert ended.code != 0
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import analyze
-from tests.cli.program import run
+from tests.cli.program import assert_refused, run
 from tests.pages.seen import PHONE, WIDE, seen
 from tests.recipes import tiny_models
 from tests.recipes.finished_runs import finished
@@ -84,7 +84,4 @@ def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str)
     ],
 )
 def test_wrong_use_is_one_line(command: str, told: str) -> None:
-    ended = run(command)
-    assert ended.code != 0
-    assert told in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    assert_refused(command, told)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dvora.cli import doctor
-from tests.cli.program import Ended, run
+from tests.cli.program import Ended, assert_refused, run
 from tests.recipes import tiny_data, tiny_models
 from tests.recipes.finished_runs import DATA, finished
 from tests.recipes.saved_adapters import save
@@ -95,10 +95,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ],
 )
 def test_wrong_use_is_one_line(command: str, told: str) -> None:
-    ended = run(command)
-    assert ended.code != 0
-    assert told in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    assert_refused(command, told)
 
 
 def test_what_has_no_adapter_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

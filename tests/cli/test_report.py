@@ -11,7 +11,7 @@ from dvora.recipes.judging import unchanged_data
 from dvora.recipes.outcomes import outcomes
 from dvora.recipes.prediction import Predictor
 from dvora.recipes.run_folder import read_run
-from tests.cli.program import run
+from tests.cli.program import assert_refused, run
 from tests.pages.seen import PHONE, WIDE, seen
 from tests.recipes import tiny_data, tiny_models
 from tests.recipes.finished_runs import DATA, finished
@@ -109,10 +109,7 @@ def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, sch
     ],
 )
 def test_wrong_use_is_one_line(command: str, told: str) -> None:
-    ended = run(command)
-    assert ended.code != 0
-    assert told in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    assert_refused(command, told)
 
 
 def test_a_run_whose_data_has_changed_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
