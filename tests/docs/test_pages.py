@@ -1,12 +1,16 @@
 """The documentation: its code runs, what it types is what is recorded, its links lead somewhere, its site is built."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
@@ -21,6 +25,12 @@ DOCS = ROOT / "docs"
 FILES = sorted(DOCS.rglob("*.md"))
 CODE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 FENCES = re.compile(r"^```(\w*)$", flags=re.MULTILINE)
+# transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.
+DEPRECATED = ["`is_gradient_checkpointing` is deprecated", "`broadcast_buffers` is deprecated"]
+
+# Processes that share nothing but imports.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["dvora.training", "transformers.trainer", "transformers.models.bert.modeling_bert"])
 
 
 def name(path: Path) -> str:
@@ -39,15 +49,24 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
-@pytest.mark.parametrize("path", [path for path in FILES if CODE.search(path.read_text(encoding="utf-8"))], ids=name)
-@pytest.mark.usefixtures("desk")
-def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path) -> None:
+def run_code(path: Path, folder: Path) -> None:
+    """Run all code of a page in a folder, where a warning is an error."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    for known in DEPRECATED:
+        warnings.filterwarnings("ignore", known, FutureWarning)
     names: dict[str, object] = {"__name__": "page"}
     for code in CODE.findall(path.read_text(encoding="utf-8")):
         exec(compile(code, str(path), "exec"), names)
+
+
+@pytest.mark.filterwarnings(f"ignore:{DEPRECATED[0]}:FutureWarning")
+@pytest.mark.parametrize("path", [path for path in FILES if CODE.search(path.read_text(encoding="utf-8"))], ids=name)
+def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path, desk: Path) -> None:
+    # In a process of its own, as a reader's: `fully_shard` changes what the whole process takes for granted.
+    with ProcessPoolExecutor(1, mp_context=FRESH) as process:
+        process.submit(run_code, path, desk).result()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
