@@ -17,16 +17,16 @@ def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[
     """
     made: dict[str, Callable[[], list[str]]] = {
         "budget": lambda: budget(result, environment, missing),
-        "scores": lambda: scores(result, ARMS),
+        "scores": lambda: scores(result, "methods", ARMS),
         "means": lambda: means(result),
         "sizes": lambda: sizes(result, ARMS),
-        "equal": lambda: scores(result, EQUAL_VALUES, "dvora", "lora_r1"),
-        "ranks": lambda: scores(result, RANKS, "dvora", "dvora_r64"),
-        "choices": lambda: scores(result, {"dvora": "default", **CHOICES}, "dvora", "detached_norm"),
+        "equal": lambda: scores(result, "equal_values", EQUAL_VALUES, "dvora"),
+        "ranks": lambda: scores(result, "ranks", RANKS, "dvora"),
+        "choices": lambda: scores(result, "choices", {"dvora": "default", **CHOICES}, "dvora"),
         "rates": lambda: rates(result),
         "stability": lambda: stability(result),
         "long": lambda: long(result),
-        "quantised": lambda: scores(result, QUANTISED, "dvora", "dvora_nf4"),
+        "quantised": lambda: scores(result, "quantised", QUANTISED, "dvora"),
         "seeds": lambda: seeds(result),
         "failures": lambda: failures(result),
     }
@@ -48,8 +48,8 @@ def budget(result: Result, environment: Mapping[str, Any], missing: int) -> list
 
 def means(result: Result) -> list[str]:
     """Mean differences to VeRA over the tasks that are scored in points."""
-    points = [task for task in KINDS if KINDS[task] != "bits" and result.finals(task, YARDSTICK)]
-    longer = [task for task in points if result.finals(task, f"{YARDSTICK}_long")]
+    points = [task for task in result.tasks("methods") if KINDS[task] != "bits"]
+    longer = [task for task in points if task in result.tasks("long")]
     lines = [f"| | short, {len(points)} tasks | four times as long, {len(longer)} tasks |", "|---|---|---|"]
     for arm, label in TRAINED.items():
         short = result.mean_gain([(task, arm, YARDSTICK) for task in points])
@@ -63,13 +63,13 @@ def means(result: Result) -> list[str]:
 
 def rates(result: Result) -> list[str]:
     """The tuned rates: adapter, and magnitude where it has one."""
-    tasks = [task for task in KINDS if result.trials(task, "vera")]
+    tasks = [task for task in result.tasks("rates") if result.trials(task, YARDSTICK)]
     return table(tasks, [(label, [_rates_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()])
 
 
 def stability(result: Result) -> list[str]:
     """Standard deviation over seeds, and how wide the plateau of learning rates is."""
-    tasks = [task for task in KINDS if result.trials(task, "vera")]
+    tasks = [task for task in result.tasks("rates") if result.trials(task, YARDSTICK)]
     return table(
         tasks, [(label, [_stability_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()]
     )
@@ -78,17 +78,17 @@ def stability(result: Result) -> list[str]:
 def long(result: Result) -> list[str]:
     """Four times as many steps: each method with the better of two rates by validation loss, then everything."""
     methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora")}
-    tasks = [task for task in KINDS if result.finals(task, "vera_long")]
+    tasks = result.tasks("long")
     better = [(label, [_long_cell(result, task, arm) for task in tasks]) for arm, label in methods.items()]
     endings = {"": "", "_long": ", four times as long", "_long_third": ", four times as long, a third of the rates"}
     arms = {f"{arm}{ending}": label + text for arm, label in methods.items() for ending, text in endings.items()}
     told = "All of these runs, beside VeRA's with the tuned rates:"
-    return [*table(tasks, better), "", told, "", *scores(result, arms, "vera_long")]
+    return [*table(tasks, better), "", told, "", *scores(result, "long", arms, "vera_long")]
 
 
 def seeds(result: Result) -> list[str]:
     """Standard deviations over the shared matrices, and over the order of the batches."""
-    tasks = [task for task in KINDS if result.finals(task, "dvora_projections")]
+    tasks = result.tasks("seeds")
     spreads = [(label, [result.spread(task, arm, first) for task in tasks]) for arm, (label, first) in SEEDS.items()]
     return table(tasks, [(label, ["" if each is None else f"{each:.2f}" for each in some]) for label, some in spreads])
 

@@ -24,7 +24,6 @@ from benchmarks.quality.summary import (
     ARMS,
     CHOICES,
     EQUAL_VALUES,
-    KINDS,
     LABELS,
     QUANTISED,
     SEEDS,
@@ -52,7 +51,7 @@ COLOURS = {
 
 def methods(result: Result) -> Figure:
     """Question 1: how much better than VeRA each method is, on each task."""
-    tasks, arms = _tasks(result, "vera"), [arm for arm in COLOURS if arm not in ("vera", "tfidf")]
+    tasks, arms = result.tasks("methods"), [arm for arm in COLOURS if arm not in ("vera", "tfidf")]
     figure, rows = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1.6, 4.2), layout="constrained", sharey=True)
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
         _differences(axes, result, task, {arm: ARMS[arm] for arm in arms}, "vera")
@@ -62,7 +61,7 @@ def methods(result: Result) -> Figure:
 
 def equal_values(result: Result) -> Figure:
     """Question 1: arms with about as many trained values as DVoRA at rank 256, and those with half of them."""
-    tasks = _tasks(result, "vera_equal")
+    tasks = result.tasks("equal_values")
     figure, rows = plt.subplots(1, len(tasks), figsize=(2.9 * len(tasks) + 2.2, 2.9), layout="constrained", sharey=True)
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
         values = {
@@ -75,7 +74,7 @@ def equal_values(result: Result) -> Figure:
 
 def ranks(result: Result) -> Figure:
     """Question 2: better than dense matrices of rank 256 by how much, against the rank."""
-    tasks = _tasks(result, "structured_r64")
+    tasks = result.tasks("ranks")
     figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), layout="constrained")
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
         for place, (arm, by_rank) in enumerate(_BY_RANK.items()):
@@ -101,7 +100,7 @@ _BY_RANK = {
 
 def choices(result: Result) -> Figure:
     """Question 3: what each choice in the method is worth."""
-    tasks = _tasks(result, "detached_norm")
+    tasks = result.tasks("choices")
     figure, rows = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks) + 2.4, 5.2), layout="constrained", sharey=True)
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
         _differences(axes, result, task, CHOICES, "dvora")
@@ -111,7 +110,7 @@ def choices(result: Result) -> Figure:
 
 def rates(result: Result) -> Figure:
     """Question 4: validation loss against the adapter's learning rate."""
-    tasks = [task for task in KINDS if result.trials(task, "vera")]
+    tasks = [task for task in result.tasks("rates") if result.trials(task, "vera")]
     columns = max(1, min(3, len(tasks)))
     lines = -(-len(tasks) // columns)
     figure, grid = plt.subplots(
@@ -135,7 +134,7 @@ def rates(result: Result) -> Figure:
 
 def quantised(result: Result) -> Figure:
     """Question 5: every method on a quantised base and on the float32 base, beside DVoRA on the latter."""
-    tasks = _tasks(result, "dvora_nf4")
+    tasks = result.tasks("quantised")
     figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks) + 1.4, 3.4), layout="constrained", sharey=True)
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
         _differences(axes, result, task, QUANTISED, "dvora")
@@ -145,7 +144,7 @@ def quantised(result: Result) -> Figure:
 
 def seeds(result: Result) -> Figure:
     """Question 6: test scores over shared matrices, and over orders of the batches."""
-    tasks = _tasks(result, "dvora_projections")
+    tasks = result.tasks("seeds")
     figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 2.8), layout="constrained", sharey=True)
     for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
         for place, (arm, (_, first)) in enumerate(SEEDS.items()):
@@ -162,7 +161,7 @@ def seeds(result: Result) -> Figure:
 
 def pareto(result: Result) -> Figure:
     """Question 7: gain over the frozen base against trained values, bytes and time, one line of panels a model."""
-    tasks = [task for task in MODELS.values() if result.finals(task, "vera")]
+    tasks = [task for task in MODELS.values() if task in result.tasks("pareto")]
     figure, grid = plt.subplots(
         len(tasks), 3, figsize=(11, 2.9 * len(tasks)), layout="constrained", squeeze=False, sharey="row"
     )
@@ -204,10 +203,6 @@ def _legend_above(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
 
 
-def _tasks(result: Result, arm: str) -> list[str]:
-    return [task for task in KINDS if result.finals(task, arm)]
-
-
 def _differences(axes: Axes, result: Result, task: str, arms: Mapping[str, str], over: str) -> None:
     for place, arm in enumerate(arms):
         if gain := result.gain(task, arm, over):
@@ -240,17 +235,6 @@ PICTURES: dict[str, Callable[[Result], Figure]] = {
     "seeds": seeds,
     "pareto": pareto,
 }
-NEEDED = {
-    "methods": "vera",
-    "equal_values": "vera_equal",
-    "ranks": "structured_r64",
-    "choices": "detached_norm",
-    "rates": "vera",
-    "quantised": "dvora_nf4",
-    "seeds": "dvora_projections",
-    "pareto": "vera",
-}
-"""An arm without which there is nothing to draw yet."""
 
 
 def main() -> None:
@@ -259,7 +243,7 @@ def main() -> None:
     result = result_of(content)
     FOLDER.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
-        if _tasks(result, NEEDED[name]):
+        if result.tasks(name):
             figure = draw(result)
             figure.savefig(FOLDER / f"{name}.png", dpi=110)
             plt.close(figure)

@@ -104,6 +104,18 @@ SEEDS = {
     "vera_projections": ("VeRA, other matrices", "vera"),
 }
 """Arms of question 6, and the arm whose seed 0 belongs to them."""
+TOLD_BY = {
+    "methods": "vera",
+    "equal_values": "vera_equal",
+    "ranks": "dvora_r64",
+    "choices": "detached_norm",
+    "rates": "vera",
+    "long": "vera_long",
+    "quantised": "dvora_nf4",
+    "seeds": "dvora_projections",
+    "pareto": "vera",
+}
+"""By table and picture: an arm without which a task has nothing to tell."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,10 @@ class Result:
         """The judged rows of an arm by seed; runs that failed or diverged have no test score and are left out."""
         found = (row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "final"))
         return {row["seed"]: row for row in found if row.get("test")}
+
+    def tasks(self, question: str) -> list[str]:
+        """Those that tell something of a table or picture of `TOLD_BY`."""
+        return [task for task in KINDS if self.finals(task, TOLD_BY[question])]
 
     def failed(self) -> list[dict[str, Any]]:
         """Rows of runs that raised an error, and of final runs that diverged."""

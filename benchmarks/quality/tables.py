@@ -20,7 +20,7 @@ def quality(content: dict[str, Any]) -> str:
         "batches with the same head and schedule; learning rates were tuned for each on validation rows. In brackets: "
         "better (+) or worse than VeRA r=256, with a 95 % interval (paired bootstrap over seeds and test items):",
         "",
-        *scores(result, ARMS),
+        *scores(result, "methods", ARMS),
         "",
         *sizes(result, ARMS),
         "",
@@ -28,13 +28,9 @@ def quality(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scores(result: Result, arms: dict[str, str], over: str = YARDSTICK, needed: str = YARDSTICK) -> list[str]:
-    """A row an arm, a column a task: score, and difference to the yardstick.
-
-    Args:
-        needed: an arm without which a task is left out.
-    """
-    tasks = [task for task in KINDS if result.finals(task, over) and result.finals(task, needed)]
+def scores(result: Result, question: str, arms: dict[str, str], over: str = YARDSTICK) -> list[str]:
+    """A row an arm, a column a task that tells something of the question: score, and difference to the yardstick."""
+    tasks = result.tasks(question)
     present = [arm for arm in arms if any(result.finals(task, arm) for task in tasks)]
     return table(tasks, [(arms[arm], [score_cell(result, task, arm, over) for task in tasks]) for arm in present])
 

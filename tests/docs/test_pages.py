@@ -1,6 +1,5 @@
 """The documentation: its code runs, what it types is what is recorded, its links lead somewhere, its site is built."""
 
-import multiprocessing
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fresh import FRESH
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -27,10 +27,6 @@ CODE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 FENCES = re.compile(r"^```(\w*)$", flags=re.MULTILINE)
 # transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.
 DEPRECATED = ["`is_gradient_checkpointing` is deprecated", "`broadcast_buffers` is deprecated"]
-
-# Processes that share nothing but imports.
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["dvora.training", "transformers.trainer", "transformers.models.bert.modeling_bert"])
 
 
 def name(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from fresh import FRESH
 
 LIMIT = 120
 """Seconds after which all processes are killed; a collective gives up before."""
@@ -25,11 +25,10 @@ def run(worker: Callable[..., object], processes: int, *arguments: object) -> li
     Raises:
         RuntimeError: a process failed or was still running after `LIMIT` seconds.
     """
-    context = mp.get_context("spawn")
-    results = context.Queue()
+    results = FRESH.Queue()
     port = _free_port()
     started = [
-        context.Process(target=_in_group, args=(worker, rank, processes, port, results, arguments), daemon=True)
+        FRESH.Process(target=_in_group, args=(worker, rank, processes, port, results, arguments), daemon=True)
         for rank in range(processes)
     ]
     for process in started:
