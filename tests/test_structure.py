@@ -20,6 +20,7 @@ ORDER = [
     "transforms",
     "devices",
     "scratch",
+    "wide",
     "sums",
     "generator",
     "spans",

@@ -70,7 +70,7 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
     if arm.method == "untrained":
         return _judged_row(*(task.judge(reader, part) for part in ("validation", "test")))
     seed = run.seed if arm.projection_seed is None else arm.projection_seed
-    loaded = resident()
+    loaded = _resident_with(reader)
     reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], seed)
     trained = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
     row = {"trained_values": trained}
@@ -96,8 +96,13 @@ def _in_a_fresh_process(grid: Grid, run: Run) -> dict[str, Any]:
         return alone.submit(_found, grid, run).result()
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds now."""
+def _resident_with(model: nn.Module) -> int:
+    """Bytes of memory that this process holds now, all values of the model among them.
+
+    Those of a file are mapped, and no memory until somebody has read them.
+    """
+    for values in model.parameters():
+        values.detach().sum()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .dense_rows import ENTRY_VARIANCE, unit_rows
 from .precision import as_dtype, norm_dtype
@@ -26,7 +25,8 @@ from .shapes import Float
 from .spans import Span
 
 _STREAM_A, _STREAM_B = 0, 1
-_SPLIT_RANK = 64
+_KEPT_BYTES = 2**21
+"""Of a norm's slopes, above which they are made twice in a step: a layer as wide takes more time for its outputs."""
 _CHUNK_VALUES = 2**18
 """Values of a weight that are projected at a time."""
 
@@ -58,7 +58,7 @@ class DenseMatrices(nn.Module):
         """Make the matrices for a layer now, so that no forward pass has to."""
         self._stored(_STREAM_A, rank, in_features)
         self._stored(_STREAM_B, rank, out_features)
-        self._folded_gram(rank, in_features, dtype)
+        self._gram(rank, in_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
@@ -134,40 +134,35 @@ class DenseMatrices(nn.Module):
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
         """`G = A A^T`, summed in float64."""
-        folded = self._folded_gram(rank, in_features, dtype)
-        return (folded + folded.T) / 2
+        return self._gram(rank, in_features, dtype)
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
         """`q = ||B diag(lambda_d) A||_row**2`, from G or, for a rank above the width, from A: `O R min(R, I)`."""
         if len(lambda_d) > in_features:
             A, B = self._both(lambda_d, in_features, out_features)
             return ((B * lambda_d) @ A).square().sum(1)
-        B, G = self._quadratic(lambda_d, in_features, out_features)
         if self._has_orthogonal_rows(lambda_d):
+            B, G = self._quadratic(lambda_d, in_features, out_features)
             return self._scale(len(lambda_d)) ** 2 * (G.diagonal() * lambda_d.square()) @ B.square()
-        quadratic, room, parts = G * torch.outer(lambda_d, lambda_d), out("H", B.shape, B), []
-        for k in _blocks(len(lambda_d)):
-            parts.append(torch.mm(quadratic[k, : k.stop], B[: k.stop], out=None if room is None else room[k]))
-        H = torch.cat(parts) if room is None else room
-        return _column_sums(torch.mul(H, B, out=room)) * self._scale(len(lambda_d)) ** 2
+        return lambda_d @ self._slopes(lambda_d, in_features, out_features)
 
     def row_squares_gradient(
         self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
     ) -> Float[Tensor, "R"]:
-        """The gradient of `(v * q).sum()` with respect to lambda_d, `2 ((B^T diag(v) B) * G) lambda_d`."""
-        if len(lambda_d) > in_features:
-            A, B = self._both(lambda_d, in_features, len(v))
-            return 2 * (v @ (B * (((B * lambda_d) @ A) @ A.T)))
-        B, G = self._quadratic(lambda_d, in_features, len(v))
-        if self._has_orthogonal_rows(lambda_d):
+        """The gradient of `(v * q).sum()` with respect to lambda_d."""
+        if len(lambda_d) <= in_features and self._has_orthogonal_rows(lambda_d):
+            B, G = self._quadratic(lambda_d, in_features, len(v))
             return 2 * self._scale(len(lambda_d)) ** 2 * G.diagonal() * lambda_d * (B.square() @ v)
-        parts = []
-        for k in _blocks(len(lambda_d)):
-            scaled = torch.mul(B[k], v, out=out("v B", B[k].shape, B))
-            lower = (scaled @ B[: k.stop].T) * G[k, : k.stop]
-            across, down = lower @ lambda_d[: k.stop], lambda_d[k] @ lower
-            parts.append(pad(down, (0, len(lambda_d) - k.stop)) + pad(across, (k.start, len(lambda_d) - k.stop)))
-        return self._scale(len(lambda_d)) ** 2 * sum(parts[1:], parts[0])
+        return 2 * (self._slopes(lambda_d, in_features, len(v)) @ v)
+
+    def kept_slopes(
+        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "R O"] | None:
+        """Half the derivatives of q by lambda_d, where they are small and made by a product of the rank squared."""
+        small = len(lambda_d) * out_features * lambda_d.dtype.itemsize <= _KEPT_BYTES
+        if not small or self._has_orthogonal_rows(lambda_d):
+            return None
+        return self._slopes(lambda_d, in_features, out_features, kept=True)
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross = rowsum(W * (B diag(lambda_d) A))`, without keeping anything of (O, R)."""
@@ -216,21 +211,31 @@ class DenseMatrices(nn.Module):
     def _quadratic(
         self, like: Tensor, in_features: int, out_features: int
     ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
-        """Transposed B without its scale, and the folded G."""
+        """Transposed B without its scale, and G."""
         B = self._like(_STREAM_B, len(like), out_features, like)
-        return B, self._folded_gram(len(like), in_features, like.dtype).to(like.device)
+        return B, self._gram(len(like), in_features, like.dtype).to(like.device)
 
-    def _folded_gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
-        """The lower triangle of G with what lies off the diagonal doubled: as a quadratic form it is G.
+    def _slopes(
+        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, kept: bool = False
+    ) -> Float[Tensor, "R O"]:
+        """`B^T * (G diag(lambda_d) B^T)`: half of dq / dlambda_d, and q is its product with lambda_d."""
+        scaled = lambda_d * self._scale(len(lambda_d)) ** 2
+        if len(lambda_d) > in_features:
+            A = self.A(len(lambda_d), in_features, lambda_d.dtype).to(lambda_d.device)
+            B = self._like(_STREAM_B, len(lambda_d), out_features, lambda_d)
+            return (A @ ((B.T * scaled) @ A).T) * B
+        B, G = self._quadratic(lambda_d, in_features, out_features)
+        return torch.mm(G * scaled, B, out=None if kept else out("slopes", B.shape, B)).mul_(B)
 
-        Kept as a buffer for each size.
-        """
+    def _gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
+        """Kept as a buffer for each size."""
         name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
         if name not in self._buffers:
             with torch.inference_mode(False), torch.no_grad():
                 A = self.A(rank, in_features, torch.float64)
                 G = A @ A.T
-                self.register_buffer(name, (G.tril() + G.tril(-1)).to(dtype), persistent=False)
+                # As a product need not be to the last bit.
+                self.register_buffer(name, ((G + G.T) / 2).to(dtype), persistent=False)
         return self.get_buffer(name)
 
     def _has_orthogonal_rows(self, like: Tensor) -> bool:
@@ -275,12 +280,6 @@ class DenseMatrices(nn.Module):
             else:
                 del self._buffers[name]
         return self
-
-
-def _blocks(rank: int) -> list[slice]:
-    """Four slices of the rank, or one where they would be too thin to be worth it."""
-    width = rank if rank < _SPLIT_RANK else -(-rank // 4)
-    return [slice(start, min(start + width, rank)) for start in range(0, rank, width)]
 
 
 def _scaled(B: Float[Tensor, "R O"], scale: Float[Tensor, "O"]) -> Float[Tensor, "R O"]:

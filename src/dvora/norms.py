@@ -77,11 +77,17 @@ class FrozenNorm(NamedTuple):
     skipped_column: int | None
     """A column of the weight that the update leaves alone."""
 
-    def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+    def kept_slopes(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
+        """What `terms` and `terms_gradient` share, where it is worth keeping from one to the other."""
+        return self.matrices.kept_slopes(lambda_d, self.in_features, len(self.w)) if self.rank else None
+
+    def terms(
+        self, lambda_d: Float[Tensor, "R"], slopes: Float[Tensor, "R O"] | None = None
+    ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`cross` and `q`."""
         if not self.rank:
             return torch.zeros_like(self.w), torch.zeros_like(self.w)
-        q = self.matrices.row_squares(lambda_d, self.in_features, len(self.w))
+        q = self.matrices.row_squares(lambda_d, self.in_features, len(self.w)) if slopes is None else lambda_d @ slopes
         if self.skipped_column is not None:
             q = q - self.matrices.expand(lambda_d * self._skipped(lambda_d), len(self.w)).square()
         if self.C is not None:
@@ -89,12 +95,19 @@ class FrozenNorm(NamedTuple):
         return self.matrices.row_dots(self._updated_columns(), lambda_d), q
 
     def terms_gradient(
-        self, d_cross: Float[Tensor, "O"], d_q: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"]
+        self,
+        d_cross: Float[Tensor, "O"],
+        d_q: Float[Tensor, "O"],
+        lambda_d: Float[Tensor, "R"],
+        slopes: Float[Tensor, "R O"] | None = None,
     ) -> Float[Tensor, "R"]:
         """The gradient of `(d_cross * cross + d_q * q).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
-        gradient = self.matrices.row_squares_gradient(d_q, lambda_d, self.in_features)
+        if slopes is None:
+            gradient = self.matrices.row_squares_gradient(d_q, lambda_d, self.in_features)
+        else:
+            gradient = 2 * (slopes @ d_q)
         if self.skipped_column is not None:
             a = self._skipped(lambda_d)
             skipped = self.matrices.expand(lambda_d * a, len(self.w))

@@ -81,6 +81,11 @@ class Matrices(Protocol):
     ) -> Float[Tensor, "R"]:
         """The gradient of `(v * q).sum()` with respect to lambda_d."""
 
+    def kept_slopes(
+        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "R O"] | None:
+        """Half of dq / dlambda_d, of which q is the sum with lambda_d; None where it is not worth its memory."""
+
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross = rowsum(W * (B diag(lambda_d) A))`, a few rows at a time."""
 

@@ -14,9 +14,12 @@ _FEW_TOKENS = 16
 
 
 def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    """`scale a b`, in the dtype of `a`, whatever that of `b`."""
-    if torch.is_autocast_enabled(a.device.type) or transforming() or (b.requires_grad and recording()):
+    """`scale a b`, in the dtype of `a`, whatever that of `b`; under autocast in the dtype of autocast's products."""
+    if transforming() or (b.requires_grad and recording()):
         return (a * scale) @ b.to(a.dtype)
+    # As autocast does, but before the product: the scale takes a pass over half the bytes, and no cast of b is kept.
+    if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:
+        a = as_dtype(a, torch.get_autocast_dtype(a.device.type))
     if not (a.requires_grad and recording()):
         return _product(a, b, scale)
     product: Tensor = _ScaledProduct.apply(a, b, scale)
@@ -25,10 +28,13 @@ def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: flo
 
 def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
     b = as_dtype(b, a.dtype)
-    # In half precision scaled before the product: in float16 the unscaled sum of a wide input would overflow.
-    if a.dtype.itemsize < 4 or a.numel() <= _FEW_TOKENS * a.shape[-1]:
+    if a.numel() <= _FEW_TOKENS * a.shape[-1]:
         return (a * scale) @ b
-    product = torch.addmm(b[0], a.reshape(-1, a.shape[-1]), b, beta=0, alpha=scale)
+    # One matrix of tokens: for inputs that are no plain batch, as attention's are, PyTorch would copy b for each text.
+    rows = a.reshape(-1, a.shape[-1])
+    # In half precision scaled before: in float16 the unscaled sum of a wide input would overflow.
+    narrow = a.dtype.itemsize < 4
+    product = torch.mm(rows * scale, b) if narrow else torch.addmm(b[0], rows, b, beta=0, alpha=scale)
     # No view in the eyes of autograd, so that callers may change it in place.
     whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
     return whole

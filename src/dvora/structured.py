@@ -134,6 +134,9 @@ class StructuredMatrices(nn.Module):
         pair = self._pair(lambda_d, len(lambda_d), in_features, len(v))
         return structured_rows.row_squares_gradient(v, lambda_d, *pair)
 
+    def kept_slopes(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
+        """None: q costs little, and its derivatives would be as large as B."""
+
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross`, the products of the rows of W with those of `B diag(lambda_d) A`."""
         out_features, in_features = weight.shape

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
+from dvora import dense
 from dvora import functional as F
 from dvora.adapted_weight import AdaptedWeight
 from dvora.kernels.gain import gain_minus_one
@@ -29,9 +30,16 @@ def problem(distribution: str = "kaiming_uniform", **options: object) -> Problem
 @c_kept_or_not
 @pytest.mark.parametrize("skipped_column", [None, 2])
 @pytest.mark.parametrize("detach_norm", [False, True], ids=["through the norm", "detach_norm"])
-def test_only_vectors_are_kept_for_the_backward_pass(
-    distribution: str, keep_C: bool, skipped_column: int | None, detach_norm: bool
+@pytest.mark.parametrize("small", [True, False], ids=["small slopes", "large slopes"])
+def test_vectors_and_small_slopes_are_kept_for_the_backward_pass(
+    distribution: str,
+    keep_C: bool,
+    skipped_column: int | None,
+    detach_norm: bool,
+    small: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dense, "_KEPT_BYTES", 8 * RANK * OUT if small else 8 * RANK * OUT - 1)
     p = problem(distribution, skipped_column=skipped_column, detach_norm=detach_norm)
     norm, beta, kept = p.norm(keep_C), p.beta(), []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -40,7 +48,8 @@ def test_only_vectors_are_kept_for_the_backward_pass(
     own = norm.matrix.untyped_storage().data_ptr()
     kept = [tensor.shape for tensor in kept if tensor.untyped_storage().data_ptr() != own]
     assert kept
-    assert set(kept) <= {(OUT,), (RANK,)}
+    slopes = small and not detach_norm and distribution != "structured"
+    assert set(kept) - {(OUT,), (RANK,)} == ({(RANK, OUT)} if slopes else set())
     with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
         F.gain_minus_one(p.vectors, norm, beta)
     assert not set(kept) <= {(OUT,), (RANK,)}, "the plain function keeps matrices: the test can see them"

@@ -23,6 +23,7 @@ from ..projections import Matrices
 from ..shapes import Float
 from ..sums import sum_of_products
 from ..transforms import recording
+from ..wide import rescaled
 
 
 def combine(
@@ -73,15 +74,17 @@ def _forward(
     offset = None if bias is None else gain_minus_one * bias
     if y.dtype.itemsize < 4:
         # In half precision a gain near one would be one.
-        wide = torch.addcmul(y.float(), base_output, gain)
-        return (wide if offset is None else wide.sub_(offset)).to(y.dtype)
+        return rescaled(base_output, gain, offset, y)
     y.addcmul_(base_output, gain)
     return y if offset is None else y.sub_(offset)
 
 
 def _without_update(base_output: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
-    y = base_output * (1 + gain_minus_one)
-    return (y if bias is None else y.sub_(gain_minus_one * bias)).to(base_output.dtype)
+    gain, offset = 1 + gain_minus_one, None if bias is None else gain_minus_one * bias
+    if base_output.dtype.itemsize < 4:
+        return rescaled(base_output, gain, offset)
+    y = base_output * gain
+    return y if offset is None else y.sub_(offset)
 
 
 class _Combine(torch.autograd.Function):
@@ -107,7 +110,7 @@ class _Combine(torch.autograd.Function):
         if z is not None and runs_triton(delta) and not torch.is_grad_enabled():
             found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, ctx.matrices)
             return *found, None
-        d_base = (delta * (1 + gain_minus_one)).to(delta.dtype) if wants[0] else None
+        d_base = _times(delta, 1 + gain_minus_one) if wants[0] else None
         d_z = d_lambda_d = d_gain = d_scale = None
         if z is not None:
             d_z, d_lambda_d, d_scale = _update_gradients(delta, z, lambda_d, scale, ctx.matrices, wants)
@@ -176,6 +179,11 @@ def _backward_in_triton(
     d_lambda_d = sum_of_products(h, _rows(z))
     d_bias = None if bias is None else -gain_minus_one * _total(delta)
     return found.base.view_as(delta), h.mul_(inner).view_as(z), d_lambda_d, found.gain, d_scale, d_bias
+
+
+def _times(delta: Float[Tensor, "*T O"], gain: Float[Tensor, "O"]) -> Float[Tensor, "*T O"]:
+    narrow = delta.dtype.itemsize < 4 and not torch.is_grad_enabled()
+    return rescaled(delta, gain) if narrow else (delta * gain).to(delta.dtype)
 
 
 def _total(delta: Float[Tensor, "*T O"]) -> Float[Tensor, "O"]:

@@ -1,4 +1,4 @@
-"""The gain with its gradient in closed form: only vectors are kept for the backward pass.
+"""The gain with its gradient in closed form: vectors are kept for the backward pass, and small slopes of the norm.
 
 n**2 = w**2 + 2 beta cross + beta**2 q,   g = m / n
 
@@ -48,19 +48,20 @@ class _Gain(torch.autograd.Function):
     def forward(
         ctx: Any, magnitude: Tensor, beta: Tensor, lambda_d: Tensor, norm: FrozenNorm, detach_norm: bool
     ) -> tuple[Tensor, Tensor]:
-        cross, q = norm.terms(lambda_d)
+        slopes = norm.kept_slopes(lambda_d) if ctx.needs_input_grad[2] and not detach_norm else None
+        cross, q = norm.terms(lambda_d, slopes)
         eps, s = norm_change(norm.w, cross, q, beta)
         g1 = F.gain_from_norm(magnitude, norm.w, eps, s)
         ctx.norm, ctx.detach_norm = norm, detach_norm
         # The weight, where it is read again, so that autograd refuses one that was written to in between.
         read_again = norm.matrix if norm.C is None else None
-        ctx.save_for_backward(magnitude, beta, lambda_d, g1, s, cross + beta * q, read_again)
+        ctx.save_for_backward(magnitude, beta, lambda_d, g1, s, cross + beta * q, slopes, read_again)
         ctx.mark_non_differentiable(eps)
         return g1, eps
 
     @staticmethod
     def backward(ctx: Any, d_gain: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
-        magnitude, beta, lambda_d, g1, s, slope, _ = ctx.saved_tensors
+        magnitude, beta, lambda_d, g1, s, slope, slopes, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm
         if torch.is_grad_enabled():
             return _differentiable_gradients(d_gain, magnitude, beta, lambda_d, norm, ctx.detach_norm)
@@ -73,7 +74,7 @@ class _Gain(torch.autograd.Function):
         moves = s > torch.finfo(s.dtype).eps
         d_squared = torch.where(moves, -(1 + g1) * d_magnitude * one_over_n / 2, 0.0)
         d_beta = 2 * d_squared * slope
-        d_lambda_d = norm.terms_gradient(2 * d_squared * beta, d_squared * beta.square(), lambda_d)
+        d_lambda_d = norm.terms_gradient(2 * d_squared * beta, d_squared * beta.square(), lambda_d, slopes)
         return d_magnitude, d_beta, d_lambda_d, None, None
 
 
