@@ -9,7 +9,7 @@ from cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
 from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 
-from dvora import DVoRAAdapter, norms
+from dvora import DVoRAAdapter, SharedProjections, norms
 from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from dvora.functional import Vectors
 from dvora.layouts import COLUMNS
@@ -243,3 +243,22 @@ def test_strength_scales_update_and_gain(strength: float) -> None:
     full, scaled = (adapted.row_factors(vectors, weight, torch.tensor(s)) for s in (1.0, strength))
     assert torch.allclose(scaled.gain_minus_one, strength * full.gain_minus_one, atol=1e-7)
     assert torch.allclose(scaled.scale, strength * full.scale, atol=1e-7)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "structured"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_vectors_in_half_precision_are_not(distribution: str, dtype: torch.dtype) -> None:
+    layer = trained_layer(IN, OUT, RANK, shared=SharedProjections(3, distribution))
+    x = randn(4, IN, seed=0)
+    for vector in layer.vectors:
+        vector.data = vector.data.to(dtype).float()
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.vectors)
+    outputs = layer(x)
+    for vector in layer.vectors:
+        vector.data = vector.data.to(dtype)
+    assert torch.equal(layer(x), outputs)
+    found = torch.autograd.grad(layer(x).square().sum(), layer.vectors)
+    # What reaches a vector by two ways is rounded twice.
+    for ours, whole in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert worst_error(ours, whole) < 2 * torch.finfo(dtype).eps

@@ -142,9 +142,9 @@ def test_the_squares_and_their_gradient_take_a_product_with_G_each(distribution:
 
 def test_slopes_of_a_large_layer_are_not_kept() -> None:
     matrices = DenseMatrices(5, "gaussian")
-    assert matrices.kept_slopes(randn(256, seed=0), 8, 2048) is not None
-    assert matrices.kept_slopes(randn(256, seed=0), 8, 2049) is None
-    assert matrices.kept_slopes(randn(256, seed=0, dtype=torch.float64), 8, 1025) is None
+    assert matrices.kept_slopes(randn(256, seed=0), 8, 3072) is not None
+    assert matrices.kept_slopes(randn(256, seed=0), 8, 3073) is None
+    assert matrices.kept_slopes(randn(256, seed=0, dtype=torch.float64), 8, 1537) is None
 
 
 @every_distribution

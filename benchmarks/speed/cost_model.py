@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from dvora.dense import keeps_slopes
 from dvora.kronecker import block_rows, factors_of_rows, factors_of_size, operations
 from dvora.norms import cache_dtype
 from dvora.routes import pays
@@ -111,8 +112,11 @@ def orthogonal_norm(product: Product, rank: int) -> float:
 
 
 def dense_norm(product: Product, rank: int) -> float:
-    """The same, and the triangular products with `G = A A^T` of `q` and of its gradient."""
-    return orthogonal_norm(product, rank) + 2.5 * product.out_features * min(rank, product.in_features) * rank
+    """The same, and the product with `G = A A^T` (with A and its transpose), made twice where it is not kept."""
+    inputs, outputs, _ = product
+    kept = keeps_slopes(rank, outputs, torch.float32)
+    products = (1 if kept else 2) if rank <= inputs else (2 if kept else 3)
+    return orthogonal_norm(product, rank) + 2.0 * products * outputs * min(rank, inputs) * rank
 
 
 def dvora_structured(product: Product, rank: int, tokens: int) -> float:

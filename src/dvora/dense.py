@@ -25,10 +25,15 @@ from .shapes import Float
 from .spans import Span
 
 _STREAM_A, _STREAM_B = 0, 1
-_KEPT_BYTES = 2**21
-"""Of a norm's slopes, above which they are made twice in a step: a layer as wide takes more time for its outputs."""
+_KEPT_BYTES = 3 * 2**20
+"""Of a norm's slopes, up to which a step keeps them; beyond they are made twice, which is little beside the outputs."""
 _CHUNK_VALUES = 2**18
 """Values of a weight that are projected at a time."""
+
+
+def keeps_slopes(rank: int, out_features: int, dtype: torch.dtype) -> bool:
+    """Whether a step keeps the slopes of a layer's norm for its backward pass."""
+    return rank * out_features * dtype.itemsize <= _KEPT_BYTES
 
 
 class DenseMatrices(nn.Module):
@@ -58,7 +63,7 @@ class DenseMatrices(nn.Module):
         """Make the matrices for a layer now, so that no forward pass has to."""
         self._stored(_STREAM_A, rank, in_features)
         self._stored(_STREAM_B, rank, out_features)
-        self._gram(rank, in_features, dtype)
+        self.gram(rank, in_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
@@ -133,8 +138,15 @@ class DenseMatrices(nn.Module):
         return self._stored(_STREAM_B, rank, out_features).to(dtype).T * self._scale(rank)
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in float64."""
-        return self._gram(rank, in_features, dtype)
+        """`G = A A^T`, summed in float64; a buffer for each size, not to be written to."""
+        name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
+        if name not in self._buffers:
+            with torch.inference_mode(False), torch.no_grad():
+                A = self.A(rank, in_features, torch.float64)
+                G = A @ A.T
+                # A product need not be symmetric to the last bit.
+                self.register_buffer(name, ((G + G.T) / 2).to(dtype), persistent=False)
+        return self.get_buffer(name)
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
         """`q = ||B diag(lambda_d) A||_row**2`, from G or, for a rank above the width, from A: `O R min(R, I)`."""
@@ -159,8 +171,7 @@ class DenseMatrices(nn.Module):
         self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
     ) -> Float[Tensor, "R O"] | None:
         """Half the derivatives of q by lambda_d, where they are small and made by a product of the rank squared."""
-        small = len(lambda_d) * out_features * lambda_d.dtype.itemsize <= _KEPT_BYTES
-        if not small or self._has_orthogonal_rows(lambda_d):
+        if self._has_orthogonal_rows(lambda_d) or not keeps_slopes(len(lambda_d), out_features, lambda_d.dtype):
             return None
         return self._slopes(lambda_d, in_features, out_features, kept=True)
 
@@ -213,7 +224,7 @@ class DenseMatrices(nn.Module):
     ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
         """Transposed B without its scale, and G."""
         B = self._like(_STREAM_B, len(like), out_features, like)
-        return B, self._gram(len(like), in_features, like.dtype).to(like.device)
+        return B, self.gram(len(like), in_features, like.dtype).to(like.device)
 
     def _slopes(
         self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, kept: bool = False
@@ -226,17 +237,6 @@ class DenseMatrices(nn.Module):
             return (A @ ((B.T * scaled) @ A).T) * B
         B, G = self._quadratic(lambda_d, in_features, out_features)
         return torch.mm(G * scaled, B, out=None if kept else out("slopes", B.shape, B)).mul_(B)
-
-    def _gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
-        """Kept as a buffer for each size."""
-        name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
-        if name not in self._buffers:
-            with torch.inference_mode(False), torch.no_grad():
-                A = self.A(rank, in_features, torch.float64)
-                G = A @ A.T
-                # As a product need not be to the last bit.
-                self.register_buffer(name, ((G + G.T) / 2).to(dtype), persistent=False)
-        return self.get_buffer(name)
 
     def _has_orthogonal_rows(self, like: Tensor) -> bool:
         """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""

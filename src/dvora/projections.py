@@ -169,7 +169,7 @@ class SharedProjections(nn.Module):
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
         """`G = A A^T`, summed in float64."""
-        return self.kind.gram(rank, in_features, dtype)
+        return self.kind.gram(rank, in_features, dtype).clone()
 
     def fingerprint(self) -> str:
         """A short hash of format version, distribution and a probe of the values; equal means equal matrices."""

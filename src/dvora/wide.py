@@ -31,10 +31,10 @@ def rescaled(
     Args:
         tokens: half precision.
         gain, offset: float32.
-        update: in the dtype of the tokens; is written to and returned.
+        update: in the dtype of the tokens; the result is written into it.
     """
     assert tokens.dtype.itemsize < 4, tokens.dtype
-    result = torch.empty_like(tokens, memory_format=torch.contiguous_format) if update is None else update
+    result = torch.empty_like(tokens, memory_format=torch.contiguous_format) if update is None else update.contiguous()
     width = tokens.shape[-1]
     count = max(1, CHUNK_VALUES // width) if tokens.is_cpu else max(1, tokens.numel() // width)
     pairs = zip(result.view(-1, width).split(count), tokens.reshape(-1, width).split(count), strict=True)
