@@ -31,7 +31,7 @@ def rescaled(
     Args:
         tokens: half precision.
         gain, offset: float32.
-        update: in the dtype of the tokens; the result is written into it.
+        update: in the dtype of the tokens; the result may be written into it.
     """
     assert tokens.dtype.itemsize < 4, tokens.dtype
     result = torch.empty_like(tokens, memory_format=torch.contiguous_format) if update is None else update.contiguous()
