@@ -63,13 +63,13 @@ def means(result: Result) -> list[str]:
 
 def rates(result: Result) -> list[str]:
     """The tuned rates: adapter, and magnitude where it has one."""
-    tasks = [task for task in result.tasks("rates") if result.trials(task, YARDSTICK)]
+    tasks = result.tuned_tasks()
     return table(tasks, [(label, [_rates_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()])
 
 
 def stability(result: Result) -> list[str]:
     """Standard deviation over seeds, and how wide the plateau of learning rates is."""
-    tasks = [task for task in result.tasks("rates") if result.trials(task, YARDSTICK)]
+    tasks = result.tuned_tasks()
     return table(
         tasks, [(label, [_stability_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()]
     )

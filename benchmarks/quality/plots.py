@@ -110,7 +110,7 @@ def choices(result: Result) -> Figure:
 
 def rates(result: Result) -> Figure:
     """Question 4: validation loss against the adapter's learning rate."""
-    tasks = [task for task in result.tasks("rates") if result.trials(task, "vera")]
+    tasks = result.tuned_tasks()
     columns = max(1, min(3, len(tasks)))
     lines = -(-len(tasks) // columns)
     figure, grid = plt.subplots(

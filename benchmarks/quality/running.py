@@ -70,12 +70,13 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
     if arm.method == "untrained":
         return _judged_row(*(task.judge(reader, part) for part in ("validation", "test")))
     seed = run.seed if arm.projection_seed is None else arm.projection_seed
-    loaded = _resident_with(reader)
+    alone = run.stage == "alone"
+    loaded = _resident_with(reader) if alone else None
     reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], seed)
     trained = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
     row = {"trained_values": trained}
     row |= _trained(grid, run, task, reader)
-    if run.stage == "alone":
+    if alone:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return row | {"loaded_bytes": loaded, "peak_bytes": peak}
     if row["diverged"]:

@@ -133,6 +133,10 @@ class Result:
         """Those that tell something of a table or picture of `TOLD_BY`."""
         return [task for task in KINDS if self.finals(task, TOLD_BY[question])]
 
+    def tuned_tasks(self) -> list[str]:
+        """Those of "rates" whose own trials chose the rates."""
+        return [task for task in self.tasks("rates") if self.trials(task, TOLD_BY["rates"])]
+
     def failed(self) -> list[dict[str, Any]]:
         """Rows of runs that raised an error, and of final runs that diverged."""
         return [row for row in self.rows if "error" in row or (row.get("diverged") and row["stage"] == "final")]

@@ -22,7 +22,7 @@ from .layouts import ROWS, Layout, is_at_hand
 from .measured import MeasuredWeight
 from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
 from .parts import Part, check_whole, gathered, is_divided, local, part_of
-from .precision import as_dtype, at_least_float32, full_precision, norm_dtype
+from .precision import at_least_float32, full_precision, norm_dtype
 from .projections import Matrices, SharedProjections
 from .shapes import Float
 from .transforms import recording, transforming
@@ -209,7 +209,7 @@ class AdaptedWeight(nn.Module):
         """`g - 1` and `beta` of every row."""
         norm = self.norm(weight)
         # Vectors that somebody has cast to half precision: the norm is not computed in it.
-        vectors = Vectors(*(as_dtype(vector, norm.w.dtype) for vector in vectors))
+        vectors = vectors.to(norm.w.dtype)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
             frozen = not norm.w.requires_grad and not transforming()

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import functional as F
 from .adapted_weight import AdaptedWeight
 from .functional import Vectors
-from .precision import as_dtype, full_precision
+from .precision import full_precision
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
         weight: as stored, or None.
     """
     norm = adapted.norm(weight)
-    vectors = Vectors(*(as_dtype(vector, norm.w.dtype) for vector in vectors))
+    vectors = vectors.to(norm.w.dtype)
     with full_precision(norm.w.device):
         beta = F.row_scale(vectors.lambda_b, norm.w, adapted.scaling, adapted.direction)
         _, s = F.relative_norm(norm, vectors.lambda_d, beta)

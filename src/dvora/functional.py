@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from .precision import norm_dtype
+from .precision import as_dtype, norm_dtype
 from .row_change import measured_change, nearly_cancelled, norm_change
 from .shapes import Float
 
@@ -37,6 +37,10 @@ class Vectors(NamedTuple):
     magnitude: Float[Tensor, "O"]
     lambda_b: Float[Tensor, "O"]
     lambda_d: Float[Tensor, "R"]
+
+    def to(self, dtype: torch.dtype) -> "Vectors":
+        """The vectors in another dtype: themselves where it is theirs."""
+        return Vectors(*(as_dtype(vector, dtype) for vector in self))
 
 
 @runtime_checkable

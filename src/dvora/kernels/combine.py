@@ -65,7 +65,7 @@ def _forward(
     gain: Tensor | None = None,
 ) -> Tensor:
     if z is None:
-        return _without_update(base_output, gain_minus_one, bias)
+        return _rescaled(base_output, gain_minus_one, bias)
     scaled = z * as_dtype(lambda_d, z.dtype)
     if runs_triton(base_output):
         return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
@@ -79,12 +79,13 @@ def _forward(
     return y if offset is None else y.sub_(offset)
 
 
-def _without_update(base_output: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
+def _rescaled(tokens: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
+    """`tokens + (g - 1) (tokens - bias)`: outputs without an update, and gradients of the base's outputs."""
     gain, offset = 1 + gain_minus_one, None if bias is None else gain_minus_one * bias
-    if base_output.dtype.itemsize < 4:
-        return rescaled(base_output, gain, offset)
-    y = base_output * gain
-    return y if offset is None else y.sub_(offset)
+    if tokens.dtype.itemsize < 4 and not torch.is_grad_enabled():
+        return rescaled(tokens, gain, offset)
+    y = tokens * gain
+    return (y if offset is None else y.sub_(offset)).to(tokens.dtype)
 
 
 class _Combine(torch.autograd.Function):
@@ -110,7 +111,7 @@ class _Combine(torch.autograd.Function):
         if z is not None and runs_triton(delta) and not torch.is_grad_enabled():
             found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, ctx.matrices)
             return *found, None
-        d_base = _times(delta, 1 + gain_minus_one) if wants[0] else None
+        d_base = _rescaled(delta, gain_minus_one, None) if wants[0] else None
         d_z = d_lambda_d = d_gain = d_scale = None
         if z is not None:
             d_z, d_lambda_d, d_scale = _update_gradients(delta, z, lambda_d, scale, ctx.matrices, wants)
@@ -179,11 +180,6 @@ def _backward_in_triton(
     d_lambda_d = sum_of_products(h, _rows(z))
     d_bias = None if bias is None else -gain_minus_one * _total(delta)
     return found.base.view_as(delta), h.mul_(inner).view_as(z), d_lambda_d, found.gain, d_scale, d_bias
-
-
-def _times(delta: Float[Tensor, "*T O"], gain: Float[Tensor, "O"]) -> Float[Tensor, "*T O"]:
-    narrow = delta.dtype.itemsize < 4 and not torch.is_grad_enabled()
-    return rescaled(delta, gain) if narrow else (delta * gain).to(delta.dtype)
 
 
 def _total(delta: Float[Tensor, "*T O"]) -> Float[Tensor, "O"]:

@@ -106,7 +106,7 @@ def to_dora(model: PeftModel, adapter_name: str = "default") -> Converted:
 def _dora_of_layer(layer: DVoRALayer, adapter_name: str) -> Dora:
     adapted, strength = layer.adapted(adapter_name), float(layer.strength(adapter_name))
     weight = layer.kind.layout.matrix(layer.unmerged()).double()
-    vectors = Vectors(*(vector.double() for vector in layer.vectors(adapter_name)))
+    vectors = layer.vectors(adapter_name).to(torch.float64)
     A, B = adapted.A(weight), adapted.B(weight)
     if not adapted.rank:
         # PEFT has no rank of zero.
