@@ -17,7 +17,7 @@ def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: flo
     """`scale a b`, in the dtype of `a`, whatever that of `b`; under autocast in the dtype of autocast's products."""
     if transforming() or (b.requires_grad and recording()):
         return (a * scale) @ b.to(a.dtype)
-    # As autocast does, but before the product: the scale takes a pass over half the bytes, and no cast of b is kept.
+    # As autocast does, but before the scale, which then takes a pass over half the bytes.
     if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:
         a = as_dtype(a, torch.get_autocast_dtype(a.device.type))
     if not (a.requires_grad and recording()):
