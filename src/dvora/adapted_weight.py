@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .evaluated import LastFactors, RowFactors
-from .functional import Direction, Vectors
-from .kernels.gain import gain_minus_one
+from .evaluated import LastFactors
+from .functional import Direction, RowFactors, Vectors
+from .kernels.gain import row_factors
 from .layouts import ROWS, Layout, is_at_hand
 from .measured import MeasuredWeight
 from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
@@ -205,19 +205,18 @@ class AdaptedWeight(nn.Module):
             return like.new_empty(self.out_features, 0)
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
 
-    def gain_minus_one(self, vectors: Vectors, weight: Tensor | None) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-        """`g - 1` and `beta` of every row."""
+    def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
+        """What the rows are rescaled with, made from the vectors."""
         norm = self.norm(weight)
         # Vectors that somebody has cast to half precision: the norm is not computed in it.
         vectors = vectors.to(norm.w.dtype)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
             frozen = not norm.w.requires_grad and not transforming()
-            function = gain_minus_one if frozen else F.gain_minus_one
-            return function(vectors, norm, beta, self.detach_norm), beta
+            return (row_factors if frozen else F.row_factors)(vectors, norm, beta, self.detach_norm)
 
     def row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None) -> RowFactors:
-        """What the outputs are rescaled with; in evaluation made once, until anything changes.
+        """The factors of an adapter of some strength; in evaluation made once, until anything changes.
 
         Args:
             vectors: the trained ones.
@@ -238,10 +237,10 @@ class AdaptedWeight(nn.Module):
             ValueError: the weight is divided between processes.
         """
         check_whole(weight, self.name)
-        g1, beta = self.gain_minus_one(vectors, weight)
-        with full_precision(g1.device):
-            matrix = self.layout.matrix(weight)
-            return F.rescaled_delta(matrix, self.A(g1), self.B(g1), vectors.lambda_d, beta, g1)
+        factors = self.factors(vectors, weight)
+        with full_precision(factors.scale.device):
+            matrix, lambda_d = self.layout.matrix(weight), vectors.lambda_d.to(factors.scale.dtype)
+            return F.rescaled_delta(matrix, self.A(lambda_d), self.B(lambda_d), lambda_d, factors)
 
     def extra_repr(self) -> str:
         return (
@@ -250,11 +249,12 @@ class AdaptedWeight(nn.Module):
         )
 
     def _row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None) -> RowFactors:
-        g1, beta = self.gain_minus_one(vectors, weight)
-        scale = (1 + g1) * beta
+        gain_minus_one, scale, gain, beta = factors = self.factors(vectors, weight)
         if strength is None:
-            return RowFactors(g1, scale, beta)
-        return RowFactors(strength * g1, strength * scale, beta)
+            return factors
+        # Exactly the gain for a strength of one.
+        weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
+        return RowFactors(strength * gain_minus_one, strength * scale, weaker.detach(), beta)
 
     def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
         if self.rank and C is None and matrix is None:

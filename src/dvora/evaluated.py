@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .shapes import Float
+from .functional import RowFactors
 
 
 class State(NamedTuple):
@@ -55,19 +55,6 @@ class State(NamedTuple):
         )
 
 
-class RowFactors(NamedTuple):
-    """What the outputs of one adapted weight are rescaled with."""
-
-    gain_minus_one: Float[Tensor, "O"]
-    """`s (g - 1)`, s the adapter's strength."""
-    scale: Float[Tensor, "O"]
-    """`s g beta`."""
-    beta: Float[Tensor, "O"]
-    """That of the update itself."""
-    gain: Float[Tensor, "O"] | None = None
-    """`1 + gain_minus_one`, made once where the factors are kept."""
-
-
 class LastFactors:
     """The row factors of the last evaluation."""
 
@@ -88,11 +75,12 @@ class LastFactors:
             return kept.factors
         # Factors made in inference mode could not be used in a pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
-            factors = compute()
-            factors = factors._replace(gain=1 + factors.gain_minus_one)
-        known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
-        self._kept = _Kept(factors, known, None if weight is None else State.of(weight))
-        return factors
+            # Before they are read: another thread may write to them while the factors are made.
+            known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
+            state = None if weight is None else State.of(weight)
+            kept = _Kept(compute(), known, state)
+        self._kept = kept if kept.serves(inputs, weight) else None
+        return kept.factors
 
     def drop(self) -> None:
         """Forget everything."""
