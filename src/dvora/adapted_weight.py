@@ -7,6 +7,7 @@ The norm constants belong to one state of the base weight. They are made again w
 to, cast or moved, and computed in every pass, with gradients, while the weight itself is trained.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,6 +29,10 @@ from .shapes import Float
 from .transforms import recording, transforming
 from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
 
+_ATTEMPTS = 3
+"""To make constants that nothing writes to the weight of meanwhile; the last ones are made again in the next pass."""
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while constants take their places, so that threads cannot mix those of two states of a weight."""
 MAGNITUDE_ONLY = 0
 """The rank of a weight whose rows are rescaled and nothing else."""
 
@@ -182,15 +187,24 @@ class AdaptedWeight(nn.Module):
                 "layer's weight cannot be read then (it is quantised or offloaded, or processes divide its inputs); "
                 'use "auto" or True'
             )
-        with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
-            matrix = self.layout.matrix(gathered(weight.detach()))
-            w = F.row_norm(matrix)
-            check_norms(w, self.name)
-            dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
-            C = None if dtype is None else self._cross(matrix, dtype)
-            self.w, self.C = (w, C) if part is None else (part.of_rows(w), None if C is None else part.of_rows(C))
+        held = local(weight)
+        for attempt in reversed(range(_ATTEMPTS)):
+            # Before it is read: another thread may write to it meanwhile.
+            measured = MeasuredWeight(held)
+            with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
+                matrix = self.layout.matrix(gathered(weight.detach()))
+                w = F.row_norm(matrix)
+                check_norms(w, self.name)
+                dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
+                C = None if dtype is None else self._cross(matrix, dtype)
+                if part is not None:
+                    w, C = part.of_rows(w), None if C is None else part.of_rows(C)
+            with _ONE_AT_A_TIME:
+                if measured.was_written_to(held) and attempt:
+                    continue
+                self.w, self.C, self.part, self._measured = w, C, part, measured
+            break
         self._last.drop()
-        self.part, self._measured = part, MeasuredWeight(local(weight))
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
         """The dense A of this weight, with the dtype and device of `like`."""
@@ -274,7 +288,12 @@ class AdaptedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:
             self.shared._apply(fn)
+        # The dtype of C is chosen by its size, and only its device follows.
+        C, self.C = self.C, None
         super()._apply(at_least_float32(fn), recurse=False)
+        if C is not None:
+            device = fn(C.new_empty(0)).device
+            self.C = C.new_empty(C.shape, device=device) if C.is_meta else C.to(device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

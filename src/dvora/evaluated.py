@@ -34,9 +34,8 @@ class State(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "State":
         """The state of a tensor now."""
-        storage, version = StorageWeakRef(tensor.untyped_storage()), -1 if tensor.is_inference() else tensor._version
-        layout = tensor.shape, tensor.stride()
-        return cls(storage, tensor.data_ptr(), version, *layout, tensor.dtype, tensor.device)
+        storage, layout = StorageWeakRef(tensor.untyped_storage()), (tensor.shape, tensor.stride())
+        return cls(storage, tensor.data_ptr(), version_of(tensor), *layout, tensor.dtype, tensor.device)
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
@@ -104,6 +103,11 @@ class _Kept(NamedTuple):
         if weight is not None and self.weight is not None and not self.weight.is_of(weight):
             return False
         return all(map(_unchanged, inputs, self.inputs))
+
+
+def version_of(tensor: Tensor) -> int:
+    """The number of writes that PyTorch has counted; of tensors made in inference mode it counts none."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _gathers_weights() -> bool:
