@@ -4,7 +4,6 @@ On the CPU the values themselves are compared, which no way of writing them esca
 for the device in every pass: there, what PyTorch counts is compared, and a pass that trains drops what is kept.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .functional import RowFactors
+from .imported import imported_class
 
 
 class State(NamedTuple):
@@ -112,8 +112,8 @@ def version_of(tensor: Tensor) -> int:
 
 def _gathers_weights() -> bool:
     """Whether anything in this process was given to FSDP2's `fully_shard`, which makes a class for every type."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
+    fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
+    return fsdp_module is not None and bool(fsdp_module.__subclasses__())
 
 
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
