@@ -46,6 +46,7 @@ ORDER = [
     "routes",
     "layouts",
     "validation",
+    "last_input",
     "evaluated",
     "measured",
     "parts",
