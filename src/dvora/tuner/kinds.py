@@ -110,9 +110,11 @@ def is_initialized(layer: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
     """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
+    if layer_type is nn.Linear and is_divided(layer._parameters.get("weight")):
+        # transformers exchanges what divided layers need in forwards that it puts in place of theirs.
+        return type(layer).forward is nn.Linear.forward
     same = computes_as(layer, layer_type) or isinstance(layer, nn.Embedding)
-    divided = layer_type is nn.Linear and is_divided(layer._parameters.get("weight"))
-    return same and (divided or type(layer.weight) in (Tensor, nn.Parameter))
+    return same and type(layer.weight) in (Tensor, nn.Parameter)
 
 
 @torch.no_grad()
