@@ -267,6 +267,17 @@ def test_inputs_that_were_made_in_inference_mode_are_taken() -> None:
     layer.update_parameters(0.1)
 
 
+def test_gradients_that_were_added_in_inference_mode_can_be_added_to() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    for _ in range(2):
+        layer(X)
+        with torch.inference_mode():
+            layer.backward(DELTA)
+    layer(X).backward(DELTA)
+    expected = {name: 3 * gradient for name, gradient in by_autograd(layer, X, DELTA).items() if name != "x"}
+    assert_close({name: vector.grad for name, vector in layer.vectors._asdict().items()}, expected)
+
+
 def test_a_refused_gradient_leaves_the_input_for_another_try() -> None:
     layer = trained_layer(IN, OUT, RANK)
     expected = by_autograd(layer, X, DELTA)

@@ -166,7 +166,7 @@ class DVoRAAdapter(nn.Module):
         trained = [parameter for parameter in self._trained() if parameter.requires_grad]
         inputs_gradient, *gradients = last.gradients(self._outputs, output_gradient, trained)
         assert inputs_gradient is not None
-        with _adding:
+        with torch.inference_mode(False), _adding:
             for parameter, gradient in zip(trained, gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
