@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .parts import check_whole
+from .precision import norm_dtype
 from .shapes import Float
 
 SMALL_LOSS = 0.05
@@ -40,6 +41,24 @@ def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
     size = torch.linalg.vector_norm(delta)
     lost = torch.linalg.vector_norm(rounded.to(delta.dtype) - exact) / torch.where(size > 0, size, 1.0)
     return Merged(rounded, float(lost))
+
+
+def check_finite(merged: Tensor, what: str) -> None:
+    """Refuse a merged weight that would poison its layer.
+
+    Args:
+        merged: in the dtype that it is to be stored in.
+        what: was done to get it, for the message.
+
+    Raises:
+        ValueError: a value is not finite, or too large for the dtype.
+    """
+    # There is no `isfinite` for eight bits.
+    if not merged.to(norm_dtype(merged.dtype)).isfinite().all():
+        raise ValueError(
+            f"{what} gives values that are not finite or too large for {merged.dtype}; nothing was merged. A strength "
+            "is too large, or training diverged: go back to an earlier checkpoint"
+        )
 
 
 def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:

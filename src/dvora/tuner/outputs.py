@@ -17,6 +17,7 @@ from ..shapes import Float
 from .base import laid_out_like
 from .kinds import LayerKind
 from .operations import linear
+from .vectors import Strength
 
 
 class ActiveAdapter(NamedTuple):
@@ -26,7 +27,7 @@ class ActiveAdapter(NamedTuple):
     vectors: Vectors
     factors: RowFactors
     dropout: nn.Module
-    strength: Tensor
+    strength: Strength
 
 
 def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor | None:
@@ -35,7 +36,7 @@ def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveA
         return None
     adapted, vectors, factors, dropout, strength = adapters[0]
     alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
-    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength == 1):
+    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength.number == 1):
         return None
     assert isinstance(base_layer, nn.Linear)
     return from_updated_weight(adapted, base_layer, x, vectors.lambda_d, factors)

@@ -1,13 +1,52 @@
-"""A batch in which every row has an adapter of its own."""
+"""A batch in which every row has an adapter of its own, and the one that a thread is busy with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
+from .restoring import surely
+
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
+
+
+class Batch(NamedTuple):
+    """One call of a model with an adapter for each row."""
+
+    names: Sequence[str]
+    """One a row."""
+    in_encoder: Sequence[str]
+    """Those in the encoder, whose rows beam search does not repeat."""
+
+
+class _Thread(threading.local):
+    batch: Batch | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def in_progress(batch: Batch | None) -> Iterator[None]:
+    """Make a batch, or none, the one of this thread: others neither see it nor are disturbed."""
+    before = _thread.batch
+
+    def back() -> None:
+        _thread.batch = before
+
+    with surely(back):
+        _thread.batch = batch
+        yield
+
+
+def is_in_progress(batch: Batch) -> bool:
+    """Whether this thread is in the call of a batch, and not in another one within it."""
+    return _thread.batch is batch
 
 
 def mixed_outputs(
