@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -49,7 +48,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
         if not any(get_pattern_key([pattern], layer.name) == pattern for layer in layers):
             raise ValueError(f"strength: no layer of adapter {adapter_name!r} is named {pattern!r}")
     check_unmerged(model, adapter_name)
-    with strengths_restored_on_failure(layers, config, adapter_name):
+    with on_failure(strengths_as_they_are(layers, config, adapter_name)):
         for layer in layers:
             key = strength_key(by_layer, layer.name)
             if key in by_layer:
@@ -58,11 +57,8 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
         config.strength = by_name if isinstance(strength, dict) else float(strength)
 
 
-@contextmanager
-def strengths_restored_on_failure(
-    layers: Sequence[DVoRALayer], config: DVoRAConfig, adapter_name: str
-) -> Iterator[None]:
-    """If the block raises anything, give an adapter and its configuration the strengths back that they had."""
+def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, adapter_name: str) -> Callable[[], None]:
+    """What gives an adapter and its configuration the strengths back that they have now."""
     numbers, in_config = [float(layer.strength(adapter_name)) for layer in layers], config.strength
 
     def put_back() -> None:
@@ -70,8 +66,7 @@ def strengths_restored_on_failure(
         for layer, number in zip(layers, numbers, strict=True):
             layer.set_strength(adapter_name, number)
 
-    with on_failure(put_back):
-        yield
+    return put_back
 
 
 def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Sequence[str], new: str) -> DVoRAConfig:

@@ -9,10 +9,10 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from .base_probes import alike
-from .combining import layers_of, strengths_restored_on_failure
+from .combining import layers_of, strengths_as_they_are
 from .config import DVoRAConfig, own_config
 from .layer import DVoRALayer
-from .restoring import values_restored_on_failure
+from .restoring import on_failure, values_as_they_are
 
 INSTEAD = "load the adapter under a name of its own instead"
 
@@ -51,7 +51,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     weights = load_peft_weights(str(folder), device="cpu")
     loaded = own_config(configs[adapter_name])
     own = [p for name, p in model.named_parameters() if f".{adapter_name}." in f"{name}." or name.endswith(".bias")]
-    with values_restored_on_failure(own), strengths_restored_on_failure(layers, loaded, adapter_name):
+    with on_failure(values_as_they_are(own), strengths_as_they_are(layers, loaded, adapter_name)):
         set_peft_model_state_dict(model, weights, adapter_name)
         for layer in layers:
             layer.set_strength(adapter_name, float(config.strength_of(layer.name)))

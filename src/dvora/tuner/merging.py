@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,8 +48,14 @@ def merge_model(
 
 
 @contextmanager
-def merging(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[dict[str, float]]:
+def merging(
+    model: nn.Module, adapter_names: list[str] | None, safe_merge: bool, undo: Callable[[], object] | None = None
+) -> Iterator[dict[str, float]]:
     """Merge as `merge_model` does; if anything is raised within, all is put back.
+
+    Args:
+        model, adapter_names, safe_merge: as there.
+        undo: is called first then, and may be called again at any point.
 
     Yields:
         The share of the update that rounding changed, by layer name.
@@ -58,6 +64,8 @@ def merging(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool)
     intent, layers, others, losses = Intent(), layers_in(model), _Others(model), dict[str, float]()
 
     def settle() -> None:
+        if undo is not None and not intent.done:
+            undo()
         for layer in layers:
             layer.settle()
         if not intent.done:

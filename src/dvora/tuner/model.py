@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -28,7 +28,7 @@ from .loading import check_shapes, checked_values, outside_saved_modules
 from .merging import check_loadable, merge_model, merging, unmerge_before_adding, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .operating_weight import keep_differentiable
-from .restoring import on_failure, restored_on_failure
+from .restoring import modules_as_they_are, on_failure
 from .rows import in_progress
 from .saving import as_saved, from_saved
 from .targets import find_targets, matches, names_found, wrap
@@ -50,15 +50,18 @@ class DVoRAModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # PEFT enters the new configuration beside those of the model's adapters before anything is checked.
-        with restored_on_failure(model):
+        with on_failure(modules_as_they_are(model)):
             super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if an error or an interruption stops that, the model is as it was and has no such name."""
-        unmerge_before_adding(model)
-        known = any(layers_of(model, adapter_name))
-        with on_failure(lambda: known or self.peft_config.pop(adapter_name, None)), restored_on_failure(self):
-            self._inject(model, adapter_name, *args, **kwargs)
+        try:
+            unmerge_before_adding(model)
+            with on_failure(modules_as_they_are(self)):
+                self._inject(model, adapter_name, *args, **kwargs)
+        finally:
+            if not any(layers_of(model, adapter_name)):
+                self.peft_config.pop(adapter_name, None)
 
     def _inject(
         self,
@@ -162,7 +165,7 @@ class DVoRAModel(BaseTuner):
         return {name: own_config(config) for name, config in self.peft_config.items()}
 
     def _add_combined(self, adapter_name: str, config: DVoRAConfig, vectors: dict[str, Vectors]) -> None:
-        with restored_on_failure(self):
+        with on_failure(modules_as_they_are(self)):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             set_vectors(self.model, adapter_name, vectors)
@@ -197,8 +200,8 @@ class DVoRAModel(BaseTuner):
         # Until the last layer is merged, the CPU keeps copies of all adapted weights, from which a failure is undone.
         if merge:
             self._check_merge_allowed()
-        merged = merging(self.model, adapter_names, safe_merge) if merge else nullcontext()
-        with merged, restored_on_failure(self):
+        undo = modules_as_they_are(self)
+        with merging(self.model, adapter_names, safe_merge, undo) if merge else on_failure(undo):
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         return cast(nn.Module, self.model)
 

@@ -29,8 +29,8 @@ def surely(end: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def on_failure(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` if the block raises anything, interruptions included.
+def on_failure(*undo: Callable[[], object]) -> Iterator[None]:
+    """Call all of `undo` if the block raises anything, interruptions included.
 
     Args:
         undo: may be called again at any point.
@@ -39,21 +39,18 @@ def on_failure(undo: Callable[[], object]) -> Iterator[None]:
 
     def end() -> None:
         if not finished:
-            undo()
+            for each in undo:
+                each()
 
     with surely(end):
         yield
         finished.append(True)
 
 
-@contextmanager
-def restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """If the block raises anything, give every module back the attributes and children that it had.
+def modules_as_they_are(model: nn.Module) -> Callable[[], None]:
+    """What gives every module its present attributes and children back, and parameters whether they are trained.
 
-    Values of tensors are not put back, but whether parameters were trained is.
-
-    Args:
-        model: whose modules may be wrapped, replaced or given parameters within.
+    Values of tensors are not put back.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [
@@ -67,13 +64,11 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
-    with on_failure(restore):
-        yield
+    return restore
 
 
-@contextmanager
-def values_restored_on_failure(tensors: list[Tensor]) -> Iterator[None]:
-    """If the block raises anything, give tensors back the values that they had, from copies."""
+def values_as_they_are(tensors: list[Tensor]) -> Callable[[], None]:
+    """What gives tensors the values back that they have now, from copies."""
     kept = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
@@ -81,8 +76,7 @@ def values_restored_on_failure(tensors: list[Tensor]) -> Iterator[None]:
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
 
-    with on_failure(restore):
-        yield
+    return restore
 
 
 def _put_back(changed: Any, kept: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .restoring import surely
@@ -15,13 +15,17 @@ BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
 
 
-class Batch(NamedTuple):
-    """One call of a model with an adapter for each row."""
+class Batch:
+    """One call of a model with an adapter for each row; another one with the same names is another.
 
-    names: Sequence[str]
-    """One a row."""
-    in_encoder: Sequence[str]
-    """Those in the encoder, whose rows beam search does not repeat."""
+    Args:
+        names: one a row.
+        in_encoder: those in the encoder, whose rows beam search does not repeat.
+    """
+
+    def __init__(self, names: Sequence[str], in_encoder: Sequence[str]) -> None:
+        self.names = names
+        self.in_encoder = in_encoder
 
 
 class _Thread(threading.local):
@@ -34,6 +38,10 @@ _thread = _Thread()
 @contextmanager
 def in_progress(batch: Batch | None) -> Iterator[None]:
     """Make a batch, or none, the one of this thread: others neither see it nor are disturbed."""
+    if torch.compiler.is_compiling():
+        # A graph has no thread of its own.
+        yield
+        return
     before = _thread.batch
 
     def back() -> None:
