@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
 from .functional import FAR, Direction, Vectors, are_finite
 from .last_input import LastInput
 from .layouts import weight_at_hand
-from .linear_outputs import combined, from_updated_weight, small_rows_of
+from .linear_outputs import combined, from_updated_weight
 from .merging import check_can_be_set, merged_copy
 from .parts import local
 from .precision import at_least_float32
@@ -20,6 +21,7 @@ from .projections import SharedProjections
 from .routes import takes_updated_weight
 from .shapes import Float
 from .shared import default_projections
+from .small_rows import SmallRows
 from .transforms import transforming
 from .validation import check_linear, checked_d_initial, checked_not_negative, checked_rank, checked_vectors
 
@@ -264,7 +266,8 @@ class DVoRAAdapter(nn.Module):
         base, weight = self.base_layer, weight_at_hand(self.base_layer, "weight")
         vectors = self.adapted.local(self.vectors, weight)
         factors = self.adapted.row_factors(vectors, weight)
-        small = small_rows_of(self.adapted, x, weight, base.bias)
+        rows = self.adapted.small_rows(base.bias)
+        small = None if rows is None else SmallRows(rows, None if weight is None else linear(x, weight[rows]))
         if small is None and takes_updated_weight(base, x, self.shared.kind):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
         return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)
