@@ -16,7 +16,6 @@ from torch.autograd.graph import Node
 from .precision import autocast_dtype, full_precision
 from .transforms import keeps_elsewhere
 
-
 _adding = threading.Lock()
 
 
