@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
-from .functional import Direction, Vectors
+from .functional import FAR, Direction, Vectors, are_finite
 from .last_input import LastInput, add_gradients
 from .layouts import weight_at_hand
-from .linear_outputs import combined, from_updated_weight
+from .linear_outputs import combined, from_updated_weight, small_rows_of
 from .merging import check_can_be_set, merged_copy
 from .parts import local
 from .precision import at_least_float32
@@ -90,10 +90,13 @@ class DVoRAAdapter(nn.Module):
         with torch.inference_mode(False):
             for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
                 self.register_parameter(name, nn.Parameter(value))
+        # Now, for a graph that is made of the layer cannot look for them.
+        self.adapted.small_rows(base_layer.bias)
         self.base_layer = base_layer
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
         self._last_input: LastInput | None = None
+        self._before_load: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     @property
@@ -256,9 +259,10 @@ class DVoRAAdapter(nn.Module):
         base, weight = self.base_layer, weight_at_hand(self.base_layer, "weight")
         vectors = self.adapted.local(self.vectors, weight)
         factors = self.adapted.row_factors(vectors, weight)
-        if takes_updated_weight(base, x, self.shared.kind):
+        small = small_rows_of(self.adapted, x, weight, base.bias)
+        if small is None and takes_updated_weight(base, x, self.shared.kind):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
-        return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias)
+        return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)
 
     def _tensors(self) -> Iterator[Tensor]:
         """All parameters; `parameters()` would take as long as a small layer."""
@@ -271,8 +275,42 @@ class DVoRAAdapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Everything is checked before anything is copied: torch would stop half-way.
-        state_dict |= checked_vectors(state_dict, prefix, self.named_parameters(), self.adapted.extra_repr())
+        vectors = checked_vectors(state_dict, prefix, self.named_parameters(), self.adapted.extra_repr())
+        state_dict |= vectors
+        # Rare, and the copies take as much memory as the layer. The base is loaded next, and then all is looked at.
+        far = any(not value.is_meta and value.abs().max() > FAR for value in vectors.values())
+        self._before_load = self._as_it_is() if far else []
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _as_it_is(self) -> list[tuple[nn.Module, str, nn.Parameter, Tensor]]:
+        """Every parameter, where it is, and a copy of its values."""
+        return [
+            (module, name, parameter, parameter.detach().clone())
+            for module in (self, self.base_layer)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    @torch.no_grad()
+    def _finish_load(self) -> None:
+        """Follow the loaded base, and take back vectors that give its rows no finite factors.
+
+        Raises:
+            ValueError: they do not.
+        """
+        before, self._before_load = self._before_load, []
+        weight = self.base_layer.weight
+        self.adapted.follow_loaded(weight)
+        if not before or are_finite(self.adapted.factors(self.vectors, weight)):
+            return
+        for module, name, parameter, values in before:
+            parameter.copy_(values)
+            module._parameters[name] = parameter
+        self.adapted.follow_loaded(self.base_layer.weight)
+        raise ValueError(
+            f"{self.adapted.name}: magnitude, lambda_b and lambda_d in the state dict are so large that outputs would "
+            "not be finite; their training diverged: go back to an earlier checkpoint"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DVoRAAdapter":
         dtype = self.base_layer.weight.dtype
@@ -289,4 +327,4 @@ class DVoRAAdapter(nn.Module):
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRAAdapter)
-    layer.adapted.follow_loaded(layer.base_layer.weight)
+    layer._finish_load()
