@@ -108,7 +108,7 @@ def check_bias(bias: Float[Tensor, "O"] | None, name: str) -> None:
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    if bias is not None and not bias.isfinite().all():
+    if bias is not None and not bias.is_meta and not bias.isfinite().all():
         raise ValueError(
             f"{name}: {int((~bias.isfinite()).sum())} of {bias.numel()} values of the bias are not finite; rows are "
             "rescaled without their bias, which is impossible then. Use a finite value, or leave the layer out"
