@@ -18,6 +18,7 @@ from dvora import DVoRAConfig
 BASE = "__base__"
 BATCHES: list[list[str] | None] = [["default"] * 4, ["second", BASE, "second", BASE], [BASE] * 4, None]
 """Of adapter names; None is a plain call."""
+X = CASES["MultiheadAttention"].inputs()
 
 
 def adapted(name: str = "bert", **settings: object) -> PeftModel:
@@ -46,7 +47,7 @@ def call(model: nn.Module, names: list[str] | None) -> Tensor:
     if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         return outputs(model, **options)
     with torch.no_grad():
-        return model(CASES["MultiheadAttention"].inputs(), **options)
+        return model(X, **options)
 
 
 @contextmanager
