@@ -102,6 +102,11 @@ class DVoRALayer(nn.Module, MergeableLayer):
                 elif adapter_name in vector_dict:
                     del vector_dict[adapter_name]
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        # New modules are in training mode, whatever the model is in, and would drop inputs in evaluation.
+        self.training = self.base_layer.training
+        for name, child in self.named_children():
+            if name != "base_layer":
+                child.train(self.training)
 
     def vectors(self, adapter_name: str) -> Vectors:
         """The trained vectors of one adapter; zero and empty where it has the magnitude only."""
