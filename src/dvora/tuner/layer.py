@@ -105,6 +105,11 @@ class DVoRALayer(nn.Module, MergeableLayer):
             # Now, for a graph that is made of the layer cannot look for them.
             adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        # New modules are in training mode, whatever the model is in, and would drop inputs in evaluation.
+        self.training = self.base_layer.training
+        for name, child in self.named_children():
+            if name != "base_layer":
+                child.train(self.training)
 
     def vectors(self, adapter_name: str) -> Vectors:
         """The trained vectors of one adapter; zero and empty where it has the magnitude only."""
