@@ -56,6 +56,7 @@ ORDER = [
     "merging",
     "shared",
     "adapter",
+    "tuner.expressions",
     "tuner.vectors",
     "tuner.operations",
     "tuner.kinds",

@@ -7,20 +7,127 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import _get_input_embeddings_name
+from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
 from ..parts import is_fully_sharded
 from ..projections import SharedProjections
+from ..vera_matrices import vera_sizes
 from .base_probes import alike
 from .config import DVoRAConfig
-from .injection import Measured, measure
-from .kinds import KINDS, is_linear_by_forward
+from .config_checks import check_adapter_name
+from .expressions import check_expressions
+from .files import PEFT_PREFIX, VECTOR_PREFIX, check_vectors_held, layers_named
+from .injection import Measured, measure, projections_of
+from .kinds import KINDS, is_linear_by_forward, sizes_of
 from .layer import DVoRALayer
-from .targets import Target, matches, names_found, outside_adapters, parameter_names_found
+from .targets import Target, matches, names_found, names_in, outside_adapters, parameter_names_found
+
+
+def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) -> None:
+    """Refuse settings that are none, or that would match a model's names without end, and names of no adapter.
+
+    Raises:
+        TypeError, ValueError: a setting or the name is of the wrong type or out of range.
+    """
+    holders = [module for _, module in outside_adapters(model)]
+    check_adapter_name(adapter_name, {name for each in holders for name in (*each._parameters, *each._buffers)})
+    config.check()
+    check_expressions(vars(config), names_in(model))
+
+
+def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> dict[str, Measured]:
+    """Refuse an adapter that the model cannot have: by its sizes first, then by the weights.
+
+    Args:
+        targets: the matched weights.
+        config: of the adapter, which is told the fingerprint of its projections.
+        model: the model to adapt.
+
+    Returns:
+        What was measured of every target's base weight, by name.
+
+    Raises:
+        TypeError, ValueError: a layer, the model or the adapter's file does not fit.
+    """
+    check_model(config, model)
+    check_ranks_held(targets, config)
+    check_projections(targets, config, model)
+    measured = check_weights(targets, config, projections_of(model, config))
+    check_held(measured, config, model)
+    return measured
+
+
+def check_ranks_held(targets: Sequence[Target], config: DVoRAConfig) -> None:
+    """Refuse ranks that no vector has in the file of a configuration that was read from one.
+
+    Raises:
+        ValueError: a rank is larger.
+    """
+    held = config.held or {}
+    longest = max(chain((0,), *(shape for key, shape in held.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
+    for target in targets if held else ():
+        magnitude_only = matches(config.magnitude_modules, target.module_name)
+        if not magnitude_only and config.rank_of(target.name) > longest:
+            raise ValueError(
+                f"the adapter lacks vectors of adapted layers: {target.name} has rank {config.rank_of(target.name)} in "
+                f"its configuration, and no lambda_d in its file has more than {longest} values"
+            )
+
+
+def check_held(measured: Mapping[str, Measured], config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse a configuration that was read from a file of other vectors or heads, while the model is as it was.
+
+    Args:
+        measured: of the weights that it adapts here.
+        config: which knows what is in the file, if it was read from one.
+        model: the model to adapt.
+
+    Raises:
+        ValueError: the file does not hold what the model needs, or more.
+    """
+    held = config.held or {}
+    if not layers_named(held) & measured.keys():
+        return  # there is no file, or it has names that PEFT converts
+    check_vectors_held(
+        held, {name: (each.adapted.out_features, each.adapted.rank) for name, each in measured.items()}
+    )
+    whole: list[str] = []
+    for path, module in outside_adapters(model):
+        ends = any(path.endswith(name) for name in config.modules_to_save or ())
+        if not ends or path.startswith(tuple(f"{outer}." for outer in whole)):
+            continue
+        whole.append(path)
+        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        if missing := [key for key in own.state_dict() if f"{PEFT_PREFIX}{path}.{key}" not in held]:
+            raise ValueError(
+                f"the adapter's file lacks {path}.{missing[0]}, which modules_to_save={config.modules_to_save!r} says "
+                "it trains"
+            )
+
+
+def check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse matrices of PEFT's VeRA of sizes that no layer has, before they are drawn; their fingerprint is compared.
+
+    Raises:
+        ValueError: they are larger than the model, or not those of the adapter.
+    """
+    if (sizes := vera_sizes(config.projection_init)) is None:
+        return
+    rank = max((config.rank_of(target.name) for target in targets), default=0)
+    shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1]
+    stated = [size for module in model.modules() for size in sizes_of(module) if type(size) is int]
+    largest = max(chain(stated, *shapes), default=0)
+    if sizes.rank > rank or max(sizes.in_features, sizes.out_features) > largest:
+        raise ValueError(
+            f"projection_init={config.projection_init!r} is larger than any layer here: the largest has {largest} "
+            f"features and rank {rank}"
+        )
+    config.check_fingerprint()
 
 
 def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:

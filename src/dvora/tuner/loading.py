@@ -6,41 +6,45 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from .files import PEFT_PREFIX, check_dense
 from .layer import layers_in
 from .vectors import VECTORS
 
-PEFT_PREFIX = "base_model.model."
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
+_SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 def checked_values(
-    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], biases: Collection[str]
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], biases: Collection[str], bias: str
 ) -> dict[str, Tensor]:
     """The entries of a loaded state dict in the model's own dtypes, checked but for their shapes.
+
+    Only what the adapter's configuration trains is returned: what else the state dict has of the model must be what the
+    model has already.
 
     Args:
         model: with the adapter injected.
         adapter_name: its name.
         state_dict: keys as in the model's own state dict, those of biases perhaps with PEFT's prefix.
         biases: names of the biases that the adapter trains.
+        bias: the setting that says so.
 
     Raises:
         ValueError: a value is missing, belongs to nothing that the adapter trains, is not floating or not finite.
     """
     values = model.state_dict()
     own = {key for key in values if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
-    # Biases of the base are taken from a state dict at hand, as in PEFT; `files.check_biases` refuses them in a file.
-    base_biases = (key for key in values if key.endswith(".bias") and not _is_second_bias(key))
-    others = {*biases, *base_biases, *_further_keys(model, adapter_name)}
+    trained = {*own, *biases, *_saved_whole(model, adapter_name)}
     loaded = {key if key in values else key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
-    # With bias="all" PEFT saves those of modules_to_save a second time, under names that loading has no use for.
-    loaded = {key: value for key, value in loaded.items() if key in others or not _is_second_bias(key)}
-    unknown = [key for key in loaded if key not in own and key not in others]
+    if bias == "all":
+        # PEFT saves those of modules_to_save a second time, under names that loading has no use for.
+        loaded = {key: value for key, value in loaded.items() if key in trained or not _SECOND_BIAS.search(key)}
+    unknown = [key for key in loaded if key not in values]
     if vectors := [key for key in unknown if _VECTOR.search(key)]:
         raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(vectors)}")
     if missing := sorted(own - loaded.keys()):
@@ -51,7 +55,11 @@ def checked_values(
         raise ValueError(
             f"the adapter's file has values that its configuration does not train: {_some(list(map(repr, unknown)))}"
         )
-    return {key: _checked_value(key, value, values[key]) for key, value in loaded.items()}
+    for key, value in loaded.items():
+        check_dense(key, value)
+        if key not in trained:
+            _check_same(key, value, values[key])
+    return {key: _checked_value(key, value, values[key]) for key, value in loaded.items() if key in trained}
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -81,30 +89,31 @@ def outside_saved_modules(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if not _OF_SAVED_MODULES.search(key)}
 
 
-def _is_second_bias(key: str) -> bool:
-    return key.endswith(".bias") and _OF_SAVED_MODULES.search(key) is not None
-
-
-def _further_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:
-    """Of modules saved whole: those of `modules_to_save`, and embeddings, which PEFT saves when they were resized."""
-    embeddings = set()
+def _saved_whole(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    """Of modules and tokens that the adapter saves whole."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield from (f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
-        if isinstance(module, PreTrainedModel):
-            embeddings |= {id(parameter) for end in _ends(module) for parameter in end.parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in embeddings and not _VECTOR.search(name) and ".modules_to_save." not in name:
-            yield name
 
 
-def _ends(model: PreTrainedModel) -> list[nn.Module]:
-    """Input and output embeddings, of models that have any."""
-    try:
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    except NotImplementedError:
-        return []
-    return [end for end in ends if end is not None]
+def _check_same(key: str, loaded: Tensor, own: Tensor) -> None:
+    """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings."""
+    # Where this process does not have them, they cannot be compared, and are left alone all the same.
+    at_hand = type(own) in (Tensor, nn.Parameter) and not own.is_meta
+    if at_hand and not (loaded.shape == own.shape and _same(loaded.to(own), own)):
+        raise ValueError(
+            f"the adapter's file has values that its configuration does not train: {key!r}, which differs from the "
+            "model's own. Save a base that was changed (with further tokens, say) itself, and load the adapter onto "
+            "that; or name the layer in modules_to_save or trainable_token_indices before training; or save the "
+            "adapter with save_embedding_layers=False"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """To the last bit, as a table may hold what is not finite."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (a, b)))
 
 
 def _checked_value(key: str, loaded: Tensor, own: Tensor) -> Tensor:

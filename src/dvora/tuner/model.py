@@ -19,10 +19,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..functional import Vectors
-from .checks import check_model, check_targets, check_weights, warn_of_kept_dtype
+from .checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype
 from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
-from .injection import Measured, add_adapter, projections_of
+from .injection import Measured, add_adapter
 from .layer import DVoRALayer, layers_in
 from .loading import check_shapes, checked_values, outside_saved_modules
 from .merging import merge_model, unmerge_model
@@ -75,7 +75,7 @@ class DVoRAModel(BaseTuner):
     ) -> None:
         """Check everything first, then let PEFT replace the targeted layers."""
         config = own_config(self.peft_config[adapter_name])
-        config.check()
+        check_settings(config, adapter_name, model)
         filled = self._with_targets(config, model)
         if state_dict is None:
             resolved = _maybe_include_all_linear_layers(copy.deepcopy(filled), model)
@@ -85,10 +85,9 @@ class DVoRAModel(BaseTuner):
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
             found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
             targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
-        check_model(filled, model)
-        self._measured = check_weights(targets, filled, projections_of(model, filled))
+        self._measured = check_adapter(targets, filled, model)
         # PEFT keeps the caller's object and writes into it.
-        config.target_modules = filled.target_modules
+        config.target_modules, config.projection_fingerprint = filled.target_modules, filled.projection_fingerprint
         super().inject_adapter(
             model,
             adapter_name,
@@ -283,7 +282,7 @@ class DVoRAModel(BaseTuner):
         vectors = from_saved(model, own_config(config), state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
         biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config)
-        checked = checked_values(model, adapter_name, remapped, biases.keys())
+        checked = checked_values(model, adapter_name, remapped, biases.keys(), own_config(config).bias)
         if not any(isinstance(module, DVoRAModel) for module in model.modules()):
             check_shapes(model, checked)
         return checked

@@ -6,12 +6,11 @@ from torch import Tensor, nn
 
 from .combining import layers_of
 from .config import DVoRAConfig
+from .files import PEFT_PREFIX, VECTOR_PREFIX
 from .injection import present_probes, projections_of
-from .loading import PEFT_PREFIX
 from .targets import saved_names
 
 _MATRIX_PREFIX = "base_model.dvora_projections."
-_VECTOR_PREFIX = ".dvora_"
 
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +70,7 @@ def _renamed(state_dict: dict[str, Tensor], names: dict[str, str]) -> dict[str, 
     """The state dict with the layers in its keys under other names."""
 
     def renamed(key: str) -> str:
-        layer, found, rest = key.rpartition(_VECTOR_PREFIX)
+        layer, found, rest = key.rpartition(VECTOR_PREFIX)
         return f"{names[layer]}{found}{rest}" if layer in names else key
 
     return {renamed(key): value for key, value in state_dict.items()}

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..precision import at_least_float32
+from .expressions import first_match
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 """Attributes of a layer, in the order of `functional.Vectors`."""
@@ -70,5 +70,4 @@ class Strength(nn.Module):
 
 def strength_key(strengths: dict[str, float], layer_name: str) -> str:
     """The key of a layer's strength: its whole name before names and expressions that match its end."""
-    key: str = layer_name if layer_name in strengths else get_pattern_key(list(strengths), layer_name)
-    return key
+    return layer_name if layer_name in strengths else first_match(strengths, layer_name)
