@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..parts import is_fully_sharded
 from ..projections import SharedProjections
 from ..vera_matrices import vera_sizes
-from .base_probes import alike
+from .base_probes import alike, change, warn_of_changes
 from .config import DVoRAConfig
 from .config_checks import check_adapter_name
 from .expressions import check_expressions
@@ -171,6 +171,9 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
         TypeError: a layer's type or dtype is not supported, or it carries an adapter of another method.
         ValueError: a weight is on the meta device, not finite, or not the one the adapter was made for, or dropout is
             asked for where there are no inputs.
+
+    Warns:
+        UserWarning: the base is another quantisation of the adapter's.
     """
     measured = {}
     for target in targets:
@@ -185,13 +188,15 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
                 f"fan_in_fan_out=True is ignored: {target.name} is a torch.nn.Linear, whose weight is (out, in)",
                 stacklevel=4,
             )
-    for name, expected in (config.base_probes or {}).items():
-        if name in measured and not alike(measured[name].probes, expected):
+    known = {name: probes for name, probes in (config.base_probes or {}).items() if name in measured}
+    for name, expected in known.items():
+        if not alike(measured[name].probes, expected):
             raise ValueError(
                 f"{name}: the adapter was made for another base model: norm and random projections of the layer's "
                 f"weight are {measured[name].probes} here and were {expected} there, too far for a cast or a "
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
+    warn_of_changes({name: change(measured[name].probes, expected) for name, expected in known.items()}, stacklevel=5)
     return measured
 
 

@@ -8,7 +8,7 @@ import torch
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .base_probes import alike
+from .base_probes import alike, change, warn_of_changes
 from .combining import layers_of
 from .config import DVoRAConfig, own_config
 from .expressions import check_expressions
@@ -50,6 +50,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     if config.base_probes is not None and set(config.base_probes) != {layer.name for layer in layers}:
         other = sorted(set(config.base_probes) ^ {layer.name for layer in layers})[0]
         raise ValueError(f"{other} has only one of the two adapters; {INSTEAD}")
+    if config.base_probes is not None:
+        warn_of_changes({layer.name: change(layer.probes, config.base_probes[layer.name]) for layer in layers})
     weights = load_peft_weights(str(folder), device="cpu")
     set_peft_model_state_dict(model, weights, adapter_name)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from ..layouts import is_at_hand
 from ..parts import is_divided
 from ..projections import SharedProjections, checked_distribution
 from ..validation import checked_direction, checked_norm_cache
+from .base import Probed
 from .base_probes import probes_of
 from .config import DVoRAConfig
 from .kinds import skipped_column
@@ -82,7 +83,7 @@ def add_adapter(
         inference_mode=config.inference_mode,
     )
     layer.probes = measured.probes
-    layer.probed = stamp_of(layer)
+    layer.probed = Probed(layer.stored())
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -93,19 +94,14 @@ def present_probes(layer: DVoRALayer) -> list[float]:
     Of one that processes divide they are those from when it was adapted.
     """
     stored = layer.stored()
-    at_hand = stored is not None and is_at_hand(stored) and not is_divided(stored)
-    if at_hand and stamp_of(layer) != layer.probed:
+    if stored is None or not is_at_hand(stored) or is_divided(stored):
+        return layer.probes
+    if not layer.probed.is_of(stored):
+        # Noted first: what is written meanwhile is seen the next time.
+        layer.probed = Probed(stored)
         matrix = layer.kind.layout.matrix(layer.unmerged())
-        layer.probes, layer.probed = probes_of(matrix, row_norm(matrix)), stamp_of(layer)
+        layer.probes = probes_of(matrix, row_norm(matrix))
     return layer.probes
-
-
-def stamp_of(layer: DVoRALayer) -> tuple[int, int] | None:
-    """What changes with the base weight; None where only its layer knows it."""
-    stored = layer.stored()
-    if stored is None or is_divided(stored):
-        return None
-    return stored.data_ptr(), -1 if stored.is_inference() else stored._version
 
 
 def projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:

@@ -16,7 +16,7 @@ from ..functional import Vectors
 from ..layouts import is_at_hand, weight_at_hand
 from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, measured_bias, readable_weight, stored_weight
+from .base import Probed, bias_of, check_gradient, check_mergeable, measured_bias, readable_weight, stored_weight
 from .kinds import LayerKind, kind_of
 from .operating_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
@@ -65,7 +65,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self._original: Tensor | None = None
         self._base_loads = False
         self.probes: list[float] = []
-        self.probed: tuple[int, int] | None = None
+        self.probed = Probed()
         if not self.kind.has_weight:
             keep_differentiable(base_layer)
         self.measured_bias = measured_bias(base_layer, self.kind)
