@@ -105,7 +105,9 @@ def poison(value: float) -> Callable[[Tensor], Tensor]:
             id="another rank",
         ),
         pytest.param(
-            resize_all, r"shape \(12,\) in the adapter and \(6,\) in its configuration.*rank", id="another rank everywhere"
+            resize_all,
+            r"shape \(12,\) in the adapter and \(6,\) in its configuration.*rank",
+            id="another rank everywhere",
         ),
         pytest.param(
             change(f"{QUERY}.dvora_magnitude", lambda v: v[:, None]),

@@ -73,7 +73,6 @@ def warn_of_changes(changes: Mapping[str, float], stacklevel: int = 2) -> None:
         warnings.warn(
             f"the base is not quite the one that the adapter was made for: {len(changed)} of {len(changes)} adapted "
             f"weights differ, {most} by about {changed[most]:.0%} of its norm, as another quantisation (or a little "
-            "training) makes them. The adapter is loaded, and its outputs will differ accordingly; what was learnt fits "
-            "best on the base that it was trained on",
+            "training) makes them. The adapter is loaded all the same; its outputs will differ accordingly",
             stacklevel=stacklevel + 1,
         )

@@ -34,6 +34,8 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
     Raises:
         TypeError, ValueError: a setting or the name is of the wrong type or out of range.
     """
+    if config.held is not None and config.sizing() != config.held_for:
+        config.held, config.awaited = None, False
     holders = [module for _, module in outside_adapters(model)]
     check_adapter_name(adapter_name, {name for each in holders for name in (*each._parameters, *each._buffers)})
     config.check()
@@ -93,9 +95,7 @@ def check_held(measured: Mapping[str, Measured], config: DVoRAConfig, model: nn.
     held = config.held or {}
     if not layers_named(held) & measured.keys():
         return  # there is no file, or it has names that PEFT converts
-    check_vectors_held(
-        held, {name: (each.adapted.out_features, each.adapted.rank) for name, each in measured.items()}
-    )
+    check_vectors_held(held, {name: (each.adapted.out_features, each.adapted.rank) for name, each in measured.items()})
     whole: list[str] = []
     for path, module in outside_adapters(model):
         ends = any(path.endswith(name) for name in config.modules_to_save or ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,10 @@ from .expressions import check_expressions, first_match
 from .files import Shape, check_biases, check_ranks, check_tokens, layers_named, shapes_in
 from .vectors import strength_key
 
+_SIZING = (
+    *("r", "rank_pattern", "target_modules", "target_parameters", "magnitude_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "base_probes"),
+)
 BIASES = ("none", "all", "dvora_only")
 
 
@@ -128,8 +132,12 @@ class DVoRAConfig(PeftConfig):
         super().__post_init__()
         # The caller may use one configuration for several bases, so the field stays what it was.
         self.measured_probes: dict[str, list[float]] | None = None
-        # What the file of values beside it holds, if the configuration was read from an adapter's folder.
+        # What the file of values beside it holds, if the configuration was read from an adapter's folder, and for which
+        # settings: who changes them wants a new adapter.
         self.held: Mapping[str, Shape] | None = None
+        self.held_for: dict[str, Any] = {}
+        # Whether those values are still to be loaded.
+        self.awaited = False
         self.peft_type = PeftType["DVORA"]
         check_types(vars(self))
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
@@ -156,7 +164,7 @@ class DVoRAConfig(PeftConfig):
             check_tokens(held, config.trainable_token_indices)
             check_expressions(vars(config), layers_named(held))
             check_ranks(held, config.rank_of)
-            config.held = held
+            config.held, config.held_for, config.awaited = held, config.sizing(), True
         return config
 
     @classmethod
@@ -168,7 +176,7 @@ class DVoRAConfig(PeftConfig):
         """
         try:
             settings: Any = super().from_json_file(path_json_file, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path_json_file} cannot be read as JSON: {error}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path_json_file} holds a {type(settings).__name__}, expected settings by name")
@@ -199,6 +207,10 @@ class DVoRAConfig(PeftConfig):
         settings = super().to_dict()
         settings |= {"train": list(self.train), "base_probes": self.measured_probes or self.base_probes}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+
+    def sizing(self) -> dict[str, Any]:
+        """The settings that say which vectors there are, and for which base."""
+        return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
 
     def rank_of(self, layer_name: str) -> int:
         """The rank of a layer: its entry in `rank_pattern`, else `r`."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .config import DVoRAConfig, own_config
 from .files import PEFT_PREFIX, check_dense
-from .layer import layers_in
+from .layer import DVoRALayer, layers_in
 from .vectors import VECTORS
 
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
@@ -20,7 +23,11 @@ _OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 def checked_values(
-    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], biases: Collection[str], bias: str
+    model: nn.Module,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    biases: Collection[str],
+    config: DVoRAConfig,
 ) -> dict[str, Tensor]:
     """The entries of a loaded state dict in the model's own dtypes, checked but for their shapes.
 
@@ -32,7 +39,7 @@ def checked_values(
         adapter_name: its name.
         state_dict: keys as in the model's own state dict, those of biases perhaps with PEFT's prefix.
         biases: names of the biases that the adapter trains.
-        bias: the setting that says so.
+        config: of the adapter.
 
     Raises:
         ValueError: a value is missing, belongs to nothing that the adapter trains, is not floating or not finite.
@@ -41,7 +48,10 @@ def checked_values(
     own = {key for key in values if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
     trained = {*own, *biases, *_saved_whole(model, adapter_name)}
     loaded = {key if key in values else key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
-    if bias == "all":
+    # Biases of a state dict that this program made are taken as PEFT takes them.
+    made_here = config.held is None
+    trained |= {key for key in values if made_here and key.endswith(".bias") and not _SECOND_BIAS.search(key)}
+    if config.bias == "all" or made_here:
         # PEFT saves those of modules_to_save a second time, under names that loading has no use for.
         loaded = {key: value for key, value in loaded.items() if key in trained or not _SECOND_BIAS.search(key)}
     unknown = [key for key in loaded if key not in values]
@@ -60,6 +70,63 @@ def checked_values(
         if key not in trained:
             _check_same(key, value, values[key])
     return {key: _checked_value(key, value, values[key]) for key, value in loaded.items() if key in trained}
+
+
+def check_load(tuner: BaseTuner, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse to load values of other shapes than the model's; an adapter that was waiting for them has them then.
+
+    Args:
+        tuner: of the model.
+        state_dict: keys as in the tuner's own state dict, each after `prefix`.
+        prefix: of the tuner's keys.
+
+    Raises:
+        ValueError: a value has another shape.
+    """
+    names = {key.rpartition(".")[2] for key in state_dict if _VECTOR.search(key)} & tuner.peft_config.keys()
+    with whole_or_absent(tuner, names):
+        check_shapes(tuner, state_dict, prefix)
+    for name in names:
+        own_config(tuner.peft_config[name]).awaited = False
+
+
+@contextmanager
+def whole_or_absent(tuner: BaseTuner | None, names: Collection[str]) -> Iterator[None]:
+    """Take adapters out again whose values are refused, if a load has put them into the model just before.
+
+    Args:
+        tuner: of the model; without one, as after `inject_adapter_in_model`, nobody could take them out.
+        names: of the adapters.
+    """
+    try:
+        yield
+    except Exception:
+        for name in () if tuner is None else names:
+            assert tuner is not None
+            untouched = all(_is_untouched(layer, name) for layer in layers_in(tuner.model))
+            if own_config(tuner.peft_config[name]).awaited and untouched:
+                _withdraw(tuner, name)
+        raise
+
+
+def _is_untouched(layer: DVoRALayer, adapter_name: str) -> bool:
+    """Whether an adapter of a layer is as it was made: nobody has trained it."""
+    if adapter_name not in layer.dvora_adapted:
+        return True
+    magnitude, lambda_b, _ = layer.vectors(adapter_name)
+    own = layer.adapted(adapter_name).w
+    return magnitude.is_meta or (torch.equal(magnitude.to(own), own) and not lambda_b.any())
+
+
+def _withdraw(tuner: BaseTuner, adapter_name: str) -> None:
+    if list(tuner.peft_config) == [adapter_name]:
+        tuner.unload()
+        return
+    tuner.delete_adapter(adapter_name)
+    for path, layer in list(tuner.model.named_modules()):
+        if isinstance(layer, DVoRALayer) and not layer.dvora_adapted:
+            parent, _, name = path.rpartition(".")
+            setattr(tuner.model.get_submodule(parent), name, layer.base_layer)
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:

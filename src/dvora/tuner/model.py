@@ -24,7 +24,7 @@ from .combining import combined_config, interpolated_vectors, layers_of, set_str
 from .config import DVoRAConfig, own_config
 from .injection import Measured, add_adapter
 from .layer import DVoRALayer, layers_in
-from .loading import check_shapes, checked_values, outside_saved_modules
+from .loading import check_load, check_shapes, checked_values, outside_saved_modules, whole_or_absent
 from .merging import merge_model, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .operating_weight import keep_differentiable
@@ -259,8 +259,7 @@ class DVoRAModel(BaseTuner):
             warn_of_kept_dtype(layers_of(self.model, adapter_name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # A load that ignores mismatched sizes has dropped them by now.
-        check_shapes(self, state_dict, prefix)
+        check_load(self, state_dict, prefix)  # one that ignores mismatched sizes has dropped them by now
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -279,13 +278,15 @@ class DVoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        vectors = from_saved(model, own_config(config), state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
-        biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config)
-        checked = checked_values(model, adapter_name, remapped, biases.keys(), own_config(config).bias)
-        if not any(isinstance(module, DVoRAModel) for module in model.modules()):
-            check_shapes(model, checked)
-        return checked
+        tuner = next((module for module in model.modules() if isinstance(module, DVoRAModel)), None)
+        with whole_or_absent(tuner, {adapter_name}):
+            vectors = from_saved(model, own_config(config), state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
+            biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config).keys()
+            checked = checked_values(model, adapter_name, remapped, biases, own_config(config))
+            if tuner is None:
+                check_shapes(model, checked)
+            return checked
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
