@@ -35,7 +35,9 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
         TypeError, ValueError: a setting or the name is of the wrong type or out of range.
     """
     if config.held is not None and config.sizing() != config.held_for:
-        config.held, config.awaited = None, False
+        config.held, config.awaited = None, None
+    if config.awaited is not None:
+        config.awaited = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     holders = [module for _, module in outside_adapters(model)]
     check_adapter_name(adapter_name, {name for each in holders for name in (*each._parameters, *each._buffers)})
     config.check()

@@ -136,8 +136,8 @@ class DVoRAConfig(PeftConfig):
         # settings: who changes them wants a new adapter.
         self.held: Mapping[str, Shape] | None = None
         self.held_for: dict[str, Any] = {}
-        # Whether those values are still to be loaded.
-        self.awaited = False
+        # While those values are still to be loaded: what was trained before the adapter came.
+        self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
         check_types(vars(self))
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
@@ -164,7 +164,7 @@ class DVoRAConfig(PeftConfig):
             check_tokens(held, config.trainable_token_indices)
             check_expressions(vars(config), layers_named(held))
             check_ranks(held, config.rank_of)
-            config.held, config.held_for, config.awaited = held, config.sizing(), True
+            config.held, config.held_for, config.awaited = held, config.sizing(), set()
         return config
 
     @classmethod

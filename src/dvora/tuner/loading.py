@@ -87,7 +87,7 @@ def check_load(tuner: BaseTuner, state_dict: Mapping[str, Tensor], prefix: str) 
     with whole_or_absent(tuner, names):
         check_shapes(tuner, state_dict, prefix)
     for name in names:
-        own_config(tuner.peft_config[name]).awaited = False
+        own_config(tuner.peft_config[name]).awaited = None
 
 
 @contextmanager
@@ -103,9 +103,11 @@ def whole_or_absent(tuner: BaseTuner | None, names: Collection[str]) -> Iterator
     except Exception:
         for name in () if tuner is None else names:
             assert tuner is not None
-            untouched = all(_is_untouched(layer, name) for layer in layers_in(tuner.model))
-            if own_config(tuner.peft_config[name]).awaited and untouched:
+            trained = own_config(tuner.peft_config[name]).awaited
+            if trained is not None and all(_is_untouched(layer, name) for layer in layers_in(tuner.model)):
                 _withdraw(tuner, name)
+                for parameter_name, parameter in tuner.model.named_parameters():
+                    parameter.requires_grad_(parameter_name in trained)
         raise
 
 
