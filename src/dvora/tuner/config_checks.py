@@ -98,9 +98,9 @@ def check_training(settings: Mapping[str, Any]) -> None:
             f"d_initial={settings['d_initial']} would never move lambda_b and lambda_d, which are both zero then: "
             "start with another value, or train the magnitude only"
         )
-    for alpha in (settings["alpha"], *settings["alpha_pattern"].values()):
-        if alpha is not None and rows and rounds_to_zero(alpha / max(ranks)):
-            raise ValueError(f"alpha={alpha} gives a scale alpha / r of zero in float32, which trains nothing")
+    for name, alphas in (("alpha", [settings["alpha"]]), ("alpha_pattern", settings["alpha_pattern"].values())):
+        if rows and any(alpha is not None and rounds_to_zero(alpha / max(ranks)) for alpha in alphas):
+            raise ValueError(f"{name}={settings[name]!r} gives a scale alpha / r of zero in float32: it trains nothing")
     strength = settings["strength"]
     if any(map(rounds_to_zero, strength.values() if isinstance(strength, dict) else [strength])):
         raise ValueError(
