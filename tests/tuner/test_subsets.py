@@ -176,6 +176,7 @@ def test_tokens_are_named_by_their_indices(indices: object) -> None:
     ("indices", "message"),
     [
         ([40], "40 is no row of model.embed_tokens, which has 40"),
+        ([5, 6, 5], "trainable_token_indices of 'model.embed_tokens' has some of its 3 indices twice"),
         ([-1], "-1 is no row of"),
         ([10**30], "is no row of"),
         ([], "at least one index"),

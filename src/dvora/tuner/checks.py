@@ -27,6 +27,9 @@ from .kinds import KINDS, is_linear_by_forward, sizes_of
 from .layer import DVoRALayer
 from .targets import Target, matches, names_found, names_in, outside_adapters, parameter_names_found
 
+_NAMES_SHOWN, _SHOWN = 20, 100
+"""Names, and characters of one, that a message repeats."""
+
 
 def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) -> None:
     """Refuse settings that are none, or that would match a model's names without end, and names of no adapter.
@@ -34,8 +37,8 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
     Raises:
         TypeError, ValueError: a setting or the name is of the wrong type or out of range.
     """
-    if config.held is not None and config.sizing() != config.held_for:
-        config.held, config.awaited = None, None
+    if config.held_for is not None and config.sizing() != config.held_for:
+        config.held = config.held_for = config.awaited = None
     if config.awaited is not None:
         config.awaited = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     holders = [module for _, module in outside_adapters(model)]
@@ -72,9 +75,11 @@ def check_ranks_held(targets: Sequence[Target], config: DVoRAConfig) -> None:
     Raises:
         ValueError: a rank is larger.
     """
-    held = config.held or {}
+    held = config.held
+    if held is None:
+        return
     longest = max(chain((0,), *(shape for key, shape in held.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
-    for target in targets if held else ():
+    for target in targets:
         magnitude_only = matches(config.magnitude_modules, target.module_name)
         if not magnitude_only and config.rank_of(target.name) > longest:
             raise ValueError(
@@ -250,6 +255,8 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
             rows = len(weight) if isinstance(weight, Tensor) else 0
             if outside := [index for index in indices if not 0 <= index < rows]:
                 raise ValueError(f"trainable_token_indices: {outside[0]} is no row of {name}, which has {rows}")
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"trainable_token_indices of {name!r} has some of its {len(indices)} indices twice")
 
 
 def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:
@@ -260,8 +267,10 @@ def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn
         unmatched = sorted(set(names or ()) - names_found(names or (), model))
     if not unmatched:
         return []
-    close = "; ".join(f"{name!r}{_closest(name, model)}" for name in unmatched)
-    return [f"{setting}: nothing in the model is named {close}"]
+    # A look at what is near takes long, and a list for many architectures has long names for none.
+    close = "; ".join(f"{name[:_SHOWN]!r}{_closest(name[:_SHOWN], model)}" for name in unmatched[:_NAMES_SHOWN])
+    more = f" and {len(unmatched) - _NAMES_SHOWN} others" if len(unmatched) > _NAMES_SHOWN else ""
+    return [f"{setting}: nothing in the model is named {close}{more}"]
 
 
 def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
@@ -269,8 +278,8 @@ def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
     if not unmatched:
         return []
     return [
-        f"target_parameters: no parameter is named {', '.join(unmatched)} (a parametrized weight is no parameter; name "
-        "its layer in target_modules)"
+        f"target_parameters: no parameter is named {', '.join(unmatched[:_NAMES_SHOWN])} (a parametrized weight is no "
+        "parameter; name its layer in target_modules)"
     ]
 
 

@@ -135,7 +135,7 @@ class DVoRAConfig(PeftConfig):
         # What the file of values beside it holds, if the configuration was read from an adapter's folder, and for which
         # settings: who changes them wants a new adapter.
         self.held: Mapping[str, Shape] | None = None
-        self.held_for: dict[str, Any] = {}
+        self.held_for: dict[str, Any] | None = None
         # While those values are still to be loaded: what was trained before the adapter came.
         self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
@@ -160,10 +160,10 @@ class DVoRAConfig(PeftConfig):
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         held = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, DVoRAConfig):
-            check_biases(held, config.bias, config.modules_to_save or ())
-            check_tokens(held, config.trainable_token_indices)
-            check_expressions(vars(config), layers_named(held))
-            check_ranks(held, config.rank_of)
+            check_biases(held or (), config.bias, config.modules_to_save or ())
+            check_tokens(held or (), config.trainable_token_indices)
+            check_expressions(vars(config), layers_named(held or ()))
+            check_ranks(held or {}, config.rank_of)
             config.held, config.held_for, config.awaited = held, config.sizing(), set()
         return config
 
@@ -198,7 +198,7 @@ class DVoRAConfig(PeftConfig):
         check_expressions(vars(self))
         self._check_numbers()
         self._check_choices()
-        if not self.inference_mode and self.held is None:
+        if not self.inference_mode and self.held_for is None:
             check_training(vars(self))
         self._check_projections()
 

@@ -10,6 +10,10 @@ from torch import nn
 
 from ..validation import rounds_to_zero
 
+MAX_NAMES = 2**12
+"""Entries of a list: PEFT compares each with every module of a model, and with every other."""
+MAX_PROBES = 64
+"""Of a layer; far more than this version takes."""
 MAX_NAME = 200
 """Characters of an adapter's name, which is a folder's name where several adapters are saved."""
 _HOLDERS = nn.ModuleDict(), nn.ParameterDict()
@@ -58,6 +62,9 @@ def check_types(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if not (value is None or all_of(value, str)):
             raise TypeError(f"{name} must be a list of names, got {value!r}")
+    for name in ("target_modules", "magnitude_modules", "exclude_modules", "target_parameters", "layers_to_transform"):
+        if isinstance(settings[name], list | tuple | set) and len(settings[name]) > MAX_NAMES:
+            raise ValueError(f"{name} has {len(settings[name])} entries, expected at most {MAX_NAMES}")
     if "" in (settings["modules_to_save"] or ()):
         # PEFT compares ends of names, so this one is every module's, the model's own included.
         raise ValueError(f"modules_to_save must not hold an empty name, got {settings['modules_to_save']!r}")
@@ -77,7 +84,10 @@ def check_types(settings: Mapping[str, Any]) -> None:
         raise TypeError(f"trainable_token_indices must be lists of indices, got {tokens!r}")
     probes = settings["base_probes"]
     if probes is not None and not (isinstance(probes, dict) and all(all_of(p, float, int) for p in probes.values())):
-        raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r}")
+        raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r:.500}")
+    for layer, values in (probes or {}).items():
+        if len(values) > MAX_PROBES:
+            raise ValueError(f"base_probes of {layer!r:.100} has {len(values)} numbers, expected {MAX_PROBES} at most")
 
 
 def check_training(settings: Mapping[str, Any]) -> None:

@@ -17,11 +17,11 @@ VECTOR_PREFIX = ".dvora_"
 Shape = tuple[int, ...]
 
 
-def shapes_in(folder: Path) -> dict[str, Shape]:
-    """The names and shapes in a folder's file of values. PEFT reads it only after it has changed the model.
+def shapes_in(folder: Path) -> dict[str, Shape] | None:
+    """The names and shapes in a folder's file of values, which PEFT reads only after it has changed the model.
 
     Args:
-        folder: of the adapter; without a file of values in it, they are elsewhere.
+        folder: of the adapter; None comes back where no file of values is in it.
 
     Raises:
         SafetensorError: the file is damaged.
@@ -36,7 +36,7 @@ def shapes_in(folder: Path) -> dict[str, Shape]:
             raise SafetensorError(f"{file} cannot be read: {error}") from error
     if file.exists():
         raise ValueError(f"{file} is not a file")
-    return _pickled_shapes(folder / WEIGHTS_NAME) if (folder / WEIGHTS_NAME).exists() else {}
+    return _pickled_shapes(folder / WEIGHTS_NAME) if (folder / WEIGHTS_NAME).exists() else None
 
 
 def layers_named(keys: Iterable[str]) -> set[str]:
@@ -114,7 +114,9 @@ def check_tokens(keys: Collection[str], tokens: object) -> None:
         ValueError: the file has none.
     """
     if tokens is not None and keys and not any(".trainable_tokens_delta" in key for key in keys):
-        raise ValueError(f"the adapter's file lacks the tokens that trainable_token_indices={tokens!r} says it trains")
+        raise ValueError(
+            f"the adapter's file lacks the tokens that trainable_token_indices={tokens!r:.200} says it trains"
+        )
 
 
 def check_biases(keys: Collection[str], bias: str, modules_to_save: Collection[str]) -> None:

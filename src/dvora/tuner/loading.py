@@ -49,7 +49,7 @@ def checked_values(
     trained = {*own, *biases, *_saved_whole(model, adapter_name)}
     loaded = {key if key in values else key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
     # Biases of a state dict that this program made are taken as PEFT takes them.
-    made_here = config.held is None
+    made_here = config.held_for is None
     trained |= {key for key in values if made_here and key.endswith(".bias") and not _SECOND_BIAS.search(key)}
     if config.bias == "all" or made_here:
         # PEFT saves those of modules_to_save a second time, under names that loading has no use for.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..validation import MAX_RANK
 from .combining import layers_of
 from .config import DVoRAConfig
-from .files import PEFT_PREFIX, VECTOR_PREFIX
+from .files import PEFT_PREFIX, VECTOR_PREFIX, check_dense
 from .injection import present_probes, projections_of
 from .targets import saved_names
 
@@ -46,6 +47,10 @@ def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]
         ValueError: the projections are not those of the configuration's seed.
     """
     matrices = {k.removeprefix(_MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(_MATRIX_PREFIX)}
+    for name, matrix in matrices.items():
+        check_dense(name, matrix)
+        if matrix.dim() and len(matrix) > MAX_RANK:
+            raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
     projections_of(model, config).check_matrices(matrices)
     rest = {k: v for k, v in entries.items() if not k.startswith(_MATRIX_PREFIX)}
     paths = {name: path for path, name in saved_names(model).items()}
