@@ -359,3 +359,28 @@ def test_a_setting_that_the_file_says_twice_is_the_last_one(folder: Path) -> Non
     settings = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(settings)[:-1] + ', "r": 65536}')
     refuse(folder, MODELS["llama"](), r"\(65536,\) in its configuration")
+
+
+def test_a_head_of_another_shape_leaves_no_wrapper_behind(tmp_path: Path) -> None:
+    saved(tmp_path, MODELS["bert"](), target_modules=["query"], modules_to_save=["classifier"])
+    edit_weights(tmp_path, lambda t: t.update({"base_model.model.classifier.weight": torch.ones(300_000, 0)}))
+    refuse(
+        tmp_path, MODELS["bert"](), r"classifier\S* has shape \(300000, 0\) in the adapter and \(3, 32\) in the model"
+    )
+    base = MODELS["bert"]()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"has shape \(300000, 0\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+
+
+def test_a_trained_adapter_outlives_a_refused_load(folder: Path) -> None:
+    """Even if its settings were read from a folder: what was trained since is not taken out again."""
+    config = DVoRAConfig.from_pretrained(str(folder))
+    model = get_peft_model(MODELS["llama"](), config)
+    train_vectors(model)
+    expected = outputs(model.eval())
+    edit_weights(folder, lambda t: t.update({LAMBDA_D: torch.full((6,), torch.nan)}))
+    with pytest.raises(ValueError, match="not finite"):
+        model.load_adapter(folder, "default")
+    assert same_bits(outputs(model), expected)

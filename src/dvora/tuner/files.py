@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 PEFT_PREFIX = "base_model.model."
 VECTOR_PREFIX = ".dvora_"
+MATRIX_PREFIX = "base_model.dvora_projections."
 Shape = tuple[int, ...]
 
 
@@ -41,7 +42,7 @@ def shapes_in(folder: Path) -> dict[str, Shape] | None:
 
 def layers_named(keys: Iterable[str]) -> set[str]:
     """The layers that have vectors in a file, by the names that their weights have in the base model."""
-    return {_split(key)[0] for key in keys if VECTOR_PREFIX in key}
+    return {_plain(_split(key)[0]) for key in keys if VECTOR_PREFIX in key}
 
 
 def check_ranks(shapes: Mapping[str, Shape], rank_of: Callable[[str], int]) -> None:
@@ -56,7 +57,7 @@ def check_ranks(shapes: Mapping[str, Shape], rank_of: Callable[[str], int]) -> N
     """
     for key, shape in shapes.items():
         layer, vector = _split(key)
-        if vector == "lambda_d" and shape != (rank := rank_of(layer),):
+        if vector == "lambda_d" and shape not in ((rank := rank_of(_plain(layer)),), (rank_of(layer),)):
             raise ValueError(
                 f"{key} has shape {shape} in the adapter and {(rank,)} in its configuration: another rank than the "
                 "configuration says, in its r or rank_pattern"
@@ -73,11 +74,12 @@ def check_vectors_held(shapes: Mapping[str, Shape], sizes: Mapping[str, tuple[in
     Raises:
         ValueError: vectors are missing, of other layers, or of another shape.
     """
-    held = {_split(key): shape for key, shape in shapes.items() if VECTOR_PREFIX in key and "_projections" not in key}
+    vectors = [key for key in shapes if VECTOR_PREFIX in key and not key.startswith(MATRIX_PREFIX)]
+    held = {(_plain(layer), vector): shapes[key] for key in vectors for layer, vector in [_split(key)]}
     needed: dict[tuple[str, str], Shape] = {}
     for layer, (out_features, rank) in sizes.items():
-        vectors = {"magnitude": (out_features,), "lambda_b": (out_features,), "lambda_d": (rank,)}
-        needed |= {(layer, vector): shape for vector, shape in vectors.items() if rank or vector == "magnitude"}
+        own = {"magnitude": (out_features,), "lambda_b": (out_features,), "lambda_d": (rank,)}
+        needed |= {(_plain(layer), vector): shape for vector, shape in own.items() if rank or vector == "magnitude"}
     if others := sorted(held.keys() - needed.keys()):
         raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(others)}")
     if missing := sorted(needed.keys() - held.keys()):
@@ -91,11 +93,15 @@ def check_vectors_held(shapes: Mapping[str, Shape], sizes: Mapping[str, tuple[in
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The layer and the vector of a key, without the modules that stand around layers in some models."""
-    layer, _, vector = key.rpartition(VECTOR_PREFIX)
+    layer, _, vector = key.removeprefix(PEFT_PREFIX).rpartition(VECTOR_PREFIX)
+    return layer, vector
+
+
+def _plain(layer: str) -> str:
+    """A layer's name without the modules that stand around layers in some models."""
     for around in ("_orig_mod.", "_fsdp_wrapped_module.", "base_layer."):
         layer = layer.replace(around, "")
-    return layer.removeprefix(PEFT_PREFIX), vector
+    return layer
 
 
 def _some(vectors: list[tuple[str, str]]) -> str:
@@ -154,11 +160,13 @@ def _pickled_shapes(file: Path) -> dict[str, Shape]:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that claims more values than it has, or has them in a form of its own.
+    """Refuse a plain tensor that claims more values than it has, or has them in a form of its own.
 
     Raises:
         ValueError: it is expanded from fewer values, sparse, quantised or without values.
     """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return
     dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
     if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
         raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has not as many values of its own in the adapter")

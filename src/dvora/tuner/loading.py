@@ -125,10 +125,12 @@ def _withdraw(tuner: BaseTuner, adapter_name: str) -> None:
         tuner.unload()
         return
     tuner.delete_adapter(adapter_name)
-    for path, layer in list(tuner.model.named_modules()):
-        if isinstance(layer, DVoRALayer) and not layer.dvora_adapted:
-            parent, _, name = path.rpartition(".")
-            setattr(tuner.model.get_submodule(parent), name, layer.base_layer)
+    for path, module in list(tuner.model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, DVoRALayer) and not module.dvora_adapted:
+            setattr(tuner.model.get_submodule(parent), name, module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters:
+            setattr(tuner.model.get_submodule(parent), name, module.original_module)
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
