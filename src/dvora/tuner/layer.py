@@ -13,7 +13,7 @@ from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..layouts import is_at_hand, weight_at_hand
 from ..shapes import Float
-from .base import bias_of, check_gradient, measured_bias
+from .base import Probed, bias_of, check_gradient, measured_bias
 from .kinds import LayerKind, kind_of
 from .mergeable import MergeableLayer
 from .merges import Merges
@@ -63,7 +63,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self._merges = Merges()
         self._base_loads = False
         self.probes: list[float] = []
-        self.probed: tuple[int, int] | None = None
+        self.probed = Probed()
         if not self.kind.has_weight:
             keep_differentiable(base_layer)
         self.measured_bias = measured_bias(base_layer, self.kind)
