@@ -33,7 +33,7 @@ TIME_LIMIT = 4.0
 
 SETTINGS = tuple(field.name for field in fields(DVoRAConfig))
 _NAMED = (*SETTINGS, WEIGHTS, CONFIG, PICKLE, "rank", "seed", "distribution", "task type", "header", "adapter's file")
-SUBJECTS = re.compile(rf"\b({'|'.join(name for name in _NAMED if name != 'r')})\b|dvora_|base_model\.")
+SUBJECTS = re.compile(rf"\b({'|'.join(name for name in _NAMED if name != 'r')})\b|dvora_|lambda_|base_model\.")
 """One of these, or the folder, is in every refusal: a file, a setting or a tensor."""
 
 CLEAR = (ValueError, TypeError, FileNotFoundError, SafetensorError)

@@ -257,8 +257,8 @@ class DVoRAModel(BaseTuner):
             warn_of_kept_dtype(layers_of(self.model, adapter_name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        check_load(self, state_dict, prefix)  # one that ignores mismatched sizes has dropped them by now
         check_loadable(self, state_dict, prefix)
+        check_load(self, state_dict, prefix)  # one that ignores mismatched sizes has dropped them by now
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
