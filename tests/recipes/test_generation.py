@@ -162,5 +162,10 @@ def test_what_does_not_generate_is_told(models: dict[str, Path], tmp_path: Path)
     with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
         as_run(tmp_path, None)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not name the base; say with --model"):
+    with pytest.raises(ValueError, match="has no peft_type"):
+        as_run(tmp_path, None)
+    save(models["llama"], tmp_path, task_type="CAUSAL_LM")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not name its base model; give it with --model"):
         as_run(tmp_path, None)

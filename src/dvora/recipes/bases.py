@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from .files import check_no_device
 from .hub import NOTHING, Trust, check_weights, loading
 from .settings import Settings, Task
 
@@ -163,9 +164,7 @@ def check_model_files(source: str) -> None:
     """
     folder = Path(source)
     for path in folder.iterdir() if folder.is_dir() else ():
-        # A link that leads nowhere is told by who needs it.
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is a pipe or a device; what is in a model's folder has to be files")
+        check_no_device(path)
 
 
 @contextmanager

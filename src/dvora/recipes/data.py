@@ -9,6 +9,7 @@ from typing import Any
 
 from .encodings import CHUNK
 from .examples import HUGE, Examples, read_examples
+from .files import check_no_device
 from .labels import are_numbers, class_name, class_names, number
 from .settings import Settings
 from .splits import first_of_each, split_rows
@@ -185,8 +186,7 @@ def size_of(path: Path) -> int:
         OSError: it is not there.
         ValueError: it is a pipe or a device.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{path} is a pipe or a device; data has to be a file or a folder")
+    check_no_device(path)
     return sum(file.stat().st_size for file in _files_in(path)) if path.is_dir() else path.stat().st_size
 
 

@@ -1,6 +1,5 @@
 """Files and folders that are whole or not there: written under another name, then renamed."""
 
-import errno
 import json
 import os
 import shutil
@@ -110,8 +109,18 @@ def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it is no table of names and values")
+        raise ValueError(f"{path} is damaged: it is no table of settings")
     return found
+
+
+def check_no_device(path: Path) -> None:
+    """Refuse a pipe or a device, which a reader waits for, or reads without an end.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device; only files and folders are read")
 
 
 def check_readable(paths: Iterable[Path]) -> None:
@@ -119,10 +128,10 @@ def check_readable(paths: Iterable[Path]) -> None:
 
     Raises:
         OSError: the first file's.
+        ValueError: one is a pipe or a device.
     """
     for path in paths:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        check_no_device(path)
         path.open("rb").close()
 
 

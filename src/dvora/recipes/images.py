@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files import check_no_device
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What a file of these names may be; others that Pillow reads, such as PostScript, start programs."""
@@ -62,8 +64,7 @@ def opened_image(path: Path) -> Iterator[Any]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
+    check_no_device(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

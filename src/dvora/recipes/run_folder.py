@@ -48,7 +48,7 @@ _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_values": int,
     "seconds": (int, float),
 }  # fmt: skip
-"""What the record of a finished run has beside its state, settings and labels."""
+"""What the record of a finished run may have beside its state, settings and labels."""
 
 
 def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
@@ -67,7 +67,7 @@ def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
     if record["state"] != "finished":
         raise ValueError(f"the run in {folder} is not finished; go on with `dvora train {folder / CONFIG} --resume`")
     for name, kind in _FINISHED.items():
-        if not isinstance(record.get(name), kind):
+        if name in record and not isinstance(record[name], kind):
             raise ValueError(f"{folder / RECORD} is damaged: {name} is not what `dvora train` writes")
     settings = checked_settings(record["settings"], str(folder / RECORD))
     return Run(folder, settings, checked_labels(record["labels"], folder / RECORD), folder / ADAPTER, record, trust)

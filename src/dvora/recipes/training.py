@@ -189,7 +189,7 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
     """Save what was trained, then say that the run is finished; an end in between is an unfinished run."""
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER).is_dir():
         remove(folder / ADAPTER)
     with new_folder(folder / ADAPTER) as filled:
         save_trained(prepared.model, prepared.settings, prepared.base.heads, filled)
@@ -200,5 +200,5 @@ def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
 def _clear(folder: Path) -> None:
     """Remove what a finished run no longer needs; it may have been killed before it did."""
     remove_leftovers(folder)
-    if (folder / CHECKPOINTS).exists():
+    if (folder / CHECKPOINTS).is_dir():
         remove(folder / CHECKPOINTS)
