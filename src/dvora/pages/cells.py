@@ -33,7 +33,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+        return ", ".join(f"{visible(str(name))} {shown(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     return value if isinstance(value, Markup) else visible(str(value))
