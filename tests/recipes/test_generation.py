@@ -1,5 +1,6 @@
 """Continuations: the adapted model's and the base's, as if each were alone; drawn from a seed and nothing else."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dvora.recipes.bases import quiet_transformers
 from dvora.recipes.generation import Continuation, Generator, Sampling, text_after
 from dvora.recipes.run_folder import Run, as_run
 from tests.recipes.finished_runs import finished
+from tests.recipes.saved_adapters import save
 
 PROMPT = "the movie was"
 GREEDY, DRAWN = Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, temperature=1.5, seed=3)

@@ -17,6 +17,7 @@ from .nearest import did_you_mean
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_SETTINGS = 2**24
 """Bytes; a few hundred names of layers take some thousands."""
+MOST_HEADS = 256
 ELSEWHERE = ("adapters", "megatron_config", "tokenizer_kwargs", "tokenizer_name_or_path")
 """Settings with which PEFT loads or imports what is not in the folder."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -132,8 +133,9 @@ def checked_adapter_settings(file: Path) -> dict[str, Any]:
     for name, types in _TYPES.items():
         if not isinstance(settings.get(name), (*types, type(None))):
             raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {types[0].__name__} or null")
-    if not all(isinstance(head, str) for head in settings.get("modules_to_save") or ()):
-        raise ValueError(f"{file}: modules_to_save is {settings['modules_to_save']!r}, expected a list of names")
+    heads = settings.get("modules_to_save") or ()
+    if len(heads) > MOST_HEADS or not all(isinstance(head, str) for head in heads):
+        raise ValueError(f"{file}: expected at most {MOST_HEADS} names in modules_to_save, got {heads!r}")
     if reaching := [name for name in ELSEWHERE if settings.get(name)]:
         raise ValueError(
             f"{file} has the setting {reaching[0]!r}, with which PEFT would load or import what is not in the folder; "

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,14 +135,21 @@ def check_readable(paths: Iterable[Path]) -> None:
         path.open("rb").close()
 
 
-def check_no_links(folder: Path) -> None:
-    """Refuse links, pipes and devices anywhere in a folder that a command writes to and removes things from.
+def check_no_links(folder: Path, inner: Callable[[str], bool]) -> None:
+    """Refuse links, pipes and devices in a folder that a command writes to and removes things from.
+
+    Args:
+        folder: of the command's results.
+        inner: whether the folder in it of that name is looked through as well.
 
     Raises:
         ValueError: there is one, which no command made.
     """
     for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in (*folders, *files)):
+        paths = [Path(parent, name) for name in (*folders, *files)]
+        if Path(parent) == folder:
+            folders[:] = filter(inner, folders)
+        for path in paths:
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise ValueError(
                     f"{path} is a link, a pipe or a device, which no command makes in such a folder; remove it, or "

@@ -49,6 +49,7 @@ _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
 }  # fmt: skip
 """What the record of a finished run may have beside its state, settings and labels."""
+_DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}
 
 
 def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
@@ -66,11 +67,16 @@ def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
         raise ValueError(f"{folder} holds no {RECORD}, so it is not the folder of a run of `dvora train`")
     if record["state"] != "finished":
         raise ValueError(f"the run in {folder} is not finished; go on with `dvora train {folder / CONFIG} --resume`")
-    for name, kind in _FINISHED.items():
-        if name in record and not isinstance(record[name], kind):
-            raise ValueError(f"{folder / RECORD} is damaged: {name} is not what `dvora train` writes")
+    _check_kinds(record, _FINISHED, folder / RECORD)
+    _check_kinds(record.get("data", {}), _DATA, folder / RECORD)
     settings = checked_settings(record["settings"], str(folder / RECORD))
     return Run(folder, settings, checked_labels(record["labels"], folder / RECORD), folder / ADAPTER, record, trust)
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], file: Path) -> None:
+    for name, kind in kinds.items():
+        if name in values and not isinstance(values[name], kind):
+            raise ValueError(f"{file} is damaged: {name} is not what `dvora train` writes")
 
 
 def as_run(adapter: Path, base: str | None, trust: Trust = NOTHING) -> Run:
@@ -151,6 +157,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is not the record of a run of `dvora train`")
     if not isinstance(record["settings"], dict):
         raise ValueError(f"{path} is damaged: settings is no table of names and values")
+    if record["state"] != "finished" and not {"data", "processes", "seconds"} <= record.keys():
+        raise ValueError(f"{path} is damaged: it lacks what a run goes on with")
     return record
 
 
@@ -187,7 +195,7 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    check_no_links(folder)
+    check_no_links(folder, lambda name: name in (ADAPTER, CHECKPOINTS) or is_leftover(name))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
