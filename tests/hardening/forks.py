@@ -44,6 +44,7 @@ class Forks:
             "DS_ACCELERATOR": "cpu",
             # Nobody listens there.
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_CACHE": str(folder / "hub"),
             "HF_ENDPOINT": "http://127.0.0.1:9",
             "COLUMNS": "200",
         }

@@ -45,6 +45,17 @@ def recorded(**changes: Any) -> Callable[[Path], None]:
     return lambda desk: settings(desk / "run" / "run.json", **changes)
 
 
+def without(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Take a name out of a run's record."""
+
+    def change(desk: Path) -> None:
+        record = json.loads((desk / "run" / "run.json").read_text())
+        del record[name]
+        (desk / "run" / "run.json").write_text(json.dumps({**record, **changes}))
+
+    return change
+
+
 def of_adapter(**changes: Any) -> Callable[[Path], None]:
     return lambda desk: settings(desk / "adapter" / "adapter_config.json", **changes)
 
@@ -186,7 +197,7 @@ CASES: dict[str, Case] = {
     "an encoding of names": Case(both(of_run(encoding="punycode"), text("a.csv", "text\n" + "ab" * 2**20)),
                                  "predict run a.csv", "encoding 'punycode' is unknown"),
     "columns of nothing": Case(recorded(data={"columns": None}), "predict run reviews.csv", "columns is not what"),
-    "a start of nothing": Case(recorded(state="started", data=None), "train run --resume", ""),
+    "a start of nothing": Case(without("processes", state="started"), "train run --resume", "the record of the run in"),
     "a pipe as data": Case(both(pipe("a.csv"), data("a.csv")), "evaluate run", "is a pipe or a device"),
     "a pipe to train on": Case(pipe("a.csv"), f"{TRAIN} --data a.csv", "is a pipe or a device"),
     "endless record": Case(endless("run/run.json"), "evaluate run", "not a regular file"),

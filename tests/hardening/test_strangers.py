@@ -17,7 +17,7 @@ from tests.hardening.strangers import CASES, MEMORY, SOON, of_adapter, of_run, s
 RUN = "train --task text-classification -m base --data reviews.csv -o run --rank 4 --set cpu=true --epochs 1 --quiet"
 OF_RUNS = ("predict run reviews.csv -o told.csv", "evaluate run", "report run", "doctor run")
 OF_ADAPTERS = ("merge adapter -o out", "convert adapter --to dora -o out", "analyze adapter", "doctor adapter")
-QUICK = 40
+QUICK = 18
 """Changes of single bytes of a record in the normal suite."""
 
 
@@ -110,6 +110,19 @@ def test_an_adapter_cannot_have_anything_fetched(forks: Forks, desk: Path, comma
     ended = forks.run(desk, *command.split(), "--model", "nobody/nothing")
     assert_told(ended, ended.code, "the hub cannot be reached")
     assert ended.asked > 0
+
+
+def test_what_is_in_the_hub_s_cache_is_taken_from_there(forks: Forks, desk: Path) -> None:
+    repository = forks.folder / "hub" / "models--nobody--cached"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(desk / "base", repository / "snapshots" / ("0" * 40))
+    of_run(model="nobody/cached")(desk)
+    of_adapter(base_model_name_or_path="nobody/cached")(desk)
+    for command in (OF_RUNS[0], OF_ADAPTERS[0]):
+        ended = forks.run(desk, *command.split())
+        assert (ended.code, ended.asked) == (0, 0), ended
+    assert (desk / "out" / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("command", OF_ADAPTERS)
@@ -264,7 +277,7 @@ def test_a_changed_record_is_told_or_obeyed_in_what_it_may_say(
     import random
 
     drawn = random.Random(20261126)
-    count = 40 * QUICK if request.config.getoption("--fuzz") else QUICK
+    count = 90 * QUICK if request.config.getoption("--fuzz") else QUICK
     files = {
         "run/run.json": "predict run lines.txt -o told.csv",
         "adapter/adapter_config.json": "merge adapter -o out",

@@ -157,8 +157,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is not the record of a run of `dvora train`")
     if not isinstance(record["settings"], dict):
         raise ValueError(f"{path} is damaged: settings is no table of names and values")
-    if record["state"] != "finished" and not {"data", "processes", "seconds"} <= record.keys():
-        raise ValueError(f"{path} is damaged: it lacks what a run goes on with")
     return record
 
 
