@@ -24,7 +24,7 @@ def typed(path: Path) -> Path:
 
     Names that a command makes up itself are never followed.
     """
-    return path.resolve()
+    return path.resolve() if path.is_symlink() else path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
