@@ -116,6 +116,7 @@ ORDER = [
     "recipes.files",
     "recipes.hub",
     "recipes.nearest",
+    "recipes.adapter_folder",
     "recipes.settings",
     "recipes.bases",
     "recipes.run_folder",

@@ -69,6 +69,24 @@ def kill_at_change(number: int, folder: str) -> list[int]:
     return count
 
 
+def count_connections() -> list[int]:
+    """How often this process looks up a name or connects to an address of a network from now on."""
+    count = [0]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        # Addresses of sockets between processes are paths.
+        count[0] += event == "socket.getaddrinfo" or (event == "socket.connect" and isinstance(arguments[1], tuple))
+
+    sys.addaudithook(watch)
+    return count
+
+
+def limit_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
+
+
 def _is_below(path: object, folder: str) -> bool:
     # Names that are relative to an open folder, as rmtree has them, cannot be told: they all count.
     return isinstance(path, str | os.PathLike) and (
@@ -96,7 +114,10 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
             os.setgroups([])
             os.setgid(request["user"])
             os.setuid(request["user"])
+        if "memory" in request:
+            limit_memory(request["memory"])
         count = kill_at_change(request.get("kill_at", 0), request["cwd"])
+        asked = count_connections()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             run(request["arguments"])
@@ -105,7 +126,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
             code = int(end.code or 0)
         sys.stdout.flush()
         sys.stderr.flush()
-        counted.write(str(count[0]))
+        counted.write(f"{count[0]} {asked[0]}")
         counted.flush()
     except BaseException:
         traceback.print_exc()

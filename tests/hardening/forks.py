@@ -13,13 +13,17 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Ended(NamedTuple):
-    """A command that has ended; a negative code is the signal that ended it."""
+    """A command that has ended; a negative code is the signal that ended it.
+
+    It changed files so often, and asked the network so often; both are 0 of one that was killed.
+    """
 
     code: int
     stdout: str
     stderr: str
     seconds: float
     changes: int
+    asked: int
 
 
 class Forks:
@@ -40,6 +44,7 @@ class Forks:
             "DS_ACCELERATOR": "cpu",
             # Nobody listens there.
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_CACHE": str(folder / "hub"),
             "HF_ENDPOINT": "http://127.0.0.1:9",
             "COLUMNS": "200",
         }
@@ -70,7 +75,8 @@ class Forks:
             arguments: behind "dvora".
             signal_after: seconds.
             number: of the signal.
-            options: of the server: `kill_at`, `largest_file`, `user`, `unread` (stdout's reader is gone).
+            options: of the server: `kill_at`, `largest_file`, `user`, `unread` (stdout's reader is gone), `memory`
+                (bytes beyond what the warm process has).
         """
         assert self.process.stdin
         self.number += 1
@@ -92,8 +98,8 @@ class Forks:
             code, seconds = self._answer()
         finally:
             timer.cancel()
-        changes = int(counted.read_text() or 0)
-        return Ended(code, out.read_text(), err.read_text(), seconds, changes)
+        changes, asked = map(int, (counted.read_text() or "0 0").split())
+        return Ended(code, out.read_text(), err.read_text(), seconds, changes, asked)
 
     def close(self) -> None:
         """End the warm process."""

@@ -111,7 +111,7 @@ def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path,
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        (TRAIN, 2, "set trust_remote_code: true"),
+        (TRAIN, 2, "give --trust-remote-code"),
         ("count base", 1, "code that comes with it, which is not run"),
         ("bench base", 1, "code that comes with it, which is not run"),
         ("merge adapter --model base -o out", 1, "code that comes with it, which is not run"),
@@ -132,5 +132,8 @@ def test_code_of_a_model_is_not_run_unless_asked_for(
     assert_fails(forks, desk, command.split(), code, message)
     assert not mark.exists()
     if command == TRAIN:
-        forks.run(desk, *command.split(), "--set", "trust_remote_code=true")
+        ended = forks.run(desk, *command.split(), "--set", "trust_remote_code=true")
+        assert_told(ended, 2, "no file may say that code is run", "--trust-remote-code")
+        assert not mark.exists()
+        forks.run(desk, *command.split(), "--trust-remote-code")
         assert mark.exists()

@@ -9,7 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from dvora.recipes.adapters import load_adapted, read_adapter
+from dvora.recipes.adapter_folder import read_adapter
+from dvora.recipes.adapters import load_adapted
 from dvora.recipes.conversion import DENSE_FILE, convert, output_difference
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted, save

@@ -1,5 +1,6 @@
 """Continuations: the adapted model's and the base's, as if each were alone; drawn from a seed and nothing else."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dvora.recipes.bases import quiet_transformers
 from dvora.recipes.generation import Continuation, Generator, Sampling, text_after
 from dvora.recipes.run_folder import Run, as_run
 from tests.recipes.finished_runs import finished
+from tests.recipes.saved_adapters import save
 
 PROMPT = "the movie was"
 GREEDY, DRAWN = Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, temperature=1.5, seed=3)
@@ -162,5 +164,10 @@ def test_what_does_not_generate_is_told(models: dict[str, Path], tmp_path: Path)
     with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
         as_run(tmp_path, None)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not name the base; say with --model"):
+    with pytest.raises(ValueError, match="has no peft_type"):
+        as_run(tmp_path, None)
+    save(models["llama"], tmp_path, task_type="CAUSAL_LM")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not name its base model; give it with --model"):
         as_run(tmp_path, None)

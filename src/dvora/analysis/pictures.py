@@ -6,7 +6,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..pages.pictures import COLOURS, axes_of, new_figure, svg
+from ..pages.pictures import COLOURS, axes_of, label, new_figure, svg
 from . import Analysis, LayerChange
 
 MARKS = "os^Dv<>Pp*"
@@ -69,8 +69,9 @@ def similarity(found: Analysis) -> Markup:
     figure = new_figure(size + 0.8, size)
     (axes,) = axes_of(figure)
     image = axes.imshow(np.array(found.similarity), cmap="RdBu", vmin=-1, vmax=1)
-    axes.set_xticks(range(count), found.adapters, rotation=45, ha="right")
-    axes.set_yticks(range(count), found.adapters)
+    names = [*map(label, found.adapters)]
+    axes.set_xticks(range(count), names, rotation=45, ha="right")
+    axes.set_yticks(range(count), names)
     if count <= 12:
         for row, values in enumerate(found.similarity):
             for column, value in enumerate(values):
@@ -86,9 +87,9 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
     upper, lower = axes_of(figure, 2)
     means = [np.mean([layer.change for layer in changes], axis=0) for changes in found.changes]
     names = list(found.changes[0][0].change._fields)
-    for place, (name, label) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
+    for place, (name, told) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
         values = [mean[names.index(name)] for mean in means]
-        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=label)
+        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=told)
     upper.set(
         xlabel="step", ylabel="mean change", yscale="log" if min(min(mean[:1]) for mean in means) > 0 else "linear"
     )
@@ -102,7 +103,7 @@ def _by_kind(changes: Sequence[LayerChange]) -> Iterator[tuple[list[int], str, d
     """The places of each kind's layers, and the kind's mark, colour and label."""
     for place, kind in enumerate(kinds_of(changes)):
         where = [index for index, each in enumerate(changes) if each.kind == kind]
-        yield where, MARKS[place % len(MARKS)], {"color": COLOURS[place % len(COLOURS)], "label": kind}
+        yield where, MARKS[place % len(MARKS)], {"color": COLOURS[place % len(COLOURS)], "label": label(kind)}
 
 
 def _legend(figure: Figure) -> None:

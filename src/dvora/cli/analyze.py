@@ -24,8 +24,9 @@ def analyze_command(
     ],
     model: Annotated[str | None, typer.Option(help="The base; the one that the first adapter names.")] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The report; its figures go beside it, as JSON.")
-    ] = Path("analysis.html"),
+        Path | None,
+        typer.Option("--output", "-o", help="The report, analysis.html if left out; figures go beside it, as JSON."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -36,14 +37,16 @@ def analyze_command(
     adapters of LoRA, DoRA, VeRA and DVoRA.
     """
     with one_line(debug), wrong_input():
-        check_page(output)
+        page = output or Path("analysis.html")
+        check_page(page)
         from ..analysis.measures import means
         from ..recipes.analyzing import analyze_folders, write_report
+        from ..recipes.files import typed
 
         found = analyze_folders(folders, model)
-        figures = write_report(found, folders, output)
+        figures = write_report(found, folders, page if output is None else typed(output))
         rows: list[dict[str, Any]] = [
             {"adapter": name, "layers": len(changes), **means([each.change for each in changes])}
             for name, changes in zip(found.analysis.adapters, found.analysis.changes, strict=True)
         ]
-        Output(as_json, quiet).result({"report": str(output), "figures": str(figures), "adapters": rows})
+        Output(as_json, quiet).result({"report": str(page), "figures": str(figures), "adapters": rows})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
     from ..doctor import Examination
@@ -34,6 +34,8 @@ def doctor_command(
         int | None,
         typer.Option(min=1, help="Layers to look at for themselves, spread over the model; else all."),
     ] = None,
+    download: Download = False,
+    own_code: OwnCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -47,8 +49,9 @@ def doctor_command(
     """
     with one_line(debug), wrong_input():
         from ..recipes.examining import examine_folder
+        from ..recipes.hub import Trust
 
-        found = examine_folder(folder, model, data or [], rows, layers)
+        found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
         Output(as_json, quiet).result(_json(found) if as_json else _tables(found), f"Doctor's findings on {folder}")
     if any(finding.status == "fail" for finding in found.findings):
         raise typer.Exit(1)

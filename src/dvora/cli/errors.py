@@ -15,7 +15,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
-from .streams import kept_stdout
+from .streams import kept_stdout, tell
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
@@ -68,18 +68,19 @@ def one_line(debug: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        tell("stopped")
         raise typer.Exit(INTERRUPTED) from None
     except typer.Exit:
         raise
     except Exception as error:  # whatever it is, nobody wants to read a traceback who did not ask for it
         if interrupts:
             # Libraries in C++ take an interrupt for a failure of their own.
-            typer.echo("stopped", err=True)
+            tell("stopped")
             raise typer.Exit(INTERRUPTED) from None
         if debug:
-            traceback.print_exc()
-        typer.echo(f"Error: {_told(error)}", err=True)
+            for line in traceback.format_exc().splitlines():
+                tell(line)
+        tell(f"Error: {_told(error)}")
         raise typer.Exit(WRONG_USE if isinstance(error, UsageError) else FAILED) from None
 
 
@@ -113,6 +114,8 @@ def _told(error: Exception) -> str:
         return f"{place or 'a file could not be written'}: {_ADVICE[number]}"
     if isinstance(error, OSError) and error.strerror and place:
         return f"{place}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "something in these files is nested too deeply"
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
@@ -163,5 +166,5 @@ def _typed_wrongly() -> Iterator[None]:
             raise
         context = cast(Any, error).ctx
         program = context.command_path if context else "dvora"
-        typer.echo(f"Error: {told.rstrip('.?')}; {program} --help shows what there is", err=True)
+        tell(f"Error: {told.rstrip('.?')}; {program} --help shows what there is")
         raise typer.Exit(WRONG_USE) from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Download, Json, Output, OwnCode, Quiet
 from .train import metric_rows
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the result, as JSON, to this file.")
     ] = None,
+    download: Download = False,
+    own_code: OwnCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -58,14 +60,15 @@ def evaluate(
     with one_line(debug), wrong_input():
         if output is not None and not output.absolute().parent.is_dir():
             raise UsageError(f"--output {output}: there is no folder {output.parent}")
-        from ..recipes.files import write_atomically
+        from ..recipes.files import typed, write_atomically
+        from ..recipes.hub import Trust
         from ..recipes.judging import judge
         from ..recipes.run_folder import read_run
 
-        found = read_run(run)
+        found = read_run(run, Trust(own_code, download))
         result = _shown(found, data or [], judge(found, data or [], columns, base))
         if output is not None:
-            write_atomically(output, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
+            write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
         Output(as_json, quiet).result(result, title=f"{found.settings.method} on {found.settings.task}")
 
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from ..pages.cells import visible
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Download, Json, Output, OwnCode, Quiet
 from .streams import results
 
 if TYPE_CHECKING:
     from ..recipes.generation import Continuation
+    from ..recipes.hub import Trust
     from ..recipes.run_folder import Run
 
 _SAMPLING, _WITHOUT_RUN = "How tokens are chosen", "Without a run"
@@ -52,6 +54,8 @@ def generate(
         str | None,
         typer.Option("--model", "-m", help="Its base, else the one it names.", rich_help_panel=_WITHOUT_RUN),
     ] = None,
+    download: Download = False,
+    own_code: OwnCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -80,22 +84,23 @@ def generate(
             raise UsageError("--system is a message of a chat; give --chat too")
         prompts = _prompts(prompt, file, Output(as_json, quiet))
         from ..recipes.generation import Generator, Sampling
+        from ..recipes.hub import Trust
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        generator = Generator(_chosen(run, adapter, model), not only_adapter)
+        generator = Generator(_chosen(run, adapter, model, Trust(own_code, download)), not only_adapter)
         _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, results())
 
 
-def _chosen(run: str | None, adapter: Path | None, model: str | None) -> "Run":
+def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Trust") -> "Run":
     from ..recipes.run_folder import as_run, read_run
 
     if adapter is not None:
-        return as_run(adapter, model)
+        return as_run(adapter, model, trust)
     if model is not None:
         raise UsageError("--model is the base of an --adapter; a run knows its base")
     if run is None:
         raise UsageError("say with what to generate: the folder of a run, or --adapter FOLDER")
-    return read_run(Path(run))
+    return read_run(Path(run), trust)
 
 
 def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[str]:
@@ -142,12 +147,16 @@ def _show(found: "Continuation", stdout: TextIO, first: bool) -> None:
     console = Console(file=stdout, highlight=False)
     if not first:
         console.print()
-    console.print(Text(found.prompt, style="bold"))
+    console.print(Text(_lines_of(found.prompt), style="bold"))
     if found.without_adapter is None:
-        console.print(Text(found.with_adapter))
+        console.print(Text(_lines_of(found.with_adapter)))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
     table.add_column("with the adapter", ratio=1, overflow="fold")
     table.add_column("without", ratio=1, overflow="fold")
-    table.add_row(Text(found.with_adapter), Text(found.without_adapter))
+    table.add_row(Text(_lines_of(found.with_adapter)), Text(_lines_of(found.without_adapter)))
     console.print(table)
+
+
+def _lines_of(text: str) -> str:
+    return "\n".join(map(visible, text.expandtabs().split("\n")))

@@ -8,6 +8,7 @@ import typer
 
 from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
+from .streams import tell
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -39,4 +40,4 @@ def merge_command(
         done = merge(adapter, output, model, dtype, shard_size)
         Output(as_json, quiet).result(asdict(done), f"Merged model in {output}")
         if done.warning and not as_json:
-            typer.echo(f"Warning: {done.warning}", err=True)
+            tell(f"Warning: {done.warning}")

@@ -7,11 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from ..pages.cells import shown
-from .streams import results
+from ..pages.cells import shown, visible
+from .streams import results, tell
 
+_BASE = "The base model"
 Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.", rich_help_panel="Output")]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch a base that only a file names from the hub.", rich_help_panel=_BASE),
+]
+OwnCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with the base, if it has any.", rich_help_panel=_BASE
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
 
@@ -34,22 +45,24 @@ class Output:
             typer.echo(json.dumps(values, default=str), file=results())
             return
         from rich.console import Console
+        from rich.text import Text
 
         console = Console(file=results(), highlight=False)
         if title:
-            console.print(f"[bold]{title}[/bold]")
+            console.print(Text(visible(title), style="bold"))
         single = {name: value for name, value in values.items() if not _is_rows(value)}
         if single:
             console.print(_table([{"": name, " ": value} for name, value in single.items()], headed=False))
         for name, rows in values.items():
             if _is_rows(rows):
-                console.print(f"\n[bold]{name.replace('_', ' ')}[/bold]")
+                console.print()
+                console.print(Text(visible(name.replace("_", " ")), style="bold"))
                 console.print(_table(rows))
 
     def note(self, text: str) -> None:
         """Tell something on stderr, if somebody watches."""
         if self.talks:
-            typer.echo(text, err=True)
+            tell(text)
 
 
 def _is_rows(value: object) -> bool:
@@ -58,11 +71,14 @@ def _is_rows(value: object) -> bool:
 
 def _table(rows: Sequence[Mapping[str, Any]], headed: bool = True) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=headed, box=None, pad_edge=False)
     for column in rows[0]:
         numbers = all(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(column.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(
+            Text(visible(column.replace("_", " "))), justify="right" if numbers else "left", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(shown(row.get(column)) for column in rows[0]))
+        table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
     return table

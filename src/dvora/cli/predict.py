@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from ..pages.cells import shown, visible
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Download, Json, Output, OwnCode, Quiet
 from .streams import results
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ def predict(
     second_text_column: Annotated[
         str | None, typer.Option(help="A pair's second text.", rich_help_panel=_COLUMNS)
     ] = None,
+    safe_csv: Annotated[
+        bool,
+        typer.Option(
+            "--safe-csv", help="In a csv or tsv, an apostrophe before text that a spreadsheet would run as a formula."
+        ),
+    ] = False,
+    download: Download = False,
+    own_code: OwnCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -49,7 +58,8 @@ def predict(
     `probability`. Lines hold a text, two texts with a tab between them, or the
     path of an image, by the run's task; empty lines are passed over. Long inputs
     take no more memory than short ones (but .json, which is read whole). An
-    output file appears when it is complete.
+    output file appears when it is complete. Cells are written as they were read: if
+    others wrote them, give --safe-csv before you open the file in a spreadsheet.
 
     Examples:
 
@@ -60,47 +70,50 @@ def predict(
     cat lines.txt | dvora predict dvora-run - -o told.jsonl
     """
     with one_line(debug), wrong_input():
-        _check_output(output)
-        shown, summary = Output(as_json, quiet), None
+        _check_output(output, safe_csv)
+        told, summary = Output(as_json, quiet), None
         columns = {"text_column": text_column, "second_text_column": second_text_column}
+        from ..recipes.hub import Trust
         from ..recipes.prediction import Predictor
         from ..recipes.run_folder import read_run
 
-        found = read_run(run)
+        found = read_run(run, Trust(own_code, download))
         predictor = Predictor(found)
         # Whoever types lines wants an answer to each.
         size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-        predicted = predictor.predict(_inputs(file, found, columns, shown), size, all_probabilities)
+        predicted = predictor.predict(_inputs(file, found, columns, told), size, all_probabilities)
         if output == STREAM:
             _print(predicted, found, as_json, results())
         else:
-            summary = _write(predicted, Path(output))
+            summary = _write(predicted, Path(output), safe_csv)
         if summary is not None:
-            shown.result(summary, title=f"Predictions of {run}")
+            told.result(summary, title=f"Predictions of {run}")
 
 
-def _check_output(output: str) -> None:
+def _check_output(output: str, safe: bool) -> None:
     if output == STREAM:
+        if safe:
+            raise UsageError("--safe-csv is for a csv or tsv file; name one with --output")
         return
     from ..recipes.row_files import writer_for
 
-    writer_for(Path(output).suffix)
+    writer_for(Path(output).suffix, safe)
     if not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {Path(output).parent}")
 
 
-def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output) -> "Iterator[Input]":
+def _inputs(file: str, run: "Run", columns: dict[str, str | None], told: Output) -> "Iterator[Input]":
     from ..recipes.encodings import stream_lines
     from ..recipes.inputs_to_predict import file_inputs, line_inputs
 
     if file == STREAM:
         return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)
-    return file_inputs(Path(file), run, columns, shown.note)
+    return file_inputs(Path(file), run, columns, told.note)
 
 
-def _write(predicted: "Iterable[Predicted]", path: Path) -> dict[str, Any]:
+def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
     """Write a file of predictions, and tell how many there are of what."""
-    from ..recipes.files import new_file
+    from ..recipes.files import new_file, typed
     from ..recipes.row_files import writer_for
 
     counts: Counter[str] = Counter()
@@ -115,8 +128,8 @@ def _write(predicted: "Iterable[Predicted]", path: Path) -> dict[str, Any]:
                 counts[prediction] += 1
             yield found.row
 
-    with new_file(path) as file:
-        for text in writer_for(path.suffix)(counted()):
+    with new_file(typed(path)) as file:
+        for text in writer_for(path.suffix, safe)(counted()):
             file.write(text.encode())
     return {"output": str(path), "rows": rows, **({"predicted": dict(counts.most_common())} if counts else {})}
 
@@ -136,13 +149,13 @@ def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool, stdout: 
 
 def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int) -> Iterator[str]:
     """Lines to be read, each as soon as it is known: columns of what is told, then as much of the row as has room."""
-    first = max(len("prediction"), *map(len, labels), 0)
+    first = max(len("prediction"), *(len(visible(label)) for label in labels), 0)
     for number, found in enumerate(predicted):
         rest = {name: value for name, value in found.told.items() if name != "prediction"}
         if not number:
-            yield "  ".join(["prediction".ljust(first), *rest, *found.input.row])[:width] + "\n"
+            yield visible("  ".join(["prediction".ljust(first), *rest, *found.input.row]))[:width] + "\n"
         told = found.told["prediction"]
         numbers = [f"{value:.3f}".rjust(len(name)) for name, value in rest.items()]
         texts = [" ".join(str(value).split()) for value in found.input.row.values()]
-        cells = [(told if isinstance(told, str) else f"{told:.4g}").ljust(first), *numbers, " | ".join(texts)]
+        cells = [shown(told).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
         yield "  ".join(cells)[:width] + "\n"

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import typer
+from ..pages.cells import visible
+from .streams import tell
 
 if TYPE_CHECKING:
     from ..recipes.watching import Progress, Tell
@@ -26,7 +27,7 @@ def shown_progress(quiet: bool) -> "Iterator[Tell | None]":
 
 def _tell_evaluations(progress: "Progress") -> None:
     if progress.metrics is not None:
-        typer.echo(evaluation_line(progress), err=True)
+        tell(evaluation_line(progress))
 
 
 def evaluation_line(progress: "Progress") -> str:
@@ -42,13 +43,13 @@ def _bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}", markup=False))
     return Bar(*columns, console=Console(stderr=True, highlight=False), transient=True)
 
 
 def _update(bar: Any, task: Any, progress: "Progress") -> None:
     if progress.metrics is not None:
-        bar.console.print(evaluation_line(progress))
+        bar.console.print(visible(evaluation_line(progress)), markup=False)
         return
     told = [
         "" if progress.loss is None else f"loss {progress.loss:.3g}",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import check_page, one_line, wrong_input
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -24,6 +24,8 @@ def report_command(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows to ask at most.")] = 500,
     doctor: Annotated[bool, typer.Option(help="Examine the adapter too.")] = True,
+    download: Download = False,
+    own_code: OwnCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -35,7 +37,9 @@ def report_command(
     with one_line(debug), wrong_input():
         page = output or Path(f"{run.resolve().name}.html")
         check_page(page)
+        from ..recipes.files import typed
+        from ..recipes.hub import Trust
         from ..recipes.run_page import write_page
 
-        write_page(run, page, against, rows, doctor)
+        write_page(run, page if output is None else typed(output), against, rows, doctor, Trust(own_code, download))
         Output(as_json, quiet).result({"report": str(page), "bytes": page.stat().st_size})

@@ -6,6 +6,12 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TextIO
 
+import typer
+
+from ..pages.cells import visible
+
+LONGEST = 2000
+"""Letters of a message: errors repeat what is in files, whatever its length."""
 _kept: ContextVar[TextIO | None] = ContextVar("kept", default=None)
 
 
@@ -22,6 +28,12 @@ def kept_stdout() -> Iterator[TextIO]:
             yield results()
     finally:
         _kept.reset(token)
+
+
+def tell(text: str) -> None:
+    """Say something on stderr, in one line in which nothing of a file does anything to the terminal."""
+    shown = visible(text)
+    typer.echo(shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}...", err=True)
 
 
 def results() -> TextIO:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import INTERRUPTED, UsageError, one_line
-from .output import Debug, Json, Output, Quiet
+from .output import Debug, Json, Output, OwnCode, Quiet
 from .progress import shown_progress
-from .streams import results
+from .streams import results, tell
 
 if TYPE_CHECKING:
     from ..recipes.run_folder import Run
@@ -62,6 +62,7 @@ def train(
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings, explained.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    own_code: OwnCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -112,8 +113,8 @@ def train(
         if print_config:
             _print_config(config, given, settings or [])
             return
-        chosen = _settings(config, given, settings or [])
-        _run(chosen, resume, Output(as_json, quiet), quiet)
+        chosen = _placed(_settings(config, given, settings or []), config, output, resume)
+        _run(chosen, resume, Output(as_json, quiet), quiet, own_code)
 
 
 def _settings(config: Path | None, flags: dict[str, Any], pairs: list[str]) -> "Settings":
@@ -129,8 +130,31 @@ def _settings(config: Path | None, flags: dict[str, Any], pairs: list[str]) -> "
         raise UsageError(f"{config}: no such file; --print-config writes one") from None
 
 
+def _placed(settings: "Settings", config: Path | None, output: str | None, resume: bool) -> "Settings":
+    """The settings with an output that nobody but the caller has named; a run's configuration says where the run lay.
+
+    Raises:
+        UsageError: a run's configuration names another folder than the run's.
+    """
+    from ..recipes.run_folder import RECORD
+
+    default = Path(settings.output)
+    if output is not None:
+        return settings
+    if "output" not in settings.model_fields_set and default.is_symlink():
+        raise UsageError(f"{default} is a link; name the folder of the run with --output")
+    folder = None if config is None else config if config.is_dir() else config.parent
+    if folder is None or not (folder / RECORD).exists() or default.resolve() == folder.resolve():
+        return settings
+    if resume:
+        return settings.model_copy(update={"output": str(folder)})
+    raise UsageError(
+        f"{folder} is a run that lay in {default} when it was made; say with --output where the new one goes"
+    )
+
+
 def _parsed(pairs: list[str]) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
+    from ..recipes.settings import parsed_yaml
 
     found = {}
     for pair in pairs:
@@ -138,9 +162,9 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set {pair}: expected KEY=VALUE")
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {pair}: the value is not YAML") from None
+            found[key.strip()] = parsed_yaml(value)
+        except ValueError as error:
+            raise UsageError(f"--set {pair}: the value is not YAML: {error}") from None
     return found
 
 
@@ -152,21 +176,24 @@ def _print_config(config: Path | None, flags: dict[str, Any], pairs: list[str]) 
     typer.echo(commented(_settings(config, {**example, **flags}, pairs)), file=results(), nl=False)
 
 
-def _run(settings: "Settings", resume: bool, output: Output, quiet: bool) -> None:
+def _run(settings: "Settings", resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
+    from ..recipes.hub import Trust
     from ..recipes.processes import is_first
     from ..recipes.training import InputError
     from ..recipes.training import train as train_recipe
 
     try:
-        with shown_progress(quiet) as tell:
-            outcome = train_recipe(settings, resume, tell, output.note if is_first() else None)
+        with shown_progress(quiet) as progress:
+            outcome = train_recipe(
+                settings, resume, progress, output.note if is_first() else None, Trust(own_code, download=True)
+            )
     except InputError as error:
         raise UsageError(str(error)) from error
     if not is_first():
         return
     if outcome.run is None:
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
-        typer.echo(f"stopped after step {outcome.stopped_at}; go on with: {again}", err=True)
+        tell(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
     output.result(_shown(outcome.run), title=f"{settings.method} on {settings.task}")
 

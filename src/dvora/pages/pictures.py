@@ -9,6 +9,8 @@ from cycler import cycler
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from .cells import visible
+
 COLOURS = ("#3b82c4", "#e08a2c", "#3fa35b", "#c4524f", "#8f6fc0", "#9c6f5c", "#cf76b0", "#8a8a8a", "#a8a832", "#35a8b5")
 """Told apart on white and on black; of matplotlib's ten, evened out."""
 _STYLE: Any = {
@@ -35,6 +37,12 @@ def axes_of(figure: Figure, rows: int = 1) -> list[Any]:
     """Empty axes, one below the other."""
     with matplotlib.rc_context(_STYLE):
         return list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+
+
+def label(text: str) -> str:
+    """A name from a file as text in a figure, where dollars would begin formulas and underscores hide it."""
+    shown = visible(text).replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def svg(figure: Figure, description: str) -> Markup:

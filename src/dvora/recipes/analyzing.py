@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..analysis import Analysis, analyze
-from .adapters import SETTINGS, load_adapted, read_adapter
-from .architectures import quietly
+from .adapter_folder import SETTINGS, read_adapter
+from .adapters import load_adapted, with_another
 from .checkpoints import CHECKPOINT, step_of
 from .files import write_atomically
 from .run_folder import ADAPTER, RECORD
@@ -41,14 +41,14 @@ def analyze_folders(folders: Sequence[Path], model: str | None = None) -> Analyz
     methods = dict.fromkeys(adapter.method for adapter in adapters)
     if len(methods) > 1:
         raise ValueError(f"the adapters are of several methods ({', '.join(methods)}); compare those of one method")
-    names = _names(found or folders)
-    adapted = load_adapted(adapters[0], adapters[0].base(model))
-    with quietly():
-        for name, adapter in zip(names[1:], adapters[1:], strict=True):
-            adapted.load_adapter(str(adapter.folder), adapter_name=name)
-    analysis = analyze(adapted, ["default", *names[1:]])
+    adapted = load_adapted(adapters[0], model)
+    # Names of folders may be none that PEFT takes.
+    names = ["default", *(f"adapter{number}" for number in range(2, len(adapters) + 1))]
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        with_another(adapted, adapter, name)
+    analysis = analyze(adapted, names)
     steps = tuple(map(step_of, found)) if found else None
-    return Analyzed(replace(analysis, adapters=tuple(names)), steps)
+    return Analyzed(replace(analysis, adapters=tuple(_names(found or folders))), steps)
 
 
 def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
@@ -83,12 +83,12 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Short names, each once; PEFT takes no dots in them."""
+    """Short names, each once."""
     names: list[str] = []
     for folder in folders:
         path = folder.resolve()
         of_run = path.name == ADAPTER and (path.parent / RECORD).is_file()
-        name = (path.parent.name if of_run else path.name).replace(".", "_") or "adapter"
+        name = (path.parent.name if of_run else path.name) or "adapter"
         earlier = names.count(name) + sum(each.startswith(f"{name} (") for each in names)
         names.append(f"{name} ({earlier + 1})" if earlier else name)
     return names

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ import transformers
 from torch import nn
 
 from .bases import check_model_folder, quiet_transformers
-from .hub import check_reachable, check_weights, told_in_one_line
+from .hub import NAMED, Trust, check_weights, loading
 
-_OWN_CODE = ", which is not run; only transformers' own models are read"
+_ADVICE = ", which is not run; only transformers' own models are read", "name it with --model to have it fetched"
 
 AUTO_CLASSES: Mapping[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -26,26 +27,26 @@ AUTO_CLASSES: Mapping[str, Any] = {
 """By PEFT's names of tasks; it has none for images."""
 
 
-def config_of(source: str) -> Any:
+def config_of(source: str, trust: Trust = NAMED) -> Any:
     """The configuration of a model.
 
     Args:
         source: a folder, or the name of a model on the hub.
+        trust: whether it may be fetched; a model's own code is never run here.
 
     Raises:
         ValueError: there is none.
     """
     check_model_folder(source)
-    check_reachable(source)
-    with told_in_one_line("the model", source, _OWN_CODE):
-        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with loading("the model", source, trust, *_ADVICE):
+        return transformers.AutoConfig.from_pretrained(source, **_without_code(trust))
 
 
 def model_class(config: Any, task_type: str | None = None, class_name: str | None = None) -> Any:
     """The class to load a model with: that of the task, that of the name, or the one that the model was saved with.
 
     Raises:
-        ValueError: the task is unknown.
+        ValueError: the task is unknown, or the name is that of no model.
     """
     if task_type is not None:
         if task_type not in AUTO_CLASSES:
@@ -53,11 +54,15 @@ def model_class(config: Any, task_type: str | None = None, class_name: str | Non
         return AUTO_CLASSES[task_type]
     for name in (class_name, *(config.architectures or ())):
         if isinstance(found := vars(transformers).get(name) or _of_transformers(name), type):
+            if not issubclass(found, transformers.PreTrainedModel):
+                raise ValueError(f"the model's class is said to be transformers' {name}, which is no model")
             return found
     return transformers.AutoModel
 
 
-def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | str = "auto") -> Any:
+def load_base(
+    source: str, model_class: Any, config: Any, dtype: torch.dtype | str = "auto", trust: Trust = NAMED
+) -> Any:
     """A model with its weights, in evaluation mode, its parameters frozen.
 
     Args:
@@ -65,16 +70,22 @@ def load_base(source: str, model_class: Any, config: Any, dtype: torch.dtype | s
         model_class: of `model_class`.
         config: of the model; may ask for another head.
         dtype: of its weights; "auto" means as they are stored.
+        trust: whether it may be fetched.
 
     Raises:
         ValueError: its weights cannot be read, or are pickled.
     """
     check_weights(source)
     # The head that an adapter brings is drawn first: not from the global generator.
-    with told_in_one_line("the model", source, _OWN_CODE), quietly(), torch.random.fork_rng():
+    with loading("the model", source, trust, *_ADVICE), quietly(), torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            **_without_code(trust),
         )
     return model.eval().requires_grad_(False)
 
@@ -105,6 +116,10 @@ def quietly() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+def _without_code(trust: Trust) -> dict[str, bool]:
+    return replace(trust, code=False).options
 
 
 def _of_transformers(name: str | None) -> Any:

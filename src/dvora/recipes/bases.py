@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch import nn
 
-from .hub import check_reachable, check_weights, told_in_one_line
+from .files import check_no_device
+from .hub import NOTHING, Trust, check_weights, loading
 from .settings import Settings, Task
 
-_OWN_CODE = "; if you trust its author, set trust_remote_code: true"
+_ADVICE = "; if you trust its author, give --trust-remote-code", "give --download to have it fetched"
 
 MODEL_CLASSES: dict[Task, type] = {
     "text-classification": transformers.AutoModelForSequenceClassification,
@@ -41,8 +42,12 @@ class Base:
     notes: tuple[str, ...]
 
 
-def load_processor(settings: Settings) -> Any:
+def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     """The tokenizer of a run, or its image processor.
+
+    Args:
+        settings: of the run.
+        trust: what is allowed to get it.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -57,9 +62,9 @@ def load_processor(settings: Settings) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern)):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); say with `tokenizer` where it is")
-    check_reachable(source)
-    with told_in_one_line(f"the {name}", source, _OWN_CODE):
-        processor = kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    check_model_files(source)
+    with loading(f"the {name}", source, trust, *_ADVICE):
+        processor = kind.from_pretrained(source, **trust.options)
     if not images and processor.pad_token is None:
         if processor.eos_token is None:
             raise ValueError(f"the tokenizer of {source} has neither a token to pad with nor one that ends a text")
@@ -67,13 +72,14 @@ def load_processor(settings: Settings) -> Any:
     return processor
 
 
-def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | None) -> Base:
+def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | None, trust: Trust = NOTHING) -> Base:
     """The model of a run before training; new layers are made from the run's seed.
 
     Args:
         settings: of the run.
         labels: names of the classes; empty where numbers or tokens are told.
         pad_token_id: the tokenizer's, None for images.
+        trust: what is allowed to get it.
 
     Raises:
         ValueError: it is no model, cannot be fetched, or has no safetensors weights.
@@ -81,10 +87,9 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     source = settings.model
     check_model_folder(source)
     check_weights(source)
-    check_reachable(source)
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    with told_in_one_line("the model", source, _OWN_CODE):
-        config = transformers.AutoConfig.from_pretrained(source, **options, **_head_options(settings.task, labels))
+    with loading("the model", source, trust, *_ADVICE):
+        options = _head_options(settings.task, labels)
+        config = transformers.AutoConfig.from_pretrained(source, **trust.options, **options)
         if pad_token_id is not None:
             config.pad_token_id = pad_token_id
         with quiet_transformers(), torch.random.fork_rng():
@@ -96,7 +101,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **options,
+                **trust.options,
             )
     new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
     if settings.task == "causal-lm":
@@ -134,7 +139,7 @@ def check_model_folder(source: str) -> None:
     """Check that a model that is no name on the hub is a folder with a model's configuration.
 
     Raises:
-        ValueError: it is a file, or a folder of something else.
+        ValueError: it is a file, or a folder of something else, or of more than a model.
     """
     folder = Path(source)
     if folder.is_file():
@@ -145,6 +150,21 @@ def check_model_folder(source: str) -> None:
         if (folder / "adapter_config.json").exists():
             raise ValueError(f"{source} holds an adapter, not a model; name its base")
         raise ValueError(f"{source} holds no config.json, so it is no model folder")
+    if (folder / "adapter_config.json").exists():
+        # transformers would load another base, which the adapter names, in place of the model beside it.
+        raise ValueError(f"{source} holds an adapter beside the model; a model's folder has to be without one")
+    check_model_files(source)
+
+
+def check_model_files(source: str) -> None:
+    """Refuse a model's or a tokenizer's folder with pipes and devices, which transformers would wait for.
+
+    Raises:
+        ValueError: there is one.
+    """
+    folder = Path(source)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        check_no_device(path)
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 import json
 import pickle
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import write_atomically
+from .files import read_json, remove, write_atomically
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 MARK = "complete.json"
@@ -29,7 +28,7 @@ def mark_complete(checkpoint: Path) -> None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint is marked and has what its mark names: its removal may have begun after it was marked."""
     try:
-        sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        sizes = read_json(checkpoint / MARK)
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
@@ -51,7 +50,7 @@ def remove_incomplete(folder: Path) -> None:
     complete = checkpoints(folder)
     for path in folder.glob("checkpoint-*"):
         if path not in complete:
-            shutil.rmtree(path)
+            remove(path)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .nearest import did_you_mean
+from .nearest import did_you_mean, listed
 from .settings import Settings
 from .tables import Table
 
@@ -37,7 +37,7 @@ def chosen_columns(table: Table, settings: Settings) -> Columns:
         if name not in table.columns:
             raise ValueError(
                 f"{table.path} has no column {name!r} ({key}), {did_you_mean(name, table.columns)} "
-                f"Its columns: {', '.join(table.columns)}"
+                f"Its columns: {listed(table.columns)}"
             )
     if len({*chosen.values()}) < len(chosen):
         raise ValueError(f"two columns have one name: {', '.join(f'{key}: {name}' for key, name in chosen.items())}")
@@ -48,7 +48,7 @@ def chosen_columns(table: Table, settings: Settings) -> Columns:
     for key in likely:
         left_over = [name for name in table.columns if name not in chosen.values()]
         if key not in chosen and len(left_over) != 1:
-            raise ValueError(f"{table.path}: which of its columns ({', '.join(table.columns)}) is the {key}? Say so")
+            raise ValueError(f"{table.path}: which of its columns ({listed(table.columns)}) is the {key}? Say so")
         chosen.setdefault(key, left_over[0] if left_over else "")
     notes = tuple(f"{key}: {name} (guessed)" for key, name in chosen.items() if getattr(settings, key) is None)
     return Columns(chosen["text_column"], chosen.get("second_text_column"), chosen.get("label_column"), notes)

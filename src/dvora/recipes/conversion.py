@@ -12,7 +12,8 @@ from ..tuner.converted import Converted
 from ..tuner.from_vera import from_vera
 from ..tuner.to_dense import dense_updates
 from ..tuner.to_dora import to_dora
-from .adapters import VALUES, load_adapted, read_adapter
+from .adapter_folder import VALUES, read_adapter
+from .adapters import load_adapted
 from .architectures import quietly
 from .files import new_folder
 from .inputs import example_inputs, first_output
@@ -73,7 +74,7 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Co
     adapter = read_adapter(folder)
     _check_pair(adapter.method, to)
     base = adapter.base(model)
-    adapted = load_adapted(adapter, base)
+    adapted = load_adapted(adapter, model)
     with new_folder(output) as filling:
         if to == "dense":
             values = dense_updates(adapted)
@@ -84,7 +85,7 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Co
             converted.config.base_model_name_or_path = base
             converted.save(filling)
             file, layers = VALUES, _layer_count(converted)
-            again = load_adapted(read_adapter(filling), base)
+            again = load_adapted(read_adapter(filling), model)
             difference = output_difference(adapted, again)
         size = (filling / file).stat().st_size
     return Conversion(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .encodings import CHUNK
 from .examples import HUGE, Examples, read_examples
+from .files import check_no_device
 from .labels import are_numbers, class_name, class_names, number
 from .settings import Settings
 from .splits import first_of_each, split_rows
@@ -174,18 +176,31 @@ def fingerprints(settings: Settings) -> dict[str, dict[str, Any]]:
     Raises:
         OSError: one cannot be read, or is not there.
     """
-    paths = (*settings.data, *settings.validation_data, *settings.test_data)
-    return {path: _fingerprint(Path(path)) for path in paths}
+    return {path: {"sha256": _sha256(Path(path)), "bytes": size_of(Path(path))} for path in settings.all_data}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """sha256 and size: of a file, or of the names and contents of a folder's files."""
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of a folder's files.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is a pipe or a device.
+    """
+    check_no_device(path)
+    return sum(file.stat().st_size for file in _files_in(path)) if path.is_dir() else path.stat().st_size
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of the names and contents of a folder's files."""
     if not path.is_dir():
-        content = path.read_bytes()
-        return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(path).as_posix()}\n" for f in files]
-    return {
-        "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
-        "bytes": sum(f.stat().st_size for f in files),
-    }
+        hashed = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                hashed.update(chunk)
+        return hashed.hexdigest()
+    lines = [f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _files_in(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())

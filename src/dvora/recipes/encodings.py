@@ -48,8 +48,10 @@ def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
 def _encoding_of(path: Path, encoding: str | None, note: Note) -> str:
     if encoding is not None:
         try:
-            # Some codecs are known but not of text.
+            # Some codecs are known but not of text, and two are of names: their time grows with the square of a file.
             "".encode(encoding)
+            if codecs.lookup(encoding).name in ("idna", "punycode"):
+                raise LookupError
         except LookupError:
             raise ValueError(
                 f"encoding {encoding!r} is unknown; `utf-8`, `latin-1` and `cp1252` are common ones"

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..doctor import Examination, examine
-from .adapters import load_adapted, read_adapter
+from .adapter_folder import read_adapter
+from .adapters import load_adapted
+from .hub import NOTHING, Trust, offline
 from .inputs import example_inputs
 from .judging import unchanged_data
 from .other_files import labelled_examples
@@ -18,7 +20,12 @@ EXAMINED = 8
 
 
 def examine_folder(
-    folder: Path, model: str | None = None, files: Sequence[str] = (), rows: int = EXAMINED, layers: int | None = None
+    folder: Path,
+    model: str | None = None,
+    files: Sequence[str] = (),
+    rows: int = EXAMINED,
+    layers: int | None = None,
+    trust: Trust = NOTHING,
 ) -> Examination:
     """Examine an adapter on its base.
 
@@ -28,6 +35,7 @@ def examine_folder(
         files: with labelled rows for a run's model; none: rows that the run held out, or trained on.
         rows: of the batch that the model is asked.
         layers: that are looked at for themselves at most; None: all.
+        trust: what is allowed to get the base.
 
     Raises:
         ValueError: the folder holds no adapter, it does not fit the base, or a file is not what the task needs.
@@ -37,16 +45,19 @@ def examine_folder(
     if (folder / RECORD).is_file():
         if model is not None:
             raise ValueError(f"{folder} is a run, whose base is on record; leave --model out, or name its adapter")
-        run = read_run(folder)
+        run = read_run(folder, trust)
         if run.settings.method in ("full", "head"):
             raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
         adapted, processor = load_trained(run)
-        return examine(adapted, batch_of(run, adapted, processor, _rows(run, files)[:rows]), layers=layers)
+        batch = batch_of(run, adapted, processor, _rows(run, files)[:rows])
+        with offline():
+            return examine(adapted, batch, layers=layers)
     if files:
         raise ValueError(f"{folder} is no run, so nothing says how {files[0]} is to be read; leave the data out")
     adapter = read_adapter(folder)
-    adapted = load_adapted(adapter, adapter.base(model))
-    return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
+    adapted = load_adapted(adapter, model, trust)
+    with offline():
+        return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
 
 
 def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

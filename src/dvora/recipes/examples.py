@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .columns import Columns, chosen_columns
+from .files import check_no_device
 from .images import image_examples
 from .settings import Settings
 from .splits import same_text
@@ -59,6 +60,7 @@ def read_examples(paths: Sequence[str], settings: Settings) -> Examples:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
+        check_no_device(path)
         if path.is_dir() != (settings.task == "image-classification"):
             raise ValueError(
                 f"{path} is a folder; give files (csv, tsv, jsonl, json, parquet, txt)"

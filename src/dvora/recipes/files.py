@@ -1,17 +1,30 @@
 """Files and folders that are whole or not there: written under another name, then renamed."""
 
+import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+LARGEST_RECORD = 2**28
+"""Bytes of a record; one that notes a loss at each of a million steps has a quarter of them."""
+
+
+def typed(path: Path) -> Path:
+    """Where to write to when somebody gave this path: to what a link of theirs leads to.
+
+    Names that a command makes up itself are never followed.
+    """
+    return path.resolve() if path.is_symlink() else path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,13 +41,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file to fill, which takes the place of the one of its name when everything is written.
 
-    A link stays one to what is written; a pipe or a device, such as /dev/null, is written to as it is.
+    A link of that name is replaced, see `typed`; a pipe or a device, such as /dev/null, is written to as it is.
 
     Raises:
         OSError: it cannot be written; nothing of it is left.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.exists() and not (path.is_symlink() or path.is_file() or path.is_dir()):
         with path.open("wb") as stream:
             yield stream
         return
@@ -52,14 +64,117 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def read_small(path: Path, at_most: int = LARGEST_RECORD) -> str:
+    """The text of a file of settings, or of a record; pipes and devices are not waited for.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, larger than that, or not UTF-8.
+    """
+    descriptor = os.open(path, os.O_RDONLY | (0 if fcntl is None else os.O_NONBLOCK))
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise ValueError(f"{path} is larger than the {at_most:,} bytes that such a file may have")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def parsed_json(text: str) -> Any:
+    """What a text of JSON says.
+
+    Raises:
+        ValueError: it is not JSON, nested too deeply, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:
+    """The names and values of a JSON file that is one object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, something else, or too large.
+    """
+    text = read_small(path, at_most)
+    try:
+        found = parsed_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no table of settings")
+    return found
+
+
+def check_no_device(path: Path) -> None:
+    """Refuse a pipe or a device, which a reader waits for, or reads without an end.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device; only files and folders are read")
+
+
 def check_readable(paths: Iterable[Path]) -> None:
     """Raise what keeps files from being read: libraries tell of files that may not be read as if they were missing.
 
     Raises:
         OSError: the first file's.
+        ValueError: one is a pipe or a device.
     """
     for path in paths:
+        check_no_device(path)
         path.open("rb").close()
+
+
+def check_no_links(folder: Path, inner: Callable[[str], bool]) -> None:
+    """Refuse links, pipes and devices in a folder that a command writes to and removes things from.
+
+    Args:
+        folder: of the command's results.
+        inner: whether the folder in it of that name is looked through as well.
+
+    Raises:
+        ValueError: there is one, which no command made.
+    """
+    for parent, folders, files in os.walk(folder):
+        paths = [Path(parent, name) for name in (*folders, *files)]
+        if Path(parent) == folder:
+            folders[:] = filter(inner, folders)
+        for path in paths:
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise ValueError(
+                    f"{path} is a link, a pipe or a device, which no command makes in such a folder; remove it, or "
+                    "choose another folder"
+                )
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with everything in it, or a link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a name that a new folder cannot take.
+
+    Raises:
+        FileExistsError: it is a link, or exists and is not an empty folder.
+    """
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link; name the folder that it leads to, or remove it first")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name or remove it first")
 
 
 @contextmanager
@@ -70,11 +185,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         path: that must not exist, or be an empty folder.
 
     Raises:
-        FileExistsError: it exists and is not empty.
+        FileExistsError: it is a link, or exists and is not empty.
         OSError: it cannot be written; nothing of it is left.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name or remove it first")
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _claimed(path) as filled:
         yield filled
@@ -93,15 +207,17 @@ def _claimed(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that no other process fills, removed if something fails.
 
     Its name is always the same one, so what a killed process left is found and emptied; a living one holds a lock.
+    What others put under that name is left alone.
     """
     folder = path.with_name(f".{path.name}.unfinished")
-    folder.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir()
     with _lock(folder) as is_ours:
         if not is_ours:
             raise FileExistsError(f"another process is filling {path}; wait for it, or choose another name")
         try:
             for leftover in folder.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                remove(leftover)
             yield folder
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -110,11 +226,18 @@ def _claimed(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder for itself; however a process ends, the system opens its locks."""
+    """Whether this process has the folder for itself; however a process ends, the system opens its locks.
+
+    Raises:
+        FileExistsError: it is a link, no folder, or of another user.
+    """
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or (fcntl is not None and state.st_uid != os.geteuid()):
+        raise FileExistsError(f"{folder} is a link, a file or of another user; this command needs the name: remove it")
     if fcntl is None:
         yield True
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         yield _is_locked(descriptor) and _is_still(folder, descriptor)
     finally:
@@ -136,7 +259,7 @@ def _is_locked(descriptor: int) -> bool:
 def _is_still(folder: Path, descriptor: int) -> bool:
     """Whether the open folder has its name still; another process may have renamed or removed it before the lock."""
     try:
-        return os.path.samestat(os.fstat(descriptor), folder.stat())
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
     except FileNotFoundError:
         return False
 

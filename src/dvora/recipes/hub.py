@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,21 +15,42 @@ from .files import check_readable
 SECONDS = 10.0
 
 
-def check_reachable(source: str) -> None:
-    """Make sure that a name on the hub can be asked for there; what the hub says is told by those who load from it.
+@dataclass(frozen=True)
+class Trust:
+    """What whoever calls allows beyond reading files. No file that is read can allow it.
 
     Args:
-        source: a folder, or the name of a model on the hub.
-
-    Raises:
-        ValueError: it is no folder, and the hub does not answer.
+        code: run Python code that comes with a model.
+        download: ask the hub for a model or a tokenizer; else its cache has to hold what is no folder here.
     """
-    if not Path(source).exists() and not constants.HF_HUB_OFFLINE:
-        _ask(source)
+
+    code: bool = False
+    download: bool = False
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What transformers' `from_pretrained` is told."""
+        return {"trust_remote_code": self.code, "local_files_only": not self.download}
+
+
+NOTHING, NAMED = Trust(), Trust(download=True)
+"""What is allowed for a model that only a file names, and for one that the caller names."""
+
+
+@contextmanager
+def offline(wanted: bool = True) -> Iterator[None]:
+    """Keep everything that would ask the hub from it; libraries ask for more than what they are told to load."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or wanted
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @cache
-def _ask(name: str) -> None:
+def _check_reachable(name: str) -> None:
+    """Make sure that the hub can be asked for a name; what it says is told by those who load from it."""
     try:
         HfApi().model_info(name, timeout=SECONDS)
     except (HfHubHTTPError, ValueError):
@@ -59,27 +81,40 @@ def check_weights(source: str) -> None:
 
 
 @contextmanager
-def told_in_one_line(what: str, source: str, own_code: str) -> Iterator[None]:
-    """Turn the pages that transformers writes when something is missing into a sentence.
+def loading(what: str, source: str, trust: Trust, code_advice: str, download_advice: str) -> Iterator[None]:
+    """Load something with transformers, and turn the pages that it writes when that fails into a sentence.
 
     Args:
         what: is loaded, for the message.
         source: a folder, or a name on the hub.
-        own_code: what to say of a model that is made of code of its own.
+        trust: what is allowed.
+        code_advice: what to say of a model that is made of code of its own.
+        download_advice: what to do to have it fetched, where that is not allowed.
 
     Raises:
         ValueError: it cannot be loaded.
     """
+    is_here = Path(source).exists()
+    if not is_here and trust.download and not constants.HF_HUB_OFFLINE:
+        _check_reachable(source)
     try:
-        yield
+        with offline(is_here or not trust.download):
+            yield
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
     except PermissionError:
         raise
+    except RecursionError as error:
+        raise ValueError(f"{what} in {source} cannot be read: a file is nested too deeply") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
-            said = f"it is made of code that comes with it{own_code}"
-        if Path(source).exists():
+            said = f"it is made of code that comes with it{code_advice}"
+        if is_here:
             raise ValueError(f"{what} in {source} cannot be read: {said}") from error
+        if not trust.download:
+            raise ValueError(
+                f"{what} {source!r} is no folder here and not in the hub's cache, and what only a file names is not "
+                f"downloaded; {download_advice}"
+            ) from error
         raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error

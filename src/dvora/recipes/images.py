@@ -1,11 +1,17 @@
 """A folder of images: one folder for each class."""
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files import check_no_device
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What a file of these names may be; others that Pillow reads, such as PostScript, start programs."""
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test"}
 
 
@@ -49,17 +55,33 @@ def images_in(path: Path) -> list[Path]:
     return found
 
 
+@contextmanager
+def opened_image(path: Path) -> Iterator[Any]:
+    """An image, as Pillow reads it.
+
+    Raises:
+        ValueError: it is no regular file, no image that can be read, or one of so many points that it is an attack.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    check_no_device(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} has too many points to be read: {error}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from None
+
+
 def image_key(path: Path) -> str:
     """The sha256 of an image's file.
 
     Raises:
         ValueError: it is no image that can be read.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from None
+    with opened_image(path) as image:
+        image.verify()
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from ..diagnostics import diagnostics
 from ..tuner.config import DVoRAConfig
 from ..tuner.layer import layers_in
-from .adapters import Adapter, config_of_adapter, load_adapted, read_adapter
+from .adapter_folder import Adapter, read_adapter
+from .adapters import config_of_adapter, load_adapted
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
 """How the names of values begin that nobody trains."""

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from .bases import quiet_transformers
-from .data import Data, fingerprints, load_data
+from .data import Data, fingerprints, load_data, size_of
 from .evaluation import evaluator, guessed, judged
 from .other_files import labelled_examples
 from .run_folder import Run, load_trained
@@ -74,13 +74,17 @@ def unchanged_data(run: Run) -> Data:
         ValueError: it is not there any more, or not what it was.
     """
     advice = "so the rows that were held out cannot be told; give files to judge the run on"
+    recorded: Mapping[str, Mapping[str, Any]] = run.record["data"]["files"]
     try:
-        found = fingerprints(run.settings)
+        # A run from elsewhere may name any file here: what has another size is not even read.
+        paths = run.settings.all_data
+        changed = [path for path in paths if size_of(Path(path)) != recorded.get(path, {}).get("bytes")]
+        if not changed:
+            changed = [path for path, now in fingerprints(run.settings).items() if recorded.get(path) != now]
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror}), {advice}") from None
-    for path, now in found.items():
-        if run.record["data"]["files"].get(path) != now:
-            raise ValueError(f"{path} has changed since the run was trained on it, {advice}")
+    if changed:
+        raise ValueError(f"{changed[0]} has changed since the run was trained on it, {advice}")
     return load_data(run.settings)
 
 

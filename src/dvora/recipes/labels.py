@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 MANY = 20
@@ -32,7 +33,8 @@ def class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
             "Numbers are told by the task regression, or by label_kind: numbers"
         )
     if all(name.removeprefix("-").isdecimal() for name in names):
-        names.sort(key=int)
+        # Python makes no whole number of more than 4,300 digits.
+        names.sort(key=Decimal)
     return tuple(names)
 
 

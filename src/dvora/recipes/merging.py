@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from transformers.utils.hub import cached_file
 
 from ..merging import MergePrecisionWarning
 from ..tuner.merging import merge_model
 from ..tuner.model import DVoRAModel
-from .adapters import Adapter, base_class, load_adapted, read_adapter
+from .adapter_folder import Adapter, read_adapter
+from .adapters import base_class, load_adapted, of_base
 from .architectures import config_of, load_base, quietly
-from .files import new_folder
+from .files import check_new_folder, new_folder
+from .hub import NOTHING, Trust, offline
 from .inputs import example_inputs, first_output
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -78,18 +81,17 @@ def merge(folder: Path, output: Path, model: str | None = None, dtype: str = "au
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     adapter = read_adapter(folder)
-    base = adapter.base(model)
-    _check_unquantised(base)
+    base, trust = adapter.base(model), of_base(model, NOTHING)
+    _check_unquantised(base, trust)
     # Before hours of work.
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; choose another name or remove it first")
-    adapted = load_adapted(adapter, base, "auto" if dtype == "auto" else getattr(torch, dtype))
+    check_new_folder(output)
+    adapted = load_adapted(adapter, model, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
     inputs, expected = _outputs(adapted)
     losses, warning = _merge_into(adapted)
     merged = cast(Any, adapted).unload() if losses is not None else cast(Any, adapted).merge_and_unload()
     worst = max(losses, key=lambda name: losses[name]) if losses else None
     with new_folder(output) as filling:
-        with quietly():
+        with quietly(), offline():
             merged.save_pretrained(filling, max_shard_size=shard_size, safe_serialization=True)
         _copy_companions(adapter, base, filling)
         kept_dtype = merged.dtype
@@ -103,8 +105,8 @@ def merge(folder: Path, output: Path, model: str | None = None, dtype: str = "au
     )  # fmt: skip
 
 
-def _check_unquantised(base: str) -> None:
-    if getattr(config_of(base), "quantization_config", None) is not None:
+def _check_unquantised(base: str, trust: Trust) -> None:
+    if getattr(config_of(base, trust), "quantization_config", None) is not None:
         raise ValueError(
             f"{base} is quantised: its steps are larger than most updates, so merging would lose the adapter. Merge "
             "into the unquantised model (--model), or keep the adapter unmerged"
@@ -150,7 +152,8 @@ def _verified(
     Raises:
         RuntimeError: it is too large for rounding.
     """
-    loaded = load_base(str(folder), base_class(adapter, base)[0], config_of(str(folder)))
+    # The base has been loaded, so it is here.
+    loaded = load_base(str(folder), base_class(adapter, base, NOTHING)[0], config_of(str(folder)))
     if expected is None:
         return None
     actual = first_output(loaded(**inputs)).double()
@@ -164,21 +167,35 @@ def _verified(
 
 
 def _copy_companions(adapter: Adapter, base: str, output: Path) -> None:
-    """Copy the tokenizer's files: those beside the adapter, which may have more tokens, or else the base's."""
+    """Copy the tokenizer's files: those beside the adapter, which may have more tokens, or else the base's.
+
+    Raises:
+        ValueError: one is a link to something else on this machine.
+    """
     run = [adapter.folder.parent] if (adapter.folder.parent / "run.json").exists() else []
     for folder in (adapter.folder, *run, _folder_of(base)):
         found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
         if any(path.name.startswith(("tokenizer", "vocab", "spiece", "preprocessor")) for path in found):
             for path in found:
+                _check_own(path, folder)
                 if not (output / path.name).exists():
                     shutil.copyfile(path, output / path.name)
             return
+
+
+def _check_own(path: Path, folder: Path) -> None:
+    """Refuse a link out of a folder; in the hub's cache files are links to others there."""
+    real, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    if not real.is_relative_to(folder.resolve()) and not (
+        real.is_relative_to(cache) and folder.resolve().is_relative_to(cache)
+    ):
+        raise ValueError(f"{path} is a link out of its folder; what it leads to is not copied beside the merged model")
 
 
 def _folder_of(base: str) -> Path:
     """The folder that a model's files are in, in the cache for one of the hub."""
     if Path(base).is_dir():
         return Path(base)
-    file = cached_file(base, "config.json")
+    file = cached_file(base, "config.json", local_files_only=True)
     assert file is not None
     return Path(file).parent

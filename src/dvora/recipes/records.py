@@ -58,7 +58,11 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
     if changed:
         told = ", ".join(f"{key} {record['settings'].get(key)!r} is now {now[key]!r}" for key in changed)
         raise ValueError(f"the run in {folder} was started with other settings ({told}); choose another output folder")
-    if record["state"] != "finished" and record["processes"] != world_size():
+    if record["state"] == "finished":
+        return
+    if not {"data", "processes", "seconds"} <= record.keys():
+        raise ValueError(f"the record of the run in {folder} is damaged; choose another output folder")
+    if record["processes"] != world_size():
         raise ValueError(
             f"the run in {folder} was started with {record['processes']} processes, not {world_size()}; start as many"
         )

@@ -1,15 +1,16 @@
 """The folder of a training run: what is in it, who may write to it, and how its model is loaded again."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .bases import load_base, load_processor, quiet_transformers
-from .files import write_atomically
+from .adapter_folder import adapter_on, check_labels, checked_labels, read_adapter, shapes_in
+from .bases import Base, load_base, load_processor, quiet_transformers
+from .files import check_no_links, read_json, remove, write_atomically
+from .hub import NOTHING, Trust
 from .settings import Settings, checked_settings, commented
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
@@ -27,6 +28,7 @@ class Run:
         labels: names of the classes 0, 1, ...; empty where numbers or tokens are told.
         adapter: the folder that PEFT reads; for the method "full" a whole model, for "head" its `head.safetensors`.
         record: everything in run.json: versions, data hashes, split sizes, columns, metrics, trained values, seconds.
+        trust: what the reader allows when the run's model is loaded.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class Run:
     labels: tuple[str, ...]
     adapter: Path
     record: Mapping[str, Any]
+    trust: Trust = NOTHING
 
     @property
     def base(self) -> str:
@@ -41,8 +44,20 @@ class Run:
         return self.settings.model
 
 
-def read_run(folder: Path) -> Run:
+_FINISHED: Mapping[str, type | tuple[type, ...]] = {
+    "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_values": int,
+    "seconds": (int, float),
+}  # fmt: skip
+"""What the record of a finished run may have beside its state, settings and labels."""
+_DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}
+
+
+def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
     """A finished run.
+
+    Args:
+        folder: of the run.
+        trust: what is allowed when its model is loaded; its record can allow nothing.
 
     Raises:
         ValueError: there is no run, it is not finished, or its record is damaged.
@@ -52,32 +67,34 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} holds no {RECORD}, so it is not the folder of a run of `dvora train`")
     if record["state"] != "finished":
         raise ValueError(f"the run in {folder} is not finished; go on with `dvora train {folder / CONFIG} --resume`")
+    _check_kinds(record, _FINISHED, folder / RECORD)
+    _check_kinds(record.get("data", {}), _DATA, folder / RECORD)
     settings = checked_settings(record["settings"], str(folder / RECORD))
-    return Run(folder, settings, tuple(record["labels"]), folder / ADAPTER, record)
+    return Run(folder, settings, checked_labels(record["labels"], folder / RECORD), folder / ADAPTER, record, trust)
 
 
-def as_run(adapter: Path, base: str | None) -> Run:
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], file: Path) -> None:
+    for name, kind in kinds.items():
+        if name in values and not isinstance(values[name], kind):
+            raise ValueError(f"{file} is damaged: {name} is not what `dvora train` writes")
+
+
+def as_run(adapter: Path, base: str | None, trust: Trust = NOTHING) -> Run:
     """A language model's adapter that no run made, as if one had.
 
     Args:
         adapter: a folder that PEFT reads.
         base: the model; None: the one that the adapter names.
+        trust: what is allowed when it is loaded; a base that is given may be fetched.
 
     Raises:
         ValueError: it holds no adapter, or names no base.
     """
-    file = adapter / "adapter_config.json"
-    try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except FileNotFoundError:
-        raise ValueError(f"{adapter} holds no {file.name}, so it is not the folder of an adapter") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not (base or named):
-        raise ValueError(f"{file} does not name the base; say with --model which it is")
+    found = read_adapter(adapter)
     # It has no data, but settings want some.
-    settings = Settings(task="causal-lm", model=base or named, data=(str(adapter),))
-    return Run(adapter, settings, (), adapter, {})
+    settings = Settings(task="causal-lm", model=found.base(base), data=(str(adapter),))
+    trust = replace(trust, download=trust.download or base is not None)
+    return Run(found.folder, settings, (), found.folder, {}, trust)
 
 
 def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
@@ -90,29 +107,40 @@ def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
     Raises:
         ValueError: the base or the adapter cannot be read, or they do not fit.
     """
+    _check_trained(run)
     with quiet_transformers():
-        processor = load_processor(run.settings)
+        processor = load_processor(run.settings, run.trust)
         pad_token_id = getattr(processor, "pad_token_id", None)
         if not with_adapter or run.settings.method != "full":
-            model = load_base(run.settings, run.labels, pad_token_id).model
-            return (_with_adapter(model, run) if with_adapter else model).eval(), processor
+            base = load_base(run.settings, run.labels, pad_token_id, run.trust)
+            return (_with_adapter(base, run) if with_adapter else base.model).eval(), processor
         whole = run.settings.model_copy(update={"model": str(run.adapter)})
-        return load_base(whole, run.labels, pad_token_id).model.eval(), processor
+        return load_base(whole, run.labels, pad_token_id, run.trust).model.eval(), processor
 
 
-def _with_adapter(model: Any, run: Run) -> Any:
+def _check_trained(run: Run) -> None:
+    """Look at what was trained before a model is made of as many classes as the record says."""
+    if run.settings.method not in ("full", "head"):
+        read_adapter(run.adapter)
+        return
+    files = sorted(run.adapter.glob("*.safetensors"))
+    shapes = {key: shape for file in files for key, shape in shapes_in(file).items()}
+    check_labels(run.labels, shapes, run.adapter)
+
+
+def _with_adapter(base: Base, run: Run) -> Any:
     """The base with the trained adapter, or with the trained head."""
-    from peft import PeftModel
     from safetensors.torch import load_file
 
-    if run.settings.method == "head":
-        _, unexpected = model.load_state_dict(load_file(run.adapter / HEAD_FILE), strict=False)
-        if unexpected:
-            raise ValueError(f"{run.adapter / HEAD_FILE} has {unexpected[0]}, which {run.base} has not")
-        return model
-    if not (run.adapter / "adapter_model.safetensors").exists():
-        raise ValueError(f"{run.adapter} holds no adapter_model.safetensors; pickled adapters are never loaded")
-    return PeftModel.from_pretrained(model, run.adapter)
+    if run.settings.method != "head":
+        return adapter_on(base.model, run.adapter)
+    file = run.adapter / HEAD_FILE
+    missing, unexpected = base.model.load_state_dict(load_file(file), strict=False)
+    if unexpected:
+        raise ValueError(f"{file} has {unexpected[0]}, which {run.base} has not")
+    if lacking := [name for name in missing if name.startswith(tuple(f"{head}." for head in base.heads))]:
+        raise ValueError(f"{file} lacks {lacking[0]}, which the run trained")
+    return base.model
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -124,12 +152,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.exists():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(record, dict) or not {"state", "settings", "labels"} <= record.keys():
+    record = read_json(path)
+    if not {"state", "settings", "labels"} <= record.keys():
         raise ValueError(f"{path} is not the record of a run of `dvora train`")
+    if not isinstance(record["settings"], dict):
+        raise ValueError(f"{path} is damaged: settings is no table of names and values")
     return record
 
 
@@ -152,10 +179,8 @@ def is_leftover(name: str) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove what is left of such a run; only while the folder is locked."""
     for path in folder.iterdir():
-        if is_leftover(path.name) and path.is_dir():
-            shutil.rmtree(path)
-        elif is_leftover(path.name):
-            path.unlink()
+        if is_leftover(path.name):
+            remove(path)
 
 
 @contextmanager
@@ -163,11 +188,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made; however this process ends, the system opens the lock then.
 
     Raises:
-        ValueError: another process works in it.
+        ValueError: another process works in it, or it holds what no run makes.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
+    check_no_links(folder, lambda name: name in (ADAPTER, CHECKPOINTS) or is_leftover(name))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)

@@ -18,6 +18,8 @@ from ..pages.page import Section, Table, page
 from .examining import EXAMINED, batch_of
 from .files import write_atomically
 from .generation import Continuation
+from .hub import NOTHING, Trust, offline
+from .images import opened_image
 from .judging import unchanged_data
 from .outcomes import Outcome, continuations, outcomes
 from .run_folder import Run, load_trained, read_run
@@ -43,7 +45,14 @@ class Sizes:
     adapter: int
 
 
-def write_page(folder: Path, output: Path, against: Path | None = None, rows: int = 500, doctor: bool = True) -> None:
+def write_page(
+    folder: Path,
+    output: Path,
+    against: Path | None = None,
+    rows: int = 500,
+    doctor: bool = True,
+    trust: Trust = NOTHING,
+) -> None:
     """Write the page of a run.
 
     Args:
@@ -53,17 +62,18 @@ def write_page(folder: Path, output: Path, against: Path | None = None, rows: in
             the other way; None: the base before training.
         rows: held-out rows to ask at most.
         doctor: whether to examine the adapter.
+        trust: what is allowed to get the runs' bases.
 
     Raises:
         ValueError: the run is not finished, its data has changed, or it held no rows out.
         OSError: a file cannot be read or written.
     """
-    run = read_run(folder)
+    run = read_run(folder, trust)
     data = unchanged_data(run)
     held_out = (data.test or data.validation)[:rows]
     if not held_out:
         raise ValueError(f"the run in {folder} held no rows out, so there is nothing to show that it has not seen")
-    other = None if against is None else read_run(against)
+    other = None if against is None else read_run(against, trust)
     sections = [_trained(run), _course(run), _metrics(run)]
     if run.settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
@@ -167,7 +177,9 @@ def _soundness(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[S
         text = ["One point a layer; `dvora analyze` shows more."]
         sections.append(Section("What changed in the layers", text, [magnitude_and_direction(found.changes[0])]))
     if doctor:
-        sections.append(_doctor(examine(model, batch_of(run, model, processor, rows[:EXAMINED]))))
+        batch = batch_of(run, model, processor, rows[:EXAMINED])
+        with offline():
+            sections.append(_doctor(examine(model, batch)))
     return sections
 
 
@@ -195,9 +207,7 @@ def _row(row: Mapping[str, Any]) -> str | Markup:
 
 
 def _thumbnail(path: Path) -> Markup:
-    from PIL import Image
-
-    with Image.open(path) as image:
+    with opened_image(path) as image:
         small = image.convert("RGB")
         small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()

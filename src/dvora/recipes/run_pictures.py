@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..pages.pictures import COLOURS, axes_of, new_figure, svg
+from ..pages.pictures import COLOURS, axes_of, label, new_figure, svg
 
 MOST_CLASSES = 30
 
@@ -31,7 +31,7 @@ def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | Non
     if lower and shown:
         points = [(entry["step"], entry[shown]) for entry in history if shown in entry]
         lower[0].plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[1])
-        lower[0].set(xlabel="step", ylabel=f"validation {shown.removeprefix('eval_').replace('_', ' ')}")
+        lower[0].set(xlabel="step", ylabel=label(f"validation {shown.removeprefix('eval_').replace('_', ' ')}"))
     for axes in (upper, *lower):
         axes.axvline(best_step, color="#8a8a8a", linewidth=1, linestyle=":")
     return svg(figure, "Loss and validation figures along the steps; a dotted line at the step that was kept")
@@ -41,7 +41,7 @@ def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Markup
     """How often each class (down) was told as each (across); None of more classes than can be read."""
     if len(labels) > MOST_CLASSES:
         return None
-    place = {label: index for index, label in enumerate(labels)}
+    place = {name: index for index, name in enumerate(labels)}
     counts = np.zeros((len(labels), len(labels)), int)
     for right, told in pairs:
         counts[place[right], place[told]] += 1
@@ -50,8 +50,9 @@ def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Markup
     figure = new_figure(size + 0.4, size)
     (axes,) = axes_of(figure)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    names = [*map(label, labels)]
+    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(labels)), names)
     axes.set(xlabel="told", ylabel="right")
     for (row, column), count in np.ndenumerate(counts):
         if count:

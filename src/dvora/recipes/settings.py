@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .files import read_small
 from .nearest import did_you_mean
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
@@ -21,6 +22,10 @@ RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 1e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
+OWN_CODE = "trust_remote_code"
+"""Once a setting; now only whoever calls can say it."""
+LARGEST_CONFIG, DEEPEST = 2**18, 8
+"""Bytes of a configuration, and lists in lists in it."""
 HEAD_RATE = 1e-3
 """Of new layers, where neither they nor the method are given another."""
 
@@ -113,7 +118,6 @@ class Settings(BaseModel):
     base_dtype: Literal["float32", "bfloat16", "float16"] = _training("of the base's weights", "float32")
     cpu: bool = _training("train on the CPU even where there is a GPU", False)
     seed: int = _training("of new layers, order and dropout", 0, ge=0, lt=2**32)
-    trust_remote_code: bool = _training("run Python code that comes with the model", False)
 
     evaluate_every: int | None = _watching("steps between evaluations; null: an epoch", None, ge=1)
     save_every: int | None = _watching(
@@ -126,6 +130,11 @@ class Settings(BaseModel):
     tensorboard: bool = _watching(
         "write logs for TensorBoard into the run's folder (needs the package tensorboard)", False
     )
+
+    @property
+    def all_data(self) -> tuple[str, ...]:
+        """The files and folders of all parts."""
+        return (*self.data, *self.validation_data, *self.test_data)
 
     @field_validator(*PATHS, mode="before")
     @classmethod
@@ -161,6 +170,26 @@ class Settings(BaseModel):
         return self
 
 
+def parsed_yaml(text: str) -> Any:
+    """What a text of YAML says.
+
+    Raises:
+        ValueError: it is not YAML, is nested deeper than any setting, or repeats parts (`*name`): ten lines that repeat
+            each other ten times each are ten thousand million.
+    """
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"line {event.start_mark.line + 1} repeats *{event.anchor}; write it out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"line {event.start_mark.line + 1} is nested too deeply")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+
+
 def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """The settings in a YAML file, with some of them replaced.
 
@@ -174,25 +203,32 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """
     given: Any = {}
     if file is not None:
+        text = read_small(file, LARGEST_CONFIG)
         try:
-            given = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a YAML file: {error}") from None
+            given = parsed_yaml(text) or {}
+        except ValueError as error:
+            raise ValueError(f"{file} is not a YAML file of settings: {error}") from None
         if not isinstance(given, dict):
             raise ValueError(
                 f"{file} has to hold keys and values, such as `task: regression`; it is a {type(given).__name__}"
             )
-    return checked_settings({**given, **overrides}, str(file) if file else "the settings")
+    values, source = {**given, **overrides}, str(file) if file else "the settings"
+    if values.get(OWN_CODE) not in (None, False):
+        raise ValueError(
+            f"{source}: {OWN_CODE} is no setting: no file may say that code is run. If you trust the model's author, "
+            "give --trust-remote-code"
+        )
+    return checked_settings(values, source)
 
 
 def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings from keys and values.
+    """Settings from keys and values; what earlier versions noted on code of the model's own is passed over.
 
     Raises:
         ValueError: in one line, what is wrong with which key of `source`.
     """
     try:
-        return Settings.model_validate(dict(values))
+        return Settings.model_validate({key: value for key, value in values.items() if key != OWN_CODE})
     except ValidationError as error:
         told = [_told(cast(dict[str, Any], problem)) for problem in error.errors()]
         raise ValueError(f"{source}: {'; '.join(dict.fromkeys(told))}") from None

@@ -1,8 +1,8 @@
 """Files of rows (csv, tsv, jsonl, json, parquet) and of text, with the line that each row is in."""
 
 import csv
-import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .encodings import Note, opened_text
-from .nearest import did_you_mean
+from .files import parsed_json
+from .nearest import did_you_mean, listed
 
 Placed = tuple[str, dict[str, Any]]
 """Where a row is, such as "line 7", and its values by column."""
@@ -101,7 +102,7 @@ def _separated(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[Pla
     records = _records(path, lines, delimiter)
     _, header = next(records)
     columns = tuple(name.strip() for name in header)
-    if twice := [name for name in columns if columns.count(name) > 1]:
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
         raise ValueError(
             f"{path}: the column {twice[0]!r} occurs twice in the first line, which has to name the columns"
         )
@@ -109,7 +110,7 @@ def _separated(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[Pla
         if len(fields) != len(columns):
             raise ValueError(
                 f"{path}, line {line}: {len(fields)} fields where the first line names {len(columns)} columns "
-                f"({', '.join(columns)}); a field with {delimiter!r} in it has to be in double quotes"
+                f"({listed(columns)}); a field with {delimiter!r} in it has to be in double quotes"
             )
         yield f"line {line}", dict(zip(columns, fields, strict=True))
 
@@ -148,8 +149,8 @@ def _read_json(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]
 
 def _parsed(path: Path, place: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parsed_json(text)
+    except ValueError as error:
         raise ValueError(f"{path}{place}: not JSON: {error}") from None
 
 

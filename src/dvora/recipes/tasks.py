@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Defaul
 
 from . import metrics
 from .chats import IGNORED, chat_features
+from .images import opened_image
 from .settings import Settings
 
 Rows = Sequence[dict[str, Any]]
@@ -84,11 +86,9 @@ def features(rows: Rows, settings: Settings, processor: Any, max_length: int) ->
 
 
 def _pixels(batch: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
-    from PIL import Image
-
     images = []
     for path in batch["image"]:
-        with Image.open(path) as image:
+        with opened_image(Path(path)) as image:
             images.append(image.convert("RGB"))
     made = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
     return {**made, "label": batch["label"]} if "label" in batch else made

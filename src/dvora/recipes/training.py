@@ -1,6 +1,5 @@
 """Training: from settings to a finished run folder, or to a checkpoint that training goes on from."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,8 @@ from typing import Any
 from .bases import load_base, load_processor, quiet_transformers
 from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
 from .data import Data, load_data
-from .files import new_folder
+from .files import new_folder, remove
+from .hub import NAMED, Trust
 from .methods import adapted, learning_rates, save_trained, trained_values
 from .processes import is_first
 from .records import check_resumable, start_record
@@ -51,7 +51,13 @@ class Outcome:
     stopped_at: int | None
 
 
-def train(settings: Settings, resume: bool = False, tell: Tell | None = None, note: Note | None = None) -> Outcome:
+def train(
+    settings: Settings,
+    resume: bool = False,
+    tell: Tell | None = None,
+    note: Note | None = None,
+    trust: Trust = NAMED,
+) -> Outcome:
     """Train as the settings say, or go on with a run that was ended.
 
     With several processes (accelerate launch, torchrun) every one of them calls this; the first one alone writes.
@@ -61,6 +67,7 @@ def train(settings: Settings, resume: bool = False, tell: Tell | None = None, no
         resume: go on in a folder that holds an unfinished run; a finished one is returned as it is.
         tell: is told of every step and evaluation.
         note: is told what was guessed, assumed and removed.
+        trust: what is allowed to get the model, which the settings name.
 
     Raises:
         InputError: the settings, the data, the model or the folder are not what the run needs.
@@ -76,10 +83,10 @@ def train(settings: Settings, resume: bool = False, tell: Tell | None = None, no
             if record is not None and record["state"] == "finished":
                 if is_first():
                     _clear(folder)
-                return Outcome(read_run(folder), None)
+                return Outcome(read_run(folder, trust), None)
             data = load_data(settings)
             started = start_record(settings, data, record)
-            prepared = _prepared(settings, data, note or (lambda _: None))
+            prepared = _prepared(settings, data, note or (lambda _: None), trust)
         return _trained(prepared, started, tell)
 
 
@@ -138,10 +145,10 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
 
 
-def _prepared(settings: Settings, data: Data, note: Note) -> Prepared:
+def _prepared(settings: Settings, data: Data, note: Note, trust: Trust) -> Prepared:
     _tell_all(data.notes, note)
-    processor = load_processor(settings)
-    base = load_base(settings, data.labels, getattr(processor, "pad_token_id", None))
+    processor = load_processor(settings, trust)
+    base = load_base(settings, data.labels, getattr(processor, "pad_token_id", None), trust)
     _tell_all(base.notes, note)
     length = 0
     if settings.task != "image-classification":
@@ -182,7 +189,8 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
     """Save what was trained, then say that the run is finished; an end in between is an unfinished run."""
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+    if (folder / ADAPTER).is_dir():
+        remove(folder / ADAPTER)
     with new_folder(folder / ADAPTER) as filled:
         save_trained(prepared.model, prepared.settings, prepared.base.heads, filled)
     write_record(folder, record)
@@ -192,4 +200,5 @@ def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
 def _clear(folder: Path) -> None:
     """Remove what a finished run no longer needs; it may have been killed before it did."""
     remove_leftovers(folder)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if (folder / CHECKPOINTS).is_dir():
+        remove(folder / CHECKPOINTS)

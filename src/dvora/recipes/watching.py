@@ -106,6 +106,9 @@ class Watching(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
         self.started, self.first_step = time.monotonic(), state.global_step
+        # A checkpoint says where the best one lay: of a run that was moved, or made elsewhere, that is another place.
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop with a checkpoint, if any process was asked to; an evaluation that is due at this step comes first."""

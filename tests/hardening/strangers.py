@@ -1,0 +1,211 @@
+"""Folders and files as somebody might send them who means no good; made by code, each from what is on the desk."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SOON, MEMORY = 20.0, 2**30
+"""Seconds after which a command counts as hanging, and bytes that it may need beyond the warm process's."""
+CLASSIFIER = "base_model.model.classifier.weight"
+
+
+class Case(NamedTuple):
+    """A hostile thing.
+
+    Args:
+        change: puts it on the desk, where a run lies in "run", an adapter in "adapter", the base of both in "base".
+        command: that meets it.
+        told: what its error says.
+    """
+
+    change: Callable[[Path], object]
+    command: str
+    told: str
+
+
+def settings(path: Path, **changes: Any) -> None:
+    """Change names of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def of_run(**changes: Any) -> Callable[[Path], None]:
+    """Change the settings in a run's record."""
+
+    def change(desk: Path) -> None:
+        record = desk / "run" / "run.json"
+        settings(record, settings={**json.loads(record.read_text())["settings"], **changes})
+
+    return change
+
+
+def recorded(**changes: Any) -> Callable[[Path], None]:
+    return lambda desk: settings(desk / "run" / "run.json", **changes)
+
+
+def without(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Take a name out of a run's record."""
+
+    def change(desk: Path) -> None:
+        record = json.loads((desk / "run" / "run.json").read_text())
+        del record[name]
+        (desk / "run" / "run.json").write_text(json.dumps({**record, **changes}))
+
+    return change
+
+
+def of_adapter(**changes: Any) -> Callable[[Path], None]:
+    return lambda desk: settings(desk / "adapter" / "adapter_config.json", **changes)
+
+
+def of_base(**changes: Any) -> Callable[[Path], None]:
+    return lambda desk: settings(desk / "base" / "config.json", **changes)
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda desk: (desk / name).write_text(content)
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    """A pipe in a file's place: who opens it waits for ever."""
+
+    def change(desk: Path) -> None:
+        (desk / name).unlink(missing_ok=True)
+        os.mkfifo(desk / name)
+
+    return change
+
+
+def endless(name: str) -> Callable[[Path], None]:
+    """A file that never ends."""
+
+    def change(desk: Path) -> None:
+        (desk / name).unlink(missing_ok=True)
+        (desk / name).symlink_to("/dev/zero")
+
+    return change
+
+
+def data(path: str) -> Callable[[Path], None]:
+    """A run whose record names other data."""
+
+    def change(desk: Path) -> None:
+        name = str(desk / path) if not path.startswith("/") else path
+        of_run(data=[name])(desk)
+        record = json.loads((desk / "run" / "run.json").read_text())
+        recorded(data={**record["data"], "files": {name: {"sha256": "0" * 64, "bytes": 2**40}}})(desk)
+
+    return change
+
+
+def both(*changes: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(desk: Path) -> None:
+        for each in changes:
+            each(desk)
+
+    return change
+
+
+def empty_head(rows: int) -> Callable[[Path], None]:
+    """A head of as many rows as one likes, in no bytes."""
+
+    def change(desk: Path) -> None:
+        file = desk / "adapter" / "adapter_model.safetensors"
+        content = file.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        names = json.loads(content[8 : 8 + length])
+        names[CLASSIFIER] = {"dtype": "F32", "shape": [rows, 0], "data_offsets": [0, 0]}
+        header = json.dumps(names).encode()
+        file.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+        of_adapter(task_type="SEQ_CLS", modules_to_save=["classifier"])(desk)
+
+    return change
+
+
+def nested(depth: int, inside: str = "") -> str:
+    return "[" * depth + inside + "]" * depth
+
+
+def laughs() -> str:
+    """Ten million million settings in ten lines."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for before, name in zip("abcdefghijkl", "bcdefghijklm", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]")
+    return "\n".join(lines)
+
+
+TRAIN = "train --task text-classification -m base -o out --rank 4 --set cpu=true"
+WIDE = ",".join(f"c{number}" for number in range(100_000))
+DIGITS = "9" * 6000
+CASES: dict[str, Case] = {
+    "a head of no values": Case(empty_head(30_000_000), "merge adapter -o out", "holds no values"),
+    "a head of no values, inspected": Case(empty_head(30_000_000), "inspect adapter", "holds no values"),
+    "a head that is missing": Case(of_adapter(task_type="SEQ_CLS", modules_to_save=["classifier"]),
+                                   "merge adapter -o out", "lacks the modules that the adapter trains whole"),
+    "five million classes": Case(recorded(labels=[""] * 5_000_000), "predict run reviews.csv -o told.csv", "5,000,000"),
+    "five million classes, merged": Case(recorded(labels=[""] * 5_000_000), "merge run -o out", "5,000,000 classes"),
+    "labels that are none": Case(recorded(labels="abc"), "predict run reviews.csv -o told.csv", "labels is not a list"),
+    "labels that are none, merged": Case(recorded(labels=[1, 2]), "merge run -o out", "labels is not a list"),
+    "a record of lists": Case(recorded(settings=[1]), "evaluate run", "settings is no table"),
+    "a history of nothing": Case(recorded(history=None), "report run", "history is not what"),
+    "a method of no one": Case(of_adapter(peft_type="EVIL"), "inspect adapter", "'EVIL', which is no method of PEFT"),
+    "a method of several": Case(of_adapter(peft_type=["LORA"]), "merge adapter -o out", "no method of PEFT"),
+    "a method of several, analyzed": Case(of_adapter(peft_type=["LORA"]), "analyze adapter", "no method of PEFT"),
+    "a method of several, asked": Case(of_adapter(peft_type={}), "generate --adapter adapter x", "no method of PEFT"),
+    "no class of a model": Case(of_adapter(auto_mapping={"base_model_class": "Trainer"}), "merge adapter -o out",
+                                "transformers' Trainer, which is no model"),
+    "a class of a list": Case(of_adapter(auto_mapping=["x"]), "merge adapter -o out", "auto_mapping is ['x']"),
+    "a task of a list": Case(of_adapter(task_type=["x"]), "merge adapter -o out", "task_type is ['x']"),
+    "heads of numbers": Case(of_adapter(modules_to_save=[1]), "merge adapter -o out", "modules_to_save, got [1]"),
+    "a thousand heads": Case(of_adapter(modules_to_save=["x"] * 1000), "merge adapter -o out", "at most 256 names"),
+    "a module to import": Case(of_adapter(peft_type="LORA", megatron_config={"a": 1}, megatron_core="this"),
+                               "merge adapter -o out", "'megatron_config', with which PEFT would load or import"),
+    "adapters elsewhere": Case(of_adapter(peft_type="XLORA", adapters={"a": "nobody/nothing"}), "merge adapter -o out",
+                               "'adapters', with which PEFT would load or import"),
+    "nested settings": Case(text("adapter/adapter_config.json", nested(100_000)), "inspect adapter", "too deeply"),
+    "a nested record": Case(text("run/run.json", nested(100_000)), "evaluate run", "too deeply"),
+    "a nested model": Case(text("base/config.json", nested(100_000)), "count base", "too deeply"),
+    "a nested model of a run": Case(text("base/config.json", nested(100_000)), "predict run reviews.csv", "too deeply"),
+    "nested data": Case(text("a.jsonl", f'{{"text": "a", "label": {nested(100_000)}}}'), f"{TRAIN} --data a.jsonl",
+                        "a.jsonl, line 1: not JSON: it is nested too deeply"),
+    "a number in a record": Case(text("run/run.json", f'{{"state": {DIGITS}}}'), "evaluate run", "4300 digits"),
+    "a number as a label": Case(text("a.jsonl", f'{{"text": "a", "label": {DIGITS}}}'), f"{TRAIN} --data a.jsonl",
+                                "a.jsonl, line 1: not JSON: Exceeds the limit (4300 digits)"),
+    "a number to be told": Case(text("a.csv", f"text,label\na,1.5\nb,{DIGITS}\n"),
+                                f"{TRAIN.replace('text-classification', 'regression')} --data a.csv", "a.csv, line 3"),
+    "repeated settings": Case(text("a.yaml", laughs()), "train a.yaml", "line 2 repeats *a; write it out"),
+    "repeated settings, set": Case(lambda _: None, "train --set task=[&a,*a]", "repeats *a"),
+    "deep settings": Case(text("a.yaml", f"a: {nested(100_000)}"), "train a.yaml", "nested too deeply"),
+    "endless settings": Case(text("a.yaml", "#" * 2**20), "train a.yaml", "larger than"),
+    "a header": Case(text("a.csv", f"{WIDE}\n{WIDE}\n"), f"{TRAIN} --data a.csv", "and 99,980 more"),
+    "a header, twice": Case(text("a.csv", f"{WIDE},c0\n{WIDE},c0\n"), f"{TRAIN} --data a.csv", "'c0' occurs twice"),
+    "a header without": Case(text("a.csv", f"{WIDE}\n{WIDE}\n"), f"{TRAIN} --data a.csv --label-column c", "no col"),
+    "a header to predict": Case(text("a.csv", f"{WIDE}\n{WIDE}\n"), "predict run a.csv", "no column 'text'"),
+    "code of a configuration": Case(text("a.yaml", "task: regression\nmodel: base\ndata: x\ntrust_remote_code: true\n"),
+                                    "train a.yaml", "--trust-remote-code"),
+    "a pipe as record": Case(pipe("run/run.json"), "evaluate run", "not a regular file"),
+    "a pipe as settings": Case(pipe("adapter/adapter_config.json"), "inspect adapter", "not a regular file"),
+    "a pipe as settings to merge": Case(pipe("run/adapter/adapter_config.json"), "merge run -o out", "not a regular"),
+    "a pipe as values": Case(pipe("adapter/adapter_model.safetensors"), "merge adapter -o out", "holds no adapter_mod"),
+    "a pipe as values of a run": Case(pipe("run/adapter/adapter_model.safetensors"), "predict run x.csv", "holds no"),
+    "a pipe as model": Case(pipe("base/model.safetensors"), "merge adapter -o out", "is a pipe or a device"),
+    "a pipe as a model's settings": Case(pipe("base/config.json"), "count base", "is a pipe or a device"),
+    "a pipe as tokenizer": Case(pipe("base/tokenizer.json"), "predict run reviews.csv", "is a pipe or a device"),
+    "a pipe as configuration": Case(pipe("a.yaml"), "train a.yaml", "not a regular file"),
+    "an encoding of names": Case(both(of_run(encoding="punycode"), text("a.csv", "text\n" + "ab" * 2**20)),
+                                 "predict run a.csv", "encoding 'punycode' is unknown"),
+    "columns of nothing": Case(recorded(data={"columns": None}), "predict run reviews.csv", "columns is not what"),
+    "a start of nothing": Case(without("processes", state="started"), "train run --resume", "the record of the run in"),
+    "a pipe as data": Case(both(pipe("a.csv"), data("a.csv")), "evaluate run", "is a pipe or a device"),
+    "a pipe to train on": Case(pipe("a.csv"), f"{TRAIN} --data a.csv", "is a pipe or a device"),
+    "endless record": Case(endless("run/run.json"), "evaluate run", "not a regular file"),
+    "endless settings of an adapter": Case(endless("adapter/adapter_config.json"), "inspect adapter", "not a regular"),
+    "endless model": Case(endless("base/config.json"), "count base", "is a pipe or a device"),
+    "endless data": Case(data("/dev/zero"), "evaluate run", "is a pipe or a device"),
+    "other data": Case(data("base/model.safetensors"), "evaluate run", "has changed since"),
+    "a base of another base": Case(text("base/adapter_config.json", '{"base_model_name_or_path": "nobody/nothing"}'),
+                                   "merge adapter -o out", "holds an adapter beside the model"),
+    "weights of another size": Case(of_base(hidden_size=64), "merge adapter -o out", ""),
+}  # fmt: skip

@@ -1,0 +1,310 @@
+"""What comes from elsewhere runs nothing, fetches nothing, fills nothing up and reaches nothing but what it is."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.hardening.errors import TRAIN, assert_told
+from tests.hardening.forks import ROOT, Forks
+from tests.hardening.strangers import CASES, MEMORY, SOON, of_adapter, of_run, settings
+
+RUN = "train --task text-classification -m base --data reviews.csv -o run --rank 4 --set cpu=true --epochs 1 --quiet"
+OF_RUNS = ("predict run reviews.csv -o told.csv", "evaluate run", "report run", "doctor run")
+OF_ADAPTERS = ("merge adapter -o out", "convert adapter --to dora -o out", "analyze adapter", "doctor adapter")
+QUICK = 18
+"""Changes of single bytes of a record in the normal suite."""
+
+
+@pytest.fixture(scope="module")
+def with_run(forks: Forks, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A desk with a run."""
+    desk = Path(shutil.copytree(made, tmp_path_factory.mktemp("with-run") / "desk"))
+    ended = forks.run(desk, *RUN.split())
+    assert (ended.code, ended.asked) == (0, 0), ended
+    return desk
+
+
+@pytest.fixture
+def desk(with_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, whose run and adapter name what is there."""
+    desk = Path(shutil.copytree(with_run, tmp_path / "desk"))
+    for path in (desk / "run" / "run.json", desk / "run" / "config.yaml", *desk.rglob("adapter_config.json")):
+        path.write_text(path.read_text().replace(str(with_run), str(desk)))
+    settings(desk / "adapter" / "adapter_config.json", base_model_name_or_path=str(desk / "base"))
+    return desk
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_hostile_is_told_soon_and_in_little_memory(forks: Forks, desk: Path, name: str) -> None:
+    change, command, told = CASES[name]
+    change(desk)
+    ended = forks.run(desk, *command.split(), signal_after=SOON, memory=MEMORY)
+    assert ended.code in (1, 2), ended
+    assert_told(ended, ended.code, told)
+    assert len(ended.stderr) < 3000
+    assert ended.asked == 0
+    assert not {"out", "told.csv"} & {path.name for path in desk.iterdir() if any(path.glob("[!.]*"))}
+
+
+def with_code(desk: Path, mark: Path) -> None:
+    """A base with code of its own, which makes a file when it is run."""
+    path = desk / "base" / "config.json"
+    kinds = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoModel": "evil.Model"}
+    settings(path, model_type="evil", auto_map=kinds)
+    (desk / "base" / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n"
+        "from transformers import BertForSequenceClassification as Model\n"
+    )
+
+
+@pytest.mark.parametrize("command", OF_RUNS)
+def test_a_run_cannot_have_code_run(forks: Forks, desk: Path, tmp_path: Path, command: str) -> None:
+    mark = tmp_path / "made-by-code"
+    with_code(desk, mark)
+    of_run(trust_remote_code=True)(desk)
+    assert_told(forks.run(desk, *command.split()), 2, "code that comes with it", "give --trust-remote-code")
+    assert not mark.exists()
+
+
+def test_whoever_calls_can(forks: Forks, desk: Path, tmp_path: Path) -> None:
+    with_code(desk, tmp_path / "made-by-code")
+    forks.run(desk, *OF_RUNS[0].split(), "--trust-remote-code")
+    assert (tmp_path / "made-by-code").exists()
+
+
+def test_a_run_of_an_earlier_version_is_read(forks: Forks, desk: Path) -> None:
+    of_run(trust_remote_code=True)(desk)
+    with (desk / "run" / "config.yaml").open("a") as config:
+        config.write("trust_remote_code: false\n")
+    for command in (OF_RUNS[0], "train run --resume --quiet"):
+        ended = forks.run(desk, *command.split())
+        assert (ended.code, ended.asked) == (0, 0), ended
+
+
+@pytest.mark.parametrize("command", OF_RUNS)
+@pytest.mark.parametrize("setting", ["model", "tokenizer"])
+def test_a_run_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str, setting: str) -> None:
+    of_run(**{setting: "nobody/nothing"})(desk)
+    ended = forks.run(desk, *command.split())
+    assert_told(ended, 2, "'nobody/nothing' is no folder here and not in the hub's cache", "give --download")
+    assert ended.asked == 0
+    if command == OF_RUNS[0]:
+        ended = forks.run(desk, *command.split(), "--download")
+        assert_told(ended, 2, "the hub cannot be reached")
+        assert ended.asked > 0
+
+
+@pytest.mark.parametrize("command", [*OF_ADAPTERS, "generate --adapter adapter x"])
+def test_an_adapter_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str) -> None:
+    of_adapter(base_model_name_or_path="nobody/nothing")(desk)
+    ended = forks.run(desk, *command.split())
+    assert_told(ended, ended.code, "'nobody/nothing' is no folder here and not in the hub's cache")
+    assert ended.asked == 0
+    # Its user may name it.
+    ended = forks.run(desk, *command.split(), "--model", "nobody/nothing")
+    assert_told(ended, ended.code, "the hub cannot be reached")
+    assert ended.asked > 0
+
+
+def test_what_is_in_the_hub_s_cache_is_taken_from_there(forks: Forks, desk: Path) -> None:
+    repository = forks.folder / "hub" / "models--nobody--cached"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(desk / "base", repository / "snapshots" / ("0" * 40))
+    of_run(model="nobody/cached")(desk)
+    of_adapter(base_model_name_or_path="nobody/cached")(desk)
+    for command in (OF_RUNS[0], OF_ADAPTERS[0]):
+        ended = forks.run(desk, *command.split())
+        assert (ended.code, ended.asked) == (0, 0), ended
+    assert (desk / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("command", OF_ADAPTERS)
+def test_with_a_base_at_hand_nobody_asks_the_hub(
+    forks: Forks, desk: Path, command: str, request: pytest.FixtureRequest
+) -> None:
+    """PEFT asks for the base that an adapter names whenever an adapter is saved."""
+    if command.startswith("doctor") and not request.config.getoption("--fuzz"):
+        pytest.skip("a fresh process takes long; run with --fuzz")
+    of_adapter(base_model_name_or_path="nobody/nothing")(desk)
+    ended = forks.run(desk, *command.split(), "--model", "base")
+    assert (ended.code, ended.asked) == (0, 0), ended
+
+
+@pytest.fixture
+def theirs(desk: Path) -> Path:
+    """A folder that no command has to do with."""
+    folder = desk / "theirs"
+    folder.mkdir()
+    (folder / "letter").write_text("dear")
+    return folder
+
+
+def untouched(folder: Path) -> bool:
+    return [(path.name, path.read_text()) for path in folder.iterdir()] == [("letter", "dear")]
+
+
+@pytest.mark.parametrize("command", OF_ADAPTERS[:2])
+def test_no_folder_is_filled_through_a_link(forks: Forks, desk: Path, theirs: Path, command: str) -> None:
+    (desk / ".out.unfinished").symlink_to(theirs)
+    assert_told(forks.run(desk, *command.split()), 1, ".out.unfinished is a link")
+    assert untouched(theirs)
+    (desk / ".out.unfinished").unlink()
+    (desk / "out").symlink_to(theirs)
+    assert_told(forks.run(desk, *command.split()), 1, "out is a link")
+    assert untouched(theirs)
+
+
+def to_folder(desk: Path, name: str) -> None:
+    shutil.rmtree(desk / name, ignore_errors=True)
+    (desk / name).symlink_to(desk / "theirs")
+
+
+def to_file(desk: Path, name: str) -> None:
+    (desk / name).unlink(missing_ok=True)
+    (desk / name).symlink_to(desk / "theirs" / "letter")
+
+
+@pytest.mark.parametrize(
+    ("name", "link"),
+    [
+        ("run/checkpoints", to_folder),
+        ("run/adapter", to_folder),
+        ("run/.adapter.unfinished", to_folder),
+        ("run/.run.json.x", to_folder),
+        ("run/tensorboard", to_folder),
+        ("run/.lock", to_file),
+        ("run/config.yaml", to_file),
+    ],
+)
+@pytest.mark.parametrize("state", ["finished", "started"])
+def test_no_run_goes_on_through_a_link(
+    forks: Forks, desk: Path, theirs: Path, name: str, link: Callable[[Path, str], None], state: str
+) -> None:
+    settings(desk / "run" / "run.json", state=state)
+    shutil.copy(desk / "run" / "config.yaml", desk / "a.yaml")
+    link(desk, name)
+    assert_told(forks.run(desk, "train", "a.yaml", "--resume", "--quiet"), 2, f"{name} is a link")
+    assert untouched(theirs)
+
+
+def test_no_run_starts_through_a_link_that_nobody_typed(forks: Forks, desk: Path, theirs: Path) -> None:
+    (theirs / "letter").unlink()
+    (desk / "dvora-run").symlink_to(theirs)
+    command = [*TRAIN.replace("-o out ", "").split(), "--quiet"]
+    assert_told(forks.run(desk, *command), 2, "dvora-run is a link; name the folder")
+    assert not [*theirs.iterdir()]
+    ended = forks.run(desk, *command, "-o", "dvora-run")
+    assert ended.code == 0, ended.stderr
+    assert (theirs / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("report run --no-doctor", ["run.html"]), ("analyze adapter", ["analysis.html", "analysis.json"])],
+)
+def test_no_page_is_written_through_a_link_that_nobody_typed(
+    forks: Forks, desk: Path, theirs: Path, command: str, names: list[str]
+) -> None:
+    for name in names:
+        (desk / name).symlink_to(theirs / "letter")
+    ended = forks.run(desk, *command.split())
+    assert ended.code == 0, ended.stderr
+    assert untouched(theirs)
+    assert all((desk / name).stat().st_size > 1000 for name in names)
+
+
+@pytest.mark.parametrize("folder", ["adapter", "base"])
+def test_no_secret_is_copied_beside_a_merged_model(forks: Forks, desk: Path, theirs: Path, folder: str) -> None:
+    (desk / folder / "tokenizer_extra.json").symlink_to(theirs / "letter")
+    assert_told(forks.run(desk, *OF_ADAPTERS[0].split()), 1, "tokenizer_extra.json is a link out of its folder")
+    assert not (desk / "out").exists()
+
+
+def test_a_run_that_was_copied_stays_where_it_is(forks: Forks, desk: Path, theirs: Path) -> None:
+    config = (desk / "run" / "config.yaml").read_text()
+    (desk / "run" / "config.yaml").write_text(config.replace(str(desk / "run"), str(theirs / "new")))
+    told = forks.run(desk, "train", "run", "--quiet")
+    assert_told(told, 2, "say with --output where the new one goes")
+    settings(desk / "run" / "run.json", state="started")
+    ended = forks.run(desk, "train", "run/config.yaml", "--resume", "--quiet", "--json")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["run"] == str(desk / "run")
+    assert untouched(theirs)
+
+
+def test_a_run_that_was_moved_ends_with_its_own_best_step(forks: Forks, desk: Path) -> None:
+    """Its checkpoints say where the best one lay."""
+    command = [*RUN.split(), "--epochs", "3", "--learning-rate", "0.03", "--set", "evaluate_every=2", "--json"]
+    whole = forks.run(desk, *command, "-o", "whole")
+    assert whole.code == 0, whole.stderr
+    expected = json.loads(whole.stdout)
+    assert expected["best_step"] < expected["steps"]
+    assert forks.run(desk, *command, "-o", "moved", kill_at=whole.changes * 3 // 4).code == -signal.SIGKILL
+    (desk / "moved").rename(desk / "here")
+    # Something else lies there now.
+    shutil.copytree(desk / "run" / "adapter", desk / "moved" / "checkpoints" / f"checkpoint-{expected['best_step']}")
+    ended = forks.run(desk, "train", "here", "--resume", "--json")
+    assert ended.code == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert (found["best_step"], found["metrics"]) == (expected["best_step"], expected["metrics"])
+
+
+def test_the_corpus_is_hostile(desk: Path) -> None:
+    """Each case changes what its command reads."""
+    before = {path: path.read_bytes() for path in desk.rglob("*") if path.is_file()}
+    for name, case in CASES.items():
+        if " --set " in case.command and "out" not in case.command:
+            continue
+        folder = desk.parent / name
+        shutil.copytree(desk, folder)
+        case.change(folder)
+        after = {desk / path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert after != before or any(not path.is_file() for path in folder.rglob("*.*")), name
+        shutil.rmtree(folder)
+
+
+def test_a_changed_record_is_told_or_obeyed_in_what_it_may_say(
+    forks: Forks, desk: Path, request: pytest.FixtureRequest
+) -> None:
+    """Bytes of the small files that describe a run or an adapter, changed at random."""
+    import random
+
+    drawn = random.Random(20261126)
+    count = 90 * QUICK if request.config.getoption("--fuzz") else QUICK
+    files = {
+        "run/run.json": "predict run lines.txt -o told.csv",
+        "adapter/adapter_config.json": "merge adapter -o out",
+        "run/config.yaml": "train run --resume",
+    }
+    (desk / "lines.txt").write_text("good\n")
+    for number in range(count):
+        name, command = [*files.items()][number % len(files)]
+        content = (desk / name).read_bytes()
+        changed = bytearray(content)
+        for _ in range(drawn.randint(1, 3)):
+            place = drawn.randrange(len(changed))
+            changed[place : place + drawn.randint(0, 2)] = bytes([drawn.choice(b'"[]{}:,-0129eE\\\xff\x1b anulltrue')])
+        (desk / name).write_bytes(changed)
+        ended = forks.run(desk, *command.split(), signal_after=SOON, memory=MEMORY)
+        (desk / name).write_bytes(content)
+        assert ended.code in (0, 1, 2), (bytes(changed), ended)
+        assert ended.asked == 0
+        assert "Traceback" not in ended.stderr
+        assert "\x1b" not in ended.stderr
+        shutil.rmtree(desk / "out", ignore_errors=True)
+    assert not os.path.lexists(desk / ".out.unfinished")
+
+
+def test_the_page_on_strangers_files_names_flags_that_there_are(forks: Forks, desk: Path) -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    flags = {*re.findall(r"`[^`\n]*?(--[\w-]+)[^`\n]*`", page)}
+    commands = ("train", "predict", "merge")
+    helped = "".join(forks.run(desk, command, "--help").stdout for command in commands)
+    assert flags - {flag for flag in flags if flag in helped} == {"--version"}
