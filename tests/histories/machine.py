@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from tests.histories import (  # noqa: F401  # they enter their operations
+    interruptions,
     merges,
     passes,
     states,
+    threads,
     writes,
 )
 from tests.histories.checks import check

@@ -6,12 +6,14 @@ Nothing here asks the library for anything but the shared matrices of a seed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from dvora import SharedProjections
 from tests.histories.subjects import BASE, NAMES, VECTORS, Settings, combined
@@ -149,10 +151,11 @@ class Shadow:
         }
         return {key: torch.from_numpy(value).to(self.vector_dtype).double() for key, value in made.items()}
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """Of the whole model."""
+    def outputs(self, x: Tensor, of_second: Tensor | None = None) -> Tensor:
+        """Of the whole model; `of_second` is what the second layer reads, if that is not x."""
         with torch.no_grad():
-            return self._outputs(x.double(), {name: layer.dense() for name, layer in self.layers.items()})
+            dense = {name: layer.dense() for name, layer in self.layers.items()}
+            return self._outputs(x.double(), dense, None if of_second is None else of_second.double())
 
     def backward(self, x: Tensor, output_gradient: Tensor) -> dict[str, Gradient]:
         """Gradients of "x" and of everything trained, by name; while merged there are none but that of x.
@@ -201,13 +204,14 @@ class Shadow:
         """A model of one layer only."""
         return replace(self, layers={name: self.layers[name]}, trained={n for n in self.trained if n.startswith(name)})
 
-    def _outputs(self, x: Tensor, dense: dict[str, DenseDVoRA]) -> Tensor:
-        def run(name: str, x: Tensor) -> Tensor:
-            return torch.nn.functional.linear(x, self.layers[name].weight_of(dense[name]), dense[name].bias)
+    def _outputs(self, x: Tensor, dense: dict[str, DenseDVoRA], of_second: Tensor | None = None) -> Tensor:
+        def layer(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: linear(x, self.layers[name].weight_of(dense[name]), dense[name].bias)
 
         if len(self.layers) == 1:
-            return run(next(iter(self.layers)), x)
-        return combined(x, *(lambda x, name=name: run(name, x) for name in NAMES))
+            return layer(next(iter(self.layers)))(x)
+        first, second, last = map(layer, NAMES)
+        return combined(x, first, second if of_second is None else lambda _: second(of_second), last)
 
 
 def _like(output_gradient: Tensor) -> list[Tensor]:

@@ -99,9 +99,7 @@ def copy_model(case: Case, rng: Rng) -> None:
         file.seek(0)
         other = torch.load(file, weights_only=False)
     shadow = case.shadow.copy()
-    if way:
-        # torch writes no gradients of parameters.
-        shadow.gradients.clear()
+    shadow.gradients.clear()  # torch copies no gradients of parameters
     if rng.random() < 0.5:
         case.left.append((other, shadow))
     else:
