@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from safetensors.torch import save_file
+from peft import PeftModel
 
 import dvora
 from tests.histories.checks import check_outputs, drawn_like
 from tests.histories.lines import at_line
-from tests.histories.merges import roundings_taken
+from tests.histories.merges import roundings_taken, saved_adapter
 from tests.histories.operations import Case, Rng, Wrong, in_peft, in_peft_unmerged, is_plain, operation, unmerged
 from tests.histories.subjects import BASE, NAMES, VECTORS, keys
 from tests.histories.writes import as_held, other_values, vector_names
 
 
-def interrupted(call: Callable[[], object], line: int) -> None:
+def interrupted(call: Callable[[], object], line: int, files: Sequence[str] = ("",)) -> None:
     """Call, and press Ctrl-C at a line."""
 
     def press() -> None:
         raise KeyboardInterrupt
 
     try:
-        with at_line(line, press):
+        with at_line(line, press, files):
             call()
     except KeyboardInterrupt:
         pass
@@ -41,7 +39,7 @@ def interrupt_a_pass(case: Case, rng: Rng) -> None:
         with torch.set_grad_enabled(recorded):
             case.model(x)
 
-    interrupted(run, int(rng.integers(1, 400)))
+    interrupted(run, int(rng.integers(1, 1500)))
 
 
 @operation(1, unmerged)
@@ -49,7 +47,7 @@ def interrupt_a_backward_pass(case: Case, rng: Rng) -> None:
     """Whose gradients go nowhere."""
     x = case.inputs(rng).clone().requires_grad_()
     y = case.model(x)
-    interrupted(lambda: torch.autograd.grad(y.sum(), x), int(rng.integers(1, 100)))
+    interrupted(lambda: torch.autograd.grad(y.sum(), x), int(rng.integers(1, 600)))
 
 
 @operation(1, unmerged)
@@ -58,7 +56,7 @@ def interrupt_a_load(case: Case, rng: Rng) -> None:
     names = case.shadow.names()
     values = as_held(case, other_values(case, rng, names))
     state = {key: values[name].clone() for name, key in keys(case.model, names).items()}
-    interrupted(lambda: case.model.load_state_dict(state), int(rng.integers(1, 300)))
+    interrupted(lambda: case.model.load_state_dict(state), int(rng.integers(1, 600)))
     _take_over(case, values)
 
 
@@ -69,7 +67,7 @@ def interrupt_set_parameters(case: Case, rng: Rng) -> None:
     of_base = [] if case.layer(layer).freeze_base_layer else [n for n in BASE if f"{layer}.{n}" in case.shadow.names()]
     values = as_held(case, other_values(case, rng, [f"{layer}.{value}" for value in (*VECTORS, *of_base)]))
     vector = torch.cat([value.flatten().to(case.shadow.vector_dtype) for value in values.values()])
-    interrupted(lambda: case.layer(layer).set_parameters(vector), int(rng.integers(1, 40)))
+    interrupted(lambda: case.layer(layer).set_parameters(vector), int(rng.integers(1, 50)))
     _take_over(case, values)
 
 
@@ -82,7 +80,7 @@ def interrupt_explicit_backward(case: Case, rng: Rng) -> None:
         return
     x = drawn_like(rng, (5, case.settings.sizes[name][0]), case.shadow.dtype)
     y = layer(x)
-    interrupted(lambda: layer.backward(torch.ones_like(y)), int(rng.integers(1, 200)))
+    interrupted(lambda: layer.backward(torch.ones_like(y)), int(rng.integers(1, 700)))
     case.model.zero_grad()
     case.shadow.gradients.clear()
 
@@ -91,7 +89,7 @@ def interrupt_explicit_backward(case: Case, rng: Rng) -> None:
 def interrupt_merge(case: Case, rng: Rng) -> None:
     """Outputs are right, and unmerging gives the base its own bits."""
     with roundings_taken():
-        interrupted(case.model.merge_adapter, int(rng.integers(1, 500)))
+        interrupted(case.model.merge_adapter, *_moment(rng, 1500, 400))
     _put_back(case, rng)
 
 
@@ -102,7 +100,7 @@ def interrupt_unmerge(case: Case, rng: Rng) -> None:
         with roundings_taken():
             case.model.merge_adapter()
         case.shadow.merge()
-    interrupted(case.model.unmerge_adapter, int(rng.integers(1, 100)))
+    interrupted(case.model.unmerge_adapter, int(rng.integers(1, 170)))
     _put_back(case, rng)
 
 
@@ -117,7 +115,7 @@ def interrupt_merged(case: Case, rng: Rng) -> None:
         with roundings_taken(), dvora.merged(case.model), torch.no_grad():
             case.model(x)
 
-    interrupted(run, int(rng.integers(1, 700)))
+    interrupted(run, *_moment(rng, 2000, 600))
     _put_back(case, rng)
 
 
@@ -125,11 +123,11 @@ def interrupt_merged(case: Case, rng: Rng) -> None:
 def interrupt_load_adapter(case: Case, rng: Rng) -> None:
     """Every vector of the adapter is the old or the new one."""
     values = as_held(case, other_values(case, rng, vector_names(case)))
-    with tempfile.TemporaryDirectory() as folder:
-        case.model.save_pretrained(folder)
-        by_key = {k.replace(".default", ""): values[n].contiguous() for n, k in keys(case.model, list(values)).items()}
-        save_file(by_key, Path(folder) / "adapter_model.safetensors")
-        interrupted(lambda: case.model.load_adapter(folder, "default", is_trainable=True), int(rng.integers(1, 400)))
+    swaps = bool(rng.random() < 0.5)
+    with saved_adapter(case, values) as folder:
+        load = dvora.hotswap_adapter if swaps else PeftModel.load_adapter
+        options = {} if swaps else {"is_trainable": True}
+        interrupted(lambda: load(case.model, folder, "default", **options), int(rng.integers(1, 750)))
     _take_over(case, values)
 
 
@@ -138,7 +136,7 @@ def interrupt_a_new_adapter(case: Case, rng: Rng) -> None:
     """A name is absent, or whole: it can be added again or be deleted, and the one that was there is right."""
     config = dvora.DVoRAConfig(r=2, target_modules=["first", "last"], projection_seed=5)
     was_active, was_trained = case.model.active_adapter, set(case.shadow.trained)
-    interrupted(lambda: case.model.add_adapter("another", config), int(rng.integers(1, 600)))
+    interrupted(lambda: case.model.add_adapter("another", config), int(rng.integers(1, 3100)))
     if "another" in case.model.peft_config:
         case.model.delete_adapter("another")
     left = [name for name in NAMES if "another" in getattr(case.layer(name), "dvora_magnitude", {})]
@@ -149,6 +147,13 @@ def interrupt_a_new_adapter(case: Case, rng: Rng) -> None:
     case.model.set_adapter(was_active)
     for name in case.shadow.names():
         case.parameter(name).requires_grad_(name in was_trained)
+
+
+def _moment(rng: Rng, lines: int, lines_that_merge: int) -> tuple[int, Sequence[str]]:
+    """Any line, or one of those that merge: most others prepare it."""
+    if rng.random() < 0.3:
+        return int(rng.integers(1, lines)), ("",)
+    return int(rng.integers(1, lines_that_merge)), ("tuner/merging", "tuner/layer", "merging")
 
 
 def _take_over(case: Case, values: dict[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import dvora
 from tests.histories.checks import check_outputs, check_values, drawn_like
@@ -141,10 +142,9 @@ def load_base_while_merged(case: Case, rng: Rng) -> None:
         case.shadow.merge()
 
 
-@operation(2, in_peft)
-def load_adapter_of_the_same_name(case: Case, rng: Rng) -> None:
-    """From a folder, also while the adapter is merged: then it serves the loaded one, or refuses."""
-    values = as_held(case, other_values(case, rng, vector_names(case)))
+@contextmanager
+def saved_adapter(case: Case, values: dict[str, Tensor]) -> Iterator[str]:
+    """A folder with the adapter, but with these vectors."""
     with tempfile.TemporaryDirectory() as folder:
         case.model.save_pretrained(folder)
         path = Path(folder) / "adapter_model.safetensors"
@@ -152,9 +152,48 @@ def load_adapter_of_the_same_name(case: Case, rng: Rng) -> None:
         by_key = {key.replace(".default", ""): values[name].contiguous() for name, key in written.items()}
         assert by_key.keys() == load_file(path).keys()
         save_file(by_key, path)
+        yield folder
+
+
+@operation(2, in_peft)
+def load_adapter_of_the_same_name(case: Case, rng: Rng) -> None:
+    """From a folder, also while the adapter is merged: then it serves the loaded one, or refuses."""
+    values = as_held(case, other_values(case, rng, vector_names(case)))
+    with saved_adapter(case, values) as folder:
         case.model.load_adapter(folder, "default", is_trainable=True)
     entered(case, values)
     if case.shadow.is_merged:
         case.shadow.unmerge()
         if any(case.layer(name).merged for name in NAMES):
             case.shadow.merge()
+
+
+@operation(1, in_peft)
+def hotswap(case: Case, rng: Rng) -> None:
+    """Other values over those of the adapter."""
+    values = as_held(case, other_values(case, rng, vector_names(case)))
+    with saved_adapter(case, values) as folder:
+        dvora.hotswap_adapter(case.model, folder)
+    entered(case, values)
+
+
+@operation(1, in_peft_unmerged)
+def set_strength(case: Case, rng: Rng) -> None:
+    """Of all layers or one."""
+    strength = [0.0, 0.5, 1.0, 1.5][int(rng.integers(4))]
+    names = list(NAMES) if rng.random() < 0.5 else [NAMES[int(rng.integers(3))]]
+    case.model.base_model.set_strength(dict.fromkeys(names, strength), "default")
+    for name in names:
+        case.shadow.layers[name].strength = strength
+
+
+@operation(1, in_peft_unmerged)
+def disable_for_a_while(case: Case, rng: Rng) -> None:
+    """`disable_adapter`: the base alone."""
+    base = case.shadow.copy()
+    for layer in base.layers.values():
+        layer.strength = 0.0
+    x = case.inputs(rng)
+    with case.model.disable_adapter(), torch.set_grad_enabled(bool(rng.random() < 0.5)):
+        check_close(case.model(x), base.outputs(x), OUTPUTS[base.coarsest], "outputs with adapters disabled")
+    case.shadow.trained |= set(vector_names(case))  # PEFT's way to enable an adapter again

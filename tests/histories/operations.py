@@ -138,4 +138,6 @@ def check_same(actual: Tensor, expected: Tensor, what: str) -> None:
         Wrong: it is not.
     """
     if not torch.equal(actual.detach().double(), expected):
-        raise Wrong(f"{what}: off by {float((actual.detach().double() - expected).abs().max()):.3g}, expected no change")
+        raise Wrong(
+            f"{what}: off by {float((actual.detach().double() - expected).abs().max()):.3g}, expected no change"
+        )

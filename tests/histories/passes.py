@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from tests.histories.checks import drawn_like
+from tests.histories.lines import elsewhere
 from tests.histories.operations import GRADIENTS, OUTPUTS, Case, Rng, Wrong, check_close, is_plain, operation, unmerged
 from tests.histories.subjects import BASE, NAMES, VECTORS
 
@@ -102,7 +103,13 @@ def _as_a_function(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.func.functional_call(layer, dict(layer.named_parameters()), (x,))
 
 
-SEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [_usual, _usual, _without_gradients, _in_inference_mode, _as_a_function]
+SEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [
+    _usual,
+    _usual,
+    _without_gradients,
+    _in_inference_mode,
+    _as_a_function,
+]
 UNSEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [_under_vmap]
 """Forwards that PyTorch transforms: the explicit backward refuses them or is right."""
 
@@ -155,13 +162,25 @@ def update_parameters(case: Case, rng: Rng) -> None:
 
 @operation(1)
 def run_with_another_default_device(case: Case, rng: Rng) -> None:
-    """All tensors of the pass are on the CPU, so its outputs are."""
-    x = case.inputs(rng)
-    with torch.device("meta"), torch.set_grad_enabled(bool(rng.random() < 0.5)):
-        y = case.model(x)
-    if y.device.type != "cpu":
-        raise Wrong(f"outputs of inputs on the CPU are on {y.device}")
-    check_close(y, case.shadow.outputs(x), OUTPUTS[case.shadow.coarsest], "outputs with another default device")
+    """All tensors of the pass are on the CPU, so its outputs are; then and afterwards, in a new thread or in this."""
+    x, recorded, failed = case.inputs(rng), bool(rng.random() < 0.3), []
+
+    def run() -> None:
+        try:
+            for device in ("meta", "cpu"):
+                with torch.device(device), torch.set_grad_enabled(recorded):
+                    y = case.model(x)
+                if y.device.type != "cpu":
+                    raise Wrong(f"outputs of inputs on the CPU are on {y.device}")
+                check_close(
+                    y, case.shadow.outputs(x), OUTPUTS[case.shadow.coarsest], f"outputs, {device} is the default"
+                )
+        except Exception as error:
+            failed.append(error)
+
+    elsewhere(run) if rng.random() < 0.8 else run()
+    if failed:
+        raise failed[0]
 
 
 @operation(1)
@@ -219,7 +238,9 @@ def run_under_vmap(case: Case, rng: Rng) -> None:
     """And as a function of parameters."""
     x = drawn_like(rng, (4, case.settings.width), case.shadow.dtype)
     run = [_under_vmap, _as_a_function][int(rng.integers(2))]
-    check_close(run(case.model, x), case.shadow.outputs(x), OUTPUTS[case.shadow.coarsest], "outputs of a transformed pass")
+    check_close(
+        run(case.model, x), case.shadow.outputs(x), OUTPUTS[case.shadow.coarsest], "outputs of a transformed pass"
+    )
 
 
 @operation(1, unmerged)

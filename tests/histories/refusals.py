@@ -27,5 +27,6 @@ REFUSALS: dict[str, tuple[Refusal, ...]] = {
     "explicit_backward": (Refusal(RuntimeError, "backward needs a forward before it", _evaluates),),
     "load_base_while_merged": (MERGED, Refusal(RuntimeError, "merged")),
     "load_adapter_of_the_same_name": (MERGED._replace(when=_is_merged),),
+    "hotswap": (MERGED._replace(when=_is_merged),),
     "train_while_merged_for_a_while": (MERGED, Refusal(RuntimeError, "merged"), Refusal(UserWarning, "merged")),
 }

@@ -160,17 +160,20 @@ class Shadow:
     def backward(self, x: Tensor, output_gradient: Tensor) -> dict[str, Gradient]:
         """Gradients of "x" and of everything trained, by name; while merged there are none but that of x.
 
-        Deviations are measured by the largest value of any of four output gradients: half precision rounds what cancels
-        in one of them like what does not.
+        Deviations are measured by the largest value of any of four output gradients, with and without the gradient
+        through the norm: what cancels is rounded like what does not.
         """
-        found, *others = [self._gradients(x, output) for output in _like(output_gradient)]
+        found = self._gradients(x, output_gradient)
+        others = [self._gradients(x, output, detach) for output in _like(output_gradient) for detach in (False, True)]
         return {
-            name: Gradient(value, max(float(each[name].abs().max()) for each in (found, *others)))
+            name: Gradient(value, max(float(each[name].abs().max()) for each in others))
             for name, value in found.items()
         }
 
-    def _gradients(self, x: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+    def _gradients(self, x: Tensor, output_gradient: Tensor, detach_norm: bool | None = None) -> dict[str, Tensor]:
         dense = {name: layer.dense() for name, layer in self.layers.items()}
+        for each in dense.values():
+            each.detach_norm = each.detach_norm if detach_norm is None else detach_norm
         x = x.detach().double().requires_grad_()
         self._outputs(x, dense).backward(output_gradient.double())
         names = set() if self.is_merged else self.trained

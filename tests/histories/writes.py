@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from tests.histories.operations import Case, Rng, check_close, in_peft_unmerged, is_plain, operation, unmerged
+from tests.histories.operations import Case, Rng, Wrong, check_close, in_peft_unmerged, is_plain, operation, unmerged
 from tests.histories.subjects import BASE, NAMES, VECTORS, keys, layer_of, replace_parameter
 
 
@@ -177,7 +177,34 @@ def set_parameters(case: Case, rng: Rng) -> None:
     if not case.layer(layer).freeze_base_layer:
         names += [name for name in base_names(case) if name.startswith(layer)]
     values = as_held(case, other_values(case, rng, names))
-    case.layer(layer).set_parameters(torch.cat([value.flatten().to(case.shadow.vector_dtype) for value in values.values()]))
+    case.layer(layer).set_parameters(
+        torch.cat([value.flatten().to(case.shadow.vector_dtype) for value in values.values()])
+    )
     entered(case, values)
     held = case.layer(layer).get_parameters()
     check_close(held, torch.cat([value.flatten().double() for value in values.values()]), 1e-6, "get_parameters")
+
+
+@operation()
+def load_what_is_refused(case: Case, rng: Rng) -> None:
+    """A value that is not finite, or a vector of another size, in one layer or one file: nothing of it is taken."""
+    layer = NAMES[int(rng.integers(3))]
+    values = as_held(
+        case, other_values(case, rng, [n for n in vector_names(case) if n.startswith(layer) or not case.plain])
+    )
+    spoilt = list(values)[int(rng.integers(len(values)))]
+    values[spoilt][0] = [float("nan"), float("inf")][int(rng.integers(2))]
+    if rng.random() < 0.3:
+        values[spoilt] = torch.ones(len(values[spoilt]) + 1)
+    try:
+        if not case.plain:
+            by_name = keys(case.model, list(values)).items()
+            set_peft_model_state_dict(case.model, {key.replace(".default", ""): values[n] for n, key in by_name})
+        elif rng.random() < 0.5:
+            state = {name.partition(".")[2]: value for name, value in values.items()}
+            case.layer(layer).load_state_dict(state, strict=False)
+        else:
+            case.layer(layer).set_parameters(torch.cat([value.flatten() for value in values.values()]))
+    except ValueError:
+        return
+    raise Wrong(f"a value of {spoilt} that is not finite, or too many, were taken")
