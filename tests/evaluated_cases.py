@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, DVoRAConfig
 from dvora.adapted_weight import AdaptedWeight
-from dvora.evaluated import RowFactors
+from dvora.functional import RowFactors
 from dvora.tuner import DVoRALayer
 
 IN, OUT, RANK = 6, 5, 3

@@ -66,6 +66,11 @@ class DenseDVoRA(nn.Module):
         n = torch.where(zero, 1.0, n.detach() if self.detach_norm else n)
         return torch.where(zero, 1.0, self.magnitude / n)
 
+    def scale(self) -> Tensor:
+        """`g beta`, of the low-rank product."""
+        w = self.weight.norm(dim=1) if self.direction == "unit" else 1.0
+        return self.gain() * self.scaling * w * self.lambda_b
+
     def merged_weight(self) -> Tensor:
         """W'."""
         return self.gain()[:, None] * self.updated_weight()

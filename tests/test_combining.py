@@ -94,7 +94,7 @@ def test_a_row_without_a_gain_is_refused() -> None:
     # W - W' of a row without gain is W: minus that and W again leave no gain, but a direction.
     parts = [Part(torch.tensor(1.0), vectors(of, 1), of), Part(torch.tensor(1.0), silent, of)]
     kept = weighted_sum(parts[:1], weight(), of)
-    g = of.gain_minus_one(kept, weight())[0] + 1
+    g = of.factors(kept, weight()).gain_minus_one + 1
     balanced = Vectors(magnitude * torch.where(torch.arange(OUT) == 0, 1 / g, 1.0), lambda_b, lambda_d)
     with pytest.raises(ValueError, match="some row of the sum has no gain"):
         weighted_sum([Part(torch.tensor(1.0), balanced, of), parts[1]], weight(), of)

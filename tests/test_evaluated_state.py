@@ -7,7 +7,8 @@ import torch
 from cases import fresh_copy, randn, trained_layer
 from torch import Tensor, nn
 
-from dvora.evaluated import LastFactors, RowFactors, State, _unchanged
+from dvora.evaluated import LastFactors, State, _unchanged
+from dvora.functional import RowFactors
 
 
 def parameter() -> nn.Parameter:
@@ -150,7 +151,7 @@ def made(log: list[int]) -> Callable[[], RowFactors]:
 
     def make() -> RowFactors:
         log.append(1)
-        return RowFactors(*torch.zeros(3, 6))
+        return RowFactors(*torch.zeros(4, 6))
 
     return make
 
@@ -203,10 +204,26 @@ def test_what_was_dropped_is_made_anew() -> None:
 def test_factors_are_neither_part_of_a_graph_nor_of_inference_mode() -> None:
     tensor = parameter()
     with torch.inference_mode():
-        factors = LastFactors().of([tensor], None, lambda: RowFactors(tensor * 2, tensor * 3, tensor * 4))
+        factors = LastFactors().of([tensor], None, lambda: RowFactors(*(tensor * k for k in range(4))))
     assert not any(factor.is_inference() for factor in factors)
-    factors = LastFactors().of([tensor], None, lambda: RowFactors(tensor * 2, tensor * 3, tensor * 4))
+    factors = LastFactors().of([tensor], None, lambda: RowFactors(*(tensor * k for k in range(4))))
     assert not any(factor.requires_grad for factor in factors)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("which", ["an input", "the weight"])
+def test_factors_of_what_is_written_to_meanwhile_are_not_kept(which: str, device: str) -> None:
+    last, tensor, weight, log = LastFactors(), parameter().to(device), parameter().to(device), []
+
+    def written_to() -> RowFactors:
+        factors = made(log)()
+        with torch.no_grad():
+            (tensor if which == "an input" else weight).add_(1)
+        return factors
+
+    last.of([tensor], weight, written_to)
+    last.of([tensor], weight, made(log))
+    assert len(log) == 2
 
 
 def test_a_weight_of_inference_mode_that_is_written_to_is_followed() -> None:

@@ -5,6 +5,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torch.autograd import grad
+
+from tests.cases import randn, trained_layer
 from tests.checked import checked
 
 out, scratch = checked("scratch").out, checked("scratch").scratch
@@ -79,3 +82,24 @@ def test_nothing_is_written_to_while_operations_are_recorded() -> None:
         found = out("recorded", (2, 3), like)
     assert found is not None
     assert (found.shape, found.dtype) == ((2, 3), torch.float64)
+
+
+def test_memory_is_on_its_device_whatever_the_default() -> None:
+    with torch.device("meta"):
+        made = scratch("default device", (8,), torch.float32, CPU)
+    assert made.device == CPU
+
+
+def test_a_layer_trains_under_another_default_device() -> None:
+    layer, x = trained_layer(40, 30, 4), randn(16, 40, seed=0)
+    expected = grad(layer(x).sum(), [*layer.vectors])
+
+    def within_and_after() -> list[tuple[torch.Tensor, ...]]:
+        with torch.device("meta"):
+            within = grad(layer(x).sum(), [*layer.vectors])
+        return [within, grad(layer(x).sum(), [*layer.vectors])]
+
+    # A thread of its own, which has no memory yet.
+    with ThreadPoolExecutor(1) as pool:
+        for found in pool.submit(within_and_after).result():
+            assert all(map(torch.equal, found, expected))

@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import from those above it only.
 ORDER = [
     "shapes",
+    "imported",
     "precision",
     "transforms",
     "devices",

@@ -119,7 +119,7 @@ def _gain(layer: DVoRALayer) -> Callable[[], object]:
     output_gradient = torch.ones(layer.out_features)
 
     def step() -> object:
-        g1, _ = adapted.gain_minus_one(vectors, weight)
+        g1 = adapted.factors(vectors, weight).gain_minus_one
         return torch.autograd.grad(g1, list(vectors), output_gradient)
 
     return step

@@ -7,6 +7,7 @@ The norm constants belong to one state of the base weight. They are made again w
 to, cast or moved, and computed in every pass, with gradients, while the weight itself is trained.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .evaluated import LastFactors, RowFactors
-from .functional import Direction, Vectors
-from .kernels.gain import gain_minus_one
+from .evaluated import LastFactors
+from .functional import Direction, RowFactors, Vectors
+from .kernels.gain import row_factors
 from .layouts import ROWS, Layout, is_at_hand
 from .measured import MeasuredWeight
 from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
@@ -28,6 +29,10 @@ from .shapes import Float
 from .transforms import recording, transforming
 from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
 
+_ATTEMPTS = 3
+"""To make constants that nothing writes to the weight of meanwhile; the last ones are made again in the next pass."""
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while constants take their places, so that threads cannot mix those of two states of a weight."""
 MAGNITUDE_ONLY = 0
 """The rank of a weight whose rows are rescaled and nothing else."""
 
@@ -182,15 +187,24 @@ class AdaptedWeight(nn.Module):
                 "layer's weight cannot be read then (it is quantised or offloaded, or processes divide its inputs); "
                 'use "auto" or True'
             )
-        with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
-            matrix = self.layout.matrix(gathered(weight.detach()))
-            w = F.row_norm(matrix)
-            check_norms(w, self.name)
-            dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
-            C = None if dtype is None else self._cross(matrix, dtype)
-            self.w, self.C = (w, C) if part is None else (part.of_rows(w), None if C is None else part.of_rows(C))
+        held = local(weight)
+        for attempt in reversed(range(_ATTEMPTS)):
+            # Before it is read: another thread may write to it meanwhile.
+            measured = MeasuredWeight(held)
+            with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
+                matrix = self.layout.matrix(gathered(weight.detach()))
+                w = F.row_norm(matrix)
+                check_norms(w, self.name)
+                dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
+                C = None if dtype is None else self._cross(matrix, dtype)
+                if part is not None:
+                    w, C = part.of_rows(w), None if C is None else part.of_rows(C)
+            with _ONE_AT_A_TIME:
+                if measured.was_written_to(held) and attempt:
+                    continue
+                self.w, self.C, self.part, self._measured = w, C, part, measured
+            break
         self._last.drop()
-        self.part, self._measured = part, MeasuredWeight(local(weight))
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
         """The dense A of this weight, with the dtype and device of `like`."""
@@ -205,19 +219,18 @@ class AdaptedWeight(nn.Module):
             return like.new_empty(self.out_features, 0)
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
 
-    def gain_minus_one(self, vectors: Vectors, weight: Tensor | None) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-        """`g - 1` and `beta` of every row."""
+    def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
+        """What the rows are rescaled with, made from the vectors."""
         norm = self.norm(weight)
         # Vectors that somebody has cast to half precision: the norm is not computed in it.
         vectors = vectors.to(norm.w.dtype)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
             frozen = not norm.w.requires_grad and not transforming()
-            function = gain_minus_one if frozen else F.gain_minus_one
-            return function(vectors, norm, beta, self.detach_norm), beta
+            return (row_factors if frozen else F.row_factors)(vectors, norm, beta, self.detach_norm)
 
     def row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None) -> RowFactors:
-        """What the outputs are rescaled with; in evaluation made once, until anything changes.
+        """The factors of an adapter of some strength; in evaluation made once, until anything changes.
 
         Args:
             vectors: the trained ones.
@@ -238,10 +251,10 @@ class AdaptedWeight(nn.Module):
             ValueError: the weight is divided between processes.
         """
         check_whole(weight, self.name)
-        g1, beta = self.gain_minus_one(vectors, weight)
-        with full_precision(g1.device):
-            matrix = self.layout.matrix(weight)
-            return F.rescaled_delta(matrix, self.A(g1), self.B(g1), vectors.lambda_d, beta, g1)
+        factors = self.factors(vectors, weight)
+        with full_precision(factors.scale.device):
+            matrix, lambda_d = self.layout.matrix(weight), vectors.lambda_d.to(factors.scale.dtype)
+            return F.rescaled_delta(matrix, self.A(lambda_d), self.B(lambda_d), lambda_d, factors)
 
     def extra_repr(self) -> str:
         return (
@@ -250,11 +263,12 @@ class AdaptedWeight(nn.Module):
         )
 
     def _row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None) -> RowFactors:
-        g1, beta = self.gain_minus_one(vectors, weight)
-        scale = (1 + g1) * beta
+        gain_minus_one, scale, gain, beta = factors = self.factors(vectors, weight)
         if strength is None:
-            return RowFactors(g1, scale, beta)
-        return RowFactors(strength * g1, strength * scale, beta)
+            return factors
+        # Exactly the gain for a strength of one.
+        weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
+        return RowFactors(strength * gain_minus_one, strength * scale, weaker.detach(), beta)
 
     def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
         if self.rank and C is None and matrix is None:
@@ -274,7 +288,12 @@ class AdaptedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:
             self.shared._apply(fn)
+        # The dtype of C is chosen by its size, and only its device follows.
+        C, self.C = self.C, None
         super()._apply(at_least_float32(fn), recurse=False)
+        if C is not None:
+            device = fn(C.new_empty(0)).device
+            self.C = C.new_empty(C.shape, device=device) if C.is_meta else C.to(device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

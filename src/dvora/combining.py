@@ -56,10 +56,10 @@ def weighted_sum(parts: Sequence[Part], weight: Tensor | None, into: AdaptedWeig
         raise ValueError(f"{into.name}: an update of rank {len(lambda_d)} does not fit an adapter of rank {into.rank}")
     c, b = torch.zeros_like(into.w), torch.zeros_like(into.w)
     for share, vectors, adapted in parts:
-        g1, beta = adapted.gain_minus_one(vectors, weight)
-        c = c + share * g1
+        factors = adapted.factors(vectors, weight)
+        c = c + share * factors.gain_minus_one
         if _turns(Part(share, vectors, adapted)):
-            b = b + share * (1 + g1) * beta * _factor(vectors.lambda_d, lambda_d, into.name)
+            b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
     return _vectors_of(1 + c, b, lambda_d, weight, into)
 
 
@@ -94,6 +94,6 @@ def _vectors_of(
     if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
         raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
     beta = torch.where(moved, b / torch.where(moved, g, 1.0), 0.0)
-    _, s = F.relative_norm(norm, lambda_d, beta)
+    s = F.relative_norm(norm, lambda_d, beta).ratio
     lambda_b = torch.where(moved, beta / torch.where(moved, scale, 1.0), 0.0)
     return Vectors(g * s * norm.w, lambda_b, lambda_d.clone())

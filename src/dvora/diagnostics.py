@@ -22,9 +22,9 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
     vectors = vectors.to(norm.w.dtype)
     with full_precision(norm.w.device):
         beta = F.row_scale(vectors.lambda_b, norm.w, adapted.scaling, adapted.direction)
-        _, s = F.relative_norm(norm, vectors.lambda_d, beta)
+        s = F.relative_norm(norm, vectors.lambda_d, beta).ratio
         angle = F.row_angle(norm, vectors.lambda_d, beta).rad2deg()
-        g1 = F.gain_minus_one(vectors, norm, beta).abs()
+        g1 = F.row_factors(vectors, norm, beta).gain_minus_one.abs()
     figures = {
         "norm_ratio_mean": s.mean(),
         "norm_ratio_max": s.max(),

@@ -4,7 +4,6 @@ On the CPU the values themselves are compared, which no way of writing them esca
 for the device in every pass: there, what PyTorch counts is compared, and a pass that trains drops what is kept.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .shapes import Float
+from .functional import RowFactors
+from .imported import imported_class
 
 
 class State(NamedTuple):
@@ -34,9 +34,8 @@ class State(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "State":
         """The state of a tensor now."""
-        storage, version = StorageWeakRef(tensor.untyped_storage()), -1 if tensor.is_inference() else tensor._version
-        layout = tensor.shape, tensor.stride()
-        return cls(storage, tensor.data_ptr(), version, *layout, tensor.dtype, tensor.device)
+        storage, layout = StorageWeakRef(tensor.untyped_storage()), (tensor.shape, tensor.stride())
+        return cls(storage, tensor.data_ptr(), version_of(tensor), *layout, tensor.dtype, tensor.device)
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
@@ -53,19 +52,6 @@ class State(NamedTuple):
             and tensor.stride() == self.stride
             and tensor.device == self.device
         )
-
-
-class RowFactors(NamedTuple):
-    """What the outputs of one adapted weight are rescaled with."""
-
-    gain_minus_one: Float[Tensor, "O"]
-    """`s (g - 1)`, s the adapter's strength."""
-    scale: Float[Tensor, "O"]
-    """`s g beta`."""
-    beta: Float[Tensor, "O"]
-    """That of the update itself."""
-    gain: Float[Tensor, "O"] | None = None
-    """`1 + gain_minus_one`, made once where the factors are kept."""
 
 
 class LastFactors:
@@ -88,11 +74,12 @@ class LastFactors:
             return kept.factors
         # Factors made in inference mode could not be used in a pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
-            factors = compute()
-            factors = factors._replace(gain=1 + factors.gain_minus_one)
-        known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
-        self._kept = _Kept(factors, known, None if weight is None else State.of(weight))
-        return factors
+            # Before they are read: another thread may write to them while the factors are made.
+            known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
+            state = None if weight is None else State.of(weight)
+            kept = _Kept(compute(), known, state)
+        self._kept = kept if kept.serves(inputs, weight) else None
+        return kept.factors
 
     def drop(self) -> None:
         """Forget everything."""
@@ -118,10 +105,15 @@ class _Kept(NamedTuple):
         return all(map(_unchanged, inputs, self.inputs))
 
 
+def version_of(tensor: Tensor) -> int:
+    """The number of writes that PyTorch has counted; of tensors made in inference mode it counts none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _gathers_weights() -> bool:
     """Whether anything in this process was given to FSDP2's `fully_shard`, which makes a class for every type."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
+    fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
+    return fsdp_module is not None and bool(fsdp_module.__subclasses__())
 
 
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:

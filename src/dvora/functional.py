@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .precision import as_dtype, norm_dtype
-from .row_change import measured_change, nearly_cancelled, norm_change
+from .row_change import RowChange, indices_if_any, measured_ratio, nearly_cancelled, row_change
 from .shapes import Float
 
 Direction = Literal["unit", "weight"]
@@ -41,6 +41,19 @@ class Vectors(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Vectors":
         """The vectors in another dtype: themselves where it is theirs."""
         return Vectors(*(as_dtype(vector, dtype) for vector in self))
+
+
+class RowFactors(NamedTuple):
+    """What the rows of one adapted weight are rescaled with."""
+
+    gain_minus_one: Float[Tensor, "O"]
+    """`g - 1 = m / n - 1` without cancellation: exactly zero where nothing was trained."""
+    scale: Float[Tensor, "O"]
+    """`g beta`, of the low-rank product."""
+    gain: Float[Tensor, "O"]
+    """`g` with its digits also where it is far below one; its gradient goes through `gain_minus_one`."""
+    beta: Float[Tensor, "O"]
+    """That of the update itself."""
 
 
 @runtime_checkable
@@ -102,21 +115,14 @@ def row_scale(
     return scaling * w * lambda_b if direction == "unit" else scaling * lambda_b
 
 
-def relative_norm(
-    norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
-) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-    """How the update changes the row norms, from vectors alone.
-
-    Returns:
-        `eps = n**2 / w**2 - 1` and `s = n / w`; zero and one for a zero row of W.
-    """
-    cross, q = norm.terms(lambda_d)
-    eps, s = norm_change(norm.w, cross, q, beta)
-    near = nearly_cancelled(eps)
+def relative_norm(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> RowChange:
+    """How the update changes the row norms, from vectors alone; zero rows of W stay as they are."""
+    change = row_change(norm.w, *norm.terms(lambda_d), beta)
+    near = indices_if_any(nearly_cancelled(change))
     updated = None if near is None else norm.updated_rows(near, beta[near], lambda_d)
-    if near is not None and updated is not None:
-        s = s.index_copy(0, near, measured_change(updated, norm.w[near]).to(s.dtype))
-    return eps, s
+    if near is None or updated is None:
+        return change
+    return change.measured(near, measured_ratio(updated, norm.w[near]))
 
 
 def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
@@ -127,10 +133,8 @@ def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor,
     return torch.where(norm.w > 0, torch.atan2(across, w2 + beta * cross), 0.0)
 
 
-def gain_minus_one(
-    vectors: Vectors, norm: NormTerms, beta: Float[Tensor, "O"], detach_norm: bool = False
-) -> Float[Tensor, "O"]:
-    """`g - 1 = m / n - 1` of every row without cancellation: exactly zero where nothing was trained.
+def row_factors(vectors: Vectors, norm: NormTerms, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:
+    """What the rows are rescaled with, from the vectors and the norm.
 
     Args:
         vectors: magnitude, lambda_b, lambda_d.
@@ -139,17 +143,23 @@ def gain_minus_one(
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
     with torch.no_grad() if detach_norm else nullcontext():
-        eps, s = relative_norm(norm, vectors.lambda_d, beta)
-    return gain_from_norm(vectors.magnitude, norm.w.detach() if detach_norm else norm.w, eps, s)
+        change = relative_norm(norm, vectors.lambda_d, beta)
+    return factors_of_change(vectors.magnitude, norm.w.detach() if detach_norm else norm.w, beta, change)
 
 
-def gain_from_norm(
-    magnitude: Float[Tensor, "O"], w: Float[Tensor, "O"], eps: Float[Tensor, "O"], s: Float[Tensor, "O"]
-) -> Float[Tensor, "O"]:
-    """`g - 1 = (mu - eps / (1 + s)) / s` with `mu = m / w - 1`; zero for a zero row of W."""
+def factors_of_change(
+    magnitude: Float[Tensor, "O"], w: Float[Tensor, "O"], beta: Float[Tensor, "O"], change: RowChange
+) -> RowFactors:
+    """`g - 1 = (u mu - change / (u + h)) / h` with `mu = m / w - 1`, and `g beta = m b / h`; g = 1 for a zero row."""
+    u, _, difference, h = change
     live = w > 0
-    mu = magnitude / torch.where(live, w, 1.0) - 1
-    return torch.where(live, (mu - eps / (1 + s)) / s, 0.0)
+    safe = torch.where(live, w, 1.0)
+    relative = magnitude / safe
+    gain_minus_one = torch.where(live, (u * (relative - 1) - difference / (u + h)) / h, 0.0)
+    # g times beta by itself would have no digits where g is far below one.
+    scale = torch.where(live, magnitude * (beta / safe * u) / h, beta)
+    gain = torch.where(live, relative * u / h, 1.0).detach()
+    return RowFactors(gain_minus_one, scale, gain, beta)
 
 
 def combine(
@@ -180,13 +190,11 @@ def rescaled_delta(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     lambda_d: Float[Tensor, "R"],
-    beta: Float[Tensor, "O"],
-    gain_minus_one: Float[Tensor, "O"],
+    factors: RowFactors,
 ) -> Float[Tensor, "O I"]:
     """`W' - W = (g - 1) W + g beta B diag(lambda_d) A`, dense, in the dtype of the gain; exactly zero if untrained."""
-    update = (beta[:, None] * B * lambda_d) @ A
-    # g by itself, because g - 1 times an update far above W would cancel the update.
-    return gain_minus_one[:, None] * weight.to(beta.dtype) + (1 + gain_minus_one)[:, None] * update
+    scale = factors.scale[:, None]
+    return factors.gain_minus_one[:, None] * weight.to(scale.dtype) + (scale * B * lambda_d) @ A
 
 
 def gain(
@@ -211,8 +219,7 @@ def gain(
         direction: "unit" or "weight".
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
-    _, g1 = _row_terms(weight, A, B, vectors, norm, scaling, direction, detach_norm)
-    return 1 + g1
+    return 1 + _factors(weight, A, B, vectors, norm, scaling, direction, detach_norm).gain_minus_one
 
 
 def dvora_linear(
@@ -229,10 +236,10 @@ def dvora_linear(
     detach_norm: bool = False,
 ) -> Float[Tensor, "*T O"]:
     """`torch.nn.functional.linear(x, weight, bias)` with the weight adapted. Other arguments as for `gain`."""
-    beta, g1 = _row_terms(weight, A, B, vectors, norm, scaling, direction, detach_norm)
+    factors = _factors(weight, A, B, vectors, norm, scaling, direction, detach_norm)
     z = x @ A.to(x.dtype).T
-    update = (1 + g1) * beta * ((z * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T)
-    return combine(torch.nn.functional.linear(x, weight, bias), update, g1, bias)
+    update = factors.scale * ((z * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T)
+    return combine(torch.nn.functional.linear(x, weight, bias), update, factors.gain_minus_one, bias)
 
 
 def delta_weight(
@@ -246,8 +253,8 @@ def delta_weight(
     direction: Direction = "unit",
 ) -> Float[Tensor, "O I"]:
     """`W' - W`, dense, in the dtype of the vectors. Arguments as for `gain`."""
-    beta, g1 = _row_terms(weight, A, B, vectors, norm, scaling, direction, detach_norm=False)
-    return rescaled_delta(weight, A, B, vectors.lambda_d, beta, g1)
+    factors = _factors(weight, A, B, vectors, norm, scaling, direction, detach_norm=False)
+    return rescaled_delta(weight, A, B, vectors.lambda_d, factors)
 
 
 def merged_weight(
@@ -265,7 +272,7 @@ def merged_weight(
     return weight.to(delta.dtype) + delta
 
 
-def _row_terms(
+def _factors(
     weight: Float[Tensor, "O I"],
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
@@ -274,8 +281,7 @@ def _row_terms(
     scaling: float,
     direction: Direction,
     detach_norm: bool,
-) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-    """`beta` and `g - 1` of every row, from the whole layer."""
+) -> RowFactors:
+    """What the rows are rescaled with, from the whole layer."""
     norm = norm or norm_terms(weight, A, B)
-    beta = row_scale(vectors.lambda_b, norm.w, scaling, direction)
-    return beta, gain_minus_one(vectors, norm, beta, detach_norm)
+    return row_factors(vectors, norm, row_scale(vectors.lambda_b, norm.w, scaling, direction), detach_norm)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .adapted_weight import AdaptedWeight
 from .dense import DenseMatrices
-from .evaluated import RowFactors
+from .functional import RowFactors
 from .kernels.combine import combine
 from .kernels.updated import updated_linear
 from .parts import local
@@ -46,7 +46,7 @@ def combined(
         update = factors.scale * low_rank(adapted, x, lambda_d) if adapted.rank else nothing
         return F.combine(base_output, update, factors.gain_minus_one, bias)
     z = _z(adapted, x) if adapted.rank else None
-    g1, scale, _, gain = factors
+    g1, scale, gain, _ = factors
     return combine(base_output, z, lambda_d, g1, scale, bias, adapted.matrices, gain)
 
 
@@ -61,7 +61,8 @@ def from_updated_weight(
     matrices = adapted.matrices
     assert isinstance(matrices, DenseMatrices)
     updated = updated_linear(x, _z(adapted, x), layer.weight, layer.bias, lambda_d, factors.beta, matrices)
-    return combine(updated, None, lambda_d, factors.gain_minus_one, factors.scale, layer.bias, matrices)
+    g1, scale, gain, _ = factors
+    return combine(updated, None, lambda_d, g1, scale, layer.bias, matrices, gain)
 
 
 def low_rank(adapted: AdaptedWeight, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "*T O"]:

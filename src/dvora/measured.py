@@ -8,7 +8,7 @@ are compared, by two passes over the weight in place of the constants' own produ
 import torch
 from torch import Tensor
 
-from .evaluated import State
+from .evaluated import State, version_of
 from .precision import norm_dtype
 from .shapes import Float
 
@@ -28,6 +28,10 @@ class MeasuredWeight:
     def is_of(self, weight: Tensor) -> bool:
         """Whether the weight is in the same state."""
         return self._state.is_of(weight)
+
+    def was_written_to(self, weight: Tensor) -> bool:
+        """Whether PyTorch has counted a write since."""
+        return self._state.version != version_of(weight)
 
     def was_gathered_again(self, weight: Tensor) -> bool:
         """Whether the weight is the same tensor, perhaps with other values."""

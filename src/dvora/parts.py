@@ -12,7 +12,6 @@ Every process has the whole vectors, which are kilobytes, and saves them like on
 The weight itself is gathered when the constants are made, one layer at a time, and never in a training step.
 """
 
-import sys
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .functional import Vectors
+from .imported import imported_class
 from .shapes import Float
 from .spans import Span
 from .transforms import recording
@@ -74,16 +74,14 @@ def is_divided(weight: Tensor | None) -> bool:
     """Whether every process holds a part of the weight: it is a DTensor."""
     if type(weight) in (Tensor, nn.Parameter, type(None)):
         return False
-    # Whoever divides a weight has imported what does it; everybody else is spared that.
-    tensor = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and isinstance(weight, tensor.DTensor)
+    dtensor = imported_class("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(weight, dtensor)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether a module was given to FSDP2, which gathers its parameters for each pass."""
-    # Whoever shards a module has imported what does it; everybody else is spared that.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
+    return fsdp_module is not None and isinstance(module, fsdp_module)
 
 
 def part_of(weight: Tensor, name: str) -> Part:
@@ -94,7 +92,7 @@ def part_of(weight: Tensor, name: str) -> Part:
     """
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]  # it is a DTensor
     # The type itself: packed weights are divided in turns, by a subclass that passes for equal.
-    plain = [type(placement) is sys.modules["torch.distributed.tensor"].Shard for placement in placements]
+    plain = [type(placement) is imported_class("torch.distributed.tensor", "Shard") for placement in placements]
     if plain != [True] or placements[0].dim not in (0, 1):
         raise ValueError(
             f"{name}: the base weight is a DTensor with placements {placements} on a mesh of {mesh.ndim} dimensions; "

@@ -36,7 +36,7 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
     buffer = _kept.buffers.get((name, dtype))
     if buffer is None or buffer.numel() < values:
         with torch.inference_mode(False):
-            buffer = _kept.buffers[name, dtype] = torch.empty(values, dtype=dtype)
+            buffer = _kept.buffers[name, dtype] = torch.empty(values, dtype=dtype, device=device)
     return buffer[:values].view(*shape)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dvora import SharedProjections
 from dvora import functional as F
-from dvora.kernels.gain import gain_minus_one
+from dvora.kernels.gain import row_factors
 from dvora.norms import FrozenNorm, cross_matrix
 from dvora.projections import DISTRIBUTIONS
 
@@ -49,6 +49,7 @@ class Problem:
             0.3 * randn(rank, seed=6, dtype=dtype),
         )
         self.loss_gradient = randn(out_features, seed=7, dtype=dtype)
+        self.scale_gradient = randn(out_features, seed=8, dtype=dtype)
 
     @property
     def A(self) -> Tensor:
@@ -72,15 +73,20 @@ class Problem:
         return F.row_scale(self.vectors.lambda_b, F.row_norm(self.weight), self.scaling, self.direction)
 
     def gain_minus_one(self, norm: FrozenNorm | None = None) -> Tensor:
-        return gain_minus_one(self.vectors, norm or self.norm(), self.beta(), self.detach_norm)
+        return self.factors(norm).gain_minus_one
+
+    def factors(self, norm: FrozenNorm | None = None) -> F.RowFactors:
+        return row_factors(self.vectors, norm or self.norm(), self.beta(), self.detach_norm)
 
     def gradients(self, norm: FrozenNorm | None = None) -> dict[str, Tensor]:
         for vector in self.vectors:
             vector.requires_grad_()
-        found = torch.autograd.grad(
-            self.gain_minus_one(norm), self.vectors, self.loss_gradient, materialize_grads=True, allow_unused=True
-        )
+        found = torch.autograd.grad(self.loss(norm), self.vectors, materialize_grads=True, allow_unused=True)
         return dict(zip(NAMES, found, strict=True))
+
+    def loss(self, norm: FrozenNorm | None = None) -> Tensor:
+        gain_minus_one, scale, *_ = self.factors(norm)
+        return gain_minus_one @ self.loss_gradient + scale @ self.scale_gradient
 
     def dense(self) -> DenseDVoRA:
         options = {"scaling": self.scaling, "direction": self.direction, "detach_norm": self.detach_norm}
@@ -89,9 +95,8 @@ class Problem:
     def dense_gradients(self) -> dict[str, Tensor]:
         dense = self.dense()
         wanted = [dense.get_parameter(name) for name in NAMES]
-        found = torch.autograd.grad(
-            dense.gain(), wanted, self.loss_gradient.double(), materialize_grads=True, allow_unused=True
-        )
+        loss = dense.gain() @ self.loss_gradient.double() + dense.scale() @ self.scale_gradient.double()
+        found = torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True)
         return dict(zip(NAMES, found, strict=True))
 
     def cancel(self, ratio: float, rows: list[int]) -> "Problem":

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dvora import dense
 from dvora import functional as F
 from dvora.adapted_weight import AdaptedWeight
-from dvora.kernels.gain import gain_minus_one
+from dvora.kernels.gain import row_factors
 
 IN, OUT, RANK = 6, 9, 4
 
@@ -51,7 +51,7 @@ def test_vectors_and_small_slopes_are_kept_for_the_backward_pass(
     slopes = small and not detach_norm and distribution != "structured"
     assert set(kept) - {(OUT,), (RANK,)} == ({(RANK, OUT)} if slopes else set())
     with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
-        F.gain_minus_one(p.vectors, norm, beta)
+        F.row_factors(p.vectors, norm, beta)
     assert not set(kept) <= {(OUT,), (RANK,)}, "the plain function keeps matrices: the test can see them"
 
 
@@ -64,12 +64,12 @@ def test_first_and_second_derivatives_are_those_of_the_values(
     p = problem(distribution, skipped_column=skipped_column)
     norm = p.norm(keep_C)
 
-    def gain(magnitude: Tensor, beta: Tensor, lambda_d: Tensor) -> Tensor:
-        return gain_minus_one(F.Vectors(magnitude, beta, lambda_d), norm, beta)
+    def factors(magnitude: Tensor, beta: Tensor, lambda_d: Tensor) -> tuple[Tensor, Tensor]:
+        return row_factors(F.Vectors(magnitude, beta, lambda_d), norm, beta)[:2]
 
     inputs = p.vectors.magnitude, p.beta().detach().requires_grad_(), p.vectors.lambda_d
-    assert gradcheck(gain, inputs)
-    assert gradgradcheck(gain, inputs)
+    assert gradcheck(factors, inputs)
+    assert gradgradcheck(factors, inputs)
 
 
 @pytest.mark.parametrize("rows", [[], [1, 4]], ids=["plain", "with nearly cancelled rows"])
@@ -99,7 +99,7 @@ def test_any_of_the_vectors_may_be_frozen(trained: tuple[bool, ...], rows: list[
         vector.requires_grad_(wanted)
     for create_graph in (False, True):
         inputs = [vector for vector in p.vectors if vector.requires_grad]
-        found = torch.autograd.grad(p.gain_minus_one(), inputs, p.loss_gradient, create_graph=create_graph)
+        found = torch.autograd.grad(p.loss(), inputs, create_graph=create_graph)
         names = [name for name, wanted in zip(NAMES, trained, strict=True) if wanted]
         for name, gradient in zip(names, found, strict=True):
             assert worst_error(gradient, expected[name]) < 1e-12, name

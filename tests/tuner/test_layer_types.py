@@ -157,7 +157,7 @@ def test_a_lookup_makes_no_table_of_the_vocabulary() -> None:
 def test_dropout_of_an_embedding_drops_the_update_of_whole_tokens() -> None:
     layer = trained(CASES["Embedding"].base(), dvora_dropout=0.5).train().base_model.model.layer
     ids = torch.arange(20)
-    g1, _ = layer.adapted("default").gain_minus_one(layer.vectors("default"), layer.stored())
+    g1 = layer.adapted("default").factors(layer.vectors("default"), layer.stored()).gain_minus_one
     moved = (layer(ids) - (1 + g1) * layer.base_layer(ids)).abs().amax(1) > 1e-6
     assert 0 < int(moved.sum()) < 20
 

@@ -46,10 +46,10 @@ def combine(
         scale: of every output of the update, `g beta`.
         bias: the base's, or None.
         matrices: those of B.
-        gain: `1 + gain_minus_one`, where it is kept.
+        gain: g, with digits that `1 + gain_minus_one` lacks where it is far below one; None makes it from there.
     """
     if recording():
-        y: Tensor = _Combine.apply(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
+        y: Tensor = _Combine.apply(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices, gain)
         return y
     return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices, gain)
 
@@ -65,7 +65,7 @@ def _forward(
     gain: Tensor | None = None,
 ) -> Tensor:
     if z is None:
-        return _rescaled(base_output, gain_minus_one, bias)
+        return _rescaled(base_output, gain_minus_one, bias, gain)
     scaled = z * as_dtype(lambda_d, z.dtype)
     if runs_triton(base_output):
         return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
@@ -79,9 +79,11 @@ def _forward(
     return y if offset is None else y.sub_(offset)
 
 
-def _rescaled(tokens: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> Tensor:
+def _rescaled(tokens: Tensor, gain_minus_one: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
     """`tokens + (g - 1) (tokens - bias)`: outputs without an update, and gradients of the base's outputs."""
-    gain, offset = 1 + gain_minus_one, None if bias is None else gain_minus_one * bias
+    # The kept gain is a constant, and derivatives of higher order are taken of `gain_minus_one`.
+    gain = 1 + gain_minus_one if gain is None or torch.is_grad_enabled() else gain
+    offset = None if bias is None else gain_minus_one * bias
     if tokens.dtype.itemsize < 4 and not torch.is_grad_enabled():
         return rescaled(tokens, gain, offset)
     y = tokens * gain
@@ -99,19 +101,20 @@ class _Combine(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor | None,
         matrices: Matrices,
+        gain: Tensor | None,
     ) -> Tensor:
         ctx.matrices = matrices
-        ctx.save_for_backward(base_output, z, lambda_d, gain_minus_one, scale, bias)
-        return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices)
+        ctx.save_for_backward(base_output, z, lambda_d, gain_minus_one, scale, bias, gain)
+        return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices, gain)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        base_output, z, lambda_d, gain_minus_one, scale, bias = ctx.saved_tensors
+        base_output, z, lambda_d, gain_minus_one, scale, bias, gain = ctx.saved_tensors
         wants = ctx.needs_input_grad
         if z is not None and runs_triton(delta) and not torch.is_grad_enabled():
             found = _backward_in_triton(delta, base_output, z, lambda_d, gain_minus_one, scale, bias, ctx.matrices)
-            return *found, None
-        d_base = _rescaled(delta, gain_minus_one, None) if wants[0] else None
+            return *found, None, None
+        d_base = _rescaled(delta, gain_minus_one, None, gain) if wants[0] else None
         d_z = d_lambda_d = d_gain = d_scale = None
         if z is not None:
             d_z, d_lambda_d, d_scale = _update_gradients(delta, z, lambda_d, scale, ctx.matrices, wants)
@@ -120,7 +123,7 @@ class _Combine(torch.autograd.Function):
             if bias is not None:
                 d_gain = d_gain - _total(delta) * bias
         d_bias = -gain_minus_one * _total(delta) if wants[5] else None
-        return d_base, d_z, d_lambda_d, d_gain, d_scale, d_bias, None
+        return d_base, d_z, d_lambda_d, d_gain, d_scale, d_bias, None, None
 
 
 def _update_gradients(

@@ -1,11 +1,13 @@
-"""The gain with its gradient in closed form: vectors are kept for the backward pass, and small slopes of the norm.
+"""The factors of the rows with their gradients in closed form: vectors are kept, and small slopes of the norm.
 
-n**2 = w**2 + 2 beta cross + beta**2 q,   g = m / n
+In the units of `row_change` (u and h lie between zero and a few, whatever the vectors are):
 
-dL/dm       = dL/dg / n
-dL/d(n**2)  = -g dL/dg / (2 n**2)
-dL/dbeta    = dL/d(n**2) (2 cross + 2 beta q)
-dL/dlambda_d through cross (2 beta dL/d(n**2)) and q (beta**2 dL/d(n**2))
+g = (m / w) u / h,   scale = g beta = m b / h,   h**2 = u**2 + 2 b u cross / w + b**2 q
+
+P           = (g dL/dg + scale dL/dscale) / h            = -dL/dh
+dL/dm       = (u / w dL/dg + b dL/dscale) / h
+dL/dbeta    = (m dL/dscale - P (u cross / w + b q)) u / (w h)
+dL/dlambda_d through cross (-P b u / (w h)) and q (-P b**2 / (2 h))
 """
 
 from typing import Any
@@ -14,76 +16,96 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..functional import Vectors
+from ..functional import RowFactors, Vectors
 from ..norms import FrozenNorm
-from ..row_change import measured_change, nearly_cancelled, norm_change
+from ..row_change import indices_if_any, measured_ratio, nearly_cancelled, row_change
 from ..shapes import Float
 from ..transforms import recording
 
 
-def gain_minus_one(
-    vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool = False
-) -> Float[Tensor, "O"]:
-    """`functional.gain_minus_one` for a frozen weight."""
+def row_factors(vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:
+    """`functional.row_factors` for a frozen weight."""
     if not recording():
-        return F.gain_minus_one(vectors, norm, beta)
-    fused: Tensor
-    eps: Tensor
-    fused, eps = _Gain.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
-    near = nearly_cancelled(eps)
-    if near is None or norm.matrix is None:
-        return fused
+        return F.row_factors(vectors, norm, beta)
+    gain_minus_one, scale, gain, near = _RowFactors.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
+    factors = RowFactors(gain_minus_one, scale, gain, beta)
+    rows = indices_if_any(near)
+    return factors if rows is None or norm.matrix is None else _with_measured(rows, factors, vectors, norm, detach_norm)
+
+
+def _with_measured(
+    rows: Tensor, factors: RowFactors, vectors: Vectors, norm: FrozenNorm, detach_norm: bool
+) -> RowFactors:
+    """The factors with those of some rows from V' itself."""
+    w, beta = norm.w[rows], factors.beta[rows]
     with torch.set_grad_enabled(not detach_norm):
-        updated = norm.updated_rows(near, beta[near], vectors.lambda_d)
+        updated = norm.updated_rows(rows, beta, vectors.lambda_d)
         assert updated is not None
-        n = norm.w[near] * measured_change(updated, norm.w[near])
-    measured = vectors.magnitude[near] / n - 1
-    return fused.index_copy(0, near, measured.to(fused.dtype))
+        n = w * measured_ratio(updated, w)
+    g = vectors.magnitude[rows] / n
+    measured = RowFactors(g - 1, g * beta, g.detach(), beta)
+    return RowFactors(
+        *(
+            of_all.index_copy(0, rows, of_rows.to(of_all.dtype))
+            for of_all, of_rows in zip(factors, measured, strict=True)
+        )
+    )
 
 
-class _Gain(torch.autograd.Function):
-    """`g - 1` and `n**2 / w**2 - 1`, of which the second carries no gradient."""
+class _RowFactors(torch.autograd.Function):
+    """`g - 1`, `g beta`, and without gradients `g` and which rows are nearly cancelled."""
 
     @staticmethod
     def forward(
         ctx: Any, magnitude: Tensor, beta: Tensor, lambda_d: Tensor, norm: FrozenNorm, detach_norm: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         slopes = norm.kept_slopes(lambda_d) if ctx.needs_input_grad[2] and not detach_norm else None
         cross, q = norm.terms(lambda_d, slopes)
-        eps, s = norm_change(norm.w, cross, q, beta)
-        g1 = F.gain_from_norm(magnitude, norm.w, eps, s)
+        change = row_change(norm.w, cross, q, beta)
+        factors = F.factors_of_change(magnitude, norm.w, beta, change)
         ctx.norm, ctx.detach_norm = norm, detach_norm
         # The weight, where it is read again, so that autograd refuses one that was written to in between.
         read_again = norm.matrix if norm.C is None else None
-        ctx.save_for_backward(magnitude, beta, lambda_d, g1, s, cross + beta * q, slopes, read_again)
-        ctx.mark_non_differentiable(eps)
-        return g1, eps
+        inner = change.u * cross / torch.where(norm.w > 0, norm.w, 1.0) + change.b * q
+        kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, slopes, read_again)
+        ctx.save_for_backward(*kept)
+        near = nearly_cancelled(change)
+        ctx.mark_non_differentiable(factors.gain, near)
+        return factors.gain_minus_one, factors.scale, factors.gain, near
 
     @staticmethod
-    def backward(ctx: Any, d_gain: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
-        magnitude, beta, lambda_d, g1, s, slope, slopes, _ = ctx.saved_tensors
+    def backward(ctx: Any, d_gain: Tensor, d_scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        magnitude, beta, lambda_d, gain, scale, u, b, change, h, inner, slopes, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm
         if torch.is_grad_enabled():
-            return _differentiable_gradients(d_gain, magnitude, beta, lambda_d, norm, ctx.detach_norm)
+            return _differentiable_gradients(d_gain, d_scale, magnitude, beta, lambda_d, norm, ctx.detach_norm)
         live = norm.w > 0
-        one_over_n = torch.where(live, 1 / torch.where(live, norm.w * s, 1.0), 0.0)
-        d_magnitude = d_gain * one_over_n
+        one_over_w = torch.where(live, 1 / torch.where(live, norm.w, 1.0), 0.0)
+        d_magnitude = (u * one_over_w * d_gain + b * d_scale) / h
+        # The scale of a zero row is beta itself.
+        d_beta = torch.where(live, gain * d_scale, d_scale)
         if ctx.detach_norm:
-            return d_magnitude, None, None, None, None
+            return d_magnitude, d_beta, None, None, None
         # At the floor of the norm it does not change.
-        moves = s > torch.finfo(s.dtype).eps
-        d_squared = torch.where(moves, -(1 + g1) * d_magnitude * one_over_n / 2, 0.0)
-        d_beta = 2 * d_squared * slope
-        d_lambda_d = norm.terms_gradient(2 * d_squared * beta, d_squared * beta.square(), lambda_d, slopes)
+        moves = live & (change > -u.square())
+        d_h = torch.where(moves, -(gain * d_gain + scale * d_scale) / h, 0.0)
+        d_beta = d_beta + d_h * inner * u * one_over_w / h
+        d_lambda_d = norm.terms_gradient(d_h * b * u * one_over_w / h, d_h * b.square() / (2 * h), lambda_d, slopes)
         return d_magnitude, d_beta, d_lambda_d, None, None
 
 
 def _differentiable_gradients(
-    d_gain: Tensor, magnitude: Tensor, beta: Tensor, lambda_d: Tensor, norm: FrozenNorm, detach_norm: bool
+    d_gain: Tensor,
+    d_scale: Tensor,
+    magnitude: Tensor,
+    beta: Tensor,
+    lambda_d: Tensor,
+    norm: FrozenNorm,
+    detach_norm: bool,
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a graph, for derivatives of higher order."""
-    vectors = Vectors(magnitude, beta, lambda_d)
-    g1 = F.gain_minus_one(vectors, norm, beta, detach_norm)
+    factors = F.row_factors(Vectors(magnitude, beta, lambda_d), norm, beta, detach_norm)
     inputs = [t for t in (magnitude, beta, lambda_d) if t.requires_grad]
-    found = iter(torch.autograd.grad(g1, inputs, d_gain, create_graph=True, allow_unused=True))
+    outputs, gradients = (factors.gain_minus_one, factors.scale), (d_gain, d_scale)
+    found = iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=True, allow_unused=True))
     return *(next(found) if t.requires_grad else None for t in (magnitude, beta, lambda_d)), None, None

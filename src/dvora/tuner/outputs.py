@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..adapted_weight import AdaptedWeight
-from ..evaluated import RowFactors
-from ..functional import Vectors
+from ..functional import RowFactors, Vectors
 from ..linear_outputs import combined, from_updated_weight
 from ..routes import takes_updated_weight
 from ..shapes import Float
