@@ -1,4 +1,4 @@
-"""Run histories by hand: `python -m tests.histories --seed 3`, `--seeds 0 100`, `--without OPERATION`, `--steps a:1,b:2`."""
+"""Run histories by hand: `--seed 3` or `--seeds 0 100`, `--without OPERATION`, `--steps an_operation:1,another:2`."""
 
 import argparse
 from collections import Counter

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.histories.operations import GRADIENTS, OUTPUTS, Case, Rng, Wrong, check_close, check_same
+from tests.histories.operations import GRADIENTS, OUTPUTS, Case, MismatchError, Rng, check_close, check_same
 from tests.histories.shadow import Shadow
 from tests.histories.subjects import parameter
 
@@ -29,9 +29,9 @@ def check_values(model: nn.Module, shadow: Shadow) -> None:
     for name in shadow.names():
         held = parameter(model, name)
         if held.dtype != shadow.dtype_of(name):
-            raise Wrong(f"{name} has dtype {held.dtype}, expected {shadow.dtype_of(name)}")
+            raise MismatchError(f"{name} has dtype {held.dtype}, expected {shadow.dtype_of(name)}")
         if held.requires_grad != (name in shadow.trained):
-            raise Wrong(f"{name}.requires_grad is {held.requires_grad}")
+            raise MismatchError(f"{name}.requires_grad is {held.requires_grad}")
         if name.endswith(".weight") and shadow.is_merged:
             merged = shadow.layers[name.partition(".")[0]].merged
             check_close(held, merged, OUTPUTS[shadow.coarsest], f"merged {name}")
@@ -39,7 +39,7 @@ def check_values(model: nn.Module, shadow: Shadow) -> None:
             check_same(held, shadow[name], name)
         gradient = shadow.gradients.get(name)
         if (held.grad is None) != (gradient is None):
-            raise Wrong(f"{name}.grad is {'missing' if held.grad is None else 'there'}")
+            raise MismatchError(f"{name}.grad is {'missing' if held.grad is None else 'there'}")
         if gradient is not None:
             check_close(held.grad, gradient.value, 1, f"{name}.grad", gradient.size)
 

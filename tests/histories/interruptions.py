@@ -12,7 +12,16 @@ import dvora
 from tests.histories.checks import check_outputs, drawn_like
 from tests.histories.lines import at_line
 from tests.histories.merges import roundings_taken, saved_adapter
-from tests.histories.operations import Case, Rng, Wrong, in_peft, in_peft_unmerged, is_plain, operation, unmerged
+from tests.histories.operations import (
+    Case,
+    MismatchError,
+    Rng,
+    in_peft,
+    in_peft_unmerged,
+    is_plain,
+    operation,
+    unmerged,
+)
 from tests.histories.subjects import BASE, NAMES, VECTORS, keys
 from tests.histories.writes import as_held, other_values, vector_names
 
@@ -99,7 +108,7 @@ def interrupt_unmerge(case: Case, rng: Rng) -> None:
     if not case.shadow.is_merged:
         with roundings_taken():
             case.model.merge_adapter()
-        case.shadow.merge()
+        case.shadow.merge(*NAMES)
     interrupted(case.model.unmerge_adapter, int(rng.integers(1, 170)))
     _put_back(case, rng)
 
@@ -141,7 +150,7 @@ def interrupt_a_new_adapter(case: Case, rng: Rng) -> None:
         case.model.delete_adapter("another")
     left = [name for name in NAMES if "another" in getattr(case.layer(name), "dvora_magnitude", {})]
     if left:
-        raise Wrong(f"an adapter whose addition was interrupted is left in {left}, though its name is absent")
+        raise MismatchError(f"an adapter whose addition was interrupted is left in {left}, though its name is absent")
     case.model.add_adapter("another", config)
     case.model.delete_adapter("another")
     case.model.set_adapter(was_active)
@@ -163,17 +172,15 @@ def _take_over(case: Case, values: dict[str, torch.Tensor]) -> None:
         if torch.equal(held, value):
             case.shadow[name] = value
         elif not torch.equal(held.double(), case.shadow[name]):
-            raise Wrong(f"{name} is neither the old nor the new value after an interruption")
+            raise MismatchError(f"{name} is neither the old nor the new value after an interruption")
 
 
 def _put_back(case: Case, rng: Rng) -> None:
     """Whatever is merged now: outputs are right, and unmerging restores everything."""
-    if not any(case.layer(name).merged for name in NAMES):
-        case.shadow.unmerge()
-    elif not case.shadow.is_merged:
-        case.shadow.merge()
+    for name in NAMES:
+        case.shadow.merge(name) if case.layer(name).merged else case.shadow.unmerge(name)
     check_outputs(case, rng)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already unmerged")
         case.model.unmerge_adapter()
-    case.shadow.unmerge()
+    case.shadow.unmerge(*NAMES)

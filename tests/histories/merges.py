@@ -17,8 +17,8 @@ from tests.histories.checks import check_outputs, check_values, drawn_like
 from tests.histories.operations import (
     OUTPUTS,
     Case,
+    MismatchError,
     Rng,
-    Wrong,
     check_close,
     in_peft,
     in_peft_unmerged,
@@ -47,14 +47,14 @@ def merge(case: Case, rng: Rng) -> None:
     """All layers."""
     with roundings_taken():
         case.model.merge_adapter()
-    case.shadow.merge()
+    case.shadow.merge(*NAMES)
 
 
 @operation(2, is_merged)
 def unmerge(case: Case, rng: Rng) -> None:
     """All layers."""
     case.model.unmerge_adapter()
-    case.shadow.unmerge()
+    case.shadow.unmerge(*NAMES)
 
 
 @operation(1, in_peft_unmerged)
@@ -63,12 +63,12 @@ def merge_for_a_while(case: Case, rng: Rng) -> None:
     case.model.eval()
     case.shadow.training = False
     with roundings_taken(), dvora.merged(case.model):
-        case.shadow.merge()
+        case.shadow.merge(*NAMES)
         try:
             check_values(case.model, case.shadow)
             check_outputs(case, rng)
         finally:
-            case.shadow.unmerge()
+            case.shadow.unmerge(*NAMES)
 
 
 @operation(1, in_peft_unmerged)
@@ -85,7 +85,7 @@ def train_while_merged_for_a_while(case: Case, rng: Rng) -> None:
         finally:
             case.model.eval()
     if vectors and all(gradient is None for gradient in found[1:]):
-        raise Wrong("a pass in training mode within dvora.merged gave no vector a gradient, without a word")
+        raise MismatchError("a pass in training mode within dvora.merged gave no vector a gradient, without a word")
 
 
 @operation(1, is_plain)
@@ -116,7 +116,7 @@ def merge_what_is_too_large(case: Case, rng: Rng) -> None:
         held = [case.parameter(f"{name}.weight").isfinite().all() for name in NAMES]
         case.model.unmerge_adapter()
         if not all(held):
-            raise Wrong("merge_adapter put values that are not finite into a weight")
+            raise MismatchError("merge_adapter put values that are not finite into a weight")
     finally:
         strength.copy_(before)
 
@@ -137,9 +137,9 @@ def load_base_while_merged(case: Case, rng: Rng) -> None:
     values = as_held(case, other_values(case, rng, names))
     case.model.load_state_dict({key: values[name] for name, key in keys(case.model, names).items()}, strict=False)
     entered(case, values)
-    case.shadow.unmerge()
+    case.shadow.unmerge(*NAMES)
     if any(case.layer(name).merged for name in NAMES):
-        case.shadow.merge()
+        case.shadow.merge(*NAMES)
 
 
 @contextmanager
@@ -163,9 +163,9 @@ def load_adapter_of_the_same_name(case: Case, rng: Rng) -> None:
         case.model.load_adapter(folder, "default", is_trainable=True)
     entered(case, values)
     if case.shadow.is_merged:
-        case.shadow.unmerge()
+        case.shadow.unmerge(*NAMES)
         if any(case.layer(name).merged for name in NAMES):
-            case.shadow.merge()
+            case.shadow.merge(*NAMES)
 
 
 @operation(1, in_peft)

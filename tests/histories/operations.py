@@ -20,7 +20,7 @@ OUTPUTS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.06, torch
 GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 
 
-class Wrong(AssertionError):
+class MismatchError(AssertionError):
     """The model is not what its shadow says."""
 
 
@@ -119,25 +119,25 @@ def check_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, s
     """Within a share of the largest value, or of a size that is given.
 
     Raises:
-        Wrong: it is not.
+        MismatchError: it is not.
     """
     if actual.shape != expected.shape:
-        raise Wrong(f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+        raise MismatchError(f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     if not actual.numel():
         return
     deviation = float((actual.detach().double() - expected.detach().double()).abs().max())
     size = max(1e-3, float(expected.abs().max()) if size is None else size)
     if not deviation <= tolerance * size:
-        raise Wrong(f"{what}: off by {deviation:.3g} of {size:.3g}, allowed are {tolerance * size:.2g}")
+        raise MismatchError(f"{what}: off by {deviation:.3g} of {size:.3g}, allowed are {tolerance * size:.2g}")
 
 
 def check_same(actual: Tensor, expected: Tensor, what: str) -> None:
     """To the last bit.
 
     Raises:
-        Wrong: it is not.
+        MismatchError: it is not.
     """
     if not torch.equal(actual.detach().double(), expected):
-        raise Wrong(
+        raise MismatchError(
             f"{what}: off by {float((actual.detach().double() - expected).abs().max()):.3g}, expected no change"
         )

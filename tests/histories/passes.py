@@ -12,7 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.histories.checks import drawn_like
 from tests.histories.lines import elsewhere
-from tests.histories.operations import GRADIENTS, OUTPUTS, Case, Rng, Wrong, check_close, is_plain, operation, unmerged
+from tests.histories.operations import (
+    GRADIENTS,
+    OUTPUTS,
+    Case,
+    MismatchError,
+    Rng,
+    check_close,
+    is_plain,
+    operation,
+    unmerged,
+)
 from tests.histories.subjects import BASE, NAMES, VECTORS
 
 HALF = torch.bfloat16
@@ -171,7 +181,7 @@ def run_with_another_default_device(case: Case, rng: Rng) -> None:
                 with torch.device(device), torch.set_grad_enabled(recorded):
                     y = case.model(x)
                 if y.device.type != "cpu":
-                    raise Wrong(f"outputs of inputs on the CPU are on {y.device}")
+                    raise MismatchError(f"outputs of inputs on the CPU are on {y.device}")
                 check_close(
                     y, case.shadow.outputs(x), OUTPUTS[case.shadow.coarsest], f"outputs, {device} is the default"
                 )
@@ -252,7 +262,7 @@ def inputs_are_let_go(case: Case, rng: Rng) -> None:
     torch.autograd.grad(y.sum(), x)
     del x, y
     if not kept.expired():
-        raise Wrong("the inputs are kept after the backward pass")
+        raise MismatchError("the inputs are kept after the backward pass")
 
 
 @operation(1, is_plain)

@@ -73,7 +73,7 @@ class Shadow:
         layers = {}
         for name in NAMES:
             in_features, out_features = settings.sizes[name]
-            rank = settings.ranks[name]
+            rank = settings.rank
             A = shared.A(rank, in_features, torch.float64).clone()
             B = shared.B(rank, out_features, torch.float64).clone()
             layers[name] = LayerShadow({}, A, B, settings, settings.strength)
@@ -140,10 +140,8 @@ class Shadow:
 
     def other_vectors(self, name: str, rng: np.random.Generator) -> dict[str, Tensor]:
         """Vectors that turn rows by tens of degrees and change their norms by tens of percent."""
-        w = self.layers[name].values["weight"].norm(dim=1).numpy() if self.layers[name].values else None
-        in_features, out_features = self.layers[name].settings.sizes[name]
-        rank = self.layers[name].settings.ranks[name]
-        w = np.ones(out_features) if w is None else np.where(w == 0, 1.0, w)
+        rank, w = self.layers[name].settings.rank, self.layers[name].values["weight"].norm(dim=1).numpy()
+        w, out_features = np.where(w == 0, 1.0, w), len(w)
         made = {
             "magnitude": w * (1 + 0.2 * rng.normal(size=out_features)),
             "lambda_b": rng.normal(size=out_features),
@@ -191,17 +189,18 @@ class Shadow:
         if self.is_merged:
             self.merged_in = self.coarsest
 
-    def merge(self) -> None:
-        """All layers."""
-        for layer in self.layers.values():
-            layer.merged = layer.weight_of(layer.dense()).detach()
-        self.merged_in = self.dtype
+    def merge(self, *names: str) -> None:
+        """Those of the layers that are not merged."""
+        for name in names:
+            layer = self.layers[name]
+            if layer.merged is None:
+                layer.merged, self.merged_in = layer.weight_of(layer.dense()).detach(), self.coarsest
 
-    def unmerge(self) -> None:
-        """All layers."""
-        for layer in self.layers.values():
-            layer.merged = None
-        self.merged_in = None
+    def unmerge(self, *names: str) -> None:
+        """Layers."""
+        for name in names:
+            self.layers[name].merged = None
+        self.merged_in = self.merged_in if self.is_merged else None
 
     def of_layer(self, name: str) -> Shadow:
         """A model of one layer only."""

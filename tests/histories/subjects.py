@@ -53,7 +53,7 @@ class Settings:
 
         interface = one_of("plain", "peft")
         row = one_of("usual", "usual", "zero", "tiny")
-        settings = cls(
+        return cls(
             interface=interface,
             kind=one_of("kaiming_uniform", "gaussian", "orthogonal", "structured", "structured"),
             direction=one_of("unit", "weight"),
@@ -71,7 +71,6 @@ class Settings:
             outputs=one_of(4, 7),
             seed=one_of(0, 3),
         )
-        return settings
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -81,11 +80,6 @@ class Settings:
             "second": (self.width, self.hidden),
             "last": (self.hidden, self.outputs),
         }
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """By layer."""
-        return dict.fromkeys(NAMES, self.rank)
 
     @property
     def scaling(self) -> float:

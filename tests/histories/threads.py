@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.histories.checks import drawn_like
 from tests.histories.lines import at_line, elsewhere
-from tests.histories.operations import OUTPUTS, Case, Rng, Wrong, operation, unmerged
+from tests.histories.operations import OUTPUTS, Case, MismatchError, Rng, operation, unmerged
 from tests.histories.shadow import Shadow
 from tests.histories.subjects import keys
 from tests.histories.writes import (
@@ -28,7 +28,7 @@ from tests.histories.writes import (
 
 READ_ONCE = ("magnitude", "lambda_b")
 """Vectors that a pass reads once: one that is written to meanwhile gives the outputs of before or after."""
-KEEPING = ("adapted_weight", "evaluated", "measured", "siblings")
+KEEPING = ("adapted_weight", "evaluated", "measured", "siblings", "kernels/gain")
 """Files that keep what was made from values."""
 ROUNDS, READERS = 25, 2
 
@@ -121,4 +121,4 @@ def _hasty() -> Iterator[None]:
 def _check_is_one_of(y: Tensor, expected: list[Tensor], shadow: Shadow, what: str) -> None:
     deviations = [float((y.double() - each).abs().max() / each.abs().max()) for each in expected]
     if not min(deviations) <= OUTPUTS[shadow.coarsest]:
-        raise Wrong(f"{what}: off by {min(deviations):.3g} of 1 from the nearest of {len(expected)} states")
+        raise MismatchError(f"{what}: off by {min(deviations):.3g} of 1 from the nearest of {len(expected)} states")

@@ -8,7 +8,16 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from tests.histories.operations import Case, Rng, Wrong, check_close, in_peft_unmerged, is_plain, operation, unmerged
+from tests.histories.operations import (
+    Case,
+    MismatchError,
+    Rng,
+    check_close,
+    in_peft_unmerged,
+    is_plain,
+    operation,
+    unmerged,
+)
 from tests.histories.subjects import BASE, NAMES, VECTORS, keys, layer_of, replace_parameter
 
 
@@ -207,4 +216,4 @@ def load_what_is_refused(case: Case, rng: Rng) -> None:
             case.layer(layer).set_parameters(torch.cat([value.flatten() for value in values.values()]))
     except ValueError:
         return
-    raise Wrong(f"a value of {spoilt} that is not finite, or too many, were taken")
+    raise MismatchError(f"a value of {spoilt} that is not finite, or too many, were taken")
