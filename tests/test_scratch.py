@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-
 from torch.autograd import grad
 
 from tests.cases import randn, trained_layer

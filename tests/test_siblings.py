@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from sibling_layers import IN, TOKENS, Products, inputs, loss, outputs, projections_made, siblings
@@ -81,7 +82,12 @@ CHANGES: dict[str, Change] = {
     "view": write_through_a_view,
     "inference": add_in_inference_mode,
     "data": assign_data,
+    "data in place": lambda x: x.data.mul_(2),
+    "numpy": lambda x: x.numpy().fill(0.5),
+    "numpy that was there before": lambda x: NUMPY[x.data_ptr()].fill(0.5),
 }
+NUMPY: dict[int, np.ndarray] = {}
+"""Arrays of the memory of inputs, made before they are projected."""
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -89,12 +95,26 @@ CHANGES: dict[str, Change] = {
 def test_inputs_changed_between_siblings_are_projected_anew(mode: type, change: str) -> None:
     def step(layers: Layers) -> list[Tensor]:
         x = inputs()
+        NUMPY[x.data_ptr()] = x.numpy()
         with mode():
             first = layers[0](x)
             CHANGES[change](x)
             return [first, layers[1](x), layers[2](x)]
 
     assert projections_made(step) == 2
+    NUMPY.clear()
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_sharing_can_be_switched_off(mode: type) -> None:
+    def step(layers: Layers) -> list[Tensor]:
+        for layer in layers:
+            layer.shared.share_inputs = False
+        with mode():
+            return [outputs(layers, inputs())]
+
+    assert projections_made(step) == 3
+    assert not SharedProjections(0, share_inputs=False).share_inputs
 
 
 def test_inputs_transposed_in_place_are_projected_anew() -> None:

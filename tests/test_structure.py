@@ -30,6 +30,7 @@ ORDER = [
     "triton_kernels",
     "scaled_product",
     "dense_rows",
+    "dense_store",
     "dense",
     "vera_matrices",
     "kronecker",

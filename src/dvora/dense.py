@@ -11,13 +11,15 @@ so layers of any size and adapters of any rank use the same values (VeRA, arXiv 
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .dense_rows import ENTRY_VARIANCE, unit_rows
+from .dense_store import DenseStore, Make
 from .precision import as_dtype, norm_dtype
 from .scaled_product import scaled_product
 from .scratch import out
@@ -41,20 +43,23 @@ class DenseMatrices(nn.Module):
 
     Args:
         seed: names the matrices.
-        distribution: "kaiming_uniform", "gaussian", "rademacher" or "orthogonal".
+        distribution: "kaiming_uniform", "gaussian", "rademacher" or "orthogonal", or that of `make`.
+        make: makes the unscaled values; None makes those of the distribution.
     """
 
     products_are_cheap = False
 
-    def __init__(self, seed: int, distribution: str) -> None:
+    def __init__(self, seed: int, distribution: str, make: Make | None = None) -> None:
         super().__init__()
         self.seed = seed
         self.distribution = distribution
+        self._make = make or partial(unit_rows, seed, distribution)
+        self.store = DenseStore(self._make, exact=distribution == "orthogonal")
         self._spans: dict[int, Span | None] = {}
 
     def of_part(self, inputs: Span | None, outputs: Span | None) -> "DenseMatrices":
         """The columns of A and the rows of B of one process: views of the same values, for sizes of its part."""
-        # A shallow copy has the very buffers, those made later too.
+        # A shallow copy has the very store.
         part = copy.copy(self)
         part._spans = {_STREAM_A: inputs, _STREAM_B: outputs}
         return part
@@ -63,16 +68,17 @@ class DenseMatrices(nn.Module):
         """Make the matrices for a layer now, so that no forward pass has to."""
         self._stored(_STREAM_A, rank, in_features)
         self._stored(_STREAM_B, rank, out_features)
-        self.gram(rank, in_features, dtype)
+        if rank <= in_features:
+            self.gram(rank, in_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        A = self._stored(_STREAM_A, rank, x.shape[-1]).to(x.device)
+        A = self._stored(_STREAM_A, rank, x.shape[-1], x.device)
         return scaled_product(x, A.T, self._scale(self._fan_in(x.shape[-1])))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, in the dtype of `h`."""
-        A = self._stored(_STREAM_A, h.shape[-1], in_features).to(h.device)
+        A = self._stored(_STREAM_A, h.shape[-1], in_features, h.device)
         return scaled_product(h, A, self._scale(self._fan_in(in_features)))
 
     def expand(
@@ -80,7 +86,7 @@ class DenseMatrices(nn.Module):
     ) -> Float[Tensor, "*T O"]:
         """`(z B^T) * scale`, in the dtype of `z`."""
         rank = z.shape[-1]
-        B = self._stored(_STREAM_B, rank, out_features).to(z.device)
+        B = self._stored(_STREAM_B, rank, out_features, z.device)
         if scale is not None and z.numel() > rank**2:
             # More tokens than the rank: the scale costs least on the matrix.
             return scaled_product(z, _scaled(B, scale), self._scale(rank))
@@ -91,7 +97,7 @@ class DenseMatrices(nn.Module):
         self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
     ) -> Float[Tensor, "*T R"]:
         """`(d * scale) B`, in the dtype of `d`."""
-        B = self._stored(_STREAM_B, rank, d.shape[-1]).to(d.device)
+        B = self._stored(_STREAM_B, rank, d.shape[-1], d.device)
         if scale is not None and d.numel() > rank * d.shape[-1]:
             return scaled_product(d, _scaled(B, scale).T, self._scale(rank))
         return scaled_product(d if scale is None else d * as_dtype(scale, d.dtype), B.T, self._scale(rank))
@@ -102,7 +108,7 @@ class DenseMatrices(nn.Module):
         if d.dtype == torch.float16:
             # The sums over many tokens would overflow.
             d, z = d.to(wide), z.to(wide)
-        B = self._stored(_STREAM_B, z.shape[-1], d.shape[-1]).to(d.device, wide)
+        B = self._stored(_STREAM_B, z.shape[-1], d.shape[-1], d.device).to(wide)
         products = torch.mm(z.T, d, out=out("z d", B.shape, d)).to(wide)
         products = torch.mul(products, B, out=out("z d B", B.shape, products))
         return _column_sums(products) * self._scale(z.shape[-1])
@@ -113,7 +119,7 @@ class DenseMatrices(nn.Module):
         """`W + diag(beta) B diag(lambda_d) A`, dense."""
         (out_features, in_features), rank = weight.shape, len(lambda_d)
         B = self._like(_STREAM_B, rank, out_features, weight) * lambda_d[:, None]
-        scale = self._scale(rank) * self._scale(in_features)
+        scale = self._scale(rank) * self._scale(self._fan_in(in_features))
         return torch.addmm(weight, (B * beta).T, self._like(_STREAM_A, rank, in_features, weight), alpha=scale)
 
     def update_products(
@@ -126,8 +132,8 @@ class DenseMatrices(nn.Module):
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        stored = self._stored(_STREAM_A, rank, in_features).to(index.device)
-        return stored[:, index].movedim(0, -1).to(dtype) * self._scale(in_features)
+        stored = self._stored(_STREAM_A, rank, in_features, index.device)
+        return stored[:, index].movedim(0, -1).to(dtype) * self._scale(self._fan_in(in_features))
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
         """The dense matrix A."""
@@ -137,16 +143,19 @@ class DenseMatrices(nn.Module):
         """The dense matrix B."""
         return self._stored(_STREAM_B, rank, out_features).to(dtype).T * self._scale(rank)
 
-    def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in float64; a buffer for each size, not to be written to."""
-        name = f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}"
-        if name not in self._buffers:
+    def gram(
+        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Float[Tensor, "R R"]:
+        """`G = A A^T`, summed in float64; kept for each size, not to be written to."""
+
+        def made() -> Tensor:
             with torch.inference_mode(False), torch.no_grad():
                 A = self.A(rank, in_features, torch.float64)
                 G = A @ A.T
                 # A product need not be symmetric to the last bit.
-                self.register_buffer(name, ((G + G.T) / 2).to(dtype), persistent=False)
-        return self.get_buffer(name)
+                return ((G + G.T) / 2).to(dtype)
+
+        return self.store.kept(f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}", made, device)
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
         """`q = ||B diag(lambda_d) A||_row**2`, from G or, for a rank above the width, from A: `O R min(R, I)`."""
@@ -197,7 +206,7 @@ class DenseMatrices(nn.Module):
 
     def saved(self) -> dict[str, Tensor]:
         """The stored values as they are written into files: unscaled, as large as any layer so far has needed."""
-        return {name: buffer for name, buffer in self.named_buffers() if name.startswith("stream_")}
+        return self.store.stored()
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
         """What a matrix of a file, named as in `saved`, should be; None where there is no such matrix."""
@@ -205,7 +214,7 @@ class DenseMatrices(nn.Module):
         if kind != "stream" or stream[:1] not in ("0", "1") or saved.dim() != 2 or not saved.numel():
             return None
         rows, columns = saved.shape
-        return self._generate(int(stream[:1]), rows, columns, None)
+        return torch.from_numpy(self._make(int(stream[:1]), rows, columns))
 
     def _scale(self, fan_in: int) -> float:
         return math.sqrt(2 / fan_in / ENTRY_VARIANCE[self.distribution])
@@ -224,7 +233,7 @@ class DenseMatrices(nn.Module):
     ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
         """Transposed B without its scale, and G."""
         B = self._like(_STREAM_B, len(like), out_features, like)
-        return B, self.gram(len(like), in_features, like.dtype).to(like.device)
+        return B, self.gram(len(like), in_features, like.dtype, like.device)
 
     def _slopes(
         self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, kept: bool = False
@@ -243,43 +252,17 @@ class DenseMatrices(nn.Module):
         return self.distribution == "orthogonal" and like.dtype == torch.float32
 
     def _like(self, stream: int, rank: int, size: int, like: Tensor) -> Tensor:
-        return self._stored(stream, rank, size).to(device=like.device, dtype=like.dtype)
+        return as_dtype(self._stored(stream, rank, size, like.device), like.dtype)
 
-    def _stored(self, stream: int, rank: int, size: int) -> Tensor:
-        """The unscaled values of one stream, (rank, size): a view of the largest matrix made so far."""
+    def _stored(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
+        """The unscaled values of one stream, (rank, size): a view."""
         span = self._spans.get(stream)
-        return self._whole(stream, rank, size) if span is None else span.of(self._whole(stream, rank, span.total))
+        if span is None:
+            return self._whole(stream, rank, size, device)
+        return span.of(self._whole(stream, rank, span.total, device))
 
-    def _whole(self, stream: int, rank: int, size: int) -> Tensor:
-        # Orthogonality holds for one size only, so these cannot be cut from a larger matrix.
-        name = f"stream_{stream}_{rank}x{size}" if self.distribution == "orthogonal" else f"stream_{stream}"
-        stored = self._buffers.get(name)
-        if stored is None or stored.shape[0] < rank or stored.shape[1] < size:
-            rows, columns = (rank, size) if stored is None else map(max, stored.shape, (rank, size))
-            device = None if stored is None else stored.device
-            stored = self._generate(stream, rows, columns, device)
-            self.register_buffer(name, stored, persistent=False)
-        return stored[:rank, :size]
-
-    def _generate(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
-        with torch.inference_mode(False):
-            values = unit_rows(self.seed, self.distribution, stream, rows, columns)
-            return torch.from_numpy(values).to(device=device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseMatrices":
-        # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
-        # `to_empty` would leave them undefined.
-        for name, stored in list(self._buffers.items()):
-            assert stored is not None
-            device = fn(stored.new_empty(0)).device
-            if not stored.is_meta or device.type == "meta":
-                self._buffers[name] = stored.to(device)
-            elif name.startswith("stream_"):
-                rows, columns = stored.shape
-                self._buffers[name] = self._generate(int(name.split("_")[1]), rows, columns, device)
-            else:
-                del self._buffers[name]
-        return self
+    def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
+        return self.store.values(stream, rank, size, device)
 
 
 def _scaled(B: Float[Tensor, "R O"], scale: Float[Tensor, "O"]) -> Float[Tensor, "R O"]:

@@ -114,14 +114,17 @@ class SharedProjections(nn.Module):
             "kaiming_uniform", "gaussian", "rademacher" (signs) or "orthogonal" (rows of A and columns of B orthogonal
             in blocks of at most the layer's size). All of these are bit for bit reproducible. An adapter that comes
             from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)" (`vera_matrices`), torch's values for a seed.
+        share_inputs: make `x A^T` once for the layers that read the same x, one after another (`siblings`). An
+            attribute too; switch it off where x is written to between them by something that PyTorch does not count.
 
     Raises:
         TypeError: `seed` is not an integer.
         ValueError: `seed` is out of range or `distribution` is unknown.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform") -> None:
+    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform", *, share_inputs: bool = True) -> None:
         super().__init__()
+        self.share_inputs = share_inputs
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
         self.kind = _matrices(seed, self.distribution)
@@ -137,7 +140,8 @@ class SharedProjections(nn.Module):
 
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
         """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
-        return self._last.of(x, rank, reader, partial(projected, matrices=self.kind))
+        project = partial(projected, matrices=self.kind)
+        return self._last.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""

@@ -2,8 +2,9 @@
 
 `z = x A^T` is made for the first of them and handed to the others, so autograd sums its gradient before the one product
 with A. What is kept belongs to one tensor in one state, one thread and one way of running; it is dropped with the
-tensor. A layer that asks twice is in another pass, and gets a new one: the tensor may have been written to through
-`x.data`, which PyTorch does not count.
+tensor. PyTorch does not count writes through `x.data` or NumPy. So a layer that asks twice is in another pass, and gets
+a new projection; and on a CPU the values of inputs that are no part of a graph are compared with those that were
+projected, which costs less than the product that is saved.
 """
 
 import threading
@@ -37,11 +38,13 @@ class LastProjection:
         context = _context(x, rank)
         last: _Entry | None = getattr(self._local, "entry", None)
         if last is not None and last.reference() is x and last.context == context:
-            z = last.handed_to(reader)
+            z = last.handed_to(reader, x)
             if z is not None:
                 return z
+        # Before it is projected: another thread may write to it meanwhile.
+        values = x.detach().clone() if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) else None
         z = project(x, rank)
-        self._local.entry = _Entry(x, context, z, reader)
+        self._local.entry = _Entry(x, values, context, z, reader)
         return z
 
     def __reduce__(self) -> tuple[type["LastProjection"], tuple[()]]:
@@ -89,8 +92,10 @@ class _Hook:
 class _Entry:
     """A projection and the tensor that it is of; the projection goes when the tensor does."""
 
-    def __init__(self, x: Tensor, context: tuple[object, ...], z: Tensor, reader: object) -> None:
-        self.context = context
+    def __init__(
+        self, x: Tensor, values: Tensor | None, context: tuple[object, ...], z: Tensor, reader: object
+    ) -> None:
+        self.context, self.values = context, values
         # The graph of z holds a leaf that wants a gradient, so z must not be what keeps that alive.
         self.z: Callable[[], Tensor | None] = weakref.ref(z) if x.is_leaf and x.requires_grad else lambda: z
         self.readers = {id(reader)}
@@ -99,13 +104,13 @@ class _Entry:
         def forget(_: object) -> None:
             if (kept := entry()) is not None:
                 # The context holds the node that made x, and that the whole graph.
-                kept.z, kept.context = lambda: None, ()
+                kept.z, kept.context, kept.values = lambda: None, (), None
 
         self.reference = weakref.ref(x, forget)
 
-    def handed_to(self, reader: object) -> Tensor | None:
-        """The projection, for a reader that has not had it yet."""
-        if id(reader) in self.readers:
+    def handed_to(self, reader: object, x: Tensor) -> Tensor | None:
+        """The projection, for a reader that has not had it yet, of inputs that are what they were."""
+        if id(reader) in self.readers or not (self.values is None or torch.equal(self.values, x)):
             return None
         self.readers.add(id(reader))
         return self.z()

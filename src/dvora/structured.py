@@ -14,7 +14,7 @@ A size that is prime has no factors but one: its transform is the dense cosine m
 
 import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .kronecker import Kronecker, Stack, narrow, widen
 from .precision import as_dtype, norm_dtype
 from .shapes import Float
 from .spans import Span
+from .transforms import transforming
 
 Side = Literal["A", "B"]
 
@@ -55,6 +56,7 @@ class StructuredMatrices(nn.Module):
         super().__init__()
         self.seed = seed
         self._stacks: dict[_Key, Stack] = {}
+        self._copies: dict[tuple[_Key, torch.device], Stack] = {}
         self._made: dict[_Key, list[tuple[tuple[str, str, str], int]]] = {}
         self._spans: dict[Side, Span | None] = {}
 
@@ -195,7 +197,16 @@ class StructuredMatrices(nn.Module):
             self._stacks[key] = stack
         if device is None or stack[0].left.device == device:
             return stack
-        return tuple(Kronecker(M.left.to(device), M.right.to(device), M.diagonal.to(device), M.rows) for M in stack)
+        there = self._copies.get((key, device))
+        if there is None:
+            with torch.inference_mode(False):
+                there = tuple(
+                    Kronecker(M.left.to(device), M.right.to(device), M.diagonal.to(device), M.rows) for M in stack
+                )
+            # A graph that is being made holds copies of its own.
+            if not transforming():
+                self._copies[key, device] = there
+        return there
 
     def _block(self, names: tuple[str, str, str], rows: int) -> Kronecker:
         left, right, diagonal = (self._buffers[name] for name in names)
@@ -238,7 +249,11 @@ class StructuredMatrices(nn.Module):
                 for name in names:
                     self._buffers[name] = self.get_buffer(name).to(device)
         self._stacks.clear()
+        self._copies.clear()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
 
 
 def _blocks(seed: int, side: Side, rank: int, size: int) -> list[tuple[_Array, _Array, _Array]]:

@@ -10,7 +10,7 @@ Dimensions: I in, O out, R rank, each of the largest layer.
 import hashlib
 import math
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ class VeraMatrices(DenseMatrices):
     """
 
     def __init__(self, seed: int, sizes: VeraSizes) -> None:
-        super().__init__(seed, sizes.distribution)
+        super().__init__(seed, sizes.distribution, partial(_drawn_values, seed, sizes))
         self.sizes = sizes
 
     def probe(self) -> np.ndarray:
@@ -73,27 +73,26 @@ class VeraMatrices(DenseMatrices):
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
         """What a matrix of a file should be; None where there is no such matrix."""
-        return self._of_stream(int(name[-1])) if name in ("stream_0", "stream_1") else None
+        stream = name.removeprefix("stream_")[:1]
+        return torch.from_numpy(_drawn_values(self.seed, self.sizes, int(stream))) if stream in ("0", "1") else None
 
     def _scale(self, fan_in: int) -> float:
         return 1.0  # the values are scaled when they are drawn
 
-    def _whole(self, stream: int, rank: int, size: int) -> Tensor:
+    def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
         largest = self.sizes[1 + stream]
         if rank > self.sizes.rank or size > largest:
             raise ValueError(
                 f"projection_init={self.distribution!r} has matrices of rank {self.sizes.rank} for at most {largest} "
                 f"{('inputs', 'outputs')[stream]}; this layer needs rank {rank} and {size}"
             )
-        return super()._whole(stream, self.sizes.rank, largest)[:rank, :size]
+        return super()._whole(stream, self.sizes.rank, largest, device)[:rank, :size]
 
-    def _generate(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
-        with torch.inference_mode(False):
-            return self._of_stream(stream).to(device=device)
 
-    def _of_stream(self, stream: int) -> Tensor:
-        A, B = drawn(self.seed, self.sizes)
-        return B.T.contiguous() if stream else A
+def _drawn_values(seed: int, sizes: VeraSizes, stream: int, *_: int) -> np.ndarray:
+    """All values of a stream, however many are asked for."""
+    A, B = drawn(seed, sizes)
+    return (B.T.contiguous() if stream else A).numpy()
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
