@@ -25,6 +25,8 @@ from tests.histories.refusals import REFUSALS
 from tests.histories.shadow import Shadow
 from tests.histories.subjects import Settings, made
 
+HANGS = 120
+"""Seconds after which a history is taken for one that waits for itself."""
 LENGTH = 40
 """Operations that are drawn; those whose time has not come do nothing."""
 
@@ -81,10 +83,10 @@ class History(NamedTuple):
         In a thread of its own, because memory that is spoilt for a thread must not spoil the next history.
         """
         ended: list[tuple[int, Failure | None]] = []
-        thread = threading.Thread(target=lambda: ended.append(self._run()))
+        thread = threading.Thread(target=lambda: ended.append(self._run()), daemon=True)
         thread.start()
-        thread.join()
-        return ended[0]
+        thread.join(HANGS)
+        return ended[0] if ended else (0, Failure(None, f"the history has not ended after {HANGS} seconds", ""))
 
     def shortened(self, failure: Failure) -> tuple[History, Failure]:
         """The shortest list of steps that still fails in the same way, and how."""
