@@ -78,9 +78,9 @@ def test_parts_of_the_inputs_add_up(
         part, size = whole.of_part(span, None), span.stop - span.start
         z += part.project(span.of(x), rank)
         back.append(part.project_transpose(h, size))
-        torch.testing.assert_close(
-            part.A(rank, size, torch.float64), span.of(whole.A(rank, in_features, torch.float64))
-        )
+        columns = span.of(whole.A(rank, in_features, torch.float64))
+        torch.testing.assert_close(part.A(rank, size, torch.float64), columns)
+        torch.testing.assert_close(part.select(torch.arange(size), rank, size, torch.float64), columns.T)
     torch.testing.assert_close(z, whole.project(x, rank))
     torch.testing.assert_close(torch.cat(back, -1), whole.project_transpose(h, in_features))
 

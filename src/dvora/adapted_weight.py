@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .evaluated import LastFactors
+from .evaluated import LastFactors, version_of
 from .functional import Direction, RowFactors, Vectors
 from .kernels.gain import row_factors
 from .layouts import ROWS, Layout, is_at_hand
 from .measured import MeasuredWeight
-from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, without_column
+from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, row_norms, without_column
 from .parts import Part, check_whole, gathered, is_divided, local, part_of
 from .precision import at_least_float32, full_precision, norm_dtype
 from .projections import Matrices, SharedProjections
 from .shapes import Float
+from .small_rows import small_rows
 from .transforms import recording, transforming
 from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
 
@@ -63,6 +64,7 @@ class AdaptedWeight(nn.Module):
 
     w: Tensor
     C: Tensor | None
+    small: Tensor | None
 
     def __init__(
         self,
@@ -102,6 +104,8 @@ class AdaptedWeight(nn.Module):
         self._last = LastFactors()
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
+        self.register_buffer("small", None, persistent=False)
+        self._small_of: tuple[int, int] | None = None
         self.refresh(weight)
 
     @property
@@ -193,7 +197,7 @@ class AdaptedWeight(nn.Module):
             measured = MeasuredWeight(held)
             with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
                 matrix = self.layout.matrix(gathered(weight.detach()))
-                w = F.row_norm(matrix)
+                w = row_norms(matrix)
                 check_norms(w, self.name)
                 dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
                 C = None if dtype is None else self._cross(matrix, dtype)
@@ -202,9 +206,20 @@ class AdaptedWeight(nn.Module):
             with _ONE_AT_A_TIME:
                 if measured.was_written_to(held) and attempt:
                     continue
-                self.w, self.C, self.part, self._measured = w, C, part, measured
+                self.w, self.C, self.part, self._measured, self._small_of = w, C, part, measured, None
             break
         self._last.drop()
+
+    def small_rows(self, bias: Float[Tensor, "O"] | None) -> Tensor | None:
+        """Indices of the rows that are small beside their bias (`small_rows`); None without any."""
+        if bias is None or self.part is not None:
+            return None
+        state = None if transforming() else (id(bias), version_of(bias))
+        if state is not None and state != self._small_of:
+            with torch.inference_mode(False):
+                self.small = small_rows(self.w, bias)
+            self._small_of = state
+        return self.small
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
         """The dense A of this weight, with the dtype and device of `like`."""
@@ -288,6 +303,7 @@ class AdaptedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:
             self.shared._apply(fn)
+        self._small_of = None
         # The dtype of C is chosen by its size, and only its device follows.
         C, self.C = self.C, None
         super()._apply(at_least_float32(fn), recurse=False)
@@ -297,4 +313,4 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_measured": None, "part": None}
+        return {**self.__dict__, "_measured": None, "part": None, "_small_of": None}

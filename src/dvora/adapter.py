@@ -11,7 +11,7 @@ from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
 from .functional import Direction, Vectors
 from .layouts import weight_at_hand
-from .linear_outputs import combined, from_updated_weight
+from .linear_outputs import combined, from_updated_weight, small_rows_of
 from .merging import check_can_be_set, merge, warn_of_losses
 from .parts import local
 from .precision import at_least_float32
@@ -79,6 +79,8 @@ class DVoRAAdapter(nn.Module):
         with torch.inference_mode(False):
             for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
                 self.register_parameter(name, nn.Parameter(value))
+        # Now, for a graph that is made of the layer cannot look for them.
+        self.adapted.small_rows(base_layer.bias)
         self.base_layer = base_layer
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
@@ -246,9 +248,10 @@ class DVoRAAdapter(nn.Module):
         base, weight = self.base_layer, weight_at_hand(self.base_layer, "weight")
         vectors = self.adapted.local(self.vectors, weight)
         factors = self.adapted.row_factors(vectors, weight)
-        if takes_updated_weight(base, x, self.shared.kind):
+        small = small_rows_of(self.adapted, x, weight, base.bias)
+        if small is None and takes_updated_weight(base, x, self.shared.kind):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
-        return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias)
+        return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in _VECTORS:

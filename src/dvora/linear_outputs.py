@@ -14,6 +14,7 @@ from .kernels.updated import updated_linear
 from .parts import local
 from .projections import projected
 from .shapes import Float
+from .small_rows import SmallRows
 from .transforms import transforming
 
 
@@ -24,6 +25,7 @@ def combined(
     lambda_d: Float[Tensor, "R"],
     factors: RowFactors,
     bias: Float[Tensor, "O"] | None,
+    small: SmallRows | None = None,
 ) -> Float[Tensor, "*T O"]:
     """The output, from that of the base.
 
@@ -34,12 +36,16 @@ def combined(
         lambda_d: the trained vector.
         factors: of this adapter.
         bias: the base's, or None.
+        small: rows that are small beside their bias.
 
     Raises:
         TypeError, ValueError: inputs or outputs are not those of the part of the weight.
     """
     if adapted.part is not None:
         adapted.part.check_sizes(x, base_output, adapted.name)
+    if small is not None:
+        others = combined(adapted, base_output, x, lambda_d, small.left_out(factors), bias)
+        return small.added(others, factors)
     bias = local(bias)
     if transforming():
         nothing = base_output.new_zeros(1).expand_as(base_output)
@@ -48,6 +54,23 @@ def combined(
     z = _z(adapted, x) if adapted.rank else None
     g1, scale, gain, _ = factors
     return combine(base_output, z, lambda_d, g1, scale, bias, adapted.matrices, gain)
+
+
+def small_rows_of(
+    adapted: AdaptedWeight, x: Float[Tensor, "*T I"], weight: Tensor | None, bias: Float[Tensor, "O"] | None
+) -> SmallRows | None:
+    """The rows of a linear layer that are small beside their bias, and what they make of the inputs; None without any.
+
+    Args:
+        adapted: the weight.
+        x: the inputs of the layer.
+        weight: as stored, or None where it is not at hand.
+        bias: the base's, or None.
+    """
+    index = adapted.small_rows(bias)
+    if index is None:
+        return None
+    return SmallRows(index, None if weight is None else nn.functional.linear(x, adapted.layout.matrix(weight)[index]))
 
 
 def from_updated_weight(

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .functional import row_norm
 from .precision import norm_dtype
 from .projections import Matrices
 from .shapes import Float
@@ -16,6 +17,8 @@ NormCache = Literal["auto"] | bool
 
 _CHUNK_VALUES = 2**22
 """Values of a weight that are held in float32 at a time."""
+_SURE_NORM = 1e-15
+"""Below it, the squares of a row's values may have lost digits, or all of them."""
 SMALL_CACHE = 2**20
 """Bytes of C that "auto" always keeps."""
 LARGEST_SHARE = 1 / 4
@@ -47,6 +50,16 @@ def cache_dtype(
     candidates = (wide, torch.bfloat16) if matrix.dtype.itemsize == 2 or not readable else (wide,)
     small = (dtype for dtype in candidates if values * dtype.itemsize <= allowed)
     return next(small, None if cheap and readable else candidates[-1])
+
+
+def row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
+    """The norms of the rows of a frozen weight, also of those whose squares float32 cannot hold."""
+    w = row_norm(matrix)
+    tiny = w < _SURE_NORM
+    if tiny.any():
+        # On the CPU, since not every device has float64.
+        w[tiny] = torch.linalg.vector_norm(matrix[tiny].cpu(), dim=1, dtype=torch.float64).to(w)
+    return w
 
 
 def cross_matrix(

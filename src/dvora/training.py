@@ -19,6 +19,8 @@ LAMBDA_RATE = 0.01
 HEAD_RATE = 1e-3
 MAGNITUDE_SHARE = 0.35
 """Learning rates of `recommended_rates`; the magnitude's is this share of the others', for rows of norm one."""
+USUAL_SHARE = 1e-2
+"""Of the root mean square of all magnitudes, below which a row has no say in the magnitude's rate."""
 
 
 def parameter_groups(
@@ -60,7 +62,7 @@ def parameter_groups(
 def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> dict[Group, float]:
     """Learning rates by group, for AdamW: where to start, not where to end.
 
-    The magnitude's rate is a share of the median magnitude, since models differ in the norms of their rows by more than
+    The magnitude's rate is a share of the median magnitude (of rows that are not tiny), since models differ in the norms of their rows by more than
     a factor of ten; the other vectors are relative to the rows already. Tuning chose 0.007 to 0.035 for lambda_b and
     lambda_d on three models, and mostly this share for the magnitude (`docs/results.md`, question 4).
 
@@ -81,7 +83,9 @@ def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> d
         if any(is_divided(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
             raise ValueError("a magnitude is divided among processes: ask for the rates before dividing the model")
         every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
-        rates["magnitude"] = MAGNITUDE_SHARE * learning_rate * every.median().item()
+        # Rows that give nothing, such as pruned ones, do not say how large the others' steps may be.
+        usual = every[every >= USUAL_SHARE * every.square().mean().sqrt()]
+        rates["magnitude"] = MAGNITUDE_SHARE * learning_rate * usual.median().item()
     return {name: rates[name] for name in GROUPS if members[name]}
 
 

@@ -145,6 +145,14 @@ def test_the_magnitude_s_rate_goes_with_the_rows(factor: float) -> None:
     assert recommended_rates(layer)["magnitude"] == pytest.approx(MAGNITUDE_SHARE * LAMBDA_RATE * 2 * factor)
 
 
+def test_rows_that_are_next_to_nothing_have_no_say_in_the_magnitude_s_rate() -> None:
+    base = nn.Linear(6, 5)
+    with torch.no_grad():
+        base.weight.copy_(torch.eye(5, 6) * torch.tensor([[1e-8], [2.0], [1e-6], [0.0], [1e-3]]))
+    layer = DVoRAAdapter(base, rank=3, shared=SHARED)
+    assert recommended_rates(layer)["magnitude"] == pytest.approx(MAGNITUDE_SHARE * LAMBDA_RATE * 2)
+
+
 def test_rates_for_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="the model trains nothing: adapt it first"):
         recommended_rates(adapted(inference_mode=True))
