@@ -1,15 +1,20 @@
 """Every refusal is a clear error and leaves the base layer as it was: bytes, gradients' flags, hooks."""
 
 import re
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from cases import SHARED, linear
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
-from dvora import DVoRAAdapter
+import dvora
+from dvora import DVoRAAdapter, SharedProjections
+
+QCONFIG = torch.ao.quantization.get_default_qat_qconfig()
 
 
 def snapshot(module: nn.Module) -> list[tuple[str, torch.dtype, bool, bytes]]:
@@ -69,6 +74,52 @@ def test_an_unsupported_layer_is_refused_with_the_supported_ones(make_base: Call
     base = make_base()
     message = rf"type {type(base).__name__} is not supported; supported: torch\.nn\.Linear"
     assert_refused(base, TypeError, message)
+
+
+class FakeQuantised(nn.Linear):
+    """A linear layer that rounds its weight in its forward, as quantisation-aware training does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.weight.abs().max() / 7
+        return nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
+
+
+def replaced_forward() -> nn.Linear:
+    base = linear(6, 5)
+    base.forward = lambda x: 2 * nn.functional.linear(x, base.weight, base.bias)
+    return base
+
+
+@pytest.mark.parametrize(
+    "make_base",
+    [lambda: FakeQuantised(6, 5), lambda: torch.ao.nn.qat.Linear(6, 5, qconfig=QCONFIG), replaced_forward],
+    ids=["own forward", "torch.ao's", "replaced forward"],
+)
+def test_a_linear_layer_that_computes_something_else_is_refused(make_base: Callable[[], nn.Module]) -> None:
+    base = make_base()
+    message = (
+        rf"type {type(base).__name__} is not supported: its forward is not that of torch\.nn\.Linear.*through PEFT"
+    )
+    assert_refused(base, TypeError, message)
+
+
+def test_a_wrapper_that_says_what_it_wraps_is_no_other_forward() -> None:
+    base = add_hook_to_module(linear(6, 5), ModelHook())
+    layer, x = DVoRAAdapter(base, 3, shared=SHARED), torch.ones(6)
+    assert torch.equal(layer(x), linear(6, 5)(x))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (6, 0), (0, 0)])
+@pytest.mark.parametrize("shared", [SHARED, None], ids=["given", "default"])
+def test_a_layer_without_values_is_refused(shared: SharedProjections | None, sizes: tuple[int, int]) -> None:
+    dvora.initialize_shared_matrices(6, 5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of initializing nothing
+        base = nn.Linear(*sizes)
+    message = (
+        rf"Linear\({sizes[0]}, {sizes[1]}\): the base weight has shape \({sizes[1]}, {sizes[0]}\): .*leave the layer"
+    )
+    assert_refused(base, ValueError, message, shared=shared)
 
 
 def test_something_that_is_no_layer_is_refused() -> None:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import DIRECTIONS, DTYPES, SHARED, linear, randn, train, trained_layer
+from cases import DIRECTIONS, DTYPES, SHARED, fresh_copy, linear, randn, train, trained_layer
 from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -96,6 +96,45 @@ def test_a_vector_that_is_not_finite_is_refused_by_name_and_changes_nothing(valu
     assert_unchanged(layer, before)
 
 
+@pytest.mark.parametrize("name", ["magnitude", "lambda_b", "lambda_d"])
+def test_a_vector_that_is_finite_in_a_wider_dtype_only_is_refused(name: str) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    before = copied(layer.state_dict())
+    loaded = {key: tensor.double() for key, tensor in before.items()}
+    loaded[name][0] = 1e39
+    with pytest.raises(ValueError, match=rf"{name} has values that are not finite in torch\.float32"):
+        layer.load_state_dict(loaded)
+    assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_base_without_finite_norms_is_refused_and_changes_nothing(value: float) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    before, expected = copied(layer.state_dict()), layer(torch.ones(IN))
+    loaded = {key: tensor + 1 for key, tensor in before.items()}
+    loaded["base_layer.weight"][1] = value
+    with pytest.raises(ValueError, match=r"base_layer\.weight: 1 of 5 rows .* no finite norm"):
+        layer.load_state_dict(loaded)
+    assert_unchanged(layer, before)
+    assert torch.equal(layer(torch.ones(IN)), expected)
+
+
+def test_a_value_that_is_no_tensor_is_refused_and_changes_nothing() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    before = copied(layer.state_dict())
+    loaded = {**{key: tensor + 1 for key, tensor in before.items()}, "lambda_d": [1.0, 2.0, 3.0]}
+    with pytest.raises(TypeError, match="lambda_d is a list in the state dict, expected a tensor"):
+        layer.load_state_dict(loaded)
+    assert_unchanged(layer, before)
+
+
+def test_a_load_changes_nothing_of_the_callers_state_dict() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    loaded = {key: tensor.double() for key, tensor in layer.state_dict().items()}
+    layer.load_state_dict(loaded)
+    assert all(value.dtype == torch.float64 for value in loaded.values())
+
+
 def test_a_missing_vector_is_refused() -> None:
     layer = trained_layer(IN, OUT, RANK)
     values = layer.state_dict()
@@ -182,6 +221,34 @@ def test_a_merge_into_bfloat16_warns_with_the_share_that_is_lost() -> None:
     lost = float((change - exact).norm() / exact.norm())
     figure = float(str(caught[0].message).split("): ")[1].split("%")[0])
     assert figure == pytest.approx(100 * lost, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "lambda_b", "lambda_d"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_vectors_that_are_not_finite_are_not_merged(value: float, name: str) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with torch.no_grad():
+        layer.get_parameter(name)[0] = value
+    with pytest.raises(ValueError, match=r"Linear\(6, 5\): .*not finite.*nothing was merged"):
+        layer.merge_to_original_layer()
+
+
+def test_a_merge_beyond_the_range_of_the_weights_dtype_is_refused() -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=torch.float16)
+    with torch.no_grad():
+        layer.magnitude[0] = 1e6
+    with pytest.raises(ValueError, match=r"too large for torch\.float16; nothing was merged"):
+        layer.merge_to_original_layer()
+
+
+def test_a_base_that_is_loaded_after_a_merge_is_the_adapters_and_not_the_merged_layers() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    merged, x = layer.merge_to_original_layer(), randn(4, IN, seed=0)
+    before = copied(merged.state_dict())
+    layer.load_state_dict({**layer.state_dict(), "base_layer.weight": randn(OUT, IN, seed=12)})
+    assert_unchanged(merged, before)
+    torch.testing.assert_close(layer(x), fresh_copy(layer)(x))
+    torch.testing.assert_close(layer.merge_to_original_layer()(x), layer(x))
 
 
 def test_a_merge_into_float32_does_not_warn() -> None:

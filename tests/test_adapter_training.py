@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from cases import DIRECTIONS, randn, trained_layer
+from interrupted import interrupted_at
 from reference import worst_error
 from torch import Tensor
 
@@ -206,6 +208,36 @@ def test_parameters_that_are_not_finite_are_refused_and_change_nothing(value: fl
     with pytest.raises(ValueError, match="parameters must be finite"):
         layer.set_parameters(broken)
     assert torch.equal(layer.get_parameters(), before)
+
+
+def test_parameters_that_are_finite_in_a_wider_dtype_only_are_refused_and_change_nothing() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    before = layer.get_parameters()
+    broken = before.double()
+    broken[-1] = 1e39
+    with pytest.raises(ValueError, match=r"parameters must be finite in torch\.float32"):
+        layer.set_parameters(broken)
+    assert torch.equal(layer.get_parameters(), before)
+
+
+@frozen_or_not
+@pytest.mark.parametrize("call", ["set_parameters", "update_parameters"])
+def test_an_interruption_finds_all_old_values_or_all_new_ones(call: str, freeze_base_layer: bool) -> None:
+    def run(moment: int) -> tuple[Tensor, bool]:
+        layer = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer)
+        layer(randn(4, IN, seed=0)).sum().backward()
+        argument = 0.1 if call == "update_parameters" else layer.get_parameters() + 1
+        interrupted = interrupted_at(moment, partial(getattr(layer, call), argument))
+        return layer.get_parameters(), interrupted
+
+    old = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer).get_parameters()
+    new, _ = run(10**6)
+    assert not torch.isclose(old, new, rtol=1e-7, atol=0).any()
+    moments = 0
+    while (after := run(moments))[1]:
+        assert torch.equal(after[0], old) or torch.equal(after[0], new), f"half written at line {moments}"
+        moments += 1
+    assert moments > 8
 
 
 @frozen_or_not

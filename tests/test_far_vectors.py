@@ -75,6 +75,29 @@ def test_a_tiny_row_under_an_update_of_usual_size_keeps_its_digits(norm: float, 
     assert_as_the_dense_method(far_layer(1.0, "weight", base=base), tokens)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("vector", ["magnitude", "lambda_b", "lambda_d"])
+def test_finite_values_that_would_give_others_are_not_loaded(vector: str, assign: bool) -> None:
+    layer, x = far_layer(1.0, "weight").eval(), randn(3, IN, seed=7)
+    before, y = {name: value.clone() for name, value in layer.state_dict().items()}, layer(x)
+    values = {name: value.clone() for name, value in before.items()}
+    values[vector].fill_(3e38)
+    values["base_layer.weight"] *= 1e-6
+    with pytest.raises(
+        ValueError, match=r"lambda_b and lambda_d in the state dict are so large that outputs would not"
+    ):
+        layer.load_state_dict(values, assign=assign)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(layer(x), y)
+
+
+def test_large_values_that_give_finite_ones_are_loaded() -> None:
+    layer, x = far_layer(1e20, "unit").eval(), randn(3, IN, seed=7)
+    other = far_layer(1.0, "unit").eval()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_small_updates_are_what_they_were(distribution: str) -> None:
     assert_as_the_dense_method(far_layer(1e-3, "unit", distribution), 3)

@@ -1,24 +1,31 @@
-"""What training keeps for the backward pass: one tensor of outputs a layer, one z for siblings, never the inputs."""
+"""What training keeps, anywhere: for the backward pass one tensor of outputs a layer, one z for siblings; then nothing.
+
+The plain layer keeps its input too, for its explicit `backward`, until a backward pass has come through.
+"""
 
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from cases import SHARED, linear, randn, train, trained_layer
+from census import Census
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections, dense
 
 TOKENS, IN, OUT, RANK = 400, 72, 96, 8
-OUTPUTS, Z = TOKENS * OUT, TOKENS * RANK
+INPUTS, OUTPUTS, Z = TOKENS * IN, TOKENS * OUT, TOKENS * RANK
 DTYPES = [torch.float32, torch.bfloat16]
+SMALL = 10_000
+"""Bytes a layer: vectors, their gradients, slopes of the norm."""
 
 both_kinds = pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 frozen_or_not = pytest.mark.parametrize("inputs_trained", [True, False], ids=["trained inputs", "frozen inputs"])
+both_checkpoints = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 
 
 def plain_adapter(layer: nn.Linear, distribution: str) -> nn.Module:
@@ -35,30 +42,26 @@ def peft_model(layer: nn.Linear, distribution: str) -> nn.Module:
     return model
 
 
-both_layers = pytest.mark.parametrize("adapted", [plain_adapter, peft_model])
+both_layers = pytest.mark.parametrize(("adapted", "inputs"), [(plain_adapter, INPUTS), (peft_model, 0)])
 
 
-def saved_storages(forward: Callable[[], Tensor], held_anyway: Iterable[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-    """The output, and one tensor for every storage that autograd keeps and nothing else would."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in held_anyway}
-    kept: dict[int, Tensor] = {}
+class Kept:
+    """What the second of two training steps keeps until its backward pass, and behind it: sizes in bytes.
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in held:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    Args:
+        loss: a forward pass; it makes the tensors that it passes to layers, so that nobody else holds them.
+        anyway: tensors that do not count.
+    """
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward()
-    return y, kept
-
-
-def saved_bytes(kept: dict[int, Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def tensors_of(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    def __init__(self, loss: Callable[[], Tensor], anyway: Iterable[Tensor] = ()) -> None:
+        # The first makes what is made once: matrices, gradients, memory that is used again.
+        loss().backward()
+        with Census() as census:
+            made = loss()
+            self.until_backward = census.held(anyway)
+            made.backward()
+            del made
+            self.behind = census.held(anyway)
 
 
 @both_layers
@@ -68,6 +71,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 @frozen_or_not
 def test_a_layer_keeps_z_and_one_tensor_of_outputs(
     adapted: Callable[[nn.Linear, str], nn.Module],
+    inputs: int,
     distribution: str,
     dtype: torch.dtype,
     bias: bool,
@@ -75,11 +79,10 @@ def test_a_layer_keeps_z_and_one_tensor_of_outputs(
 ) -> None:
     model = adapted(linear(IN, OUT, bias=bias, dtype=dtype), distribution)
     x = randn(4, TOKENS // 4, IN, seed=0, dtype=dtype).requires_grad_(inputs_trained)
-    y, kept = saved_storages(lambda: model(x), tensors_of(model))
-    assert saved_bytes(kept) <= (1.1 * OUTPUTS + Z) * dtype.itemsize
-    assert x.untyped_storage().data_ptr() not in kept
-    assert y.untyped_storage().data_ptr() not in kept, "the caller may write into it"
-    y.square().sum().backward()
+    # A sum keeps nothing of the outputs, which are the caller's to write into.
+    kept = Kept(lambda: model(1 * x).sum())
+    assert sum(kept.until_backward) <= (OUTPUTS + Z + inputs) * dtype.itemsize + SMALL
+    assert sum(kept.behind) <= SMALL
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -91,41 +94,110 @@ def test_no_copy_of_the_frozen_matrices_is_kept(
     monkeypatch.setattr(dense, "_KEPT_BYTES", 0)  # the slopes of the norm are as large
     layer = trained_layer(IN, OUT, IN, dtype=dtype, shared=SharedProjections(3, distribution))
     x = randn(16, IN, seed=0, dtype=dtype).requires_grad_()
-    _, kept = saved_storages(lambda: layer(x), [x, *tensors_of(layer)])
-    assert max(tensor.numel() for tensor in kept.values()) <= 16 * OUT < IN * IN
+    kept = Kept(lambda: layer(x).sum())
+    assert max(kept.until_backward) <= 16 * OUT * dtype.itemsize < IN * IN * dtype.itemsize
 
 
 @both_kinds
 @both_dtypes
 def test_siblings_share_one_z(distribution: str, dtype: torch.dtype) -> None:
     shared = SharedProjections(3, distribution)
-    layers = nn.ModuleList(trained_layer(IN, OUT, RANK, dtype=dtype, shared=shared) for _ in range(3))
+    layers = [trained_layer(IN, OUT, RANK, dtype=dtype, shared=shared) for _ in range(3)]
     x = randn(TOKENS, IN, seed=0, dtype=dtype).requires_grad_()
-    _, kept = saved_storages(lambda: sum(layer(read) for read in [1 * x] for layer in layers), [x, *tensors_of(layers)])
-    assert saved_bytes(kept) <= (3 * 1.1 * OUTPUTS + Z) * dtype.itemsize
-    projections = [tensor for tensor in kept.values() if tensor.numel() == Z]
-    assert len(projections) == 1
+    kept = Kept(lambda: sum(layer(read).sum() for read in [1 * x] for layer in layers))
+    # All keep the same inputs.
+    assert sum(kept.until_backward) <= (3 * OUTPUTS + Z + INPUTS) * dtype.itemsize + 3 * SMALL
+    assert kept.until_backward.count(Z * dtype.itemsize) == 1
 
 
 def test_layers_that_read_different_inputs_keep_a_z_each() -> None:
-    layers = nn.ModuleList(trained_layer(IN, OUT, RANK) for _ in range(2))
-    inputs = [randn(TOKENS, IN, seed=seed).requires_grad_() for seed in range(2)]
-    _, kept = saved_storages(
-        lambda: sum(layer(x) for layer, x in zip(layers, inputs, strict=True)), [*inputs, *tensors_of(layers)]
-    )
-    assert sum(tensor.numel() == Z for tensor in kept.values()) == 2
+    layers = [trained_layer(IN, OUT, RANK) for _ in range(2)]
+    x = randn(TOKENS, IN, seed=0).requires_grad_()
+    kept = Kept(lambda: sum(layer(1 * x).sum() for layer in layers))
+    assert kept.until_backward.count(4 * Z) == 2
 
 
-def test_a_layer_without_gradients_keeps_nothing() -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    with torch.no_grad():
-        _, kept = saved_storages(lambda: layer(randn(TOKENS, IN, seed=0)), [])
-    assert kept == {}
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_layer_without_gradients_keeps_its_last_input_at_most(mode: Callable[[], object]) -> None:
+    layer, x = trained_layer(IN, OUT, RANK), randn(TOKENS, IN, seed=0)
+    with mode():
+        layer(x)
+        with Census() as census:
+            layer(1 * x)
+    assert sum(census.held()) <= SMALL + (4 * INPUTS if mode is torch.no_grad else 0)
+
+
+def test_a_layer_in_evaluation_keeps_nothing() -> None:
+    layer, x = trained_layer(IN, OUT, RANK).eval(), randn(TOKENS, IN, seed=0)
+    layer(x)
+    with Census() as census:
+        y = layer(1 * x)
+    assert sum(census.held([y])) <= (OUTPUTS + Z) * 4 + SMALL
+    with torch.no_grad(), census:
+        y = layer(1 * x)
+    assert sum(census.held([y])) <= SMALL
+
+
+def test_a_graph_that_is_never_run_backward_does_not_keep_what_the_layer_forgot() -> None:
+    layer, x = trained_layer(IN, OUT, RANK), randn(TOKENS, IN, seed=0)
+    layer(x)
+    with Census() as census:
+        y = layer(1 * x)
+        before = sum(census.held([y]))
+        layer.reset_state()
+        assert sum(census.held([y])) == before - 4 * INPUTS
+
+
+@both_checkpoints
+def test_a_checkpointed_part_keeps_nothing_but_its_input(use_reentrant: bool) -> None:
+    layers = nn.Sequential(*(trained_layer(IN, IN, RANK) for _ in range(4)))
+    x = randn(TOKENS, IN, seed=0).requires_grad_()
+    kept = Kept(lambda: checkpoint(layers, 1 * x, use_reentrant=use_reentrant).sum())
+    assert sum(kept.until_backward) <= 4 * INPUTS + SMALL
+    assert sum(kept.behind) <= SMALL
+
+
+def test_the_second_run_of_a_checkpointed_part_keeps_no_inputs() -> None:
+    layers, x = [trained_layer(IN, IN, RANK) for _ in range(4)], randn(TOKENS, IN, seed=0).requires_grad_()
+
+    def part(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        held.append(sum(census.held([x])))
+        return x
+
+    held: list[int] = []
+    with Census() as census:
+        checkpoint(part, 1 * x, use_reentrant=True).sum().backward()
+    first, second = held
+    assert first <= 4 * INPUTS + SMALL
+    assert second <= 4 * INPUTS + 4 * (4 * (INPUTS + Z) + SMALL)
 
 
 def test_a_trained_base_is_seen_to_keep_the_inputs() -> None:
     base = linear(IN, OUT)
     layer = train(DVoRAAdapter(base, RANK, freeze_base_layer=False, shared=SHARED))
     x = randn(TOKENS, IN, seed=0)
-    _, kept = saved_storages(lambda: layer(x), tensors_of(layer))
-    assert x.untyped_storage().data_ptr() in kept
+    assert 4 * INPUTS in Kept(lambda: layer(1 * x).sum()).until_backward
+
+
+class Hoarder(nn.Module):
+    """Keeps its input where nobody looks."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.weight = where, nn.Parameter(torch.ones(IN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "attribute":
+            self.last = x
+        elif self.where == "closure":
+            self.register_forward_hook(lambda *_: x.shape and None)
+        return x * self.weight.detach() + self.weight
+
+
+@pytest.mark.parametrize(("where", "seen"), [("attribute", True), ("closure", True), ("nowhere", False)])
+def test_the_instrument_sees_what_is_kept_outside_of_autograd(where: str, seen: bool) -> None:
+    hoarder, x = Hoarder(where), randn(TOKENS, IN, seed=0)
+    kept = Kept(lambda: hoarder(1 * x).sum())
+    assert (4 * INPUTS in kept.behind) is seen

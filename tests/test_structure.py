@@ -49,6 +49,7 @@ ORDER = [
     "routes",
     "layouts",
     "validation",
+    "last_input",
     "evaluated",
     "measured",
     "parts",

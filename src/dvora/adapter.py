@@ -1,6 +1,6 @@
 """DVoRAAdapter: one linear layer adapted by DVoRA, for plain PyTorch."""
 
-import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,30 +9,34 @@ from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
-from .functional import Direction, Vectors
+from .functional import FAR, Direction, Vectors, are_finite
+from .last_input import LastInput
 from .layouts import weight_at_hand
 from .linear_outputs import combined, from_updated_weight, small_rows_of
-from .merging import check_can_be_set, merge, warn_of_losses
+from .merging import check_can_be_set, merged_copy
 from .parts import local
 from .precision import at_least_float32
 from .projections import SharedProjections
 from .routes import takes_updated_weight
 from .shapes import Float
 from .shared import default_projections
-from .validation import checked_d_initial, checked_not_negative, checked_rank
+from .transforms import transforming
+from .validation import check_linear, checked_d_initial, checked_not_negative, checked_rank, checked_vectors
 
-_VECTORS = Vectors._fields
+_adding = threading.Lock()
+"""Held while gradients are added to those that are there, which another thread may do too."""
 
 
 class DVoRAAdapter(nn.Module):
     """A linear layer whose weight is adapted by three trained vectors; at the start it is its base, bit for bit.
 
     Trained are `magnitude` (O,), `lambda_b` (O,) and `lambda_d` (R,), in float32 (float64 for a float64 base) whatever
-    the model is cast to. In training mode the layer keeps a reference to its last input for `backward`; `eval()`,
-    `backward` and `reset_state` drop it.
+    the model is cast to. In training mode the layer keeps each thread's last input, without a copy, for `backward`,
+    until a backward pass, the explicit one or autograd's, has come through it. Under checkpointing and other hooks of
+    saved tensors, within autograd functions, in inference mode, compiled and under `torch.func` it keeps nothing.
 
     Args:
-        base_layer: an `nn.Linear` with floating-point weights.
+        base_layer: an `nn.Linear`, or a subclass with the same forward, with floating-point weights.
         rank: R, the rank of the update.
         alpha: the update is scaled by `alpha / rank`; None means `rank`.
         freeze_base_layer: train the vectors only. Otherwise the base is trained too and the norm follows it exactly.
@@ -42,9 +46,10 @@ class DVoRAAdapter(nn.Module):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
 
     Raises:
-        TypeError: the base layer's type is not supported, it already carries an adapter, or its weight is not floating.
-        ValueError: the base is on the meta device or not finite, a hyperparameter is out of range, or the shared
-            matrices are not initialized.
+        TypeError: the base layer's type is not supported, it computes something else than an `nn.Linear`, already
+            carries an adapter, or its weight is not floating.
+        ValueError: the base is empty, on the meta device or not finite, a hyperparameter is out of range, or the
+            shared matrices are not initialized.
     """
 
     magnitude: nn.Parameter
@@ -64,7 +69,9 @@ class DVoRAAdapter(nn.Module):
         detach_norm: bool = False,
     ) -> None:
         super().__init__()
-        _check_base_layer(base_layer)
+        if isinstance(base_layer, DVoRAAdapter):
+            raise TypeError("base_layer already carries a DVoRA adapter; pass its base_layer, or merge it first")
+        check_linear(base_layer)
         if shared is None:
             shared = default_projections(base_layer.in_features, base_layer.out_features, rank)
         self.adapted = AdaptedWeight(
@@ -84,7 +91,8 @@ class DVoRAAdapter(nn.Module):
         self.base_layer = base_layer
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
-        self._last_input: Tensor | None = None
+        self._last_input: LastInput | None = None
+        self._before_load: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     @property
@@ -110,7 +118,7 @@ class DVoRAAdapter(nn.Module):
     @property
     def parameter_count(self) -> int:
         """Number of trained values: `2 O + R`, plus the base's own when it is not frozen."""
-        return sum(parameter.numel() for _, parameter in self._trained())
+        return sum(parameter.numel() for parameter in self._trained())
 
     def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         """`x W'^T + bias`, in the dtype of the base layer's output.
@@ -124,39 +132,48 @@ class DVoRAAdapter(nn.Module):
             raise ValueError(
                 f"expected inputs of width {width} (the base layer's in_features), got shape {tuple(x.shape)}"
             )
-        if not torch.compiler.is_compiling():
-            self._last_input = x.detach() if self.training else None
-        return self._outputs(x)
+        if transforming():
+            if self._last_input is not None:
+                self._last_input = None
+            return self._outputs(x)
+        last_input = self._last_input = self._last_input or LastInput()
+        last_input.forget()
+        y = self._outputs(x)
+        if self.training:
+            last_input.keep(x, y, self._tensors())
+        return y
 
     def backward(self, output_gradient: Float[Tensor, "*T O"]) -> Float[Tensor, "*T I"]:
         """The explicit backward pass: add to the `.grad` of all trained values what autograd would.
 
+        It runs under the autocast of the forward pass. Values that do not require gradients get none.
+
         Args:
-            output_gradient: gradient of the loss with respect to the outputs of the last `forward`.
+            output_gradient: gradient of the loss with respect to the outputs of this thread's last `forward`.
 
         Returns:
             The gradient with respect to that forward's inputs, in their dtype.
 
         Raises:
-            RuntimeError: no `forward` in training mode came before.
+            RuntimeError: no `forward` in training mode came before whose input was kept, or the input or a parameter
+                was written to since.
             ValueError: `output_gradient` has another shape than the last outputs.
         """
-        x = self._last_input
-        if x is None:
-            raise RuntimeError("backward needs a forward before it: call the layer in training mode first")
-        expected = (*x.shape[:-1], self.adapted.out_features)
+        last_input = self._last_input or LastInput()
+        last = last_input.of_this_thread(self._tensors())
+        expected = (*last.x.shape[:-1], self.adapted.out_features)
         if output_gradient.shape != expected:
             raise ValueError(
                 f"output_gradient has shape {tuple(output_gradient.shape)}, the last outputs had {expected}"
             )
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = self._outputs(x)
-        parameters = [parameter for _, parameter in self._trained()]
-        inputs_gradient, *gradients = torch.autograd.grad(y, [x, *parameters], output_gradient.to(y.dtype))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self._last_input = None
+        trained = [parameter for parameter in self._trained() if parameter.requires_grad]
+        inputs_gradient, *gradients = last.gradients(self._outputs, output_gradient, trained)
+        assert inputs_gradient is not None
+        with torch.inference_mode(False), _adding:
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        last_input.forget()
         return inputs_gradient
 
     @torch.no_grad()
@@ -168,39 +185,41 @@ class DVoRAAdapter(nn.Module):
             RuntimeError: no gradient is there.
         """
         checked_not_negative(learning_rate, "learning_rate")
-        if all(parameter.grad is None for _, parameter in self._trained()):
+        steps = {p: p.grad for p in self._trained() if p.requires_grad and p.grad is not None}
+        if not steps:
             raise RuntimeError("no gradients to step along: call backward first")
-        for _, parameter in self._trained():
-            if parameter.grad is not None:
-                parameter.sub_(parameter.grad, alpha=learning_rate)
-                parameter.grad = None
+        # One call: an interruption finds all values before the step or all behind it.
+        torch._foreach_sub_([*steps], [*steps.values()], alpha=learning_rate)
+        for parameter in self._trained():
+            parameter.grad = None
 
     def get_parameters(self) -> Float[Tensor, "N"]:
         """A copy of all trained values as one vector: magnitude, lambda_b, lambda_d, then the base's if not frozen."""
-        return torch.cat([parameter.detach().flatten() for _, parameter in self._trained()])
+        return torch.cat([parameter.detach().flatten() for parameter in self._trained()])
 
     @torch.no_grad()
     def set_parameters(self, parameters: Float[Tensor, "N"]) -> None:
         """Set all trained values from one vector, in the order of `get_parameters`.
 
         Raises:
-            ValueError: it has not `parameter_count` values, or one is not finite.
+            ValueError: it has not `parameter_count` values, or one is not finite in its parameter's dtype.
         """
         if parameters.shape != (self.parameter_count,):
             raise ValueError(
                 f"parameters must have shape ({self.parameter_count},) for this layer, got {tuple(parameters.shape)}"
             )
-        if not parameters.isfinite().all():
-            raise ValueError("parameters must be finite, got NaN or infinity")
-        start = 0
-        for _, parameter in self._trained():
-            parameter.copy_(parameters[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
+        own = self._trained()
+        parts = parameters.split([parameter.numel() for parameter in own])
+        values = [part.reshape(parameter.shape).to(parameter) for part, parameter in zip(parts, own, strict=True)]
+        if not all(value.isfinite().all() for value in values):
+            raise ValueError(f"parameters must be finite in {own[0].dtype}, got NaN or infinity")
+        # One call: an interruption finds all old values or all new ones.
+        torch._foreach_copy_([*own], values)
 
     def reset_state(self) -> None:
-        """Forget the last input and all gradients; the trained values stay."""
+        """Forget the last inputs and all gradients; the trained values stay."""
         self._last_input = None
-        for _, parameter in self._trained():
+        for parameter in self._trained():
             parameter.grad = None
 
     @torch.no_grad()
@@ -209,17 +228,14 @@ class DVoRAAdapter(nn.Module):
 
         Raises:
             TypeError: the base computes its weight (a parametrization), so that none can be set.
+            ValueError: the merged weight is not finite.
 
         Warns:
             MergePrecisionWarning: the base's dtype swallows a considerable part of the update.
         """
         base = self.base_layer
         check_can_be_set(base, "weight", self.adapted.name)
-        merged = merge(base.weight, self.adapted.delta(self.vectors, base.weight))
-        warn_of_losses({self.adapted.name: merged.lost}, base.weight.dtype)
-        layer = copy.deepcopy(base)
-        layer.weight.copy_(merged.weight)
-        return layer
+        return merged_copy(base, self.adapted.delta(self.vectors, base.weight), self.adapted.name)
 
     def diagnostics(self) -> dict[str, float | int | str]:
         """How far training has moved the weight, as plain numbers.
@@ -253,31 +269,57 @@ class DVoRAAdapter(nn.Module):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
         return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name in _VECTORS:
-            yield name, self.get_parameter(name)
-        if not self.freeze_base_layer:
-            yield from self.base_layer.named_parameters(prefix="base_layer")
+    def _tensors(self) -> Iterator[Tensor]:
+        """All parameters; `parameters()` would take as long as a small layer."""
+        for module in (self, self.base_layer):
+            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+
+    def _trained(self) -> list[nn.Parameter]:
+        vectors = [self.magnitude, self.lambda_b, self.lambda_d]
+        return vectors if self.freeze_base_layer else [*vectors, *self.base_layer.parameters()]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Everything is checked before anything is copied: torch would stop half-way.
-        for name, own in self.named_parameters():
-            loaded = state_dict.get(prefix + name)
-            if loaded is None:
-                continue
-            if loaded.shape != own.shape:
-                raise ValueError(
-                    f"{prefix}{name} has shape {tuple(loaded.shape)} in the state dict, {tuple(own.shape)} in the "
-                    f"layer ({self.adapted.extra_repr()}); sizes and rank cannot be changed by loading"
-                )
-            if name in _VECTORS:
-                if not loaded.is_meta and not loaded.isfinite().all():
-                    raise ValueError(f"{prefix}{name} has values that are not finite in the state dict")
-                state_dict[prefix + name] = loaded.to(own.dtype)
+        vectors = checked_vectors(state_dict, prefix, self.named_parameters(), self.adapted.extra_repr())
+        state_dict |= vectors
+        # Rare, and the copies take as much memory as the layer. The base is loaded next, and then all is looked at.
+        far = any(not value.is_meta and value.abs().max() > FAR for value in vectors.values())
+        self._before_load = self._as_it_is() if far else []
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _as_it_is(self) -> list[tuple[nn.Module, str, nn.Parameter, Tensor]]:
+        """Every parameter, where it is, and a copy of its values."""
+        return [
+            (module, name, parameter, parameter.detach().clone())
+            for module in (self, self.base_layer)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    @torch.no_grad()
+    def _finish_load(self) -> None:
+        """Follow the loaded base, and take back vectors that give its rows no finite factors.
+
+        Raises:
+            ValueError: they do not.
+        """
+        before, self._before_load = self._before_load, []
+        weight = self.base_layer.weight
+        self.adapted.follow_loaded(weight)
+        if not before or are_finite(self.adapted.factors(self.vectors, weight)):
+            return
+        for module, name, parameter, values in before:
+            parameter.copy_(values)
+            module._parameters[name] = parameter
+        self.adapted.follow_loaded(self.base_layer.weight)
+        raise ValueError(
+            f"{self.adapted.name}: magnitude, lambda_b and lambda_d in the state dict are so large that outputs would "
+            "not be finite; their training diverged: go back to an earlier checkpoint"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DVoRAAdapter":
         dtype = self.base_layer.weight.dtype
+        self._last_input = None
         if recurse:
             for child in self.children():
                 child._apply(fn)
@@ -287,17 +329,7 @@ class DVoRAAdapter(nn.Module):
             self.adapted.follow(self.base_layer.weight)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last_input": None}
-
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRAAdapter)
-    layer.adapted.follow_loaded(layer.base_layer.weight)
-
-
-def _check_base_layer(base_layer: nn.Module) -> None:
-    if isinstance(base_layer, DVoRAAdapter):
-        raise TypeError("base_layer already carries a DVoRA adapter; pass its base_layer, or merge it first")
-    if not isinstance(base_layer, nn.Linear):
-        raise TypeError(f"base_layer of type {type(base_layer).__name__} is not supported; supported: torch.nn.Linear")
+    layer._finish_load()

@@ -56,6 +56,15 @@ class RowFactors(NamedTuple):
     """That of the update itself."""
 
 
+FAR = 1e12
+"""Vectors with larger values may give factors that are not finite; others do not."""
+
+
+def are_finite(factors: RowFactors) -> bool:
+    """Whether all factors are finite."""
+    return all(bool(factor.isfinite().all()) for factor in factors)
+
+
 @runtime_checkable
 class NormTerms(Protocol):
     """What the norm needs to know of one frozen weight."""

@@ -1,5 +1,6 @@
 """Adding an adapter's update to a weight in the weight's own dtype, and measuring what the rounding swallows."""
 
+import copy
 import warnings
 from typing import NamedTuple
 
@@ -40,6 +41,30 @@ def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
     size = torch.linalg.vector_norm(delta)
     lost = torch.linalg.vector_norm(rounded.to(delta.dtype) - exact) / torch.where(size > 0, size, 1.0)
     return Merged(rounded, float(lost))
+
+
+def merged_copy(layer: nn.Linear, delta: Float[Tensor, "O I"], name: str) -> nn.Linear:
+    """A copy of a layer with the merged weight.
+
+    Args:
+        layer: the base, which stays as it is.
+        delta: `W' - W`, of a layer that `check_can_be_set` lets pass.
+        name: for messages.
+
+    Raises:
+        ValueError: the merged weight is not finite in the layer's dtype.
+    """
+    weight, lost = merge(layer.weight, delta)
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"{name}: the merged weight has values that are not finite or too large for {weight.dtype}; nothing was "
+            "merged. The adapter's training diverged: go back to an earlier checkpoint"
+        )
+    warn_of_losses({name: lost}, weight.dtype)
+    merged = copy.deepcopy(layer)
+    with torch.no_grad():
+        merged.weight.copy_(weight)
+    return merged
 
 
 def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:

@@ -34,3 +34,8 @@ def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast is off for `device`: a norm is never computed in half precision."""
     return torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on `device`; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

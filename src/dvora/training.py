@@ -62,9 +62,10 @@ def parameter_groups(
 def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> dict[Group, float]:
     """Learning rates by group, for AdamW: where to start, not where to end.
 
-    The magnitude's rate is a share of the median magnitude (of rows that are not tiny), since models differ in the norms of their rows by more than
-    a factor of ten; the other vectors are relative to the rows already. Tuning chose 0.007 to 0.035 for lambda_b and
-    lambda_d on three models, and mostly this share for the magnitude (`docs/results.md`, question 4).
+    The magnitude's rate is a share of the median magnitude (of rows that are not tiny), since models differ in the
+    norms of their rows by more than a factor of ten; the other vectors are relative to the rows already. Tuning chose
+    0.007 to 0.035 for lambda_b and lambda_d on three models, and mostly this share for the magnitude
+    (`docs/results.md`, question 4).
 
     Args:
         model: as for `parameter_groups`, before its parameters are divided among processes.

@@ -24,3 +24,16 @@ def transforming() -> bool:
 def recording() -> bool:
     """Whether operations are recorded for a backward pass."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def keeps_elsewhere() -> bool:
+    """Whether something around the code decides what is kept for a backward pass, or none is to come.
+
+    Checkpointing and offloading take what autograd saves, an autograd function (checkpointing of the older kind) runs
+    its forward pass unrecorded, and both may run it again within a backward pass. In inference mode nothing is kept.
+    """
+    if recording():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return hooks is not None or torch._C._current_graph_task_id() != -1
+    # Within both, but not in no_grad, forward-mode differentiation is off.
+    return not torch._C._is_fwd_grad_enabled()

@@ -1,12 +1,14 @@
 """Checks of hyperparameters and of base weights, with messages that say what was expected."""
 
+import inspect
 import math
-from typing import Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .functional import DIRECTIONS, Direction
+from .functional import DIRECTIONS, Direction, Vectors, row_norm
 from .shapes import Float
 
 MAX_RANK = 2**16
@@ -18,7 +20,7 @@ def check_weight(weight: Tensor, name: str) -> None:
 
     Raises:
         TypeError: not a plain tensor of floating-point numbers of at least 16 bits.
-        ValueError: on the meta device.
+        ValueError: on the meta device, or without any values.
     """
     if type(weight) not in (Tensor, nn.Parameter):
         raise TypeError(
@@ -33,6 +35,71 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise TypeError(f"{name}: the base weight has shape {tuple(weight.shape)}; DVoRA adapts matrices")
     if weight.is_meta:
         raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
+    if not weight.numel():
+        raise ValueError(
+            f"{name}: the base weight has shape {tuple(weight.shape)}: there is nothing to adapt; leave the layer out"
+        )
+
+
+def checked_vectors(
+    state_dict: Mapping[str, Any], prefix: str, parameters: Iterable[tuple[str, Tensor]], layer: str
+) -> dict[str, Tensor]:
+    """The trained vectors of a layer's state dict in their own dtype, if all of it can be loaded.
+
+    Args:
+        state_dict: with any of the layer's parameters.
+        prefix: of the layer's names in it.
+        parameters: of the layer, by name.
+        layer: for messages.
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: it has another shape than its parameter, a vector has values that are not finite in its dtype, or
+            a row of the base weight no finite norm.
+    """
+    vectors = {}
+    for name, own in parameters:
+        loaded = state_dict.get(prefix + name)
+        if loaded is None:
+            continue
+        if not isinstance(loaded, Tensor):
+            raise TypeError(f"{prefix}{name} is a {type(loaded).__name__} in the state dict, expected a tensor")
+        if loaded.shape != own.shape:
+            raise ValueError(
+                f"{prefix}{name} has shape {tuple(loaded.shape)} in the state dict, {tuple(own.shape)} in the layer "
+                f"({layer}); sizes and rank cannot be changed by loading"
+            )
+        value = loaded.detach().to(own.dtype)
+        if name in Vectors._fields:
+            if not value.is_meta and not value.isfinite().all():
+                raise ValueError(f"{prefix}{name} has values that are not finite in {own.dtype} in the state dict")
+            vectors[prefix + name] = value
+        elif name == "base_layer.weight" and type(value) is Tensor and not value.is_meta:
+            check_norms(row_norm(value), prefix + name)
+    return vectors
+
+
+def computes_as(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
+    """Whether a layer's forward is the one of `layer_type`, itself or behind wrappers that say what they wrap."""
+    forward = inspect.unwrap(layer.forward)
+    return inspect.ismethod(forward) and forward.__func__ is layer_type.forward
+
+
+def check_linear(layer: nn.Module) -> None:
+    """Refuse a base layer of the plain adapter that is no linear layer, or no longer computes what one does.
+
+    Raises:
+        TypeError: so it is.
+    """
+    kind = type(layer).__name__
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"base_layer of type {kind} is not supported; supported: torch.nn.Linear")
+    if not computes_as(layer, nn.Linear):
+        raise TypeError(
+            f"base_layer of type {kind} is not supported: its forward is not that of torch.nn.Linear, so a merged "
+            "layer would compute something else than the adapter. Adapt it through PEFT (dvora.DVoRAConfig), which "
+            "measures such a layer by its forward"
+        )
 
 
 def check_norms(w: Float[Tensor, "O"], name: str) -> None:

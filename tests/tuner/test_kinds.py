@@ -1,12 +1,17 @@
 """Which kind a layer is of, and what is refused."""
 
+import warnings
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
+from dvora import DVoRAConfig
 from dvora.tuner.kinds import FORWARD_ONLY, KINDS, kind_of, parameter_kind, skipped_column
 
 LAYERS = {
@@ -50,6 +55,23 @@ def test_a_subclass_that_computes_the_same_is_of_its_parents_kind() -> None:
 
 def test_a_subclass_that_computes_something_else_is_read_through_its_forward() -> None:
     assert kind_of(Halved(3, 5), "layer") is FORWARD_ONLY
+
+
+def test_a_forward_that_was_replaced_is_read_as_it_is() -> None:
+    layer = nn.Linear(3, 5)
+    layer.forward = Halved(3, 5).forward
+    assert kind_of(layer, "layer") is FORWARD_ONLY
+    assert kind_of(add_hook_to_module(nn.Linear(3, 5), ModelHook()), "layer") is KINDS[nn.Linear]
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
+def test_a_layer_without_values_is_refused_by_name(sizes: tuple[int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of initializing nothing
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(*sizes))
+    with pytest.raises(ValueError, match=r"1: the base weight has shape \(\d, \d\): there is nothing to adapt"):
+        get_peft_model(model, DVoRAConfig(r=2, target_modules=["0", "1"]))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
 
 def test_a_convolution_that_computes_something_else_is_refused() -> None:

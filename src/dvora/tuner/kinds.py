@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapted_weight import AdaptedWeight
 from ..layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
 from ..parts import is_divided
+from ..validation import computes_as
 from . import operations
 
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
@@ -109,10 +110,11 @@ def is_initialized(layer: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
     """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
-    forward: Any = type(layer).forward
-    same = forward is layer_type.forward or isinstance(layer, nn.Embedding)
-    divided = layer_type is nn.Linear and is_divided(layer._parameters.get("weight"))
-    return same and (divided or type(layer.weight) in (Tensor, nn.Parameter))
+    if layer_type is nn.Linear and is_divided(layer._parameters.get("weight")):
+        # transformers exchanges what divided layers need in forwards that it puts in place of theirs.
+        return type(layer).forward is nn.Linear.forward
+    same = computes_as(layer, layer_type) or isinstance(layer, nn.Embedding)
+    return same and type(layer.weight) in (Tensor, nn.Parameter)
 
 
 @torch.no_grad()
@@ -122,7 +124,7 @@ def _check_embedding(layer: nn.Embedding, name: str) -> None:
             f"{name}: the embedding renormalises its table in every pass (max_norm={layer.max_norm}), so its norms are "
             "not constant; set max_norm=None, or leave the layer out with exclude_modules"
         )
-    if type(layer).forward is nn.Embedding.forward:
+    if computes_as(layer, nn.Embedding):
         return
     ids = torch.arange(min(2, layer.num_embeddings), device=layer.weight.device)
     expected = operations.output_scale(layer) * nn.functional.embedding(ids, layer.weight)
