@@ -113,15 +113,9 @@ def _as_a_function(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.func.functional_call(layer, dict(layer.named_parameters()), (x,))
 
 
-SEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [
-    _usual,
-    _usual,
-    _without_gradients,
-    _in_inference_mode,
-    _as_a_function,
-]
-UNSEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [_under_vmap]
-"""Forwards that PyTorch transforms: the explicit backward refuses them or is right."""
+SEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [_usual, _usual, _without_gradients, _as_a_function]
+UNSEEN: list[Callable[[nn.Module, Tensor], Tensor]] = [_under_vmap, _in_inference_mode]
+"""Forwards of which a layer keeps nothing: the explicit backward refuses them or is right."""
 
 
 @operation(3, is_plain)
