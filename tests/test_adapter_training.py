@@ -4,6 +4,7 @@ import copy
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from cases import DIRECTIONS, randn, trained_layer
@@ -197,6 +198,16 @@ def test_parameters_of_another_size_are_refused_and_change_nothing(shape: tuple[
     with pytest.raises(ValueError, match=r"must have shape \(13,\) for this layer"):
         layer.set_parameters(torch.zeros(shape))
     assert torch.equal(layer.get_parameters(), before)
+
+
+@pytest.mark.parametrize("value", [[1.0] * 13, np.ones(13), torch.ones(13, dtype=torch.complex64)])
+def test_parameters_and_gradients_that_are_no_real_tensors_are_refused(value: object) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with pytest.raises(TypeError, match="parameters must be a tensor of real numbers"):
+        layer.set_parameters(value)
+    layer(randn(IN, seed=0))
+    with pytest.raises(TypeError, match="output_gradient must be a tensor of real numbers"):
+        layer.backward(value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

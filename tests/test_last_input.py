@@ -1,13 +1,18 @@
 """What the explicit `backward` works on: this thread's last input, the same values and autocast; or it refuses."""
 
+import copy
 import itertools
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from cases import fresh_copy, linear, randn, train, trained_layer
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import worst_error
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
@@ -285,6 +290,78 @@ def test_a_refused_gradient_leaves_the_input_for_another_try() -> None:
     with pytest.raises(ValueError, match="output_gradient"):
         layer.backward(DELTA[:1])
     assert_close(found(layer, layer.backward(DELTA)), expected)
+
+
+class Twin:
+    """A layer, and what its next explicit backward pass should give by autograd: None where it should refuse."""
+
+    def __init__(self) -> None:
+        self.layer = trained_layer(IN, OUT, RANK, freeze_base_layer=False, dtype=torch.float64)
+        self.expected: dict[str, Tensor] | None = None
+        self.delta = DELTA.double()
+
+    def forward(self, mode: Callable[[], AbstractContextManager[object]], kept: bool = True) -> None:
+        x = randn(4, IN, seed=7, dtype=torch.float64)
+        with mode():
+            self.layer(x)
+        kept = kept and self.layer.training
+        self.expected = by_autograd(fresh_copy_of_flags(self.layer), x, self.delta) if kept else None
+
+    def write(self, change: Callable[[DVoRAAdapter], object]) -> None:
+        change(self.layer)
+        self.expected = None
+
+    def freeze(self, name: str) -> None:
+        parameter = self.layer.get_parameter(name)
+        parameter.requires_grad_(not parameter.requires_grad)
+        if self.expected is not None:
+            self.forward(torch.no_grad)
+
+    def backward(self) -> None:
+        self.layer.zero_grad()
+        if self.expected is None:
+            with pytest.raises(RuntimeError, match="call the layer"):
+                self.layer.backward(self.delta)
+        else:
+            assert_close(found(self.layer, self.layer.backward(self.delta)), self.expected, 1e-12)
+        self.expected = None
+
+
+def fresh_copy_of_flags(layer: DVoRAAdapter) -> DVoRAAdapter:
+    copied = fresh_copy(layer)
+    for own, other in zip(copied.parameters(), layer.parameters(), strict=True):
+        own.requires_grad_(other.requires_grad)
+    return copied
+
+
+OPERATIONS: dict[str, Callable[[Twin], object]] = {
+    "forward": lambda twin: twin.forward(torch.enable_grad),
+    "forward in no_grad": lambda twin: twin.forward(torch.no_grad),
+    "forward in inference mode": lambda twin: twin.forward(torch.inference_mode, kept=False),
+    "forward with offloading": lambda twin: twin.forward(torch.autograd.graph.save_on_cpu, kept=False),
+    "vmap": lambda twin: twin.write(lambda layer: vmap(layer)(DELTA.new_ones(2, IN).double())),
+    "autograd": lambda twin: twin.write(lambda layer: layer(DELTA.new_ones(2, IN).double()).sum().backward()),
+    "set": lambda twin: twin.write(lambda layer: layer.set_parameters(1.1 * layer.get_parameters())),
+    "load": lambda twin: twin.write(lambda layer: layer.load_state_dict(layer.state_dict())),
+    "cast": lambda twin: twin.write(lambda layer: layer.float().double()),
+    "eval": lambda twin: twin.write(lambda layer: layer.eval()),
+    "train": lambda twin: twin.layer.train(),
+    "reset": lambda twin: twin.write(lambda layer: layer.reset_state()),
+    "copy": lambda twin: twin.write(lambda layer: setattr(twin, "layer", copy.deepcopy(layer))),
+    "pickle": lambda twin: twin.write(lambda layer: setattr(twin, "layer", pickle.loads(pickle.dumps(layer)))),
+    "freeze magnitude": lambda twin: twin.freeze("magnitude"),
+    "freeze lambda_d": lambda twin: twin.freeze("lambda_d"),
+    "freeze the base": lambda twin: twin.freeze("base_layer.weight"),
+    "backward": lambda twin: twin.backward(),
+}
+
+
+@given(names=st.lists(st.sampled_from([*OPERATIONS]), min_size=4, max_size=12))
+def test_after_any_sequence_backward_is_autograds_or_refused(names: list[str]) -> None:
+    twin = Twin()
+    for name in names:
+        OPERATIONS[name](twin)
+    twin.backward()
 
 
 def test_a_parameter_of_the_base_without_a_part_in_the_outputs_gets_no_gradient() -> None:

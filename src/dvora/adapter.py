@@ -1,18 +1,18 @@
 """DVoRAAdapter: one linear layer adapted by DVoRA, for plain PyTorch."""
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
 from .functional import FAR, Direction, Vectors, are_finite
-from .last_input import LastInput
+from .last_input import LastInput, add_gradients
 from .layouts import weight_at_hand
-from .linear_outputs import combined, from_updated_weight, small_rows_of
+from .linear_outputs import combined, from_updated_weight
 from .merging import check_can_be_set, merged_copy
 from .parts import local
 from .precision import at_least_float32
@@ -20,11 +20,17 @@ from .projections import SharedProjections
 from .routes import takes_updated_weight
 from .shapes import Float
 from .shared import default_projections
+from .small_rows import SmallRows
 from .transforms import transforming
-from .validation import check_linear, checked_d_initial, checked_not_negative, checked_rank, checked_vectors
-
-_adding = threading.Lock()
-"""Held while gradients are added to those that are there, which another thread may do too."""
+from .validation import (
+    check_linear,
+    checked_d_initial,
+    checked_not_negative,
+    checked_rank,
+    checked_real,
+    checked_values,
+    checked_vectors,
+)
 
 
 class DVoRAAdapter(nn.Module):
@@ -157,22 +163,19 @@ class DVoRAAdapter(nn.Module):
         Raises:
             RuntimeError: no `forward` in training mode came before whose input was kept, or the input or a parameter
                 was written to since.
-            ValueError: `output_gradient` has another shape than the last outputs.
+            TypeError, ValueError: `output_gradient` is no real tensor of the shape of the last outputs.
         """
         last_input = self._last_input or LastInput()
         last = last_input.of_this_thread(self._tensors())
         expected = (*last.x.shape[:-1], self.adapted.out_features)
-        if output_gradient.shape != expected:
+        if checked_real(output_gradient, "output_gradient").shape != expected:
             raise ValueError(
                 f"output_gradient has shape {tuple(output_gradient.shape)}, the last outputs had {expected}"
             )
         trained = [parameter for parameter in self._trained() if parameter.requires_grad]
         inputs_gradient, *gradients = last.gradients(self._outputs, output_gradient, trained)
         assert inputs_gradient is not None
-        with torch.inference_mode(False), _adding:
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        add_gradients(trained, gradients)
         last_input.forget()
         return inputs_gradient
 
@@ -202,17 +205,11 @@ class DVoRAAdapter(nn.Module):
         """Set all trained values from one vector, in the order of `get_parameters`.
 
         Raises:
+            TypeError: it is no real tensor.
             ValueError: it has not `parameter_count` values, or one is not finite in its parameter's dtype.
         """
-        if parameters.shape != (self.parameter_count,):
-            raise ValueError(
-                f"parameters must have shape ({self.parameter_count},) for this layer, got {tuple(parameters.shape)}"
-            )
         own = self._trained()
-        parts = parameters.split([parameter.numel() for parameter in own])
-        values = [part.reshape(parameter.shape).to(parameter) for part, parameter in zip(parts, own, strict=True)]
-        if not all(value.isfinite().all() for value in values):
-            raise ValueError(f"parameters must be finite in {own[0].dtype}, got NaN or infinity")
+        values = checked_values(parameters, own)
         # One call: an interruption finds all old values or all new ones.
         torch._foreach_copy_([*own], values)
 
@@ -264,7 +261,8 @@ class DVoRAAdapter(nn.Module):
         base, weight = self.base_layer, weight_at_hand(self.base_layer, "weight")
         vectors = self.adapted.local(self.vectors, weight)
         factors = self.adapted.row_factors(vectors, weight)
-        small = small_rows_of(self.adapted, x, weight, base.bias)
+        rows = self.adapted.small_rows(base.bias)
+        small = None if rows is None else SmallRows(rows, None if weight is None else linear(x, weight[rows]))
         if small is None and takes_updated_weight(base, x, self.shared.kind):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
         return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)

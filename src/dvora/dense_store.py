@@ -33,42 +33,58 @@ class DenseStore(nn.Module):
         super().__init__()
         self._make = make
         self._exact = exact
-        self._sizes: dict[int, list[tuple[int, int]]] = {}
         self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._names: dict[tuple[int, int, int], str] = {}
+        """Where the values for a stream, rank and size were found; a buffer of that name always holds them."""
 
     def values(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Float[Tensor, "R N"]:
         """The unscaled values of a stream for a layer: a view of what is stored."""
-        sizes = self._sizes.setdefault(stream, [])
-        for rows, columns in sizes:
+        name = self._names.get((stream, rank, size), "")
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            name, buffer = self._find_or_make(stream, rank, size, device)
+            self._names[stream, rank, size] = name
+        return self._on(name, buffer, device)[:rank, :size]
+
+    def _find_or_make(self, stream: int, rank: int, size: int, device: torch.device | None) -> tuple[str, Tensor]:
+        prefix = f"stream_{stream}_"
+        held = [(name, buffer) for name, buffer in self._made() if name.startswith(prefix)]
+        for name, buffer in held:
+            rows, columns = buffer.shape
             if (rows, columns) == (rank, size) or (rows >= rank and columns >= size and not self._exact):
-                return self._on(_name(stream, rows, columns), device)[:rank, :size]
+                return name, buffer
         rows, columns = rank, size
-        for held in () if self._exact else sizes:
-            joint = max(rows, held[0]), max(columns, held[1])
-            if joint[0] * joint[1] <= rows * columns + held[0] * held[1]:
+        for _, buffer in () if self._exact else held:
+            joint = max(rows, buffer.shape[0]), max(columns, buffer.shape[1])
+            if joint[0] * joint[1] <= rows * columns + buffer.numel():
                 rows, columns = joint
-        first = next(iter(self._buffers.values()), None)
+        first = next((buffer for _, buffer in self._made()), None)
         home = first.device if first is not None else None if device is None or device.type == "meta" else device
-        self.register_buffer(_name(stream, rows, columns), self._made(stream, rows, columns, home), persistent=False)
-        sizes.append((rows, columns))
-        for held in [held for held in sizes[:-1] if held[0] <= rows and held[1] <= columns and not self._exact]:
-            sizes.remove(held)
-            del self._buffers[_name(stream, *held)]
-        return self._on(_name(stream, rows, columns), device)[:rank, :size]
+        name, made = f"{prefix}{rows}x{columns}", self._make_on(stream, rows, columns, home)
+        self.register_buffer(name, made, persistent=False)
+        for smaller, buffer in () if self._exact else held:
+            if buffer.shape[0] <= rows and buffer.shape[1] <= columns:
+                self._buffers.pop(smaller, None)
+        return name, made
 
     def kept(self, name: str, make: Callable[[], Tensor], device: torch.device | None = None) -> Tensor:
         """Something else that follows from the values, made once; not to be written to."""
-        if name not in self._buffers:
-            self.register_buffer(name, make(), persistent=False)
-        return self._on(name, device)
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = make()
+            self.register_buffer(name, buffer, persistent=False)
+        return self._on(name, buffer, device)
 
     def stored(self) -> dict[str, Tensor]:
         """All values, by names that begin with `stream_0` or `stream_1`."""
-        return {name: buffer for name, buffer in self.named_buffers() if name.startswith("stream_")}
+        return {name: buffer for name, buffer in self._made() if name.startswith("stream_")}
 
-    def _on(self, name: str, device: torch.device | None) -> Tensor:
+    def _made(self) -> list[tuple[str, Tensor]]:
+        """All buffers, by name; a list, since another thread may add one."""
+        return [(name, buffer) for name, buffer in list(self._buffers.items()) if buffer is not None]
+
+    def _on(self, name: str, buffer: Tensor, device: torch.device | None) -> Tensor:
         """A buffer on a device: itself, or a copy that is kept for the other layers there."""
-        buffer = self.get_buffer(name)
         if device is None or buffer.device == device:
             return buffer
         if transforming():
@@ -80,21 +96,20 @@ class DenseStore(nn.Module):
             self._copies[name, device] = buffer, copied
         return copied
 
-    def _made(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
+    def _make_on(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
         with torch.inference_mode(False):
             return torch.from_numpy(self._make(stream, rows, columns)).to(device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseStore":
         # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
         # `to_empty` would leave them undefined.
-        for name, stored in list(self._buffers.items()):
-            assert stored is not None
+        for name, stored in self._made():
             device = fn(stored.new_empty(0)).device
             if not stored.is_meta or device.type == "meta":
                 self._buffers[name] = stored.to(device)
             elif name.startswith("stream_"):
                 rows, columns = stored.shape
-                self._buffers[name] = self._made(int(name.split("_")[1]), rows, columns, device)
+                self._buffers[name] = self._make_on(int(name.split("_")[1]), rows, columns, device)
             else:
                 del self._buffers[name]
         self._copies.clear()
@@ -102,7 +117,3 @@ class DenseStore(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
-
-
-def _name(stream: int, rows: int, columns: int) -> str:
-    return f"stream_{stream}_{rows}x{columns}"

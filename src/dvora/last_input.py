@@ -16,6 +16,8 @@ from torch.autograd.graph import Node
 from .precision import autocast_dtype, full_precision
 from .transforms import keeps_elsewhere
 
+_adding = threading.Lock()
+
 
 class Pass(NamedTuple):
     """A forward pass: its input, and what has to be the same when the input is used."""
@@ -119,6 +121,14 @@ class _Slot:
                 slot.last = None
 
         node.register_prehook(empty)
+
+
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add gradients to those that are there, where other threads may do so too."""
+    with torch.inference_mode(False), _adding:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _state(x: Tensor, parameters: Iterable[Tensor]) -> list[tuple[Tensor, int]]:

@@ -56,23 +56,6 @@ def combined(
     return combine(base_output, z, lambda_d, g1, scale, bias, adapted.matrices, gain)
 
 
-def small_rows_of(
-    adapted: AdaptedWeight, x: Float[Tensor, "*T I"], weight: Tensor | None, bias: Float[Tensor, "O"] | None
-) -> SmallRows | None:
-    """The rows of a linear layer that are small beside their bias, and what they make of the inputs; None without any.
-
-    Args:
-        adapted: the weight.
-        x: the inputs of the layer.
-        weight: as stored, or None where it is not at hand.
-        bias: the base's, or None.
-    """
-    index = adapted.small_rows(bias)
-    if index is None:
-        return None
-    return SmallRows(index, None if weight is None else nn.functional.linear(x, adapted.layout.matrix(weight)[index]))
-
-
 def from_updated_weight(
     adapted: AdaptedWeight,
     layer: nn.Linear,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .parts import check_whole
+from .precision import norm_dtype
 from .shapes import Float
 
 SMALL_LOSS = 0.05
@@ -43,6 +44,24 @@ def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
     return Merged(rounded, float(lost))
 
 
+def check_finite(merged: Tensor, what: str) -> None:
+    """Refuse a merged weight that would poison its layer.
+
+    Args:
+        merged: in the dtype that it is to be stored in.
+        what: was done to get it, for the message.
+
+    Raises:
+        ValueError: a value is not finite, or too large for the dtype.
+    """
+    # There is no `isfinite` for eight bits.
+    if not merged.to(norm_dtype(merged.dtype)).isfinite().all():
+        raise ValueError(
+            f"{what} gives values that are not finite or too large for {merged.dtype}; nothing was merged. A strength "
+            "is too large, or training diverged: go back to an earlier checkpoint"
+        )
+
+
 def merged_copy(layer: nn.Linear, delta: Float[Tensor, "O I"], name: str) -> nn.Linear:
     """A copy of a layer with the merged weight.
 
@@ -55,11 +74,7 @@ def merged_copy(layer: nn.Linear, delta: Float[Tensor, "O I"], name: str) -> nn.
         ValueError: the merged weight is not finite in the layer's dtype.
     """
     weight, lost = merge(layer.weight, delta)
-    if not weight.isfinite().all():
-        raise ValueError(
-            f"{name}: the merged weight has values that are not finite or too large for {weight.dtype}; nothing was "
-            "merged. The adapter's training diverged: go back to an earlier checkpoint"
-        )
+    check_finite(weight, f"{name}: merging")
     warn_of_losses({name: lost}, weight.dtype)
     merged = copy.deepcopy(layer)
     with torch.no_grad():

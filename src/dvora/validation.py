@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -164,6 +164,30 @@ def checked_d_initial(d_initial: float) -> float:
     if not fits_float32(d_initial):
         raise ValueError(f"d_initial must be finite, got {d_initial}")
     return float(d_initial)
+
+
+def checked_real(tensor: Tensor, argument: str) -> Tensor:
+    """A tensor, if it is one and its values are real."""
+    if not isinstance(tensor, Tensor) or tensor.is_complex():
+        raise TypeError(f"{argument} must be a tensor of real numbers, got {tensor!r} of type {type(tensor).__name__}")
+    return tensor
+
+
+def checked_values(vector: Float[Tensor, "N"], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of one vector as the values of parameters, in their order, shapes and dtypes.
+
+    Raises:
+        TypeError: it is no real tensor.
+        ValueError: it has another number of values, or one is not finite in its parameter's dtype.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    if checked_real(vector, "parameters").shape != (sum(sizes),):
+        raise ValueError(f"parameters must have shape ({sum(sizes)},) for this layer, got {tuple(vector.shape)}")
+    values = [v.reshape(p.shape).to(p) for v, p in zip(vector.split(sizes), parameters, strict=True)]
+    for value in values:
+        if not value.isfinite().all():
+            raise ValueError(f"parameters must be finite in {value.dtype}, got NaN or infinity")
+    return values
 
 
 def checked_not_negative(value: float, argument: str) -> float:

@@ -1,6 +1,7 @@
 """Strength, interpolation and weighted sums of the adapters of a model."""
 
 import copy
+import sys
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from dense_weights import DenseModel
 from layer_cases import CASES
 from models_compared import assert_unchanged, snapshot, worst_difference
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from subjects import Subject, second
 from tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from dvora.tuner.vectors import Strength
 
 MLP = ["lin0", "lin1", "lin2"]
 
@@ -231,3 +233,71 @@ def test_a_whole_name_comes_before_the_end_of_another() -> None:
         model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=2, target_modules=["layer"], strength=start))
         model.set_strength(strengths)
         assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)
+
+
+def test_a_strength_survives_the_meta_device() -> None:
+    model = adapted()
+    model.set_strength({"lin1": 0.4})
+    expected, values = outputs(model), copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu").load_state_dict(values)
+    assert same_bits(outputs(model), expected)
+    assert not any("strength" in key for key in values)
+
+
+def test_a_strength_is_known_without_asking_the_device() -> None:
+    strength = Strength(torch.zeros(3), 0.5)
+    strength.to("meta")
+    assert strength.number == 0.5  # on "meta" there is nothing to ask
+    strength.to_empty(device="cpu")
+    assert (strength.number, float(strength.value)) == (0.5, 0.5)
+    strength.set(2.0)
+    assert (strength.number, float(strength.value)) == (2.0, 2.0)
+    strength.value.fill_(3.0)
+    assert strength.number == 3.0
+    strength.double()
+    assert (strength.number, float(strength.value)) == (3.0, 3.0)
+
+
+def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted().train()
+    asked: list[str] = []
+
+    def ask(tensor: Tensor) -> bool:
+        asked.append(Path(sys._getframe(1).f_code.co_filename).name)
+        return tensor.item() != 0
+
+    monkeypatch.setattr(Tensor, "__bool__", ask)
+    x = torch.ones(600, 10)  # enough for the way by the updated weight
+    model(x).sum().backward()
+    # Of rows that nearly cancel, and once of those that are small beside their bias.
+    assert set(asked) <= {"row_change.py", "small_rows.py"}
+
+
+def test_an_adapter_of_the_magnitude_only_that_replaces_another_leaves_nothing_of_it() -> None:
+    model = inject_adapter_in_model(DVoRAConfig(r=4, target_modules=MLP), MODELS["mlp"]())
+    settings = {"target_modules": ["lin0"], "magnitude_modules": ["lin1", "lin2"]}
+    with pytest.warns(UserWarning, match="Already found"):
+        inject_adapter_in_model(DVoRAConfig(r=4, **settings), model)
+    fresh = inject_adapter_in_model(DVoRAConfig(r=4, **settings), MODELS["mlp"]())
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    assert same_bits(outputs(model), outputs(fresh))
+
+
+def test_an_interrupted_strength_is_the_old_one_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    own, expected, given = model.peft_config["default"].strength, outputs(model), []
+    change = Strength.set
+
+    def interrupted(strength: Strength, number: float) -> None:
+        given.append(number)
+        if len(given) == 2:
+            raise KeyboardInterrupt
+        change(strength, number)
+
+    monkeypatch.setattr(Strength, "set", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.set_strength(0.5)
+    assert same_bits(outputs(model), expected)
+    assert model.peft_config["default"].strength == own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -105,4 +106,22 @@ def check_gradient(layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor,
         raise RuntimeError(
             f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
             "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
+        )
+
+
+def check_not_trained(names: Sequence[str], vectors: Iterable[Tensor], name: str) -> None:
+    """Refuse a training pass through merged adapters.
+
+    Args:
+        names: of what is merged.
+        vectors: of these adapters.
+        name: of the layer.
+
+    Raises:
+        RuntimeError: a gradient is wanted that would not come.
+    """
+    if torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors):
+        raise RuntimeError(
+            f"{name}: adapters are merged ({', '.join(names)}), so that training would give them no gradients; call "
+            "unmerge_adapter first, or model.eval() if this is no training"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -13,7 +13,8 @@ from ..combining import Part, interpolated, weighted_sum
 from ..functional import Vectors
 from ..validation import checked_strength
 from .config import DVoRAConfig
-from .layer import DVoRALayer, layers_in
+from .layer import DVoRALayer, check_unmerged, layers_in
+from .restoring import on_failure
 from .vectors import strength_key
 
 INSTEAD = (
@@ -46,15 +47,26 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
         checked_strength(value)
         if not any(get_pattern_key([pattern], layer.name) == pattern for layer in layers):
             raise ValueError(f"strength: no layer of adapter {adapter_name!r} is named {pattern!r}")
-    merged = [layer.name for layer in layers if adapter_name in layer.merged_adapters]
-    if merged:
-        raise ValueError(f"adapter {adapter_name!r} is merged into {merged[0]}; call unmerge_adapter first")
-    for layer in layers:
-        key = strength_key(by_layer, layer.name)
-        if key in by_layer:
-            layer.strength(adapter_name).fill_(float(by_layer[key]))
-    by_name = {layer.name: float(layer.strength(adapter_name)) for layer in layers}
-    config.strength = by_name if isinstance(strength, dict) else float(strength)
+    check_unmerged(model, adapter_name)
+    with on_failure(strengths_as_they_are(layers, config, adapter_name)):
+        for layer in layers:
+            key = strength_key(by_layer, layer.name)
+            if key in by_layer:
+                layer.set_strength(adapter_name, float(by_layer[key]))
+        by_name = {layer.name: float(layer.strength(adapter_name)) for layer in layers}
+        config.strength = by_name if isinstance(strength, dict) else float(strength)
+
+
+def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, adapter_name: str) -> Callable[[], None]:
+    """What gives an adapter and its configuration the strengths back that they have now."""
+    numbers, in_config = [float(layer.strength(adapter_name)) for layer in layers], config.strength
+
+    def put_back() -> None:
+        config.strength = in_config
+        for layer, number in zip(layers, numbers, strict=True):
+            layer.set_strength(adapter_name, number)
+
+    return put_back
 
 
 def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Sequence[str], new: str) -> DVoRAConfig:

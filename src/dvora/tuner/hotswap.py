@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from peft import PeftConfig
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from .base_probes import alike
-from .combining import layers_of
+from .combining import layers_of, strengths_as_they_are
 from .config import DVoRAConfig, own_config
 from .layer import DVoRALayer
+from .restoring import on_failure, values_as_they_are
 
 INSTEAD = "load the adapter under a name of its own instead"
 
@@ -49,11 +49,13 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         other = sorted(set(config.base_probes) ^ {layer.name for layer in layers})[0]
         raise ValueError(f"{other} has only one of the two adapters; {INSTEAD}")
     weights = load_peft_weights(str(folder), device="cpu")
-    set_peft_model_state_dict(model, weights, adapter_name)
-    with torch.no_grad():
+    loaded = own_config(configs[adapter_name])
+    own = [p for name, p in model.named_parameters() if f".{adapter_name}." in f"{name}." or name.endswith(".bias")]
+    with on_failure(values_as_they_are(own), strengths_as_they_are(layers, loaded, adapter_name)):
+        set_peft_model_state_dict(model, weights, adapter_name)
         for layer in layers:
-            layer.strength(adapter_name).fill_(float(config.strength_of(layer.name)))
-    configs[adapter_name].strength = config.strength
+            layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
+        loaded.strength = config.strength
 
 
 def _check_same_settings(loaded: DVoRAConfig, config: DVoRAConfig) -> None:

@@ -20,6 +20,9 @@ from . import operations
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
 """Of an adapter, its base layer, the inputs, lambda_d and the dropout of the inputs."""
 
+RowProducts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""Of a base layer, the inputs, some rows of the weight, and their indices."""
+
 
 class LayerKind(NamedTuple):
     """How a layer type holds and uses its weight."""
@@ -31,14 +34,16 @@ class LayerKind(NamedTuple):
     """Number of dimensions of an output behind that of the output features."""
     has_weight: bool = True
     """False where the layer's own forward is the only way to its weight: quantised layers."""
+    row_products: RowProducts | None = None
+    """Inputs with some rows of the weight, without the bias; None where there is no bias, or no weight at hand."""
 
 
 KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(ROWS, operations.linear),
-    Conv1D: LayerKind(COLUMNS, operations.linear),
-    nn.Conv1d: LayerKind(KERNELS, operations.convolve, spatial=1),
-    nn.Conv2d: LayerKind(KERNELS, operations.convolve, spatial=2),
-    nn.Conv3d: LayerKind(KERNELS, operations.convolve, spatial=3),
+    nn.Linear: LayerKind(ROWS, operations.linear, row_products=operations.linear_rows),
+    Conv1D: LayerKind(COLUMNS, operations.linear, row_products=operations.linear_rows),
+    nn.Conv1d: LayerKind(KERNELS, operations.convolve, spatial=1, row_products=operations.convolved_rows),
+    nn.Conv2d: LayerKind(KERNELS, operations.convolve, spatial=2, row_products=operations.convolved_rows),
+    nn.Conv3d: LayerKind(KERNELS, operations.convolve, spatial=3, row_products=operations.convolved_rows),
     nn.Embedding: LayerKind(COLUMNS, operations.lookup),
 }
 FORWARD_ONLY = LayerKind(ROWS, operations.linear, has_weight=False)

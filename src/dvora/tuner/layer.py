@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..layouts import is_at_hand, weight_at_hand
-from ..merging import merge, warn_of_losses
 from ..shapes import Float
-from .base import bias_of, check_gradient, check_mergeable, measured_bias, readable_weight, stored_weight
+from .base import bias_of, check_gradient, measured_bias
 from .kinds import LayerKind, kind_of
+from .mergeable import MergeableLayer
+from .merges import Merges
 from .operating_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
 from .rows import check_rows, mixed_outputs
-from .vectors import VECTORS, Strength, VectorDict, told_if_rounded
+from .vectors import VECTORS, Strength, VectorDict, vectors_in
 
 
-class DVoRALayer(nn.Module, BaseTunerLayer):
+class DVoRALayer(nn.Module, MergeableLayer):
     """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
 
     `probes` are those of the base weight, by which files recognise it, and `probed` the state that they are of.
@@ -61,8 +60,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
-        self._original: Tensor | None = None
+        self._merges = Merges()
         self._base_loads = False
         self.probes: list[float] = []
         self.probed: tuple[int, int] | None = None
@@ -98,13 +96,19 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             f"dvora_{vector}" for vector in Vectors._fields if vector not in trained
         )
         with torch.inference_mode(False):
-            for vector_dict, value in zip(self._vector_dicts(adapter_name), vectors, strict=False):
-                vector_dict[adapter_name] = nn.Parameter(value)
+            for field, vector_dict, value in zip(Vectors._fields, self.vector_dicts(), vectors, strict=True):
+                if adapted.rank or field == "magnitude":
+                    vector_dict[adapter_name] = nn.Parameter(value)
+                elif adapter_name in vector_dict:
+                    del vector_dict[adapter_name]
+        if self.kind.low_rank is not None:
+            # Now, for a graph that is made of the layer cannot look for them.
+            adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def vectors(self, adapter_name: str) -> Vectors:
         """The trained vectors of one adapter; zero and empty where it has the magnitude only."""
-        return self._vectors(adapter_name, self.adapted(adapter_name).rank)
+        return vectors_in(self.vector_dicts(), adapter_name)
 
     def adapted(self, adapter_name: str) -> AdaptedWeight:
         """The frozen side of one adapter."""
@@ -114,80 +118,31 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """s of `W + s (W' - W)`, a tensor without dimensions."""
         return cast(Strength, self.dvora_strength[adapter_name]).value
 
-    def stored(self) -> Tensor | None:
-        """The base's weight as it is stored now, or None where only the base's forward knows it."""
-        return stored_weight(self.get_base_layer(), self.kind, self.parameter_name)
-
-    def unmerged(self) -> Tensor:
-        """The base's own weight, also while adapters are merged into it or it is offloaded."""
-        weight = readable_weight(self.get_base_layer(), self.kind, self.parameter_name, self.name)
-        return weight if self._original is None else self._original.to(weight.device)
+    def set_strength(self, adapter_name: str, number: float) -> None:
+        """Change s of one adapter."""
+        cast(Strength, self.dvora_strength[adapter_name]).set(number)
 
     def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
         if adapter_names is not None:
-            return self._mixed_forward(x, adapter_names)
+            check_rows(adapter_names, x, self.merged_adapters, self.name)
+            return mixed_outputs(
+                x, self.base_layer(x), () if self.disable_adapters else adapter_names, self._adapt_rows
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.serves_merged():
             base_output: Tensor = self.base_layer(x)
             return base_output
         adapters = self._at_work(self.active_adapters)
         outputs = updated_outputs(self.base_layer, x, adapters)
         return self._adapted(x, self.base_layer(x), adapters) if outputs is None else outputs
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base's weight; `unmerge` restores it bit for bit from a copy kept on the CPU.
-
-        Args:
-            safe_merge: PEFT's switch for refusing values that are not finite; here they always are refused.
-            adapter_names: which; None means the active ones.
-
-        Raises:
-            TypeError: the base has no weight that could be set.
-            ValueError: a merged value would not be finite; the weight is left as it was.
-
-        Warns:
-            MergePrecisionWarning: the weight's dtype swallows a considerable part of the update.
-        """
-        losses = self.merge_quietly(adapter_names)
-        if losses:
-            warn_of_losses(losses, self.unmerged().dtype)
-
-    @torch.no_grad()
-    def merge_quietly(self, adapter_names: list[str] | None, keep_original: bool = True) -> dict[str, float]:
-        """Merge like `merge`, and return the share of the update lost to rounding by layer name instead of warning."""
-        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dvora_adapted]
-        if not new:
-            return {}
-        check_mergeable(self.get_base_layer(), self.kind, self.parameter_name, self.name)
-        stored, original = self.stored(), self.unmerged()
-        assert stored is not None
-        merged = merge(self._matrix_of(original), self._delta([*self.merged_adapters, *new], original))
-        if not merged.weight.isfinite().all():
-            raise ValueError(f"{self.name}: merging {', '.join(new)} gives values that are not finite; nothing merged")
-        if keep_original and self._original is None:
-            self._original = stored.detach().to("cpu", copy=True)
-        stored.copy_(self.kind.layout.stored(merged.weight, stored.shape))
-        self.merged_adapters.extend(new)
-        return {self.name: merged.lost}
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base's own weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        check_mergeable(self.get_base_layer(), self.kind, self.parameter_name, self.name)
-        cast(Tensor, self.stored()).copy_(cast(Tensor, self._original))
-        self._original = None
-        self.merged_adapters.clear()
-
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`W' - W` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
         weight = self.unmerged()
-        return self.kind.layout.stored(self._delta([adapter_name], weight), weight.shape)
+        return self.kind.layout.stored(self.summed_delta([adapter_name], weight), weight.shape)
 
     def _at_work(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """Those of the named adapters that this layer has."""
@@ -195,9 +150,9 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         at_work, all_adapted = [], self.dvora_adapted
         for name in adapter_names:
             if name in all_adapted:
-                adapted, strength = cast(AdaptedWeight, all_adapted[name]), self.strength(name)
-                vectors = adapted.local(self._vectors(name, adapted.rank), weight)
-                factors = adapted.row_factors(vectors, weight, strength)
+                adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, self.dvora_strength[name])
+                vectors = adapted.local(self.vectors(name), weight)
+                factors = adapted.row_factors(vectors, weight, strength.value)
                 at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
         return at_work
 
@@ -208,33 +163,17 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         bias = bias_of(self.base_layer, self.measured_bias)
         return adapted_outputs(self.base_layer, self.kind, x, base_output, adapters, bias)
 
-    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        check_rows(adapter_names, x, self.merged_adapters, self.name)
-        base_output: Tensor = self.base_layer(x)
-        if self.disable_adapters:
-            return base_output
-        return mixed_outputs(x, base_output, adapter_names, self._adapt_rows)
-
     def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
         return self._adapted(x, base_output, self._at_work(adapter_names))
 
-    def _matrix_of(self, weight: Tensor) -> Float[Tensor, "O I"]:
-        return self.kind.layout.matrix(weight)
-
-    def _delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
+    def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
+        """`W' - W` of several adapters together, as a matrix."""
         deltas = [self.strength(n) * self.adapted(n).delta(self.vectors(n), weight) for n in adapter_names]
         return sum(deltas[1:], deltas[0])
 
-    def _vectors(self, adapter_name: str, rank: int) -> Vectors:
-        magnitude = told_if_rounded(self.dvora_magnitude[adapter_name])
-        if not rank:
-            return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
-        return Vectors(magnitude, self.dvora_lambda_b[adapter_name], self.dvora_lambda_d[adapter_name])
-
-    def _vector_dicts(self, adapter_name: str) -> tuple[VectorDict, ...]:
-        """Where the vectors of an adapter are kept: without a rank there is a magnitude only."""
-        dicts = self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
-        return dicts if self.adapted(adapter_name).rank else dicts[:1]
+    def vector_dicts(self) -> tuple[VectorDict, VectorDict, VectorDict]:
+        """Vectors by adapter name, in the order of `Vectors`."""
+        return self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype: bfloat16 would round the magnitude by up to 0.4 %.
@@ -245,22 +184,28 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             return
         self.dvora_adapted[adapter_name].to(device)
         self.dvora_strength[adapter_name].to(device)
-        for vector_dict in self._vector_dicts(adapter_name):
+        for vector_dict in self.vector_dicts():
             vector_dict.move(adapter_name, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DVoRALayer:
+        self.settle()
         dtype = self._base_dtype()
         super()._apply(fn, recurse)
         # A cast changes the base's values, and a graph compiled next cannot notice.
         if self._base_dtype() != dtype:
-            self._original = None if self._original is None else self._original.to(self._base_dtype())
+            self._merges.cast(self._base_dtype())
             self._follow_base()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
         tensors = chain(self.base_layer.named_parameters(), self.base_layer.named_buffers())
         self._base_loads = any(f"{prefix}base_layer.{name}" in state_dict for name, _ in tensors)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*args)
 
     def _follow_base(self) -> None:
         """Measure the base anew where it has changed."""
@@ -289,6 +234,17 @@ class DVoRALinear(DVoRALayer):
 def layers_in(model: nn.Module) -> list[DVoRALayer]:
     """All adapted layers of a model."""
     return [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
+
+
+def check_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to change an adapter that is merged: the weights would go on serving what it was.
+
+    Raises:
+        ValueError: it is merged somewhere.
+    """
+    for layer in layers_in(model):
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged into {layer.name}; call unmerge_adapter first")
 
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:

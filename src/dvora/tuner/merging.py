@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from torch import nn
+from torch import Tensor, nn
 
 from ..merging import warn_of_losses
 from .base import check_mergeable as check_layer
 from .layer import DVoRALayer, layers_in
+from .merges import Intent
+from .restoring import surely
 
 
 def merge_model(
@@ -20,10 +22,14 @@ def merge_model(
 ) -> dict[str, float]:
     """Merge adapters into the weights of all layers, and tokens that PEFT trains whole into theirs.
 
+    All layers or none: what an error or an interruption leaves is put back, bit for bit. For that every adapted weight
+    is copied to the CPU.
+
     Args:
         model: with the adapters.
         adapter_names: which of them; None means those that are active in each layer.
-        keep_original: keep a copy of every weight, so that it can be unmerged.
+        keep_original: keep the copies, so that it can be unmerged. False copies one weight at a time, for a model that
+            is thrown away if merging fails: layers merged until then stay so.
         safe_merge: PEFT's switch for its own layers.
 
     Returns:
@@ -35,29 +41,78 @@ def merge_model(
     Warns:
         MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
     """
+    if not keep_original:
+        return _merge_for_good(model, adapter_names, safe_merge)
+    with merging(model, adapter_names, safe_merge) as losses:
+        return losses
+
+
+@contextmanager
+def merging(
+    model: nn.Module, adapter_names: list[str] | None, safe_merge: bool, undo: Callable[[], object] | None = None
+) -> Iterator[dict[str, float]]:
+    """Merge as `merge_model` does; if anything is raised within, all is put back.
+
+    Args:
+        model, adapter_names, safe_merge: as there.
+        undo: is called first then, and may be called again at any point.
+
+    Yields:
+        The share of the update that rounding changed, by layer name.
+    """
     _check_mergeable(model, adapter_names)
-    losses: dict[str, float] = {}
-    dtype = torch.float32
-    for layer in layers_in(model):
-        with onload_layer(layer):
-            losses |= layer.merge_quietly(adapter_names, keep_original)
-            stored = layer.stored()
-            dtype = dtype if stored is None else stored.dtype
-    for other in _other_layers(model):
-        with onload_layer(other):
-            other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    warn_of_losses(losses, dtype)
-    return losses
+    intent, layers, others, losses = Intent(), layers_in(model), _Others(model), dict[str, float]()
+
+    def settle() -> None:
+        if undo is not None and not intent.done:
+            undo()
+        for layer in layers:
+            layer.settle()
+        if not intent.done:
+            others.put_back()
+
+    with surely(settle):
+        for layer in layers:
+            losses |= layer.merge_quietly(adapter_names, intent)
+        others.merge(adapter_names, safe_merge)
+        warn_of_losses(losses, _dtype_of(model))
+        yield losses
+        intent.done = True
 
 
 def unmerge_model(model: nn.Module) -> None:
-    """Put the weights of all layers back, bit for bit."""
-    merged = [layer for layer in layers_in(model) if layer.merged]
-    if not merged:
+    """Put the weights of all layers back, bit for bit.
+
+    Raises:
+        TypeError, ValueError: some weight cannot be set now; none is then.
+    """
+    merged, others = [layer for layer in layers_in(model) if layer.merged], _Others(model)
+    if not merged and not others.merged():
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-    for layer in [*merged, *(other for other in _other_layers(model) if other.merged)]:
-        with onload_layer(layer):
-            layer.unmerge()
+    intent = Intent()
+    intent.done = True
+    for layer in merged:
+        layer.rest_on(intent)
+
+    def settle() -> None:
+        for layer in merged:
+            layer.settle()
+        if not intent.done:
+            others.unmerge()
+
+    with surely(settle):
+        intent.revoke()
+
+
+def unmerge_before_adding(model: nn.Module) -> None:
+    """Unmerge a model that gets another adapter, as PEFT does, but all layers at once and before anything is changed.
+
+    Warns:
+        UserWarning: there was something to unmerge.
+    """
+    if any(layer.merged for layer in layers_in(model)):
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
+        unmerge_model(model)
 
 
 @contextmanager
@@ -83,17 +138,71 @@ def merged(model: nn.Module) -> Iterator[None]:
         raise ValueError("merged is for evaluation, and merged adapters cannot be trained; call model.eval() first")
     if already := [layer.name for layer in layers if layer.merged]:
         raise ValueError(f"adapters are merged already (in {already[0]} and others); call unmerge_adapter first")
-    merge_model(model, None, keep_original=True, safe_merge=False)
-    try:
-        yield
-    finally:
+
+    def unmerge() -> None:
         if any(layer.merged for layer in layers):
             unmerge_model(model)
 
+    with surely(unmerge):
+        merge_model(model, None, keep_original=True, safe_merge=False)
+        yield
 
-def _other_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """PEFT's own, such as those of tokens that are trained whole."""
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DVoRALayer)]
+
+def _merge_for_good(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> dict[str, float]:
+    _check_mergeable(model, adapter_names)
+    losses: dict[str, float] = {}
+    for layer in layers_in(model):
+        intent = Intent()
+        with surely(layer.settle):
+            losses |= layer.merge_quietly(adapter_names, intent)
+            intent.done = True
+        layer.give_up_original()
+    _Others(model).merge(adapter_names, safe_merge)
+    warn_of_losses(losses, _dtype_of(model))
+    return losses
+
+
+class _Others:
+    """Mergeable layers that are PEFT's own, such as those of tokens that are trained whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DVoRALayer)]
+        self._names = [list(layer.merged_adapters) for layer in self._layers]
+        self._weights: list[Tensor] = []
+
+    def merged(self) -> bool:
+        """Whether there are adapters in one of them."""
+        return any(layer.merged for layer in self._layers)
+
+    def merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Merge all of them."""
+        self._weights = [layer.weight.detach().to("cpu", copy=True) for layer in self._layers]
+        for layer in self._layers:
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo `merge`."""
+        for layer, names, weight in zip(self._layers, self._names, self._weights, strict=False):
+            layer.merged_adapters[:] = names
+            layer.weight.copy_(weight)
+
+    def unmerge(self) -> None:
+        """Take out what was merged, also where an interruption has left a part of it."""
+        while self._layers:
+            layer, names = self._layers[-1], self._names[-1]
+            layer.merged_adapters[:] = names
+            if names:
+                with onload_layer(layer):
+                    layer.unmerge()
+            del self._layers[-1], self._names[-1]
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """That of the last weight, for the message."""
+    stored = [weight for layer in layers_in(model) if (weight := layer.stored()) is not None]
+    return stored[-1].dtype if stored else torch.float32
 
 
 def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
@@ -101,8 +210,7 @@ def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
 
     Raises:
         TypeError: a layer is quantised or computes its weight in every pass.
-        ValueError: a vector is not finite or a magnitude exceeds the weight's dtype, or a layer's weight belongs to
-            another module too, such as an embedding tied to the head.
+        ValueError: a layer's weight belongs to another module too, such as an embedding tied to the head.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -113,8 +221,6 @@ def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         if names:
             check_layer(layer.get_base_layer(), layer.kind, layer.parameter_name, layer.name)
             _check_not_tied(layer, owners)
-        for name in names:
-            _check_range(layer, name)
 
 
 def _check_not_tied(layer: DVoRALayer, owners: dict[int, list[str]]) -> None:
@@ -125,13 +231,17 @@ def _check_not_tied(layer: DVoRALayer, owners: dict[int, list[str]]) -> None:
         )
 
 
-def _check_range(layer: DVoRALayer, adapter_name: str) -> None:
-    vectors, stored = layer.vectors(adapter_name), layer.stored()
-    assert stored is not None
-    # The magnitude is the norm of a merged row, so it bounds every merged value.
-    fits = vectors.magnitude.abs().max() <= torch.finfo(stored.dtype).max
-    if not (fits and all(vector.isfinite().all() for vector in vectors)):
-        raise ValueError(
-            f"{layer.name}: adapter {adapter_name!r} has values that are not finite or too large for {stored.dtype}; "
-            "nothing was merged. Its training diverged: go back to an earlier checkpoint"
-        )
+def check_loadable(model: nn.Module, keys: Container[str], prefix: str) -> None:
+    """Refuse a state dict with values for weights that have adapters in them, before anything is copied.
+
+    Args:
+        model: with the adapters.
+        keys: of the state dict.
+        prefix: of the model's keys there.
+
+    Raises:
+        ValueError: there are such values.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DVoRALayer):
+            module.check_loadable(keys, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Hands the adapter names of a batch to every layer for the time of one forward pass."""
+"""Hands the adapter names of a batch to every layer, for one call of the model and in its thread only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .layer import DVoRALayer, layers_in
 from .parameters import ParamWrapper
-from .rows import BASE
+from .restoring import surely
+from .rows import BASE, Batch, in_progress, is_in_progress
 
 
 @contextmanager
@@ -38,28 +40,41 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
     parameters = [layer for layer in layers if isinstance(layer, ParamWrapper)]
     for layer in parameters:
         layer.check_serves_all_rows(names)
-    repeated = [name for name in names for _ in range(beams)]
-    handles = [
-        module.register_forward_pre_hook(
-            partial(_pass, names=list(names) if module in encoder else repeated), with_kwargs=True
-        )
+    batch = Batch([name for name in names for _ in range(beams)], list(names))
+    called = [
+        module
         for module in model.modules()
         if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper) and not isinstance(module, ParamWrapper)
     ]
-    # Their active adapters would serve every row.
-    active = [layer.active_adapters for layer in parameters]
-    try:
-        for layer in parameters:
-            layer._active_adapter = []
-        yield
-    finally:
-        for layer, adapters in zip(parameters, active, strict=True):
-            layer._active_adapter = adapters
+    handles: list[RemovableHandle] = []
+
+    def leave() -> None:
         for handle in handles:
             handle.remove()
+        for layer in parameters:
+            if batch in layer.silent_in:
+                layer.silent_in.remove(batch)
+
+    with surely(leave):
+        # Their active adapters would serve every row.
+        for layer in parameters:
+            layer.silent_in.append(batch)
+        for module in called:
+            passing = partial(_pass, batch=batch, names=batch.in_encoder if module in encoder else batch.names)
+            handles.append(module.register_forward_pre_hook(passing, with_kwargs=True))
+        with in_progress(batch):
+            yield
 
 
 def _pass(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    batch: Batch,
+    names: Sequence[str],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    # Another thread may meet a hook that is registered, or removed, by half: then without `kwargs`.
+    if kwargs is None or not is_in_progress(batch):
+        return None
     return args, {**kwargs, "adapter_names": names}

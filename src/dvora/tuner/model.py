@@ -23,11 +23,13 @@ from .checks import check_model, check_targets, check_weights, warn_of_kept_dtyp
 from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injection import Measured, add_adapter, projections_of
-from .layer import DVoRALayer, layers_in
+from .layer import DVoRALayer, check_unmerged, layers_in
 from .loading import check_shapes, checked_values, outside_saved_modules
-from .merging import merge_model, unmerge_model
+from .merging import check_loadable, merge_model, merging, unmerge_before_adding, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .operating_weight import keep_differentiable
+from .restoring import modules_as_they_are, on_failure
+from .rows import in_progress
 from .saving import as_saved, from_saved
 from .targets import find_targets, matches, names_found, wrap
 
@@ -46,26 +48,22 @@ class DVoRAModel(BaseTuner):
     tuner_layer_cls = DVoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # some are str
 
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | dict[str, PeftConfig],
-        adapter_name: str,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # PEFT enters the new configuration beside those of the model's adapters before anything is checked.
-        held = vars(model).get("peft_config")
-        before = dict(held) if isinstance(held, dict) else None
-        try:
-            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
-        except Exception:
-            if held is not None and before is not None:
-                held.clear()
-                held.update(before)
-            raise
+        with on_failure(modules_as_they_are(model)):
+            super().__init__(model, *args, **kwargs)
 
-    def inject_adapter(
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; if an error or an interruption stops that, the model is as it was and has no such name."""
+        try:
+            unmerge_before_adding(model)
+            with on_failure(modules_as_they_are(self)):
+                self._inject(model, adapter_name, *args, **kwargs)
+        finally:
+            if not any(layers_of(model, adapter_name)):
+                self.peft_config.pop(adapter_name, None)
+
+    def _inject(
         self,
         model: nn.Module,
         adapter_name: str,
@@ -167,13 +165,10 @@ class DVoRAModel(BaseTuner):
         return {name: own_config(config) for name, config in self.peft_config.items()}
 
     def _add_combined(self, adapter_name: str, config: DVoRAConfig, vectors: dict[str, Vectors]) -> None:
-        self.peft_config[adapter_name] = config
-        try:
+        with on_failure(modules_as_they_are(self)):
+            self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        set_vectors(self.model, adapter_name, vectors)
+            set_vectors(self.model, adapter_name, vectors)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base's weights; `unmerge_adapter` restores them bit for bit.
@@ -202,10 +197,12 @@ class DVoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        # Until the last layer is merged, the CPU keeps copies of all adapted weights, from which a failure is undone.
         if merge:
             self._check_merge_allowed()
-            merge_model(self.model, adapter_names, keep_original=False, safe_merge=safe_merge)
-        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        undo = modules_as_they_are(self)
+        with merging(self.model, adapter_names, safe_merge, undo) if merge else on_failure(undo):
+            super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         return cast(nn.Module, self.model)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:
@@ -262,6 +259,7 @@ class DVoRAModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # A load that ignores mismatched sizes has dropped them by now.
         check_shapes(self, state_dict, prefix)
+        check_loadable(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -280,6 +278,7 @@ class DVoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        check_unmerged(model, adapter_name)
         vectors = from_saved(model, own_config(config), state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
         biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config)
@@ -292,7 +291,8 @@ class DVoRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` to every layer for the time of one forward pass; PEFT calls this."""
         if (names := kwargs.get("adapter_names")) is None:
-            yield
+            with in_progress(None):
+                yield
             return
         has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)
         encoder = set(self.model.get_encoder().modules()) if has_encoder else set()

@@ -66,6 +66,27 @@ def convolve(
     return outputs
 
 
+def linear_rows(
+    _: nn.Module, x: Float[Tensor, "*T I"], weights: Float[Tensor, "N I"], __: Tensor
+) -> Float[Tensor, "*T N"]:
+    """The inputs with some rows of the weight."""
+    products: Tensor = torch.nn.functional.linear(x, weights)
+    return products
+
+
+def convolved_rows(layer: nn.Module, x: Tensor, weights: Float[Tensor, "N I"], rows: Tensor) -> Float[Tensor, "*T N"]:
+    """The inputs with some of a convolution's kernels, features last."""
+    assert isinstance(layer, Convolution)
+    spatial = len(layer.kernel_size)
+    batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
+    if layer.groups == 1:
+        products = _convolution(layer, batch, weights.view(-1, *layer.weight.shape[1:]), groups=1)
+    else:
+        products = _convolution(layer, batch, layer.weight, layer.groups)[:, rows]
+    products = products.movedim(1, -1)
+    return products if x.dim() == spatial + 2 else products.squeeze(0)
+
+
 def _padded(layer: Convolution, x: Tensor) -> Tensor:
     if layer.padding_mode == "zeros":
         return x

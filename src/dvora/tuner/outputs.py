@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..adapted_weight import AdaptedWeight
 from ..functional import RowFactors, Vectors
+from ..layouts import weight_at_hand
 from ..linear_outputs import combined, from_updated_weight
 from ..routes import takes_updated_weight
 from ..shapes import Float
+from ..small_rows import SmallRows
 from .base import laid_out_like
 from .kinds import LayerKind
 from .operations import linear
+from .vectors import Strength
 
 
 class ActiveAdapter(NamedTuple):
@@ -25,7 +28,7 @@ class ActiveAdapter(NamedTuple):
     vectors: Vectors
     factors: RowFactors
     dropout: nn.Module
-    strength: Tensor
+    strength: Strength
 
 
 def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor | None:
@@ -34,9 +37,11 @@ def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveA
         return None
     adapted, vectors, factors, dropout, strength = adapters[0]
     alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
-    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength == 1):
+    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength.number == 1):
         return None
     assert isinstance(base_layer, nn.Linear)
+    if adapted.small_rows(base_layer.bias) is not None:
+        return None
     return from_updated_weight(adapted, base_layer, x, vectors.lambda_d, factors)
 
 
@@ -55,17 +60,36 @@ def adapted_outputs(
     """
     for adapter in adapters:
         _check_part(adapter, x, base_output)
+    small = _small_rows(base_layer, kind, x, adapters[0].adapted, bias)
     if len(adapters) == 1 and kind.low_rank is linear:
         adapted, vectors, factors, dropout, _ = adapters[0]
         # A module's call takes as long as a small product.
         inputs = dropout(x) if dropout.training else x
-        return combined(adapted, base_output, inputs, vectors.lambda_d, factors, bias)
+        return combined(adapted, base_output, inputs, vectors.lambda_d, factors, bias, small)
     features = -1 - kind.spatial
     outputs = base_output.movedim(features, -1)
-    updates = [adapter.factors.scale * _product(base_layer, kind, x, outputs, adapter) for adapter in adapters]
-    gains = [adapter.factors.gain_minus_one for adapter in adapters]
+    every = [adapter.factors if small is None else small.left_out(adapter.factors) for adapter in adapters]
+    products = [_product(base_layer, kind, x, outputs, adapter) for adapter in adapters]
+    updates = [factors.scale * product for factors, product in zip(every, products, strict=True)]
+    gains = [factors.gain_minus_one for factors in every]
     summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
+    if small is not None:
+        for adapter in adapters:
+            summed = small.added(summed, adapter.factors)
     return summed.movedim(-1, features)
+
+
+def _small_rows(
+    base_layer: nn.Module, kind: LayerKind, x: Tensor, adapted: AdaptedWeight, bias: Tensor | None
+) -> SmallRows | None:
+    """The rows that are small beside their bias, and what they make of the inputs; all adapters have the same ones."""
+    rows = adapted.small_rows(bias)
+    if rows is None:
+        return None
+    weight = weight_at_hand(base_layer, "weight") if kind.row_products is not None else None
+    if weight is None or kind.row_products is None:
+        return SmallRows(rows, None)
+    return SmallRows(rows, kind.row_products(base_layer, x, kind.layout.matrix(weight)[rows], rows))
 
 
 def _product(

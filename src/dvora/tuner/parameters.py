@@ -16,6 +16,7 @@ from torch.func import functional_call
 from ..layouts import is_partitioned
 from .kinds import READ_BY_ATTENTION, LayerKind
 from .layer import DVoRALayer, DVoRALinear
+from .rows import Batch, is_in_progress
 
 # Attributes of attention that torch's fused layers ask for by a private name.
 _PRIVATE = ("_qkv_same_embed_dim",)
@@ -33,6 +34,7 @@ class ParamWrapper(DVoRALayer):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, kind: LayerKind) -> None:
         super().__init__(base_layer, name, kind, parameter_name)
+        self.silent_in: list[Batch] = []
 
     def adapted_weight(self) -> Tensor:
         """The parameter with the active adapters, in its own dtype; the parameter itself where there are none."""
@@ -46,7 +48,9 @@ class ParamWrapper(DVoRALayer):
                 "the module in memory, or merge its adapters first"
             )
         names = [name for name in self.active_adapters if name in self.dvora_adapted]
-        if self.disable_adapters or self.merged or not names:
+        if any(map(is_in_progress, self.silent_in)):
+            names = []
+        if self.disable_adapters or self.serves_merged() or not names:
             return weight
         if is_partitioned(weight):
             raise ValueError(
@@ -54,7 +58,7 @@ class ParamWrapper(DVoRALayer):
                 "ZeRO-2 or FSDP, merge the adapters first, or adapt layers that are called"
             )
         matrix = self.kind.layout.matrix(weight)
-        delta = self._delta(names, weight)
+        delta = self.summed_delta(names, weight)
         return self.kind.layout.stored((matrix.to(delta.dtype) + delta).to(weight.dtype), weight.shape)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -76,7 +80,7 @@ class ParamWrapper(DVoRALayer):
                 return self.base_layer(*args, **kwargs)
             finally:
                 module[self.parameter_name] = own
-        return functional_call(self.base_layer, {self._path(): weight}, args, kwargs, tie_weights=False)
+        return functional_call(self.base_layer, {self.path_from_base(): weight}, args, kwargs, tie_weights=False)
 
     def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
         """Refuse a batch of adapters of which some row would need, or get, another weight than the others.
@@ -115,7 +119,7 @@ class ParamWrapper(DVoRALayer):
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}"
 
-    def _path(self) -> str:
+    def path_from_base(self) -> str:
         """The parameter's name as seen from the base layer, which may be a wrapper itself."""
         depth, module = 0, self.base_layer
         while isinstance(module, ParamWrapper):

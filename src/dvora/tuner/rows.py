@@ -1,13 +1,60 @@
-"""A batch in which every row has an adapter of its own."""
+"""A batch in which every row has an adapter of its own, and the one that a thread is busy with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
+
+from .restoring import surely
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
+
+
+class Batch:
+    """One call of a model with an adapter for each row; another one with the same names is another.
+
+    Args:
+        names: one a row.
+        in_encoder: those in the encoder, whose rows beam search does not repeat.
+    """
+
+    def __init__(self, names: Sequence[str], in_encoder: Sequence[str]) -> None:
+        self.names = names
+        self.in_encoder = in_encoder
+
+
+class _Thread(threading.local):
+    batch: Batch | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def in_progress(batch: Batch | None) -> Iterator[None]:
+    """Make a batch, or none, the one of this thread: others neither see it nor are disturbed."""
+    if torch.compiler.is_compiling():
+        # A graph has no thread of its own.
+        yield
+        return
+    before = _thread.batch
+
+    def back() -> None:
+        _thread.batch = before
+
+    with surely(back):
+        _thread.batch = batch
+        yield
+
+
+def is_in_progress(batch: Batch) -> bool:
+    """Whether this thread is in the call of a batch, and not in another one within it."""
+    return _thread.batch is batch
 
 
 def mixed_outputs(

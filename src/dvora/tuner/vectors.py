@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..functional import Vectors
 from ..precision import at_least_float32
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
@@ -25,9 +26,9 @@ class VectorDict(nn.ParameterDict):
         return self
 
     def move(self, adapter_name: str, device: torch.device) -> None:
-        """Move one vector, unless its values are still to come."""
-        vector = self[adapter_name]
-        if not vector.is_meta:
+        """Move one vector, unless there is none or its values are still to come."""
+        vector = self.get(adapter_name)
+        if vector is not None and not vector.is_meta:
             self[adapter_name] = nn.Parameter(vector.detach().to(device), vector.requires_grad)
 
 
@@ -49,22 +50,53 @@ def told_if_rounded(magnitude: Tensor) -> Tensor:
     return magnitude
 
 
+def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
+    """The vectors of one adapter; zero and empty where it has the magnitude only.
+
+    Args:
+        dicts: in the order of `VECTORS`.
+        adapter_name: in all of them, or in the first only.
+    """
+    magnitudes, lambdas_b, lambdas_d = dicts
+    magnitude = told_if_rounded(magnitudes[adapter_name])
+    if adapter_name not in lambdas_b:
+        return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
+    return Vectors(magnitude, lambdas_b[adapter_name], lambdas_d[adapter_name])
+
+
 class Strength(nn.Module):
-    """s of `W + s (W' - W)`: a tensor, so that a compiled model follows when it changes.
+    """s of `W + s (W' - W)`: a tensor, so that a compiled model follows when it changes, and its number beside it.
 
     Args:
         like: the dtype and device to have.
-        value: s.
+        number: s.
     """
 
     value: Tensor
 
-    def __init__(self, like: Tensor, value: float) -> None:
+    def __init__(self, like: Tensor, number: float) -> None:
         super().__init__()
-        self.register_buffer("value", like.new_full((), value), persistent=False)
+        self.register_buffer("value", like.new_full((), number), persistent=False)
+        self._known = number, _version_of(self.value)
+
+    @property
+    def number(self) -> float:
+        """s, without waiting for the device unless something else has written the tensor."""
+        number, version = self._known
+        return number if self.value.is_meta or version == _version_of(self.value) else float(self.value)
+
+    @torch.no_grad()
+    def set(self, number: float) -> None:
+        """Change s in place."""
+        self.value.fill_(number)
+        self._known = number, _version_of(self.value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
+        value, number = self.value, self.number
         super()._apply(at_least_float32(fn), recurse)
+        if self.value is not value:
+            # It is in no state dict, so that nothing else would fill it after `to_empty`.
+            self.set(number)
         return self
 
 
@@ -72,3 +104,8 @@ def strength_key(strengths: dict[str, float], layer_name: str) -> str:
     """The key of a layer's strength: its whole name before names and expressions that match its end."""
     key: str = layer_name if layer_name in strengths else get_pattern_key(list(strengths), layer_name)
     return key
+
+
+def _version_of(tensor: Tensor) -> int:
+    """What PyTorch counts up when a tensor is written; -1 where it does not count."""
+    return -1 if tensor.is_inference() else tensor._version

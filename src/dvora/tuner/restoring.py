@@ -1,0 +1,93 @@
+"""Puts things back as they were if changing them fails or is interrupted: PEFT replaces layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def surely(end: Callable[[], object]) -> Iterator[None]:
+    """Call `end` at the end of the block, and once more, in case that an interruption stopped it.
+
+    Args:
+        end: may be called again at any point.
+    """
+    try:
+        try:
+            yield
+        finally:
+            end()
+    finally:
+        end()
+
+
+@contextmanager
+def on_failure(*undo: Callable[[], object]) -> Iterator[None]:
+    """Call all of `undo` if the block raises anything, interruptions included.
+
+    Args:
+        undo: may be called again at any point.
+    """
+    finished: list[bool] = []
+
+    def end() -> None:
+        if not finished:
+            for each in undo:
+                each()
+
+    with surely(end):
+        yield
+        finished.append(True)
+
+
+def modules_as_they_are(model: nn.Module) -> Callable[[], None]:
+    """What gives every module its present attributes and children back, and parameters whether they are trained.
+
+    Values of tensors are not put back.
+    """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents = [
+        (each, each.copy()) for _, kept in attributes for each in kept.values() if isinstance(each, _CONTAINERS)
+    ]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for changed, kept in [*attributes, *contents]:
+            _put_back(changed, kept)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
+
+
+def values_as_they_are(tensors: list[Tensor]) -> Callable[[], None]:
+    """What gives tensors the values back that they have now, from copies."""
+    kept = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+
+    return restore
+
+
+def _put_back(changed: Any, kept: Any) -> None:
+    """Give a container its contents back; one that has them is not touched, as other threads may be reading it."""
+    if isinstance(changed, dict):
+        if list(changed) != list(kept) or any(changed[key] is not value for key, value in kept.items()):
+            changed.clear()
+            changed.update(kept)
+    elif isinstance(changed, list):
+        if [id(each) for each in changed] != [id(each) for each in kept]:
+            changed[:] = kept
+    elif changed != kept:
+        changed.clear()
+        changed.update(kept)

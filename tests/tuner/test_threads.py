@@ -1,0 +1,128 @@
+"""Batches with an adapter a row in several threads at once, and calls within calls: every call has its own names."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from interrupting import interrupted_at, steps_of
+from layer_cases import CASES
+from peft import PeftModel, get_peft_model
+from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
+from torch import Tensor, nn
+
+from dvora import DVoRAConfig
+
+BASE = "__base__"
+BATCHES: list[list[str] | None] = [["default"] * 4, ["second", BASE, "second", BASE], [BASE] * 4, None]
+"""Of adapter names; None is a plain call."""
+
+
+def adapted(name: str = "bert", **settings: object) -> PeftModel:
+    model = get_peft_model(MODELS[name](), DVoRAConfig(r=4, target_modules=LAYERS[name], **settings)).eval()
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=LAYERS[name], **settings))
+    for seed, adapter in enumerate(model.peft_config):
+        train_vectors(model, adapter, seed)
+        if settings:
+            with torch.no_grad():
+                model.base_model.model.classifier.modules_to_save[adapter].weight.add_(seed)
+    return model
+
+
+def attention() -> PeftModel:
+    """A parameter that its module reads, and layers that are called."""
+    case = CASES["MultiheadAttention"]
+    model = get_peft_model(case.base(), case.config()).eval()
+    train_vectors(model)
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["keys"]))
+    train_vectors(model, "second", 1)
+    return model
+
+
+def call(model: nn.Module, names: list[str] | None) -> Tensor:
+    options = {} if names is None else {"adapter_names": names}
+    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return outputs(model, **options)
+    with torch.no_grad():
+        return model(CASES["MultiheadAttention"].inputs(), **options)
+
+
+@contextmanager
+def meeting_in(model: PeftModel, parties: int) -> Iterator[None]:
+    """All threads wait for each other in the first layer of the base model."""
+    barrier = threading.Barrier(parties, timeout=20)
+    first = next(m for m in model.get_base_model().modules() if not list(m.children()))
+
+    def meet(*_: object) -> None:
+        barrier.wait()
+
+    handle = first.register_forward_pre_hook(meet)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("make", [adapted, lambda: adapted(modules_to_save=["classifier"])], ids=["bert", "heads"])
+def test_threads_get_the_adapters_that_they_name(make: Callable[[], PeftModel]) -> None:
+    model = make()
+    expected = [call(model, names) for names in BATCHES]
+    with meeting_in(model, len(BATCHES)), ThreadPoolExecutor(len(BATCHES)) as threads:
+        for _ in range(3):
+            for found, own in zip(threads.map(lambda names: call(model, names), BATCHES), expected, strict=True):
+                assert same_bits(found, own)
+    assert not any(layer._forward_pre_hooks for _, layer in dvora_layers(model))
+
+
+def test_a_parameter_that_is_silent_in_one_thread_serves_another() -> None:
+    model, batches = attention(), [[BASE] * 4, [BASE, "second"] * 2, None]
+    expected = [call(model, names) for names in batches]
+    assert not torch.equal(expected[0], expected[2])
+    rounds = [batches[0], *batches[:2] * 2, None, None]
+    with meeting_in(model, len(rounds)), ThreadPoolExecutor(len(rounds)) as threads:
+        for found, names in zip(threads.map(lambda names: call(model, names), rounds), rounds, strict=True):
+            assert same_bits(found, expected[batches.index(names)])
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_hooks_that_come_and_go_disturb_no_other_thread() -> None:
+    model = adapted("mlp")
+    expected = [call(model, names) for names in BATCHES]
+
+    def many(which: int) -> bool:
+        return all(same_bits(call(model, BATCHES[which]), expected[which]) for _ in range(25))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(many, range(4)))
+
+
+@pytest.mark.parametrize("inner", BATCHES, ids=str)
+def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None:
+    model, found = adapted(), []
+    expected, outer = call(model, inner), call(model, ["second"] * 4)
+
+    def within(*_: object) -> None:
+        if not found:
+            found.append(None)
+            found[0] = call(model, inner)
+
+    handle = model.get_base_model().bert.embeddings.register_forward_hook(within)
+    assert same_bits(call(model, ["second"] * 4), outer)
+    handle.remove()
+    assert same_bits(found[0], expected)
+
+
+def test_an_interrupted_batch_leaves_no_names_behind(pytestconfig: pytest.Config) -> None:
+    fuzz = pytestconfig.getoption("--fuzz")
+    for model in (adapted("mlp"), attention()):
+        expected = call(model, None)
+
+        def act(model: PeftModel) -> None:
+            call(model, [BASE] * 4)
+
+        total = steps_of(act, model, fuzz)
+        for step in range(0, total, 1 if fuzz else max(1, total // 40)):
+            with pytest.raises(KeyboardInterrupt):
+                interrupted_at(step, act, model, fuzz)
+            assert same_bits(call(model, None), expected), step
+            assert same_bits(call(model.base_model, None), expected), step
