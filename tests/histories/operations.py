@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.histories.shadow import Gradient, Shadow
-from tests.histories.subjects import Settings, layer_of, parameter
+from tests.histories.subjects import VECTORS, Settings, layer_of, parameter
 
 Rng = np.random.Generator
 
@@ -35,6 +35,13 @@ class Case:
     """Inputs in memory that is used again and again."""
     left: list[tuple[nn.Module, Shadow]] = field(default_factory=list)
     """Models that copies were made of, which must stay right."""
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether a recorded pass is refused: vectors want gradients, and what is merged gives them none."""
+        merged = [name for name, layer in self.shadow.layers.items() if layer.merged is not None]
+        wanted = any(name.partition(".")[0] in merged and is_vector(name) for name in self.shadow.trained)
+        return self.shadow.training and wanted
 
     @property
     def plain(self) -> bool:
@@ -69,6 +76,11 @@ class Case:
         for name, (value, size) in found.items():
             before = self.shadow.gradients.get(name, Gradient(torch.zeros_like(value), 0.0))
             self.shadow.gradients[name] = Gradient(before.value + value, before.size + tolerance * size)
+
+
+def is_vector(name: str) -> bool:
+    """Whether a name is one of the adapter's."""
+    return name.rpartition(".")[2] in VECTORS
 
 
 class Operation(NamedTuple):
@@ -113,6 +125,11 @@ def in_peft(case: Case) -> bool:
 def in_peft_unmerged(case: Case) -> bool:
     """Adapted through PEFT, nothing merged."""
     return not case.plain and not case.shadow.is_merged
+
+
+def recordable(case: Case) -> bool:
+    """Passes may be recorded."""
+    return not case.trains_nothing
 
 
 def check_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, size: float | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -154,14 +154,15 @@ def update_parameters(case: Case, rng: Rng) -> None:
     name, rate = NAMES[int(rng.integers(3))], 0.02
     values = VECTORS if case.layer(name).freeze_base_layer else (*VECTORS, *BASE)
     names = [each for each in case.shadow.gradients if each in {f"{name}.{value}" for value in values}]
-    if not names:
+    if not case.shadow.trained.intersection(names):
         return
     case.layer(name).update_parameters(rate)
     for each in names:
         gradient, held = case.shadow.gradients.pop(each), case.parameter(each)
-        slack = rate * gradient.size + 4 * torch.finfo(held.dtype).eps * float(held.abs().max())
-        check_close(held, case.shadow[each] - rate * gradient.value, 1, f"{each} after update_parameters", slack)
-        case.shadow[each] = held
+        if each in case.shadow.trained:
+            slack = rate * gradient.size + 4 * torch.finfo(held.dtype).eps * float(held.abs().max())
+            check_close(held, case.shadow[each] - rate * gradient.value, 1, f"{each} after update_parameters", slack)
+            case.shadow[each] = held
 
 
 @operation(1)
@@ -222,6 +223,26 @@ def refill_inputs_between_siblings(case: Case, rng: Rng) -> None:
         handle.remove()
     expected = case.shadow.outputs(before, other)
     check_close(y, expected, OUTPUTS[case.shadow.coarsest], "outputs with inputs refilled between siblings")
+
+
+CIRCUMSTANCES: list[Callable[[], AbstractContextManager[object]]] = [
+    nullcontext,
+    torch.no_grad,
+    torch.inference_mode,
+    lambda: torch.autocast("cpu", HALF),
+]
+
+
+@operation(1)
+def siblings_in_other_circumstances(case: Case, rng: Rng) -> None:
+    """Two layers read the same inputs, each in its own way."""
+    x = drawn_like(rng, (4, case.settings.width), case.shadow.dtype).requires_grad_(bool(rng.random() < 0.5))
+    for index, name in zip(rng.permutation(len(CIRCUMSTANCES)), ("first", "second"), strict=False):
+        with CIRCUMSTANCES[index]():
+            y = case.layer(name)(x)
+        dtype = HALF if index == 3 else case.shadow.coarsest
+        tolerance = max(OUTPUTS[dtype], OUTPUTS[case.shadow.coarsest])
+        check_close(y.detach().clone(), case.shadow.of_layer(name).outputs(x), tolerance, f"outputs of {name}")
 
 
 @operation(1, unmerged)

@@ -33,7 +33,7 @@ KEEPING = ("adapted_weight", "evaluated", "measured", "siblings", "functional", 
 ROUNDS, READERS = 25, 2
 
 
-@operation(3, unmerged)
+@operation(4, unmerged)
 def write_in_the_middle_of_a_pass(case: Case, rng: Rng) -> None:
     """Another thread writes at one line of an evaluation that finds nothing kept, or something."""
     if rng.random() < 0.7:
@@ -42,7 +42,7 @@ def write_in_the_middle_of_a_pass(case: Case, rng: Rng) -> None:
     values = as_held(case, other_values(case, rng, names))
     x = drawn_like(rng, (3, case.settings.width), case.shadow.dtype)
     before = case.shadow.outputs(x)
-    number, files = (int(rng.integers(1, 1500)), ("",)) if rng.random() < 0.3 else (int(rng.integers(1, 350)), KEEPING)
+    number, files = (int(rng.integers(1, 1500)), ("",)) if rng.random() < 0.3 else (int(rng.integers(1, 800)), KEEPING)
     with torch.no_grad(), at_line(number, lambda: elsewhere(lambda: write(values)), files) as lines:
         y = case.model(x)
     if lines[1]:
