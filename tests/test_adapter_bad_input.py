@@ -183,3 +183,12 @@ def test_a_base_with_trained_parameters_keeps_its_flags_when_refused() -> None:
     base = linear(6, 5)
     base.bias.requires_grad_(False)
     assert_refused(base, ValueError, "alpha", alpha=-1, freeze_base_layer=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bias_that_is_not_finite_is_refused(value: float) -> None:
+    base = nn.Linear(4, 3)
+    with torch.no_grad():
+        base.bias[1] = value
+    with pytest.raises(ValueError, match=r"Linear: 1 of 3 values of the bias are not finite"):
+        DVoRAAdapter(base, 2, shared=SharedProjections(0))

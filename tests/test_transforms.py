@@ -176,6 +176,32 @@ def test_autocast_does_not_round_the_gain(freeze_base_layer: bool, dtype: torch.
     torch.testing.assert_close(merged_autocast, merged, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
+@pytest.mark.parametrize("tokens", [1, 40, 400])
+def test_a_backward_pass_within_autocast_gives_the_bits_of_one_outside(tokens: int, distribution: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, shared=SharedProjections(3, distribution))
+    gradients = []
+    for within in (True, False):
+        x = randn(tokens, IN, seed=0).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().square().sum()
+            if within:
+                loss.backward()
+        if not within:
+            loss.backward()
+        gradients.append([x.grad, *(vector.grad for vector in layer.vectors)])
+        layer.zero_grad()
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
+@pytest.mark.parametrize("shape", [(IN,), (40, IN)], ids=str)
+def test_gradients_may_be_asked_for_in_batches(shape: tuple[int, ...], distribution: str) -> None:
+    layer, x = trained_layer(IN, OUT, RANK, shared=SharedProjections(3, distribution)), randn(*shape, seed=0)
+    at_once, one_by_one = (torch.autograd.functional.jacobian(layer, x, vectorize=batched) for batched in (True, False))
+    torch.testing.assert_close(at_once, one_by_one)
+
+
 def test_constants_made_under_autocast_are_not_rounded() -> None:
     base = linear(IN, OUT)
     plain = train(DVoRAAdapter(base, RANK, shared=SHARED))

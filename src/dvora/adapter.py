@@ -23,6 +23,7 @@ from .shared import default_projections
 from .small_rows import SmallRows
 from .transforms import transforming
 from .validation import (
+    check_bias,
     check_linear,
     checked_d_initial,
     checked_not_negative,
@@ -78,6 +79,7 @@ class DVoRAAdapter(nn.Module):
         if isinstance(base_layer, DVoRAAdapter):
             raise TypeError("base_layer already carries a DVoRA adapter; pass its base_layer, or merge it first")
         check_linear(base_layer)
+        check_bias(local(base_layer.bias), type(base_layer).__name__)
         if shared is None:
             shared = default_projections(base_layer.in_features, base_layer.out_features, rank)
         self.adapted = AdaptedWeight(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .devices import runs_triton
-from .precision import as_dtype
+from .precision import as_dtype, without_autocast
 from .scratch import scratch
 from .shapes import Float
 from .transforms import recording, transforming
@@ -211,6 +211,7 @@ class _Product(torch.autograd.Function):
         _, ctx.stack, ctx.widens = inputs
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
         return (narrow if ctx.widens else widen)(d, ctx.stack), None, None
 

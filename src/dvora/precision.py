@@ -4,9 +4,13 @@ The interesting values of the gain lie within 1e-6 of one; bfloat16 would round 
 """
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,6 +38,22 @@ def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast is off for `device`: a norm is never computed in half precision."""
     return torch.autocast(device.type, enabled=False)
+
+
+def without_autocast(backward: Backward) -> Backward:
+    """Wrap the backward pass of an autograd function, which may run within autocast, to compute as it was written.
+
+    PyTorch's own operations are differentiated so: what was computed in half precision is differentiated in it, and
+    nothing else is.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *gradients: Any) -> Any:
+        device = next(gradient.device for gradient in gradients if gradient is not None)
+        with full_precision(device):
+            return backward(ctx, *gradients)
+
+    return cast(Backward, guarded)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .dense import DenseMatrices
+from .precision import without_autocast
 from .shapes import Float
 from .siblings import LastProjection
 from .spans import Span
@@ -219,6 +220,7 @@ class _Projection(torch.autograd.Function):
         return kind.project(x, rank)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
         kind: Matrices = ctx.kind
         return kind.project_transpose(h, ctx.in_features), None, None

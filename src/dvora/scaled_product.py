@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import as_dtype
+from .precision import as_dtype, without_autocast
 from .shapes import Float
 from .transforms import recording, transforming
 
@@ -50,6 +50,7 @@ class _ScaledProduct(torch.autograd.Function):
         return _product(a, b, scale)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (b,) = ctx.saved_tensors
         return scaled_product(gradient, b.T, ctx.scale), None, None

@@ -42,6 +42,7 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
 
 def out(name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:
     """`scratch` for an operation's `out`; None, for fresh memory, while operations are recorded or transformed."""
-    if torch.is_grad_enabled() or transforming():
+    # The older vmap, of gradients in batches, knows no `out`.
+    if torch.is_grad_enabled() or transforming() or torch._C._functorch.is_legacy_batchedtensor(like):
         return None
     return scratch(name, shape, like.dtype, like.device)

@@ -36,7 +36,7 @@ def row_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], Bt: Stack) ->
     for d_part, z_part in zip(d.split(chunk), z.split(chunk), strict=True):
         outputs = scratch("row products", d_part.shape, dtype, d.device)
         kronecker.widen_chunk(z_part, Bt, outputs)
-        total += sum_of_products(d_part, outputs)
+        total = total + sum_of_products(d_part, outputs)
     return total
 
 

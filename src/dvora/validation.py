@@ -102,6 +102,19 @@ def check_linear(layer: nn.Module) -> None:
         )
 
 
+def check_bias(bias: Float[Tensor, "O"] | None, name: str) -> None:
+    """Refuse a bias that is not finite, which outputs could not be told apart from.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if bias is not None and not bias.is_meta and not bias.isfinite().all():
+        raise ValueError(
+            f"{name}: {int((~bias.isfinite()).sum())} of {bias.numel()} values of the bias are not finite; rows are "
+            "rescaled without their bias, which is impossible then. Use a finite value, or leave the layer out"
+        )
+
+
 def check_norms(w: Float[Tensor, "O"], name: str) -> None:
     """Refuse a base weight with a row norm that is not finite, naming the layer.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
+from dvora.doctor import examine
 
 TINY = [1, 4]
 OUT = 6
@@ -147,10 +148,13 @@ def test_a_layer_whose_weight_is_not_at_hand_keeps_its_base_s_outputs_there() ->
     with_tiny_rows(layer.inner)
     x = randn(5, 10, seed=5)
     model = adapted(layer)
-    base, y = layer(x), model.train()(x)
+    base = layer(x)
+    y = model.train()(x)
     rest = [row for row in range(OUT) if row not in TINY]
     assert torch.equal(y[:, TINY], base[:, TINY])
     assert not torch.allclose(y[:, rest], base[:, rest])
     y.square().sum().backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad and len(parameter) == OUT]
     assert all(not parameter.grad[TINY].any() and parameter.grad[rest].all() for parameter in trained)
+    found = examine(model.eval(), x, fresh_process=False).of("rows left alone")
+    assert (found.status, found.figures["worst"]) == ("warn", len(TINY) / OUT)

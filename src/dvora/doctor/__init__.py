@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from ..rebuilt import subjects
 from .findings import Examination, Finding
-from .layer_checks import constants, gradients, merge_losses, outputs, short_rows
+from .layer_checks import constants, gradients, merge_losses, outputs, rows_left_alone, short_rows
 from .model_checks import calls, merging, mixed_batch, received, trained_values
 from .round_trip import round_trip
 from .training_checks import identity, movement, rates
@@ -63,6 +63,7 @@ def examine(
             gradients(some, seen),
             constants(some),
             short_rows(some),
+            rows_left_alone(some),
             calls(every, seen),
             received(model, inputs, every, loss),
             trained_values(model, every),

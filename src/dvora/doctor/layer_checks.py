@@ -101,6 +101,24 @@ def short_rows(every: tuple[Subject, ...]) -> Finding:
     )
 
 
+def rows_left_alone(every: tuple[Subject, ...]) -> Finding:
+    """Rows of DVoRA that keep the outputs of the base, because these hold their bias and next to nothing else."""
+    shares = {
+        subject.name: max(subject.layer.rows_left_alone(name) for name in adapters) / subject.layer.out_features
+        for subject in every
+        if isinstance(subject.layer, DVoRALayer)
+        and (adapters := [name for name in subject.layer.active_adapters if name in subject.layer.dvora_adapted])
+    }
+    return judged(
+        "rows left alone",
+        shares,
+        0.0,
+        "share of rows that are tiny beside their bias, in a weight that no pass can read, and so are not adapted:",
+        "nothing has to be done if they are few; to adapt them, load the base unquantised, or keep it in memory",
+        status="warn",
+    )
+
+
 def merge_losses(every: tuple[Subject, ...]) -> Finding:
     """The share of each update that rounding to the base's dtype would change in a merge."""
     lost = {}

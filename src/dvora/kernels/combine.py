@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..devices import runs_triton
-from ..precision import as_dtype, norm_dtype
+from ..precision import as_dtype, norm_dtype, without_autocast
 from ..projections import Matrices
 from ..shapes import Float
 from ..sums import sum_of_products
@@ -108,6 +108,7 @@ class _Combine(torch.autograd.Function):
         return _forward(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices, gain)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias, gain = ctx.saved_tensors
         wants = ctx.needs_input_grad

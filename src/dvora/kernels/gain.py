@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import functional as F
 from ..functional import RowFactors, Vectors
 from ..norms import FrozenNorm
+from ..precision import without_autocast
 from ..row_change import indices_if_any, measured_ratio, nearly_cancelled, row_change
 from ..shapes import Float
 from ..transforms import recording
@@ -74,6 +75,7 @@ class _RowFactors(torch.autograd.Function):
         return factors.gain_minus_one, factors.scale, factors.gain, near
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, d_gain: Tensor, d_scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         magnitude, beta, lambda_d, gain, scale, u, b, change, h, inner, slopes, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm

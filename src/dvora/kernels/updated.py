@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dense import DenseMatrices
+from ..precision import without_autocast
 from ..shapes import Float
 
 
@@ -58,6 +59,7 @@ class _UpdatedLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, matrices.updated(weight, lambda_d, beta), bias)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, lambda_d, beta = ctx.saved_tensors
         matrices: DenseMatrices = ctx.matrices

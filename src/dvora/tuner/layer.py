@@ -122,6 +122,13 @@ class DVoRALayer(nn.Module, MergeableLayer):
         """Change s of one adapter."""
         cast(Strength, self.dvora_strength[adapter_name]).set(number)
 
+    def rows_left_alone(self, adapter_name: str) -> int:
+        """How many rows keep the base's outputs: those small beside their bias, where no pass can read the weight."""
+        adapted = self.adapted(adapter_name)
+        rows = None if self.kind.low_rank is None else adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
+        readable = self.kind.row_products is not None and adapted.readable
+        return 0 if rows is None or readable else len(rows)
+
     def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
         if adapter_names is not None:

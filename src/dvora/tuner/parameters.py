@@ -7,6 +7,8 @@ pass, as are all who read the parameter from outside: torch's fused transformer 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.func import functional_call
 from ..layouts import is_partitioned
 from .kinds import READ_BY_ATTENTION, LayerKind
 from .layer import DVoRALayer, DVoRALinear
+from .restoring import surely
 from .rows import Batch, is_in_progress
 
 # Attributes of attention that torch's fused layers ask for by a private name.
@@ -35,9 +38,16 @@ class ParamWrapper(DVoRALayer):
     def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, kind: LayerKind) -> None:
         super().__init__(base_layer, name, kind, parameter_name)
         self.silent_in: list[Batch] = []
+        self._turn = _Turn()
 
     def adapted_weight(self) -> Tensor:
         """The parameter with the active adapters, in its own dtype; the parameter itself where there are none."""
+        if torch.compiler.is_compiling():
+            return self._adapted_weight()
+        with self._turn:
+            return self._adapted_weight()
+
+    def _adapted_weight(self) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         weight = self.stored()
@@ -69,18 +79,21 @@ class ParamWrapper(DVoRALayer):
         """
         if adapter_names is not None:
             self.check_serves_all_rows(adapter_names)
-        weight = self.adapted_weight()
-        if weight is self.stored():
-            return self.base_layer(*args, **kwargs)
-        module = vars(self.get_base_layer())
-        if self.parameter_name in module:
-            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter put in its place.
-            own, module[self.parameter_name] = module[self.parameter_name], weight
-            try:
+        if torch.compiler.is_compiling():
+            replaced = {self.path_from_base(): self.adapted_weight()}
+            return functional_call(self.base_layer, replaced, args, kwargs, tie_weights=False)
+        # The module is one for all threads.
+        with self._turn:
+            weight = self.adapted_weight()
+            if weight is self.stored():
                 return self.base_layer(*args, **kwargs)
-            finally:
-                module[self.parameter_name] = own
-        return functional_call(self.base_layer, {self.path_from_base(): weight}, args, kwargs, tie_weights=False)
+            module = self.get_base_layer()
+            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter put in its place.
+            kept: dict[str, Any] = vars(module) if self.parameter_name in vars(module) else module._parameters
+            own = kept[self.parameter_name]
+            with surely(partial(kept.__setitem__, self.parameter_name, own)):
+                kept[self.parameter_name] = weight
+                return self.base_layer(*args, **kwargs)
 
     def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
         """Refuse a batch of adapters of which some row would need, or get, another weight than the others.
@@ -153,6 +166,22 @@ class UnfusedLinear(DVoRALinear):
         if self.disable_adapters or self.merged or not at_work:
             return weight
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+
+
+class _Turn:
+    """A lock of one module; a copy of the module has its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
 
 
 def is_read(layer: nn.Module) -> bool:
