@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tests.histories.checks import drawn_like
+from tests.histories.checks import check_outputs, drawn_like
 from tests.histories.lines import at_line, elsewhere
 from tests.histories.operations import OUTPUTS, Case, MismatchError, Rng, operation, unmerged
 from tests.histories.shadow import Shadow
@@ -30,19 +30,25 @@ READ_ONCE = ("magnitude", "lambda_b")
 """Vectors that a pass reads once: one that is written to meanwhile gives the outputs of before or after."""
 KEEPING = ("adapted_weight", "evaluated", "measured", "siblings", "functional", "kernels/gain")
 """Files that keep what was made from values."""
-ROUNDS, READERS = 25, 2
+ROUNDS, READERS, MOMENTS = 25, 2, 4
 
 
-@operation(4, unmerged)
+@operation(3, unmerged)
 def write_in_the_middle_of_a_pass(case: Case, rng: Rng) -> None:
     """Another thread writes at one line of an evaluation that finds nothing kept, or something."""
-    if rng.random() < 0.7:
-        write_vectors(case, rng)
+    for _ in range(MOMENTS):
+        if rng.random() < 0.7:
+            write_vectors(case, rng)
+        _write_at_one_line(case, rng)
+        check_outputs(case, rng)
+
+
+def _write_at_one_line(case: Case, rng: Rng) -> None:
     names, write = _to_write(case, rng)
     values = as_held(case, other_values(case, rng, names))
     x = drawn_like(rng, (3, case.settings.width), case.shadow.dtype)
     before = case.shadow.outputs(x)
-    number, files = (int(rng.integers(1, 1500)), ("",)) if rng.random() < 0.3 else (int(rng.integers(1, 800)), KEEPING)
+    number, files = (int(rng.integers(1, 1500)), ("",)) if rng.random() < 0.3 else (int(rng.integers(1, 560)), KEEPING)
     with torch.no_grad(), at_line(number, lambda: elsewhere(lambda: write(values)), files) as lines:
         y = case.model(x)
     if lines[1]:
@@ -91,20 +97,22 @@ def threads(case: Case, rng: Rng) -> None:
 def _to_write(case: Case, rng: Rng) -> tuple[list[str], Callable[[dict[str, Tensor]], None]]:
     """Some names, and how all of them are written."""
     draw = rng.random()
-    if draw < 0.2:
+    if draw < 0.15:
         names = case.shadow.names()
         return names, lambda values: case.model.load_state_dict(
             {keys(case.model, names)[n]: v for n, v in values.items()}
         )
-    of_base = draw < 0.4
-    names = base_names(case) if of_base else vector_names(case)
-    name, ways = names[int(rng.integers(len(names)))], COUNTED if of_base else [*COUNTED, *UNCOUNTED]
+    of_base = draw < 0.35
+    names, ways = (base_names(case), COUNTED) if of_base else (vector_names(case), [*COUNTED, *UNCOUNTED])
+    if draw > 0.6:
+        names = [names[int(rng.integers(len(names)))]]
     way = ways[int(rng.integers(len(ways)))]
 
     def write(values: dict[str, Tensor]) -> None:
-        way(case, name, values[name])
+        for name, value in values.items():
+            way(case, name, value)
 
-    return [name], write
+    return names, write
 
 
 @contextmanager
