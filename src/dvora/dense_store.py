@@ -76,8 +76,13 @@ class DenseStore(nn.Module):
         return self._on(name, buffer, device)
 
     def stored(self) -> dict[str, Tensor]:
-        """All values, by names that begin with `stream_0` or `stream_1`."""
-        return {name: buffer for name, buffer in self._made() if name.startswith("stream_")}
+        """All values, by the names of their streams, `stream_0` and `stream_1`, and sizes where there are several."""
+        named = {name: buffer for name, buffer in self._made() if name.startswith("stream_")}
+        streams = [name.rpartition("_")[0] for name in named]
+        return {
+            stream if streams.count(stream) == 1 and not self._exact else name: buffer
+            for stream, (name, buffer) in zip(streams, named.items(), strict=True)
+        }
 
     def _made(self) -> list[tuple[str, Tensor]]:
         """All buffers, by name; a list, since another thread may add one."""

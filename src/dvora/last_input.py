@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .evaluated import version_of
 from .precision import autocast_dtype, full_precision
 from .transforms import keeps_elsewhere
 
@@ -132,5 +133,4 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
 
 
 def _state(x: Tensor, parameters: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
-    # PyTorch does not count the writes to tensors that were made in inference mode.
-    return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in (x, *parameters)]
+    return [(tensor, version_of(tensor)) for tensor in (x, *parameters)]

@@ -154,6 +154,11 @@ def fits_float32(value: float) -> bool:
     return bool(-limit <= value <= limit)
 
 
+def rounds_to_zero(value: float) -> bool:
+    """Whether a number is zero in float32."""
+    return abs(value) <= torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps / 2
+
+
 def checked_alpha(alpha: float) -> float:
     """alpha as a float, if it is finite and positive."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):

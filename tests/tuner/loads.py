@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import dvora
 from dvora import DVoRAConfig
+from dvora.tuner import DVoRALayer
 
 TIME_LIMIT = 4.0
 """Seconds that a load may take: no setting may make it endless."""
@@ -105,9 +106,20 @@ def _load(sound: Sound, folder: Path, beside: bool, caught: list[warnings.Warnin
             loaded = model or PeftModel.from_pretrained(base, str(folder))
     except Exception as error:
         kind, problems = _refusal(error, folder)
+        if not kind.startswith("PEFT's"):
+            problems += _remains(base, model)
         return kind, problems + before.changes(base, model, active=False)
     said = " ".join(str(warning.message) for warning in caught)
     return _judge(sound, folder, loaded, "loaded" if beside else "default", before, said)
+
+
+def _remains(base: nn.Module, model: PeftModel | None) -> list[str]:
+    """What a refused load has left of its adapter."""
+    if model:
+        return [f"the adapter {name!r} has been left" for name in model.peft_config if name != OWN]
+    return [f"{name} has been left wrapped" for name, layer in base.named_modules() if isinstance(layer, DVoRALayer)][
+        :1
+    ]
 
 
 def _judge(

@@ -240,3 +240,13 @@ def test_mixing_with_other_methods_is_refused() -> None:
     with pytest.raises(ValueError, match="'DVORA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(base, config("mlp", "default"), mixed=True)
     assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_that_is_added_takes_the_mode_of_its_layers(training: bool) -> None:
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"])).train(training)
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0", "lin1"], dvora_dropout=0.5))
+    train_vectors(model, "second")
+    model.set_adapter("second")
+    assert {module.training for module in model.base_model.model.modules()} == {training}
+    assert same_bits(outputs(model), outputs(model)) is not training

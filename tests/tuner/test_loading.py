@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from dvora import DVoRAConfig
 
-Value = TypeVar("Value")
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
@@ -26,32 +24,21 @@ def folder(tmp_path: Path) -> Path:
     return save_bert(tmp_path)
 
 
-def without_wrappers(named: dict[str, Value]) -> dict[str, Value]:
-    """By the names that do not depend on whether a layer is adapted."""
-    return {name.replace(".base_layer", ""): value for name, value in named.items()}
-
-
 def refuse(folder: Path, error: type[Exception], message: str, *, base: str = "bert") -> None:
-    """Neither a fresh model nor one that has an adapter takes the files; both go on giving what they gave.
-
-    As with LoRA, PEFT has put the layers of the new adapter in place before it reads the vectors; they stay at their
-    starting values, which change nothing.
-    """
+    """Neither a fresh model nor one that has an adapter takes the files; both go on as they were."""
     fresh = MODELS[base]()
+    before = snapshot(fresh)
     with pytest.raises(error, match=message):
         PeftModel.from_pretrained(fresh, folder)
-    assert same_bits(outputs(fresh), outputs(MODELS[base]()))
+    assert_unchanged(fresh, before)
     model = get_peft_model(MODELS[base](), DVoRAConfig(r=3, target_modules=LAYERS[base]))
     train_vectors(model)
     before, expected = snapshot(model.eval()), outputs(model)
     with pytest.raises(error, match=message):
         model.load_adapter(folder, "loaded")
-    assert model.active_adapters == ["default"]
+    assert model.active_adapters == list(model.peft_config) == ["default"]
     assert same_bits(outputs(model), expected)
-    now = snapshot(model)
-    values, trainable = without_wrappers(now.values), without_wrappers(now.trainable)
-    assert all(same_bits(values[key], value) for key, value in without_wrappers(before.values).items())
-    assert all(trainable[key] == value for key, value in without_wrappers(before.trainable).items())
+    assert_unchanged(model, before)
 
 
 def change(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], object]:
@@ -85,7 +72,7 @@ def poison(value: float) -> Callable[[Tensor], Tensor]:
             r"lacks .*0\.attention\.self\.query\.dvora_magnitude",
             id="missing",
         ),
-        pytest.param(lambda t: t.clear(), r"lacks vectors .* and \d+ more", id="no tensor"),
+        pytest.param(lambda t: t.clear(), r"lacks vectors of adapted layers: bert", id="no tensor"),
         pytest.param(
             rename(f"{QUERY}.dvora_lambda_b", f"{QUERY}.dvora_lambda_c"), r"query\.dvora_lambda_", id="renamed vector"
         ),
@@ -105,7 +92,9 @@ def poison(value: float) -> Callable[[Tensor], Tensor]:
             id="another rank",
         ),
         pytest.param(
-            resize_all, r"shape \(12,\) in the adapter and \(6,\) in the model.*rank", id="another rank everywhere"
+            resize_all,
+            r"shape \(12,\) in the adapter and \(6,\) in its configuration.*rank",
+            id="another rank everywhere",
         ),
         pytest.param(
             change(f"{QUERY}.dvora_magnitude", lambda v: v[:, None]),
@@ -190,7 +179,7 @@ def test_a_damaged_file_is_refused(folder: Path, damage: Callable[[bytes], bytes
             {"projection_init": "gaussian"}, "projection_init='gaussian' .* other shared matrices", id="distribution"
         ),
         pytest.param({"projection_format": 99}, "projection_format is 99, this version makes format 1", id="format"),
-        pytest.param({"r": 7}, r"lambda_d\.\w+ has shape \(6,\) in the adapter and \(7,\) in the model", id="rank"),
+        pytest.param({"r": 7}, r"lambda_d has shape \(6,\) in the adapter and \(7,\) in its configuration", id="rank"),
         pytest.param(
             {"rank_pattern": {"query": 5}}, r"query.*shape \(6,\) in the adapter and \(5,\)", id="rank pattern"
         ),
@@ -262,3 +251,21 @@ def test_vectors_stay_in_float32_and_a_wish_for_less_is_answered(folder: Path, d
     with half if dtype == torch.bfloat16 else nullcontext():
         model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     assert {vector.dtype for _, layer in dvora_layers(model) for vector in layer.vectors("default")} == {torch.float32}
+
+
+@pytest.mark.parametrize("vector", ["magnitude", "lambda_b", "lambda_d"])
+def test_finite_values_that_would_give_others_are_refused(folder: Path, vector: str) -> None:
+    # A base and a file whose product overflows, though each is finite.
+    edit_weights(folder, change(f"{QUERY}.dvora_{vector}", lambda values: torch.full_like(values, 3e38)))
+    if vector == "magnitude":
+        edit_weights(folder, change(f"{QUERY}.dvora_lambda_d", lambda values: torch.full_like(values, 1e30)))
+    elif vector == "lambda_b":
+        edit_config(folder, alpha=1e3)
+    refuse(folder, ValueError, "are so large that outputs would not be finite")
+
+
+@pytest.mark.parametrize("vector", ["magnitude", "lambda_b"])
+def test_large_values_that_give_finite_ones_are_loaded(folder: Path, vector: str) -> None:
+    edit_weights(folder, change(f"{QUERY}.dvora_{vector}", lambda values: 1e20 * values))
+    model = PeftModel.from_pretrained(MODELS["bert"](), folder)
+    assert outputs(model).isfinite().all()

@@ -11,6 +11,11 @@ from peft import PeftModel
 from tiny import MODELS
 from torch import Tensor
 
+import dvora
+from dvora.tuner import base_probes
+from dvora.tuner.injection import present_probes
+from dvora.tuner.layer import layers_in
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -65,6 +70,52 @@ def test_the_same_base_in_another_dtype_is_accepted(folder: Path, dtype: torch.d
     PeftModel.from_pretrained(MODELS["bert"]().to(dtype), folder)
 
 
+@torch.no_grad()
+def rounded(model: torch.nn.Module, bits: int) -> torch.nn.Module:
+    """Weights in so many bits, row by row."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            step = module.weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+            module.weight.copy_((module.weight / step).round() * step)
+    return model
+
+
+def test_another_quantisation_is_told_of_and_accepted(folder: Path, tmp_path: Path) -> None:
+    message = r"\d+ of 11 adapted weights differ, bert\.\S+ by about \d+% of its norm"
+    with pytest.warns(UserWarning, match=message):
+        model = PeftModel.from_pretrained(rounded(MODELS["bert"](), 4), folder)
+    with pytest.warns(UserWarning, match=message):
+        model.load_adapter(folder, "second")
+    with pytest.warns(UserWarning, match=message):
+        dvora.hotswap_adapter(model, folder)
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    with pytest.warns(UserWarning, match=message):
+        PeftModel.from_pretrained(MODELS["bert"](), tmp_path / "again")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_base_in_eight_bits_is_near_enough(folder: Path) -> None:
+    PeftModel.from_pretrained(rounded(MODELS["bert"](), 8), folder)
+
+
+def test_probes_are_taken_anew_when_memory_is_used_again(folder: Path) -> None:
+    """A weight of the address and the number of writes that the old one had is another weight all the same."""
+    model = PeftModel.from_pretrained(MODELS["bert"](), folder)
+    layer = layers_in(model)[0]
+    linear = layer.base_layer
+    values = -linear.weight.detach()
+    for _ in range(50):
+        address, version = linear.weight.data_ptr(), linear.weight._version
+        del linear.weight
+        linear.weight = torch.nn.Parameter(values.clone(), requires_grad=False)
+        if (linear.weight.data_ptr(), linear.weight._version) == (address, version):
+            break
+    else:
+        pytest.skip("the allocator did not use the memory again")
+    expected = base_probes.probes_of(values, values.norm(dim=1))
+    assert present_probes(layer) == expected
+
+
 def test_another_base_is_accepted_if_the_probes_are_dropped_on_purpose(folder: Path) -> None:
     edit_config(folder, base_probes=None)
     PeftModel.from_pretrained(scale(MODELS["bert"](), 1.5), folder)
@@ -76,5 +127,5 @@ def test_a_base_of_other_shapes_is_refused(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         other = type(MODELS["bert"]())(config)
     edit_config(folder, base_probes=None)
-    with pytest.raises(ValueError, match=r"0\.intermediate\.dense\.dvora_\w+\.default has shape \(48,\).* \(64,\)"):
+    with pytest.raises(ValueError, match=r"0\.intermediate\.dense\.dvora_\w+ has shape \(48,\).* \(64,\)"):
         PeftModel.from_pretrained(other, folder)

@@ -280,3 +280,14 @@ def test_one_quantised_layer_keeps_all_layers_from_being_merged() -> None:
     with pytest.raises(TypeError, match=r"^lin2\b"):
         model.merge_adapter()
     assert_unchanged(model, before)
+
+
+def based_on(kind: str) -> nn.Module:
+    return wide() if kind == "float32" else quantised(wide(), kind)
+
+
+@pytest.mark.parametrize(("trained_on", "loaded_onto"), [("float32", "bnb_nf4"), ("bnb_nf4", "float32")])
+def test_an_adapter_of_another_quantisation_says_so(trained_on: str, loaded_onto: str, tmp_path: Path) -> None:
+    get_peft_model(based_on(trained_on), DVoRAConfig(r=8, target_modules=TARGETS)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"3 of 3 adapted weights differ, lin\d by about \d+% of its norm"):
+        PeftModel.from_pretrained(based_on(loaded_onto), tmp_path)

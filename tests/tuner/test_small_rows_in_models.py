@@ -142,12 +142,14 @@ def test_rows_of_a_mixed_batch_are_those_of_their_adapters() -> None:
         assert worst_difference(mixed[row], expected[row].double()) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:rows that are tiny beside their bias")
 def test_a_layer_whose_weight_is_not_at_hand_keeps_its_base_s_outputs_there() -> None:
     layer = Measured()
     with_tiny_rows(layer.inner)
     x = randn(5, 10, seed=5)
-    model = adapted(layer)
+    with pytest.warns(
+        UserWarning, match=r"rows that are tiny beside their bias .* 2 rows in 1 layers, most in 0 \(2\)"
+    ):
+        model = adapted(layer)
     base = layer(x)
     y = model.train()(x)
     rest = [row for row in range(OUT) if row not in TINY]
@@ -158,3 +160,11 @@ def test_a_layer_whose_weight_is_not_at_hand_keeps_its_base_s_outputs_there() ->
     assert all(not parameter.grad[TINY].any() and parameter.grad[rest].all() for parameter in trained)
     found = examine(model.eval(), x, fresh_process=False).of("rows left alone")
     assert (found.status, found.figures["worst"]) == ("warn", len(TINY) / OUT)
+
+
+def test_a_bias_that_is_not_finite_is_refused_by_name() -> None:
+    base = nn.Linear(10, OUT)
+    with torch.no_grad():
+        base.bias[2] = -float("inf")
+    with pytest.raises(ValueError, match=r"0: 1 of 6 values of the bias are not finite"):
+        adapted(base)

@@ -17,14 +17,71 @@ SUBSETS = [VECTORS[:1], VECTORS[1:2], VECTORS[2:], VECTORS[:2], VECTORS[::2], VE
 
 @pytest.mark.parametrize("train", SUBSETS, ids="+".join)
 def test_only_the_named_vectors_are_trained(train: tuple[str, ...]) -> None:
-    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=LAYERS["mlp"], train=list(train)))
+    settings = {"r": 4, "target_modules": LAYERS["mlp"], "init_weights": False}
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(**settings, train=list(train)))
     train_vectors(model)
-    every = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=LAYERS["mlp"]))
+    every = get_peft_model(MODELS["mlp"](), DVoRAConfig(**settings))
     train_vectors(every)
     found, expected = gradients(model), gradients(every)
     assert {name.split(".dvora_")[1].split(".")[0] for name in found} == set(train)
     assert all(same_bits(value, expected[name]) for name, value in found.items())
     assert len(found) == 3 * len(train)
+
+
+SETTINGS = (
+    *({"train": list(names)} for names in SUBSETS),
+    *({"train": list(names), "init_weights": False} for names in SUBSETS),
+    *({"d_initial": value, **more} for value in (0, 0.0, 1e-320, -1.0, 10) for more in ({}, {"train": ["magnitude"]})),
+    *({"d_initial": 0, "init_weights": False}, {"d_initial": 0, "train": ["lambda_b"]}),
+    *({"alpha": value} for value in (1e-320, 1e-46, 2**-10, 100)),
+    *({"alpha": 1e-45, "train": ["magnitude"]}, {"alpha_pattern": {"lin0": 1e-45}}, {"rank_pattern": {"lin0": 9}}),
+    *({"strength": value} for value in (0, 0.0, 0.5, -1, {"lin0": 0.0}, {"lin0": 0.5})),
+    *({"direction": "weight"}, {"detach_norm": True}, {"dvora_dropout": 0.5}, {"norm_cache": False}),
+    *({"magnitude_modules": ["lin0"]}, {"projection_init": "structured"}, {"projection_init": "orthogonal"}),
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_accepted_setting_moves_all_that_it_says_it_trains(settings: dict[str, object]) -> None:
+    try:
+        config = DVoRAConfig(**{"r": 4, "target_modules": LAYERS["mlp"], **settings})
+    except ValueError:
+        return
+    model = get_peft_model(MODELS["mlp"](), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for _ in range(3):
+        for name, gradient in gradients(model).items():
+            # Steps of one size, as Adam takes them, as far as there is a direction.
+            model.get_parameter(name).data.sub_(1e-2 * gradient.sign())
+    assert {name.split(".dvora_")[1].split(".")[0] for name in before} == set(config.train)
+    assert not [name for name, value in before.items() if torch.equal(value, model.get_parameter(name))]
+
+
+REFUSED = [
+    ("train", {"train": ["lambda_d"]}),
+    ("train", {"train": ["magnitude", "lambda_d"]}),
+    ("d_initial", {"d_initial": 0}),
+    ("d_initial", {"d_initial": 1e-320}),
+    ("d_initial", {"d_initial": 0, "train": ["lambda_b"]}),
+    ("alpha", {"alpha": 1e-320}),
+    ("alpha_pattern", {"alpha_pattern": {"lin0": 1e-45}}),
+    ("strength", {"strength": 0.0}),
+    ("strength", {"strength": {"lin0": 0.0}}),
+]
+
+
+@pytest.mark.parametrize(("named", "settings"), REFUSED, ids=str)
+def test_what_would_train_nothing_is_refused_and_may_be_loaded(
+    named: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^{named}="):
+        DVoRAConfig(r=4, target_modules=["lin0"], **settings)
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"], inference_mode=True, **settings))
+    train_vectors(model)
+    model.save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path, is_trainable=is_trainable).eval()
+        assert same_bits(outputs(loaded), outputs(model.eval()))
 
 
 def test_the_subset_survives_switching_freezing_and_loading(tmp_path: Path) -> None:
@@ -119,6 +176,7 @@ def test_tokens_are_named_by_their_indices(indices: object) -> None:
     ("indices", "message"),
     [
         ([40], "40 is no row of model.embed_tokens, which has 40"),
+        ([5, 6, 5], "trainable_token_indices of 'model.embed_tokens' has some of its 3 indices twice"),
         ([-1], "-1 is no row of"),
         ([10**30], "is no row of"),
         ([], "at least one index"),

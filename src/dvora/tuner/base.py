@@ -9,11 +9,30 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..evaluated import State
 from ..layouts import is_partitioned
 from ..merging import check_can_be_set
-from ..parts import local
+from ..parts import is_divided, local
 from .kinds import LayerKind
 from .operating_weight import read_bias, read_operating_weight
+
+
+class Probed:
+    """The state of the weight that probes were taken of, so that a changed one is noticed; copies know of none.
+
+    Args:
+        weight: as stored, or None where only its layer knows it.
+    """
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        self._state = None if weight is None or is_divided(weight) else State.of(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is in that state; of one made in inference mode nobody can tell."""
+        return self._state is not None and self._state.is_of(weight)
+
+    def __reduce__(self) -> tuple[type[Probed], tuple[()]]:
+        return Probed, ()
 
 
 def stored_weight(layer: nn.Module, kind: LayerKind, parameter_name: str) -> Tensor | None:

@@ -7,20 +7,134 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import _get_input_embeddings_name
+from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
 from ..parts import is_fully_sharded
 from ..projections import SharedProjections
-from .base_probes import alike
+from ..vera_matrices import vera_sizes
+from .base_probes import alike, change, warn_of_changes
 from .config import DVoRAConfig
-from .injection import Measured, measure
-from .kinds import KINDS, is_linear_by_forward
+from .config_checks import check_adapter_name
+from .expressions import check_expressions
+from .files import PEFT_PREFIX, VECTOR_PREFIX, check_vectors_held, layers_named
+from .injection import Measured, measure, projections_of
+from .kinds import KINDS, is_linear_by_forward, sizes_of
 from .layer import DVoRALayer
-from .targets import Target, matches, names_found, outside_adapters, parameter_names_found
+from .targets import Target, matches, names_found, names_in, outside_adapters, parameter_names_found
+
+_NAMES_SHOWN, _SHOWN = 20, 100
+"""Names, and characters of one, that a message repeats."""
+
+
+def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) -> None:
+    """Refuse settings that are none, or that would match a model's names without end, and names of no adapter.
+
+    Raises:
+        TypeError, ValueError: a setting or the name is of the wrong type or out of range.
+    """
+    if config.held_for is not None and config.sizing() != config.held_for:
+        config.held = config.held_for = config.awaited = None
+    if config.awaited is not None:
+        config.awaited = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    holders = [module for _, module in outside_adapters(model)]
+    check_adapter_name(adapter_name, {name for each in holders for name in (*each._parameters, *each._buffers)})
+    config.check()
+    check_expressions(vars(config), names_in(model))
+
+
+def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> dict[str, Measured]:
+    """Refuse an adapter that the model cannot have: by its sizes first, then by the weights.
+
+    Args:
+        targets: the matched weights.
+        config: of the adapter, which is told the fingerprint of its projections.
+        model: the model to adapt.
+
+    Returns:
+        What was measured of every target's base weight, by name.
+
+    Raises:
+        TypeError, ValueError: a layer, the model or the adapter's file does not fit.
+    """
+    check_model(config, model)
+    check_ranks_held(targets, config)
+    check_projections(targets, config, model)
+    measured = check_weights(targets, config, projections_of(model, config))
+    check_held(measured, config, model)
+    return measured
+
+
+def check_ranks_held(targets: Sequence[Target], config: DVoRAConfig) -> None:
+    """Refuse ranks that no vector has in the file of a configuration that was read from one.
+
+    Raises:
+        ValueError: a rank is larger.
+    """
+    held = config.held
+    if held is None:
+        return
+    longest = max(chain((0,), *(shape for key, shape in held.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
+    for target in targets:
+        magnitude_only = matches(config.magnitude_modules, target.module_name)
+        if not magnitude_only and config.rank_of(target.name) > longest:
+            raise ValueError(
+                f"the adapter lacks vectors of adapted layers: {target.name} has rank {config.rank_of(target.name)} in "
+                f"its configuration, and no lambda_d in its file has more than {longest} values"
+            )
+
+
+def check_held(measured: Mapping[str, Measured], config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse a configuration that was read from a file of other vectors or heads, while the model is as it was.
+
+    Args:
+        measured: of the weights that it adapts here.
+        config: which knows what is in the file, if it was read from one.
+        model: the model to adapt.
+
+    Raises:
+        ValueError: the file does not hold what the model needs, or more.
+    """
+    held = config.held or {}
+    if not layers_named(held) & measured.keys():
+        return  # there is no file, or it has names that PEFT converts
+    check_vectors_held(held, {name: (each.adapted.out_features, each.adapted.rank) for name, each in measured.items()})
+    whole: list[str] = []
+    for path, module in outside_adapters(model):
+        ends = any(path.endswith(name) for name in config.modules_to_save or ())
+        if not ends or path.startswith(tuple(f"{outer}." for outer in whole)):
+            continue
+        whole.append(path)
+        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        if missing := [key for key in own.state_dict() if f"{PEFT_PREFIX}{path}.{key}" not in held]:
+            raise ValueError(
+                f"the adapter's file lacks {path}.{missing[0]}, which modules_to_save={config.modules_to_save!r} says "
+                "it trains"
+            )
+
+
+def check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
+    """Refuse matrices of PEFT's VeRA of sizes that no layer has, before they are drawn; their fingerprint is compared.
+
+    Raises:
+        ValueError: they are larger than the model, or not those of the adapter.
+    """
+    if (sizes := vera_sizes(config.projection_init)) is None:
+        return
+    rank = max((config.rank_of(target.name) for target in targets), default=0)
+    shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1]
+    stated = [size for module in model.modules() for size in sizes_of(module) if type(size) is int]
+    largest = max(chain(stated, *shapes), default=0)
+    if sizes.rank > rank or max(sizes.in_features, sizes.out_features) > largest:
+        raise ValueError(
+            f"projection_init={config.projection_init!r} is larger than any layer here: the largest has {largest} "
+            f"features and rank {rank}"
+        )
+    config.check_fingerprint()
 
 
 def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
@@ -64,6 +178,9 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
         TypeError: a layer's type or dtype is not supported, or it carries an adapter of another method.
         ValueError: a weight is on the meta device, not finite, or not the one the adapter was made for, or dropout is
             asked for where there are no inputs.
+
+    Warns:
+        UserWarning: the base is another quantisation of the adapter's.
     """
     measured = {}
     for target in targets:
@@ -78,13 +195,15 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
                 f"fan_in_fan_out=True is ignored: {target.name} is a torch.nn.Linear, whose weight is (out, in)",
                 stacklevel=4,
             )
-    for name, expected in (config.base_probes or {}).items():
-        if name in measured and not alike(measured[name].probes, expected):
+    known = {name: probes for name, probes in (config.base_probes or {}).items() if name in measured}
+    for name, expected in known.items():
+        if not alike(measured[name].probes, expected):
             raise ValueError(
                 f"{name}: the adapter was made for another base model: norm and random projections of the layer's "
                 f"weight are {measured[name].probes} here and were {expected} there, too far for a cast or a "
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
+    warn_of_changes({name: change(measured[name].probes, expected) for name, expected in known.items()}, stacklevel=5)
     return measured
 
 
@@ -100,6 +219,19 @@ def check_model(config: DVoRAConfig, model: nn.Module) -> None:
             "adapt the model first, then call fully_shard"
         )
     _check_tokens(config, model)
+
+
+def warn_of_rows_left_alone(layers: Iterable[DVoRALayer], adapter_name: str) -> None:
+    """Say which rows keep the base's outputs: rescaling would magnify the rounding of their bias."""
+    rows = {layer.name: count for layer in layers if (count := layer.rows_left_alone(adapter_name))}
+    if rows:
+        most = max(rows, key=lambda name: rows[name])
+        warnings.warn(
+            f"rows that are tiny beside their bias keep the base's outputs where no pass can read the weight (it is "
+            f"quantised, offloaded or known by its forward pass only): {sum(rows.values())} rows in {len(rows)} "
+            f"layers, most in {most} ({rows[most]})",
+            stacklevel=5,
+        )
 
 
 def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
@@ -136,6 +268,8 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
             rows = len(weight) if isinstance(weight, Tensor) else 0
             if outside := [index for index in indices if not 0 <= index < rows]:
                 raise ValueError(f"trainable_token_indices: {outside[0]} is no row of {name}, which has {rows}")
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"trainable_token_indices of {name!r} has some of its {len(indices)} indices twice")
 
 
 def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:
@@ -146,8 +280,10 @@ def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn
         unmatched = sorted(set(names or ()) - names_found(names or (), model))
     if not unmatched:
         return []
-    close = "; ".join(f"{name!r}{_closest(name, model)}" for name in unmatched)
-    return [f"{setting}: nothing in the model is named {close}"]
+    # A look at what is near takes long, and a list for many architectures has long names for none.
+    close = "; ".join(f"{name[:_SHOWN]!r}{_closest(name[:_SHOWN], model)}" for name in unmatched[:_NAMES_SHOWN])
+    more = f" and {len(unmatched) - _NAMES_SHOWN} others" if len(unmatched) > _NAMES_SHOWN else ""
+    return [f"{setting}: nothing in the model is named {close}{more}"]
 
 
 def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
@@ -155,8 +291,8 @@ def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
     if not unmatched:
         return []
     return [
-        f"target_parameters: no parameter is named {', '.join(unmatched)} (a parametrized weight is no parameter; name "
-        "its layer in target_modules)"
+        f"target_parameters: no parameter is named {', '.join(unmatched[:_NAMES_SHOWN])} (a parametrized weight is no "
+        "parameter; name its layer in target_modules)"
     ]
 
 

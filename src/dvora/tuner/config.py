@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
 
 from ..functional import Vectors
 from ..projections import FORMAT_VERSION, SharedProjections, checked_distribution
@@ -21,10 +23,16 @@ from ..validation import (
     checked_strength,
     fits_float32,
 )
-from .config_checks import all_of, check_expressions, check_types
-from .files import check_biases, check_tokens, keys_in
+from ..vera_matrices import vera_sizes
+from .config_checks import all_of, check_training, check_types
+from .expressions import check_expressions, first_match
+from .files import Shape, check_biases, check_ranks, check_tokens, layers_named, shapes_in
 from .vectors import strength_key
 
+_SIZING = (
+    *("r", "rank_pattern", "target_modules", "target_parameters", "magnitude_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "base_probes"),
+)
 BIASES = ("none", "all", "dvora_only")
 
 
@@ -124,6 +132,12 @@ class DVoRAConfig(PeftConfig):
         super().__post_init__()
         # The caller may use one configuration for several bases, so the field stays what it was.
         self.measured_probes: dict[str, list[float]] | None = None
+        # What the file of values beside it holds, if the configuration was read from an adapter's folder, and for which
+        # settings: who changes them wants a new adapter.
+        self.held: Mapping[str, Shape] | None = None
+        self.held_for: dict[str, Any] | None = None
+        # While those values are still to be loaded: what was trained before the adapter came.
+        self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
         check_types(vars(self))
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
@@ -137,22 +151,38 @@ class DVoRAConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read a configuration, of whatever method, and check that the values beside it can be read.
+        """Read a configuration, of whatever method, and compare it with the header of the values beside it.
 
         Raises:
-            TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
+            TypeError, ValueError: a setting is of the wrong type or out of range, a file is damaged, or the values are
+                not those of the configuration.
         """
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        keys = keys_in(Path(pretrained_model_name_or_path, subfolder or ""))
+        held = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, DVoRAConfig):
-            check_biases(keys, config.bias, config.modules_to_save or ())
-            check_tokens(keys, config.trainable_token_indices)
+            check_biases(held or (), config.bias, config.modules_to_save or ())
+            check_tokens(held or (), config.trainable_token_indices)
+            check_expressions(vars(config), layers_named(held or ()))
+            check_ranks(held or {}, config.rank_of)
+            config.held, config.held_for, config.awaited = held, config.sizing(), set()
         return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The settings in a file."""
-        settings: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        """The settings in a file.
+
+        Raises:
+            ValueError: it is damaged, holds something else, or is of no method that PEFT knows.
+        """
+        try:
+            settings: Any = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path_json_file} cannot be read as JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path_json_file} holds a {type(settings).__name__}, expected settings by name")
+        method = settings.get("peft_type", "DVORA")
+        if not (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING):
+            raise ValueError(f"{path_json_file}: peft_type is {method!r:.100}, which is no method that PEFT knows")
         # PEFT passes them on as keyword arguments, where these two have another meaning.
         if reserved := {"cls", "self"}.intersection(settings):
             raise ValueError(f"{path_json_file}: {min(reserved)!r} is not a setting")
@@ -168,6 +198,8 @@ class DVoRAConfig(PeftConfig):
         check_expressions(vars(self))
         self._check_numbers()
         self._check_choices()
+        if not self.inference_mode and self.held_for is None:
+            check_training(vars(self))
         self._check_projections()
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,13 +208,17 @@ class DVoRAConfig(PeftConfig):
         settings |= {"train": list(self.train), "base_probes": self.measured_probes or self.base_probes}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
+    def sizing(self) -> dict[str, Any]:
+        """The settings that say which vectors there are, and for which base."""
+        return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
+
     def rank_of(self, layer_name: str) -> int:
         """The rank of a layer: its entry in `rank_pattern`, else `r`."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer_name), self.r)
+        return self.rank_pattern.get(first_match(self.rank_pattern, layer_name), self.r)
 
     def alpha_of(self, layer_name: str) -> float | None:
         """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.alpha)
+        return self.alpha_pattern.get(first_match(self.alpha_pattern, layer_name), self.alpha)
 
     def strength_of(self, layer_name: str) -> float:
         """The strength of a layer: `strength`, or its entry there, else 1."""
@@ -233,7 +269,18 @@ class DVoRAConfig(PeftConfig):
                 f"projection_format is {self.projection_format!r}, this version makes format {FORMAT_VERSION}; "
                 "load the adapter with the version that saved it"
             )
-        fingerprint = SharedProjections(self.projection_seed, checked_distribution(self.projection_init)).fingerprint()
+        SharedProjections(self.projection_seed, checked_distribution(self.projection_init))
+        # Those of PEFT's VeRA are drawn whole for it, which has to wait until a model says that it needs such sizes.
+        if vera_sizes(self.projection_init) is None:
+            self.check_fingerprint()
+
+    def check_fingerprint(self) -> None:
+        """Fill the fingerprint of the projections in, or compare it.
+
+        Raises:
+            ValueError: it is that of other matrices.
+        """
+        fingerprint = SharedProjections(self.projection_seed, self.projection_init).fingerprint()
         if self.projection_fingerprint not in (None, fingerprint):
             raise ValueError(
                 f"projection_fingerprint is {self.projection_fingerprint!r}, but projection_seed="

@@ -1,11 +1,47 @@
-"""What a configuration's settings may be, before anything is made of them: their types, and their expressions."""
+"""What settings and names may be, before anything is made of them."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from torch import nn
+
+from ..validation import rounds_to_zero
+
+MAX_NAMES = 2**12
+"""Entries of a list: PEFT compares each with every module of a model, and with every other."""
+MAX_PROBES = 64
+"""Of a layer; far more than this version takes."""
+MAX_NAME = 200
+"""Characters of an adapter's name, which is a folder's name where several adapters are saved."""
+_HOLDERS = nn.ModuleDict(), nn.ParameterDict()
+_OWN_NAMES = {"weight", "bias", "base_layer"}
+
+
+def check_adapter_name(name: object, taken: Collection[str] = ()) -> None:
+    """Refuse a name under which torch or PEFT could not keep an adapter, or not find its values again.
+
+    Args:
+        name: of the adapter.
+        taken: names of the model's own parameters and buffers, without their modules': PEFT cuts an adapter's name off
+            the end of all of them.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is empty or too long, part of a path, or has a meaning of its own.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r:.100} of type {type(name).__name__}")
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise ValueError(f"adapter_name must have 1 to {MAX_NAME} characters, all printable, got {name!r:.300}")
+    if "." in name or "\\" in name or name.startswith("/"):
+        raise ValueError(
+            f"adapter_name {name!r} has a dot or is a path; parameters and folders are named by it, so use another"
+        )
+    if name in _OWN_NAMES or name in taken or any(hasattr(holder, name) for holder in _HOLDERS):
+        raise ValueError(f"adapter_name {name!r} has a meaning of its own in a torch or PEFT model; use another")
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
@@ -26,6 +62,9 @@ def check_types(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if not (value is None or all_of(value, str)):
             raise TypeError(f"{name} must be a list of names, got {value!r}")
+    for name in ("target_modules", "magnitude_modules", "exclude_modules", "target_parameters", "layers_to_transform"):
+        if isinstance(settings[name], list | tuple | set) and len(settings[name]) > MAX_NAMES:
+            raise ValueError(f"{name} has {len(settings[name])} entries, expected at most {MAX_NAMES}")
     if "" in (settings["modules_to_save"] or ()):
         # PEFT compares ends of names, so this one is every module's, the model's own included.
         raise ValueError(f"modules_to_save must not hold an empty name, got {settings['modules_to_save']!r}")
@@ -45,37 +84,41 @@ def check_types(settings: Mapping[str, Any]) -> None:
         raise TypeError(f"trainable_token_indices must be lists of indices, got {tokens!r}")
     probes = settings["base_probes"]
     if probes is not None and not (isinstance(probes, dict) and all(all_of(p, float, int) for p in probes.values())):
-        raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r}")
+        raise TypeError(f"base_probes must be a dictionary from layer names to lists of numbers, got {probes!r:.500}")
+    for layer, values in (probes or {}).items():
+        if len(values) > MAX_PROBES:
+            raise ValueError(f"base_probes of {layer!r:.100} has {len(values)} numbers, expected {MAX_PROBES} at most")
 
 
-def check_expressions(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that are read as regular expressions and are none.
+def check_training(settings: Mapping[str, Any]) -> None:
+    """Refuse settings, of the right types, with which a vector that is to be trained would never move.
 
     Raises:
-        ValueError: one cannot be compiled.
+        ValueError: its gradient is zero and stays so.
     """
-    for name, expression in _expressions(settings):
-        try:
-            re.compile(expression)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from error
+    train, ranks = settings["train"], (settings["r"], *settings["rank_pattern"].values())
+    rows = {"lambda_b", "lambda_d"}.intersection(train)
+    if settings["init_weights"] and rows == {"lambda_d"}:
+        raise ValueError(
+            f"train={train!r} would never move lambda_d: its gradient is zero while lambda_b is, which starts there "
+            "and would stay; train lambda_b too, or leave lambda_d out"
+        )
+    if settings["init_weights"] and rows and rounds_to_zero(settings["d_initial"]):
+        raise ValueError(
+            f"d_initial={settings['d_initial']} would never move lambda_b and lambda_d, which are both zero then: "
+            "start with another value, or train the magnitude only"
+        )
+    for name, alphas in (("alpha", [settings["alpha"]]), ("alpha_pattern", settings["alpha_pattern"].values())):
+        if rows and any(alpha is not None and rounds_to_zero(alpha / max(ranks)) for alpha in alphas):
+            raise ValueError(f"{name}={settings[name]!r} gives a scale alpha / r of zero in float32: it trains nothing")
+    strength = settings["strength"]
+    if any(map(rounds_to_zero, strength.values() if isinstance(strength, dict) else [strength])):
+        raise ValueError(
+            f"strength={strength!r} trains nothing where it is zero; leave such layers out with exclude_modules, or "
+            "call set_strength once the adapter is trained"
+        )
 
 
 def all_of(values: object, *types: type) -> bool:
     """Whether it is a collection of values of these very types."""
     return isinstance(values, list | tuple | set) and all(type(value) in types for value in values)
-
-
-def _expressions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("target_modules", "magnitude_modules", "exclude_modules"):
-        if isinstance(settings[name], str):
-            yield name, settings[name]
-    patterns, strength = settings["layers_pattern"], settings["strength"]
-    several: dict[str, Iterable[str]] = {
-        "layers_pattern": [patterns] if isinstance(patterns, str) else patterns or (),
-        "modules_to_save": settings["modules_to_save"] or (),
-        "rank_pattern": settings["rank_pattern"],
-        "alpha_pattern": settings["alpha_pattern"],
-        "strength": strength if isinstance(strength, dict) else (),
-    }
-    yield from ((name, expression) for name, expressions in several.items() for expression in expressions)

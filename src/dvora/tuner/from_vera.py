@@ -21,8 +21,8 @@ from .base import readable_weight
 from .base_probes import probes_of
 from .config import DVoRAConfig
 from .converted import Converted, exact_targets, kept_settings, other_entries
+from .files import PEFT_PREFIX
 from .kinds import kind_of
-from .loading import PEFT_PREFIX
 
 
 @torch.no_grad()
@@ -71,6 +71,7 @@ def from_vera(model: PeftModel, adapter_name: str = "default") -> Converted:
         bias="dvora_only" if config.bias == "vera_only" else config.bias,
         base_probes=probes,
     )
+    dvora.check_fingerprint()
     return Converted(dvora, values)
 
 

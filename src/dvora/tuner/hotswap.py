@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftConfig
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .base_probes import alike
+from .base_probes import alike, change, warn_of_changes
 from .combining import layers_of, strengths_as_they_are
 from .config import DVoRAConfig, own_config
+from .expressions import check_expressions
 from .layer import DVoRALayer
 from .restoring import on_failure, values_as_they_are
 
@@ -30,24 +30,28 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
 
     Raises:
         TypeError: the folder holds an adapter of another method.
-        ValueError: the adapters differ in more than their values, the adapter is merged, or it is for another base;
-            nothing is changed.
+        ValueError: the adapters differ in more than their values, the adapter is merged, it is for another base, or the
+            folder is damaged; nothing is changed.
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model's own
     configs = model.peft_config
     assert isinstance(configs, dict)
     if adapter_name not in configs:
         raise ValueError(f"adapter_name: there is no adapter {adapter_name!r} to overwrite, only {sorted(configs)}")
-    config = PeftConfig.from_pretrained(str(folder))
+    config = DVoRAConfig.from_pretrained(str(folder))
     if not isinstance(config, DVoRAConfig):
         raise TypeError(f"{folder} holds an adapter of type {config.peft_type}; only DVoRA adapters can be swapped in")
     _check_same_settings(own_config(configs[adapter_name]), config)
+    config.check_fingerprint()
     layers = list(layers_of(model, adapter_name))
+    check_expressions(vars(config), [layer.name for layer in layers])
     for layer in layers:
         _check_same_layer(layer, adapter_name, config)
     if config.base_probes is not None and set(config.base_probes) != {layer.name for layer in layers}:
         other = sorted(set(config.base_probes) ^ {layer.name for layer in layers})[0]
         raise ValueError(f"{other} has only one of the two adapters; {INSTEAD}")
+    if config.base_probes is not None:
+        warn_of_changes({layer.name: change(layer.probes, config.base_probes[layer.name]) for layer in layers})
     weights = load_peft_weights(str(folder), device="cpu")
     loaded = own_config(configs[adapter_name])
     own = [p for name, p in model.named_parameters() if f".{adapter_name}." in f"{name}." or name.endswith(".bias")]

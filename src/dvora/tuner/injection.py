@@ -15,7 +15,8 @@ from ..functional import Vectors, row_norm
 from ..layouts import is_at_hand
 from ..parts import is_divided
 from ..projections import SharedProjections, checked_distribution
-from ..validation import checked_direction, checked_norm_cache
+from ..validation import check_bias, checked_direction, checked_norm_cache
+from .base import Probed, bias_of
 from .base_probes import probes_of
 from .config import DVoRAConfig
 from .kinds import skipped_column
@@ -39,6 +40,8 @@ def measure(target: Target, config: DVoRAConfig, shared: SharedProjections) -> M
         TypeError, ValueError: the weight cannot be adapted.
     """
     weight = target.weight()
+    if target.kind.low_rank is not None:
+        check_bias(bias_of(target.base(), None), target.name)
     magnitude_only = matches(config.magnitude_modules, target.module_name)
     adapted = AdaptedWeight(
         weight,
@@ -82,7 +85,7 @@ def add_adapter(
         inference_mode=config.inference_mode,
     )
     layer.probes = measured.probes
-    layer.probed = stamp_of(layer)
+    layer.probed = Probed(layer.stored())
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -93,19 +96,14 @@ def present_probes(layer: DVoRALayer) -> list[float]:
     Of one that processes divide they are those from when it was adapted.
     """
     stored = layer.stored()
-    at_hand = stored is not None and is_at_hand(stored) and not is_divided(stored)
-    if at_hand and stamp_of(layer) != layer.probed:
+    if stored is None or not is_at_hand(stored) or is_divided(stored):
+        return layer.probes
+    if not layer.probed.is_of(stored):
+        # Noted first: what is written meanwhile is seen the next time.
+        layer.probed = Probed(stored)
         matrix = layer.kind.layout.matrix(layer.unmerged())
-        layer.probes, layer.probed = probes_of(matrix, row_norm(matrix)), stamp_of(layer)
+        layer.probes = probes_of(matrix, row_norm(matrix))
     return layer.probes
-
-
-def stamp_of(layer: DVoRALayer) -> tuple[int, int] | None:
-    """What changes with the base weight; None where only its layer knows it."""
-    stored = layer.stored()
-    if stored is None or is_divided(stored):
-        return None
-    return stored.data_ptr(), -1 if stored.is_inference() else stored._version
 
 
 def projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:

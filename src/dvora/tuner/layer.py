@@ -13,7 +13,7 @@ from ..adapted_weight import AdaptedWeight
 from ..functional import Vectors
 from ..layouts import is_at_hand, weight_at_hand
 from ..shapes import Float
-from .base import bias_of, check_gradient, measured_bias
+from .base import Probed, bias_of, check_gradient, measured_bias
 from .kinds import LayerKind, kind_of
 from .mergeable import MergeableLayer
 from .merges import Merges
@@ -63,7 +63,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self._merges = Merges()
         self._base_loads = False
         self.probes: list[float] = []
-        self.probed: tuple[int, int] | None = None
+        self.probed = Probed()
         if not self.kind.has_weight:
             keep_differentiable(base_layer)
         self.measured_bias = measured_bias(base_layer, self.kind)
@@ -105,6 +105,11 @@ class DVoRALayer(nn.Module, MergeableLayer):
             # Now, for a graph that is made of the layer cannot look for them.
             adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        # New modules are in training mode, whatever the model is in, and would drop inputs in evaluation.
+        self.training = self.base_layer.training
+        for name, child in self.named_children():
+            if name != "base_layer":
+                child.train(self.training)
 
     def vectors(self, adapter_name: str) -> Vectors:
         """The trained vectors of one adapter; zero and empty where it has the magnitude only."""

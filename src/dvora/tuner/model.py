@@ -19,12 +19,12 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..functional import Vectors
-from .checks import check_model, check_targets, check_weights, warn_of_kept_dtype
+from .checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
 from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
-from .injection import Measured, add_adapter, projections_of
+from .injection import Measured, add_adapter
 from .layer import DVoRALayer, check_unmerged, layers_in
-from .loading import check_shapes, checked_values, outside_saved_modules
+from .loading import check_factors, check_load, check_shapes, checked_values, outside_saved_modules, whole_or_absent
 from .merging import check_loadable, merge_model, merging, unmerge_before_adding, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .operating_weight import keep_differentiable
@@ -73,7 +73,7 @@ class DVoRAModel(BaseTuner):
     ) -> None:
         """Check everything first, then let PEFT replace the targeted layers."""
         config = own_config(self.peft_config[adapter_name])
-        config.check()
+        check_settings(config, adapter_name, model)
         filled = self._with_targets(config, model)
         if state_dict is None:
             resolved = _maybe_include_all_linear_layers(copy.deepcopy(filled), model)
@@ -83,10 +83,9 @@ class DVoRAModel(BaseTuner):
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
             found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
             targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
-        check_model(filled, model)
-        self._measured = check_weights(targets, filled, projections_of(model, filled))
+        self._measured = check_adapter(targets, filled, model)
         # PEFT keeps the caller's object and writes into it.
-        config.target_modules = filled.target_modules
+        config.target_modules, config.projection_fingerprint = filled.target_modules, filled.projection_fingerprint
         super().inject_adapter(
             model,
             adapter_name,
@@ -95,6 +94,7 @@ class DVoRAModel(BaseTuner):
             state_dict=state_dict,
         )
         self._measured = {}
+        warn_of_rows_left_alone(layers_of(model, adapter_name), adapter_name)
         for module in model.modules():
             keep_differentiable(module)
 
@@ -257,8 +257,7 @@ class DVoRAModel(BaseTuner):
             warn_of_kept_dtype(layers_of(self.model, adapter_name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # A load that ignores mismatched sizes has dropped them by now.
-        check_shapes(self, state_dict, prefix)
+        check_load(self, state_dict, prefix)  # one that ignores mismatched sizes has dropped them by now
         check_loadable(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -279,13 +278,16 @@ class DVoRAModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         check_unmerged(model, adapter_name)
-        vectors = from_saved(model, own_config(config), state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
-        biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config)
-        checked = checked_values(model, adapter_name, remapped, biases.keys())
-        if not any(isinstance(module, DVoRAModel) for module in model.modules()):
-            check_shapes(model, checked)
-        return checked
+        tuner = next((module for module in model.modules() if isinstance(module, DVoRAModel)), None)
+        with whole_or_absent(tuner, {adapter_name}):
+            vectors = from_saved(model, own_config(config), state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
+            biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config).keys()
+            checked = checked_values(model, adapter_name, remapped, biases, own_config(config))
+            check_factors(model, adapter_name, checked)
+            if tuner is None:
+                check_shapes(model, checked)
+            return checked
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..validation import MAX_RANK
 from .combining import layers_of
 from .config import DVoRAConfig
+from .files import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX, check_dense
 from .injection import present_probes, projections_of
-from .loading import PEFT_PREFIX
 from .targets import saved_names
-
-_MATRIX_PREFIX = "base_model.dvora_projections."
-_VECTOR_PREFIX = ".dvora_"
 
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,7 +30,7 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     if not config.save_projection:
         return renamed
     matrices = projections_of(model, config).matrices()
-    return renamed | {f"{_MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+    return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
 
 
 def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,9 +44,13 @@ def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]
     Raises:
         ValueError: the projections are not those of the configuration's seed.
     """
-    matrices = {k.removeprefix(_MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(_MATRIX_PREFIX)}
+    matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
+    for name, matrix in matrices.items():
+        check_dense(name, matrix)
+        if matrix.dim() and len(matrix) > MAX_RANK:
+            raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
     projections_of(model, config).check_matrices(matrices)
-    rest = {k: v for k, v in entries.items() if not k.startswith(_MATRIX_PREFIX)}
+    rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.
     paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
@@ -71,7 +73,7 @@ def _renamed(state_dict: dict[str, Tensor], names: dict[str, str]) -> dict[str, 
     """The state dict with the layers in its keys under other names."""
 
     def renamed(key: str) -> str:
-        layer, found, rest = key.rpartition(_VECTOR_PREFIX)
+        layer, found, rest = key.rpartition(VECTOR_PREFIX)
         return f"{names[layer]}{found}{rest}" if layer in names else key
 
     return {renamed(key): value for key, value in state_dict.items()}

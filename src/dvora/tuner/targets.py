@@ -188,6 +188,11 @@ def parameter_names_found(names: Iterable[str], model: nn.Module) -> set[str]:
     return _endings(name.replace(".base_layer", "") for name, _ in model.named_parameters()).intersection(names)
 
 
+def names_in(model: nn.Module) -> set[str]:
+    """All names that settings are matched against: of modules, and of parameters that may be adapted by themselves."""
+    return {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+
+
 def matches(names: Collection[str] | str | None, path: str) -> bool:
     """Whether a path is one of the names, ends in one of them, or matches them as a regular expression."""
     if isinstance(names, str):

@@ -24,8 +24,8 @@ from . import operations
 from .combining import layers_of
 from .config import own_config
 from .converted import Converted, exact_pattern, exact_targets, kept_settings, other_entries
+from .files import PEFT_PREFIX
 from .layer import DVoRALayer
-from .loading import PEFT_PREFIX
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
 

@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..evaluated import version_of
 from ..functional import Vectors
 from ..precision import at_least_float32
+from .expressions import first_match
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 """Attributes of a layer, in the order of `functional.Vectors`."""
@@ -77,19 +78,19 @@ class Strength(nn.Module):
     def __init__(self, like: Tensor, number: float) -> None:
         super().__init__()
         self.register_buffer("value", like.new_full((), number), persistent=False)
-        self._known = number, _version_of(self.value)
+        self._known = number, version_of(self.value)
 
     @property
     def number(self) -> float:
         """s, without waiting for the device unless something else has written the tensor."""
         number, version = self._known
-        return number if self.value.is_meta or version == _version_of(self.value) else float(self.value)
+        return number if self.value.is_meta or version == version_of(self.value) else float(self.value)
 
     @torch.no_grad()
     def set(self, number: float) -> None:
         """Change s in place."""
         self.value.fill_(number)
-        self._known = number, _version_of(self.value)
+        self._known = number, version_of(self.value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
         value, number = self.value, self.number
@@ -102,10 +103,4 @@ class Strength(nn.Module):
 
 def strength_key(strengths: dict[str, float], layer_name: str) -> str:
     """The key of a layer's strength: its whole name before names and expressions that match its end."""
-    key: str = layer_name if layer_name in strengths else get_pattern_key(list(strengths), layer_name)
-    return key
-
-
-def _version_of(tensor: Tensor) -> int:
-    """What PyTorch counts up when a tensor is written; -1 where it does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+    return layer_name if layer_name in strengths else first_match(strengths, layer_name)
