@@ -6,7 +6,7 @@ import pytest
 
 from tests.histories.machine import History, shown
 
-SEEDS = 30
+SEEDS = 25
 """In the suite; the long form goes on from there."""
 LEFT_OUT: frozenset[str] = frozenset()
 """Operations to go on without, while a fault that they find hides others."""
