@@ -56,9 +56,7 @@ class DVoRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if an error or an interruption stops that, the model is as it was and has no such name."""
         try:
-            unmerge_before_adding(model)
-            with on_failure(modules_as_they_are(self)):
-                self._inject(model, adapter_name, *args, **kwargs)
+            self._inject(model, adapter_name, *args, **kwargs)
         finally:
             if not any(layers_of(model, adapter_name)):
                 self.peft_config.pop(adapter_name, None)
@@ -86,13 +84,15 @@ class DVoRAModel(BaseTuner):
         self._measured = check_adapter(targets, filled, model)
         # PEFT keeps the caller's object and writes into it.
         config.target_modules, config.projection_fingerprint = filled.target_modules, filled.projection_fingerprint
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
+        unmerge_before_adding(model)
+        with on_failure(modules_as_they_are(self)):
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
         self._measured = {}
         warn_of_rows_left_alone(layers_of(model, adapter_name), adapter_name)
         for module in model.modules():

@@ -62,7 +62,8 @@ def modules_as_they_are(model: nn.Module) -> Callable[[], None]:
         for changed, kept in [*attributes, *contents]:
             _put_back(changed, kept)
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
     return restore
 

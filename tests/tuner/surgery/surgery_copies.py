@@ -69,6 +69,10 @@ class CopyRules(SurgeryBase):
     @has_adapters
     @step(saved=some_saved, name=present, trainable=st.booleans())
     def load_over(self, saved: Saved, name: str, trainable: bool) -> None:
+        if any(name in merged for merged in self.reference.merged.values()):
+            with self.refused("load over a merged adapter", "is merged into"):
+                self.model.load_adapter(saved.folder, name, is_trainable=trainable)
+            return
         if self.reference.adapters[name].shapes() != saved.adapter.shapes():
             with self.refused("load over another shape", "not adapted here|lacks vectors|has shape"):
                 self.model.load_adapter(saved.folder, name, is_trainable=trainable)
@@ -130,6 +134,10 @@ class CopyRules(SurgeryBase):
     @step(assign=st.booleans())
     def load_own_state_dict(self, assign: bool) -> None:
         assign = assign and not self.reference.tied  # assigning, torch unties
+        if self.reference.merged:
+            with self.refused("load own state dict while merged", "call unmerge_adapter first"):
+                self.model.load_state_dict(self.model.state_dict(), assign=assign)
+            return
         self.count("load own state dict")
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         with torch.no_grad():

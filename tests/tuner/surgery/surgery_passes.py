@@ -1,8 +1,10 @@
 """Rules of the surgery histories: models are trained, cast, compiled, and run with an adapter for every row."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
+from models_compared import assert_unchanged, snapshot
 from surgery_base import DTYPES, SurgeryBase, drawn, has_adapters, several, step, wrapper_is_usable
 from surgery_checks import GRADIENTS, base_of, check_close, check_gradients, forward, layers_of, vectors_of
 from surgery_model import TOKENS, WEIGHTS
@@ -28,6 +30,13 @@ class PassRules(SurgeryBase):
 
     @step(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
     def train(self, adam: bool, decay: float) -> None:
+        if self.reference.training and self.reference.trains_merged():
+            self.count("refused: train what is merged")
+            before = snapshot(self.model)
+            with pytest.raises(RuntimeError, match="adapters are merged"):
+                forward(self.model)
+            assert_unchanged(self.model, before)
+            return
         self.count("train")
         of_vectors, of_weights = check_gradients(self.model, self.reference)
         now, base = vectors_of(self.model), base_of(self.model)

@@ -60,6 +60,11 @@ class Reference:
             return []
         return [name for name in self.active if name in self.at(weight)]
 
+    def trains_merged(self) -> bool:
+        """Whether vectors are trained whose adapter is merged, so that they would get no gradients."""
+        merged = [(self.adapters[name], weight) for weight, names in self.merged.items() for name in names]
+        return self.enabled and any(a.trains(vector) for a, weight in merged for vector in a.vectors[weight])
+
     def adapts_tied(self, names: list[str] | None) -> bool:
         """Whether one of the adapters, or of the active ones, is at a weight that is another one too."""
         names = self.active if names is None else names
