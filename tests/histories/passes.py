@@ -79,6 +79,8 @@ def optimizer_step(case: Case, rng: Rng) -> None:
     names = [name for name in case.shadow.gradients if name in case.shadow.trained]
     if not names:
         return
+    if any(case.parameter(name).dtype.itemsize < 4 for name in names):
+        way = ways[0]  # torch 2.13's fused SGD leaves most values of a bfloat16 tensor on a CPU as they are
     options = {"eps": damping, "weight_decay": 0.0} if kind is torch.optim.AdamW else {}
     kind([case.parameter(name) for name in names], lr=rate, **options, **way).step()
     for name in names:
