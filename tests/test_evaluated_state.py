@@ -149,7 +149,7 @@ def test_values_on_a_cpu_are_compared_themselves(tensor: Tensor, same: bool) -> 
 def made(log: list[int]) -> Callable[[], RowFactors]:
     """Factors, and a note that they were made."""
 
-    def make() -> RowFactors:
+    def make(_: object = None) -> RowFactors:
         log.append(1)
         return RowFactors(*torch.zeros(4, 6))
 
@@ -204,9 +204,9 @@ def test_what_was_dropped_is_made_anew() -> None:
 def test_factors_are_neither_part_of_a_graph_nor_of_inference_mode() -> None:
     tensor = parameter()
     with torch.inference_mode():
-        factors = LastFactors().of([tensor], None, lambda: RowFactors(*(tensor * k for k in range(4))))
+        factors = LastFactors().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
     assert not any(factor.is_inference() for factor in factors)
-    factors = LastFactors().of([tensor], None, lambda: RowFactors(*(tensor * k for k in range(4))))
+    factors = LastFactors().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
     assert not any(factor.requires_grad for factor in factors)
 
 
@@ -215,7 +215,7 @@ def test_factors_are_neither_part_of_a_graph_nor_of_inference_mode() -> None:
 def test_factors_of_what_is_written_to_meanwhile_are_not_kept(which: str, device: str) -> None:
     last, tensor, weight, log = LastFactors(), parameter().to(device), parameter().to(device), []
 
-    def written_to() -> RowFactors:
+    def written_to(_: object) -> RowFactors:
         factors = made(log)()
         with torch.no_grad():
             (tensor if which == "an input" else weight).add_(1)

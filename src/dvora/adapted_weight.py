@@ -8,7 +8,7 @@ to, cast or moved, and computed in every pass, with gradients, while the weight 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -191,6 +191,9 @@ class AdaptedWeight(nn.Module):
                 "layer's weight cannot be read then (it is quantised or offloaded, or processes divide its inputs); "
                 'use "auto" or True'
             )
+        if any(buffer.is_meta for buffer in self.shared.buffers()):
+            # A load with assign=True brings values back, but not what has none in the file.
+            self.shared.to_empty(device=weight.device)
         held = local(weight)
         for attempt in reversed(range(_ATTEMPTS)):
             # Before it is read: another thread may write to it meanwhile.
@@ -206,7 +209,8 @@ class AdaptedWeight(nn.Module):
             with _ONE_AT_A_TIME:
                 if measured.was_written_to(held) and attempt:
                     continue
-                self.w, self.C, self.part, self._measured, self._small_of = w, C, part, measured, None
+                self.w, self.C, self.small = w, C, None
+                self.part, self._measured, self._small_of = part, measured, None
             break
         self._last.drop()
 
@@ -255,9 +259,9 @@ class AdaptedWeight(nn.Module):
         inputs = vectors if strength is None else (*vectors, strength)
         if not transforming():
             if not (recording() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
-                return self._last.of(inputs, local(weight), partial(self._row_factors, vectors, weight, strength))
+                return self._last.of(inputs, local(weight), partial(self._row_factors, weight))
             self._last.drop()
-        return self._row_factors(vectors, weight, strength)
+        return self._row_factors(weight, inputs)
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` as a dense matrix, in float32 or float64.
@@ -277,10 +281,12 @@ class AdaptedWeight(nn.Module):
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
 
-    def _row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None) -> RowFactors:
-        gain_minus_one, scale, gain, beta = factors = self.factors(vectors, weight)
-        if strength is None:
+    def _row_factors(self, weight: Tensor | None, inputs: Sequence[Tensor]) -> RowFactors:
+        """The factors from the three vectors and, behind them, a strength."""
+        gain_minus_one, scale, gain, beta = factors = self.factors(Vectors(*inputs[:3]), weight)
+        if len(inputs) == len(Vectors._fields):
             return factors
+        strength = inputs[-1]
         # Exactly the gain for a strength of one.
         weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
         return RowFactors(strength * gain_minus_one, strength * scale, weaker.detach(), beta)

@@ -61,23 +61,26 @@ class LastFactors:
         # One attribute, so that threads find both of one evaluation.
         self._kept: _Kept | None = None
 
-    def of(self, inputs: Sequence[Tensor], weight: Tensor | None, compute: Callable[[], RowFactors]) -> RowFactors:
+    def of(
+        self, inputs: Sequence[Tensor], weight: Tensor | None, compute: Callable[[Sequence[Tensor]], RowFactors]
+    ) -> RowFactors:
         """What `compute` gives, or gave for the same inputs and weight.
 
         Args:
             inputs: tensors that the factors depend on.
             weight: the base's, or None.
-            compute: makes the factors.
+            compute: makes the factors from such inputs.
         """
         kept = self._kept
         if kept is not None and kept.serves(inputs, weight):
             return kept.factors
         # Factors made in inference mode could not be used in a pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
-            # Before they are read: another thread may write to them while the factors are made.
+            # Before they are read, and read once: another thread may write to them while the factors are made.
             known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
             state = None if weight is None else State.of(weight)
-            kept = _Kept(compute(), known, state)
+            read = [copy if isinstance(copy, Tensor) else own for own, copy in zip(inputs, known, strict=True)]
+            kept = _Kept(compute(read), known, state)
         self._kept = kept if kept.serves(inputs, weight) else None
         return kept.factors
 

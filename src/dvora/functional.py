@@ -159,15 +159,13 @@ def row_factors(vectors: Vectors, norm: NormTerms, beta: Float[Tensor, "O"], det
 def factors_of_change(
     magnitude: Float[Tensor, "O"], w: Float[Tensor, "O"], beta: Float[Tensor, "O"], change: RowChange
 ) -> RowFactors:
-    """`g - 1 = (u mu - change / (u + h)) / h` with `mu = m / w - 1`, and `g beta = m b / h`; g = 1 for a zero row."""
-    u, _, difference, h = change
-    live = w > 0
-    safe = torch.where(live, w, 1.0)
-    relative = magnitude / safe
-    gain_minus_one = torch.where(live, (u * (relative - 1) - difference / (u + h)) / h, 0.0)
+    """`g - 1 = (m / k - u - change / (u + h)) / h`, and `g beta = m (beta / k) / h`; g = 1 for a zero row."""
+    k, u, _, difference, h = change
+    live, m = w > 0, magnitude / k
+    gain_minus_one = torch.where(live, (m - u - difference / (u + h)) / h, 0.0)
     # g times beta by itself would have no digits where g is far below one.
-    scale = torch.where(live, magnitude * (beta / safe * u) / h, beta)
-    gain = torch.where(live, relative * u / h, 1.0).detach()
+    scale = torch.where(live, magnitude * (beta / k) / h, beta)
+    gain = torch.where(live, m / h, 1.0).detach()
     return RowFactors(gain_minus_one, scale, gain, beta)
 
 

@@ -3,10 +3,10 @@
     n**2 = w**2 + 2 beta cross + beta**2 q
 
 An update may be far larger than its row, and its square too large for the dtype, so the norm is held relative to the
-larger of the two:
+larger of the two, k = max(w, |beta|):
 
-    u = w / max(w, |beta|),   b = beta / max(w, |beta|),   h = n / max(w, |beta|)
-    h**2 = u**2 + change,     change = 2 b u cross / w + b**2 q
+    u = w / k,   b = beta / k,   h = n / k
+    h**2 = u**2 + change,   change = 2 b cross / k + b**2 q
 
 Dimensions: O out, I in.
 """
@@ -26,6 +26,8 @@ NEAR_CANCELLATION = 0.1
 class RowChange(NamedTuple):
     """The norms of updated rows; those of zero rows are as without an update."""
 
+    k: Float[Tensor, "O"]
+    """A constant: what is measured does not depend on the unit, so nor does its gradient."""
     u: Float[Tensor, "O"]
     """One for updates smaller than their rows."""
     b: Float[Tensor, "O"]
@@ -51,16 +53,14 @@ def row_change(
 ) -> RowChange:
     """The norms of updated rows from the terms of the norm."""
     live = w > 0
-    safe = torch.where(live, w, 1.0)
-    relative = torch.where(live, beta / safe, 0.0)
-    # The norm does not depend on the unit that it is measured in, so nor does its gradient.
-    u = 1 / relative.detach().abs().clamp_min(1)
-    b = relative * u
+    w, beta = torch.where(live, w, 1.0), torch.where(live, beta, 0.0)
+    k = torch.maximum(w, beta.abs()).detach()
+    u, b = w / k, beta / k
     u2 = u.square()
     # Rounding can bring a squared norm below zero; the floor keeps the gain of a row that vanishes finite.
-    change = torch.maximum(2 * b * u * (cross / safe) + b.square() * q, -u2)
+    change = torch.maximum(2 * b * (cross / k) + b.square() * q, -u2)
     floor = torch.finfo(w.dtype).eps ** 2 * u2 + torch.finfo(w.dtype).tiny
-    return RowChange(u, b, change, torch.maximum(u2 + change, floor).sqrt())
+    return RowChange(k, u, b, change, torch.maximum(u2 + change, floor).sqrt())
 
 
 def nearly_cancelled(change: RowChange) -> Tensor:

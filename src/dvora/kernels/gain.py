@@ -1,13 +1,13 @@
 """The factors of the rows with their gradients in closed form: vectors are kept, and small slopes of the norm.
 
-In the units of `row_change` (u and h lie between zero and a few, whatever the vectors are):
+In the units of `row_change` (u, b and h lie between zero and a few, whatever the vectors are):
 
-g = (m / w) u / h,   scale = g beta = m b / h,   h**2 = u**2 + 2 b u cross / w + b**2 q
+g = m / (k h),   scale = g beta = m b / h,   h**2 = u**2 + 2 b cross / k + b**2 q
 
-P           = (g dL/dg + scale dL/dscale) / h            = -dL/dh
-dL/dm       = (u / w dL/dg + b dL/dscale) / h
-dL/dbeta    = (m dL/dscale - P (u cross / w + b q)) u / (w h)
-dL/dlambda_d through cross (-P b u / (w h)) and q (-P b**2 / (2 h))
+dL/dh       = -(g dL/dg + scale dL/dscale) / h
+dL/dm       = (dL/dg / k + b dL/dscale) / h
+dL/dbeta    = g dL/dscale + dL/dh (cross / k + b q) / (k h)
+dL/dlambda_d through cross (dL/dh b / (k h)) and q (dL/dh b**2 / (2 h))
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ class _RowFactors(torch.autograd.Function):
         ctx.norm, ctx.detach_norm = norm, detach_norm
         # The weight, where it is read again, so that autograd refuses one that was written to in between.
         read_again = norm.matrix if norm.C is None else None
-        inner = change.u * cross / torch.where(norm.w > 0, norm.w, 1.0) + change.b * q
+        inner = cross / change.k + change.b * q
         kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, slopes, read_again)
         ctx.save_for_backward(*kept)
         near = nearly_cancelled(change)
@@ -77,13 +77,12 @@ class _RowFactors(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, d_gain: Tensor, d_scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        magnitude, beta, lambda_d, gain, scale, u, b, change, h, inner, slopes, _ = ctx.saved_tensors
+        magnitude, beta, lambda_d, gain, scale, k, u, b, change, h, inner, slopes, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm
         if torch.is_grad_enabled():
             return _differentiable_gradients(d_gain, d_scale, magnitude, beta, lambda_d, norm, ctx.detach_norm)
         live = norm.w > 0
-        one_over_w = torch.where(live, 1 / torch.where(live, norm.w, 1.0), 0.0)
-        d_magnitude = (u * one_over_w * d_gain + b * d_scale) / h
+        d_magnitude = torch.where(live, (d_gain / k + b * d_scale) / h, 0.0)
         # The scale of a zero row is beta itself.
         d_beta = torch.where(live, gain * d_scale, d_scale)
         if ctx.detach_norm:
@@ -91,8 +90,8 @@ class _RowFactors(torch.autograd.Function):
         # At the floor of the norm it does not change.
         moves = live & (change > -u.square())
         d_h = torch.where(moves, -(gain * d_gain + scale * d_scale) / h, 0.0)
-        d_beta = d_beta + d_h * inner * u * one_over_w / h
-        d_lambda_d = norm.terms_gradient(d_h * b * u * one_over_w / h, d_h * b.square() / (2 * h), lambda_d, slopes)
+        d_beta = d_beta + d_h * inner / (k * h)
+        d_lambda_d = norm.terms_gradient(d_h * b / (k * h), d_h * b.square() / (2 * h), lambda_d, slopes)
         return d_magnitude, d_beta, d_lambda_d, None, None
 
 
