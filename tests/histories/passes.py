@@ -88,7 +88,7 @@ def optimizer_step(case: Case, rng: Rng) -> None:
         adam = kind is torch.optim.AdamW
         change = gradient.value / (gradient.value.abs() + damping) if adam else gradient.value
         slack = rate * gradient.size / (damping if adam else 1)
-        slack += 4 * torch.finfo(held.dtype).eps * float(held.abs().max())
+        slack += 4 * torch.finfo(held.dtype).eps * float(held.detach().abs().max())
         check_close(held, case.shadow[name] - rate * change, 1, f"{name} after {kind.__name__}", slack)
         case.shadow[name] = held
 

@@ -84,7 +84,7 @@ class Strength(nn.Module):
     def number(self) -> float:
         """s, without waiting for the device unless something else has written the tensor."""
         number, version = self._known
-        return number if self.value.is_meta or version == version_of(self.value) else float(self.value)
+        return number if version == version_of(self.value) else float(self.value)
 
     @torch.no_grad()
     def set(self, number: float) -> None:
@@ -94,9 +94,10 @@ class Strength(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
         value, number = self.value, self.number
-        super()._apply(at_least_float32(fn), recurse)
-        if self.value is not value:
-            # It is in no state dict, so that nothing else would fill it after `to_empty`.
+        moved = at_least_float32(fn)(value)
+        # It is in no state dict, so that nothing would bring it back from the meta device, or fill it after `to_empty`.
+        if moved is not value and not moved.is_meta:
+            self.value = moved
             self.set(number)
         return self
 
