@@ -101,6 +101,8 @@ def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Se
             )
     config = copy.deepcopy(first)
     config.strength, config.inference_mode = 1.0, False
+    # It is made here, of this base, which may have been trained since the others were.
+    config.base_probes = config.held = config.held_for = config.awaited = None
     return config
 
 
