@@ -160,6 +160,8 @@ CASES: dict[str, Case] = {
     "a task of a list": Case(of_adapter(task_type=["x"]), "merge adapter -o out", "task_type is ['x']"),
     "heads of numbers": Case(of_adapter(modules_to_save=[1]), "merge adapter -o out", "modules_to_save, got [1]"),
     "a thousand heads": Case(of_adapter(modules_to_save=["x"] * 1000), "merge adapter -o out", "at most 256 names"),
+    "an expression without end": Case(of_adapter(peft_type="LORA", target_modules="(.+)+$x"), "merge adapter -o out",
+                                      "cannot be matched against"),
     "a module to import": Case(of_adapter(peft_type="LORA", megatron_config={"a": 1}, megatron_core="this"),
                                "merge adapter -o out", "'megatron_config', with which PEFT would load or import"),
     "adapters elsewhere": Case(of_adapter(peft_type="XLORA", adapters={"a": "nobody/nothing"}), "merge adapter -o out",

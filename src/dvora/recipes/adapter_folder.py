@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 
+from ..tuner.expressions import check_expressions
 from .files import check_readable, read_json
 from .hub import offline
 from .nearest import did_you_mean
@@ -168,6 +169,7 @@ def adapter_on(model: Any, folder: Path) -> PeftModel:
     Raises:
         ValueError: the adapter's file lacks something that the adapter trains, or does not fit the base.
     """
+    check_targets(folder, model)
     with offline(), warnings.catch_warnings():
         # PEFT goes on with random values.
         warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
@@ -177,6 +179,16 @@ def adapter_on(model: Any, folder: Path) -> PeftModel:
             lacking = str(warning).partition("[")[2].partition("]")[0]
             raise ValueError(f"{folder / VALUES} lacks values that the adapter trains: {lacking}") from None
     return adapted
+
+
+def check_targets(folder: Path, model: Any) -> None:
+    """Refuse an adapter of any method whose expressions would match a model's names without end.
+
+    Raises:
+        ValueError: one would, or is none.
+    """
+    settings = checked_adapter_settings(folder / SETTINGS)
+    check_expressions(settings, [name for name, _ in model.named_modules()])
 
 
 def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:

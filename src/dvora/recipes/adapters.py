@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 
 import dvora
 
-from .adapter_folder import Adapter, adapter_on
+from .adapter_folder import Adapter, adapter_on, check_targets
 from .architectures import config_of, load_base, model_class, quietly
 from .hub import NOTHING, Trust, offline
 
@@ -41,6 +41,7 @@ def with_another(adapted: PeftModel, adapter: Adapter, name: str) -> None:
     Raises:
         ValueError: it does not fit, or its file lacks something that it trains.
     """
+    check_targets(adapter.folder, adapted)
     with offline(), quietly():
         lacking = adapted.load_adapter(str(adapter.folder), adapter_name=name).missing_keys
     if lacking:

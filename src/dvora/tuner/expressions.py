@@ -78,14 +78,14 @@ def check_expressions(settings: Mapping[str, Any], names: Collection[str] = ()) 
     """Refuse settings that are read as regular expressions and are none, or take too long.
 
     Args:
-        settings: of a configuration, of the right types.
+        settings: of a configuration of any method; what is no expression is passed over.
         names: what they are to be matched against, if that is known.
 
     Raises:
         ValueError: an expression cannot be compiled, or matching it takes more than the limits.
     """
     for setting, form in _FORMS.items():
-        written = list(_expressions(setting, settings[setting]))
+        written = [each for each in _expressions(setting, settings.get(setting)) if isinstance(each, str)]
         characters = sum(map(len, written))
         if len(written) > form.at_most or characters > MAX_CHARACTERS:
             raise ValueError(
