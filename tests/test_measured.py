@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problem import randn
+from cases import fresh_copy, randn, trained_layer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -76,6 +76,27 @@ def test_a_process_with_fsdp2_trusts_no_address() -> None:
             weight.mul_(2)
         assert measured.was_gathered_again(weight)
         assert not measured.has_values_of(weight)
+    finally:
+        del Sharded
+        gc.collect()
+
+
+def test_beside_fsdp2_what_it_has_not_made_is_trusted() -> None:
+    layer, x = trained_layer(6, 5, 3).eval(), randn(4, 6, seed=0)
+
+    class Sharded(FSDPModule):
+        """What `fully_shard` makes for a type of module."""
+
+    try:
+        with torch.no_grad():
+            layer(x)
+            kept, w = layer.adapted._last._kept, layer.adapted.w
+            layer(x)
+            assert kept is not None
+            assert layer.adapted._last._kept is kept
+            layer.base_layer.weight.mul_(2)
+            assert torch.equal(layer(x), fresh_copy(layer).eval()(x))
+        assert layer.adapted.w is not w
     finally:
         del Sharded
         gc.collect()

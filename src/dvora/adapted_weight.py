@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .evaluated import LastFactors, version_of
+from .evaluated import LastFactors, note_never_gathered, version_of
 from .functional import Direction, RowFactors, Vectors
 from .kernels.gain import row_factors
 from .layouts import ROWS, Layout, is_at_hand
@@ -83,6 +83,7 @@ class AdaptedWeight(nn.Module):
     ) -> None:
         super().__init__()
         check_weight(weight, name)
+        note_never_gathered(weight)
         self.layout = layout
         self.out_features, self.in_features = layout.matrix(weight).shape
         self.rank = rank if rank == MAGNITUDE_ONLY else checked_rank(rank)

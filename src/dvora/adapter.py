@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from .adapted_weight import AdaptedWeight
 from .diagnostics import diagnostics
+from .evaluated import note_never_gathered
 from .functional import FAR, Direction, Vectors, are_finite
 from .last_input import LastInput, add_gradients
 from .layouts import weight_at_hand
@@ -94,6 +95,7 @@ class DVoRAAdapter(nn.Module):
         with torch.inference_mode(False):
             for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
                 self.register_parameter(name, nn.Parameter(value))
+                note_never_gathered(self.get_parameter(name))
         # Now, for a graph that is made of the layer cannot look for them.
         self.adapted.small_rows(base_layer.bias)
         self.base_layer = base_layer

@@ -6,6 +6,7 @@ for the device in every pass: there, what PyTorch counts is compared, and a pass
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .imported import imported_class
 class State(NamedTuple):
     """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count.
 
-    Of a tensor that an engine frees and gathers again nothing is counted: in a process with FSDP2 no state is equal.
+    Of a tensor that FSDP2 frees and gathers again nothing is counted: no state of one that may be is equal.
     """
 
     storage: StorageWeakRef
@@ -39,7 +40,7 @@ class State(NamedTuple):
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
-        return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not _gathers_weights()
+        return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not _may_be_gathered(tensor)
 
     def is_of_same(self, tensor: Tensor) -> bool:
         """Whether this is a state of the same tensor, without a write that PyTorch counted, wherever it is now."""
@@ -113,10 +114,20 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _gathers_weights() -> bool:
-    """Whether anything in this process was given to FSDP2's `fully_shard`, which makes a class for every type."""
+_never_gathered: "WeakValueDictionary[int, Tensor]" = WeakValueDictionary()
+
+
+def note_never_gathered(tensor: Tensor) -> None:
+    """Note that FSDP2 has not made this tensor: it puts tensors of its own in the places of those that it gathers."""
+    _never_gathered[id(tensor)] = tensor
+
+
+def _may_be_gathered(tensor: Tensor) -> bool:
+    """Whether FSDP2 may have made the tensor; for every type that is given to `fully_shard` there is a class."""
     fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
-    return fsdp_module is not None and bool(fsdp_module.__subclasses__())
+    if fsdp_module is None or not fsdp_module.__subclasses__():
+        return False
+    return _never_gathered.get(id(tensor)) is not tensor
 
 
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:

@@ -98,7 +98,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         with torch.inference_mode(False):
             for field, vector_dict, value in zip(Vectors._fields, self.vector_dicts(), vectors, strict=True):
                 if adapted.rank or field == "magnitude":
-                    vector_dict[adapter_name] = nn.Parameter(value)
+                    vector_dict.put(adapter_name, value)
                 elif adapter_name in vector_dict:
                     del vector_dict[adapter_name]
         if self.kind.low_rank is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..evaluated import version_of
+from ..evaluated import note_never_gathered, version_of
 from ..functional import Vectors
 from ..precision import at_least_float32
 from .expressions import first_match
@@ -30,7 +30,12 @@ class VectorDict(nn.ParameterDict):
         """Move one vector, unless there is none or its values are still to come."""
         vector = self.get(adapter_name)
         if vector is not None and not vector.is_meta:
-            self[adapter_name] = nn.Parameter(vector.detach().to(device), vector.requires_grad)
+            self.put(adapter_name, vector.detach().to(device), vector.requires_grad)
+
+    def put(self, adapter_name: str, value: Tensor, requires_grad: bool = True) -> None:
+        """Keep a vector as a parameter."""
+        parameter = self[adapter_name] = nn.Parameter(value, requires_grad)
+        note_never_gathered(parameter)
 
 
 def told_if_rounded(magnitude: Tensor) -> Tensor:
