@@ -16,6 +16,7 @@ import peft
 import torch
 from files import CONFIG, WEIGHTS
 from folder_cases import OWN, Case, Sound, adapted_outputs, with_own_adapter
+from huggingface_hub.errors import HFValidationError
 from mutations import MARKER, PICKLE
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -55,8 +56,10 @@ class PeftAlone(NamedTuple):
 _EARLY = f"PEFT reads {CONFIG} for its peft_type before it knows whose configuration it is"
 _TASK = "PEFT's model class of the task asks the base for what it lacks, after the adapter is complete"
 _HEAD = "PEFT looks up the values of modules_to_save before it hands the file's to the tuner"
+_LATE = "PEFT looks for the file of values, on the hub at last, after the adapter is complete"
 
 PEFT_ALONE = (
+    PeftAlone(HFValidationError, "load_peft_weights", "^Repo id must be in the form", _LATE),
     PeftAlone(json.JSONDecodeError, "from_json_file", r"line \d+ column \d+", _EARLY),
     PeftAlone(UnicodeDecodeError, "from_json_file", "^'utf-8' codec can't decode", _EARLY),
     PeftAlone(RecursionError, "from_json_file", "while decoding a JSON", _EARLY),
@@ -172,10 +175,11 @@ def _unlike_values(
         f"{key} of the file is ignored in silence" for key in file.keys() - state.keys() if "projections" not in key
     )
     settings = {key: value for key, value in written.items() if key in SETTINGS and key != "inference_mode"}
-    expected = get_peft_model(case.base(), DVoRAConfig(**settings)).eval()
+    # In inference mode settings may be such that nothing could be trained.
+    expected = get_peft_model(case.base(), DVoRAConfig(**settings, inference_mode=True)).eval()
     with torch.no_grad():
         for name, parameter in expected.named_parameters():
-            if parameter.requires_grad:
+            if _key(name) in state:
                 parameter.copy_(file[_key(name)])
     if not same_bits(adapted_outputs(expected), found):
         yield "the outputs are not those of the values in the file"
