@@ -44,6 +44,7 @@ COPIES: dict[str, Callable[[PeftModel], PeftModel]] = {
 class CopyRules(SurgeryBase):
     """What leaves a model and comes back."""
 
+    @wrapper_is_usable
     @has_adapters
     @step(name=present)
     def save(self, name: str) -> None:
