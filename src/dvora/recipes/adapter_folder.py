@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..tuner.expressions import check_expressions
+from ..tuner.files import shapes_in_header
 from .files import check_readable, read_json
 from .hub import offline
 from .nearest import did_you_mean
@@ -154,10 +155,9 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """
     check_readable([file])
     try:
-        with safe_open(file, "pt") as values:
-            shapes = {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118
+        shapes = shapes_in_header(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(str(error)) from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:
         raise ValueError(f"{file}: {empty[0]!r} has the shape {shapes[empty[0]]}, which holds no values")
     return shapes

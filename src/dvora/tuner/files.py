@@ -30,14 +30,23 @@ def shapes_in(folder: Path) -> dict[str, Shape] | None:
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if file.is_file():
-        try:
-            with safe_open(file, "pt") as values:
-                return {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise SafetensorError(f"{file} cannot be read: {error}") from error
+        return shapes_in_header(file)
     if file.exists():
         raise ValueError(f"{file} is not a file")
     return _pickled_shapes(folder / WEIGHTS_NAME) if (folder / WEIGHTS_NAME).exists() else None
+
+
+def shapes_in_header(file: Path) -> dict[str, Shape]:
+    """The names and shapes in a safetensors file; no value is read.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as values:
+            return {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SafetensorError(f"{file} cannot be read: {error}") from error
 
 
 def layers_named(keys: Iterable[str]) -> set[str]:
