@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fresh import FRESH
+
+from tests.fresh import FRESH
 
 LIMIT = 120
 """Seconds after which all processes are killed; a collective gives up before."""

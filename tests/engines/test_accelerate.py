@@ -11,14 +11,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import get_peft_model
-from processes import run
-from test_data_parallel import STEPS, adapted, batch, train, vectors
-from tiny import LAYERS, MODELS
 from torch import nn
 
 from dvora import DVoRAConfig
-from dvora.ranks import AdapterSettings
-from dvora.training import parameter_groups
+from dvora.training import AdapterSettings, parameter_groups
+from tests.engines.processes import run
+from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
+from tests.tuner.tiny import LAYERS, MODELS
 
 
 def accelerator(**options: object) -> Accelerator:

@@ -9,10 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel
-from processes import refusal, run
-from test_data_parallel import STEPS, adapted, batch, train, vectors
-from test_fully_sharded import shard
-from tiny import MODELS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,8 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from dvora.ranks import AdapterSettings
-from dvora.training import parameter_groups
+from dvora.training import AdapterSettings, parameter_groups
+from tests.engines.processes import refusal, run
+from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
+from tests.engines.test_fully_sharded import shard
+from tests.tuner.tiny import MODELS
 
 ENGINES = {"one process": lambda model: model, "DDP": DistributedDataParallel, "FSDP2": shard}
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)

@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from processes import run
-from tiny import LAYERS, MODELS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dvora import DVoRAConfig
 from dvora.training import parameter_groups
+from tests.engines.processes import run
+from tests.tuner.tiny import LAYERS, MODELS
 
 BATCH, TOKENS, STEPS = 8, 6, 5
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from layer_cases import CASES
-from models_compared import worst_difference
 from peft import get_peft_model, get_peft_model_state_dict
-from tiny import train_vectors
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+from tests.tuner.layer_cases import CASES
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import train_vectors
 
 
 @pytest.fixture

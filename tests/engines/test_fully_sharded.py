@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import run
-from test_data_parallel import adapted, batch, train, vectors
-from tiny import LAYERS, MODELS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dvora.tuner import DVoRALayer
+from tests.engines.processes import run
+from tests.engines.test_data_parallel import adapted, batch, train, vectors
+from tests.tuner.tiny import LAYERS, MODELS
 
 
 def shard(model: PeftModel) -> PeftModel:

@@ -5,7 +5,7 @@ import pytest
 
 from tests.checked import checked
 
-imported_class = checked("imported").imported_class
+imported_class = checked("engines.imported").imported_class
 
 
 def test_a_class_of_an_imported_module_is_found() -> None:

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from processes import run
-from test_data_parallel import batch, train, vectors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,7 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
-from dvora.spans import Span
+from dvora.matrices.shard import Span
+from tests.engines.processes import run
+from tests.engines.test_data_parallel import batch, train, vectors
 
 COLUMNS, ROWS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj", "down_proj"]
 

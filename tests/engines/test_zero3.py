@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import zero3
-from layer_cases import CASES as LAYER_CASES
-from layer_cases import Case
 from peft import PeftModel, get_peft_model
-from processes import refusal, run
-from test_data_parallel import STEPS, adapted, batch, train, vectors
-from tiny import LAYERS, MODELS, dvora_layers, train_vectors
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from dvora import DVoRAConfig
-from dvora.ranks import AdapterSettings
+from dvora.training import AdapterSettings
+from tests.engines import zero3
+from tests.engines.processes import refusal, run
+from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
+from tests.tuner.layer_cases import CASES as LAYER_CASES
+from tests.tuner.layer_cases import Case
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, train_vectors
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (pip install deepspeed)", allow_module_level=True)

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from test_data_parallel import BATCH, batch
 from torch import nn
 
 from dvora.training import parameter_groups
+from tests.engines.test_data_parallel import BATCH, batch
 
 
 def settings(**zero: object) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from cases import SHARED, randn, trained_layer
-from reference import worst_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.dense import DenseMatrices
+from dvora.matrices.dense import DenseMatrices
+from tests.cases import SHARED, randn, trained_layer
+from tests.reference import worst_error
 
 TOKENS, IN, RANK, OUTS = 4, 6, 3, (5, 8, 9)
 """All different, so that shapes tell products apart."""

@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, randn
-from checked import checked
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 
-from dvora import generator
-from dvora.dense import DenseMatrices
+from dvora.matrices import philox
+from dvora.matrices.dense import DenseMatrices
+from tests.cases import DTYPES, randn
+from tests.checked import checked
 
 DENSE = ["kaiming_uniform", "gaussian", "rademacher", "orthogonal"]
 SEED = 11
@@ -29,14 +29,14 @@ def unscaled(distribution: str, stream: int, rank: int, size: int) -> Tensor:
     if distribution == "orthogonal":
         starts = range(0, rank, size)
         blocks = [
-            generator.orthogonal_rows(SEED, stream + 2 * block, min(size, rank - start), size)
+            philox.orthogonal_rows(SEED, stream + 2 * block, min(size, rank - start), size)
             for block, start in enumerate(starts)
         ]
         return torch.from_numpy(np.concatenate(blocks)).double()
     row = {
-        "kaiming_uniform": lambda k: math.sqrt(3) * generator.uniform_row(SEED, stream, k, size).astype(float),
-        "gaussian": lambda k: generator.gaussian_row(SEED, stream, k, size).astype(float),
-        "rademacher": lambda k: generator.sign_row(SEED, stream, k, size),
+        "kaiming_uniform": lambda k: math.sqrt(3) * philox.uniform_row(SEED, stream, k, size).astype(float),
+        "gaussian": lambda k: philox.gaussian_row(SEED, stream, k, size).astype(float),
+        "rademacher": lambda k: philox.sign_row(SEED, stream, k, size),
     }[distribution]
     return torch.from_numpy(np.stack([row(k) for k in range(rank)]))
 
@@ -63,7 +63,7 @@ def test_products_of_any_shape_and_dtype_are_the_naive_ones(
     shape: tuple[tuple[int, ...], int, int], size: int, dtype: torch.dtype, distribution: str
 ) -> None:
     leading, rank, out = shape
-    matrices, (A, B) = checked("dense").DenseMatrices(SEED, distribution), naive(distribution, rank, size, out)
+    matrices, (A, B) = checked("matrices.dense").DenseMatrices(SEED, distribution), naive(distribution, rank, size, out)
     x, z, d = (randn(*leading, width, seed=width, dtype=dtype) for width in (size, rank, out))
     scale = randn(out, seed=4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     assert_product(matrices.project(x, rank), x, A.T, dtype)
@@ -84,7 +84,7 @@ def test_products_of_any_shape_and_dtype_are_the_naive_ones(
 def test_row_products_are_the_naive_ones(
     tokens: int, rank: int, out: int, dtype: torch.dtype, distribution: str
 ) -> None:
-    matrices, (_, B) = checked("dense").DenseMatrices(SEED, distribution), naive(distribution, rank, 1, out)
+    matrices, (_, B) = checked("matrices.dense").DenseMatrices(SEED, distribution), naive(distribution, rank, 1, out)
     d, z = randn(tokens, out, seed=0, dtype=dtype), randn(tokens, rank, seed=1, dtype=dtype)
     found = matrices.row_products(d, z)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -111,7 +111,7 @@ def test_the_matrices_themselves_are_the_naive_ones(distribution: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_columns_of_A_are_selected(dtype: torch.dtype, distribution: str) -> None:
     A, _ = naive(distribution, 4, 9, 1)
-    matrices = checked("dense").DenseMatrices(SEED, distribution)
+    matrices = checked("matrices.dense").DenseMatrices(SEED, distribution)
     for index in (torch.tensor([[0, 3, 3], [8, 1, 0]]), torch.tensor(5), torch.zeros(0, dtype=torch.long)):
         found = matrices.select(index, 4, 9, dtype)
         assert found.dtype == dtype

@@ -4,16 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import TOLERANCE, randn
-from checked import checked
 from hypothesis import example, given
 from hypothesis import strategies as st
-from reference import worst_error
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dvora.dense import DenseMatrices
+from dvora.matrices.dense import DenseMatrices
+from tests.cases import TOLERANCE, randn
+from tests.checked import checked
+from tests.reference import worst_error
 
 DENSE = ["kaiming_uniform", "gaussian", "rademacher", "orthogonal"]
 DTYPES = [torch.float64, torch.float32]
@@ -28,7 +28,7 @@ class Rows:
     """`B diag(lambda_d) A` for one size, dense, and what belongs to it."""
 
     def __init__(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype, distribution: str) -> None:
-        self.matrices = checked("dense").DenseMatrices(5, distribution)
+        self.matrices = checked("matrices.dense").DenseMatrices(5, distribution)
         self.A = self.matrices.A(rank, in_features, torch.float64)
         self.B = self.matrices.B(rank, out_features, torch.float64)
         self.lambda_d, self.v = randn(rank, seed=0, dtype=dtype), randn(out_features, seed=1, dtype=dtype)
@@ -91,7 +91,7 @@ def test_row_dots_and_their_gradient_are_those_of_the_dense_rows(
     rank: int, distribution: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for chunk_values in (2**18, 7 * 20, 1):
-        monkeypatch.setattr(checked("dense"), "_CHUNK_VALUES", chunk_values)
+        monkeypatch.setattr(checked("matrices.dense"), "_CHUNK_VALUES", chunk_values)
         Rows(rank, 20, 30, dtype, distribution).assert_dots(TOLERANCE[dtype])
 
 

@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from cases import randn
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.dense import DenseMatrices
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.dense import DenseMatrices
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.cases import randn
 
 DENSE = [name for name in DISTRIBUTIONS if name != "structured"]
 META = torch.device("meta")

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from cases import randn
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.projections import DISTRIBUTIONS, FORMAT_VERSION
+from dvora.matrices.interface import DISTRIBUTIONS, FORMAT_VERSION
+from tests.cases import randn
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
 # A change of any of them is a new format: raise FORMAT_VERSION.

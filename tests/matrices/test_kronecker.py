@@ -4,17 +4,17 @@ from itertools import product
 
 import pytest
 import torch
-from cases import randn
-from checked import checked
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import worst_error
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from dvora import kronecker as kronecker_plain
+from dvora.matrices import kronecker as kronecker_plain
+from tests.cases import randn
+from tests.checked import checked
+from tests.reference import worst_error
 
-kronecker = checked("kronecker")
+kronecker = checked("matrices.kronecker")
 Kronecker = kronecker.Kronecker
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 97, 384]))

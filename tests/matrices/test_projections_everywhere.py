@@ -12,12 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import linear, randn, train
 from torch import nn
 
 import dvora
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.cases import linear, randn, train
 
 every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 

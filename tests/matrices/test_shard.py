@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvora.projections import SharedProjections
-from dvora.spans import Span
+from dvora.matrices.interface import SharedProjections
+from dvora.matrices.shard import Span
 
 KINDS = ["kaiming_uniform", "orthogonal", "structured"]
 # Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks.

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from sibling_layers import IN, TOKENS, Products, inputs, loss, outputs, projections_made, siblings
 from torch import Tensor
 
 from dvora import DVoRAAdapter
-from dvora.adapted_weight import AdaptedWeight
-from dvora.projections import DISTRIBUTIONS, SharedProjections
+from dvora.matrices.interface import DISTRIBUTIONS, SharedProjections
+from dvora.weight.adapted_weight import AdaptedWeight
+from tests.matrices.sibling_layers import IN, TOKENS, Products, inputs, loss, outputs, projections_made, siblings
 
 Layers = Sequence[DVoRAAdapter]
 Change = Callable[[Tensor], object]

@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from sibling_layers import Products, Step, inputs, loss, outputs, projections_made, siblings
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dvora import DVoRAAdapter
+from tests.matrices.sibling_layers import Products, Step, inputs, loss, outputs, projections_made, siblings
 
 Layers = Sequence[DVoRAAdapter]
 Checkpoint = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from sibling_layers import IN, Products, inputs, loss, outputs, projections_made, siblings
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from dvora import DVoRAAdapter
+from tests.matrices.sibling_layers import IN, Products, inputs, loss, outputs, projections_made, siblings
 
 Layers = Sequence[DVoRAAdapter]
 

@@ -11,19 +11,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from cases import randn
-from checked import checked
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import worst_error
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-import dvora.structured
-from dvora import generator, kronecker
+from dvora.matrices import kronecker, philox, structured
+from tests.cases import randn
+from tests.checked import checked
+from tests.reference import worst_error
 
-StructuredMatrices = checked("structured").StructuredMatrices
-Unchecked = dvora.structured.StructuredMatrices
+StructuredMatrices = checked("matrices.structured").StructuredMatrices
+Unchecked = structured.StructuredMatrices
 
 SIZE = st.one_of(st.integers(1, 40), st.sampled_from([64, 97, 2816]))
 RANK = st.one_of(st.integers(1, 70), st.sampled_from([128, 211]))
@@ -54,8 +53,8 @@ def naive(side: str, rank: int, size: int, seed: int = 3) -> Tensor:
     for index, rows in enumerate(kronecker.block_rows(rank, size)):
         r1, r2 = kronecker.factors_of_rows(rows, n1, n2)
         stream = 2**34 + 2 * index + (side == "B")
-        first, second = (generator.permutation_row(seed, stream, 1 + k, n) for k, n in enumerate((n1, n2)))
-        signs = torch.from_numpy(generator.sign_row(seed, stream, 0, size))
+        first, second = (philox.permutation_row(seed, stream, 1 + k, n) for k, n in enumerate((n1, n2)))
+        signs = torch.from_numpy(philox.sign_row(seed, stream, 0, size))
         blocks.append(torch.kron(cosine(n1)[first[:r1]], cosine(n2)[second[:r2]])[:rows] * signs)
     return torch.cat(blocks) * math.sqrt(2 if side == "A" else 2 * size / rank)
 
@@ -99,7 +98,7 @@ def test_entries_have_mean_zero() -> None:
 
 def test_seeds_sides_and_blocks_differ() -> None:
     A, B = StructuredMatrices(0).A(32, 16), StructuredMatrices(0).B(16, 16).T
-    signs = [generator.sign_row(seed, stream, 0, 64) for seed, stream in [(0, 2**34), (0, 2**34 + 1), (1, 2**34)]]
+    signs = [philox.sign_row(seed, stream, 0, 64) for seed, stream in [(0, 2**34), (0, 2**34 + 1), (1, 2**34)]]
     assert len({row.tobytes() for row in signs}) == 3
     for first, second in [(A[:16], A[16:]), (A[:16], B / B.norm() * A[:16].norm()), (A[:16], Unchecked(1).A(16, 16))]:
         assert not torch.isclose(first, second).all(1).any()
@@ -109,7 +108,7 @@ def test_seeds_sides_and_blocks_differ() -> None:
 def in_chunks_of(values: int) -> Iterator[None]:
     """With less than the usual memory for what lies between two products."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("kronecker", "structured_rows"):
+        for module in ("matrices.kronecker", "matrices.structured_norms"):
             patch.setattr(checked(module), "_CHUNK_VALUES", values)
         yield
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import randn
 from peft.tuners.vera.model import _kaiming_init
 from torch import nn
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.vera_matrices import VeraSizes, vera_sizes
+from dvora.matrices.vera import VeraSizes, vera_sizes
+from tests.cases import randn
 
 SIZES = VeraSizes(rank=6, in_features=40, out_features=33)
 

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 import torch
-from cases import randn
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.kernels.combine import combine
-from dvora.precision import norm_dtype
+from dvora.method.combine import combine
+from dvora.ops.dtypes import norm_dtype
+from tests.cases import randn
 
 KINDS = {name: SharedProjections(3, name).kind for name in ("kaiming_uniform", "structured")}
 

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from cases import DIRECTIONS, TOLERANCE, randn
-from reference import DenseDVoRA
 from torch import Tensor
 
 from dvora import SharedProjections
 from dvora import functional as F
-from dvora.kernels.gain import row_factors
-from dvora.norms import FrozenNorm, cross_matrix
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.method.gain import row_factors
+from dvora.method.norm import FrozenNorm, cross_matrix
+from tests.cases import DIRECTIONS, TOLERANCE, randn
+from tests.reference import DenseDVoRA
 
 NAMES = ("magnitude", "lambda_b", "lambda_d")
 

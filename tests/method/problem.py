@@ -1,12 +1,13 @@
 """One adapted weight as plain tensors, for the pure functions, whose every shape annotation is checked here."""
 
 import torch
-from cases import randn
-from checked import checked
-from reference import DenseDVoRA
 from torch import Tensor
 
-F = checked("functional")
+from tests.cases import randn
+from tests.checked import checked
+from tests.reference import DenseDVoRA
+
+F = checked("method.functional")
 
 
 class Problem:

@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from cases import fresh_copy, randn, trained_layer
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, DVoRAConfig
-from dvora.norms import SMALL_CACHE, cache_dtype
+from dvora.method.norm import SMALL_CACHE, cache_dtype
+from tests.cases import fresh_copy, randn, trained_layer
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 

@@ -5,17 +5,17 @@ from itertools import product
 
 import pytest
 import torch
-from cases import DTYPES, TOLERANCE, randn
-from checked import checked
-from combined import KINDS, Operands, expected_gradients, gradients, operands, plain
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
-from reference import worst_error
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from dvora.kernels.combine import combine
+from dvora.method.combine import combine
+from tests.cases import DTYPES, TOLERANCE, randn
+from tests.checked import checked
+from tests.method.combined import KINDS, Operands, expected_gradients, gradients, operands, plain
+from tests.reference import worst_error
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -264,4 +264,4 @@ def test_sums_over_tokens_in_float16_are_made_in_float32(delta: float, value: fl
 def test_a_wrong_shape_is_refused_by_the_checked_copy() -> None:
     o = operands((3,), 2, 5)
     with pytest.raises(TypeCheckError):
-        checked("kernels.combine").combine(*o._replace(scale=o.scale[:1]), KINDS["kaiming_uniform"])
+        checked("method.combine").combine(*o._replace(scale=o.scale[:1]), KINDS["kaiming_uniform"])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import DIRECTIONS, linear, randn
-from reference import DenseDVoRA, worst_error
 from torch import nn
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.cases import DIRECTIONS, linear, randn
+from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 24, 10, 4
 TOLERANCE = 2e-5

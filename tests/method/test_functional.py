@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
-from problem import F, Problem
-from reference import worst_error
 
 from dvora import functional as unchecked
+from tests.cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE, randn
+from tests.method.problem import F, Problem
+from tests.reference import worst_error
 
 variants = pytest.mark.parametrize("scaling", [1.0, 0.25])
 directions = pytest.mark.parametrize("direction", DIRECTIONS)

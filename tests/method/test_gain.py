@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE
-from checked import checked
-from frozen_weight import NAMES, Problem, both_directions, both_dtypes, c_kept_or_not, every_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
-from reference import worst_error
 
 from dvora import functional as F
-from dvora.norms import FrozenNorm
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.method.norm import FrozenNorm
+from tests.cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE
+from tests.checked import checked
+from tests.method.frozen_weight import NAMES, Problem, both_directions, both_dtypes, c_kept_or_not, every_distribution
+from tests.reference import worst_error
 
 
 def assert_equal_to_the_dense_method(p: Problem, tolerance: float, norm: FrozenNorm | None = None) -> None:
@@ -213,4 +213,4 @@ def test_a_weight_of_which_only_the_rows_are_rescaled_has_gradients() -> None:
 def test_a_wrong_shape_is_refused_by_the_checked_copy() -> None:
     p = Problem(7, 5, 3)
     with pytest.raises(TypeCheckError):
-        checked("kernels.gain").row_factors(p.vectors, p.norm(), p.beta()[None])
+        checked("method.gain").row_factors(p.vectors, p.norm(), p.beta()[None])

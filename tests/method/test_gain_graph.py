@@ -4,17 +4,17 @@ from itertools import product
 
 import pytest
 import torch
-from cases import randn, trained_layer
-from frozen_weight import NAMES, Problem, c_kept_or_not, every_distribution
-from reference import worst_error
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from dvora import dense
 from dvora import functional as F
-from dvora.adapted_weight import AdaptedWeight
-from dvora.kernels.gain import row_factors
+from dvora.matrices import dense
+from dvora.method.gain import row_factors
+from dvora.weight.adapted_weight import AdaptedWeight
+from tests.cases import randn, trained_layer
+from tests.method.frozen_weight import NAMES, Problem, c_kept_or_not, every_distribution
+from tests.reference import worst_error
 
 IN, OUT, RANK = 6, 9, 4
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from cases import DIRECTIONS, SHARED, linear, nearly_cancelled, randn, trained_layer
-from reference import DenseDVoRA, worst_error
 from torch import Tensor
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from dvora.diagnostics import diagnostics
-from dvora.functional import Vectors
-from dvora.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.method.functional import Vectors
+from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.weight.diagnostics import diagnostics
+from dvora.weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from tests.cases import DIRECTIONS, SHARED, linear, nearly_cancelled, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 8, 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -4,12 +4,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from cases import DIRECTIONS, linear, randn
-from reference import DenseDVoRA, worst_error
 from torch import Tensor
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.small_rows import SHARE, small_rows
+from dvora.method.small_rows import SHARE, small_rows
+from tests.cases import DIRECTIONS, linear, randn
+from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 24, 10, 4
 TINY = [2, 5, 7]

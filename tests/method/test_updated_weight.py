@@ -1,16 +1,16 @@
 """A linear layer through its updated weight, against float64 autograd of the plain formula."""
 
 import torch
-from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import worst_error
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from dvora import SharedProjections
-from dvora.kernels.updated import updated_linear
+from dvora.method.updated_weight import updated_linear
+from tests.cases import randn
+from tests.reference import worst_error
 
 SHARED = SharedProjections(3)
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from cases import DIRECTIONS, DTYPES, linear, randn
-from checked import checked
 from jaxtyping import TypeCheckError
 
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.cases import DIRECTIONS, DTYPES, linear, randn
+from tests.checked import checked
 
 PLAIN_USER = """
 import sys
@@ -24,8 +24,8 @@ print(layer.merge_to_original_layer().weight.shape)
 
 def checked_layer(distribution: str = "kaiming_uniform", dtype: torch.dtype = torch.float32, **options: object):
     """A layer of the copy of the source in which every annotation is checked."""
-    shared = checked("projections").SharedProjections(0, distribution)
-    return checked("adapter").DVoRAAdapter(linear(6, 5, dtype=dtype), 3, shared=shared, **options)
+    shared = checked("matrices.interface").SharedProjections(0, distribution)
+    return checked("weight.adapter").DVoRAAdapter(linear(6, 5, dtype=dtype), 3, shared=shared, **options)
 
 
 @pytest.mark.filterwarnings("ignore:merging into")
@@ -57,14 +57,14 @@ def test_every_annotation_of_the_projections_holds(distribution: str) -> None:
 
 @pytest.mark.parametrize(("rank", "skipped"), [(3, None), (0, None), (3, 2)], ids=["plain", "magnitude", "skipped"])
 def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: int | None) -> None:
-    combining, layouts = checked("combining"), checked("layouts")
-    shared = checked("projections").SharedProjections(0)
-    adapted = checked("adapted_weight").AdaptedWeight(
+    combining, layouts = checked("weight.weighted_sum"), checked("weight.layouts")
+    shared = checked("matrices.interface").SharedProjections(0)
+    adapted = checked("weight.adapted_weight").AdaptedWeight(
         randn(6, 5, seed=0), rank, shared=shared, layout=layouts.COLUMNS, skipped_column=skipped
     )
     vectors = adapted.initial_vectors(0.1)
     adapted.delta(vectors, randn(6, 5, seed=0))
-    checked("diagnostics").diagnostics(adapted, vectors, None)
+    checked("weight.diagnostics").diagnostics(adapted, vectors, None)
     combining.weighted_sum([combining.Part(torch.tensor(0.5), vectors, adapted)], None, adapted)
     if rank:
         shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
@@ -73,7 +73,7 @@ def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: 
 
 def test_the_check_is_on() -> None:
     with pytest.raises(TypeCheckError):
-        checked("functional").row_norm(torch.ones(3))
+        checked("method.functional").row_norm(torch.ones(3))
 
 
 def test_a_user_needs_no_jaxtyping() -> None:

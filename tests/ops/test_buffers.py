@@ -9,7 +9,7 @@ from torch.autograd import grad
 from tests.cases import randn, trained_layer
 from tests.checked import checked
 
-out, scratch = checked("scratch").out, checked("scratch").scratch
+out, scratch = checked("ops.buffers").out, checked("ops.buffers").scratch
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_threads_have_memory_of_their_own() -> None:
 
 
 def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checked("scratch"), "_LARGEST", 10)
+    monkeypatch.setattr(checked("ops.buffers"), "_LARGEST", 10)
     first, second = [scratch("large", (11,), torch.float32, CPU) for _ in range(2)]
     assert first.data_ptr() != second.data_ptr()
 

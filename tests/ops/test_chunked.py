@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problem import randn
 
 from tests.checked import checked
+from tests.method.problem import randn
 
 HALVES = [torch.bfloat16, torch.float16]
 both_halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -12,8 +12,8 @@ both_halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
 def rescaled(*arguments: torch.Tensor | None, chunk: int = 2**17) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(checked("wide"), "CHUNK_VALUES", chunk)
-        found: torch.Tensor = checked("wide").rescaled(*arguments)
+        patch.setattr(checked("ops.chunked"), "CHUNK_VALUES", chunk)
+        found: torch.Tensor = checked("ops.chunked").rescaled(*arguments)
     return found
 
 
@@ -58,6 +58,6 @@ def test_results_are_not_the_memory_that_is_used_again() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tokens_that_are_wide_already_keep_their_memory(dtype: torch.dtype) -> None:
     tokens = randn(3, 4, seed=0, dtype=dtype)
-    assert checked("wide").widened("any", tokens) is tokens
+    assert checked("ops.chunked").widened("any", tokens) is tokens
     with pytest.raises(AssertionError):
         rescaled(tokens, randn(4, seed=1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvora.precision import at_least_float32, full_precision, norm_dtype
+from dvora.ops.dtypes import at_least_float32, full_precision, norm_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)

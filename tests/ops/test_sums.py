@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tests.checked import checked
 
-sum_of_products = checked("sums").sum_of_products
+sum_of_products = checked("ops.sums").sum_of_products
 
 
 def values(tokens: int, size: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -17,7 +17,7 @@ def values(tokens: int, size: int, dtype: torch.dtype, seed: int) -> torch.Tenso
 def test_it_is_the_sum_of_the_products(dtype: torch.dtype, tokens: int, size: int, chunk: int) -> None:
     a, b = (values(tokens, size, dtype, seed) for seed in (0, 1))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(checked("sums"), "CHUNK_VALUES", chunk)
+        patch.setattr(checked("ops.sums"), "CHUNK_VALUES", chunk)
         found = sum_of_products(a, b)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     scale = (a.double() * b.double()).abs().sum(0) + 1

@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DIRECTIONS, SHARED, fresh_copy, linear, randn, train, trained_layer
-from reference import worst_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -14,6 +12,8 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dvora import DVoRAAdapter, SharedProjections
+from tests.cases import DIRECTIONS, SHARED, fresh_copy, linear, randn, train, trained_layer
+from tests.reference import worst_error
 
 IN, OUT, RANK = 6, 5, 3
 

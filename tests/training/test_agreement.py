@@ -3,12 +3,12 @@
 import pytest
 import torch.distributed as dist
 from peft import get_peft_model
-from processes import run
-from tiny import LAYERS, MODELS, mlp
 from torch import nn
 
 from dvora import DVoRAConfig
-from dvora.ranks import AdapterSettings, check_ranks_agree
+from dvora.training import AdapterSettings, check_ranks_agree
+from tests.engines.processes import run
+from tests.tuner.tiny import LAYERS, MODELS, mlp
 
 
 def adapted(**settings: object) -> nn.Module:

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from cases import SHARED, fresh_copy, linear, randn, trained_layer
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, DVoRAConfig
-from dvora.adapted_weight import AdaptedWeight
-from dvora.functional import RowFactors
+from dvora.method.functional import RowFactors
 from dvora.tuner import DVoRALayer
+from dvora.weight.adapted_weight import AdaptedWeight
+from tests.cases import SHARED, fresh_copy, linear, randn, trained_layer
 
 IN, OUT, RANK = 6, 5, 3
 Change = Callable[["Evaluated"], object]

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
-from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 
-from dvora import DVoRAAdapter, SharedProjections, norms
-from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from dvora.functional import Vectors
-from dvora.layouts import COLUMNS
+from dvora import DVoRAAdapter, SharedProjections
+from dvora.method.functional import Vectors
+from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.weight.layouts import COLUMNS
+from tests.cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 5, 3
 

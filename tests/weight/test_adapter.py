@@ -4,14 +4,14 @@ import re
 
 import pytest
 import torch
-from cases import DIRECTIONS, DTYPES, SHARED, linear, randn, train, trained_layer
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DenseDVoRA
 from torch import nn
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.cases import DIRECTIONS, DTYPES, SHARED, linear, randn, train, trained_layer
+from tests.reference import DenseDVoRA
 
 
 def new_layer(base: nn.Linear, rank: int = 3, **options: object) -> DVoRAAdapter:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from cases import SHARED, linear
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import dvora
 from dvora import DVoRAAdapter, SharedProjections
+from tests.cases import SHARED, linear
 
 QCONFIG = torch.ao.quantization.get_default_qat_qconfig()
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE, nearly_cancelled, randn, trained_layer
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DenseDVoRA, worst_error
 from torch import Tensor
 
 from dvora import DVoRAAdapter
+from tests.cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE, nearly_cancelled, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
 
 VARIANTS = [
     pytest.param({}, id="defaults"),
@@ -19,7 +19,7 @@ VARIANTS = [
     pytest.param({"freeze_base_layer": False, "detach_norm": True, "alpha": 0.3}, id="trained base, detach_norm"),
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore::dvora.merging.MergePrecisionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::dvora.weight.merge.MergePrecisionWarning")
 
 
 def gradients(layer: DVoRAAdapter, x: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from cases import DIRECTIONS, DTYPES, SHARED, fresh_copy, linear, randn, train, trained_layer
-from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.merging import MergePrecisionWarning
+from dvora.weight.merge import MergePrecisionWarning
+from tests.cases import DIRECTIONS, DTYPES, SHARED, fresh_copy, linear, randn, train, trained_layer
+from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 5, 3
 

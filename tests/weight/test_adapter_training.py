@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import DIRECTIONS, randn, trained_layer
-from interrupted import interrupted_at
-from reference import worst_error
 from torch import Tensor
 
 from dvora import DVoRAAdapter
+from tests.cases import DIRECTIONS, randn, trained_layer
+from tests.interrupted import interrupted_at
+from tests.reference import worst_error
 
 IN, OUT, RANK = 6, 5, 3
 

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import linear, randn
 
 import dvora
 from dvora import DVoRAAdapter, SharedProjections
+from tests.cases import linear, randn
 
 
 def test_nothing_is_initialized_until_it_is_asked_for() -> None:

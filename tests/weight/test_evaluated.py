@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import fresh_copy, randn, trained_layer
-from evaluated_cases import CHANGES, IN, OUT, RANK, Evaluated, other, plain, write_one
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from dvora import DVoRAAdapter
-from dvora.linear_outputs import combined
+from dvora.weight.linear import combined
+from tests.cases import fresh_copy, randn, trained_layer
+from tests.weight.evaluated_cases import CHANGES, IN, OUT, RANK, Evaluated, other, plain, write_one
 
 
 @pytest.mark.parametrize("change", CHANGES)

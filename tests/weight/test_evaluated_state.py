@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import fresh_copy, randn, trained_layer
 from torch import Tensor, nn
 
-from dvora.evaluated import LastFactors, State, _unchanged
-from dvora.functional import RowFactors
+from dvora.method.functional import RowFactors
+from dvora.weight.evaluated import LastFactors, State, _unchanged
+from tests.cases import fresh_copy, randn, trained_layer
 
 
 def parameter() -> nn.Parameter:

@@ -10,10 +10,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from cases import fresh_copy, linear, randn, train, trained_layer
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import worst_error
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,6 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, SharedProjections
+from tests.cases import fresh_copy, linear, randn, train, trained_layer
+from tests.reference import worst_error
 
 IN, OUT, RANK = 6, 5, 3
 X, DELTA = randn(4, IN, seed=0), randn(4, OUT, seed=1)

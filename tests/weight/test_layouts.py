@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvora.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from dvora.weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
 
 CASES = {
     "rows": (ROWS, (5, 3), (5, 3)),

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import fresh_copy, randn, trained_layer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from dvora import SharedProjections
-from dvora.adapted_weight import AdaptedWeight
-from dvora.measured import MeasuredWeight
+from dvora.weight.adapted_weight import AdaptedWeight
+from dvora.weight.measured import MeasuredWeight
+from tests.cases import fresh_copy, randn, trained_layer
 
 
 def gathered_again(weight: Tensor, values: Tensor) -> None:

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from cases import randn
 
-from dvora.merging import SMALL_LOSS, MergePrecisionWarning, merge, warn_of_losses
+from dvora.weight.merge import SMALL_LOSS, MergePrecisionWarning, merge, warn_of_losses
+from tests.cases import randn
 
 
 def test_a_merge_into_float32_loses_next_to_nothing() -> None:

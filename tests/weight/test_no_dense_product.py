@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIRECTIONS, randn, trained_layer
-from reference import DenseDVoRA
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dvora import DVoRAAdapter, SharedProjections
+from tests.cases import DIRECTIONS, randn, trained_layer
+from tests.reference import DenseDVoRA
 
 OUT, IN, RANK = 60, 50, 4
 FEW, MANY = 8, 410

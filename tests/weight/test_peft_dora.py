@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import DIRECTIONS, randn, trained_layer
 from peft import LoraConfig, get_peft_model
-from reference import worst_error
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter
+from tests.cases import DIRECTIONS, randn, trained_layer
+from tests.reference import worst_error
 
 RANK = 6
 

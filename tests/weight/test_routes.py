@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import linear, randn, trained_layer
-from reference import DenseDVoRA, worst_error
 from torch import nn
 
-from dvora import SharedProjections, routes
-from dvora.routes import pays, takes_updated_weight
+from dvora import SharedProjections
+from dvora.weight import routes
+from dvora.weight.routes import pays, takes_updated_weight
+from tests.cases import linear, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 5, 3
 MANY, FEW = 200, 3

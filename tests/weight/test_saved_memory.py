@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from cases import SHARED, linear, randn, train, trained_layer
-from census import Census
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections, dense
+from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
+from dvora.matrices import dense
+from tests.cases import SHARED, linear, randn, train, trained_layer
+from tests.census import Census
 
 TOKENS, IN, OUT, RANK = 400, 72, 96, 8
 INPUTS, OUTPUTS, Z = TOKENS * IN, TOKENS * OUT, TOKENS * RANK

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import fresh_copy, randn, trained_layer
 
 from dvora import DVoRAAdapter
+from tests.cases import fresh_copy, randn, trained_layer
 
 ROUNDS = 60
 

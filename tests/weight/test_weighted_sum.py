@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import DenseDVoRA
 
 from dvora import SharedProjections
-from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from dvora.combining import SMALLEST_GAIN, Part, interpolated, weighted_sum
-from dvora.functional import Vectors
+from dvora.method.functional import Vectors
+from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.weight.weighted_sum import SMALLEST_GAIN, Part, interpolated, weighted_sum
+from tests.reference import DenseDVoRA
 
 SHARED = SharedProjections(seed=3)
 OUT, IN, RANK = 9, 7, 4

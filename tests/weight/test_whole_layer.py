@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from cases import TOLERANCE, linear, randn, trained_layer
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DenseDVoRA, worst_error
 from torch import Tensor, nn
 from torch.func import vmap
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from dvora.functional import Vectors
-from dvora.linear_outputs import combined
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.method.functional import Vectors
+from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.weight.linear import combined
+from tests.cases import TOLERANCE, linear, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
 
 every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 VECTORS = Vectors._fields

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .functional import Vectors
+from ..matrices.shard import Span
+from ..method.functional import Vectors
+from ..ops.annotations import Float
+from ..ops.tracing import recording
 from .imported import imported_class
-from .shapes import Float
-from .spans import Span
-from .transforms import recording
 
 
 class Part(NamedTuple):

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..ops.annotations import Float
+from ..ops.buffers import out
+from ..ops.dtypes import as_dtype, norm_dtype
 from .dense_rows import ENTRY_VARIANCE, unit_rows
 from .dense_store import DenseStore, Make
-from .precision import as_dtype, norm_dtype
 from .scaled_product import scaled_product
-from .scratch import out
-from .shapes import Float
-from .spans import Span
+from .shard import Span
 
 _STREAM_A, _STREAM_B = 0, 1
 _KEPT_BYTES = 3 * 2**20

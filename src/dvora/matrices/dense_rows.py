@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import generator
+from . import philox
 
 ENTRY_VARIANCE = {"kaiming_uniform": 1 / 3, "gaussian": 1.0, "rademacher": 1.0, "orthogonal": 1.0}
 """Of the unscaled values, by distribution."""
 
 _ROW: dict[str, Callable[[int, int, int, int], np.ndarray]] = {
-    "kaiming_uniform": generator.uniform_row,
-    "gaussian": generator.gaussian_row,
-    "rademacher": generator.sign_row,
+    "kaiming_uniform": philox.uniform_row,
+    "gaussian": philox.gaussian_row,
+    "rademacher": philox.sign_row,
 }
 
 
@@ -23,7 +23,7 @@ def unit_rows(seed: int, distribution: str, stream: int, rows: int, columns: int
         return np.stack([make(seed, stream, row, columns) for row in range(rows)]).astype(np.float32)
     blocks = [
         # Each block draws from a stream of its own: rows of one stream belong to one Gram-Schmidt.
-        generator.orthogonal_rows(seed, stream + 2 * (start // columns), min(columns, rows - start), columns)
+        philox.orthogonal_rows(seed, stream + 2 * (start // columns), min(columns, rows - start), columns)
         for start in range(0, rows, columns)
     ]
     return np.concatenate(blocks)

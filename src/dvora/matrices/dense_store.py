@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .shapes import Float
-from .transforms import transforming
+from ..ops.annotations import Float
+from ..ops.tracing import transforming
 
 Make = Callable[[int, int, int], np.ndarray]
 """The values (rows, columns) of a stream, float32, from the stream, rows and columns."""

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..ops.annotations import Float
+from ..ops.dtypes import without_autocast
+from ..ops.tracing import recording, transforming
 from .dense import DenseMatrices
-from .precision import without_autocast
-from .shapes import Float
-from .siblings import LastProjection
-from .spans import Span
+from .shard import Span
+from .shared_input import LastProjection
 from .structured import StructuredMatrices
-from .transforms import recording, transforming
-from .vera_matrices import VeraMatrices, vera_sizes
+from .vera import VeraMatrices, vera_sizes
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .devices import runs_triton
-from .precision import as_dtype, without_autocast
-from .scratch import scratch
-from .shapes import Float
-from .transforms import recording, transforming
+from ..ops.annotations import Float
+from ..ops.buffers import scratch
+from ..ops.dtypes import as_dtype, without_autocast
+from ..ops.tracing import recording, transforming
+from ..ops.triton.available import runs_triton
 
 _VECTOR = 16
 """Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
@@ -92,7 +92,7 @@ def fits_triton(x: Tensor, stack: Stack) -> bool:
     """Whether the Triton kernel takes a product with the stack or with its transpose."""
     if not runs_triton(x) or transforming():
         return False
-    from .triton_kernels.kronecker import supports
+    from ..ops.triton.kronecker import supports
 
     for M in stack:
         (r1, n1), (r2, n2) = M.left.shape, M.right.shape
@@ -263,7 +263,7 @@ def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"
 
 
 def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    from .triton_kernels.kronecker import kronecker
+    from ..ops.triton.kronecker import kronecker
 
     flat = x.reshape(-1, x.shape[-1])
     found = [kronecker(flat, M.left, M.right, M.diagonal, None)[:, : M.rows] for M in stack]
@@ -271,7 +271,7 @@ def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "
 
 
 def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
-    from .triton_kernels.kronecker import kronecker
+    from ..ops.triton.kronecker import kronecker
 
     parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)
     padded = [pad(part, (0, len(M.left) * len(M.right) - M.rows)) for part, M in zip(parts, stack, strict=True)]

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import as_dtype, without_autocast
-from .shapes import Float
-from .transforms import recording, transforming
+from ..ops.annotations import Float
+from ..ops.dtypes import as_dtype, without_autocast
+from ..ops.tracing import recording, transforming
 
 _FEW_TOKENS = 16
 """For these a pass over the values costs less than what saves it."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .transforms import transforming
+from ..ops.tracing import transforming
 
 
 class LastProjection:

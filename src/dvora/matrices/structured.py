@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import generator, kronecker, structured_rows
-from .devices import runs_triton
+from ..ops.annotations import Float
+from ..ops.dtypes import as_dtype, norm_dtype
+from ..ops.tracing import transforming
+from ..ops.triton.available import runs_triton
+from . import kronecker, philox, structured_norms
 from .kronecker import Kronecker, Stack, narrow, widen
-from .precision import as_dtype, norm_dtype
-from .shapes import Float
-from .spans import Span
-from .transforms import transforming
+from .shard import Span
 
 Side = Literal["A", "B"]
 
@@ -105,7 +105,7 @@ class StructuredMatrices(nn.Module):
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
         """`sum_t d[t] * (z[t] B^T)`, in float32 or float64."""
         wide = norm_dtype(d.dtype)
-        return structured_rows.row_products(d, z, self._stack("B", z.shape[-1], d.shape[-1], wide, d.device))
+        return structured_norms.row_products(d, z, self._stack("B", z.shape[-1], d.shape[-1], wide, d.device))
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
@@ -127,14 +127,14 @@ class StructuredMatrices(nn.Module):
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
         """`q`, the squared norms of the rows of `B diag(lambda_d) A`."""
-        return structured_rows.row_squares(lambda_d, *self._pair(lambda_d, len(lambda_d), in_features, out_features))
+        return structured_norms.row_squares(lambda_d, *self._pair(lambda_d, len(lambda_d), in_features, out_features))
 
     def row_squares_gradient(
         self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
     ) -> Float[Tensor, "R"]:
         """The gradient of `(v * q).sum()` with respect to lambda_d."""
         pair = self._pair(lambda_d, len(lambda_d), in_features, len(v))
-        return structured_rows.row_squares_gradient(v, lambda_d, *pair)
+        return structured_norms.row_squares_gradient(v, lambda_d, *pair)
 
     def kept_slopes(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
         """None: q costs little, and its derivatives would be as large as B."""
@@ -142,14 +142,14 @@ class StructuredMatrices(nn.Module):
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross`, the products of the rows of W with those of `B diag(lambda_d) A`."""
         out_features, in_features = weight.shape
-        return structured_rows.row_dots(
+        return structured_norms.row_dots(
             weight, lambda_d, *self._pair(lambda_d, len(lambda_d), in_features, out_features)
         )
 
     def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
         """The gradient of `(v * cross).sum()` with respect to lambda_d."""
         out_features, in_features = weight.shape
-        return structured_rows.row_dots_gradient(weight, v, *self._pair(v, rank, in_features, out_features))
+        return structured_norms.row_dots_gradient(weight, v, *self._pair(v, rank, in_features, out_features))
 
     def probe(self) -> np.ndarray:
         """A few values that tell seeds and formats apart, float32."""
@@ -264,7 +264,7 @@ def _blocks(seed: int, side: Side, rank: int, size: int) -> list[tuple[_Array, _
     for index, rows in enumerate(kronecker.block_rows(rank, size)):
         stream = _FIRST_STREAM[side] + 2 * index
         r1, r2 = kronecker.factors_of_rows(rows, n1, n2)
-        left = generator.cosine_rows(generator.permutation_row(seed, stream, _LEFT, n1)[:r1], n1) * scale
-        right = generator.cosine_rows(generator.permutation_row(seed, stream, _RIGHT, n2)[:r2], n2)
-        blocks.append((left, right, generator.sign_row(seed, stream, _SIGNS, size)))
+        left = philox.cosine_rows(philox.permutation_row(seed, stream, _LEFT, n1)[:r1], n1) * scale
+        right = philox.cosine_rows(philox.permutation_row(seed, stream, _RIGHT, n2)[:r2], n2)
+        blocks.append((left, right, philox.sign_row(seed, stream, _SIGNS, size)))
     return blocks

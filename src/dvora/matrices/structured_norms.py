@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..ops.annotations import Float
+from ..ops.buffers import out, scratch
+from ..ops.sums import sum_of_products
 from . import kronecker
 from .kronecker import Kronecker, Stack, narrow, widen
-from .scratch import out, scratch
-from .shapes import Float
-from .sums import sum_of_products
 
 _CHUNK_VALUES = 2**20
 """Values of V at a time."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import runs_triton
-from ..precision import as_dtype, norm_dtype, without_autocast
-from ..projections import Matrices
-from ..shapes import Float
-from ..sums import sum_of_products
-from ..transforms import recording
-from ..wide import rescaled
+from ..matrices.interface import Matrices
+from ..ops.annotations import Float
+from ..ops.chunked import rescaled
+from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
+from ..ops.sums import sum_of_products
+from ..ops.tracing import recording
+from ..ops.triton.available import runs_triton
 
 
 def combine(
@@ -156,7 +156,7 @@ def _forward_in_triton(
     bias: Float[Tensor, "O"] | None,
     matrices: Matrices,
 ) -> Float[Tensor, "*T O"]:
-    from ..triton_kernels import combine as fused
+    from ..ops.triton import combine as fused
 
     low_rank = _rows(matrices.expand(scaled_z, base_output.shape[-1]))
     return fused.combine(_rows(base_output), low_rank, gain_minus_one, scale, bias).view_as(base_output)
@@ -173,7 +173,7 @@ def _backward_in_triton(
     matrices: Matrices,
 ) -> tuple[Tensor | None, ...]:
     """All gradients, what is as large as the outputs in one pass over memory."""
-    from ..triton_kernels import combine as fused
+    from ..ops.triton import combine as fused
 
     out_features, inner = delta.shape[-1], lambda_d.to(z.dtype)
     scaled_z = _rows(z * inner)

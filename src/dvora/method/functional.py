@@ -23,9 +23,9 @@ from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from .precision import as_dtype, norm_dtype
+from ..ops.annotations import Float
+from ..ops.dtypes import as_dtype, norm_dtype
 from .row_change import RowChange, indices_if_any, measured_ratio, nearly_cancelled, row_change
-from .shapes import Float
 
 Direction = Literal["unit", "weight"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)

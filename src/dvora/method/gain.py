@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional as F
-from ..functional import RowFactors, Vectors
-from ..norms import FrozenNorm
-from ..precision import without_autocast
-from ..row_change import indices_if_any, measured_ratio, nearly_cancelled, row_change
-from ..shapes import Float
-from ..transforms import recording
+from ..ops.annotations import Float
+from ..ops.dtypes import without_autocast
+from ..ops.tracing import recording
+from . import functional as F
+from .functional import RowFactors, Vectors
+from .norm import FrozenNorm
+from .row_change import indices_if_any, measured_ratio, nearly_cancelled, row_change
 
 
 def row_factors(vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..matrices.interface import Matrices
+from ..ops.annotations import Float
+from ..ops.dtypes import norm_dtype
 from .functional import row_norm
-from .precision import norm_dtype
-from .projections import Matrices
-from .shapes import Float
 
 NormCache = Literal["auto"] | bool
 

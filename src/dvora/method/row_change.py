@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shapes import Float
-from .transforms import transforming
+from ..ops.annotations import Float
+from ..ops.tracing import transforming
 
 NEAR_CANCELLATION = 0.1
 """Below this share of its squared norm a row is measured densely: the sum of large terms lost its digits."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..ops.annotations import Float
 from .functional import RowFactors
-from .shapes import Float
 
 SHARE = 1e-2
 """Of its bias, below which the norm of a row is small."""

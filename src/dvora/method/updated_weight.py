@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dense import DenseMatrices
-from ..precision import without_autocast
-from ..shapes import Float
+from ..matrices.dense import DenseMatrices
+from ..ops.annotations import Float
+from ..ops.dtypes import without_autocast
 
 
 def updated_linear(

@@ -8,8 +8,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..ops.annotations import Float
 from .functional import DIRECTIONS, Direction, Vectors, row_norm
-from .shapes import Float
 
 MAX_RANK = 2**16
 """Far beyond any use; a damaged setting must not make matrices of a rank that never ends."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .transforms import transforming
+from .tracing import transforming
 
 _LARGEST = 2**20
 """Values that are kept at most, of each name, dtype and thread."""

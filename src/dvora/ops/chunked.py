@@ -6,9 +6,9 @@ Dimensions: T tokens, N their width.
 import torch
 from torch import Tensor
 
-from .precision import norm_dtype
-from .scratch import scratch
-from .shapes import Float
+from .annotations import Float
+from .buffers import scratch
+from .dtypes import norm_dtype
 
 CHUNK_VALUES = 2**17
 """That are wide at a time."""

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .precision import norm_dtype
-from .scratch import scratch
-from .shapes import Float
-from .wide import CHUNK_VALUES, widened
+from .annotations import Float
+from .buffers import scratch
+from .chunked import CHUNK_VALUES, widened
+from .dtypes import norm_dtype
 
 
 def sum_of_products(a: Float[Tensor, "T N"], b: Float[Tensor, "T N"]) -> Float[Tensor, "N"]:

@@ -18,11 +18,11 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .layouts import Layout
-from .shapes import Float
-from .tuner.kinds import KINDS
-from .tuner.layer import DVoRALayer
-from .tuner.operating_weight import device_of, input_dtype
+from ..ops.annotations import Float
+from ..tuner.layers.layer import DVoRALayer
+from ..tuner.layers.layer_types import KINDS
+from ..tuner.layers.opaque_weight import device_of, input_dtype
+from ..weight.layouts import Layout
 
 Values = Mapping[str, Tensor]
 """Trained values by the name of their vector or matrix, in float64."""

@@ -5,7 +5,7 @@ import json
 import torch.distributed as dist
 from torch import nn
 
-from .adapted_weight import AdaptedWeight
+from ..weight.adapted_weight import AdaptedWeight
 
 Settings = dict[str, str]
 

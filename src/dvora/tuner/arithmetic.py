@@ -9,13 +9,13 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..combining import Part, interpolated, weighted_sum
-from ..functional import Vectors
-from ..validation import checked_strength
+from ..method.functional import Vectors
+from ..method.validation import checked_strength
+from ..weight.weighted_sum import Part, interpolated, weighted_sum
 from .config import DVoRAConfig
-from .layer import DVoRALayer, check_unmerged, layers_in
+from .layers.layer import DVoRALayer, check_unmerged, layers_in
+from .layers.vectors import strength_key
 from .restoring import on_failure
-from .vectors import strength_key
 
 INSTEAD = (
     "Activate them together instead, set_adapter([...]) with set_strength as their weights: outputs and merges are "

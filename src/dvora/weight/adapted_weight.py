@@ -15,20 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
+from ..engines.tensor_parallel import Part, check_whole, gathered, is_divided, local, part_of
+from ..matrices.interface import Matrices, SharedProjections
+from ..method import functional as F
+from ..method.functional import Direction, RowFactors, Vectors
+from ..method.gain import row_factors
+from ..method.norm import FrozenNorm, NormCache, cache_dtype, cross_matrix, row_norms, without_column
+from ..method.small_rows import small_rows
+from ..method.validation import (
+    check_norms,
+    check_weight,
+    checked_alpha,
+    checked_direction,
+    checked_norm_cache,
+    checked_rank,
+)
+from ..ops.annotations import Float
+from ..ops.dtypes import at_least_float32, full_precision, norm_dtype
+from ..ops.tracing import recording, transforming
 from .evaluated import LastFactors, note_never_gathered, version_of
-from .functional import Direction, RowFactors, Vectors
-from .kernels.gain import row_factors
 from .layouts import ROWS, Layout, is_at_hand
 from .measured import MeasuredWeight
-from .norms import FrozenNorm, NormCache, cache_dtype, cross_matrix, row_norms, without_column
-from .parts import Part, check_whole, gathered, is_divided, local, part_of
-from .precision import at_least_float32, full_precision, norm_dtype
-from .projections import Matrices, SharedProjections
-from .shapes import Float
-from .small_rows import small_rows
-from .transforms import recording, transforming
-from .validation import check_norms, check_weight, checked_alpha, checked_direction, checked_norm_cache, checked_rank
 
 _ATTEMPTS = 3
 """To make constants that nothing writes to the weight of meanwhile; the last ones are made again in the next pass."""

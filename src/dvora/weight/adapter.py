@@ -7,23 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .adapted_weight import AdaptedWeight
-from .diagnostics import diagnostics
-from .evaluated import note_never_gathered
-from .functional import FAR, Direction, Vectors, are_finite
-from .last_input import LastInput, add_gradients
-from .layouts import weight_at_hand
-from .linear_outputs import combined, from_updated_weight
-from .merging import check_can_be_set, merged_copy
-from .parts import local
-from .precision import at_least_float32
-from .projections import SharedProjections
-from .routes import takes_updated_weight
-from .shapes import Float
-from .shared import default_projections
-from .small_rows import SmallRows
-from .transforms import transforming
-from .validation import (
+from ..engines.tensor_parallel import local
+from ..matrices.interface import SharedProjections
+from ..method.functional import FAR, Direction, Vectors, are_finite
+from ..method.small_rows import SmallRows
+from ..method.validation import (
     check_bias,
     check_linear,
     checked_d_initial,
@@ -33,6 +21,18 @@ from .validation import (
     checked_values,
     checked_vectors,
 )
+from ..ops.annotations import Float
+from ..ops.dtypes import at_least_float32
+from ..ops.tracing import transforming
+from .adapted_weight import AdaptedWeight
+from .default_projections import default_projections
+from .diagnostics import diagnostics
+from .evaluated import note_never_gathered
+from .last_input import LastInput, add_gradients
+from .layouts import weight_at_hand
+from .linear import combined, from_updated_weight
+from .merge import check_can_be_set, merged_copy
+from .routes import takes_updated_weight
 
 
 class DVoRAAdapter(nn.Module):

@@ -2,8 +2,8 @@
 
 import threading
 
-from .projections import SharedProjections
-from .validation import checked_rank
+from ..matrices.interface import SharedProjections
+from ..method.validation import checked_rank
 
 _lock = threading.Lock()
 _default: SharedProjections | None = None

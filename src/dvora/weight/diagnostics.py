@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import functional as F
+from ..method import functional as F
+from ..method.functional import Vectors
+from ..ops.dtypes import full_precision
 from .adapted_weight import AdaptedWeight
-from .functional import Vectors
-from .precision import full_precision
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .functional import RowFactors
-from .imported import imported_class
+from ..engines.imported import imported_class
+from ..method.functional import RowFactors
 
 
 class State(NamedTuple):

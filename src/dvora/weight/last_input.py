@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..ops.dtypes import autocast_dtype, full_precision
+from ..ops.tracing import keeps_elsewhere
 from .evaluated import version_of
-from .precision import autocast_dtype, full_precision
-from .transforms import keeps_elsewhere
 
 _adding = threading.Lock()
 

@@ -5,17 +5,17 @@ Dimensions: T tokens, I in, O out, R rank; of a weight that processes divide, th
 
 from torch import Tensor, nn
 
-from . import functional as F
+from ..engines.tensor_parallel import local
+from ..matrices.dense import DenseMatrices
+from ..matrices.interface import projected
+from ..method import functional as F
+from ..method.combine import combine
+from ..method.functional import RowFactors
+from ..method.small_rows import SmallRows
+from ..method.updated_weight import updated_linear
+from ..ops.annotations import Float
+from ..ops.tracing import transforming
 from .adapted_weight import AdaptedWeight
-from .dense import DenseMatrices
-from .functional import RowFactors
-from .kernels.combine import combine
-from .kernels.updated import updated_linear
-from .parts import local
-from .projections import projected
-from .shapes import Float
-from .small_rows import SmallRows
-from .transforms import transforming
 
 
 def combined(

@@ -8,9 +8,9 @@ are compared, by two passes over the weight in place of the constants' own produ
 import torch
 from torch import Tensor
 
+from ..ops.annotations import Float
+from ..ops.dtypes import norm_dtype
 from .evaluated import State, version_of
-from .precision import norm_dtype
-from .shapes import Float
 
 
 class MeasuredWeight:

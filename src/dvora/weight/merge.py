@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .parts import check_whole
-from .precision import norm_dtype
-from .shapes import Float
+from ..engines.tensor_parallel import check_whole
+from ..ops.annotations import Float
+from ..ops.dtypes import norm_dtype
 
 SMALL_LOSS = 0.05
 """A merge that loses less than this share of its update is not worth a warning."""

@@ -11,9 +11,9 @@
 import torch
 from torch import Tensor, nn
 
-from .dense import DenseMatrices
-from .projections import Matrices
-from .transforms import recording, transforming
+from ..matrices.dense import DenseMatrices
+from ..matrices.interface import Matrices
+from ..ops.tracing import recording, transforming
 
 WORTH_IT = 2.0
 """By how much the thin products must exceed the updated weight in multiply-adds: those of W's size wait for memory."""

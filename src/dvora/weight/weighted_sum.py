@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional as F
+from ..method import functional as F
+from ..method.functional import Vectors
+from ..ops.annotations import Float
 from .adapted_weight import AdaptedWeight
-from .functional import Vectors
-from .shapes import Float
 
 TOLERANCE = 1e-5
 """Relative distance below which two lambda_d are the same up to a factor."""

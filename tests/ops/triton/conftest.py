@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from interpreter import Interpreter
+
+from tests.ops.triton.interpreter import Interpreter
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import DTYPES, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import Interpreter, last_rounding
 from torch import Tensor
 
-from dvora.precision import norm_dtype
+from dvora.ops.dtypes import norm_dtype
+from tests.cases import DTYPES, randn
+from tests.ops.triton.interpreter import Interpreter, last_rounding
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 200))
 
@@ -44,7 +44,7 @@ def test_any_shape_equals_the_formula(
     interpreter: Interpreter, shape: tuple[int, int], dtype: torch.dtype, bias: bool
 ) -> None:
     arguments = problem(shape, dtype, bias)
-    y = interpreter("triton_kernels.combine", "combine", *arguments.values())
+    y = interpreter("ops.triton.combine", "combine", *arguments.values())
     base, low_rank, gain_minus_one, scale, b = in_float64(arguments)
     terms = gain_minus_one * (base - b), scale * low_rank
     assert y.dtype == dtype
@@ -59,7 +59,7 @@ def test_any_gradient_equals_the_formula(
     arguments = problem(shape, dtype, bias)
     delta = randn(*shape, seed=6, dtype=dtype)
     given_ = arguments if low_rank else arguments | {"low_rank": None}
-    ours = interpreter("triton_kernels.combine", "combine_backward", delta, *given_.values())
+    ours = interpreter("ops.triton.combine", "combine_backward", delta, *given_.values())
     base, z, gain_minus_one, scale, b = in_float64(arguments)
     d = delta.double()
     assert ours.base.dtype == ours.scaled.dtype == dtype
@@ -78,7 +78,7 @@ def test_any_gradient_equals_the_formula(
 def test_an_untrained_layer_returns_the_bits_of_the_base(interpreter: Interpreter, dtype: torch.dtype) -> None:
     arguments = problem((33, 200), dtype, bias=True)
     untrained = arguments | {name: torch.zeros_like(arguments[name]) for name in ("gain_minus_one", "scale")}
-    assert torch.equal(interpreter("triton_kernels.combine", "combine", *untrained.values()), arguments["base_output"])
+    assert torch.equal(interpreter("ops.triton.combine", "combine", *untrained.values()), arguments["base_output"])
 
 
 @pytest.mark.parametrize("programs", [1, 6], ids=["all tokens in one", "a few tiles each"])
@@ -89,8 +89,7 @@ def test_sums_over_several_tiles_run_in_a_fixed_order(
     arguments = problem((103, 150), dtype, bias=True)
     delta = randn(103, 150, seed=6, dtype=dtype)
     first, second = (
-        interpreter("triton_kernels.combine", "combine_backward", delta, *arguments.values(), programs)
-        for _ in range(2)
+        interpreter("ops.triton.combine", "combine_backward", delta, *arguments.values(), programs) for _ in range(2)
     )
     base, z, gain_minus_one, scale, bias = in_float64(arguments)
     d = delta.double()
@@ -103,12 +102,12 @@ def test_sums_over_several_tiles_run_in_a_fixed_order(
 
 def test_strided_rows_are_read_where_they_lie(interpreter: Interpreter) -> None:
     arguments = problem((40, 50), torch.bfloat16, bias=True)
-    expected = interpreter("triton_kernels.combine", "combine", *arguments.values())
+    expected = interpreter("ops.triton.combine", "combine", *arguments.values())
     fused = torch.cat([arguments["base_output"], arguments["low_rank"], arguments["low_rank"]], dim=1)
     slices = {"base_output": fused[:, :50], "low_rank": fused[:, 50:100]}
-    assert torch.equal(interpreter("triton_kernels.combine", "combine", *(arguments | slices).values()), expected)
+    assert torch.equal(interpreter("ops.triton.combine", "combine", *(arguments | slices).values()), expected)
     columns = {name: arguments[name].T.contiguous().T for name in slices}
-    assert torch.equal(interpreter("triton_kernels.combine", "combine", *(arguments | columns).values()), expected)
+    assert torch.equal(interpreter("ops.triton.combine", "combine", *(arguments | columns).values()), expected)
 
 
 def test_strided_gradients_are_read_where_they_lie(interpreter: Interpreter) -> None:
@@ -117,22 +116,22 @@ def test_strided_gradients_are_read_where_they_lie(interpreter: Interpreter) -> 
     fused = torch.cat([arguments["base_output"], arguments["low_rank"]], dim=1)
     slices = {"base_output": fused[:, :50], "low_rank": fused[:, 50:]}
     plain = interpreter(
-        "triton_kernels.combine", "combine_backward", delta.expand(40, 50).contiguous(), *arguments.values()
+        "ops.triton.combine", "combine_backward", delta.expand(40, 50).contiguous(), *arguments.values()
     )
     # The gradient of a sum has one value for all rows, or for all elements.
     strided = interpreter(
-        "triton_kernels.combine", "combine_backward", delta.expand(40, 50), *(arguments | slices).values()
+        "ops.triton.combine", "combine_backward", delta.expand(40, 50), *(arguments | slices).values()
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
-    ones = interpreter("triton_kernels.combine", "combine_backward", torch.ones(()).expand(40, 50), *arguments.values())
+    ones = interpreter("ops.triton.combine", "combine_backward", torch.ones(()).expand(40, 50), *arguments.values())
     assert torch.equal(ones.base, (1 + arguments["gain_minus_one"]).expand(40, 50))
 
 
 def test_no_tokens_give_nothing(interpreter: Interpreter) -> None:
     arguments = problem((0, 50), torch.bfloat16, bias=True)
-    assert interpreter("triton_kernels.combine", "combine", *arguments.values()).shape == (0, 50)
+    assert interpreter("ops.triton.combine", "combine", *arguments.values()).shape == (0, 50)
     delta = torch.zeros(0, 50, dtype=torch.bfloat16)
-    ours = interpreter("triton_kernels.combine", "combine_backward", delta, *arguments.values())
+    ours = interpreter("ops.triton.combine", "combine_backward", delta, *arguments.values())
     assert ours.base.shape == ours.scaled.shape == (0, 50)
     assert torch.equal(ours.gain, torch.zeros(50))
     assert torch.equal(ours.scale, torch.zeros(50))

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases import randn
-from interpreter import Interpreter
-from reference import worst_error
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.kernels.combine import combine
-from dvora.kronecker import narrow, widen
+from dvora.matrices.kronecker import narrow, widen
+from dvora.method.combine import combine
+from tests.cases import randn
+from tests.ops.triton.interpreter import Interpreter
+from tests.reference import worst_error
 
 TOKENS, IN, OUT = 5, 24, 20
 BOTH = pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])

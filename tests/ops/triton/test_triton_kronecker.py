@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import Interpreter, last_rounding
 from torch import Tensor
+
+from tests.cases import randn
+from tests.ops.triton.interpreter import Interpreter, last_rounding
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TYPICAL = [
@@ -53,7 +54,7 @@ def test_typical_factors_equal_the_dense_product(
     x = randn(5, left[1] * right[1], seed=3, dtype=dtype)
     scales = randn(x.shape[1], seed=4), randn(left[0] * right[0], seed=5)
     arguments = x, L, R, *(scales if scaled else (None, None))
-    y = interpreter("triton_kernels.kronecker", "kronecker", *arguments)
+    y = interpreter("ops.triton.kronecker", "kronecker", *arguments)
     assert y.dtype == dtype
     assert_close_to_dense(y, *arguments)
 
@@ -77,7 +78,7 @@ def test_any_factors_equal_the_dense_product(
     x = randn(tokens, left[1] * right[1], seed=3, dtype=dtype)
     in_scale = randn(x.shape[1], seed=4) if scaled[0] else None
     out_scale = randn(left[0] * right[0], seed=5) if scaled[1] else None
-    y = interpreter("triton_kernels.kronecker", "kronecker", x, L, R, in_scale, out_scale)
+    y = interpreter("ops.triton.kronecker", "kronecker", x, L, R, in_scale, out_scale)
     assert y.dtype == dtype
     assert y.shape == (tokens, left[0] * right[0])
     assert_close_to_dense(y, x, L, R, in_scale, out_scale)
@@ -87,7 +88,7 @@ def test_half_precision_does_not_overflow_between_the_products(interpreter: Inte
     x = torch.full((2, 16 * 16), 60000.0, dtype=torch.float16)
     right = torch.ones(16, 16)
     left = torch.full((16, 16), 1 / 512)
-    y = interpreter("triton_kernels.kronecker", "kronecker", x, left, right, None, None)
+    y = interpreter("ops.triton.kronecker", "kronecker", x, left, right, None, None)
     assert torch.isinf(60000.0 * right.half() @ right.half()).all(), "what lies between does not fit into float16"
     assert torch.equal(y, torch.full_like(y, 60000.0 * 16 * 16 / 512))
 
@@ -96,7 +97,7 @@ def test_operands_are_rounded_to_nearest_not_cut_off(interpreter: Interpreter) -
     L, R = factors((16, 16), (16, 16))
     x = randn(64, 256, seed=3, dtype=torch.float16)
     exact = x.double() @ torch.kron(L.double(), R.double()).T
-    y = interpreter("triton_kernels.kronecker", "kronecker", x, L, R, None, None).double()
+    y = interpreter("ops.triton.kronecker", "kronecker", x, L, R, None, None).double()
     shrunk = 1 - (y * exact).sum() / exact.square().sum()
     assert shrunk.abs() < 2e-4, "cut-off operands shrink the result by 3e-4 each"
 
@@ -105,24 +106,24 @@ def test_signs_may_be_integers(interpreter: Interpreter) -> None:
     L, R = factors((3, 6), (5, 7))
     x = randn(4, 42, seed=3)
     signs = randn(42, seed=4).sign(), randn(15, seed=5).sign()
-    floats = interpreter("triton_kernels.kronecker", "kronecker", x, L, R, *signs)
-    integers = interpreter("triton_kernels.kronecker", "kronecker", x, L, R, *(s.to(torch.int8) for s in signs))
+    floats = interpreter("ops.triton.kronecker", "kronecker", x, L, R, *signs)
+    integers = interpreter("ops.triton.kronecker", "kronecker", x, L, R, *(s.to(torch.int8) for s in signs))
     assert torch.equal(floats, integers)
 
 
 def test_strided_rows_and_factors_are_taken(interpreter: Interpreter) -> None:
     L, R = factors((3, 6), (5, 7))
     x = randn(20, 42, seed=3)
-    plain = interpreter("triton_kernels.kronecker", "kronecker", x, L, R, None, None)
+    plain = interpreter("ops.triton.kronecker", "kronecker", x, L, R, None, None)
     wide = torch.cat([x, x], dim=1)[:, :42]
     turned = (x.T.contiguous().T, L.T.contiguous().T, R.T.contiguous().T)
-    assert torch.equal(interpreter("triton_kernels.kronecker", "kronecker", wide, L, R, None, None), plain)
-    assert torch.equal(interpreter("triton_kernels.kronecker", "kronecker", *turned, None, None), plain)
+    assert torch.equal(interpreter("ops.triton.kronecker", "kronecker", wide, L, R, None, None), plain)
+    assert torch.equal(interpreter("ops.triton.kronecker", "kronecker", *turned, None, None), plain)
 
 
 def test_no_tokens_give_nothing(interpreter: Interpreter) -> None:
     L, R = factors((3, 6), (5, 7))
-    assert interpreter("triton_kernels.kronecker", "kronecker", torch.zeros(0, 42), L, R, None, None).shape == (0, 15)
+    assert interpreter("ops.triton.kronecker", "kronecker", torch.zeros(0, 42), L, R, None, None).shape == (0, 15)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +140,13 @@ def test_no_tokens_give_nothing(interpreter: Interpreter) -> None:
 def test_unsupported_sizes_are_told_and_refused(
     interpreter: Interpreter, left: tuple[int, int], right: tuple[int, int], dtype: torch.dtype, expected: bool
 ) -> None:
-    assert interpreter("triton_kernels.kronecker", "supports", left, right, dtype) is expected
+    assert interpreter("ops.triton.kronecker", "supports", left, right, dtype) is expected
     if not expected:
         x = torch.zeros(1, left[1] * right[1], dtype=dtype)
         with pytest.raises(ValueError, match="ask `supports` first"):
-            interpreter("triton_kernels.kronecker", "kronecker", x, torch.zeros(left), torch.zeros(right), None, None)
+            interpreter("ops.triton.kronecker", "kronecker", x, torch.zeros(left), torch.zeros(right), None, None)
 
 
 def test_rows_of_another_width_are_refused(interpreter: Interpreter) -> None:
     with pytest.raises(ValueError, match=r"6 \* 7 = 42 columns for these factors, got 41"):
-        interpreter("triton_kernels.kronecker", "kronecker", torch.zeros(4, 41), *factors((3, 6), (5, 7)), None, None)
+        interpreter("ops.triton.kronecker", "kronecker", torch.zeros(4, 41), *factors((3, 6), (5, 7)), None, None)

@@ -9,9 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from dvora.recipes.adapter_folder import read_adapter
-from dvora.recipes.adapters import load_adapted
-from dvora.recipes.conversion import DENSE_FILE, convert, output_difference
+from dvora.recipes.adapters_at_rest.conversion import DENSE_FILE, convert, output_difference
+from dvora.recipes.models.adapter_folder import read_adapter
+from dvora.recipes.models.adapters import load_adapted
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted, save
 

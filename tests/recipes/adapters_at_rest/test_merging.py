@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from dvora.recipes import merging
-from dvora.recipes.inputs import example_inputs, first_output
-from dvora.recipes.merging import merge
+from dvora.recipes.adapters_at_rest import merging
+from dvora.recipes.adapters_at_rest.merging import merge
+from dvora.recipes.models.inputs import example_inputs, first_output
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import METHODS, adapted, save
 

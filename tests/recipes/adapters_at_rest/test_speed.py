@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dvora.recipes.speed import CONFIGS, Speed, adapted, bench, decoding_step, training_step
+from dvora.recipes.adapters_at_rest.speed import CONFIGS, Speed, adapted, bench, decoding_step, training_step
 from tests.recipes import tiny_models
 
 # `bench` keeps quiet about it; transformers before 5.20 do not know the new name.

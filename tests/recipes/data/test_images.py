@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dvora.recipes.images import image_examples, image_key, opened_image
+from dvora.recipes.data.images import image_examples, image_key, opened_image
 
 
 def pipe(path: Path) -> None:

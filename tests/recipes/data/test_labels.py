@@ -1,6 +1,6 @@
 """Labels as classes and as numbers."""
 
-from dvora.recipes.labels import class_names
+from dvora.recipes.data.labels import class_names
 
 
 def test_classes_that_are_whole_numbers_of_any_length_are_in_their_order() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dvora.recipes.row_files import json_object, writer_for
-from dvora.recipes.tables import read_table
+from dvora.recipes.data.row_files import json_object, writer_for
+from dvora.recipes.data.tables import read_table
 
 ROWS = [{"text": 'schön, "gut"\nund\tlang', "n": "1"}, {"text": "", "n": "a\u2028b"}]
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dvora.recipes.data import Data, load_data
+from dvora.recipes.data.run_data import Data, load_data
+from dvora.recipes.data.splits import same_text
 from dvora.recipes.settings import checked_settings
-from dvora.recipes.splits import same_text
 from tests.recipes import tiny_data
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.recipes.splits import first_of_each, same_text, split_rows
+from dvora.recipes.data.splits import first_of_each, same_text, split_rows
 
 ROWS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), max_size=80)
 SHARE = st.floats(0, 0.45)

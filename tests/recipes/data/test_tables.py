@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from dvora.recipes.tables import read_table, read_text
+from dvora.recipes.data.tables import read_table, read_text
 
 ROWS = [{"text": "schön, „gut“", "label": "ja"}, {"text": 'a "quoted"\nsecond line', "label": "nein"}]
 CSV = 'text,label\n"schön, „gut“",ja\n"a ""quoted""\nsecond line",nein\n'

@@ -14,14 +14,14 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dvora.recipes.data import load_data
-from dvora.recipes.encodings import stream_lines
-from dvora.recipes.inputs_to_predict import Input, file_inputs, line_inputs
-from dvora.recipes.judging import judge
-from dvora.recipes.metrics import number_metrics
-from dvora.recipes.prediction import Predicted, Predictor
+from dvora.recipes.data.encodings import stream_lines
+from dvora.recipes.data.inputs_to_predict import Input, file_inputs, line_inputs
+from dvora.recipes.data.run_data import load_data
+from dvora.recipes.data.tables import stream_table
+from dvora.recipes.finished.evaluate_again import judge
+from dvora.recipes.finished.prediction import Predicted, Predictor
 from dvora.recipes.run_folder import Run, load_trained
-from dvora.recipes.tables import stream_table
+from dvora.recipes.tasks.metrics import number_metrics
 from tests.recipes.finished_runs import finished
 
 TEXTS = ["good a the movie", "awful it was", "a book", "bad bad bad very bad it is", "great", "the the the"]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dvora.recipes.bases import load_processor
-from dvora.recipes.chats import IGNORED, chat_features
+from dvora.recipes.data.chats import IGNORED, chat_features
+from dvora.recipes.models.bases import load_processor
 from dvora.recipes.settings import Settings
-from dvora.recipes.tasks import bytes_of, features, longest
+from dvora.recipes.tasks.task import bytes_of, features, longest
 
 
 def settings(task: str, model: Path) -> Settings:

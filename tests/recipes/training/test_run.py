@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dvora.recipes.checkpoints import checkpoints
 from dvora.recipes.run_folder import load_trained, read_record, read_run
 from dvora.recipes.settings import METHODS, Settings, checked_settings, read_settings
-from dvora.recipes.tasks import features
-from dvora.recipes.training import InputError, train
-from dvora.recipes.watching import Progress, Tell
-from dvora.training import MAGNITUDE_SHARE
+from dvora.recipes.tasks.task import features
+from dvora.recipes.training.checkpoints import checkpoints
+from dvora.recipes.training.run import InputError, train
+from dvora.recipes.training.watching import Progress, Tell
+from dvora.training.optimizer_groups import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
 
 TASKS = {
@@ -107,7 +107,7 @@ def test_what_is_loaded_is_what_was_judged(models: dict[str, Path], tmp_path: Pa
     found = read_run(tmp_path / "out")
     model, tokenizer = load_trained(found)
     assert model.config.id2label == {0: "bad", 1: "good"}
-    from dvora.recipes.data import load_data
+    from dvora.recipes.data.run_data import load_data
 
     test = load_data(settings).test
     inputs = features(test, settings, tokenizer, 32)

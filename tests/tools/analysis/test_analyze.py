@@ -6,12 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dvora.analysis import analyze
-from dvora.analysis.measures import change
-from tests.doctor.patients import METHODS, adapted, patient
+from dvora.tools.analysis import analyze
+from dvora.tools.analysis.measures import change
+from tests.tools.doctor.patients import METHODS, adapted, patient
 from tests.tuner import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LAYERS = ["lin0", "lin1", "lin2"]
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.analysis import measures
-from dvora.analysis.measures import change, cosines, products, spectrum
+from dvora.tools.analysis import measures
+from dvora.tools.analysis.measures import change, cosines, products, spectrum
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -10,14 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvora.doctor import Finding, examine
+from dvora.tools.doctor import Finding, examine
 from dvora.training import parameter_groups, recommended_rates
-from tests.doctor.patients import METHODS, adapted, four_bits, inputs, patient
+from tests.tools.doctor.patients import METHODS, adapted, four_bits, inputs, patient
 from tests.tuner import tiny
 
 pytestmark = [
-    # PEFT 0.21 asks transformers 5 for a flag by its old name; only PEFT can change that.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
 ]
 

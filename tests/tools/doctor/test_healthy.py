@@ -8,13 +8,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from dvora.doctor import Examination, examine
-from tests.doctor.patients import METHODS, Convolved, adapted, inputs, patient
+from dvora.tools.doctor import Examination, examine
+from tests.tools.doctor.patients import METHODS, Convolved, adapted, inputs, patient
 from tests.tuner import tiny
 
 pytestmark = [
-    # PEFT 0.21 asks transformers 5 for a flag by its old name; only PEFT can change that.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
 ]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dvora.pages.cells import shown
-from dvora.pages.page import Section, Table, page
-from dvora.pages.pictures import axes_of, new_figure, svg
-from tests.pages.seen import PHONE, WIDE, seen
+from dvora.tools.pages.cells import shown
+from dvora.tools.pages.page import Section, Table, page
+from dvora.tools.pages.pictures import axes_of, new_figure, svg
+from tests.tools.pages.seen import PHONE, WIDE, seen
 
 
 def picture() -> Any:

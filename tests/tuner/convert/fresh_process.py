@@ -1,6 +1,6 @@
 """Run in a process of its own: load an adapter onto a tiny model and write what it gives.
 
-python fresh_process.py MODEL FOLDER OUTPUTS
+python -m tests.tuner.convert.fresh_process MODEL FOLDER OUTPUTS
 """
 
 import subprocess
@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, outputs
 from torch import Tensor
 
 import dvora
+from tests.tuner.tiny import MODELS, outputs
+
+ROOT = Path(__file__).parents[3]
 
 
 def run_fresh(name: str, adapter: Path, folder: Path) -> dict[str, Tensor]:
     """Outputs of a tiny model with an adapter, unmerged and merged, from a process of its own."""
     file = folder / "outputs.safetensors"
-    command = [sys.executable, __file__, name, str(adapter), str(file)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    command = [sys.executable, "-m", __spec__.name, name, str(adapter), str(file)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     return load_file(file)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh_process import run_fresh
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, outputs
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig, SharedProjections
-from dvora.tuner.from_vera import from_vera
+from dvora.tuner.convert.from_vera import from_vera
+from tests.tuner.convert.fresh_process import run_fresh
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs
 
 # PEFT warns of what this very conversion checks, and of GPT-2's layout.
 pytestmark = [

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from layer_cases import CASES
 from peft import get_peft_model
-from tiny import MODELS, train_vectors
 
 from dvora import DVoRAConfig
-from dvora.tuner.to_dense import dense_updates
+from dvora.tuner.convert.to_dense import dense_updates
+from tests.tuner.layer_cases import CASES
+from tests.tuner.tiny import MODELS, train_vectors
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "tied" not in name and "weight_norm" not in name])

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_process import run_fresh
-from layer_cases import CASES, Case
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, outputs, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.tuner.to_dora import to_dora
+from dvora.tuner.convert.to_dora import to_dora
+from tests.tuner.convert.fresh_process import run_fresh
+from tests.tuner.layer_cases import CASES, Case
+from tests.tuner.tiny import LAYERS, MODELS, outputs, train_vectors
 
 CONVERTED = [
     "Linear",

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from models_compared import assert_unchanged, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 from torch import nn
 
 from dvora import DVoRAConfig
 from dvora.tuner import DVoRALayer
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
 SUPPORTED = r"supported layers: torch's Conv1d, .*torch's Linear, torch's MultiheadAttention, transformers's Conv1D"
 

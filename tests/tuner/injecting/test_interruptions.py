@@ -12,15 +12,15 @@ from random import Random
 
 import pytest
 import torch
-from interrupting import interrupted_at, steps_of
-from models_compared import assert_unchanged, snapshot, worst_difference
 from peft import PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 import dvora
 from dvora import DVoRAConfig
-from dvora.tuner.mergeable import MergeableLayer
+from dvora.tuner.layers.mergeable import MergeableLayer
+from tests.tuner.interrupting import interrupted_at, steps_of
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 # PEFT says so at every merge that follows another, here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:(Already|All adapters|Adapter cannot):UserWarning")

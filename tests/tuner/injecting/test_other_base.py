@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import edit_config, save_bert
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel
-from tiny import MODELS
 from torch import Tensor
 
 import dvora
-from dvora.tuner import base_probes
-from dvora.tuner.injection import present_probes
-from dvora.tuner.layer import layers_in
+from dvora.tuner.injecting.inject import present_probes
+from dvora.tuner.layers import base_fingerprint
+from dvora.tuner.layers.layer import layers_in
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.state.adapter_files import edit_config, save_bert
+from tests.tuner.tiny import MODELS
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_probes_are_taken_anew_when_memory_is_used_again(folder: Path) -> None:
             break
     else:
         pytest.skip("the allocator did not use the memory again")
-    expected = base_probes.probes_of(values, values.norm(dim=1))
+    expected = base_fingerprint.probes_of(values, values.norm(dim=1))
     assert present_probes(layer) == expected
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from models_compared import assert_unchanged, snapshot
 from peft import LoraConfig, VeraConfig, get_peft_model, inject_adapter_in_model
-from tiny import MODELS, loss, outputs, same_bits, train_vectors
 
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import MODELS, loss, outputs, same_bits, train_vectors
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")

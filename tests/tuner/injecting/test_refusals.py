@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from tiny import MODELS, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import MODELS, outputs, same_bits, train_vectors
 
 
 class Model(nn.Module):

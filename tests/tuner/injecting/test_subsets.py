@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
 
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
 
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
 SUBSETS = [VECTORS[:1], VECTORS[1:2], VECTORS[2:], VECTORS[:2], VECTORS[::2], VECTORS[1:], VECTORS]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_compared import assert_unchanged, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import nn
 
 from dvora import DVoRAConfig
 from dvora.tuner import DVoRAModel
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 SELECTIONS = [
     pytest.param("bert", {"target_modules": "all-linear"}, id="all-linear"),

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from bases import BASES, QUANTISED, TRAINABLE, operating_weight, quantised, wide
-from models_compared import worst_difference
 from torch import nn
+
+from tests.tuner.bases import BASES, QUANTISED, TRAINABLE, operating_weight, quantised, wide
+from tests.tuner.models_compared import worst_difference
 
 
 def inputs(kind: str) -> torch.Tensor:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import MODELS
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.adapted_weight import AdaptedWeight
+from dvora.weight.adapted_weight import AdaptedWeight
+from tests.tuner.tiny import MODELS
 
 
 def measured(model: nn.Module) -> list[Tensor]:

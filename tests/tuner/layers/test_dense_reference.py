@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from dense import dense_gradients_by_peft_name, dense_model
-from models_compared import worst_difference
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, gradients, loss, outputs, train_vectors
 
 from dvora import DVoRAConfig
+from tests.tuner.dense import dense_gradients_by_peft_name, dense_model
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, gradients, loss, outputs, train_vectors
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 VARIANTS = [

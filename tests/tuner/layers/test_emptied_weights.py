@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
 
 
 def adapted(**settings: object) -> nn.Module:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluated_cases import CHANGES, Evaluated, in_peft
 from peft import PeftModel, get_peft_model
-from tiny import MODELS, dvora_layers, forward, loss, outputs, same_bits, train_vectors
 
 import dvora
 from dvora import DVoRAConfig
+from tests.tuner.tiny import MODELS, dvora_layers, forward, loss, outputs, same_bits, train_vectors
+from tests.weight.evaluated_cases import CHANGES, Evaluated, in_peft
 
 LAYERS = ["lin0", "lin1", "lin2"]
 Operation = Callable[[PeftModel], object]

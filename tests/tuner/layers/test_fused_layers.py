@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from dense_weights import DenseModel
-from models_compared import worst_difference
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from tests.tuner.dense_weights import DenseModel
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import train_vectors
 
 
 class Encoder(nn.Module):

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models_compared import worst_difference
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import nn
 
 from dvora import DVoRAConfig, SharedProjections
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
-from dvora.tuner.kinds import FORWARD_ONLY, KINDS, kind_of, parameter_kind, skipped_column
+from dvora.tuner.layers.layer_types import FORWARD_ONLY, KINDS, kind_of, parameter_kind, skipped_column
 
 LAYERS = {
     nn.Linear: lambda: nn.Linear(3, 5),

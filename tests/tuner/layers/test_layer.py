@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models_compared import worst_difference
 from peft import get_peft_model
-from tiny import MODELS, dvora_layers, same_bits, train_vectors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAAdapter, DVoRAConfig, MergePrecisionWarning, SharedProjections
 from dvora.tuner import DVoRALayer
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import MODELS, dvora_layers, same_bits, train_vectors
 
 
 def conv1d(in_features: int, out_features: int) -> Conv1D:

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_weights import DenseModel
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_cases import CASES, Convolution
-from models_compared import worst_difference
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvora import DVoRAConfig
-from dvora.tuner.layer import layers_in
+from dvora.tuner.layers.layer import layers_in
+from tests.tuner.dense_weights import DenseModel
+from tests.tuner.layer_cases import CASES, Convolution
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 LAYER = {"target_modules": ["layer"]}
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from bases import QUANTISED
-from layer_cases import CASES
-from models_compared import worst_difference
 from peft import get_peft_model
-from subjects import Subject
-from tiny import MODELS, dvora_layers, gradients, outputs, train_vectors
 
 from dvora import DVoRAConfig
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.tuner.bases import QUANTISED
+from tests.tuner.layer_cases import CASES
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.subjects import Subject
+from tests.tuner.tiny import MODELS, dvora_layers, gradients, outputs, train_vectors
 
 # Training the magnitude only raises.
 MAGNITUDE = "Linear, magnitude only"

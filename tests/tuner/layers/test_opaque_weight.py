@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvora.tuner.operating_weight import CHUNK, device_of, input_dtype, read_bias, read_operating_weight
+from dvora.tuner.layers.opaque_weight import CHUNK, device_of, input_dtype, read_bias, read_operating_weight
 
 
 class Recording(nn.Module):

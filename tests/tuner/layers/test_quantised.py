@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import BASES, QUANTISED, TRAINABLE, Base, dense_twin, operating_weight, quantised, wide
-from dense import DenseSum
-from models_compared import assert_unchanged, snapshot, worst_difference
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from tests.tuner.bases import BASES, QUANTISED, TRAINABLE, Base, dense_twin, operating_weight, quantised, wide
+from tests.tuner.dense import DenseSum
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 TARGETS = ["lin0", "lin1", "lin2"]
 REPACKED_IN_EVAL = [kind for kind in QUANTISED if kind.startswith(("bnb_nf4", "bnb_fp4"))]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import BASES, GROUP
 from peft import PeftModel, get_peft_model
-from tiny import dvora_layers, same_bits
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from benchmarks import models
 from benchmarks.fetch import cache_folder
 from dvora import DVoRAConfig
+from tests.tuner.bases import BASES, GROUP
+from tests.tuner.tiny import dvora_layers, same_bits
 
 IDS = torch.arange(1000, 1008).view(1, 8)
 

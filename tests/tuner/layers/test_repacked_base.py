@@ -8,14 +8,14 @@ import copy
 
 import pytest
 import torch
-from bases import BASES, dense_twin, quantised, wide
-from models_compared import worst_difference
 from peft import PeftModel, get_peft_model
-from test_quantised import TARGETS, inputs, norm_error, output, trained
-from tiny import dvora_layers, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from tests.tuner.bases import BASES, dense_twin, quantised, wide
+from tests.tuner.layers.test_quantised import TARGETS, inputs, norm_error, output, trained
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import dvora_layers, same_bits, train_vectors
 
 KINDS = ["bnb_nf4", "bnb_fp4", "bnb_nf4_bfloat16"]
 REPACKED = 8e-3

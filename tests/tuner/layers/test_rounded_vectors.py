@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import LAYERS, MODELS, outputs, same_bits
 from torch import nn
 
 from dvora import DVoRAConfig
+from tests.tuner.tiny import LAYERS, MODELS, outputs, same_bits
 
 
 def adapted(**settings: object) -> nn.Module:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models_compared import worst_difference
 from peft import PeftModel, get_peft_model
-from tiny import MODELS, dvora_layers, gradients, loss, outputs, same_bits, train_vectors
 from torch import Tensor
 
 from dvora import DVoRAConfig, SharedProjections
-from dvora.adapted_weight import AdaptedWeight
+from dvora.weight.adapted_weight import AdaptedWeight
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import MODELS, dvora_layers, gradients, loss, outputs, same_bits, train_vectors
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import randn
-from models_compared import worst_difference
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
-from dvora.doctor import examine
+from dvora.tools.doctor import examine
+from tests.cases import randn
+from tests.tuner.models_compared import worst_difference
 
 TINY = [1, 4]
 OUT = 6

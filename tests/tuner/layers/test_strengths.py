@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_weights import DenseModel
-from layer_cases import CASES
-from models_compared import assert_unchanged, snapshot, worst_difference
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from subjects import Subject, second
-from tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.tuner.vectors import Strength
+from dvora.tuner.layers.vectors import Strength
+from tests.tuner.dense_weights import DenseModel
+from tests.tuner.layer_cases import CASES
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.subjects import Subject, second
+from tests.tuner.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 MLP = ["lin0", "lin1", "lin2"]
 

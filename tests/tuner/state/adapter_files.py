@@ -6,10 +6,10 @@ from pathlib import Path
 
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, MODELS, train_vectors
 from torch import Tensor
 
 from dvora import DVoRAConfig
+from tests.tuner.tiny import LAYERS, MODELS, train_vectors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from tiny import LAYERS, MODELS, outputs, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from tests.tuner.tiny import LAYERS, MODELS, outputs, train_vectors
 
 OWN = "mine"
 """The adapter that is there before another is loaded beside it."""

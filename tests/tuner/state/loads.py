@@ -14,20 +14,20 @@ from typing import NamedTuple
 
 import peft
 import torch
-from files import CONFIG, WEIGHTS
-from folder_cases import OWN, Case, Sound, adapted_outputs, with_own_adapter
 from huggingface_hub.errors import HFValidationError
-from mutations import MARKER, PICKLE
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny import same_bits
 from torch import Tensor, nn
 
 import dvora
 from dvora import DVoRAConfig
 from dvora.tuner import DVoRALayer
+from tests.tuner.state.adapter_files import CONFIG, WEIGHTS
+from tests.tuner.state.folder_cases import OWN, Case, Sound, adapted_outputs, with_own_adapter
+from tests.tuner.state.mutations import MARKER, PICKLE
+from tests.tuner.tiny import same_bits
 
 TIME_LIMIT = 4.0
 """Seconds that a load may take: no setting may make it endless."""

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from edits import Mutation, flipped, rewrite
-from files import WEIGHTS, edit_weights
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.tuner.state.adapter_files import WEIGHTS, edit_weights
+from tests.tuner.state.edits import Mutation, flipped, rewrite
 
 DTYPES = (
     *(torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool),

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edits import Mutation, flipped, rewrite
-from files import CONFIG, WEIGHTS, edit_config
-from mutated_weights import mutated_bytes, mutated_headers, mutated_tensors
 from peft import TaskType
 from safetensors.torch import load_file, save
+
+from tests.tuner.state.adapter_files import CONFIG, WEIGHTS, edit_config
+from tests.tuner.state.edits import Mutation, flipped, rewrite
+from tests.tuner.state.mutated_weights import mutated_bytes, mutated_headers, mutated_tensors
 
 PICKLE = "adapter_model.bin"
 MARKER = "code-from-the-file-ran"

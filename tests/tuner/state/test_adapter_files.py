@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import edit_config, edit_weights
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import MODELS, outputs, same_bits, train_vectors
 
 from dvora import DVoRAConfig
-from dvora.tuner.files import shapes_in
+from dvora.tuner.adapter_folder import shapes_in
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.state.adapter_files import edit_config, edit_weights
+from tests.tuner.tiny import MODELS, outputs, same_bits, train_vectors
 
 BIAS = "base_model.model.lin0.base_layer.bias"
 

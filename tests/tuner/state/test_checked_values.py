@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import CONFIG, WEIGHTS, edit_config, edit_weights, save_bert
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor
 
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.state.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights, save_bert
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 

@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from edits import Mutation
-from folder_cases import CASES, Sound, saved
-from loads import Outcome, outcome
-from mutations import mutations
+
+from tests.tuner.state.edits import Mutation
+from tests.tuner.state.folder_cases import CASES, Sound, saved
+from tests.tuner.state.loads import Outcome, outcome
+from tests.tuner.state.mutations import mutations
 
 SAMPLE = 50
 """Folders of each case in a short run."""

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files import CONFIG, WEIGHTS, edit_config, edit_weights
-from fresh import FRESH
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.tuner import expressions
+from dvora.tuner.injecting import expressions
+from tests.fresh import FRESH
+from tests.tuner.state.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights
+from tests.tuner.tiny import train_vectors
 
 MEMORY, SECONDS = 3 * 2**28, 5.0
 """That one load may add, and may take."""

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import edit_config, edit_weights
-from models_compared import assert_unchanged, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
 import dvora
 from dvora import DVoRAConfig
-from dvora.tuner.layer import layers_in
+from dvora.tuner.layers.layer import layers_in
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.state.adapter_files import edit_config, edit_weights
+from tests.tuner.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
 
 def trained(seed: int, **settings: object) -> PeftModel:

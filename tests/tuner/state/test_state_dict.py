@@ -18,11 +18,11 @@ from peft import (
 )
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 from dvora import DVoRAConfig
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
 
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
@@ -51,10 +51,17 @@ def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp
 def test_a_fresh_process_gives_the_same_bits(name: str, distribution: str, hash_seed: str, tmp_path: Path) -> None:
     model = adapted(name, projection_init=distribution)
     model.save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, HERE / "fresh_process.py", name, tmp_path / "adapter", tmp_path / "outputs.safetensors"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.tuner.convert.fresh_process",
+        name,
+        tmp_path / "adapter",
+        tmp_path / "outputs.safetensors",
+    ]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment)
-    fresh = load_file(tmp_path / "outputs.safetensors")
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    fresh = load_file(file)
     assert same_bits(fresh["outputs"], outputs(model))
     assert same_bits(fresh["merged"], outputs(model.merge_and_unload()))
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import CONFIG, WEIGHTS, edit_config, edit_weights
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import dvora
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.state.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights
+from tests.tuner.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
 TABLE = "base_model.model.model.embed_tokens.weight"
 

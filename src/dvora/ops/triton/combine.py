@@ -11,11 +11,12 @@ Dimensions: T tokens, O out, P partial sums.
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..shapes import Float
+import triton
+import triton.language as tl
+
+from ..annotations import Float
 
 _TILE_BYTES = 4096
 """Of one tensor in a program: two loads of 16 bytes a thread, few enough registers for many programs at a time."""

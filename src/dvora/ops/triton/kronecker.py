@@ -13,11 +13,12 @@ Dimensions: T tokens, n1 n2 in, r1 r2 out.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..shapes import Float
+import triton
+import triton.language as tl
+
+from ..annotations import Float
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE = 4096

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..analysis import Analysis, analyze
-from .adapter_folder import SETTINGS, read_adapter
-from .adapters import load_adapted, with_another
-from .checkpoints import CHECKPOINT, step_of
-from .files import write_atomically
-from .run_folder import ADAPTER, RECORD
+from ...tools.analysis import Analysis, analyze
+from ..files import write_atomically
+from ..models.adapter_folder import SETTINGS, read_adapter
+from ..models.adapters import load_adapted, with_another
+from ..run_folder import ADAPTER, RECORD
+from ..training.checkpoints import CHECKPOINT, step_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
         ValueError: the page's name does not end in .html.
         OSError: a file cannot be written.
     """
-    from ..analysis.page import report
+    from ...tools.analysis.page import report
 
     if page.suffix != ".html":
         raise ValueError(f"the report is a page: {page} has to end in .html")

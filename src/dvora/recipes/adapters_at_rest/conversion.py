@@ -8,15 +8,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from ..tuner.converted import Converted
-from ..tuner.from_vera import from_vera
-from ..tuner.to_dense import dense_updates
-from ..tuner.to_dora import to_dora
-from .adapter_folder import VALUES, read_adapter
-from .adapters import load_adapted
-from .architectures import quietly
-from .files import new_folder
-from .inputs import example_inputs, first_output
+from ...tuner.convert.converted import Converted
+from ...tuner.convert.from_vera import from_vera
+from ...tuner.convert.to_dense import dense_updates
+from ...tuner.convert.to_dora import to_dora
+from ..files import new_folder
+from ..models.adapter_folder import VALUES, read_adapter
+from ..models.adapters import load_adapted
+from ..models.architectures import quietly
+from ..models.inputs import example_inputs, first_output
 
 TARGETS = ("dora", "dvora", "dense")
 DENSE_FILE = "weight_updates.safetensors"

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from ..tuner.kinds import KINDS
-from .architectures import config_of, heads_of, model_class, quietly, without_memory
+from ...tuner.layers.layer_types import KINDS
+from ..models.architectures import config_of, heads_of, model_class, quietly, without_memory
 
 METHODS = ("dvora", "vera", "lora", "dora", "head", "full")
 RANKS: Mapping[str, tuple[int, ...]] = {

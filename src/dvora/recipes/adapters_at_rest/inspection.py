@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..diagnostics import diagnostics
-from ..tuner.config import DVoRAConfig
-from ..tuner.layer import layers_in
-from .adapter_folder import Adapter, read_adapter
-from .adapters import config_of_adapter, load_adapted
+from ...tuner.config import DVoRAConfig
+from ...tuner.layers.layer import layers_in
+from ...weight.diagnostics import diagnostics
+from ..models.adapter_folder import Adapter, read_adapter
+from ..models.adapters import config_of_adapter, load_adapted
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
 """How the names of values begin that nobody trains."""

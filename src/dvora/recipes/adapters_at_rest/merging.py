@@ -11,15 +11,15 @@ from huggingface_hub import constants
 from peft import PeftModel
 from transformers.utils.hub import cached_file
 
-from ..merging import MergePrecisionWarning
-from ..tuner.merging import merge_model
-from ..tuner.model import DVoRAModel
-from .adapter_folder import Adapter, read_adapter
-from .adapters import base_class, load_adapted, of_base
-from .architectures import config_of, load_base, quietly
-from .files import check_new_folder, new_folder
-from .hub import NOTHING, Trust, offline
-from .inputs import example_inputs, first_output
+from ...tuner.merging import merge_model
+from ...tuner.model import DVoRAModel
+from ...weight.merge import MergePrecisionWarning
+from ..files import check_new_folder, new_folder
+from ..models.adapter_folder import Adapter, read_adapter
+from ..models.adapters import base_class, load_adapted, of_base
+from ..models.architectures import config_of, load_base, quietly
+from ..models.hub import NOTHING, Trust, offline
+from ..models.inputs import example_inputs, first_output
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPANIONS = (

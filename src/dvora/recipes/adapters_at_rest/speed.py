@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..tuner.config import DVoRAConfig
-from .architectures import config_of, heads_of, load_base, model_class, quietly, without_memory
+from ...tuner.config import DVoRAConfig
+from ..models.architectures import config_of, heads_of, load_base, model_class, quietly, without_memory
+from ..models.inputs import example_inputs, first_output
+from ..training.methods import trained_values
 from .counting import targeted_layers
-from .inputs import example_inputs, first_output
-from .methods import trained_values
 
 Step = Callable[[], object]
 Make = Callable[[int, list[str]], PeftConfig]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .nearest import did_you_mean, listed
-from .settings import Settings
+from ..nearest import did_you_mean, listed
+from ..settings import Settings
 from .tables import Table
 
 TEXT = ("text", "sentence", "review", "content", "comment", "message", "tweet", "title", "description", "question")

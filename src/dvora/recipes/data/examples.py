@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import check_no_device
+from ..settings import Settings
 from .columns import Columns, chosen_columns
-from .files import check_no_device
 from .images import image_examples
-from .settings import Settings
 from .splits import same_text
 from .tables import Table, read_table, read_text
 

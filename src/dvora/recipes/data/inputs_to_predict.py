@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..nearest import did_you_mean
+from ..run_folder import Run
+from ..settings import Settings
 from .columns import Columns
 from .encodings import Note, opened_text
 from .examples import row_of
 from .images import image_key, images_in
-from .nearest import did_you_mean
 from .other_files import reading_settings
-from .run_folder import Run
-from .settings import Settings
 from .tables import stream_table
 
 Line = tuple[str, str]

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from .data import encode_labels
+from ..run_folder import Run
+from ..settings import Settings
 from .examples import Examples, read_examples
-from .run_folder import Run
-from .settings import Settings
+from .run_data import encode_labels
 
 COLUMNS = {"text_column": "text", "second_text_column": "text2", "label_column": "label"}
 """Settings, and what a run's record calls their columns."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import check_no_device
+from ..settings import Settings
 from .encodings import CHUNK
 from .examples import HUGE, Examples, read_examples
-from .files import check_no_device
 from .labels import are_numbers, class_name, class_names, number
-from .settings import Settings
 from .splits import first_of_each, split_rows
 
 Rows = list[dict[str, Any]]

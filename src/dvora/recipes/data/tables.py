@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..files import parsed_json
+from ..nearest import did_you_mean, listed
 from .encodings import Note, opened_text
-from .files import parsed_json
-from .nearest import did_you_mean, listed
 
 Placed = tuple[str, dict[str, Any]]
 """Where a row is, such as "line 7", and its values by column."""

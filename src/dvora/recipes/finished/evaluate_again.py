@@ -8,12 +8,12 @@ from typing import Any
 
 from peft import PeftModel
 
-from .bases import quiet_transformers
-from .data import Data, fingerprints, load_data, size_of
-from .evaluation import evaluator, guessed, judged
-from .other_files import labelled_examples
-from .run_folder import Run, load_trained
-from .tasks import features, longest, task_parts
+from ..data.other_files import labelled_examples
+from ..data.run_data import Data, fingerprints, load_data, size_of
+from ..models.bases import quiet_transformers
+from ..run_folder import Run, load_trained
+from ..tasks.evaluation import evaluator, guessed, judged
+from ..tasks.task import features, longest, task_parts
 
 Rows = Sequence[dict[str, Any]]
 

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..doctor import Examination, examine
-from .adapter_folder import read_adapter
-from .adapters import load_adapted
-from .hub import NOTHING, Trust, offline
-from .inputs import example_inputs
-from .judging import unchanged_data
-from .other_files import labelled_examples
-from .run_folder import RECORD, Run, load_trained, read_run
-from .tasks import features, longest, task_parts, without_bytes
+from ...tools.doctor import Examination, examine
+from ..data.other_files import labelled_examples
+from ..models.adapter_folder import read_adapter
+from ..models.adapters import load_adapted
+from ..models.hub import NOTHING, Trust, offline
+from ..models.inputs import example_inputs
+from ..run_folder import RECORD, Run, load_trained, read_run
+from ..tasks.task import features, longest, task_parts, without_bytes
+from .evaluate_again import unchanged_data
 
 TOKENS = 16
 EXAMINED = 8

@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .chats import asked
-from .computing import computing, device_of
-from .run_folder import Run, load_trained
-from .tasks import longest
+from ..data.chats import asked
+from ..models.computing import computing, device_of
+from ..run_folder import Run, load_trained
+from ..tasks.task import longest
 
 
 @dataclass(frozen=True)

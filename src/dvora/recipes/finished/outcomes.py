@@ -6,10 +6,10 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..data.inputs_to_predict import Input
+from ..run_folder import Run
 from .generation import Continuation, Generator, Sampling
-from .inputs_to_predict import Input
 from .prediction import Predictor
-from .run_folder import Run
 
 BATCH = 32
 PROMPT_WORDS = 24

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import quiet_transformers
-from .computing import computing, device_of
-from .inputs_to_predict import Input
-from .run_folder import Run, load_trained
-from .tasks import Task, features, longest, task_parts
+from ..data.inputs_to_predict import Input
+from ..models.bases import quiet_transformers
+from ..models.computing import computing, device_of
+from ..run_folder import Run, load_trained
+from ..tasks.task import Task, features, longest, task_parts
 
 DIGITS = 7
 """Decimal digits that a number in single precision has."""

@@ -10,19 +10,19 @@ from typing import Any
 from markupsafe import Markup, escape
 from peft import PeftModel
 
-from ..analysis import analyze
-from ..analysis.pictures import magnitude_and_direction
-from ..doctor import Examination, examine
-from ..pages.cells import shown
-from ..pages.page import Section, Table, page
+from ...tools.analysis import analyze
+from ...tools.analysis.pictures import magnitude_and_direction
+from ...tools.doctor import Examination, examine
+from ...tools.pages.cells import shown
+from ...tools.pages.page import Section, Table, page
+from ..data.images import opened_image
+from ..files import write_atomically
+from ..models.hub import NOTHING, Trust, offline
+from ..run_folder import Run, load_trained, read_run
+from .evaluate_again import unchanged_data
 from .examining import EXAMINED, batch_of
-from .files import write_atomically
 from .generation import Continuation
-from .hub import NOTHING, Trust, offline
-from .images import opened_image
-from .judging import unchanged_data
 from .outcomes import Outcome, continuations, outcomes
-from .run_folder import Run, load_trained, read_run
 from .run_pictures import confusion, curves, numbers
 
 SHOWN = 8

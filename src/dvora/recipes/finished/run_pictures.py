@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..pages.pictures import COLOURS, axes_of, label, new_figure, svg
+from ...tools.pages.pictures import COLOURS, axes_of, label, new_figure, svg
 
 MOST_CLASSES = 30
 

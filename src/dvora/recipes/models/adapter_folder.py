@@ -10,11 +10,11 @@ from typing import Any
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 
-from ..tuner.expressions import check_expressions
-from ..tuner.files import shapes_in_header
-from .files import check_readable, read_json
+from ...tuner.adapter_folder import shapes_in_header
+from ...tuner.expressions import check_expressions
+from ..files import check_readable, read_json
+from ..nearest import did_you_mean
 from .hub import offline
-from .nearest import did_you_mean
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_SETTINGS = 2**24

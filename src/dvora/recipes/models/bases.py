@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from .files import check_no_device
+from ..files import check_no_device
+from ..settings import Settings, Task
 from .hub import NOTHING, Trust, check_weights, loading
-from .settings import Settings, Task
 
 _ADVICE = "; if you trust its author, give --trust-remote-code", "give --download to have it fetched"
 

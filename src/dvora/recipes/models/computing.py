@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..settings import Settings
 from .bases import quiet_transformers
-from .settings import Settings
 
 
 def device_of(settings: Settings) -> torch.device:

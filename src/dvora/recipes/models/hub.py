@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from .files import check_readable
+from ..files import check_readable
 
 SECONDS = 10.0
 

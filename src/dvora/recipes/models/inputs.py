@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..generator import raw_row, uniform_row
+from ...matrices.philox import raw_row, uniform_row
 
 _SEED, _TOKENS, _PIXELS = 0, 2**36, 2**36 + 1
 

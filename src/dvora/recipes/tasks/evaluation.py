@@ -8,10 +8,10 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from .computing import device_of
+from ..models.computing import device_of
+from ..settings import Settings
 from .metrics import bits_per_byte, simplest_guess
-from .settings import Settings
-from .tasks import Task, bytes_of, without_bytes
+from .task import Task, bytes_of, without_bytes
 
 HIDDEN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "tokens")
 

@@ -9,10 +9,10 @@ import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, DefaultDataCollator
 
+from ..data.chats import IGNORED, chat_features
+from ..data.images import opened_image
+from ..settings import Settings
 from . import metrics
-from .chats import IGNORED, chat_features
-from .images import opened_image
-from .settings import Settings
 
 Rows = Sequence[dict[str, Any]]
 NO_LIMIT = 10**6

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import read_json, remove, write_atomically
+from ..files import read_json, remove, write_atomically
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 MARK = "complete.json"

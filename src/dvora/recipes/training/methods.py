@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from ..training import parameter_groups, recommended_rates
-from ..tuner import DVoRAConfig
-from .bases import Base
-from .run_folder import HEAD_FILE
-from .settings import METHODS, Group, Method, Settings, Task
+from ...training import parameter_groups, recommended_rates
+from ...tuner import DVoRAConfig
+from ..models.bases import Base
+from ..run_folder import HEAD_FILE
+from ..settings import METHODS, Group, Method, Settings, Task
 
 TASK_TYPES: dict[Task, TaskType | None] = {
     "text-classification": TaskType.SEQ_CLS,

@@ -5,10 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .data import Data
+from ..data.run_data import Data
+from ..run_folder import CONFIG, LOCK, is_leftover
+from ..settings import Settings
 from .processes import world_size
-from .run_folder import CONFIG, LOCK, is_leftover
-from .settings import Settings
 
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 

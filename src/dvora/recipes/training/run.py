@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bases import load_base, load_processor, quiet_transformers
-from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
-from .data import Data, load_data
-from .files import new_folder, remove
-from .hub import NAMED, Trust
-from .methods import adapted, learning_rates, save_trained, trained_values
-from .processes import is_first
-from .records import check_resumable, start_record
-from .run_folder import (
+from ..data.run_data import Data, load_data
+from ..files import new_folder, remove
+from ..models.bases import load_base, load_processor, quiet_transformers
+from ..models.hub import NAMED, Trust
+from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
     Run,
@@ -26,8 +22,12 @@ from .run_folder import (
     write_config,
     write_record,
 )
-from .settings import Settings, resolved
-from .tasks import features, longest, task_parts
+from ..settings import Settings, resolved
+from ..tasks.task import features, longest, task_parts
+from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
+from .methods import adapted, learning_rates, save_trained, trained_values
+from .processes import is_first
+from .records import check_resumable, start_record
 from .trainers import Prepared, final_metrics, make_trainer
 from .watching import StopRequest, Tell
 

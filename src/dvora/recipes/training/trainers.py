@@ -10,16 +10,16 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..ranks import check_ranks_agree
-from .bases import Base
+from ...training import check_ranks_agree
+from ..data.run_data import Data
+from ..models.bases import Base
+from ..run_folder import CHECKPOINTS
+from ..settings import Settings
+from ..tasks.evaluation import common_arguments, guessed, judged
+from ..tasks.task import Task, without_bytes
 from .checkpoints import step_of
-from .data import Data
-from .evaluation import common_arguments, guessed, judged
 from .methods import optimizer
 from .processes import is_first, world_size
-from .run_folder import CHECKPOINTS
-from .settings import Settings
-from .tasks import Task, without_bytes
 from .watching import Patience, StopRequest, Tell, Watching
 
 

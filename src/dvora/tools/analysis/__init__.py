@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..rebuilt import subjects
+from ..dense_rebuild import subjects
 from .measures import Change, Spectrum, change, cosines, products, spectrum
 
 __all__ = ["Analysis", "LayerChange", "analyze"]

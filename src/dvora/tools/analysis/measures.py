@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..shapes import Float
+from ...ops.annotations import Float
 
 LARGEST = 1024
 """Sizes up to which all singular values are computed."""

@@ -3,7 +3,7 @@
 import torch
 from peft import PeftModel
 
-from ..rebuilt import subjects
+from ..dense_rebuild import subjects
 from .findings import Examination, Finding
 from .layer_checks import constants, gradients, merge_losses, outputs, rows_left_alone, short_rows
 from .model_checks import calls, merging, mixed_batch, received, trained_values

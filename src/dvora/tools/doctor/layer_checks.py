@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..rebuilt import Subject, Term
-from ..tuner.layer import DVoRALayer
+from ...tuner.layers.layer import DVoRALayer
+from ..dense_rebuild import Subject, Term
 from .findings import Finding, judged
 from .watched import distance
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ..merging import MergePrecisionWarning
-from ..rebuilt import Subject
+from ...weight.merge import MergePrecisionWarning
+from ..dense_rebuild import Subject
 from .findings import Finding, judged_model
 from .layer_checks import TOLERANCES
 from .watched import Inputs, Loss, called, distance, restored, tensor_of, tensors_of

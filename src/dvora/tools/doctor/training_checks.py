@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..rebuilt import Subject
+from ..dense_rebuild import Subject
 from .findings import Finding, judged, judged_model
 from .layer_checks import TOLERANCES
 from .watched import Inputs, called, distance, restored, tensor_of

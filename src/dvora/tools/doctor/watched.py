@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rebuilt import Subject
+from ..dense_rebuild import Subject
 
 Inputs = Mapping[str, Any] | Tensor
 """Keyword arguments of the model's forward, or its only argument."""

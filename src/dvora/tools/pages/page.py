@@ -10,7 +10,7 @@ from markupsafe import Markup
 from .cells import shown
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("dvora.pages", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    loader=PackageLoader("dvora.tools.pages", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
 
 

@@ -13,16 +13,16 @@ from peft import PeftModel, VeraConfig
 from peft.tuners.vera import VeraLayer, VeraModel
 from torch import Tensor
 
-from .. import functional as F
-from ..precision import norm_dtype
-from ..shapes import Float
-from ..vera_matrices import VeraSizes, drawn
-from .base import readable_weight
-from .base_probes import probes_of
-from .config import DVoRAConfig
+from ...matrices.vera import VeraSizes, drawn
+from ...method import functional as F
+from ...ops.annotations import Float
+from ...ops.dtypes import norm_dtype
+from ..adapter_folder import PEFT_PREFIX
+from ..config import DVoRAConfig
+from ..layers.base_fingerprint import probes_of
+from ..layers.base_layer import readable_weight
+from ..layers.layer_types import kind_of
 from .converted import Converted, exact_targets, kept_settings, other_entries
-from .files import PEFT_PREFIX
-from .kinds import kind_of
 
 
 @torch.no_grad()

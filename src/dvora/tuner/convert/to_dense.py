@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .combining import layers_of
-from .layer import DVoRALayer
-from .parameters import ParamWrapper, is_read
+from ..arithmetic import layers_of
+from ..layers.layer import DVoRALayer
+from ..layers.param_wrapper import ParamWrapper, is_read
 
 
 def weight_name(layer: DVoRALayer) -> str:

@@ -17,15 +17,15 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import functional as F
-from ..functional import Vectors
-from ..shapes import Float
-from . import operations
-from .combining import layers_of
-from .config import own_config
+from ...method import functional as F
+from ...method.functional import Vectors
+from ...ops.annotations import Float
+from ..adapter_folder import PEFT_PREFIX
+from ..arithmetic import layers_of
+from ..config import own_config
+from ..layers import low_rank
+from ..layers.layer import DVoRALayer
 from .converted import Converted, exact_pattern, exact_targets, kept_settings, other_entries
-from .files import PEFT_PREFIX
-from .layer import DVoRALayer
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
 
@@ -123,7 +123,7 @@ def _dora_of_layer(layer: DVoRALayer, adapter_name: str) -> Dora:
 
 def _entries(layer: DVoRALayer, dora: Dora) -> dict[str, Tensor]:
     """The layer's entries of a file, by the last parts of their names."""
-    if layer.kind.low_rank is operations.lookup:
+    if layer.kind.low_rank is low_rank.lookup:
         return {"lora_embedding_A": dora.A, "lora_embedding_B": dora.B, "lora_magnitude_vector": dora.magnitude}
     A, B, magnitude = dora
     if layer.kind.spatial:

@@ -14,17 +14,17 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
-from ..parts import is_fully_sharded
-from ..projections import SharedProjections
-from ..vera_matrices import vera_sizes
-from .base_probes import alike, change, warn_of_changes
-from .config import DVoRAConfig
-from .config_checks import check_adapter_name
-from .expressions import check_expressions
-from .files import PEFT_PREFIX, VECTOR_PREFIX, check_vectors_held, layers_named
-from .injection import Measured, measure, projections_of
-from .kinds import KINDS, is_linear_by_forward, sizes_of
-from .layer import DVoRALayer
+from ...engines.tensor_parallel import is_fully_sharded
+from ...matrices.interface import SharedProjections
+from ...matrices.vera import vera_sizes
+from ..adapter_folder import PEFT_PREFIX, VECTOR_PREFIX, check_vectors_held, layers_named
+from ..config import DVoRAConfig
+from ..config_checks import check_adapter_name
+from ..expressions import check_expressions
+from ..layers.base_fingerprint import alike, change, warn_of_changes
+from ..layers.layer import DVoRALayer
+from ..layers.layer_types import KINDS, is_linear_by_forward, sizes_of
+from .inject import Measured, measure, projections_of
 from .targets import Target, matches, names_found, names_in, outside_adapters, parameter_names_found
 
 _NAMES_SHOWN, _SHOWN = 20, 100

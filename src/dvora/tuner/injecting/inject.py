@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .. import generator
-from ..adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from ..functional import Vectors, row_norm
-from ..layouts import is_at_hand
-from ..parts import is_divided
-from ..projections import SharedProjections, checked_distribution
-from ..validation import check_bias, checked_direction, checked_norm_cache
-from .base import Probed, bias_of
-from .base_probes import probes_of
-from .config import DVoRAConfig
-from .kinds import skipped_column
-from .layer import DVoRALayer
+from ...engines.tensor_parallel import is_divided
+from ...matrices import philox
+from ...matrices.interface import SharedProjections, checked_distribution
+from ...method.functional import Vectors, row_norm
+from ...method.validation import check_bias, checked_direction, checked_norm_cache
+from ...weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from ...weight.layouts import is_at_hand
+from ..config import DVoRAConfig
+from ..layers.base_fingerprint import probes_of
+from ..layers.base_layer import Probed, bias_of
+from ..layers.layer import DVoRALayer
+from ..layers.layer_types import skipped_column
 from .targets import Target, matches
 
 _RANDOM_START_STREAM = 2**32
@@ -122,7 +122,7 @@ def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
     """Vectors that are not the identity, a pure function of the seed, the layer's name and its number of adapters."""
     stream = _RANDOM_START_STREAM + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
     magnitude, lambda_b, lambda_d = (
-        torch.from_numpy(generator.uniform_row(seed, stream, row, len(vector))).to(vector)
+        torch.from_numpy(philox.uniform_row(seed, stream, row, len(vector))).to(vector)
         for row, vector in enumerate(start)
     )
     return Vectors(start.magnitude * (1 + 0.1 * magnitude), lambda_b, 1 + lambda_d)

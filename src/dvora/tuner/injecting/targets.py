@@ -9,15 +9,15 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layouts import is_partitioned
-from ..parts import gathered
-from ..validation import check_weight
-from . import operations
-from .base import readable_weight, stored_weight
-from .config import DVoRAConfig
-from .kinds import READ, LayerKind, is_initialized, kind_of, parameter_kind
-from .layer import DVoRALayer, DVoRALinear
-from .parameters import ParamWrapper, ReadLinear, UnfusedLinear, is_read, projections_of, wrapped
+from ...engines.tensor_parallel import gathered
+from ...method.validation import check_weight
+from ...weight.layouts import is_partitioned
+from ..config import DVoRAConfig
+from ..layers import low_rank
+from ..layers.base_layer import readable_weight, stored_weight
+from ..layers.layer import DVoRALayer, DVoRALinear
+from ..layers.layer_types import READ, LayerKind, is_initialized, kind_of, parameter_kind
+from ..layers.param_wrapper import ParamWrapper, ReadLinear, UnfusedLinear, is_read, projections_of, wrapped
 
 _TARGETED_TWICE = "its layer is targeted by target_modules too"
 
@@ -118,7 +118,7 @@ def wrap(
     kind = kind_of(base, name)
     if isinstance(parent, nn.TransformerEncoderLayer):
         layer = UnfusedLinear(base, name, kind)
-    elif kind.low_rank is operations.linear:
+    elif kind.low_rank is low_rank.linear:
         layer = DVoRALinear(base, name, kind)
     else:
         layer = DVoRALayer(base, name, kind)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..generator import uniform_row
-from ..shapes import Float
+from ...matrices.philox import uniform_row
+from ...ops.annotations import Float
 
 BASE_TOLERANCE = 0.3
 """Largest distance of the probes of a weight to those of the weight that an adapter was trained on.

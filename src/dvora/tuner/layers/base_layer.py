@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..evaluated import State
-from ..layouts import is_partitioned
-from ..merging import check_can_be_set
-from ..parts import is_divided, local
-from .kinds import LayerKind
-from .operating_weight import read_bias, read_operating_weight
+from ...engines.tensor_parallel import is_divided, local
+from ...weight.evaluated import State
+from ...weight.layouts import is_partitioned
+from ...weight.merge import check_can_be_set
+from .layer_types import LayerKind
+from .opaque_weight import read_bias, read_operating_weight
 
 
 class Probed:

@@ -9,17 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapted_weight import AdaptedWeight
-from ..functional import Vectors
-from ..layouts import is_at_hand, weight_at_hand
-from ..shapes import Float
-from .base import Probed, bias_of, check_gradient, measured_bias
-from .kinds import LayerKind, kind_of
+from ...method.functional import Vectors
+from ...ops.annotations import Float
+from ...weight.adapted_weight import AdaptedWeight
+from ...weight.layouts import is_at_hand, weight_at_hand
+from .base_layer import Probed, bias_of, check_gradient, measured_bias
+from .layer_types import LayerKind, kind_of
 from .mergeable import MergeableLayer
 from .merges import Merges
-from .operating_weight import device_of, input_dtype, keep_differentiable
+from .mixed_rows import check_rows, mixed_outputs
+from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
-from .rows import check_rows, mixed_outputs
 from .vectors import VECTORS, Strength, VectorDict, vectors_in
 
 

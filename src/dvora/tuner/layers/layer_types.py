@@ -11,11 +11,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ..adapted_weight import AdaptedWeight
-from ..layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
-from ..parts import is_divided
-from ..validation import computes_as
-from . import operations
+from ...engines.tensor_parallel import is_divided
+from ...method.validation import computes_as
+from ...weight.adapted_weight import AdaptedWeight
+from ...weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from . import low_rank
 
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
 """Of an adapter, its base layer, the inputs, lambda_d and the dropout of the inputs."""
@@ -39,14 +39,14 @@ class LayerKind(NamedTuple):
 
 
 KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(ROWS, operations.linear, row_products=operations.linear_rows),
-    Conv1D: LayerKind(COLUMNS, operations.linear, row_products=operations.linear_rows),
-    nn.Conv1d: LayerKind(KERNELS, operations.convolve, spatial=1, row_products=operations.convolved_rows),
-    nn.Conv2d: LayerKind(KERNELS, operations.convolve, spatial=2, row_products=operations.convolved_rows),
-    nn.Conv3d: LayerKind(KERNELS, operations.convolve, spatial=3, row_products=operations.convolved_rows),
-    nn.Embedding: LayerKind(COLUMNS, operations.lookup),
+    nn.Linear: LayerKind(ROWS, low_rank.linear, row_products=low_rank.linear_rows),
+    Conv1D: LayerKind(COLUMNS, low_rank.linear, row_products=low_rank.linear_rows),
+    nn.Conv1d: LayerKind(KERNELS, low_rank.convolve, spatial=1, row_products=low_rank.convolved_rows),
+    nn.Conv2d: LayerKind(KERNELS, low_rank.convolve, spatial=2, row_products=low_rank.convolved_rows),
+    nn.Conv3d: LayerKind(KERNELS, low_rank.convolve, spatial=3, row_products=low_rank.convolved_rows),
+    nn.Embedding: LayerKind(COLUMNS, low_rank.lookup),
 }
-FORWARD_ONLY = LayerKind(ROWS, operations.linear, has_weight=False)
+FORWARD_ONLY = LayerKind(ROWS, low_rank.linear, has_weight=False)
 """Any layer that maps `in_features` to `out_features` linearly, however it does that."""
 
 READ = LayerKind(ROWS, None)
@@ -132,7 +132,7 @@ def _check_embedding(layer: nn.Embedding, name: str) -> None:
     if computes_as(layer, nn.Embedding):
         return
     ids = torch.arange(min(2, layer.num_embeddings), device=layer.weight.device)
-    expected = operations.output_scale(layer) * nn.functional.embedding(ids, layer.weight)
+    expected = low_rank.output_scale(layer) * nn.functional.embedding(ids, layer.weight)
     try:
         same = layer.weight.is_meta or torch.allclose(layer(ids), expected)
     except (TypeError, ValueError, RuntimeError, IndexError):

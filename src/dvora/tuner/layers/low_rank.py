@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..adapted_weight import AdaptedWeight
-from ..linear_outputs import low_rank
-from ..shapes import Float
+from ...ops.annotations import Float
+from ...weight.adapted_weight import AdaptedWeight
+from ...weight.linear import low_rank
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

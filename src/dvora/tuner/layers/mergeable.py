@@ -10,12 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from ..merging import check_finite, merge, warn_of_losses
-from ..shapes import Float
-from .base import check_mergeable, check_not_trained, readable_weight, stored_weight
-from .kinds import LayerKind
+from ...ops.annotations import Float
+from ...weight.merge import check_finite, merge, warn_of_losses
+from ..restoring import surely
+from .base_layer import check_mergeable, check_not_trained, readable_weight, stored_weight
+from .layer_types import LayerKind
 from .merges import Intent, Merges
-from .restoring import surely
 from .vectors import VECTORS, VectorDict
 
 

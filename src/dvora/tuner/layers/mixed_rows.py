@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .restoring import surely
+from ..restoring import surely
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""

@@ -16,10 +16,10 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from .. import generator
-from ..precision import full_precision
-from ..shapes import Float
-from .kinds import sizes_of
+from ...matrices import philox
+from ...ops.annotations import Float
+from ...ops.dtypes import full_precision
+from .layer_types import sizes_of
 
 CHUNK = 512
 """Unit vectors in one forward pass."""
@@ -114,7 +114,7 @@ def _reading(layer: nn.Module) -> Iterator[_Forward]:
 
 
 def _check_linear(forward: _Forward, weight: Float[Tensor, "O I"], zero: Float[Tensor, "1 O"], name: str) -> None:
-    rows = [generator.uniform_row(_PROBE_SEED, _PROBE_STREAM, row, weight.shape[1]) for row in range(_PROBES)]
+    rows = [philox.uniform_row(_PROBE_SEED, _PROBE_STREAM, row, weight.shape[1]) for row in range(_PROBES)]
     x = torch.stack([torch.from_numpy(row) for row in rows])
     expected = x.to(weight) @ weight.T
     distance = (forward.products(x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)

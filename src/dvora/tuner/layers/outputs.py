@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .. import functional as F
-from ..adapted_weight import AdaptedWeight
-from ..functional import RowFactors, Vectors
-from ..layouts import weight_at_hand
-from ..linear_outputs import combined, from_updated_weight
-from ..routes import takes_updated_weight
-from ..shapes import Float
-from ..small_rows import SmallRows
-from .base import laid_out_like
-from .kinds import LayerKind
-from .operations import linear
+from ...method import functional as F
+from ...method.functional import RowFactors, Vectors
+from ...method.small_rows import SmallRows
+from ...ops.annotations import Float
+from ...weight.adapted_weight import AdaptedWeight
+from ...weight.layouts import weight_at_hand
+from ...weight.linear import combined, from_updated_weight
+from ...weight.routes import takes_updated_weight
+from .base_layer import laid_out_like
+from .layer_types import LayerKind
+from .low_rank import linear
 from .vectors import Strength
 
 

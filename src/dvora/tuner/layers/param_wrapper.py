@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..layouts import is_partitioned
-from .kinds import READ_BY_ATTENTION, LayerKind
+from ...weight.layouts import is_partitioned
+from ..restoring import surely
 from .layer import DVoRALayer, DVoRALinear
-from .restoring import surely
-from .rows import Batch, is_in_progress
+from .layer_types import READ_BY_ATTENTION, LayerKind
+from .mixed_rows import Batch, is_in_progress
 
 # Attributes of attention that torch's fused layers ask for by a private name.
 _PRIVATE = ("_qkv_same_embed_dim",)

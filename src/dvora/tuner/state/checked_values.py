@@ -12,12 +12,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional import FAR, Vectors, are_finite
-from ..layouts import weight_at_hand
-from .config import DVoRAConfig, own_config
-from .files import PEFT_PREFIX, check_dense
-from .layer import DVoRALayer, layers_in
-from .vectors import VECTORS
+from ...method.functional import FAR, Vectors, are_finite
+from ...weight.layouts import weight_at_hand
+from ..adapter_folder import PEFT_PREFIX, check_dense
+from ..config import DVoRAConfig, own_config
+from ..layers.layer import DVoRALayer, layers_in
+from ..layers.vectors import VECTORS
 
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")

@@ -7,12 +7,12 @@ from pathlib import Path
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .base_probes import alike, change, warn_of_changes
-from .combining import layers_of, strengths_as_they_are
-from .config import DVoRAConfig, own_config
-from .expressions import check_expressions
-from .layer import DVoRALayer
-from .restoring import on_failure, values_as_they_are
+from ..arithmetic import layers_of, strengths_as_they_are
+from ..config import DVoRAConfig, own_config
+from ..expressions import check_expressions
+from ..layers.base_fingerprint import alike, change, warn_of_changes
+from ..layers.layer import DVoRALayer
+from ..restoring import on_failure, values_as_they_are
 
 INSTEAD = "load the adapter under a name of its own instead"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..validation import MAX_RANK
-from .combining import layers_of
-from .config import DVoRAConfig
-from .files import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX, check_dense
-from .injection import present_probes, projections_of
-from .targets import saved_names
+from ...method.validation import MAX_RANK
+from ..adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX, check_dense
+from ..arithmetic import layers_of
+from ..config import DVoRAConfig
+from ..injecting.inject import present_probes, projections_of
+from ..injecting.targets import saved_names
 
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:

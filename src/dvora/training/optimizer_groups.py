@@ -6,11 +6,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from .adapter import DVoRAAdapter
-from .functional import Vectors
-from .layouts import is_partitioned
-from .parts import is_divided
-from .validation import checked_not_negative
+from ..engines.tensor_parallel import is_divided
+from ..method.functional import Vectors
+from ..method.validation import checked_not_negative
+from ..weight.adapter import DVoRAAdapter
+from ..weight.layouts import is_partitioned
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)

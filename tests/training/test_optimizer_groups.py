@@ -6,15 +6,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from cases import SHARED, linear, randn
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from tiny import LAYERS, MODELS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from dvora import DVoRAAdapter, DVoRAConfig
-from dvora.training import HEAD_RATE, LAMBDA_RATE, MAGNITUDE_SHARE, parameter_groups, recommended_rates
+from dvora.training import parameter_groups, recommended_rates
+from dvora.training.optimizer_groups import HEAD_RATE, LAMBDA_RATE, MAGNITUDE_SHARE
+from tests.cases import SHARED, linear, randn
+from tests.tuner.tiny import LAYERS, MODELS
 
 
 def adapted(name: str = "bert", **settings: object) -> nn.Module:

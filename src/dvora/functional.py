@@ -1,0 +1,41 @@
+"""The method as pure functions: the public address of `dvora.method.functional`."""
+
+from .method.functional import (
+    DIRECTIONS,
+    DenseTerms,
+    Direction,
+    NormTerms,
+    RowFactors,
+    Vectors,
+    combine,
+    delta_weight,
+    dvora_linear,
+    gain,
+    merged_weight,
+    norm_terms,
+    rescaled_delta,
+    row_angle,
+    row_factors,
+    row_norm,
+    row_scale,
+)
+
+__all__ = [
+    "DIRECTIONS",
+    "DenseTerms",
+    "Direction",
+    "NormTerms",
+    "RowFactors",
+    "Vectors",
+    "combine",
+    "delta_weight",
+    "dvora_linear",
+    "gain",
+    "merged_weight",
+    "norm_terms",
+    "rescaled_delta",
+    "row_angle",
+    "row_factors",
+    "row_norm",
+    "row_scale",
+]
