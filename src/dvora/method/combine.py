@@ -22,7 +22,6 @@ from ..ops.annotations import Float
 from ..ops.chunked import rescaled, sum_of_products
 from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
 from ..ops.tracing import grad_recorded
-from ..ops.triton.available import runs_triton
 
 
 def combine(
@@ -66,7 +65,7 @@ def _forward(
     if z is None:
         return _rescaled(base_output, gain_minus_one, bias, gain)
     scaled = z * as_dtype(lambda_d, z.dtype)
-    if runs_triton(base_output):
+    if matrices.use_triton and base_output.is_cuda:
         return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
     y = as_dtype(matrices.expand(scaled, base_output.shape[-1], scale), base_output.dtype)
     gain = 1 + gain_minus_one if gain is None else gain
@@ -111,7 +110,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias, gain = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        if z is not None and runs_triton(grad_output) and not torch.is_grad_enabled():
+        if z is not None and ctx.matrices.use_triton and grad_output.is_cuda and not torch.is_grad_enabled():
             inputs = (base_output, z, lambda_d, gain_minus_one, scale, bias)
             return *_backward_in_triton(grad_output, *inputs, ctx.matrices), None, None
         d_base = _rescaled(grad_output, gain_minus_one, None, gain) if wants[0] else None

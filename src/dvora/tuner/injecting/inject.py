@@ -113,9 +113,11 @@ def projections_of(model: nn.Module, config: DVoRAConfig) -> SharedProjections:
             isinstance(module, SharedProjections)
             and module.seed == config.projection_seed
             and module.distribution == config.projection_init
+            and module.use_triton == config.use_triton
         ):
             return module
-    return SharedProjections(config.projection_seed, checked_distribution(config.projection_init))
+    distribution = checked_distribution(config.projection_init)
+    return SharedProjections(config.projection_seed, distribution, use_triton=config.use_triton)
 
 
 def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:

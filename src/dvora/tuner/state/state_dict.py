@@ -49,7 +49,7 @@ def from_saved(model: nn.Module, config: DVoRAConfig, entries: dict[str, Tensor]
         check_dense(name, matrix)
         if matrix.dim() and len(matrix) > MAX_RANK:
             raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
-    projections_of(model, config).check_matrices(matrices)
+    projections_of(model, config).check_saved_tensors(matrices)
     rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.
