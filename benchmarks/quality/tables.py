@@ -10,7 +10,7 @@ YARDSTICK = "vera"
 MODELS = {"MiniLM": "movie_reviews", "ViT-S/14": "fashion_mnist", "SmolLM2-135M": "shakespeare"}
 """Models and the task whose rows show their sizes."""
 OURS = "dvora"
-GLANCE = {arm: ARMS[arm] for arm in ("full", "lora_r8", "lora_r1", "vera")} | {OURS: "DVoRA r=256"}
+GLANCE = {arm: ARMS[arm] for arm in ("full", "lora_r8", "lora_r1", "vera")} | {OURS: "**DVoRA r=256**"}
 GLANCE_TASKS = ("movie_reviews", "tweets", "wordnet10")
 """Those on which all methods of the README's table were trained."""
 
@@ -43,7 +43,7 @@ def _glance_cells(result: Result, tasks: Sequence[str], arm: str) -> Sequence[st
         "" if parameters is None else f"{parameters:,}",
         "" if size is None else f"{size / 1e3:,.0f} kB",
         f"{sum(means) / len(means):.1f}" if means else "",
-        "" if gain is None else difference(gain, 1),
+        "" if gain is None else f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})",
         "" if step is None or unit is None else f"{step / unit:.2f}",
     )
 

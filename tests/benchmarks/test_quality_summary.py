@@ -187,12 +187,12 @@ def test_the_readme_compares_five_methods() -> None:
         for line in at_a_glance({"rows": list(everything().rows), "environment": ENVIRONMENT}).split("\n")
     ]
     named = {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in rows if len(row) == 8}
-    assert [*named][2:] == ["full fine-tuning", "LoRA r=8", "LoRA r=1", "VeRA r=256", "DVoRA r=256"]
+    assert [*named][2:] == ["full fine-tuning", "LoRA r=8", "LoRA r=1", "VeRA r=256", "**DVoRA r=256**"]
     assert named["LoRA r=1"][:2] == ["1,234", "6 kB"]
     assert named["LoRA r=1"][-1] == "1.00"
     assert all(all(cells) for name, cells in named.items() if name.startswith(("full", "LoRA", "VeRA")))
     # Nothing is better or worse than itself.
-    assert named["DVoRA r=256"][3] == ""
+    assert named["**DVoRA r=256**"][3] == ""
 
 
 def test_a_rank_that_was_not_run_is_derived_from_one_that_was() -> None:
