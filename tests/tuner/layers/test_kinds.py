@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
-from dvora.tuner.layers.layer_types import FORWARD_ONLY, KINDS, kind_of, parameter_kind, skipped_column
+from dvora.tuner.layers.layer_types import FORWARD_ONLY, KINDS, kind_of, padding_column, parameter_kind
 
 LAYERS = {
     nn.Linear: lambda: nn.Linear(3, 5),
@@ -101,9 +101,9 @@ def test_an_embedding_that_changes_its_table_is_refused() -> None:
 
 
 def test_only_the_padding_entry_of_an_embedding_is_skipped() -> None:
-    assert skipped_column(nn.Embedding(9, 4, padding_idx=2)) == 2
-    assert skipped_column(nn.Embedding(9, 4)) is None
-    assert skipped_column(nn.Linear(3, 5)) is None
+    assert padding_column(nn.Embedding(9, 4, padding_idx=2)) == 2
+    assert padding_column(nn.Embedding(9, 4)) is None
+    assert padding_column(nn.Linear(3, 5)) is None
 
 
 def test_a_vector_is_no_parameter_to_adapt() -> None:

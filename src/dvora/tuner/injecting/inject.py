@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ...engines.tensor_parallel import is_divided
+from ...engines.tensor_parallel import is_dtensor
+from ...engines.zero3 import is_at_hand
 from ...matrices import philox
 from ...matrices.interface import SharedProjections, checked_distribution
 from ...method.functional import Vectors, row_norm
 from ...method.validation import check_bias, checked_direction, checked_norm_cache
 from ...weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from ...weight.layouts import is_at_hand
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import probes_of
 from ..layers.base_layer import Probed, bias_of
 from ..layers.layer import DVoRALayer
-from ..layers.layer_types import skipped_column
+from ..layers.layer_types import padding_column
 from .targets import Target, matches
 
 _RANDOM_START_STREAM = 2**32
@@ -51,7 +51,7 @@ def measure(target: Target, config: DVoRAConfig, shared: SharedProjections) -> M
         direction=checked_direction(config.direction),
         detach_norm=config.detach_norm,
         layout=target.kind.layout,
-        skipped_column=skipped_column(target.base()),
+        padding_column=padding_column(target.base()),
         readable=target.is_readable(),
         norm_cache=checked_norm_cache(config.norm_cache),
         name=target.name,
@@ -96,7 +96,7 @@ def present_probes(layer: DVoRALayer) -> list[float]:
     Of one that processes divide they are those from when it was adapted.
     """
     stored = layer.stored()
-    if stored is None or not is_at_hand(stored) or is_divided(stored):
+    if stored is None or not is_at_hand(stored) or is_dtensor(stored):
         return layer.probes
     if not layer.probed.is_of(stored):
         # Noted first: what is written meanwhile is seen the next time.

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...engines.zero3 import is_at_hand, weight_at_hand
 from ...method.functional import Vectors
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.layouts import is_at_hand, weight_at_hand
 from .base_layer import Probed, bias_of, check_gradient, measured_bias
 from .layer_types import LayerKind, kind_of
 from .mergeable import MergeableLayer
@@ -229,7 +229,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
                 self.adapted(name).refresh(weight)
         elif is_at_hand(stored):
             for name in self.dvora_adapted:
-                self.adapted(name).follow_loaded(self.unmerged())
+                self.adapted(name).refresh_after_load(self.unmerged())
 
     def _base_dtype(self) -> torch.dtype:
         stored = self.stored()

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ...engines.tensor_parallel import is_divided
+from ...engines.tensor_parallel import is_dtensor
 from ...method.validation import computes_as
 from ...weight.adapted_weight import AdaptedWeight
 from ...weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
@@ -103,7 +103,7 @@ def sizes_of(layer: nn.Module) -> tuple[Any, Any]:
     return getattr(layer, "out_features", None), getattr(layer, "in_features", None)
 
 
-def skipped_column(layer: nn.Module) -> int | None:
+def padding_column(layer: nn.Module) -> int | None:
     """The column of the weight's matrix that stays as it is: an embedding's padding entry."""
     return layer.padding_idx if isinstance(layer, nn.Embedding) else None
 
@@ -115,7 +115,7 @@ def is_initialized(layer: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
     """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
-    if layer_type is nn.Linear and is_divided(layer._parameters.get("weight")):
+    if layer_type is nn.Linear and is_dtensor(layer._parameters.get("weight")):
         # transformers exchanges what divided layers need in forwards that it puts in place of theirs.
         return type(layer).forward is nn.Linear.forward
     same = computes_as(layer, layer_type) or isinstance(layer, nn.Embedding)

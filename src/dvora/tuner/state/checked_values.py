@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ...engines.zero3 import weight_at_hand
 from ...method.functional import FAR, Vectors, are_finite
-from ...weight.layouts import weight_at_hand
 from ..adapter_folder import PEFT_PREFIX, check_dense
 from ..config import DVoRAConfig, own_config
 from ..layers.layer import DVoRALayer, layers_in

@@ -29,7 +29,7 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed
-    matrices = projections_of(model, config).matrices()
+    matrices = projections_of(model, config).saved_tensors()
     return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
 
 
