@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..method.validation import (
     checked_strength,
     fits_float32,
 )
-from .adapter_folder import Shape, check_biases, check_ranks, check_tokens, layers_named, shapes_in
+from .adapter_folder import AdapterFile, shapes_in
 from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match
 from .layers.vectors import strength_key
@@ -132,10 +131,8 @@ class DVoRAConfig(PeftConfig):
         super().__post_init__()
         # The caller may use one configuration for several bases, so the field stays what it was.
         self.measured_probes: dict[str, list[float]] | None = None
-        # What the file of values beside it holds, if the configuration was read from an adapter's folder, and for which
-        # settings: who changes them wants a new adapter.
-        self.held: Mapping[str, Shape] | None = None
-        self.held_for: dict[str, Any] | None = None
+        # The file of values beside it, if the configuration was read from a folder.
+        self.file: AdapterFile | None = None
         # While those values are still to be loaded: what was trained before the adapter came.
         self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
@@ -151,20 +148,17 @@ class DVoRAConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read a configuration, of whatever method, and compare it with the header of the values beside it.
+        """Read a configuration, of whatever method, and names and shapes from the header of the values beside it.
+
+        They are compared before a model gets an adapter from it.
 
         Raises:
-            TypeError, ValueError: a setting is of the wrong type or out of range, a file is damaged, or the values are
-                not those of the configuration.
+            TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
         """
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        held = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
+        shapes = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, DVoRAConfig):
-            check_biases(held or (), config.bias, config.modules_to_save or ())
-            check_tokens(held or (), config.trainable_token_indices)
-            check_expressions(vars(config), layers_named(held or ()))
-            check_ranks(held or {}, config.rank_of)
-            config.held, config.held_for, config.awaited = held, config.sizing(), set()
+            config.file, config.awaited = AdapterFile(shapes, config.sizing()), set()
         return config
 
     @classmethod
@@ -198,7 +192,7 @@ class DVoRAConfig(PeftConfig):
         check_expressions(vars(self))
         self._check_numbers()
         self._check_choices()
-        if not self.inference_mode and self.held_for is None:
+        if not self.inference_mode and self.file is None:
             check_training(vars(self))
         self._check_projections()
 
@@ -211,6 +205,10 @@ class DVoRAConfig(PeftConfig):
     def sizing(self) -> dict[str, Any]:
         """The settings that say which vectors there are, and for which base."""
         return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
+
+    def forget_file(self) -> None:
+        """Let the configuration be that of a new adapter, whatever file it was read beside."""
+        self.file = self.awaited = None
 
     def rank_of(self, layer_name: str) -> int:
         """The rank of a layer: its entry in `rank_pattern`, else `r`."""

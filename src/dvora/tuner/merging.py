@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -229,19 +229,3 @@ def _check_not_tied(layer: DVoRALayer, owners: dict[int, list[str]]) -> None:
             f"{layer.name}: its weight is tied ({' and '.join(names)} are one tensor), so merging would change "
             "the other layer too; untie the weights in the base model first, or keep the adapter unmerged"
         )
-
-
-def check_loadable(model: nn.Module, keys: Container[str], prefix: str) -> None:
-    """Refuse a state dict with values for weights that have adapters in them, before anything is copied.
-
-    Args:
-        model: with the adapters.
-        keys: of the state dict.
-        prefix: of the model's keys there.
-
-    Raises:
-        ValueError: there are such values.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, DVoRALayer):
-            module.check_loadable(keys, f"{prefix}{name}.")

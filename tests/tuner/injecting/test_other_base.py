@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor
 
 import dvora
-from dvora.tuner.injecting.inject import present_probes
 from dvora.tuner.layers import base_fingerprint
 from dvora.tuner.layers.layer import layers_in
 from tests.tuner.models_compared import assert_unchanged, snapshot
@@ -113,7 +112,7 @@ def test_probes_are_taken_anew_when_memory_is_used_again(folder: Path) -> None:
     else:
         pytest.skip("the allocator did not use the memory again")
     expected = base_fingerprint.probes_of(values, values.norm(dim=1))
-    assert present_probes(layer) == expected
+    assert layer.present_probes() == expected
 
 
 def test_another_base_is_accepted_if_the_probes_are_dropped_on_purpose(folder: Path) -> None:

@@ -21,10 +21,9 @@ from ...method import functional as F
 from ...method.functional import Vectors
 from ...ops.annotations import Float
 from ..adapter_folder import PEFT_PREFIX
-from ..arithmetic import layers_of
 from ..config import own_config
 from ..layers import low_rank
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, layers_of
 from .converted import Converted, exact_pattern, exact_targets, kept_settings, other_entries
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}

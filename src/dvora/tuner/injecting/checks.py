@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from peft.utils.error import NoMatchingPeftModuleError
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ...engines.tensor_parallel import is_fully_sharded
 from ...matrices.interface import SharedProjections
 from ...matrices.vera import vera_sizes
-from ..adapter_folder import PEFT_PREFIX, VECTOR_PREFIX, check_vectors_held, layers_named
 from ..config import DVoRAConfig
 from ..config_checks import check_adapter_name
 from ..expressions import check_expressions
 from ..layers.base_fingerprint import alike, change, warn_of_changes
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, shared_projections
 from ..layers.layer_types import KINDS, is_linear_by_forward, sizes_of
-from .inject import Measured, measure, projections_of
+from ..state.checked_values import check_file, check_fits, check_ranks
+from .inject import PreparedTarget, prepare, rank_of
 from .targets import Target, matches, names_found, names_in, outside_adapters, parameter_names_found
 
 _NAMES_SHOWN, _SHOWN = 20, 100
@@ -37,17 +37,18 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
     Raises:
         TypeError, ValueError: a setting or the name is of the wrong type or out of range.
     """
-    if config.held_for is not None and config.sizing() != config.held_for:
-        config.held = config.held_for = config.awaited = None
+    if config.file is not None and config.sizing() != config.file.settings:
+        config.forget_file()
     if config.awaited is not None:
         config.awaited = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     holders = [module for _, module in outside_adapters(model)]
     check_adapter_name(adapter_name, {name for each in holders for name in (*each._parameters, *each._buffers)})
     config.check()
     check_expressions(vars(config), names_in(model))
+    check_file(config)
 
 
-def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> dict[str, Measured]:
+def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> dict[str, PreparedTarget]:
     """Refuse an adapter that the model cannot have: by its sizes first, then by the weights.
 
     Args:
@@ -56,65 +57,19 @@ def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
         model: the model to adapt.
 
     Returns:
-        What was measured of every target's base weight, by name.
+        What is known of every target, by name.
 
     Raises:
         TypeError, ValueError: a layer, the model or the adapter's file does not fit.
     """
     check_model(config, model)
-    check_ranks_held(targets, config)
+    check_ranks(config, {target.name: rank_of(target, config) for target in targets})
     check_projections(targets, config, model)
-    measured = check_weights(targets, config, projections_of(model, config))
-    check_held(measured, config, model)
-    return measured
-
-
-def check_ranks_held(targets: Sequence[Target], config: DVoRAConfig) -> None:
-    """Refuse ranks that no vector has in the file of a configuration that was read from one.
-
-    Raises:
-        ValueError: a rank is larger.
-    """
-    held = config.held
-    if held is None:
-        return
-    longest = max(chain((0,), *(shape for key, shape in held.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
-    for target in targets:
-        magnitude_only = matches(config.magnitude_modules, target.module_name)
-        if not magnitude_only and config.rank_of(target.name) > longest:
-            raise ValueError(
-                f"the adapter lacks vectors of adapted layers: {target.name} has rank {config.rank_of(target.name)} in "
-                f"its configuration, and no lambda_d in its file has more than {longest} values"
-            )
-
-
-def check_held(measured: Mapping[str, Measured], config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse a configuration that was read from a file of other vectors or heads, while the model is as it was.
-
-    Args:
-        measured: of the weights that it adapts here.
-        config: which knows what is in the file, if it was read from one.
-        model: the model to adapt.
-
-    Raises:
-        ValueError: the file does not hold what the model needs, or more.
-    """
-    held = config.held or {}
-    if not layers_named(held) & measured.keys():
-        return  # there is no file, or it has names that PEFT converts
-    check_vectors_held(held, {name: (each.adapted.out_features, each.adapted.rank) for name, each in measured.items()})
-    whole: list[str] = []
-    for path, module in outside_adapters(model):
-        ends = any(path.endswith(name) for name in config.modules_to_save or ())
-        if not ends or path.startswith(tuple(f"{outer}." for outer in whole)):
-            continue
-        whole.append(path)
-        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        if missing := [key for key in own.state_dict() if f"{PEFT_PREFIX}{path}.{key}" not in held]:
-            raise ValueError(
-                f"the adapter's file lacks {path}.{missing[0]}, which modules_to_save={config.modules_to_save!r} says "
-                "it trains"
-            )
+    shared = shared_projections(model, config.projection_seed, config.projection_init)
+    prepared = check_weights(targets, config, shared)
+    sizes = {name: (each.adapted.out_features, each.adapted.rank) for name, each in prepared.items()}
+    check_fits(config, sizes, _saved_whole(config, model))
+    return prepared
 
 
 def check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
@@ -168,11 +123,13 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
         )
 
 
-def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: SharedProjections) -> dict[str, Measured]:
+def check_weights(
+    targets: Sequence[Target], config: DVoRAConfig, shared: SharedProjections
+) -> dict[str, PreparedTarget]:
     """Refuse weights that cannot be adapted, and a base model that the adapter was not made for.
 
     Returns:
-        What was measured of every target's base weight, by name.
+        What is known of every target, by name.
 
     Raises:
         TypeError: a layer's type or dtype is not supported, or it carries an adapter of another method.
@@ -182,29 +139,29 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
     Warns:
         UserWarning: the base is another quantisation of the adapter's.
     """
-    measured = {}
+    prepared = {}
     for target in targets:
         if config.dvora_dropout and target.kind.low_rank is None:
             raise ValueError(
                 f"{target.name}: dvora_dropout={config.dvora_dropout} drops inputs of the update, and this weight "
                 "is read by its module without inputs of its own; set dvora_dropout=0, or leave it out"
             )
-        measured[target.name] = measure(target, config, shared)
+        prepared[target.name] = prepare(target, config, shared)
         if config.fan_in_fan_out and isinstance(target.layer, nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True is ignored: {target.name} is a torch.nn.Linear, whose weight is (out, in)",
                 stacklevel=4,
             )
-    known = {name: probes for name, probes in (config.base_probes or {}).items() if name in measured}
+    known = {name: probes for name, probes in (config.base_probes or {}).items() if name in prepared}
     for name, expected in known.items():
-        if not alike(measured[name].probes, expected):
+        if not alike(prepared[name].probes, expected):
             raise ValueError(
                 f"{name}: the adapter was made for another base model: norm and random projections of the layer's "
-                f"weight are {measured[name].probes} here and were {expected} there, too far for a cast or a "
+                f"weight are {prepared[name].probes} here and were {expected} there, too far for a cast or a "
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
-    warn_of_changes({name: change(measured[name].probes, expected) for name, expected in known.items()}, stacklevel=5)
-    return measured
+    warn_of_changes({name: change(prepared[name].probes, expected) for name, expected in known.items()}, stacklevel=5)
+    return prepared
 
 
 def check_model(config: DVoRAConfig, model: nn.Module) -> None:
@@ -243,6 +200,16 @@ def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
             "a magnitude by up to 0.4 %; they are kilobytes",
             stacklevel=4,
         )
+
+
+def _saved_whole(config: DVoRAConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that PEFT is going to train and save whole, by name."""
+    whole: dict[str, nn.Module] = {}
+    for path, module in outside_adapters(model):
+        ends = any(path.endswith(name) for name in config.modules_to_save or ())
+        if ends and not path.startswith(tuple(f"{outer}." for outer in whole)):
+            whole[path] = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return whole
 
 
 def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:

@@ -200,23 +200,6 @@ def matches(names: Collection[str] | str | None, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names or ())
 
 
-def saved_names(model: nn.Module) -> dict[str, str]:
-    """How files call the wrappers of parameters, by their paths in the model.
-
-    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
-    """
-    wrappers = {
-        # FSDP's own modules are in no key of a state dict.
-        path.replace("_fsdp_wrapped_module.", ""): module
-        for path, module in model.named_modules()
-        if isinstance(module, ParamWrapper)
-    }
-    return {
-        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
-        for path, module in wrappers.items()
-    }
-
-
 def _endings(paths: Iterable[str]) -> set[str]:
     split = [path.split(".") for path in paths]
     return {".".join(parts[start:]) for parts in split for start in range(len(parts))}

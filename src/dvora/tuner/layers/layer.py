@@ -9,10 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...method.functional import Vectors
+from ...engines.tensor_parallel import is_divided
+from ...matrices.interface import SharedProjections, checked_distribution
+from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
 from ...weight.layouts import is_at_hand, weight_at_hand
+from .base_fingerprint import probes_of
 from .base_layer import Probed, bias_of, check_gradient, measured_bias
 from .layer_types import LayerKind, kind_of
 from .mergeable import MergeableLayer
@@ -126,6 +129,21 @@ class DVoRALayer(nn.Module, MergeableLayer):
     def set_strength(self, adapter_name: str, number: float) -> None:
         """Change s of one adapter."""
         cast(Strength, self.dvora_strength[adapter_name]).set(number)
+
+    def present_probes(self) -> list[float]:
+        """The probes of the base weight as it is now, which may have been trained since it was adapted.
+
+        Of a weight that is sharded between processes they are those from when it was adapted.
+        """
+        stored = self.stored()
+        if stored is None or not is_at_hand(stored) or is_divided(stored):
+            return self.probes
+        if not self.probed.is_of(stored):
+            # Noted first: what is written meanwhile is seen the next time.
+            self.probed = Probed(stored)
+            matrix = self.kind.layout.matrix(self.unmerged())
+            self.probes = probes_of(matrix, row_norm(matrix))
+        return self.probes
 
     def rows_left_alone(self, adapter_name: str) -> int:
         """How many rows keep the base's outputs: those small beside their bias, where no pass can read the weight."""
@@ -248,13 +266,26 @@ def layers_in(model: nn.Module) -> list[DVoRALayer]:
     return [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
 
 
+def layers_of(model: nn.Module, adapter_name: str) -> list[DVoRALayer]:
+    """The layers of a model that have an adapter."""
+    return [layer for layer in layers_in(model) if adapter_name in layer.dvora_adapted]
+
+
+def shared_projections(model: nn.Module, seed: int, distribution: str) -> SharedProjections:
+    """The model's projections of this seed and distribution, or new ones."""
+    for module in model.modules():
+        if isinstance(module, SharedProjections) and (module.seed, module.distribution) == (seed, distribution):
+            return module
+    return SharedProjections(seed, checked_distribution(distribution))
+
+
 def check_unmerged(model: nn.Module, adapter_name: str) -> None:
     """Refuse to change an adapter that is merged: the weights would go on serving what it was.
 
     Raises:
         ValueError: it is merged somewhere.
     """
-    for layer in layers_in(model):
+    for layer in layers_of(model, adapter_name):
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged into {layer.name}; call unmerge_adapter first")
 

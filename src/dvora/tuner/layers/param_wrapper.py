@@ -202,3 +202,20 @@ def projections_of(attention: nn.MultiheadAttention) -> list[str]:
     """The names of the parameters that attention projects its inputs with."""
     names = ["in_proj_weight"] if attention._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     return [name for name in names if isinstance(getattr(attention, name), Tensor)]
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """How files call the wrappers of parameters, by their paths in the model.
+
+    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
+    """
+    wrappers = {
+        # FSDP's own modules are in no key of a state dict.
+        path.replace("_fsdp_wrapped_module.", ""): module
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    return {
+        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
+        for path, module in wrappers.items()
+    }

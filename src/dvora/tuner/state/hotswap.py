@@ -7,12 +7,13 @@ from pathlib import Path
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from ..arithmetic import layers_of, strengths_as_they_are
+from ..arithmetic import strengths_as_they_are
 from ..config import DVoRAConfig, own_config
 from ..expressions import check_expressions
 from ..layers.base_fingerprint import alike, change, warn_of_changes
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, check_unmerged, layers_of
 from ..restoring import on_failure, values_as_they_are
+from .checked_values import check_file
 
 INSTEAD = "load the adapter under a name of its own instead"
 
@@ -42,8 +43,10 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     if not isinstance(config, DVoRAConfig):
         raise TypeError(f"{folder} holds an adapter of type {config.peft_type}; only DVoRA adapters can be swapped in")
     _check_same_settings(own_config(configs[adapter_name]), config)
+    check_unmerged(model, adapter_name)
     config.check_fingerprint()
-    layers = list(layers_of(model, adapter_name))
+    check_file(config)
+    layers = layers_of(model, adapter_name)
     check_expressions(vars(config), [layer.name for layer in layers])
     for layer in layers:
         _check_same_layer(layer, adapter_name, config)
@@ -70,8 +73,6 @@ def _check_same_settings(loaded: DVoRAConfig, config: DVoRAConfig) -> None:
 
 
 def _check_same_layer(layer: DVoRALayer, adapter_name: str, config: DVoRAConfig) -> None:
-    if adapter_name in layer.merged_adapters:
-        raise ValueError(f"{layer.name}: adapter {adapter_name!r} is merged; call unmerge_adapter first")
     adapted = layer.adapted(adapter_name)
     rank, alpha = config.rank_of(layer.name), config.alpha_of(layer.name)
     expected = {"alpha / rank": 1.0 if alpha is None else alpha / rank, "direction": config.direction}
