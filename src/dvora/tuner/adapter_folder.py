@@ -93,7 +93,7 @@ def _pickled_shapes(file: Path) -> dict[str, Shape]:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse a plain tensor that claims more values than it has, or has them in a form of its own.
+    """Refuse a plain tensor that claims more values than it has, or stores them in another format.
 
     Raises:
         ValueError: it is expanded from fewer values, sparse, quantised or without values.

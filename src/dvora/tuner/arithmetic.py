@@ -1,4 +1,4 @@
-"""Adapters of a model scaled, interpolated and added up."""
+"""Arithmetic on the adapters of a model: strength, interpolation, weighted sums."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
 
 
 def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, adapter_name: str) -> Callable[[], None]:
-    """What gives an adapter and its configuration the strengths back that they have now."""
+    """A function that restores the present strengths of an adapter and of its configuration."""
     numbers, in_config = [float(layer.strength(adapter_name)) for layer in layers], config.strength
 
     def put_back() -> None:
@@ -96,7 +96,7 @@ def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Se
             )
     config = copy.deepcopy(first)
     config.strength, config.inference_mode = 1.0, False
-    # It is made here, of this base, which may have been trained since the others were.
+    # The new adapter is made for this base, which may have been trained since the others were.
     config.base_probes = None
     config.forget_file()
     return config
@@ -148,5 +148,5 @@ def _summed(layer: DVoRALayer, names: Sequence[str], shares: Sequence[float]) ->
         Part(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
         for name, share in zip(names, shares, strict=True)
     ]
-    weight = layer.unmerged() if layer.kind.has_weight else None
+    weight = layer.unmerged() if layer.layer_type.has_weight else None
     return weighted_sum(parts, weight, layer.adapted(names[0]))

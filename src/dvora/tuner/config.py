@@ -39,8 +39,8 @@ BIASES = ("none", "all", "dvora_only")
 class DVoRAConfig(PeftConfig):
     """Configuration of a DVoRA adapter.
 
-    What the defaults rest on: "Choosing" in the documentation, and the rows of `benchmarks/results/quality.json` behind
-    "Results", by question. Where those do not decide, defaults are the papers'.
+    Reasons for the defaults: "Choosing" in the documentation, and the rows of `benchmarks/results/quality.json` by
+    question. Where those do not decide, the defaults are the papers'.
 
     Args:
         r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer
@@ -50,7 +50,7 @@ class DVoRAConfig(PeftConfig):
             default for the architecture. Names that match nothing are warned of, and an error if none matches.
             "all-linear" is what did best (question 3: `feed_forward`, `dvora_attention`, `query_value`).
         target_parameters: names of parameters to adapt that their modules read themselves: matrices, and the stacks of
-            mixture-of-experts blocks. In every pass the adapted weight is made whole, in the parameter's dtype.
+            mixture-of-experts blocks. Every pass forms the adapted weight, in the parameter's dtype.
         magnitude_modules: names (or a regular expression) of layers that get the magnitude only, one vector a layer,
             whether `target_modules` names them too or not.
         exclude_modules: names (or a regular expression) of layers to leave out.
@@ -64,11 +64,11 @@ class DVoRAConfig(PeftConfig):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3; question 3: `detached_norm`).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
-        projection_init: their kind, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured", which
-            makes the rank nearly free (questions 2 and 3). Adapters converted from PEFT's VeRA have "peft_vera(r=R,
-            in=I, out=O)".
-        norm_cache: keep the constants of the norm, (out, r) values a layer, or make them again from the weight in every
-            step; "auto" keeps them while they are small, `norms.cache_dtype` says when.
+        projection_init: their distribution, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured",
+            whose products are cheaper in wide models (questions 2 and 3). Adapters converted from PEFT's VeRA have
+            "peft_vera(r=R, in=I, out=O)".
+        norm_cache: keep the constants of the norm, (out, r) values a layer, or compute them from the weight at the
+            start of every step; "auto" keeps them while they are small (see `cache_dtype`).
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
             the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
@@ -129,11 +129,11 @@ class DVoRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The caller may use one configuration for several bases, so the field stays what it was.
-        self.measured_probes: dict[str, list[float]] | None = None
+        # A caller may use one configuration for several bases, so the field itself stays unchanged.
+        self.fingerprints_to_save: dict[str, list[float]] | None = None
         # The file of values beside it, if the configuration was read from a folder.
         self.file: AdapterFile | None = None
-        # While those values are still to be loaded: what was trained before the adapter came.
+        # Until those values are loaded: the parameters that were trained before the adapter was added.
         self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
         check_types(vars(self))
@@ -199,7 +199,7 @@ class DVoRAConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
         settings = super().to_dict()
-        settings |= {"train": list(self.train), "base_probes": self.measured_probes or self.base_probes}
+        settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def sizing(self) -> dict[str, Any]:
@@ -268,12 +268,12 @@ class DVoRAConfig(PeftConfig):
                 "load the adapter with the version that saved it"
             )
         SharedProjections(self.projection_seed, checked_distribution(self.projection_init))
-        # Those of PEFT's VeRA are drawn whole for it, which has to wait until a model says that it needs such sizes.
+        # PEFT's VeRA draws whole matrices, which must wait until a model is known to need such sizes.
         if vera_sizes(self.projection_init) is None:
             self.check_fingerprint()
 
     def check_fingerprint(self) -> None:
-        """Fill the fingerprint of the projections in, or compare it.
+        """Fill in the fingerprint of the projections, or compare it.
 
         Raises:
             ValueError: it is that of other matrices.
@@ -291,6 +291,6 @@ class DVoRAConfig(PeftConfig):
 
 
 def own_config(config: PeftConfig) -> DVoRAConfig:
-    """A configuration that PEFT hands on, known to be this method's."""
+    """A configuration from PEFT, asserted to be this method's."""
     assert isinstance(config, DVoRAConfig), type(config)
     return config

@@ -182,7 +182,7 @@ class DVoRAModel(BaseTuner):
             ValueError: a value is not finite, or a weight is tied to another layer's; nothing is merged.
 
         Warns:
-            MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
+            MergePrecisionWarning: once, with the figures, if rounding removes a considerable part of the update.
         """
         self._check_merge_allowed()
         merge_model(self.model, adapter_names, keep_original=True, safe_merge=safe_merge)

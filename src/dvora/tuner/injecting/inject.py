@@ -14,20 +14,20 @@ from ...method.functional import Vectors
 from ...method.validation import check_bias, checked_direction, checked_norm_cache
 from ...weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..config import DVoRAConfig
-from ..layers.base_fingerprint import probes_of
-from ..layers.base_layer import Probed, bias_of
+from ..layers.base_fingerprint import fingerprint_of
+from ..layers.base_layer import Fingerprinted, bias_of
 from ..layers.layer import DVoRALayer
-from ..layers.layer_types import skipped_column
+from ..layers.layer_types import padding_column
 from .targets import Target, matches
 
 _RANDOM_START_STREAM = 2**32
 
 
 class PreparedTarget(NamedTuple):
-    """What is known of a target before the model is touched."""
+    """What is known of a target before the model is changed."""
 
     adapted: AdaptedWeight
-    probes: list[float]
+    fingerprint: list[float]
 
 
 def rank_of(target: Target, config: DVoRAConfig) -> int:
@@ -36,13 +36,13 @@ def rank_of(target: Target, config: DVoRAConfig) -> int:
 
 
 def prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> PreparedTarget:
-    """Read a base weight once, for the norm constants and the probes.
+    """Read a base weight once, for the norm constants and the fingerprint.
 
     Raises:
         TypeError, ValueError: the weight cannot be adapted.
     """
     weight = target.weight()
-    if target.kind.low_rank is not None:
+    if target.layer_type.low_rank is not None:
         check_bias(bias_of(target.base(), None), target.name)
     rank = rank_of(target, config)
     adapted = AdaptedWeight(
@@ -52,13 +52,13 @@ def prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> P
         alpha=None if rank == MAGNITUDE_ONLY else config.alpha_of(target.name),
         direction=checked_direction(config.direction),
         detach_norm=config.detach_norm,
-        layout=target.kind.layout,
-        skipped_column=skipped_column(target.base()),
+        layout=target.layer_type.layout,
+        skipped_column=padding_column(target.base()),
         readable=target.is_readable(),
         norm_cache=checked_norm_cache(config.norm_cache),
         name=target.name,
     )
-    return PreparedTarget(adapted, probes_of(target.kind.layout.matrix(weight), adapted.w))
+    return PreparedTarget(adapted, fingerprint_of(target.layer_type.layout.matrix(weight), adapted.w))
 
 
 def add_adapter(
@@ -86,8 +86,8 @@ def add_adapter(
         dropout=config.dvora_dropout,
         inference_mode=config.inference_mode,
     )
-    layer.probes = prepared.probes
-    layer.probed = Probed(layer.stored())
+    layer.fingerprint = prepared.fingerprint
+    layer.fingerprinted = Fingerprinted(layer.stored())
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
 

@@ -43,8 +43,8 @@ _OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 def check_file(config: DVoRAConfig) -> None:
     """Refuse a file of other values than its configuration says; does nothing without a file.
 
-    Ranks are compared before anything of that rank is made. Missing tokens and biases too many PEFT would find out with
-    the model half changed, or not at all.
+    Ranks are compared before anything of that rank is made. PEFT would notice missing
+    tokens after it has changed the model, and superfluous biases not at all.
 
     Raises:
         ValueError: values are missing, not trained, or of another rank.
@@ -155,7 +155,7 @@ def check_whole(vectors: Mapping[str, Tensor]) -> None:
     for key, vector in vectors.items():
         if not vector.numel() or type(vector) not in (Tensor, nn.Parameter):
             raise ValueError(
-                f"{key} is divided between the processes ({type(vector).__name__}, {tuple(vector.shape)}). Gather on "
+                f"{key} is sharded between the processes ({type(vector).__name__}, {tuple(vector.shape)}). Gather on "
                 "every rank first: under FSDP pass state_dict=get_model_state_dict(model, options=StateDictOptions("
                 "full_state_dict=True)) of torch.distributed.checkpoint.state_dict; under DeepSpeed ZeRO-3 save within "
                 "deepspeed.zero.GatheredParameters(list(model.parameters()))"
@@ -189,7 +189,7 @@ def checked_values(
     own = {key for key in values if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
     trained = {*own, *biases, *_saved_whole(model, adapter_name)}
     loaded = {key if key in values else key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
-    # Biases of a state dict that this program made are taken as PEFT takes them.
+    # Biases of a state dict that was not read from a folder are accepted, as PEFT does.
     made_here = config.file is None
     trained |= {key for key in values if made_here and key.endswith(".bias") and not _SECOND_BIAS.search(key)}
     if config.bias == "all" or made_here:
@@ -286,7 +286,9 @@ def _check_factors(model: nn.Module, adapter_name: str, values: Mapping[str, Ten
         keys = (f"{path}.{vector}.{adapter_name}" for vector in VECTORS)
         loaded = Vectors(*(values.get(key, vector) for key, vector in zip(keys, own, strict=True)))
         if any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in loaded):
-            weight = weight_at_hand(layer.get_base_layer(), layer.parameter_name) if layer.kind.has_weight else None
+            weight = (
+                weight_at_hand(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
+            )
             if not are_finite(adapted.factors(Vectors(*(vector.to(adapted.w) for vector in loaded)), weight)):
                 raise ValueError(
                     f"{layer.name}: magnitude, lambda_b and lambda_d in the adapter are so large that outputs would "

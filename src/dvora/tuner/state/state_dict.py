@@ -17,15 +17,15 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
 
     Args:
         model: with the adapter.
-        config: of the adapter; it is given the probes of this base, which it is saved with next.
+        config: of the adapter; the fingerprints of this base are set, to be saved with it.
         adapter_name: of the adapter.
         vectors: by their keys in the model's state dict.
 
     Raises:
-        ValueError: this process has a part of a vector only.
+        ValueError: this process has only a shard of a vector.
     """
     check_whole(vectors)
-    config.measured_probes = {layer.name: layer.present_probes() for layer in layers_of(model, adapter_name)}
+    config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed
