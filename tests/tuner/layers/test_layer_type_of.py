@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
-from dvora.tuner.layers.layer_types import FORWARD_ONLY, KINDS, kind_of, padding_column, parameter_kind
+from dvora.tuner.layers.layer_types import FORWARD_ONLY, LAYER_TYPES, layer_type_of, padding_column, parameter_type
 
 LAYERS = {
     nn.Linear: lambda: nn.Linear(3, 5),
@@ -37,31 +37,31 @@ class Squared(nn.Conv2d):
 
 
 def test_every_row_of_the_table_is_tried_here() -> None:
-    assert LAYERS.keys() == KINDS.keys()
+    assert LAYERS.keys() == LAYER_TYPES.keys()
 
 
 @pytest.mark.parametrize("layer_type", LAYERS, ids=lambda t: t.__name__)
 def test_a_layer_is_of_the_kind_of_its_type(layer_type: type[nn.Module]) -> None:
-    assert kind_of(LAYERS[layer_type](), "layer") is KINDS[layer_type]
+    assert layer_type_of(LAYERS[layer_type](), "layer") is LAYER_TYPES[layer_type]
 
 
 def test_a_subclass_that_computes_the_same_is_of_its_parents_kind() -> None:
     class Named(nn.Linear):
         pass
 
-    assert kind_of(Named(3, 5), "layer") is KINDS[nn.Linear]
-    assert kind_of(parametrizations.weight_norm(nn.Linear(3, 5)), "layer") is KINDS[nn.Linear]
+    assert layer_type_of(Named(3, 5), "layer") is LAYER_TYPES[nn.Linear]
+    assert layer_type_of(parametrizations.weight_norm(nn.Linear(3, 5)), "layer") is LAYER_TYPES[nn.Linear]
 
 
 def test_a_subclass_that_computes_something_else_is_read_through_its_forward() -> None:
-    assert kind_of(Halved(3, 5), "layer") is FORWARD_ONLY
+    assert layer_type_of(Halved(3, 5), "layer") is FORWARD_ONLY
 
 
 def test_a_forward_that_was_replaced_is_read_as_it_is() -> None:
     layer = nn.Linear(3, 5)
     layer.forward = Halved(3, 5).forward
-    assert kind_of(layer, "layer") is FORWARD_ONLY
-    assert kind_of(add_hook_to_module(nn.Linear(3, 5), ModelHook()), "layer") is KINDS[nn.Linear]
+    assert layer_type_of(layer, "layer") is FORWARD_ONLY
+    assert layer_type_of(add_hook_to_module(nn.Linear(3, 5), ModelHook()), "layer") is LAYER_TYPES[nn.Linear]
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
@@ -76,28 +76,31 @@ def test_a_layer_without_values_is_refused_by_name(sizes: tuple[int, int]) -> No
 
 def test_a_convolution_that_computes_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match="a of type Squared is not supported"):
-        kind_of(Squared(2, 2, 1), "a")
+        layer_type_of(Squared(2, 2, 1), "a")
 
 
 def test_another_type_is_refused_with_the_supported_types() -> None:
     with pytest.raises(
         TypeError, match=r"a\.b of type ConvTranspose1d is not supported; .*torch's Linear, .*transformers's Conv1D"
     ):
-        kind_of(nn.ConvTranspose1d(1, 1, 1), "a.b")
+        layer_type_of(nn.ConvTranspose1d(1, 1, 1), "a.b")
 
 
 def test_a_scaled_embedding_is_an_embedding() -> None:
-    assert kind_of(BartScaledWordEmbedding(9, 4, padding_idx=0, embed_scale=2.0), "layer") is KINDS[nn.Embedding]
+    assert (
+        layer_type_of(BartScaledWordEmbedding(9, 4, padding_idx=0, embed_scale=2.0), "layer")
+        is LAYER_TYPES[nn.Embedding]
+    )
 
 
 def test_an_embedding_that_does_more_than_look_up_is_refused() -> None:
     with pytest.raises(TypeError, match=r"p of type BartLearnedPositionalEmbedding does more than look its entries up"):
-        kind_of(BartLearnedPositionalEmbedding(9, 4), "p")
+        layer_type_of(BartLearnedPositionalEmbedding(9, 4), "p")
 
 
 def test_an_embedding_that_changes_its_table_is_refused() -> None:
     with pytest.raises(ValueError, match=r"e: the embedding renormalises .*max_norm=1.0"):
-        kind_of(nn.Embedding(9, 4, max_norm=1.0), "e")
+        layer_type_of(nn.Embedding(9, 4, max_norm=1.0), "e")
 
 
 def test_only_the_padding_entry_of_an_embedding_is_skipped() -> None:
@@ -108,4 +111,4 @@ def test_only_the_padding_entry_of_an_embedding_is_skipped() -> None:
 
 def test_a_vector_is_no_parameter_to_adapt() -> None:
     with pytest.raises(TypeError, match=r"m\.scale has shape \(4,\)"):
-        parameter_kind(nn.Module(), torch.ones(4), "m.scale")
+        parameter_type(nn.Module(), torch.ones(4), "m.scale")
