@@ -16,8 +16,7 @@ from ray.train import Checkpoint, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 import dvora
-from dvora.ranks import check_ranks_agree
-from dvora.training import parameter_groups
+from dvora.training import check_ranks_agree, parameter_groups
 from examples.checks import folder_bytes, frozen_digest, require
 from examples.report import report
 from examples.reviews import batches, classifier, loss_of, part_of, score
