@@ -1,4 +1,4 @@
-"""How the documentation's pictures look: one colour a method, for light and dark pages, as SVG whose text stays text."""
+"""How the pictures of the documentation look: one colour a method, on light and dark pages, with text that stays text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +32,10 @@ METHODS = {
 """By method; of a brightness between those of a white page and a dark one, so that both can have the same."""
 FAINT = "#8b90a0"
 """Of lines that guide the eye, and of what has no colour of its own."""
-_DARK = {name: "#d9dbe2" for name in ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")}
+_DARK = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), "#d9dbe2")
 _COMMON = {
     "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "axes.edgecolor": FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,

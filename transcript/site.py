@@ -13,6 +13,7 @@ import typer
 from mkdocs.plugins import event_priority
 
 from dvora.cli.app import app
+from dvora.recipes.data import columns as names
 from dvora.recipes.settings import Settings
 from examples.catalogue import CATALOGUE
 
@@ -65,6 +66,19 @@ def settings() -> str:
     return "\n".join(lines)
 
 
+def columns() -> str:
+    """Rows of a table: the names by which a column is recognised."""
+    found = {
+        "the text": names.TEXT,
+        "the first of two texts": names.FIRST_TEXT,
+        "the second": names.SECOND_TEXT,
+        "a class": names.CLASS,
+        "a number": names.NUMBER,
+        "a language model's text or chat": names.LANGUAGE,
+    }
+    return "\n".join(f"| {what} | {', '.join(f'`{name}`' for name in known)} |" for what, known in found.items())
+
+
 def examples() -> str:
     """The code of each example, and of the files that they share."""
     sections = []
@@ -98,6 +112,7 @@ def _cell(text: str) -> str:
 MARKERS: dict[str, Callable[[], str]] = {
     "<!-- commands -->": commands,
     "<!-- settings -->": settings,
+    "<!-- columns -->": columns,
     "<!-- examples -->": examples,
 }
 """Comments in pages, and what takes their place."""

@@ -207,9 +207,7 @@ def _cost(result: Result, task: str, arm: str, what: str) -> float | None:
     return result.step(task, arm)
 
 
-def _panels(
-    tasks: Sequence[str], columns: int, height: float, sharey: bool = False
-) -> tuple[Figure, dict[Axes, str]]:
+def _panels(tasks: Sequence[str], columns: int, height: float, sharey: bool = False) -> tuple[Figure, dict[Axes, str]]:
     """A figure as wide as a page with one panel a task, of this height in inches."""
     columns = max(1, min(columns, len(tasks)))
     lines = -(-len(tasks) // columns)
