@@ -1,4 +1,4 @@
-"""How the pictures of the documentation look: one colour a method, on light and dark pages, with text that stays text."""
+"""How pictures of the documentation look: one colour a method, on light and dark pages, with text that stays text."""
 
 from collections.abc import Callable
 from pathlib import Path

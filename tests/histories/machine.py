@@ -11,6 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tests.histories import (  # noqa: F401  # they enter their operations
+    interruptions,
+    merges,
+    passes,
+    states,
+    threads,
+    writes,
+)
 from tests.histories.checks import check
 from tests.histories.operations import OPERATIONS, Case
 from tests.histories.refusals import REFUSALS
