@@ -11,10 +11,9 @@ Dimensions: T tokens, O out, P partial sums.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..annotations import Float
 
