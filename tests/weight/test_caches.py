@@ -23,7 +23,7 @@ both = pytest.mark.parametrize("make", [plain, in_peft])
 
 def factors(subject: Subject) -> RowFactors | None:
     """Those that the layer's cache holds."""
-    kept = subject.adapted._last._kept
+    kept = subject.adapted._eval_cache._kept
     return None if kept is None else kept.factors
 
 
