@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exactness import RESULT as EXACTNESS
-from benchmarks.examples import RESULT as EXAMPLES
-from benchmarks.examples import examples
+from benchmarks.examples.table import RESULT as EXAMPLES
+from benchmarks.examples.table import examples
 from benchmarks.quality.grid import read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.results import RESULT as QUALITY

@@ -18,8 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 import dvora
 from dvora.ranks import check_ranks_agree
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require
 from examples.reviews import batches, classifier, loss_of, part_of, score
 
 STEPS, BATCH, WORKERS = 6, 32, 2

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dvora
 from dvora.ranks import check_ranks_agree
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
 from examples.reviews import Batch, batches, classifier, largest_difference, loss_of, part_of, score, trained
 
 STEPS, BATCH = 8, 32

@@ -11,9 +11,9 @@ from tiny import dvora_layers, same_bits
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from benchmarks import models
-from benchmarks.fetch import cache_folder
 from dvora import DVoRAConfig
+from materials import models
+from materials.fetch import cache_folder
 
 IDS = torch.arange(1000, 1008).view(1, 8)
 
@@ -21,7 +21,7 @@ IDS = torch.arange(1000, 1008).view(1, 8)
 def smollm2() -> nn.Module:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if not (cache_folder() / models.SMOLLM2_FOLDER).is_dir():
-        pytest.skip("SmolLM2 is not in the cache; benchmarks.models.smollm2() would make it")
+        pytest.skip("SmolLM2 is not in the cache; materials.models.smollm2() would make it")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return AutoModelForCausalLM.from_pretrained(
         models.smollm2(), quantization_config=nf4, dtype=torch.float32, device_map="cpu"
