@@ -32,7 +32,7 @@ conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle
 	$(PY) -m conformance $(ARGS)
 
 fuzz: setup  ## the long runs: histories of surgery and of state, every damaged adapter folder, 140 kills of commands
-	$(PY) -m pytest --fuzz tests/histories tests/tuner/surgery tests/tuner/test_fuzzed_folders.py tests/hardening
+	$(PY) -m pytest --fuzz tests/histories tests/tuner/surgery tests/tuner/state/test_fuzzed_folders.py tests/hardening
 
 lint: setup
 	$(PY) -m ruff check .

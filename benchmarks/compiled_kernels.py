@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.environment import environment
-from dvora.triton_kernels import combine as triton_combine
-from dvora.triton_kernels import kronecker as triton_kronecker
+from dvora.ops.triton import combine as triton_combine
+from dvora.ops.triton import kronecker as triton_kronecker
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.json"
 TARGET = GPUTarget("cuda", 90, 32)

@@ -24,8 +24,6 @@ def model_folder(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-# transformers deprecates a property that PEFT still asks for.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("code", EXAMPLES, ids=["PEFT", "one layer", "functions", "adapters", "speed", "training"])
 def test_the_examples_run(code: str, model_folder: str, tmp_path: Path) -> None:
     exec(code, {"model_folder": model_folder, "adapter_folder": str(tmp_path / "adapter")})

@@ -2,7 +2,8 @@
 
 import ast
 import re
-import sys
+from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,175 +14,25 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "dvora"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# A module may import from those above it only.
-ORDER = [
-    "shapes",
-    "imported",
-    "precision",
-    "transforms",
-    "devices",
-    "scratch",
-    "wide",
-    "sums",
-    "generator",
-    "spans",
-    "triton_kernels.combine",
-    "triton_kernels.kronecker",
-    "triton_kernels",
-    "scaled_product",
-    "dense_rows",
-    "dense_store",
-    "dense",
-    "vera_matrices",
-    "kronecker",
-    "structured_rows",
-    "structured",
-    "siblings",
-    "projections",
-    "row_change",
-    "functional",
-    "norms",
-    "small_rows",
-    "kernels.combine",
-    "kernels.gain",
-    "kernels.updated",
-    "kernels",
-    "routes",
-    "layouts",
-    "validation",
-    "evaluated",
-    "last_input",
-    "measured",
-    "parts",
-    "adapted_weight",
-    "diagnostics",
-    "linear_outputs",
-    "combining",
-    "merging",
-    "shared",
-    "adapter",
-    "tuner.expressions",
-    "tuner.vectors",
-    "tuner.operations",
-    "tuner.kinds",
-    "tuner.operating_weight",
-    "tuner.base",
-    "tuner.restoring",
-    "tuner.merges",
-    "tuner.mergeable",
-    "tuner.rows",
-    "tuner.outputs",
-    "tuner.layer",
-    "tuner.parameters",
-    "tuner.files",
-    "tuner.config_checks",
-    "tuner.config",
-    "tuner.targets",
-    "tuner.base_probes",
-    "tuner.injection",
-    "tuner.checks",
-    "tuner.combining",
-    "tuner.merging",
-    "tuner.mixed_batch",
-    "tuner.loading",
-    "tuner.saving",
-    "tuner.hotswap",
-    "tuner.model",
-    "tuner.converted",
-    "tuner.to_dense",
-    "tuner.to_dora",
-    "tuner.from_vera",
-    "tuner.registration",
-    "tuner",
-    "training",
-    "ranks",
-    "peft_hook",
-    "",
-    "rebuilt",
-    "doctor.findings",
-    "doctor.watched",
-    "doctor.layer_checks",
-    "doctor.model_checks",
-    "doctor.training_checks",
-    "doctor.round_trip",
-    "doctor",
-    "pages",
-    "pages.cells",
-    "pages.pictures",
-    "pages.page",
-    "analysis.measures",
-    "analysis",
-    "analysis.pictures",
-    "analysis.page",
-    "recipes.files",
-    "recipes.hub",
-    "recipes.nearest",
-    "recipes.adapter_folder",
-    "recipes.settings",
-    "recipes.bases",
-    "recipes.run_folder",
-    "recipes.encodings",
-    "recipes.tables",
-    "recipes.columns",
-    "recipes.labels",
-    "recipes.splits",
-    "recipes.images",
-    "recipes.examples",
-    "recipes.data",
-    "recipes.metrics",
-    "recipes.chats",
-    "recipes.tasks",
-    "recipes.computing",
-    "recipes.evaluation",
-    "recipes.methods",
-    "recipes.processes",
-    "recipes.records",
-    "recipes.checkpoints",
-    "recipes.watching",
-    "recipes.trainers",
-    "recipes.training",
-    "recipes.architectures",
-    "recipes.adapters",
-    "recipes.inputs",
-    "recipes.inspection",
-    "recipes.counting",
-    "recipes.conversion",
-    "recipes.merging",
-    "recipes.speed",
-    "recipes.other_files",
-    "recipes.judging",
-    "recipes.inputs_to_predict",
-    "recipes.prediction",
-    "recipes.row_files",
-    "recipes.generation",
-    "recipes.examining",
-    "recipes.analyzing",
-    "recipes.outcomes",
-    "recipes.run_pictures",
-    "recipes.run_page",
-    "recipes",
-    "cli.streams",
-    "cli.errors",
-    "cli.output",
-    "cli.progress",
-    "cli.train",
-    "cli.doctor",
-    "cli.analyze",
-    "cli.report",
-    "cli.inspect",
-    "cli.count",
-    "cli.merge",
-    "cli.convert",
-    "cli.bench",
-    "cli.evaluate",
-    "cli.predict",
-    "cli.generate",
-    "cli.app",
-    "cli.__main__",
-    "cli",
-]
+# The rooms, and what a file of each may import beside its own room.
+BELOW_TUNER = ["ops", "matrices", "method", "engines", "weight"]
+ROOMS = {
+    "ops": [],
+    "matrices": ["ops"],
+    "method": ["ops", "matrices"],
+    "engines": ["ops", "matrices", "method"],
+    "weight": ["ops", "matrices", "method", "engines"],
+    "training": BELOW_TUNER,
+    "tuner": BELOW_TUNER,
+    "tools": [*BELOW_TUNER, "training", "tuner"],
+    "recipes": [*BELOW_TUNER, "training", "tuner", "tools"],
+    "cli": [*BELOW_TUNER, "training", "tuner", "tools", "recipes"],
+}
+ADDRESSES = {"__init__.py", "peft_hook.py", "functional.py", "doctor.py", "analysis.py"}
+"""Of the package itself: what users import, from the rooms beneath."""
+PLAIN = {*BELOW_TUNER, "training"}
+"""Rooms of the plain layer."""
 FILES = sorted(SOURCE.rglob("*.py"))
-NEED_PEFT = {"tuner", "rebuilt.py", "doctor", "pages", "analysis", "recipes", "cli"}
 
 
 def module_name(path: Path) -> str:
@@ -189,18 +40,18 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
+MODULES = {module_name(path) for path in FILES}
+
+
 def imported_modules(path: Path) -> set[str]:
-    """Names, relative to the package, of the modules that a file imports anywhere in it."""
+    """Names, relative to the package, of the modules that a file imports anywhere in it; "" is the package itself."""
     package = path.relative_to(SOURCE).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            start = package[: len(package) - node.level + 1]
-            base = [*start, *(node.module.split(".") if node.module else [])]
-            if node.module:
-                found.add(".".join(base))
-            else:
-                found |= {".".join([*base, alias.name]) for alias in node.names}
+            base = ".".join([*package[: len(package) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+            names = {f"{base}.{alias.name}".strip(".") for alias in node.names}
+            found |= {name if name in MODULES else base for name in names}
     return found
 
 
@@ -214,25 +65,38 @@ def top_level_imports(path: Path) -> set[str]:
     return names
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert sorted(map(module_name, FILES)) == sorted(ORDER)
+def room(path: Path) -> str:
+    """The room of a file; of those of the package itself, their name."""
+    return path.relative_to(SOURCE).parts[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_go_one_way_only(path: Path) -> None:
-    place = ORDER.index(module_name(path))
-    later = {name for name in imported_modules(path) if name in ORDER and ORDER.index(name) >= place}
-    assert not later, f"{module_name(path)} imports {later}, which come after it"
+def test_every_file_is_in_a_room() -> None:
+    assert {room(path) for path in FILES} == {*ROOMS, *ADDRESSES}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in FILES if not {"tuner", "rebuilt.py", "doctor", "pages", "analysis", "recipes", "cli"} & {*p.parts}],
-    ids=module_name,
-)
-def test_the_plain_layer_needs_torch_and_numpy_only(path: Path) -> None:
-    allowed = {"numpy", "torch", *sys.stdlib_module_names}
-    assert top_level_imports(path) <= (allowed | {"triton"} if path.parent.name == "triton_kernels" else allowed)
+@pytest.mark.parametrize("path", [path for path in FILES if room(path) in ROOMS], ids=module_name)
+def test_a_room_imports_those_before_it_only(path: Path) -> None:
+    # The package itself stands for its version, which is no import of a room.
+    allowed = {"", room(path), *ROOMS[room(path)]}
+    others = {name for name in imported_modules(path) if name.partition(".")[0] not in allowed}
+    assert not others, f"{module_name(path)} imports {others}; {room(path)} may import {sorted(allowed - {''})}"
+
+
+def folder(module: str) -> str:
+    """The folder within a room that a module is in; of one in the room itself, its own name."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 else module
+
+
+@pytest.mark.parametrize("place", [str, folder], ids=["files", "folders"])
+def test_imports_go_one_way_within_a_room(place: Callable[[str], str]) -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        # A room's `__init__` only names what is in it.
+        if path.name != "__init__.py":
+            name = place(module_name(path))
+            graph.setdefault(name, set()).update({place(each) for each in imported_modules(path)} - {name, ""})
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -257,8 +121,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         dvora.no_such_name  # noqa: B018
 
 
-def test_the_readme_maps_every_source_file() -> None:
-    table = README.partition("## Map")[2].partition("\n## ")[0]
-    mapped = set(re.findall(r"^ *(?:src/dvora/)?([\w/]+\.py) ", table, flags=re.MULTILINE))
-    files = {path.relative_to(SOURCE).as_posix() for path in FILES}
-    assert files <= mapped, files - mapped
+def test_contributing_maps_every_room() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    folders = {path.parent.relative_to(SOURCE).as_posix() for path in FILES} - {"."}
+    missing = {folder for folder in folders if f"{folder}/" not in contributing}
+    assert not missing, missing

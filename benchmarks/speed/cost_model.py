@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from dvora.dense import keeps_slopes
-from dvora.kronecker import block_rows, factors_of_rows, factors_of_size, operations
-from dvora.norms import cache_dtype
-from dvora.routes import pays
+from dvora.matrices.dense import keeps_slopes
+from dvora.matrices.kronecker import block_rows, factors_of_rows, factors_of_size, operations
+from dvora.method.norm import cache_dtype
+from dvora.weight.routes import pays
 
 
 class Product(NamedTuple):

@@ -16,7 +16,7 @@ from benchmarks.speed.runner import Report
 from benchmarks.speed.steps import training_step
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
-from dvora.tuner.layer import DVoRALayer, layers_in
+from dvora.tuner.layers.layer import DVoRALayer, layers_in
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
 """in_features, out_features."""

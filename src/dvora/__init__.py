@@ -10,26 +10,30 @@ from typing import TYPE_CHECKING, Any
 from .peft_hook import register_with_peft
 
 if TYPE_CHECKING:
-    from . import functional
-    from .adapter import DVoRAAdapter
-    from .merging import MergePrecisionWarning
-    from .projections import SharedProjections
-    from .shared import are_shared_matrices_initialized, initialize_shared_matrices, reset_shared_matrices
+    from .matrices.interface import SharedProjections
+    from .method import functional
     from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
+    from .weight.adapter import DVoRAAdapter
+    from .weight.default_projections import (
+        are_shared_matrices_initialized,
+        initialize_shared_matrices,
+        reset_shared_matrices,
+    )
+    from .weight.merge import MergePrecisionWarning
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "DVoRAAdapter": "adapter",
+    "DVoRAAdapter": "weight.adapter",
     "DVoRAConfig": "tuner",
     "DVoRAModel": "tuner",
-    "MergePrecisionWarning": "merging",
-    "SharedProjections": "projections",
-    "are_shared_matrices_initialized": "shared",
+    "MergePrecisionWarning": "weight.merge",
+    "SharedProjections": "matrices.interface",
+    "are_shared_matrices_initialized": "weight.default_projections",
     "hotswap_adapter": "tuner",
-    "initialize_shared_matrices": "shared",
+    "initialize_shared_matrices": "weight.default_projections",
     "merged": "tuner",
-    "reset_shared_matrices": "shared",
+    "reset_shared_matrices": "weight.default_projections",
 }
 """Where each name is."""
 

@@ -1,294 +1,41 @@
-"""The method as pure functions: magnitude and direction of a weight (DoRA) adapted by shared random matrices (VeRA).
+"""The method as pure functions: the public address of `dvora.method.functional`."""
 
-    w  = ||W||_row
-    V' = W + diag(beta) B diag(lambda_d) A          beta = c w lambda_b ("unit") or c lambda_b ("weight")
-    n  = ||V'||_row,   g = m / n,   W' = diag(g) V'
-    y  = x W'^T + bias
+from .method.functional import (
+    DIRECTIONS,
+    DenseTerms,
+    Direction,
+    NormTerms,
+    RowFactors,
+    Vectors,
+    combine,
+    delta_weight,
+    dvora_linear,
+    gain,
+    merged_weight,
+    norm_terms,
+    rescaled_delta,
+    row_angle,
+    row_factors,
+    row_norm,
+    row_scale,
+)
 
-W, A and B are frozen, so the norm needs no dense update:
-
-    C     = B * (W A^T),  G = A A^T                        constants
-    cross = C lambda_d,   q = rowsum((U G) * U),  U = B diag(lambda_d)
-    n**2  = w**2 + 2 beta cross + beta**2 q
-
-PyTorch differentiates these functions; `kernels` has the same ones with gradients in closed form.
-
-Dimensions: T tokens, I in, O out, R rank. lambda_b, lambda_d and their sizes are those of the VeRA paper
-(arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
-"""
-
-from contextlib import nullcontext
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
-
-import torch
-from torch import Tensor
-
-from .precision import as_dtype, norm_dtype
-from .row_change import RowChange, indices_if_any, measured_ratio, nearly_cancelled, row_change
-from .shapes import Float
-
-Direction = Literal["unit", "weight"]
-DIRECTIONS: tuple[str, ...] = get_args(Direction)
-
-
-class Vectors(NamedTuple):
-    """The trained vectors of one adapted weight."""
-
-    magnitude: Float[Tensor, "O"]
-    lambda_b: Float[Tensor, "O"]
-    lambda_d: Float[Tensor, "R"]
-
-    def to(self, dtype: torch.dtype) -> "Vectors":
-        """The vectors in another dtype: themselves where it is theirs."""
-        return Vectors(*(as_dtype(vector, dtype) for vector in self))
-
-
-class RowFactors(NamedTuple):
-    """What the rows of one adapted weight are rescaled with."""
-
-    gain_minus_one: Float[Tensor, "O"]
-    """`g - 1 = m / n - 1` without cancellation: exactly zero where nothing was trained."""
-    scale: Float[Tensor, "O"]
-    """`g beta`, of the low-rank product."""
-    gain: Float[Tensor, "O"]
-    """`g` with its digits also where it is far below one; its gradient goes through `gain_minus_one`."""
-    beta: Float[Tensor, "O"]
-    """That of the update itself."""
-
-
-FAR = 1e12
-"""Vectors with larger values may give factors that are not finite; others do not."""
-
-
-def are_finite(factors: RowFactors) -> bool:
-    """Whether all factors are finite."""
-    return all(bool(factor.isfinite().all()) for factor in factors)
-
-
-@runtime_checkable
-class NormTerms(Protocol):
-    """What the norm needs to know of one frozen weight."""
-
-    @property
-    def w(self) -> Float[Tensor, "O"]:
-        """Row norms of W."""
-
-    def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-        """`cross` and `q`."""
-
-    def updated_rows(
-        self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
-    ) -> Float[Tensor, "N I"] | None:
-        """Rows of V' by index, dense, in float64; None where the weight is not at hand."""
-
-
-class DenseTerms(NamedTuple):
-    """The terms of a weight with given matrices; made by `norm_terms`."""
-
-    w: Float[Tensor, "O"]
-    C: Float[Tensor, "O R"]
-    G: Float[Tensor, "R R"]
-    weight: Float[Tensor, "O I"]
-    A: Float[Tensor, "R I"]
-    B: Float[Tensor, "O R"]
-
-    def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-        """`cross` and `q`."""
-        U = self.B * lambda_d
-        return self.C @ lambda_d, torch.linalg.vecdot(U @ self.G, U)
-
-    def updated_rows(
-        self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
-    ) -> Float[Tensor, "N I"]:
-        """Rows of V' by index, dense, in float64."""
-        update = (beta.double()[:, None] * self.B[rows].double() * lambda_d.double()) @ self.A.double()
-        return self.weight[rows].double() + update
-
-
-def row_norm(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
-    """Euclidean norm of each row, in float32 (float64 for a float64 weight)."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=norm_dtype(weight.dtype))
-    return norms
-
-
-def norm_terms(weight: Float[Tensor, "O I"], A: Float[Tensor, "R I"], B: Float[Tensor, "O R"]) -> DenseTerms:
-    """The constants of a weight's norm, in the dtype of A and B; differentiable in the weight."""
-    wide = weight.to(A.dtype)
-    return DenseTerms(row_norm(wide), B * (wide @ A.T), A @ A.T, wide, A, B)
-
-
-def row_scale(
-    lambda_b: Float[Tensor, "O"], w: Float[Tensor, "O"], scaling: float, direction: Direction
-) -> Float[Tensor, "O"]:
-    """beta, the scale of each row's update: added to the unit rows W / w ("unit") or to W itself ("weight")."""
-    return scaling * w * lambda_b if direction == "unit" else scaling * lambda_b
-
-
-def relative_norm(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> RowChange:
-    """How the update changes the row norms, from vectors alone; zero rows of W stay as they are."""
-    change = row_change(norm.w, *norm.terms(lambda_d), beta)
-    near = indices_if_any(nearly_cancelled(change))
-    updated = None if near is None else norm.updated_rows(near, beta[near], lambda_d)
-    if near is None or updated is None:
-        return change
-    return change.measured(near, measured_ratio(updated, norm.w[near]))
-
-
-def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
-    """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
-    (cross, q), w2 = norm.terms(lambda_d), norm.w.square()
-    # atan2 of the parts across and along the row: arccos would lose half the digits of a small angle.
-    across = beta.abs() * (q * w2 - cross.square()).clamp_min(0).sqrt()
-    return torch.where(norm.w > 0, torch.atan2(across, w2 + beta * cross), 0.0)
-
-
-def row_factors(vectors: Vectors, norm: NormTerms, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:
-    """What the rows are rescaled with, from the vectors and the norm.
-
-    Args:
-        vectors: magnitude, lambda_b, lambda_d.
-        norm: of the frozen weight.
-        beta: of `row_scale`.
-        detach_norm: leave the gradient through n out (DoRA, section 4.3).
-    """
-    with torch.no_grad() if detach_norm else nullcontext():
-        change = relative_norm(norm, vectors.lambda_d, beta)
-    return factors_of_change(vectors.magnitude, norm.w.detach() if detach_norm else norm.w, beta, change)
-
-
-def factors_of_change(
-    magnitude: Float[Tensor, "O"], w: Float[Tensor, "O"], beta: Float[Tensor, "O"], change: RowChange
-) -> RowFactors:
-    """`g - 1 = (m / k - u - change / (u + h)) / h`, and `g beta = m (beta / k) / h`; g = 1 for a zero row."""
-    k, u, _, difference, h = change
-    live, m = w > 0, magnitude / k
-    gain_minus_one = torch.where(live, (m - u - difference / (u + h)) / h, 0.0)
-    # g times beta by itself would have no digits where g is far below one.
-    scale = torch.where(live, magnitude * (beta / k) / h, beta)
-    gain = torch.where(live, m / h, 1.0).detach()
-    return RowFactors(gain_minus_one, scale, gain, beta)
-
-
-def combine(
-    base_output: Float[Tensor, "*T O"],
-    update: Float[Tensor, "*T O"],
-    gain_minus_one: Float[Tensor, "O"],
-    bias: Float[Tensor, "O"] | None,
-) -> Float[Tensor, "*T O"]:
-    """`g x W^T + update + bias` from a base output that already holds the bias; in the base output's dtype.
-
-    The gain enters as `g` on the outputs and as `g - 1` on the bias, so that `g = 1` returns the base's own bits.
-    Several adapters on one weight add up: pass the sums of their updates and of their `g - 1`.
-
-    Args:
-        base_output: `x W^T + bias`.
-        update: `g beta ((x A^T) lambda_d) B^T`.
-        gain_minus_one: `g - 1`, float32 or float64.
-        bias: the base's, or None.
-    """
-    y = torch.addcmul(update, base_output, 1 + gain_minus_one)
-    if bias is not None:
-        y = y - gain_minus_one * bias
-    return y.to(base_output.dtype)
-
-
-def rescaled_delta(
-    weight: Float[Tensor, "O I"],
-    A: Float[Tensor, "R I"],
-    B: Float[Tensor, "O R"],
-    lambda_d: Float[Tensor, "R"],
-    factors: RowFactors,
-) -> Float[Tensor, "O I"]:
-    """`W' - W = (g - 1) W + g beta B diag(lambda_d) A`, dense, in the dtype of the gain; exactly zero if untrained."""
-    scale = factors.scale[:, None]
-    return factors.gain_minus_one[:, None] * weight.to(scale.dtype) + (scale * B * lambda_d) @ A
-
-
-def gain(
-    weight: Float[Tensor, "O I"],
-    A: Float[Tensor, "R I"],
-    B: Float[Tensor, "O R"],
-    vectors: Vectors,
-    norm: DenseTerms | None = None,
-    *,
-    scaling: float = 1.0,
-    direction: Direction = "unit",
-    detach_norm: bool = False,
-) -> Float[Tensor, "O"]:
-    """`g = m / n` of every row; one for a zero row of W.
-
-    Args:
-        weight: W, (O, I).
-        A, B: shared matrices, in the dtype of the vectors.
-        vectors: magnitude, lambda_b, lambda_d.
-        norm: `norm_terms(weight, A, B)`; made here when left out.
-        scaling: c = alpha / rank.
-        direction: "unit" or "weight".
-        detach_norm: leave the gradient through n out (DoRA, section 4.3).
-    """
-    return 1 + _factors(weight, A, B, vectors, norm, scaling, direction, detach_norm).gain_minus_one
-
-
-def dvora_linear(
-    x: Float[Tensor, "*T I"],
-    weight: Float[Tensor, "O I"],
-    bias: Float[Tensor, "O"] | None,
-    A: Float[Tensor, "R I"],
-    B: Float[Tensor, "O R"],
-    vectors: Vectors,
-    norm: DenseTerms | None = None,
-    *,
-    scaling: float = 1.0,
-    direction: Direction = "unit",
-    detach_norm: bool = False,
-) -> Float[Tensor, "*T O"]:
-    """`torch.nn.functional.linear(x, weight, bias)` with the weight adapted. Other arguments as for `gain`."""
-    factors = _factors(weight, A, B, vectors, norm, scaling, direction, detach_norm)
-    z = x @ A.to(x.dtype).T
-    update = factors.scale * ((z * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T)
-    return combine(torch.nn.functional.linear(x, weight, bias), update, factors.gain_minus_one, bias)
-
-
-def delta_weight(
-    weight: Float[Tensor, "O I"],
-    A: Float[Tensor, "R I"],
-    B: Float[Tensor, "O R"],
-    vectors: Vectors,
-    norm: DenseTerms | None = None,
-    *,
-    scaling: float = 1.0,
-    direction: Direction = "unit",
-) -> Float[Tensor, "O I"]:
-    """`W' - W`, dense, in the dtype of the vectors. Arguments as for `gain`."""
-    factors = _factors(weight, A, B, vectors, norm, scaling, direction, detach_norm=False)
-    return rescaled_delta(weight, A, B, vectors.lambda_d, factors)
-
-
-def merged_weight(
-    weight: Float[Tensor, "O I"],
-    A: Float[Tensor, "R I"],
-    B: Float[Tensor, "O R"],
-    vectors: Vectors,
-    norm: DenseTerms | None = None,
-    *,
-    scaling: float = 1.0,
-    direction: Direction = "unit",
-) -> Float[Tensor, "O I"]:
-    """`W'`, dense, in the dtype of the vectors; W to the last bit if untrained. Arguments as for `gain`."""
-    delta = delta_weight(weight, A, B, vectors, norm, scaling=scaling, direction=direction)
-    return weight.to(delta.dtype) + delta
-
-
-def _factors(
-    weight: Float[Tensor, "O I"],
-    A: Float[Tensor, "R I"],
-    B: Float[Tensor, "O R"],
-    vectors: Vectors,
-    norm: DenseTerms | None,
-    scaling: float,
-    direction: Direction,
-    detach_norm: bool,
-) -> RowFactors:
-    """What the rows are rescaled with, from the whole layer."""
-    norm = norm or norm_terms(weight, A, B)
-    return row_factors(vectors, norm, row_scale(vectors.lambda_b, norm.w, scaling, direction), detach_norm)
+__all__ = [
+    "DIRECTIONS",
+    "DenseTerms",
+    "Direction",
+    "NormTerms",
+    "RowFactors",
+    "Vectors",
+    "combine",
+    "delta_weight",
+    "dvora_linear",
+    "gain",
+    "merged_weight",
+    "norm_terms",
+    "rescaled_delta",
+    "row_angle",
+    "row_factors",
+    "row_norm",
+    "row_scale",
+]

@@ -19,7 +19,6 @@ ARMS = [BASE, FULL, *(Arm(m, 4) for m in ("LoRA", "DoRA", "VeRA", "RandLoRA", "d
 
 # transformers deprecates a property that PEFT still asks for, and its own name for a cache.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
 

@@ -8,10 +8,10 @@ import pytest
 
 from dvora.cli import analyze
 from tests.cli.program import assert_refused, run
-from tests.pages.seen import PHONE, WIDE, seen
 from tests.recipes import tiny_models
 from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
+from tests.tools.pages.seen import PHONE, WIDE, seen
 
 EXAMPLES = [line.strip() for line in analyze.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 

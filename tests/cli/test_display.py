@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from dvora.cli.app import app
 from dvora.cli.predict import _table
-from dvora.recipes.inputs_to_predict import Input
-from dvora.recipes.prediction import Predicted
+from dvora.recipes.data.inputs_to_predict import Input
+from dvora.recipes.finished.prediction import Predicted
 from tests.cli.program import run
 from tests.recipes import tiny_models
 

@@ -19,7 +19,7 @@ from dvora.cli.evaluate import evaluate
 from dvora.cli.generate import generate
 from dvora.cli.predict import predict
 from dvora.recipes.settings import Settings
-from dvora.recipes.training import train
+from dvora.recipes.training.run import train
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent

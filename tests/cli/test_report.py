@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import report
-from dvora.recipes.judging import unchanged_data
-from dvora.recipes.outcomes import outcomes
-from dvora.recipes.prediction import Predictor
+from dvora.recipes.finished.evaluate_again import unchanged_data
+from dvora.recipes.finished.outcomes import outcomes
+from dvora.recipes.finished.prediction import Predictor
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import assert_refused, run
-from tests.pages.seen import PHONE, WIDE, seen
 from tests.recipes import tiny_data, tiny_models
 from tests.recipes.finished_runs import DATA, finished
+from tests.tools.pages.seen import PHONE, WIDE, seen
 
 EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 SECTIONS = ["What was trained", "How it went", "How good it is"]

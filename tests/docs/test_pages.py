@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fresh import FRESH
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 import dvora
-from tests.pages.seen import PHONE, WIDE, seen
+from tests.fresh import FRESH
 from tests.recipes import tiny_models
+from tests.tools.pages.seen import PHONE, WIDE, seen
 from transcript.__main__ import BLOCK, PAGES, SHELL, commands, recorded
 
 ROOT = Path(__file__).parent.parent.parent

@@ -38,10 +38,10 @@ def load_everything() -> None:
     from transformers import BertForSequenceClassification, PreTrainedTokenizerFast, Trainer
 
     import dvora.cli.app
-    import dvora.recipes.conversion
-    import dvora.recipes.inspection
-    import dvora.recipes.merging
-    import dvora.recipes.training
+    import dvora.recipes.adapters_at_rest.conversion
+    import dvora.recipes.adapters_at_rest.inspection
+    import dvora.recipes.adapters_at_rest.merging
+    import dvora.recipes.training.run
     from tests.recipes import saved_adapters
 
     used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)

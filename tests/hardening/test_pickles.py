@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvora.recipes.checkpoints import checkpoints, mark_complete
+from dvora.recipes.training.checkpoints import checkpoints, mark_complete
 from tests.hardening.errors import TRAIN, assert_fails, assert_told
 from tests.hardening.forks import Forks
 

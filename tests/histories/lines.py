@@ -33,6 +33,8 @@ def at_line(number: int, action: Callable[[], object], files: Sequence[str] = ("
     Yields:
         A list that holds the lines so far, and then whether the action was called.
     """
+    # A file that was renamed would silently be left out.
+    assert all(any(Path(LIBRARY).glob(f"{file}*")) for file in files if file), files
     count, places, done = [0], tuple(f"{LIBRARY}/{file}" for file in files), False
 
     def local(frame: FrameType, event: str, argument: Any) -> Any:

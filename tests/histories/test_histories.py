@@ -14,13 +14,11 @@ LONG, LONG_SECONDS = 1000, 900
 """Histories with --fuzz at most, and seconds."""
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_after_every_operation_the_model_is_what_its_shadow_says(seed: int) -> None:
     check(History.drawn(seed, LEFT_OUT))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_many_histories(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--fuzz"):
         pytest.skip("with --fuzz")

@@ -28,7 +28,7 @@ from tests.histories.writes import (
 
 READ_ONCE = ("magnitude", "lambda_b")
 """Vectors that a pass reads once: one that is written to meanwhile gives the outputs of before or after."""
-KEEPING = ("adapted_weight", "evaluated", "measured", "siblings", "functional", "kernels/gain")
+KEEPING = ("weight/", "matrices/shared_input", "method/functional", "method/gain")
 """Files that keep what was made from values."""
 ROUNDS, READERS, MOMENTS = 25, 2, 4
 

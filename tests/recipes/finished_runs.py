@@ -6,7 +6,7 @@ from typing import Any
 
 from dvora.recipes.run_folder import Run
 from dvora.recipes.settings import Settings
-from dvora.recipes.training import train
+from dvora.recipes.training.run import train
 from tests.recipes import tiny_data
 
 DATA: dict[str, tuple[str, str, Callable[[Path], Path]]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvora.recipes.bases import load_base
+from dvora.recipes.models.bases import load_base
 from dvora.recipes.run_folder import locked, read_record, read_run, write_record
 from dvora.recipes.settings import Settings, resolved
 from tests.recipes import tiny_models

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import yaml
 
-from dvora import training
 from dvora.recipes.settings import (
     HEAD_RATE,
     LEARNING_RATES,
@@ -16,6 +15,7 @@ from dvora.recipes.settings import (
     read_settings,
     resolved,
 )
+from dvora.training import optimizer_groups as training
 
 LEAST: dict[str, Any] = {"task": "regression", "model": "a/b", "data": "x.csv"}
 

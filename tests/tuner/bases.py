@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dense import DenseSum
 from peft import PeftModel
-from reference import DenseDVoRA
-from tiny import dvora_layers
 from torch import Tensor, nn
 
 from dvora import SharedProjections
+from tests.reference import DenseDVoRA
+from tests.tuner.dense import DenseSum
+from tests.tuner.tiny import dvora_layers
 
 GROUP = 64
 """Weights that share a scale, where the format has groups; bitsandbytes' 4-bit kernels need such sizes too."""

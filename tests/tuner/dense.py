@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from reference import DenseDVoRA
-from tiny import dvora_layers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dvora import SharedProjections
 from dvora.tuner import DVoRALayer
+from tests.reference import DenseDVoRA
+from tests.tuner.tiny import dvora_layers
 
 
 class DenseSum(nn.Module):

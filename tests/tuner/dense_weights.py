@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from reference import DenseDVoRA
-from tiny import dvora_layers
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -18,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dvora import SharedProjections
 from dvora.tuner import DVoRALayer
+from tests.reference import DenseDVoRA
+from tests.tuner.tiny import dvora_layers
 
 
 class Dense(NamedTuple):

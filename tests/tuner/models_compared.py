@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from tiny import same_bits
 from torch import Tensor, nn
+
+from tests.tuner.tiny import same_bits
 
 
 class Snapshot(NamedTuple):

@@ -11,14 +11,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate import cpu_offload
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model
-from subjects import Subject, second
-from tiny import same_bits, train_vectors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dvora
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.subjects import Subject, second
+from tests.tuner.tiny import same_bits, train_vectors
 
 WORKS, REFUSED, BASE_CANNOT = "works", "refused", "the base cannot"
 READ_LAYERS = ("MultiheadAttention", "TransformerEncoderLayer", "experts", "Mixtral")

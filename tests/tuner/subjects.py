@@ -3,16 +3,16 @@
 import copy
 from typing import Any, NamedTuple
 
-import bases
 import torch
-from dense_weights import DenseModel, gradients_by_parameter
-from layer_cases import CASES
-from models_compared import worst_difference
 from peft import PeftModel, get_peft_model
-from tiny import train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from tests.tuner import bases
+from tests.tuner.dense_weights import DenseModel, gradients_by_parameter
+from tests.tuner.layer_cases import CASES
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import train_vectors
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.08, torch.float16: 0.01}

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from dense import dense_model
-from models_compared import assert_unchanged, snapshot, worst_difference
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 from dvora import DVoRAConfig
+from tests.tuner.dense import dense_model
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 CONFIGS = {
     "default": {"r": 6},

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_compared import assert_unchanged, snapshot
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, same_bits
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from dvora import DVoRAConfig, SharedProjections
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import LAYERS, MODELS, same_bits
 
 BAD_VALUES = [
     *[pytest.param({"r": r}, ValueError, f"rank.*{r}", id=f"r {r}") for r in (0, -1)],

@@ -5,15 +5,15 @@ import time
 from pathlib import Path
 
 import pytest
-from files import CONFIG, edit_config, save_bert
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel, get_peft_model
-from tiny import LAYERS, MODELS
 
 import dvora
 from dvora import DVoRAConfig
 from dvora.tuner import expressions
 from dvora.tuner.expressions import check_expressions, first_match
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.state.adapter_files import CONFIG, edit_config, save_bert
+from tests.tuner.tiny import LAYERS, MODELS
 
 NONE = {
     **dict.fromkeys(("target_modules", "magnitude_modules", "exclude_modules", "modules_to_save", "layers_pattern")),

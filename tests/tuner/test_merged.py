@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import MODELS
 from torch import nn
 
 import dvora
 from dvora import DVoRAConfig
-from dvora.tuner.layer import DVoRALayer, layers_in
+from dvora.tuner.layers.layer import DVoRALayer, layers_in
+from tests.tuner.tiny import MODELS
 
 
 def trained() -> PeftModel:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_compared import assert_unchanged, snapshot
 from peft import (
     PeftModel,
     get_peft_model,
@@ -15,11 +14,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor
 
 import dvora
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 
 def adapted() -> PeftModel:

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from dense import dense_model
-from models_compared import assert_unchanged, snapshot, worst_difference
 from peft import PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig, MergePrecisionWarning
+from tests.tuner.dense import dense_model
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ADAPTERS = ["default", "second", "third"]

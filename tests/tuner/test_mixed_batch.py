@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from layer_cases import CASES
-from models_compared import worst_difference
 from peft import PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
 from torch import Tensor
 
 from dvora import DVoRAConfig
+from tests.tuner.layer_cases import CASES
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
 
 BASE = "__base__"
 NAMES = ["default", BASE, "second", "default", "partial", "second"]

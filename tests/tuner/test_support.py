@@ -5,10 +5,10 @@ from collections.abc import Callable
 from itertools import product
 
 import pytest
-from operations_tried import OPERATIONS
-from subjects import PAIRS, Subject
 
 from benchmarks.support import RESULT
+from tests.tuner.operations_tried import OPERATIONS
+from tests.tuner.subjects import PAIRS, Subject
 
 RECORDED = (
     {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in json.loads(RESULT.read_text())["rows"]}

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import VOCABULARY, same_bits, train_vectors
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
 from dvora import DVoRAConfig
+from tests.tuner.tiny import VOCABULARY, same_bits, train_vectors
 
 TASKS: dict[str, tuple[type[nn.Module], str]] = {
     "SEQ_CLS": (BertForSequenceClassification, "classifier"),

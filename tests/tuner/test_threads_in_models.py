@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from interrupting import interrupted_at, steps_of
-from layer_cases import CASES
 from peft import PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
+from tests.tuner.interrupting import interrupted_at, steps_of
+from tests.tuner.layer_cases import CASES
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 BASE = "__base__"
 BATCHES: list[list[str] | None] = [["default"] * 4, ["second", BASE, "second", BASE], [BASE] * 4, None]

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trained_by_trainer import SAVED_EVERY, STEPS
+from tests.tuner import trained_by_trainer
+from tests.tuner.trained_by_trainer import SAVED_EVERY, STEPS
 
-SCRIPT = Path(__file__).with_name("trained_by_trainer.py")
+ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    command = [sys.executable, "-m", trained_by_trainer.__name__, str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=ROOT)
 
 
 def outcome(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:

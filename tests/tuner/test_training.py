@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_compared import worst_difference
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LAYERS, MODELS, dvora_layers, forward, gradients, inputs, outputs, same_bits, train_vectors
 from torch import Tensor
 
 from dvora import DVoRAConfig
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, forward, gradients, inputs, outputs, same_bits, train_vectors
 
 
 def adapted(name: str, **options: object) -> PeftModel:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from tiny import LAYERS, MODELS
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dvora import DVoRAConfig
+from tests.tuner.tiny import LAYERS, MODELS
 
 STEPS, SAVED_EVERY = 10, 4
 

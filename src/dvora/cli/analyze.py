@@ -39,9 +39,9 @@ def analyze_command(
     with one_line(debug), wrong_input():
         page = output or Path("analysis.html")
         check_page(page)
-        from ..analysis.measures import means
-        from ..recipes.analyzing import analyze_folders, write_report
+        from ..recipes.adapters_at_rest.analyzing import analyze_folders, write_report
         from ..recipes.files import typed
+        from ..tools.analysis.measures import means
 
         found = analyze_folders(folders, model)
         figures = write_report(found, folders, page if output is None else typed(output))

@@ -45,7 +45,7 @@ def bench_command(
         shown = Output(as_json, quiet)
         import torch
 
-        from ..recipes.speed import CONFIGS, bench
+        from ..recipes.adapters_at_rest.speed import CONFIGS, bench
 
         if threads is not None:
             torch.set_num_threads(threads)

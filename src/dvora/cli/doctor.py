@@ -10,7 +10,7 @@ from .errors import one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
-    from ..doctor import Examination
+    from ..tools.doctor import Examination
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -48,8 +48,8 @@ def doctor_command(
     The exit code is 1 if something failed.
     """
     with one_line(debug), wrong_input():
-        from ..recipes.examining import examine_folder
-        from ..recipes.hub import Trust
+        from ..recipes.finished.examining import examine_folder
+        from ..recipes.models.hub import Trust
 
         found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
         Output(as_json, quiet).result(_json(found) if as_json else _tables(found), f"Doctor's findings on {folder}")

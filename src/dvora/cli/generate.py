@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..pages.cells import visible
+from ..tools.pages.cells import visible
 from .errors import UsageError, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 from .streams import results
 
 if TYPE_CHECKING:
-    from ..recipes.generation import Continuation
-    from ..recipes.hub import Trust
+    from ..recipes.finished.generation import Continuation
+    from ..recipes.models.hub import Trust
     from ..recipes.run_folder import Run
 
 _SAMPLING, _WITHOUT_RUN = "How tokens are chosen", "Without a run"
@@ -83,8 +83,8 @@ def generate(
         if system is not None and not chat:
             raise UsageError("--system is a message of a chat; give --chat too")
         prompts = _prompts(prompt, file, Output(as_json, quiet))
-        from ..recipes.generation import Generator, Sampling
-        from ..recipes.hub import Trust
+        from ..recipes.finished.generation import Generator, Sampling
+        from ..recipes.models.hub import Trust
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
         generator = Generator(_chosen(run, adapter, model, Trust(own_code, download)), not only_adapter)
@@ -114,7 +114,7 @@ def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[s
 
 
 def _lines(file: Path | None, shown: Output) -> Iterator[str]:
-    from ..recipes.encodings import opened_text, stream_lines
+    from ..recipes.data.encodings import opened_text, stream_lines
 
     if file is None:
         yield from (line for _, line in stream_lines(sys.stdin.buffer, "stdin") if line.strip())
@@ -124,7 +124,7 @@ def _lines(file: Path | None, shown: Output) -> Iterator[str]:
 
 
 def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:
-    from ..recipes.row_files import json_lines, json_object
+    from ..recipes.data.row_files import json_lines, json_object
 
     if stdout.isatty() and not as_json:
         for number, found in enumerate(continuations):

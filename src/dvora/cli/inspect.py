@@ -32,7 +32,7 @@ def inspect_command(
     Reads safetensors only; pickled adapters are refused.
     """
     with one_line(debug):
-        from ..recipes.inspection import inspect
+        from ..recipes.adapters_at_rest.inspection import inspect
 
         told = inspect(adapter, model).told()
         Output(as_json, quiet).result(told if as_json else _fitting(told), f"Adapter in {adapter}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..pages.cells import shown, visible
+from ..tools.pages.cells import shown, visible
 from .streams import results, tell
 
 _BASE = "The base model"

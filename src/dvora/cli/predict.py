@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..pages.cells import shown, visible
+from ..tools.pages.cells import shown, visible
 from .errors import UsageError, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 from .streams import results
 
 if TYPE_CHECKING:
-    from ..recipes.inputs_to_predict import Input
-    from ..recipes.prediction import Predicted
+    from ..recipes.data.inputs_to_predict import Input
+    from ..recipes.finished.prediction import Predicted
     from ..recipes.run_folder import Run
 
 _COLUMNS = "Columns of the file, where they are not those of the training data"
@@ -73,8 +73,8 @@ def predict(
         _check_output(output, safe_csv)
         told, summary = Output(as_json, quiet), None
         columns = {"text_column": text_column, "second_text_column": second_text_column}
-        from ..recipes.hub import Trust
-        from ..recipes.prediction import Predictor
+        from ..recipes.finished.prediction import Predictor
+        from ..recipes.models.hub import Trust
         from ..recipes.run_folder import read_run
 
         found = read_run(run, Trust(own_code, download))
@@ -95,7 +95,7 @@ def _check_output(output: str, safe: bool) -> None:
         if safe:
             raise UsageError("--safe-csv is for a csv or tsv file; name one with --output")
         return
-    from ..recipes.row_files import writer_for
+    from ..recipes.data.row_files import writer_for
 
     writer_for(Path(output).suffix, safe)
     if not Path(output).absolute().parent.is_dir():
@@ -103,8 +103,8 @@ def _check_output(output: str, safe: bool) -> None:
 
 
 def _inputs(file: str, run: "Run", columns: dict[str, str | None], told: Output) -> "Iterator[Input]":
-    from ..recipes.encodings import stream_lines
-    from ..recipes.inputs_to_predict import file_inputs, line_inputs
+    from ..recipes.data.encodings import stream_lines
+    from ..recipes.data.inputs_to_predict import file_inputs, line_inputs
 
     if file == STREAM:
         return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)
@@ -113,8 +113,8 @@ def _inputs(file: str, run: "Run", columns: dict[str, str | None], told: Output)
 
 def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
     """Write a file of predictions, and tell how many there are of what."""
+    from ..recipes.data.row_files import writer_for
     from ..recipes.files import new_file, typed
-    from ..recipes.row_files import writer_for
 
     counts: Counter[str] = Counter()
     rows = 0
@@ -135,7 +135,7 @@ def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str
 
 
 def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool, stdout: TextIO) -> None:
-    from ..recipes.row_files import json_lines, json_object
+    from ..recipes.data.row_files import json_lines, json_object
 
     if as_json:
         texts = json_object((found.row for found in predicted), "predictions")

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..pages.cells import visible
+from ..tools.pages.cells import visible
 from .streams import tell
 
 if TYPE_CHECKING:
-    from ..recipes.watching import Progress, Tell
+    from ..recipes.training.watching import Progress, Tell
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import typer
 
-from ..pages.cells import visible
+from ..tools.pages.cells import visible
 
 LONGEST = 2000
 """Letters of a message: errors repeat what is in files, whatever its length."""

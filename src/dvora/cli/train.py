@@ -177,10 +177,10 @@ def _print_config(config: Path | None, flags: dict[str, Any], pairs: list[str]) 
 
 
 def _run(settings: "Settings", resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
-    from ..recipes.hub import Trust
-    from ..recipes.processes import is_first
-    from ..recipes.training import InputError
-    from ..recipes.training import train as train_recipe
+    from ..recipes.models.hub import Trust
+    from ..recipes.training.processes import is_first
+    from ..recipes.training.run import InputError
+    from ..recipes.training.run import train as train_recipe
 
     try:
         with shown_progress(quiet) as progress:

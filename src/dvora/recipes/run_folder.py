@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter_folder import adapter_on, check_labels, checked_labels, read_adapter, shapes_in
-from .bases import Base, load_base, load_processor, quiet_transformers
 from .files import check_no_links, read_json, remove, write_atomically
-from .hub import NOTHING, Trust
+from .models.adapter_folder import adapter_on, check_labels, checked_labels, read_adapter, shapes_in
+from .models.bases import Base, load_base, load_processor, quiet_transformers
+from .models.hub import NOTHING, Trust
 from .settings import Settings, checked_settings, commented
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"

@@ -1,11 +1,11 @@
 """The PEFT method: importing it registers DVoRA with PEFT."""
 
 from .config import DVoRAConfig
-from .hotswap import hotswap_adapter
-from .layer import DVoRALayer
+from .layers.layer import DVoRALayer
 from .merging import merged
 from .model import DVoRAModel
 from .registration import register
+from .state.hotswap import hotswap_adapter
 
 register()
 

@@ -12,9 +12,10 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from ..functional import Vectors
-from ..projections import FORMAT_VERSION, SharedProjections, checked_distribution
-from ..validation import (
+from ..matrices.interface import FORMAT_VERSION, SharedProjections, checked_distribution
+from ..matrices.vera import vera_sizes
+from ..method.functional import Vectors
+from ..method.validation import (
     checked_alpha,
     checked_d_initial,
     checked_direction,
@@ -23,11 +24,10 @@ from ..validation import (
     checked_strength,
     fits_float32,
 )
-from ..vera_matrices import vera_sizes
+from .adapter_folder import Shape, check_biases, check_ranks, check_tokens, layers_named, shapes_in
 from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match
-from .files import Shape, check_biases, check_ranks, check_tokens, layers_named, shapes_in
-from .vectors import strength_key
+from .layers.vectors import strength_key
 
 _SIZING = (
     *("r", "rank_pattern", "target_modules", "target_parameters", "magnitude_modules", "exclude_modules"),

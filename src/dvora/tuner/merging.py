@@ -10,10 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from ..merging import warn_of_losses
-from .base import check_mergeable as check_layer
-from .layer import DVoRALayer, layers_in
-from .merges import Intent
+from ..weight.merge import warn_of_losses
+from .layers.base_layer import check_mergeable as check_layer
+from .layers.layer import DVoRALayer, layers_in
+from .layers.merges import Intent
 from .restoring import surely
 
 

@@ -11,10 +11,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .layer import DVoRALayer, layers_in
-from .parameters import ParamWrapper
+from .layers.layer import DVoRALayer, layers_in
+from .layers.mixed_rows import BASE, Batch, in_progress, is_in_progress
+from .layers.param_wrapper import ParamWrapper
 from .restoring import surely
-from .rows import BASE, Batch, in_progress, is_in_progress
 
 
 @contextmanager

@@ -18,20 +18,27 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..functional import Vectors
-from .checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
-from .combining import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
+from ..method.functional import Vectors
+from .arithmetic import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
-from .injection import Measured, add_adapter
-from .layer import DVoRALayer, check_unmerged, layers_in
-from .loading import check_factors, check_load, check_shapes, checked_values, outside_saved_modules, whole_or_absent
+from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
+from .injecting.inject import Measured, add_adapter
+from .injecting.targets import find_targets, matches, names_found, wrap
+from .layers.layer import DVoRALayer, check_unmerged, layers_in
+from .layers.mixed_rows import in_progress
+from .layers.opaque_weight import keep_differentiable
 from .merging import check_loadable, merge_model, merging, unmerge_before_adding, unmerge_model
 from .mixed_batch import adapter_names_passed
-from .operating_weight import keep_differentiable
 from .restoring import modules_as_they_are, on_failure
-from .rows import in_progress
-from .saving import as_saved, from_saved
-from .targets import find_targets, matches, names_found, wrap
+from .state.checked_values import (
+    check_factors,
+    check_load,
+    check_shapes,
+    checked_values,
+    outside_saved_modules,
+    whole_or_absent,
+)
+from .state.state_dict import as_saved, from_saved
 
 _COMPILED = "_orig_mod."
 

@@ -8,7 +8,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition
 from peft import LoraConfig, PeftModel, get_peft_model
-from surgery_base import (
+
+from dvora import DVoRAConfig
+from tests.tuner.surgery.surgery_base import (
     DTYPES,
     NAMES,
     SurgeryBase,
@@ -20,12 +22,10 @@ from surgery_base import (
     step,
     wrapper_is_usable,
 )
-from surgery_checks import base_of, check_close, forward, take_over_merged, vectors_of
-from surgery_model import mixed
-from surgery_reference import Reference
-from surgery_settings import VECTORS, Settings
-
-from dvora import DVoRAConfig
+from tests.tuner.surgery.surgery_checks import base_of, check_close, forward, take_over_merged, vectors_of
+from tests.tuner.surgery.surgery_model import mixed
+from tests.tuner.surgery.surgery_reference import Reference
+from tests.tuner.surgery.surgery_settings import VECTORS, Settings
 
 NONSENSE: dict[str, tuple[Callable[[PeftModel, str], object], str]] = {
     "a taken name": (lambda m, n: m.add_adapter(n, DVoRAConfig(r=2, target_modules=["head"])), "already exists"),

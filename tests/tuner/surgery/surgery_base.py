@@ -14,17 +14,24 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from models_compared import assert_unchanged, snapshot
 from peft import PeftModel
 from safetensors.torch import load_file
-from surgery_checks import check_close, check_deltas, check_outputs, check_state, check_values, vectors_of
-from surgery_model import PARAMETERS, TARGETS, TOKENS
-from surgery_reference import Reference
-from surgery_settings import VECTORS, Adapter, Place, Settings, vector_dtype
-from tiny import same_bits
 from torch import Tensor, nn
 
 from dvora import MergePrecisionWarning
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.surgery.surgery_checks import (
+    check_close,
+    check_deltas,
+    check_outputs,
+    check_state,
+    check_values,
+    vectors_of,
+)
+from tests.tuner.surgery.surgery_model import PARAMETERS, TARGETS, TOKENS
+from tests.tuner.surgery.surgery_reference import Reference
+from tests.tuner.surgery.surgery_settings import VECTORS, Adapter, Place, Settings, vector_dtype
+from tests.tuner.tiny import same_bits
 
 NAMES = ("first", "second", "third", "fourth")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 
 import torch
-from models_compared import worst_difference
 from peft import PeftModel
-from surgery_model import TIED, TOKENS, WEIGHTS
-from surgery_reference import Reference, loss
-from surgery_settings import VECTORS, Adapter, Place
-from tiny import same_bits
 from torch import Tensor, nn
 
 from dvora.tuner import DVoRALayer
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.surgery.surgery_model import TIED, TOKENS, WEIGHTS
+from tests.tuner.surgery.surgery_reference import Reference, loss
+from tests.tuner.surgery.surgery_settings import VECTORS, Adapter, Place
+from tests.tuner.tiny import same_bits
 
 OUTPUTS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.06}
 """Largest error of the outputs, relative to the largest output."""

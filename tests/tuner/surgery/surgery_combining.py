@@ -4,12 +4,22 @@ import warnings
 from dataclasses import replace
 
 from hypothesis import strategies as st
-from models_compared import assert_unchanged, snapshot
-from surgery_base import Saved, SurgeryBase, has_adapters, has_room, has_saved, present, several, some_saved, step
-from surgery_checks import check_delta, vectors_of
-from surgery_settings import Adapter
 
-from dvora.tuner.hotswap import hotswap_adapter
+from dvora.tuner.state.hotswap import hotswap_adapter
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.surgery.surgery_base import (
+    Saved,
+    SurgeryBase,
+    has_adapters,
+    has_room,
+    has_saved,
+    present,
+    several,
+    some_saved,
+    step,
+)
+from tests.tuner.surgery.surgery_checks import check_delta, vectors_of
+from tests.tuner.surgery.surgery_settings import Adapter
 
 SHARES = [1.0, 0.5, -2.0, 0.0]
 

@@ -8,7 +8,10 @@ from collections.abc import Callable
 import torch
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from surgery_base import (
+from torch import nn
+
+from dvora import DVoRAConfig
+from tests.tuner.surgery.surgery_base import (
     Saved,
     SurgeryBase,
     has_adapters,
@@ -19,12 +22,9 @@ from surgery_base import (
     step,
     wrapper_is_usable,
 )
-from surgery_checks import check_close, take_over_merged
-from surgery_model import TOKENS, Mixed, mixed
-from tiny import same_bits
-from torch import nn
-
-from dvora import DVoRAConfig
+from tests.tuner.surgery.surgery_checks import check_close, take_over_merged
+from tests.tuner.surgery.surgery_model import TOKENS, Mixed, mixed
+from tests.tuner.tiny import same_bits
 
 
 def through_torch_save(model: PeftModel) -> PeftModel:

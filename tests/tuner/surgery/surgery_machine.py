@@ -3,10 +3,10 @@
 After every step it is compared with its reference: values to the last bit, outputs and updates with dense float64.
 """
 
-from surgery_adapters import AdapterRules
-from surgery_combining import CombiningRules
-from surgery_copies import CopyRules
-from surgery_passes import PassRules
+from tests.tuner.surgery.surgery_adapters import AdapterRules
+from tests.tuner.surgery.surgery_combining import CombiningRules
+from tests.tuner.surgery.surgery_copies import CopyRules
+from tests.tuner.surgery.surgery_passes import PassRules
 
 
 class Surgery(AdapterRules, CombiningRules, CopyRules, PassRules):

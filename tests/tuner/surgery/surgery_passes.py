@@ -4,11 +4,20 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
-from models_compared import assert_unchanged, snapshot
-from surgery_base import DTYPES, SurgeryBase, drawn, has_adapters, several, step, wrapper_is_usable
-from surgery_checks import GRADIENTS, base_of, check_close, check_gradients, forward, layers_of, vectors_of
-from surgery_model import TOKENS, WEIGHTS
 from torch import Tensor
+
+from tests.tuner.models_compared import assert_unchanged, snapshot
+from tests.tuner.surgery.surgery_base import DTYPES, SurgeryBase, drawn, has_adapters, several, step, wrapper_is_usable
+from tests.tuner.surgery.surgery_checks import (
+    GRADIENTS,
+    base_of,
+    check_close,
+    check_gradients,
+    forward,
+    layers_of,
+    vectors_of,
+)
+from tests.tuner.surgery.surgery_model import TOKENS, WEIGHTS
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch."""

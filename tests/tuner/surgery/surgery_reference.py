@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from reference import DenseDVoRA
-from surgery_model import COEFFICIENTS, TIED, TOKENS, WEIGHTS, mixed
-from surgery_settings import Adapter, Place, Settings, vector_dtype
 from torch import Tensor
 from torch.func import functional_call
 
 from dvora import SharedProjections
+from tests.reference import DenseDVoRA
+from tests.tuner.surgery.surgery_model import COEFFICIENTS, TIED, TOKENS, WEIGHTS, mixed
+from tests.tuner.surgery.surgery_settings import Adapter, Place, Settings, vector_dtype
 
 
 @dataclass

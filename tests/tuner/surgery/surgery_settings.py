@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from surgery_model import PARAMETERS, WEIGHTS
 from torch import Tensor
 
 from dvora import DVoRAConfig
+from tests.tuner.surgery.surgery_model import PARAMETERS, WEIGHTS
 
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
 

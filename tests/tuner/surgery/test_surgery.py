@@ -5,7 +5,8 @@ import logging
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from surgery_machine import Surgery
+
+from tests.tuner.surgery.surgery_machine import Surgery
 
 SHORT, LONG, STEPS = 20, 500, 20
 """Histories in a short run, in a long one, and the steps of a history, of which 15 have to be made to count."""

@@ -1,0 +1,124 @@
+"""The stored values of A and B: no more than layers have needed, on every device that asks for them.
+
+Each stream of values goes on without end in both directions, so what is stored for one layer is a corner of what a
+larger one needs. A layer of a high rank and another one of many inputs each have a rectangle of their own, unless one
+for both holds no more values.
+
+Dimensions: R rank, N the inputs or outputs of a layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ops.annotations import Float
+from ..ops.tracing import transforming
+
+Make = Callable[[int, int, int], np.ndarray]
+"""The values (rows, columns) of a stream, float32, from the stream, rows and columns."""
+
+
+class DenseStore(nn.Module):
+    """Buffers outside the state dict that follow device moves, ignore casts and are made again after the meta device.
+
+    Args:
+        make: makes values.
+        exact: whether values for one size are no part of those for another.
+    """
+
+    def __init__(self, make: Make, exact: bool) -> None:
+        super().__init__()
+        self._make = make
+        self._exact = exact
+        self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._names: dict[tuple[int, int, int], str] = {}
+        """Where the values for a stream, rank and size were found; a buffer of that name always holds them."""
+
+    def values(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Float[Tensor, "R N"]:
+        """The unscaled values of a stream for a layer: a view of what is stored."""
+        name = self._names.get((stream, rank, size), "")
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            name, buffer = self._find_or_make(stream, rank, size, device)
+            self._names[stream, rank, size] = name
+        return self._on(name, buffer, device)[:rank, :size]
+
+    def _find_or_make(self, stream: int, rank: int, size: int, device: torch.device | None) -> tuple[str, Tensor]:
+        prefix = f"stream_{stream}_"
+        held = [(name, buffer) for name, buffer in self._made() if name.startswith(prefix)]
+        for name, buffer in held:
+            rows, columns = buffer.shape
+            if (rows, columns) == (rank, size) or (rows >= rank and columns >= size and not self._exact):
+                return name, buffer
+        rows, columns = rank, size
+        for _, buffer in () if self._exact else held:
+            joint = max(rows, buffer.shape[0]), max(columns, buffer.shape[1])
+            if joint[0] * joint[1] <= rows * columns + buffer.numel():
+                rows, columns = joint
+        first = next((buffer for _, buffer in self._made()), None)
+        home = first.device if first is not None else None if device is None or device.type == "meta" else device
+        name, made = f"{prefix}{rows}x{columns}", self._make_on(stream, rows, columns, home)
+        self.register_buffer(name, made, persistent=False)
+        for smaller, buffer in () if self._exact else held:
+            if buffer.shape[0] <= rows and buffer.shape[1] <= columns:
+                self._buffers.pop(smaller, None)
+        return name, made
+
+    def kept(self, name: str, make: Callable[[], Tensor], device: torch.device | None = None) -> Tensor:
+        """Something else that follows from the values, made once; not to be written to."""
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = make()
+            self.register_buffer(name, buffer, persistent=False)
+        return self._on(name, buffer, device)
+
+    def stored(self) -> dict[str, Tensor]:
+        """All values, by the names of their streams, `stream_0` and `stream_1`, and sizes where there are several."""
+        named = {name: buffer for name, buffer in self._made() if name.startswith("stream_")}
+        streams = [name.rpartition("_")[0] for name in named]
+        return {
+            stream if streams.count(stream) == 1 and not self._exact else name: buffer
+            for stream, (name, buffer) in zip(streams, named.items(), strict=True)
+        }
+
+    def _made(self) -> list[tuple[str, Tensor]]:
+        """All buffers, by name; a list, since another thread may add one."""
+        return [(name, buffer) for name, buffer in list(self._buffers.items()) if buffer is not None]
+
+    def _on(self, name: str, buffer: Tensor, device: torch.device | None) -> Tensor:
+        """A buffer on a device: itself, or a copy that is kept for the other layers there."""
+        if device is None or buffer.device == device:
+            return buffer
+        if transforming():
+            return buffer.to(device)
+        source, copied = self._copies.get((name, device), (None, buffer))
+        if source is not buffer:
+            with torch.inference_mode(False):
+                copied = buffer.to(device)
+            self._copies[name, device] = buffer, copied
+        return copied
+
+    def _make_on(self, stream: int, rows: int, columns: int, device: torch.device | None) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.from_numpy(self._make(stream, rows, columns)).to(device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseStore":
+        # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
+        # `to_empty` would leave them undefined.
+        for name, stored in self._made():
+            device = fn(stored.new_empty(0)).device
+            if not stored.is_meta or device.type == "meta":
+                self._buffers[name] = stored.to(device)
+            elif name.startswith("stream_"):
+                rows, columns = stored.shape
+                self._buffers[name] = self._make_on(int(name.split("_")[1]), rows, columns, device)
+            else:
+                del self._buffers[name]
+        self._copies.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}

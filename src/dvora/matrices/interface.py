@@ -1,0 +1,248 @@
+"""SharedProjections: the frozen random matrices A and B of DVoRA, held once and shared by all layers of all sizes.
+
+One interface, several kinds: `dense` holds matrices of independent or orthogonal rows, `structured` never needs one.
+Dimensions: T tokens, I in, O out, R rank.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ops.annotations import Float
+from ..ops.dtypes import without_autocast
+from ..ops.tracing import recording, transforming
+from .dense import DenseMatrices
+from .shard import Span
+from .shared_input import LastProjection
+from .structured import StructuredMatrices
+from .vera import VeraMatrices, vera_sizes
+
+FORMAT_VERSION = 1
+"""Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
+
+Distribution = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
+DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
+"""Those for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
+
+
+@runtime_checkable
+class Matrices(Protocol):
+    """What dense and structured matrices do; scales, sums and gradients of the norm are for `kernels` and `norms`."""
+
+    products_are_cheap: bool
+    """Whether products with A and B are made again rather than kept."""
+
+    def of_part(self, inputs: Span | None, outputs: Span | None) -> "Matrices":
+        """The columns of A and the rows of B of one process; sizes are then those of its part, G that of all of A."""
+
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Make the matrices for a layer now, and what norms in that dtype need."""
+
+    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
+        """`x A^T`."""
+
+    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
+        """`h A`."""
+
+    def expand(
+        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T O"]:
+        """`(z B^T) * scale`."""
+
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`."""
+
+    def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
+        """`sum_t d * (z B^T)`, in float32 or wider."""
+
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """Columns of A by index."""
+
+    def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
+        """The dense matrix A."""
+
+    def B(self, rank: int, out_features: int, dtype: torch.dtype) -> Float[Tensor, "O R"]:
+        """The dense matrix B."""
+
+    def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
+        """`G = A A^T`."""
+
+    def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
+        """`q = ||B diag(lambda_d) A||_row**2`."""
+
+    def row_squares_gradient(
+        self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
+    ) -> Float[Tensor, "R"]:
+        """The gradient of `(v * q).sum()` with respect to lambda_d."""
+
+    def kept_slopes(
+        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "R O"] | None:
+        """Half of dq / dlambda_d, of which q is the sum with lambda_d; None where it is not worth its memory."""
+
+    def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
+        """`cross = rowsum(W * (B diag(lambda_d) A))`, a few rows at a time."""
+
+    def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
+        """The gradient of `(v * cross).sum()` with respect to lambda_d."""
+
+    def probe(self) -> np.ndarray:
+        """Some values, for the fingerprint."""
+
+    def saved(self) -> dict[str, Tensor]:
+        """What files hold."""
+
+    def remade(self, name: str, saved: Tensor) -> Tensor | None:
+        """What a tensor of a file should be; None where there is no such tensor."""
+
+
+class SharedProjections(nn.Module):
+    """The frozen `A` and `B` of one seed and distribution, for every layer size and rank, made on demand.
+
+    One object serves a whole model: its matrices are buffers outside the state dict that follow device moves, ignore
+    casts (they stay float32) and are made again from the seed when the module leaves the meta device.
+
+    Args:
+        seed: names the matrices, 0 <= seed < 2**64.
+        distribution: "structured" (a randomised trigonometric transform: rank is nearly free), or dense:
+            "kaiming_uniform", "gaussian", "rademacher" (signs) or "orthogonal" (rows of A and columns of B orthogonal
+            in blocks of at most the layer's size). All of these are bit for bit reproducible. An adapter that comes
+            from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)" (`vera_matrices`), torch's values for a seed.
+        share_inputs: make `x A^T` once for the layers that read the same x, one after another (`siblings`). An
+            attribute too; switch it off where x is written to between them by something that PyTorch does not count.
+
+    Raises:
+        TypeError: `seed` is not an integer.
+        ValueError: `seed` is out of range or `distribution` is unknown.
+    """
+
+    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform", *, share_inputs: bool = True) -> None:
+        super().__init__()
+        self.share_inputs = share_inputs
+        self.seed = _checked_seed(seed)
+        self.distribution = checked_distribution(distribution)
+        self.kind = _matrices(seed, self.distribution)
+        self._last = LastProjection()
+
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
+        """Make the matrices for a layer, and what norms in that dtype need, now, so that no forward pass has to."""
+        self.kind.reserve(rank, in_features, out_features, dtype)
+
+    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
+        """`x A^T`, in the dtype of `x`."""
+        return self.kind.project(x, rank)
+
+    def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
+        """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
+        project = partial(projected, matrices=self.kind)
+        return self._last.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
+
+    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
+        """`h A`, the transpose of `project`, in the dtype of `h`."""
+        return self.kind.project_transpose(h, in_features)
+
+    def expand(
+        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T O"]:
+        """`(z B^T) * scale`, in the dtype of `z`."""
+        return self.kind.expand(z, out_features, scale)
+
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
+        return self.kind.expand_transpose(d, rank, scale)
+
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """`onehot(index) A^T`: columns of A by index, without reading the others."""
+        return self.kind.select(index, rank, in_features, dtype)
+
+    def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
+        """The dense matrix `A`."""
+        return self.kind.A(rank, in_features, dtype)
+
+    def B(self, rank: int, out_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O R"]:
+        """The dense matrix `B`."""
+        return self.kind.B(rank, out_features, dtype)
+
+    def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
+        """`G = A A^T`, summed in float64."""
+        return self.kind.gram(rank, in_features, dtype).clone()
+
+    def fingerprint(self) -> str:
+        """A short hash of format version, distribution and a probe of the values; equal means equal matrices."""
+        head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
+        return hashlib.sha256(head + self.kind.probe().astype("<f4").tobytes()).hexdigest()[:16]
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The stored values as they are written into files."""
+        return self.kind.saved()
+
+    def check_matrices(self, matrices: Mapping[str, Tensor]) -> None:
+        """Compare matrices of a file, as of `matrices`, with those made from the seed.
+
+        Raises:
+            ValueError: a name or a value differs.
+        """
+        for name, saved in matrices.items():
+            made = self.kind.remade(name, saved) if saved.is_floating_point() else None
+            if made is None or not torch.equal(made, saved.to(made)):
+                raise ValueError(
+                    f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
+                    f"{self.distribution!r} give; the file is damaged or was trained with other matrices"
+                )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r})"
+
+
+def projected(x: Float[Tensor, "*T I"], rank: int, matrices: Matrices) -> Float[Tensor, "*T R"]:
+    """`x A^T`, of which nothing is kept for the backward pass."""
+    if transforming() or not (x.requires_grad and recording()):
+        return matrices.project(x, rank)
+    z: Tensor = _Projection.apply(x, rank, matrices)
+    return z
+
+
+class _Projection(torch.autograd.Function):
+    """`x A^T`, which keeps nothing: any number of backward passes may go through the one that siblings share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: int, kind: Matrices) -> Tensor:
+        ctx.in_features, ctx.kind = x.shape[-1], kind
+        return kind.project(x, rank)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
+        kind: Matrices = ctx.kind
+        return kind.project_transpose(h, ctx.in_features), None, None
+
+
+def checked_distribution(distribution: str) -> str:
+    """The distribution, if it is known."""
+    known = distribution in DISTRIBUTIONS or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
+    if not known:
+        raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
+    return distribution
+
+
+def _matrices(seed: int, distribution: str) -> Matrices:
+    if (sizes := vera_sizes(distribution)) is not None:
+        return VeraMatrices(seed, sizes)
+    return StructuredMatrices(seed) if distribution == "structured" else DenseMatrices(seed, distribution)
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r} of type {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in 0 .. 2**64 - 1, got {seed}")
+    return seed

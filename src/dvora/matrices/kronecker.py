@@ -1,0 +1,287 @@
+"""Products with a matrix that is a Kronecker product, without ever forming it.
+
+Dimensions: N = n1 n2 the wide side, R the narrow one, *T tokens.
+
+    M = (left (x) right) diag(diagonal), cut to its first rows       left (r1, n1), right (r2, n2), M (rows, N)
+
+A token of N values is an (n1, n2) matrix X, so `x M^T` is `left (X * diagonal) right^T`: n1 n2 r2 + n1 r1 r2
+multiply-adds instead of N R. Several such matrices, one upon the other, are a stack.
+"""
+
+from math import ceil, isqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..ops.annotations import Float
+from ..ops.buffers import scratch
+from ..ops.dtypes import as_dtype, without_autocast
+from ..ops.tracing import recording, transforming
+from ..ops.triton.available import runs_triton
+
+_VECTOR = 16
+"""Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
+
+_FEW_VALUES = 2**17
+"""Products of so few take fresh memory and fewer steps."""
+
+_CHUNK_VALUES = 2**20
+"""Intermediate values held at a time on a processor, in memory that is used again."""
+
+
+class Kronecker(NamedTuple):
+    """`(left (x) right) diag(diagonal)`, cut to its first `rows` rows."""
+
+    left: Float[Tensor, "r1 n1"]
+    right: Float[Tensor, "r2 n2"]
+    diagonal: Float[Tensor, "N"]
+    rows: int
+
+
+Stack = tuple[Kronecker, ...]
+
+
+def factors_of_size(size: int) -> tuple[int, int]:
+    """`n1 <= n2` with `n1 n2 = size`, as near to the square root as divisors are; a prime has n1 = 1."""
+    n1 = next(divisor for divisor in range(isqrt(size), 0, -1) if size % divisor == 0)
+    return n1, size // n1
+
+
+def factors_of_rows(rows: int, n1: int, n2: int) -> tuple[int, int]:
+    """`r1 <= n1` and `r2 <= n2` with `rows <= r1 r2 < rows + r2`: the fewest operations, r2 counted in whole vectors.
+
+    The smallest r2 has the fewest (n1 n2 r2 outweighs what a better fit of r1 r2 can save), and the inner product
+    over n2 first is never worse than the one over n1 first because n1 <= n2.
+    """
+    r2 = min(n2, rows, _VECTOR * ceil(rows / (_VECTOR * n1)))
+    return ceil(rows / r2), r2
+
+
+def block_rows(rows: int, size: int) -> list[int]:
+    """The rows of each matrix of a stack: at most `size`, as many as can be orthogonal."""
+    return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+def operations(rows: int, size: int) -> int:
+    """Multiply-adds of one product with a stack, or with its transpose, for each token, the diagonal included."""
+    n1, n2 = factors_of_size(size)
+    total = 0
+    for part in block_rows(rows, size):
+        r1, r2 = factors_of_rows(part, n1, n2)
+        total += size + n1 * n2 * r2 + n1 * r1 * r2
+    return total
+
+
+def narrow(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+    """`x M^T`, in the dtype of `x`. Nothing of `x` is kept for the backward pass."""
+    if not (_in_chunks(x, stack) or fits_triton(x, stack)):
+        return _narrow_at_once(x, stack)
+    return _product(x, stack, widens=False)
+
+
+def widen(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+    """`z M`, in the dtype of `z`. Nothing of `z` is kept for the backward pass."""
+    if not (_in_chunks(z, stack) or fits_triton(z, stack)):
+        return _widen_at_once(z, stack)
+    return _product(z, stack, widens=True)
+
+
+def fits_triton(x: Tensor, stack: Stack) -> bool:
+    """Whether the Triton kernel takes a product with the stack or with its transpose."""
+    if not runs_triton(x) or transforming():
+        return False
+    from ..ops.triton.kronecker import supports
+
+    for M in stack:
+        (r1, n1), (r2, n2) = M.left.shape, M.right.shape
+        both = ((r1, n1), (r2, n2)), ((n1, r1), (n2, r2))
+        if not all(supports(left, right, x.dtype) for left, right in both):
+            return False
+    return True
+
+
+def scaled(stack: Stack, scale: Float[Tensor, "N"]) -> Stack:
+    """The stack of `M diag(scale)`."""
+    return tuple(M._replace(diagonal=M.diagonal * scale) for M in stack)
+
+
+def part(stack: Stack, start: int, stop: int) -> Stack:
+    """The stack of columns `start` to `stop` of M: views, or a dense matrix where these split a block of n2 columns."""
+    n2 = stack[0].right.shape[1]
+    if start % n2 == 0 and stop % n2 == 0:
+        blocks = slice(start // n2, stop // n2)
+        return tuple(M._replace(left=M.left[:, blocks], diagonal=M.diagonal[start:stop]) for M in stack)
+    one = stack[0].right.new_ones(1, 1)
+    columns = [torch.kron(M.left, M.right)[: M.rows, start:stop] for M in stack]
+    return tuple(Kronecker(of_M, one, M.diagonal[start:stop], M.rows) for of_M, M in zip(columns, stack, strict=True))
+
+
+def dense(stack: Stack) -> Float[Tensor, "R N"]:
+    """The matrix itself."""
+    return torch.cat([torch.kron(M.left, M.right)[: M.rows] * M.diagonal for M in stack])
+
+
+def columns(stack: Stack, index: Tensor) -> Float[Tensor, "*T R"]:
+    """Columns of M by index."""
+    found = []
+    for left, right, diagonal, rows in stack:
+        n2 = right.shape[1]
+        outer = (left.T[index // n2])[..., :, None] * (right.T[index % n2])[..., None, :]
+        found.append((outer.flatten(-2) * diagonal[index][..., None])[..., :rows])
+    return torch.cat(found, -1)
+
+
+def _narrow_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+    found = [_narrow_block(x, M) for M in stack]
+    z = found[0] if len(found) == 1 else torch.cat(found, -1)
+    return as_dtype(z, x.dtype)
+
+
+def _narrow_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
+    left, right, diagonal, rows = M
+    (r1, n1), (r2, n2) = left.shape, right.shape
+    inner = (x * diagonal).reshape(-1, n2) @ right.T
+    tokens = inner.shape[0] // n1
+    # The product of two matrices takes less time to start than one of many.
+    product = left @ inner if tokens == 1 else torch.bmm(left.expand(tokens, r1, n1), inner.view(tokens, n1, r2))
+    product = product.view(*x.shape[:-1], r1 * r2)
+    return product if rows == r1 * r2 else product[..., :rows]
+
+
+def _widen_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+    parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
+    blocks = [_widen_block(part, M) for part, M in zip(parts, stack, strict=True)]
+    x = sum(blocks[1:], blocks[0])
+    return as_dtype(x, z.dtype)
+
+
+def _widen_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+    left, right, diagonal, rows = M
+    (r1, n1), (r2, n2) = left.shape, right.shape
+    padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
+    wide = as_dtype(padded, left.dtype)
+    tokens = z.numel() // rows
+    if tokens == 1:
+        inner = left.T @ wide.reshape(r1, r2)
+    else:
+        inner = torch.bmm(left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
+    return (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2) * diagonal
+
+
+def chunk_tokens(tokens: int, stack: Stack) -> int:
+    """Tokens that one chunk holds; all chunks are about as long."""
+    (_, n1), (r2, n2) = stack[0].left.shape, stack[0].right.shape
+    most = max(1, _CHUNK_VALUES // (n1 * (n2 + r2)))
+    return max(1, ceil(tokens / max(1, ceil(tokens / most))))
+
+
+def _in_chunks(x: Tensor, stack: Stack) -> bool:
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return x.numel() // x.shape[-1] * stack[0].diagonal.shape[0] > _FEW_VALUES
+
+
+def _product(x: Tensor, stack: Stack, widens: bool) -> Tensor:
+    # To call a function of autograd takes as long as a small product.
+    if transforming() or (x.requires_grad and recording()):
+        product: Tensor = _Product.apply(x, stack, widens)
+        return product
+    return _Product.forward(x, stack, widens)
+
+
+class _Product(torch.autograd.Function):
+    """`narrow`, or `widen`, a few tokens at a time. The gradient of a linear map is its transpose: no token is kept."""
+
+    @staticmethod
+    def forward(x: Tensor, stack: Stack, widens: bool) -> Tensor:
+        if x.is_cuda:
+            return _widen_in_triton(x, stack) if widens else _narrow_in_triton(x, stack)
+        size = stack[0].diagonal.shape[0] if widens else sum(M.rows for M in stack)
+        out = x.new_empty(*x.shape[:-1], size)
+        flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, size)
+        chunk, product = chunk_tokens(len(flat), stack), widen_chunk if widens else narrow_chunk
+        for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
+            product(part, stack, into)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Stack, bool], output: Tensor) -> None:
+        _, ctx.stack, ctx.widens = inputs
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        return (narrow if ctx.widens else widen)(d, ctx.stack), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return (widen if ctx.widens else narrow)(tangent, ctx.stack)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, Any, Any], x: Tensor, stack: Stack, widens: bool) -> tuple[Tensor, int]:
+        # A batch is more tokens, unless the stack itself holds a batch of scales.
+        if any(dim is not None for M in in_dims[1] for dim in M):
+            return torch.vmap(_widen_at_once if widens else _narrow_at_once, in_dims[:2])(x, stack), 0
+        return (widen if widens else narrow)(x.movedim(in_dims[0], 0), stack), 0
+
+
+def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
+    """`into = x M^T` for a few tokens."""
+    wide, inner = _scratch(len(x), stack)
+    for (left, right, diagonal, rows), block in zip(stack, into.split([M.rows for M in stack], 1), strict=True):
+        (r1, n1), (r2, n2), tokens = left.shape, right.shape, len(x)
+        signed = torch.mul(x, diagonal, out=wide)
+        half = torch.mm(signed.view(-1, n2), right.T, out=inner[: tokens * n1 * r2].view(-1, r2)).view(tokens, n1, r2)
+        repeated = left.expand(tokens, r1, n1)
+        if rows == r1 * r2 and block.is_contiguous() and block.dtype == half.dtype:
+            torch.bmm(repeated, half, out=block.view(tokens, r1, r2))
+        else:
+            block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
+
+
+def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
+    """`into = z M` for a few tokens."""
+    wide, inner = _scratch(len(z), stack)
+    # Half-precision results are summed in float32 and rounded once.
+    total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
+    for index, (M, block) in enumerate(zip(stack, z.split([M.rows for M in stack], 1), strict=True)):
+        (r1, n1), (r2, n2), tokens = M.left.shape, M.right.shape, len(z)
+        missing = r1 * r2 - M.rows
+        padded = pad(block.to(wide.dtype), (0, missing)) if missing else block.to(wide.dtype)
+        half = inner[: tokens * n1 * r2]
+        torch.bmm(M.left.T.expand(tokens, n1, r1), padded.reshape(tokens, r1, r2), out=half.view(tokens, n1, r2))
+        product = wide if index else total
+        torch.mm(half.view(-1, r2), M.right, out=product.view(-1, n2))
+        if index:
+            total.addcmul_(product, M.diagonal)
+        else:
+            total.mul_(M.diagonal)
+    if total is not into:
+        into.copy_(total)
+
+
+def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+    from ..ops.triton.kronecker import kronecker
+
+    flat = x.reshape(-1, x.shape[-1])
+    found = [kronecker(flat, M.left, M.right, M.diagonal, None)[:, : M.rows] for M in stack]
+    return torch.cat(found, 1).view(*x.shape[:-1], -1)
+
+
+def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+    from ..ops.triton.kronecker import kronecker
+
+    parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)
+    padded = [pad(part, (0, len(M.left) * len(M.right) - M.rows)) for part, M in zip(parts, stack, strict=True)]
+    found = [kronecker(part, M.left.T, M.right.T, None, M.diagonal) for part, M in zip(padded, stack, strict=True)]
+    return sum(found[1:], found[0]).view(*z.shape[:-1], -1)
+
+
+def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:
+    """Room for one chunk on the wide side and between the two products."""
+    diagonal, (_, n1) = stack[0].diagonal, stack[0].left.shape
+    widest = max(M.right.shape[0] for M in stack)
+    wide = scratch("kronecker wide", (chunk, len(diagonal)), diagonal.dtype, diagonal.device)
+    return wide, scratch("kronecker inner", (chunk * n1 * widest,), diagonal.dtype, diagonal.device)

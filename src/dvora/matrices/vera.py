@@ -1,0 +1,110 @@
+"""A dense kind with the very values that PEFT's VeRA draws, for adapters that were trained with it.
+
+PEFT draws both matrices from torch's generator, in the sizes of the largest layer, and cuts other layers' out of them
+without another scale. So the sizes belong to the name of the values, and whether a machine draws the same bits is for
+the fingerprint to say: it is a hash of all of them.
+
+Dimensions: I in, O out, R rank, each of the largest layer.
+"""
+
+import hashlib
+import math
+import re
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.annotations import Float
+from .dense import DenseMatrices
+
+_NAME = re.compile(r"peft_vera\(r=([1-9]\d{0,4}), in=([1-9]\d{0,7}), out=([1-9]\d{0,7})\)")
+
+
+MAX_VALUES = 2**28
+"""Of both matrices: a damaged setting must not draw without end."""
+
+
+class VeraSizes(NamedTuple):
+    """R, I and O of the matrices as drawn."""
+
+    rank: int
+    in_features: int
+    out_features: int
+
+    @property
+    def distribution(self) -> str:
+        """The name of the kind, as configurations have it."""
+        return f"peft_vera(r={self.rank}, in={self.in_features}, out={self.out_features})"
+
+
+def vera_sizes(distribution: str) -> VeraSizes | None:
+    """The sizes in the name of a distribution; None where it is another kind, or larger than any use."""
+    if (found := _NAME.fullmatch(distribution)) is None:
+        return None
+    sizes = VeraSizes(*map(int, found.groups()))
+    return sizes if sizes.rank * (sizes.in_features + sizes.out_features) <= MAX_VALUES else None
+
+
+def drawn(seed: int, sizes: VeraSizes) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
+    """A and B as `peft.tuners.vera` draws them: Kaiming uniform, one after the other."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    rank, in_features, out_features = sizes
+    return _uniform((rank, in_features), generator), _uniform((out_features, rank), generator)
+
+
+class VeraMatrices(DenseMatrices):
+    """A and B of PEFT's VeRA.
+
+    Args:
+        seed: its `projection_prng_key`.
+        sizes: of the matrices as drawn, the largest that a layer can have here.
+    """
+
+    def __init__(self, seed: int, sizes: VeraSizes) -> None:
+        super().__init__(seed, sizes.distribution, partial(_drawn_values, seed, sizes))
+        self.sizes = sizes
+
+    def probe(self) -> np.ndarray:
+        """A hash of all values: whether this machine draws the same ones cannot be seen from a few."""
+        return np.frombuffer(_digest(self.seed, self.sizes), dtype=np.uint8)
+
+    def remade(self, name: str, saved: Tensor) -> Tensor | None:
+        """What a matrix of a file should be; None where there is no such matrix."""
+        stream = name.removeprefix("stream_")[:1]
+        return torch.from_numpy(_drawn_values(self.seed, self.sizes, int(stream))) if stream in ("0", "1") else None
+
+    def _scale(self, fan_in: int) -> float:
+        return 1.0  # the values are scaled when they are drawn
+
+    def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
+        largest = self.sizes[1 + stream]
+        if rank > self.sizes.rank or size > largest:
+            raise ValueError(
+                f"projection_init={self.distribution!r} has matrices of rank {self.sizes.rank} for at most {largest} "
+                f"{('inputs', 'outputs')[stream]}; this layer needs rank {rank} and {size}"
+            )
+        return super()._whole(stream, self.sizes.rank, largest, device)[:rank, :size]
+
+
+def _drawn_values(seed: int, sizes: VeraSizes, stream: int, *_: int) -> np.ndarray:
+    """All values of a stream, however many are asked for."""
+    A, B = drawn(seed, sizes)
+    return (B.T.contiguous() if stream else A).numpy()
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    # The bound in the steps that PEFT takes: another order would round to other bits.
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+@lru_cache(maxsize=8)
+def _digest(seed: int, sizes: VeraSizes) -> bytes:
+    digest = hashlib.sha256()
+    for matrix in drawn(seed, sizes):
+        # Of the bytes themselves on the usual machines: a copy would double the memory.
+        digest.update(matrix.numpy().astype("<f4", copy=False).ravel().data)
+    return digest.digest()

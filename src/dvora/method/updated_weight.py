@@ -1,0 +1,73 @@
+"""A linear layer through its updated weight, made for one step: for many tokens cheaper than two thin products.
+
+    V' = W + diag(beta) B diag(lambda_d) A,   y_b = x V'^T + bias
+
+    dL/dx        = delta V'
+    M            = delta^T z
+    dL/dbeta     = rowsum(M * B diag(lambda_d)),   dL/dlambda_d = colsum(diag(beta) B * M)
+
+V' is made again in the backward pass: what is kept is z, as by the thin products.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..matrices.dense import DenseMatrices
+from ..ops.annotations import Float
+from ..ops.dtypes import without_autocast
+
+
+def updated_linear(
+    x: Float[Tensor, "*T I"],
+    z: Float[Tensor, "*T R"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None,
+    lambda_d: Float[Tensor, "R"],
+    beta: Float[Tensor, "O"],
+    matrices: DenseMatrices,
+) -> Float[Tensor, "*T O"]:
+    """`x V'^T + bias`, the bits of the base for `beta = 0`.
+
+    Args:
+        x: inputs.
+        z: `x A^T`; it gets no gradient, that of x is whole without.
+        weight: W, frozen, float32 or float64.
+        bias: the base's, or None.
+        lambda_d, beta: as for the norm.
+        matrices: those of A and B.
+    """
+    outputs: Tensor = _UpdatedLinear.apply(x, z, weight, bias, lambda_d, beta, matrices)
+    return outputs
+
+
+class _UpdatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lambda_d: Tensor,
+        beta: Tensor,
+        matrices: DenseMatrices,
+    ) -> Tensor:
+        ctx.matrices = matrices
+        ctx.save_for_backward(z, weight, lambda_d, beta)
+        return torch.nn.functional.linear(x, matrices.updated(weight, lambda_d, beta), bias)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, lambda_d, beta = ctx.saved_tensors
+        matrices: DenseMatrices = ctx.matrices
+        wants = ctx.needs_input_grad
+        rows = delta.reshape(-1, delta.shape[-1])
+        d_x = delta @ matrices.updated(weight, lambda_d, beta) if wants[0] else None
+        d_lambda_d = d_beta = None
+        if wants[4] or wants[5]:
+            d_lambda_d, d_beta = matrices.update_products(rows, z.reshape(-1, z.shape[-1]), lambda_d, beta)
+        d_bias = rows.sum(0) if wants[3] else None
+        return d_x, None, None, d_bias, d_lambda_d, d_beta, None

@@ -1,0 +1,224 @@
+"""Checks of hyperparameters and of base weights, with messages that say what was expected."""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.annotations import Float
+from .functional import DIRECTIONS, Direction, Vectors, row_norm
+
+MAX_RANK = 2**16
+"""Far beyond any use; a damaged setting must not make matrices of a rank that never ends."""
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Refuse a base weight that cannot be adapted, naming the layer.
+
+    Raises:
+        TypeError: not a plain tensor of floating-point numbers of at least 16 bits.
+        ValueError: on the meta device, or without any values.
+    """
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise TypeError(
+            f"{name}: the base weight is a {type(weight).__name__} (quantised, sharded or uninitialised); DVoRA adapts "
+            "plain floating-point tensors"
+        )
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name}: the base weight has dtype {weight.dtype}; DVoRA adapts floating-point weights of 16 bits and more"
+        )
+    if weight.dim() < 2:
+        raise TypeError(f"{name}: the base weight has shape {tuple(weight.shape)}; DVoRA adapts matrices")
+    if weight.is_meta:
+        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
+    if not weight.numel():
+        raise ValueError(
+            f"{name}: the base weight has shape {tuple(weight.shape)}: there is nothing to adapt; leave the layer out"
+        )
+
+
+def checked_vectors(
+    state_dict: Mapping[str, Any], prefix: str, parameters: Iterable[tuple[str, Tensor]], layer: str
+) -> dict[str, Tensor]:
+    """The trained vectors of a layer's state dict in their own dtype, if all of it can be loaded.
+
+    Args:
+        state_dict: with any of the layer's parameters.
+        prefix: of the layer's names in it.
+        parameters: of the layer, by name.
+        layer: for messages.
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: it has another shape than its parameter, a vector has values that are not finite in its dtype, or
+            a row of the base weight no finite norm.
+    """
+    vectors = {}
+    for name, own in parameters:
+        loaded = state_dict.get(prefix + name)
+        if loaded is None:
+            continue
+        if not isinstance(loaded, Tensor):
+            raise TypeError(f"{prefix}{name} is a {type(loaded).__name__} in the state dict, expected a tensor")
+        if loaded.shape != own.shape:
+            raise ValueError(
+                f"{prefix}{name} has shape {tuple(loaded.shape)} in the state dict, {tuple(own.shape)} in the layer "
+                f"({layer}); sizes and rank cannot be changed by loading"
+            )
+        value = loaded.detach().to(own.dtype)
+        if name in Vectors._fields:
+            if not value.is_meta and not value.isfinite().all():
+                raise ValueError(f"{prefix}{name} has values that are not finite in {own.dtype} in the state dict")
+            vectors[prefix + name] = value
+        elif name == "base_layer.weight" and type(value) is Tensor and not value.is_meta:
+            check_norms(row_norm(value), prefix + name)
+    return vectors
+
+
+def computes_as(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
+    """Whether a layer's forward is the one of `layer_type`, itself or behind wrappers that say what they wrap."""
+    forward = inspect.unwrap(layer.forward)
+    return inspect.ismethod(forward) and forward.__func__ is layer_type.forward
+
+
+def check_linear(layer: nn.Module) -> None:
+    """Refuse a base layer of the plain adapter that is no linear layer, or no longer computes what one does.
+
+    Raises:
+        TypeError: so it is.
+    """
+    kind = type(layer).__name__
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"base_layer of type {kind} is not supported; supported: torch.nn.Linear")
+    if not computes_as(layer, nn.Linear):
+        raise TypeError(
+            f"base_layer of type {kind} is not supported: its forward is not that of torch.nn.Linear, so a merged "
+            "layer would compute something else than the adapter. Adapt it through PEFT (dvora.DVoRAConfig), which "
+            "measures such a layer by its forward"
+        )
+
+
+def check_bias(bias: Float[Tensor, "O"] | None, name: str) -> None:
+    """Refuse a bias that is not finite, which outputs could not be told apart from.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if bias is not None and not bias.is_meta and not bias.isfinite().all():
+        raise ValueError(
+            f"{name}: {int((~bias.isfinite()).sum())} of {bias.numel()} values of the bias are not finite; rows are "
+            "rescaled without their bias, which is impossible then. Use a finite value, or leave the layer out"
+        )
+
+
+def check_norms(w: Float[Tensor, "O"], name: str) -> None:
+    """Refuse a base weight with a row norm that is not finite, naming the layer.
+
+    Raises:
+        ValueError: a norm is NaN or infinite.
+    """
+    if not w.isfinite().all():
+        raise ValueError(
+            f"{name}: {int((~w.isfinite()).sum())} of {len(w)} rows of the base weight have no finite norm "
+            "(NaN, infinity or overflow); repair the base model before adapting it"
+        )
+
+
+def checked_norm_cache(norm_cache: object) -> Literal["auto"] | bool:
+    """Whether constants of the size (out, rank) are kept, if it says so."""
+    if norm_cache == "auto":
+        return "auto"
+    if isinstance(norm_cache, bool):
+        return norm_cache
+    raise ValueError(f'norm_cache must be "auto", True or False, got {norm_cache!r}')
+
+
+def checked_rank(rank: int) -> int:
+    """The rank, if it is a positive integer."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be a positive integer, got {rank!r} of type {type(rank).__name__}")
+    if rank < 1:
+        raise ValueError(f"rank must be a positive integer, got {rank}")
+    if rank > MAX_RANK:
+        raise ValueError(f"rank must be at most {MAX_RANK}, got {rank}")
+    return rank
+
+
+def fits_float32(value: float) -> bool:
+    """Whether a number is finite in float32; `math.isfinite` fails for integers beyond a double."""
+    limit = torch.finfo(torch.float32).max
+    return bool(-limit <= value <= limit)
+
+
+def rounds_to_zero(value: float) -> bool:
+    """Whether a number is zero in float32."""
+    return abs(value) <= torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps / 2
+
+
+def checked_alpha(alpha: float) -> float:
+    """alpha as a float, if it is finite and positive."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise TypeError(f"alpha must be a positive number or None (for alpha = rank), got {alpha!r}")
+    if not (fits_float32(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be finite and positive, or None (for alpha = rank), got {alpha}")
+    return float(alpha)
+
+
+def checked_direction(direction: str) -> Direction:
+    """The direction, if it is known."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+    return cast(Direction, direction)
+
+
+def checked_d_initial(d_initial: float) -> float:
+    """The starting value of lambda_d, if it is a finite number."""
+    if isinstance(d_initial, bool) or not isinstance(d_initial, int | float):
+        raise TypeError(f"d_initial must be a number, got {d_initial!r}")
+    if not fits_float32(d_initial):
+        raise ValueError(f"d_initial must be finite, got {d_initial}")
+    return float(d_initial)
+
+
+def checked_real(tensor: Tensor, argument: str) -> Tensor:
+    """A tensor, if it is one and its values are real."""
+    if not isinstance(tensor, Tensor) or tensor.is_complex():
+        raise TypeError(f"{argument} must be a tensor of real numbers, got {tensor!r} of type {type(tensor).__name__}")
+    return tensor
+
+
+def checked_values(vector: Float[Tensor, "N"], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of one vector as the values of parameters, in their order, shapes and dtypes.
+
+    Raises:
+        TypeError: it is no real tensor.
+        ValueError: it has another number of values, or one is not finite in its parameter's dtype.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    if checked_real(vector, "parameters").shape != (sum(sizes),):
+        raise ValueError(f"parameters must have shape ({sum(sizes)},) for this layer, got {tuple(vector.shape)}")
+    values = [v.reshape(p.shape).to(p) for v, p in zip(vector.split(sizes), parameters, strict=True)]
+    for value in values:
+        if not value.isfinite().all():
+            raise ValueError(f"parameters must be finite in {value.dtype}, got NaN or infinity")
+    return values
+
+
+def checked_not_negative(value: float, argument: str) -> float:
+    """A rate or a decay, if it is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{argument} must be finite and not negative, got {value}")
+    return value
+
+
+def checked_strength(strength: float) -> float:
+    """The strength as a float, if it is finite."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise TypeError(f"strength must be a number, got {strength!r}")
+    if not fits_float32(strength):
+        raise ValueError(f"strength must be finite, with 0 for the base and 1 for the adapter itself, got {strength}")
+    return float(strength)

@@ -1,0 +1,45 @@
+"""Half-precision tokens rescaled in float32, some at a time: wide values of all of them would wait for memory.
+
+Dimensions: T tokens, N their width.
+"""
+
+import torch
+from torch import Tensor
+
+from .annotations import Float
+from .buffers import scratch
+from .dtypes import norm_dtype
+
+CHUNK_VALUES = 2**17
+"""That are wide at a time."""
+
+
+def widened(name: str, tokens: Float[Tensor, "T N"]) -> Float[Tensor, "T N"]:
+    """The tokens in float32 or wider: themselves, or a copy in memory that is used again, by its name."""
+    dtype = norm_dtype(tokens.dtype)
+    return tokens if tokens.dtype == dtype else scratch(name, tokens.shape, dtype, tokens.device).copy_(tokens)
+
+
+def rescaled(
+    tokens: Float[Tensor, "*T N"],
+    gain: Float[Tensor, "N"],
+    offset: Float[Tensor, "N"] | None = None,
+    update: Float[Tensor, "*T N"] | None = None,
+) -> Float[Tensor, "*T N"]:
+    """`update + tokens gain - offset`, rounded once; for half precision, where nothing is recorded.
+
+    Args:
+        tokens: half precision.
+        gain, offset: float32.
+        update: in the dtype of the tokens; the result may be written into it.
+    """
+    assert tokens.dtype.itemsize < 4, tokens.dtype
+    result = torch.empty_like(tokens, memory_format=torch.contiguous_format) if update is None else update.contiguous()
+    width = tokens.shape[-1]
+    count = max(1, CHUNK_VALUES // width) if tokens.is_cpu else max(1, tokens.numel() // width)
+    pairs = zip(result.view(-1, width).split(count), tokens.reshape(-1, width).split(count), strict=True)
+    for part, of_tokens in pairs:
+        wide = widened("wide tokens", of_tokens)
+        wide = wide.mul_(gain) if update is None else widened("wide update", part).addcmul_(wide, gain)
+        part.copy_(wide if offset is None else wide.sub_(offset))
+    return result

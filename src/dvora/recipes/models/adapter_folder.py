@@ -1,0 +1,217 @@
+"""The folder of an adapter of any of PEFT's methods: what its files say, checked before PEFT or a model sees them."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, PeftType
+from safetensors import SafetensorError
+
+from ...tuner.adapter_folder import shapes_in_header
+from ...tuner.expressions import check_expressions
+from ..files import check_readable, read_json
+from ..nearest import did_you_mean
+from .hub import offline
+
+SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LARGEST_SETTINGS = 2**24
+"""Bytes; a few hundred names of layers take some thousands."""
+MOST_HEADS = 256
+ELSEWHERE = ("adapters", "megatron_config", "tokenizer_kwargs", "tokenizer_name_or_path")
+"""Settings with which PEFT loads or imports what is not in the folder."""
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "task_type": (str,),
+    "auto_mapping": (dict,),
+    "modules_to_save": (list,),
+    "use_dora": (bool,),
+}
+"""Of the settings that are used here; null counts as missing."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in its folder.
+
+    Args:
+        folder: of the adapter.
+        settings: its configuration.
+        shapes: of the values in its file.
+        labels: names of the classes, where a run of `dvora train` tells them; empty elsewhere.
+
+    Raises:
+        ValueError: the head is missing, or not one of as many classes as there are labels.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        heads = self.settings.get("modules_to_save") or ()
+        # PEFT names heads that a model may have; no model has all of them.
+        if heads and not any(f".{head}." in key for head in heads for key in self.shapes):
+            raise ValueError(f"{self.file} lacks the modules that the adapter trains whole ({', '.join(heads)})")
+        check_labels(self.labels, self.shapes, self.file)
+
+    @property
+    def label_count(self) -> int | None:
+        """The outputs of the head that an adapter brings; None if it brings none."""
+        heads = self.settings.get("modules_to_save") or ()
+        last = [
+            shape
+            for key, shape in self.shapes.items()
+            if len(shape) == 2 and any(f".{head}." in key for head in heads) and key.endswith("weight")
+        ]
+        # Of a head of several layers, the one that tells the labels is the smallest.
+        return min((shape[0] for shape in last), default=None)
+
+    @property
+    def method(self) -> str:
+        """In lower case: dvora, lora, dora, vera ..."""
+        return "dora" if self.settings.get("use_dora") else str(self.settings["peft_type"]).lower()
+
+    @property
+    def file(self) -> Path:
+        """The file of values."""
+        return self.folder / VALUES
+
+    def base(self, given: str | None) -> str:
+        """The base model: the given one, or the one that the adapter names.
+
+        Raises:
+            ValueError: it names none.
+        """
+        base = given or self.settings.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{self.folder} does not name its base model; give it with --model")
+        return str(base)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """An adapter's configuration, and the names and shapes of its values; no value is read.
+
+    Args:
+        folder: of an adapter, or of a run of `dvora train` with the adapter in it.
+
+    Raises:
+        ValueError: it holds no adapter, a pickled one, a damaged one, or one that reaches out of its folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; an adapter is a folder with {SETTINGS} and {VALUES}")
+    if not (folder / SETTINGS).exists() and (folder / "adapter" / SETTINGS).exists():
+        folder = folder / "adapter"
+    if not (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} holds no {SETTINGS}, so it is no adapter folder")
+    settings = checked_adapter_settings(folder / SETTINGS)
+    if not (folder / VALUES).is_file():
+        if (folder / PICKLED).exists():
+            raise ValueError(
+                f"{folder} holds a pickled {PICKLED}, which can run any code and is never loaded; on a machine that "
+                "trusts it, load it with PEFT once and save it again (save_pretrained writes safetensors)"
+            )
+        raise ValueError(f"{folder} holds no {VALUES}")
+    return Adapter(folder, settings, shapes_in(folder / VALUES), labels_of(folder.parent / "run.json"))
+
+
+def checked_adapter_settings(file: Path) -> dict[str, Any]:
+    """What an adapter_config.json says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, of no method of PEFT, or a setting is not what it may be.
+    """
+    settings = read_json(file, LARGEST_SETTINGS)
+    if "peft_type" not in settings:
+        raise ValueError(f"{file} has no peft_type, so it is not of an adapter")
+    method = settings["peft_type"]
+    if not isinstance(method, str) or method not in PeftType.__members__:
+        known = did_you_mean(str(method)[:40], PeftType.__members__)
+        raise ValueError(f"{file} has the peft_type {method!r}, which is no method of PEFT here; {known}")
+    for name, types in _TYPES.items():
+        if not isinstance(settings.get(name), (*types, type(None))):
+            raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {types[0].__name__} or null")
+    heads = settings.get("modules_to_save") or ()
+    if len(heads) > MOST_HEADS or not all(isinstance(head, str) for head in heads):
+        raise ValueError(f"{file}: expected at most {MOST_HEADS} names in modules_to_save, got {heads!r}")
+    if reaching := [name for name in ELSEWHERE if settings.get(name)]:
+        raise ValueError(
+            f"{file} has the setting {reaching[0]!r}, with which PEFT would load or import what is not in the folder; "
+            "such adapters are not read here"
+        )
+    return settings
+
+
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name; what they hold is as many bytes as the file has.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or a tensor has no values, so that nothing bounds its other sizes.
+    """
+    check_readable([file])
+    try:
+        shapes = shapes_in_header(file)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if empty := [key for key, shape in shapes.items() if not prod(shape)]:
+        raise ValueError(f"{file}: {empty[0]!r} has the shape {shapes[empty[0]]}, which holds no values")
+    return shapes
+
+
+def adapter_on(model: Any, folder: Path) -> PeftModel:
+    """A base with the adapter of a folder, which has been looked at before.
+
+    Raises:
+        ValueError: the adapter's file lacks something that the adapter trains, or does not fit the base.
+    """
+    check_targets(folder, model)
+    with offline(), warnings.catch_warnings():
+        # PEFT goes on with random values.
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            adapted: PeftModel = PeftModel.from_pretrained(model, str(folder))
+        except UserWarning as warning:
+            lacking = str(warning).partition("[")[2].partition("]")[0]
+            raise ValueError(f"{folder / VALUES} lacks values that the adapter trains: {lacking}") from None
+    return adapted
+
+
+def check_targets(folder: Path, model: Any) -> None:
+    """Refuse an adapter of any method whose expressions would match a model's names without end.
+
+    Raises:
+        ValueError: one would, or is none.
+    """
+    settings = checked_adapter_settings(folder / SETTINGS)
+    check_expressions(settings, [name for name, _ in model.named_modules()])
+
+
+def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Refuse more or less names of classes than a head can have that is in a file; no larger head is ever made.
+
+    Raises:
+        ValueError: no tensor has as many rows as there are labels.
+    """
+    if labels and not any(shape[:1] == (len(labels),) for shape in shapes.values()):
+        raise ValueError(f"{len(labels):,} classes are on record, and nothing in {file} has as many rows")
+
+
+def labels_of(record: Path) -> tuple[str, ...]:
+    """The names of the classes that a run of `dvora train` notes beside its adapter; empty where there is no run."""
+    return checked_labels(read_json(record).get("labels") or [], record) if record.is_file() else ()
+
+
+def checked_labels(labels: object, record: Path) -> tuple[str, ...]:
+    """The names of the classes in a record.
+
+    Raises:
+        ValueError: they are no list of texts.
+    """
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{record} is damaged: labels is not a list of names")
+    return tuple(labels)

@@ -1,0 +1,120 @@
+"""Models that are not there: whether the hub can be reached, asked once (its client asks for minutes); what to say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+from ..files import check_readable
+
+SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What whoever calls allows beyond reading files. No file that is read can allow it.
+
+    Args:
+        code: run Python code that comes with a model.
+        download: ask the hub for a model or a tokenizer; else its cache has to hold what is no folder here.
+    """
+
+    code: bool = False
+    download: bool = False
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What transformers' `from_pretrained` is told."""
+        return {"trust_remote_code": self.code, "local_files_only": not self.download}
+
+
+NOTHING, NAMED = Trust(), Trust(download=True)
+"""What is allowed for a model that only a file names, and for one that the caller names."""
+
+
+@contextmanager
+def offline(wanted: bool = True) -> Iterator[None]:
+    """Keep everything that would ask the hub from it; libraries ask for more than what they are told to load."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or wanted
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@cache
+def _check_reachable(name: str) -> None:
+    """Make sure that the hub can be asked for a name; what it says is told by those who load from it."""
+    try:
+        HfApi().model_info(name, timeout=SECONDS)
+    except (HfHubHTTPError, ValueError):
+        # It answered, or the name is none.
+        return
+    except Exception as error:  # of the HTTP client, which is another one in other versions
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{name!r} is no folder here, and the hub cannot be reached ({told}); give a folder, or set "
+            "HF_HUB_OFFLINE=1 if the model was fetched before"
+        ) from error
+
+
+def check_weights(source: str) -> None:
+    """Refuse a folder whose weights are pickled or may not be read; a name on the hub is not looked at.
+
+    Raises:
+        OSError: a file may not be read.
+        ValueError: there are no safetensors.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
+            "save_pretrained"
+        )
+    check_readable(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def loading(what: str, source: str, trust: Trust, code_advice: str, download_advice: str) -> Iterator[None]:
+    """Load something with transformers, and turn the pages that it writes when that fails into a sentence.
+
+    Args:
+        what: is loaded, for the message.
+        source: a folder, or a name on the hub.
+        trust: what is allowed.
+        code_advice: what to say of a model that is made of code of its own.
+        download_advice: what to do to have it fetched, where that is not allowed.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    is_here = Path(source).exists()
+    if not is_here and trust.download and not constants.HF_HUB_OFFLINE:
+        _check_reachable(source)
+    try:
+        with offline(is_here or not trust.download):
+            yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
+    except PermissionError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{what} in {source} cannot be read: a file is nested too deeply") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            said = f"it is made of code that comes with it{code_advice}"
+        if is_here:
+            raise ValueError(f"{what} in {source} cannot be read: {said}") from error
+        if not trust.download:
+            raise ValueError(
+                f"{what} {source!r} is no folder here and not in the hub's cache, and what only a file names is not "
+                f"downloaded; {download_advice}"
+            ) from error
+        raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error

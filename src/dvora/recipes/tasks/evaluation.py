@@ -1,0 +1,78 @@
+"""How good a trained model is on held-out rows, beside the simplest guess and the model before training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset  # type: ignore[import-untyped]
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from ..models.computing import device_of
+from ..settings import Settings
+from .metrics import bits_per_byte, simplest_guess
+from .task import Task, bytes_of, without_bytes
+
+HIDDEN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "tokens")
+
+
+def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) -> Any:
+    """A trainer that only evaluates, in the batches and the precision of the run.
+
+    Args:
+        model: the trained one.
+        task: of the run.
+        settings: of the run.
+        folder: to which it writes nothing, but which has to be there.
+    """
+    trainer = Trainer(
+        model,
+        TrainingArguments(**common_arguments(settings, folder)),
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
+    """What every trainer of a run is told.
+
+    Args:
+        settings: of the run.
+        folder: for what the trainer writes.
+    """
+    gpu = device_of(settings).type == "cuda"
+    return {
+        "output_dir": str(folder),
+        "per_device_eval_batch_size": settings.batch_size,
+        "bf16": settings.mixed_precision == "bf16",
+        "fp16": settings.mixed_precision == "fp16" and gpu,
+        "use_cpu": settings.cpu,
+        "dataloader_pin_memory": gpu,
+        # PEFT's wrapper hides them from the trainer.
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+
+
+def judged(trainer: Any, dataset: Dataset) -> dict[str, float]:
+    """The loss and the task's metrics on a dataset."""
+    size = bytes_of(dataset)
+    raw = trainer.evaluate(without_bytes(dataset))
+    values = {name.removeprefix("eval_"): value for name, value in raw.items() if name.startswith("eval_")}
+    found = {name: value for name, value in values.items() if name not in HIDDEN}
+    if size:
+        found["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
+    return found
+
+
+def guessed(
+    train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """What the commonest class of the training rows, or their mean, gets on held-out rows."""
+    return simplest_guess([row["label"] for row in train], [row["label"] for row in held_out], labels)

@@ -1,0 +1,125 @@
+"""What each task makes of its rows: the model's inputs, batches of them, and metrics of its outputs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset  # type: ignore[import-untyped]
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, DefaultDataCollator
+
+from ..data.chats import IGNORED, chat_features
+from ..data.images import opened_image
+from ..settings import Settings
+from . import metrics
+
+Rows = Sequence[dict[str, Any]]
+NO_LIMIT = 10**6
+"""Tokenizers without a limit say a number beyond this."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The parts of a task that a trainer needs.
+
+    Args:
+        collator: makes a batch of features.
+        compute_metrics: of predictions and labels, by name.
+        reduce_logits: makes of a batch's outputs and labels the predictions.
+        best: the metric that the best step is chosen by.
+        greater_is_better: whether more of it is better.
+    """
+
+    collator: Any
+    compute_metrics: Callable[[Any], dict[str, float]]
+    reduce_logits: Callable[[Any, Any], Any]
+    best: str
+    greater_is_better: bool
+
+
+def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Task:
+    """The parts of a run's task."""
+    if settings.task == "causal-lm":
+        padding = DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+        return Task(padding, metrics.of_tokens, metrics.surprise, "loss", False)
+    images = settings.task == "image-classification"
+    collator: Any = DefaultDataCollator() if images else DataCollatorWithPadding(processor)
+    if labels:
+        return Task(collator, metrics.of_classes, metrics.only_logits, "accuracy", True)
+    return Task(collator, metrics.of_numbers, metrics.only_logits, "rmse", False)
+
+
+def longest(settings: Settings, processor: Any, model_config: Any) -> int:
+    """Tokens beyond which a text is cut: as set, and never more than the tokenizer and the model can take."""
+    limits = [settings.max_length or NO_LIMIT]
+    if processor.model_max_length < NO_LIMIT:
+        limits.append(processor.model_max_length)
+    # Absent where positions are not counted.
+    if positions := getattr(model_config, "max_position_embeddings", None):
+        limits.append(positions)
+    return min(limits)
+
+
+def features(rows: Rows, settings: Settings, processor: Any, max_length: int) -> Dataset:
+    """The model's inputs for rows of the task; rows without a label give inputs without one.
+
+    Args:
+        rows: as `load_data` gives them.
+        settings: of the run.
+        processor: the tokenizer, or the image processor.
+        max_length: see `longest`; of no account for images.
+
+    Raises:
+        ValueError: a chat cannot be written with the tokenizer's template.
+    """
+    if settings.task == "image-classification":
+        return Dataset.from_list(list(rows)).with_transform(lambda batch: _pixels(batch, processor))
+    if settings.task == "causal-lm":
+        return Dataset.from_list([block for row in rows for block in _blocks(row, processor, max_length)])
+    pair = [row["text2"] for row in rows] if rows and "text2" in rows[0] else None
+    encoded = processor([row["text"] for row in rows], pair, truncation=True, max_length=max_length)
+    columns = {name: encoded[name] for name in processor.model_input_names if name in encoded}
+    if rows and "label" in rows[0]:
+        columns["label"] = [row["label"] for row in rows]
+    return Dataset.from_dict(columns)
+
+
+def _pixels(batch: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
+    images = []
+    for path in batch["image"]:
+        with opened_image(Path(path)) as image:
+            images.append(image.convert("RGB"))
+    made = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+    return {**made, "label": batch["label"]} if "label" in batch else made
+
+
+def _blocks(row: dict[str, Any], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """One row as blocks of at most `max_length` tokens."""
+    if "messages" in row:
+        chat = chat_features(row["messages"], tokenizer, max_length)
+        # A chat that is cut before the assistant speaks teaches nothing.
+        return [chat] if any(label != IGNORED for label in chat["labels"][1:]) else []
+    text = row.get("text") or row["passage"]
+    # Special tokens belong to whole texts; a passage goes on before and after.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if "text" in row and tokenizer.eos_token_id is not None:
+        tokens, offsets = [*tokens, tokenizer.eos_token_id], [*offsets, (len(text), len(text))]
+    blocks = []
+    for start in range(0, len(tokens), max_length):
+        block, places = tokens[start : start + max_length], offsets[start : start + max_length]
+        if len(block) > 1:
+            scored = text[places[0][1] : places[-1][1]]
+            blocks.append({"input_ids": block, "labels": block, "bytes": len(scored.encode())})
+    return blocks
+
+
+def bytes_of(dataset: Dataset) -> int | None:
+    """Bytes of text that the scored tokens of a dataset stand for; None where no tokens are scored."""
+    return int(np.sum(dataset["bytes"])) if "bytes" in dataset.column_names else None
+
+
+def without_bytes(dataset: Dataset) -> Dataset:
+    """A dataset as the model takes it."""
+    return dataset.remove_columns("bytes") if "bytes" in dataset.column_names else dataset

@@ -1,0 +1,143 @@
+"""The methods that a base can be trained with: what each trains of it, at which learning rates, and what it saves."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from ...training import parameter_groups, recommended_rates
+from ...tuner import DVoRAConfig
+from ..models.bases import Base
+from ..run_folder import HEAD_FILE
+from ..settings import METHODS, Group, Method, Settings, Task
+
+TASK_TYPES: dict[Task, TaskType | None] = {
+    "text-classification": TaskType.SEQ_CLS,
+    "sentence-pairs": TaskType.SEQ_CLS,
+    "regression": TaskType.SEQ_CLS,
+    "image-classification": None,
+    "causal-lm": TaskType.CAUSAL_LM,
+}
+
+
+def adapted(base: Base, settings: Settings) -> nn.Module:
+    """The base with the run's method put into it; its heads are trained whole, and random starts come from the seed.
+
+    Raises:
+        ValueError: the method does not fit the model, or a setting does not fit the method.
+    """
+    model: nn.Module = base.model
+    if settings.method == "full":
+        return model
+    if settings.method == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(_is_in(name, base.heads))
+        return model
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return get_peft_model(base.model, peft_config(settings, base.heads))
+
+
+def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
+    """The PEFT configuration of a method.
+
+    Args:
+        settings: with a method that has one.
+        heads: modules to train and save whole.
+    """
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    common = {
+        "r": settings.rank,
+        "target_modules": targets,
+        "modules_to_save": list(heads) or None,
+        "task_type": TASK_TYPES[settings.task],
+    }
+    return _CONFIGS[settings.method](settings, common)
+
+
+def _dvora(settings: Settings, common: dict[str, Any]) -> PeftConfig:
+    return DVoRAConfig(
+        alpha=settings.alpha,
+        projection_init=settings.projections,
+        projection_seed=settings.projection_seed,
+        dvora_dropout=settings.dropout,
+        **common,
+    )
+
+
+def _vera(settings: Settings, common: dict[str, Any]) -> PeftConfig:
+    if settings.alpha is not None:
+        raise ValueError("alpha is set, but vera has none; its scale is in its vectors")
+    return VeraConfig(projection_prng_key=settings.projection_seed, vera_dropout=settings.dropout, **common)
+
+
+def _lora(settings: Settings, common: dict[str, Any]) -> PeftConfig:
+    alpha: Any = settings.alpha or 2 * common["r"]
+    return LoraConfig(lora_alpha=alpha, lora_dropout=settings.dropout, use_dora=settings.method == "dora", **common)
+
+
+_CONFIGS: dict[Method, Callable[[Settings, dict[str, Any]], PeftConfig]] = {
+    "dvora": _dvora,
+    "vera": _vera,
+    "lora": _lora,
+    "dora": _lora,
+}
+assert {*_CONFIGS, "full", "head"} == {*METHODS}
+
+
+def optimizer(model: nn.Module, settings: Settings, heads: tuple[str, ...]) -> torch.optim.Optimizer:
+    """AdamW over what is trained, with the learning rates of its groups.
+
+    Raises:
+        ValueError: nothing is trained, or a learning rate is set for a group of which nothing is.
+    """
+    rate = settings.learning_rate or 0.0
+    rates = learning_rates(model, settings)
+    if settings.method == "dvora":
+        groups = parameter_groups(model, rate, weight_decay=settings.weight_decay, learning_rates=rates)
+        return torch.optim.AdamW([{k: v for k, v in group.items() if k != "name"} for group in groups])
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_heads = [parameter for name, parameter in trained.items() if _is_in(name, heads)]
+    others = [parameter for name, parameter in trained.items() if not _is_in(name, heads)]
+    if "head" in rates and not in_heads:
+        raise ValueError("learning_rates names the group 'head', of which the model trains nothing")
+    both = ((in_heads, rates.get("head", rate)), (others, rate))
+    return torch.optim.AdamW(
+        [{"params": members, "lr": lr, "weight_decay": settings.weight_decay} for members, lr in both if members]
+    )
+
+
+def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
+    """The groups that have another learning rate than the settings' single one.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    if settings.method != "dvora":
+        return settings.learning_rates
+    recommended = recommended_rates(model, settings.learning_rate or 0.0)
+    own: dict[Group, float] = {"magnitude": recommended["magnitude"]} if "magnitude" in recommended else {}
+    return own | settings.learning_rates
+
+
+def save_trained(model: Any, settings: Settings, heads: tuple[str, ...], folder: Path) -> None:
+    """Write what was trained: an adapter, a whole model (full), or the heads' weights (head)."""
+    if settings.method != "head":
+        model.save_pretrained(folder)
+        return
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if _is_in(name, heads)}
+    save_file(weights, folder / HEAD_FILE)
+
+
+def trained_values(model: nn.Module) -> int:
+    """How many values are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _is_in(parameter: str, modules: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to one of the modules, inside of PEFT's wrappers or not."""
+    return any(f".{module}." in f".{parameter}" for module in modules)

@@ -1,0 +1,204 @@
+"""Training: from settings to a finished run folder, or to a checkpoint that training goes on from."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.run_data import Data, load_data
+from ..files import new_folder, remove
+from ..models.bases import load_base, load_processor, quiet_transformers
+from ..models.hub import NAMED, Trust
+from ..run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    Run,
+    locked,
+    read_record,
+    read_run,
+    remove_leftovers,
+    write_config,
+    write_record,
+)
+from ..settings import Settings, resolved
+from ..tasks.task import features, longest, task_parts
+from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
+from .methods import adapted, learning_rates, save_trained, trained_values
+from .processes import is_first
+from .records import check_resumable, start_record
+from .trainers import Prepared, final_metrics, make_trainer
+from .watching import StopRequest, Tell
+
+Note = Callable[[str], None]
+
+
+class InputError(ValueError):
+    """The settings, the data, the model or the folder are not what a run needs; nothing has been trained yet."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Args:
+        run: finished, and as it lies in its folder; None if training was stopped.
+        stopped_at: the step whose checkpoint training goes on from; None if it is finished.
+    """
+
+    run: Run | None
+    stopped_at: int | None
+
+
+def train(
+    settings: Settings,
+    resume: bool = False,
+    tell: Tell | None = None,
+    note: Note | None = None,
+    trust: Trust = NAMED,
+) -> Outcome:
+    """Train as the settings say, or go on with a run that was ended.
+
+    With several processes (accelerate launch, torchrun) every one of them calls this; the first one alone writes.
+
+    Args:
+        settings: of the run; they are resolved first.
+        resume: go on in a folder that holds an unfinished run; a finished one is returned as it is.
+        tell: is told of every step and evaluation.
+        note: is told what was guessed, assumed and removed.
+        trust: what is allowed to get the model, which the settings name.
+
+    Raises:
+        InputError: the settings, the data, the model or the folder are not what the run needs.
+        ValueError: training failed.
+        OSError: a file cannot be read or written.
+    """
+    settings = resolved(settings)
+    folder = Path(settings.output)
+    with _lock(folder), quiet_transformers():
+        with _input_errors():
+            record = read_record(folder)
+            check_resumable(folder, record, settings, resume)
+            if record is not None and record["state"] == "finished":
+                if is_first():
+                    _clear(folder)
+                return Outcome(read_run(folder, trust), None)
+            data = load_data(settings)
+            started = start_record(settings, data, record)
+            prepared = _prepared(settings, data, note or (lambda _: None), trust)
+        return _trained(prepared, started, tell)
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """The folder for this process, and the others that work with it."""
+    if not is_first():
+        yield
+        return
+    with ExitStack() as stack:
+        with _input_errors():
+            stack.enter_context(locked(folder))
+        yield
+
+
+def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> Outcome:
+    folder = Path(prepared.settings.output)
+    stop, begun = StopRequest(), time.monotonic()
+    last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
+    with _input_errors():
+        record["learning_rates"] = learning_rates(prepared.model, prepared.settings)
+        trainer, watching = make_trainer(prepared, stop, tell, last)
+    if is_first():
+        remove_leftovers(folder)
+        write_config(folder, prepared.settings)
+        write_record(folder, record)
+        remove_incomplete(folder / CHECKPOINTS)
+    with stop.listening(), told_if_damaged(last):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    record["seconds"] += time.monotonic() - begun
+    if watching.was_stopped:
+        if is_first():
+            write_record(folder, record)
+        return Outcome(None, trainer.state.global_step)
+    # Before the last judgements, which the trainer notes as if they were evaluations of this step.
+    history = _history(trainer.state.log_history)
+    record |= {
+        "state": "finished",
+        "trained_values": trained_values(prepared.model),
+        "steps": trainer.state.global_step,
+        "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
+        or trainer.state.global_step,
+        "metrics": final_metrics(trainer, prepared),
+        "history": history,
+    }
+    if is_first():
+        _finish(folder, prepared, record)
+    return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
+
+
+def _prepared(settings: Settings, data: Data, note: Note, trust: Trust) -> Prepared:
+    _tell_all(data.notes, note)
+    processor = load_processor(settings, trust)
+    base = load_base(settings, data.labels, getattr(processor, "pad_token_id", None), trust)
+    _tell_all(base.notes, note)
+    length = 0
+    if settings.task != "image-classification":
+        length = longest(settings, processor, base.model.config)
+        if length < (settings.max_length or 0):
+            note(f"max_length: {length}, which is all that the model can take")
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    datasets = {part: features(rows, settings, processor, length) for part, rows in parts.items() if rows}
+    if empty := [part for part, dataset in datasets.items() if not len(dataset)]:
+        raise ValueError(f"no row of the part {empty[0]} has anything to learn within max_length {length}")
+    model = adapted(base, settings)
+    rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
+    note(f"rows: {rows}; {trained_values(model):,} values are trained")
+    return Prepared(settings, data, base, model, task_parts(settings, data.labels, processor), datasets)
+
+
+def _tell_all(notes: Iterable[str], note: Note) -> None:
+    for text in notes:
+        note(text)
+
+
+def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Losses and evaluations by step, without times, so that equal runs have equal histories."""
+    kept = ("loss", "eval_")
+    return [
+        {
+            "step": entry["step"],
+            **{
+                name: value
+                for name, value in entry.items()
+                if name.startswith(kept) and not name.endswith(("_runtime", "_per_second", "_time"))
+            },
+        }
+        for entry in log
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
+    """Save what was trained, then say that the run is finished; an end in between is an unfinished run."""
+    if (folder / ADAPTER).is_dir():
+        remove(folder / ADAPTER)
+    with new_folder(folder / ADAPTER) as filled:
+        save_trained(prepared.model, prepared.settings, prepared.base.heads, filled)
+    write_record(folder, record)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a finished run no longer needs; it may have been killed before it did."""
+    remove_leftovers(folder)
+    if (folder / CHECKPOINTS).is_dir():
+        remove(folder / CHECKPOINTS)

@@ -1,0 +1,148 @@
+"""transformers' Trainer, set up for a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ...training import check_ranks_agree
+from ..data.run_data import Data
+from ..models.bases import Base
+from ..run_folder import CHECKPOINTS
+from ..settings import Settings
+from ..tasks.evaluation import common_arguments, guessed, judged
+from ..tasks.task import Task, without_bytes
+from .checkpoints import step_of
+from .methods import optimizer
+from .processes import is_first, world_size
+from .watching import Patience, StopRequest, Tell, Watching
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a trainer is made of.
+
+    Args:
+        settings: resolved.
+        data: rows of the three parts.
+        base: the model before it was adapted.
+        model: the adapted one.
+        task: its metrics and batches.
+        datasets: the model's inputs, of the parts that have rows.
+    """
+
+    settings: Settings
+    data: Data
+    base: Base
+    model: nn.Module
+    task: Task
+    datasets: Mapping[str, Any]
+
+
+def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None, last: Path | None) -> tuple[Any, Watching]:
+    """The trainer of a run, and what watches it.
+
+    Args:
+        prepared: what is trained.
+        stop: whether somebody asked to stop.
+        tell: is told of every step and evaluation.
+        last: the checkpoint that training will go on from.
+
+    Raises:
+        ValueError: a setting does not fit this machine, or processes hold different adapters.
+    """
+    settings, task = prepared.settings, prepared.task
+    arguments = _arguments(settings, task, "validation" in prepared.datasets)
+    patience = Patience(task.best, task.greater_is_better, settings.early_stopping)
+    if last and patience.is_over(TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history):
+        # It had stopped early, and was ended before that was on record: no step is left to be made.
+        arguments.max_steps = step_of(last)
+    if settings.method == "dvora" and world_size() > 1:
+        check_ranks_agree(prepared.model)
+    if settings.gradient_checkpointing:
+        prepared.base.model.config.use_cache = False
+        prepared.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    watching = Watching(stop, tell, patience)
+    # The order of rows and dropout start from the seed, whatever was drawn before.
+    set_seed(settings.seed)
+    trainer = Trainer(
+        prepared.model,
+        arguments,
+        data_collator=task.collator,
+        train_dataset=without_bytes(prepared.datasets["train"]),
+        eval_dataset=without_bytes(prepared.datasets["validation"]) if "validation" in prepared.datasets else None,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
+        callbacks=[watching],
+        optimizers=(optimizer(prepared.model, settings, prepared.base.heads), None),
+    )
+    # transformers takes a model whose forward has keyword arguments for one that divides its loss by the tokens of all
+    # batches and processes. Classifiers do not, so their gradients would be multiplied by both.
+    trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
+    trainer.remove_callback(PrinterCallback)
+    if settings.tensorboard and is_first():
+        trainer.add_callback(_tensorboard(Path(settings.output)))
+    return trainer, watching
+
+
+def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
+    """Metrics of the held-out parts, and of what needs no training: the simplest guess, or a language model's base."""
+    found: dict[str, Any] = {}
+    for part in ("validation", "test"):
+        if part not in prepared.datasets:
+            continue
+        found[part] = judged(trainer, prepared.datasets[part])
+        if prepared.settings.task != "causal-lm":
+            rows = getattr(prepared.data, part)
+            found[f"{part}_simplest_guess"] = guessed(prepared.data.train, rows, prepared.data.labels)
+        elif isinstance(prepared.model, PeftModel):
+            with prepared.model.disable_adapter():
+                found[f"{part}_before_training"] = judged(trainer, prepared.datasets[part])
+    return found
+
+
+def _arguments(settings: Settings, task: Task, validates: bool) -> TrainingArguments:
+    common = common_arguments(settings, Path(settings.output) / CHECKPOINTS)
+    if settings.mixed_precision == "fp16" and not common["fp16"]:
+        raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+    evaluates = ("steps" if settings.evaluate_every else "epoch") if validates else "no"
+    saves = "steps" if settings.save_every or settings.evaluate_every else "epoch"
+    return TrainingArguments(
+        **common,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate or 0.0,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.schedule,
+        # Below one it is a share of all steps.
+        warmup_steps=settings.warmup_share,
+        max_grad_norm=settings.max_gradient_norm,
+        eval_strategy=evaluates,
+        eval_steps=settings.evaluate_every,
+        save_strategy=saves,
+        save_steps=settings.save_every or settings.evaluate_every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=settings.keep_best and validates,
+        metric_for_best_model=task.best if validates else None,
+        greater_is_better=task.greater_is_better if validates else None,
+        logging_steps=1,
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+
+
+def _tensorboard(folder: Path) -> Any:
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is on, but the package is missing: pip install tensorboard") from None
+    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))

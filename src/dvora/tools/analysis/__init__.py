@@ -1,0 +1,122 @@
+"""What did training change? Magnitude, direction and spectrum of each layer, and how alike several adapters are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..dense_rebuild import subjects
+from .measures import Change, Spectrum, change, cosines, products, spectrum
+
+__all__ = ["Analysis", "LayerChange", "analyze"]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What one adapter did to one layer.
+
+    Args:
+        layer: its name in the model.
+        kind: the last part of the name, which layers of a kind share.
+        shape: rows and columns of its weight.
+        change: how far it was moved.
+        spectrum: by which singular values.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, int]
+    change: Change
+    spectrum: Spectrum
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the adapters of a model changed.
+
+    Args:
+        adapters: their names, in the order of everything else.
+        changes: of each adapter, by layer.
+        similarity: cosines of their whole updates, adapter by adapter.
+        layer_similarity: the same for each layer, by its name.
+    """
+
+    adapters: tuple[str, ...]
+    changes: tuple[tuple[LayerChange, ...], ...]
+    similarity: tuple[tuple[float, ...], ...]
+    layer_similarity: dict[str, tuple[tuple[float, ...], ...]]
+
+    def correlation(self, adapter: int = 0) -> float | None:
+        """Of the changes of magnitude and direction over layers; None of fewer than three, or without a spread.
+
+        Below zero for full fine-tuning and DoRA, above for LoRA in the DoRA paper's figure 2.
+        """
+        points = torch.tensor([(each.change.magnitude, each.change.direction) for each in self.changes[adapter]])
+        if len(points) < 3 or bool((points.std(dim=0) == 0).any()):
+            return None
+        return float(torch.corrcoef(points.T)[0, 1])
+
+    def told(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        layers = [
+            [
+                {
+                    "layer": each.layer,
+                    "shape": list(each.shape),
+                    **each.change._asdict(),
+                    **each.spectrum._asdict(),
+                }
+                for each in changes
+            ]
+            for changes in self.changes
+        ]
+        return {
+            "adapters": [
+                {"name": name, "correlation": self.correlation(index), "layers": layers[index]}
+                for index, name in enumerate(self.adapters)
+            ],
+            "similarity": [list(row) for row in self.similarity],
+            "layer_similarity": {name: [list(row) for row in rows] for name, rows in self.layer_similarity.items()},
+        }
+
+
+@torch.no_grad()
+def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis:
+    """Measure what adapters changed, layer by layer; one dense update an adapter is held at a time.
+
+    Args:
+        model: with LoRA, DoRA, VeRA or DVoRA adapters, which need not be active.
+        adapters: names of those to look at; None: all.
+
+    Raises:
+        TypeError: the model is not of PEFT.
+        ValueError: an adapter has no layer that can be rebuilt, or adapters are merged.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
+    names = tuple(model.peft_config if adapters is None else adapters)
+    if unknown := [name for name in names if name not in model.peft_config]:
+        raise ValueError(f"there is no adapter {unknown[0]!r}, only {', '.join(model.peft_config)}")
+    changes: dict[str, list[LayerChange]] = {name: [] for name in names}
+    inner, by_layer = torch.zeros(len(names), len(names), dtype=torch.float64), {}
+    for subject in subjects(model, names):
+        if subject.layer.merged:
+            raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
+        weight = subject.weight()
+        updates = {term.adapter: term.delta(term.values(), weight) for term in subject.terms}
+        for name, update in updates.items():
+            shape = (weight.shape[0], weight.shape[1])
+            moved, values = change(weight, weight + update), spectrum(weight, update)
+            changes[name].append(LayerChange(subject.name, subject.name.rpartition(".")[2], shape, moved, values))
+        found = products([updates[name] if name in updates else torch.zeros_like(weight) for name in names])
+        by_layer[subject.name] = _rows(cosines(found.cpu()))
+        inner += found.cpu()
+    if empty := [name for name, layers in changes.items() if not layers]:
+        raise ValueError(f"no layer of the adapter {empty[0]!r} can be rebuilt; LoRA, DoRA, VeRA and DVoRA can")
+    return Analysis(names, tuple(map(tuple, changes.values())), _rows(cosines(inner)), by_layer)
+
+
+def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(float, row)) for row in matrix)

@@ -1,0 +1,77 @@
+"""Is an adapted model right? A table of what passes and what fails, with figures, for DVoRA, LoRA, DoRA and VeRA."""
+
+import torch
+from peft import PeftModel
+
+from ..dense_rebuild import subjects
+from .findings import Examination, Finding
+from .layer_checks import constants, gradients, merge_losses, outputs, rows_left_alone, short_rows
+from .model_checks import calls, merging, mixed_batch, received, trained_values
+from .round_trip import round_trip
+from .training_checks import identity, movement, rates
+from .watched import Inputs, Loss, recorded, restored
+
+__all__ = ["Examination", "Finding", "examine"]
+
+
+def examine(
+    model: PeftModel,
+    inputs: Inputs,
+    *,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    layers: int | None = None,
+    fresh_process: bool = True,
+) -> Examination:
+    """Check that a model with a LoRA, DoRA, VeRA or DVoRA adapter is right; the model is left as it was.
+
+    It holds the model's weights twice while it runs.
+
+    Args:
+        model: with an active adapter, trained or not.
+        inputs: a small batch, two rows or more: keyword arguments of the model's forward, or its only argument. With
+            labels among them, gradients are those of the model's own loss.
+        loss: of the model's outputs, where the model has none of its own; left out, a random sum of its outputs.
+        optimizer: that trains the model, to look at its learning rates.
+        layers: look at no more than so many layers for themselves, spread evenly over the model, since each is built as
+            a dense matrix some twenty times; None: all. Checks of the whole model see every layer.
+        fresh_process: also save the adapter and load it in another process.
+
+    Returns:
+        A finding for each check.
+
+    Raises:
+        TypeError: the model is not of PEFT, or returns no tensor of numbers.
+        ValueError: no layer has an active adapter of a known method, adapters are merged, or `layers` is below one.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}; adapt it with get_peft_model first")
+    every = tuple(subjects(model))
+    if not every:
+        raise ValueError("no layer has an active LoRA, DoRA, VeRA or DVoRA adapter that can be rebuilt")
+    if any(subject.layer.merged for subject in every):
+        raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
+    if layers is not None and layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    count = len(every) if layers is None else min(layers, len(every))
+    some = tuple(every[place * len(every) // count] for place in range(count))
+    with restored(model):
+        adapted, seen = recorded(model, inputs, every)
+        findings = [
+            identity(model, inputs),
+            outputs(some, seen),
+            gradients(some, seen),
+            constants(some),
+            short_rows(some),
+            rows_left_alone(some),
+            calls(every, seen),
+            received(model, inputs, every, loss),
+            trained_values(model, every),
+            movement(some),
+            *([rates(model, some, optimizer)] if optimizer is not None else []),
+            merge_losses(some),
+            merging(model, inputs, every, adapted),
+            mixed_batch(model, inputs, every, adapted),
+            *([round_trip(model, inputs, adapted)] if fresh_process else []),
+        ]
+    return Examination(tuple(findings), len(every), count)

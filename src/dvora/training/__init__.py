@@ -1,0 +1,6 @@
+"""What a training loop calls: groups and rates for an optimizer, and whether all processes agree."""
+
+from .agreement import AdapterSettings, check_ranks_agree
+from .optimizer_groups import parameter_groups, recommended_rates
+
+__all__ = ["AdapterSettings", "check_ranks_agree", "parameter_groups", "recommended_rates"]

@@ -1,0 +1,266 @@
+"""DVoRALayer: a layer of a PEFT model with any number of named DVoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...method.functional import Vectors
+from ...ops.annotations import Float
+from ...weight.adapted_weight import AdaptedWeight
+from ...weight.layouts import is_at_hand, weight_at_hand
+from .base_layer import Probed, bias_of, check_gradient, measured_bias
+from .layer_types import LayerKind, kind_of
+from .mergeable import MergeableLayer
+from .merges import Merges
+from .mixed_rows import check_rows, mixed_outputs
+from .opaque_weight import device_of, input_dtype, keep_differentiable
+from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
+from .vectors import VECTORS, Strength, VectorDict, vectors_in
+
+
+class DVoRALayer(nn.Module, MergeableLayer):
+    """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
+
+    `probes` are those of the base weight, by which files recognise it, and `probed` the state that they are of.
+
+    Args:
+        base_layer: a layer that `kinds.kind_of` knows.
+        name: of the weight in the model, for messages.
+        kind: of the weight; None looks it up by the layer's type.
+        parameter_name: of the weight in the base layer.
+    """
+
+    measured_bias: Tensor | None
+    out_features: int
+    in_features: int
+    adapter_layer_names = VECTORS
+    other_param_names = ("dvora_adapted", "dvora_dropout", "dvora_strength")
+
+    def __init__(
+        self, base_layer: nn.Module, name: str, kind: LayerKind | None = None, parameter_name: str = "weight"
+    ) -> None:
+        super().__init__()
+        # First, because the first parameter's dtype is what many take for that of the model.
+        self.base_layer = base_layer
+        self.name = name
+        self.parameter_name = parameter_name
+        self.kind = kind_of(base_layer, name) if kind is None else kind
+        self.dvora_magnitude = VectorDict()
+        self.dvora_lambda_b = VectorDict()
+        self.dvora_lambda_d = VectorDict()
+        self.dvora_adapted = nn.ModuleDict()
+        self.dvora_dropout = nn.ModuleDict()
+        self.dvora_strength = nn.ModuleDict()
+        self.register_buffer("measured_bias", None, persistent=False)
+        self.frozen_peft_weight_names = {}
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._merges = Merges()
+        self._base_loads = False
+        self.probes: list[float] = []
+        self.probed = Probed()
+        if not self.kind.has_weight:
+            keep_differentiable(base_layer)
+        self.measured_bias = measured_bias(base_layer, self.kind)
+        self.register_load_state_dict_post_hook(_follow_loaded_base)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        adapted: AdaptedWeight,
+        vectors: Vectors,
+        *,
+        trained: Sequence[str] = Vectors._fields,
+        strength: float = 1.0,
+        dropout: float = 0.0,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter, or replace the one of the same name.
+
+        Args:
+            adapter_name, adapted, vectors: its name, its frozen side for `unmerged()`, and its starting values.
+            trained: which of the vectors are trained; none in `inference_mode`.
+            strength: s of `W + s (W' - W)`.
+            dropout: probability with which an input of the update is dropped in training.
+        """
+        self.out_features, self.in_features = adapted.out_features, adapted.in_features
+        self.dvora_adapted[adapter_name] = adapted
+        self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dvora_strength[adapter_name] = Strength(adapted.w, float(strength))
+        self.frozen_peft_weight_names[adapter_name] = tuple(
+            f"dvora_{vector}" for vector in Vectors._fields if vector not in trained
+        )
+        with torch.inference_mode(False):
+            for field, vector_dict, value in zip(Vectors._fields, self.vector_dicts(), vectors, strict=True):
+                if adapted.rank or field == "magnitude":
+                    vector_dict.put(adapter_name, value)
+                elif adapter_name in vector_dict:
+                    del vector_dict[adapter_name]
+        if self.kind.low_rank is not None:
+            # Now, for a graph that is made of the layer cannot look for them.
+            adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        # New modules are in training mode, whatever the model is in, and would drop inputs in evaluation.
+        self.training = self.base_layer.training
+        for name, child in self.named_children():
+            if name != "base_layer":
+                child.train(self.training)
+
+    def vectors(self, adapter_name: str) -> Vectors:
+        """The trained vectors of one adapter; zero and empty where it has the magnitude only."""
+        return vectors_in(self.vector_dicts(), adapter_name)
+
+    def adapted(self, adapter_name: str) -> AdaptedWeight:
+        """The frozen side of one adapter."""
+        return cast(AdaptedWeight, self.dvora_adapted[adapter_name])
+
+    def strength(self, adapter_name: str) -> Tensor:
+        """s of `W + s (W' - W)`, a tensor without dimensions."""
+        return cast(Strength, self.dvora_strength[adapter_name]).value
+
+    def set_strength(self, adapter_name: str, number: float) -> None:
+        """Change s of one adapter."""
+        cast(Strength, self.dvora_strength[adapter_name]).set(number)
+
+    def rows_left_alone(self, adapter_name: str) -> int:
+        """How many rows keep the base's outputs: those small beside their bias, where no pass can read the weight."""
+        adapted = self.adapted(adapter_name)
+        rows = None if self.kind.low_rank is None else adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
+        readable = self.kind.row_products is not None and adapted.readable
+        return 0 if rows is None or readable else len(rows)
+
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
+        if adapter_names is not None:
+            check_rows(adapter_names, x, self.merged_adapters, self.name)
+            return mixed_outputs(
+                x, self.base_layer(x), () if self.disable_adapters else adapter_names, self._adapt_rows
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.serves_merged():
+            base_output: Tensor = self.base_layer(x)
+            return base_output
+        adapters = self._at_work(self.active_adapters)
+        outputs = updated_outputs(self.base_layer, x, adapters)
+        return self._adapted(x, self.base_layer(x), adapters) if outputs is None else outputs
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`W' - W` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
+        weight = self.unmerged()
+        return self.kind.layout.stored(self.summed_delta([adapter_name], weight), weight.shape)
+
+    def _at_work(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
+        """Those of the named adapters that this layer has."""
+        weight = weight_at_hand(self.get_base_layer(), self.parameter_name) if self.kind.has_weight else None
+        at_work, all_adapted = [], self.dvora_adapted
+        for name in adapter_names:
+            if name in all_adapted:
+                adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, self.dvora_strength[name])
+                vectors = adapted.local(self.vectors(name), weight)
+                factors = adapted.row_factors(vectors, weight, strength.value)
+                at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
+        return at_work
+
+    def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
+        check_gradient(self.base_layer, self.kind, x, base_output, self.name)
+        if not adapters:
+            return base_output
+        bias = bias_of(self.base_layer, self.measured_bias)
+        return adapted_outputs(self.base_layer, self.kind, x, base_output, adapters, bias)
+
+    def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        return self._adapted(x, base_output, self._at_work(adapter_names))
+
+    def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
+        """`W' - W` of several adapters together, as a matrix."""
+        deltas = [self.strength(n) * self.adapted(n).delta(self.vectors(n), weight) for n in adapter_names]
+        return sum(deltas[1:], deltas[0])
+
+    def vector_dicts(self) -> tuple[VectorDict, VectorDict, VectorDict]:
+        """Vectors by adapter name, in the order of `Vectors`."""
+        return self.dvora_magnitude, self.dvora_lambda_b, self.dvora_lambda_d
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would also cast to the base's dtype: bfloat16 would round the magnitude by up to 0.4 %.
+        if adapter_name not in self.dvora_adapted:
+            return
+        device = device_of(self.get_base_layer()) if device is None else device
+        if device.type == "meta":
+            return
+        self.dvora_adapted[adapter_name].to(device)
+        self.dvora_strength[adapter_name].to(device)
+        for vector_dict in self.vector_dicts():
+            vector_dict.move(adapter_name, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DVoRALayer:
+        self.settle()
+        dtype = self._base_dtype()
+        super()._apply(fn, recurse)
+        # A cast changes the base's values, and a graph compiled next cannot notice.
+        if self._base_dtype() != dtype:
+            self._merges.cast(self._base_dtype())
+            self._follow_base()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        tensors = chain(self.base_layer.named_parameters(), self.base_layer.named_buffers())
+        self._base_loads = any(f"{prefix}base_layer.{name}" in state_dict for name, _ in tensors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*args)
+
+    def _follow_base(self) -> None:
+        """Measure the base anew where it has changed."""
+        stored = self.stored()
+        if stored is None:
+            self.measured_bias = measured_bias(self.base_layer, self.kind)
+            weight = self.unmerged()
+            for name in self.dvora_adapted:
+                self.adapted(name).refresh(weight)
+        elif is_at_hand(stored):
+            for name in self.dvora_adapted:
+                self.adapted(name).follow_loaded(self.unmerged())
+
+    def _base_dtype(self) -> torch.dtype:
+        stored = self.stored()
+        return input_dtype(self.base_layer) if stored is None else stored.dtype
+
+    def __repr__(self) -> str:
+        return "dvora." + super().__repr__()
+
+
+class DVoRALinear(DVoRALayer):
+    """Over a linear layer; PEFT finds those of "all-linear" by the name of their class."""
+
+
+def layers_in(model: nn.Module) -> list[DVoRALayer]:
+    """All adapted layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
+
+
+def check_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to change an adapter that is merged: the weights would go on serving what it was.
+
+    Raises:
+        ValueError: it is merged somewhere.
+    """
+    for layer in layers_in(model):
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged into {layer.name}; call unmerge_adapter first")
+
+
+def _follow_loaded_base(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, DVoRALayer)
+    if layer._base_loads:
+        layer._follow_base()
+        layer._base_loads = False

@@ -1,0 +1,100 @@
+"""The low-rank product of every layer type: its inputs through A, lambda_d and B, the way the layer uses its weight.
+
+Every function returns (*T, O): output features last, whatever the layer's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.annotations import Float
+from ...weight.adapted_weight import AdaptedWeight
+from ...weight.linear import low_rank
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_CONVOLVE = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
+
+
+def linear(
+    adapted: AdaptedWeight, _: nn.Module, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"], dropout: nn.Module
+) -> Float[Tensor, "*T O"]:
+    """`((x A^T) lambda_d) B^T`."""
+    return low_rank(adapted, dropout(x), lambda_d)
+
+
+def lookup(
+    adapted: AdaptedWeight, layer: nn.Module, ids: Tensor, lambda_d: Float[Tensor, "R"], dropout: nn.Module
+) -> Float[Tensor, "*T O"]:
+    """The same for one-hot inputs: columns of A by index, so that no table of the vocabulary's size is made."""
+    assert isinstance(layer, nn.Embedding)
+    z = adapted.shared.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
+    kept = torch.ones_like(ids) if adapted.skipped_column is None else ids != adapted.skipped_column
+    z = z * dropout(kept.to(z.dtype)).unsqueeze(-1)
+    return output_scale(layer) * adapted.shared.expand(z * lambda_d.to(z.dtype), adapted.out_features)
+
+
+def output_scale(layer: nn.Embedding) -> float | Tensor:
+    """What transformers' scaled embeddings multiply every entry with; one for all others."""
+    scale = vars(layer).get("embed_scale", layer._buffers.get("embed_scale"))
+    return 1.0 if scale is None else scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale
+
+
+def convolve(
+    adapted: AdaptedWeight, layer: nn.Module, x: Tensor, lambda_d: Float[Tensor, "R"], dropout: nn.Module
+) -> Float[Tensor, "*T O"]:
+    """A convolution with the rows of A as kernels, the same for every group, then B at every place."""
+    assert isinstance(layer, Convolution)
+    x = dropout(x)
+    spatial, groups = len(layer.kernel_size), layer.groups
+    batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
+    kernel = (layer.weight.shape[1], *layer.kernel_size)
+    A, B = adapted.A(x), adapted.B(x) * lambda_d.to(x.dtype)
+    if adapted.rank < adapted.in_features:
+        # Groups become batch entries: all of them see the same kernels.
+        z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
+        places = z.shape[2:]
+        product = B.view(groups, -1, adapted.rank) @ z.reshape(len(batch), groups, adapted.rank, -1)
+        product = product.view(len(batch), -1, *places).movedim(1, -1)
+    else:
+        # The update's own kernels are smaller than a rank beyond their size: depthwise and pointwise convolutions.
+        product = _convolution(layer, batch, (B @ A).view(-1, *kernel), groups).movedim(1, -1)
+    outputs: Tensor = product if x.dim() == spatial + 2 else product.squeeze(0)
+    return outputs
+
+
+def linear_rows(
+    _: nn.Module, x: Float[Tensor, "*T I"], weights: Float[Tensor, "N I"], __: Tensor
+) -> Float[Tensor, "*T N"]:
+    """The inputs with some rows of the weight."""
+    products: Tensor = torch.nn.functional.linear(x, weights)
+    return products
+
+
+def convolved_rows(layer: nn.Module, x: Tensor, weights: Float[Tensor, "N I"], rows: Tensor) -> Float[Tensor, "*T N"]:
+    """The inputs with some of a convolution's kernels, features last."""
+    assert isinstance(layer, Convolution)
+    spatial = len(layer.kernel_size)
+    batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
+    if layer.groups == 1:
+        products = _convolution(layer, batch, weights.view(-1, *layer.weight.shape[1:]), groups=1)
+    else:
+        products = _convolution(layer, batch, layer.weight, layer.groups)[:, rows]
+    products = products.movedim(1, -1)
+    return products if x.dim() == spatial + 2 else products.squeeze(0)
+
+
+def _padded(layer: Convolution, x: Tensor) -> Tensor:
+    if layer.padding_mode == "zeros":
+        return x
+    padded: Tensor = torch.nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    return padded
+
+
+def _convolution(layer: Convolution, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    padding = layer.padding if layer.padding_mode == "zeros" else 0
+    convolve_: Callable[..., Tensor] = _CONVOLVE[len(layer.kernel_size)]
+    return convolve_(x, weight, None, layer.stride, padding, layer.dilation, groups)

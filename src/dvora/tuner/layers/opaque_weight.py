@@ -1,0 +1,143 @@
+"""The weight that a layer multiplies by, read through the layer's own forward pass.
+
+A quantised layer keeps codes, scales and packed bytes that only its kernels know. Unit vectors through its forward give
+the columns of the weight that it works with, whatever the format: no format has to be known, and none can be read
+wrongly (bitsandbytes repacks its 4-bit weights on a CPU, after which its own dequantisation returns garbage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ...matrices import philox
+from ...ops.annotations import Float
+from ...ops.dtypes import full_precision
+from .layer_types import sizes_of
+
+CHUNK = 512
+"""Unit vectors in one forward pass."""
+TOLERANCE = 0.1
+"""Largest relative distance of the layer from a linear one; activations of eight bits are off by 0.02."""
+
+_PROBE_SEED, _PROBE_STREAM, _PROBES = 0, 2**33 + 2, 4
+
+
+def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
+    """The weight W of a layer that computes `x W^T + bias`, in float32, from its forward pass.
+
+    Args:
+        layer: with `in_features` and `out_features`.
+        name: for messages.
+
+    Raises:
+        TypeError: the layer does not take vectors of its input features, or is not linear in them.
+    """
+    with _reading(layer) as forward:
+        try:
+            zero = forward.outputs(torch.zeros(1, forward.width))
+        except Exception as error:  # a foreign layer may raise anything
+            raise TypeError(
+                f"{name} of type {type(layer).__name__} does not take vectors of its {forward.width} input features "
+                f"({type(error).__name__}: {error}); leave it out with exclude_modules"
+            ) from error
+        starts = range(0, forward.width, CHUNK)
+        weight = torch.cat([forward.products(_units(start, forward.width), zero) for start in starts]).T
+        _check_linear(forward, weight, zero, name)
+    return weight
+
+
+def read_bias(layer: nn.Module) -> Float[Tensor, "O"] | None:
+    """What a layer returns for an input of zeros, in float32; None if that is zero."""
+    with _reading(layer) as forward:
+        zero = forward.outputs(torch.zeros(1, forward.width))[0]
+    return zero if zero.any() else None
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """The device of a layer's tensors."""
+    tensors = chain(layer.parameters(), layer.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def keep_differentiable(layer: nn.Module) -> None:
+    """Keep bitsandbytes from packing a 4-bit weight in its first evaluation pass on a CPU, and unpack one that is.
+
+    The product with a packed weight has no backward pass, so no training could follow an evaluation.
+    """
+    if "support_avx512bf16_for_cpu" in vars(layer):
+        vars(layer)["support_avx512bf16_for_cpu"] = False
+        layer.state_dict()
+
+
+class _Forward(NamedTuple):
+    """A layer's forward pass, and what it wants for inputs."""
+
+    layer: nn.Module
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def outputs(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+        """`x W^T + bias`."""
+        outputs: Tensor = self.layer(x.to(self.device, self.dtype))
+        return outputs.float()
+
+    def products(self, x: Float[Tensor, "T I"], zero: Float[Tensor, "1 O"]) -> Float[Tensor, "T O"]:
+        """`x W^T`. Long inputs lift the products above the bias, whose size rounds outputs of half precision."""
+        length = 2.0**8 if self.dtype == torch.float16 else 2.0**12
+        return (self.outputs(length * x) - zero) / length
+
+
+@contextmanager
+def _reading(layer: nn.Module) -> Iterator[_Forward]:
+    """Exact forward passes of a layer that is left as it was."""
+    settings = {key: value for key, value in vars(layer).items() if not key.startswith("_")}
+    _, width = sizes_of(layer)
+    assert isinstance(width, int), width
+    try:
+        # In evaluation bitsandbytes rounds its inputs to eight bits, or packs its weight.
+        layer.training = True
+        with torch.inference_mode(False), torch.no_grad(), align_module_device(layer):
+            device = device_of(layer)
+            with full_precision(device):
+                yield _Forward(layer, width, device, input_dtype(layer))
+    finally:
+        # Some layers also settle on the dtype of the first input that they see.
+        vars(layer).update(settings)
+
+
+def _check_linear(forward: _Forward, weight: Float[Tensor, "O I"], zero: Float[Tensor, "1 O"], name: str) -> None:
+    rows = [philox.uniform_row(_PROBE_SEED, _PROBE_STREAM, row, weight.shape[1]) for row in range(_PROBES)]
+    x = torch.stack([torch.from_numpy(row) for row in rows])
+    expected = x.to(weight) @ weight.T
+    distance = (forward.products(x, zero) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+    if not distance <= TOLERANCE:
+        kind = type(forward.layer).__name__
+        raise TypeError(
+            f"{name} of type {kind} is not linear in its inputs (off by {float(distance):.1%}), so it has no weight to "
+            "adapt; leave it out with exclude_modules, or target the linear layers inside it"
+        )
+
+
+def _units(start: int, width: int) -> Float[Tensor, "T I"]:
+    """Unit vectors number `start` and following."""
+    count = min(CHUNK, width - start)
+    units = torch.zeros(count, width)
+    units[range(count), range(start, start + count)] = 1
+    return units
+
+
+def input_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a layer wants its inputs in."""
+    declared = getattr(layer, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    tensors = chain(layer.parameters(), layer.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)

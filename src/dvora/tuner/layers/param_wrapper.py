@@ -1,0 +1,204 @@
+"""ParamWrapper: adapters on a parameter that its module reads itself, such as attention's projections and experts.
+
+There is no call between inputs and outputs to add an update to, so the module is handed the adapted weight in every
+pass, as are all who read the parameter from outside: torch's fused transformer layers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ...weight.layouts import is_partitioned
+from ..restoring import surely
+from .layer import DVoRALayer, DVoRALinear
+from .layer_types import READ_BY_ATTENTION, LayerKind
+from .mixed_rows import Batch, is_in_progress
+
+# Attributes of attention that torch's fused layers ask for by a private name.
+_PRIVATE = ("_qkv_same_embed_dim",)
+
+
+class ParamWrapper(DVoRALayer):
+    """Wraps a module, or a wrapper of it, and adapts one of its parameters. PEFT knows the class by its name.
+
+    Args:
+        base_layer: the module, or another wrapper for another of its parameters.
+        parameter_name: of the parameter.
+        name: of the parameter in the model, for messages.
+        kind: of the parameter.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, kind: LayerKind) -> None:
+        super().__init__(base_layer, name, kind, parameter_name)
+        self.silent_in: list[Batch] = []
+        self._turn = _Turn()
+
+    def adapted_weight(self) -> Tensor:
+        """The parameter with the active adapters, in its own dtype; the parameter itself where there are none."""
+        if torch.compiler.is_compiling():
+            return self._adapted_weight()
+        with self._turn:
+            return self._adapted_weight()
+
+    def _adapted_weight(self) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self.stored()
+        assert weight is not None
+        if weight.is_meta:
+            raise ValueError(
+                f"{self.name} is offloaded, and its module would put the unadapted weight back as it loads it; keep "
+                "the module in memory, or merge its adapters first"
+            )
+        names = [name for name in self.active_adapters if name in self.dvora_adapted]
+        if any(map(is_in_progress, self.silent_in)):
+            names = []
+        if self.disable_adapters or self.serves_merged() or not names:
+            return weight
+        if is_partitioned(weight):
+            raise ValueError(
+                f"{self.name} is read by its module, which DeepSpeed ZeRO-3 hands no other weight than its own; use "
+                "ZeRO-2 or FSDP, merge the adapters first, or adapt layers that are called"
+            )
+        matrix = self.kind.layout.matrix(weight)
+        delta = self.summed_delta(names, weight)
+        return self.kind.layout.stored((matrix.to(delta.dtype) + delta).to(weight.dtype), weight.shape)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the module returns with its parameter adapted.
+
+        Raises:
+            ValueError: `adapter_names` is given; a parameter serves the whole batch.
+        """
+        if adapter_names is not None:
+            self.check_serves_all_rows(adapter_names)
+        if torch.compiler.is_compiling():
+            replaced = {self.path_from_base(): self.adapted_weight()}
+            return functional_call(self.base_layer, replaced, args, kwargs, tie_weights=False)
+        # The module is one for all threads.
+        with self._turn:
+            weight = self.adapted_weight()
+            if weight is self.stored():
+                return self.base_layer(*args, **kwargs)
+            module = self.get_base_layer()
+            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter put in its place.
+            kept: dict[str, Any] = vars(module) if self.parameter_name in vars(module) else module._parameters
+            own = kept[self.parameter_name]
+            with surely(partial(kept.__setitem__, self.parameter_name, own)):
+                kept[self.parameter_name] = weight
+                return self.base_layer(*args, **kwargs)
+
+    def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
+        """Refuse a batch of adapters of which some row would need, or get, another weight than the others.
+
+        Raises:
+            ValueError: a row asks for an adapter of this parameter, or one is merged into it.
+        """
+        if self.merged or not set(adapter_names).isdisjoint(self.dvora_adapted):
+            raise ValueError(
+                f"{self.name}: adapter_names needs a layer that is called row by row, and this is a parameter that "
+                "its module reads; run one adapter at a time (set_adapter), or adapt other layers"
+            )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without its wrappers, that of attention's output projection included; PEFT calls this."""
+        for layer in self.modules():
+            if isinstance(layer, ParamWrapper) and merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        module: nn.Module = self.get_base_layer()
+        for name, child in module.named_children():
+            if isinstance(child, ParamWrapper):
+                setattr(module, name, child.get_base_layer())
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight, where that is the parameter; the module's weight otherwise."""
+        if self.parameter_name == "weight":
+            return self.adapted_weight()
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
+    def path_from_base(self) -> str:
+        """The parameter's name as seen from the base layer, which may be a wrapper itself."""
+        depth, module = 0, self.base_layer
+        while isinstance(module, ParamWrapper):
+            depth, module = depth + 1, module.base_layer
+        return "base_layer." * depth + self.parameter_name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "base_layer" not in modules or (name.startswith("_") and name not in _PRIVATE):
+                raise
+        wrapper = wrapped(self, name)
+        return getattr(self.get_base_layer(), name) if wrapper is None else wrapper.adapted_weight()
+
+
+class ReadLinear(ParamWrapper):
+    """Over a linear layer that is read; PEFT finds those of "all-linear" by the name of their class."""
+
+
+class UnfusedLinear(DVoRALinear):
+    """Over a linear layer of torch's transformer layer, whose fused evaluation would read the base's weight only."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; while adapters are at work, one without values, which fused operations decline."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        at_work = any(name in self.dvora_adapted for name in self.active_adapters)
+        if self.disable_adapters or self.merged or not at_work:
+            return weight
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+
+
+class _Turn:
+    """A lock of one module; a copy of the module has its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
+
+
+def is_read(layer: nn.Module) -> bool:
+    """Whether a layer is read by the module around it instead of called."""
+    return isinstance(layer, READ_BY_ATTENTION)
+
+
+def wrapped(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
+    """The wrapper of a parameter, if the module has one."""
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == parameter_name:
+            return module
+        module = module.base_layer
+    return None
+
+
+def projections_of(attention: nn.MultiheadAttention) -> list[str]:
+    """The names of the parameters that attention projects its inputs with."""
+    names = ["in_proj_weight"] if attention._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return [name for name in names if isinstance(getattr(attention, name), Tensor)]

@@ -1,0 +1,112 @@
+"""What a layer keeps of its adapters beside their frozen side: trained vectors and strengths, by adapter name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...method.functional import Vectors
+from ...ops.dtypes import at_least_float32
+from ...weight.evaluated import note_never_gathered, version_of
+from ..expressions import first_match
+
+VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
+"""Attributes of a layer, in the order of `functional.Vectors`."""
+
+_ROUNDED = (torch.bfloat16, torch.float16)
+
+
+class VectorDict(nn.ParameterDict):
+    """One trained vector by adapter name; never rounded below float32 when the model is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
+        super()._apply(at_least_float32(fn), recurse)
+        return self
+
+    def move(self, adapter_name: str, device: torch.device) -> None:
+        """Move one vector, unless there is none or its values are still to come."""
+        vector = self.get(adapter_name)
+        if vector is not None and not vector.is_meta:
+            self.put(adapter_name, vector.detach().to(device), vector.requires_grad)
+
+    def put(self, adapter_name: str, value: Tensor, requires_grad: bool = True) -> None:
+        """Keep a vector as a parameter."""
+        parameter = self[adapter_name] = nn.Parameter(value, requires_grad)
+        note_never_gathered(parameter)
+
+
+def told_if_rounded(magnitude: Tensor) -> Tensor:
+    """The magnitude as it is.
+
+    Warns:
+        UserWarning: something has cast it below float32 by `parameter.data`, which no module sees.
+    """
+    if magnitude.dtype in _ROUNDED:
+        # Without the layer's name, so that Python shows it once and not once a layer.
+        warnings.warn(
+            f"a DVoRA magnitude is in {magnitude.dtype}, which rounds it by up to 0.4 % and swallows small steps; "
+            "keep the adapter's vectors in float32. TRL's trainers cast what is trained where the model is in 4 or 8 "
+            "bits: hand them a model adapted with DVoRAConfig(..., inference_mode=True), and call "
+            "model.set_adapter(...) when the trainer is made, before it trains",
+            stacklevel=2,
+        )
+    return magnitude
+
+
+def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
+    """The vectors of one adapter; zero and empty where it has the magnitude only.
+
+    Args:
+        dicts: in the order of `VECTORS`.
+        adapter_name: in all of them, or in the first only.
+    """
+    magnitudes, lambdas_b, lambdas_d = dicts
+    magnitude = told_if_rounded(magnitudes[adapter_name])
+    if adapter_name not in lambdas_b:
+        return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
+    return Vectors(magnitude, lambdas_b[adapter_name], lambdas_d[adapter_name])
+
+
+class Strength(nn.Module):
+    """s of `W + s (W' - W)`: a tensor, so that a compiled model follows when it changes, and its number beside it.
+
+    Args:
+        like: the dtype and device to have.
+        number: s.
+    """
+
+    value: Tensor
+
+    def __init__(self, like: Tensor, number: float) -> None:
+        super().__init__()
+        self.register_buffer("value", like.new_full((), number), persistent=False)
+        self._known = number, version_of(self.value)
+
+    @property
+    def number(self) -> float:
+        """s, without waiting for the device unless something else has written the tensor."""
+        number, version = self._known
+        return number if version == version_of(self.value) else float(self.value)
+
+    @torch.no_grad()
+    def set(self, number: float) -> None:
+        """Change s in place."""
+        self.value.fill_(number)
+        self._known = number, version_of(self.value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
+        value, number = self.value, self.number
+        moved = at_least_float32(fn)(value)
+        # It is in no state dict, so that nothing would bring it back from the meta device, or fill it after `to_empty`.
+        if moved is not value and not moved.is_meta:
+            self.value = moved
+            self.set(number)
+        return self
+
+
+def strength_key(strengths: dict[str, float], layer_name: str) -> str:
+    """The key of a layer's strength: its whole name before names and expressions that match its end."""
+    return layer_name if layer_name in strengths else first_match(strengths, layer_name)

@@ -1,0 +1,99 @@
+"""Adapters of one weight combined into one: exactly, or not at all.
+
+A sum of updates `W'_i - W` is one DVoRA update only if its low-rank parts share lambda_d up to a factor: with
+
+    c = sum_i s_i (g_i - 1)        b = sum_i s_i g_i beta_i k_i        lambda_d_i = k_i lambda_d
+
+it is `W' - W` of the adapter with `g = 1 + c`, `beta = b / g` and `m = g n`. Anything else has a higher rank.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..method import functional as F
+from ..method.functional import Vectors
+from ..ops.annotations import Float
+from .adapted_weight import AdaptedWeight
+
+TOLERANCE = 1e-5
+"""Relative distance below which two lambda_d are the same up to a factor."""
+SMALLEST_GAIN = 1e-2
+"""Gains are known to 6e-8 in float32, so a row that should keep a direction without one would lose digits."""
+
+
+class Part(NamedTuple):
+    """One adapter of a weight and its share in the sum."""
+
+    share: Tensor
+    """s, without dimensions."""
+    vectors: Vectors
+    adapted: AdaptedWeight
+
+
+def interpolated(a: Vectors, b: Vectors, t: float) -> Vectors:
+    """Vectors on the straight line from `a` (t = 0, exactly) to `b` (t = 1, exactly)."""
+    return Vectors(*(torch.lerp(x, y, t) for x, y in zip(a, b, strict=True)))
+
+
+@torch.no_grad()
+def weighted_sum(parts: Sequence[Part], weight: Tensor | None, into: AdaptedWeight) -> Vectors:
+    """The vectors of the one adapter whose update is the sum of the parts', up to rounding.
+
+    Args:
+        parts: adapters of one weight with the same projections.
+        weight: as stored, or None where there are only constants.
+        into: the frozen side of the adapter to make, for the same projections.
+
+    Raises:
+        ValueError: no adapter has that update; the message says why.
+    """
+    directions = [part.vectors.lambda_d for part in parts if _turns(part)]
+    lambda_d = max(directions, key=lambda d: float(d.norm())) if directions else into.initial_vectors(0.1).lambda_d
+    if len(lambda_d) != into.rank:
+        raise ValueError(f"{into.name}: an update of rank {len(lambda_d)} does not fit an adapter of rank {into.rank}")
+    c, b = torch.zeros_like(into.w), torch.zeros_like(into.w)
+    for share, vectors, adapted in parts:
+        factors = adapted.factors(vectors, weight)
+        c = c + share * factors.gain_minus_one
+        if _turns(Part(share, vectors, adapted)):
+            b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
+    return _vectors_of(1 + c, b, lambda_d, weight, into)
+
+
+def _turns(part: Part) -> bool:
+    """Whether the adapter changes any row's direction."""
+    return bool(part.share != 0 and part.vectors.lambda_b.any() and part.vectors.lambda_d.any())
+
+
+def _factor(lambda_d: Float[Tensor, "R"], of: Float[Tensor, "R"], name: str) -> Tensor:
+    if lambda_d.shape != of.shape:
+        raise ValueError(f"{name}: updates of ranks {len(lambda_d)} and {len(of)} differ in scale")
+    factor = (lambda_d @ of) / (of @ of)
+    if (lambda_d - factor * of).norm() > TOLERANCE * lambda_d.norm():
+        raise ValueError(
+            f"{name}: the adapters have different lambda_d, so the sum of their updates has a higher rank than one "
+            "adapter can have"
+        )
+    return factor
+
+
+def _vectors_of(
+    g: Float[Tensor, "O"],
+    b: Float[Tensor, "O"],
+    lambda_d: Float[Tensor, "R"],
+    weight: Tensor | None,
+    into: AdaptedWeight,
+) -> Vectors:
+    """The adapter with gain g whose update is b B diag(lambda_d) A."""
+    norm = into.norm(weight)
+    scale = F.row_scale(torch.ones_like(norm.w), norm.w, into.scaling, into.direction)
+    moved = b != 0
+    if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
+        raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
+    beta = torch.where(moved, b / torch.where(moved, g, 1.0), 0.0)
+    s = F.relative_norm(norm, lambda_d, beta).ratio
+    lambda_b = torch.where(moved, beta / torch.where(moved, scale, 1.0), 0.0)
+    return Vectors(g * s * norm.w, lambda_b, lambda_d.clone())

@@ -1,0 +1,131 @@
+"""torch's distributed checkpoints of adapters: into another number of processes, and into no other adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from dvora.training import AdapterSettings, parameter_groups
+from tests.engines.processes import refusal, run
+from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
+from tests.engines.test_fully_sharded import shard
+from tests.tuner.tiny import MODELS
+
+ENGINES = {"one process": lambda model: model, "DDP": DistributedDataParallel, "FSDP2": shard}
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+WHOLE = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
+
+
+class Run:
+    """An adapted model in an engine, and its optimizer."""
+
+    def __init__(self, engine: str, **settings: object) -> None:
+        self.adapted = adapted(**settings)
+        self.model: nn.Module = ENGINES[engine](self.adapted)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02))
+        self.alone = engine == "one process"
+
+    def steps(self, first: int, last: int) -> list[float]:
+        """Losses of this process's part of the batches."""
+        losses = []
+        rank, processes = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
+        for step in range(first, last):
+            part = batch(step).chunk(processes)[rank]
+            self.optimizer.zero_grad()
+            loss = self.model(input_ids=part, labels=part).loss
+            loss.backward()
+            self.optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def save(self, folder: Path) -> None:
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED)
+        state = {"model": model, "optimizer": optimizer, "adapters": AdapterSettings(self.model)}
+        dcp.save(state, checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        # First, so that nothing of another adapter is read.
+        dcp.load({"adapters": AdapterSettings(self.model)}, checkpoint_id=folder)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=TRAINED)
+
+    def vectors(self) -> dict[str, np.ndarray]:
+        """All of them on the first rank, none on the others."""
+        whole = get_model_state_dict(self.model, options=WHOLE)
+        return {name: vector.numpy() for name, vector in whole.items()}
+
+
+def continued(engine: str, folder: Path, first: int, last: int) -> dict[str, np.ndarray]:
+    """Goes on from the checkpoint after the first steps, if there are any, and leaves one after the last."""
+    part = Run(engine)
+    if first:
+        part.load(folder / str(first))
+    part.steps(first, last)
+    part.save(folder / str(last))
+    return part.vectors()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+def test_a_run_goes_on_in_any_number_of_processes(engine: str, tmp_path: Path) -> None:
+    one, start = adapted(), vectors(adapted())
+    train(one)
+    run(continued, 2, engine, tmp_path, 0, 2)
+    continued("one process", tmp_path, 2, 3)
+    found = run(continued, 4, engine, tmp_path, 3, STEPS)[0]
+    for name, vector in vectors(one).items():
+        moved = (vector - start[name]).abs().max()
+        assert (torch.from_numpy(found[name]) - vector).abs().max() < 1e-4 * moved, name
+
+
+def saved_and_refused(engine: str, folder: Path) -> dict[str, Any]:
+    part = Run(engine)
+    part.steps(0, 2)
+    part.save(folder / "checkpoint")
+    whole, first = get_model_state_dict(part.model, options=WHOLE), dist.get_rank() == 0
+    if first:
+        part.adapted.save_pretrained(folder / "gathered", state_dict=whole)
+    return {
+        "outputs": outputs(part.model),
+        "parts": refusal(lambda: part.adapted.save_pretrained(folder / "parts", is_main_process=first)),
+        "said": [
+            refusal(lambda other=other: Run(engine, **other).load(folder / "checkpoint"))
+            for other in ({"projection_seed": 5}, {"r": 5}, {"target_modules": ["q_proj"]})
+        ],
+    }
+
+
+@torch.no_grad()
+def outputs(model: nn.Module) -> np.ndarray:
+    return model.eval()(input_ids=batch(STEPS)).logits.numpy()
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+def test_files_are_right_or_refused_on_every_rank(engine: str, tmp_path: Path) -> None:
+    for found in run(saved_and_refused, 2, engine, tmp_path):
+        loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "gathered")
+        np.testing.assert_allclose(outputs(loaded), found["outputs"], rtol=1e-5, atol=1e-6)
+        if engine == "FSDP2":
+            assert "dvora_magnitude.default is divided between the processes (DTensor" in found["parts"]
+        for said, difference in zip(found["said"], ("projections=", "rank=5", "no adapter"), strict=True):
+            assert "the checkpoint is of other adapters" in said
+            assert difference in said
+    gathered, parts = (tmp_path / folder / "adapter_model.safetensors" for folder in ("gathered", "parts"))
+    if engine == "FSDP2":
+        assert not parts.exists()
+    else:
+        assert parts.read_bytes() == gathered.read_bytes()

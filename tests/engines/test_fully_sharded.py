@@ -1,0 +1,154 @@
+"""FSDP2: processes that each hold a part of every parameter, against one process that holds all."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from dvora.tuner import DVoRALayer
+from tests.engines.processes import run
+from tests.engines.test_data_parallel import adapted, batch, train, vectors
+from tests.tuner.tiny import LAYERS, MODELS
+
+
+def shard(model: PeftModel) -> PeftModel:
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def adapted_layers(model: nn.Module) -> list[DVoRALayer]:
+    return [module for module in model.modules() if isinstance(module, DVoRALayer)]
+
+
+CASES: dict[str, dict[str, object]] = {
+    "dense": {},
+    "structured": {"projection_init": "structured", "norm_cache": False},
+}
+
+
+def trained_in_parts() -> dict[str, dict[str, Any]]:
+    """What training did in every case, in which steps constants were kept, and what a step sends."""
+    found = {case: trained(settings) for case, settings in CASES.items()}
+    lora = LoraConfig(r=6, target_modules=LAYERS["llama"])
+    sent = sent_in_a_step(shard(get_peft_model(MODELS["llama"](), lora)))
+    return {**found, "LoRA": {"sent": sent}}
+
+
+def trained(settings: dict[str, object]) -> dict[str, Any]:
+    model = shard(adapted(**settings))
+    constants = []
+    hook = model.register_forward_hook(
+        lambda *_: constants.append([layer.adapted("default").w for layer in adapted_layers(model)])
+    )
+    losses = train(model, dist.get_rank(), dist.get_world_size())
+    hook.remove()
+    named = {name: vector for name, vector in model.named_parameters() if "dvora_" in name}
+    return {
+        "losses": losses,
+        "vectors": {name: vector.detach().full_tensor().numpy() for name, vector in named.items()},
+        "sharded": all(vector.to_local().numel() < vector.numel() for vector in named.values()),
+        "kept": [
+            all(now is before for now, before in zip(*steps, strict=True))
+            for steps in zip(constants[1:], constants[:-1], strict=True)
+        ],
+        "sent": sent_in_a_step(model),
+    }
+
+
+def sent_in_a_step(model: nn.Module) -> Counter[str]:
+    """How often each collective runs in one training step."""
+    tokens = batch(0)
+    with torch.enable_grad(), CommDebugMode() as sent:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    return Counter({str(operation): count for operation, count in sent.get_comm_counts().items()})
+
+
+def test_processes_with_parts_train_what_one_does() -> None:
+    found = run(trained_in_parts, 2)
+    for case, settings in CASES.items():
+        one, start = adapted(**settings), vectors(adapted(**settings))
+        for step, loss in enumerate(train(one)):
+            assert sum(rank[case]["losses"][step] for rank in found) / 2 == pytest.approx(loss, rel=1e-5)
+        for rank in found:
+            part = rank[case]
+            assert part["sharded"]
+            assert part["vectors"].keys() == start.keys()
+            for name, vector in vectors(one).items():
+                moved = (vector - start[name]).abs().max()
+                assert (torch.from_numpy(part["vectors"][name]) - vector).abs().max() < 1e-4 * moved, (case, name)
+            # Measured from the gathered weights in the first pass, and once more with what tells them apart.
+            assert part["kept"] == [False, True, True, True]
+            assert part["sent"] == rank["LoRA"]["sent"]
+            assert part["sent"].total() > 0
+
+
+def other_base() -> nn.Module:
+    """The tiny Llama with other weights in its linear layers."""
+    model = MODELS["llama"]()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(torch.linspace(0.5, 2, module.in_features))
+    return model
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a base under the names that they have in an adapted one."""
+    found = {}
+    for name, value in state.items():
+        layer, _, parameter = name.rpartition(".")
+        inner = ".base_layer" if layer.rpartition(".")[2] in LAYERS["llama"] else ""
+        found[f"base_model.model.{layer}{inner}.{parameter}"] = value
+    return found
+
+
+def outputs_after_loading() -> list[np.ndarray]:
+    """Evaluations before and after other weights of the base were loaded into the parts."""
+    model = shard(adapted(init_weights=False).eval())
+    found = []
+    for load in (False, False, True, False):
+        if load:
+            model.reshard()
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(model, renamed(other_base().state_dict()), options=options)
+        with torch.no_grad():
+            found.append(model(input_ids=batch(0)).logits.numpy())
+    return found
+
+
+def test_constants_follow_a_base_that_is_loaded_after_sharding() -> None:
+    model = adapted(init_weights=False).eval()
+    with torch.no_grad():
+        before = model(input_ids=batch(0)).logits
+        model.load_state_dict(renamed(other_base().state_dict()), strict=False)
+        after = model(input_ids=batch(0)).logits
+    assert (before - after).abs().max() > 0.1
+    for outputs in run(outputs_after_loading, 2):
+        for found, expected in zip(outputs, (before, before, after, after), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def adapted_after_sharding() -> str:
+    model = MODELS["llama"]()
+    fully_shard(model.model.layers[0])
+    try:
+        adapted_model = get_peft_model(model, adapted().peft_config["default"])
+    except ValueError as error:
+        return str(error)
+    return type(adapted_model).__name__
+
+
+def test_to_adapt_a_sharded_model_is_refused_on_every_rank() -> None:
+    for message in run(adapted_after_sharding, 2):
+        assert message.startswith("model.layers.0 is sharded already (fully_shard)")
+        assert "adapt the model first" in message

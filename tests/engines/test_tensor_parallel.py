@@ -1,0 +1,259 @@
+"""Tensor parallelism: processes that divide the weights, against one process that holds them whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
+from dvora.matrices.shard import Span
+from tests.engines.processes import run
+from tests.engines.test_data_parallel import batch, train, vectors
+
+COLUMNS, ROWS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj", "down_proj"]
+
+
+def llama() -> LlamaForCausalLM:
+    """A tiny Llama whose four heads of keys can be divided."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def adapted(base: nn.Module, **settings: object) -> PeftModel:
+    return get_peft_model(base, DVoRAConfig(**{"r": 6, "target_modules": [*COLUMNS, *ROWS], **settings}))
+
+
+def divide(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Divide the linear layers of all blocks, adapted or not."""
+    for layer in (module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"):
+        plan = {}
+        for name, module in layer.named_modules():
+            parts = name.removesuffix(".base_layer").split(".")
+            if isinstance(module, nn.Linear) and parts[-1] in (*COLUMNS, *ROWS):
+                plan[name] = ColwiseParallel() if parts[-1] in COLUMNS else RowwiseParallel()
+        parallelize_module(layer, mesh, plan)
+
+
+CASES: list[tuple[str, dict[str, object]]] = [
+    ("adapted first", {}),
+    ("divided first", {}),
+    ("divided first", {"projection_init": "structured"}),
+    ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS, "norm_cache": False}),
+    # B is then a stack, and parts of 12 outputs split the blocks of its structured rows.
+    ("divided first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
+    ("adapted first", {"projection_init": "orthogonal", "detach_norm": True}),
+    ("divided by transformers", {}),
+]
+
+
+def trained_in_parts(folder: Path) -> list[tuple[list[float], dict[str, np.ndarray]]]:
+    """Losses and vectors of every case; the folder has the base model."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for order, settings in CASES:
+        model: nn.Module = llama()
+        if order == "divided by transformers":
+            plan = DistributedConfig(tp_size=dist.get_world_size())
+            model = LlamaForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32).eval()
+        if order == "divided first":
+            divide(model, mesh)
+        model = adapted(model, **settings)
+        if order == "adapted first":
+            divide(model, mesh)
+        losses = train(model)
+        found.append((losses, {name: vector.numpy() for name, vector in vectors(model).items()}))
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_divide_the_weights_train_what_one_does(processes: int, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    found = run(trained_in_parts, processes, tmp_path)
+    for case, (_, settings) in enumerate(CASES):
+        one = adapted(llama(), **settings)
+        losses = train(one)
+        start = vectors(adapted(llama(), **settings))
+        for rank in range(processes):
+            in_parts, trained = found[rank][case]
+            assert in_parts == pytest.approx(losses, rel=1e-5)
+            for name, vector in vectors(one).items():
+                moved = (vector - start[name]).abs().max()
+                assert (torch.from_numpy(trained[name]) - vector).abs().max() < 1e-4 * moved, (name, settings)
+                assert (trained[name] == found[0][case][1][name]).all(), (name, settings)
+
+
+def plain_layer() -> DVoRAAdapter:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = DVoRAAdapter(nn.Linear(8, 6), 4, shared=SharedProjections(0))
+    layer.set_parameters(layer.get_parameters() + torch.linspace(-0.2, 0.3, layer.parameter_count))
+    return layer
+
+
+def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Span | None = None) -> list[np.ndarray]:
+    outputs = layer(x)
+    weights = torch.linspace(1, 2, 6)
+    (outputs * (weights if of_outputs is None else of_outputs.of(weights))).sum().backward()
+    return [tensor.detach().numpy() for tensor in (outputs, *(vector.grad for vector in layer.vectors))]
+
+
+def divided_layers() -> list[list[np.ndarray]]:
+    """A plain layer whose outputs are divided, and one whose inputs are."""
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+    x = torch.linspace(-1, 1, 24).view(3, 8)
+    columns, rows = plain_layer(), plain_layer()
+    parallelize_module(columns.base_layer, mesh, ColwiseParallel())
+    parallelize_module(rows.base_layer, mesh, RowwiseParallel())
+    return [
+        outputs_and_gradients(columns, x, Span(3 * rank, 3 * rank + 3, 6)),
+        outputs_and_gradients(rows, x[:, 4 * rank : 4 * rank + 4]),
+    ]
+
+
+def test_a_plain_layer_is_divided_too() -> None:
+    expected = outputs_and_gradients(plain_layer(), torch.linspace(-1, 1, 24).view(3, 8))
+    found = run(divided_layers, 2)
+    outputs = np.concatenate([columns[0] for columns, _ in found], axis=-1)
+    np.testing.assert_allclose(outputs, expected[0], rtol=1e-5, atol=1e-6)
+    for columns, rows in found:
+        for whole, of_columns, of_rows in zip(expected[1:], columns[1:], rows[1:], strict=True):
+            np.testing.assert_allclose(of_columns, whole, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(of_rows, whole, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(rows[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def one_step(model: nn.Module) -> None:
+    tokens = batch(0)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def sent_and_saved(folder: Path) -> dict[str, int]:
+    """What a training step sends; the first rank saves the adapter, alone."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = adapted(llama(), init_weights=False)
+    divide(model, mesh)
+    one_step(model)
+    with CommDebugMode() as sent:
+        one_step(model)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    return {str(operation): count for operation, count in sent.get_comm_counts().items()}
+
+
+def test_a_step_gathers_no_weight_and_any_rank_saves_the_whole_adapter(tmp_path: Path) -> None:
+    for sent in run(sent_and_saved, 2, tmp_path):
+        assert not [operation for operation in sent if "gather" in operation]
+        # Two blocks: z of two row-wise layers, gradients of the vectors of five column-wise ones, and of their z but
+        # for the first three, whose input is a frozen embedding.
+        assert sent["c10d.allreduce_"] == 2 * (2 + 5 + 5) - 3
+    expected, loaded = adapted(llama(), init_weights=False), PeftModel.from_pretrained(llama(), tmp_path)
+    assert vectors(loaded).keys() == vectors(expected).keys()
+    for name, vector in vectors(expected).items():
+        assert torch.equal(vectors(loaded)[name], vector)
+
+
+def parallelize(style: ParallelStyle, targets: list[str], inner: str = "mlp.down_proj") -> Callable[[], object]:
+    """An adapted model with one layer divided in this way, and a pass through it."""
+
+    def attempt() -> object:
+        model = adapted(llama(), target_modules=targets).train()
+        layer = model.get_submodule(f"base_model.model.model.layers.0.{inner}.base_layer")
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), style)
+        return model(input_ids=batch(0))
+
+    return attempt
+
+
+def divided(**settings: object) -> PeftModel:
+    model = adapted(llama(), **settings)
+    divide(model, init_device_mesh("cpu", (2,)))
+    return model.train()
+
+
+def trained_base() -> object:
+    model = divided()
+    model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_()
+    return model(input_ids=batch(0))
+
+
+def on_two_dimensions() -> object:
+    model = llama()
+    layer = model.model.layers[0].mlp.down_proj
+    mesh = init_device_mesh("cpu", (2, 1))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0), Replicate()]), False)
+    return adapted(model, target_modules=["down_proj"])(input_ids=batch(0))
+
+
+def in_turns() -> object:
+    model = llama()
+    layer, mesh = model.model.layers[0].mlp.down_proj, init_device_mesh("cpu", (2,))
+    rows = layer.weight.detach().chunk(4)[dist.get_rank() :: 2]
+    placements = [_StridedShard(0, split_factor=2)]
+    layer.weight = nn.Parameter(DTensor.from_local(torch.cat(rows), mesh, placements), False)
+    return adapted(model, target_modules=["down_proj"])(input_ids=batch(0))
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "whole outputs": (
+        parallelize(ColwiseParallel(output_layouts=Replicate()), ["down_proj"]),
+        "the layer's output is not (32 of 32 features, expected 16)",
+    ),
+    "whole inputs": (
+        parallelize(RowwiseParallel(input_layouts=Replicate()), ["down_proj"]),
+        "the layer's input is not (48 of 48 features, expected 24)",
+    ),
+    "distributed outputs": (
+        parallelize(ColwiseParallel(use_local_output=False), ["down_proj"]),
+        "the output is a DTensor",
+    ),
+    "two dimensions": (on_two_dimensions, "supports weights of torch.nn.Linear divided by"),
+    "in turns": (in_turns, "supports weights of torch.nn.Linear divided by"),
+    "dropout": (lambda: divided(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
+    "a trained base": (trained_base, "cannot be trained"),
+    "constants from columns": (lambda: divided(norm_cache=False)(input_ids=batch(0)), "processes divide its inputs"),
+    "merge": (lambda: divided().merge_and_unload(), "merge there"),
+    "merge for a while": (lambda: divided().merge_adapter(), "merge there"),
+    "dense update": (
+        lambda: divided().base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default"),
+        "merge there",
+    ),
+}
+
+
+def messages() -> list[str]:
+    """What every mistake says on this rank."""
+    found = []
+    for attempt, _ in MISTAKES.values():
+        try:
+            found.append(f"nothing, but returned {type(attempt()).__name__}")
+        except (TypeError, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_is_not_supported_is_refused_on_every_rank() -> None:
+    for found in run(messages, 2):
+        for (what, (_, expected)), message in zip(MISTAKES.items(), found, strict=True):
+            assert expected in message, what

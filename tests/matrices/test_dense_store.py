@@ -1,0 +1,93 @@
+"""What is stored of the dense kinds, and where."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dvora import DVoRAAdapter, SharedProjections
+from dvora.matrices.dense import DenseMatrices
+from dvora.matrices.interface import DISTRIBUTIONS
+from tests.cases import randn
+
+DENSE = [name for name in DISTRIBUTIONS if name != "structured"]
+META = torch.device("meta")
+
+
+def stored(matrices: DenseMatrices) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(buffer.shape) for name, buffer in matrices.named_buffers()}
+
+
+def count(matrices: DenseMatrices) -> int:
+    return sum(buffer.numel() for buffer in matrices.buffers())
+
+
+@pytest.mark.parametrize("distribution", DENSE)
+def test_a_low_rank_of_many_inputs_and_a_high_rank_of_few_need_no_matrix_for_both(distribution: str) -> None:
+    matrices = DenseMatrices(0, distribution)
+    matrices.reserve(4, 20_000, 8, torch.float32)
+    matrices.reserve(256, 8, 8, torch.float32)
+    needed = 4 * 20_000 + 256 * 8 + 256 * 8
+    small = 4 * 8 + 4 * 4  # B of the first layer, where it is not a part of the second's, and its gram
+    assert count(matrices) <= needed + small
+
+
+def test_what_is_part_of_something_larger_is_stored_once() -> None:
+    matrices = DenseMatrices(0, "gaussian")
+    for rank, size in ((3, 8), (5, 6), (5, 8), (2, 2), (4, 9)):
+        matrices.project(randn(2, size, seed=0), rank)
+    # Rank 5 by 8 and rank 4 by 9 hold more values than one matrix for both.
+    assert stored(matrices) == {"store.stream_0_5x9": (5, 9)}
+
+
+@pytest.mark.parametrize("distribution", DENSE)
+def test_the_values_of_a_layer_do_not_depend_on_others(distribution: str) -> None:
+    alone, beside = DenseMatrices(3, distribution), DenseMatrices(3, distribution)
+    for sizes in ((4, 900, 30), (70, 6, 5), (9, 40, 800), (70, 900, 2)):
+        beside.reserve(*sizes, torch.float32)
+    for rank, in_features, out_features in ((4, 900, 30), (9, 40, 800), (1, 3, 2)):
+        for side, size in (("A", in_features), ("B", out_features)):
+            values = [getattr(matrices, side)(rank, size, torch.float32) for matrices in (alone, beside)]
+            assert torch.equal(*values)
+
+
+def test_a_rank_above_the_width_has_no_gram() -> None:
+    matrices = DenseMatrices(0, "kaiming_uniform")
+    matrices.reserve(300, 8, 40, torch.float32)
+    assert not [name for name in stored(matrices) if "gram" in name]
+    layer = DVoRAAdapter(nn.Linear(8, 40), 300, shared=SharedProjections(0))
+    layer(randn(5, 8, seed=0)).sum().backward()
+    assert not [name for name in stored(layer.shared.kind) if "gram" in name]
+
+
+def there(shared: SharedProjections) -> list[Tensor]:
+    """What a layer on a second device reads; the meta device stands for it."""
+    kind = shared.kind
+    if isinstance(kind, DenseMatrices):
+        return [kind._stored(0, 3, 6, META), kind._stored(1, 3, 5, META), kind.gram(3, 6, torch.float32, META)]
+    stacks = [kind._stack(side, 3, size, torch.float32, META) for side, size in (("A", 6), ("B", 5))]
+    return [tensor for stack in stacks for block in stack for tensor in block[:3]]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_layers_on_a_second_device_share_one_copy(distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
+    shared.reserve(3, 6, 5)
+    first, second = there(shared), there(shared)
+    assert all(tensor.is_meta for tensor in first)
+    assert all(a is b or a._base is b._base is not None for a, b in zip(first, second, strict=True))
+    assert not any(buffer.is_meta for buffer in shared.buffers())
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda shared: pickle.loads(pickle.dumps(shared))])
+def test_copies_for_other_devices_stay_behind(copied: object, distribution: str) -> None:
+    shared = SharedProjections(0, distribution)
+    shared.reserve(3, 6, 5)
+    there(shared)
+    x = randn(4, 6, seed=0)
+    assert torch.equal(copied(shared).project(x, 3), shared.project(x, 3))
+    shared.to(META).to_empty(device="cpu")
+    assert torch.equal(shared.project(x, 3), SharedProjections(0, distribution).project(x, 3))

@@ -1,0 +1,96 @@
+"""Parts of A and B: products with the parts, put together, are products with the whole."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvora.matrices.interface import SharedProjections
+from dvora.matrices.shard import Span
+
+KINDS = ["kaiming_uniform", "orthogonal", "structured"]
+# Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks.
+SIZES = [(24, 20, 6, 2), (24, 20, 30, 4), (48, 36, 16, 4), (14, 10, 5, 3)]
+
+
+def spans(total: int, parts: int) -> list[Span]:
+    size = -(-total // parts)
+    return [Span(start, min(start + size, total), total) for start in range(0, total, size)]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "rank", "parts"), SIZES)
+@pytest.mark.parametrize("distribution", KINDS)
+def test_parts_of_the_outputs_are_the_whole(
+    distribution: str, out_features: int, in_features: int, rank: int, parts: int
+) -> None:
+    whole = SharedProjections(3, distribution).kind
+    weight, lambda_d, v = randn(out_features, in_features), randn(rank), randn(out_features)
+    d, z, x = randn(5, out_features), randn(5, rank), randn(4, in_features)
+    put_together: dict[str, list[Tensor]] = {}
+    summed: dict[str, Tensor] = {}
+    for span in spans(out_features, parts):
+        part, size = whole.of_part(None, span), span.stop - span.start
+        rows = slice(span.start, span.stop)
+        found = {
+            "B": part.B(rank, size, torch.float64).T,
+            "expand": part.expand(z, size),
+            "scaled": part.expand(z, size, v[rows]),
+            "row products": part.row_products(d[:, rows], z),
+            "row squares": part.row_squares(lambda_d, in_features, size),
+            "row dots": part.row_dots(weight[rows], lambda_d),
+        }
+        sums = {
+            "expand_transpose": part.expand_transpose(d[:, rows], rank, v[rows]),
+            "row squares' gradient": part.row_squares_gradient(v[rows], lambda_d, in_features),
+            "row dots' gradient": part.row_dots_gradient(weight[rows], v[rows], rank),
+        }
+        for name, value in found.items():
+            put_together.setdefault(name, []).append(value)
+        summed = {name: summed.get(name, 0) + value for name, value in sums.items()}
+        torch.testing.assert_close(part.project(x, rank), whole.project(x, rank))
+    expected = {
+        "B": whole.B(rank, out_features, torch.float64).T,
+        "expand": whole.expand(z, out_features),
+        "scaled": whole.expand(z, out_features, v),
+        "row products": whole.row_products(d, z),
+        "row squares": whole.row_squares(lambda_d, in_features, out_features),
+        "row dots": whole.row_dots(weight, lambda_d),
+        "expand_transpose": whole.expand_transpose(d, rank, v),
+        "row squares' gradient": whole.row_squares_gradient(v, lambda_d, in_features),
+        "row dots' gradient": whole.row_dots_gradient(weight, v, rank),
+    }
+    for name, value in ({name: torch.cat(values, -1) for name, values in put_together.items()} | summed).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "rank", "parts"), SIZES)
+@pytest.mark.parametrize("distribution", KINDS)
+def test_parts_of_the_inputs_add_up(
+    distribution: str, out_features: int, in_features: int, rank: int, parts: int
+) -> None:
+    whole = SharedProjections(3, distribution).kind
+    x, h = randn(5, in_features), randn(5, rank)
+    z, back = torch.zeros(5, rank, dtype=torch.float64), []
+    for span in spans(in_features, parts):
+        part, size = whole.of_part(span, None), span.stop - span.start
+        z += part.project(span.of(x), rank)
+        back.append(part.project_transpose(h, size))
+        columns = span.of(whole.A(rank, in_features, torch.float64))
+        torch.testing.assert_close(part.A(rank, size, torch.float64), columns)
+        torch.testing.assert_close(part.select(torch.arange(size), rank, size, torch.float64), columns.T)
+    torch.testing.assert_close(z, whole.project(x, rank))
+    torch.testing.assert_close(torch.cat(back, -1), whole.project_transpose(h, in_features))
+
+
+@pytest.mark.parametrize("distribution", KINDS)
+def test_a_part_follows_the_whole_to_another_device_and_back(distribution: str) -> None:
+    shared = SharedProjections(3, distribution)
+    part = shared.kind.of_part(None, Span(6, 12, 12))
+    before = part.B(4, 6, torch.float32)
+    shared.to("meta")
+    assert part.B(4, 6, torch.float32).is_meta
+    shared.to_empty(device="cpu")
+    assert torch.equal(part.B(4, 6, torch.float32), before)

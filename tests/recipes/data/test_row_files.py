@@ -1,0 +1,52 @@
+"""Rows as text: read back as they were written, one at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvora.recipes.data.row_files import json_object, writer_for
+from dvora.recipes.data.tables import read_table
+
+ROWS = [{"text": 'schön, "gut"\nund\tlang', "n": "1"}, {"text": "", "n": "a\u2028b"}]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".CSV"])
+def test_what_is_written_is_read_back(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("".join(writer_for(suffix)(ROWS)).encode())
+    assert list(read_table(path).rows) == ROWS
+
+
+def test_a_row_is_written_when_it_is_known() -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"a": 1}
+        raise AssertionError("nobody asked for a second row")
+
+    assert next(writer_for(".jsonl")(rows())) == '{"a": 1}\n'
+    assert next(writer_for(".csv")(rows())) == "a\n"
+
+
+def test_values_that_are_no_text() -> None:
+    assert "".join(writer_for(".csv")([{"a": [1, "é"], "b": None, "c": True, "d": 0.5}])) == (
+        'a,b,c,d\n"[1, ""é""]",,true,0.5\n'
+    )
+
+
+def test_a_table_keeps_the_columns_of_its_first_row() -> None:
+    assert "".join(writer_for(".csv")([{"a": 1, "b": 2}, {"b": 3}])) == "a,b\n1,2\n,3\n"
+    with pytest.raises(ValueError, match=r"row 2 has 'c', which the first row lacks.*write \.jsonl"):
+        list(writer_for(".csv")([{"a": 1}, {"a": 2, "c": 3}]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_one_object(count: int) -> None:
+    rows = [{"a": number} for number in range(count)]
+    assert json.loads("".join(json_object(rows, "rows"))) == {"rows": rows}
+
+
+def test_an_unknown_suffix() -> None:
+    with pytest.raises(ValueError, match=r"'\.cvs' names no format that is written here, did you mean '\.csv'"):
+        writer_for(".cvs")

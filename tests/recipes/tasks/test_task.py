@@ -1,0 +1,97 @@
+"""What tasks make of rows: nothing of a text is lost, and of a chat the assistant's words alone are learned."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvora.recipes.data.chats import IGNORED, chat_features
+from dvora.recipes.models.bases import load_processor
+from dvora.recipes.settings import Settings
+from dvora.recipes.tasks.task import bytes_of, features, longest
+
+
+def settings(task: str, model: Path) -> Settings:
+    return Settings(task=task, model=str(model), data=("x",))
+
+
+@pytest.fixture
+def letters(models: dict[str, Path]) -> Any:
+    return load_processor(settings("causal-lm", models["llama"]))
+
+
+CHAT = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1."},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "2."},
+]
+
+
+def test_blocks_hold_the_whole_text(models: dict[str, Path], letters: Any) -> None:
+    text = "The quick brown fox\njumps over the lazy dog" * 9
+    made = features([{"passage": text}], settings("causal-lm", models["llama"]), letters, 50)
+    assert letters.decode([token for block in made["input_ids"] for token in block]) == text
+    assert {len(block) for block in made["input_ids"][:-1]} == {50}
+    assert made["labels"] == made["input_ids"]
+    # The first letter of each block is not told from anything.
+    assert bytes_of(made) == len(text) - len(made)
+
+
+def test_a_whole_text_ends_and_a_passage_goes_on(models: dict[str, Path], letters: Any) -> None:
+    task = settings("causal-lm", models["llama"])
+    assert features([{"text": "ab"}], task, letters, 50)["input_ids"][0][-1] == letters.eos_token_id
+    assert features([{"passage": "ab"}], task, letters, 50)["input_ids"][0][-1] != letters.eos_token_id
+
+
+def test_the_assistant_s_words_are_learned_and_no_others(letters: Any) -> None:
+    made = chat_features(CHAT, letters, 1000)
+    learned = [token for token in made["labels"] if token != IGNORED]
+    assert letters.decode(learned) == " 1. [SEP]  2. [SEP] "
+    assert letters.decode(made["input_ids"]) == letters.apply_chat_template(CHAT, tokenize=False)
+    assert made["bytes"] == len(" 1. [SEP] ") * 2
+    assert chat_features(CHAT, letters, 5)["bytes"] == 0
+
+
+def test_a_chat_cut_before_the_answer_is_left_out(models: dict[str, Path], letters: Any) -> None:
+    assert len(features([{"messages": CHAT}], settings("causal-lm", models["llama"]), letters, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ messages | length }}{{ messages[-1]['content'] }}", "words earlier messages otherwise"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_told(letters: Any, template: str | None, message: str) -> None:
+    letters.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        chat_features(CHAT, letters, 100)
+
+
+def test_pairs_and_labels_reach_the_model(models: dict[str, Path]) -> None:
+    task = settings("sentence-pairs", models["bert"])
+    words = load_processor(task)
+    rows = [{"text": "good movie", "text2": "bad book", "label": 1}]
+    assert features(rows, task, words, 32)["label"] == [1]
+    assert words.decode(features(rows, task, words, 32)["input_ids"][0]) == "[CLS] good movie [SEP] bad book [SEP]"
+    assert "label" not in features([{"text": "good"}], task, words, 32).column_names
+    assert len(features([{"text": "good " * 99}], task, words, 9)["input_ids"][0]) == 9
+
+
+def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:
+    task = settings("regression", models["bert"])
+    words = load_processor(task)
+    assert longest(task.model_copy(update={"max_length": 20}), words, None) == 20
+    assert longest(task.model_copy(update={"max_length": 128}), words, None) == 32
+
+
+def test_a_model_without_tokenizer_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((models["bert"] / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"holds no tokenizer .* say with `tokenizer` where it is"):
+        load_processor(settings("regression", tmp_path))
+    elsewhere = settings("regression", tmp_path).model_copy(update={"tokenizer": str(models["bert"])})
+    assert load_processor(elsewhere).vocab_size > 0
+    with pytest.raises(ValueError, match="holds no image processor"):
+        load_processor(settings("image-classification", tmp_path))

@@ -1,0 +1,338 @@
+"""Training as a whole: every task and method, the same again, stopped and gone on with, and folders that are in use."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvora.recipes.run_folder import load_trained, read_record, read_run
+from dvora.recipes.settings import METHODS, Settings, checked_settings, read_settings
+from dvora.recipes.tasks.task import features
+from dvora.recipes.training.checkpoints import checkpoints
+from dvora.recipes.training.run import InputError, train
+from dvora.recipes.training.watching import Progress, Tell
+from dvora.training.optimizer_groups import MAGNITUDE_SHARE
+from tests.recipes import tiny_data
+
+TASKS = {
+    "text-classification": ("bert", tiny_data.reviews, "a.csv"),
+    "regression": ("bert", tiny_data.ratings, "a.csv"),
+    "sentence-pairs": ("bert", tiny_data.pairs, "a.csv"),
+    "image-classification": ("vit", tiny_data.images, "a"),
+    "causal-lm": ("llama", tiny_data.play, "a.txt"),
+}
+
+
+class Run:
+    """Makes settings of one task, with data and model."""
+
+    def __init__(self, models: dict[str, Path], folder: Path, task: str = "text-classification") -> None:
+        model, write, name = TASKS[task]
+        self.task, self.model, self.folder = task, models[model], folder
+        self.data = write(folder / name)
+
+    def settings(self, output: str, **changes: Any) -> Settings:
+        return checked_settings(
+            {
+                "task": self.task,
+                "model": str(self.model),
+                "data": str(self.data),
+                "output": str(self.folder / output),
+                "rank": 4,
+                "epochs": 2,
+                "cpu": True,
+                **changes,
+            },
+            "",
+        )
+
+
+def signal_after(step: int, number: int = signal.SIGINT) -> Tell:
+    """Sends this process a signal when it tells of a step."""
+
+    def tell(progress: Progress) -> None:
+        if progress.step == step and progress.metrics is None:
+            os.kill(os.getpid(), number)
+
+    return tell
+
+
+def trained_values(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "adapter").glob("*.safetensors")))
+
+
+def assert_same(first: Path, second: Path) -> None:
+    one, other = trained_values(first), trained_values(second)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["history"] == records[1]["history"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_trained_and_judged(models: dict[str, Path], tmp_path: Path, task: str) -> None:
+    run = Run(models, tmp_path, task)
+    outcome = train(run.settings("out", learning_rate=0.02, epochs=4))
+    assert outcome.run is not None
+    record = read_run(tmp_path / "out").record
+    assert record == json.loads(json.dumps(outcome.run.record))
+    losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
+    evaluated = [entry["step"] for entry in record["history"] if "eval_loss" in entry]
+    assert len(evaluated) == len(set(evaluated)) == 4
+    assert sum(losses[-3:]) < sum(losses[:3])
+    expected = {
+        "regression": {"loss", "pearson", "rmse"},
+        "causal-lm": {"loss", "perplexity", "bits_per_byte"},
+    }.get(task, {"loss", "accuracy", "macro_f1"})
+    assert record["metrics"]["test"].keys() == expected
+    beside = "test_before_training" if task == "causal-lm" else "test_simplest_guess"
+    assert record["metrics"][beside].keys() >= expected - {"loss"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "adapter", "config.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_loaded_is_what_was_judged(models: dict[str, Path], tmp_path: Path, method: str) -> None:
+    run = Run(models, tmp_path)
+    settings = run.settings("out", method=method, learning_rate=0.01)
+    outcome = train(settings)
+    assert outcome.run is not None
+    found = read_run(tmp_path / "out")
+    model, tokenizer = load_trained(found)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    from dvora.recipes.data.run_data import load_data
+
+    test = load_data(settings).test
+    inputs = features(test, settings, tokenizer, 32)
+    batch = tokenizer.pad(inputs.remove_columns("label")[:], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(inputs["label"]))
+    assert loss.item() == pytest.approx(found.record["metrics"]["test"]["loss"], rel=1e-5)
+    if method == "head":
+        assert found.record["trained_values"] == 34
+
+
+def test_a_language_model_s_base_is_what_it_was_before_training(models: dict[str, Path], tmp_path: Path) -> None:
+    outcome = train(Run(models, tmp_path, "causal-lm").settings("out", learning_rate=0.05))
+    assert outcome.run is not None
+    metrics = outcome.run.record["metrics"]
+    assert metrics["test"]["loss"] < metrics["test_before_training"]["loss"]
+    assert metrics["test"]["perplexity"] == pytest.approx(torch.tensor(metrics["test"]["loss"]).exp().item(), rel=1e-5)
+
+
+def test_chats_are_trained_on(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path, "causal-lm")
+    run.data = tiny_data.chats(tmp_path / "chats.jsonl")
+    outcome = train(run.settings("out", learning_rate=0.05))
+    assert outcome.run is not None
+    assert outcome.run.record["metrics"]["test"]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize("method", ["dvora", "lora"])
+def test_the_same_seed_gives_the_same_run_and_another_another(
+    models: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("one", method=method, dropout=0.1))
+    torch.manual_seed(123)
+    again = read_settings(tmp_path / "one" / "config.yaml", {"output": str(tmp_path / "two")})
+    train(again)
+    assert_same(tmp_path / "one", tmp_path / "two")
+    train(run.settings("three", method=method, dropout=0.1, seed=1))
+    one, three = trained_values(tmp_path / "one"), trained_values(tmp_path / "three")
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Path, number: signal.Signals) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("whole", dropout=0.1))
+    settings = run.settings("stopped", dropout=0.1)
+    outcome = train(settings, tell=signal_after(7, number))
+    assert outcome.run is None
+    # The signal came when the seventh step was over.
+    assert outcome.stopped_at == 8
+    assert [path.name for path in checkpoints(tmp_path / "stopped" / "checkpoints")][-1] == "checkpoint-8"
+    with pytest.raises(ValueError, match="is not finished"):
+        read_run(tmp_path / "stopped")
+    with pytest.raises(InputError, match="holds an unfinished run; --resume goes on"):
+        train(settings)
+    steps: list[int] = []
+    assert train(settings, resume=True, tell=lambda progress: steps.append(progress.step)).run is not None
+    assert min(steps) == 9
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("changes", [{}, {"evaluate_every": 2}], ids=["epochs", "steps"])
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = Run(models, tmp_path)
+    whole = train(run.settings("whole", dropout=0.1, batch_size=20, **changes)).run
+    assert whole is not None
+    for step in range(1, whole.record["steps"] - 1):
+        settings = run.settings(f"stopped {step}", dropout=0.1, batch_size=20, **changes)
+        assert train(settings, tell=signal_after(step)).stopped_at == step + 1
+        train(settings, resume=True)
+        assert_same(tmp_path / "whole", tmp_path / f"stopped {step}")
+
+
+def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("whole"))
+    settings = run.settings("killed")
+    train(settings, tell=signal_after(7))
+    folder = tmp_path / "killed" / "checkpoints"
+    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-10")
+    (folder / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
+    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-11")
+    (folder / "checkpoint-11" / "optimizer.pt").unlink()
+    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-12")
+    (folder / "checkpoint-12" / "complete.json").unlink()
+    (tmp_path / "killed" / ".adapter.x").mkdir()
+    (tmp_path / "killed" / ".run.json.x").touch()
+    assert [path.name for path in checkpoints(folder)][-1] == "checkpoint-8"
+    assert train(settings, resume=True).run is not None
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "killed")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"evaluate_every": 5}, {"learning_rate": 1e-9, "epochs": 50, "early_stopping": 3}],
+    ids=["an epoch", "steps", "early"],
+)
+def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("whole", **changes))
+    settings = run.settings("failed", **changes)
+    in_the_way = tmp_path / "failed" / "adapter"
+    with pytest.raises(FileExistsError):
+        train(settings, tell=lambda _: in_the_way.touch())
+    in_the_way.unlink()
+    steps: list[int] = []
+    assert train(settings, resume=True, tell=lambda progress: steps.append(progress.step)).run is not None
+    assert not steps
+    assert_same(tmp_path / "whole", tmp_path / "failed")
+
+
+@pytest.mark.parametrize("task", ["text-classification", "regression", "causal-lm"])
+def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp_path: Path, task: str) -> None:
+    without_dropout = shutil.copytree(models[TASKS[task][0]], tmp_path / "model")
+    config = json.loads((without_dropout / "config.json").read_text())
+    config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    (without_dropout / "config.json").write_text(json.dumps(config))
+    run = Run({TASKS[task][0]: without_dropout}, tmp_path, task)
+    histories = []
+    for output, changes in (("whole", {"batch_size": 4}), ("parts", {"batch_size": 2, "accumulation": 2})):
+        train(run.settings(output, max_steps=3, max_gradient_norm=0, keep_best=False, **changes))
+        histories.append(json.loads((tmp_path / output / "run.json").read_text())["history"])
+    for whole, parts in zip(*histories, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    first = train(run.settings("out")).run
+    with pytest.raises(InputError, match="holds a finished run; --resume shows it, --output NAME starts another"):
+        train(run.settings("out"))
+    steps: list[Progress] = []
+    again = train(run.settings("out"), resume=True, tell=steps.append).run
+    assert first is not None
+    assert again is not None
+    assert again.record == json.loads(json.dumps(first.record))
+    assert not steps
+    with pytest.raises(InputError, match=r"started with other settings .epochs 2.0 is now 3.0."):
+        train(run.settings("out", epochs=3), resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(InputError, match=r"is not empty \(it holds thesis.txt\)"):
+        train(run.settings("mine"))
+
+
+def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("out"), tell=signal_after(2))
+    with run.data.open("a") as file:
+        file.write("one more,good\n")
+    with pytest.raises(InputError, match=r"a\.csv has changed since the run started"):
+        train(run.settings("out"), resume=True)
+
+
+def test_training_ends_early_with_the_best_step(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    found = train(run.settings("out", learning_rate=1e-9, epochs=50, early_stopping=3)).run
+    assert found is not None
+    # Nothing gets better than after the first epoch of six steps.
+    assert (found.record["best_step"], found.record["steps"]) == (6, 24)
+
+
+def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    rates = {"magnitude": 0.0, "lambda_b": 0.01, "head": 0.0}
+    train(run.settings("out", learning_rates=rates, keep_best=False))
+    train(run.settings("start", learning_rates=rates, keep_best=False, max_steps=1, warmup_share=0.5))
+    ends, starts = trained_values(tmp_path / "out"), trained_values(tmp_path / "start")
+    changed = " ".join(name for name in ends if not torch.equal(ends[name], starts[name]))
+    assert "lambda_b" in changed
+    assert "magnitude" not in changed
+    assert "classifier" not in changed
+
+
+def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    for output, changes in {"whole": {"learning_rate": 0.03}, "third": {"learning_rate": 0.01}, "usual": {}}.items():
+        train(run.settings(output, max_steps=1, **changes))
+    whole, third, usual = (read_record(tmp_path / name) or {} for name in ("whole", "third", "usual"))
+    rows = [value for name, value in trained_values(tmp_path / "whole").items() if "magnitude" in name]
+    median = torch.cat(rows).median().item()
+    assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 0.03 * median, rel=0.02)
+    assert third["learning_rates"] == {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3)}
+    assert usual["learning_rates"] == {"magnitude": pytest.approx(third["learning_rates"]["magnitude"]), "head": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"targets": "no_such_layer"}, "no_such_layer"),
+        ({"method": "vera", "alpha": 2.0}, "vera has none"),
+        ({"method": "lora", "task": "causal-lm", "learning_rates": {"head": 0.1}}, "names the group 'head'"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    run = Run(models, tmp_path, str(changes.get("task", "text-classification")))
+    with pytest.raises(InputError, match=message):
+        train(run.settings("out", **changes))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"accumulation": 3},
+        {"validation_share": 0.0, "test_share": 0.0},
+        {"evaluate_every": 2, "save_every": 4},
+        {"keep_best": False, "save_every": 5},
+        {"max_steps": 3, "schedule": "cosine"},
+        {"base_dtype": "bfloat16"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_settings_that_change_how_is_trained(models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert train(Run(models, tmp_path).settings("out", **changes)).run is not None

@@ -1,0 +1,198 @@
+"""The doctor finds faults that are planted, each by its name, and real ones of other libraries."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvora.tools.doctor import Finding, examine
+from dvora.training import parameter_groups, recommended_rates
+from tests.tools.doctor.patients import METHODS, adapted, four_bits, inputs, patient
+from tests.tuner import tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
+]
+
+
+def finding(model: PeftModel, check: str, batch: Any = None, **more: Any) -> Finding:
+    return examine(model, inputs() if batch is None else batch, **{"fresh_process": False, **more}).of(check)
+
+
+def layer(model: PeftModel, name: str = "lin1") -> Any:
+    return model.base_model.model.get_submodule(name)
+
+
+@pytest.mark.parametrize(("method", "option"), [("dvora", "init_weights"), ("lora", "init_lora_weights")])
+def test_a_start_that_is_not_the_base(method: str, option: str) -> None:
+    found = finding(patient(method, **{option: False}), "identity at the start")
+    assert found.status == "fail"
+    assert option in found.advice
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_computes_something_else(method: str) -> None:
+    model = patient(method)
+    broken, right = layer(model), layer(model).forward
+    broken.forward = lambda x, *rest, **more: right(x, *rest, **more) + 1e-3 * x[..., :1]
+    found = finding(model, "outputs")
+    assert (found.status, found.layers) == ("fail", ("lin1",))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wrong", [lambda g: 1.01 * g, lambda g: torch.where(g > 0, g, 0)], ids=["longer", "cut"])
+def test_a_gradient_that_is_not_one(method: str, wrong: Callable[[Tensor], Tensor]) -> None:
+    model = patient(method)
+    next(each for each in layer(model).parameters() if each.requires_grad).register_hook(wrong)
+    found = finding(model, "gradients")
+    assert (found.status, found.layers) == ("fail", ("lin1",))
+
+
+def test_norms_of_a_base_that_was_changed_behind_its_back() -> None:
+    model = patient()
+    # Through NumPy, which bypasses autograd's count of changes.
+    layer(model).base_layer.weight.detach().numpy()[:] *= 1.1
+    found = examine(model, inputs(), fresh_process=False)
+    for check in ("norm constants", "outputs"):
+        assert (found.of(check).status, found.of(check).layers) == ("fail", ("lin1",))
+
+
+def test_rows_that_the_update_cancels() -> None:
+    model = patient("dora", r=10, lora_alpha=10)
+    first = layer(model, "lin0")
+    with torch.no_grad():
+        first.lora_A["default"].weight.copy_(torch.eye(10))
+        first.lora_B["default"].weight.copy_(-0.95 * first.base_layer.weight)
+    found = finding(model, "cancelled rows")
+    assert (found.status, found.layers, found.figures["worst"]) == ("warn", ("lin0",), 1.0)
+
+
+class WithSpare(tiny.MLP):
+    """Has a layer that nobody calls, and one that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(torch.tanh(self.lin1(torch.tanh(self.lin0(x)).detach())))
+
+
+@pytest.mark.parametrize("method", ["dvora", "lora", "vera"])
+def test_layers_that_are_not_called_and_values_that_no_gradient_reaches(method: str) -> None:
+    model = adapted(WithSpare(), method, ["lin0", "lin1", "spare"])
+    called = finding(model, "calls")
+    assert (called.status, called.layers) == ("fail", ("spare",))
+    received = finding(model, "gradients received")
+    assert received.status == "fail"
+    assert {name.split(".")[0] for name in received.layers} == {"lin0", "spare"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers(method: str, value: float) -> None:
+    model = patient(method)
+    with torch.no_grad():
+        next(each for each in layer(model).parameters() if each.requires_grad).flatten()[0] = value
+    found = finding(model, "values")
+    assert found.status == "fail"
+    assert all(name.startswith("lin1") for name in found.layers)
+
+
+@pytest.mark.parametrize("method", ["dvora", "magnitude", "dora"])
+def test_a_magnitude_that_ran_away(method: str) -> None:
+    model = patient(method)
+    vector = next(each for name, each in layer(model).named_parameters() if "magnitude" in name)
+    with torch.no_grad():
+        vector.mul_(2)
+    found = finding(model, "movement")
+    assert (found.status, found.layers) == ("fail", ("lin1",))
+
+
+def test_learning_rates_that_look_wrong() -> None:
+    model = patient()
+
+    def told(groups: Any) -> Finding:
+        return finding(model, "learning rates", optimizer=torch.optim.AdamW(groups))
+
+    rates = recommended_rates(model)
+    assert told(parameter_groups(model, 0.01, learning_rates=rates)).status == "pass"
+    assert told(parameter_groups(model, 0.01, learning_rates={"magnitude": 0.5})).status == "warn"
+    assert "rate of zero" in told(parameter_groups(model, 0.01, learning_rates={**rates, "lambda_d": 0.0})).told
+    few = parameter_groups(model, 0.01, learning_rates=rates)[:1]
+    found = told(few)
+    assert (found.status, len(found.layers)) == ("fail", 6)
+
+
+def test_a_merge_that_rounds_the_update_away() -> None:
+    base = tiny.bert().to(torch.bfloat16)
+    found = finding(adapted(base, "dvora", "all-linear", moved=1e-3), "merge rounding", tiny.inputs(base))
+    assert found.status == "warn"
+    assert "float32" in found.advice
+
+
+@pytest.mark.parametrize("method", ["dvora", "lora", "dora", "vera"])
+def test_a_merge_that_is_not_the_forward_pass(method: str) -> None:
+    model = patient(method)
+    broken, name = layer(model), "merge_quietly" if method == "dvora" else "merge"
+    right = getattr(broken, name)
+
+    def merge(*arguments: Any, **more: Any) -> Any:
+        found = right(*arguments, **more)
+        broken.base_layer.weight.data[0] *= 1.05
+        return found
+
+    setattr(broken, name, merge)
+    assert finding(model, "merge").status == "fail"
+
+
+def test_rows_of_a_batch_that_get_another_adapter() -> None:
+    model = patient()
+    broken, right = layer(model), layer(model).forward
+    broken.forward = lambda x, adapter_names=None: right(x)
+    assert finding(model, "mixed batch").status == "fail"
+
+
+def test_a_file_that_is_not_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, right = patient(), PeftModel.save_pretrained
+
+    def rounded(self: PeftModel, folder: str, **more: Any) -> None:
+        right(self, folder, **more)
+        file = Path(folder) / "adapter_model.safetensors"
+        save_file({name: value.bfloat16().float() for name, value in load_file(file).items()}, file)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", rounded)
+    found = examine(model, inputs()).of("save and load")
+    assert found.status == "fail"
+
+
+def test_peft_s_vera_ignores_which_row_has_which_adapter() -> None:
+    """A real one: VeRA's layers take `adapter_names` and give every row the active adapter, without a word."""
+    found = finding(patient("vera"), "mixed batch")
+    assert found.status == "fail"
+    assert found.figures["worst"] > 1e-3
+
+
+def test_a_merge_into_an_embedding_that_is_the_head_too() -> None:
+    """A real one: LoRA on a tied embedding is merged into the head as well, which the adapted model leaves alone."""
+    base = tiny.gpt2()
+    found = finding(adapted(base, "lora", ["wte"]), "merge", tiny.inputs(base))
+    assert (found.status, found.figures["worst"] > 0.1) == ("fail", True)
+    refused = finding(adapted(tiny.gpt2(), "dvora", ["wte"]), "merge", tiny.inputs(base))
+    assert refused.status == "skip"
+    assert "lm_head" in refused.told
+
+
+def test_peft_s_dora_on_a_four_bit_base_that_has_answered_once() -> None:
+    """A real one: bitsandbytes repacks its weight in the first evaluation on a CPU, and PEFT measures what is left."""
+    batch = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    examined = examine(adapted(four_bits(), "dora", ["0", "2"]), batch, fresh_process=False)
+    assert (examined.of("outputs").status, examined.of("outputs").figures["worst"] > 0.05) == ("fail", True)
+    assert "gemv_4bit" in examined.of("gradients received").told
+    healthy = examine(adapted(four_bits(), "dvora", ["0", "2"]), batch, fresh_process=False)
+    assert healthy.healthy, str(healthy)

@@ -1,0 +1,78 @@
+"""Pages: the same bytes each time, nothing loaded from elsewhere, and readable in a browser, wide, narrow and dark."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvora.tools.pages.cells import shown
+from dvora.tools.pages.page import Section, Table, page
+from dvora.tools.pages.pictures import axes_of, new_figure, svg
+from tests.tools.pages.seen import PHONE, WIDE, seen
+
+
+def picture() -> Any:
+    figure = new_figure(5, 3)
+    (axes,) = axes_of(figure)
+    axes.plot([1, 10, 100], [1e-3, 1e-2, 1e-1], label="a <b> & c")
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="loss")
+    axes.legend()
+    return svg(figure, 'a "line" <upwards>')
+
+
+def example() -> str:
+    rows = [{"layer": "encoder.layer.0.attention.self.query" * 3, "size": 1234, "share": 0.123456, "": "fail"}]
+    section = Section("Layers & more", ["A <b>paragraph</b>."], [picture()], [Table(rows, "what it <shows>")])
+    return page("Title <i>", "Lead.", [section, Section("Empty", tables=[Table([])])], "foot")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(example(), encoding="utf-8")
+    return path
+
+
+def test_the_same_page_has_the_same_bytes() -> None:
+    assert example() == example()
+
+
+def test_text_is_text() -> None:
+    text = example()
+    assert "<b>paragraph" not in text
+    assert "A &lt;b&gt;paragraph" in text
+    assert 'aria-label="a &#34;line&#34; &lt;upwards&gt;"' in text
+
+
+def test_pictures_leave_no_trace_in_matplotlib() -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    before, open_figures = dict(matplotlib.rcParams), pyplot.get_fignums()
+    picture()
+    assert dict(matplotlib.rcParams) == before
+    assert pyplot.get_fignums() == open_figures
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (True, "yes"), (12345, "12,345"), (0.12345678, "0.1235"), ("a", "a")]
+)
+def test_cells(value: Any, text: str) -> None:
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_reads_well(file: Path, width: int, scheme: str) -> None:
+    with seen(file, width, scheme) as found:
+        assert found.page.title() == "Title <i>"
+        assert found.width() == width
+        paper = sum(found.colour("body", "backgroundColor"))
+        for selector in ("body", "h2", "svg text", "td", ".fail", "caption"):
+            what = "fill" if selector == "svg text" else "color"
+            assert abs(sum(found.colour(selector, what)) - paper) > 200, selector
+        letters = found.page.eval_on_selector_all(
+            "svg text", "all => all.map(each => each.getBoundingClientRect().height)"
+        )
+        assert min(letters) >= 9
+        assert found.complaints == []

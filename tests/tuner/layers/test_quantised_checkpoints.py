@@ -1,0 +1,1 @@
+"""Real models, quantised by transformers while they load: adapt, train, save, load."""
