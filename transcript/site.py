@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import typer
-from examples.catalogue import CATALOGUE
 from mkdocs.plugins import event_priority
 
+from benchmarks.examples.catalogue import CATALOGUE
 from dvora.cli.app import app
 from dvora.recipes.data import columns as names
 from dvora.recipes.settings import Settings
