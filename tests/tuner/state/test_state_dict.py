@@ -46,7 +46,7 @@ def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "distribution", "hash_seed"), [("bert", "orthogonal", "1"), ("gpt2", "kaiming_uniform", "2")]
+    ("name", "distribution", "hash_seed"), [("bert", "structured", "1"), ("gpt2", "kaiming_uniform", "2")]
 )
 def test_a_fresh_process_gives_the_same_bits(name: str, distribution: str, hash_seed: str, tmp_path: Path) -> None:
     model = adapted(name, projection_init=distribution)
@@ -218,9 +218,8 @@ def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: st
     assert same_bits(outputs(loaded), outputs(model))
 
 
-@pytest.mark.parametrize("distribution", ["kaiming_uniform", "gaussian", "orthogonal"])
-def test_saved_projections_are_those_of_the_model_and_change_nothing(distribution: str, tmp_path: Path) -> None:
-    model = adapted("bert", save_projection=True, projection_init=distribution)
+def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: Path) -> None:
+    model = adapted("bert", save_projection=True)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.dvora_projections."
