@@ -69,7 +69,7 @@ def merging(subject: Subject) -> str:
     model, x = subject.adapted(), subject.x()
     expected, before = model(x), snapshot(model)
     refusal = {
-        subject.quantised: (TypeError, "keeps its weight in a form of its own"),
+        subject.quantised: (TypeError, "keeps its weight in a format of its own"),
         "weight_norm" in subject.layer: (TypeError, "parametrized"),
         "tied" in subject.layer: (ValueError, "its weight is tied"),
     }.get(True)

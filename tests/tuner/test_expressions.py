@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 
 import dvora
 from dvora import DVoRAConfig
+from dvora.tuner import expressions
 from dvora.tuner.expressions import check_expressions, first_match
-from dvora.tuner.injecting import expressions
 from tests.tuner.models_compared import assert_unchanged, snapshot
 from tests.tuner.state.adapter_files import CONFIG, edit_config, save_bert
 from tests.tuner.tiny import LAYERS, MODELS

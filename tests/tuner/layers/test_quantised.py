@@ -54,7 +54,7 @@ def test_the_magnitude_starts_at_the_norms_of_the_weight_that_the_base_multiplie
     assert norm_error(adapted(kind), wide(), kind) < BASES[kind].norm_tolerance
 
 
-@pytest.mark.filterwarnings("ignore:rows that are tiny beside their bias")
+@pytest.mark.filterwarnings("ignore:rows whose norm is tiny compared to their bias")
 @pytest.mark.parametrize("kind", [kind for kind, base in BASES.items() if base.compute != torch.float32])
 def test_a_bias_far_above_the_weights_does_not_blur_the_norms(kind: str) -> None:
     plain = wide()
@@ -154,7 +154,7 @@ def test_saved_and_loaded_onto_a_freshly_quantised_base_it_gives_the_same_bits(
         assert same_bits(output(loaded.train(mode), kind), output(model.train(mode), kind))
 
 
-@pytest.mark.filterwarnings("ignore:the base is not quite the one that the adapter was made for")
+@pytest.mark.filterwarnings("ignore:the base is not exactly the one that the adapter was made for")
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_an_adapter_moves_between_the_base_and_the_quantised_base(kind: str, tmp_path: Path) -> None:
     plain = get_peft_model(wide(), DVoRAConfig(r=8, target_modules=TARGETS))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.tuner.injecting import expressions
+from dvora.tuner import expressions
 from tests.fresh import FRESH
 from tests.tuner.state.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights
 from tests.tuner.tiny import train_vectors

@@ -51,14 +51,8 @@ def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp
 def test_a_fresh_process_gives_the_same_bits(name: str, distribution: str, hash_seed: str, tmp_path: Path) -> None:
     model = adapted(name, projection_init=distribution)
     model.save_pretrained(tmp_path / "adapter")
-    command = [
-        sys.executable,
-        "-m",
-        "tests.tuner.convert.fresh_process",
-        name,
-        tmp_path / "adapter",
-        tmp_path / "outputs.safetensors",
-    ]
+    file = tmp_path / "outputs.safetensors"
+    command = [sys.executable, "-m", "tests.tuner.convert.fresh_process", name, tmp_path / "adapter", file]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     fresh = load_file(file)
@@ -232,7 +226,7 @@ def test_saved_projections_are_those_of_the_model_and_change_nothing(distributio
     prefix = "base_model.dvora_projections."
     matrices = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
     shared = next(dvora_layers(model))[1].adapted("default").shared
-    assert matrices.keys() == shared.matrices().keys()
-    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.matrices().items())
+    assert matrices.keys() == shared.saved_tensors().keys()
+    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.saved_tensors().items())
     loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
     assert same_bits(outputs(loaded), outputs(model))

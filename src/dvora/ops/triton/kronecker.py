@@ -13,10 +13,9 @@ Dimensions: T tokens, n1 n2 in, r1 r2 out.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..annotations import Float
 

@@ -151,7 +151,7 @@ def _done_to(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
     }
     moved = {}
     for layer in layers_in(load_adapted(adapter, model)):
-        weight = layer.unmerged() if layer.kind.has_weight else None
+        weight = layer.unmerged() if layer.layer_type.has_weight else None
         figures = diagnostics(layer.adapted("default"), layer.vectors("default"), weight)
         moved[layer.name] = {short: figures[name] for name, short in told.items()}
     return moved

@@ -1,4 +1,4 @@
-"""MergeableLayer: PEFT's interface for merging adapters into the weight of a layer, and for taking them out again."""
+"""MergeableLayer: PEFT's interface for merging adapters into the weight of a layer, and unmerging them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ...ops.annotations import Float
 from ...weight.merge import check_finite, merge, warn_of_losses
 from ..restoring import surely
 from .base_layer import check_mergeable, check_not_trained, readable_weight, stored_weight
-from .layer_types import LayerKind
+from .layer_types import LayerType
 from .merges import Intent, Merges
 from .vectors import VECTORS, VectorDict
 
 
 class MergeableLayer(BaseTunerLayer):
-    """A layer whose weight can take its adapters in.
+    """A layer whose adapters can be merged into its weight.
 
-    At every moment, also after an interruption, it serves either its own weight with its adapters or the merged weight
-    without them, and has what it needs to put its own weight back, bit for bit.
+    At every moment, also after an interruption, its outputs are those of its own weight with the adapters added, or
+    those of the merged weight, and its own weight can be restored bit for bit.
     """
 
     name: str
-    kind: LayerKind
+    layer_type: LayerType
     parameter_name: str
     training: bool
     dvora_adapted: nn.ModuleDict
@@ -43,18 +43,18 @@ class MergeableLayer(BaseTunerLayer):
 
     @property
     def merged(self) -> bool:
-        """Whether there are adapters in the base's weight."""
+        """Whether adapters are merged into the base's weight."""
         return bool(self.merged_adapters)
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]  # PEFT keeps a list
-        """Names of the adapters in the base's weight. A merge that was interrupted is taken back first."""
+        """Names of the merged adapters. A merge that was interrupted is undone first."""
         self.settle()
         return self._merges.adapters
 
     def stored(self) -> Tensor | None:
-        """The base's weight as it is stored now, or None where only the base's forward knows it."""
-        return stored_weight(self.get_base_layer(), self.kind, self.parameter_name)
+        """The base's weight as it is stored now; None for a quantised layer."""
+        return stored_weight(self.get_base_layer(), self.layer_type, self.parameter_name)
 
     def unmerged(self) -> Tensor:
         """The base's own weight, also while adapters are merged into it or it is offloaded.
@@ -62,7 +62,7 @@ class MergeableLayer(BaseTunerLayer):
         Raises:
             ValueError: adapters were merged for good.
         """
-        weight = readable_weight(self.get_base_layer(), self.kind, self.parameter_name, self.name)
+        weight = readable_weight(self.get_base_layer(), self.layer_type, self.parameter_name, self.name)
         original = self._merges.original
         return weight if original is None else original.to(weight.device)
 
@@ -78,7 +78,7 @@ class MergeableLayer(BaseTunerLayer):
             ValueError: a merged value would not be finite; the weight is left as it was.
 
         Warns:
-            MergePrecisionWarning: the weight's dtype swallows a considerable part of the update.
+            MergePrecisionWarning: rounding to the weight's dtype removes a considerable part of the update.
         """
         intent = Intent()
         with surely(self.settle):
@@ -89,7 +89,7 @@ class MergeableLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def merge_quietly(self, adapter_names: list[str] | None, intent: Intent) -> dict[str, float]:
-        """Merge like `merge`, but for as long as an intent holds, and without the warning.
+        """Merge as `merge` does, without its warning; undone unless the intent is fulfilled.
 
         Returns:
             The share of the update that rounding changed, by layer name.
@@ -98,18 +98,18 @@ class MergeableLayer(BaseTunerLayer):
         if not new:
             return {}
         with onload_layer(self):
-            check_mergeable(self.get_base_layer(), self.kind, self.parameter_name, self.name)
+            check_mergeable(self.get_base_layer(), self.layer_type, self.parameter_name, self.name)
             names, original = [*self._merges.adapters, *new], self.unmerged()
-            merged = merge(self.kind.layout.matrix(original), self.summed_delta(names, original))
+            merged = merge(self.layer_type.layout.matrix(original), self.summed_delta(names, original))
             check_finite(merged.weight, f"{self.name}: merging {', '.join(names)}")
             stored = cast(Tensor, self.stored())
-            weight = self.kind.layout.stored(merged.weight, stored.shape)
+            weight = self.layer_type.layout.stored(merged.weight, stored.shape)
             self._merges.begin(names, stored, intent)
             stored.copy_(weight)
         return {self.name: merged.lost}
 
     def unmerge(self) -> None:
-        """Put the base's own weight back, bit for bit."""
+        """Restore the base's own weight bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -117,24 +117,24 @@ class MergeableLayer(BaseTunerLayer):
             self.rest_on(Intent())
 
     def rest_on(self, intent: Intent) -> None:
-        """Let all that is merged depend on an intent: without it, `settle` puts the base's own weight back.
+        """Make all that is merged depend on an intent: unless it is fulfilled, `settle` restores the base's own weight.
 
         Raises:
             TypeError, ValueError: the weight cannot be set now, or no copy was kept.
         """
-        check_mergeable(self.get_base_layer(), self.kind, self.parameter_name, self.name)
+        check_mergeable(self.get_base_layer(), self.layer_type, self.parameter_name, self.name)
         self._merges.rest_on(intent)
 
     def settle(self) -> None:
-        """Take back a merge that was interrupted; forget what one that is done needs no more."""
+        """Undo a merge that was interrupted; drop what a finished one no longer needs."""
         self._merges.settle(self._write)
 
     def give_up_original(self) -> None:
-        """Free the copy of the base's own weight, which can then not be put back."""
+        """Free the copy of the base's own weight, which can then not be restored."""
         self._merges.give_up_original()
 
     def serves_merged(self) -> bool:
-        """Whether the base's weight serves the adapters.
+        """Whether the base's weight has the adapters merged into it.
 
         Raises:
             RuntimeError: they are to be trained, and would get no gradients.
@@ -147,7 +147,7 @@ class MergeableLayer(BaseTunerLayer):
         return bool(names)
 
     def check_loadable(self, keys: Container[str], prefix: str) -> None:
-        """Refuse values for a weight that has adapters in it, and for the vectors of these.
+        """Refuse values for a weight with merged adapters, and for the vectors of these.
 
         Args:
             keys: of a state dict.
@@ -162,8 +162,8 @@ class MergeableLayer(BaseTunerLayer):
         if names and found:
             raise ValueError(
                 f"{found[0]} cannot be loaded while adapters are merged into the weight ({', '.join(names)}): call "
-                "unmerge_adapter first. Whether a loaded weight has them in it already could not be known, and "
-                "loaded vectors would not be used"
+                "unmerge_adapter first. It could not be known whether a loaded weight has them merged already, "
+                "and loaded vectors would not be used"
             )
 
     def path_from_base(self) -> str:

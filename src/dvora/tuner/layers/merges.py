@@ -1,4 +1,4 @@
-"""What is merged into a weight, noted before the weight is written: an interruption can be taken back at any moment."""
+"""The state of a merge, recorded before the weight is written, so that an interruption can be undone at any moment."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Intent:
-    """One merge, of one layer or of many: until it is done, every layer that meets it takes it back.
+    """One merge of one layer or of many: until `done` is set, every layer that meets it undoes it.
 
-    One flag, so that the merges of a whole model come to count at once, or go.
+    One flag for all layers, so that the merge of a whole model takes effect, or is undone, at one moment.
     """
 
     def __init__(self) -> None:
@@ -21,12 +21,12 @@ class Intent:
         self._thread: int | None = get_ident()
 
     def revoke(self) -> None:
-        """Let every layer take it back."""
+        """Let every layer undo it."""
         self._thread = get_ident()
         self.done = False
 
     def check_thread(self) -> None:
-        """Refuse to take back what another thread may be busy with.
+        """Refuse to undo what another thread may be doing now.
 
         Raises:
             RuntimeError: another thread merges or unmerges.
@@ -38,7 +38,7 @@ class Intent:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nobody is busy with a copy.
+        # No thread works on a copy.
         return {"done": self.done, "_thread": None}
 
 
@@ -47,16 +47,16 @@ class Merge(NamedTuple):
 
     adapters: tuple[str, ...]
     original: Tensor | None
-    """The base's own weight, on the CPU; None if it was given up."""
+    """The base's own weight, on the CPU; None if it was freed."""
     intent: Intent
     replaced: Tensor | None
-    """What the weight was before, on the CPU."""
+    """The weight before this merge, on the CPU."""
     before: Merge | None
-    """The state before."""
+    """The state before this merge."""
 
 
 class Merges:
-    """The adapters that are merged into one weight, and what it was before: one attribute, replaced as a whole."""
+    """The adapters that are merged into one weight, as a stack of states; `last` is replaced in one assignment."""
 
     def __init__(self) -> None:
         self.last: Merge | None = None
@@ -80,25 +80,25 @@ class Merges:
         return self.last.original
 
     def begin(self, adapters: Sequence[str], weight: Tensor, intent: Intent) -> None:
-        """Note that adapters are merged next; that is taken back unless the intent comes to be done.
+        """Record that adapters are merged next; undone unless the intent is fulfilled.
 
         Args:
-            adapters: all that the weight will have in it.
+            adapters: all that will be merged into the weight.
             weight: as it is now.
-            intent: on which it depends.
+            intent: which must be fulfilled.
         """
         kept = weight.detach().to("cpu", copy=True)
         own = kept if self.last is None else self.last.original
         self.last = Merge(tuple(adapters), own, intent, kept, self.last)
 
     def rest_on(self, intent: Intent) -> None:
-        """Let a merge that is done depend on another intent, and go down to the base's own weight without it."""
+        """Make a finished merge depend on another intent, without which the base's own weight is restored."""
         if self.last is not None:
             original = self.original
             self.last = Merge(self.last.adapters, original, intent, original, None)
 
     def settle(self, write: Callable[[Tensor], None]) -> None:
-        """Take back what is not done, and forget what is not needed any more.
+        """Undo what is not done, and drop what is not needed any more.
 
         Args:
             write: sets the weight. It may be called again after an interruption.
@@ -119,7 +119,7 @@ class Merges:
             self.last = merge
 
     def give_up_original(self) -> None:
-        """Free the copy of the base's own weight; what is merged stays for good."""
+        """Free the copy of the base's own weight; the merge is then permanent."""
         if self.last is not None:
             self.last = self.last._replace(original=None, replaced=None, before=None)
 
