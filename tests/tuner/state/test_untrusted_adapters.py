@@ -374,6 +374,25 @@ def test_a_head_of_another_shape_leaves_no_wrapper_behind(tmp_path: Path) -> Non
     assert_unchanged(base, before)
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["beside an adapter", "alone"])
+def test_refused_values_leave_no_wrapper_of_attention_behind(beside: bool, tmp_path: Path) -> None:
+    """Its projections have wrappers around each other."""
+
+    def base() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2, kdim=6, vdim=6))
+
+    saved(tmp_path, base(), target_modules=["1"])
+    edit_config(tmp_path, base_probes=None)
+    edit_weights(tmp_path, lambda t: t.update({key: torch.full_like(value, torch.nan) for key, value in t.items()}))
+    plain = base()
+    model = get_peft_model(plain, DVoRAConfig(r=3, target_modules=["0"]), "own") if beside else plain
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match="not finite"):
+        model.load_adapter(tmp_path, "bad") if beside else PeftModel.from_pretrained(plain, tmp_path)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert beside or "peft_config" not in vars(plain)
+
+
 def test_a_trained_adapter_outlives_a_refused_load(folder: Path) -> None:
     """Even if its settings were read from a folder: what was trained since is not taken out again."""
     config = DVoRAConfig.from_pretrained(str(folder))

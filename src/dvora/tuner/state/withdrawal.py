@@ -36,6 +36,9 @@ def withdrawal(tuner: BaseTuner, names: Collection[str]) -> Callable[[], None]:
             _unwrap_what_is_empty(tuner)
             for parameter_name, parameter in tuner.model.named_parameters():
                 parameter.requires_grad_(parameter_name in trained)
+            if not tuner.peft_config:
+                # PEFT has left its own mark on the base, by which it would take it for an adapted model.
+                vars(tuner.model).pop("peft_config", None)
 
     return withdraw
 
