@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import report
-from dvora.recipes.finished.evaluate_again import unchanged_data
-from dvora.recipes.finished.outcomes import outcomes
+from dvora.recipes.finished.comparison import outcomes
+from dvora.recipes.finished.evaluation import unchanged_data
 from dvora.recipes.finished.prediction import Predictor
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import assert_refused, run

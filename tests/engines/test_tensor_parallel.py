@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
-from dvora.matrices.shard import Span
+from dvora.matrices.shard import Shard as FeatureShard
 from tests.engines.processes import run
 from tests.engines.test_data_parallel import batch, train, vectors
 
@@ -112,7 +112,7 @@ def plain_layer() -> DVoRAAdapter:
     return layer
 
 
-def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Span | None = None) -> list[np.ndarray]:
+def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Shard | None = None) -> list[np.ndarray]:
     outputs = layer(x)
     weights = torch.linspace(1, 2, 6)
     (outputs * (weights if of_outputs is None else of_outputs.of(weights))).sum().backward()
@@ -127,7 +127,7 @@ def divided_layers() -> list[list[np.ndarray]]:
     parallelize_module(columns.base_layer, mesh, ColwiseParallel())
     parallelize_module(rows.base_layer, mesh, RowwiseParallel())
     return [
-        outputs_and_gradients(columns, x, Span(3 * rank, 3 * rank + 3, 6)),
+        outputs_and_gradients(columns, x, FeatureShard(3 * rank, 3 * rank + 3, 6)),
         outputs_and_gradients(rows, x[:, 4 * rank : 4 * rank + 4]),
     ]
 

@@ -147,7 +147,7 @@ def test_a_report_is_found_among_other_lines(capsys: pytest.CaptureFixture[str])
 
 def test_figures_in_words() -> None:
     figures = {"loss": [0.69314, 0.5], "trained_values": 51458, "adapter_bytes": 221_000, "base_bytes": 90_900_000}
-    assert figures_of(figures) == "loss 0.693 to 0.5, trained values 51,458, adapter 221 kB, base 90.9 MB"
+    assert figures_of(figures) == "loss 0.693 to 0.5, trained parameters 51,458, adapter 221 kB, base 90.9 MB"
     assert figures_of({"bits_equal": True, "engine": "gloo"}) == "bits equal yes, engine gloo"
 
 
@@ -162,6 +162,6 @@ def test_the_table_has_a_row_for_each() -> None:
     }
     text = table(result)
     assert "1 of 2 examples work" in text
-    assert "| TRL (trl 1.0) | yes | [one](examples/one.py) | a loss | loss 2 to 1 |" in text
-    assert r"| TRL (trl 1.0) | refused: a b \| c | [two](examples/two.py) | a loss |  |" in text
+    assert "| TRL (trl 1.0) | yes | `examples/one.py` | a loss | loss 2 to 1 |" in text
+    assert r"| TRL (trl 1.0) | refused: a b \| c | `examples/two.py` | a loss |  |" in text
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}) == 1

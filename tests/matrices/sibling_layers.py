@@ -73,7 +73,7 @@ def siblings(
     """
     shared = SharedProjections(SHARED.seed)
     if counted:
-        shared.kind = CountedMatrices(SHARED.seed)
+        shared.impl = CountedMatrices(SHARED.seed)
     return [
         trained_layer(IN, out, rank, dtype=dtype, shared=shared if together else SharedProjections(SHARED.seed))
         for out, rank in zip(OUTS, ranks, strict=True)
@@ -103,7 +103,7 @@ def gradients(layers: Sequence[DVoRAAdapter]) -> list[Tensor]:
 def projections_made(step: Step, tolerance: float | None = None, **options: Any) -> int:
     """Products with A^T in a step whose results, and whose gradients, are those of layers that share nothing."""
     together, apart = siblings(counted=True, **options), siblings(together=False, **options)
-    matrices = together[0].shared.kind
+    matrices = together[0].shared.impl
     assert isinstance(matrices, CountedMatrices)
     before = matrices.projected
     found = [*step(together), *gradients(together)]

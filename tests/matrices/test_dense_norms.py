@@ -49,9 +49,9 @@ class Rows:
                 found = self.matrices.row_squares_gradient(self.v, self.lambda_d, self.sizes[0])
             assert worst_error(squares, expected) < tolerance
             assert worst_error(found, gradient) < tolerance
-            if (slopes := self.matrices.kept_slopes(self.lambda_d, *self.sizes)) is not None:
-                assert worst_error(self.lambda_d @ slopes, expected) < tolerance
-                assert worst_error(2 * slopes @ self.v, gradient) < tolerance
+            if (half_dq := self.matrices.half_dq(self.lambda_d, *self.sizes)) is not None:
+                assert worst_error(self.lambda_d @ half_dq, expected) < tolerance
+                assert worst_error(2 * half_dq @ self.v, gradient) < tolerance
             assert found.dtype == self.lambda_d.dtype
 
     def assert_dots(self, tolerance: float) -> None:
@@ -136,15 +136,15 @@ def test_the_squares_and_their_gradient_take_a_product_with_G_each(distribution:
     matrices.reserve(128, 200, 50, torch.float32)
     assert multiplications(lambda: matrices.row_squares(lambda_d, 200, 50)) <= 1.01 * limit
     assert multiplications(lambda: matrices.row_squares_gradient(v, lambda_d, 200)) <= 1.01 * limit
-    # Kept slopes save the second; the rows of orthogonal matrices need neither.
-    assert (matrices.kept_slopes(lambda_d, 200, 50) is None) == (distribution == "orthogonal")
+    # Kept half_dq save the second; the rows of orthogonal matrices need neither.
+    assert (matrices.half_dq(lambda_d, 200, 50) is None) == (distribution == "orthogonal")
 
 
 def test_slopes_of_a_large_layer_are_not_kept() -> None:
     matrices = DenseMatrices(5, "gaussian")
-    assert matrices.kept_slopes(randn(256, seed=0), 8, 3072) is not None
-    assert matrices.kept_slopes(randn(256, seed=0), 8, 3073) is None
-    assert matrices.kept_slopes(randn(256, seed=0, dtype=torch.float64), 8, 1537) is None
+    assert matrices.half_dq(randn(256, seed=0), 8, 3072) is not None
+    assert matrices.half_dq(randn(256, seed=0), 8, 3073) is None
+    assert matrices.half_dq(randn(256, seed=0, dtype=torch.float64), 8, 1537) is None
 
 
 @every_distribution

@@ -59,12 +59,12 @@ def test_a_rank_above_the_width_has_no_gram() -> None:
     assert not [name for name in stored(matrices) if "gram" in name]
     layer = DVoRAAdapter(nn.Linear(8, 40), 300, shared=SharedProjections(0))
     layer(randn(5, 8, seed=0)).sum().backward()
-    assert not [name for name in stored(layer.shared.kind) if "gram" in name]
+    assert not [name for name in stored(layer.shared.impl) if "gram" in name]
 
 
 def there(shared: SharedProjections) -> list[Tensor]:
     """What a layer on a second device reads; the meta device stands for it."""
-    kind = shared.kind
+    kind = shared.impl
     if isinstance(kind, DenseMatrices):
         return [kind._stored(0, 3, 6, META), kind._stored(1, 3, 5, META), kind.gram(3, 6, torch.float32, META)]
     stacks = [kind._stack(side, 3, size, torch.float32, META) for side, size in (("A", 6), ("B", 5))]

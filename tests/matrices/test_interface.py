@@ -218,7 +218,7 @@ def test_an_unknown_distribution_is_refused_with_the_known_ones() -> None:
 def test_matrices_of_a_file_are_those_of_the_seed(distribution: str) -> None:
     shared = SharedProjections(5, distribution)
     shared.reserve(3, 8, 4)
-    saved = {name: matrix.clone() for name, matrix in shared.matrices().items()}
+    saved = {name: matrix.clone() for name, matrix in shared.saved_tensors().items()}
     assert [matrix.shape for matrix in saved.values()] == [(3, 8), (3, 4)]
     SharedProjections(5, distribution).check_matrices(saved)
     with pytest.raises(ValueError, match=r"stream_0.* seed 6"):
@@ -228,7 +228,7 @@ def test_matrices_of_a_file_are_those_of_the_seed(distribution: str) -> None:
 def test_a_file_holds_nothing_of_structured_matrices() -> None:
     shared = SharedProjections(5, "structured")
     shared.reserve(3, 8, 4)
-    assert shared.matrices() == {}
+    assert shared.saved_tensors() == {}
     shared.check_matrices({})
     with pytest.raises(ValueError, match=r"stream_0 differs.* seed 5 .*'structured'"):
         shared.check_matrices({"stream_0": torch.zeros(3, 8)})
@@ -244,7 +244,7 @@ def test_a_matrix_of_a_file_with_an_unknown_name_is_refused(name: str, distribut
 def test_a_matrix_of_a_file_with_one_value_changed_is_refused() -> None:
     shared = SharedProjections()
     shared.reserve(3, 8, 4)
-    saved = {name: matrix.clone() for name, matrix in shared.matrices().items()}
+    saved = {name: matrix.clone() for name, matrix in shared.saved_tensors().items()}
     saved["stream_1"][2, 3] += 1e-6
     with pytest.raises(ValueError, match="matrix stream_1 differs"):
         shared.check_matrices(saved)

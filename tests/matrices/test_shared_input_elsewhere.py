@@ -130,7 +130,7 @@ def test_a_compiled_sibling_leaves_nothing_to_one_that_is_not() -> None:
 def projections_alive(layers: Layers) -> list[weakref.ref[Tensor]]:
     """Weak references to everything that is projected from now on."""
     made: list[weakref.ref[Tensor]] = []
-    matrices = layers[0].shared.kind
+    matrices = layers[0].shared.impl
     project = matrices.project
 
     def remembered(x: Tensor, rank: int) -> Tensor:

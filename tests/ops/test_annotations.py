@@ -60,12 +60,12 @@ def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: 
     combining, layouts = checked("weight.weighted_sum"), checked("weight.layouts")
     shared = checked("matrices.interface").SharedProjections(0)
     adapted = checked("weight.adapted_weight").AdaptedWeight(
-        randn(6, 5, seed=0), rank, shared=shared, layout=layouts.COLUMNS, skipped_column=skipped
+        randn(6, 5, seed=0), rank, shared=shared, layout=layouts.COLUMNS, padding_column=skipped
     )
     vectors = adapted.initial_vectors(0.1)
     adapted.delta(vectors, randn(6, 5, seed=0))
     checked("weight.diagnostics").diagnostics(adapted, vectors, None)
-    combining.weighted_sum([combining.Part(torch.tensor(0.5), vectors, adapted)], None, adapted)
+    combining.weighted_sum([combining.WeightedAdapter(torch.tensor(0.5), vectors, adapted)], None, adapted)
     if rank:
         shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
     adapted.row_factors(vectors, None, torch.tensor(0.5))

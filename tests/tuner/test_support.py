@@ -16,11 +16,18 @@ RECORDED = (
     else None
 )
 
+# Tracing meets the same operations whatever the dtype; half precision adds casts. Recording tries all.
+TRACED, NOT_TRACED = ("torch.compile", "torch.export"), ("float64", "float16")
+TRIED = [
+    (*pair, operation)
+    for pair, operation in product(PAIRS, OPERATIONS)
+    if RECORDED is None or not (operation in TRACED and pair[1] in NOT_TRACED)
+]
+
 
 # torch 2.13's compiler makes instances of autograd functions, which it deprecates.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize(("layer", "base"), PAIRS, ids=lambda name: str(name))
+@pytest.mark.parametrize(("layer", "base", "operation"), TRIED)
 def test_a_layer_on_a_base(
     layer: str, base: str, operation: str, record_property: Callable[[str, object], None]
 ) -> None:

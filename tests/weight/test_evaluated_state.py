@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dvora.method.functional import RowFactors
-from dvora.weight.evaluated import LastFactors, State, _unchanged
+from dvora.weight.tensor_state import EvalCache, TensorVersion, _unchanged
 from tests.cases import fresh_copy, randn, trained_layer
 
 
@@ -78,48 +78,48 @@ CHANGES: dict[str, Callable[[nn.Parameter], None]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_state_changes_with_the_tensor(change: str) -> None:
     tensor = parameter()
-    before = State.of(tensor)
-    assert State.of(tensor) == before
+    before = TensorVersion.of(tensor)
+    assert TensorVersion.of(tensor) == before
     assert _unchanged(tensor, before)
     CHANGES[change](tensor)
-    assert State.of(tensor) != before
+    assert TensorVersion.of(tensor) != before
     assert not _unchanged(tensor, before)
 
 
 def test_a_state_is_of_one_place_in_memory() -> None:
     memory, tensor = randn(12, seed=0), parameter()
     tensor.data = memory[:6]
-    before = State.of(tensor)
+    before = TensorVersion.of(tensor)
     tensor.data = memory[6:]
-    assert State.of(tensor) != before
+    assert TensorVersion.of(tensor) != before
 
 
 def test_a_state_is_of_one_dtype() -> None:
     tensor = parameter().to(torch.bfloat16).detach()
-    before = State.of(tensor)
+    before = TensorVersion.of(tensor)
     tensor.data = tensor.data.view(torch.float16)
-    assert State.of(tensor) != before
+    assert TensorVersion.of(tensor) != before
 
 
 def test_a_state_is_of_one_order_of_the_values() -> None:
     tensor = nn.Parameter(randn(3, 3, seed=0))
-    before = State.of(tensor)
+    before = TensorVersion.of(tensor)
     tensor.data = tensor.data.T
-    assert State.of(tensor) != before
+    assert TensorVersion.of(tensor) != before
 
 
 def test_tensors_made_one_after_another_in_one_place_have_other_states() -> None:
     states = []
     for seed in range(50):
         tensor = randn(6, seed=seed)
-        states.append(State.of(tensor))
+        states.append(TensorVersion.of(tensor))
         del tensor
     assert all(first != second for i, first in enumerate(states) for second in states[:i])
 
 
 def test_a_state_keeps_no_memory() -> None:
     tensor = randn(6, seed=0)
-    state = State.of(tensor)
+    state = TensorVersion.of(tensor)
     del tensor
     assert state.storage.expired()
 
@@ -127,7 +127,7 @@ def test_a_state_keeps_no_memory() -> None:
 def test_what_is_known_of_a_tensor_of_inference_mode_is_never_trusted() -> None:
     with torch.inference_mode():
         tensor = randn(6, seed=0)
-        assert not _unchanged(tensor, State.of(tensor))
+        assert not _unchanged(tensor, TensorVersion.of(tensor))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def made(log: list[int]) -> Callable[[], RowFactors]:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_factors_are_made_once_for_inputs_that_do_not_change(device: str) -> None:
-    last, tensors, log = LastFactors(), [parameter().to(device) for _ in range(3)], []
+    last, tensors, log = EvalCache(), [parameter().to(device) for _ in range(3)], []
     first = last.of(tensors, None, made(log))
     assert last.of(tensors, None, made(log)) is first
     assert len(log) == 1
@@ -168,7 +168,7 @@ def test_factors_are_made_once_for_inputs_that_do_not_change(device: str) -> Non
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("index", range(3))
 def test_each_input_that_changes_makes_them_anew(device: str, index: int) -> None:
-    last, tensors, log = LastFactors(), [parameter().to(device) for _ in range(3)], []
+    last, tensors, log = EvalCache(), [parameter().to(device) for _ in range(3)], []
     for _ in range(2):
         last.of(tensors, None, made(log))
         with torch.no_grad():
@@ -180,21 +180,21 @@ def test_each_input_that_changes_makes_them_anew(device: str, index: int) -> Non
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("tensors", [1, 2, 4])
 def test_other_inputs_make_them_anew(device: str, tensors: int) -> None:
-    last, log, known = LastFactors(), [], [parameter().to(device) for _ in range(4)]
+    last, log, known = EvalCache(), [], [parameter().to(device) for _ in range(4)]
     last.of(known[:3], None, made(log))
     last.of(known[:tensors], None, made(log))
     assert len(log) == 2
 
 
 def test_another_weight_makes_them_anew() -> None:
-    last, log, weights = LastFactors(), [], [parameter() for _ in range(2)]
+    last, log, weights = EvalCache(), [], [parameter() for _ in range(2)]
     for state in (weights[0], weights[0], weights[1], None):
         last.of([parameter()], state, made(log))
     assert len(log) == 3
 
 
 def test_what_was_dropped_is_made_anew() -> None:
-    last, log, tensors = LastFactors(), [], [parameter()]
+    last, log, tensors = EvalCache(), [], [parameter()]
     last.of(tensors, None, made(log))
     last.drop()
     last.of(tensors, None, made(log))
@@ -204,16 +204,16 @@ def test_what_was_dropped_is_made_anew() -> None:
 def test_factors_are_neither_part_of_a_graph_nor_of_inference_mode() -> None:
     tensor = parameter()
     with torch.inference_mode():
-        factors = LastFactors().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
+        factors = EvalCache().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
     assert not any(factor.is_inference() for factor in factors)
-    factors = LastFactors().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
+    factors = EvalCache().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
     assert not any(factor.requires_grad for factor in factors)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("which", ["an input", "the weight"])
 def test_factors_of_what_is_written_to_meanwhile_are_not_kept(which: str, device: str) -> None:
-    last, tensor, weight, log = LastFactors(), parameter().to(device), parameter().to(device), []
+    last, tensor, weight, log = EvalCache(), parameter().to(device), parameter().to(device), []
 
     def written_to(_: object) -> RowFactors:
         factors = made(log)()
@@ -244,7 +244,7 @@ def test_a_weight_whose_data_is_its_own_transpose_is_followed() -> None:
 
 def test_a_step_does_not_count_as_a_write_to_what_it_leaves_alone() -> None:
     stepped, frozen = parameter(), parameter().requires_grad_(False)
-    before = State.of(frozen)
+    before = TensorVersion.of(frozen)
     stepped.grad = torch.ones_like(stepped)
     SGD([stepped, frozen], lr=0.1).step()
     assert before.is_of(frozen)

@@ -48,7 +48,7 @@ def doctor_command(
     The exit code is 1 if something failed.
     """
     with one_line(debug), wrong_input():
-        from ..recipes.finished.examining import examine_folder
+        from ..recipes.finished.examination import examine_folder
         from ..recipes.models.hub import Trust
 
         found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))

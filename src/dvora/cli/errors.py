@@ -15,7 +15,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
-from .streams import kept_stdout, tell
+from .output import kept_stdout, tell
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""

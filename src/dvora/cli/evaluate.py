@@ -11,7 +11,7 @@ from .output import Debug, Download, Json, Output, OwnCode, Quiet
 from .train import metric_rows
 
 if TYPE_CHECKING:
-    from ..recipes.finished.evaluate_again import Verdict
+    from ..recipes.finished.evaluation import Verdict
     from ..recipes.run_folder import Run
 
 _COLUMNS = "Columns of the files, where they are not those of the training data"
@@ -61,7 +61,7 @@ def evaluate(
         if output is not None and not output.absolute().parent.is_dir():
             raise UsageError(f"--output {output}: there is no folder {output.parent}")
         from ..recipes.files import typed, write_atomically
-        from ..recipes.finished.evaluate_again import judge
+        from ..recipes.finished.evaluation import judge
         from ..recipes.models.hub import Trust
         from ..recipes.run_folder import read_run
 

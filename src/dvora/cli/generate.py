@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.cells import visible
+from ..tools.pages.text import visible
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
-from .streams import results
+from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
     from ..recipes.finished.generation import Continuation

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError, one_line
-from .output import Debug, Json, Output, Quiet
-from .streams import tell
+from .output import Debug, Json, Output, Quiet, tell
 
 EXAMPLES = """[bold]Examples[/bold]
 

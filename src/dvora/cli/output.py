@@ -1,14 +1,15 @@
-"""What a command shows: a table or JSON on stdout, notes and progress on stderr."""
+"""What a command shows: results on stdout, as tables or JSON; notes, progress and what libraries print on stderr."""
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.cells import shown, visible
-from .streams import results, tell
+from ..tools.pages.text import shown, visible
 
 _BASE = "The base model"
 Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]
@@ -24,6 +25,10 @@ OwnCode = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+
+LONGEST = 2000
+"""Letters of a message: errors repeat what is in files, whatever its length."""
+_kept: ContextVar[TextIO | None] = ContextVar("kept", default=None)
 
 
 class Output:
@@ -82,3 +87,29 @@ def _table(rows: Sequence[Mapping[str, Any]], headed: bool = True) -> Any:
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
     return table
+
+
+@contextmanager
+def kept_stdout() -> Iterator[TextIO]:
+    """Send what is printed to stderr, and give the stream for results."""
+    kept = _kept.get()
+    if kept is not None:
+        yield kept
+        return
+    token = _kept.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield results()
+    finally:
+        _kept.reset(token)
+
+
+def tell(text: str) -> None:
+    """Say something on stderr, in one line in which nothing of a file does anything to the terminal."""
+    shown = visible(text)
+    typer.echo(shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}...", err=True)
+
+
+def results() -> TextIO:
+    """The stream for results: stdout, also while it is kept."""
+    return _kept.get() or sys.stdout

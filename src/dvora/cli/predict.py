@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.cells import shown, visible
+from ..tools.pages.text import shown, visible
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
-from .streams import results
+from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
-    from ..recipes.data.inputs_to_predict import Input
+    from ..recipes.data.new_files import Input
     from ..recipes.finished.prediction import Predicted
     from ..recipes.run_folder import Run
 
@@ -104,7 +103,7 @@ def _check_output(output: str, safe: bool) -> None:
 
 def _inputs(file: str, run: "Run", columns: dict[str, str | None], told: Output) -> "Iterator[Input]":
     from ..recipes.data.encodings import stream_lines
-    from ..recipes.data.inputs_to_predict import file_inputs, line_inputs
+    from ..recipes.data.new_files import file_inputs, line_inputs
 
     if file == STREAM:
         return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)

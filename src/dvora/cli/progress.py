@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..tools.pages.cells import visible
-from .streams import tell
+from ..tools.pages.text import visible
+from .output import tell
 
 if TYPE_CHECKING:
     from ..recipes.training.watching import Progress, Tell

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import INTERRUPTED, UsageError, one_line
-from .output import Debug, Json, Output, OwnCode, Quiet
+from .output import Debug, Json, Output, OwnCode, Quiet, results, tell
 from .progress import shown_progress
-from .streams import results, tell
 
 if TYPE_CHECKING:
     from ..recipes.run_folder import Run
@@ -178,7 +177,7 @@ def _print_config(config: Path | None, flags: dict[str, Any], pairs: list[str]) 
 
 def _run(settings: "Settings", resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
     from ..recipes.models.hub import Trust
-    from ..recipes.training.processes import is_first
+    from ..recipes.run_folder import is_first
     from ..recipes.training.run import InputError
     from ..recipes.training.run import train as train_recipe
 

@@ -12,24 +12,24 @@ Every process has the whole vectors, which are kilobytes, and saves them like on
 The weight itself is gathered when the constants are made, one layer at a time, and never in a training step.
 """
 
+import sys
 from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..matrices.shard import Span
+from ..matrices.shard import Shard
 from ..method.functional import Vectors
 from ..ops.annotations import Float
-from ..ops.tracing import recording
-from .imported import imported_class
+from ..ops.tracing import grad_recorded
 
 
-class Part(NamedTuple):
-    """What one process of a group holds: a span of the outputs or one of the inputs."""
+class TensorParallelShard(NamedTuple):
+    """What one process of a group holds: a shard of the outputs or one of the inputs."""
 
-    outputs: Span | None
-    inputs: Span | None
+    outputs: Shard | None
+    inputs: Shard | None
     group: Any
     """Of processes."""
 
@@ -41,7 +41,7 @@ class Part(NamedTuple):
         """Those of this process, whose gradients are summed over all."""
         if self.outputs is None:
             return vectors
-        if recording():
+        if grad_recorded():
             whole = _SumOfGradients.apply(torch.cat(vectors), self.group)
             vectors = Vectors(*whole.split([len(vector) for vector in vectors]))
         return Vectors(self.outputs.of(vectors.magnitude), self.outputs.of(vectors.lambda_b), vectors.lambda_d)
@@ -59,40 +59,37 @@ class Part(NamedTuple):
             TypeError: they are no local tensors.
             ValueError: they are whole where the weight is divided.
         """
-        for what, tensor, span in (("input", x, self.inputs), ("output", base_output, self.outputs)):
-            if is_divided(tensor):
+        for what, tensor, shard in (("input", x, self.inputs), ("output", base_output, self.outputs)):
+            if is_dtensor(tensor):
                 raise TypeError(f"{name}: the {what} is a DTensor; DVoRA takes local tensors (use_local_output=True)")
-            if span is not None and tensor.shape[-1] != span.stop - span.start:
+            if shard is not None and tensor.shape[-1] != shard.stop - shard.start:
                 raise ValueError(
-                    f"{name}: the weight is divided and the layer's {what} is not ({tensor.shape[-1]} of {span.total} "
-                    f"features, expected {span.stop - span.start}). DVoRA supports ColwiseParallel and RowwiseParallel "
-                    "with their default layouts, and fully_shard on the adapted layer or on modules around it"
+                    f"{name}: the weight is sharded and the layer's {what} is not ({tensor.shape[-1]} of {shard.total} "
+                    f"features, expected {shard.stop - shard.start}). DVoRA supports ColwiseParallel and "
+                    "RowwiseParallel with their default layouts, and fully_shard on the adapted layer or around it"
                 )
 
 
-def is_divided(weight: Tensor | None) -> bool:
+def is_dtensor(weight: Tensor | None) -> bool:
     """Whether every process holds a part of the weight: it is a DTensor."""
     if type(weight) in (Tensor, nn.Parameter, type(None)):
         return False
-    dtensor = imported_class("torch.distributed.tensor", "DTensor")
+    # Not imported here: those who never use it are spared its time.
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return dtensor is not None and isinstance(weight, dtensor)
 
 
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether a module was given to FSDP2, which gathers its parameters for each pass."""
-    fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
-    return fsdp_module is not None and isinstance(module, fsdp_module)
-
-
-def part_of(weight: Tensor, name: str) -> Part:
+def shard_of(weight: Tensor, name: str) -> TensorParallelShard:
     """The part of a divided weight (O, I) that this process holds.
 
     Raises:
         ValueError: it is not divided along one dimension over one group of processes.
     """
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]  # it is a DTensor
+    from torch.distributed.tensor import Shard as ShardPlacement
+
     # The type itself: packed weights are divided in turns, by a subclass that passes for equal.
-    plain = [type(placement) is imported_class("torch.distributed.tensor", "Shard") for placement in placements]
+    plain = [type(placement) is ShardPlacement for placement in placements]
     if plain != [True] or placements[0].dim not in (0, 1):
         raise ValueError(
             f"{name}: the base weight is a DTensor with placements {placements} on a mesh of {mesh.ndim} dimensions; "
@@ -101,10 +98,10 @@ def part_of(weight: Tensor, name: str) -> Part:
     divided, rank = placements[0].dim, mesh.get_local_rank()
     total = weight.shape[divided]
     size = -(-total // mesh.size())
-    span = Span(min(rank * size, total), min((rank + 1) * size, total), total)
-    assert local(weight).shape[divided] == span.stop - span.start, (span, local(weight).shape)
-    outputs, inputs = (span, None) if divided == 0 else (None, span)
-    return Part(outputs, inputs, mesh.get_group())
+    shard = Shard(min(rank * size, total), min((rank + 1) * size, total), total)
+    assert local(weight).shape[divided] == shard.stop - shard.start, (shard, local(weight).shape)
+    outputs, inputs = (shard, None) if divided == 0 else (None, shard)
+    return TensorParallelShard(outputs, inputs, mesh.get_group())
 
 
 def check_whole(weight: Tensor | None, name: str) -> None:
@@ -113,7 +110,7 @@ def check_whole(weight: Tensor | None, name: str) -> None:
     Raises:
         ValueError: it is divided.
     """
-    if is_divided(weight):
+    if is_dtensor(weight):
         raise ValueError(
             f"{name}: every process holds a part of the weight, so it cannot be merged here. Save the adapter, load it "
             "with the whole base model in one process, and merge there"
@@ -126,12 +123,12 @@ def local(tensor: Tensor) -> Tensor: ...
 def local(tensor: None) -> None: ...
 def local(tensor: Tensor | None) -> Tensor | None:
     """What this process holds of a tensor."""
-    return tensor.to_local() if is_divided(tensor) else tensor  # type: ignore[union-attr]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[union-attr]
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor, from all processes that hold a part of it."""
-    return tensor.full_tensor() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class _Sum(torch.autograd.Function):

@@ -11,8 +11,9 @@ so layers of any size and adapters of any rank use the same values (VeRA, arXiv 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +21,21 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.buffers import out
-from ..ops.dtypes import as_dtype, norm_dtype
-from .dense_rows import ENTRY_VARIANCE, unit_rows
+from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
+from ..ops.tracing import grad_recorded, is_traced
+from . import philox
 from .dense_store import DenseStore, Make
-from .scaled_product import scaled_product
-from .shard import Span
+from .shard import Shard
 
 _STREAM_A, _STREAM_B = 0, 1
 _KEPT_BYTES = 3 * 2**20
-"""Of a norm's slopes, up to which a step keeps them; beyond they are made twice, which is little beside the outputs."""
+"""Keep half_dq for the backward pass up to this size; else recompute it, which costs little beside the outputs."""
 _CHUNK_VALUES = 2**18
 """Values of a weight that are projected at a time."""
 
 
-def keeps_slopes(rank: int, out_features: int, dtype: torch.dtype) -> bool:
-    """Whether a step keeps the slopes of a layer's norm for its backward pass."""
+def keeps_half_dq(rank: int, out_features: int, dtype: torch.dtype) -> bool:
+    """Whether a step keeps the half_dq of a layer's norm for its backward pass."""
     return rank * out_features * dtype.itemsize <= _KEPT_BYTES
 
 
@@ -55,13 +56,13 @@ class DenseMatrices(nn.Module):
         self.distribution = distribution
         self._make = make or partial(unit_rows, seed, distribution)
         self.store = DenseStore(self._make, exact=distribution == "orthogonal")
-        self._spans: dict[int, Span | None] = {}
+        self._shards: dict[int, Shard | None] = {}
 
-    def of_part(self, inputs: Span | None, outputs: Span | None) -> "DenseMatrices":
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "DenseMatrices":
         """The columns of A and the rows of B of one process: views of the same values, for sizes of its part."""
         # A shallow copy has the very store.
         part = copy.copy(self)
-        part._spans = {_STREAM_A: inputs, _STREAM_B: outputs}
+        part._shards = {_STREAM_A: inputs, _STREAM_B: outputs}
         return part
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -165,7 +166,7 @@ class DenseMatrices(nn.Module):
         if self._has_orthogonal_rows(lambda_d):
             B, G = self._quadratic(lambda_d, in_features, out_features)
             return self._scale(len(lambda_d)) ** 2 * (G.diagonal() * lambda_d.square()) @ B.square()
-        return lambda_d @ self._slopes(lambda_d, in_features, out_features)
+        return lambda_d @ self._half_dq(lambda_d, in_features, out_features)
 
     def row_squares_gradient(
         self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
@@ -174,15 +175,13 @@ class DenseMatrices(nn.Module):
         if len(lambda_d) <= in_features and self._has_orthogonal_rows(lambda_d):
             B, G = self._quadratic(lambda_d, in_features, len(v))
             return 2 * self._scale(len(lambda_d)) ** 2 * G.diagonal() * lambda_d * (B.square() @ v)
-        return 2 * (self._slopes(lambda_d, in_features, len(v)) @ v)
+        return 2 * (self._half_dq(lambda_d, in_features, len(v)) @ v)
 
-    def kept_slopes(
-        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "R O"] | None:
+    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "R O"] | None:
         """Half the derivatives of q by lambda_d, where they are small and made by a product of the rank squared."""
-        if self._has_orthogonal_rows(lambda_d) or not keeps_slopes(len(lambda_d), out_features, lambda_d.dtype):
+        if self._has_orthogonal_rows(lambda_d) or not keeps_half_dq(len(lambda_d), out_features, lambda_d.dtype):
             return None
-        return self._slopes(lambda_d, in_features, out_features, kept=True)
+        return self._half_dq(lambda_d, in_features, out_features, kept=True)
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross = rowsum(W * (B diag(lambda_d) A))`, without keeping anything of (O, R)."""
@@ -200,7 +199,7 @@ class DenseMatrices(nn.Module):
         parts = [v_part @ (self.project(part.to(v.dtype), rank) * rows) for part, rows, v_part in starts]
         return sum(parts[1:], parts[0])
 
-    def probe(self) -> np.ndarray:
+    def fingerprint_values(self) -> np.ndarray:
         """Some values, (2, 8, 16), float32."""
         return np.stack([unit_rows(self.seed, self.distribution, stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)])
 
@@ -221,8 +220,8 @@ class DenseMatrices(nn.Module):
 
     def _fan_in(self, in_features: int) -> int:
         """The inputs of the whole weight."""
-        span = self._spans.get(_STREAM_A)
-        return in_features if span is None else span.total
+        shard = self._shards.get(_STREAM_A)
+        return in_features if shard is None else shard.total
 
     def _both(self, like: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         A, B = self.A(len(like), in_features, like.dtype), self.B(len(like), out_features, like.dtype)
@@ -235,7 +234,7 @@ class DenseMatrices(nn.Module):
         B = self._like(_STREAM_B, len(like), out_features, like)
         return B, self.gram(len(like), in_features, like.dtype, like.device)
 
-    def _slopes(
+    def _half_dq(
         self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, kept: bool = False
     ) -> Float[Tensor, "R O"]:
         """`B^T * (G diag(lambda_d) B^T)`: half of dq / dlambda_d, and q is its product with lambda_d."""
@@ -245,7 +244,7 @@ class DenseMatrices(nn.Module):
             B = self._like(_STREAM_B, len(lambda_d), out_features, lambda_d)
             return (A @ ((B.T * scaled) @ A).T) * B
         B, G = self._quadratic(lambda_d, in_features, out_features)
-        return torch.mm(G * scaled, B, out=None if kept else out("slopes", B.shape, B)).mul_(B)
+        return torch.mm(G * scaled, B, out=None if kept else out("half_dq", B.shape, B)).mul_(B)
 
     def _has_orthogonal_rows(self, like: Tensor) -> bool:
         """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""
@@ -256,10 +255,10 @@ class DenseMatrices(nn.Module):
 
     def _stored(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
         """The unscaled values of one stream, (rank, size): a view."""
-        span = self._spans.get(stream)
-        if span is None:
+        shard = self._shards.get(stream)
+        if shard is None:
             return self._whole(stream, rank, size, device)
-        return span.of(self._whole(stream, rank, span.total, device))
+        return shard.of(self._whole(stream, rank, shard.total, device))
 
     def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
         return self.store.values(stream, rank, size, device)
@@ -280,3 +279,73 @@ def _row_chunks(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]
     """The rows of a weight, a few at a time, with those of other tensors."""
     rows = max(1, _CHUNK_VALUES // weight.shape[1])
     return zip(weight.split(rows), *(other.split(rows) for other in others), strict=True)
+
+
+ENTRY_VARIANCE = {"kaiming_uniform": 1 / 3, "gaussian": 1.0, "rademacher": 1.0, "orthogonal": 1.0}
+"""Of the unscaled values, by distribution."""
+
+_ROW: dict[str, Callable[[int, int, int, int], np.ndarray]] = {
+    "kaiming_uniform": philox.uniform_row,
+    "gaussian": philox.gaussian_row,
+    "rademacher": philox.sign_row,
+}
+
+
+def unit_rows(seed: int, distribution: str, stream: int, rows: int, columns: int) -> np.ndarray:
+    """The unscaled values (rows, columns), float32. Orthogonal rows beyond the columns start independent blocks."""
+    if distribution != "orthogonal":
+        make = _ROW[distribution]
+        return np.stack([make(seed, stream, row, columns) for row in range(rows)]).astype(np.float32)
+    blocks = [
+        # Each block draws from a stream of its own: rows of one stream belong to one Gram-Schmidt.
+        philox.orthogonal_rows(seed, stream + 2 * (start // columns), min(columns, rows - start), columns)
+        for start in range(0, rows, columns)
+    ]
+    return np.concatenate(blocks)
+
+
+_FEW_TOKENS = 16
+"""For these a pass over the values costs less than what saves it."""
+
+
+def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
+    """`scale a b`, in the dtype of `a`, whatever that of `b`; under autocast in the dtype of autocast's products."""
+    if is_traced() or (b.requires_grad and grad_recorded()):
+        return (a * scale) @ b.to(a.dtype)
+    # As autocast does, but before the scale, which then takes a pass over half the bytes.
+    if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:
+        a = as_dtype(a, torch.get_autocast_dtype(a.device.type))
+    if not (a.requires_grad and grad_recorded()):
+        return _product(a, b, scale)
+    product: Tensor = _ScaledProduct.apply(a, b, scale)
+    return product
+
+
+def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
+    b = as_dtype(b, a.dtype)
+    if a.numel() <= _FEW_TOKENS * a.shape[-1]:
+        return (a * scale) @ b
+    # One matrix of tokens: for inputs that are no plain batch, as attention's are, PyTorch would copy b for each text.
+    rows = a.reshape(-1, a.shape[-1])
+    # In half precision scaled before: in float16 the unscaled sum of a wide input would overflow.
+    half = a.dtype.itemsize < 4
+    product = torch.mm(rows * scale, b) if half else torch.addmm(b[0], rows, b, beta=0, alpha=scale)
+    # No view in the eyes of autograd, so that callers may change it in place.
+    whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
+    return whole
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """`scale a b` for a constant b: the scale is part of the product in both directions, and no cast of b is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(b)
+        return _product(a, b, scale)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (b,) = ctx.saved_tensors
+        return scaled_product(gradient, b.T, ctx.scale), None, None

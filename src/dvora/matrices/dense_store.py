@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.annotations import Float
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 
 Make = Callable[[int, int, int], np.ndarray]
 """The values (rows, columns) of a stream, float32, from the stream, rows and columns."""
@@ -92,7 +92,7 @@ class DenseStore(nn.Module):
         """A buffer on a device: itself, or a copy that is kept for the other layers there."""
         if device is None or buffer.device == device:
             return buffer
-        if transforming():
+        if is_traced():
             return buffer.to(device)
         source, copied = self._copies.get((name, device), (None, buffer))
         if source is not buffer:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.dtypes import without_autocast
-from ..ops.tracing import recording, transforming
+from ..ops.tracing import grad_recorded, is_traced
 from .dense import DenseMatrices
-from .shard import Span
-from .shared_input import LastProjection
+from .shard import Shard
+from .shared_input import ProjectionCache
 from .structured import StructuredMatrices
 from .vera import VeraMatrices, vera_sizes
 
@@ -37,7 +37,7 @@ class Matrices(Protocol):
     products_are_cheap: bool
     """Whether products with A and B are made again rather than kept."""
 
-    def of_part(self, inputs: Span | None, outputs: Span | None) -> "Matrices":
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "Matrices":
         """The columns of A and the rows of B of one process; sizes are then those of its part, G that of all of A."""
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -82,9 +82,7 @@ class Matrices(Protocol):
     ) -> Float[Tensor, "R"]:
         """The gradient of `(v * q).sum()` with respect to lambda_d."""
 
-    def kept_slopes(
-        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "R O"] | None:
+    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "R O"] | None:
         """Half of dq / dlambda_d, of which q is the sum with lambda_d; None where it is not worth its memory."""
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
@@ -93,7 +91,7 @@ class Matrices(Protocol):
     def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
         """The gradient of `(v * cross).sum()` with respect to lambda_d."""
 
-    def probe(self) -> np.ndarray:
+    def fingerprint_values(self) -> np.ndarray:
         """Some values, for the fingerprint."""
 
     def saved(self) -> dict[str, Tensor]:
@@ -128,62 +126,62 @@ class SharedProjections(nn.Module):
         self.share_inputs = share_inputs
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
-        self.kind = _matrices(seed, self.distribution)
-        self._last = LastProjection()
+        self.impl = _matrices(seed, self.distribution)
+        self._last = ProjectionCache()
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer, and what norms in that dtype need, now, so that no forward pass has to."""
-        self.kind.reserve(rank, in_features, out_features, dtype)
+        self.impl.reserve(rank, in_features, out_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        return self.kind.project(x, rank)
+        return self.impl.project(x, rank)
 
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
         """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
-        project = partial(projected, matrices=self.kind)
+        project = partial(projected, matrices=self.impl)
         return self._last.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return self.kind.project_transpose(h, in_features)
+        return self.impl.project_transpose(h, in_features)
 
     def expand(
         self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
     ) -> Float[Tensor, "*T O"]:
         """`(z B^T) * scale`, in the dtype of `z`."""
-        return self.kind.expand(z, out_features, scale)
+        return self.impl.expand(z, out_features, scale)
 
     def expand_transpose(
         self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
     ) -> Float[Tensor, "*T R"]:
         """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
-        return self.kind.expand_transpose(d, rank, scale)
+        return self.impl.expand_transpose(d, rank, scale)
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        return self.kind.select(index, rank, in_features, dtype)
+        return self.impl.select(index, rank, in_features, dtype)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
         """The dense matrix `A`."""
-        return self.kind.A(rank, in_features, dtype)
+        return self.impl.A(rank, in_features, dtype)
 
     def B(self, rank: int, out_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O R"]:
         """The dense matrix `B`."""
-        return self.kind.B(rank, out_features, dtype)
+        return self.impl.B(rank, out_features, dtype)
 
     def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
         """`G = A A^T`, summed in float64."""
-        return self.kind.gram(rank, in_features, dtype).clone()
+        return self.impl.gram(rank, in_features, dtype).clone()
 
     def fingerprint(self) -> str:
         """A short hash of format version, distribution and a probe of the values; equal means equal matrices."""
         head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
-        return hashlib.sha256(head + self.kind.probe().astype("<f4").tobytes()).hexdigest()[:16]
+        return hashlib.sha256(head + self.impl.fingerprint_values().astype("<f4").tobytes()).hexdigest()[:16]
 
-    def matrices(self) -> dict[str, Tensor]:
+    def saved_tensors(self) -> dict[str, Tensor]:
         """The stored values as they are written into files."""
-        return self.kind.saved()
+        return self.impl.saved()
 
     def check_matrices(self, matrices: Mapping[str, Tensor]) -> None:
         """Compare matrices of a file, as of `matrices`, with those made from the seed.
@@ -192,7 +190,7 @@ class SharedProjections(nn.Module):
             ValueError: a name or a value differs.
         """
         for name, saved in matrices.items():
-            made = self.kind.remade(name, saved) if saved.is_floating_point() else None
+            made = self.impl.remade(name, saved) if saved.is_floating_point() else None
             if made is None or not torch.equal(made, saved.to(made)):
                 raise ValueError(
                     f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
@@ -205,7 +203,7 @@ class SharedProjections(nn.Module):
 
 def projected(x: Float[Tensor, "*T I"], rank: int, matrices: Matrices) -> Float[Tensor, "*T R"]:
     """`x A^T`, of which nothing is kept for the backward pass."""
-    if transforming() or not (x.requires_grad and recording()):
+    if is_traced() or not (x.requires_grad and grad_recorded()):
         return matrices.project(x, rank)
     z: Tensor = _Projection.apply(x, rank, matrices)
     return z

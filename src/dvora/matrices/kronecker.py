@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..ops.annotations import Float
 from ..ops.buffers import scratch
 from ..ops.dtypes import as_dtype, without_autocast
-from ..ops.tracing import recording, transforming
+from ..ops.tracing import grad_recorded, is_traced
 from ..ops.triton.available import runs_triton
 
 _VECTOR = 16
@@ -74,23 +74,23 @@ def operations(rows: int, size: int) -> int:
     return total
 
 
-def narrow(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+def apply_transpose(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
     """`x M^T`, in the dtype of `x`. Nothing of `x` is kept for the backward pass."""
     if not (_in_chunks(x, stack) or fits_triton(x, stack)):
-        return _narrow_at_once(x, stack)
+        return _apply_transpose_at_once(x, stack)
     return _product(x, stack, widens=False)
 
 
-def widen(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def apply(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     """`z M`, in the dtype of `z`. Nothing of `z` is kept for the backward pass."""
     if not (_in_chunks(z, stack) or fits_triton(z, stack)):
-        return _widen_at_once(z, stack)
+        return _apply_at_once(z, stack)
     return _product(z, stack, widens=True)
 
 
 def fits_triton(x: Tensor, stack: Stack) -> bool:
     """Whether the Triton kernel takes a product with the stack or with its transpose."""
-    if not runs_triton(x) or transforming():
+    if not runs_triton(x) or is_traced():
         return False
     from ..ops.triton.kronecker import supports
 
@@ -133,13 +133,13 @@ def columns(stack: Stack, index: Tensor) -> Float[Tensor, "*T R"]:
     return torch.cat(found, -1)
 
 
-def _narrow_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    found = [_narrow_block(x, M) for M in stack]
+def _apply_transpose_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+    found = [_apply_transpose_block(x, M) for M in stack]
     z = found[0] if len(found) == 1 else torch.cat(found, -1)
     return as_dtype(z, x.dtype)
 
 
-def _narrow_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
+def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     inner = (x * diagonal).reshape(-1, n2) @ right.T
@@ -150,14 +150,14 @@ def _narrow_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R
     return product if rows == r1 * r2 else product[..., :rows]
 
 
-def _widen_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
-    blocks = [_widen_block(part, M) for part, M in zip(parts, stack, strict=True)]
+    blocks = [_apply_block(part, M) for part, M in zip(parts, stack, strict=True)]
     x = sum(blocks[1:], blocks[0])
     return as_dtype(x, z.dtype)
 
 
-def _widen_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
@@ -185,23 +185,23 @@ def _in_chunks(x: Tensor, stack: Stack) -> bool:
 
 def _product(x: Tensor, stack: Stack, widens: bool) -> Tensor:
     # To call a function of autograd takes as long as a small product.
-    if transforming() or (x.requires_grad and recording()):
+    if is_traced() or (x.requires_grad and grad_recorded()):
         product: Tensor = _Product.apply(x, stack, widens)
         return product
     return _Product.forward(x, stack, widens)
 
 
 class _Product(torch.autograd.Function):
-    """`narrow`, or `widen`, a few tokens at a time. The gradient of a linear map is its transpose: no token is kept."""
+    """`apply` or `apply_transpose`, by chunks of tokens; each is the gradient of the other, so no token is saved."""
 
     @staticmethod
     def forward(x: Tensor, stack: Stack, widens: bool) -> Tensor:
         if x.is_cuda:
-            return _widen_in_triton(x, stack) if widens else _narrow_in_triton(x, stack)
+            return _apply_in_triton(x, stack) if widens else _apply_transpose_in_triton(x, stack)
         size = stack[0].diagonal.shape[0] if widens else sum(M.rows for M in stack)
         out = x.new_empty(*x.shape[:-1], size)
         flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, size)
-        chunk, product = chunk_tokens(len(flat), stack), widen_chunk if widens else narrow_chunk
+        chunk, product = chunk_tokens(len(flat), stack), apply_chunk if widens else apply_transpose_chunk
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
             product(part, stack, into)
         return out
@@ -213,21 +213,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
-        return (narrow if ctx.widens else widen)(d, ctx.stack), None, None
+        return (apply_transpose if ctx.widens else apply)(d, ctx.stack), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return (widen if ctx.widens else narrow)(tangent, ctx.stack)
+        return (apply if ctx.widens else apply_transpose)(tangent, ctx.stack)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, Any, Any], x: Tensor, stack: Stack, widens: bool) -> tuple[Tensor, int]:
         # A batch is more tokens, unless the stack itself holds a batch of scales.
         if any(dim is not None for M in in_dims[1] for dim in M):
-            return torch.vmap(_widen_at_once if widens else _narrow_at_once, in_dims[:2])(x, stack), 0
-        return (widen if widens else narrow)(x.movedim(in_dims[0], 0), stack), 0
+            return torch.vmap(_apply_at_once if widens else _apply_transpose_at_once, in_dims[:2])(x, stack), 0
+        return (apply if widens else apply_transpose)(x.movedim(in_dims[0], 0), stack), 0
 
 
-def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
+def apply_transpose_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
     """`into = x M^T` for a few tokens."""
     wide, inner = _scratch(len(x), stack)
     for (left, right, diagonal, rows), block in zip(stack, into.split([M.rows for M in stack], 1), strict=True):
@@ -241,7 +241,7 @@ def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R
             block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
 
 
-def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
+def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
     """`into = z M` for a few tokens."""
     wide, inner = _scratch(len(z), stack)
     # Half-precision results are summed in float32 and rounded once.
@@ -262,7 +262,7 @@ def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"
         into.copy_(total)
 
 
-def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+def _apply_transpose_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
     from ..ops.triton.kronecker import kronecker
 
     flat = x.reshape(-1, x.shape[-1])
@@ -270,7 +270,7 @@ def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "
     return torch.cat(found, 1).view(*x.shape[:-1], -1)
 
 
-def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def _apply_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     from ..ops.triton.kronecker import kronecker
 
     parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)

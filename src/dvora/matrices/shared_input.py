@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 
 
-class LastProjection:
+class ProjectionCache:
     """The last projected tensor of each thread, weakly held, and its projection."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class LastProjection:
             project: the product with A^T.
         """
         # PyTorch does not count the changes of inference tensors, and a graph being made keeps nothing.
-        if transforming() or x.is_inference():
+        if is_traced() or x.is_inference():
             return project(x, rank)
         context = _context(x, rank)
         last: _Entry | None = getattr(self._local, "entry", None)
@@ -47,8 +47,8 @@ class LastProjection:
         self._local.entry = _Entry(x, values, context, z, reader)
         return z
 
-    def __reduce__(self) -> tuple[type["LastProjection"], tuple[()]]:
-        return LastProjection, ()
+    def __reduce__(self) -> tuple[type["ProjectionCache"], tuple[()]]:
+        return ProjectionCache, ()
 
 
 def _context(x: Tensor, rank: int) -> tuple[object, ...]:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, norm_dtype
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 from ..ops.triton.available import runs_triton
 from . import kronecker, philox, structured_norms
-from .kronecker import Kronecker, Stack, narrow, widen
-from .shard import Span
+from .kronecker import Kronecker, Stack, apply, apply_transpose
+from .shard import Shard
 
 Side = Literal["A", "B"]
 
@@ -58,13 +58,13 @@ class StructuredMatrices(nn.Module):
         self._stacks: dict[_Key, Stack] = {}
         self._copies: dict[tuple[_Key, torch.device], Stack] = {}
         self._made: dict[_Key, list[tuple[tuple[str, str, str], int]]] = {}
-        self._spans: dict[Side, Span | None] = {}
+        self._shards: dict[Side, Shard | None] = {}
 
-    def of_part(self, inputs: Span | None, outputs: Span | None) -> "StructuredMatrices":
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "StructuredMatrices":
         """The columns of A and the rows of B of one process: parts of the same values, for sizes of its part."""
         # A shallow copy has the very buffers, those made later too.
         part = copy.copy(self)
-        part._spans = {"A": inputs, "B": outputs}
+        part._shards = {"A": inputs, "B": outputs}
         return part
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
@@ -74,11 +74,11 @@ class StructuredMatrices(nn.Module):
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        return narrow(x, self._stack_for(x, "A", rank, x.shape[-1]))
+        return apply_transpose(x, self._stack_for(x, "A", rank, x.shape[-1]))
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return widen(h, self._stack_for(h, "A", h.shape[-1], in_features))
+        return apply(h, self._stack_for(h, "A", h.shape[-1], in_features))
 
     def expand(
         self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
@@ -86,10 +86,10 @@ class StructuredMatrices(nn.Module):
         """`(z B^T) * scale`, in the dtype of `z`."""
         stack = self._stack_for(z, "B", z.shape[-1], out_features)
         if scale is None:
-            return widen(z, stack)
+            return apply(z, stack)
         if torch.is_grad_enabled() or z.numel() == z.shape[-1]:
-            return as_dtype(widen(z, stack) * scale, z.dtype)
-        return widen(z, kronecker.scaled(stack, scale))
+            return as_dtype(apply(z, stack) * scale, z.dtype)
+        return apply(z, kronecker.scaled(stack, scale))
 
     def expand_transpose(
         self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
@@ -97,10 +97,10 @@ class StructuredMatrices(nn.Module):
         """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
         stack = self._stack_for(d, "B", rank, d.shape[-1])
         if scale is None:
-            return narrow(d, stack)
+            return apply_transpose(d, stack)
         if torch.is_grad_enabled():
-            return narrow(d * scale, stack).to(d.dtype)
-        return narrow(d, kronecker.scaled(stack, scale))
+            return apply_transpose(d * scale, stack).to(d.dtype)
+        return apply_transpose(d, kronecker.scaled(stack, scale))
 
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
         """`sum_t d[t] * (z[t] B^T)`, in float32 or float64."""
@@ -136,7 +136,7 @@ class StructuredMatrices(nn.Module):
         pair = self._pair(lambda_d, len(lambda_d), in_features, len(v))
         return structured_norms.row_squares_gradient(v, lambda_d, *pair)
 
-    def kept_slopes(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
+    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
         """None: q costs little, and its derivatives would be as large as B."""
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
@@ -151,7 +151,7 @@ class StructuredMatrices(nn.Module):
         out_features, in_features = weight.shape
         return structured_norms.row_dots_gradient(weight, v, *self._pair(v, rank, in_features, out_features))
 
-    def probe(self) -> np.ndarray:
+    def fingerprint_values(self) -> np.ndarray:
         """A few values that tell seeds and formats apart, float32."""
         sides: tuple[Side, Side] = ("A", "B")
         blocks = [block for side in sides for block in _blocks(self.seed, side, 40, 35)]
@@ -180,10 +180,10 @@ class StructuredMatrices(nn.Module):
         return self._stack(side, rank, size, dtype, x.device)
 
     def _stack(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
-        span = self._spans.get(side)
-        if span is None:
+        shard = self._shards.get(side)
+        if shard is None:
             return self._whole(side, rank, size, dtype, device)
-        return kronecker.part(self._whole(side, rank, span.total, dtype, device), span.start, span.stop)
+        return kronecker.part(self._whole(side, rank, shard.total, dtype, device), shard.start, shard.stop)
 
     def _whole(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
         key = (side, rank, size, dtype)
@@ -204,7 +204,7 @@ class StructuredMatrices(nn.Module):
                     Kronecker(M.left.to(device), M.right.to(device), M.diagonal.to(device), M.rows) for M in stack
                 )
             # A graph that is being made holds copies of its own.
-            if not transforming():
+            if not is_traced():
                 self._copies[key, device] = there
         return there
 

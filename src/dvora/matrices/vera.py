@@ -67,7 +67,7 @@ class VeraMatrices(DenseMatrices):
         super().__init__(seed, sizes.distribution, partial(_drawn_values, seed, sizes))
         self.sizes = sizes
 
-    def probe(self) -> np.ndarray:
+    def fingerprint_values(self) -> np.ndarray:
         """A hash of all values: whether this machine draws the same ones cannot be seen from a few."""
         return np.frombuffer(_digest(self.seed, self.sizes), dtype=np.uint8)
 

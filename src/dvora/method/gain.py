@@ -1,4 +1,4 @@
-"""The factors of the rows with their gradients in closed form: vectors are kept, and small slopes of the norm.
+"""The factors of the rows with their gradients in closed form: vectors are kept, and small half_dq of the norm.
 
 In the units of `row_change` (u, b and h lie between zero and a few, whatever the vectors are):
 
@@ -17,16 +17,15 @@ from torch import Tensor
 
 from ..ops.annotations import Float
 from ..ops.dtypes import without_autocast
-from ..ops.tracing import recording
+from ..ops.tracing import grad_recorded
 from . import functional as F
-from .functional import RowFactors, Vectors
+from .functional import RowFactors, Vectors, indices_if_any, measured_ratio, nearly_cancelled, row_change
 from .norm import FrozenNorm
-from .row_change import indices_if_any, measured_ratio, nearly_cancelled, row_change
 
 
 def row_factors(vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:
     """`functional.row_factors` for a frozen weight."""
-    if not recording():
+    if not grad_recorded():
         return F.row_factors(vectors, norm, beta)
     gain_minus_one, scale, gain, near = _RowFactors.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
     factors = RowFactors(gain_minus_one, scale, gain, beta)
@@ -60,15 +59,15 @@ class _RowFactors(torch.autograd.Function):
     def forward(
         ctx: Any, magnitude: Tensor, beta: Tensor, lambda_d: Tensor, norm: FrozenNorm, detach_norm: bool
     ) -> tuple[Tensor, ...]:
-        slopes = norm.kept_slopes(lambda_d) if ctx.needs_input_grad[2] and not detach_norm else None
-        cross, q = norm.terms(lambda_d, slopes)
+        half_dq = norm.half_dq(lambda_d) if ctx.needs_input_grad[2] and not detach_norm else None
+        cross, q = norm.terms(lambda_d, half_dq)
         change = row_change(norm.w, cross, q, beta)
         factors = F.factors_of_change(magnitude, norm.w, beta, change)
         ctx.norm, ctx.detach_norm = norm, detach_norm
         # The weight, where it is read again, so that autograd refuses one that was written to in between.
         read_again = norm.matrix if norm.C is None else None
         inner = cross / change.k + change.b * q
-        kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, slopes, read_again)
+        kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, half_dq, read_again)
         ctx.save_for_backward(*kept)
         near = nearly_cancelled(change)
         ctx.mark_non_differentiable(factors.gain, near)
@@ -77,7 +76,7 @@ class _RowFactors(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, d_gain: Tensor, d_scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        magnitude, beta, lambda_d, gain, scale, k, u, b, change, h, inner, slopes, _ = ctx.saved_tensors
+        magnitude, beta, lambda_d, gain, scale, k, u, b, change, h, inner, half_dq, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm
         if torch.is_grad_enabled():
             return _differentiable_gradients(d_gain, d_scale, magnitude, beta, lambda_d, norm, ctx.detach_norm)
@@ -91,7 +90,7 @@ class _RowFactors(torch.autograd.Function):
         moves = live & (change > -u.square())
         d_h = torch.where(moves, -(gain * d_gain + scale * d_scale) / h, 0.0)
         d_beta = d_beta + d_h * inner / (k * h)
-        d_lambda_d = norm.terms_gradient(d_h * b / (k * h), d_h * b.square() / (2 * h), lambda_d, slopes)
+        d_lambda_d = norm.terms_gradient(d_h * b / (k * h), d_h * b.square() / (2 * h), lambda_d, half_dq)
         return d_magnitude, d_beta, d_lambda_d, None, None
 
 

@@ -63,7 +63,7 @@ def row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
 
 
 def cross_matrix(
-    matrix: Float[Tensor, "O I"], matrices: Matrices, rank: int, skipped_column: int | None, dtype: torch.dtype
+    matrix: Float[Tensor, "O I"], matrices: Matrices, rank: int, padding_column: int | None, dtype: torch.dtype
 ) -> Float[Tensor, "O R"]:
     """`C = B * (W A^T)`, computed in float32 or wider, a few rows at a time; differentiable in the weight."""
     wide = norm_dtype(matrix.dtype)
@@ -71,7 +71,7 @@ def cross_matrix(
     rows = max(1, _CHUNK_VALUES // matrix.shape[1])
     parts = []
     for part, of_b in zip(matrix.split(rows), B.split(rows), strict=True):
-        updated = part if skipped_column is None else without_column(part, skipped_column)
+        updated = part if padding_column is None else without_column(part, padding_column)
         parts.append((matrices.project(updated.to(wide), rank) * of_b).to(dtype))
     return torch.cat(parts)
 
@@ -87,21 +87,25 @@ class FrozenNorm(NamedTuple):
     matrices: Matrices
     in_features: int
     rank: int
-    skipped_column: int | None
+    padding_column: int | None
     """A column of the weight that the update leaves alone."""
 
-    def kept_slopes(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
+    def half_dq(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
         """What `terms` and `terms_gradient` share, where it is worth keeping from one to the other."""
-        return self.matrices.kept_slopes(lambda_d, self.in_features, len(self.w)) if self.rank else None
+        return self.matrices.half_dq(lambda_d, self.in_features, len(self.w)) if self.rank else None
 
     def terms(
-        self, lambda_d: Float[Tensor, "R"], slopes: Float[Tensor, "R O"] | None = None
+        self, lambda_d: Float[Tensor, "R"], half_dq: Float[Tensor, "R O"] | None = None
     ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`cross` and `q`."""
         if not self.rank:
             return torch.zeros_like(self.w), torch.zeros_like(self.w)
-        q = self.matrices.row_squares(lambda_d, self.in_features, len(self.w)) if slopes is None else lambda_d @ slopes
-        if self.skipped_column is not None:
+        q = (
+            self.matrices.row_squares(lambda_d, self.in_features, len(self.w))
+            if half_dq is None
+            else lambda_d @ half_dq
+        )
+        if self.padding_column is not None:
             q = q - self.matrices.expand(lambda_d * self._skipped(lambda_d), len(self.w)).square()
         if self.C is not None:
             return self.C.to(lambda_d.dtype) @ lambda_d, q
@@ -112,16 +116,16 @@ class FrozenNorm(NamedTuple):
         d_cross: Float[Tensor, "O"],
         d_q: Float[Tensor, "O"],
         lambda_d: Float[Tensor, "R"],
-        slopes: Float[Tensor, "R O"] | None = None,
+        half_dq: Float[Tensor, "R O"] | None = None,
     ) -> Float[Tensor, "R"]:
         """The gradient of `(d_cross * cross + d_q * q).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
-        if slopes is None:
+        if half_dq is None:
             gradient = self.matrices.row_squares_gradient(d_q, lambda_d, self.in_features)
         else:
-            gradient = 2 * (slopes @ d_q)
-        if self.skipped_column is not None:
+            gradient = 2 * (half_dq @ d_q)
+        if self.padding_column is not None:
             a = self._skipped(lambda_d)
             skipped = self.matrices.expand(lambda_d * a, len(self.w))
             gradient = gradient - 2 * a * self.matrices.expand_transpose(d_q * skipped, self.rank)
@@ -137,19 +141,19 @@ class FrozenNorm(NamedTuple):
             return None
         B = self.matrices.B(self.rank, len(self.w), torch.float64).to(rows.device)[rows]
         update = self.matrices.project_transpose(beta.double()[:, None] * B * lambda_d.double(), self.in_features)
-        if self.skipped_column is not None:
-            update = without_column(update, self.skipped_column)
+        if self.padding_column is not None:
+            update = without_column(update, self.padding_column)
         return self.matrix[rows].double() + update
 
     def _skipped(self, like: Tensor) -> Float[Tensor, "R"]:
-        index = torch.tensor(self.skipped_column, device=like.device)
+        index = torch.tensor(self.padding_column, device=like.device)
         return self.matrices.select(index, self.rank, self.in_features, like.dtype)
 
     def _updated_columns(self) -> Float[Tensor, "O I"]:
         assert self.matrix is not None
-        if self.skipped_column is None:
+        if self.padding_column is None:
             return self.matrix
-        return without_column(self.matrix, self.skipped_column)
+        return without_column(self.matrix, self.padding_column)
 
 
 def without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:

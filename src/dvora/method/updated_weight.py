@@ -2,8 +2,8 @@
 
     V' = W + diag(beta) B diag(lambda_d) A,   y_b = x V'^T + bias
 
-    dL/dx        = delta V'
-    M            = delta^T z
+    dL/dx        = grad_output V'
+    M            = grad_output^T z
     dL/dbeta     = rowsum(M * B diag(lambda_d)),   dL/dlambda_d = colsum(diag(beta) B * M)
 
 V' is made again in the backward pass: what is kept is z, as by the thin products.
@@ -60,12 +60,12 @@ class _UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, lambda_d, beta = ctx.saved_tensors
         matrices: DenseMatrices = ctx.matrices
         wants = ctx.needs_input_grad
-        rows = delta.reshape(-1, delta.shape[-1])
-        d_x = delta @ matrices.updated(weight, lambda_d, beta) if wants[0] else None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        d_x = grad_output @ matrices.updated(weight, lambda_d, beta) if wants[0] else None
         d_lambda_d = d_beta = None
         if wants[4] or wants[5]:
             d_lambda_d, d_beta = matrices.update_products(rows, z.reshape(-1, z.shape[-1]), lambda_d, beta)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tracing import transforming
+from .tracing import is_traced
 
 _LARGEST = 2**20
 """Values that are kept at most, of each name, dtype and thread."""
@@ -31,7 +31,7 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
         shape, dtype, device: of the tensor.
     """
     values = math.prod(shape)
-    if values > _LARGEST or device.type != "cpu" or transforming():
+    if values > _LARGEST or device.type != "cpu" or is_traced():
         return torch.empty(*shape, dtype=dtype, device=device)
     buffer = _kept.buffers.get((name, dtype))
     if buffer is None or buffer.numel() < values:
@@ -43,6 +43,6 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
 def out(name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:
     """`scratch` for an operation's `out`; None, for fresh memory, while operations are recorded or transformed."""
     # The older vmap, of gradients in batches, knows no `out`.
-    if torch.is_grad_enabled() or transforming() or torch._C._functorch.is_legacy_batchedtensor(like):
+    if torch.is_grad_enabled() or is_traced() or torch._C._functorch.is_legacy_batchedtensor(like):
         return None
     return scratch(name, shape, like.dtype, like.device)

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
-def transforming() -> bool:
+def is_traced() -> bool:
     """Whether the code is compiled, exported or traced, or runs under `torch.func` or forward-mode differentiation.
 
     Then PyTorch must see every operation, and nothing may be kept from one pass to another.
@@ -21,18 +21,18 @@ def transforming() -> bool:
     )
 
 
-def recording() -> bool:
+def grad_recorded() -> bool:
     """Whether operations are recorded for a backward pass."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def keeps_elsewhere() -> bool:
+def saving_intercepted() -> bool:
     """Whether something around the code decides what is kept for a backward pass, or none is to come.
 
     Checkpointing and offloading take what autograd saves, an autograd function (checkpointing of the older kind) runs
     its forward pass unrecorded, and both may run it again within a backward pass. In inference mode nothing is kept.
     """
-    if recording():
+    if grad_recorded():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         return hooks is not None or torch._C._current_graph_task_id() != -1
     # Within both, but not in no_grad, forward-mode differentiation is off.

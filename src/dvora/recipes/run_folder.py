@@ -1,6 +1,7 @@
 """The folder of a training run: what is in it, who may write to it, and how its model is loaded again."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -203,3 +204,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def world_size() -> int:
+    """How many processes train together, as accelerate launch and torchrun set it."""
+    return _number_in("WORLD_SIZE", 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return _number_in("RANK", 0) == 0
+
+
+def _number_in(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise ValueError(
+            f"the environment variable {variable} is {value!r}, expected a whole number as accelerate launch and "
+            "torchrun set it; unset it to train in one process"
+        )
+    return int(value)

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast, get_args
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..tools.pages.text import did_you_mean
 from .files import read_small
-from .nearest import did_you_mean
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]

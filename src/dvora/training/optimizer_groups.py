@@ -6,11 +6,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..engines.tensor_parallel import is_divided
+from ..engines.tensor_parallel import is_dtensor
+from ..engines.zero3 import is_partitioned
 from ..method.functional import Vectors
 from ..method.validation import checked_not_negative
 from ..weight.adapter import DVoRAAdapter
-from ..weight.layouts import is_partitioned
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -81,7 +81,7 @@ def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> d
     checked_not_negative(learning_rate, "learning_rate")
     rates: dict[Group, float] = {"lambda_b": learning_rate, "lambda_d": learning_rate, "head": HEAD_RATE}
     if members["magnitude"]:
-        if any(is_divided(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
+        if any(is_dtensor(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
             raise ValueError("a magnitude is divided among processes: ask for the rates before dividing the model")
         every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
         # Rows that give nothing, such as pruned ones, do not say how large the others' steps may be.

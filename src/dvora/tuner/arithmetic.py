@@ -11,7 +11,7 @@ from torch import nn
 
 from ..method.functional import Vectors
 from ..method.validation import checked_strength
-from ..weight.weighted_sum import Part, interpolated, weighted_sum
+from ..weight.weighted_sum import WeightedAdapter, interpolated, weighted_sum
 from .config import DVoRAConfig
 from .layers.layer import DVoRALayer, check_unmerged, layers_of
 from .layers.vectors import strength_key
@@ -145,7 +145,7 @@ def set_vectors(model: nn.Module, adapter_name: str, vectors: dict[str, Vectors]
 
 def _summed(layer: DVoRALayer, names: Sequence[str], shares: Sequence[float]) -> Vectors:
     parts = [
-        Part(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
+        WeightedAdapter(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
         for name, share in zip(names, shares, strict=True)
     ]
     weight = layer.unmerged() if layer.layer_type.has_weight else None

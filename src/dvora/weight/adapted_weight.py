@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.tensor_parallel import Part, check_whole, gathered, is_divided, local, part_of
+from ..engines.fsdp2 import note_never_gathered
+from ..engines.tensor_parallel import TensorParallelShard, check_whole, full_tensor, is_dtensor, local, shard_of
+from ..engines.zero3 import is_at_hand
 from ..matrices.interface import Matrices, SharedProjections
 from ..method import functional as F
 from ..method.functional import Direction, RowFactors, Vectors
@@ -32,10 +34,9 @@ from ..method.validation import (
 )
 from ..ops.annotations import Float
 from ..ops.dtypes import at_least_float32, full_precision, norm_dtype
-from ..ops.tracing import recording, transforming
-from .evaluated import LastFactors, note_never_gathered, version_of
-from .layouts import ROWS, Layout, is_at_hand
-from .measured import MeasuredWeight
+from ..ops.tracing import grad_recorded, is_traced
+from .layouts import ROWS, Layout
+from .tensor_state import EvalCache, WeightVersion, version_of
 
 _ATTEMPTS = 3
 """To make constants that nothing writes to the weight of meanwhile; the last ones are made again in the next pass."""
@@ -59,7 +60,7 @@ class AdaptedWeight(nn.Module):
         direction: what the update is added to, the "unit" rows or the "weight".
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
         layout: how the weight is stored.
-        skipped_column: a column of the weight's matrix that the update leaves alone: the padding entry of a table.
+        padding_column: a column of the weight's matrix that the update leaves alone: the padding entry of a table.
         readable: whether the weight is at hand in every pass; that of a quantised layer is not.
         norm_cache: keep the constants of (O, R) values, make them again in every step, or "auto" (`norms.cache_dtype`).
         name: of the layer, for error messages.
@@ -83,7 +84,7 @@ class AdaptedWeight(nn.Module):
         direction: Direction = "unit",
         detach_norm: bool = False,
         layout: Layout = ROWS,
-        skipped_column: int | None = None,
+        padding_column: int | None = None,
         readable: bool = True,
         norm_cache: NormCache = "auto",
         name: str = "layer",
@@ -98,7 +99,7 @@ class AdaptedWeight(nn.Module):
         self.scaling = self.alpha / self.rank if self.rank else 0.0
         self.direction = checked_direction(direction)
         self.detach_norm = detach_norm
-        self.skipped_column = skipped_column
+        self.padding_column = padding_column
         self.name = name
         # A name that no model has: PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
@@ -106,10 +107,10 @@ class AdaptedWeight(nn.Module):
             shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.readable = readable
         self.norm_cache = checked_norm_cache(norm_cache)
-        self._measured: MeasuredWeight | None = None
-        self.part: Part | None = None
+        self._weight_version: WeightVersion | None = None
+        self.shard: TensorParallelShard | None = None
         """Of the weight, where several processes divide it."""
-        self._last = LastFactors()
+        self._last = EvalCache()
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
         self.register_buffer("small", None, persistent=False)
@@ -128,25 +129,25 @@ class AdaptedWeight(nn.Module):
 
     @property
     def matrices(self) -> Matrices:
-        """A and B, of the part of the weight that this process holds."""
-        kind, part = self.shared.kind, self.part
-        return kind if part is None else kind.of_part(part.inputs, part.outputs)
+        """A and B, of the shard of the weight that this process holds."""
+        kind, shard = self.shared.impl, self.shard
+        return kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
 
     def local(self, vectors: Vectors, weight: Tensor | None) -> Vectors:
-        """The vectors of the part of the weight that this process holds; all of them, if it holds all.
+        """The vectors of the shard of the weight that this process holds; all of them, if it holds all.
 
         Raises:
             ValueError: the weight is divided in a way that is not supported, or trained.
         """
-        if not is_divided(weight):
+        if not is_dtensor(weight):
             return vectors
         assert weight is not None
         if weight.requires_grad:
             raise ValueError(
                 f"{self.name}: a base weight that is divided between processes cannot be trained; freeze it"
             )
-        self.follow(weight)
-        return vectors if self.part is None else self.part.vectors(vectors)
+        self.refresh_if_stale(weight)
+        return vectors if self.shard is None else self.shard.vectors(vectors)
 
     def norm(self, weight: Tensor | None) -> FrozenNorm:
         """The norm of the weight as it is now."""
@@ -159,29 +160,29 @@ class AdaptedWeight(nn.Module):
             with full_precision(weight.device):
                 return self._norm(matrix, F.row_norm(matrix), self._cross(matrix, norm_dtype(matrix.dtype)))
         if not compiling:
-            self.follow(weight)
+            self.refresh_if_stale(weight)
         # Of a row whose columns are divided no process could measure what an update nearly cancels.
-        at_hand = self.part is None or self.part.inputs is None
+        at_hand = self.shard is None or self.shard.inputs is None
         return self._norm(self.layout.matrix(local(weight).detach()) if at_hand else None, self.w, self.C)
 
-    def follow(self, weight: Tensor) -> None:
+    def refresh_if_stale(self, weight: Tensor) -> None:
         """Make the constants anew if the weight has changed since; one that is not at hand cannot be measured."""
-        held, measured = local(weight), self._measured
-        if not is_at_hand(weight) or (measured is not None and measured.is_of(held)):
+        held, version = local(weight), self._weight_version
+        if not is_at_hand(weight) or (version is not None and version.is_of(held)):
             return
-        again = measured is not None and measured.was_gathered_again(held)
-        if measured is None or not (again and measured.has_values_of(held)):
+        again = version is not None and version.was_gathered_again(held)
+        if version is None or not (again and version.has_values_of(held)):
             self.refresh(weight)
             if again:
-                self._measured = MeasuredWeight(held, gathered_again=True)
+                self._weight_version = WeightVersion(held, gathered_again=True)
 
-    def follow_loaded(self, weight: Tensor) -> None:
+    def refresh_after_load(self, weight: Tensor) -> None:
         """Make the constants anew after a load: now, or of a weight in parts in the next pass, which may gather it."""
-        if is_divided(weight):
-            self._measured = None
+        if is_dtensor(weight):
+            self._weight_version = None
             self._last.drop()
         else:
-            self.follow(weight)
+            self.refresh_if_stale(weight)
 
     def refresh(self, weight: Tensor) -> None:
         """Make the constants anew.
@@ -189,10 +190,10 @@ class AdaptedWeight(nn.Module):
         Raises:
             ValueError: a row norm of the weight is not finite.
         """
-        part = part_of(weight, self.name) if is_divided(weight) else None
-        if part is not None and self.layout is not ROWS:
+        shard = shard_of(weight, self.name) if is_dtensor(weight) else None
+        if shard is not None and self.layout is not ROWS:
             raise ValueError(f"{self.name}: processes divide the weight, which is supported for torch.nn.Linear only")
-        readable = self.readable and (part is None or part.inputs is None)
+        readable = self.readable and (shard is None or shard.inputs is None)
         if self.norm_cache is False and not readable:
             raise ValueError(
                 f"{self.name}: norm_cache=False makes the norm's constants from the weight in every step, and this "
@@ -205,28 +206,28 @@ class AdaptedWeight(nn.Module):
         held = local(weight)
         for attempt in reversed(range(_ATTEMPTS)):
             # Before it is read: another thread may write to it meanwhile.
-            measured = MeasuredWeight(held)
+            version = WeightVersion(held)
             with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
-                matrix = self.layout.matrix(gathered(weight.detach()))
+                matrix = self.layout.matrix(full_tensor(weight.detach()))
                 w = row_norms(matrix)
                 check_norms(w, self.name)
-                dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
+                dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.impl.products_are_cheap, readable)
                 C = None if dtype is None else self._cross(matrix, dtype)
-                if part is not None:
-                    w, C = part.of_rows(w), None if C is None else part.of_rows(C)
+                if shard is not None:
+                    w, C = shard.of_rows(w), None if C is None else shard.of_rows(C)
             with _ONE_AT_A_TIME:
-                if measured.was_written_to(held) and attempt:
+                if version.was_written_to(held) and attempt:
                     continue
                 self.w, self.C, self.small = w, C, None
-                self.part, self._measured, self._small_of = part, measured, None
+                self.shard, self._weight_version, self._small_of = shard, version, None
             break
         self._last.drop()
 
     def small_rows(self, bias: Float[Tensor, "O"] | None) -> Tensor | None:
         """Indices of the rows that are small beside their bias (`small_rows`); None without any."""
-        if bias is None or self.part is not None:
+        if bias is None or self.shard is not None:
             return None
-        state = None if transforming() else (id(bias), version_of(bias))
+        state = None if is_traced() else (id(bias), version_of(bias))
         if state is not None and state != self._small_of:
             with torch.inference_mode(False):
                 self.small = small_rows(self.w, bias)
@@ -238,7 +239,7 @@ class AdaptedWeight(nn.Module):
         if not self.rank:
             return like.new_empty(0, self.in_features)
         A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
-        return A if self.skipped_column is None else without_column(A, self.skipped_column)
+        return A if self.padding_column is None else without_column(A, self.padding_column)
 
     def B(self, like: Tensor) -> Float[Tensor, "O R"]:
         """The dense B of this weight, with the dtype and device of `like`."""
@@ -253,7 +254,7 @@ class AdaptedWeight(nn.Module):
         vectors = vectors.to(norm.w.dtype)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
-            frozen = not norm.w.requires_grad and not transforming()
+            frozen = not norm.w.requires_grad and not is_traced()
             return (row_factors if frozen else F.row_factors)(vectors, norm, beta, self.detach_norm)
 
     def row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None) -> RowFactors:
@@ -265,8 +266,8 @@ class AdaptedWeight(nn.Module):
             strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
         """
         inputs = vectors if strength is None else (*vectors, strength)
-        if not transforming():
-            if not (recording() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
+        if not is_traced():
+            if not (grad_recorded() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
                 return self._last.of(inputs, local(weight), partial(self._row_factors, weight))
             self._last.drop()
         return self._row_factors(weight, inputs)
@@ -305,14 +306,14 @@ class AdaptedWeight(nn.Module):
                 f"{self.name}: the weight is not in memory (it was offloaded, or DeepSpeed ZeRO-3 holds parts of it), "
                 "and the norm's constants were not kept; adapt with norm_cache=True, or after the model was offloaded"
             )
-        part = self.part
-        matrices = self.shared.kind if part is None else self.shared.kind.of_part(None, part.outputs)
-        return FrozenNorm(w, C, matrix, matrices, self.in_features, self.rank, self.skipped_column)
+        shard = self.shard
+        matrices = self.shared.impl if shard is None else self.shared.impl.of_shard(None, shard.outputs)
+        return FrozenNorm(w, C, matrix, matrices, self.in_features, self.rank, self.padding_column)
 
     def _cross(self, matrix: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O R"]:
         if not self.rank:
             return matrix.new_empty(len(matrix), 0, dtype=dtype)
-        return cross_matrix(matrix, self.shared.kind, self.rank, self.skipped_column, dtype)
+        return cross_matrix(matrix, self.shared.impl, self.rank, self.padding_column, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:
@@ -327,4 +328,4 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_measured": None, "part": None, "_small_of": None}
+        return {**self.__dict__, "_weight_version": None, "shard": None, "_small_of": None}

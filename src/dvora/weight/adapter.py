@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..engines.fsdp2 import note_never_gathered
 from ..engines.tensor_parallel import local
+from ..engines.zero3 import weight_at_hand
 from ..matrices.interface import SharedProjections
 from ..method.functional import FAR, Direction, Vectors, are_finite
 from ..method.small_rows import SmallRows
@@ -23,16 +25,13 @@ from ..method.validation import (
 )
 from ..ops.annotations import Float
 from ..ops.dtypes import at_least_float32
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 from .adapted_weight import AdaptedWeight
 from .default_projections import default_projections
 from .diagnostics import diagnostics
-from .evaluated import note_never_gathered
 from .last_input import LastInput, add_gradients
-from .layouts import weight_at_hand
-from .linear import combined, from_updated_weight
+from .linear import combined, from_updated_weight, takes_updated_weight
 from .merge import check_can_be_set, merged_copy
-from .routes import takes_updated_weight
 
 
 class DVoRAAdapter(nn.Module):
@@ -142,7 +141,7 @@ class DVoRAAdapter(nn.Module):
             raise ValueError(
                 f"expected inputs of width {width} (the base layer's in_features), got shape {tuple(x.shape)}"
             )
-        if transforming():
+        if is_traced():
             if self._last_input is not None:
                 self._last_input = None
             return self._outputs(x)
@@ -267,7 +266,7 @@ class DVoRAAdapter(nn.Module):
         factors = self.adapted.row_factors(vectors, weight)
         rows = self.adapted.small_rows(base.bias)
         small = None if rows is None else SmallRows(rows, None if weight is None else linear(x, weight[rows]))
-        if small is None and takes_updated_weight(base, x, self.shared.kind):
+        if small is None and takes_updated_weight(base, x, self.shared.impl):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
         return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)
 
@@ -307,13 +306,13 @@ class DVoRAAdapter(nn.Module):
         """
         before, self._before_load = self._before_load, []
         weight = self.base_layer.weight
-        self.adapted.follow_loaded(weight)
+        self.adapted.refresh_after_load(weight)
         if not before or are_finite(self.adapted.factors(self.vectors, weight)):
             return
         for module, name, parameter, values in before:
             parameter.copy_(values)
             module._parameters[name] = parameter
-        self.adapted.follow_loaded(self.base_layer.weight)
+        self.adapted.refresh_after_load(self.base_layer.weight)
         raise ValueError(
             f"{self.adapted.name}: magnitude, lambda_b and lambda_d in the state dict are so large that outputs would "
             "not be finite; their training diverged: go back to an earlier checkpoint"
@@ -328,7 +327,7 @@ class DVoRAAdapter(nn.Module):
         super()._apply(at_least_float32(fn), recurse=False)
         # A cast changes the base's values, and a graph compiled next cannot notice.
         if self.base_layer.weight.dtype != dtype:
-            self.adapted.follow(self.base_layer.weight)
+            self.adapted.refresh_if_stale(self.base_layer.weight)
         return self
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..ops.dtypes import autocast_dtype, full_precision
-from ..ops.tracing import keeps_elsewhere
-from .evaluated import version_of
+from ..ops.tracing import saving_intercepted
+from .tensor_state import version_of
 
 _adding = threading.Lock()
 
@@ -91,7 +91,7 @@ class LastInput:
             y: the output.
             parameters: all those of the layer.
         """
-        if keeps_elsewhere():
+        if saving_intercepted():
             return
         x = x.detach()
         slot = self._local.slot = _Slot(Pass(x, autocast_dtype(x.device), _state(x, parameters)))

@@ -24,7 +24,7 @@ SMALLEST_GAIN = 1e-2
 """Gains are known to 6e-8 in float32, so a row that should keep a direction without one would lose digits."""
 
 
-class Part(NamedTuple):
+class WeightedAdapter(NamedTuple):
     """One adapter of a weight and its share in the sum."""
 
     share: Tensor
@@ -39,7 +39,7 @@ def interpolated(a: Vectors, b: Vectors, t: float) -> Vectors:
 
 
 @torch.no_grad()
-def weighted_sum(parts: Sequence[Part], weight: Tensor | None, into: AdaptedWeight) -> Vectors:
+def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: AdaptedWeight) -> Vectors:
     """The vectors of the one adapter whose update is the sum of the parts', up to rounding.
 
     Args:
@@ -58,12 +58,12 @@ def weighted_sum(parts: Sequence[Part], weight: Tensor | None, into: AdaptedWeig
     for share, vectors, adapted in parts:
         factors = adapted.factors(vectors, weight)
         c = c + share * factors.gain_minus_one
-        if _turns(Part(share, vectors, adapted)):
+        if _turns(WeightedAdapter(share, vectors, adapted)):
             b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
     return _vectors_of(1 + c, b, lambda_d, weight, into)
 
 
-def _turns(part: Part) -> bool:
+def _turns(part: WeightedAdapter) -> bool:
     """Whether the adapter changes any row's direction."""
     return bool(part.share != 0 and part.vectors.lambda_b.any() and part.vectors.lambda_d.any())
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.matrices.kronecker import narrow, widen
+from dvora.matrices.kronecker import apply, apply_transpose
 from dvora.method.combine import combine
 from tests.cases import randn
 from tests.ops.triton.interpreter import Interpreter
@@ -29,7 +29,7 @@ def inputs(rank: int, bias: bool) -> dict[str, Tensor | None]:
 @BOTH
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_outputs_and_gradients_equal_those_of_the_cpu(distribution: str, bias: bool, interpreter: Interpreter) -> None:
-    kind, given = SharedProjections(3, distribution).kind, inputs(6, bias)
+    kind, given = SharedProjections(3, distribution).impl, inputs(6, bias)
     leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
     y = combine(*leaves.values(), kind)
     delta = randn(2, TOKENS, OUT, seed=6)
@@ -47,7 +47,12 @@ def test_outputs_and_gradients_equal_those_of_the_cpu(distribution: str, bias: b
 
 @pytest.mark.parametrize("rank", [6, 7, 30], ids=["whole", "cut", "stacked"])
 def test_structured_products_equal_those_of_the_cpu(rank: int, interpreter: Interpreter) -> None:
-    stack = SharedProjections(3, "structured").kind._stack("A", rank, IN, torch.float32)
+    stack = SharedProjections(3, "structured").impl._stack("A", rank, IN, torch.float32)
     x, z = randn(2, TOKENS, IN, seed=0), randn(2, TOKENS, rank, seed=1)
-    assert worst_error(interpreter("kronecker", "_narrow_in_triton", x, stack), narrow(x, stack).double()) < 1e-5
-    assert worst_error(interpreter("kronecker", "_widen_in_triton", z, stack), widen(z, stack).double()) < 1e-5
+    assert (
+        worst_error(
+            interpreter("kronecker", "_apply_transpose_in_triton", x, stack), apply_transpose(x, stack).double()
+        )
+        < 1e-5
+    )
+    assert worst_error(interpreter("kronecker", "_apply_in_triton", z, stack), apply(z, stack).double()) < 1e-5

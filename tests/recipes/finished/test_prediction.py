@@ -15,10 +15,10 @@ import torch
 from pyarrow import parquet
 
 from dvora.recipes.data.encodings import stream_lines
-from dvora.recipes.data.inputs_to_predict import Input, file_inputs, line_inputs
+from dvora.recipes.data.new_files import Input, file_inputs, line_inputs
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.data.tables import stream_table
-from dvora.recipes.finished.evaluate_again import judge
+from dvora.recipes.finished.evaluation import judge
 from dvora.recipes.finished.prediction import Predicted, Predictor
 from dvora.recipes.run_folder import Run, load_trained
 from dvora.recipes.tasks.metrics import number_metrics

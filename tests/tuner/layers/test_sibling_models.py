@@ -43,15 +43,15 @@ def counted(model: PeftModel) -> Iterator[Counter[int]]:
     """Counts the projections of each width."""
     counts: Counter[int] = Counter()
     (shared,) = {module for module in model.modules() if isinstance(module, SharedProjections)}
-    project = shared.kind.project
+    project = shared.impl.project
 
     def counting(x: Tensor, rank: int) -> Tensor:
         counts[rank] += 1
         return project(x, rank)
 
-    shared.kind.project = counting
+    shared.impl.project = counting
     yield counts
-    del shared.kind.project
+    del shared.impl.project
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -226,7 +226,7 @@ def test_saved_projections_are_those_of_the_model_and_change_nothing(distributio
     prefix = "base_model.dvora_projections."
     matrices = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
     shared = next(dvora_layers(model))[1].adapted("default").shared
-    assert matrices.keys() == shared.matrices().keys()
-    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.matrices().items())
+    assert matrices.keys() == shared.saved_tensors().keys()
+    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.saved_tensors().items())
     loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
     assert same_bits(outputs(loaded), outputs(model))

@@ -157,7 +157,7 @@ def test_a_table_that_the_configuration_trains_is_read(settings: dict[str, objec
 
 def test_a_rank_is_what_the_file_holds(folder: Path) -> None:
     edit_config(folder, r=65536)
-    start = time.monotonic()
+    start = time.process_time()
     message = r"lambda_d has shape \(6,\) in the adapter and \(65536,\) in its configuration"
     refuse(folder, MODELS["llama"](), message)
     with pytest.raises(ValueError, match=message):
@@ -167,7 +167,7 @@ def test_a_rank_is_what_the_file_holds(folder: Path) -> None:
     edit_weights(folder, dict.clear)
     edit_weights(folder, lambda tensors: tensors.update({TABLE: torch.ones(3)}))
     refuse(folder, MODELS["llama"](), r"has rank 6 in its configuration, and no lambda_d .* more than 0 values")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_configuration_that_was_read_serves_for_a_new_adapter_of_another_rank(folder: Path) -> None:
@@ -189,14 +189,14 @@ def test_a_configuration_that_was_read_serves_for_a_new_adapter_of_another_rank(
 )
 def test_matrices_of_vera_are_not_larger_than_the_model(sizes: str, message: str, folder: Path) -> None:
     edit_config(folder, projection_init=f"peft_vera({sizes})", projection_fingerprint="0" * 16)
-    start = time.monotonic()
+    start = time.process_time()
     refuse(folder, MODELS["llama"](), "projection_init=.* is larger than any layer here: .* 48 features and rank 6")
     assert DVoRAConfig.from_pretrained(str(folder)).projection_fingerprint == "0" * 16
     with pytest.raises(ValueError, match=r"projection_init is '\w+' in the model"):
         dvora.hotswap_adapter(
             get_peft_model(MODELS["llama"](), DVoRAConfig(r=6, target_modules=LAYERS["llama"])), folder
         )
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def pickled(folder: Path, value: object) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.inputs_to_predict import Input
-from ..models.bases import quiet_transformers
-from ..models.computing import computing, device_of
+from ..data.new_files import Input
+from ..models.bases import computing, device_of, quiet_transformers
 from ..run_folder import Run, load_trained
 from ..tasks.task import Task, features, longest, task_parts
 

@@ -13,16 +13,16 @@ from peft import PeftModel
 from ...tools.analysis import analyze
 from ...tools.analysis.pictures import magnitude_and_direction
 from ...tools.doctor import Examination, examine
-from ...tools.pages.cells import shown
 from ...tools.pages.page import Section, Table, page
+from ...tools.pages.text import shown
 from ..data.images import opened_image
 from ..files import write_atomically
 from ..models.hub import NOTHING, Trust, offline
 from ..run_folder import Run, load_trained, read_run
-from .evaluate_again import unchanged_data
-from .examining import EXAMINED, batch_of
+from .comparison import Outcome, continuations, outcomes
+from .evaluation import unchanged_data
+from .examination import EXAMINED, batch_of
 from .generation import Continuation
-from .outcomes import Outcome, continuations, outcomes
 from .run_pictures import confusion, curves, numbers
 
 SHOWN = 8

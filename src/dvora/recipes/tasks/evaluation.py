@@ -8,7 +8,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..models.computing import device_of
+from ..models.bases import device_of
 from ..settings import Settings
 from .metrics import bits_per_byte, simplest_guess
 from .task import Task, bytes_of, without_bytes

@@ -15,6 +15,7 @@ from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
     Run,
+    is_first,
     locked,
     read_record,
     read_run,
@@ -26,7 +27,6 @@ from ..settings import Settings, resolved
 from ..tasks.task import features, longest, task_parts
 from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
 from .methods import adapted, learning_rates, save_trained, trained_values
-from .processes import is_first
 from .records import check_resumable, start_record
 from .trainers import Prepared, final_metrics, make_trainer
 from .watching import StopRequest, Tell

@@ -13,13 +13,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...training import check_ranks_agree
 from ..data.run_data import Data
 from ..models.bases import Base
-from ..run_folder import CHECKPOINTS
+from ..run_folder import CHECKPOINTS, is_first, world_size
 from ..settings import Settings
 from ..tasks.evaluation import common_arguments, guessed, judged
 from ..tasks.task import Task, without_bytes
 from .checkpoints import step_of
 from .methods import optimizer
-from .processes import is_first, world_size
 from .watching import Patience, StopRequest, Tell, Watching
 
 

@@ -14,7 +14,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_fully_sharded
+from ...engines.fsdp2 import is_fully_sharded
 from ...matrices.interface import SharedProjections
 from ...matrices.vera import vera_sizes
 from ..config import DVoRAConfig

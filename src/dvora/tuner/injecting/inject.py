@@ -53,7 +53,7 @@ def prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> P
         direction=checked_direction(config.direction),
         detach_norm=config.detach_norm,
         layout=target.layer_type.layout,
-        skipped_column=padding_column(target.base()),
+        padding_column=padding_column(target.base()),
         readable=target.is_readable(),
         norm_cache=checked_norm_cache(config.norm_cache),
         name=target.name,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import gathered
+from ...engines.tensor_parallel import full_tensor
+from ...engines.zero3 import is_partitioned
 from ...method.validation import check_weight
-from ...weight.layouts import is_partitioned
 from ..config import DVoRAConfig
 from ..layers import low_rank
 from ..layers.base_layer import readable_weight, stored_weight
@@ -50,11 +50,11 @@ class Target(NamedTuple):
             TypeError, ValueError: it cannot be adapted.
         """
         if isinstance(self.layer, DVoRALayer):
-            return gathered(self.layer.unmerged())
+            return full_tensor(self.layer.unmerged())
         if self.layer_type.low_rank is None:
             # Offloaded, it could be read here, but not when its module reads it.
             check_weight(self.layer.get_parameter(self.parameter_name), self.name)
-        weight = gathered(readable_weight(self.layer, self.layer_type, self.parameter_name, self.name))
+        weight = full_tensor(readable_weight(self.layer, self.layer_type, self.parameter_name, self.name))
         check_weight(weight, self.name)
         return weight
 

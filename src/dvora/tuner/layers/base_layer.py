@@ -8,9 +8,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_divided, local
-from ...weight.evaluated import State
-from ...weight.layouts import is_partitioned
+from ...engines.tensor_parallel import is_dtensor, local
+from ...engines.zero3 import is_partitioned
+from ...weight.tensor_state import TensorVersion
 from .layer_types import LayerType
 from .opaque_weight import read_bias, read_operating_weight
 
@@ -23,7 +23,7 @@ class Fingerprinted:
     """
 
     def __init__(self, weight: Tensor | None = None) -> None:
-        self._state = None if weight is None or is_divided(weight) else State.of(weight)
+        self._state = None if weight is None or is_dtensor(weight) else TensorVersion.of(weight)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the weight is unchanged; an inference tensor has no version and always counts as changed."""

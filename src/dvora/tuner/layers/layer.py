@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_divided
+from ...engines.tensor_parallel import is_dtensor
+from ...engines.zero3 import is_at_hand, weight_at_hand
 from ...matrices.interface import SharedProjections, checked_distribution
 from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.layouts import is_at_hand, weight_at_hand
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
@@ -135,7 +135,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         A sharded weight keeps the fingerprint from when it was adapted.
         """
         stored = self.stored()
-        if stored is None or not is_at_hand(stored) or is_divided(stored):
+        if stored is None or not is_at_hand(stored) or is_dtensor(stored):
             return self.fingerprint
         if not self.fingerprinted.is_of(stored):
             # Recorded first, so that a write in between is noticed the next time.
@@ -250,7 +250,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
                 self.adapted(name).refresh(weight)
         elif is_at_hand(stored):
             for name in self.dvora_adapted:
-                self.adapted(name).follow_loaded(self.unmerged())
+                self.adapted(name).refresh_after_load(self.unmerged())
 
     def _base_dtype(self) -> torch.dtype:
         stored = self.stored()

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ...engines.tensor_parallel import is_divided
+from ...engines.tensor_parallel import is_dtensor
 from ...method.validation import computes_as
 from ...weight.adapted_weight import AdaptedWeight
 from ...weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
@@ -115,7 +115,7 @@ def is_initialized(layer: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module, torch_type: type[nn.Module]) -> bool:
     """Whether the layer computes what its type does, with an ordinary tensor as its weight."""
-    if torch_type is nn.Linear and is_divided(layer._parameters.get("weight")):
+    if torch_type is nn.Linear and is_dtensor(layer._parameters.get("weight")):
         # transformers replaces the forward of a sharded layer by one that communicates.
         return type(layer).forward is nn.Linear.forward
     same = computes_as(layer, torch_type) or isinstance(layer, nn.Embedding)

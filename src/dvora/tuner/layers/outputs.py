@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ...engines.zero3 import weight_at_hand
 from ...method import functional as F
 from ...method.functional import RowFactors, Vectors
 from ...method.small_rows import SmallRows
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.layouts import weight_at_hand
-from ...weight.linear import combined, from_updated_weight
-from ...weight.routes import takes_updated_weight
+from ...weight.linear import combined, from_updated_weight, takes_updated_weight
 from .base_layer import laid_out_like
 from .layer_types import LayerType
 from .low_rank import linear
@@ -37,7 +36,7 @@ def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveA
         return None
     adapted, vectors, factors, dropout, strength = adapters[0]
     alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
-    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength.number == 1):
+    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.impl) and strength.number == 1):
         return None
     assert isinstance(base_layer, nn.Linear)
     if adapted.small_rows(base_layer.bias) is not None:
@@ -105,9 +104,9 @@ def _product(
 
 def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
     adapted = adapter.adapted
-    if adapted.part is None:
+    if adapted.shard is None:
         return
-    adapted.part.check_sizes(x, base_output, adapted.name)
+    adapted.shard.check_sizes(x, base_output, adapted.name)
     if adapter.dropout.training and not isinstance(adapter.dropout, nn.Identity):
         raise ValueError(
             f"{adapted.name}: every process would drop different inputs of a sharded weight; set dvora_dropout=0"

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...engines.fsdp2 import note_never_gathered
 from ...method.functional import Vectors
 from ...ops.dtypes import at_least_float32
-from ...weight.evaluated import note_never_gathered, version_of
+from ...weight.tensor_state import version_of
 from ..expressions import first_match
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")

@@ -16,10 +16,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ...engines.zero3 import weight_at_hand
 from ...matrices.interface import SharedProjections
 from ...method.functional import FAR, Vectors, are_finite
 from ...method.validation import MAX_RANK
-from ...weight.layouts import weight_at_hand
 from ..adapter_folder import (
     MATRIX_PREFIX,
     PEFT_PREFIX,

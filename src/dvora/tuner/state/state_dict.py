@@ -29,7 +29,7 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed
-    matrices = shared_projections(model, config.projection_seed, config.projection_init).matrices()
+    matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
     return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
 
 

@@ -1,22 +1,25 @@
-"""Rows that a model is to predict for, one after another: from files of every format, from lines, from images."""
+"""Files that a run was not trained on: with labels to evaluate on, or rows, lines and images to predict for."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..nearest import did_you_mean
+from ...tools.pages.text import did_you_mean
 from ..run_folder import Run
 from ..settings import Settings
 from .columns import Columns
 from .encodings import Note, opened_text
-from .examples import row_of
+from .examples import Examples, read_examples, row_of
 from .images import image_key, images_in
-from .other_files import reading_settings
+from .run_data import encode_labels
 from .tables import stream_table
 
 Line = tuple[str, str]
 """Where a line is, and what it says."""
+
+COLUMNS = {"text_column": "text", "second_text_column": "text2", "label_column": "label"}
+"""Settings, and what a run's record calls their columns."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,31 @@ class Input:
 
     values: dict[str, Any]
     row: dict[str, Any]
+
+
+def reading_settings(run: Run, columns: Mapping[str, str | None]) -> Settings:
+    """The settings with which a run reads other files.
+
+    Args:
+        run: finished.
+        columns: names by `text_column`, `second_text_column` and `label_column`; those that are None or missing are as
+            in the run's own files.
+    """
+    recorded: Mapping[str, str] = run.record["data"]["columns"]
+    chosen = {key: columns.get(key) or recorded.get(kind) for key, kind in COLUMNS.items()}
+    return run.settings.model_copy(update=chosen)
+
+
+def labelled_examples(paths: Sequence[str], run: Run, columns: Mapping[str, str | None]) -> Examples:
+    """The examples in some files, their labels as the run's model tells them.
+
+    Raises:
+        ValueError: a file or a row is not what the task needs, or a label is none of the run's.
+    """
+    examples = read_examples(paths, reading_settings(run, columns))
+    if run.settings.task != "causal-lm":
+        encode_labels(examples, run.labels)
+    return examples
 
 
 def file_inputs(path: Path, run: Run, columns: Mapping[str, str | None], note: Note) -> Iterator[Input]:

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ...tools.doctor import Examination, examine
-from ..data.other_files import labelled_examples
+from ..data.new_files import labelled_examples
 from ..models.adapter_folder import read_adapter
 from ..models.adapters import load_adapted
 from ..models.hub import NOTHING, Trust, offline
 from ..models.inputs import example_inputs
 from ..run_folder import RECORD, Run, load_trained, read_run
 from ..tasks.task import features, longest, task_parts, without_bytes
-from .evaluate_again import unchanged_data
+from .evaluation import unchanged_data
 
 TOKENS = 16
 EXAMINED = 8

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..data.inputs_to_predict import Input
+from ..data.new_files import Input
 from ..run_folder import Run
 from .generation import Continuation, Generator, Sampling
 from .prediction import Predictor

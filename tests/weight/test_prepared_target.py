@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dvora import SharedProjections
 from dvora.weight.adapted_weight import AdaptedWeight
-from dvora.weight.measured import MeasuredWeight
+from dvora.weight.tensor_state import WeightVersion
 from tests.cases import fresh_copy, randn, trained_layer
 
 
@@ -40,7 +40,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_weight_is_recognised_by_its_values(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     original = randn(6, 5, seed=0).to(dtype)
     weight = original.clone()
-    measured = MeasuredWeight(weight, gathered_again=True)
+    measured = WeightVersion(weight, gathered_again=True)
     while measured.is_of(weight):
         gathered_again(weight, original)
     assert measured.was_gathered_again(weight)
@@ -54,7 +54,7 @@ def test_a_weight_is_recognised_by_its_values(change: Callable[[Tensor], Tensor]
 
 def test_a_counted_change_is_no_gathering() -> None:
     weight = randn(6, 5, seed=0)
-    measured = MeasuredWeight(weight, gathered_again=True)
+    measured = WeightVersion(weight, gathered_again=True)
     weight.mul_(2)
     assert not measured.is_of(weight)
     assert not measured.was_gathered_again(weight)
@@ -63,7 +63,7 @@ def test_a_counted_change_is_no_gathering() -> None:
 def test_a_process_with_fsdp2_trusts_no_address() -> None:
     original = randn(6, 5, seed=0)
     weight = original.clone()
-    measured = MeasuredWeight(weight, gathered_again=True)
+    measured = WeightVersion(weight, gathered_again=True)
     assert measured.is_of(weight)
 
     class Sharded(FSDPModule):
@@ -110,7 +110,7 @@ def test_constants_are_made_twice_and_then_kept_until_the_values_change() -> Non
     for values in [original] * 4 + [2 * original] * 3:
         before = adapted.w
         gathered_again(weight, values)
-        adapted.follow(weight)
+        adapted.refresh_if_stale(weight)
         made.append(adapted.w is not before)
         assert torch.equal(adapted.w, torch.linalg.vector_norm(values, dim=1))
     assert made == [True, False, False, False, True, False, False]

@@ -1,7 +1,9 @@
-"""How a value is written in a table, on a page or a terminal."""
+"""How values and names are written for people: in tables, on pages, on terminals and in messages."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from markupsafe import Markup
@@ -10,6 +12,10 @@ HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of what is not seen but acts: escape sequences, marks that turn the reading direction ..."""
 JOINERS = "\u200c\u200d"
 """Scripts of India and Persia are not written without them, nor many emojis."""
+
+MANY, LONG = 1000, 60
+"""Names that are compared, and letters of a name: comparing takes the product of their lengths."""
+SHOWN = 20
 
 
 def visible(text: str) -> str:
@@ -37,3 +43,19 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     return value if isinstance(value, Markup) else visible(str(value))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A half sentence to append to an error: the nearest of the known names, else all of them, or the first ones."""
+    names = sorted(known)
+    compared = [each for each in islice(names, MANY) if len(each) <= LONG]
+    if len(name) <= LONG and (near := get_close_matches(name.lower(), compared, n=1, cutoff=0.6)):
+        return f"did you mean {near[0]!r}?"
+    return f"expected one of {listed(names)}" if names else "there are none"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas between them: as many as a reader wants to see."""
+    shown = [*names]
+    more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
+    return ", ".join(each if len(each) <= LONG else f"{each[:LONG]}..." for each in shown[:SHOWN]) + more

@@ -6,18 +6,19 @@ for the device in every pass: there, what PyTorch counts is compared, and a pass
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..engines.imported import imported_class
+from ..engines.fsdp2 import may_be_gathered
 from ..method.functional import RowFactors
+from ..ops.annotations import Float
+from ..ops.dtypes import norm_dtype
 
 
-class State(NamedTuple):
+class TensorVersion(NamedTuple):
     """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count.
 
     Of a tensor that FSDP2 frees and gathers again nothing is counted: no state of one that may be is equal.
@@ -33,14 +34,14 @@ class State(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "State":
+    def of(cls, tensor: Tensor) -> "TensorVersion":
         """The state of a tensor now."""
         storage, layout = StorageWeakRef(tensor.untyped_storage()), (tensor.shape, tensor.stride())
         return cls(storage, tensor.data_ptr(), version_of(tensor), *layout, tensor.dtype, tensor.device)
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
-        return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not _may_be_gathered(tensor)
+        return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not may_be_gathered(tensor)
 
     def is_of_same(self, tensor: Tensor) -> bool:
         """Whether this is a state of the same tensor, without a write that PyTorch counted, wherever it is now."""
@@ -55,7 +56,7 @@ class State(NamedTuple):
         )
 
 
-class LastFactors:
+class EvalCache:
     """The row factors of the last evaluation."""
 
     def __init__(self) -> None:
@@ -78,8 +79,11 @@ class LastFactors:
         # Factors made in inference mode could not be used in a pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             # Before they are read, and read once: another thread may write to them while the factors are made.
-            known = [tensor.detach().clone() if tensor.device.type == "cpu" else State.of(tensor) for tensor in inputs]
-            state = None if weight is None else State.of(weight)
+            known = [
+                tensor.detach().clone() if tensor.device.type == "cpu" else TensorVersion.of(tensor)
+                for tensor in inputs
+            ]
+            state = None if weight is None else TensorVersion.of(weight)
             read = [copy if isinstance(copy, Tensor) else own for own, copy in zip(inputs, known, strict=True)]
             kept = _Kept(compute(read), known, state)
         self._kept = kept if kept.serves(inputs, weight) else None
@@ -89,16 +93,16 @@ class LastFactors:
         """Forget everything."""
         self._kept = None
 
-    def __reduce__(self) -> tuple[type["LastFactors"], tuple[()]]:
-        return LastFactors, ()
+    def __reduce__(self) -> tuple[type["EvalCache"], tuple[()]]:
+        return EvalCache, ()
 
 
 class _Kept(NamedTuple):
     """Factors, and what they were made from."""
 
     factors: RowFactors
-    inputs: list[Tensor | State]
-    weight: State | None
+    inputs: list[Tensor | TensorVersion]
+    weight: TensorVersion | None
 
     def serves(self, inputs: Sequence[Tensor], weight: Tensor | None) -> bool:
         """Whether nothing has changed."""
@@ -114,22 +118,6 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-_never_gathered: "WeakValueDictionary[int, Tensor]" = WeakValueDictionary()
-
-
-def note_never_gathered(tensor: Tensor) -> None:
-    """Note that FSDP2 has not made this tensor: it puts tensors of its own in the places of those that it gathers."""
-    _never_gathered[id(tensor)] = tensor
-
-
-def _may_be_gathered(tensor: Tensor) -> bool:
-    """Whether FSDP2 may have made the tensor; for every type that is given to `fully_shard` there is a class."""
-    fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
-    if fsdp_module is None or not fsdp_module.__subclasses__():
-        return False
-    return _never_gathered.get(id(tensor)) is not tensor
-
-
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
     """Let PyTorch count an optimizer's step as a change: fused ones, and those of other packages, do not."""
     if not torch.compiler.is_compiling():
@@ -137,10 +125,52 @@ def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None
         torch.autograd.graph.increment_version([p for p in parameters if p.grad is not None and not p.is_inference()])
 
 
-def _unchanged(tensor: Tensor, known: Tensor | State) -> bool:
-    if isinstance(known, State):
+def _unchanged(tensor: Tensor, known: Tensor | TensorVersion) -> bool:
+    if isinstance(known, TensorVersion):
         return known.is_of(tensor)
     return tensor.is_cpu and tensor.dtype == known.dtype and torch.equal(tensor, known)
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+class WeightVersion:
+    """The state of a weight, and from its second gathering on what tells its values.
+
+    Args:
+        weight: as constants were made from it.
+        gathered_again: whether it had been freed and gathered before.
+    """
+
+    def __init__(self, weight: Tensor, gathered_again: bool = False) -> None:
+        self._state = TensorVersion.of(weight)
+        self._sample = _sample(weight) if gathered_again else None
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is in the same state."""
+        return self._state.is_of(weight)
+
+    def was_written_to(self, weight: Tensor) -> bool:
+        """Whether PyTorch has counted a write since."""
+        return self._state.version != version_of(weight)
+
+    def was_gathered_again(self, weight: Tensor) -> bool:
+        """Whether the weight is the same tensor, perhaps with other values."""
+        return self._state.is_of_same(weight)
+
+    def has_values_of(self, weight: Tensor) -> bool:
+        """Whether a weight that was gathered again has the values that it had; if so, its state is the new one."""
+        if self._sample is None or not torch.equal(self._sample, _sample(weight)):
+            return False
+        self._state = TensorVersion.of(weight)
+        return True
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> Float[Tensor, "2 O"]:
+    """The norm of every row, and its product with one fixed vector, which tells signs and places."""
+    rows = weight.detach().flatten(1)
+    # Irrational steps: no two columns have the same weight, whatever their number.
+    fixed = torch.frac(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) * 0.6180339887)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=norm_dtype(rows.dtype))
+    return torch.stack([norms, (rows @ (fixed - 0.5).to(rows.dtype)).to(norms.dtype)])

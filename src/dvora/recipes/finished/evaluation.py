@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..data.other_files import labelled_examples
+from ..data.new_files import labelled_examples
 from ..data.run_data import Data, fingerprints, load_data, size_of
 from ..models.bases import quiet_transformers
 from ..run_folder import Run, load_trained

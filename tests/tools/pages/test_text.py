@@ -5,8 +5,8 @@ import re
 import pytest
 from markupsafe import Markup
 
-from dvora.tools.pages.cells import shown, visible
 from dvora.tools.pages.pictures import axes_of, label, new_figure, svg
+from dvora.tools.pages.text import shown, visible
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from dvora import SharedProjections
-from dvora.weight import routes
-from dvora.weight.routes import pays, takes_updated_weight
+from dvora.weight import linear as routes
+from dvora.weight.linear import pays, takes_updated_weight
 from tests.cases import linear, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 5, 3
 MANY, FEW = 200, 3
-DENSE, STRUCTURED = SharedProjections(3).kind, SharedProjections(3, "structured").kind
+DENSE, STRUCTURED = SharedProjections(3).impl, SharedProjections(3, "structured").impl
 
 
 def taken(layer: nn.Module, tokens: int = MANY, dtype: torch.dtype = torch.float32, kind: object = DENSE) -> bool:
@@ -107,7 +107,7 @@ def test_both_ways_equal_the_dense_method(
     dense = reference.gradients(x, delta)
     for worth_it in (0.0, float("inf")):
         monkeypatch.setattr(routes, "WORTH_IT", worth_it)
-        assert takes_updated_weight(layer.base_layer, x, layer.shared.kind) == (worth_it == 0)
+        assert takes_updated_weight(layer.base_layer, x, layer.shared.impl) == (worth_it == 0)
         layer.zero_grad()
         given = x.clone().requires_grad_()
         y = layer(given)
@@ -124,5 +124,5 @@ def test_at_the_start_the_updated_weight_gives_the_bits_of_the_base() -> None:
 
     base = linear(IN, OUT)
     layer, x = DVoRAAdapter(base, RANK, shared=SharedProjections(3)), randn(MANY, IN, seed=0)
-    assert takes_updated_weight(base, x, layer.shared.kind)
+    assert takes_updated_weight(base, x, layer.shared.impl)
     assert torch.equal(layer(x), base(x))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvora.recipes.models.computing import computing, device_of
+from dvora.recipes.models.bases import computing, device_of
 from dvora.recipes.settings import Settings
 
 
