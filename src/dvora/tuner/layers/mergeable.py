@@ -91,7 +91,7 @@ class Merges:
         if self.last is None:
             return None
         if self.last.original is None:
-            raise ValueError(f"{', '.join(self.last.adapters)} were merged for good: no copy of the weight was kept")
+            raise ValueError(f"{', '.join(self.last.adapters)} were merged permanently: no copy of the weight was kept")
         return self.last.original
 
     def begin(self, adapters: Sequence[str], weight: Tensor, intent: Intent) -> None:
@@ -186,7 +186,7 @@ class MergeableLayer(BaseTunerLayer):
         """The base's own weight, also while adapters are merged into it or it is offloaded.
 
         Raises:
-            ValueError: adapters were merged for good.
+            ValueError: adapters were merged permanently.
         """
         weight = readable_weight(self.get_base_layer(), self.layer_type, self.parameter_name, self.name)
         original = self.merges.original

@@ -4,7 +4,7 @@ One value, lambda_b of a layer, from `adapter_model.safetensors` to the outputs 
 
 1. `tuner/config.py`, `from_pretrained`: settings, and the names and shapes in the file's header.
 2. `tuner/model.py`, `inject_adapter`: checks first, then PEFT has every target wrapped (`tuner/injecting/`).
-3. `state/checked_values.py`: names, shapes and values, each as soon as it can be known; nowhere else.
+3. `state/checked_values.py`: names, shapes and values, each as early as possible, and only here.
 4. `state/state_dict.py`, `from_saved`: PEFT calls it through the model, with the entries of the file.
 5. `layers/layer.py`: torch copies the value into `dvora_lambda_b[adapter_name]`; `forward` takes it from there.
 6. `layers/outputs.py`: active adapters and the base's output become the layer's output.

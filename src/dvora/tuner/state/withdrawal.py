@@ -44,7 +44,7 @@ def withdrawal(tuner: BaseTuner, names: Collection[str]) -> Callable[[], None]:
 
 
 def _is_untouched(layer: DVoRALayer, adapter_name: str) -> bool:
-    """Whether an adapter of a layer is as it was made: nobody has trained it."""
+    """Whether an adapter of a layer still has its starting values."""
     magnitude, lambda_b, _ = layer.vectors(adapter_name)
     own = layer.adapted(adapter_name).w
     return magnitude.is_meta or (torch.equal(magnitude.to(own), own) and not lambda_b.any())
