@@ -22,14 +22,13 @@ def withdrawal(tuner: BaseTuner, names: Collection[str]) -> Callable[[], None]:
     Returns:
         A function for `on_failure`, which may be called again at any point.
     """
-    configs = {name: own_config(tuner.peft_config[name]) for name in names if name in tuner.peft_config}
-    trained_before = {
-        name: config.awaited
-        for name, config in configs.items()
-        if config.awaited is not None and all(_is_untouched(layer, name) for layer in layers_of(tuner.model, name))
-    }
+    trained_before: dict[str, set[str]] = {}
 
     def withdraw() -> None:
+        for name in tuner.peft_config.keys() & names:
+            awaited = own_config(tuner.peft_config[name]).awaited
+            if awaited is not None and all(_is_untouched(layer, name) for layer in layers_of(tuner.model, name)):
+                trained_before[name] = awaited
         for name, trained in trained_before.items():
             if name in tuner.peft_config:
                 tuner.delete_adapter(name)
