@@ -158,7 +158,7 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
 
     record = run.record
     parts = record.get("truncation", {})
-    cut = sum((Truncation(**part) for part in parts.values()), Truncation()).sentence(run.settings.max_length or 0)
+    cut = sum((Truncation(**part) for part in parts.values()), Truncation()).sentence(record.get("max_length", 0))
     return {
         "run": str(run.folder),
         "adapter": str(run.adapter),

@@ -30,7 +30,7 @@ class Run:
         settings: resolved: paths are absolute, what the method decides is written out.
         labels: names of the classes 0, 1, ...; empty where numbers or tokens are predicted.
         adapter: the folder that PEFT reads; for the method "full" a whole model, for "head" its `head.safetensors`.
-        record: everything in run.json: versions, data hashes, split sizes, columns, metrics, trained values, seconds.
+        record: everything in run.json: versions, data hashes, split sizes, what was cut, metrics, seconds.
         trust: what the reader allows when the run's model is loaded.
     """
 
@@ -49,7 +49,7 @@ class Run:
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_values": int,
-    "seconds": (int, float), "truncation": dict,
+    "seconds": (int, float), "truncation": dict, "max_length": int,
 }  # fmt: skip
 """What the record of a finished run may have beside its state, settings and labels."""
 _DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}

@@ -274,7 +274,8 @@ def _explained(problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing: {Settings.model_fields[key].description}"
     if problem["type"] == "value_error":
-        return cast(str, problem["msg"]).removeprefix("Value error, ")
+        message = " ".join(problem["msg"].removeprefix("Value error, ").split())
+        return f"{key} is {problem['input']!r}: {message}" if key else message
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
         expected = [part.strip("' ") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         return f"{key} is {problem['input']!r}, {did_you_mean(problem['input'], expected)}"

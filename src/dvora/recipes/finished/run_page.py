@@ -118,7 +118,7 @@ def _trained(run: Run) -> Section:
 
 def _cut(run: Run) -> str:
     """What the texts lost at `max_length`, part by part."""
-    length = run.settings.max_length or 0
+    length = run.record.get("max_length", 0)
     parts = {part: Truncation(**found) for part, found in run.record.get("truncation", {}).items()}
     return "; ".join(f"{part}: {found.sentence(length)}" for part, found in parts.items() if found.cut)
 

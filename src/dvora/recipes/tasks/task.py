@@ -65,8 +65,8 @@ class Truncation:
         if not self.cut:
             return ""
         said = (
-            f"{self.cut:,} of {self.texts:,} texts ({self.cut / self.texts:.1%}) are longer than {max_length} tokens and "
-            f"were cut: {self.tokens_lost / self.tokens:.1%} of all tokens were not read"
+            f"{self.cut:,} of {self.texts:,} texts ({self.cut / self.texts:.1%}) are longer than {max_length} tokens "
+            f"and were cut: {self.tokens_lost / self.tokens:.1%} of all tokens were not read"
         )
         return said + (
             f"; {self.left_out:,} chats were left out, for nothing of an answer remained" * bool(self.left_out)

@@ -44,7 +44,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         "Trained parameters": f"{record['trained_values']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),
-        "Texts are cut at": "" if settings.task == "image-classification" else f"{settings.max_length} tokens",
+        "Texts are cut at": "" if settings.task == "image-classification" else f"{record['max_length']} tokens",
         "Steps": f"{record['steps']:,} (step {record['best_step']:,} was kept)",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }

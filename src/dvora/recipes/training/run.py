@@ -1,7 +1,7 @@
 """Training: from settings to a finished run folder, or to a checkpoint that training goes on from."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,24 +153,27 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
 
 def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note, trust: Trust) -> Prepared:
     """What a run trains; what its texts lose at `max_length`, and the head alone, go into the record."""
-    _note_all(data.notes, note)
     processor = load_processor(settings, trust)
     base = load_base(settings, data.labels, getattr(processor, "pad_token_id", None), trust)
-    _note_all(base.notes, note)
+    notes = [*data.notes, *base.notes]
     length = 0
     if settings.task != "image-classification":
         length = longest(settings, processor, base.model.config)
         if length < (settings.max_length or 0):
-            note(f"max_length: {length}, which is all that the model can take")
+            notes.append(f"max_length: {length}, which is all that the model can take")
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
     made = {part: features(rows, settings, processor, length) for part, rows in parts.items() if rows}
     datasets = {part: found.dataset for part, found in made.items()}
     if empty := [part for part, dataset in datasets.items() if not len(dataset)]:
         raise ValueError(f"no row of the part {empty[0]} has anything to learn within max_length {length}")
+    record["max_length"] = length
     record["truncation"] = {part: asdict(found.truncation) for part, found in made.items()}
     if cut := sum((found.truncation for found in made.values()), Truncation()).sentence(length):
-        note(f"{cut}; set max_length to keep more")
+        notes.append(f"{cut}; set max_length to keep more")
     task = task_parts(settings, data.labels, processor)
+    # What is wrong with the input has been found by now: whoever made a mistake reads of nothing else.
+    for text in notes:
+        note(text)
     head_alone = None
     if settings.task != "causal-lm" and world_size() == 1 and last_layer(base.model) is not None:
         note("fitting the head alone to the frozen base, to compare with")
@@ -182,11 +185,6 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
     return Prepared(settings, data, base, model, task, datasets, head_alone)
-
-
-def _note_all(notes: Iterable[str], note: Note) -> None:
-    for text in notes:
-        note(text)
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

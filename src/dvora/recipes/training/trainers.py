@@ -107,7 +107,7 @@ def make_trainer(
 
 
 def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
-    """Metrics of the held-out parts, and of the baselines: head alone and simplest guess, or a language model's base."""
+    """Metrics of the held-out parts, and of what they are compared with: simple baselines, a language model's base."""
     found: dict[str, Any] = {}
     for part in ("validation", "test"):
         if part not in prepared.datasets:
