@@ -12,10 +12,10 @@ from typing import Any, cast
 import typer
 from mkdocs.plugins import event_priority
 
+from benchmarks.examples.catalogue import CATALOGUE
 from dvora.cli.app import app
 from dvora.recipes.data import columns as names
 from dvora.recipes.settings import Settings
-from examples.catalogue import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.svg\)$", flags=re.MULTILINE)

@@ -74,7 +74,14 @@ def test_every_page_reads_well_in_a_browser(site: Path, width: int, scheme: str)
                 {scheme} if "pictures/" in page.read_text() else set(),
                 True,
             )
+            assert (page, formulas_left(found)) == (page, 0)
             assert (page, found.complaints) == (page, [])
+
+
+def formulas_left(found: Seen) -> int:
+    """How many formulas are not typeset, or not understood."""
+    left = "document.querySelectorAll('.arithmatex:not(:has(.katex)), .katex-error').length"
+    return int(found.page.evaluate(left))
 
 
 def shown_pictures(found: Seen) -> tuple[set[str], bool]:

@@ -165,11 +165,13 @@ def compiling(subject: Subject) -> str:
         with torch.no_grad():
             return torch.compile(model, backend="aot_eager", fullgraph=True)(subject.x())
 
-    if not possible(compiled, subject.base()):
-        return BASE_CANNOT
     model = subject.adapted()
+    try:
+        found = compiled(model)
+    except Exception:
+        return base_cannot(compiled, subject.base())
     with torch.no_grad():
-        assert subject.close(compiled(model), model(subject.x()))
+        assert subject.close(found, model(subject.x()))
     return WORKS
 
 
@@ -178,11 +180,13 @@ def exporting(subject: Subject) -> str:
         with torch.no_grad():
             return torch.export.export(model, (subject.x(),)).module()(subject.x())
 
-    if not possible(exported, subject.base()):
-        return BASE_CANNOT
     model = subject.adapted().requires_grad_(False)
+    try:
+        found = exported(model)
+    except Exception:
+        return base_cannot(exported, subject.base())
     with torch.no_grad():
-        assert subject.close(exported(model), model(subject.x()))
+        assert subject.close(found, model(subject.x()))
     return WORKS
 
 
@@ -245,6 +249,13 @@ def offloading(subject: Subject) -> str:
         model = PeftModel.from_pretrained(base, folder).eval()
     assert same_bits(model(subject.x()), plain(subject.x()))
     return WORKS
+
+
+def base_cannot(run: Callable[[nn.Module], object], base: nn.Module) -> str:
+    """Called where an adapted model has failed: raises its error again, unless the base alone fails too."""
+    if possible(run, base):
+        raise
+    return BASE_CANNOT
 
 
 def possible(run: Callable[[nn.Module], object], base: nn.Module | Callable[[], nn.Module]) -> bool:

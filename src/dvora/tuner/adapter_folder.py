@@ -23,7 +23,7 @@ class AdapterFile(NamedTuple):
     """What is known of the file of values that belongs to a configuration which was read from a folder."""
 
     shapes: Mapping[str, Shape] | None
-    """By name; None where the folder is not at hand."""
+    """By name; None where the folder is not on this machine."""
     settings: dict[str, Any]
     """Those of the configuration on which names and shapes depend, as they were read."""
 

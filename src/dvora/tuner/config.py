@@ -133,7 +133,7 @@ class DVoRAConfig(PeftConfig):
         super().__post_init__()
         # A caller may use one configuration for several bases, so the field itself stays unchanged.
         self.fingerprints_to_save: dict[str, list[float]] | None = None
-        # The file of values beside it, if the configuration was read from a folder.
+        # The file of values in the same folder, if the configuration was read from one.
         self.file: AdapterFile | None = None
         # Until those values are loaded: the parameters that were trained before the adapter was added.
         self.awaited: set[str] | None = None
@@ -150,7 +150,7 @@ class DVoRAConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read a configuration, of whatever method, and names and shapes from the header of the values beside it.
+        """Read a configuration, of any method, and names and shapes from the header of its file of values.
 
         They are compared before a model gets an adapter from it.
 
@@ -210,7 +210,7 @@ class DVoRAConfig(PeftConfig):
         return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
 
     def forget_file(self) -> None:
-        """Let the configuration be that of a new adapter, whatever file it was read beside."""
+        """Make the configuration that of a new adapter, no longer tied to the file it was read with."""
         self.file = self.awaited = None
 
     def rank_of(self, layer_name: str) -> int:

@@ -11,9 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
 from ..weight.merge import warn_of_losses
-from .layers.base_layer import check_mergeable as check_layer
 from .layers.layer import DVoRALayer, layers_in
-from .layers.merges import Intent
+from .layers.mergeable import Intent
 from .restoring import surely
 
 
@@ -156,7 +155,7 @@ def _merge_for_good(model: nn.Module, adapter_names: list[str] | None, safe_merg
         with surely(layer.settle):
             losses |= layer.merge_quietly(adapter_names, intent)
             intent.done = True
-        layer.give_up_original()
+        layer.merges.give_up_original()
     _Others(model).merge(adapter_names, safe_merge)
     warn_of_losses(losses, _dtype_of(model))
     return losses
@@ -219,7 +218,7 @@ def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         wanted = layer.active_adapters if adapter_names is None else adapter_names
         names = [name for name in wanted if name in layer.dvora_adapted]
         if names:
-            check_layer(layer.get_base_layer(), layer.layer_type, layer.parameter_name, layer.name)
+            layer.check_mergeable()
             _check_not_tied(layer, owners)
 
 

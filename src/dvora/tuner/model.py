@@ -50,7 +50,7 @@ class DVoRAModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # some are str
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # PEFT enters the new configuration beside those of the model's adapters before anything is checked.
+        # PEFT adds the new configuration to those of the model before anything is checked.
         with on_failure(modules_as_they_are(model)):
             super().__init__(model, *args, **kwargs)
 
@@ -106,7 +106,7 @@ class DVoRAModel(BaseTuner):
             ValueError: there is no such adapter, or it is merged.
         """
         if self.active_adapters == [adapter_name]:
-            # PEFT lets every layer choose among the adapters that it has, so that layers could come to differ.
+            # PEFT lets every layer choose among its own adapters, so layers could choose different ones.
             _check_adapters_not_merged(self.model, adapter_name)
             others = sorted(set(self.peft_config) - {adapter_name})[:1]
             if others:
@@ -198,7 +198,7 @@ class DVoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # Until the last layer is merged, the CPU keeps copies of all adapted weights, from which a failure is undone.
+        # Copies of all adapted weights stay on the CPU until the last layer is merged, to undo a failure.
         if merge:
             self._check_merge_allowed()
         undo = modules_as_they_are(self)
@@ -284,7 +284,7 @@ class DVoRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         check_unmerged(model, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, DVoRAModel)), None)
-        # Without a tuner, as after `inject_adapter_in_model`, nobody could take the adapter out again.
+        # Without a tuner, as after `inject_adapter_in_model`, the adapter cannot be removed again.
         with on_failure(*([withdrawal(tuner, [adapter_name])] if tuner else [])):
             values = from_saved(model, own_config(config), adapter_name, state_dict)
             if tuner is None:

@@ -241,16 +241,6 @@ def test_constants_follow_a_quantised_weight_that_is_loaded(kind: str) -> None:
     assert same_bits(output(other.train(), kind), output(model, kind))
 
 
-# The compiler of torch 2.13 makes instances of the autograd functions that it traces.
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["bnb_int8", "bnb_nf4", "torchao_int8", "hqq_4bit", "forward_only"])
-def test_a_compiled_model_gives_the_same_outputs_in_one_graph(kind: str) -> None:
-    torch.compiler.reset()
-    model = trained(kind)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert worst_difference(output(compiled, kind), output(model, kind)) < 1e-5
-
-
 @pytest.mark.parametrize("kind", ["bnb_int8", "torchao_int8", "forward_only"])
 def test_a_transformer_of_quantised_layers_equals_its_dense_reference(kind: str) -> None:
     plain = MODELS["bert"]().eval()

@@ -30,7 +30,7 @@ from tests.tuner.state.mutations import MARKER, PICKLE
 from tests.tuner.tiny import same_bits
 
 TIME_LIMIT = 4.0
-"""Seconds that a load may take: no setting may make it endless."""
+"""Seconds of the processor that a load may take: no setting may make it endless."""
 
 SETTINGS = tuple(field.name for field in fields(DVoRAConfig))
 _NAMED = (*SETTINGS, WEIGHTS, CONFIG, PICKLE, "rank", "seed", "distribution", "task type", "header", "adapter's file")
@@ -270,10 +270,10 @@ def _time_limit() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"still loading after {TIME_LIMIT} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)

@@ -1,9 +1,6 @@
 """What is saved, and that loading it gives the same outputs bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +17,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dvora import DVoRAConfig
+from tests.tuner.convert.fresh_process import run_fresh
 from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
-
-ROOT = Path(__file__).parents[3]
 
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
@@ -45,19 +41,16 @@ def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp
     assert same_bits(outputs(loaded), outputs(model))
 
 
-@pytest.mark.parametrize(
-    ("name", "distribution", "hash_seed"), [("bert", "structured", "1"), ("gpt2", "kaiming_uniform", "2")]
-)
-def test_a_fresh_process_gives_the_same_bits(name: str, distribution: str, hash_seed: str, tmp_path: Path) -> None:
-    model = adapted(name, projection_init=distribution)
-    model.save_pretrained(tmp_path / "adapter")
-    file = tmp_path / "outputs.safetensors"
-    command = [sys.executable, "-m", "tests.tuner.convert.fresh_process", name, tmp_path / "adapter", file]
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment, cwd=ROOT)
-    fresh = load_file(file)
-    assert same_bits(fresh["outputs"], outputs(model))
-    assert same_bits(fresh["merged"], outputs(model.merge_and_unload()))
+def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
+    models = {
+        name: adapted(name, projection_init=distribution)
+        for name, distribution in {"bert": "structured", "gpt2": "kaiming_uniform"}.items()
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    for name, fresh in run_fresh({name: tmp_path / name for name in models}, tmp_path).items():
+        assert same_bits(fresh["outputs"], outputs(models[name]))
+        assert same_bits(fresh["merged"], outputs(models[name].merge_and_unload()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -218,8 +211,9 @@ def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: st
     assert same_bits(outputs(loaded), outputs(model))
 
 
-def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: Path) -> None:
-    model = adapted("bert", save_projection=True)
+@pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
+def test_saved_projections_are_those_of_the_model_and_change_nothing(distribution: str, tmp_path: Path) -> None:
+    model = adapted("bert", save_projection=True, projection_init=distribution)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.dvora_projections."

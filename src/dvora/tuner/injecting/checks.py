@@ -1,6 +1,6 @@
 """Checks that run before a model is changed: names that match nothing, weights that cannot be adapted.
 
-PEFT replaces layers one by one, so an error half-way would leave a model half adapted.
+PEFT replaces layers one by one, so a later error would leave the model partly adapted.
 """
 
 from __future__ import annotations

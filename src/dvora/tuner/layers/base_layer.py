@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from ...engines.tensor_parallel import is_dtensor, local
 from ...engines.zero3 import is_partitioned
-from ...weight.merge import check_can_be_set
 from ...weight.tensor_state import TensorVersion
 from .layer_types import LayerType
 from .opaque_weight import read_bias, read_operating_weight
@@ -92,29 +90,6 @@ def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
     return torch.empty_like(output, dtype=update.dtype).copy_(update)
 
 
-def check_mergeable(layer: nn.Module, layer_type: LayerType, parameter_name: str, name: str) -> None:
-    """Refuse to merge into a layer whose weight cannot be set.
-
-    Raises:
-        TypeError: it is quantised or computes its weight in every pass.
-        ValueError: ZeRO-3 has partitioned the weight.
-    """
-    if not layer_type.has_weight:
-        raise TypeError(
-            f"{name} of type {type(layer).__name__} keeps its weight in a format of its own (quantised or packed) with "
-            "steps larger than most updates: nothing was merged. Keep the adapter unmerged, or load the base model "
-            "unquantised, load the adapter onto it and merge there"
-        )
-    check_can_be_set(layer, parameter_name, name)
-    stored = stored_weight(layer, layer_type, parameter_name)
-    if stored is not None and is_partitioned(stored) and not stored.numel():
-        raise ValueError(
-            f"{name}: DeepSpeed ZeRO-3 has partitioned the weight between the processes, so nothing can be merged; "
-            "merge and unmerge on every rank within "
-            "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
-        )
-
-
 def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: Tensor, name: str) -> None:
     """Refuse to train through a layer whose forward pass has no backward pass.
 
@@ -125,22 +100,4 @@ def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: T
         raise RuntimeError(
             f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
             "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
-        )
-
-
-def check_not_trained(names: Sequence[str], vectors: Iterable[Tensor], name: str) -> None:
-    """Refuse a training pass through merged adapters.
-
-    Args:
-        names: of what is merged.
-        vectors: of these adapters.
-        name: of the layer.
-
-    Raises:
-        RuntimeError: a vector requires a gradient, which would be missing.
-    """
-    if torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors):
-        raise RuntimeError(
-            f"{name}: adapters are merged ({', '.join(names)}), so training would give them no gradients; call "
-            "unmerge_adapter first, or model.eval() if this is no training"
         )

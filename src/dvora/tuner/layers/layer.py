@@ -18,8 +18,7 @@ from ...weight.adapted_weight import AdaptedWeight
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
-from .mergeable import MergeableLayer
-from .merges import Merges
+from .mergeable import MergeableLayer, Merges
 from .mixed_rows import check_rows, mixed_outputs
 from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
@@ -63,7 +62,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._merges = Merges()
+        self.merges = Merges()
         self._base_loads = False
         self.fingerprint: list[float] = []
         self.fingerprinted = Fingerprinted()
@@ -227,7 +226,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         super()._apply(fn, recurse)
         # A cast changes the base's values, which a graph compiled afterwards cannot notice.
         if self._base_dtype() != dtype:
-            self._merges.cast(self._base_dtype())
+            self.merges.cast(self._base_dtype())
             self._follow_base()
         return self
 

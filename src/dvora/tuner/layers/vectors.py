@@ -39,8 +39,8 @@ class VectorDict(nn.ParameterDict):
         note_never_gathered(parameter)
 
 
-def warn_if_rounded(magnitude: Tensor) -> Tensor:
-    """The magnitude as it is.
+def warn_if_rounded(magnitude: Tensor) -> None:
+    """Warn of a magnitude in half precision.
 
     Warns:
         UserWarning: it was cast below float32 through `parameter.data`, which no module can prevent.
@@ -54,7 +54,6 @@ def warn_if_rounded(magnitude: Tensor) -> Tensor:
             "model.set_adapter(...) when the trainer is made, before it trains",
             stacklevel=2,
         )
-    return magnitude
 
 
 def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
@@ -65,7 +64,8 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
         adapter_name: in all of them, or in the first only.
     """
     magnitudes, lambdas_b, lambdas_d = dicts
-    magnitude = warn_if_rounded(magnitudes[adapter_name])
+    magnitude = magnitudes[adapter_name]
+    warn_if_rounded(magnitude)
     if adapter_name not in lambdas_b:
         return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
     return Vectors(magnitude, lambdas_b[adapter_name], lambdas_d[adapter_name])

@@ -1,9 +1,9 @@
-"""The one place where a saved adapter is checked: its names, shapes and values, each as soon as it can be known.
+"""The one place where a saved adapter is checked: its names, shapes and values, each as early as possible.
 
 1. `check_file`: names and shapes of the file against the configuration; there is no model yet.
 2. `check_ranks`, `check_fits`: against the weights that a model would have adapted; nothing of it has changed yet.
 3. `checked_values`: the values against the adapter that is in the model now; nothing has been copied yet.
-4. `check_load`: of whatever torch is about to copy into the model, the shapes, which it would find out half-way.
+4. `check_load`: shapes of all that torch is about to copy; torch itself would stop after copying a part.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def checked_values(
 
 
 def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuse a state dict before any of it is copied: torch would stop half-way at a shape that is not the model's.
+    """Refuse a state dict before any of it is copied: at a wrong shape torch would stop after copying a part.
 
     Args:
         model: with the adapters injected.

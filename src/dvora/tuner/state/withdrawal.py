@@ -22,26 +22,28 @@ def withdrawal(tuner: BaseTuner, names: Collection[str]) -> Callable[[], None]:
     Returns:
         A function for `on_failure`, which may be called again at any point.
     """
-    configs = {name: own_config(tuner.peft_config[name]) for name in names if name in tuner.peft_config}
-    trained_before = {
-        name: config.awaited
-        for name, config in configs.items()
-        if config.awaited is not None and all(_is_untouched(layer, name) for layer in layers_of(tuner.model, name))
-    }
+    trained_before: dict[str, set[str]] = {}
 
     def withdraw() -> None:
+        for name in tuner.peft_config.keys() & names:
+            awaited = own_config(tuner.peft_config[name]).awaited
+            if awaited is not None and all(_is_untouched(layer, name) for layer in layers_of(tuner.model, name)):
+                trained_before[name] = awaited
         for name, trained in trained_before.items():
             if name in tuner.peft_config:
                 tuner.delete_adapter(name)
             _unwrap_what_is_empty(tuner)
             for parameter_name, parameter in tuner.model.named_parameters():
                 parameter.requires_grad_(parameter_name in trained)
+            if not tuner.peft_config:
+                # PEFT has left its own mark on the base, by which it would take it for an adapted model.
+                vars(tuner.model).pop("peft_config", None)
 
     return withdraw
 
 
 def _is_untouched(layer: DVoRALayer, adapter_name: str) -> bool:
-    """Whether an adapter of a layer is as it was made: nobody has trained it."""
+    """Whether an adapter of a layer still has its starting values."""
     magnitude, lambda_b, _ = layer.vectors(adapter_name)
     own = layer.adapted(adapter_name).w
     return magnitude.is_meta or (torch.equal(magnitude.to(own), own) and not lambda_b.any())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.data import VADER
-from benchmarks.fetch import FetchError, build_once, cache_folder, debian_file, fetch, unpack
+from materials.data import VADER
+from materials.fetch import FetchError, build_once, cache_folder, debian_file, fetch, unpack
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ def test_an_interrupted_build_leaves_nothing_and_is_retried(cache: Path) -> None
 def test_a_killed_build_is_retried(cache: Path) -> None:
     program = """
 import os
-from benchmarks.fetch import build_once
+from materials.fetch import build_once
 
 def killed(folder):
     (folder / "half").write_text("half")
@@ -93,7 +93,7 @@ def test_two_processes_build_the_same_folder(cache: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from benchmarks.fetch import build_once
+from materials.fetch import build_once
 
 me, other = (Path(name) for name in sys.argv[1:])
 

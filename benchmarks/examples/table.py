@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "examples.json"
+RESULT = Path(__file__).parent.parent / "results" / "examples.json"
 
 
 def examples(result: dict[str, Any]) -> str:

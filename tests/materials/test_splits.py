@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.splits import first_of_each, partition, same_text, text_task
+from materials.splits import first_of_each, partition, same_text, text_task
 
 
 def test_first_of_each_keeps_the_first() -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.fetch import Artefact, build_once, fetch
+from materials.fetch import Artefact, build_once, fetch
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -20,7 +20,7 @@ from rich.console import Console
 
 
 class FetchError(RuntimeError):
-    """Something the benchmarks need could not be had; the message says what, why, and what to do."""
+    """Models or data could not be had; the message says what, why, and what to do."""
 
 
 @dataclass(frozen=True)

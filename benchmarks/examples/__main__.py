@@ -1,4 +1,4 @@
-"""Runs the examples, or those named, one after another: python -m examples [NAME ...]
+"""Runs the examples, or those named, one after another: python -m benchmarks.examples [NAME ...]
 
 Each has a time limit and its own processes, none of which is left. Writes benchmarks/results/examples.json; the exit
 status is 1 if one failed.
@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.environment import environment
-from benchmarks.examples import RESULT, figures_of
-from examples.catalogue import CATALOGUE, Example
-from examples.rows import merged, row_of
+from benchmarks.examples.catalogue import CATALOGUE, Example
+from benchmarks.examples.rows import merged, row_of
+from benchmarks.examples.table import RESULT, figures_of
 
 
 def run_all(examples: Sequence[Example], catalogue: Sequence[Example], file: Path) -> int:
@@ -40,7 +40,7 @@ def run_all(examples: Sequence[Example], catalogue: Sequence[Example], file: Pat
 
 def main(arguments: Sequence[str]) -> int:
     """Run those named, or all."""
-    parser = argparse.ArgumentParser(prog="python -m examples", description="Run the examples.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.examples", description="Run the examples.")
     known = {example.name: example for example in CATALOGUE}
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; all if none is named: " + ", ".join(known))
     names = parser.parse_args(arguments).names or list(known)

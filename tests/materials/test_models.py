@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import models
-from benchmarks.fetch import cache_folder
+from materials import models
+from materials.fetch import cache_folder
 
 
 def skip_unless_cached(folder: str, loader: str) -> None:
     if not Path(cache_folder() / folder).is_dir():
-        pytest.skip(f"not in the cache; benchmarks.models.{loader}() would make it")
+        pytest.skip(f"not in the cache; materials.models.{loader}() would make it")
 
 
 def test_minilm_tells_sentences_apart() -> None:

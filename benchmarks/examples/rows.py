@@ -1,18 +1,21 @@
 """One row of the result file for each example: what became of it, and the rows of earlier runs."""
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from examples.catalogue import Example
-from examples.processes import Ended, run
-from examples.report import read_report
+from benchmarks.examples.catalogue import Example
+from benchmarks.examples.processes import Ended, run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # As many as show an error above what a launcher says of it.
 LAST_LINES = 30
+
+# How the line begins that `examples.checks.report` prints.
+HEAD = '{"works": '
 
 Row = dict[str, Any]
 
@@ -37,6 +40,13 @@ def merged(earlier: Iterable[Row], new: Iterable[Row], catalogue: Sequence[Examp
         if row["outcome"] != "not installed" or row["name"] not in rows:
             rows[row["name"]] = row
     return [rows[example.name] for example in catalogue if example.name in rows]
+
+
+def read_report(output: str) -> dict[str, Any] | None:
+    """The report in an example's standard output; None if it made none."""
+    lines = [line for line in output.splitlines() if line.startswith(HEAD)]
+    found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return found
 
 
 def _outcome(example: Example, ended: Ended) -> Mapping[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.fetch import Artefact, debian_file, fetch
-from benchmarks.splits import Images, ImageTask, Library, TextTask, first_of_each, partition, text_task
+from materials.fetch import Artefact, debian_file, fetch
+from materials.splits import Images, ImageTask, Library, TextTask, first_of_each, partition, text_task
 
 # Hutto & Gilbert (2014): short texts, each with the mean rating of 20 people from -4 (very bad) to 4 (very good).
 # The wheel of this package has no data.

@@ -7,9 +7,9 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from benchmarks import data
-from benchmarks.fetch import FetchError
-from benchmarks.splits import Images, ImageTask, Texts, TextTask, same_text
+from materials import data
+from materials.fetch import FetchError
+from materials.splits import Images, ImageTask, Texts, TextTask, same_text
 
 Task = TypeVar("Task", TextTask, ImageTask)
 
