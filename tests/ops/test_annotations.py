@@ -52,7 +52,7 @@ def test_every_annotation_of_the_projections_holds(distribution: str) -> None:
     for rank, size in [(3, 6), (8, 6), (1, 1)]:
         shared.impl.project_transpose(shared.impl.project(torch.ones(2, size), rank), size)
         shared.impl.expand_transpose(shared.impl.expand(torch.ones(2, rank), size), rank)
-        shared.impl.gram(rank, size)
+        shared.impl.gram(rank, size, torch.float32)
 
 
 @pytest.mark.parametrize(("rank", "skipped"), [(3, None), (0, None), (3, 2)], ids=["plain", "magnitude", "skipped"])
