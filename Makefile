@@ -26,7 +26,7 @@ test: setup  ## the whole suite, in two processes; WORKERS=8 for more
 # An environment of their own: Flower holds packages at older versions than the command line needs.
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
 	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,cluster
-	.venv-examples/bin/python -m examples $(ARGS)
+	.venv-examples/bin/python -m benchmarks.examples $(ARGS)
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record for the figures
 	$(PY) -m conformance $(ARGS)

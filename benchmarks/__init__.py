@@ -1,1 +1,1 @@
-"""Real models and data for the demo, the tests and the benchmarks: fetched on demand, verified, kept outside git."""
+"""What was measured: exactness, support, speed, memory, quality and start-up, and the pages that show it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.examples import examples
+from benchmarks.examples.table import examples
 from benchmarks.quality.grid import read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.fetch import FetchError
 from conformance.hub import build_hub
 from conformance.source import copy_tests
+from materials.fetch import FetchError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -4,7 +4,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.fetch import Artefact, FetchError, fetch
+from materials.fetch import Artefact, FetchError, fetch
 
 _SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"}
 

@@ -12,9 +12,6 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.data import movie_reviews
-from benchmarks.fetch import FetchError
-from benchmarks.models import minilm
 from demo.batches import labelled, unlabelled
 from demo.check import THREADS, logits_in_a_fresh_process, quiet
 from demo.model import add_adapter, load_classifier, trainable_values
@@ -22,6 +19,9 @@ from demo.plot import save_plot
 from demo.report import Findings, compare, print_findings, print_predictions, save_findings
 from demo.statistics import layer_changes, linear_weights
 from demo.train import Settings, encode, train_adapter, train_head
+from materials.data import movie_reviews
+from materials.fetch import FetchError
+from materials.models import minilm
 
 HERE = Path(__file__).parent
 # The run that the README quotes.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.splits import Texts
+from materials.splits import Texts
 
 # 95 % of the sentences are shorter than 47 tokens, and the longest has 79.
 MAX_TOKENS = 56

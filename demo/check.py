@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.models import minilm
 from demo.batches import unlabelled
 from demo.model import load_adapter, load_classifier
 from demo.train import encode
+from materials.models import minilm
 
 ROOT = Path(__file__).parent.parent
 # Sums over several threads depend on their number, so both processes use this one.

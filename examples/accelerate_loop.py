@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 import dvora
-from benchmarks.data import movie_reviews
-from benchmarks.models import minilm
-from benchmarks.splits import Texts
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import movie_reviews
+from materials.models import minilm
+from materials.splits import Texts
 
 BATCH, ACCUMULATED, STEPS, SAVED_AFTER = 16, 2, 14, 7
 

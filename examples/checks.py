@@ -1,10 +1,19 @@
-"""What the examples check: the base is unchanged, a reloaded adapter gives the same bits, its folder is small."""
+"""What the examples check, and how they report it; a program of your own needs none of this.
+
+The base is unchanged, a reloaded adapter gives the same bits, its folder is small. The report is one line of JSON on
+standard output, the last that an example writes.
+"""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+OTHER_OUTCOMES = ("refused", "base cannot")
 
 
 def require(holds: bool, claim: str) -> None:
@@ -43,6 +52,27 @@ def trained_values(model: nn.Module) -> int:
 def folder_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
     """The size of an adapter's files."""
     return sum(path.stat().st_size for path in folder.rglob(pattern))
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print what an example found.
+
+    Args:
+        result: `works`, true or false; `figures`, the few worth showing, by name; `versions` of packages, by name.
+            Where it does not work also `outcome`, "refused" (by dvora) or "base cannot" (nor can other methods there),
+            and `reason`. A claim that does not hold is no outcome: leave with `raise SystemExit("what is wrong")`.
+
+    Raises:
+        ValueError: `works` is missing, or what has to come with false.
+    """
+    if not isinstance(result.get("works"), bool):
+        raise ValueError(f"result['works'] must be True or False, got {result.get('works')!r}")
+    if not result["works"] and (result.get("outcome") not in OTHER_OUTCOMES or not result.get("reason")):
+        raise ValueError(
+            f"a result that does not work needs an outcome, one of {OTHER_OUTCOMES}, and a reason; got "
+            f"{result.get('outcome')!r} and {result.get('reason')!r}"
+        )
+    print(json.dumps({"works": result["works"], **result}), flush=True)
 
 
 def _base_name(name: str) -> str:

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, one_hot
 
 import dvora
-from benchmarks.data import digits
-from benchmarks.splits import Images
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import digits
+from materials.splits import Images
 
 BATCH, BASE_STEPS, STEPS, FILE = 32, 250, 120, "adapter_model.safetensors"
 SCHEDULE = DDPMScheduler(num_train_timesteps=200)

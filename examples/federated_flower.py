@@ -22,12 +22,10 @@ from flwr.simulation import run_simulation
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 import dvora
-from demo.model import SentenceClassifier
 from dvora.training import parameter_groups
 from examples.averaging import State, average_update, distance_from_average
-from examples.checks import frozen_digest, require
-from examples.report import report
-from examples.reviews import batches, classifier, loss_of, score
+from examples.checks import frozen_digest, report, require
+from examples.reviews import SentenceClassifier, batches, classifier, loss_of, score
 
 CLIENTS, ROUNDS, STEPS, BATCH = 3, 3, 4, 8
 THREE = dvora.DVoRAConfig(r=256, target_modules="all-linear")

@@ -18,11 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import dvora
-from benchmarks.data import digits
-from benchmarks.splits import Images
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import digits
+from materials.splits import Images
 
 EPOCHS, SAVED_AFTER = 12, 6
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import dvora
-from benchmarks.data import digits
-from benchmarks.splits import Images
 from dvora.training import parameter_groups
 from examples.checks import folder_bytes, require, same_bits, trained_values
+from materials.data import digits
+from materials.splits import Images
 
 BATCH, SIZE = 64, 32
 

@@ -1,36 +1,62 @@
 """The task of the examples with several processes: MiniLM learns to tell good movie reviews from bad ones."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from benchmarks.data import movie_reviews
-from benchmarks.models import minilm
-from benchmarks.splits import Texts
-from demo.batches import labelled
-from demo.model import SentenceClassifier, load_classifier
+from materials.data import movie_reviews
+from materials.models import minilm
+from materials.splits import Texts
+
+MAX_TOKENS = 56
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Token numbers, mask and labels."""
 
 
+class SentenceClassifier(nn.Module):
+    """An encoder whose token vectors are averaged and classified. Its head starts as zeros, so it draws no numbers."""
+
+    def __init__(self, encoder: BertModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.utils.skip_init(nn.Linear, encoder.config.hidden_size, 2)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(batch, 2) logits; ids and mask are (batch, tokens), mask is 0 at the padding."""
+        tokens = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask[:, :, None].to(tokens.dtype)
+        logits: Tensor = self.classifier((tokens * weights).sum(1) / weights.sum(1))
+        return logits
+
+
 def classifier() -> SentenceClassifier:
-    """The frozen model, with a head of zeros: the same bits in every process."""
-    return load_classifier(minilm())
+    """The frozen model, with a head of zeros: the same bits in every process, and no dropout."""
+    encoder = BertModel.from_pretrained(
+        minilm(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return SentenceClassifier(encoder).eval()
 
 
 def batches(count: int, size: int, part: str = "train", start: int = 0) -> list[Batch]:
     """The same batches in every process, from one place of a part on; each padded to its longest sentence."""
-    texts = _parts()[part]
-    end = start + count * size
-    sentences = labelled(
-        Texts(texts.texts[start:end], texts.labels[start:end]), AutoTokenizer.from_pretrained(minilm())
-    )
-    rows = torch.arange(len(sentences)).split(size)
-    return [(*sentences.batch(each.numpy()), sentences.labels[each]) for each in rows]
+    texts, tokenizer = _parts()[part], AutoTokenizer.from_pretrained(minilm())
+    ends = range(start + size, start + count * size + 1, size)
+    return [_batch(texts.texts[end - size : end], texts.labels[end - size : end], tokenizer) for end in ends]
+
+
+def _batch(texts: Sequence[str], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    rows = [torch.tensor(row) for row in tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids, mask, torch.tensor(labels)
 
 
 @cache

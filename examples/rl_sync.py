@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import dvora
-from benchmarks.models import smollm2
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
 from examples.generating import GeneratingCopy, as_bytes, logits
-from examples.report import report
+from materials.models import smollm2
 
 STEPS, ANSWERS, TOKENS = 8, 8, 10
 BEGINNINGS = ["The sea is", "My cat and I", "In the morning we", "A train to the city"]

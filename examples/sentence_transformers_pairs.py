@@ -19,12 +19,11 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
 import dvora
-from benchmarks.data import movie_ratings
-from benchmarks.models import minilm
-from benchmarks.splits import Texts
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, trained_values
+from materials.data import movie_ratings
+from materials.models import minilm
+from materials.splits import Texts
 
 BATCH, STEPS, LONGEST = 16, 40, 70
 

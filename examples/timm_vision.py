@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import dvora
+from examples.checks import report
 from examples.lying_digits import adapted_and_checked
-from examples.report import report
 
 
 def network() -> nn.Module:

@@ -11,8 +11,8 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small
 
 import dvora
+from examples.checks import report
 from examples.lying_digits import adapted_and_checked
-from examples.report import report
 
 
 def network() -> nn.Module:

@@ -18,11 +18,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import dvora
-from benchmarks.data import movie_reviews
-from benchmarks.models import minilm
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import movie_reviews
+from materials.models import minilm
 
 BATCH, STEPS = 16, 16
 

@@ -22,12 +22,11 @@ from transformers import (
 )
 
 import dvora
-from benchmarks.data import movie_reviews
-from benchmarks.models import minilm
-from benchmarks.splits import Texts
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import movie_reviews
+from materials.models import minilm
+from materials.splits import Texts
 
 STEPS, SAVED_AT, BATCH = 40, 20, 16
 

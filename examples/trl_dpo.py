@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 import dvora
-from benchmarks.data import movie_ratings
-from benchmarks.models import smollm2
-from benchmarks.splits import Texts
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import movie_ratings
+from materials.models import smollm2
+from materials.splits import Texts
 
 PAIRS, STEPS, LONGEST = 2, 8, 60
 

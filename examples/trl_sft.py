@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 import dvora
-from benchmarks.data import shakespeare
-from benchmarks.models import smollm2
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, require, same_bits, trained_values
-from examples.report import report
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from materials.data import shakespeare
+from materials.models import smollm2
 
 TOKENS, BATCH, STEPS, MORE_STEPS = 48, 4, 9, 3
 

@@ -8,8 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.data import movie_reviews, shakespeare
-from benchmarks.models import minilm, smollm2
+from materials.data import movie_reviews, shakespeare
+from materials.models import minilm, smollm2
 
 REVIEWS, LINES, PLAY = 2000, 400, "lear"
 NEW_REVIEWS = (

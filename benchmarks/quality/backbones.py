@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertModel, BitsAndBytesConfig, Dinov2Model
 from transformers.utils import logging
 
-from benchmarks.models import VIT_DEVIATION, VIT_MEAN, minilm, smollm2, vit
+from materials.models import VIT_DEVIATION, VIT_MEAN, minilm, smollm2, vit
 
 Base = str
 """float32, nf4 or int8."""

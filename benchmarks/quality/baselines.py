@@ -7,10 +7,10 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from benchmarks import data
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import PENALTIES, fitted
 from benchmarks.quality.problems import Judgement, Labelled, Plays, Problem
+from materials import data
 
 Judged = tuple[Judgement, Judgement]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
-from benchmarks.fetch import build_once
+from materials.fetch import build_once
 
 # Strengths tried on the validation rows: 1 / C of the logistic regression, alpha of the ridge regression.
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)

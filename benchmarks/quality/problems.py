@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks import data
-from benchmarks.models import minilm, smollm2
 from benchmarks.quality.backbones import LOADERS, ImageReader, SentenceReader, TextModel
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import fitted_head
 from demo.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
+from materials import data
+from materials.models import minilm, smollm2
 
 Batch = dict[str, Tensor]
 EVALUATION_BATCH = 64

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.examples import examples as table
-from benchmarks.examples import figures_of
-from examples import rows
-from examples.__main__ import main, run_all
-from examples.catalogue import CATALOGUE, Example
-from examples.report import read_report, report
+from benchmarks.examples import rows
+from benchmarks.examples.__main__ import main, run_all
+from benchmarks.examples.catalogue import CATALOGUE, Example
+from benchmarks.examples.rows import read_report
+from benchmarks.examples.table import examples as table
+from benchmarks.examples.table import figures_of
+from examples.checks import report
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
-# What runs the examples, and what several of them use.
-FRAME = {"__init__", "__main__", "catalogue", "processes", "report", "rows"}
-SHARED = {"averaging", "checks", "generating", "lying_digits", "reviews"}
+# What several of them use.
+SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "reviews"}
 
-REPORTS = 'from examples.report import report\nreport({"works": True, "figures": {"loss": [2.0, 1.0]}})\n'
+REPORTS = 'from examples.checks import report\nreport({"works": True, "figures": {"loss": [2.0, 1.0]}})\n'
 REFUSES = (
-    'from examples.report import report\nreport({"works": False, "outcome": "refused", "reason": "sharded weights"})\n'
+    'from examples.checks import report\nreport({"works": False, "outcome": "refused", "reason": "sharded weights"})\n'
 )
 FAILS = 'raise SystemExit("the loss went up")\n'
 SAYS_NOTHING = 'print("trained")\n'
@@ -28,9 +28,9 @@ SAYS_NOTHING = 'print("trained")\n'
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with examples of its own, and the frame of the real ones."""
+    """A folder for examples that report as the real ones do."""
     (tmp_path / "examples").mkdir()
-    for name in FRAME:
+    for name in ("__init__", "checks"):
         (tmp_path / "examples" / f"{name}.py").symlink_to(FOLDER / f"{name}.py")
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     return tmp_path
@@ -46,7 +46,7 @@ def saved_rows(file: Path) -> dict[str, dict[str, object]]:
 
 
 def test_the_catalogue_names_every_file_once() -> None:
-    files = {path.stem for path in FOLDER.glob("*.py")} - FRAME - SHARED
+    files = {path.stem for path in FOLDER.glob("*.py")} - SHARED
     assert sorted(example.name for example in CATALOGUE) == sorted(files)
 
 
@@ -55,6 +55,8 @@ def test_an_example_says_what_it_is_and_reports_last(example: Example) -> None:
     text = (FOLDER / f"{example.name}.py").read_text(encoding="utf-8")
     assert text.startswith('"""')
     assert "report(" in text
+    # Nothing that a reader who copies it would not want.
+    assert not re.search(r"^\s*(from|import) (benchmarks|demo|tests)\b", text, flags=re.MULTILINE)
     assert len(text.splitlines()) <= 150
     assert example.limit_seconds <= 300
 

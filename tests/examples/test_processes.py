@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples import processes
-from examples.processes import run
+from benchmarks.examples import processes
+from benchmarks.examples.processes import run
 
 NEVER_ENDS = "import time; time.sleep(600)"
 # A child, and a grandchild in a session of its own whose parent is gone: no process group and no tree leads to it.

@@ -135,11 +135,11 @@ def test_tokens_need_not_lie_one_after_the_other() -> None:
 
 
 def transpose_in_chunks(x: Tensor, matrices: tuple[Kronecker, ...]) -> Tensor:
-    return kronecker._Product.apply(x, matrices, False)
+    return kronecker._Product.apply(x, matrices, True)
 
 
 def product_in_chunks(z: Tensor, matrices: tuple[Kronecker, ...]) -> Tensor:
-    return kronecker._Product.apply(z, matrices, True)
+    return kronecker._Product.apply(z, matrices, False)
 
 
 PATHS = [

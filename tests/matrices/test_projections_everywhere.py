@@ -24,7 +24,7 @@ every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 DIGESTS = """
 import hashlib
 from dvora import SharedProjections
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
 for distribution in DISTRIBUTIONS:
     shared = SharedProjections(11, distribution)
     for matrix in (shared.A(40, 700), shared.B(40, 300)):

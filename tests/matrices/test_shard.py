@@ -7,7 +7,7 @@ from torch import Tensor
 from dvora.matrices.interface import SharedProjections
 from dvora.matrices.shard import Shard
 
-KINDS = ["kaiming_uniform", "orthogonal", "structured"]
+KINDS = ["kaiming_uniform", "structured"]
 # Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks.
 SIZES = [(24, 20, 6, 2), (24, 20, 30, 4), (48, 36, 16, 4), (14, 10, 5, 3)]
 

@@ -372,7 +372,7 @@ def test_probes_tell_seeds_apart_and_depend_on_nothing_else() -> None:
 def test_nothing_is_saved_and_no_saved_matrix_is_known() -> None:
     matrices = StructuredMatrices(3)
     matrices.reserve(3, 8, 4)
-    assert matrices.saved() == {}
+    assert matrices.saved_tensors() == {}
     assert matrices.remade("stream_0", torch.zeros(2, 3)) is None
 
 

@@ -155,7 +155,7 @@ def _unmixed(
 
 
 def _aligned(A: Stack, Bt: Stack) -> tuple[Stack, Stack]:
-    """Both stacks cut where either has a block's end, as far as whole rows of a left factor allow."""
+    """Both stacks, cut wherever a block of either ends, where that is a whole row of a left factor."""
     ends = [{start + M.rows for M, start in _starts(stack)} for stack in (A, Bt)]
     return _cut(A, ends[1]), _cut(Bt, ends[0])
 
@@ -172,7 +172,7 @@ def _cut(stack: Stack, ends: set[int]) -> Stack:
 
 
 def _matching(A: Stack, M: Kronecker, start: int) -> Kronecker | None:
-    """The block of A with the same ranks as M, if one of r2 and p2 divides the other: V is then outer products."""
+    """The block of A with the ranks of M, if one of r2 and p2 divides the other: V is then made of outer products."""
     for block, first in _starts(A):
         narrower, wider = sorted((block.right.shape[0], M.right.shape[0]))
         if (first, block.rows) == (start, M.rows) and wider % narrower == 0:
@@ -218,12 +218,12 @@ def _rows_of_B(group: slice, Bt: Stack) -> Float[Tensor, "J R"]:
 
 
 def _few_vectors(A: Stack, Bt: Stack) -> bool:
-    """Whether V, where it is no outer product, takes fewer vectors than there are outputs."""
+    """Whether V, where it is not made of outer products, needs fewer vectors than there are outputs."""
     return sum(M.right.shape[0] for M, start in _starts(Bt) if not _matching(A, M, start)) < Bt[0].right.shape[1]
 
 
 def _groups(A: Stack, Bt: Stack) -> list[slice]:
-    """Slices of j1, so that V is small."""
+    """Slices of j1 for which V fits `_CHUNK_VALUES`."""
     m1, p2 = Bt[0].left.shape[1], max(M.right.shape[0] for M in Bt)
     size = max(1, _CHUNK_VALUES // (p2 * A[0].diagonal.shape[0]))
     return [slice(first, first + size) for first in range(0, m1, size)]

@@ -1,15 +1,15 @@
-"""The base's output, rescaled, plus the scaled update: one function with its gradients in closed form.
+"""The rescaled output of the base plus the scaled update, as one autograd function with closed-form gradients.
 
     y = y_b + (g - 1) (y_b - bias) + scale ((z lambda_d) B^T)        y_b = x W^T + bias
 
-(Without z there is no update: the magnitude alone, or an output that holds its update already.)
+(Without z there is no update: a layer with a magnitude only, or an output that includes its update already.)
 
     dL/dy_b      = g grad_output
     dL/d(g - 1)  = sum_t grad_output (y_b - bias)
     dL/dscale    = sum_t grad_output ((z lambda_d) B^T)
     h            = (grad_output scale) B,   dL/dz = h lambda_d,   dL/dlambda_d = sum_t h z
 
-For the backward pass it keeps y_b and z: neither the inputs of the layer nor the update.
+For the backward pass it saves y_b and z, not the layer's inputs or the update.
 """
 
 from typing import Any
@@ -22,7 +22,6 @@ from ..ops.annotations import Float
 from ..ops.chunked import rescaled, sum_of_products
 from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
 from ..ops.tracing import grad_recorded
-from ..ops.triton.available import runs_triton
 
 
 def combine(
@@ -42,10 +41,10 @@ def combine(
         z: `x A^T`, or None for no update.
         lambda_d: the trained vector.
         gain_minus_one: `g - 1`, float32 or float64.
-        scale: of every output of the update, `g beta`.
+        scale: `g beta`, of each output of the update.
         bias: the base's, or None.
         matrices: those of B.
-        gain: g, with digits that `1 + gain_minus_one` lacks where it is far below one; None makes it from there.
+        gain: g, more precise than `1 + gain_minus_one` where it is far below one; None computes it from there.
     """
     if grad_recorded():
         y: Tensor = _Combine.apply(base_output, z, lambda_d, gain_minus_one, scale, bias, matrices, gain)
@@ -66,13 +65,13 @@ def _forward(
     if z is None:
         return _rescaled(base_output, gain_minus_one, bias, gain)
     scaled = z * as_dtype(lambda_d, z.dtype)
-    if runs_triton(base_output):
+    if matrices.use_triton and base_output.is_cuda:
         return _forward_in_triton(base_output, scaled, gain_minus_one, scale, bias, matrices)
     y = as_dtype(matrices.expand(scaled, base_output.shape[-1], scale), base_output.dtype)
     gain = 1 + gain_minus_one if gain is None else gain
     offset = None if bias is None else gain_minus_one * bias
     if y.dtype.itemsize < 4:
-        # In half precision a gain near one would be one.
+        # In half precision a gain near one would round to one.
         return rescaled(base_output, gain, offset, y)
     y.addcmul_(base_output, gain)
     return y if offset is None else y.sub_(offset)
@@ -80,7 +79,7 @@ def _forward(
 
 def _rescaled(tokens: Tensor, gain_minus_one: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
     """`tokens + (g - 1) (tokens - bias)`: outputs without an update, and gradients of the base's outputs."""
-    # The kept gain is a constant, and derivatives of higher order are taken of `gain_minus_one`.
+    # The saved gain is a constant: higher-order derivatives go through `gain_minus_one`.
     gain = 1 + gain_minus_one if gain is None or torch.is_grad_enabled() else gain
     offset = None if bias is None else gain_minus_one * bias
     if tokens.dtype.itemsize < 4 and not torch.is_grad_enabled():
@@ -111,7 +110,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias, gain = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        if z is not None and runs_triton(grad_output) and not torch.is_grad_enabled():
+        if z is not None and ctx.matrices.use_triton and grad_output.is_cuda and not torch.is_grad_enabled():
             inputs = (base_output, z, lambda_d, gain_minus_one, scale, bias)
             return *_backward_in_triton(grad_output, *inputs, ctx.matrices), None, None
         d_base = _rescaled(grad_output, gain_minus_one, None, gain) if wants[0] else None
@@ -134,7 +133,7 @@ def _update_gradients(
     matrices: Matrices,
     wants: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients with respect to z, lambda_d and the scale, those that are wanted of the function's inputs."""
+    """The gradients with respect to z, lambda_d and the scale, where needed."""
     grad_output, inner = grad_output.to(z.dtype), lambda_d.to(z.dtype)
     d_z = d_lambda_d = d_scale = None
     if wants[4]:
@@ -171,7 +170,7 @@ def _backward_in_triton(
     bias: Float[Tensor, "O"] | None,
     matrices: Matrices,
 ) -> tuple[Tensor | None, ...]:
-    """All gradients, what is as large as the outputs in one pass over memory."""
+    """All gradients; those of the outputs' size in one pass over memory."""
     from ..ops.triton import combine as fused
 
     out_features, inner = grad_output.shape[-1], lambda_d.to(z.dtype)

@@ -1,6 +1,6 @@
-"""The factors of the rows with their gradients in closed form: vectors are kept, and small half_dq of the norm.
+"""The factors of the rows as an autograd function with closed-form gradients; it saves vectors, and a small half_dq.
 
-In the units of `row_change` (u, b and h lie between zero and a few, whatever the vectors are):
+In the units of `functional.row_change` (u, b and h are of the order of one, whatever the vectors are):
 
 g = m / (k h),   scale = g beta = m b / h,   h**2 = u**2 + 2 b cross / k + b**2 q
 
@@ -36,7 +36,7 @@ def row_factors(vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], de
 def _with_measured(
     rows: Tensor, factors: RowFactors, vectors: Vectors, norm: FrozenNorm, detach_norm: bool
 ) -> RowFactors:
-    """The factors with those of some rows from V' itself."""
+    """The factors, with those of some rows computed from V' itself."""
     w, beta = norm.w[rows], factors.beta[rows]
     with torch.set_grad_enabled(not detach_norm):
         updated = norm.updated_rows(rows, beta, vectors.lambda_d)
@@ -53,7 +53,7 @@ def _with_measured(
 
 
 class _RowFactors(torch.autograd.Function):
-    """`g - 1`, `g beta`, and without gradients `g` and which rows are nearly cancelled."""
+    """`g - 1` and `g beta`; and, not differentiable, `g` and which rows nearly cancel."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,7 @@ class _RowFactors(torch.autograd.Function):
         change = row_change(norm.w, cross, q, beta)
         factors = F.factors_of_change(magnitude, norm.w, beta, change)
         ctx.norm, ctx.detach_norm = norm, detach_norm
-        # The weight, where it is read again, so that autograd refuses one that was written to in between.
+        # Save the weight where backward reads it again, so that autograd refuses one that was written to in between.
         read_again = norm.matrix if norm.C is None else None
         inner = cross / change.k + change.b * q
         kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, half_dq, read_again)
@@ -86,7 +86,7 @@ class _RowFactors(torch.autograd.Function):
         d_beta = torch.where(live, gain * d_scale, d_scale)
         if ctx.detach_norm:
             return d_magnitude, d_beta, None, None, None
-        # At the floor of the norm it does not change.
+        # At its floor the norm is constant.
         moves = live & (change > -u.square())
         d_h = torch.where(moves, -(gain * d_gain + scale * d_scale) / h, 0.0)
         d_beta = d_beta + d_h * inner / (k * h)

@@ -1,4 +1,4 @@
-"""The norm terms of one frozen weight adapted by shared projections: C kept, or made again from the weight.
+"""The norm terms of one frozen weight: from C, where that is kept, or from the weight in every step.
 
 Dimensions: O out, I in, R rank.
 """
@@ -16,36 +16,36 @@ from .functional import row_norm
 NormCache = Literal["auto"] | bool
 
 _CHUNK_VALUES = 2**22
-"""Values of a weight that are held in float32 at a time."""
+"""Values of a weight that are converted to float32 at a time."""
 _SURE_NORM = 1e-15
-"""Below it, the squares of a row's values may have lost digits, or all of them."""
+"""Below this norm, squares of a row's values may underflow in float32."""
 SMALL_CACHE = 2**20
-"""Bytes of C that "auto" always keeps."""
+"""Bytes of C that "auto" always keeps; above, it keeps up to `LARGEST_SHARE`."""
 LARGEST_SHARE = 1 / 4
-"""Of the weight's bytes, that "auto" keeps beyond that."""
+"""Of the weight's bytes."""
 
 
 def cache_dtype(
     matrix: Float[Tensor, "O I"], rank: int, norm_cache: NormCache, cheap: bool = True, readable: bool = True
 ) -> torch.dtype | None:
-    """The dtype in which C is kept; None where it is made again in every step.
+    """The dtype in which C is kept; None where its terms are recomputed from the weight in every step.
 
-    "auto" keeps it in float32 if it is small (1 MiB, or a quarter of the weight's bytes), else, for a weight of half
-    precision, in bfloat16 if it is small then. It is always kept, in the narrower of these, where it could not be made
-    again cheaply: with dense matrices, and for a weight that is not at hand later.
+    "auto" keeps C in float32 if it is small (1 MiB, or a quarter of the weight's bytes), else, for a weight of half
+    precision, in bfloat16 if it is small then. C is always kept, in the narrower of these, where recomputing would be
+    expensive or impossible: with dense matrices, and for a weight that cannot be read later.
 
     Args:
         matrix: the weight.
         rank: R.
         norm_cache: True keeps it in float32, False never keeps it.
-        cheap: whether products with the weight's rows cost little.
+        cheap: whether products with A and B are cheap enough to repeat.
         readable: whether the weight can be read in every step.
     """
     wide = norm_dtype(matrix.dtype)
     if norm_cache != "auto":
         return wide if norm_cache else None
     values = len(matrix) * rank
-    # What is read of a layer that hides its weight is float32, whatever it keeps.
+    # Opaque weights are read as float32, so their dtype is no guide.
     allowed = max(SMALL_CACHE, LARGEST_SHARE * matrix.numel() * matrix.dtype.itemsize if readable else 0)
     candidates = (wide, torch.bfloat16) if matrix.dtype.itemsize == 2 or not readable else (wide,)
     small = (dtype for dtype in candidates if values * dtype.itemsize <= allowed)
@@ -53,7 +53,7 @@ def cache_dtype(
 
 
 def row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
-    """The norms of the rows of a frozen weight, also of those whose squares float32 cannot hold."""
+    """The norms of the rows of a frozen weight, correct also where squares underflow in float32."""
     w = row_norm(matrix)
     tiny = w < _SURE_NORM
     if tiny.any():
@@ -65,7 +65,7 @@ def row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
 def cross_matrix(
     matrix: Float[Tensor, "O I"], matrices: Matrices, rank: int, padding_column: int | None, dtype: torch.dtype
 ) -> Float[Tensor, "O R"]:
-    """`C = B * (W A^T)`, computed in float32 or wider, a few rows at a time; differentiable in the weight."""
+    """`C = B * (W A^T)`, computed in float32 or wider by chunks of rows; differentiable in the weight."""
     wide = norm_dtype(matrix.dtype)
     B = matrices.B(rank, len(matrix), wide).to(matrix.device)
     rows = max(1, _CHUNK_VALUES // matrix.shape[1])
@@ -77,21 +77,21 @@ def cross_matrix(
 
 
 class FrozenNorm(NamedTuple):
-    """The norm of one weight: `functional.NormTerms`, with gradients in closed form."""
+    """The norm of one weight: `functional.NormTerms` with closed-form gradients."""
 
     w: Float[Tensor, "O"]
     C: Float[Tensor, "O R"] | None
-    """None: made again from the weight."""
+    """None: recomputed from the weight."""
     matrix: Float[Tensor, "O I"] | None
-    """The weight, where it is at hand."""
+    """The weight, where it is in memory."""
     matrices: Matrices
     in_features: int
     rank: int
     padding_column: int | None
-    """A column of the weight that the update leaves alone."""
+    """A column of the weight that the update does not change: the padding entry of an embedding."""
 
     def half_dq(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
-        """What `terms` and `terms_gradient` share, where it is worth keeping from one to the other."""
+        """Half the derivative of q, which `terms` and `terms_gradient` share, where it is small enough to keep."""
         return self.matrices.half_dq(lambda_d, self.in_features, len(self.w)) if self.rank else None
 
     def terms(

@@ -1,4 +1,4 @@
-"""A linear layer through its updated weight, made for one step: for many tokens cheaper than two thin products.
+"""A linear layer through its updated weight V', formed for one step: with many tokens cheaper than two thin products.
 
     V' = W + diag(beta) B diag(lambda_d) A,   y_b = x V'^T + bias
 
@@ -6,7 +6,7 @@
     M            = grad_output^T z
     dL/dbeta     = rowsum(M * B diag(lambda_d)),   dL/dlambda_d = colsum(diag(beta) B * M)
 
-V' is made again in the backward pass: what is kept is z, as by the thin products.
+V' is formed again in the backward pass; saved is z, as with the thin products.
 """
 
 from typing import Any
@@ -28,11 +28,11 @@ def updated_linear(
     beta: Float[Tensor, "O"],
     matrices: DenseMatrices,
 ) -> Float[Tensor, "*T O"]:
-    """`x V'^T + bias`, the bits of the base for `beta = 0`.
+    """`x V'^T + bias`; for `beta = 0` the base's output, bit for bit.
 
     Args:
         x: inputs.
-        z: `x A^T`; it gets no gradient, that of x is whole without.
+        z: `x A^T`. No gradient: dx already includes this path.
         weight: W, frozen, float32 or float64.
         bias: the base's, or None.
         lambda_d, beta: as for the norm.

@@ -13,7 +13,7 @@ from .files import read_small
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
-Projections = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
+Projections = Literal["kaiming_uniform", "structured"]
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
 PATHS = ("data", "validation_data", "test_data")
@@ -90,9 +90,7 @@ class Settings(BaseModel):
         "the update is scaled by alpha / rank; null: by 1, by 2 for lora and dora", None, gt=0
     )
     targets: str | tuple[str, ...] = _method('layers to adapt: "all-linear", names or an expression', "all-linear")
-    projections: Projections = _method(
-        "dvora's random matrices: kaiming_uniform, gaussian, rademacher, orthogonal, structured", "kaiming_uniform"
-    )
+    projections: Projections = _method("dvora's random matrices: kaiming_uniform or structured", "kaiming_uniform")
     projection_seed: int = _method("names the random matrices of dvora and vera", 0, ge=0, lt=2**32)
     dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1)
 

@@ -64,11 +64,12 @@ class DVoRAConfig(PeftConfig):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3; question 3: `detached_norm`).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
-        projection_init: their distribution, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured",
-            whose products are cheaper in wide models (questions 2 and 3). Adapters converted from PEFT's VeRA have
-            "peft_vera(r=R, in=I, out=O)".
+        projection_init: their distribution, "kaiming_uniform" or "structured", which is faster at high ranks in wide
+            models (questions 2 and 3). Adapters converted from PEFT's VeRA have "peft_vera(r=R, in=I, out=O)".
         norm_cache: keep the constants of the norm, (out, r) values a layer, or compute them from the weight at the
             start of every step; "auto" keeps them while they are small (see `cache_dtype`).
+        use_triton: run CUDA tensors through Triton kernels. Off by default, because they have never run on a GPU. A
+            setting of the machine, not of the adapter: files do not hold it.
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
             the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
@@ -109,6 +110,7 @@ class DVoRAConfig(PeftConfig):
     projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
     projection_init: str = field(default="kaiming_uniform", metadata={"help": "their distribution"})
     norm_cache: bool | str = field(default="auto", metadata={"help": "keep the constants of the norm"})
+    use_triton: bool = field(default=False, metadata={"help": "run CUDA tensors through Triton kernels"})
     save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
@@ -200,6 +202,7 @@ class DVoRAConfig(PeftConfig):
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
         settings = super().to_dict()
         settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
+        del settings["use_triton"]
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def sizing(self) -> dict[str, Any]:
@@ -250,7 +253,7 @@ class DVoRAConfig(PeftConfig):
             raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
         if not (all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
             raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {self.train!r}")
-        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
+        for name in ("detach_norm", "use_triton", "save_projection", "init_weights", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -267,7 +270,8 @@ class DVoRAConfig(PeftConfig):
                 f"projection_format is {self.projection_format!r}, this version makes format {FORMAT_VERSION}; "
                 "load the adapter with the version that saved it"
             )
-        SharedProjections(self.projection_seed, checked_distribution(self.projection_init))
+        checked_distribution(self.projection_init)
+        SharedProjections(self.projection_seed, self.projection_init, use_triton=self.use_triton)
         # PEFT's VeRA draws whole matrices, which must wait until a model is known to need such sizes.
         if vera_sizes(self.projection_init) is None:
             self.check_fingerprint()

@@ -133,10 +133,10 @@ def test_one_projections_object_and_one_storage_a_stream_serve_all_layers_and_ad
 def test_adapters_of_other_seeds_and_distributions_have_projections_of_their_own() -> None:
     model = adapted("mlp")
     model.add_adapter("seed", DVoRAConfig(r=4, target_modules=["lin0"], projection_seed=5))
-    model.add_adapter("distribution", DVoRAConfig(r=4, target_modules=["lin0"], projection_init="gaussian"))
+    model.add_adapter("distribution", DVoRAConfig(r=4, target_modules=["lin0"], projection_init="structured"))
     model.add_adapter("same", DVoRAConfig(r=8, target_modules=["lin0"], projection_seed=5))
     found = {(each.seed, each.distribution) for each in projections(model)}
-    assert found == {(0, "kaiming_uniform"), (5, "kaiming_uniform"), (0, "gaussian")}
+    assert found == {(0, "kaiming_uniform"), (5, "kaiming_uniform"), (0, "structured")}
     assert len(projections(model)) == 3
 
 

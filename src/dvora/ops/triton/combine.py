@@ -11,20 +11,19 @@ Dimensions: T tokens, O out, P partial sums.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..annotations import Float
 
 _TILE_BYTES = 4096
-"""Of one tensor in a program: two loads of 16 bytes a thread, few enough registers for many programs at a time."""
+"""A tile of one tensor: two loads of 16 bytes a thread, and few enough registers for many programs at a time."""
 _WIDTH = 128
-"""Columns of a program: whole cache lines, and tall tiles, which read the vectors seldom."""
+"""Columns of a program: whole cache lines, and tall tiles, which seldom read the vectors again."""
 WARPS = 4
 PROGRAMS = 512
-"""How many programs the backward pass aims at: all that the largest devices of today run at once."""
+"""How many programs the backward pass aims at: as many as the largest current devices run at once."""
 
 
 class CombineGradients(NamedTuple):
@@ -95,9 +94,9 @@ def combine_backward(
     """Gradients of `combine`.
 
     Args:
-        grad_output: `grad_output`, the gradient with respect to the result.
+        grad_output: the gradient with respect to the result; its rows may be strided.
         base_output, gain_minus_one, scale, bias: as in the forward pass.
-        low_rank: as in the forward pass, or None where the gradient of the scale comes from elsewhere.
+        low_rank: as in the forward pass, or None where the caller computes the gradient of the scale.
         programs: how many programs to aim at; the order of the sums depends on it.
     """
     T, out = base_output.shape
@@ -144,7 +143,7 @@ def tile_of(T: int, out: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def chunk_of(T: int, out: int, dtype: torch.dtype, programs: int) -> int:
-    """Rows that a program of the backward pass sums up: whole tiles, for about as many programs as asked for."""
+    """Rows that a program of the backward pass sums: whole tiles, for about as many programs as asked for."""
     rows, columns = tile_of(T, out, dtype)
     chunks = max(1, programs // triton.cdiv(out, columns))
     return max(1, int(triton.cdiv(triton.cdiv(T, rows), chunks))) * rows
@@ -156,7 +155,7 @@ def wide(dtype: torch.dtype) -> Any:
 
 
 def _row_strided(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous: a slice of a fused projection is read where it lies."""
+    """The tensor itself if its rows are contiguous, so that a slice of a fused projection is not copied."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -227,7 +226,7 @@ def _combine_backward_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, column < out, other=0).to(WIDE)
 
-    # Whole tiles are accumulated and summed over their rows once: warps meet only at the end.
+    # Accumulate whole tiles and sum over their rows once: warps synchronise only at the end.
     gain_sums = tl.zeros((ROWS, COLUMNS), WIDE)
     scale_sums = tl.zeros((ROWS, COLUMNS), WIDE)
     row = tl.arange(0, ROWS)[:, None]

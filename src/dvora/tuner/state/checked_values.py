@@ -143,7 +143,7 @@ def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjection
         check_dense(name, matrix)
         if matrix.dim() and len(matrix) > MAX_RANK:
             raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
-    projections.check_matrices(dict(matrices))
+    projections.check_saved_tensors(dict(matrices))
 
 
 def check_whole(vectors: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,9 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed
-    matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
+    matrices = shared_projections(
+        model, config.projection_seed, config.projection_init, config.use_triton
+    ).saved_tensors()
     return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
 
 
@@ -49,7 +51,8 @@ def from_saved(
             the configuration, or not finite.
     """
     matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
-    check_matrices(matrices, shared_projections(model, config.projection_seed, config.projection_init))
+    projections = shared_projections(model, config.projection_seed, config.projection_init, config.use_triton)
+    check_matrices(matrices, projections)
     rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.

