@@ -1,6 +1,7 @@
 """What a command shows: results on stdout, as tables or JSON; notes, progress and what libraries print on stderr."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -40,12 +41,19 @@ class Output:
     """
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json = as_json
-        # Piped into a program nobody reads notes.
-        self.talks = not quiet and sys.stderr.isatty()
+        self.as_json, self.quiet = as_json, quiet
 
-    def result(self, values: Mapping[str, Any], title: str = "") -> None:
-        """Show named values, among them lists of rows (each a mapping with the same keys) as tables of their own."""
+    def result(
+        self, values: Mapping[str, Any], title: str = "", legend: Mapping[str, str] | None = None, verdict: str = ""
+    ) -> None:
+        """Show named values, among them lists of rows (each a mapping with the same keys) as tables of their own.
+
+        Args:
+            values: by name.
+            title: above tables.
+            legend: what columns mean, below the tables.
+            verdict: what it all comes to, at the end.
+        """
         if self.as_json:
             typer.echo(json.dumps(values, default=str), file=results())
             return
@@ -57,36 +65,55 @@ class Output:
             console.print(Text(visible(title), style="bold"))
         single = {name: value for name, value in values.items() if not _is_rows(value)}
         if single:
-            console.print(_table([{"": name, " ": value} for name, value in single.items()], headed=False))
+            _print_table(console, [{"": spaced(name), " ": value} for name, value in single.items()], headed=False)
         for name, rows in values.items():
             if _is_rows(rows):
                 console.print()
-                console.print(Text(visible(name.replace("_", " ")), style="bold"))
-                console.print(_table(rows))
+                console.print(Text(visible(spaced(name)), style="bold"))
+                _print_table(console, rows)
+        if legend:
+            console.print()
+            _print_table(console, [{"": name, " ": meaning} for name, meaning in legend.items()], headed=False)
+        if verdict:
+            console.print()
+            console.print(Text(visible(verdict), style="bold"))
 
     def note(self, text: str) -> None:
-        """Tell something on stderr, if somebody watches."""
-        if self.talks:
+        """Say something on stderr."""
+        if not self.quiet:
             tell(text)
+
+    def next_step(self, *command: str, why: str = "") -> None:
+        """Name the command that most people type after this one."""
+        if not self.as_json:
+            self.note(f"Next: {shlex.join(command)}" + f"  ({why})" * bool(why))
+
+
+def spaced(name: str) -> str:
+    """A name with spaces in place of underscores."""
+    return name.replace("_", " ")
 
 
 def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], headed: bool = True) -> Any:
+def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool = True) -> None:
+    """A table in which sentences fold; names and numbers stay whole, if need be beyond the edge of the terminal."""
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_header=headed, box=None, pad_edge=False)
     for column in rows[0]:
-        numbers = all(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(
-            Text(visible(column.replace("_", " "))), justify="right" if numbers else "left", overflow="fold"
-        )
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        whole = not any(" " in shown(row.get(column)) for row in rows)
+        header = Text(visible(spaced(column)))
+        table.add_column(header, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
-    return table
+    least = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    console.print(table, width=max(least, console.width) if least > console.width else None, crop=False)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ CHAT = [
 
 def test_blocks_hold_the_whole_text(models: dict[str, Path], letters: Any) -> None:
     text = "The quick brown fox\njumps over the lazy dog" * 9
-    made = features([{"passage": text}], settings("causal-lm", models["llama"]), letters, 50)
+    made = features([{"passage": text}], settings("causal-lm", models["llama"]), letters, 50).dataset
     assert letters.decode([token for block in made["input_ids"] for token in block]) == text
     assert {len(block) for block in made["input_ids"][:-1]} == {50}
     assert made["labels"] == made["input_ids"]
@@ -40,8 +40,8 @@ def test_blocks_hold_the_whole_text(models: dict[str, Path], letters: Any) -> No
 
 def test_a_whole_text_ends_and_a_passage_goes_on(models: dict[str, Path], letters: Any) -> None:
     task = settings("causal-lm", models["llama"])
-    assert features([{"text": "ab"}], task, letters, 50)["input_ids"][0][-1] == letters.eos_token_id
-    assert features([{"passage": "ab"}], task, letters, 50)["input_ids"][0][-1] != letters.eos_token_id
+    assert features([{"text": "ab"}], task, letters, 50).dataset["input_ids"][0][-1] == letters.eos_token_id
+    assert features([{"passage": "ab"}], task, letters, 50).dataset["input_ids"][0][-1] != letters.eos_token_id
 
 
 def test_the_assistant_s_words_are_learned_and_no_others(letters: Any) -> None:
@@ -54,7 +54,7 @@ def test_the_assistant_s_words_are_learned_and_no_others(letters: Any) -> None:
 
 
 def test_a_chat_cut_before_the_answer_is_left_out(models: dict[str, Path], letters: Any) -> None:
-    assert len(features([{"messages": CHAT}], settings("causal-lm", models["llama"]), letters, 5)) == 0
+    assert len(features([{"messages": CHAT}], settings("causal-lm", models["llama"]), letters, 5).dataset) == 0
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,11 @@ def test_pairs_and_labels_reach_the_model(models: dict[str, Path]) -> None:
     task = settings("sentence-pairs", models["bert"])
     words = load_processor(task)
     rows = [{"text": "good movie", "text2": "bad book", "label": 1}]
-    assert features(rows, task, words, 32)["label"] == [1]
-    assert words.decode(features(rows, task, words, 32)["input_ids"][0]) == "[CLS] good movie [SEP] bad book [SEP]"
-    assert "label" not in features([{"text": "good"}], task, words, 32).column_names
-    assert len(features([{"text": "good " * 99}], task, words, 9)["input_ids"][0]) == 9
+    made = features(rows, task, words, 32).dataset
+    assert made["label"] == [1]
+    assert words.decode(made["input_ids"][0]) == "[CLS] good movie [SEP] bad book [SEP]"
+    assert "label" not in features([{"text": "good"}], task, words, 32).dataset.column_names
+    assert len(features([{"text": "good " * 99}], task, words, 9).dataset["input_ids"][0]) == 9
 
 
 def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:

@@ -85,7 +85,7 @@ def test_the_correlation_is_that_of_magnitude_and_direction() -> None:
 
 
 def test_what_is_told_is_json() -> None:
-    told = json.loads(json.dumps(analyze(patient()).told()))
+    told = json.loads(json.dumps(analyze(patient()).to_dict()))
     assert [layer["layer"] for layer in told["adapters"][0]["layers"]] == LAYERS
     assert told["similarity"] == [[1.0]]
 

@@ -1,13 +1,13 @@
-"""What a run's model tells of the rows that it held out, beside what another model told of them."""
+"""What a run's model predicts for held-out rows, beside what another model or the base does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
-
 from ..data.new_files import Input
 from ..run_folder import Run
+from ..tasks.task import features
+from .evaluation import head_alone_of, head_alone_outputs
 from .generation import Continuation, Generator, Sampling
 from .prediction import Predictor
 
@@ -16,48 +16,47 @@ PROMPT_WORDS = 24
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Compared:
     """One held-out row.
 
     Args:
         row: as the model reads it.
         label: the class's name, or the number, that is right.
-        told: what the run's model says.
-        before: what the other model says; None without one.
+        predicted: by the run's model.
+        other: predicted by what it is compared with; None where there is nothing.
     """
 
     row: dict[str, Any]
     label: str | float
-    told: str | float
-    before: str | float | None
+    predicted: str | float
+    other: str | float | None
 
 
-def outcomes(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = None) -> list[Outcome]:
-    """What the model tells of rows with labels.
+def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = None) -> list[Compared]:
+    """Predictions for rows with labels.
 
     Args:
         run: finished, of any task but causal-lm.
         rows: with their `label`, as `load_data` gives them.
-        against: another run of the same task, whose model is asked too; None: the run's own model before training,
-            whose new layers know nothing.
+        against: another run of the same task and classes; None: the head alone on the frozen base, if the run kept it.
 
     Raises:
         ValueError: the other run has other classes.
     """
     if against is not None and (against.settings.task, against.labels) != (run.settings.task, run.labels):
-        raise ValueError(f"the run in {against.folder} tells other classes than the one in {run.folder}")
+        raise ValueError(f"the run in {against.folder} predicts other classes than the one in {run.folder}")
     predictor = Predictor(run)
-    told = _told(predictor, rows)
+    predicted = _predictions(predictor, rows)
+    others: Sequence[Any] = [None] * len(rows)
     if against is not None:
-        before: list[Any] = _told(Predictor(against), rows)
-    elif isinstance(predictor.model, PeftModel):
-        with predictor.model.disable_adapter():
-            before = _told(predictor, rows)
-    else:
-        before = [None] * len(rows)
+        others = _predictions(Predictor(against), rows)
+    elif (head := head_alone_of(run)) is not None:
+        dataset = features(rows, run.settings, predictor.processor, predictor.length).dataset
+        outputs = head_alone_outputs(run, head, dataset, predictor.task)
+        others = [run.labels[best] for best in outputs.argmax(-1)] if run.labels else outputs.flatten().tolist()
     return [
-        Outcome(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)
-        for row, *both in zip(rows, told, before, strict=True)
+        Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)
+        for row, *both in zip(rows, predicted, others, strict=True)
     ]
 
 
@@ -74,9 +73,9 @@ def continuations(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: 
     return found
 
 
-def _told(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
+def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
     unlabelled = [Input({}, {name: value for name, value in row.items() if name != "label"}) for row in rows]
-    return [each.told["prediction"] for each in predictor.predict(unlabelled, BATCH)]
+    return [each.columns["prediction"] for each in predictor.predict(unlabelled, BATCH)]
 
 
 def _prompt(row: dict[str, Any]) -> tuple[str, bool, str | None] | None:

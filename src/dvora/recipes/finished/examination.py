@@ -63,7 +63,7 @@ def examine_folder(
 def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Labelled rows as a batch of the run's model."""
     length = 0 if run.settings.task == "image-classification" else longest(run.settings, processor, model.config)
-    dataset = without_bytes(features(rows, run.settings, processor, length))
+    dataset = without_bytes(features(rows, run.settings, processor, length).dataset)
     task = task_parts(run.settings, run.labels, processor)
     batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(len(rows), len(dataset)))]))
     return batch

@@ -13,7 +13,7 @@ MARKS = "os^Dv<>Pp*"
 
 
 def kinds_of(changes: Sequence[LayerChange]) -> list[str]:
-    """The kinds of layers, in the order of the model."""
+    """The types of layers, in the order of the model."""
     return list(dict.fromkeys(each.kind for each in changes))
 
 
@@ -46,7 +46,7 @@ def sizes(changes: Sequence[LayerChange]) -> Markup:
 
 
 def spectra(changes: Sequence[LayerChange]) -> Markup:
-    """Singular values of the updates: the median over the layers of a kind."""
+    """Singular values of the updates: the median over the layers of a type."""
     figure = new_figure(5, 3.2)
     (axes,) = axes_of(figure)
     for where, _, style in _by_kind(changes):
@@ -55,11 +55,12 @@ def spectra(changes: Sequence[LayerChange]) -> Markup:
         values = np.array([each[:length] for each in found])
         axes.plot(range(1, length + 1), np.median(values, axis=0), linewidth=1.5, **style)
     axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
-    highest = max((each.spectrum.values[0] for each in changes), default=1.0)
-    if highest > 0:
-        axes.set_ylim(bottom=highest * 1e-6, top=highest * 2)
+    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
+    if (drawn > 0).any():
+        # No decades in which nothing is drawn, nor those of rounding.
+        axes.set_ylim(bottom=max(drawn[drawn > 0].min(), drawn.max() * 1e-6) / 1.5, top=drawn.max() * 1.5)
     _legend(figure)
-    return svg(figure, "Singular values of the updates, medians over layers of a kind")
+    return svg(figure, "Singular values of the updates, medians over layers of a type")
 
 
 def similarity(found: Analysis) -> Markup:
@@ -87,9 +88,9 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
     upper, lower = axes_of(figure, 2)
     means = [np.mean([layer.change for layer in changes], axis=0) for changes in found.changes]
     names = list(found.changes[0][0].change._fields)
-    for place, (name, told) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
+    for place, (name, shown) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
         values = [mean[names.index(name)] for mean in means]
-        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=told)
+        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=shown)
     upper.set(
         xlabel="step", ylabel="mean change", yscale="log" if min(min(mean[:1]) for mean in means) > 0 else "linear"
     )
@@ -100,7 +101,7 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
 
 
 def _by_kind(changes: Sequence[LayerChange]) -> Iterator[tuple[list[int], str, dict[str, str]]]:
-    """The places of each kind's layers, and the kind's mark, colour and label."""
+    """The places of each type's layers, and the type's mark, colour and label: the same in every picture."""
     for place, kind in enumerate(kinds_of(changes)):
         where = [index for index, each in enumerate(changes) if each.kind == kind]
         yield where, MARKS[place % len(MARKS)], {"color": COLOURS[place % len(COLOURS)], "label": label(kind)}
