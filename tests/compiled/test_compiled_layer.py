@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dvora import DVoRAAdapter
 from tests.cases import DIRECTIONS, fresh_copy, randn, trained_layer
