@@ -1,4 +1,4 @@
-"""PEFT models in evaluation: whatever is done to them, they answer as a model that was made anew."""
+"""PEFT models in evaluation: after every operation their outputs are those of a newly made model."""
 
 import copy
 from collections.abc import Callable
