@@ -86,14 +86,14 @@ def test_products_equal_those_with_the_dense_matrices(distribution: str, rank: i
     shared = SharedProjections(5, distribution)
     A, B = shared.A(rank, size, torch.float64), shared.B(rank, size, torch.float64)
     wide, narrow = randn(2, 3, size, seed=0, dtype=torch.float64), randn(2, 3, rank, seed=1, dtype=torch.float64)
-    torch.testing.assert_close(shared.project(wide, rank), wide @ A.T)
-    torch.testing.assert_close(shared.project_transpose(narrow, size), narrow @ A)
-    torch.testing.assert_close(shared.expand(narrow, size), narrow @ B.T)
-    torch.testing.assert_close(shared.expand_transpose(wide, rank), wide @ B)
-    torch.testing.assert_close(shared.gram(rank, size, torch.float64), A @ A.T)
+    torch.testing.assert_close(shared.impl.project(wide, rank), wide @ A.T)
+    torch.testing.assert_close(shared.impl.project_transpose(narrow, size), narrow @ A)
+    torch.testing.assert_close(shared.impl.expand(narrow, size), narrow @ B.T)
+    torch.testing.assert_close(shared.impl.expand_transpose(wide, rank), wide @ B)
+    torch.testing.assert_close(shared.impl.gram(rank, size, torch.float64), A @ A.T)
     scale = randn(size, seed=2, dtype=torch.float64)
-    torch.testing.assert_close(shared.expand(narrow, size, scale), (narrow @ B.T) * scale)
-    torch.testing.assert_close(shared.expand_transpose(wide, rank, scale), (wide * scale) @ B)
+    torch.testing.assert_close(shared.impl.expand(narrow, size, scale), (narrow @ B.T) * scale)
+    torch.testing.assert_close(shared.impl.expand_transpose(wide, rank, scale), (wide * scale) @ B)
 
 
 @every_distribution
@@ -102,12 +102,12 @@ def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype, distribut
     shared = SharedProjections(0, distribution)
     wide, narrow = randn(2, 6, seed=0, dtype=dtype), randn(2, 3, seed=1, dtype=dtype)
     scale = randn(6, seed=2)
-    assert shared.expand(narrow, 6, scale).dtype == dtype
-    assert shared.expand_transpose(wide, 3, scale).dtype == dtype
-    assert shared.project(wide, 3).dtype == dtype
-    assert shared.project_transpose(narrow, 6).dtype == dtype
-    assert shared.expand(narrow, 6).dtype == dtype
-    assert shared.expand_transpose(wide, 3).dtype == dtype
+    assert shared.impl.expand(narrow, 6, scale).dtype == dtype
+    assert shared.impl.expand_transpose(wide, 3, scale).dtype == dtype
+    assert shared.impl.project(wide, 3).dtype == dtype
+    assert shared.impl.project_transpose(narrow, 6).dtype == dtype
+    assert shared.impl.expand(narrow, 6).dtype == dtype
+    assert shared.impl.expand_transpose(wide, 3).dtype == dtype
 
 
 @every_distribution
@@ -231,5 +231,5 @@ def test_the_printed_form_names_seed_and_distribution() -> None:
 def test_columns_are_selected_as_a_product_with_unit_vectors_would(distribution: str) -> None:
     shared = SharedProjections(0, distribution)
     index = torch.tensor([[0, 3, 3], [8, 1, 0]])
-    expected = shared.project(torch.eye(9, dtype=torch.float64)[index], 4)
-    assert torch.allclose(shared.select(index, 4, 9, torch.float64), expected, atol=1e-15)
+    expected = shared.impl.project(torch.eye(9, dtype=torch.float64)[index], 4)
+    assert torch.allclose(shared.impl.select(index, 4, 9, torch.float64), expected, atol=1e-15)

@@ -12,18 +12,18 @@ _never_gathered: "WeakValueDictionary[int, Tensor]" = WeakValueDictionary()
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether a module was given to FSDP2, which gathers its parameters for each pass."""
+    """Whether a module is wrapped by FSDP2, which gathers its parameters for each pass."""
     fsdp_module = _fsdp_module()
     return fsdp_module is not None and isinstance(module, fsdp_module)
 
 
 def note_never_gathered(tensor: Tensor) -> None:
-    """Note that FSDP2 has not made this tensor: it puts tensors of its own in the places of those that it gathers."""
+    """Record that FSDP2 has not made this tensor: it replaces the parameters that it gathers by tensors of its own."""
     _never_gathered[id(tensor)] = tensor
 
 
 def may_be_gathered(tensor: Tensor) -> bool:
-    """Whether FSDP2 may have made the tensor; for every type that is given to `fully_shard` there is a class."""
+    """Whether FSDP2 may have made the tensor: `fully_shard` derives a class from the type of every module it wraps."""
     fsdp_module = _fsdp_module()
     if fsdp_module is None or not fsdp_module.__subclasses__():
         return False

@@ -141,40 +141,16 @@ class SharedProjections(nn.Module):
         self.distribution = checked_distribution(distribution)
         self.use_triton = _checked_use_triton(use_triton)
         self.impl = _matrices(seed, self.distribution, use_triton)
-        self._last = ProjectionCache()
+        self._projection_cache = ProjectionCache()
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer, and what norms in that dtype need, now, so that no forward pass has to."""
         self.impl.reserve(rank, in_features, out_features, dtype)
 
-    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
-        """`x A^T`, in the dtype of `x`."""
-        return self.impl.project(x, rank)
-
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
         """`x A^T`, computed once for all layers that read the same `x`; `reader` is the layer that asks."""
         project = partial(projected, matrices=self.impl)
-        return self._last.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
-
-    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
-        """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return self.impl.project_transpose(h, in_features)
-
-    def expand(
-        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T O"]:
-        """`(z B^T) * scale`, in the dtype of `z`."""
-        return self.impl.expand(z, out_features, scale)
-
-    def expand_transpose(
-        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T R"]:
-        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
-        return self.impl.expand_transpose(d, rank, scale)
-
-    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
-        """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        return self.impl.select(index, rank, in_features, dtype)
+        return self._projection_cache.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
         """The dense matrix `A`."""
@@ -183,10 +159,6 @@ class SharedProjections(nn.Module):
     def B(self, rank: int, out_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O R"]:
         """The dense matrix `B`."""
         return self.impl.B(rank, out_features, dtype)
-
-    def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in float64."""
-        return self.impl.gram(rank, in_features, dtype).clone()
 
     def fingerprint(self) -> str:
         """A short hash of format version, distribution and some values; equal hashes mean equal matrices."""

@@ -1,8 +1,8 @@
 """Random values that are a pure function of (seed, stream, row, column), bit for bit the same on every machine.
 
-Counter-based (Philox 4x64), on NumPy's raw stream, which NumPy promises to keep stable. Only integer operations and
-single IEEE additions, multiplications, divisions and square roots follow, so no processor, thread count or library
-version can change a bit. Values of a longer row or a further row never change those already made.
+Counter-based (Philox 4x64), from NumPy's raw stream, which NumPy guarantees to be stable. What follows are integer
+operations and single IEEE additions, multiplications, divisions and square roots, so no CPU, thread count or library
+version changes a bit. Longer rows and further rows leave existing values as they are.
 """
 
 import math
@@ -50,9 +50,9 @@ def cosine_rows(frequencies: NDArray[np.int64], size: int) -> NDArray[np.float64
 
 
 def _cosine(numerator: NDArray[np.int64], quarter: int) -> NDArray[np.float64]:
-    """cos(pi numerator / (2 quarter)), within 1e-15; the C library's cosine differs between machines.
+    """cos(pi numerator / (2 quarter)), within 1e-15, since the C library's cosine differs between machines.
 
-    Integers bring the angle into the first octant, where the Taylor polynomials end below the rounding.
+    Integer arithmetic reduces the angle to the first octant, where truncating the Taylor series is below rounding.
     """
     turn = numerator % (4 * quarter)
     half = np.minimum(turn, 4 * quarter - turn)

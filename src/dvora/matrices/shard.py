@@ -1,4 +1,4 @@
-"""Shard: which inputs or outputs of a weight one process holds, where tensor parallelism divides them."""
+"""Shard: which inputs or outputs of a weight one process holds under tensor parallelism."""
 
 from typing import NamedTuple
 
@@ -13,5 +13,5 @@ class Shard(NamedTuple):
     total: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The shard's values along the last dimension; a view."""
+        """This process's values along the last dimension, as a view."""
         return tensor[..., self.start : self.stop]

@@ -109,19 +109,19 @@ class _Combine(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         base_output, z, lambda_d, gain_minus_one, scale, bias, gain = ctx.saved_tensors
-        wants = ctx.needs_input_grad
+        needed = ctx.needs_input_grad
         if z is not None and ctx.matrices.use_triton and grad_output.is_cuda and not torch.is_grad_enabled():
             inputs = (base_output, z, lambda_d, gain_minus_one, scale, bias)
             return *_backward_in_triton(grad_output, *inputs, ctx.matrices), None, None
-        d_base = _rescaled(grad_output, gain_minus_one, None, gain) if wants[0] else None
+        d_base = _rescaled(grad_output, gain_minus_one, None, gain) if needed[0] else None
         d_z = d_lambda_d = d_gain = d_scale = None
         if z is not None:
-            d_z, d_lambda_d, d_scale = _update_gradients(grad_output, z, lambda_d, scale, ctx.matrices, wants)
-        if wants[3]:
+            d_z, d_lambda_d, d_scale = _update_gradients(grad_output, z, lambda_d, scale, ctx.matrices, needed)
+        if needed[3]:
             d_gain = sum_of_products(_rows(grad_output), _rows(base_output))
             if bias is not None:
                 d_gain = d_gain - _total(grad_output) * bias
-        d_bias = -gain_minus_one * _total(grad_output) if wants[5] else None
+        d_bias = -gain_minus_one * _total(grad_output) if needed[5] else None
         return d_base, d_z, d_lambda_d, d_gain, d_scale, d_bias, None, None
 
 
@@ -131,17 +131,17 @@ def _update_gradients(
     lambda_d: Float[Tensor, "R"],
     scale: Float[Tensor, "O"],
     matrices: Matrices,
-    wants: tuple[bool, ...],
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients with respect to z, lambda_d and the scale, where needed."""
     grad_output, inner = grad_output.to(z.dtype), lambda_d.to(z.dtype)
     d_z = d_lambda_d = d_scale = None
-    if wants[4]:
+    if needed[4]:
         d_scale = matrices.row_products(_rows(grad_output), _rows(z * inner))
-    if wants[1] or wants[2]:
+    if needed[1] or needed[2]:
         h = matrices.expand_transpose(grad_output, z.shape[-1], scale)
-        d_lambda_d = sum_of_products(_rows(h), _rows(z)) if wants[2] else None
-        if wants[1]:
+        d_lambda_d = sum_of_products(_rows(h), _rows(z)) if needed[2] else None
+        if needed[1]:
             d_z = h * inner if torch.is_grad_enabled() else h.mul_(inner)
     return d_z, d_lambda_d, d_scale
 

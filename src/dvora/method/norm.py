@@ -136,7 +136,7 @@ class FrozenNorm(NamedTuple):
     def updated_rows(
         self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
     ) -> Float[Tensor, "N I"] | None:
-        """Rows of V' by index, dense, in float64; None where the weight is not at hand."""
+        """Rows of V' by index, dense, in float64; None where the weight is not in memory."""
         if self.matrix is None:
             return None
         B = self.matrices.B(self.rank, len(self.w), torch.float64).to(rows.device)[rows]

@@ -63,11 +63,11 @@ class _UpdatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, lambda_d, beta = ctx.saved_tensors
         matrices: DenseMatrices = ctx.matrices
-        wants = ctx.needs_input_grad
+        needed = ctx.needs_input_grad
         rows = grad_output.reshape(-1, grad_output.shape[-1])
-        d_x = grad_output @ matrices.updated(weight, lambda_d, beta) if wants[0] else None
+        d_x = grad_output @ matrices.updated(weight, lambda_d, beta) if needed[0] else None
         d_lambda_d = d_beta = None
-        if wants[4] or wants[5]:
+        if needed[4] or needed[5]:
             d_lambda_d, d_beta = matrices.update_products(rows, z.reshape(-1, z.shape[-1]), lambda_d, beta)
-        d_bias = rows.sum(0) if wants[3] else None
+        d_bias = rows.sum(0) if needed[3] else None
         return d_x, None, None, d_bias, d_lambda_d, d_beta, None

@@ -1,4 +1,4 @@
-"""How layers store their weight, and how the method sees it: as a matrix with one row for each output feature.
+"""How layers store their weight, and its matrix: one row for each output feature.
 
 Dimensions: O out, I in, E experts.
 """
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """The way between a stored weight and its matrix (O, I)."""
+    """The conversion between a stored weight and its matrix (O, I)."""
 
     matrix: Callable[[Tensor], Tensor]
     """The matrix of a stored weight; a view where strides allow one."""
     stored: Callable[[Tensor, torch.Size], Tensor]
-    """The matrix back in the stored form, whose shape is given."""
+    """The stored weight, of the given shape, from a matrix."""
 
 
 def _same(weight: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
-"""The gain and scale of an evaluated weight, kept for as long as nothing that they depend on changes.
+"""Whether tensors have changed since a result was computed from them: row factors in evaluation, norm constants.
 
-On the CPU the values themselves are compared, which no way of writing them escapes. On other devices that would wait
-for the device in every pass: there, what PyTorch counts is compared, and a pass that trains drops what is kept.
+The vectors are compared by value on the CPU, which detects every write. On other devices that would synchronise in
+every pass: there PyTorch's versions are compared, and a pass that trains empties the cache. Weights are always compared
+by version.
+
+FSDP2 frees weights between passes and gathers them again without counting a version, so a version proves nothing there,
+and samples of the values are compared: two passes over the weight, in place of the product for the constants.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +23,13 @@ from ..ops.dtypes import norm_dtype
 
 
 class TensorVersion(NamedTuple):
-    """Equal states mean equal values, but for writes through `tensor.data`, which PyTorch does not count.
+    """Equal versions mean equal values, except for writes through `tensor.data` or NumPy, which PyTorch does not count.
 
-    Of a tensor that FSDP2 frees and gathers again nothing is counted: no state of one that may be is equal.
+    FSDP2 gathers again without counting versions: for a tensor that it may have gathered no version is equal.
     """
 
     storage: StorageWeakRef
-    """Weak, so that it keeps no memory, but no other storage can come to have its identity."""
+    """A weak reference: it keeps no memory alive, but no other storage can get its identity."""
     address: int
     version: int
     shape: torch.Size
@@ -35,16 +39,16 @@ class TensorVersion(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorVersion":
-        """The state of a tensor now."""
+        """The current version of a tensor."""
         storage, layout = StorageWeakRef(tensor.untyped_storage()), (tensor.shape, tensor.stride())
         return cls(storage, tensor.data_ptr(), version_of(tensor), *layout, tensor.dtype, tensor.device)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether the tensor is still in this state; of one made in inference mode nobody can tell."""
+        """Whether this is still the tensor's version. Inference tensors have no version: always stale."""
         return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not may_be_gathered(tensor)
 
     def is_of_same(self, tensor: Tensor) -> bool:
-        """Whether this is a state of the same tensor, without a write that PyTorch counted, wherever it is now."""
+        """Whether this is a version of the same tensor, without a counted write, at whatever address it is now."""
         return (
             not tensor.is_inference()
             and tensor.untyped_storage()._cdata == self.storage.cdata
@@ -57,28 +61,28 @@ class TensorVersion(NamedTuple):
 
 
 class EvalCache:
-    """The row factors of the last evaluation."""
+    """The row factors of the last evaluation, until an input or the weight changes."""
 
     def __init__(self) -> None:
-        # One attribute, so that threads find both of one evaluation.
+        # One attribute, so that no thread sees parts of two evaluations.
         self._kept: _Kept | None = None
 
     def of(
         self, inputs: Sequence[Tensor], weight: Tensor | None, compute: Callable[[Sequence[Tensor]], RowFactors]
     ) -> RowFactors:
-        """What `compute` gives, or gave for the same inputs and weight.
+        """`compute(inputs)`, or its last result if inputs and weight are unchanged.
 
         Args:
             inputs: tensors that the factors depend on.
             weight: the base's, or None.
-            compute: makes the factors from such inputs.
+            compute: the factors from the inputs.
         """
         kept = self._kept
         if kept is not None and kept.serves(inputs, weight):
             return kept.factors
-        # Factors made in inference mode could not be used in a pass that trains something else.
+        # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
-            # Before they are read, and read once: another thread may write to them while the factors are made.
+            # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
             known = [
                 tensor.detach().clone() if tensor.device.type == "cpu" else TensorVersion.of(tensor)
                 for tensor in inputs
@@ -98,7 +102,7 @@ class EvalCache:
 
 
 class _Kept(NamedTuple):
-    """Factors, and what they were made from."""
+    """Factors, and what they were computed from."""
 
     factors: RowFactors
     inputs: list[Tensor | TensorVersion]
@@ -114,12 +118,12 @@ class _Kept(NamedTuple):
 
 
 def version_of(tensor: Tensor) -> int:
-    """The number of writes that PyTorch has counted; of tensors made in inference mode it counts none."""
+    """PyTorch's version counter; -1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
-    """Let PyTorch count an optimizer's step as a change: fused ones, and those of other packages, do not."""
+    """Count an optimizer's step as a write: fused optimizers, and those of other packages, do not."""
     if not torch.compiler.is_compiling():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.autograd.graph.increment_version([p for p in parameters if p.grad is not None and not p.is_inference()])
@@ -135,10 +139,10 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class WeightVersion:
-    """The state of a weight, and from its second gathering on what tells its values.
+    """The version of a weight that constants were computed from, and a sample of its values once it is gathered again.
 
     Args:
-        weight: as constants were made from it.
+        weight: the weight that constants were computed from.
         gathered_again: whether it had been freed and gathered before.
     """
 
@@ -147,7 +151,7 @@ class WeightVersion:
         self._sample = _sample(weight) if gathered_again else None
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight is in the same state."""
+        """Whether the weight still has this version."""
         return self._state.is_of(weight)
 
     def was_written_to(self, weight: Tensor) -> bool:
@@ -155,11 +159,11 @@ class WeightVersion:
         return self._state.version != version_of(weight)
 
     def was_gathered_again(self, weight: Tensor) -> bool:
-        """Whether the weight is the same tensor, perhaps with other values."""
+        """Whether the weight is the same tensor at another address, perhaps with other values."""
         return self._state.is_of_same(weight)
 
     def has_values_of(self, weight: Tensor) -> bool:
-        """Whether a weight that was gathered again has the values that it had; if so, its state is the new one."""
+        """Whether a weight that was gathered again has the same values; if so, take its current version."""
         if self._sample is None or not torch.equal(self._sample, _sample(weight)):
             return False
         self._state = TensorVersion.of(weight)
@@ -168,9 +172,9 @@ class WeightVersion:
 
 @torch.no_grad()
 def _sample(weight: Tensor) -> Float[Tensor, "2 O"]:
-    """The norm of every row, and its product with one fixed vector, which tells signs and places."""
+    """The norm of every row, and its product with one fixed vector, which differs for other signs and places."""
     rows = weight.detach().flatten(1)
-    # Irrational steps: no two columns have the same weight, whatever their number.
+    # Multiples of an irrational number, so that no two columns get the same weight.
     fixed = torch.frac(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) * 0.6180339887)
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=norm_dtype(rows.dtype))
     return torch.stack([norms, (rows @ (fixed - 0.5).to(rows.dtype)).to(norms.dtype)])

@@ -1,4 +1,4 @@
-"""Adapters of one weight combined into one: exactly, or not at all.
+"""A weighted sum of adapters of one weight as one adapter: exactly, or an error.
 
 A sum of updates `W'_i - W` is one DVoRA update only if its low-rank parts share lambda_d up to a factor: with
 
@@ -21,14 +21,14 @@ from .adapted_weight import AdaptedWeight
 TOLERANCE = 1e-5
 """Relative distance below which two lambda_d are the same up to a factor."""
 SMALLEST_GAIN = 1e-2
-"""Gains are known to 6e-8 in float32, so a row that should keep a direction without one would lose digits."""
+"""Float32 gains have an absolute precision of 6e-8, so rows with smaller gains would lose their direction."""
 
 
 class WeightedAdapter(NamedTuple):
-    """One adapter of a weight and its share in the sum."""
+    """One adapter of a weight, and its weight in the sum."""
 
     share: Tensor
-    """s, without dimensions."""
+    """s, a tensor without dimensions."""
     vectors: Vectors
     adapted: AdaptedWeight
 
@@ -64,7 +64,7 @@ def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: 
 
 
 def _turns(part: WeightedAdapter) -> bool:
-    """Whether the adapter changes any row's direction."""
+    """Whether the adapter changes the direction of any row."""
     return bool(part.share != 0 and part.vectors.lambda_b.any() and part.vectors.lambda_d.any())
 
 

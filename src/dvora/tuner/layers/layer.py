@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.tensor_parallel import is_dtensor
-from ...engines.zero3 import is_at_hand, weight_at_hand
+from ...engines.zero3 import is_in_memory, weight_in_memory
 from ...matrices.interface import SharedProjections, checked_distribution
 from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
@@ -135,7 +135,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         A sharded weight keeps the fingerprint from when it was adapted.
         """
         stored = self.stored()
-        if stored is None or not is_at_hand(stored) or is_dtensor(stored):
+        if stored is None or not is_in_memory(stored) or is_dtensor(stored):
             return self.fingerprint
         if not self.fingerprinted.is_of(stored):
             # Recorded first, so that a write in between is noticed the next time.
@@ -179,7 +179,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """The named adapters that this layer has, with their row factors."""
-        weight = weight_at_hand(self.get_base_layer(), self.parameter_name) if self.layer_type.has_weight else None
+        weight = weight_in_memory(self.get_base_layer(), self.parameter_name) if self.layer_type.has_weight else None
         active, all_adapted = [], self.dvora_adapted
         for name in adapter_names:
             if name in all_adapted:
@@ -248,7 +248,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
             weight = self.unmerged()
             for name in self.dvora_adapted:
                 self.adapted(name).refresh(weight)
-        elif is_at_hand(stored):
+        elif is_in_memory(stored):
             for name in self.dvora_adapted:
                 self.adapted(name).refresh_after_load(self.unmerged())
 

@@ -31,10 +31,10 @@ def lookup(
 ) -> Float[Tensor, "*T O"]:
     """The same for one-hot inputs: columns of A by index, so that no table of the vocabulary's size is made."""
     assert isinstance(layer, nn.Embedding)
-    z = adapted.shared.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
+    z = adapted.shared.impl.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
     kept = torch.ones_like(ids) if adapted.padding_column is None else ids != adapted.padding_column
     z = z * dropout(kept.to(z.dtype)).unsqueeze(-1)
-    return output_scale(layer) * adapted.shared.expand(z * lambda_d.to(z.dtype), adapted.out_features)
+    return output_scale(layer) * adapted.shared.impl.expand(z * lambda_d.to(z.dtype), adapted.out_features)
 
 
 def output_scale(layer: nn.Embedding) -> float | Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ...engines.zero3 import weight_at_hand
+from ...engines.zero3 import weight_in_memory
 from ...method import functional as F
 from ...method.functional import RowFactors, Vectors
 from ...method.small_rows import SmallRows
@@ -85,7 +85,7 @@ def _small_rows(
     rows = adapted.small_rows(bias)
     if rows is None:
         return None
-    weight = weight_at_hand(base_layer, "weight") if layer_type.row_products is not None else None
+    weight = weight_in_memory(base_layer, "weight") if layer_type.row_products is not None else None
     if weight is None or layer_type.row_products is None:
         return SmallRows(rows, None)
     return SmallRows(rows, layer_type.row_products(base_layer, x, layer_type.layout.matrix(weight)[rows], rows))

@@ -16,7 +16,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...engines.zero3 import weight_at_hand
+from ...engines.zero3 import weight_in_memory
 from ...matrices.interface import SharedProjections
 from ...method.functional import FAR, Vectors, are_finite
 from ...method.validation import MAX_RANK
@@ -287,7 +287,7 @@ def _check_factors(model: nn.Module, adapter_name: str, values: Mapping[str, Ten
         loaded = Vectors(*(values.get(key, vector) for key, vector in zip(keys, own, strict=True)))
         if any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in loaded):
             weight = (
-                weight_at_hand(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
+                weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
             )
             if not are_finite(adapted.factors(Vectors(*(vector.to(adapted.w) for vector in loaded)), weight)):
                 raise ValueError(
