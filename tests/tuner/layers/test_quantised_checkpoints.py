@@ -16,6 +16,7 @@ from tests.tuner.bases import BASES, GROUP
 from tests.tuner.tiny import dvora_layers, same_bits
 
 IDS = torch.arange(1000, 1008).view(1, 8)
+TARGETS = ("query", "value", "output.dense")
 
 
 def smollm2() -> nn.Module:
@@ -50,7 +51,7 @@ def minilm_in_hqq() -> nn.Module:
     """transformers 5.24 has no loader for HQQ, so its layers are put into the loaded model."""
     model = minilm()
     for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear:
+        if name.endswith(TARGETS):
             model.set_submodule(name, BASES["hqq_4bit"].make(layer))
     return model
 
@@ -75,7 +76,7 @@ CHECKPOINTS = {
         language_loss,
     ),
     **{
-        f"MiniLM in {name}": (load, ["query", "value", "output.dense"], distance_to_a_target)
+        f"MiniLM in {name}": (load, list(TARGETS), distance_to_a_target)
         for name, load in {
             "8 bits of bitsandbytes": minilm_in_bitsandbytes,
             "4 bits of torchao": minilm_in_torchao,
