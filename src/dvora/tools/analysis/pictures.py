@@ -55,12 +55,18 @@ def spectra(changes: Sequence[LayerChange]) -> Markup:
         values = np.array([each[:length] for each in found])
         axes.plot(range(1, length + 1), np.median(values, axis=0), linewidth=1.5, **style)
     axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
-    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
-    if (drawn > 0).any():
-        # No decades in which nothing is drawn, nor those of rounding.
-        axes.set_ylim(bottom=max(drawn[drawn > 0].min(), drawn.max() * 1e-6) / 1.5, top=drawn.max() * 1.5)
+    if limits := log_limits(np.concatenate([line.get_ydata() for line in axes.lines])):
+        axes.set_ylim(*limits)
     _legend(figure)
     return svg(figure, "Singular values of the updates, medians over layers of a type")
+
+
+def log_limits(drawn: np.ndarray) -> tuple[float, float] | None:
+    """Ends of a logarithmic axis without decades in which nothing is drawn, nor those of rounding."""
+    positive = drawn[drawn > 0]
+    if not len(positive):
+        return None
+    return float(max(positive.min(), positive.max() * 1e-6)) / 1.5, float(positive.max()) * 1.5
 
 
 def similarity(found: Analysis) -> Markup:
