@@ -68,11 +68,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    task: Task = _what(f"one of {', '.join(TASKS)}")
+    task: Task = _what(f"what to train for: {', '.join(TASKS)}")
     model: str = _what("the base model: a folder, or a name on the hub")
     data: tuple[str, ...] = _what(
         "files (csv, tsv, jsonl, json, parquet, txt), or a folder with one folder of images for each class; several "
-        "with the option given again",
+        "as a list, or with the option given again",
         min_length=1,
     )
     output: str = _what("the folder of the run, which must not hold another", "dvora-run", min_length=1)
@@ -96,7 +96,7 @@ class Settings(BaseModel):
         "tokens to which longer texts are cut", None, null="128, and 256 for causal-lm", ge=2
     )
 
-    method: Method = _method(f"one of {', '.join(METHODS)}", "dvora")
+    method: Method = _method(f"what is trained: {', '.join(METHODS)}", "dvora")
     rank: int | None = _method("rank of the update", None, null="256 for dvora and vera, 8 for lora and dora", ge=1)
     alpha: float | None = _method(
         "the update is scaled by alpha / rank", None, null="a scale of 1, of 2 for lora and dora", gt=0, rare=True
@@ -330,7 +330,8 @@ class SettingOption:
         name: of the setting.
         section, meaning: for the help text.
         type: of the value that is typed; several of it where the option may be given again.
-        default: in words; empty where it has to be given.
+        default: in words; empty where there is none.
+        is_required: it has to be given.
         rare: left out of the help text.
     """
 
@@ -339,6 +340,7 @@ class SettingOption:
     meaning: str
     type: Any
     default: str
+    is_required: bool
     rare: bool
 
 
@@ -349,7 +351,13 @@ def options() -> Iterator[SettingOption]:
         plain = field.default not in (..., PydanticUndefined, None, (), {})
         default = extra["null"] or (shown(field.default) if plain else "")
         yield SettingOption(
-            name, extra["section"], str(field.description), _typed(field.annotation), default, extra["rare"]
+            name,
+            extra["section"],
+            str(field.description),
+            _typed(field.annotation),
+            default,
+            field.is_required(),
+            extra["rare"],
         )
 
 
