@@ -143,7 +143,7 @@ def test_continuations_as_json() -> None:
         (["predict", "dvora-run", "new.csv", "-o", "folder.csv"], "it is a folder; name a file in it"),
         (["predict", "dvora-run", "new.csv", "--text-column", "txt"], "did you mean 'text'"),
         (["predict", "runs/play", "new.csv"], "`dvora generate` continues texts"),
-        (["generate", "dvora-run", "x"], "ask it with `dvora predict`"),
+        (["generate", "dvora-run", "x"], "use `dvora predict`"),
         (["generate"], "the folder of a run, or --adapter FOLDER"),
         (["generate", "runs/play", "x", "--adapter", "runs/play/adapter"], "both a run (runs/play) and --adapter"),
         (["generate", "runs/play", "x", "--model", "smollm2"], "a run knows its base"),

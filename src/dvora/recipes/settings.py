@@ -29,13 +29,13 @@ LEARNING_RATES: dict[Method, float] = {
     "dvora": 1e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
 OWN_CODE = "trust_remote_code"
-"""Once a setting; now only whoever calls can say it."""
+"""Was a setting once; now only the caller can allow it."""
 LARGEST_CONFIG, DEEPEST = 2**18, 8
 """Bytes of a configuration, and lists in lists in it."""
 HEAD_RATE = 1e-3
 """Of new layers, where neither they nor the method are given another."""
 EPOCHS, MOST_STEPS = 3.0, 1000
-"""The length of a run that says nothing of it: about ten minutes for a small model of texts on two CPU cores."""
+"""The length of a run that sets none: about ten minutes for a small model of short texts on two CPU cores."""
 GUESSED = "guessed from its name"
 WIDTH = 98
 """Letters of a line of comments in config.yaml."""
@@ -127,7 +127,7 @@ class Settings(BaseModel):
     epochs: float | None = _training(
         "passes over the training data", None, null=f"{EPOCHS:g}, but no more than {MOST_STEPS:,} steps", gt=0
     )
-    max_steps: int | None = _training("optimizer steps, in place of epochs", None, null="as epochs say", ge=1)
+    max_steps: int | None = _training("optimizer steps, in place of epochs", None, null="those of the epochs", ge=1)
     batch_size: int = _training("rows of a batch, on each device", 16, ge=1)
     accumulation: int = _training("batches of an optimizer step", 1, ge=1)
     schedule: Literal["linear", "cosine", "constant"] = _training(
@@ -204,11 +204,11 @@ class Settings(BaseModel):
 
 
 def parsed_yaml(text: str) -> Any:
-    """What a text of YAML says.
+    """The value of a text in YAML.
 
     Raises:
-        ValueError: it is not YAML, is nested deeper than any setting, or repeats parts (`*name`): ten lines that repeat
-            each other ten times each are ten thousand million.
+        ValueError: it is not YAML, is nested deeper than any setting, or has aliases (`*name`), with which ten
+            lines can stand for ten thousand million.
     """
     try:
         depth = 0
@@ -248,14 +248,14 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     values, source = {**given, **overrides}, str(file) if file else "the settings"
     if values.get(OWN_CODE) not in (None, False):
         raise ValueError(
-            f"{source}: {OWN_CODE} is no setting: no file may say that code is run. If you trust the model's author, "
+            f"{source}: {OWN_CODE} is no setting: no file can allow that code is run. If you trust the model's author, "
             "give --trust-remote-code"
         )
     return checked_settings(values, source)
 
 
 def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings from keys and values; what earlier versions noted on code of the model's own is passed over.
+    """Settings from keys and values; the key with which earlier versions allowed a model's own code is ignored.
 
     Raises:
         ValueError: in one line, what is wrong with which key of `source`.

@@ -156,7 +156,7 @@ def test_values_out_of_range_are_told(values: dict[str, float], message: str) ->
 
 
 def test_what_does_not_generate_is_told(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is of text-classification; ask it with `dvora predict`"):
+    with pytest.raises(ValueError, match="is of text-classification; use `dvora predict`"):
         Generator(finished("text-classification", models, tmp_path))
     with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
         as_run(tmp_path, None)
