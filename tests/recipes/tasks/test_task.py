@@ -61,7 +61,7 @@ def test_a_chat_cut_before_the_answer_is_left_out(models: dict[str, Path], lette
     ("template", "message"),
     [
         (None, "no chat template"),
-        ("{{ messages | length }}{{ messages[-1]['content'] }}", "words earlier messages otherwise"),
+        ("{{ messages | length }}{{ messages[-1]['content'] }}", "changes earlier messages"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_told(letters: Any, template: str | None, message: str) -> None:
