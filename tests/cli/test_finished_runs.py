@@ -119,6 +119,17 @@ def test_predictions_of_lines_as_json() -> None:
     assert json.loads(typed("predict", "dvora-run", "--json", stdin="").stdout) == {"predictions": []}
 
 
+def test_texts_that_are_cut_are_reported(desk: Path) -> None:
+    (desk / "long.csv").write_text("text,label\n" + "good " * 99 + ",good\nbad,bad\n")
+    said = "1 of 2 texts (50.0%) are longer than 32 tokens and were cut"
+    for arguments in (["predict", "dvora-run", "long.csv"], ["predict", "dvora-run", "long.csv", "-o", "cut.csv"]):
+        assert said in typed(*arguments).stderr
+    assert said in " ".join(typed("evaluate", "dvora-run", "long.csv").stdout.split())
+    found = json.loads(typed("evaluate", "dvora-run", "long.csv", "--json").stdout)["truncation"]
+    assert (found["texts"], found["cut"], found["tokens_lost"]) == (2, 1, 101 - 32)
+    assert typed("predict", "dvora-run", "long.csv", "--quiet").stderr == ""
+
+
 def test_continuations_as_json() -> None:
     arguments = ["generate", "runs/play", "--max-new-tokens", "5"]
     result = typed(*arguments, "--file", "prompts.txt")
