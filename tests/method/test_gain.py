@@ -117,7 +117,7 @@ def test_nearly_cancelled_rows_of_a_weight_at_hand_are_exact_to_conditioning(
         assert_equal_to_the_dense_method(p, 40 * torch.finfo(dtype).eps / ratio, p.norm(keep_C))
 
 
-def test_a_nearly_cancelled_row_leaves_out_the_skipped_column() -> None:
+def test_a_nearly_cancelled_row_leaves_out_the_padding_column() -> None:
     p = Problem(16, 6, 4, padding_column=3).cancel(1e-3, [1])
     assert_equal_to_the_dense_method(p, 1e-11)
 

@@ -31,7 +31,7 @@ def problem(distribution: str = "kaiming_uniform", **options: object) -> Problem
 @pytest.mark.parametrize("padding_column", [None, 2])
 @pytest.mark.parametrize("detach_norm", [False, True], ids=["through the norm", "detach_norm"])
 @pytest.mark.parametrize("small", [True, False], ids=["small half_dq", "large half_dq"])
-def test_vectors_and_small_slopes_are_kept_for_the_backward_pass(
+def test_vectors_and_a_small_half_dq_are_kept_for_the_backward_pass(
     distribution: str,
     keep_C: bool,
     padding_column: int | None,

@@ -59,7 +59,7 @@ def test_constants_made_again_equal_those_that_are_kept(distribution: str, dtype
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_they_do_with_a_skipped_column(distribution: str, dtype: torch.dtype) -> None:
+def test_they_do_with_a_padding_column(distribution: str, dtype: torch.dtype) -> None:
     weight, shared = randn(OUT, IN, seed=1, dtype=dtype), SharedProjections(3, distribution)
     again = kept_and_made_again_agree(weight, shared=shared, padding_column=2)
     dense = DenseDVoRA(weight, None, A_without(2, shared), shared.B(RANK, OUT, F64), *values(dtype))
@@ -76,7 +76,7 @@ def A_without(column: int, shared: SharedProjections) -> Tensor:
     return shared.A(RANK, IN, F64).index_fill(1, torch.tensor([column]), 0)
 
 
-def test_rows_that_are_nearly_cancelled_leave_a_skipped_column_alone() -> None:
+def test_rows_that_are_nearly_cancelled_leave_a_padding_column_alone() -> None:
     A, B, vectors = A_without(2, SHARED), SHARED.B(RANK, OUT, F64), values(F64)
     update = ((vectors.lambda_b[:, None] * B * vectors.lambda_d) @ A).detach()
     weight = 1e-2 * randn(OUT, IN, seed=1, dtype=F64) - update

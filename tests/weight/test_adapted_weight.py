@@ -214,7 +214,7 @@ def test_a_weight_stored_otherwise_has_the_same_constants_and_updates() -> None:
     assert torch.equal(turned.C, plain.C)
 
 
-def test_a_skipped_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
+def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
     weight = randn(OUT, IN, seed=1, dtype=torch.float64)
     adapted = AdaptedWeight(weight, RANK, shared=SHARED, padding_column=2)
     lambda_b = randn(OUT, seed=2, dtype=torch.float64)

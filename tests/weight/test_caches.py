@@ -14,7 +14,18 @@ from torch.func import functional_call, vmap
 from dvora import DVoRAAdapter
 from dvora.method.functional import RowFactors
 from dvora.weight.linear import combined
-from tests.cached_layers import CHANGES, CHANGES_OF_LAYERS, SAME_VALUES, Siblings, Subject, in_peft, other, plain
+from tests.cached_layers import (
+    CHANGES,
+    CHANGES_OF_INPUTS,
+    CHANGES_OF_LAYERS,
+    SAME_VALUES,
+    UNCOUNTED,
+    Siblings,
+    Subject,
+    in_peft,
+    other,
+    plain,
+)
 from tests.cases import fresh_copy, randn, trained_layer
 
 MODES = [torch.no_grad, torch.enable_grad, torch.inference_mode]
@@ -54,6 +65,18 @@ def test_siblings_after_a_change_in_the_middle_of_a_pass_are_those_made_anew(
         with mode():
             found = subject.outputs(1, 3)
             assert torch.equal(found, subject.anew().outputs(1, 3))
+
+
+# PyTorch resizes no tensor that requires a gradient.
+@pytest.mark.parametrize("change", sorted(CHANGES_OF_INPUTS.keys() - UNCOUNTED - {"resize_"}))
+def test_inputs_of_a_graph_whose_values_are_not_compared_are_followed_too(change: str) -> None:
+    subject = plain()
+    subject.x.requires_grad_()
+    first = subject.outputs(0, 1)  # its graph keeps the projection
+    with torch.no_grad():
+        CHANGES[change](subject)
+    assert torch.equal(subject.outputs(1, 3), subject.anew().outputs(1, 3))
+    assert first.requires_grad
 
 
 def test_layers_made_anew_are_those_made_from_their_values() -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -82,7 +83,9 @@ def one_line(debug: bool) -> Iterator[None]:
     """
     interrupts: list[int] = []
     try:
-        with kept_stdout(), _noted(interrupts):
+        with kept_stdout(), _noted(interrupts), warnings.catch_warnings():
+            # Of one library for the authors of another; nobody at a terminal can do anything about them.
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.

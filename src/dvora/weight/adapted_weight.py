@@ -187,18 +187,7 @@ class AdaptedWeight(nn.Module):
         Raises:
             ValueError: a row norm of the weight is not finite.
         """
-        shard = shard_of(weight, self.name) if is_dtensor(weight) else None
-        if shard is not None and self.layout is not ROWS:
-            raise ValueError(
-                f"{self.name}: the weight is sharded over processes, which is supported for torch.nn.Linear only"
-            )
-        readable = self.readable and (shard is None or shard.inputs is None)
-        if self.norm_cache is False and not readable:
-            raise ValueError(
-                f"{self.name}: norm_cache=False computes the norm's constants from the weight in every step, and this "
-                "layer's weight cannot be read then (it is quantised or offloaded, or its inputs are sharded); "
-                'use "auto" or True'
-            )
+        shard = self._checked_shard(weight)
         if any(buffer.is_meta for buffer in self.shared.buffers()):
             # A load with assign=True restores values, but not buffers that no file holds.
             self.shared.to_empty(device=weight.device)
@@ -207,13 +196,7 @@ class AdaptedWeight(nn.Module):
             # Before the weight is read, since another thread may write to it meanwhile.
             version = WeightVersion(held)
             with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
-                matrix = self.layout.matrix(full_tensor(weight.detach()))
-                w = row_norms(matrix)
-                check_norms(w, self.name)
-                dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.impl.products_are_cheap, readable)
-                C = None if dtype is None else self._cross(matrix, dtype)
-                if shard is not None:
-                    w, C = shard.of_rows(w), None if C is None else shard.of_rows(C)
+                w, C = self._constants(weight, shard)
             with _ONE_AT_A_TIME:
                 if version.was_written_to(held) and attempt:
                     continue
@@ -298,6 +281,36 @@ class AdaptedWeight(nn.Module):
         # For a strength of one exactly the gain.
         weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
         return RowFactors(strength * gain_minus_one, strength * scale, weaker.detach(), beta)
+
+    def _checked_shard(self, weight: Tensor) -> TensorParallelShard | None:
+        """The shard on this process, if the layer's settings allow one."""
+        shard = shard_of(weight, self.name) if is_dtensor(weight) else None
+        if shard is not None and self.layout is not ROWS:
+            raise ValueError(
+                f"{self.name}: the weight is sharded over processes, which is supported for torch.nn.Linear only"
+            )
+        if self.norm_cache is False and not self._is_readable(shard):
+            raise ValueError(
+                f"{self.name}: norm_cache=False computes the norm's constants from the weight in every step, and this "
+                "layer's weight cannot be read then (it is quantised or offloaded, or its inputs are sharded); "
+                'use "auto" or True'
+            )
+        return shard
+
+    def _is_readable(self, shard: TensorParallelShard | None) -> bool:
+        return self.readable and (shard is None or shard.inputs is None)
+
+    def _constants(self, weight: Tensor, shard: TensorParallelShard | None) -> tuple[Tensor, Tensor | None]:
+        """w, and C where it is kept, for the rows of this process."""
+        matrix = self.layout.matrix(full_tensor(weight.detach()))
+        w = row_norms(matrix)
+        check_norms(w, self.name)
+        cheap = self.shared.impl.products_are_cheap
+        dtype = cache_dtype(matrix, self.rank, self.norm_cache, cheap, self._is_readable(shard))
+        C = None if dtype is None else self._cross(matrix, dtype)
+        if shard is None:
+            return w, C
+        return shard.of_rows(w), None if C is None else shard.of_rows(C)
 
     def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
         if self.rank and C is None and matrix is None:

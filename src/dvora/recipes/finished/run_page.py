@@ -187,7 +187,7 @@ def _layers(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[Sect
     sections = []
     if isinstance(model, PeftModel):
         found = analyze(model)
-        text = ["One point a layer; `dvora analyze` shows more."]
+        text = ["One point a layer; dvora analyze shows more."]
         sections.append(Section("What changed in the layers", text, [magnitude_and_direction(found.changes[0])]))
     if doctor:
         batch = batch_of(run, model, processor, rows[:EXAMINED])

@@ -2,7 +2,7 @@
 
     W' = W + diag(lambda_b) B diag(lambda_d) A     is DVoRA with direction "weight", alpha = rank and m = ||W'||_row
 
-The matrices are drawn again from PEFT's seed (`vera_matrices`), so the file stays small and every process has them; the
+The matrices are drawn again from PEFT's seed (`matrices.vera`), so the file stays small and every process has them; the
 price is that they have the size of the largest layer in memory, as in PEFT, and that torch must draw the same bits.
 """
 
