@@ -1,23 +1,29 @@
-# `make demo` and `make test` set themselves up; nothing is done twice.
+# Every target sets itself up, with what it needs and no more; nothing is done twice.
 PYTHON ?= python3
 VENV := .venv
 EXTRAS := dev
 PY := $(VENV)/bin/python
-READY := $(VENV)/ready
 # Debian splits the part of venv that brings pip into a package of its own.
 BARE_VENV := { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
+IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null
+NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
+NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test examples conformance fuzz lint bench docs site
+.PHONY: setup demo test examples conformance fuzz lint wheel versions bench docs site
 
-setup: $(READY)
+setup: $(VENV)/ready-$(EXTRAS)
 
-$(READY): pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV) || $(BARE_VENV)
-	$(PY) -m pip install --disable-pip-version-check --editable ".[$(EXTRAS)]"
-	touch $@
+$(VENV)/ready-%: pyproject.toml
+	@echo "Installing dvora[$*] into $(VENV): some minutes the first time, depending on the network."
+	@$(IS_PYTHON) || { echo "$(NO_PYTHON)" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || $(BARE_VENV) || { echo "$(NO_VENV)" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
 
-demo: setup  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of your own
-	$(PY) -m demo $(if $(SENTENCE),"$(SENTENCE)")
+# The environment of `make test` does for the demo too.
+DEMO_READY := $(firstword $(wildcard $(VENV)/ready-dev) $(VENV)/ready-demo)
+demo: $(DEMO_READY)  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of your own
+	@$(PY) -m demo $(if $(SENTENCE),-- "$$SENTENCE")
 
 WORKERS := 2
 test: setup  ## the whole suite, in two processes; WORKERS=8 for more
@@ -39,11 +45,18 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+wheel: setup  ## build the wheel, install it into an empty environment, run the quick start there
+	$(PY) -m installation.wheel
+
+versions: setup  ## the tests of the core with the oldest and the newest versions; ARGS="--newest python3.13 --oldest python3.10"
+	$(PY) -m installation.versions $(ARGS)
+
 bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness
 	$(PY) -m benchmarks.support
 	$(PY) -m benchmarks.speed
 	$(PY) -m benchmarks.speed.plots
+	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record
 
 docs: setup  ## write the README's tables from the committed results

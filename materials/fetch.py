@@ -75,12 +75,21 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """The cache's folder `name`, made by `build(empty_folder)` unless it is there already.
 
     Safe against interruption and against a second process: only a finished folder gets the name.
+
+    Raises:
+        FetchError: the cache's folder cannot be written to.
     """
     final = cache_folder() / name
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent) as workplace:
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent)
+    except OSError as error:
+        raise FetchError(
+            f"models and data cannot be kept in {final.parent} ({error.strerror}); choose a folder with DVORA_CACHE"
+        ) from error
+    with unfinished as workplace:
         folder = Path(workplace) / name
         folder.mkdir()
         build(folder)

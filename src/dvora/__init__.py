@@ -7,6 +7,7 @@ names is imported at its first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .extras import how_to_install, missing
 from .peft_hook import register_with_peft
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     )
     from .weight.merge import MergePrecisionWarning
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "DVoRAAdapter": "weight.adapter",
@@ -57,7 +58,12 @@ def __getattr__(name: str) -> Any:
     if name == "functional":
         return import_module(f"{__name__}.functional")
     if name in _HOMES:
-        found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        try:
+            home = import_module(f"{__name__}.{_HOMES[name]}")
+        except ImportError as error:
+            reason = missing(error) or f"{error}; {how_to_install('peft')}"
+            raise ImportError(f"dvora.{name} is not available: {reason}") from error
+        found = globals()[name] = getattr(home, name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

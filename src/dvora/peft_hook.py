@@ -9,6 +9,8 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from .extras import how_to_install
+
 
 def register_with_peft() -> None:
     """Register now if PEFT is imported already, else right after its import."""
@@ -47,7 +49,7 @@ def _register() -> None:
         # `import peft` must not fail because of dvora: the user may want the plain layer only.
         warnings.warn(
             f"dvora's PEFT method is not available with the installed peft and transformers ({error}); "
-            "pip install 'dvora[peft]' brings versions that work",
+            f"for versions that work, {how_to_install('peft')}",
             ImportWarning,
             stacklevel=2,
         )

@@ -105,6 +105,7 @@ def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, sch
         ("dvora report nowhere", "holds no run.json"),
         ("dvora report dvora-run -o page.txt", "has to end in .html"),
         ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),
+        ("dvora report dvora-run -o /proc/page.html", "/proc"),
         ("dvora report dvora-run --against regression", "predicts other classes"),
     ],
 )

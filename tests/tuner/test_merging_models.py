@@ -78,11 +78,16 @@ def test_unmerge_restores_every_bit(name: str, dtype: torch.dtype) -> None:
     assert same_bits(outputs(model), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("order", list(itertools.permutations(ADAPTERS)), ids="-".join)
-@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "order"),
+    [
+        *itertools.product(["mlp"], [torch.float32, torch.bfloat16], itertools.permutations(ADAPTERS)),
+        *itertools.product(["gpt2"], DTYPES, [tuple(ADAPTERS[::-1])]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
+)
 def test_unmerge_after_several_merges_in_any_order_restores_every_bit(
-    name: str, order: tuple[str, ...], dtype: torch.dtype
+    name: str, dtype: torch.dtype, order: tuple[str, ...]
 ) -> None:
     model = adapted(name, dtype)
     before = snapshot(model)

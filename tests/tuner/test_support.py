@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 
 from benchmarks.support import RESULT
+from tests.tuner.bases import FAMILIES
 from tests.tuner.operations_tried import OPERATIONS
-from tests.tuner.subjects import PAIRS, Subject
+from tests.tuner.subjects import DTYPES, PAIRS, Subject
 
 RECORDED = (
     {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in json.loads(RESULT.read_text())["rows"]}
@@ -16,13 +17,24 @@ RECORDED = (
     else None
 )
 
-# Tracing costs more than all else together, and dtypes change its casts only, which all layer types share: other dtypes
-# than float32 are traced with one layer type. `benchmarks.support` tries all of them.
+# What is tried again with another dtype or format only where that can matter; `benchmarks.support` tries everything.
+# Tracing costs more than all else together. Dtypes change its casts only, which all layer types share.
 TRACED = ("torch.compile", "torch.export")
+COPIED = ("save, load", "hot swap", "deepcopy", "CPU offload")
+"""These copy values as they are: one dtype of each width."""
+
+
+def is_tried(layer: str, base: str, operation: str) -> bool:
+    """Whether the suite tries a row of the table that has been recorded."""
+    if operation in TRACED:
+        return base == "float32" or (layer == "Linear" and base in (*DTYPES, *FAMILIES))
+    return operation not in COPIED or base not in ("float64", "float16")
+
+
 TRIED = [
-    (layer, base, operation)
-    for (layer, base), operation in product(PAIRS, OPERATIONS)
-    if RECORDED is None or operation not in TRACED or layer == "Linear" or base == "float32"
+    (*pair, operation)
+    for pair, operation in product(PAIRS, OPERATIONS)
+    if RECORDED is None or is_tried(*pair, operation)
 ]
 
 

@@ -1,5 +1,21 @@
-"""`python -m dvora.cli`, for launchers that start modules: accelerate launch, torchrun."""
+"""Where the program starts: `dvora`, and `python -m dvora.cli` for launchers that start modules, such as torchrun."""
 
-from .app import main
+import sys
 
-main()
+from ..extras import missing
+
+
+def main() -> None:
+    """Run the program, or say what to install for it."""
+    try:
+        from .app import main as run
+    except ModuleNotFoundError as error:
+        if (told := missing(error)) is None:
+            raise
+        print(f"Error: {told}", file=sys.stderr)
+        sys.exit(2)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
+from ..extras import missing
 from .output import kept_stdout, tell
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
@@ -81,7 +83,9 @@ def one_line(debug: bool) -> Iterator[None]:
     """
     interrupts: list[int] = []
     try:
-        with kept_stdout(), _noted(interrupts):
+        with kept_stdout(), _noted(interrupts), warnings.catch_warnings():
+            # Of one library for the authors of another; nobody at a terminal can do anything about them.
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.
@@ -100,8 +104,9 @@ def one_line(debug: bool) -> Iterator[None]:
         if debug:
             for line in traceback.format_exc().splitlines():
                 tell(line)
+        wrong_use = isinstance(error, UsageError) or _lacks_an_extra(error)
         tell(f"Error: {_message(error)}")
-        raise typer.Exit(WRONG_USE if isinstance(error, UsageError) else FAILED) from None
+        raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
 
 
 @contextmanager
@@ -126,8 +131,14 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def _lacks_an_extra(error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError) and missing(error) is not None
+
+
 def _message(error: Exception) -> str:
     """What an error says, in one line."""
+    if isinstance(error, ModuleNotFoundError) and (told := missing(error)):
+        return told
     text = " ".join(str(error).split())
     place = error.filename if isinstance(error, OSError) else None
     if (number := _system_error(error, text)) in _ADVICE:

@@ -9,7 +9,6 @@ import typer
 
 from .errors import check_writable, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
-from .train import metric_rows
 
 if TYPE_CHECKING:
     from ..recipes.finished.evaluation import Evaluation
@@ -81,6 +80,8 @@ def evaluate(
 
 
 def _shown(run: "Run", files: list[str], evaluation: "Evaluation", as_json: bool) -> dict[str, Any]:
+    from ..recipes.tasks.metrics import metric_rows
+
     cut = evaluation.truncation.sentence(evaluation.max_length)
     return {
         "run": str(run.folder),

@@ -100,6 +100,7 @@ def _is_rows(value: object) -> bool:
 
 def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool = True) -> None:
     """A table in which sentences fold; names and numbers stay whole, if need be beyond the edge of the terminal."""
+    from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
@@ -112,8 +113,10 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
         table.add_column(header, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
-    least = Measurement.get(console, console.options.update(width=10_000), table).minimum
-    console.print(table, width=max(least, console.width) if least > console.width else None, crop=False)
+    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    if needed > console.width:
+        console = Console(file=console.file, highlight=False, width=needed)
+    console.print(table)
 
 
 @contextmanager

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 EXAMPLE: dict[str, Any] = {"task": "text-classification", "model": "path/to/model", "data": ["reviews.csv"]}
 """What --print-config shows of the keys that have no default."""
 SHORT = {"model": "-m", "output": "-o"}
-MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
-"""What metrics are of, by the ending of their name in run.json; `simplest_guess` says what it guesses."""
 
 
 def with_an_option_for_each_setting(command: Any) -> Any:
@@ -154,6 +152,7 @@ def shown_path(folder: Path) -> str:
 
 
 def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
+    from ..recipes.tasks.metrics import metric_rows
     from ..recipes.tasks.task import Truncation
 
     record = run.record
@@ -170,14 +169,3 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),
         "metrics": metric_rows(record["metrics"]),
     }
-
-
-def metric_rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The metrics of a run as rows with the same columns, the baselines below what was trained."""
-    names = {name: None for values in metrics.values() for name in values if name != "guess"}
-    rows = []
-    for key, values in metrics.items():
-        part, _, compared = key.partition("_")
-        model = MODELS.get(compared) or f"always {values.get('guess')}"
-        rows.append({"part": part, "model": model, **{name: values.get(name) for name in names}})
-    return rows

@@ -8,7 +8,7 @@ import pytest
 from dvora.recipes.data.chats import IGNORED, chat_features
 from dvora.recipes.models.bases import load_processor
 from dvora.recipes.settings import Settings
-from dvora.recipes.tasks.task import bytes_of, features, longest
+from dvora.recipes.tasks.task import Truncation, bytes_of, features, longest
 
 
 def settings(task: str, model: Path) -> Settings:
@@ -96,3 +96,42 @@ def test_a_model_without_tokenizer_is_told(models: dict[str, Path], tmp_path: Pa
     assert load_processor(elsewhere).vocab_size > 0
     with pytest.raises(ValueError, match="holds no image processor"):
         load_processor(settings("image-classification", tmp_path))
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_what_is_cut_is_counted(models: dict[str, Path], pair: bool) -> None:
+    task = settings("sentence-pairs" if pair else "text-classification", models["bert"])
+    words = load_processor(task)
+    rows: list[dict[str, Any]] = [{"text": "good " * count} for count in (1, 6, 7, 8, 20)]
+    if pair:
+        rows = [{**row, "text2": "bad movie"} for row in rows]
+    # Beside the words: the beginning, the end, and the end of a second text.
+    lengths = [len(row["text"].split()) + 2 + 3 * pair for row in rows]
+    for longest_text in (5, 9, 10, 12, 99):
+        made = features(rows, task, words, longest_text)
+        over = [length - longest_text for length in lengths if length > longest_text]
+        assert made.truncation == Truncation(len(rows), len(over), sum(lengths), sum(over))
+        read = sum(map(len, made.dataset["input_ids"]))
+        assert read == sum(lengths) - sum(over)
+
+
+def test_chats_that_are_cut_or_left_out_are_counted(models: dict[str, Path], letters: Any) -> None:
+    task = settings("causal-lm", models["llama"])
+    length = len(letters(letters.apply_chat_template(CHAT, tokenize=False), add_special_tokens=False)["input_ids"])
+    rows = [{"messages": CHAT}, {"messages": CHAT[:2]}]
+    whole = features(rows, task, letters, length).truncation
+    assert (whole.texts, whole.cut, whole.tokens_lost, whole.left_out) == (2, 0, 0, 0)
+    cut = features(rows[:1], task, letters, length - 3).truncation
+    assert cut == Truncation(1, 1, length, 3)
+    assert features(rows[:1], task, letters, 5).truncation == Truncation(1, 1, length, length - 5, left_out=1)
+    # Texts without a label go on in the next block.
+    assert features([{"text": "ab" * 99}], task, letters, 5).truncation == Truncation()
+
+
+def test_what_is_cut_is_said_in_a_sentence() -> None:
+    assert Truncation(10, 0, 100, 0).sentence(8) == ""
+    both = Truncation(10, 1, 100, 5) + Truncation(10, 4, 100, 45)
+    assert both.sentence(128) == (
+        "5 of 20 texts (25.0%) are longer than 128 tokens and were cut: 25.0% of all tokens were not read"
+    )
+    assert "; 2 chats were left out" in Truncation(3, 3, 30, 20, left_out=2).sentence(8)

@@ -1,12 +1,13 @@
-"""Run in a process of its own: load adapters onto tiny models and write what they give.
+"""What an adapter gives in a process of its own, which loads it onto a tiny model.
 
-python -m tests.tuner.convert.fresh_process MODEL FOLDER OUTPUTS [MODEL FOLDER OUTPUTS ...]
+python -m tests.tuner.convert.fresh_process MODEL FOLDER OUTPUTS
 """
 
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,34 +15,34 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import dvora
+from tests.fresh import FRESH
 from tests.tuner.tiny import MODELS, outputs
 
-ROOT = Path(__file__).parents[3]
+
+def run_fresh(name: str, adapter: Path, folder: Path) -> dict[str, Tensor]:
+    """Outputs of a tiny model with an adapter, unmerged and merged, from a process of its own."""
+    file = folder / "outputs.safetensors"
+    with ProcessPoolExecutor(1, mp_context=FRESH) as process:
+        process.submit(write_outputs, name, adapter, file).result()
+    return load_file(file)
 
 
-def run_fresh(adapters: dict[str, Path], folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Outputs of tiny models with an adapter each, unmerged and merged, from one process with another hash seed."""
-    files = {name: folder / f"{name}.safetensors" for name in adapters}
-    triples = [part for name in adapters for part in (name, str(adapters[name]), str(files[name]))]
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", __spec__.name, *triples],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert process.returncode == 0, process.stderr
-    return {name: load_file(file) for name, file in files.items()}
+def run_alone(name: str, adapter: Path, folder: Path) -> dict[str, Tensor]:
+    """The same from an interpreter of its own, which shares nothing with this one and has another hash seed."""
+    file = folder / "outputs.safetensors"
+    command = [sys.executable, "-m", __spec__.name, name, adapter, file]
+    environment = {**os.environ, "PYTHONHASHSEED": "2", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
+    return load_file(file)
+
+
+def write_outputs(name: str, adapter: Path, file: Path) -> None:
+    """Load, and write both outputs to a file."""
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
+    loaded = PeftModel.from_pretrained(MODELS[name](), adapter)
+    save_file({"outputs": outputs(loaded), "merged": outputs(loaded.merge_and_unload())}, file)
 
 
 if __name__ == "__main__":
-    assert dvora.__version__
-    warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(1)
-    arguments = iter(sys.argv[1:])
-    for name, adapter, file in zip(arguments, arguments, arguments, strict=True):
-        loaded = PeftModel.from_pretrained(MODELS[name](), adapter)
-        save_file({"outputs": outputs(loaded), "merged": outputs(loaded.merge_and_unload())}, Path(file))
+    write_outputs(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,6 +1,7 @@
 """What is saved, and that loading it gives the same outputs bit for bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from peft import (
 )
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dvora import DVoRAConfig
-from tests.tuner.convert.fresh_process import run_fresh
+from tests.tuner.convert.fresh_process import run_alone, run_fresh
 from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 
@@ -32,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted(name, dtype)
@@ -41,16 +43,17 @@ def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp
     assert same_bits(outputs(loaded), outputs(model))
 
 
-def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
-    models = {
-        name: adapted(name, projection_init=distribution)
-        for name, distribution in {"bert": "structured", "gpt2": "kaiming_uniform"}.items()
-    }
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-    for name, fresh in run_fresh({name: tmp_path / name for name in models}, tmp_path).items():
-        assert same_bits(fresh["outputs"], outputs(models[name]))
-        assert same_bits(fresh["merged"], outputs(models[name].merge_and_unload()))
+@pytest.mark.parametrize(
+    ("name", "distribution", "run"), [("bert", "structured", run_fresh), ("gpt2", "kaiming_uniform", run_alone)]
+)
+def test_a_fresh_process_gives_the_same_bits(
+    name: str, distribution: str, run: Callable[[str, Path, Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    model = adapted(name, projection_init=distribution)
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = run(name, tmp_path / "adapter", tmp_path)
+    assert same_bits(fresh["outputs"], outputs(model))
+    assert same_bits(fresh["merged"], outputs(model.merge_and_unload()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -211,9 +214,8 @@ def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: st
     assert same_bits(outputs(loaded), outputs(model))
 
 
-@pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
-def test_saved_projections_are_those_of_the_model_and_change_nothing(distribution: str, tmp_path: Path) -> None:
-    model = adapted("bert", save_projection=True, projection_init=distribution)
+def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: Path) -> None:
+    model = adapted("bert", save_projection=True)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.dvora_projections."

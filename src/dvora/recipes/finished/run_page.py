@@ -19,6 +19,7 @@ from ..data.images import opened_image
 from ..files import write_atomically
 from ..models.hub import NOTHING, Trust, offline
 from ..run_folder import Run, load_trained, read_run
+from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .comparison import Compared, compared, continuations
 from .evaluation import unchanged_data
@@ -129,10 +130,9 @@ def _curves(run: Run) -> Section:
 
 
 def _metrics(run: Run) -> Section:
-    rows = []
-    names = dict.fromkeys(name for values in run.record["metrics"].values() for name in values)
-    for part, values in run.record["metrics"].items():
-        rows.append({"": part.replace("_", " "), **{name.replace("_", " "): values.get(name) for name in names}})
+    rows = [
+        {name.replace("_", " "): value for name, value in row.items()} for row in metric_rows(run.record["metrics"])
+    ]
     text = []
     if any(part.endswith("head_alone") for part in run.record["metrics"]):
         text = ["Head alone: a linear layer fitted to the frozen base. What the adapter adds is the difference."]
@@ -187,7 +187,7 @@ def _layers(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[Sect
     sections = []
     if isinstance(model, PeftModel):
         found = analyze(model)
-        text = ["One point a layer; `dvora analyze` shows more."]
+        text = ["One point a layer; dvora analyze shows more."]
         sections.append(Section("What changed in the layers", text, [magnitude_and_direction(found.changes[0])]))
     if doctor:
         batch = batch_of(run, model, processor, rows[:EXAMINED])

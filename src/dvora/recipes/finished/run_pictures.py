@@ -33,6 +33,7 @@ def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | Non
         lower[0].plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[1])
         lower[0].set(xlabel="step", ylabel=label(f"validation {shown.removeprefix('eval_').replace('_', ' ')}"))
     for axes in (upper, *lower):
+        axes.locator_params(axis="x", integer=True)
         axes.axvline(best_step, color="#8a8a8a", linewidth=1, linestyle=":")
     return svg(figure, "Loss and validation metrics along the steps; a dotted line at the step that was kept")
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...ops.annotations import Float
+from ..files import write_atomically
 from ..models.bases import computing, device_of
 from ..settings import Settings
 from .metrics import class_metrics, number_metrics
@@ -50,8 +51,8 @@ class HeadAlone:
         return found
 
     def save(self, file: Path) -> None:
-        """Write it as safetensors."""
-        save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, file)
+        """Write it as safetensors, whole or not at all."""
+        write_atomically(file, save({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}))
 
 
 def read_head_alone(file: Path) -> HeadAlone:

@@ -1,5 +1,6 @@
 """The README.md beside what was trained: how to load it, its base, its data, how good it is."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from ...tools.pages.text import shown, visible
 from ..models.bases import MODEL_CLASSES
 from ..settings import Settings, Task
+from ..tasks.metrics import metric_rows
 
 PIPELINES: Mapping[Task, str] = {
     "text-classification": "text-classification",
@@ -93,19 +95,16 @@ def _loading(settings: Settings, labels: Sequence[str], config: Any) -> list[str
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
-            f"base = {auto}.from_pretrained({settings.model!r}{options})",
+            f"base = {auto}.from_pretrained({json.dumps(settings.model, ensure_ascii=False)}{options})",
             f'model = PeftModel.from_pretrained(base, "{folder}").eval()',
         ]
     return ["```python", *code, "```"]
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    rows = [["", *(name.replace("_", " ") for name in names)], ["---"] * (len(names) + 1)]
-    rows += [
-        [part.replace("_", " "), *(_cell(shown(values.get(name))) for name in names)]
-        for part, values in metrics.items()
-    ]
+    found = metric_rows(metrics)
+    rows = [[name.replace("_", " ") for name in found[0]], ["---"] * len(found[0])] if found else []
+    rows += [[_cell(shown(value)) for value in row.values()] for row in found]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 

@@ -43,8 +43,8 @@ _OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 def check_file(config: DVoRAConfig) -> None:
     """Refuse a file of other values than its configuration says; does nothing without a file.
 
-    Ranks are compared before anything of that rank is made. PEFT would notice missing
-    tokens after it has changed the model, and superfluous biases not at all.
+    Ranks are compared before anything of that rank is made. PEFT would notice missing tokens after it has changed the
+    model, and superfluous biases not at all.
 
     Raises:
         ValueError: values are missing, not trained, or of another rank.

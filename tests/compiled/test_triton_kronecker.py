@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cases import randn
-from tests.ops.triton.interpreter import Interpreter, last_rounding
+from tests.compiled.interpreter import Interpreter, last_rounding
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TYPICAL = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dvora.ops.dtypes import norm_dtype
 from tests.cases import DTYPES, randn
-from tests.ops.triton.interpreter import Interpreter, last_rounding
+from tests.compiled.interpreter import Interpreter, last_rounding
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 200))
 

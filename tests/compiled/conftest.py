@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ops.triton.interpreter import Interpreter
+from tests.compiled.interpreter import Interpreter
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from dvora.matrices.kronecker import apply, apply_transpose
 from dvora.method.combine import combine
 from dvora.ops.triton import available
 from tests.cases import randn
-from tests.ops.triton.interpreter import Interpreter
+from tests.compiled.interpreter import Interpreter
 from tests.reference import worst_error
 
 TOKENS, IN, OUT = 5, 24, 20

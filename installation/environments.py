@@ -1,0 +1,119 @@
+"""An environment of its own for a while: made in an empty folder, filled by pip, asked for what it holds."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What would let this process's packages into the environment.
+_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+
+class InstallationError(RuntimeError):
+    """Something could not be installed or did not run; the message has its command and the end of its output."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment.
+
+    Args:
+        folder: of the environment.
+    """
+
+    folder: Path
+
+    def path_of(self, program: str) -> str:
+        """Where a program of the environment lies."""
+        return str(self.folder / ("Scripts" if os.name == "nt" else "bin") / program)
+
+    def install(self, *arguments: str) -> None:
+        """Let the environment's pip install something.
+
+        Raises:
+            InstallationError: it could not.
+        """
+        self.run("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+
+    def run(self, program: str, *arguments: str, folder: Path | None = None, status: int = 0) -> str:
+        """Run one of the environment's programs, offline for the hub; its standard output and error.
+
+        Args:
+            folder: to run in.
+            status: the exit status that is right.
+
+        Raises:
+            InstallationError: it ended with another one.
+        """
+        variables = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        command = [self.path_of(program), *arguments]
+        ended = subprocess.run(
+            command,
+            cwd=folder or self.folder,
+            env={**variables, "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if ended.returncode != status:
+            last = "\n".join(ended.stdout.splitlines()[-30:])
+            shown = f"{program} {' '.join(arguments)}"
+            raise InstallationError(f"{shown}: exit status {ended.returncode}, expected {status}\n{last}")
+        return ended.stdout
+
+    def versions(self) -> dict[str, str]:
+        """Python's version and those of all packages, by name in lower case, without local parts."""
+        code = (
+            "import importlib.metadata as m, json, platform; "
+            "print(json.dumps({'python': platform.python_version(), "
+            "**{d.metadata['Name'].lower(): d.version.partition('+')[0] for d in m.distributions()}}))"
+        )
+        found: dict[str, str] = json.loads(self.run("python", "-c", code))
+        return found
+
+    def megabytes(self) -> int:
+        """The size of all files in it."""
+        return sum(path.lstat().st_size for path in self.folder.rglob("*")) // 10**6
+
+
+@contextmanager
+def empty_environment(python: str = sys.executable) -> Iterator[Environment]:
+    """An environment with pip alone, removed at the end.
+
+    Args:
+        python: the interpreter, a path or a name on the PATH.
+
+    Raises:
+        InstallationError: there is no such interpreter, or it makes no environment.
+    """
+    with tempfile.TemporaryDirectory(prefix="dvora-environment-") as folder:
+        try:
+            made = subprocess.run([python, "-m", "venv", folder], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise InstallationError(f"there is no Python {python!r} ({error.strerror}); give a path to one") from error
+        if made.returncode:
+            raise InstallationError(f"{python} makes no environment: {(made.stdout + made.stderr).strip()[-300:]}")
+        yield Environment(Path(folder))
+
+
+def built_wheel(environment: Environment, folder: Path) -> Path:
+    """Build dvora's wheel from this clone with an environment's pip.
+
+    Raises:
+        InstallationError: it could not be built.
+    """
+    environment.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    (wheel,) = folder.glob("dvora-*.whl")
+    return wheel
+
+
+def lowest(requirements: Sequence[str]) -> list[str]:
+    """Requirements such as "peft>=0.21" with their lower bounds as exact versions: "peft==0.21"."""
+    return [requirement.replace(">=", "==") for requirement in requirements]

@@ -1,0 +1,58 @@
+"""What is missing names the extra that brings it: every package of every extra, in Python and on the command line."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from dvora.extras import how_to_install, missing
+
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+EXTRAS = ("peft", "cli", "report", "triton")
+
+
+def brought() -> dict[str, str]:
+    """The first extra with each module; an extra's metadata repeats what it takes from another."""
+    requirements = [Requirement(line) for line in importlib.metadata.requires("dvora") or ()]
+    found: dict[str, str] = {}
+    for extra in EXTRAS:
+        for each in requirements:
+            if each.marker and f'extra == "{extra}"' in str(each.marker) and each.name != "dvora":
+                found.setdefault(MODULES.get(each.name, each.name), extra)
+    return found
+
+
+@pytest.mark.parametrize(("module", "extra"), brought().items())
+def test_each_module_leads_to_its_extra(module: str, extra: str) -> None:
+    told = missing(ModuleNotFoundError(name=f"{module}.part"))
+    assert told == f"{module} is missing; {how_to_install(extra)}"
+
+
+def test_what_no_extra_brings_is_not_told() -> None:
+    assert missing(ModuleNotFoundError(name="somebodys_code")) is None
+    assert missing(ImportError("cannot import name")) is None
+
+
+def test_a_version_that_does_not_fit_is_told_as_it_is() -> None:
+    code = "import sys, dvora; sys.modules['dvora.tuner.config'] = None; dvora.DVoRAConfig"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "dvora.DVoRAConfig is not available" in ended.stderr.splitlines()[-1]
+    assert how_to_install("peft") in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("absent", "command", "extra"),
+    [("typer", "--help", "cli"), ("yaml", "train --print-config", "cli"), ("matplotlib", "report run", "report")],
+)
+def test_a_command_without_its_extra_is_one_line(absent: str, command: str, extra: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{absent!r}] = None; from dvora.cli.__main__ import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if "Error" in line]
+    assert lines == [f"Error: {absent} is missing; {how_to_install(extra)}"]
+    assert not any(tmp_path.iterdir())
