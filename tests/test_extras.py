@@ -27,8 +27,13 @@ def brought() -> dict[str, str]:
 
 @pytest.mark.parametrize(("module", "extra"), brought().items())
 def test_each_module_leads_to_its_extra(module: str, extra: str) -> None:
-    told = missing(ModuleNotFoundError(name=f"{module}.part"))
+    told = missing(ModuleNotFoundError(name=module))
     assert told == f"{module} is missing; {how_to_install(extra)}"
+
+
+def test_a_package_that_is_too_old_is_not_called_missing() -> None:
+    for error in (ImportError("no such name", name="peft.utils"), ModuleNotFoundError("no such name", name="peft.new")):
+        assert missing(error) == f"dvora does not work with the installed peft (no such name); {how_to_install('peft')}"
 
 
 def test_what_no_extra_brings_is_not_told() -> None:

@@ -109,12 +109,12 @@ def _is_main_thread() -> bool:
 
 
 def _lacks_an_extra(error: Exception) -> bool:
-    return isinstance(error, ModuleNotFoundError) and missing(error) is not None
+    return isinstance(error, ImportError) and missing(error) is not None
 
 
 def _told(error: Exception) -> str:
     """What an error says, in one line."""
-    if isinstance(error, ModuleNotFoundError) and (told := missing(error)):
+    if isinstance(error, ImportError) and (told := missing(error)):
         return told
     text = " ".join(str(error).split())
     place = error.filename if isinstance(error, OSError) else None
