@@ -1,56 +1,57 @@
-"""Writes the figures of README.md and docs/results.md from the committed result files, so that none of them is typed.
+"""Writes the tables of README.md and of the pages from the committed result files, so that no number is typed.
 
 Run from the repository's root: python -m benchmarks.readme
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exactness import RESULT as EXACTNESS
-from benchmarks.examples.table import RESULT as EXAMPLES
 from benchmarks.examples.table import examples
 from benchmarks.quality.grid import read_grid
 from benchmarks.quality.page import parts as quality_parts
-from benchmarks.quality.results import RESULT as QUALITY
 from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
-from benchmarks.quality.tables import quality
-from benchmarks.speed.tables import speed
-from benchmarks.support import RESULT as SUPPORT
+from benchmarks.quality.tables import at_a_glance
+from benchmarks.speed.tables import speed, targets
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "results.md"
-DEMO = ROOT / "benchmarks" / "results" / "demo.json"
-SPEED = ROOT / "benchmarks" / "results" / "speed.json"
-CONFORMANCE = ROOT / "benchmarks" / "results" / "conformance.json"
+OPERATIONS = {
+    "starts as the base": "equals the base at the start",
+    "several at once, strength": "several active, strength",
+    "an adapter a row": "one adapter per row",
+}
+"""Columns of the table of support that have another name in the result file."""
+BASES = {
+    "bnb_int8": "bitsandbytes int8",
+    "bnb_nf4": "bitsandbytes nf4",
+    "bnb_fp4": "bitsandbytes fp4",
+    "bnb_nf4_bfloat16": "bitsandbytes nf4, bfloat16",
+    "torchao_int8": "torchao int8",
+    "torchao_int4": "torchao int4",
+    "torchao_int8_bfloat16": "torchao int8, bfloat16",
+    "torchao_int8_dynamic": "torchao int8, dynamic activations",
+    "hqq_8bit": "HQQ 8 bit",
+    "hqq_4bit": "HQQ 4 bit",
+    "hqq_4bit_bfloat16": "HQQ 4 bit, bfloat16",
+    "forward_only": "unknown format",
+    "forward_only_float16": "unknown format, float16",
+    "forward_only_hidden_bias": "unknown format, hidden bias",
+    "inference_only": "unknown format without a backward pass",
+}
+"""The quantised bases of the table of support, by their names in the result file."""
 
 
-def updated(readme: str) -> str:
-    """The README with every generated part made anew."""
-    return filled(readme, "README.md", readme_parts())
+def updated(page: str, file: str) -> str:
+    """A page with every generated part made anew.
 
-
-def updated_results(page: str) -> str:
-    """The page of results with every generated part made anew."""
-    content, grid = _load(QUALITY), read_grid()
-    missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
-    return filled(page, "docs/results.md", quality_parts(result_of(content), content["environment"], missing))
-
-
-def readme_parts() -> dict[str, str]:
-    """The generated parts of the README by name."""
-    return {
-        "exactness": exactness(_load(EXACTNESS)),
-        "demo": demo(_load(DEMO)),
-        "support": support(_load(SUPPORT)),
-        "examples": examples(_load(EXAMPLES)),
-        "conformance": conformance(_load(CONFORMANCE)),
-        "speed": speed(_load(SPEED)),
-        "quality": quality(_load(QUALITY)),
-    }
+    Args:
+        page: its text.
+        file: its path from the repository's root, one of `PAGES`.
+    """
+    return filled(page, file, PAGES[file]())
 
 
 def filled(page: str, file: str, parts: dict[str, str]) -> str:
@@ -107,20 +108,23 @@ def support(result: dict[str, Any]) -> str:
             return found[chosen[0]]
         return ", ".join(f"{base}: {outcome}" for base, outcome in found.items())
 
-    head = ["| | " + " | ".join(operations) + " |", "|---|" + "---|" * len(operations)]
+    head = ["| | " + " | ".join(OPERATIONS.get(o, o) for o in operations) + " |", "|---|" + "---|" * len(operations)]
     layers = [f"| {name} | " + " | ".join(cell(name, plain, o) for o in operations) + " |" for name in bases]
-    linear = [f"| {base} | " + " | ".join(cell("Linear", [base], o) for o in operations) + " |" for base in others]
+    linear = [
+        f"| {BASES[base]} | " + " | ".join(cell("Linear", [base], o) for o in operations) + " |" for base in others
+    ]
     environment = result["environment"]
     return "\n".join(
         [
-            f"{len(outcomes):,} tests (`benchmarks/results/support.json`; torch {environment['torch']}, PEFT "
-            f"{environment['peft']}, transformers {environment['transformers']}, CPU). Every layer type in "
-            f'{", ".join(plain)}; "refused" is an error that says why and leaves the model alone:',
+            f"Every cell is a test for each of {', '.join(plain)} (`benchmarks/results/support.json`; torch "
+            f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). "
+            '"Refused" is an error that says why and leaves the model unchanged; "base cannot" means that the model '
+            "cannot do it without an adapter either.",
             "",
             *head,
             *layers,
             "",
-            "A linear layer on a quantised base, or on one that shows nothing but its forward pass:",
+            "A linear layer on a quantised base. An unknown format is a layer of which only the forward pass is known:",
             "",
             *head,
             *linear,
@@ -130,32 +134,31 @@ def support(result: dict[str, Any]) -> str:
 
 
 def conformance(result: dict[str, Any]) -> str:
-    """How PEFT's own tests went, with the reasons of those that did not simply pass."""
-    reasons = sorted(result["reasons"].items(), key=lambda reason: -reason[1])
-    return "\n".join(
-        [
-            f"PEFT {result['environment']['peft']}'s own tests with DVoRA in their lists "
-            f"(`benchmarks/results/conformance.json`): {result['passed']:,} passed, {result['failed']} failed, "
-            f"{result['listed']} skipped or failing for a reason:",
-            "",
-            "| tests | reason |",
-            "|---|---|",
-            *(f"| {count} | {reason} |" for reason, count in reasons),
-            "",
-        ]
+    """How PEFT's own tests went, in one sentence."""
+    return (
+        f"PEFT {result['environment']['peft']}'s own tests with DVoRA in their lists "
+        f"(`benchmarks/results/conformance.json`): {result['passed']:,} passed, {result['failed']} failed, "
+        f"{result['listed']} skipped or expected to fail, each for a listed reason.\n"
     )
 
 
+def conformance_reasons(result: dict[str, Any]) -> str:
+    """Why some of PEFT's own tests do not simply pass, as a table."""
+    reasons = sorted(result["reasons"].items(), key=lambda reason: -reason[1])
+    lines = ["", "| tests | reason |", "|---|---|", *(f"| {count} | {reason} |" for reason, count in reasons)]
+    return conformance(result) + "\n".join(lines) + "\n"
+
+
 def demo(result: dict[str, Any]) -> str:
-    """The demo's table and what it found out, with its picture."""
+    """The demo's table and what it checked."""
     scores, differences = result["scores"], result["largest_logit_difference"]
     environment = result["environment"]
     lines = [
-        f"Good or bad? {scores['dvora']['count']:,} movie reviews that training did not see "
+        f"Accuracy on {scores['dvora']['count']:,} movie reviews that were not in the training set "
         f"(`benchmarks/results/demo.json`; torch {environment['torch']}, {environment['threads']} "
         f"threads, seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
         "",
-        "| | test accuracy | 95 % interval (Wilson) | trained values |",
+        "| | test accuracy | 95 % interval (Wilson) | trained parameters |",
         "|---|---|---|---|",
     ]
     for score in scores.values():
@@ -166,25 +169,47 @@ def demo(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} kB, the model's "
-        f"{result['model_bytes'] / 1e6:,.1f} MB. Loaded in a fresh process its outputs differ by "
-        f"{differences['fresh_process']:.2g}; merged into the weights, by {differences['merged']:.2g}. Both "
-        "models are read through the same kind of head, and DVoRA starts from the frozen model's. One seed and one "
-        "data set: a demonstration, not evidence about the method.",
-        "",
-        "![Training and validation curves; what training did to magnitude and direction of each layer](demo/curve.png)",
+        f"{result['model_bytes'] / 1e6:,.1f} MB. Outputs differ by {differences['fresh_process']:.2g} after loading in "
+        f"a fresh process and by {differences['merged']:.2g} after merging into the weights. Both models use the same "
+        "kind of head, and DVoRA's starts from the frozen model's. One seed and one data set: a demonstration, not "
+        "evidence about the method.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Rewrite README.md and docs/results.md in place."""
-    for file, update in ((README, updated), (RESULTS, updated_results)):
-        file.write_text(update(file.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def _load(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     return content
+
+
+def _results() -> dict[str, str]:
+    content, grid = _load("quality"), read_grid()
+    missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
+    return {**quality_parts(result_of(content), content["environment"], missing), "demo": demo(_load("demo"))}
+
+
+PAGES: dict[str, Callable[[], dict[str, str]]] = {
+    "README.md": lambda: {"at-a-glance": at_a_glance(_load("quality"))},
+    "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(_load("conformance"))},
+    "benchmarks/README.md": lambda: {"targets": targets(_load("speed"))},
+    "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("quality"))},
+    "docs/compatibility.md": lambda: {
+        "support": support(_load("support")),
+        "conformance": conformance(_load("conformance")),
+        "examples": examples(_load("examples")),
+    },
+    "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
+    "docs/results.md": _results,
+    "docs/speed.md": lambda: {"speed": speed(_load("speed"))},
+}
+"""The generated parts of every page, by the page's path and the part's name."""
+
+
+def main() -> None:
+    """Rewrite every page in place."""
+    for name in PAGES:
+        file = ROOT / name
+        file.write_text(updated(file.read_text(encoding="utf-8"), name), encoding="utf-8")
 
 
 if __name__ == "__main__":

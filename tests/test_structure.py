@@ -1,7 +1,6 @@
 """The rules of the house: which way imports go, what is public, what the documentation says of it."""
 
 import ast
-import re
 from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,7 +11,6 @@ import dvora
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "dvora"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # The rooms, and what a file of each may import beside its own room.
 BELOW_TUNER = ["ops", "matrices", "method", "engines", "weight"]
@@ -104,11 +102,6 @@ def test_a_file_has_one_purpose_said_first_and_is_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)), "no docstring"
     assert len(text.splitlines()) <= 400
-
-
-def test_public_names_are_those_of_the_readme() -> None:
-    table = README.partition("## Public names")[2].partition("\n## ")[0]
-    assert sorted(re.findall(r"^\| `dvora\.(\w+)`", table, flags=re.MULTILINE)) == sorted(dvora.__all__)
 
 
 def test_every_public_name_exists_and_is_documented() -> None:

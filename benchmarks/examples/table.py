@@ -1,4 +1,4 @@
-"""The README's table of trainers, from what the examples reported."""
+"""The table of trainers on the page "What works with what", from what the examples reported."""
 
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,27 @@ def examples(result: dict[str, Any]) -> str:
         f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). Each "
         "trains, and stops with an error if what it shows does not hold:",
         "",
-        "| trainer | works | example | shows | figures |",
+        "| trainer | works | example | shows | measured |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         outcome = "yes" if row["outcome"] == "works" else f"{row['outcome']}: {_one_line(row['reason'])}"
-        example = f"[{row['name']}](examples/{row['name']}.py)"
+        example = f"`examples/{row['name']}.py`"
         trainer = row["trainer"] + (f" ({versions})" if versions else "")
         lines.append(f"| {trainer} | {outcome} | {example} | {row['shows']} | {figures_of(row['figures'])} |")
     return "\n".join(lines) + "\n"
 
 
 def figures_of(figures: dict[str, Any]) -> str:
-    """Figures in words: `{"loss": [0.7, 0.5], "adapter_bytes": 2000}` is "loss 0.7 to 0.5, adapter 2 kB"."""
+    """Metrics in words: `{"loss": [0.7, 0.5], "adapter_bytes": 2000}` is "loss 0.7 to 0.5, adapter 2 kB"."""
     return ", ".join(_figure(name, value) for name, value in figures.items())
 
 
 def _figure(name: str, value: Any) -> str:
     shown = _value(value, in_bytes=name.endswith("_bytes"))
-    return f"{name.removesuffix('_bytes').replace('_', ' ')} {shown}"
+    label = "trained parameters" if name == "trained_values" else name.removesuffix("_bytes").replace("_", " ")
+    return f"{label} {shown}"
 
 
 def _value(value: Any, in_bytes: bool) -> str:

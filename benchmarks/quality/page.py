@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
-from benchmarks.quality.tables import YARDSTICK, difference, score_cell, scores, sizes, table
+from benchmarks.quality.tables import MODELS, YARDSTICK, difference, score_cell, scores, sizes, table
 
 TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
 
@@ -19,7 +19,7 @@ def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[
         "budget": lambda: budget(result, environment, missing),
         "scores": lambda: scores(result, "methods", ARMS),
         "means": lambda: means(result),
-        "sizes": lambda: sizes(result, ARMS),
+        "sizes": lambda: [*sizes(result, ARMS), *smallest_lora(result)],
         "equal": lambda: scores(result, "equal_values", EQUAL_VALUES, "dvora"),
         "ranks": lambda: scores(result, "ranks", RANKS, "dvora"),
         "choices": lambda: scores(result, "choices", {"dvora": "default", **CHOICES}, "dvora"),
@@ -38,8 +38,8 @@ def budget(result: Result, environment: Mapping[str, Any], missing: int) -> list
     stages = [row["stage"] for row in result.rows]
     hours = sum(row["seconds"] for row in result.rows) / 3600
     return [
-        f"{len(stages):,} runs: {stages.count('trial')} to tune learning rates, {stages.count('final')} judged on the "
-        f"test split, {stages.count('alone')} for time and memory; {hours:.1f} hours of one core each. Python "
+        f"{len(stages):,} runs: {stages.count('trial')} to tune learning rates, {stages.count('final')} evaluated on "
+        f"the test split, {stages.count('alone')} for time and memory; {hours:.1f} hours of one core each. Python "
         f"{environment['python']}, torch {environment['torch']}, PEFT {environment['peft']}, transformers "
         f"{environment['transformers']}, {environment['cores']} cores, one thread a run.",
         *([f"\n**The grid is not finished: {missing:,} of its runs are missing.**"] if missing else []),
@@ -59,6 +59,16 @@ def means(result: Result) -> list[str]:
             cells = ["" if each is None else difference(each, 1) for each in (short, long)]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
+
+
+def smallest_lora(result: Result) -> list[str]:
+    """What LoRA r=1 would train of the models that it was not run on: its parameters are proportional to the rank."""
+    not_run = [
+        f"{eight // 8:,} parameters of {name}"
+        for name, task in MODELS.items()
+        if (eight := result.size(task, "lora_r8", "trained_values")) and not result.finals(task, "lora_r1")
+    ]
+    return ["", f"LoRA r=1 was run on MiniLM only; it would train {' and '.join(not_run)}."] if not_run else []
 
 
 def rates(result: Result) -> list[str]:
@@ -82,8 +92,8 @@ def long(result: Result) -> list[str]:
     better = [(label, [_long_cell(result, task, arm) for task in tasks]) for arm, label in methods.items()]
     endings = {"": "", "_long": ", four times as long", "_long_third": ", four times as long, a third of the rates"}
     arms = {f"{arm}{ending}": label + text for arm, label in methods.items() for ending, text in endings.items()}
-    told = "All of these runs, beside VeRA's with the tuned rates:"
-    return [*table(tasks, better), "", told, "", *scores(result, "long", arms, "vera_long")]
+    heading = "All of these runs, with differences to VeRA's longer runs with the tuned rates:"
+    return [*table(tasks, better), "", heading, "", *scores(result, "long", arms, "vera_long")]
 
 
 def seeds(result: Result) -> list[str]:
@@ -122,8 +132,8 @@ def _better_rates(result: Result, task: str, arm: str) -> tuple[str, str] | None
 
 def _stability_cell(result: Result, task: str, arm: str) -> str:
     spread, plateau = result.spread(task, arm), result.plateau(task, arm)
-    told = "" if spread is None else f"{spread:.2f}" if KINDS[task] != "bits" else f"{spread:.4f}"
+    shown = "" if spread is None else f"{spread:.2f}" if KINDS[task] != "bits" else f"{spread:.4f}"
     if plateau is None:
-        return told
+        return shown
     factor, ends = plateau
-    return f"{told}, rates x {'' if ends else '> '}{factor:.0f}"
+    return f"{shown}, rates x {'' if ends else '> '}{factor:.0f}"

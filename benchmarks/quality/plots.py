@@ -6,18 +6,16 @@ Run from the repository's root: python -m benchmarks.quality.plots [RESULT]
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.pictures import FAINT, METHODS, WIDTH, save
 from benchmarks.quality.results import RESULT
 from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import (
@@ -32,28 +30,57 @@ from benchmarks.quality.summary import (
 )
 from benchmarks.quality.tables import MODELS
 
-FOLDER = Path(__file__).parent.parent.parent / "docs" / "pictures"
 COLOURS = {
-    "frozen": "0.6",
-    "tfidf": "0.75",
-    "full": "0.2",
-    "lora_r8": "tab:green",
-    "lora_r1": "yellowgreen",
-    "dora_r8": "tab:red",
-    "vera": "tab:orange",
-    "ia3": "tab:brown",
-    "bitfit": "tab:olive",
-    "magnitude": "tab:cyan",
-    "dvora": "tab:blue",
-    "dvora_structured": "tab:purple",
+    "frozen": METHODS["frozen base"],
+    "full": METHODS["full fine-tuning"],
+    "lora_r8": METHODS["LoRA"],
+    "lora_r1": METHODS["LoRA r=1"],
+    "dora_r8": METHODS["DoRA"],
+    "vera": METHODS["VeRA"],
+    "ia3": METHODS["(IA)3"],
+    "bitfit": METHODS["BitFit"],
+    "magnitude": METHODS["magnitude only"],
+    "dvora": METHODS["DVoRA"],
+    "dvora_structured": METHODS["DVoRA, structured"],
 }
+OVERVIEW = {
+    "full": "full fine-tuning",
+    "lora_r8": "LoRA r=8",
+    "lora_r1": "LoRA r=1",
+    "vera": "VeRA r=256",
+    "dvora": "DVoRA r=256",
+}
+
+
+def overview(result: Result) -> Figure:
+    """For the first page: the file that a task costs, and what it gains over the frozen base."""
+    tasks = result.tasks("overview")
+    sizes = {arm: result.size(tasks[0], arm, "saved_bytes") or 0 for arm in OVERVIEW}
+    figure, grid = plt.subplots(1, 1 + len(tasks), figsize=(WIDTH, 2.5), layout="constrained", sharey=True)
+    bars = grid[0].barh(range(len(sizes)), list(sizes.values()), color=[COLOURS[arm] for arm in sizes], height=0.6)
+    grid[0].bar_label(bars, [_bytes(size) for size in sizes.values()], padding=3)
+    grid[0].set(xscale="log", xlim=(3e4, 2e9), xticks=[])
+    grid[0].minorticks_off()
+    grid[0].spines["bottom"].set_visible(False)
+    grid[0].set_title("file of one task", fontsize="medium")
+    for axes, task in zip(grid[1:], tasks, strict=True):
+        _differences(axes, result, task, OVERVIEW, "frozen")
+        axes.set_title(LABELS[task].split(",")[0], fontsize="medium")
+        axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+        axes.set_xlabel("points of accuracy")
+    figure.suptitle("all-MiniLM-L6-v2: what is gained over the frozen base (95 % intervals)", fontsize="medium")
+    return figure
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e6:.0f} MB" if size > 1e7 else f"{size / 1e3:,.0f} kB"
 
 
 def methods(result: Result) -> Figure:
     """Question 1: how much better than VeRA each method is, on each task."""
-    tasks, arms = result.tasks("methods"), [arm for arm in COLOURS if arm not in ("vera", "tfidf")]
-    figure, rows = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1.6, 4.2), layout="constrained", sharey=True)
-    for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
+    tasks, arms = result.tasks("methods"), [arm for arm in COLOURS if arm != "vera"]
+    figure, panels = _panels(tasks, columns=3, height=2.5, sharey=True)
+    for axes, task in panels.items():
         _differences(axes, result, task, {arm: ARMS[arm] for arm in arms}, "vera")
     figure.suptitle("Better than VeRA r=256 by so much on test (95 % interval over seeds and items)", fontsize="medium")
     return figure
@@ -62,33 +89,31 @@ def methods(result: Result) -> Figure:
 def equal_values(result: Result) -> Figure:
     """Question 1: arms with about as many trained values as DVoRA at rank 256, and those with half of them."""
     tasks = result.tasks("equal_values")
-    figure, rows = plt.subplots(1, len(tasks), figsize=(2.9 * len(tasks) + 2.2, 2.9), layout="constrained", sharey=True)
-    for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
+    figure, panels = _panels(tasks, columns=2, height=2.6, sharey=True)
+    for axes, task in panels.items():
         values = {
             arm: f"{label}: {result.size(task, arm, 'trained_values') or 0:,}" for arm, label in EQUAL_VALUES.items()
         }
         _differences(axes, result, task, values if len(tasks) == 1 else EQUAL_VALUES, "dvora")
-    figure.suptitle("Better (right) or worse than DVoRA r=256 at about its number of values", fontsize="medium")
+    figure.suptitle("Better (right) or worse than DVoRA r=256 at about its number of parameters", fontsize="medium")
     return figure
 
 
 def ranks(result: Result) -> Figure:
     """Question 2: better than dense matrices of rank 256 by how much, against the rank."""
-    tasks = result.tasks("ranks")
-    figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), layout="constrained")
-    for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
+    figure, panels = _panels(result.tasks("ranks"), columns=2, height=2.9)
+    for axes, task in panels.items():
         for place, (arm, by_rank) in enumerate(_BY_RANK.items()):
             gains = {rank: gain for rank, name in by_rank.items() if (gain := result.gain(task, name, "dvora"))}
             at = [rank * (0.97 + 0.06 * place) for rank in gains]
             _line(axes, at, list(gains.values()), ARMS[arm].split(", ")[1], COLOURS[arm])
         if vera := result.gain(task, "vera", "dvora"):
             axes.axhline(vera.mean, color=COLOURS["vera"], linestyle="--", label="VeRA r=256")
-        axes.set(xscale="log", xlabel="rank")
+        axes.set(xscale="log", xlabel="rank", ylabel="difference to dense r=256")
         axes.set_xticks([16, 64, 256, 1024], ["16", "64", "256", "1,024"])
         axes.minorticks_off()
         axes.set_title(LABELS[task], fontsize="medium")
-    np.atleast_1d(rows)[0].set_ylabel("difference to dense r=256")
-    np.atleast_1d(rows)[0].legend(frameon=False, fontsize="small")
+        axes.legend(fontsize="small")
     return figure
 
 
@@ -100,9 +125,8 @@ _BY_RANK = {
 
 def choices(result: Result) -> Figure:
     """Question 3: what each choice in the method is worth."""
-    tasks = result.tasks("choices")
-    figure, rows = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks) + 2.4, 5.2), layout="constrained", sharey=True)
-    for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
+    figure, panels = _panels(result.tasks("choices"), columns=2, height=4.8, sharey=True)
+    for axes, task in panels.items():
         _differences(axes, result, task, CHOICES, "dvora")
     figure.suptitle("Better (right) or worse than the default, dense DVoRA r=256", fontsize="medium")
     return figure
@@ -110,13 +134,8 @@ def choices(result: Result) -> Figure:
 
 def rates(result: Result) -> Figure:
     """Question 4: validation loss against the adapter's learning rate."""
-    tasks = result.tuned_tasks()
-    columns = max(1, min(3, len(tasks)))
-    lines = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.4 * lines), layout="constrained", squeeze=False
-    )
-    for axes, task in zip(grid.flat, tasks, strict=False):
+    figure, panels = _panels(result.tuned_tasks(), columns=2, height=2.5)
+    for axes, task in panels.items():
         for arm in COLOURS:
             if points := result.trials(task, arm):
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[arm], label=ARMS[arm])
@@ -124,19 +143,16 @@ def rates(result: Result) -> Figure:
         best = min(loss for arm in COLOURS for _, loss in result.trials(task, arm))
         start = result.start_loss(task)
         axes.set_ylim(best - 0.1 * (start - best), start + 0.6 * (start - best))
-        axes.axhline(start, color="0.6", linewidth=1)
+        axes.axhline(start, color=FAINT, linewidth=1)
         axes.set_title(LABELS[task].split(",")[0], fontsize="medium")
-    for axes in list(grid.flat)[len(tasks) :]:
-        axes.axis("off")
-    _legend_above(figure, grid.flat[0])
+    _legend_above(figure, next(iter(panels)))
     return figure
 
 
 def quantised(result: Result) -> Figure:
     """Question 5: every method on a quantised base and on the float32 base, beside DVoRA on the latter."""
-    tasks = result.tasks("quantised")
-    figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks) + 1.4, 3.4), layout="constrained", sharey=True)
-    for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
+    figure, panels = _panels(result.tasks("quantised"), columns=2, height=3.2, sharey=True)
+    for axes, task in panels.items():
         _differences(axes, result, task, QUANTISED, "dvora")
         axes.set_xlabel("difference to DVoRA r=256 on float32")
     return figure
@@ -144,18 +160,16 @@ def quantised(result: Result) -> Figure:
 
 def seeds(result: Result) -> Figure:
     """Question 6: test scores over shared matrices, and over orders of the batches."""
-    tasks = result.tasks("seeds")
-    figure, rows = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 2.8), layout="constrained", sharey=True)
-    for axes, task in zip(np.atleast_1d(rows), tasks, strict=True):
+    figure, panels = _panels(result.tasks("seeds"), columns=2, height=2.2, sharey=True)
+    for axes, task in panels.items():
         for place, (arm, (_, first)) in enumerate(SEEDS.items()):
             scores = [row["test"]["score"] for row in result.finals(task, arm).values()]
             scores += [row["test"]["score"] for seed, row in result.finals(task, first).items() if seed == 0]
             axes.plot(np.array(scores) * 100, [place] * len(scores), "o", color=COLOURS[first], alpha=0.7)
         axes.set_yticks(range(len(SEEDS)), [label for label, _ in SEEDS.values()])
         axes.set_title(LABELS[task], fontsize="medium")
-        axes.grid(axis="x", color="0.92")
-        axes.margins(y=0.3)
-    np.atleast_1d(rows)[0].invert_yaxis()
+        axes.grid(axis="x")
+        axes.set_ylim(len(SEEDS) - 0.4, -0.6)
     return figure
 
 
@@ -163,32 +177,27 @@ def pareto(result: Result) -> Figure:
     """Question 7: gain over the frozen base against trained values, bytes and time, one line of panels a model."""
     tasks = [task for task in MODELS.values() if task in result.tasks("pareto")]
     figure, grid = plt.subplots(
-        len(tasks), 3, figsize=(11, 2.9 * len(tasks)), layout="constrained", squeeze=False, sharey="row"
+        len(tasks), 3, figsize=(WIDTH, 0.8 + 2.2 * len(tasks)), layout="constrained", squeeze=False, sharey="row"
     )
     for line, task in zip(grid, tasks, strict=True):
         for axes, (what, label) in zip(line, _COSTS.items(), strict=True):
             for arm in COLOURS:
                 gain, cost = result.gain(task, arm, "frozen"), _cost(result, task, arm, what)
                 if gain and cost:
-                    axes.errorbar(
-                        [cost],
-                        [gain.mean],
-                        yerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
-                        fmt="o",
-                        color=COLOURS[arm],
-                        label=ARMS[arm],
-                    )
-            axes.set(xscale="log", xlabel=label)
-            axes.grid(color="0.92")
+                    sides = [[gain.mean - gain.low], [gain.high - gain.mean]]
+                    axes.errorbar([cost], [gain.mean], yerr=sides, fmt="o", color=COLOURS[arm], label=ARMS[arm])
+            # Times lie within one decade, which a logarithmic axis has no numbers for.
+            axes.set(xlabel=label, **({"xlim": (0, None)} if what == "seconds_per_step" else {"xscale": "log"}))
+            axes.grid(visible=True)
         line[0].set_ylabel(f"{LABELS[task]}\ngain over the frozen base", fontsize="small")
     _legend_above(figure, grid[0][0])
     return figure
 
 
 _COSTS = {
-    "trained_values": "trained values, without the head",
-    "saved_bytes": "bytes of the adapter's file",
-    "seconds_per_step": "time of a step, s",
+    "trained_values": "parameters, no head",
+    "saved_bytes": "bytes of the file",
+    "seconds_per_step": "seconds a step",
 }
 
 
@@ -198,20 +207,30 @@ def _cost(result: Result, task: str, arm: str, what: str) -> float | None:
     return result.step(task, arm)
 
 
+def _panels(tasks: Sequence[str], columns: int, height: float, sharey: bool = False) -> tuple[Figure, dict[Axes, str]]:
+    """A figure as wide as a page with one panel a task, of this height in inches."""
+    columns = max(1, min(columns, len(tasks)))
+    lines = -(-len(tasks) // columns)
+    size = (WIDTH, 0.4 + height * lines)
+    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.axis("off")
+    return figure, dict(zip(grid.flat, tasks, strict=False))
+
+
 def _legend_above(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="small")
 
 
 def _differences(axes: Axes, result: Result, task: str, arms: Mapping[str, str], over: str) -> None:
     for place, arm in enumerate(arms):
         if gain := result.gain(task, arm, over):
-            _dot(axes, place, gain, COLOURS.get(arm, "tab:blue" if gain.excludes_zero else "0.6"))
-    axes.axvline(0, color="0.6", linewidth=1)
+            _dot(axes, place, gain, COLOURS.get(arm, COLOURS["dvora"] if gain.excludes_zero else FAINT))
+    axes.axvline(0, color=FAINT, linewidth=1)
     axes.set_yticks(range(len(arms)), list(arms.values()))
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
+    axes.grid(axis="y")
     axes.set_title(LABELS[task].replace(", ", "\n"), fontsize="medium")
 
 
@@ -226,6 +245,7 @@ def _line(axes: Axes, at: Sequence[float], figures: Sequence[Interval], label: s
 
 
 PICTURES: dict[str, Callable[[Result], Figure]] = {
+    "overview": overview,
     "methods": methods,
     "equal_values": equal_values,
     "ranks": ranks,
@@ -241,12 +261,9 @@ def main() -> None:
     """Draw every picture for which there are rows."""
     content: dict[str, Any] = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULT).read_text(encoding="utf-8"))
     result = result_of(content)
-    FOLDER.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         if result.tasks(name):
-            figure = draw(result)
-            figure.savefig(FOLDER / f"{name}.png", dpi=110)
-            plt.close(figure)
+            save(name, partial(draw, result))
 
 
 if __name__ == "__main__":

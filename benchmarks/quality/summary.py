@@ -105,6 +105,7 @@ SEEDS = {
 }
 """Arms of question 6, and the arm whose seed 0 belongs to them."""
 TOLD_BY = {
+    "overview": "bitfit",
     "methods": "vera",
     "equal_values": "vera_equal",
     "ranks": "dvora_r64",

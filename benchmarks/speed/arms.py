@@ -113,10 +113,6 @@ def _dvora_dense(rank: int, targets: list[str]) -> PeftConfig:
     return _dvora(rank, targets, "kaiming_uniform")
 
 
-def _dvora_orthogonal(rank: int, targets: list[str]) -> PeftConfig:
-    return _dvora(rank, targets, "orthogonal")
-
-
 def _dvora_structured(rank: int, targets: list[str]) -> PeftConfig:
     return _dvora(rank, targets, "structured")
 
@@ -127,7 +123,6 @@ CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "VeRA": _vera,
     "RandLoRA": _randlora,
     "dvora dense": _dvora_dense,
-    "dvora orthogonal": _dvora_orthogonal,
     "dvora structured": _dvora_structured,
     MERGED.method: _dvora_dense,
 }

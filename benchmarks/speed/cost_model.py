@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from dvora.matrices.dense import keeps_slopes
+from dvora.matrices.dense import keeps_half_dq
 from dvora.matrices.kronecker import block_rows, factors_of_rows, factors_of_size, operations
 from dvora.method.norm import cache_dtype
-from dvora.weight.routes import pays
+from dvora.weight.linear import pays
 
 
 class Product(NamedTuple):
@@ -114,7 +114,7 @@ def orthogonal_norm(product: Product, rank: int) -> float:
 def dense_norm(product: Product, rank: int) -> float:
     """The same, and the product with `G = A A^T` (with A and its transpose), made twice where it is not kept."""
     inputs, outputs, _ = product
-    kept = keeps_slopes(rank, outputs, torch.float32)
+    kept = keeps_half_dq(rank, outputs, torch.float32)
     products = (1 if kept else 2) if rank <= inputs else (2 if kept else 3)
     return orthogonal_norm(product, rank) + 2.0 * products * outputs * min(rank, inputs) * rank
 

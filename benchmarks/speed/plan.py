@@ -18,7 +18,7 @@ def at_rank(rank: int) -> list[Arm]:
 
 COMPARED = [
     *(BASE, FULL, Arm("LoRA", 16), Arm("DoRA", 256), Arm("RandLoRA", RANDLORA_RANK)),
-    *(Arm("dvora orthogonal", 256), *at_rank(256), *at_rank(1024), Arm("DoRA", 16)),
+    *(*at_rank(256), *at_rank(1024), Arm("DoRA", 16)),
 ]
 """The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones."""
 SWEPT = [*COMPARED, *at_rank(16), *at_rank(64), *(Arm("LoRA", rank) for rank in RANKS[1:])]

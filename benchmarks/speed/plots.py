@@ -6,12 +6,9 @@ Run from the repository's root: python -m benchmarks.speed.plots [RESULT]
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -19,26 +16,26 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.pictures import FAINT, METHODS, WIDTH, ink, save
 from benchmarks.speed.cost_model import llama_block, relative_cost
 from benchmarks.speed.figures import Rows, row_of, time_ratio
 from benchmarks.speed.timing import Spread
 
 RESULT = Path(__file__).parent.parent / "results" / "speed.json"
-FOLDER = Path(__file__).parent.parent / "plots"
 RANKS = (16, 64, 256, 1024)
 TOKENS = (128, 512, 2048, 4096)
 BLOCK = llama_block(1024, 2816)
 COLOURS = {
-    "base": "0.5",
-    "full fine-tuning": "0.25",
-    "LoRA": "tab:green",
-    "DoRA": "tab:red",
-    "VeRA": "tab:orange",
-    "RandLoRA": "tab:brown",
-    "dvora dense": "tab:blue",
-    "dvora orthogonal": "navy",
-    "dvora structured": "tab:purple",
-    "dvora merged": "tab:cyan",
+    "base": METHODS["frozen base"],
+    "full fine-tuning": METHODS["full fine-tuning"],
+    "LoRA": METHODS["LoRA"],
+    "DoRA": METHODS["DoRA"],
+    "VeRA": METHODS["VeRA"],
+    "RandLoRA": METHODS["RandLoRA"],
+    "dvora dense": METHODS["DVoRA"],
+    "dvora orthogonal": METHODS["DVoRA, orthogonal"],
+    "dvora structured": METHODS["DVoRA, structured"],
+    "dvora merged": METHODS["DVoRA, merged"],
 }
 MARKERS = {"LoRA": "s", "DoRA": "v", "VeRA": "D", "dvora dense": "o", "dvora structured": "P"}
 TRAINING = {"part": "training", "workload": "linears-1024", "dtype": "float32"}
@@ -46,7 +43,7 @@ TRAINING = {"part": "training", "workload": "linears-1024", "dtype": "float32"}
 
 def ranks(rows: Rows) -> Figure:
     """Time of a training step against the rank, at 512 tokens."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     for method in ("LoRA", "VeRA", "dvora dense", "dvora structured"):
         _sweep(axes, rows, method, method, RANKS, [{"arm": f"{method} r={r}", "tokens": 512} for r in RANKS])
         _model_line(axes, method, RANKS, [relative_cost(method, BLOCK, rank, 512) for rank in RANKS])
@@ -56,7 +53,7 @@ def ranks(rows: Rows) -> Figure:
 
 def tokens(rows: Rows) -> Figure:
     """Time of a training step against the number of tokens, at rank 256 and DoRA's 16."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     for method, rank in (("DoRA", 16), ("VeRA", 256), ("dvora dense", 256), ("dvora structured", 256)):
         arm = f"{method} r={rank}"
         _sweep(axes, rows, method, arm, TOKENS, [{"arm": arm, "tokens": count} for count in TOKENS])
@@ -67,7 +64,7 @@ def tokens(rows: Rows) -> Figure:
 
 def decoding(rows: Rows) -> Figure:
     """Time of one decoded token, for one row and for sixteen."""
-    figure, both = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained", sharey=True)
     setting = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
     arms = _arms(rows, **setting)
     for axes, batch in zip(both, (1, 16), strict=True):
@@ -75,42 +72,42 @@ def decoding(rows: Rows) -> Figure:
             measured = time_ratio(rows, arm, "base", batch=batch, **setting)
             if measured is not None:
                 _dot(axes, place, measured, _colour(arm))
-        axes.axvline(1, color="0.6", linewidth=1)
+        axes.axvline(1, color=FAINT, linewidth=1)
         axes.set_yticks(range(len(arms)), arms)
         axes.set_xscale("log")
-        _ticks(axes.xaxis, (0.5, 1, 2, 4, 8, 16, 32, 64))
+        _ticks(axes.xaxis, (1, 2, 4, 8, 16, 32))
         # Room for the labels beside the dots.
         axes.margins(x=0.2)
-        axes.grid(axis="y", color="0.92")
-        axes.set_axisbelow(True)
-        axes.set_title(f"Llama block, hidden size 1,024, float32, batch {batch}", fontsize="medium")
-        axes.set_xlabel("time of a token, frozen base = 1 (logarithmic)")
+        axes.grid(axis="y")
+        axes.set_title(f"batch {batch}", fontsize="medium")
+        axes.set_xlabel("time of a token, frozen base = 1")
     both[0].invert_yaxis()
+    figure.suptitle("Llama block, hidden size 1,024, float32", fontsize="medium")
     return figure
 
 
 def memory(rows: Rows) -> Figure:
     """What a training step keeps and what a method holds all the time."""
-    figure, both = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained", sharey=True)
     setting = {"part": "memory", "workload": "linears-1024", "dtype": "float32"}
     found = {arm: row for arm in _arms(rows, **setting) if (row := row_of(rows, arm=arm, **setting))}
     arms, kept = list(found), [max(r["held_bytes"], r["saved_bytes"]) / 1e6 for r in found.values()]
     bars = both[0].barh(arms, kept, color=[_colour(arm) for arm in arms])
     both[0].bar_label(bars, fmt="%.0f", padding=3)
     tokens, weights = ({row[key] for row in found.values()} for key in ("tokens", "weight_bytes"))
-    both[0].set(xlabel=f"kept for the backward pass of {max(tokens, default=0):,} tokens, MB")
+    both[0].set(xlabel=f"kept for the backward pass\nof {max(tokens, default=0):,} tokens, MB")
     left = [0.0] * len(arms)
     for name, label, shade in (
-        ("trained_bytes", "trained values", "0.2"),
-        ("constant_bytes", "constants of single layers", "0.5"),
-        ("shared_bytes", "shared constants", "0.8"),
+        ("trained_bytes", "trained parameters", ink()),
+        ("constant_bytes", "constants of single layers", FAINT),
+        ("shared_bytes", "shared constants", "#5fb3b3"),
     ):
         sizes = [row[name] / 1e6 for row in found.values()]
         bars = both[1].barh(arms, sizes, left=left, color=shade, label=label)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     both[1].bar_label(bars, [f"{total:.1f}" for total in left], padding=3)
-    both[1].set(xlabel=f"held all the time, MB (the base's weights: {max(weights, default=0) / 1e6:.0f})")
-    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    both[1].set(xlabel=f"held all the time, MB\n(the base's weights: {max(weights, default=0) / 1e6:.0f})")
+    figure.legend(loc="outside upper right", ncols=3)
     for axes, values in zip(both, (kept, left), strict=True):
         # Room for the labels.
         axes.set_xlim(0, 1.16 * max(values, default=1.0))
@@ -148,14 +145,14 @@ def _model_line(axes: Axes, method: str, at: Sequence[int], costs: Sequence[floa
 
 
 def _finish(axes: Axes, x_label: str, ticks: Sequence[int], what: str) -> None:
-    axes.plot([], [], color="0.4", linestyle=":", label="operations (model)")
-    axes.axhline(1, color="0.6", linewidth=1)
+    axes.plot([], [], color=FAINT, linestyle=":", label="operations (model)")
+    axes.axhline(1, color=FAINT, linewidth=1)
     axes.set(xscale="log", yscale="log")
     _ticks(axes.xaxis, ticks)
     _ticks(axes.yaxis, (0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16))
     axes.set(xlabel=x_label, ylabel="training step, frozen base = 1 (logarithmic)")
     axes.set_title(f"Seven linear layers, hidden size 1,024, float32, {what}", fontsize="medium")
-    axes.legend(frameon=False)
+    axes.legend()
 
 
 def _ticks(axis: Axis, ticks: Sequence[float]) -> None:
@@ -178,14 +175,14 @@ def _colour(arm: str) -> str:
     return COLOURS[_method(arm)]
 
 
+PICTURES = {"ranks": ranks, "tokens": tokens, "decoding": decoding, "memory": memory}
+
+
 def main() -> None:
     """Draw every picture anew."""
     result: dict[str, Any] = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULT).read_text(encoding="utf-8"))
-    FOLDER.mkdir(exist_ok=True)
-    for name, draw in {"ranks": ranks, "tokens": tokens, "decoding": decoding, "memory": memory}.items():
-        figure = draw(result["rows"])
-        figure.savefig(FOLDER / f"{name}.png", dpi=120)
-        plt.close(figure)
+    for name, draw in PICTURES.items():
+        save(f"speed_{name}", partial(draw, result["rows"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What was aimed for before anything was measured, and whether it is reached: pure functions of the result's rows."""
+"""The targets set before anything was measured, and whether they are met: pure functions of the result's rows."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -123,4 +123,4 @@ def _set_up(rows: Rows) -> Iterator[Reach]:
     for kind in KINDS:
         row = row_of(rows, part="adapting", workload="smollm2", arm=f"dvora {kind} r=256")
         measured = None if row is None else share({**row, "one": [1.0] * len(row["seconds"])}, "seconds", "one")
-        yield Reach(f"a model of 135 million values is adapted: dvora {kind} r=256", 5, measured, unit="seconds")
+        yield Reach(f"adapting a model of 135 million parameters: dvora {kind} r=256", 5, measured, unit="seconds")

@@ -1,4 +1,4 @@
-"""The README's part on speed, from the result file."""
+"""Tables of times, memory and targets, for the page "Speed" and the benchmarks' own; from the result file."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,12 +36,12 @@ MORE: dict[str, dict[str, object]] = {
 
 
 def speed(result: dict[str, Any]) -> str:
-    """Times of all methods in units of the frozen base's, then what was aimed for."""
+    """Times and memory of all methods, times in units of the frozen base's."""
     rows, environment = result["rows"], result["environment"]
     lines = [
         "Times in units of the frozen base's, medians of ratios within a round (`benchmarks/results/speed.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU, {environment['threads']} "
-        "threads; hidden size 1,024, all linear layers adapted, float32 unless said). A training step of the base "
+        "threads; hidden size 1,024, all linear layers adapted, float32 unless noted). A training step of the base "
         "computes its output and the gradient of its input; of all others, also the gradients of what is trained:",
         "",
         "| | " + " | ".join(COLUMNS) + " | kept for backward, MB | resident, MB |",
@@ -56,24 +56,22 @@ def speed(result: dict[str, Any]) -> str:
         "",
         *compiled(rows),
         *beside_adapterhub(rows),
-        "Kept for backward: of the seven linear layers and 2,048 tokens. Resident: by how much a process grows that "
-        "adapts them and trains on 4,096 tokens, the base's own activations included.",
-        "",
-        "What was aimed for, with the quartiles of the ratios, and what the operations alone would give "
-        "(`benchmarks/speed/cost_model.py`: matrix products, all at the speed of the base's):",
-        "",
-        "| figure | aim | median | quartiles | operations | reached |",
-        "|---|---|---|---|---|---|",
-        *(_reach_line(reach) for reach in reaches(rows)),
+        "Kept for backward: by the seven linear layers at 2,048 tokens. Resident: the growth of a process that adapts "
+        "them and trains on 4,096 tokens, the base's own activations included.",
         "",
         *missing(result["not_measured"]),
-        "![Time of a training step against rank](benchmarks/plots/ranks.png)",
-        "![Time of a training step against tokens](benchmarks/plots/tokens.png)",
-        "![Time of one decoded token](benchmarks/plots/decoding.png)",
-        "![Memory of a training step, and constants](benchmarks/plots/memory.png)",
-        "",
     ]
     return "\n".join(lines)
+
+
+def targets(result: dict[str, Any]) -> str:
+    """The targets that were set before anything was measured, and whether they are met."""
+    lines = [
+        "| measure | target | median | quartiles | by operation count | met |",
+        "|---|---|---|---|---|---|",
+        *(_reach_line(reach) for reach in reaches(result["rows"])),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def compiled(rows: Rows) -> list[str]:

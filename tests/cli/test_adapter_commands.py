@@ -104,6 +104,37 @@ def test_a_loss_of_rounding_is_told_on_stderr_too(work: Path) -> None:
     assert 0 <= done["lost_worst"] < 1
 
 
+def test_merge_says_nothing_of_what_is_nothing(work: Path) -> None:
+    lossless = run("dvora merge adapter --output merged")
+    assert not {"lost worst", "lost layer", "warning"} & {*lossless.stdout.replace("  ", "\n").splitlines()}
+    lossy = run("dvora merge adapter --output merged-half --dtype bfloat16")
+    assert "lost worst" in lossy.stdout
+    assert 'from_pretrained("merged-half")' in lossy.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [("", ["magnitude", "lambda_b", "lambda_d"]), (" --model base", ["angle", "update", "gain"])],
+)
+def test_inspect_explains_its_columns_and_folds_no_name(
+    options: str, columns: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [row["layer"] for row in json.loads(run("dvora inspect adapter --json").stdout)["layers"]]
+    lines = run(f"dvora inspect adapter{options}").stdout.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in names)
+    for column in columns:
+        assert any(line.startswith(f"{column} ") for line in lines)
+
+
+@pytest.mark.parametrize("command", [lines[0] for lines in EXAMPLES.values()])
+def test_every_command_names_the_next_one(command: str, work: Path) -> None:
+    assert "Next: " in run(command).stderr
+    shutil.rmtree("merged", ignore_errors=True)
+    shutil.rmtree("as-dora", ignore_errors=True)
+    assert run(f"{command} --quiet").stderr == ""
+
+
 def test_help_needs_none_of_the_heavy_packages() -> None:
     code = (
         "import sys; from tests.cli.program import run\n"

@@ -81,6 +81,7 @@ def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str)
         ("dvora analyze adapter vera --model base", "several methods (dvora, vera)"),
         ("dvora analyze adapter --model base -o report.txt", "has to end in .html"),
         ("dvora analyze adapter --model base -o nowhere/report.html", "there is no folder nowhere"),
+        ("dvora analyze adapter --model base -o /proc/report.html", "/proc"),
     ],
 )
 def test_wrong_use_is_one_line(command: str, told: str) -> None:

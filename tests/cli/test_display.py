@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dvora.cli.app import app
 from dvora.cli.predict import _table
-from dvora.recipes.data.inputs_to_predict import Input
+from dvora.recipes.data.new_files import Input
 from dvora.recipes.finished.prediction import Predicted
 from tests.cli.program import run
 from tests.recipes import tiny_models
@@ -31,7 +31,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [[text, LABELS[number % len(LABELS)]] for number, text in enumerate(sorted(texts))]
         csv.writer(file).writerows([["text", "label"], *rows])
     where = f"-m {folder}/base --data {folder}/a.csv -o {folder}/run"
-    ended = run(f"dvora train --task text-classification {where} --rank 4 --epochs 1 --set cpu=true")
+    ended = run(f"dvora train --task text-classification {where} --rank 4 --epochs 1 --cpu")
     assert ended.code == 0, ended.stderr
     assert not ACTS.search(ended.stdout + ended.stderr)
     return folder
@@ -42,7 +42,7 @@ def at_the_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
 
 
-@pytest.mark.parametrize("command", ["evaluate run", "predict run a.csv -o told.csv", "predict run a.csv"])
+@pytest.mark.parametrize("command", ["evaluate run", "predict run a.csv -o predicted.csv", "predict run a.csv"])
 def test_labels_do_nothing_to_a_terminal(command: str) -> None:
     for more in ([], ["--json"]):
         ended = CliRunner().invoke(app, [*command.split(), *more])
@@ -51,10 +51,10 @@ def test_labels_do_nothing_to_a_terminal(command: str) -> None:
 
 
 def test_labels_are_told_as_they_are(desk: Path) -> None:
-    told = json.loads(CliRunner().invoke(app, ["predict", "run", "a.csv", "--json"]).stdout)["predictions"]
+    found = json.loads(CliRunner().invoke(app, ["predict", "run", "a.csv", "--json"]).stdout)["predictions"]
     names = {label.strip() for label in LABELS}
-    assert {row["label"].strip() for row in told} == names
-    assert {row["prediction"] for row in told} <= names
+    assert {row["label"].strip() for row in found} == names
+    assert {row["prediction"] for row in found} <= names
 
 
 def test_labels_are_read_on_the_page(desk: Path) -> None:
@@ -62,7 +62,7 @@ def test_labels_are_read_on_the_page(desk: Path) -> None:
     assert ended.code == 0, ended.stderr
     page = (desk / "page.html").read_text(encoding="utf-8")
     assert not ACTS.search(page)
-    drawn = page[page.index("Which classes it mistakes") : page.index("What changed")]
+    drawn = page[page.index("Which classes it mistakes") : page.index("Compared with")]
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
     for label in (
         "[/bold]",
@@ -91,7 +91,7 @@ def test_rows_for_a_terminal_are_lines() -> None:
         "dvora evaluate 'no \x1b[31mrun'",
         "dvora inspect 'no \x1b[31mrun'",
         "dvora train --task '\x1b[31m'",
-        "dvora train --set '\x1b[31m=1'",
+        "dvora train --targets a --learning-rates '\x1b[31m'",
         "dvora --\x1b[31m",
         "dvora evaluate run 'no\u202e.csv'",
     ],

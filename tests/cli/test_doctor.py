@@ -44,6 +44,8 @@ def test_every_example_of_the_help_text_runs(command: str) -> None:
     ended = run(command)
     assert ended.code == 0, ended.stdout + ended.stderr
     assert "save and load" in ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("Verdict: all ")
+    assert "Next: dvora merge" in ended.stderr
 
 
 def test_the_help_text_shows_its_examples() -> None:
@@ -66,6 +68,8 @@ def test_a_fault_is_told_with_what_to_do_and_an_exit_code(made: Path) -> None:
     ended = run("dvora doctor broken --model base")
     assert ended.code == 1
     assert "the magnitude ran away" in ended.stdout
+    assert "Verdict: 1 of 14 checks failed (movement): do not use this adapter" in ended.stdout
+    assert "Next" not in ended.stderr
     assert "lower the magnitude's learning rate" in ended.stdout
     assert json.loads(run("dvora doctor broken --model base --json").stdout)["healthy"] is False
 

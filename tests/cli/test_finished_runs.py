@@ -81,30 +81,31 @@ def test_evaluate_tells_the_record_s_figures_and_writes_them_where_asked(desk: P
     assert shown.exit_code == 0, shown.output
     result = json.loads(shown.stdout)
     assert json.loads((desk / "result.json").read_text()) == result
-    trained, guess = result["metrics"]
+    trained, alone, guess = result["metrics"]
+    assert alone == {"part": "test", "model": "head alone, base frozen", "loss": None, **record["test_head_alone"]}
     assert trained == {"part": "test", "model": "trained", **record["test"]}
     assert guess["model"] == f"always {record['test_simplest_guess']['guess']}"
     table = typed("evaluate", "dvora-run", "reviews.csv").stdout
-    assert "seen_in_training" in table
+    assert "seen in training" in table
     assert "always" in table
 
 
 def test_predict_writes_a_file_when_it_is_complete(desk: Path) -> None:
-    result = typed("predict", "dvora-run", "new.csv", "-o", "told.csv", "--all-probabilities", "--json")
+    result = typed("predict", "dvora-run", "new.csv", "-o", "predicted.csv", "--all-probabilities", "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
-    assert (summary["output"], summary["rows"], sum(summary["predicted"].values())) == ("told.csv", 2, 2)
-    with (desk / "told.csv").open(newline="") as file:
+    assert (summary["output"], summary["rows"], sum(summary["predicted"].values())) == ("predicted.csv", 2, 2)
+    with (desk / "predicted.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == ["1", "2"]
     assert [*rows[0]] == ["id", "text", "verdict", "prediction", "probability", "probability_bad", "probability_good"]
-    before = (desk / "told.csv").read_bytes()
+    before = (desk / "predicted.csv").read_bytes()
     (desk / "broken.csv").write_text("text\n" + "good\n" * 100 + "good,bad\n")
-    result = typed("predict", "dvora-run", "broken.csv", "-o", "told.csv")
+    result = typed("predict", "dvora-run", "broken.csv", "-o", "predicted.csv")
     assert result.exit_code == 2
     assert "broken.csv, line 102: 2 fields" in result.stderr
-    assert (desk / "told.csv").read_bytes() == before
-    assert not [path for path in desk.iterdir() if path.name.startswith(".told")]
+    assert (desk / "predicted.csv").read_bytes() == before
+    assert not [path for path in desk.iterdir() if path.name.startswith(".predicted")]
 
 
 def test_predictions_of_lines_as_json() -> None:
@@ -131,11 +132,10 @@ def test_continuations_as_json() -> None:
     [
         (["evaluate", "minilm"], "holds no run.json"),
         (["evaluate", "dvora-run", "no.csv"], "no.csv: no such file"),
-        (["evaluate", "dvora-run", "--base"], "the base knows nothing of text-classification"),
         (["evaluate", "dvora-run", "-o", "no/result.json"], "there is no folder no"),
         (["predict", "dvora-run", "no.csv"], "no.csv: no such file"),
-        (["predict", "dvora-run", "new.csv", "-o", "told.xlsx"], "'.xlsx' names no format that is written"),
-        (["predict", "dvora-run", "new.csv", "-o", "no/told.csv"], "there is no folder no"),
+        (["predict", "dvora-run", "new.csv", "-o", "predicted.xlsx"], "'.xlsx' names no format that is written"),
+        (["predict", "dvora-run", "new.csv", "-o", "no/predicted.csv"], "there is no folder no"),
         (["predict", "dvora-run", "new.csv", "--text-column", "txt"], "did you mean 'text'"),
         (["predict", "runs/play", "new.csv"], "`dvora generate` continues texts"),
         (["generate", "dvora-run", "x"], "ask it with `dvora predict`"),

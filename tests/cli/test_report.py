@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import report
-from dvora.recipes.finished.evaluate_again import unchanged_data
-from dvora.recipes.finished.outcomes import outcomes
+from dvora.recipes.finished.comparison import compared
+from dvora.recipes.finished.evaluation import unchanged_data
 from dvora.recipes.finished.prediction import Predictor
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import assert_refused, run
@@ -17,7 +17,7 @@ from tests.recipes.finished_runs import DATA, finished
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
 EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
-SECTIONS = ["What was trained", "How it went", "How good it is"]
+SECTIONS = ["What was trained", "Training", "How good it is"]
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path) -> None:
     assert run(f"dvora report {name} -o {task}.html").code == 0
     found = headings(made / f"{task}.html")
     assert found[:3] == SECTIONS
-    middle = {"causal-lm": ["Texts"], "regression": ["Told and right"]}
-    classes = ["Which classes it mistakes for which", "What changed"]
-    pairs = ["Told and right"] if not read_run(made / name).labels else classes
-    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is it sound?"]
+    middle = {"causal-lm": ["Texts"], "regression": ["Predicted and true numbers"]}
+    classes = ["Which classes it mistakes for which", "Compared with head alone"]
+    pairs = ["Predicted and true numbers"] if not read_run(made / name).labels else classes
+    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is the adapter right?"]
 
 
 @pytest.mark.parametrize("name", ["head-run", "full-run"])
@@ -77,8 +77,8 @@ def test_runs_without_an_adapter_have_one_too(name: str, made: Path) -> None:
 def test_answers_are_those_of_the_models(made: Path) -> None:
     trained = read_run(made / "dvora-run")
     rows = unchanged_data(trained).test
-    found = outcomes(trained, rows, read_run(made / "head-run"))
-    for name, told in (("dvora-run", "told"), ("head-run", "before")):
+    found = compared(trained, rows, read_run(made / "head-run"))
+    for name, told in (("dvora-run", "predicted"), ("head-run", "other")):
         model = Predictor(read_run(made / name))
         expected = [trained.labels[int(row.argmax())] for row in model._logits(rows)]
         assert [getattr(each, told) for each in found] == expected
@@ -105,7 +105,8 @@ def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, sch
         ("dvora report nowhere", "holds no run.json"),
         ("dvora report dvora-run -o page.txt", "has to end in .html"),
         ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),
-        ("dvora report dvora-run --against regression", "tells other classes"),
+        ("dvora report dvora-run -o /proc/page.html", "/proc"),
+        ("dvora report dvora-run --against regression", "predicts other classes"),
     ],
 )
 def test_wrong_use_is_one_line(command: str, told: str) -> None:

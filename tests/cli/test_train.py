@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from dvora.cli.app import app
 from dvora.cli.train import train as train_command
-from dvora.recipes.finished.evaluate_again import judge
+from dvora.recipes.finished.evaluation import evaluate_run
 from dvora.recipes.run_folder import read_run
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = ["--epochs", "1", "--rank", "4", "--set", "cpu=true"]
+SMALL = ["--epochs", "1", "--rank", "4", "--cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,15 @@ def test_a_run_as_json(desk: Path) -> None:
     assert shown["run"] == str(desk / "out")
     assert [(row["part"], row["model"]) for row in shown["metrics"]] == [
         ("validation", "trained"),
+        ("validation", "head alone, base frozen"),
         ("validation", "always bad"),
         ("test", "trained"),
+        ("test", "head alone, base frozen"),
         ("test", "always bad"),
     ]
-    assert "step 6 of 6: loss" in result.stderr
+    assert "step 1 of 6: training loss" in result.stderr
+    assert "s a step, about 0:" in result.stderr
+    assert "step 6 of 6, validation: loss" in result.stderr
     assert typed("out", "--resume", "--quiet", "--json").stderr == ""
     assert json.loads(typed("out", "--resume", "--json").stdout) == shown
     assert "always bad" in typed("out", "--resume").stdout
@@ -94,9 +98,11 @@ def test_a_run_as_json(desk: Path) -> None:
             ["--task", "text-clasification", "-m", "minilm", "--data", "reviews.csv"],
             "did you mean 'text-classification'",
         ),
-        (["--set", "weight_decai=1"], "unknown key 'weight_decai', did you mean 'weight_decay'"),
-        (["--set", "weight_decay"], "--set weight_decay: expected KEY=VALUE"),
-        (["--set", "a=[", "--print-config"], "the value is not YAML"),
+        (["--lr", "1"], "No such option --lr, did you mean --learning-rate; dvora train --help"),
+        (["--steps", "1"], "did you mean --max-steps"),
+        (["--weight_decai", "1"], "did you mean --weight-decay"),
+        (["--zzz"], "No such option --zzz; dvora train --help"),
+        (["--learning-rates", "head: ["], "learning_rates is 'head: ['"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -107,7 +113,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
 
 
 def test_print_config_is_a_config(desk: Path) -> None:
-    printed = typed("--print-config", "--task", "regression", "--learning-rate", "1e-5", "--set", "split_seed=3").stdout
+    printed = typed("--print-config", "--task", "regression", "--learning-rate", "1e-5", "--split-seed", "3").stdout
     (desk / "printed.yaml").write_text(printed)
     assert "learning_rate: 1.0e-05\n" in printed
     assert typed("printed.yaml", "--print-config").stdout == printed
@@ -147,7 +153,7 @@ def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(desk: Path, numb
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(desk: Path) -> None:
     running = process(*TRAINED, "-o", "killed", "--epochs", "100000")
-    # The first epoch's checkpoint is whole when the second epoch is told of.
+    # The first epoch's checkpoint is whole when the second epoch has been evaluated.
     wait_for(running, "step 12 ")
     running.kill()
     running.communicate()
@@ -169,7 +175,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(desk: Path) -> None:
     assert results[0]["steps"] == 3
     record = json.loads((desk / "two" / "run.json").read_text())
     assert record["processes"] == 2
-    judged, told = judge(read_run(desk / "two")).metrics["test"], record["metrics"]["test"]
-    assert judged["accuracy"] == told["accuracy"]
+    again, recorded = evaluate_run(read_run(desk / "two")).metrics["test"], record["metrics"]["test"]
+    assert again["accuracy"] == recorded["accuracy"]
     # Two processes fill their last batch with rows that they have had, which weighs on a mean over so few.
-    assert judged["loss"] == pytest.approx(told["loss"], rel=0.4)
+    assert again["loss"] == pytest.approx(recorded["loss"], rel=0.4)

@@ -1,5 +1,6 @@
-"""The documentation: its code runs, what it types is what is recorded, its links lead somewhere, its site is built."""
+"""The documentation's pages: their code runs, their commands are recorded, the reference has every public name."""
 
+import csv
 import os
 import re
 import subprocess
@@ -17,7 +18,6 @@ from transformers import AutoModelForSequenceClassification
 import dvora
 from tests.fresh import FRESH
 from tests.recipes import tiny_models
-from tests.tools.pages.seen import PHONE, WIDE, seen
 from transcript.__main__ import BLOCK, PAGES, SHELL, commands, recorded
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,10 +35,14 @@ def name(path: Path) -> str:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with small models under the names that pages use, and an adapter where the commands leave theirs."""
+    """A folder with small models and data under the names that pages use, and an adapter as commands leave it."""
     tiny_models.bert(tmp_path / "minilm")
     tiny_models.llama(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
+    with Path("reviews.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        rows.writerows([f"a {word} movie", label] for label in ("good", "bad") for word in tiny_models.WORDS)
     base = AutoModelForSequenceClassification.from_pretrained("minilm", num_labels=2)
     config = dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
     get_peft_model(base, config).save_pretrained("runs/reviews/adapter")
@@ -104,41 +108,31 @@ def test_the_notebook_runs() -> None:
     assert float(told[1]) > 0.8
 
 
+def test_every_public_name_is_in_the_reference_once() -> None:
+    # `dvora.functional` is a module, of which the others are members.
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    assert sorted(re.findall(r"^::: dvora\.(\w+)$", text, flags=re.MULTILINE)) == sorted(
+        {*dvora.__all__, "doctor", "analysis"}
+    )
+
+
+def test_every_picture_has_a_dark_variant_and_is_shown() -> None:
+    shown = {match for path in FILES for match in re.findall(r"pictures/(\w+)\.svg", path.read_text(encoding="utf-8"))}
+    drawn = {path.stem for path in (DOCS / "pictures").iterdir()}
+    assert drawn == shown | {f"{name}-dark" for name in shown}
+
+
+def test_pictures_are_readable_at_the_width_of_a_page() -> None:
+    for path in (DOCS / "pictures").glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        width = re.search(r'<svg [^>]*width="([\d.]+)pt"', text)
+        assert width is not None, path
+        assert float(width[1]) <= 7 * 72, path
+        assert min(map(float, re.findall(r"font-size: ([\d.]+)px", text))) >= 6, path
+
+
 def test_every_page_is_in_the_navigation() -> None:
     # Its tags name Python functions, which a safe loader does not know.
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"]))
     assert sorted(pages) == [name(path) for path in FILES]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a warning of its making is an error."""
-    folder = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (built.returncode, built.stderr) == (0, "")
-    return folder
-
-
-def test_the_reference_comes_from_the_docstrings(site: Path) -> None:
-    text = (site / "reference.html").read_text(encoding="utf-8")
-    for told in ("parameter_groups", "DVoRAConfig", "examine", "dvora_linear"):
-        assert told in text
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
-@pytest.mark.parametrize("page", ["index", "get-started", "how-it-works", "results", "reference", "notebook"])
-def test_the_site_reads_well_in_a_browser(site: Path, page: str, width: int, scheme: str) -> None:
-    with seen(site / f"{page}.html", width, scheme, root=site) as found:
-        assert found.width() == width
-        assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
-        paper = sum(found.colour("body", "backgroundColor"))
-        assert (paper > 600) == (scheme == "light")
-        assert found.complaints == []

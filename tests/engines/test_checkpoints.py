@@ -120,7 +120,7 @@ def test_files_are_right_or_refused_on_every_rank(engine: str, tmp_path: Path) -
         loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "gathered")
         np.testing.assert_allclose(outputs(loaded), found["outputs"], rtol=1e-5, atol=1e-6)
         if engine == "FSDP2":
-            assert "dvora_magnitude.default is divided between the processes (DTensor" in found["parts"]
+            assert "dvora_magnitude.default is sharded between the processes (DTensor" in found["parts"]
         for said, difference in zip(found["said"], ("projections=", "rank=5", "no adapter"), strict=True):
             assert "the checkpoint is of other adapters" in said
             assert difference in said

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
-from dvora.matrices.shard import Span
+from dvora.matrices.shard import Shard as FeatureShard
 from tests.engines.processes import run
 from tests.engines.test_data_parallel import batch, train, vectors
 
@@ -63,7 +63,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS, "norm_cache": False}),
     # B is then a stack, and parts of 12 outputs split the blocks of its structured rows.
     ("divided first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
-    ("adapted first", {"projection_init": "orthogonal", "detach_norm": True}),
+    ("adapted first", {"detach_norm": True}),
     ("divided by transformers", {}),
 ]
 
@@ -112,7 +112,7 @@ def plain_layer() -> DVoRAAdapter:
     return layer
 
 
-def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Span | None = None) -> list[np.ndarray]:
+def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Shard | None = None) -> list[np.ndarray]:
     outputs = layer(x)
     weights = torch.linspace(1, 2, 6)
     (outputs * (weights if of_outputs is None else of_outputs.of(weights))).sum().backward()
@@ -127,7 +127,7 @@ def divided_layers() -> list[list[np.ndarray]]:
     parallelize_module(columns.base_layer, mesh, ColwiseParallel())
     parallelize_module(rows.base_layer, mesh, RowwiseParallel())
     return [
-        outputs_and_gradients(columns, x, Span(3 * rank, 3 * rank + 3, 6)),
+        outputs_and_gradients(columns, x, FeatureShard(3 * rank, 3 * rank + 3, 6)),
         outputs_and_gradients(rows, x[:, 4 * rank : 4 * rank + 4]),
     ]
 
@@ -228,11 +228,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         parallelize(ColwiseParallel(use_local_output=False), ["down_proj"]),
         "the output is a DTensor",
     ),
-    "two dimensions": (on_two_dimensions, "supports weights of torch.nn.Linear divided by"),
-    "in turns": (in_turns, "supports weights of torch.nn.Linear divided by"),
+    "two dimensions": (on_two_dimensions, "supports weights of torch.nn.Linear sharded by"),
+    "in turns": (in_turns, "supports weights of torch.nn.Linear sharded by"),
     "dropout": (lambda: divided(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
     "a trained base": (trained_base, "cannot be trained"),
-    "constants from columns": (lambda: divided(norm_cache=False)(input_ids=batch(0)), "processes divide its inputs"),
+    "constants from columns": (lambda: divided(norm_cache=False)(input_ids=batch(0)), "its inputs are sharded"),
     "merge": (lambda: divided().merge_and_unload(), "merge there"),
     "merge for a while": (lambda: divided().merge_adapter(), "merge there"),
     "dense update": (

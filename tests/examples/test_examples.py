@@ -18,10 +18,9 @@ FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What several of them use.
 SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "reviews"}
 
-REPORTS = 'from examples.checks import report\nreport({"works": True, "figures": {"loss": [2.0, 1.0]}})\n'
-REFUSES = (
-    'from examples.checks import report\nreport({"works": False, "outcome": "refused", "reason": "sharded weights"})\n'
-)
+REPORTS = """print('{"works": true, "figures": {"loss": [2.0, 1.0]}}')\n"""
+"""As `examples.checks.report` prints it, which imports torch."""
+REFUSES = """print('{"works": false, "outcome": "refused", "reason": "sharded weights"}')\n"""
 FAILS = 'raise SystemExit("the loss went up")\n'
 SAYS_NOTHING = 'print("trained")\n'
 
@@ -62,7 +61,8 @@ def test_an_example_says_what_it_is_and_reports_last(example: Example) -> None:
 
 
 def test_one_that_works_has_its_figures_and_versions(root: Path) -> None:
-    example = made(root, "good", REPORTS, needs=("torch",))
+    code = 'from examples.checks import report\nreport({"works": True, "figures": {"loss": [2.0, 1.0]}})\n'
+    example = made(root, "good", code, needs=("torch",))
     row = rows.row_of(example)
     assert row["outcome"] == "works"
     assert row["figures"] == {"loss": [2.0, 1.0]}
@@ -71,17 +71,17 @@ def test_one_that_works_has_its_figures_and_versions(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("code", "limit", "reason"),
     [
-        (FAILS, "exit status 1\nthe loss went up"),
-        (SAYS_NOTHING, "no report\ntrained"),
-        (REPORTS + FAILS, "exit status 1\nthe loss went up"),
-        ("import time\ntime.sleep(600)\n", "still running after 8 s, and killed"),
+        (FAILS, 60, "exit status 1\nthe loss went up"),
+        (SAYS_NOTHING, 60, "no report\ntrained"),
+        (REPORTS + FAILS, 60, "exit status 1\nthe loss went up"),
+        ("import time\ntime.sleep(600)\n", 1, "still running after 1 s, and killed"),
     ],
     ids=["a claim that does not hold", "no report", "an error after the report", "never ends"],
 )
-def test_one_that_fails_says_why_and_fails_the_run(root: Path, code: str, reason: str) -> None:
-    bad, good = made(root, "bad", code, limit_seconds=8), made(root, "good", REPORTS)
+def test_one_that_fails_says_why_and_fails_the_run(root: Path, code: str, limit: float, reason: str) -> None:
+    bad, good = made(root, "bad", code, limit_seconds=limit), made(root, "good", REPORTS)
     assert run_all([bad, good], [bad, good], root / "examples.json") == 1
     found = saved_rows(root / "examples.json")
     assert (found["bad"]["outcome"], found["bad"]["reason"]) == ("failed", reason)
@@ -149,7 +149,7 @@ def test_a_report_is_found_among_other_lines(capsys: pytest.CaptureFixture[str])
 
 def test_figures_in_words() -> None:
     figures = {"loss": [0.69314, 0.5], "trained_values": 51458, "adapter_bytes": 221_000, "base_bytes": 90_900_000}
-    assert figures_of(figures) == "loss 0.693 to 0.5, trained values 51,458, adapter 221 kB, base 90.9 MB"
+    assert figures_of(figures) == "loss 0.693 to 0.5, trained parameters 51,458, adapter 221 kB, base 90.9 MB"
     assert figures_of({"bits_equal": True, "engine": "gloo"}) == "bits equal yes, engine gloo"
 
 
@@ -164,6 +164,6 @@ def test_the_table_has_a_row_for_each() -> None:
     }
     text = table(result)
     assert "1 of 2 examples work" in text
-    assert "| TRL (trl 1.0) | yes | [one](examples/one.py) | a loss | loss 2 to 1 |" in text
-    assert r"| TRL (trl 1.0) | refused: a b \| c | [two](examples/two.py) | a loss |  |" in text
+    assert "| TRL (trl 1.0) | yes | `examples/one.py` | a loss | loss 2 to 1 |" in text
+    assert r"| TRL (trl 1.0) | refused: a b \| c | `examples/two.py` | a loss |  |" in text
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}) == 1

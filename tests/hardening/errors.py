@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.hardening.forks import Ended, Forks
 
-TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --set cpu=true --epochs 1"
+TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu --epochs 1"
 
 
 def assert_told(ended: Ended, code: int, *messages: str) -> None:

@@ -136,7 +136,7 @@ def laughs() -> str:
     return "\n".join(lines)
 
 
-TRAIN = "train --task text-classification -m base -o out --rank 4 --set cpu=true"
+TRAIN = "train --task text-classification -m base -o out --rank 4 --cpu"
 WIDE = ",".join(f"c{number}" for number in range(100_000))
 DIGITS = "9" * 6000
 CASES: dict[str, Case] = {
@@ -144,9 +144,9 @@ CASES: dict[str, Case] = {
     "a head of no values, inspected": Case(empty_head(30_000_000), "inspect adapter", "holds no values"),
     "a head that is missing": Case(of_adapter(task_type="SEQ_CLS", modules_to_save=["classifier"]),
                                    "merge adapter -o out", "lacks the modules that the adapter trains whole"),
-    "five million classes": Case(recorded(labels=[""] * 5_000_000), "predict run reviews.csv -o told.csv", "5,000,000"),
+    "five million classes": Case(recorded(labels=[""] * 5_000_000), "predict run reviews.csv -o new.csv", "5,000,000"),
     "five million classes, merged": Case(recorded(labels=[""] * 5_000_000), "merge run -o out", "5,000,000 classes"),
-    "labels that are none": Case(recorded(labels="abc"), "predict run reviews.csv -o told.csv", "labels is not a list"),
+    "labels that are none": Case(recorded(labels="abc"), "predict run reviews.csv -o new.csv", "labels is not a list"),
     "labels that are none, merged": Case(recorded(labels=[1, 2]), "merge run -o out", "labels is not a list"),
     "a record of lists": Case(recorded(settings=[1]), "evaluate run", "settings is no table"),
     "a history of nothing": Case(recorded(history=None), "report run", "history is not what"),

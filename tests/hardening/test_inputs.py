@@ -186,7 +186,7 @@ def test_names_with_spaces_quotes_and_other_alphabets(forks: Forks, desk: Path) 
     folder = "my dësk 文 'q'"
     given = ["-m", f"{folder}/base", "--data", f"{folder}/reviews.csv", "-o", f"{folder}/run 1"]
     commands = [
-        [*TRAIN.split()[:3], *given, "--rank", "4", "--set", "cpu=true", "--epochs", "1"],
+        [*TRAIN.split()[:3], *given, "--rank", "4", "--cpu", "--epochs", "1"],
         ["inspect", f"{folder}/run 1"],
         ["merge", f"{folder}/run 1", "-o", f"{folder}/mërged 1"],
         ["convert", f"{folder}/run 1", "--to", "dora", "-o", f"{folder}/as dora"],

@@ -14,8 +14,8 @@ from tests.hardening.errors import TRAIN, assert_told
 from tests.hardening.forks import ROOT, Forks
 from tests.hardening.strangers import CASES, MEMORY, SOON, of_adapter, of_run, settings
 
-RUN = "train --task text-classification -m base --data reviews.csv -o run --rank 4 --set cpu=true --epochs 1 --quiet"
-OF_RUNS = ("predict run reviews.csv -o told.csv", "evaluate run", "report run", "doctor run")
+RUN = "train --task text-classification -m base --data reviews.csv -o run --rank 4 --cpu --epochs 1 --quiet"
+OF_RUNS = ("predict run reviews.csv -o new.csv", "evaluate run", "report run", "doctor run")
 OF_ADAPTERS = ("merge adapter -o out", "convert adapter --to dora -o out", "analyze adapter", "doctor adapter")
 QUICK = 18
 """Changes of single bytes of a record in the normal suite."""
@@ -49,7 +49,7 @@ def test_what_is_hostile_is_told_soon_and_in_little_memory(forks: Forks, desk: P
     assert_told(ended, ended.code, told)
     assert len(ended.stderr) < 3000
     assert ended.asked == 0
-    assert not {"out", "told.csv"} & {path.name for path in desk.iterdir() if any(path.glob("[!.]*"))}
+    assert not {"out", "new.csv"} & {path.name for path in desk.iterdir() if any(path.glob("[!.]*"))}
 
 
 def with_code(desk: Path, mark: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_run_that_was_copied_stays_where_it_is(forks: Forks, desk: Path, their
 
 def test_a_run_that_was_moved_ends_with_its_own_best_step(forks: Forks, desk: Path) -> None:
     """Its checkpoints say where the best one lay."""
-    command = [*RUN.split(), "--epochs", "3", "--learning-rate", "0.03", "--set", "evaluate_every=2", "--json"]
+    command = [*RUN.split(), "--epochs", "3", "--learning-rate", "0.03", "--evaluate-every", "2", "--json"]
     whole = forks.run(desk, *command, "-o", "whole")
     assert whole.code == 0, whole.stderr
     expected = json.loads(whole.stdout)
@@ -279,7 +279,7 @@ def test_a_changed_record_is_told_or_obeyed_in_what_it_may_say(
     drawn = random.Random(20261126)
     count = 90 * QUICK if request.config.getoption("--fuzz") else QUICK
     files = {
-        "run/run.json": "predict run lines.txt -o told.csv",
+        "run/run.json": "predict run lines.txt -o new.csv",
         "adapter/adapter_config.json": "merge adapter -o out",
         "run/config.yaml": "train run --resume",
     }

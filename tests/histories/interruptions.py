@@ -162,7 +162,7 @@ def _moment(rng: Rng, lines: int, lines_that_merge: int) -> tuple[int, Sequence[
     """Any line, or one of those that merge: most others prepare it."""
     if rng.random() < 0.3:
         return int(rng.integers(1, lines)), ("",)
-    return int(rng.integers(1, lines_that_merge)), ("tuner/merging", "tuner/layers/layer", "weight/merge")
+    return int(rng.integers(1, lines_that_merge)), ("tuner/merging", "tuner/layers/mergeable", "weight/merge")
 
 
 def _take_over(case: Case, values: dict[str, torch.Tensor]) -> None:

@@ -124,8 +124,8 @@ class History(NamedTuple):
                     _apply(step, case)
                     done += 1
         except Exception as error:
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-            return done, Failure(step, told, traceback.format_exc())
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            return done, Failure(step, message, traceback.format_exc())
         return done, None
 
 

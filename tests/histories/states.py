@@ -47,7 +47,7 @@ def cast_and_back(case: Case, rng: Rng) -> None:
 
 @operation(1, unmerged)
 def cast_base_layers(case: Case, rng: Rng) -> None:
-    """The bases alone, of which no adapter is told."""
+    """The bases alone; their adapters are not notified."""
     dtype = torch.float32 if case.shadow.dtype == torch.bfloat16 else torch.bfloat16
     if case.shadow.dtype == torch.float64:
         return

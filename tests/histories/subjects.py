@@ -55,7 +55,7 @@ class Settings:
         row = one_of("usual", "usual", "zero", "tiny")
         return cls(
             interface=interface,
-            kind=one_of("kaiming_uniform", "gaussian", "orthogonal", "structured", "structured"),
+            kind=one_of("kaiming_uniform", "structured"),
             direction=one_of("unit", "weight"),
             detach_norm=one_of(False, True),
             rank=one_of(1, 3, 8, 20),

@@ -155,7 +155,7 @@ def load(case: Case, rng: Rng) -> None:
 
 @operation(1, unmerged)
 def load_into_base_layers(case: Case, rng: Rng) -> None:
-    """State dicts of the bases alone, of which no adapter is told."""
+    """State dicts of the bases alone; their adapters are not notified."""
     assign = bool(rng.random() < 0.5)
     names = base_names(case)
     values = as_held(case, other_values(case, rng, names))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -15,20 +15,18 @@ from tests.cases import TOLERANCE, randn
 from tests.checked import checked
 from tests.reference import worst_error
 
-DENSE = ["kaiming_uniform", "gaussian", "rademacher", "orthogonal"]
 DTYPES = [torch.float64, torch.float32]
 RANKS = [1, 5, 39, 40, 41, 96, 200, 201]
 """Below and above the inputs of the layers, from which rank on the products are others."""
 
-every_distribution = pytest.mark.parametrize("distribution", DENSE)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 class Rows:
     """`B diag(lambda_d) A` for one size, dense, and what belongs to it."""
 
-    def __init__(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype, distribution: str) -> None:
-        self.matrices = checked("matrices.dense").DenseMatrices(5, distribution)
+    def __init__(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        self.matrices = checked("matrices.dense").DenseMatrices(5)
         self.A = self.matrices.A(rank, in_features, torch.float64)
         self.B = self.matrices.B(rank, out_features, torch.float64)
         self.lambda_d, self.v = randn(rank, seed=0, dtype=dtype), randn(out_features, seed=1, dtype=dtype)
@@ -49,9 +47,9 @@ class Rows:
                 found = self.matrices.row_squares_gradient(self.v, self.lambda_d, self.sizes[0])
             assert worst_error(squares, expected) < tolerance
             assert worst_error(found, gradient) < tolerance
-            if (slopes := self.matrices.kept_slopes(self.lambda_d, *self.sizes)) is not None:
-                assert worst_error(self.lambda_d @ slopes, expected) < tolerance
-                assert worst_error(2 * slopes @ self.v, gradient) < tolerance
+            if (half_dq := self.matrices.half_dq(self.lambda_d, *self.sizes)) is not None:
+                assert worst_error(self.lambda_d @ half_dq, expected) < tolerance
+                assert worst_error(2 * half_dq @ self.v, gradient) < tolerance
             assert found.dtype == self.lambda_d.dtype
 
     def assert_dots(self, tolerance: float) -> None:
@@ -64,63 +62,44 @@ class Rows:
 
 
 @both_dtypes
-@every_distribution
 @pytest.mark.parametrize("in_features", [40, 200], ids=lambda size: f"{size} inputs")
 @pytest.mark.parametrize("rank", RANKS)
 def test_row_squares_and_their_gradient_are_those_of_the_dense_rows(
-    rank: int, in_features: int, distribution: str, dtype: torch.dtype
+    rank: int, in_features: int, dtype: torch.dtype
 ) -> None:
-    Rows(rank, in_features, 30, dtype, distribution).assert_squares(TOLERANCE[dtype])
+    Rows(rank, in_features, 30, dtype).assert_squares(TOLERANCE[dtype])
 
 
 @given(
     shape=st.tuples(st.integers(1, 80), st.integers(1, 12), st.integers(2, 9)),
-    distribution=st.sampled_from(DENSE),
 )
-@example(shape=(9, 4, 3), distribution="orthogonal")
-def test_row_squares_and_dots_of_any_shape(shape: tuple[int, int, int], distribution: str) -> None:
-    rows = Rows(*shape, torch.float64, distribution)
+def test_row_squares_and_dots_of_any_shape(shape: tuple[int, int, int]) -> None:
+    rows = Rows(*shape, torch.float64)
     rows.assert_squares(1e-12)
     rows.assert_dots(1e-11)
 
 
 @both_dtypes
-@every_distribution
 @pytest.mark.parametrize("rank", [1, 9, 70])
 def test_row_dots_and_their_gradient_are_those_of_the_dense_rows(
-    rank: int, distribution: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for chunk_values in (2**18, 7 * 20, 1):
         monkeypatch.setattr(checked("matrices.dense"), "_CHUNK_VALUES", chunk_values)
-        Rows(rank, 20, 30, dtype, distribution).assert_dots(TOLERANCE[dtype])
+        Rows(rank, 20, 30, dtype).assert_dots(TOLERANCE[dtype])
 
 
-@every_distribution
-def test_row_dots_of_a_weight_in_half_precision_are_summed_in_float32(distribution: str) -> None:
-    rows = Rows(4, 300, 20, torch.float32, distribution)
+def test_row_dots_of_a_weight_in_half_precision_are_summed_in_float32() -> None:
+    rows = Rows(4, 300, 20, torch.float32)
     rows.weight = rows.weight.bfloat16()
     rows.assert_dots(1e-5)
 
 
 def test_a_gradient_of_outputs_with_zeros_alone_is_zero() -> None:
-    rows = Rows(70, 20, 30, torch.float64, "gaussian")
+    rows = Rows(70, 20, 30, torch.float64)
     rows.v.zero_()
     assert not rows.matrices.row_squares_gradient(rows.v, rows.lambda_d, 20).any()
     assert not rows.matrices.row_dots_gradient(rows.weight, rows.v, 70).any()
-
-
-def test_the_rounding_of_orthogonal_rows_is_in_float64_no_shortcut() -> None:
-    rows = Rows(30, 40, 50, torch.float64, "orthogonal")
-    shortcut = 2 * rows.B.square() @ rows.lambda_d.square()
-    assert worst_error(shortcut, rows.update().square().sum(1)) > 1e-9, "float32 entries are not quite orthogonal"
-    rows.assert_squares(1e-12)
-
-
-def test_orthogonal_rows_beyond_the_width_are_not_orthogonal_to_the_others() -> None:
-    rows = Rows(60, 40, 50, torch.float32, "orthogonal")
-    shortcut = 2 * rows.B.square() @ rows.lambda_d.double().square()
-    assert worst_error(shortcut, rows.update().square().sum(1)) > 1e-2
-    rows.assert_squares(1e-5)
 
 
 def multiplications(function: Callable[[], object]) -> int:
@@ -130,27 +109,23 @@ def multiplications(function: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize(("distribution", "limit"), [("gaussian", 128 * 128 * 50), ("orthogonal", 128 * 50)])
-def test_the_squares_and_their_gradient_take_a_product_with_G_each(distribution: str, limit: int) -> None:
-    matrices, lambda_d, v = DenseMatrices(5, distribution), randn(128, seed=0), randn(50, seed=1)
+def test_the_squares_and_their_gradient_take_a_product_with_G_each() -> None:
+    matrices, lambda_d, v, limit = DenseMatrices(5), randn(128, seed=0), randn(50, seed=1), 128 * 128 * 50
     matrices.reserve(128, 200, 50, torch.float32)
     assert multiplications(lambda: matrices.row_squares(lambda_d, 200, 50)) <= 1.01 * limit
     assert multiplications(lambda: matrices.row_squares_gradient(v, lambda_d, 200)) <= 1.01 * limit
-    # Kept slopes save the second; the rows of orthogonal matrices need neither.
-    assert (matrices.kept_slopes(lambda_d, 200, 50) is None) == (distribution == "orthogonal")
 
 
-def test_slopes_of_a_large_layer_are_not_kept() -> None:
-    matrices = DenseMatrices(5, "gaussian")
-    assert matrices.kept_slopes(randn(256, seed=0), 8, 3072) is not None
-    assert matrices.kept_slopes(randn(256, seed=0), 8, 3073) is None
-    assert matrices.kept_slopes(randn(256, seed=0, dtype=torch.float64), 8, 1537) is None
+def test_half_dq_of_a_large_layer_is_not_kept() -> None:
+    matrices = DenseMatrices(5)
+    assert matrices.half_dq(randn(256, seed=0), 8, 3072) is not None
+    assert matrices.half_dq(randn(256, seed=0), 8, 3073) is None
+    assert matrices.half_dq(randn(256, seed=0, dtype=torch.float64), 8, 1537) is None
 
 
-@every_distribution
 @pytest.mark.parametrize("rank", [3, 66])
-def test_first_and_second_derivatives_are_those_of_the_values(rank: int, distribution: str) -> None:
-    matrices = DenseMatrices(5, distribution)
+def test_first_and_second_derivatives_are_those_of_the_values(rank: int) -> None:
+    matrices = DenseMatrices(5)
     lambda_d, v = (randn(n, seed=n, dtype=torch.float64).requires_grad_() for n in (rank, 4))
     weight = randn(4, 6, seed=0, dtype=torch.float64)
     for function, inputs in [
@@ -163,9 +138,8 @@ def test_first_and_second_derivatives_are_those_of_the_values(rank: int, distrib
         assert gradgradcheck(function, inputs, fast_mode=rank > 10)
 
 
-@every_distribution
-def test_G_is_kept_for_every_size_and_dtype(distribution: str) -> None:
-    matrices = DenseMatrices(5, distribution)
+def test_G_is_kept_for_every_size_and_dtype() -> None:
+    matrices = DenseMatrices(5)
     for rank, size, dtype in [
         (3, 6, torch.float64),
         (3, 6, torch.float32),

@@ -104,9 +104,9 @@ def test_products_equal_those_with_the_dense_matrix(rows: int, size: int, tokens
     x, z = (randn(*tokens, n, seed=9, dtype=torch.float64) for n in (size, rows))
     scale = randn(size, seed=10, dtype=torch.float64)
     assert worst_error(kronecker.dense(matrices), M) < 1e-14
-    assert worst_error(kronecker.narrow(x, matrices), x @ M.T) < 1e-12
-    assert worst_error(kronecker.widen(z, matrices), z @ M) < 1e-12
-    assert worst_error(kronecker.narrow(x, kronecker.scaled(matrices, scale)), (x * scale) @ M.T) < 1e-12
+    assert worst_error(kronecker.apply_transpose(x, matrices), x @ M.T) < 1e-12
+    assert worst_error(kronecker.apply(z, matrices), z @ M) < 1e-12
+    assert worst_error(kronecker.apply_transpose(x, kronecker.scaled(matrices, scale)), (x * scale) @ M.T) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_many_tokens_are_taken_in_chunks(
     x, z = (randn(2, tokens // 2, n, seed=9, dtype=dtype) for n in (size, rows))
     assert kronecker._in_chunks(x, matrices)
     assert kronecker.chunk_tokens(tokens, matrices) < tokens
-    narrowed, widened = kronecker.narrow(x, matrices), kronecker.widen(z, matrices)
+    narrowed, widened = kronecker.apply_transpose(x, matrices), kronecker.apply(z, matrices)
     assert narrowed.dtype == widened.dtype == dtype
     assert worst_error(narrowed, x.double() @ M.T) < tolerance
     assert worst_error(widened, z.double() @ M) < tolerance
@@ -131,22 +131,22 @@ def test_many_tokens_are_taken_in_chunks(
 def test_tokens_need_not_lie_one_after_the_other() -> None:
     matrices = stack(5, LONG)
     x = randn(LONG, 40, seed=0, dtype=torch.float64).T
-    assert worst_error(kronecker.narrow(x, matrices), x @ naive(matrices).T) < 1e-12
+    assert worst_error(kronecker.apply_transpose(x, matrices), x @ naive(matrices).T) < 1e-12
 
 
-def narrow_in_chunks(x: Tensor, matrices: tuple[Kronecker, ...]) -> Tensor:
-    return kronecker._Product.apply(x, matrices, False)
+def transpose_in_chunks(x: Tensor, matrices: tuple[Kronecker, ...]) -> Tensor:
+    return kronecker._Product.apply(x, matrices, True)
 
 
-def widen_in_chunks(z: Tensor, matrices: tuple[Kronecker, ...]) -> Tensor:
-    return kronecker._Product.apply(z, matrices, True)
+def product_in_chunks(z: Tensor, matrices: tuple[Kronecker, ...]) -> Tensor:
+    return kronecker._Product.apply(z, matrices, False)
 
 
 PATHS = [
-    pytest.param(kronecker.narrow, 12, id="narrow"),
-    pytest.param(kronecker.widen, 7, id="widen"),
-    pytest.param(narrow_in_chunks, 12, id="narrow in chunks"),
-    pytest.param(widen_in_chunks, 7, id="widen in chunks"),
+    pytest.param(kronecker.apply_transpose, 12, id="transpose"),
+    pytest.param(kronecker.apply, 7, id="product"),
+    pytest.param(transpose_in_chunks, 12, id="transpose in chunks"),
+    pytest.param(product_in_chunks, 7, id="product in chunks"),
 ]
 
 
@@ -200,7 +200,7 @@ def test_gradients_of_every_token_at_once(path, width: int) -> None:
     x = randn(5, width, seed=0, dtype=torch.float64)
     found = torch.func.vmap(torch.func.grad(lambda x: path(x[None], matrices).square().sum()))(x)
     M = naive(matrices)
-    M = M if path in (kronecker.narrow, narrow_in_chunks) else M.T
+    M = M if path in (kronecker.apply_transpose, transpose_in_chunks) else M.T
     assert worst_error(found, 2 * x @ M.T @ M) < 1e-12
 
 
@@ -208,12 +208,14 @@ def test_gradients_of_every_token_at_once(path, width: int) -> None:
 def test_a_compiled_product_is_one_graph_with_the_same_gradients(size: int) -> None:
     torch.compiler.reset()
     matrices = stack(7, size)
-    compiled = torch.compile(lambda x: kronecker_plain.narrow(x, matrices), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: kronecker_plain.apply_transpose(x, matrices), fullgraph=True, backend="aot_eager"
+    )
     x = randn(40, size, seed=0, dtype=torch.float64).requires_grad_()
     y = compiled(x)
-    assert worst_error(y, kronecker.narrow(x, matrices)) < 1e-12
+    assert worst_error(y, kronecker.apply_transpose(x, matrices)) < 1e-12
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
-    assert worst_error(gradient, kronecker.widen(2 * y, matrices)) < 1e-12
+    assert worst_error(gradient, kronecker.apply(2 * y, matrices)) < 1e-12
 
 
 @given(rows=st.integers(1, 60), size=st.integers(1, 30), data=st.data())

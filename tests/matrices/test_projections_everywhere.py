@@ -24,7 +24,7 @@ every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 DIGESTS = """
 import hashlib
 from dvora import SharedProjections
-from dvora.projections import DISTRIBUTIONS
+from dvora.matrices.interface import DISTRIBUTIONS
 for distribution in DISTRIBUTIONS:
     shared = SharedProjections(11, distribution)
     for matrix in (shared.A(40, 700), shared.B(40, 300)):
@@ -67,7 +67,7 @@ def test_global_generators_are_untouched_by_making_and_training_layers() -> None
 
 
 def made(shared: SharedProjections) -> list[torch.Tensor]:
-    return [shared.A(3, 6), shared.B(3, 5), shared.gram(3, 6)]
+    return [shared.A(3, 6), shared.B(3, 5), shared.impl.gram(3, 6, torch.float32)]
 
 
 def assert_same(shared: SharedProjections, other: SharedProjections) -> None:

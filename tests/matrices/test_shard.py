@@ -5,16 +5,16 @@ import torch
 from torch import Tensor
 
 from dvora.matrices.interface import SharedProjections
-from dvora.matrices.shard import Span
+from dvora.matrices.shard import Shard
 
-KINDS = ["kaiming_uniform", "orthogonal", "structured"]
+KINDS = ["kaiming_uniform", "structured"]
 # Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks.
 SIZES = [(24, 20, 6, 2), (24, 20, 30, 4), (48, 36, 16, 4), (14, 10, 5, 3)]
 
 
-def spans(total: int, parts: int) -> list[Span]:
+def spans(total: int, parts: int) -> list[Shard]:
     size = -(-total // parts)
-    return [Span(start, min(start + size, total), total) for start in range(0, total, size)]
+    return [Shard(start, min(start + size, total), total) for start in range(0, total, size)]
 
 
 def randn(*shape: int) -> Tensor:
@@ -26,14 +26,14 @@ def randn(*shape: int) -> Tensor:
 def test_parts_of_the_outputs_are_the_whole(
     distribution: str, out_features: int, in_features: int, rank: int, parts: int
 ) -> None:
-    whole = SharedProjections(3, distribution).kind
+    whole = SharedProjections(3, distribution).impl
     weight, lambda_d, v = randn(out_features, in_features), randn(rank), randn(out_features)
     d, z, x = randn(5, out_features), randn(5, rank), randn(4, in_features)
     put_together: dict[str, list[Tensor]] = {}
     summed: dict[str, Tensor] = {}
-    for span in spans(out_features, parts):
-        part, size = whole.of_part(None, span), span.stop - span.start
-        rows = slice(span.start, span.stop)
+    for shard in spans(out_features, parts):
+        part, size = whole.of_shard(None, shard), shard.stop - shard.start
+        rows = slice(shard.start, shard.stop)
         found = {
             "B": part.B(rank, size, torch.float64).T,
             "expand": part.expand(z, size),
@@ -71,14 +71,14 @@ def test_parts_of_the_outputs_are_the_whole(
 def test_parts_of_the_inputs_add_up(
     distribution: str, out_features: int, in_features: int, rank: int, parts: int
 ) -> None:
-    whole = SharedProjections(3, distribution).kind
+    whole = SharedProjections(3, distribution).impl
     x, h = randn(5, in_features), randn(5, rank)
     z, back = torch.zeros(5, rank, dtype=torch.float64), []
-    for span in spans(in_features, parts):
-        part, size = whole.of_part(span, None), span.stop - span.start
-        z += part.project(span.of(x), rank)
+    for shard in spans(in_features, parts):
+        part, size = whole.of_shard(shard, None), shard.stop - shard.start
+        z += part.project(shard.of(x), rank)
         back.append(part.project_transpose(h, size))
-        columns = span.of(whole.A(rank, in_features, torch.float64))
+        columns = shard.of(whole.A(rank, in_features, torch.float64))
         torch.testing.assert_close(part.A(rank, size, torch.float64), columns)
         torch.testing.assert_close(part.select(torch.arange(size), rank, size, torch.float64), columns.T)
     torch.testing.assert_close(z, whole.project(x, rank))
@@ -88,7 +88,7 @@ def test_parts_of_the_inputs_add_up(
 @pytest.mark.parametrize("distribution", KINDS)
 def test_a_part_follows_the_whole_to_another_device_and_back(distribution: str) -> None:
     shared = SharedProjections(3, distribution)
-    part = shared.kind.of_part(None, Span(6, 12, 12))
+    part = shared.impl.of_shard(None, Shard(6, 12, 12))
     before = part.B(4, 6, torch.float32)
     shared.to("meta")
     assert part.B(4, 6, torch.float32).is_meta

@@ -1,173 +1,135 @@
-"""One projection for the layers that read the same inputs, and a new one whenever anything about them has changed."""
+"""Siblings share one projection of their inputs, and outputs and gradients are those of layers that share nothing."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dvora import DVoRAAdapter
 from dvora.matrices.interface import DISTRIBUTIONS, SharedProjections
 from dvora.weight.adapted_weight import AdaptedWeight
-from tests.matrices.sibling_layers import IN, TOKENS, Products, inputs, loss, outputs, projections_made, siblings
+from tests.cached_layers import IN, OUTS, RANK, Siblings
+from tests.cases import SHARED, randn, trained_layer
+from tests.reference import worst_error
 
 Layers = Sequence[DVoRAAdapter]
-Change = Callable[[Tensor], object]
+Step = Callable[[Layers], list[Tensor]]
+"""What is done with the layers, and the tensors that come of it."""
+Checkpoint = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+TOKENS = 4
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+# PyTorch's own use of what it has deprecated, in its first forward-mode derivative.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
-def test_three_siblings_make_one_product_and_one_of_its_transpose() -> None:
-    layers, x = siblings(), inputs(requires_grad=True)
-    with Products() as products:
-        loss(outputs(layers, x)).backward()
-    assert (products.forward(), products.backward()) == (1, 1)
+def siblings(
+    together: bool = True, ranks: Sequence[int] = (RANK,) * 3, dtype: torch.dtype = torch.float64
+) -> list[DVoRAAdapter]:
+    """Three trained layers with one pair of matrices, or with equal pairs, which can share nothing."""
+    shared = SharedProjections(SHARED.seed)
+    return [
+        trained_layer(IN, out, rank, dtype=dtype, shared=shared if together else SharedProjections(SHARED.seed))
+        for out, rank in zip(OUTS, ranks, strict=True)
+    ]
 
 
-def test_layers_that_share_nothing_make_three() -> None:
-    layers, x = siblings(together=False), inputs(requires_grad=True)
-    with Products() as products:
-        loss(outputs(layers, x)).backward()
-    assert (products.forward(), products.backward()) == (3, 3)
+def inputs(tokens: int = TOKENS, *, seed: int = 0, requires_grad: bool = False) -> Tensor:
+    """A leaf."""
+    return randn(tokens, IN, seed=seed, dtype=torch.float64).requires_grad_(requires_grad)
+
+
+def outputs(layers: Layers, x: Tensor) -> Tensor:
+    """Those of all layers, one after another."""
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def loss(y: Tensor) -> Tensor:
+    """A scalar that every output matters to in another way."""
+    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().sum()
+
+
+class Calls:
+    """The products with A^T and with A that the layers make from now on, and weak references to their results."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.forward = self.backward = 0
+        self.made: list[weakref.ref[Tensor]] = []
+        for impl in {layer.shared.impl for layer in layers}:
+            impl.project = partial(self._project, impl.project)
+            impl.project_transpose = partial(self._project_transpose, impl.project_transpose)
+
+    def _project(self, project: Callable[[Tensor, int], Tensor], x: Tensor, rank: int) -> Tensor:
+        z = project(x, rank)
+        self.forward += 1
+        self.made.append(weakref.ref(z))
+        return z
+
+    def _project_transpose(self, project: Callable[[Tensor, int], Tensor], h: Tensor, size: int) -> Tensor:
+        self.backward += 1
+        return project(h, size)
+
+
+def projections_made(step: Step, tolerance: float | None = None, **options: object) -> int:
+    """Products with A^T in a step whose results, and whose gradients, are those of layers that share nothing."""
+    together, apart = siblings(**options), siblings(together=False, **options)
+    calls = Calls(together)
+    results = []
+    for layers in (together, apart):
+        found = step(layers)
+        results.append([*found, *(v.grad for layer in layers for v in layer.vectors if v.grad is not None)])
+    for value, reference in zip(*results, strict=True):
+        assert value.dtype == reference.dtype
+        assert worst_error(value, reference.double()) < (tolerance or TOLERANCE[value.dtype])
+    return calls.forward
+
+
+@pytest.mark.parametrize(("together", "products"), [(True, 1), (False, 3)])
+def test_siblings_make_one_product_and_one_of_its_transpose(together: bool, products: int) -> None:
+    layers = siblings(together)
+    calls = Calls(layers)
+    loss(outputs(layers, inputs(requires_grad=True))).backward()
+    assert (calls.forward, calls.backward) == (products, products)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_kind_of_matrices_is_shared_but_not_twice_with_one_layer(distribution: str) -> None:
+    shared, x = SharedProjections(3, distribution), inputs()
+    first, second = (AdaptedWeight(weight, 3, shared=shared) for weight in (torch.ones(5, IN), torch.ones(7, IN)))
+    z = shared.project_once(x, 3, first)
+    assert shared.project_once(x, 3, second) is z
+    assert shared.project_once(x, 3, second) is not z
+    assert torch.equal(z, shared.impl.project(x, 3))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
-def test_outputs_are_those_of_layers_that_share_nothing(mode: type, training: bool) -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        with mode():
-            return [layer.train(training)(x) for layer in layers]
-
-    x = inputs()
-    assert projections_made(step) == 1
-
-
-def test_inputs_of_inference_mode_are_projected_anew_for_their_changes_are_not_counted() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        with torch.inference_mode():
-            x = inputs()
-            first = layers[0](x)
-            return [first, layers[1](x.mul_(2)), layers[2](x)]
-
-    assert projections_made(step) == 3
-
-
-@torch.no_grad()
-def write_through_a_view(x: Tensor) -> None:
-    x.view(-1)[3:9].zero_()
-
-
-def add_in_inference_mode(x: Tensor) -> None:
-    with torch.inference_mode():
-        x.add_(1)
-
-
-def assign_data(x: Tensor) -> None:
-    x.data = inputs(seed=9)
-
-
-CHANGES: dict[str, Change] = {
-    "add_": lambda x: x.add_(1),
-    "copy_": lambda x: x.copy_(inputs(seed=9)),
-    "out": lambda x: torch.mul(x, 3, out=x),
-    "foreach": lambda x: torch._foreach_mul_([x], 3.0),
-    "index_fill_": lambda x: x.index_fill_(0, torch.tensor([1]), 2.0),
-    "item": lambda x: x.__setitem__(slice(1, 3), 0),
-    "set_": lambda x: x.set_(inputs(seed=9)),
-    "resize_": lambda x: x.resize_(2, IN),
-    "unsqueeze_": lambda x: x.unsqueeze_(0),
-    "relu": lambda x: torch.nn.functional.relu(x, inplace=True),
-    "view": write_through_a_view,
-    "inference": add_in_inference_mode,
-    "data": assign_data,
-    "data in place": lambda x: x.data.mul_(2),
-    "numpy": lambda x: x.numpy().fill(0.5),
-    "numpy that was there before": lambda x: NUMPY[x.data_ptr()].fill(0.5),
-}
-NUMPY: dict[int, np.ndarray] = {}
-"""Arrays of the memory of inputs, made before they are projected."""
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
-def test_inputs_changed_between_siblings_are_projected_anew(mode: type, change: str) -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs()
-        NUMPY[x.data_ptr()] = x.numpy()
-        with mode():
-            first = layers[0](x)
-            CHANGES[change](x)
-            return [first, layers[1](x), layers[2](x)]
-
-    assert projections_made(step) == 2
-    NUMPY.clear()
-
-
-@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_sharing_can_be_switched_off(mode: type) -> None:
-    def step(layers: Layers) -> list[Tensor]:
+def test_sharing_can_be_switched_off(mode: type, training: bool) -> None:
+    def step(layers: Layers, share: bool) -> list[Tensor]:
         for layer in layers:
-            layer.shared.share_inputs = False
+            layer.train(training).shared.share_inputs = share
         with mode():
             return [outputs(layers, inputs())]
 
-    assert projections_made(step) == 3
+    assert projections_made(partial(step, share=True)) == 1
+    assert projections_made(partial(step, share=False)) == 3
     assert not SharedProjections(0, share_inputs=False).share_inputs
 
 
-def test_inputs_transposed_in_place_are_projected_anew() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs(IN)
-        first = layers[0](x)
-        x.t_()
-        return [first, layers[1](x)]
-
-    assert projections_made(step) == 2
-
-
-@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x.view(2, -1, IN), lambda x: x.detach(), lambda x: x[:]])
-def test_other_tensors_of_the_same_memory_are_projected_for_themselves(view: Callable[[Tensor], Tensor]) -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs(IN)
-        return [layers[0](x), layers[1](view(x)), layers[2](x)]
-
-    assert projections_made(step) == 3
-
-
-def test_a_layer_that_asks_twice_gets_a_new_projection_for_a_write_that_torch_does_not_count() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs()
-        first = outputs(layers, x)
-        x.data.mul_(2)
-        return [first, outputs(layers, x)]
-
-    assert projections_made(step) == 2
-
-
-def test_inputs_that_come_to_want_a_gradient_get_it() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs()
-        first = layers[0](x)
-        x.requires_grad_()
-        loss(layers[1](x)).backward()
-        return [first, x.grad]
-
-    assert projections_made(step) == 2
-
-
-def test_inputs_that_become_a_leaf_get_their_gradient_and_pass_none_on() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        before = inputs(requires_grad=True)
-        x = before * 1
-        first = layers[0](x)
-        x.detach_().requires_grad_()
-        loss(layers[1](x)).backward()
-        assert before.grad is None
-        return [first, x.grad]
-
-    assert projections_made(step) == 2
+def autocast(dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:
+    return lambda: torch.autocast("cpu", dtype=dtype)
 
 
 @contextmanager
@@ -176,13 +138,11 @@ def enabled_in_inference_mode() -> Iterator[None]:
         yield
 
 
-def autocast(dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:
-    return lambda: torch.autocast("cpu", dtype=dtype)
-
-
 MODES = {
     "grad": nullcontext,
     "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "grad in inference": enabled_in_inference_mode,
     "bfloat16": autocast(torch.bfloat16),
     "float16": autocast(torch.float16),
 }
@@ -192,16 +152,17 @@ MODES = {
 @pytest.mark.parametrize("second", MODES)
 def test_a_projection_is_of_one_way_of_running(first: str, second: str) -> None:
     def step(layers: Layers) -> list[Tensor]:
+        x = inputs().float()
+        layers[0].requires_grad_(False).eval()
         with MODES[first]():
             results = [layers[0](x)]
         with MODES[second]():
             results += [layer(x) for layer in layers[1:]]
-        if second != "no_grad":
+        if second in ("grad", "bfloat16", "float16"):
             loss(torch.cat(results[1:], -1)).backward()
         return results
 
     # Autocast leaves float64 alone.
-    x = inputs().float()
     assert projections_made(step, dtype=torch.float32) == (1 if first == second else 2)
 
 
@@ -217,83 +178,9 @@ def test_inputs_of_autocast_get_their_gradient(dtype: torch.dtype) -> None:
     assert projections_made(step, tolerance=5e-2, dtype=torch.float32) == 1
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (torch.inference_mode, torch.no_grad),
-        (torch.no_grad, torch.inference_mode),
-        (torch.inference_mode, torch.enable_grad),
-        (torch.no_grad, torch.enable_grad),
-        pytest.param(enabled_in_inference_mode, torch.enable_grad),
-        pytest.param(torch.enable_grad, enabled_in_inference_mode),
-    ],
-    ids=lambda mode: mode.__name__,
-)
-def test_modes_may_be_mixed_for_one_tensor(first: type, second: type) -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs()
-        layers[0].requires_grad_(False).eval()
-        with first():
-            y = layers[0](x)
-        with second():
-            others = [layers[1](x), layers[2](x)]
-        if second is torch.enable_grad:
-            loss(torch.cat(others, -1)).backward()
-        return [y, *others]
-
-    projections_made(step)
-
-
 def test_each_rank_has_its_own_projection() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        return [layers[0](x), layers[2](x), layers[1](x)]
-
     x = inputs()
-    assert projections_made(step, ranks=(3, 4, 3)) == 2
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_kind_of_matrices_is_shared(distribution: str) -> None:
-    shared, x = SharedProjections(3, distribution), inputs()
-    weights = [torch.ones(5, IN), torch.ones(7, IN)]
-    first, second = (AdaptedWeight(weight, 3, shared=shared) for weight in weights)
-    z = shared.project_once(x, 3, first)
-    assert shared.project_once(x, 3, second) is z
-    assert shared.project_once(x, 3, second) is not z
-    assert torch.equal(z, shared.project(x, 3))
-
-
-def replaced(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (2 * args[0],)
-
-
-def changed(_: object, args: tuple[Tensor, ...]) -> None:
-    args[0].add_(1)
-
-
-@pytest.mark.parametrize("hook", [replaced, changed])
-def test_a_hook_may_give_one_sibling_other_inputs(hook: Callable[..., object]) -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        handle = layers[1].register_forward_pre_hook(hook)
-        results = [layer(x.clone()) for layer in layers]
-        x_ = x.clone()
-        results += [layer(x_) for layer in layers]
-        handle.remove()
-        return results
-
-    x = inputs()
-    assert projections_made(step) > 3
-
-
-def test_a_hook_may_change_the_inputs_after_a_sibling() -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        handle = layers[0].register_forward_hook(lambda _, args, __: args[0].mul_(2).shape and None)
-        x = inputs()
-        results = [layer(x) for layer in layers]
-        handle.remove()
-        return results
-
-    assert projections_made(step) == 2
+    assert projections_made(lambda layers: [layers[0](x), layers[2](x), layers[1](x)], ranks=(3, 4, 3)) == 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layers: pickle.loads(pickle.dumps(layers))])
@@ -301,8 +188,433 @@ def test_copies_have_a_projection_of_their_own(copied: Callable[[Layers], Layers
     layers, x = siblings(), inputs()
     expected = outputs(layers, x)
     others = copied(layers)
-    assert others[0].shared._last is not layers[0].shared._last
-    with Products() as products:
-        found = outputs(others, x)
-    assert products.forward(TOKENS) == 1
-    assert torch.equal(found, expected)
+    assert others[0].shared._projection_cache is not layers[0].shared._projection_cache
+    assert torch.equal(outputs(others, x), expected)
+    calls = Calls(others)
+    outputs(others, inputs(seed=1))
+    assert calls.forward == 1
+
+
+# Orders of passes: what is done, and how often x is projected.
+
+
+def inputs_that_come_to_want_a_gradient(layers: Layers) -> list[Tensor]:
+    x = inputs()
+    first = layers[0](x)
+    loss(layers[1](x.requires_grad_())).backward()
+    return [first, x.grad]
+
+
+def inputs_that_become_a_leaf(layers: Layers) -> list[Tensor]:
+    before = inputs(requires_grad=True)
+    x = before * 1
+    first = layers[0](x)
+    x.detach_().requires_grad_()
+    loss(layers[1](x)).backward()
+    assert before.grad is None
+    return [first, x.grad]
+
+
+def one_pass(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    loss(outputs(layers, x)).backward()
+    return [x.grad]
+
+
+def backward_after_each_layer(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    for layer in layers:
+        loss(layer(x)).backward()
+    return [x.grad]
+
+
+def backward_at_the_end_for_each_layer(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    for y in [layer(x) for layer in layers]:
+        loss(y).backward()
+    return [x.grad]
+
+
+def backward_with_the_graph_kept(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    first = layers[0](x)
+    loss(first).backward(retain_graph=True)
+    loss(torch.cat([first, layers[1](x), layers[2](x)], -1)).backward()
+    return [x.grad]
+
+
+def gradients_between_layers(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    found = torch.autograd.grad(loss(layers[0](x)), [*layers[0].vectors, x])
+    loss(outputs(layers[1:], x)).backward()
+    return [*found, x.grad]
+
+
+def a_step_between_two_passes_over_one_leaf(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    for _ in range(2):
+        loss(outputs(layers, x)).backward()
+        optimizer.step()
+    return [x]
+
+
+def two_passes_over_one_leaf(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    for _ in range(2):
+        loss(outputs(layers, x)).backward()
+    return [x.grad]
+
+
+def two_forward_passes_and_one_backward(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    y = outputs(layers, x)
+    loss(y + outputs(layers, x)).backward()
+    return [x.grad]
+
+
+def an_input_that_other_layers_made(layers: Layers) -> list[Tensor]:
+    before = inputs(requires_grad=True)
+    loss(outputs(layers, torch.tanh(before))).backward()
+    return [before.grad]
+
+
+def a_penalty_on_the_gradient(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(outputs(layers, x)), [x], create_graph=True)
+    gradient.square().sum().backward()
+    return [x.grad]
+
+
+def other_vectors_between_two_passes(layers: Layers) -> list[Tensor]:
+    model, x = Siblings(layers), inputs()
+    values = {name: 1.5 * value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return [model(x), functional_call(model, values, x), model(x)]
+
+
+def inputs_that_only_a_graph_holds(layers: Layers) -> list[Tensor]:
+    x = inputs(requires_grad=True)
+    y, kept = layers[0](x), x.square()
+    del x
+    gc.collect()
+    x = kept.grad_fn._saved_self
+    loss(torch.cat([y, outputs(layers[1:], x)], -1)).backward()
+    return [x.grad]
+
+
+STEPS: dict[Step, int | None] = {
+    inputs_that_come_to_want_a_gradient: 2,
+    inputs_that_become_a_leaf: 2,
+    one_pass: 1,
+    backward_after_each_layer: 3,
+    backward_at_the_end_for_each_layer: 1,
+    backward_with_the_graph_kept: 1,
+    gradients_between_layers: 2,
+    two_passes_over_one_leaf: 2,
+    a_step_between_two_passes_over_one_leaf: 2,
+    two_forward_passes_and_one_backward: 2,
+    an_input_that_other_layers_made: 1,
+    a_penalty_on_the_gradient: None,
+    other_vectors_between_two_passes: 3,
+    inputs_that_only_a_graph_holds: 1,
+}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=[step.__name__ for step in STEPS])
+def test_gradients_are_those_of_layers_that_share_nothing(step: Step) -> None:
+    assert projections_made(step) == STEPS[step] or STEPS[step] is None
+
+
+def test_gradients_are_the_limits_of_differences() -> None:
+    layers = siblings()
+    # It writes to x through x.data, which PyTorch does not count.
+    assert torch.autograd.gradcheck(partial(outputs, layers), [inputs(requires_grad=True)])
+    assert torch.autograd.gradgradcheck(partial(outputs, layers), [inputs(requires_grad=True)])
+
+
+def all_inside(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return run(partial(outputs, layers), x)
+
+
+def one_before(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return torch.cat([layers[0](x), run(partial(outputs, layers[1:]), x)], -1)
+
+
+def one_after(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    inside = run(partial(outputs, layers[1:]), x)
+    return torch.cat([layers[0](x), inside], -1)
+
+
+def one_inside(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return torch.cat([layers[0](x), run(layers[1], x), layers[2](x)], -1)
+
+
+def each_for_itself(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return torch.cat([run(layer, x) for layer in layers], -1)
+
+
+def nested(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return run(lambda x: one_before(layers, run, x), x)
+
+
+def nested_first(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return run(lambda x: one_after(layers, run, x), x)
+
+
+def made_inside(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    return run(lambda x: outputs(layers, torch.tanh(x)), x)
+
+
+def closed_over(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    first = layers[0](x)
+    return torch.cat([first, run(lambda other: layers[1](x) + layers[1](other), x), layers[2](x)], -1)
+
+
+def after_one_without_gradients(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        first = layers[0](x)
+    return torch.cat([first, run(partial(outputs, layers[1:]), x)], -1)
+
+
+PLACES = [
+    *(all_inside, one_before, one_after, one_inside, each_for_itself),
+    *(nested, nested_first, made_inside, closed_over, after_one_without_gradients),
+]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("place", PLACES, ids=[place.__name__ for place in PLACES])
+def test_checkpointed_layers_have_the_gradients_of_others(
+    place: Callable[[Layers, Checkpoint, Tensor], Tensor], use_reentrant: bool
+) -> None:
+    def step(layers: Layers, leaf: bool, early_stop: bool) -> list[Tensor]:
+        # Layers that share nothing need no checkpoints to be right.
+        together = layers[0].shared is layers[1].shared
+        run = partial(checkpoint, use_reentrant=use_reentrant) if together else lambda function, x: function(x)
+        before = inputs(requires_grad=True)
+        with set_checkpoint_early_stop(early_stop):
+            y = place(layers, run, before if leaf else 2 * before)
+            loss(y).backward()
+        return [y, before.grad]
+
+    for leaf in (True, False):
+        # A reentrant checkpoint cannot differentiate through what it closes over, whatever the layers.
+        if place is not closed_over or leaf or not use_reentrant:
+            projections_made(partial(step, leaf=leaf, early_stop=True))
+            projections_made(partial(step, leaf=leaf, early_stop=False))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointed_siblings_share_in_both_of_their_passes(use_reentrant: bool) -> None:
+    layers, x = siblings(), inputs(requires_grad=True)
+    calls = Calls(layers)
+    loss(checkpoint(lambda x: outputs(layers, 2 * x), x, use_reentrant=use_reentrant)).backward()
+    assert (calls.forward, calls.backward) == (2, 1)
+
+
+@contextmanager
+def packed(log: list[Tensor]) -> Iterator[None]:
+    def pack(tensor: Tensor) -> Tensor:
+        log.append(tensor)
+        return tensor.detach().clone()
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@pytest.mark.parametrize("hooks", [lambda: packed([]), save_on_cpu])
+def test_layers_share_under_one_hook_on_saved_tensors_only(hooks: Callable[[], AbstractContextManager[None]]) -> None:
+    def step(layers: Layers) -> list[Tensor]:
+        x = inputs(requires_grad=True)
+        first = layers[0](x)
+        with hooks():
+            second = layers[1](x)
+            with hooks():
+                third = torch.cat([layers[2](x), layers[0](x)], -1)
+            fourth = layers[1](x)
+        loss(torch.cat([first, second, third, fourth], -1)).backward()
+        return [x.grad]
+
+    assert projections_made(step) == 4
+
+
+def test_a_hook_sees_the_same_whatever_ran_before_it() -> None:
+    layers, x, logs = siblings(), inputs(requires_grad=True), ([], [])
+    for log in logs:
+        with packed(log):
+            layers[1](x)
+        layers[0](x)
+    assert len(logs[0]) == len(logs[1]) > 0
+
+
+def test_a_hook_may_be_anything_that_can_be_called_and_is_not_kept() -> None:
+    with saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
+        outputs(siblings(), inputs(requires_grad=True))
+    layers, x = siblings(), inputs()
+
+    def hook(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with saved_tensors_hooks(hook, hook), torch.no_grad():
+        layers[0](x)
+    kept = weakref.ref(hook)
+    del hook
+    gc.collect()
+    assert kept() is None
+    with packed([]), torch.no_grad():
+        assert torch.equal(layers[1](x), siblings()[1](x))
+
+
+# Threads, transformations and streams.
+
+
+def test_a_thread_takes_nothing_from_another() -> None:
+    layers, x = siblings(), inputs(requires_grad=True)
+    calls = Calls(layers)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(layers[0], x).result()
+    second = layers[1](x)
+    assert calls.forward == 2
+    # Both graphs can be freed.
+    loss(first).backward()
+    loss(second).backward()
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_threads_may_share_the_layers_and_the_inputs() -> None:
+    layers, own, common = siblings(), [inputs(seed=seed) for seed in range(8)], inputs(requires_grad=True)
+
+    def passes(x: Tensor) -> list[Tensor]:
+        found = []
+        for _ in range(10):
+            y = outputs(layers, common)
+            found += [*torch.autograd.grad(loss(y), [common]), outputs(layers, x).detach()]
+        return found
+
+    expected = [[*torch.autograd.grad(loss(outputs(layers, common)), [common]), outputs(layers, x)] for x in own]
+    with ThreadPoolExecutor(8) as pool:
+        for found, (gradient, y) in zip(pool.map(passes, own), expected, strict=True):
+            assert all(torch.equal(value, gradient) for value in found[::2])
+            assert all(torch.equal(value, y) for value in found[1::2])
+
+
+@forward_mode
+def test_transformations_give_the_values_and_gradients_of_autograd() -> None:
+    layers, x, xs = siblings(), inputs(requires_grad=True), inputs(12).view(3, 4, IN)
+    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(vmap(partial(outputs, layers))(xs), torch.stack([outputs(layers, x) for x in xs]))
+    (expected,) = torch.autograd.grad(loss(outputs(layers, x)), [x])
+    x = x.detach()
+    close(grad(lambda x: loss(outputs(layers, x)))(x), expected)
+    _, along = jvp(lambda x: loss(outputs(layers, x)), (x,), (torch.ones_like(x),))
+    close(along, expected.sum())
+    assert jacrev(partial(outputs, layers))(x).shape == (4, 22, 4, IN)
+
+
+@forward_mode
+def test_a_tangent_is_neither_lost_nor_left_behind() -> None:
+    layers, x = siblings(), inputs()
+    expected = outputs(layers, x)
+    _, along = jvp(partial(outputs, siblings(together=False)), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(outputs(layers, dual)).tangent
+        torch.testing.assert_close(tangent, along, rtol=1e-12, atol=1e-12)
+        assert forward_ad.unpack_dual(outputs(layers, x)).tangent is None
+    assert torch.equal(outputs(layers, x), expected)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_siblings_have_the_gradients_of_others_also_beside_them() -> None:
+    model, x = Siblings(siblings()), inputs(requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        found, expected = (torch.autograd.grad(loss(each(x)), [x])[0] for each in (compiled, model))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            x.mul_(2)
+
+    def step(layers: Layers) -> list[Tensor]:
+        x = inputs(requires_grad=True)
+        together = layers[0].shared is layers[1].shared
+        first = torch.compile(layers[0], backend="aot_eager") if together else layers[0]
+        loss(torch.cat([layers[1](x), first(x), layers[2](x)], -1)).backward()
+        return [x.grad]
+
+    projections_made(step)
+
+
+# What is freed.
+
+
+def alive(references: Sequence[weakref.ref[Tensor]]) -> int:
+    gc.collect()
+    return sum(reference() is not None for reference in references)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_projection_goes_with_its_inputs_and_their_graph(requires_grad: bool, leaf: bool, mode: type) -> None:
+    layers = [layer.eval() for layer in siblings()]
+    calls, before = Calls(layers), inputs(requires_grad=requires_grad)
+    x = before if leaf else (2 * before).square()
+    with mode():
+        outputs(layers, x)
+    assert alive(calls.made) == (not (leaf and requires_grad))
+    seen = [weakref.ref(before), weakref.ref(x)]
+    del before, x
+    assert (alive(calls.made), alive(seen)) == (0, 0)
+
+
+def test_a_backward_pass_frees_the_projection_of_inputs_that_stay() -> None:
+    layers, x = siblings(), inputs(requires_grad=True)
+    calls = Calls(layers)
+    loss(outputs(layers, x)).backward()
+    assert alive(calls.made) == 0
+
+
+def test_never_more_than_one_projection_is_kept() -> None:
+    layers, xs = siblings(), [inputs(seed=seed) for seed in range(5)]
+    calls = Calls(layers)
+    with torch.no_grad():
+        for x in xs:
+            outputs(layers, x)
+    assert (calls.forward, alive(calls.made)) == (5, 1)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a CUDA device")
+
+
+@cuda
+def test_a_stream_takes_nothing_from_another() -> None:
+    layers, x = [layer.cuda() for layer in siblings()], inputs().cuda()
+    stream, calls = torch.cuda.Stream(), Calls(layers)
+    with torch.no_grad():
+        first = layers[0](x)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            others = outputs(layers[1:], x)
+        torch.cuda.synchronize()
+        assert calls.forward == 2
+        expected = outputs([layer.cuda() for layer in siblings(together=False)], x)
+    torch.testing.assert_close(torch.cat([first, others], -1), expected)
+
+
+@cuda
+def test_a_captured_graph_projects_for_itself() -> None:
+    layers, x = [layer.cuda().eval() for layer in siblings()], inputs().cuda()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        outputs(layers, x)  # what is made once is made before the capture
+        layers[0](x)
+        graph.capture_begin()
+        y = layers[1](x)
+        graph.capture_end()
+        x.copy_(inputs(seed=9))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(y, layers[1](x.clone()))

@@ -363,16 +363,16 @@ def test_transforms_of_functions(tokens: int) -> None:
 def test_probes_tell_seeds_apart_and_depend_on_nothing_else() -> None:
     used = StructuredMatrices(3)
     made(used)
-    probe = used.probe()
+    probe = used.fingerprint_values()
     assert probe.dtype == np.float32
-    np.testing.assert_array_equal(probe, StructuredMatrices(3).probe())
-    assert not np.array_equal(probe, StructuredMatrices(4).probe())
+    np.testing.assert_array_equal(probe, StructuredMatrices(3).fingerprint_values())
+    assert not np.array_equal(probe, StructuredMatrices(4).fingerprint_values())
 
 
 def test_nothing_is_saved_and_no_saved_matrix_is_known() -> None:
     matrices = StructuredMatrices(3)
     matrices.reserve(3, 8, 4)
-    assert matrices.saved() == {}
+    assert matrices.saved_tensors() == {}
     assert matrices.remade("stream_0", torch.zeros(2, 3)) is None
 
 

@@ -36,12 +36,12 @@ def test_products_are_those_with_the_matrices() -> None:
     projections = shared()
     A, B = projections.A(6, 20, torch.float64), projections.B(6, 25, torch.float64)
     x, z, d = (randn(4, size, seed=size, dtype=torch.float64) for size in (20, 6, 25))
-    torch.testing.assert_close(projections.project(x, 6), x @ A.T)
-    torch.testing.assert_close(projections.project_transpose(z, 20), z @ A)
-    torch.testing.assert_close(projections.expand(z, 25), z @ B.T)
-    torch.testing.assert_close(projections.expand_transpose(d, 6), d @ B)
-    torch.testing.assert_close(projections.gram(6, 20, torch.float64), A @ A.T)
-    torch.testing.assert_close(projections.select(torch.arange(20), 6, 20, torch.float64), A.T)
+    torch.testing.assert_close(projections.impl.project(x, 6), x @ A.T)
+    torch.testing.assert_close(projections.impl.project_transpose(z, 20), z @ A)
+    torch.testing.assert_close(projections.impl.expand(z, 25), z @ B.T)
+    torch.testing.assert_close(projections.impl.expand_transpose(d, 6), d @ B)
+    torch.testing.assert_close(projections.impl.gram(6, 20, torch.float64), A @ A.T)
+    torch.testing.assert_close(projections.impl.select(torch.arange(20), 6, 20, torch.float64), A.T)
 
 
 def test_the_fingerprint_is_of_all_values_and_sizes() -> None:

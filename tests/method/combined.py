@@ -10,7 +10,7 @@ from dvora.method.combine import combine
 from dvora.ops.dtypes import norm_dtype
 from tests.cases import randn
 
-KINDS = {name: SharedProjections(3, name).kind for name in ("kaiming_uniform", "structured")}
+KINDS = {name: SharedProjections(3, name).impl for name in ("kaiming_uniform", "structured")}
 
 
 class Operands(NamedTuple):

@@ -30,15 +30,15 @@ class Problem:
         rank: int,
         dtype: torch.dtype = torch.float64,
         distribution: str = "kaiming_uniform",
-        skipped_column: int | None = None,
+        padding_column: int | None = None,
         scaling: float = 1.0,
         direction: str = "unit",
         detach_norm: bool = False,
     ) -> None:
         self.shared = SharedProjections(5, distribution)
         self.weight = randn(out_features, in_features, seed=0, dtype=dtype)
-        self.skipped_column, self.scaling, self.direction, self.detach_norm = (
-            skipped_column,
+        self.padding_column, self.scaling, self.direction, self.detach_norm = (
+            padding_column,
             scaling,
             direction,
             detach_norm,
@@ -54,8 +54,8 @@ class Problem:
     @property
     def A(self) -> Tensor:
         A = self.shared.A(len(self.vectors.lambda_d), self.weight.shape[1], torch.float64)
-        if self.skipped_column is not None:
-            A[:, self.skipped_column] = 0
+        if self.padding_column is not None:
+            A[:, self.padding_column] = 0
         return A
 
     @property
@@ -64,10 +64,10 @@ class Problem:
 
     def norm(self, keep_C: bool = True, keep_weight: bool = True) -> FrozenNorm:
         rank, dtype = len(self.vectors.lambda_d), self.weight.dtype
-        C = cross_matrix(self.weight, self.shared.kind, rank, self.skipped_column, dtype) if keep_C else None
+        C = cross_matrix(self.weight, self.shared.impl, rank, self.padding_column, dtype) if keep_C else None
         matrix = self.weight if keep_weight else None
         w = F.row_norm(self.weight)
-        return FrozenNorm(w, C, matrix, self.shared.kind, self.weight.shape[1], rank, self.skipped_column)
+        return FrozenNorm(w, C, matrix, self.shared.impl, self.weight.shape[1], rank, self.padding_column)
 
     def beta(self) -> Tensor:
         return F.row_scale(self.vectors.lambda_b, F.row_norm(self.weight), self.scaling, self.direction)

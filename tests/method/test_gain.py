@@ -69,7 +69,7 @@ def test_gain_and_gradients_of_large_layers_equal_the_dense_method(
 def test_any_shape_equals_the_dense_method(
     shape: tuple[int, int, int], skipped: bool, keep_C: bool, **options: object
 ) -> None:
-    p = Problem(*shape, skipped_column=1 if skipped else None, **options)
+    p = Problem(*shape, padding_column=1 if skipped else None, **options)
     assert_equal_to_the_dense_method(p, 1e-12, p.norm(keep_C))
 
 
@@ -77,7 +77,7 @@ def test_any_shape_equals_the_dense_method(
 @c_kept_or_not
 @pytest.mark.parametrize("rank", [3, 20], ids=lambda rank: f"rank {rank}")
 def test_a_column_that_the_update_skips_equals_the_dense_method(rank: int, keep_C: bool, distribution: str) -> None:
-    p = Problem(6, 9, rank, distribution=distribution, skipped_column=4)
+    p = Problem(6, 9, rank, distribution=distribution, padding_column=4)
     assert_equal_to_the_dense_method(p, 1e-12, p.norm(keep_C))
 
 
@@ -117,8 +117,8 @@ def test_nearly_cancelled_rows_of_a_weight_at_hand_are_exact_to_conditioning(
         assert_equal_to_the_dense_method(p, 40 * torch.finfo(dtype).eps / ratio, p.norm(keep_C))
 
 
-def test_a_nearly_cancelled_row_leaves_out_the_skipped_column() -> None:
-    p = Problem(16, 6, 4, skipped_column=3).cancel(1e-3, [1])
+def test_a_nearly_cancelled_row_leaves_out_the_padding_column() -> None:
+    p = Problem(16, 6, 4, padding_column=3).cancel(1e-3, [1])
     assert_equal_to_the_dense_method(p, 1e-11)
 
 
@@ -201,7 +201,7 @@ def test_a_weight_of_which_only_the_rows_are_rescaled_has_gradients() -> None:
     p = Problem(7, 5, 3)
     p.vectors = p.vectors._replace(lambda_d=p.vectors.lambda_d[:0])
     w = F.row_norm(p.weight)
-    norm = FrozenNorm(w, None, p.weight, p.shared.kind, 7, 0, None)
+    norm = FrozenNorm(w, None, p.weight, p.shared.impl, 7, 0, None)
     p.scale_gradient.zero_()
     assert worst_error(p.gain_minus_one(norm), p.vectors.magnitude / w - 1) < 1e-12
     gradients = p.gradients(norm)

@@ -28,19 +28,19 @@ def problem(distribution: str = "kaiming_uniform", **options: object) -> Problem
 
 @every_distribution
 @c_kept_or_not
-@pytest.mark.parametrize("skipped_column", [None, 2])
+@pytest.mark.parametrize("padding_column", [None, 2])
 @pytest.mark.parametrize("detach_norm", [False, True], ids=["through the norm", "detach_norm"])
-@pytest.mark.parametrize("small", [True, False], ids=["small slopes", "large slopes"])
-def test_vectors_and_small_slopes_are_kept_for_the_backward_pass(
+@pytest.mark.parametrize("small", [True, False], ids=["small half_dq", "large half_dq"])
+def test_vectors_and_a_small_half_dq_are_kept_for_the_backward_pass(
     distribution: str,
     keep_C: bool,
-    skipped_column: int | None,
+    padding_column: int | None,
     detach_norm: bool,
     small: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dense, "_KEPT_BYTES", 8 * RANK * OUT if small else 8 * RANK * OUT - 1)
-    p = problem(distribution, skipped_column=skipped_column, detach_norm=detach_norm)
+    p = problem(distribution, padding_column=padding_column, detach_norm=detach_norm)
     norm, beta, kept = p.norm(keep_C), p.beta(), []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         p.gain_minus_one(norm)
@@ -48,8 +48,8 @@ def test_vectors_and_small_slopes_are_kept_for_the_backward_pass(
     own = norm.matrix.untyped_storage().data_ptr()
     kept = [tensor.shape for tensor in kept if tensor.untyped_storage().data_ptr() != own]
     assert kept
-    slopes = small and not detach_norm and distribution != "structured"
-    assert set(kept) - {(OUT,), (RANK,)} == ({(RANK, OUT)} if slopes else set())
+    half_dq = small and not detach_norm and distribution != "structured"
+    assert set(kept) - {(OUT,), (RANK,)} == ({(RANK, OUT)} if half_dq else set())
     with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
         F.row_factors(p.vectors, norm, beta)
     assert not set(kept) <= {(OUT,), (RANK,)}, "the plain function keeps matrices: the test can see them"
@@ -57,11 +57,11 @@ def test_vectors_and_small_slopes_are_kept_for_the_backward_pass(
 
 @every_distribution
 @c_kept_or_not
-@pytest.mark.parametrize("skipped_column", [None, 2])
+@pytest.mark.parametrize("padding_column", [None, 2])
 def test_first_and_second_derivatives_are_those_of_the_values(
-    distribution: str, keep_C: bool, skipped_column: int | None
+    distribution: str, keep_C: bool, padding_column: int | None
 ) -> None:
-    p = problem(distribution, skipped_column=skipped_column)
+    p = problem(distribution, padding_column=padding_column)
     norm = p.norm(keep_C)
 
     def factors(magnitude: Tensor, beta: Tensor, lambda_d: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,9 @@ def test_constants_made_again_equal_those_that_are_kept(distribution: str, dtype
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_they_do_with_a_skipped_column(distribution: str, dtype: torch.dtype) -> None:
+def test_they_do_with_a_padding_column(distribution: str, dtype: torch.dtype) -> None:
     weight, shared = randn(OUT, IN, seed=1, dtype=dtype), SharedProjections(3, distribution)
-    again = kept_and_made_again_agree(weight, shared=shared, skipped_column=2)
+    again = kept_and_made_again_agree(weight, shared=shared, padding_column=2)
     dense = DenseDVoRA(weight, None, A_without(2, shared), shared.B(RANK, OUT, F64), *values(dtype))
     vectors, weights = values(dtype), torch.linspace(-1, 2, OUT, dtype=F64)
     gain = 1 + again.row_factors(vectors, weight).gain_minus_one
@@ -76,11 +76,11 @@ def A_without(column: int, shared: SharedProjections) -> Tensor:
     return shared.A(RANK, IN, F64).index_fill(1, torch.tensor([column]), 0)
 
 
-def test_rows_that_are_nearly_cancelled_leave_a_skipped_column_alone() -> None:
+def test_rows_that_are_nearly_cancelled_leave_a_padding_column_alone() -> None:
     A, B, vectors = A_without(2, SHARED), SHARED.B(RANK, OUT, F64), values(F64)
     update = ((vectors.lambda_b[:, None] * B * vectors.lambda_d) @ A).detach()
     weight = 1e-2 * randn(OUT, IN, seed=1, dtype=F64) - update
-    adapted = AdaptedWeight(weight, RANK, shared=SHARED, skipped_column=2, direction="weight")
+    adapted = AdaptedWeight(weight, RANK, shared=SHARED, padding_column=2, direction="weight")
     dense = DenseDVoRA(weight, None, A, B, *vectors, direction="weight")
     assert float(dense.norm_ratio().min()) < 0.1
     assert worst_error(1 + adapted.row_factors(vectors, weight).gain_minus_one, dense.gain()) < 1e-12
@@ -160,7 +160,7 @@ def in_bfloat16(layer: DVoRAAdapter) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_rows_that_are_nearly_cancelled_are_exact_with_constants_of_bfloat16(direction: str) -> None:
     layer = nearly_cancelled(trained_layer(IN, OUT, RANK, dtype=F64, direction=direction), 1e-2)
-    layer.adapted.follow(layer.base_layer.weight)
+    layer.adapted.refresh_if_stale(layer.base_layer.weight)
     in_bfloat16(layer)
     dense = DenseDVoRA.of(layer)
     gain = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
@@ -225,7 +225,7 @@ def test_with_constants_a_weight_is_not_needed() -> None:
 
 def test_a_row_that_is_nearly_cancelled_has_a_norm_without_the_weight() -> None:
     layer = nearly_cancelled(trained_layer(IN, OUT, RANK, dtype=F64), 1e-2)
-    layer.adapted.follow(layer.base_layer.weight)
+    layer.adapted.refresh_if_stale(layer.base_layer.weight)
     figures = [diagnostics(layer.adapted, layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-9)
     found, expected = (layer.adapted.row_factors(layer.vectors, w) for w in (None, layer.base_layer.weight))

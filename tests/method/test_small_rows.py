@@ -118,7 +118,7 @@ def test_another_bias_and_another_weight_are_looked_at_anew() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_compiled_layer_does_the_same(training: bool) -> None:
     layer, x = layer_with_tiny_rows(1e-8).train(training), randn(5, IN, seed=7)
-    assert worst_error(torch.compile(layer, fullgraph=True)(x), DenseDVoRA.of(layer)(x)) < 1e-5
+    assert worst_error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), DenseDVoRA.of(layer)(x)) < 1e-5
 
 
 def test_a_layer_comes_back_from_the_meta_device() -> None:

@@ -50,9 +50,9 @@ def test_every_annotation_holds_in_the_life_of_a_layer(
 def test_every_annotation_of_the_projections_holds(distribution: str) -> None:
     shared = checked_layer(distribution).shared
     for rank, size in [(3, 6), (8, 6), (1, 1)]:
-        shared.project_transpose(shared.project(torch.ones(2, size), rank), size)
-        shared.expand_transpose(shared.expand(torch.ones(2, rank), size), rank)
-        shared.gram(rank, size)
+        shared.impl.project_transpose(shared.impl.project(torch.ones(2, size), rank), size)
+        shared.impl.expand_transpose(shared.impl.expand(torch.ones(2, rank), size), rank)
+        shared.impl.gram(rank, size, torch.float32)
 
 
 @pytest.mark.parametrize(("rank", "skipped"), [(3, None), (0, None), (3, 2)], ids=["plain", "magnitude", "skipped"])
@@ -60,14 +60,14 @@ def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: 
     combining, layouts = checked("weight.weighted_sum"), checked("weight.layouts")
     shared = checked("matrices.interface").SharedProjections(0)
     adapted = checked("weight.adapted_weight").AdaptedWeight(
-        randn(6, 5, seed=0), rank, shared=shared, layout=layouts.COLUMNS, skipped_column=skipped
+        randn(6, 5, seed=0), rank, shared=shared, layout=layouts.COLUMNS, padding_column=skipped
     )
     vectors = adapted.initial_vectors(0.1)
     adapted.delta(vectors, randn(6, 5, seed=0))
     checked("weight.diagnostics").diagnostics(adapted, vectors, None)
-    combining.weighted_sum([combining.Part(torch.tensor(0.5), vectors, adapted)], None, adapted)
+    combining.weighted_sum([combining.WeightedAdapter(torch.tensor(0.5), vectors, adapted)], None, adapted)
     if rank:
-        shared.expand(shared.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
+        shared.impl.expand(shared.impl.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
     adapted.row_factors(vectors, None, torch.tensor(0.5))
 
 

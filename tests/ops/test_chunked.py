@@ -61,3 +61,44 @@ def test_tokens_that_are_wide_already_keep_their_memory(dtype: torch.dtype) -> N
     assert checked("ops.chunked").widened("any", tokens) is tokens
     with pytest.raises(AssertionError):
         rescaled(tokens, randn(4, seed=1))
+
+
+sum_of_products = checked("ops.chunked").sum_of_products
+
+
+def values(tokens: int, size: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(tokens, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(tokens=st.integers(0, 40), size=st.integers(1, 9), chunk=st.integers(1, 60))
+def test_a_sum_of_products_is_rounded_in_float32(dtype: torch.dtype, tokens: int, size: int, chunk: int) -> None:
+    a, b = (values(tokens, size, dtype, seed) for seed in (0, 1))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(checked("ops.chunked"), "CHUNK_VALUES", chunk)
+        found = sum_of_products(a, b)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    scale = (a.double() * b.double()).abs().sum(0) + 1
+    # The products and the sums are those of float32 whatever the inputs are.
+    assert (((found - (a.double() * b.double()).sum(0)) / scale).abs() < 8 * torch.finfo(found.dtype).eps).all()
+
+
+def test_sums_of_products_beyond_half_precision_are_finite() -> None:
+    a = torch.full((2**17, 2), 60000.0, dtype=torch.float16)
+    with torch.no_grad():
+        torch.testing.assert_close(sum_of_products(a, a), torch.full((2,), 2.0**17 * float(a[0, 0]) ** 2))
+
+
+def test_sums_are_not_the_memory_that_is_used_again() -> None:
+    a, b = values(2**15, 8, torch.float32, 0), values(2**15, 8, torch.float32, 1)
+    with torch.no_grad():
+        first = sum_of_products(a, b)
+        before = first.clone()
+        sum_of_products(b, b)
+    assert torch.equal(first, before)
+
+
+def test_the_derivatives_of_a_sum_of_products_are_right() -> None:
+    a, b = (values(5, 3, torch.float64, seed).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(sum_of_products, [a, b])
+    assert torch.autograd.gradgradcheck(sum_of_products, [a, b])

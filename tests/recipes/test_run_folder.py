@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dvora.recipes.models.bases import load_base
-from dvora.recipes.run_folder import locked, read_record, read_run, write_record
+from dvora.recipes.run_folder import is_first, locked, read_record, read_run, world_size, write_record
 from dvora.recipes.settings import Settings, resolved
 from tests.recipes import tiny_models
 
@@ -88,3 +89,12 @@ def test_a_name_on_the_hub_that_is_not_reached_is_told() -> None:
     with pytest.raises(ValueError, match="'nobody/nothing' is no folder here") as error:
         load_base(Settings(task="regression", model="nobody/nothing", data=("x",)), [], 0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("variable", "ask"), [("RANK", is_first), ("WORLD_SIZE", world_size)])
+def test_a_launcher_s_variable_that_is_no_number_is_named(
+    variable: str, ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "two")
+    with pytest.raises(ValueError, match=f"the environment variable {variable} is 'two', expected a whole number"):
+        ask()

@@ -171,5 +171,5 @@ def one_process() -> Iterator[None]:
 def test_rates_of_a_divided_model_are_refused() -> None:
     layer = DVoRAAdapter(linear(6, 5), rank=3, shared=SHARED)
     layer.magnitude = nn.Parameter(distribute_tensor(layer.magnitude.detach(), init_device_mesh("cpu", (1,))))
-    with pytest.raises(ValueError, match="a magnitude is divided among processes"):
+    with pytest.raises(ValueError, match="a magnitude is sharded over processes"):
         recommended_rates(layer)

@@ -186,6 +186,9 @@ BASES: dict[str, Base] = {
 PLAIN = ("bfloat16", "float16")
 """Those whose weight is a tensor of numbers."""
 QUANTISED = [name for name in BASES if name not in PLAIN]
+FAMILIES = ["bnb_int8", "bnb_nf4", "torchao_int8", "hqq_4bit", "forward_only_hidden_bias"]
+"""One of each library and way of holding a weight, where further formats meet the same code; `test_support.py` tries
+saving, merging, copying, gradients and adapters by row with every format."""
 TRAINABLE = [name for name, base in BASES.items() if base.differentiable]
 
 

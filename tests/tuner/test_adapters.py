@@ -15,7 +15,7 @@ from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, t
 CONFIGS = {
     "default": {"r": 6},
     "wide": {"r": 40, "projection_seed": 3, "direction": "weight", "alpha": 20},
-    "gaussian": {"r": 2, "projection_init": "gaussian"},
+    "structured": {"r": 2, "projection_init": "structured"},
     "same seed": {"r": 11},
 }
 """Adapters of different ranks, seeds, distributions and directions."""
@@ -37,7 +37,7 @@ def with_adapters(
     return model.eval()
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(["default", "wide", "gaussian"])), ids="-".join)
+@pytest.mark.parametrize("order", list(itertools.permutations(["default", "wide", "structured"])), ids="-".join)
 def test_the_order_of_adding_adapters_changes_no_bit_of_their_outputs(order: tuple[str, ...]) -> None:
     model = with_adapters("bert", order)
     for adapter in order:
@@ -65,7 +65,7 @@ def test_adding_an_adapter_leaves_the_active_one_active_and_its_outputs_unchange
 )
 def test_active_adapters_add_up(name: str, dtype: torch.dtype, tolerance: float) -> None:
     model = with_adapters(name, dtype=dtype)
-    names = ["default", "wide", "gaussian"]
+    names = ["default", "wide", "structured"]
     model.base_model.set_adapter(names)
     assert worst_difference(outputs(model), outputs(dense_model(model, names))) < tolerance
 
@@ -124,7 +124,7 @@ def test_unload_of_a_merged_model_keeps_the_merged_weights_as_lora_does() -> Non
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_a_deleted_adapter_is_gone_and_the_others_are_not_changed(name: str) -> None:
-    model, without = with_adapters(name), with_adapters(name, ("default", "gaussian", "same seed"))
+    model, without = with_adapters(name), with_adapters(name, ("default", "structured", "same seed"))
     model.delete_adapter("wide")
     assert "wide" not in model.peft_config
     assert not [key for key in model.state_dict() if ".wide" in key]

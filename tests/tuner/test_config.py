@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from dvora import DVoRAConfig, SharedProjections
+from dvora.matrices import interface
 from tests.tuner.models_compared import assert_unchanged, snapshot
 from tests.tuner.tiny import LAYERS, MODELS, same_bits
 
@@ -35,7 +36,7 @@ BAD_VALUES = [
     pytest.param(
         {"projection_init": "uniform"},
         ValueError,
-        "distribution 'uniform'.*kaiming_uniform, gaussian",
+        "distribution 'uniform'.*kaiming_uniform, structured",
         id="distribution",
     ),
     pytest.param({"bias": "lora_only"}, ValueError, "bias 'lora_only'.*none, all, dvora_only", id="bias"),
@@ -101,7 +102,7 @@ def test_every_setting_comes_back_from_its_file(tmp_path: Path) -> None:
         detach_norm=True,
         dvora_dropout=0.1,
         projection_seed=2**64 - 1,
-        projection_init="orthogonal",
+        projection_init="structured",
         save_projection=True,
         bias="dvora_only",
         modules_to_save=["head"],
@@ -116,16 +117,16 @@ def test_every_setting_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_the_file_holds_the_projections_format_and_fingerprint(tmp_path: Path) -> None:
-    DVoRAConfig(projection_seed=5, projection_init="gaussian").save_pretrained(tmp_path)
+    DVoRAConfig(projection_seed=5, projection_init="structured").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "DVORA"
     assert saved["projection_format"] == 1
-    assert saved["projection_fingerprint"] == SharedProjections(5, "gaussian").fingerprint()
+    assert saved["projection_fingerprint"] == SharedProjections(5, "structured").fingerprint()
 
 
 def test_fingerprints_of_saved_adapters_stay_valid() -> None:
     """Literal values: if one changes, the adapters that were saved with it can no longer be loaded."""
-    known = {"kaiming_uniform": "b5e24f8bbf66c072", "gaussian": "73e1942998e3699c", "orthogonal": "4420248b1f005773"}
+    known = {"kaiming_uniform": "b5e24f8bbf66c072", "structured": "a1c8de466114cc5f"}
     assert {init: DVoRAConfig(projection_init=init).projection_fingerprint for init in known} == known
 
 
@@ -222,3 +223,19 @@ def test_a_config_changed_afterwards_is_checked_again_before_the_model_is_touche
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, config)
     assert_unchanged(base, before)
+
+
+def test_triton_is_a_setting_of_the_machine_that_files_do_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="use_triton=True needs"):
+        DVoRAConfig(use_triton=True)
+    monkeypatch.setattr(interface, "check_triton", lambda: None)
+    config = DVoRAConfig(r=4, target_modules=["lin0"], use_triton=True)
+    model = get_peft_model(MODELS["mlp"](), config)
+    model.add_adapter("without", DVoRAConfig(r=4, target_modules=["lin0"]))
+    assert {module.use_triton for module in model.modules() if isinstance(module, SharedProjections)} == {True, False}
+    config.save_pretrained(tmp_path)
+    assert "use_triton" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not PeftConfig.from_pretrained(tmp_path).use_triton

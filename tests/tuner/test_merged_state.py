@@ -139,9 +139,9 @@ def test_merged_for_good_is_said_where_it_matters() -> None:
     expected = outputs(model)
     dvora.tuner.merging.merge_model(model, None, keep_original=False, safe_merge=False)
     assert torch.allclose(outputs(model), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="default were merged for good"):
+    with pytest.raises(ValueError, match="default were merged permanently"):
         model.unmerge_adapter()
-    with pytest.raises(ValueError, match="default were merged for good"):
+    with pytest.raises(ValueError, match="default were merged permanently"):
         next(dvora_layers(model))[1].unmerged()
     assert torch.allclose(outputs(model), expected, atol=1e-6)
 

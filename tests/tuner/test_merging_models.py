@@ -62,7 +62,7 @@ def test_the_merged_weight_is_the_dense_one(name: str, dtype: torch.dtype) -> No
     model.merge_adapter(ADAPTERS)
     for layer_name, layer in dvora_layers(model):
         expected = rebuilt.get_submodule(layer_name).weight()
-        merged = layer.kind.layout.matrix(layer.base_layer.weight)
+        merged = layer.layer_type.layout.matrix(layer.base_layer.weight)
         assert worst_difference(merged.detach(), expected.detach()) < TOLERANCE[dtype]
 
 
@@ -78,11 +78,16 @@ def test_unmerge_restores_every_bit(name: str, dtype: torch.dtype) -> None:
     assert same_bits(outputs(model), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("order", list(itertools.permutations(ADAPTERS)), ids="-".join)
-@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "order"),
+    [
+        *itertools.product(["mlp"], [torch.float32, torch.bfloat16], itertools.permutations(ADAPTERS)),
+        *itertools.product(["gpt2"], DTYPES, [ADAPTERS[::-1]]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
+)
 def test_unmerge_after_several_merges_in_any_order_restores_every_bit(
-    name: str, order: tuple[str, ...], dtype: torch.dtype
+    name: str, dtype: torch.dtype, order: tuple[str, ...]
 ) -> None:
     model = adapted(name, dtype)
     before = snapshot(model)
@@ -247,7 +252,7 @@ def nudge(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_merge_that_rounding_swallows_warns_once_with_the_figure(dtype: torch.dtype, method: str) -> None:
+def test_a_merge_that_is_lost_to_rounding_warns_once_with_the_figure(dtype: torch.dtype, method: str) -> None:
     model = get_peft_model(MODELS["bert"]().to(dtype), DVoRAConfig(r=4, target_modules=LAYERS["bert"]))
     nudge(model)
     with warnings.catch_warnings(record=True) as caught:

@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 
 from benchmarks.support import RESULT
+from tests.tuner.bases import FAMILIES
 from tests.tuner.operations_tried import OPERATIONS
-from tests.tuner.subjects import PAIRS, Subject
+from tests.tuner.subjects import DTYPES, PAIRS, Subject
 
 RECORDED = (
     {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in json.loads(RESULT.read_text())["rows"]}
@@ -16,11 +17,30 @@ RECORDED = (
     else None
 )
 
+# What is tried again with another dtype or format only where that can matter; `benchmarks.support` tries everything.
+# Tracing costs more than all else together. Dtypes change its casts only, which all layer types share.
+TRACED = ("torch.compile", "torch.export")
+COPIED = ("save, load", "hot swap", "deepcopy", "CPU offload")
+"""These copy values as they are: one dtype of each width."""
+
+
+def is_tried(layer: str, base: str, operation: str) -> bool:
+    """Whether the suite tries a row of the table that has been recorded."""
+    if operation in TRACED:
+        return base == "float32" or (layer == "Linear" and base in (*DTYPES, *FAMILIES))
+    return operation not in COPIED or base not in ("float64", "float16")
+
+
+TRIED = [
+    (*pair, operation)
+    for pair, operation in product(PAIRS, OPERATIONS)
+    if RECORDED is None or is_tried(*pair, operation)
+]
+
 
 # torch 2.13's compiler makes instances of autograd functions, which it deprecates.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize(("layer", "base"), PAIRS, ids=lambda name: str(name))
+@pytest.mark.parametrize(("layer", "base", "operation"), TRIED)
 def test_a_layer_on_a_base(
     layer: str, base: str, operation: str, record_property: Callable[[str, object], None]
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, SharedProjections
+from dvora.method import norm
 from dvora.method.functional import Vectors
 from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from dvora.weight.layouts import COLUMNS
@@ -176,7 +177,7 @@ def test_a_weight_that_became_nan_is_refused_by_name_until_it_is_repaired() -> N
 def test_constants_made_in_parts_equal_those_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = linear(IN, OUT).weight.detach()
     whole = AdaptedWeight(weight, RANK, shared=SHARED).C
-    monkeypatch.setattr(norms, "_CHUNK_VALUES", 2 * IN)
+    monkeypatch.setattr(norm, "_CHUNK_VALUES", 2 * IN)
     parts = AdaptedWeight(weight, RANK, shared=SHARED).C
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
@@ -213,9 +214,9 @@ def test_a_weight_stored_otherwise_has_the_same_constants_and_updates() -> None:
     assert torch.equal(turned.C, plain.C)
 
 
-def test_a_skipped_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
+def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
     weight = randn(OUT, IN, seed=1, dtype=torch.float64)
-    adapted = AdaptedWeight(weight, RANK, shared=SHARED, skipped_column=2)
+    adapted = AdaptedWeight(weight, RANK, shared=SHARED, padding_column=2)
     lambda_b = randn(OUT, seed=2, dtype=torch.float64)
     vectors = adapted.initial_vectors(0.1)._replace(lambda_b=lambda_b)
     A = SHARED.A(RANK, IN, torch.float64)
@@ -245,7 +246,7 @@ def test_strength_scales_update_and_gain(strength: float) -> None:
     assert torch.allclose(scaled.scale, strength * full.scale, atol=1e-7)
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "structured"])
+@pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_norms_of_vectors_in_half_precision_are_not(distribution: str, dtype: torch.dtype) -> None:
     layer = trained_layer(IN, OUT, RANK, shared=SharedProjections(3, distribution))

@@ -1,6 +1,6 @@
 """What a step makes that is as large as the weight, once the constants of the norm exist.
 
-Nothing, but for the updated weight where dense matrices are trained with many tokens (`routes`).
+Nothing, but for the updated weight where dense matrices are trained with many tokens (`takes_updated_weight`).
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ TOKENS, IN, OUT, RANK = 400, 72, 96, 8
 INPUTS, OUTPUTS, Z = TOKENS * IN, TOKENS * OUT, TOKENS * RANK
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL = 10_000
-"""Bytes a layer: vectors, their gradients, slopes of the norm."""
+"""Bytes a layer: vectors, their gradients, half_dq."""
 
 both_kinds = pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,7 +92,7 @@ def test_a_layer_keeps_z_and_one_tensor_of_outputs(
 def test_no_copy_of_the_frozen_matrices_is_kept(
     distribution: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "_KEPT_BYTES", 0)  # the slopes of the norm are as large
+    monkeypatch.setattr(dense, "_KEPT_BYTES", 0)  # half_dq is as large
     layer = trained_layer(IN, OUT, IN, dtype=dtype, shared=SharedProjections(3, distribution))
     x = randn(16, IN, seed=0, dtype=dtype).requires_grad_()
     kept = Kept(lambda: layer(x).sum())

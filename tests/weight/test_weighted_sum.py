@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dvora import SharedProjections
 from dvora.method.functional import Vectors
 from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from dvora.weight.weighted_sum import SMALLEST_GAIN, Part, interpolated, weighted_sum
+from dvora.weight.weighted_sum import SMALLEST_GAIN, WeightedAdapter, interpolated, weighted_sum
 from tests.reference import DenseDVoRA
 
 SHARED = SharedProjections(seed=3)
@@ -53,7 +53,10 @@ def test_the_sum_is_that_of_the_dense_updates(
     b = vectors(second, 2, factor * a.lambda_d)
     gain = 1 + first.factors(a, weight()).gain_minus_one + share * second.factors(b, weight()).gain_minus_one
     assume(bool((gain.abs() > 2 * SMALLEST_GAIN).all()))
-    parts = [Part(torch.tensor(1.0), a, first), Part(torch.tensor(share, dtype=torch.float64), b, second)]
+    parts = [
+        WeightedAdapter(torch.tensor(1.0), a, first),
+        WeightedAdapter(torch.tensor(share, dtype=torch.float64), b, second),
+    ]
     expected = dense_delta(first, a) + share * dense_delta(second, b)
     found = dense_delta(first, weighted_sum(parts, weight(), first))
     assert torch.allclose(found, expected, atol=1e-9 * float(expected.abs().max()), rtol=1e-9)
@@ -62,7 +65,7 @@ def test_the_sum_is_that_of_the_dense_updates(
 def test_one_adapter_can_be_given_any_weight() -> None:
     of = adapted()
     values = vectors(of, 1)
-    found = weighted_sum([Part(torch.tensor(0.3, dtype=torch.float64), values, of)], weight(), of)
+    found = weighted_sum([WeightedAdapter(torch.tensor(0.3, dtype=torch.float64), values, of)], weight(), of)
     assert torch.allclose(dense_delta(of, found), 0.3 * dense_delta(of, values), atol=1e-12)
 
 
@@ -71,20 +74,22 @@ def test_magnitudes_alone_always_add_up() -> None:
     a = vectors(of, 1)
     magnitude, lambda_b, lambda_d = only.initial_vectors(0.1)
     b = Vectors(1.5 * magnitude, lambda_b, lambda_d)
-    found = weighted_sum([Part(torch.tensor(1.0), a, of), Part(torch.tensor(1.0), b, only)], weight(), of)
+    found = weighted_sum(
+        [WeightedAdapter(torch.tensor(1.0), a, of), WeightedAdapter(torch.tensor(1.0), b, only)], weight(), of
+    )
     assert torch.allclose(dense_delta(of, found), dense_delta(of, a) + 0.5 * weight(), atol=1e-12)
 
 
 def test_different_lambda_d_are_refused() -> None:
     of = adapted()
-    parts = [Part(torch.tensor(1.0), vectors(of, seed), of) for seed in (1, 2)]
+    parts = [WeightedAdapter(torch.tensor(1.0), vectors(of, seed), of) for seed in (1, 2)]
     with pytest.raises(ValueError, match="layer: the adapters have different lambda_d"):
         weighted_sum(parts, weight(), of)
 
 
 def test_different_ranks_are_refused() -> None:
     small, large = adapted(rank=2), adapted()
-    parts = [Part(torch.tensor(1.0), vectors(of, 1), of) for of in (small, large)]
+    parts = [WeightedAdapter(torch.tensor(1.0), vectors(of, 1), of) for of in (small, large)]
     with pytest.raises(ValueError, match=r"layer: .*rank"):
         weighted_sum(parts, weight(), large)
 
@@ -94,12 +99,12 @@ def test_a_row_without_a_gain_is_refused() -> None:
     magnitude, lambda_b, lambda_d = vectors(of, 1)
     silent = Vectors(torch.zeros_like(magnitude), lambda_b, lambda_d)
     # W - W' of a row without gain is W: minus that and W again leave no gain, but a direction.
-    parts = [Part(torch.tensor(1.0), vectors(of, 1), of), Part(torch.tensor(1.0), silent, of)]
+    parts = [WeightedAdapter(torch.tensor(1.0), vectors(of, 1), of), WeightedAdapter(torch.tensor(1.0), silent, of)]
     kept = weighted_sum(parts[:1], weight(), of)
     g = of.factors(kept, weight()).gain_minus_one + 1
     balanced = Vectors(magnitude * torch.where(torch.arange(OUT) == 0, 1 / g, 1.0), lambda_b, lambda_d)
     with pytest.raises(ValueError, match="some row of the sum has no gain"):
-        weighted_sum([Part(torch.tensor(1.0), balanced, of), parts[1]], weight(), of)
+        weighted_sum([WeightedAdapter(torch.tensor(1.0), balanced, of), parts[1]], weight(), of)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 1.0])

@@ -8,6 +8,12 @@ import typer
 from .errors import check_page, one_line, wrong_input
 from .output import Debug, Json, Output, Quiet
 
+LEGEND = {
+    "magnitude, %": "mean change of the norm of a row of a weight",
+    "growth, %": "the same with its sign: above zero, rows got longer",
+    "angle, degrees": "mean angle between a row before and after",
+    "size, %": "norm of the update as a share of the weight's",
+}
 EXAMPLES = """[bold]Examples[/bold]
 
     dvora analyze dvora-run
@@ -25,7 +31,9 @@ def analyze_command(
     model: Annotated[str | None, typer.Option(help="The base; the one that the first adapter names.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The report, analysis.html if left out; figures go beside it, as JSON."),
+        typer.Option(
+            "--output", "-o", help="The report, analysis.html if left out; the numbers go beside it, as JSON."
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -49,4 +57,6 @@ def analyze_command(
             {"adapter": name, "layers": len(changes), **means([each.change for each in changes])}
             for name, changes in zip(found.analysis.adapters, found.analysis.changes, strict=True)
         ]
-        Output(as_json, quiet).result({"report": str(page), "figures": str(figures), "adapters": rows})
+        shown = Output(as_json, quiet)
+        shown.result({"report": str(page), "figures": str(figures), "adapters": rows}, legend=LEGEND)
+        shown.next_step("dvora", "doctor", str(folders[0]), why="open the page in a browser; this checks the adapter")

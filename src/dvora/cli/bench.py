@@ -8,6 +8,10 @@ import typer
 from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
 
+LEGEND = {
+    "seconds": "medians over the rounds",
+    "ratio": "time over the base model's in the same round, median; spread: its quartiles",
+}
 EXAMPLES = """[bold]Examples[/bold]
 
     dvora bench base --rounds 3
@@ -20,17 +24,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def bench_command(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the hub.")],
     targets: Annotated[str, typer.Option(help="Names of the layers to adapt, with commas; all linear layers.")] = "",
-    rank: Annotated[int, typer.Option(help="Of vera and dvora.", min=1)] = 256,
-    low_rank: Annotated[int, typer.Option(help="Of lora and dora.", min=1)] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of vera and dvora.", min=1)] = 256,
+    low_rank: Annotated[int, typer.Option(help="Rank of lora and dora.", min=1)] = 16,
     methods: Annotated[
-        str, typer.Option(help="With commas; lora, dora, vera, dvora and dvora structured, if left out.")
+        str, typer.Option(help="Methods, with commas; lora, dora, vera, dvora and dvora structured, if left out.")
     ] = "",
-    tokens: Annotated[int, typer.Option(help="Of each row.", min=2)] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens of each row.", min=2)] = 128,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="How often everything is timed.", min=1)] = 9,
     dtype: Annotated[str, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Of torch; its own choice, if left out.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; its own choice, if left out.", min=1)] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -62,4 +66,5 @@ def bench_command(
             dtype=dtype,
             device=device,
         )
-        shown.result(asdict(found), f"Times on {model}, as multiples of the base")
+        shown.result(asdict(found), f"Times on {model}, as multiples of the base", LEGEND)
+        shown.next_step("dvora", "count", model, why="what each method trains and saves")

@@ -39,4 +39,7 @@ def convert_command(
             unknown = f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}"
             raise UsageError(TO_LORA if to == "lora" else unknown)
         done = convert(adapter, to, output, model)
-        Output(as_json, quiet).result(asdict(done), f"Converted adapter in {output}")
+        shown = Output(as_json, quiet)
+        shown.result(asdict(done), f"Converted adapter in {output}")
+        if to != "dense":
+            shown.next_step("dvora", "inspect", str(output))

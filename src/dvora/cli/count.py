@@ -42,4 +42,6 @@ def count_command(
 
         names = [name for name in targets.replace(" ", "").split(",") if name]
         found = asdict(count(model, names, rank or (), task_type, labels))
-        Output(as_json, quiet).result(found, f"What methods train of {model}")
+        shown = Output(as_json, quiet)
+        shown.result(found, f"What methods train of {model}")
+        shown.next_step("dvora", "train", "--task", "text-classification", "--model", model, "--data", "reviews.csv")

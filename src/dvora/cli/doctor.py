@@ -29,10 +29,10 @@ def doctor_command(
         list[str] | None, typer.Argument(help="Labelled rows for a run's model; none: those that it held out.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base of an adapter; the one that the adapter names.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows of the batch that the model is asked.")] = 8,
+    rows: Annotated[int, typer.Option(help="Rows of the batch that the checks use.")] = 8,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Layers to look at for themselves, spread over the model; else all."),
+        typer.Option(min=1, help="Layers to check one by one, spread over the model; else all."),
     ] = None,
     download: Download = False,
     own_code: OwnCode = False,
@@ -44,22 +44,27 @@ def doctor_command(
 
     Compares every layer with a dense rebuild in float64, gradients with finite
     differences, the merged model with the adapted one, and the saved file with
-    what a fresh process loads of it; looks at values, norms, and what is trained.
+    what a fresh process loads of it; checks values, norms, and what is trained.
     The exit code is 1 if something failed.
     """
     with one_line(debug), wrong_input():
-        from ..recipes.finished.examining import examine_folder
+        from ..recipes.finished.examination import examine_folder
         from ..recipes.models.hub import Trust
 
         found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
-        Output(as_json, quiet).result(_json(found) if as_json else _tables(found), f"Doctor's findings on {folder}")
-    if any(finding.status == "fail" for finding in found.findings):
+        shown = Output(as_json, quiet)
+        values = _json(found) if as_json else _tables(found)
+        shown.result(values, f"Doctor's findings on {folder}", verdict=f"Verdict: {found.verdict}")
+        if not found.failed:
+            shown.next_step("dvora", "merge", str(folder), "--output", "merged", why="a model without dvora")
+    if found.failed:
         raise typer.Exit(1)
 
 
 def _json(found: "Examination") -> dict[str, Any]:
     return {
         "healthy": found.healthy,
+        "verdict": found.verdict,
         "layers": found.layers,
         "looked_at": found.looked_at,
         "findings": [asdict(finding) for finding in found.findings],

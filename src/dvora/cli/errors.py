@@ -5,10 +5,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..extras import missing
-from .streams import kept_stdout, tell
+from .output import kept_stdout, tell
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
@@ -42,15 +45,33 @@ class UsageError(ValueError):
 
 
 def check_page(page: Path) -> None:
-    """Refuse a name under which no page can be written.
+    """Refuse a name under which no page can be written, before the work begins.
 
     Raises:
         UsageError: it does not end in .html, or there is no such folder.
+        OSError: nothing can be written there.
     """
     if page.suffix != ".html":
         raise UsageError(f"--output {page}: the report is a page, so its name has to end in .html")
-    if not page.absolute().parent.is_dir():
-        raise UsageError(f"--output {page}: there is no folder {page.parent}")
+    check_writable(page)
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a file that cannot be written, before the work begins.
+
+    Raises:
+        UsageError: there is no such folder, or the name is one of a folder.
+        OSError: nothing can be written there.
+    """
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"--output {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise UsageError(f"--output {file}: it is a folder; name a file in it")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 @contextmanager
@@ -62,7 +83,9 @@ def one_line(debug: bool) -> Iterator[None]:
     """
     interrupts: list[int] = []
     try:
-        with kept_stdout(), _noted(interrupts):
+        with kept_stdout(), _noted(interrupts), warnings.catch_warnings():
+            # Of one library for the authors of another; nobody at a terminal can do anything about them.
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.
@@ -82,7 +105,7 @@ def one_line(debug: bool) -> Iterator[None]:
             for line in traceback.format_exc().splitlines():
                 tell(line)
         wrong_use = isinstance(error, UsageError) or _lacks_an_extra(error)
-        tell(f"Error: {_told(error)}")
+        tell(f"Error: {_message(error)}")
         raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
 
 
@@ -112,7 +135,7 @@ def _lacks_an_extra(error: Exception) -> bool:
     return isinstance(error, ImportError) and missing(error) is not None
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, ImportError) and (told := missing(error)):
         return told
@@ -139,18 +162,18 @@ def wrong_input() -> Iterator[None]:
 
 
 def _system_error(error: Exception, text: str) -> int | None:
-    """The system's number of an error, which libraries that are not written in Python tell in words."""
+    """The system's number of an error, which libraries that are not written in Python give in words."""
     if isinstance(error, OSError):
         return error.errno
     # safetensors is written in Rust.
     if found := re.search(r"\(os error (\d+)\)", text):
         return int(found[1])
-    # torch tells no more than that its archive is incomplete.
+    # torch says no more than that its archive is incomplete.
     return errno.ENOSPC if any(word in text for word in _TORCH_WRITES) and "Reader" not in text else None
 
 
 class Commands(TyperGroup):
-    """The commands of the program, whose mistyped options are told in one line as every other error is."""
+    """The commands of the program, whose mistyped options are an error of one line as every other."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """Read the options of the program itself."""
@@ -168,11 +191,24 @@ def _typed_wrongly() -> Iterator[None]:
     try:
         yield
     except _TYPERS_ERROR as error:
-        told = " ".join(str(cast(Any, error).format_message()).split())
-        if not told or "Usage:" in told:
+        message = " ".join(str(cast(Any, error).format_message()).split())
+        if not message or "Usage:" in message:
             # It is no error: the help is shown where nothing was typed.
             raise
         context = cast(Any, error).ctx
+        if context and (typed := vars(error).get("option_name")):
+            known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+            near = nearest_option(typed, known)
+            message = f"No such option {typed}" + (f", did you mean {near}" if near else "")
         program = context.command_path if context else "dvora"
-        tell(f"Error: {told.rstrip('.?')}; {program} --help shows what there is")
+        tell(f"Error: {message.rstrip('.?')}; {program} --help shows what there is")
         raise typer.Exit(WRONG_USE) from None
+
+
+def nearest_option(typed: str, known: Sequence[str]) -> str | None:
+    """The option that was probably meant: by its initials (--lr), by one of its words (--steps), or by its letters."""
+    name = typed.lstrip("-").replace("_", "-").lower()
+    words = {each: each.lstrip("-").split("-") for each in known}
+    by_initials = [each for each, parts in words.items() if "".join(part[0] for part in parts) == name]
+    by_word = [each for each, parts in words.items() if name in parts]
+    return next(iter((*by_initials, *get_close_matches(f"--{name}", known, n=1), *by_word)), None)

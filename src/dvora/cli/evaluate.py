@@ -1,17 +1,17 @@
 """dvora evaluate: how good a run's model is."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import UsageError, one_line, wrong_input
+from .errors import check_writable, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
-from .train import metric_rows
 
 if TYPE_CHECKING:
-    from ..recipes.finished.evaluate_again import Verdict
+    from ..recipes.finished.evaluation import Evaluation
     from ..recipes.run_folder import Run
 
 _COLUMNS = "Columns of the files, where they are not those of the training data"
@@ -23,7 +23,8 @@ def evaluate(
         list[str] | None, typer.Argument(help="Files, or image folders, with labels; none: what the run held out.")
     ] = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Also judge the model before training (causal-lm only).")
+        bool,
+        typer.Option("--base", help="Also evaluate the base: a language model before training, else the head alone."),
     ] = False,
     text_column: Annotated[str | None, typer.Option(help="The text.", rich_help_panel=_COLUMNS)] = None,
     second_text_column: Annotated[
@@ -39,11 +40,11 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a run's model beside the simplest guess: the commonest class, or the mean.
+    """Evaluate a run's model beside the simplest guess: the commonest class, or the mean.
 
-    Without DATA it is judged on the rows that the run held out for its test,
-    which are made again from the same data; if that has changed, say on which
-    files. Nothing is written unless --output is given.
+    Without DATA it is evaluated on the rows that the run held out for its test,
+    which are drawn again from the same data; if that has changed, give files.
+    Nothing is written unless --output is given.
 
     Examples:
 
@@ -58,25 +59,35 @@ def evaluate(
         "label_column": label_column,
     }
     with one_line(debug), wrong_input():
-        if output is not None and not output.absolute().parent.is_dir():
-            raise UsageError(f"--output {output}: there is no folder {output.parent}")
+        if output is not None:
+            check_writable(output)
         from ..recipes.files import typed, write_atomically
-        from ..recipes.finished.evaluate_again import judge
+        from ..recipes.finished.evaluation import evaluate_run
         from ..recipes.models.hub import Trust
         from ..recipes.run_folder import read_run
 
         found = read_run(run, Trust(own_code, download))
-        result = _shown(found, data or [], judge(found, data or [], columns, base))
+        evaluation = evaluate_run(found, data or [], columns, base)
+        result = _shown(found, data or [], evaluation, as_json)
         if output is not None:
             write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
-        Output(as_json, quiet).result(result, title=f"{found.settings.method} on {found.settings.task}")
+        shown = Output(as_json, quiet)
+        shown.result(result, title=f"{found.settings.method} on {found.settings.task}")
+        if found.settings.task == "causal-lm":
+            shown.next_step("dvora", "generate", str(run), "Once upon a time")
+        else:
+            shown.next_step("dvora", "predict", str(run), "new.csv", "--output", "predicted.csv")
 
 
-def _shown(run: "Run", files: list[str], verdict: "Verdict") -> dict[str, Any]:
+def _shown(run: "Run", files: list[str], evaluation: "Evaluation", as_json: bool) -> dict[str, Any]:
+    from ..recipes.tasks.metrics import metric_rows
+
+    cut = evaluation.truncation.sentence(evaluation.max_length)
     return {
         "run": str(run.folder),
         "data": files or "the rows that the run held out",
-        "rows": verdict.rows,
-        "seen_in_training": verdict.seen,
-        "metrics": metric_rows(verdict.metrics),
+        "rows": evaluation.rows,
+        "seen_in_training": evaluation.seen,
+        **({"truncation": asdict(evaluation.truncation)} if as_json else {"cut": cut} if cut else {}),
+        "metrics": metric_rows(evaluation.metrics),
     }

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.cells import visible
+from ..tools.pages.text import visible
 from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
-from .streams import results
+from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
     from ..recipes.finished.generation import Continuation
@@ -82,13 +81,16 @@ def generate(
             run, prompt = None, run
         if system is not None and not chat:
             raise UsageError("--system is a message of a chat; give --chat too")
-        prompts = _prompts(prompt, file, Output(as_json, quiet))
+        shown = Output(as_json, quiet)
+        prompts = _prompts(prompt, file, shown)
         from ..recipes.finished.generation import Generator, Sampling
         from ..recipes.models.hub import Trust
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
         generator = Generator(_chosen(run, adapter, model, Trust(own_code, download)), not only_adapter)
         _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, results())
+        if results().isatty():
+            shown.next_step("dvora", "merge", str(run or adapter), "--output", "merged", why="a model without dvora")
 
 
 def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Trust") -> "Run":

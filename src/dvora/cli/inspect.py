@@ -15,37 +15,65 @@ EXAMPLES = """[bold]Examples[/bold]
     dvora inspect adapter --model base --json
 """
 MANY = 12
-NORM = "norm_of_"
+COLUMNS = {
+    "rank": ("rank", "of the update"),
+    "outputs": ("outputs", "rows of the weight"),
+    "norm_of_magnitude": ("magnitude", "norm of the vector of trained row norms"),
+    "norm_of_lambda_b": ("lambda_b", "norm of the vector that scales the outputs; zero before training"),
+    "norm_of_lambda_d": (
+        "lambda_d",
+        "norm of the vector that scales the rank; 0.1 times the root of the rank at first",
+    ),
+    "angle_mean": ("angle", "between a row of the weight before and after, mean in degrees"),
+    "angle_max": ("largest", "the largest of these angles"),
+    "norm_ratio": ("update", "norm of a row with the update, before rescaling, over its norm without; mean"),
+    "gain_distance": ("gain", "factor that rescales a row to its trained norm: mean distance from one"),
+}
+"""Of the table of layers: what a terminal shows for a name, and what it means."""
+CHANGES = ("angle_mean", "angle_max", "norm_ratio", "gain_distance")
+"""What is shown where the base is at hand; else the norms of the vectors."""
 
 
 def inspect_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
-    model: Annotated[
-        str | None, typer.Option(help="The base: also tell angle, norm ratio and gain of each layer.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="The base: show how far each layer was moved.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what an adapter is: method, base, ranks, sizes, seed and fingerprint, and figures of each layer.
+    """Show what an adapter is: method, base, ranks, sizes, seed and fingerprint, and numbers of each layer.
 
     Reads safetensors only; pickled adapters are refused.
     """
     with one_line(debug):
         from ..recipes.adapters_at_rest.inspection import inspect
 
-        told = inspect(adapter, model).told()
-        Output(as_json, quiet).result(told if as_json else _fitting(told), f"Adapter in {adapter}")
+        found = inspect(adapter, model).to_dict()
+        shown, title = Output(as_json, quiet), f"Adapter in {adapter}"
+        if as_json:
+            shown.result(found, title)
+        else:
+            columns = _columns(found.get("layers", []))
+            legend = {COLUMNS[name][0]: COLUMNS[name][1] for name in columns}
+            shown.result(_fitting(found, columns), title, legend)
+        shown.next_step("dvora", "doctor", str(adapter), why="checks that it is right")
 
 
-def _fitting(told: dict[str, Any]) -> dict[str, Any]:
-    """What fits a terminal: endings of long lists of layers, and either what was done to the weights or norms."""
-    targets = told.get("targets")
+def _columns(layers: list[dict[str, Any]]) -> list[str]:
+    """What is shown of each layer: what differs between layers, and either the changes or the norms."""
+    given = [name for name in COLUMNS if any(name in row for row in layers)]
+    wanted = [name for name in given if name in CHANGES] or [name for name in given if name.startswith("norm_of_")]
+    differing = [name for name in ("rank", "outputs") if len({row.get(name) for row in layers}) > 1]
+    return [*differing, *wanted]
+
+
+def _fitting(found: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """What fits a terminal: of many targets the endings of their names, and of each layer some columns."""
+    targets = found.get("targets")
     if isinstance(targets, list) and len(targets) > MANY:
-        told["targets"] = sorted({name.rpartition(".")[2] for name in targets})
-    for row in told.get("layers", ()):
-        for name in [name for name in row if name.startswith(NORM)]:
-            value = row.pop(name)
-            if "angle_mean" not in row:
-                row[name.removeprefix(NORM)] = value
-    return told
+        found["targets"] = sorted({name.rpartition(".")[2] for name in targets})
+    if "layers" in found:
+        found["layers"] = [
+            {"layer": row["layer"], **{COLUMNS[name][0]: row.get(name) for name in columns}} for row in found["layers"]
+        ]
+    return found

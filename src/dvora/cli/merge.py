@@ -2,13 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .errors import UsageError, one_line
 from .output import Debug, Json, Output, Quiet
-from .streams import tell
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -38,6 +37,14 @@ def merge_command(
         if dtype not in DTYPES:
             raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         done = merge(adapter, output, model, dtype, shard_size)
-        Output(as_json, quiet).result(asdict(done), f"Merged model in {output}")
-        if done.warning and not as_json:
-            tell(f"Warning: {done.warning}")
+        shown = Output(as_json, quiet)
+        values = asdict(done) if as_json else _without_nothing(asdict(done))
+        shown.result(values, f"Merged model in {output}")
+        if not as_json:
+            shown.note(f'Next: load it with transformers, from_pretrained("{output}"); it needs nothing of dvora')
+
+
+def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say: no loss where nothing was lost, no warning where there is none."""
+    kept = {name: value for name, value in values.items() if value or name == "difference"}
+    return kept if values["lost_worst"] else {name: value for name, value in kept.items() if name != "lost_layer"}

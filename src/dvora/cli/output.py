@@ -1,14 +1,16 @@
-"""What a command shows: a table or JSON on stdout, notes and progress on stderr."""
+"""What a command shows: results on stdout, as tables or JSON; notes, progress and what libraries print on stderr."""
 
 import json
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.cells import shown, visible
-from .streams import results, tell
+from ..tools.pages.text import shown, visible
 
 _BASE = "The base model"
 Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]
@@ -25,6 +27,10 @@ OwnCode = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
+LONGEST = 2000
+"""Letters of a message: errors repeat what is in files, whatever its length."""
+_kept: ContextVar[TextIO | None] = ContextVar("kept", default=None)
+
 
 class Output:
     """Where a command's results and notes go.
@@ -35,12 +41,19 @@ class Output:
     """
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json = as_json
-        # Piped into a program nobody reads notes.
-        self.talks = not quiet and sys.stderr.isatty()
+        self.as_json, self.quiet = as_json, quiet
 
-    def result(self, values: Mapping[str, Any], title: str = "") -> None:
-        """Show named values, among them lists of rows (each a mapping with the same keys) as tables of their own."""
+    def result(
+        self, values: Mapping[str, Any], title: str = "", legend: Mapping[str, str] | None = None, verdict: str = ""
+    ) -> None:
+        """Show named values, among them lists of rows (each a mapping with the same keys) as tables of their own.
+
+        Args:
+            values: by name.
+            title: above tables.
+            legend: what columns mean, below the tables.
+            verdict: what it all comes to, at the end.
+        """
         if self.as_json:
             typer.echo(json.dumps(values, default=str), file=results())
             return
@@ -52,33 +65,81 @@ class Output:
             console.print(Text(visible(title), style="bold"))
         single = {name: value for name, value in values.items() if not _is_rows(value)}
         if single:
-            console.print(_table([{"": name, " ": value} for name, value in single.items()], headed=False))
+            _print_table(console, [{"": spaced(name), " ": value} for name, value in single.items()], headed=False)
         for name, rows in values.items():
             if _is_rows(rows):
                 console.print()
-                console.print(Text(visible(name.replace("_", " ")), style="bold"))
-                console.print(_table(rows))
+                console.print(Text(visible(spaced(name)), style="bold"))
+                _print_table(console, rows)
+        if legend:
+            console.print()
+            _print_table(console, [{"": name, " ": meaning} for name, meaning in legend.items()], headed=False)
+        if verdict:
+            console.print()
+            console.print(Text(visible(verdict), style="bold"))
 
     def note(self, text: str) -> None:
-        """Tell something on stderr, if somebody watches."""
-        if self.talks:
+        """Say something on stderr."""
+        if not self.quiet:
             tell(text)
+
+    def next_step(self, *command: str, why: str = "") -> None:
+        """Name the command that most people type after this one."""
+        if not self.as_json:
+            self.note(f"Next: {shlex.join(command)}" + f"  ({why})" * bool(why))
+
+
+def spaced(name: str) -> str:
+    """A name with spaces in place of underscores."""
+    return name.replace("_", " ")
 
 
 def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], headed: bool = True) -> Any:
+def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool = True) -> None:
+    """A table in which sentences fold; names and numbers stay whole, if need be beyond the edge of the terminal."""
+    from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_header=headed, box=None, pad_edge=False)
     for column in rows[0]:
-        numbers = all(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(
-            Text(visible(column.replace("_", " "))), justify="right" if numbers else "left", overflow="fold"
-        )
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        whole = not any(" " in shown(row.get(column)) for row in rows)
+        header = Text(visible(spaced(column)))
+        table.add_column(header, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
-    return table
+    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    if needed > console.width:
+        console = Console(file=console.file, highlight=False, width=needed)
+    console.print(table)
+
+
+@contextmanager
+def kept_stdout() -> Iterator[TextIO]:
+    """Send what is printed to stderr, and give the stream for results."""
+    kept = _kept.get()
+    if kept is not None:
+        yield kept
+        return
+    token = _kept.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield results()
+    finally:
+        _kept.reset(token)
+
+
+def tell(text: str) -> None:
+    """Say something on stderr, in one line in which nothing of a file does anything to the terminal."""
+    shown = visible(text)
+    typer.echo(shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}...", err=True)
+
+
+def results() -> TextIO:
+    """The stream for results: stdout, also while it is kept."""
+    return _kept.get() or sys.stdout

@@ -1,21 +1,22 @@
-"""dvora predict: what a run's model tells of rows without labels."""
+"""dvora predict: what a run's model predicts for rows without labels."""
 
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.cells import shown, visible
-from .errors import UsageError, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
-from .streams import results
+from ..tools.pages.text import shown as as_text
+from ..tools.pages.text import visible
+from .errors import UsageError, check_writable, one_line, wrong_input
+from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
-    from ..recipes.data.inputs_to_predict import Input
+    from ..recipes.data.new_files import Input
     from ..recipes.finished.prediction import Predicted
     from ..recipes.run_folder import Run
 
@@ -52,7 +53,7 @@ def predict(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Tell the class (with its probability) or the number of every row, in the rows' order.
+    """Predict the class (with its probability) or the number of every row, in the rows' order.
 
     Rows keep their columns, a label among them or not, and get `prediction` and
     `probability`. Lines hold a text, two texts with a tab between them, or the
@@ -64,14 +65,14 @@ def predict(
     Examples:
 
     \b
-    dvora predict dvora-run new.csv -o told.csv
+    dvora predict dvora-run new.csv -o predicted.csv
     dvora predict dvora-run new.csv --all-probabilities
     echo "a fine movie" | dvora predict dvora-run
-    cat lines.txt | dvora predict dvora-run - -o told.jsonl
+    cat lines.txt | dvora predict dvora-run - -o predicted.jsonl
     """
     with one_line(debug), wrong_input():
         _check_output(output, safe_csv)
-        told, summary = Output(as_json, quiet), None
+        shown, summary = Output(as_json, quiet), None
         columns = {"text_column": text_column, "second_text_column": second_text_column}
         from ..recipes.finished.prediction import Predictor
         from ..recipes.models.hub import Trust
@@ -81,13 +82,17 @@ def predict(
         predictor = Predictor(found)
         # Whoever types lines wants an answer to each.
         size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-        predicted = predictor.predict(_inputs(file, found, columns, told), size, all_probabilities)
+        predicted = predictor.predict(_inputs(file, found, columns, shown), size, all_probabilities)
         if output == STREAM:
             _print(predicted, found, as_json, results())
         else:
             summary = _write(predicted, Path(output), safe_csv)
+        if cut := predictor.truncation.sentence(predictor.length):
+            shown.note(cut)
         if summary is not None:
-            told.result(summary, title=f"Predictions of {run}")
+            truncation = asdict(predictor.truncation)
+            shown.result(summary | ({"truncation": truncation} if as_json else {}), title=f"Predictions of {run}")
+            shown.next_step("dvora", "report", str(run), why="a page on how good they are")
 
 
 def _check_output(output: str, safe: bool) -> None:
@@ -98,21 +103,20 @@ def _check_output(output: str, safe: bool) -> None:
     from ..recipes.data.row_files import writer_for
 
     writer_for(Path(output).suffix, safe)
-    if not Path(output).absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {Path(output).parent}")
+    check_writable(Path(output))
 
 
-def _inputs(file: str, run: "Run", columns: dict[str, str | None], told: Output) -> "Iterator[Input]":
+def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output) -> "Iterator[Input]":
     from ..recipes.data.encodings import stream_lines
-    from ..recipes.data.inputs_to_predict import file_inputs, line_inputs
+    from ..recipes.data.new_files import file_inputs, line_inputs
 
     if file == STREAM:
         return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)
-    return file_inputs(Path(file), run, columns, told.note)
+    return file_inputs(Path(file), run, columns, shown.note)
 
 
 def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
-    """Write a file of predictions, and tell how many there are of what."""
+    """Write a file of predictions; returns how many there are of what."""
     from ..recipes.data.row_files import writer_for
     from ..recipes.files import new_file, typed
 
@@ -123,7 +127,7 @@ def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str
         nonlocal rows
         for found in predicted:
             rows += 1
-            prediction = found.told["prediction"]
+            prediction = found.columns["prediction"]
             if isinstance(prediction, str):
                 counts[prediction] += 1
             yield found.row
@@ -148,14 +152,14 @@ def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool, stdout: 
 
 
 def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int) -> Iterator[str]:
-    """Lines to be read, each as soon as it is known: columns of what is told, then as much of the row as has room."""
+    """Lines to be read, each as soon as it is known: the prediction, then as much of the row as has room."""
     first = max(len("prediction"), *(len(visible(label)) for label in labels), 0)
     for number, found in enumerate(predicted):
-        rest = {name: value for name, value in found.told.items() if name != "prediction"}
+        rest = {name: value for name, value in found.columns.items() if name != "prediction"}
         if not number:
             yield visible("  ".join(["prediction".ljust(first), *rest, *found.input.row]))[:width] + "\n"
-        told = found.told["prediction"]
+        prediction = found.columns["prediction"]
         numbers = [f"{value:.3f}".rjust(len(name)) for name, value in rest.items()]
         texts = [" ".join(str(value).split()) for value in found.input.row.values()]
-        cells = [shown(told).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
+        cells = [as_text(prediction).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
         yield "  ".join(cells)[:width] + "\n"

@@ -1,41 +1,69 @@
-"""How training shows where it is: a bar on a terminal, else a line for each evaluation."""
+"""How training shows where it is: a bar on a terminal, else lines; both begin with an estimate of how long it takes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..tools.pages.cells import visible
-from .streams import tell
+from ..tools.pages.text import visible
+from .output import tell
 
 if TYPE_CHECKING:
-    from ..recipes.training.watching import Progress, Tell
+    from ..recipes.training.watching import OnProgress, Progress
+
+FIRST = 10
+"""Steps after which the first estimate is made, or a tenth of the run if that is less."""
+LONG = 600
+"""Seconds beyond which an estimate says how a run is shortened."""
 
 
 @contextmanager
-def shown_progress(quiet: bool) -> "Iterator[Tell | None]":
-    """What to tell progress to; None when nothing is to be shown."""
+def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
+    """What is to be called with progress; None when nothing is to be shown."""
     if quiet:
         yield None
     elif not sys.stderr.isatty():
-        yield _tell_evaluations
+        yield lambda progress: _show(progress, tell, every_tenth=True)
     else:
         with _bar() as bar:
-            task = bar.add_task("", total=None, told="")
+            task = bar.add_task("", total=None, said="")
             yield lambda progress: _update(bar, task, progress)
 
 
-def _tell_evaluations(progress: "Progress") -> None:
+def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -> None:
+    """An evaluation, the first estimate, or a tenth of the run."""
+    tenth = progress.step * 10 // progress.steps > (progress.step - 1) * 10 // progress.steps
     if progress.metrics is not None:
-        tell(evaluation_line(progress))
+        say(evaluation_line(progress))
+    elif progress.made == min(FIRST, max(1, progress.steps // 10)):
+        say(estimate_line(progress))
+    elif every_tenth and tenth and progress.step < progress.steps:
+        say(f"{_place(progress)}: {_loss(progress)}, {_clock(progress.seconds_left or 0.0)} left")
 
 
 def evaluation_line(progress: "Progress") -> str:
     """An evaluation in one line."""
     metrics = progress.metrics or {}
     kept = {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second", "tokens"))}
-    told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in kept.items())
-    return f"step {progress.step} of {progress.steps}: {told}{'  (best so far)' if progress.is_best else ''}"
+    values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in kept.items())
+    return f"{_place(progress)}, validation: {values}{' (best so far)' if progress.is_best else ''}"
+
+
+def estimate_line(progress: "Progress") -> str:
+    """How long the rest takes at the pace so far; of a long run, how to shorten it."""
+    pace, left = progress.pace or 0.0, progress.seconds_left or 0.0
+    line = f"{_place(progress)}: {_loss(progress)}, {pace:.2g} s a step, about {_clock(left)} left"
+    if left > LONG:
+        line += f" (--max-steps {max(1, round(LONG / pace))} would take ten minutes)"
+    return line
+
+
+def _place(progress: "Progress") -> str:
+    return f"step {progress.step} of {progress.steps}"
+
+
+def _loss(progress: "Progress") -> str:
+    return "training" if progress.loss is None else f"training loss {progress.loss:.3g}"
 
 
 def _bar() -> Any:
@@ -43,20 +71,19 @@ def _bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}", markup=False))
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[said]}", markup=False))
     return Bar(*columns, console=Console(stderr=True, highlight=False), transient=True)
 
 
 def _update(bar: Any, task: Any, progress: "Progress") -> None:
-    if progress.metrics is not None:
-        bar.console.print(visible(evaluation_line(progress)), markup=False)
-        return
-    told = [
-        "" if progress.loss is None else f"loss {progress.loss:.3g}",
-        "" if progress.seconds_left is None else f"{_clock(progress.seconds_left)} left",
-        f"{progress.memory / 1e6:,.0f} MB" if progress.memory else "",
-    ]
-    bar.update(task, completed=progress.step, total=progress.steps, told="  ".join(part for part in told if part))
+    _show(progress, lambda line: bar.console.print(visible(line), markup=False), every_tenth=False)
+    if progress.metrics is None:
+        said = [
+            _loss(progress),
+            "" if progress.seconds_left is None else f"{_clock(progress.seconds_left)} left",
+            f"{progress.memory / 1e6:,.0f} MB of memory" if progress.memory else "",
+        ]
+        bar.update(task, completed=progress.step, total=progress.steps, said=", ".join(filter(None, said)))
 
 
 def _clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ def report_command(
     against: Annotated[
         Path | None, typer.Option(help="Another run, to show what each gets right that the other does not.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to ask at most.")] = 500,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to predict for at most.")] = 500,
     doctor: Annotated[bool, typer.Option(help="Examine the adapter too.")] = True,
     download: Download = False,
     own_code: OwnCode = False,
@@ -30,7 +30,7 @@ def report_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a page on a run: what was trained, curves, answers that changed, sizes, and the doctor's table.
+    """Write a page on a run: what was trained, curves, what the adapter changed, sizes, and the doctor's table.
 
     One HTML file that needs nothing else: no server, no scripts, no network.
     """
@@ -42,4 +42,6 @@ def report_command(
         from ..recipes.models.hub import Trust
 
         write_page(run, page if output is None else typed(output), against, rows, doctor, Trust(own_code, download))
-        Output(as_json, quiet).result({"report": str(page), "bytes": page.stat().st_size})
+        shown = Output(as_json, quiet)
+        shown.result({"report": str(page), "bytes": page.stat().st_size})
+        shown.next_step("dvora", "merge", str(run), "--output", "merged", why="once you have looked at the page")

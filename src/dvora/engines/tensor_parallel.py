@@ -1,121 +1,118 @@
-"""Tensor parallelism: which part of a weight this process holds, and what it exchanges with the others.
+"""Tensor parallelism: the shard of a weight on this process, and its communication.
 
-Every process has the whole vectors, which are kilobytes, and saves them like one process alone. Of one weight:
+Every process has the whole vectors, which are kilobytes, and saves them as a single process would.
 
-| | outputs divided (column-wise) | inputs divided (row-wise) |
+| | outputs sharded (column-wise) | inputs sharded (row-wise) |
 |---|---|---|
-| holds of W | rows | columns |
-| holds of w, C and B | those of its rows | all |
-| forward | exchanges nothing | z is summed |
-| backward | the gradients of z and of the vectors are summed | exchanges nothing |
+| W | some rows | some columns |
+| w, C and B | for its rows | whole |
+| forward | no communication | z is summed |
+| backward | gradients of z and of the vectors are summed | no communication |
 
-The weight itself is gathered when the constants are made, one layer at a time, and never in a training step.
+The whole weight is gathered when the constants are computed, one layer at a time, and never in a training step.
 """
 
+import sys
 from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..matrices.shard import Span
+from ..matrices.shard import Shard
 from ..method.functional import Vectors
 from ..ops.annotations import Float
-from ..ops.tracing import recording
-from .imported import imported_class
+from ..ops.tracing import grad_recorded
 
 
-class Part(NamedTuple):
-    """What one process of a group holds: a span of the outputs or one of the inputs."""
+class TensorParallelShard(NamedTuple):
+    """The shard of one process: some of the outputs, or some of the inputs."""
 
-    outputs: Span | None
-    inputs: Span | None
+    outputs: Shard | None
+    inputs: Shard | None
     group: Any
-    """Of processes."""
+    """The process group."""
 
     def of_rows(self, tensor: Tensor) -> Tensor:
-        """The rows, of a tensor with one for each output."""
+        """This process's rows of a tensor with one row for each output."""
         return tensor if self.outputs is None else tensor[self.outputs.start : self.outputs.stop].clone()
 
     def vectors(self, vectors: Vectors) -> Vectors:
-        """Those of this process, whose gradients are summed over all."""
+        """This process's part of the vectors; their gradients are summed over all processes."""
         if self.outputs is None:
             return vectors
-        if recording():
+        if grad_recorded():
             whole = _SumOfGradients.apply(torch.cat(vectors), self.group)
             vectors = Vectors(*whole.split([len(vector) for vector in vectors]))
         return Vectors(self.outputs.of(vectors.magnitude), self.outputs.of(vectors.lambda_b), vectors.lambda_d)
 
     def z(self, projected: Float[Tensor, "*T R"]) -> Float[Tensor, "*T R"]:
-        """`x A^T` of all inputs, for outputs that other processes have too, from the product of this process."""
+        """z as all processes need it, from the product of this process: summed over them if the inputs are sharded."""
         function = _Sum if self.outputs is None else _SumOfGradients
         z: Tensor = function.apply(projected, self.group)
         return z
 
     def check_sizes(self, x: Float[Tensor, "*T I"], base_output: Float[Tensor, "*T O"], name: str) -> None:
-        """Refuse inputs or outputs that are not those of the part.
+        """Check that inputs and outputs are those of the shard.
 
         Raises:
-            TypeError: they are no local tensors.
-            ValueError: they are whole where the weight is divided.
+            TypeError: they are DTensors.
+            ValueError: they are whole although the weight is sharded.
         """
-        for what, tensor, span in (("input", x, self.inputs), ("output", base_output, self.outputs)):
-            if is_divided(tensor):
+        for what, tensor, shard in (("input", x, self.inputs), ("output", base_output, self.outputs)):
+            if is_dtensor(tensor):
                 raise TypeError(f"{name}: the {what} is a DTensor; DVoRA takes local tensors (use_local_output=True)")
-            if span is not None and tensor.shape[-1] != span.stop - span.start:
+            if shard is not None and tensor.shape[-1] != shard.stop - shard.start:
                 raise ValueError(
-                    f"{name}: the weight is divided and the layer's {what} is not ({tensor.shape[-1]} of {span.total} "
-                    f"features, expected {span.stop - span.start}). DVoRA supports ColwiseParallel and RowwiseParallel "
-                    "with their default layouts, and fully_shard on the adapted layer or on modules around it"
+                    f"{name}: the weight is sharded and the layer's {what} is not ({tensor.shape[-1]} of {shard.total} "
+                    f"features, expected {shard.stop - shard.start}). DVoRA supports ColwiseParallel and "
+                    "RowwiseParallel with their default layouts, and fully_shard on the adapted layer or around it"
                 )
 
 
-def is_divided(weight: Tensor | None) -> bool:
-    """Whether every process holds a part of the weight: it is a DTensor."""
+def is_dtensor(weight: Tensor | None) -> bool:
+    """Whether the weight is a DTensor: every process holds a shard of it."""
     if type(weight) in (Tensor, nn.Parameter, type(None)):
         return False
-    dtensor = imported_class("torch.distributed.tensor", "DTensor")
+    # Without an import, which takes time that processes without DTensors should not spend.
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return dtensor is not None and isinstance(weight, dtensor)
 
 
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether a module was given to FSDP2, which gathers its parameters for each pass."""
-    fsdp_module = imported_class("torch.distributed.fsdp", "FSDPModule")
-    return fsdp_module is not None and isinstance(module, fsdp_module)
-
-
-def part_of(weight: Tensor, name: str) -> Part:
-    """The part of a divided weight (O, I) that this process holds.
+def shard_of(weight: Tensor, name: str) -> TensorParallelShard:
+    """This process's shard of a weight (O, I) that is a DTensor.
 
     Raises:
-        ValueError: it is not divided along one dimension over one group of processes.
+        ValueError: it is not sharded along one dimension of a one-dimensional mesh.
     """
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]  # it is a DTensor
-    # The type itself: packed weights are divided in turns, by a subclass that passes for equal.
-    plain = [type(placement) is imported_class("torch.distributed.tensor", "Shard") for placement in placements]
+    from torch.distributed.tensor import Shard as ShardPlacement
+
+    # The exact type: packed weights use a subclass with interleaved shards, which compares equal.
+    plain = [type(placement) is ShardPlacement for placement in placements]
     if plain != [True] or placements[0].dim not in (0, 1):
         raise ValueError(
             f"{name}: the base weight is a DTensor with placements {placements} on a mesh of {mesh.ndim} dimensions; "
-            "DVoRA supports weights of torch.nn.Linear divided by ColwiseParallel or RowwiseParallel over one dimension"
+            "DVoRA supports weights of torch.nn.Linear sharded by ColwiseParallel or RowwiseParallel over one dimension"
         )
-    divided, rank = placements[0].dim, mesh.get_local_rank()
-    total = weight.shape[divided]
+    dim, rank = placements[0].dim, mesh.get_local_rank()
+    total = weight.shape[dim]
     size = -(-total // mesh.size())
-    span = Span(min(rank * size, total), min((rank + 1) * size, total), total)
-    assert local(weight).shape[divided] == span.stop - span.start, (span, local(weight).shape)
-    outputs, inputs = (span, None) if divided == 0 else (None, span)
-    return Part(outputs, inputs, mesh.get_group())
+    shard = Shard(min(rank * size, total), min((rank + 1) * size, total), total)
+    assert local(weight).shape[dim] == shard.stop - shard.start, (shard, local(weight).shape)
+    outputs, inputs = (shard, None) if dim == 0 else (None, shard)
+    return TensorParallelShard(outputs, inputs, mesh.get_group())
 
 
 def check_whole(weight: Tensor | None, name: str) -> None:
-    """Refuse to read or set all of a weight of which every process holds a part: it may be larger than a memory.
+    """Check that a weight is not a DTensor: the whole of one may not fit into memory.
 
     Raises:
-        ValueError: it is divided.
+        ValueError: it is one.
     """
-    if is_divided(weight):
+    if is_dtensor(weight):
         raise ValueError(
-            f"{name}: every process holds a part of the weight, so it cannot be merged here. Save the adapter, load it "
+            f"{name}: the weight is sharded over processes, so it cannot be merged here. Save the adapter, load it "
             "with the whole base model in one process, and merge there"
         )
 
@@ -125,17 +122,17 @@ def local(tensor: Tensor) -> Tensor: ...
 @overload
 def local(tensor: None) -> None: ...
 def local(tensor: Tensor | None) -> Tensor | None:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if is_divided(tensor) else tensor  # type: ignore[union-attr]
+    """This process's shard of a DTensor; any other tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[union-attr]
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, from all processes that hold a part of it."""
-    return tensor.full_tensor() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, gathered from all processes; any other tensor itself."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, whose gradient all of them have."""
+    """The sum over all processes; its gradient is the same on all of them."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
@@ -150,7 +147,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """The tensor itself, which all processes have; each brings a part of its gradient."""
+    """The tensor itself, which is the same on all processes; its gradient is summed over them."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:

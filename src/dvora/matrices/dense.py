@@ -1,11 +1,11 @@
-"""The dense kinds of the frozen matrices A and B: independent random entries, or rows made orthogonal.
+"""The frozen matrices A and B as stored matrices of independent uniform entries.
 
 Dimensions: T tokens, I in, O out, R rank.
 
     A (R, I): row k of A is row k of stream 0, cut to I columns and scaled by sqrt(2 / I)
     B (O, R): column k of B is row k of stream 1, cut to O values and scaled by sqrt(2 / R)
 
-Both have the entry variance of Kaiming uniform, 2 / fan_in. The scale belongs to the layer's size and is not stored,
+Both have the entry variance of Kaiming uniform, 2 / fan_in. The scale depends on the layer's size and is not stored,
 so layers of any size and adapters of any rank use the same values (VeRA, arXiv 2310.11454).
 """
 
@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,49 +21,58 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.buffers import out
-from ..ops.dtypes import as_dtype, norm_dtype
-from .dense_rows import ENTRY_VARIANCE, unit_rows
+from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
+from ..ops.tracing import grad_recorded, is_traced
+from . import philox
 from .dense_store import DenseStore, Make
-from .scaled_product import scaled_product
-from .shard import Span
+from .shard import Shard
 
 _STREAM_A, _STREAM_B = 0, 1
+_ENTRY_VARIANCE = 1 / 3
+"""Of the stored values, uniform on (-1, 1)."""
 _KEPT_BYTES = 3 * 2**20
-"""Of a norm's slopes, up to which a step keeps them; beyond they are made twice, which is little beside the outputs."""
+"""Keep `half_dq` for the backward pass up to this size; else recompute it, which costs little beside the outputs."""
 _CHUNK_VALUES = 2**18
 """Values of a weight that are projected at a time."""
+_FEW_TOKENS = 16
+"""Up to this many tokens, scale separately."""
 
 
-def keeps_slopes(rank: int, out_features: int, dtype: torch.dtype) -> bool:
-    """Whether a step keeps the slopes of a layer's norm for its backward pass."""
+def keeps_half_dq(rank: int, out_features: int, dtype: torch.dtype) -> bool:
+    """Whether a step keeps a layer's `half_dq` for its backward pass."""
     return rank * out_features * dtype.itemsize <= _KEPT_BYTES
 
 
+def uniform_values(seed: int, stream: int, rows: int, columns: int) -> np.ndarray:
+    """The unscaled values (rows, columns) of a stream, float32: a pure function of seed, stream, row and column."""
+    return np.stack([philox.uniform_row(seed, stream, row, columns) for row in range(rows)])
+
+
 class DenseMatrices(nn.Module):
-    """A and B of one seed and distribution as stored matrices, as large as any layer so far has needed.
+    """A and B of one seed, stored as large as any layer so far has needed.
 
     Args:
         seed: names the matrices.
-        distribution: "kaiming_uniform", "gaussian", "rademacher" or "orthogonal", or that of `make`.
-        make: makes the unscaled values; None makes those of the distribution.
+        make: makes the unscaled values; None means `uniform_values`.
+        use_triton: whether outputs on CUDA are combined by the Triton kernel.
     """
 
     products_are_cheap = False
 
-    def __init__(self, seed: int, distribution: str, make: Make | None = None) -> None:
+    def __init__(self, seed: int, make: Make | None = None, use_triton: bool = False) -> None:
         super().__init__()
         self.seed = seed
-        self.distribution = distribution
-        self._make = make or partial(unit_rows, seed, distribution)
-        self.store = DenseStore(self._make, exact=distribution == "orthogonal")
-        self._spans: dict[int, Span | None] = {}
+        self.use_triton = use_triton
+        self._make = make or partial(uniform_values, seed)
+        self.store = DenseStore(self._make)
+        self._shards: dict[int, Shard | None] = {}
 
-    def of_part(self, inputs: Span | None, outputs: Span | None) -> "DenseMatrices":
-        """The columns of A and the rows of B of one process: views of the same values, for sizes of its part."""
-        # A shallow copy has the very store.
-        part = copy.copy(self)
-        part._spans = {_STREAM_A: inputs, _STREAM_B: outputs}
-        return part
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "DenseMatrices":
+        """The columns of A and the rows of B of one process, as views; sizes are then those of its shard."""
+        # A shallow copy shares the store.
+        shard = copy.copy(self)
+        shard._shards = {_STREAM_A: inputs, _STREAM_B: outputs}
+        return shard
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
@@ -88,7 +98,7 @@ class DenseMatrices(nn.Module):
         rank = z.shape[-1]
         B = self._stored(_STREAM_B, rank, out_features, z.device)
         if scale is not None and z.numel() > rank**2:
-            # More tokens than the rank: the scale costs least on the matrix.
+            # With more tokens than ranks it is cheaper to scale the matrix.
             return scaled_product(z, _scaled(B, scale), self._scale(rank))
         outputs = scaled_product(z, B, self._scale(rank))
         return outputs if scale is None else outputs * as_dtype(scale, z.dtype)
@@ -106,7 +116,7 @@ class DenseMatrices(nn.Module):
         """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""
         wide = norm_dtype(d.dtype)
         if d.dtype == torch.float16:
-            # The sums over many tokens would overflow.
+            # Sums over many tokens would overflow.
             d, z = d.to(wide), z.to(wide)
         B = self._stored(_STREAM_B, z.shape[-1], d.shape[-1], d.device).to(wide)
         products = torch.mm(z.T, d, out=out("z d", B.shape, d)).to(wide)
@@ -146,7 +156,7 @@ class DenseMatrices(nn.Module):
     def gram(
         self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in float64; kept for each size, not to be written to."""
+        """`G = A A^T`, summed in float64; cached by size, so not to be written to."""
 
         def made() -> Tensor:
             with torch.inference_mode(False), torch.no_grad():
@@ -158,34 +168,26 @@ class DenseMatrices(nn.Module):
         return self.store.kept(f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}", made, device)
 
     def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
-        """`q = ||B diag(lambda_d) A||_row**2`, from G or, for a rank above the width, from A: `O R min(R, I)`."""
+        """`q = ||B diag(lambda_d) A||_row**2`, in `O R min(R, I)` operations: from G, or from A for a rank above I."""
         if len(lambda_d) > in_features:
             A, B = self._both(lambda_d, in_features, out_features)
             return ((B * lambda_d) @ A).square().sum(1)
-        if self._has_orthogonal_rows(lambda_d):
-            B, G = self._quadratic(lambda_d, in_features, out_features)
-            return self._scale(len(lambda_d)) ** 2 * (G.diagonal() * lambda_d.square()) @ B.square()
-        return lambda_d @ self._slopes(lambda_d, in_features, out_features)
+        return lambda_d @ self._half_dq(lambda_d, in_features, out_features)
 
     def row_squares_gradient(
         self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
     ) -> Float[Tensor, "R"]:
         """The gradient of `(v * q).sum()` with respect to lambda_d."""
-        if len(lambda_d) <= in_features and self._has_orthogonal_rows(lambda_d):
-            B, G = self._quadratic(lambda_d, in_features, len(v))
-            return 2 * self._scale(len(lambda_d)) ** 2 * G.diagonal() * lambda_d * (B.square() @ v)
-        return 2 * (self._slopes(lambda_d, in_features, len(v)) @ v)
+        return 2 * (self._half_dq(lambda_d, in_features, len(v)) @ v)
 
-    def kept_slopes(
-        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "R O"] | None:
-        """Half the derivatives of q by lambda_d, where they are small and made by a product of the rank squared."""
-        if self._has_orthogonal_rows(lambda_d) or not keeps_slopes(len(lambda_d), out_features, lambda_d.dtype):
+    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "R O"] | None:
+        """Half the derivative of q by lambda_d, where it is small enough to keep for the backward pass."""
+        if not keeps_half_dq(len(lambda_d), out_features, lambda_d.dtype):
             return None
-        return self._slopes(lambda_d, in_features, out_features, kept=True)
+        return self._half_dq(lambda_d, in_features, out_features, kept=True)
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
-        """`cross = rowsum(W * (B diag(lambda_d) A))`, without keeping anything of (O, R)."""
+        """`cross = rowsum(W * (B diag(lambda_d) A))`, by chunks of rows."""
         B = self.B(len(lambda_d), len(weight), lambda_d.dtype).to(weight.device)
         parts = [
             (self.project(part.to(lambda_d.dtype), len(lambda_d)) * rows) @ lambda_d
@@ -200,16 +202,16 @@ class DenseMatrices(nn.Module):
         parts = [v_part @ (self.project(part.to(v.dtype), rank) * rows) for part, rows, v_part in starts]
         return sum(parts[1:], parts[0])
 
-    def probe(self) -> np.ndarray:
+    def fingerprint_values(self) -> np.ndarray:
         """Some values, (2, 8, 16), float32."""
-        return np.stack([unit_rows(self.seed, self.distribution, stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)])
+        return np.stack([uniform_values(self.seed, stream, 8, 16) for stream in (_STREAM_A, _STREAM_B)])
 
-    def saved(self) -> dict[str, Tensor]:
+    def saved_tensors(self) -> dict[str, Tensor]:
         """The stored values as they are written into files: unscaled, as large as any layer so far has needed."""
         return self.store.stored()
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """What a matrix of a file, named as in `saved`, should be; None where there is no such matrix."""
+        """What a matrix of a file, named as in `saved_tensors`, should be; None where there is no such matrix."""
         kind, _, stream = name.partition("_")
         if kind != "stream" or stream[:1] not in ("0", "1") or saved.dim() != 2 or not saved.numel():
             return None
@@ -217,66 +219,106 @@ class DenseMatrices(nn.Module):
         return torch.from_numpy(self._make(int(stream[:1]), rows, columns))
 
     def _scale(self, fan_in: int) -> float:
-        return math.sqrt(2 / fan_in / ENTRY_VARIANCE[self.distribution])
+        return math.sqrt(2 / fan_in / _ENTRY_VARIANCE)
 
     def _fan_in(self, in_features: int) -> int:
         """The inputs of the whole weight."""
-        span = self._spans.get(_STREAM_A)
-        return in_features if span is None else span.total
+        shard = self._shards.get(_STREAM_A)
+        return in_features if shard is None else shard.total
 
     def _both(self, like: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         A, B = self.A(len(like), in_features, like.dtype), self.B(len(like), out_features, like.dtype)
         return A.to(like.device), B.to(like.device)
 
-    def _quadratic(
-        self, like: Tensor, in_features: int, out_features: int
-    ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R R"]]:
-        """Transposed B without its scale, and G."""
-        B = self._like(_STREAM_B, len(like), out_features, like)
-        return B, self.gram(len(like), in_features, like.dtype, like.device)
-
-    def _slopes(
+    def _half_dq(
         self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, kept: bool = False
     ) -> Float[Tensor, "R O"]:
-        """`B^T * (G diag(lambda_d) B^T)`: half of dq / dlambda_d, and q is its product with lambda_d."""
+        """`B^T * (G diag(lambda_d) B^T)`; q is its product with lambda_d."""
         scaled = lambda_d * self._scale(len(lambda_d)) ** 2
+        B = self._like(_STREAM_B, len(lambda_d), out_features, lambda_d)
         if len(lambda_d) > in_features:
             A = self.A(len(lambda_d), in_features, lambda_d.dtype).to(lambda_d.device)
-            B = self._like(_STREAM_B, len(lambda_d), out_features, lambda_d)
             return (A @ ((B.T * scaled) @ A).T) * B
-        B, G = self._quadratic(lambda_d, in_features, out_features)
-        return torch.mm(G * scaled, B, out=None if kept else out("slopes", B.shape, B)).mul_(B)
-
-    def _has_orthogonal_rows(self, like: Tensor) -> bool:
-        """Whether G is diagonal to the rounding of the vectors; the matrices are float32."""
-        return self.distribution == "orthogonal" and like.dtype == torch.float32
+        G = self.gram(len(lambda_d), in_features, lambda_d.dtype, lambda_d.device)
+        return torch.mm(G * scaled, B, out=None if kept else out("half_dq", B.shape, B)).mul_(B)
 
     def _like(self, stream: int, rank: int, size: int, like: Tensor) -> Tensor:
         return as_dtype(self._stored(stream, rank, size, like.device), like.dtype)
 
     def _stored(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
-        """The unscaled values of one stream, (rank, size): a view."""
-        span = self._spans.get(stream)
-        if span is None:
+        """The unscaled values of one stream for this process, (rank, size): a view."""
+        shard = self._shards.get(stream)
+        if shard is None:
             return self._whole(stream, rank, size, device)
-        return span.of(self._whole(stream, rank, span.total, device))
+        return shard.of(self._whole(stream, rank, shard.total, device))
 
     def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
         return self.store.values(stream, rank, size, device)
 
 
+def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
+    """`scale a b`, in the dtype of `a`, whatever that of `b`; under autocast in the dtype of autocast's products.
+
+    The scale is part of the product, in both directions, so it costs no pass over the values.
+
+    Args:
+        a: tokens.
+        b: a constant matrix, in any dtype.
+        scale: a factor.
+    """
+    if is_traced() or (b.requires_grad and grad_recorded()):
+        return (a * scale) @ b.to(a.dtype)
+    # As autocast would, but before scaling, which then reads half the bytes.
+    if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:
+        a = as_dtype(a, torch.get_autocast_dtype(a.device.type))
+    if not (a.requires_grad and grad_recorded()):
+        return _product(a, b, scale)
+    product: Tensor = _ScaledProduct.apply(a, b, scale)
+    return product
+
+
+def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
+    b = as_dtype(b, a.dtype)
+    if a.numel() <= _FEW_TOKENS * a.shape[-1]:
+        return (a * scale) @ b
+    # As one matrix of tokens: for non-contiguous batches, such as attention's, PyTorch would copy b for each text.
+    rows = a.reshape(-1, a.shape[-1])
+    # In float16 the unscaled sum of a wide input would overflow, so half precision is scaled first.
+    half = a.dtype.itemsize < 4
+    product = torch.mm(rows * scale, b) if half else torch.addmm(b[0], rows, b, beta=0, alpha=scale)
+    # Not a view to autograd, so callers may write into it.
+    whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
+    return whole
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """`scale a b` for a constant b, of which no cast is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(b)
+        return _product(a, b, scale)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (b,) = ctx.saved_tensors
+        return scaled_product(gradient, b.T, ctx.scale), None, None
+
+
 def _scaled(B: Float[Tensor, "R O"], scale: Float[Tensor, "O"]) -> Float[Tensor, "R O"]:
-    """`B * scale` for one product."""
+    """`B * scale` for one product, in a reused buffer."""
     room = out("scaled B", B.shape, B) if B.dtype == scale.dtype else None
     return torch.mul(B, scale, out=room)
 
 
 def _column_sums(matrix: Float[Tensor, "N M"]) -> Float[Tensor, "M"]:
-    """As a product with ones, which processors make faster than a sum."""
+    """As a product with ones, which is faster than a sum on CPUs."""
     return matrix.new_ones(len(matrix)) @ matrix
 
 
 def _row_chunks(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of a weight, a few at a time, with those of other tensors."""
+    """Chunks of rows of a weight, with the same rows of other tensors."""
     rows = max(1, _CHUNK_VALUES // weight.shape[1])
     return zip(weight.split(rows), *(other.split(rows) for other in others), strict=True)

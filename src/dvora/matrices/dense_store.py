@@ -1,8 +1,8 @@
-"""The stored values of A and B: no more than layers have needed, on every device that asks for them.
+"""Storage for the values of A and B: only as many as layers have needed, with a copy for every device in use.
 
-Each stream of values goes on without end in both directions, so what is stored for one layer is a corner of what a
-larger one needs. A layer of a high rank and another one of many inputs each have a rectangle of their own, unless one
-for both holds no more values.
+Each stream is unbounded in both directions, so the values for one layer are the upper left corner of those for a larger
+one. A layer of a high rank and one of many inputs are stored as two rectangles, unless one rectangle for both takes no
+more memory.
 
 Dimensions: R rank, N the inputs or outputs of a layer.
 """
@@ -15,27 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.annotations import Float
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 
 Make = Callable[[int, int, int], np.ndarray]
 """The values (rows, columns) of a stream, float32, from the stream, rows and columns."""
 
 
 class DenseStore(nn.Module):
-    """Buffers outside the state dict that follow device moves, ignore casts and are made again after the meta device.
+    """Buffers outside the state dict: they follow device moves, ignore casts and are made again after the meta device.
 
     Args:
         make: makes values.
-        exact: whether values for one size are no part of those for another.
     """
 
-    def __init__(self, make: Make, exact: bool) -> None:
+    def __init__(self, make: Make) -> None:
         super().__init__()
         self._make = make
-        self._exact = exact
         self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._names: dict[tuple[int, int, int], str] = {}
-        """Where the values for a stream, rank and size were found; a buffer of that name always holds them."""
+        """The buffer that holds the values of a stream, rank and size."""
 
     def values(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Float[Tensor, "R N"]:
         """The unscaled values of a stream for a layer: a view of what is stored."""
@@ -51,10 +49,10 @@ class DenseStore(nn.Module):
         held = [(name, buffer) for name, buffer in self._made() if name.startswith(prefix)]
         for name, buffer in held:
             rows, columns = buffer.shape
-            if (rows, columns) == (rank, size) or (rows >= rank and columns >= size and not self._exact):
+            if rows >= rank and columns >= size:
                 return name, buffer
         rows, columns = rank, size
-        for _, buffer in () if self._exact else held:
+        for _, buffer in held:
             joint = max(rows, buffer.shape[0]), max(columns, buffer.shape[1])
             if joint[0] * joint[1] <= rows * columns + buffer.numel():
                 rows, columns = joint
@@ -62,13 +60,13 @@ class DenseStore(nn.Module):
         home = first.device if first is not None else None if device is None or device.type == "meta" else device
         name, made = f"{prefix}{rows}x{columns}", self._make_on(stream, rows, columns, home)
         self.register_buffer(name, made, persistent=False)
-        for smaller, buffer in () if self._exact else held:
+        for smaller, buffer in held:
             if buffer.shape[0] <= rows and buffer.shape[1] <= columns:
                 self._buffers.pop(smaller, None)
         return name, made
 
     def kept(self, name: str, make: Callable[[], Tensor], device: torch.device | None = None) -> Tensor:
-        """Something else that follows from the values, made once; not to be written to."""
+        """Anything else computed from the values, once; not to be written to."""
         buffer = self._buffers.get(name)
         if buffer is None:
             buffer = make()
@@ -76,23 +74,23 @@ class DenseStore(nn.Module):
         return self._on(name, buffer, device)
 
     def stored(self) -> dict[str, Tensor]:
-        """All values, by the names of their streams, `stream_0` and `stream_1`, and sizes where there are several."""
+        """All values by stream, `stream_0` and `stream_1`, with their sizes in the name where a stream has several."""
         named = {name: buffer for name, buffer in self._made() if name.startswith("stream_")}
         streams = [name.rpartition("_")[0] for name in named]
         return {
-            stream if streams.count(stream) == 1 and not self._exact else name: buffer
+            stream if streams.count(stream) == 1 else name: buffer
             for stream, (name, buffer) in zip(streams, named.items(), strict=True)
         }
 
     def _made(self) -> list[tuple[str, Tensor]]:
-        """All buffers, by name; a list, since another thread may add one."""
+        """All buffers by name, as a list, since another thread may add one."""
         return [(name, buffer) for name, buffer in list(self._buffers.items()) if buffer is not None]
 
     def _on(self, name: str, buffer: Tensor, device: torch.device | None) -> Tensor:
-        """A buffer on a device: itself, or a copy that is kept for the other layers there."""
+        """A buffer on a device: itself, or a copy, cached for all layers there."""
         if device is None or buffer.device == device:
             return buffer
-        if transforming():
+        if is_traced():
             return buffer.to(device)
         source, copied = self._copies.get((name, device), (None, buffer))
         if source is not buffer:
@@ -106,8 +104,8 @@ class DenseStore(nn.Module):
             return torch.from_numpy(self._make(stream, rows, columns)).to(device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseStore":
-        # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
-        # `to_empty` would leave them undefined.
+        # Follow only the device of `fn`, found with an empty tensor: a cast would round the matrices, and `to_empty`
+        # would leave them undefined.
         for name, stored in self._made():
             device = fn(stored.new_empty(0)).device
             if not stored.is_meta or device.type == "meta":

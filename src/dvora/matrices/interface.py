@@ -1,6 +1,6 @@
 """SharedProjections: the frozen random matrices A and B of DVoRA, held once and shared by all layers of all sizes.
 
-One interface, several kinds: `dense` holds matrices of independent or orthogonal rows, `structured` never needs one.
+Two kinds behind one interface: `dense` stores matrices, `structured` applies fast transforms.
 Dimensions: T tokens, I in, O out, R rank.
 """
 
@@ -15,30 +15,35 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.dtypes import without_autocast
-from ..ops.tracing import recording, transforming
+from ..ops.tracing import grad_recorded, is_traced
+from ..ops.triton.available import check_triton
 from .dense import DenseMatrices
-from .shard import Span
-from .shared_input import LastProjection
+from .shard import Shard
+from .shared_input import ProjectionCache
 from .structured import StructuredMatrices
 from .vera import VeraMatrices, vera_sizes
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
 
-Distribution = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
+Distribution = Literal["kaiming_uniform", "structured"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 """Those for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
+_REMOVED = ("gaussian", "rademacher", "orthogonal")
+"""Kinds of development versions. They trained as well as "kaiming_uniform", and no faster than "structured"."""
 
 
 @runtime_checkable
 class Matrices(Protocol):
-    """What dense and structured matrices do; scales, sums and gradients of the norm are for `kernels` and `norms`."""
+    """What both kinds of matrices do; `method` calls those that take a scale, sums and gradients of the norm."""
 
     products_are_cheap: bool
-    """Whether products with A and B are made again rather than kept."""
+    """Whether products with A and B are recomputed rather than kept."""
+    use_triton: bool
+    """Whether CUDA tensors go through the Triton kernels."""
 
-    def of_part(self, inputs: Span | None, outputs: Span | None) -> "Matrices":
-        """The columns of A and the rows of B of one process; sizes are then those of its part, G that of all of A."""
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "Matrices":
+        """The columns of A and the rows of B of one process; sizes are then its own, but G is that of all of A."""
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, and what norms in that dtype need."""
@@ -82,25 +87,23 @@ class Matrices(Protocol):
     ) -> Float[Tensor, "R"]:
         """The gradient of `(v * q).sum()` with respect to lambda_d."""
 
-    def kept_slopes(
-        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "R O"] | None:
-        """Half of dq / dlambda_d, of which q is the sum with lambda_d; None where it is not worth its memory."""
+    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "R O"] | None:
+        """Half the derivative of q by lambda_d, so `q = lambda_d @ half_dq`; None where it is not worth its memory."""
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
-        """`cross = rowsum(W * (B diag(lambda_d) A))`, a few rows at a time."""
+        """`cross = rowsum(W * (B diag(lambda_d) A))`, by chunks of rows."""
 
     def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
         """The gradient of `(v * cross).sum()` with respect to lambda_d."""
 
-    def probe(self) -> np.ndarray:
+    def fingerprint_values(self) -> np.ndarray:
         """Some values, for the fingerprint."""
 
-    def saved(self) -> dict[str, Tensor]:
+    def saved_tensors(self) -> dict[str, Tensor]:
         """What files hold."""
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """What a tensor of a file should be; None where there is no such tensor."""
+        """What a tensor of a file should be; None for an unknown name."""
 
 
 class SharedProjections(nn.Module):
@@ -111,88 +114,69 @@ class SharedProjections(nn.Module):
 
     Args:
         seed: names the matrices, 0 <= seed < 2**64.
-        distribution: "structured" (a randomised trigonometric transform: rank is nearly free), or dense:
-            "kaiming_uniform", "gaussian", "rademacher" (signs) or "orthogonal" (rows of A and columns of B orthogonal
-            in blocks of at most the layer's size). All of these are bit for bit reproducible. An adapter that comes
-            from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)" (`vera_matrices`), torch's values for a seed.
-        share_inputs: make `x A^T` once for the layers that read the same x, one after another (`siblings`). An
-            attribute too; switch it off where x is written to between them by something that PyTorch does not count.
+        distribution: "kaiming_uniform", stored matrices of independent values, or "structured", a randomised cosine
+            transform whose cost hardly grows with the rank in wide layers. Both are reproducible bit for bit. An
+            adapter that comes from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)", torch's values for a seed.
+        share_inputs: compute `x A^T` once for the layers that read the same x, one after another (`shared_input`).
+            Also an attribute; switch it off where x is written to in between by something that PyTorch does not count.
+        use_triton: run CUDA tensors through Triton kernels. Off by default, because the kernels have only been run in
+            Triton's interpreter and compiled, never on a GPU. CPU tensors are not affected.
 
     Raises:
-        TypeError: `seed` is not an integer.
-        ValueError: `seed` is out of range or `distribution` is unknown.
+        TypeError: `seed` is not an integer or `use_triton` no bool.
+        ValueError: `seed` is out of range, `distribution` is unknown, or Triton is asked for and cannot run.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform", *, share_inputs: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        distribution: str = "kaiming_uniform",
+        *,
+        share_inputs: bool = True,
+        use_triton: bool = False,
+    ) -> None:
         super().__init__()
         self.share_inputs = share_inputs
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
-        self.kind = _matrices(seed, self.distribution)
-        self._last = LastProjection()
+        self.use_triton = _checked_use_triton(use_triton)
+        self.impl = _matrices(seed, self.distribution, use_triton)
+        self._projection_cache = ProjectionCache()
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer, and what norms in that dtype need, now, so that no forward pass has to."""
-        self.kind.reserve(rank, in_features, out_features, dtype)
-
-    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
-        """`x A^T`, in the dtype of `x`."""
-        return self.kind.project(x, rank)
+        self.impl.reserve(rank, in_features, out_features, dtype)
 
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
-        """`x A^T`, made once for all layers that read the same `x` (`siblings`); `reader` is the layer that asks."""
-        project = partial(projected, matrices=self.kind)
-        return self._last.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
-
-    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
-        """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return self.kind.project_transpose(h, in_features)
-
-    def expand(
-        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T O"]:
-        """`(z B^T) * scale`, in the dtype of `z`."""
-        return self.kind.expand(z, out_features, scale)
-
-    def expand_transpose(
-        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T R"]:
-        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
-        return self.kind.expand_transpose(d, rank, scale)
-
-    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
-        """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        return self.kind.select(index, rank, in_features, dtype)
+        """`x A^T`, computed once for all layers that read the same `x`; `reader` is the layer that asks."""
+        project = partial(projected, matrices=self.impl)
+        return self._projection_cache.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
         """The dense matrix `A`."""
-        return self.kind.A(rank, in_features, dtype)
+        return self.impl.A(rank, in_features, dtype)
 
     def B(self, rank: int, out_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O R"]:
         """The dense matrix `B`."""
-        return self.kind.B(rank, out_features, dtype)
-
-    def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
-        """`G = A A^T`, summed in float64."""
-        return self.kind.gram(rank, in_features, dtype).clone()
+        return self.impl.B(rank, out_features, dtype)
 
     def fingerprint(self) -> str:
-        """A short hash of format version, distribution and a probe of the values; equal means equal matrices."""
+        """A short hash of format version, distribution and some values; equal hashes mean equal matrices."""
         head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
-        return hashlib.sha256(head + self.kind.probe().astype("<f4").tobytes()).hexdigest()[:16]
+        return hashlib.sha256(head + self.impl.fingerprint_values().astype("<f4").tobytes()).hexdigest()[:16]
 
-    def matrices(self) -> dict[str, Tensor]:
+    def saved_tensors(self) -> dict[str, Tensor]:
         """The stored values as they are written into files."""
-        return self.kind.saved()
+        return self.impl.saved_tensors()
 
-    def check_matrices(self, matrices: Mapping[str, Tensor]) -> None:
+    def check_saved_tensors(self, matrices: Mapping[str, Tensor]) -> None:
         """Compare matrices of a file, as of `matrices`, with those made from the seed.
 
         Raises:
             ValueError: a name or a value differs.
         """
         for name, saved in matrices.items():
-            made = self.kind.remade(name, saved) if saved.is_floating_point() else None
+            made = self.impl.remade(name, saved) if saved.is_floating_point() else None
             if made is None or not torch.equal(made, saved.to(made)):
                 raise ValueError(
                     f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
@@ -204,15 +188,15 @@ class SharedProjections(nn.Module):
 
 
 def projected(x: Float[Tensor, "*T I"], rank: int, matrices: Matrices) -> Float[Tensor, "*T R"]:
-    """`x A^T`, of which nothing is kept for the backward pass."""
-    if transforming() or not (x.requires_grad and recording()):
+    """`x A^T`; nothing is saved for the backward pass."""
+    if is_traced() or not (x.requires_grad and grad_recorded()):
         return matrices.project(x, rank)
     z: Tensor = _Projection.apply(x, rank, matrices)
     return z
 
 
 class _Projection(torch.autograd.Function):
-    """`x A^T`, which keeps nothing: any number of backward passes may go through the one that siblings share."""
+    """`x A^T`, which saves nothing, so any number of backward passes may go through a shared projection."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rank: int, kind: Matrices) -> Tensor:
@@ -228,16 +212,24 @@ class _Projection(torch.autograd.Function):
 
 def checked_distribution(distribution: str) -> str:
     """The distribution, if it is known."""
+    if distribution in _REMOVED:
+        raise ValueError(
+            f"distribution {distribution!r} was removed before version 0.1.0: take 'kaiming_uniform', which trains as "
+            "well, or 'structured', which is faster at high ranks. An adapter that was trained with it can only be "
+            "merged into its base, by the development version that made it"
+        )
     known = distribution in DISTRIBUTIONS or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
     if not known:
         raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
     return distribution
 
 
-def _matrices(seed: int, distribution: str) -> Matrices:
+def _matrices(seed: int, distribution: str, use_triton: bool) -> Matrices:
     if (sizes := vera_sizes(distribution)) is not None:
-        return VeraMatrices(seed, sizes)
-    return StructuredMatrices(seed) if distribution == "structured" else DenseMatrices(seed, distribution)
+        return VeraMatrices(seed, sizes, use_triton)
+    if distribution == "structured":
+        return StructuredMatrices(seed, use_triton)
+    return DenseMatrices(seed, use_triton=use_triton)
 
 
 def _checked_seed(seed: int) -> int:
@@ -246,3 +238,11 @@ def _checked_seed(seed: int) -> int:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in 0 .. 2**64 - 1, got {seed}")
     return seed
+
+
+def _checked_use_triton(use_triton: bool) -> bool:
+    if not isinstance(use_triton, bool):
+        raise TypeError(f"use_triton must be True or False, got {use_triton!r}")
+    if use_triton:
+        check_triton()
+    return use_triton

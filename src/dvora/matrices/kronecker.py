@@ -18,17 +18,16 @@ from torch.nn.functional import pad
 from ..ops.annotations import Float
 from ..ops.buffers import scratch
 from ..ops.dtypes import as_dtype, without_autocast
-from ..ops.tracing import recording, transforming
-from ..ops.triton.available import runs_triton
+from ..ops.tracing import grad_recorded, is_traced
 
 _VECTOR = 16
-"""Values that processors multiply at once: a narrower inner product costs as much as one of this width."""
+"""Width of a CPU's vector unit: a narrower inner product costs as much as one of this width."""
 
 _FEW_VALUES = 2**17
-"""Products of so few take fresh memory and fewer steps."""
+"""Up to this many values, products are made in one piece, in fresh memory."""
 
 _CHUNK_VALUES = 2**20
-"""Intermediate values held at a time on a processor, in memory that is used again."""
+"""Intermediate values held at a time on a CPU, in reused buffers."""
 
 
 class Kronecker(NamedTuple):
@@ -44,7 +43,7 @@ Stack = tuple[Kronecker, ...]
 
 
 def factors_of_size(size: int) -> tuple[int, int]:
-    """`n1 <= n2` with `n1 n2 = size`, as near to the square root as divisors are; a prime has n1 = 1."""
+    """`n1 <= n2` with `n1 n2 = size`, as close to the square root as divisors allow; for a prime n1 = 1."""
     n1 = next(divisor for divisor in range(isqrt(size), 0, -1) if size % divisor == 0)
     return n1, size // n1
 
@@ -60,7 +59,7 @@ def factors_of_rows(rows: int, n1: int, n2: int) -> tuple[int, int]:
 
 
 def block_rows(rows: int, size: int) -> list[int]:
-    """The rows of each matrix of a stack: at most `size`, as many as can be orthogonal."""
+    """The rows of each matrix of a stack: at most `size`, since no more can be orthogonal."""
     return [min(size, rows - start) for start in range(0, rows, size)]
 
 
@@ -74,23 +73,29 @@ def operations(rows: int, size: int) -> int:
     return total
 
 
-def narrow(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    """`x M^T`, in the dtype of `x`. Nothing of `x` is kept for the backward pass."""
-    if not (_in_chunks(x, stack) or fits_triton(x, stack)):
-        return _narrow_at_once(x, stack)
-    return _product(x, stack, widens=False)
+def apply_transpose(x: Float[Tensor, "*T N"], stack: Stack, use_triton: bool = False) -> Float[Tensor, "*T R"]:
+    """`x M^T`, in the dtype of `x`; nothing of `x` is saved for the backward pass.
+
+    Args:
+        x: tokens.
+        stack: M.
+        use_triton: run on CUDA in the Triton kernel, for the sizes and dtypes that it takes.
+    """
+    if not (_in_chunks(x, stack) or (use_triton and fits_triton(x, stack))):
+        return _apply_transpose_at_once(x, stack)
+    return _product(x, stack, transpose=True)
 
 
-def widen(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
-    """`z M`, in the dtype of `z`. Nothing of `z` is kept for the backward pass."""
-    if not (_in_chunks(z, stack) or fits_triton(z, stack)):
-        return _widen_at_once(z, stack)
-    return _product(z, stack, widens=True)
+def apply(z: Float[Tensor, "*T R"], stack: Stack, use_triton: bool = False) -> Float[Tensor, "*T N"]:
+    """`z M`, in the dtype of `z`; nothing of `z` is saved for the backward pass. Arguments as for `apply_transpose`."""
+    if not (_in_chunks(z, stack) or (use_triton and fits_triton(z, stack))):
+        return _apply_at_once(z, stack)
+    return _product(z, stack, transpose=False)
 
 
 def fits_triton(x: Tensor, stack: Stack) -> bool:
     """Whether the Triton kernel takes a product with the stack or with its transpose."""
-    if not runs_triton(x) or transforming():
+    if not x.is_cuda or is_traced():
         return False
     from ..ops.triton.kronecker import supports
 
@@ -107,8 +112,8 @@ def scaled(stack: Stack, scale: Float[Tensor, "N"]) -> Stack:
     return tuple(M._replace(diagonal=M.diagonal * scale) for M in stack)
 
 
-def part(stack: Stack, start: int, stop: int) -> Stack:
-    """The stack of columns `start` to `stop` of M: views, or a dense matrix where these split a block of n2 columns."""
+def column_slice(stack: Stack, start: int, stop: int) -> Stack:
+    """The stack of columns `start` to `stop` of M: views, or a dense matrix where they split a block of n2 columns."""
     n2 = stack[0].right.shape[1]
     if start % n2 == 0 and stop % n2 == 0:
         blocks = slice(start // n2, stop // n2)
@@ -133,31 +138,31 @@ def columns(stack: Stack, index: Tensor) -> Float[Tensor, "*T R"]:
     return torch.cat(found, -1)
 
 
-def _narrow_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    found = [_narrow_block(x, M) for M in stack]
+def _apply_transpose_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+    found = [_apply_transpose_block(x, M) for M in stack]
     z = found[0] if len(found) == 1 else torch.cat(found, -1)
     return as_dtype(z, x.dtype)
 
 
-def _narrow_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
+def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     inner = (x * diagonal).reshape(-1, n2) @ right.T
     tokens = inner.shape[0] // n1
-    # The product of two matrices takes less time to start than one of many.
+    # A plain product starts faster than a batched one.
     product = left @ inner if tokens == 1 else torch.bmm(left.expand(tokens, r1, n1), inner.view(tokens, n1, r2))
     product = product.view(*x.shape[:-1], r1 * r2)
     return product if rows == r1 * r2 else product[..., :rows]
 
 
-def _widen_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
-    blocks = [_widen_block(part, M) for part, M in zip(parts, stack, strict=True)]
+    blocks = [_apply_block(part, M) for part, M in zip(parts, stack, strict=True)]
     x = sum(blocks[1:], blocks[0])
     return as_dtype(x, z.dtype)
 
 
-def _widen_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
@@ -171,7 +176,7 @@ def _widen_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"
 
 
 def chunk_tokens(tokens: int, stack: Stack) -> int:
-    """Tokens that one chunk holds; all chunks are about as long."""
+    """Tokens in a chunk; all chunks are of about the same length."""
     (_, n1), (r2, n2) = stack[0].left.shape, stack[0].right.shape
     most = max(1, _CHUNK_VALUES // (n1 * (n2 + r2)))
     return max(1, ceil(tokens / max(1, ceil(tokens / most))))
@@ -183,51 +188,53 @@ def _in_chunks(x: Tensor, stack: Stack) -> bool:
     return x.numel() // x.shape[-1] * stack[0].diagonal.shape[0] > _FEW_VALUES
 
 
-def _product(x: Tensor, stack: Stack, widens: bool) -> Tensor:
-    # To call a function of autograd takes as long as a small product.
-    if transforming() or (x.requires_grad and recording()):
-        product: Tensor = _Product.apply(x, stack, widens)
+def _product(x: Tensor, stack: Stack, transpose: bool) -> Tensor:
+    # Calling an autograd function takes as long as a small product.
+    if is_traced() or (x.requires_grad and grad_recorded()):
+        product: Tensor = _Product.apply(x, stack, transpose)
         return product
-    return _Product.forward(x, stack, widens)
+    return _Product.forward(x, stack, transpose)
 
 
 class _Product(torch.autograd.Function):
-    """`narrow`, or `widen`, a few tokens at a time. The gradient of a linear map is its transpose: no token is kept."""
+    """`apply` or `apply_transpose`, by chunks of tokens; each is the gradient of the other, so no token is saved."""
 
     @staticmethod
-    def forward(x: Tensor, stack: Stack, widens: bool) -> Tensor:
+    def forward(x: Tensor, stack: Stack, transpose: bool) -> Tensor:
         if x.is_cuda:
-            return _widen_in_triton(x, stack) if widens else _narrow_in_triton(x, stack)
-        size = stack[0].diagonal.shape[0] if widens else sum(M.rows for M in stack)
+            return _apply_transpose_in_triton(x, stack) if transpose else _apply_in_triton(x, stack)
+        size = sum(M.rows for M in stack) if transpose else stack[0].diagonal.shape[0]
         out = x.new_empty(*x.shape[:-1], size)
         flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, size)
-        chunk, product = chunk_tokens(len(flat), stack), widen_chunk if widens else narrow_chunk
+        chunk, product = chunk_tokens(len(flat), stack), apply_transpose_chunk if transpose else apply_chunk
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
             product(part, stack, into)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Stack, bool], output: Tensor) -> None:
-        _, ctx.stack, ctx.widens = inputs
+        x, ctx.stack, ctx.transpose = inputs
+        # On CUDA this function is the kernel's only caller.
+        ctx.use_triton = x.is_cuda
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
-        return (narrow if ctx.widens else widen)(d, ctx.stack), None, None
+        return (apply if ctx.transpose else apply_transpose)(d, ctx.stack, ctx.use_triton), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return (widen if ctx.widens else narrow)(tangent, ctx.stack)
+        return (apply_transpose if ctx.transpose else apply)(tangent, ctx.stack, ctx.use_triton)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, Any, Any], x: Tensor, stack: Stack, widens: bool) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, Any, Any], x: Tensor, stack: Stack, transpose: bool) -> tuple[Tensor, int]:
         # A batch is more tokens, unless the stack itself holds a batch of scales.
         if any(dim is not None for M in in_dims[1] for dim in M):
-            return torch.vmap(_widen_at_once if widens else _narrow_at_once, in_dims[:2])(x, stack), 0
-        return (widen if widens else narrow)(x.movedim(in_dims[0], 0), stack), 0
+            return torch.vmap(_apply_transpose_at_once if transpose else _apply_at_once, in_dims[:2])(x, stack), 0
+        return (apply_transpose if transpose else apply)(x.movedim(in_dims[0], 0), stack, x.is_cuda), 0
 
 
-def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
+def apply_transpose_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R"]) -> None:
     """`into = x M^T` for a few tokens."""
     wide, inner = _scratch(len(x), stack)
     for (left, right, diagonal, rows), block in zip(stack, into.split([M.rows for M in stack], 1), strict=True):
@@ -241,10 +248,10 @@ def narrow_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Tensor, "t R
             block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
 
 
-def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
+def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
     """`into = z M` for a few tokens."""
     wide, inner = _scratch(len(z), stack)
-    # Half-precision results are summed in float32 and rounded once.
+    # Sum half-precision results in float32 and round once.
     total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
     for index, (M, block) in enumerate(zip(stack, z.split([M.rows for M in stack], 1), strict=True)):
         (r1, n1), (r2, n2), tokens = M.left.shape, M.right.shape, len(z)
@@ -262,7 +269,7 @@ def widen_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"
         into.copy_(total)
 
 
-def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
+def _apply_transpose_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
     from ..ops.triton.kronecker import kronecker
 
     flat = x.reshape(-1, x.shape[-1])
@@ -270,7 +277,7 @@ def _narrow_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "
     return torch.cat(found, 1).view(*x.shape[:-1], -1)
 
 
-def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def _apply_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     from ..ops.triton.kronecker import kronecker
 
     parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)
@@ -280,7 +287,7 @@ def _widen_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*
 
 
 def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:
-    """Room for one chunk on the wide side and between the two products."""
+    """Buffers for one chunk: on the wide side, and between the two products."""
     diagonal, (_, n1) = stack[0].diagonal, stack[0].left.shape
     widest = max(M.right.shape[0] for M in stack)
     wide = scratch("kronecker wide", (chunk, len(diagonal)), diagonal.dtype, diagonal.device)

@@ -1,8 +1,8 @@
 """Random values that are a pure function of (seed, stream, row, column), bit for bit the same on every machine.
 
-Counter-based (Philox 4x64), on NumPy's raw stream, which NumPy promises to keep stable. Only integer operations and
-single IEEE additions, multiplications, divisions and square roots follow, so no processor, thread count or library
-version can change a bit. Values of a longer row or a further row never change those already made.
+Counter-based (Philox 4x64), from NumPy's raw stream, which NumPy guarantees to be stable. What follows are integer
+operations and single IEEE additions, multiplications, divisions and square roots, so no CPU, thread count or library
+version changes a bit. Longer rows and further rows leave existing values as they are.
 """
 
 import math
@@ -22,32 +22,6 @@ def uniform_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.floa
     """`count` values, uniform on (-1, 1): odd multiples of 2**-24, so exact in float32 and symmetric about zero."""
     bits = (raw_row(seed, stream, row, count) >> np.uint64(40)).astype(np.int32)
     values: NDArray[np.float32] = (2 * bits + (1 - 2**24)).astype(np.float32) * np.float32(2.0**-24)
-    return values
-
-
-def gaussian_row(seed: int, stream: int, row: int, count: int) -> NDArray[np.float32]:
-    """`count` values, normal to within the sum of twelve uniforms (Irwin-Hall), of variance one.
-
-    A logarithm or a cosine would differ in the last bit between libraries; a sum of integers does not.
-    """
-    parts = raw_row(seed, stream, row, 3 * count).view(np.uint16).reshape(count, 12)
-    centred = parts.sum(axis=1, dtype=np.int32) - 6 * (2**16 - 1)
-    values: NDArray[np.float32] = centred.astype(np.float32) * np.float32(2.0**-16)
-    return values
-
-
-def orthogonal_rows(seed: int, stream: int, rows: int, columns: int) -> NDArray[np.float32]:
-    """Gaussian rows made orthogonal, each of norm sqrt(columns), (rows, columns); needs rows <= columns.
-
-    Modified Gram-Schmidt in float64 in a fixed order of operations: a library's QR is faster, but not bit-stable.
-    """
-    assert rows <= columns, (rows, columns)
-    basis = np.stack([gaussian_row(seed, stream, row, columns) for row in range(rows)]).astype(np.float64)
-    for index in range(rows):
-        basis[index] /= np.sqrt(_ordered_sum(basis[index] * basis[index]))
-        rest = basis[index + 1 :]
-        rest -= _ordered_sum(rest * basis[index])[:, None] * basis[index]
-    values: NDArray[np.float32] = (basis * np.sqrt(np.float64(columns))).astype(np.float32)
     return values
 
 
@@ -76,9 +50,9 @@ def cosine_rows(frequencies: NDArray[np.int64], size: int) -> NDArray[np.float64
 
 
 def _cosine(numerator: NDArray[np.int64], quarter: int) -> NDArray[np.float64]:
-    """cos(pi numerator / (2 quarter)), within 1e-15; the C library's cosine differs between machines.
+    """cos(pi numerator / (2 quarter)), within 1e-15, since the C library's cosine differs between machines.
 
-    Integers bring the angle into the first octant, where the Taylor polynomials end below the rounding.
+    Integer arithmetic reduces the angle to the first octant, where truncating the Taylor series is below rounding.
     """
     turn = numerator % (4 * quarter)
     half = np.minimum(turn, 4 * quarter - turn)
@@ -93,13 +67,3 @@ def _cosine(numerator: NDArray[np.int64], quarter: int) -> NDArray[np.float64]:
         sine = sine * square + (-1.0) ** order / math.factorial(2 * order + 1)
     values: NDArray[np.float64] = np.where(half > quarter, -1.0, 1.0) * np.where(use_sine, sine * angle, cosine)
     return values
-
-
-def _ordered_sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum over the last axis, half onto half: NumPy's own sum depends on the processor's vector width."""
-    while (width := terms.shape[-1]) > 1:
-        half = (width + 1) // 2
-        folded = terms[..., :half].copy()
-        folded[..., : width - half] += terms[..., half:]
-        terms = folded
-    return terms[..., 0]

@@ -1,11 +1,11 @@
-"""Span: which inputs or outputs of a weight one process holds, where tensor parallelism divides them."""
+"""Shard: which inputs or outputs of a weight one process holds under tensor parallelism."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Span(NamedTuple):
+class Shard(NamedTuple):
     """`start` to `stop` of `total` features."""
 
     start: int
@@ -13,5 +13,5 @@ class Span(NamedTuple):
     total: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The span's values along the last dimension; a view."""
+        """This process's values along the last dimension, as a view."""
         return tensor[..., self.start : self.stop]

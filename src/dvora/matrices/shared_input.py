@@ -1,10 +1,10 @@
-"""The projection of the inputs that sibling layers share: query, key and value read the same x, gate and up too.
+"""One projection for sibling layers, which read the same inputs: query, key and value, or gate and up.
 
-`z = x A^T` is made for the first of them and handed to the others, so autograd sums its gradient before the one product
-with A. What is kept belongs to one tensor in one state, one thread and one way of running; it is dropped with the
-tensor. PyTorch does not count writes through `x.data` or NumPy. So a layer that asks twice is in another pass, and gets
-a new projection; and on a CPU the values of inputs that are no part of a graph are compared with those that were
-projected, which costs less than the product that is saved.
+`z = x A^T` is computed for the first of them and reused by the others, so autograd sums its gradient before the one
+product with A. It is keyed on tensor, version, rank, grad mode, autocast and stream, with one cache a thread, and is
+dropped with the tensor. PyTorch does not count writes through `x.data` or NumPy. So a layer that asks twice is taken to
+be in another pass, and gets a new projection; and on the CPU, inputs outside a graph are compared by value with those
+that were projected, which costs less than the product.
 """
 
 import threading
@@ -14,26 +14,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 
 
-class LastProjection:
-    """The last projected tensor of each thread, weakly held, and its projection."""
+class ProjectionCache:
+    """The last projection of each thread, with a weak reference to its input."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     def of(self, x: Tensor, rank: int, reader: object, project: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """`project(x, rank)`, or what it gave to another reader of the same tensor a moment ago.
+        """`project(x, rank)`, or its last result if another reader projected the same tensor.
 
         Args:
             x: inputs.
             rank: number of rows of A.
-            reader: the layer that asks.
+            reader: the calling layer.
             project: the product with A^T.
         """
-        # PyTorch does not count the changes of inference tensors, and a graph being made keeps nothing.
-        if transforming() or x.is_inference():
+        # Inference tensors have no version: always stale. A traced graph must not depend on a cache.
+        if is_traced() or x.is_inference():
             return project(x, rank)
         context = _context(x, rank)
         last: _Entry | None = getattr(self._local, "entry", None)
@@ -41,20 +41,20 @@ class LastProjection:
             z = last.handed_to(reader, x)
             if z is not None:
                 return z
-        # Before it is projected: another thread may write to it meanwhile.
+        # Before projecting, since another thread may write to x meanwhile.
         values = x.detach().clone() if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) else None
         z = project(x, rank)
         self._local.entry = _Entry(x, values, context, z, reader)
         return z
 
-    def __reduce__(self) -> tuple[type["LastProjection"], tuple[()]]:
-        return LastProjection, ()
+    def __reduce__(self) -> tuple[type["ProjectionCache"], tuple[()]]:
+        return ProjectionCache, ()
 
 
 def _context(x: Tensor, rank: int) -> tuple[object, ...]:
-    """Everything but the values of x on which its projection, or the use of it, depends."""
+    """Everything other than the values of x that its projection, or its use, depends on."""
     device, recorded = x.device.type, torch.is_grad_enabled()
-    # `detach_` changes nothing but the node that made x.
+    # `detach_` changes only the node that made x.
     graph = (x.requires_grad, x.grad_fn, _hook()) if recorded else None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     stream = _stream(x) if x.is_cuda else None
@@ -63,17 +63,17 @@ def _context(x: Tensor, rank: int) -> tuple[object, ...]:
 
 
 def _hook() -> "_Hook | None":
-    """What is done with tensors that are saved for the backward pass.
+    """The current hook on saved tensors.
 
-    Checkpointing runs a part of the model twice, and both runs must save the same tensors: neither may take what was
-    projected outside it.
+    Checkpointing runs a part of the model twice, and both runs must save the same tensors, so neither may reuse a
+    projection from outside.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else _Hook(hooks[0])
 
 
 class _Hook:
-    """A hook, held weakly because it holds what it saved; one that cannot be is like no other."""
+    """A weak reference to a hook, which holds what it saved; without weak references, hooks never compare equal."""
 
     def __init__(self, hook: object) -> None:
         try:
@@ -90,26 +90,26 @@ class _Hook:
 
 
 class _Entry:
-    """A projection and the tensor that it is of; the projection goes when the tensor does."""
+    """A projection and its input; the projection is freed with the input."""
 
     def __init__(
         self, x: Tensor, values: Tensor | None, context: tuple[object, ...], z: Tensor, reader: object
     ) -> None:
         self.context, self.values = context, values
-        # The graph of z holds a leaf that wants a gradient, so z must not be what keeps that alive.
+        # The graph of z holds a leaf that requires a gradient, so the cache must not keep z alive.
         self.z: Callable[[], Tensor | None] = weakref.ref(z) if x.is_leaf and x.requires_grad else lambda: z
         self.readers = {id(reader)}
         entry = weakref.ref(self)
 
         def forget(_: object) -> None:
             if (kept := entry()) is not None:
-                # The context holds the node that made x, and that the whole graph.
+                # The context holds the node that made x, which holds the whole graph.
                 kept.z, kept.context, kept.values = lambda: None, (), None
 
         self.reference = weakref.ref(x, forget)
 
     def handed_to(self, reader: object, x: Tensor) -> Tensor | None:
-        """The projection, for a reader that has not had it yet, of inputs that are what they were."""
+        """The projection, for a reader that has not had it yet, if the inputs are unchanged."""
         if id(reader) in self.readers or not (self.values is None or torch.equal(self.values, x)):
             return None
         self.readers.add(id(reader))
@@ -117,5 +117,5 @@ class _Entry:
 
 
 def _stream(x: Tensor) -> tuple[int, bool]:
-    """The stream that x is used on, and whether its work is being captured."""
+    """The current stream of x's device, and whether it is being captured."""
     return torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()

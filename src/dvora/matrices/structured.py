@@ -6,10 +6,10 @@ Dimensions: I in, O out, R rank; I = n1 n2 and O = m1 m2.
     B (O, R) = s D' (E1 (x) E2)^T               the same over the outputs, s = sqrt(2 O / R)
 
 Both are cut to R rows or columns and have the entry variance of Kaiming uniform, 2 / fan_in. A rank above a size stacks
-independent blocks of at most that size. The rows of A are orthogonal up to there, so `A A^T = 2`, and the squares of
-B are a Kronecker product without signs: the norms of the rows of `B diag(lambda_d) A` cost next to nothing.
+independent blocks of at most that size. Up to that rank the rows of A are orthogonal (`A A^T = 2`) and the squares of B
+are a Kronecker product without signs, so the row norms of `B diag(lambda_d) A` take two small products.
 
-A size that is prime has no factors but one: its transform is the dense cosine matrix, 2 size rank operations a token.
+A prime size has no other factors: its transform is the dense cosine matrix, with 2 size rank operations a token.
 """
 
 import copy
@@ -23,16 +23,15 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, norm_dtype
-from ..ops.tracing import transforming
-from ..ops.triton.available import runs_triton
+from ..ops.tracing import is_traced
 from . import kronecker, philox, structured_norms
-from .kronecker import Kronecker, Stack, narrow, widen
-from .shard import Span
+from .kronecker import Kronecker, Stack, apply, apply_transpose
+from .shard import Shard
 
 Side = Literal["A", "B"]
 
 _FIRST_STREAM: dict[Side, int] = {"A": 2**34, "B": 2**34 + 1}
-"""Block k of a matrix draws from the stream 2 k later; its rows are the signs and the orders of both factors."""
+"""Block k of a matrix draws from this stream plus 2 k; its rows are the signs and the orders of both factors."""
 
 _SIGNS, _LEFT, _RIGHT = 0, 1, 2
 
@@ -43,29 +42,31 @@ _Key = tuple[Side, int, int, torch.dtype]
 class StructuredMatrices(nn.Module):
     """The structured `A` and `B` of one seed, for every layer size and rank, made on demand.
 
-    A few small buffers for each size and rank, outside the state dict: they follow device moves, ignore casts and are
-    made again from the seed when the module leaves the meta device.
+    They are a few small buffers for each size and rank, outside the state dict: buffers follow device moves, ignore
+    casts and are made again from the seed when the module leaves the meta device.
 
     Args:
         seed: names the matrices, 0 <= seed < 2**64.
+        use_triton: whether CUDA tensors are transformed and combined by the Triton kernels.
     """
 
     products_are_cheap = True
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, use_triton: bool = False) -> None:
         super().__init__()
         self.seed = seed
+        self.use_triton = use_triton
         self._stacks: dict[_Key, Stack] = {}
         self._copies: dict[tuple[_Key, torch.device], Stack] = {}
         self._made: dict[_Key, list[tuple[tuple[str, str, str], int]]] = {}
-        self._spans: dict[Side, Span | None] = {}
+        self._shards: dict[Side, Shard | None] = {}
 
-    def of_part(self, inputs: Span | None, outputs: Span | None) -> "StructuredMatrices":
-        """The columns of A and the rows of B of one process: parts of the same values, for sizes of its part."""
-        # A shallow copy has the very buffers, those made later too.
-        part = copy.copy(self)
-        part._spans = {"A": inputs, "B": outputs}
-        return part
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "StructuredMatrices":
+        """The columns of A and the rows of B of one process; sizes are then those of its shard."""
+        # A shallow copy shares the buffers, those made later too.
+        shard = copy.copy(self)
+        shard._shards = {"A": inputs, "B": outputs}
+        return shard
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
@@ -74,11 +75,11 @@ class StructuredMatrices(nn.Module):
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
         """`x A^T`, in the dtype of `x`."""
-        return narrow(x, self._stack_for(x, "A", rank, x.shape[-1]))
+        return apply_transpose(x, self._stack_for(x, "A", rank, x.shape[-1]), self.use_triton)
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return widen(h, self._stack_for(h, "A", h.shape[-1], in_features))
+        return apply(h, self._stack_for(h, "A", h.shape[-1], in_features), self.use_triton)
 
     def expand(
         self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
@@ -86,10 +87,10 @@ class StructuredMatrices(nn.Module):
         """`(z B^T) * scale`, in the dtype of `z`."""
         stack = self._stack_for(z, "B", z.shape[-1], out_features)
         if scale is None:
-            return widen(z, stack)
+            return apply(z, stack, self.use_triton)
         if torch.is_grad_enabled() or z.numel() == z.shape[-1]:
-            return as_dtype(widen(z, stack) * scale, z.dtype)
-        return widen(z, kronecker.scaled(stack, scale))
+            return as_dtype(apply(z, stack, self.use_triton) * scale, z.dtype)
+        return apply(z, kronecker.scaled(stack, scale), self.use_triton)
 
     def expand_transpose(
         self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
@@ -97,10 +98,10 @@ class StructuredMatrices(nn.Module):
         """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
         stack = self._stack_for(d, "B", rank, d.shape[-1])
         if scale is None:
-            return narrow(d, stack)
+            return apply_transpose(d, stack, self.use_triton)
         if torch.is_grad_enabled():
-            return narrow(d * scale, stack).to(d.dtype)
-        return narrow(d, kronecker.scaled(stack, scale))
+            return apply_transpose(d * scale, stack, self.use_triton).to(d.dtype)
+        return apply_transpose(d, kronecker.scaled(stack, scale), self.use_triton)
 
     def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
         """`sum_t d[t] * (z[t] B^T)`, in float32 or float64."""
@@ -136,8 +137,8 @@ class StructuredMatrices(nn.Module):
         pair = self._pair(lambda_d, len(lambda_d), in_features, len(v))
         return structured_norms.row_squares_gradient(v, lambda_d, *pair)
 
-    def kept_slopes(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
-        """None: q costs little, and its derivatives would be as large as B."""
+    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
+        """None: q is cheap, and its derivative would be as large as B."""
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
         """`cross`, the products of the rows of W with those of `B diag(lambda_d) A`."""
@@ -151,18 +152,18 @@ class StructuredMatrices(nn.Module):
         out_features, in_features = weight.shape
         return structured_norms.row_dots_gradient(weight, v, *self._pair(v, rank, in_features, out_features))
 
-    def probe(self) -> np.ndarray:
-        """A few values that tell seeds and formats apart, float32."""
+    def fingerprint_values(self) -> np.ndarray:
+        """Values that differ between seeds and formats, float32."""
         sides: tuple[Side, Side] = ("A", "B")
         blocks = [block for side in sides for block in _blocks(self.seed, side, 40, 35)]
         return np.concatenate([part.ravel() for block in blocks for part in block]).astype(np.float32)
 
-    def saved(self) -> dict[str, Tensor]:
-        """What files have to hold of the matrices: nothing."""
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What files hold of the matrices: nothing."""
         return {}
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """What a matrix of a file should be: none is ever written."""
+        """None: files hold no such tensors."""
         return None
 
     def extra_repr(self) -> str:
@@ -173,17 +174,17 @@ class StructuredMatrices(nn.Module):
         return self._stack("A", rank, in_features, dtype, device), self._stack("B", rank, out_features, dtype, device)
 
     def _stack_for(self, x: Tensor, side: Side, rank: int, size: int) -> Stack:
-        # A processor multiplies small matrices of float32 faster than of half precision, and rounds once; the kernels
-        # take float32 too.
-        wide = x.is_cpu or runs_triton(x)
+        # A CPU multiplies small matrices faster in float32 than in half precision, and rounds once; the Triton kernel
+        # takes float32 too.
+        wide = x.is_cpu or (x.is_cuda and self.use_triton)
         dtype = norm_dtype(x.dtype) if wide else x.dtype
         return self._stack(side, rank, size, dtype, x.device)
 
     def _stack(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
-        span = self._spans.get(side)
-        if span is None:
+        shard = self._shards.get(side)
+        if shard is None:
             return self._whole(side, rank, size, dtype, device)
-        return kronecker.part(self._whole(side, rank, span.total, dtype, device), span.start, span.stop)
+        return kronecker.column_slice(self._whole(side, rank, shard.total, dtype, device), shard.start, shard.stop)
 
     def _whole(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
         key = (side, rank, size, dtype)
@@ -203,8 +204,8 @@ class StructuredMatrices(nn.Module):
                 there = tuple(
                     Kronecker(M.left.to(device), M.right.to(device), M.diagonal.to(device), M.rows) for M in stack
                 )
-            # A graph that is being made holds copies of its own.
-            if not transforming():
+            # A graph being traced holds its own copies.
+            if not is_traced():
                 self._copies[key, device] = there
         return there
 
@@ -216,7 +217,7 @@ class StructuredMatrices(nn.Module):
         return Kronecker(left, right, diagonal, rows)
 
     def _cast(self, key: _Key, device: torch.device | None) -> Stack:
-        """The matrices in a dtype of which there are no buffers: a graph cannot make new ones."""
+        """The matrices cast to a dtype that has no buffers yet: a traced graph cannot register any."""
         side, rank, size, dtype = key
         known = [made[3] for made in self._made if made[:3] == key[:3]]
         stack = self._whole(side, rank, size, max(known, key=lambda found: found.itemsize), device)
@@ -237,8 +238,8 @@ class StructuredMatrices(nn.Module):
         self._made[key] = made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StructuredMatrices":
-        # Only the device is taken from `fn`, asked with an empty tensor: casts would round the matrices, and
-        # `to_empty` would leave them undefined.
+        # Follow only the device of `fn`, found with an empty tensor: a cast would round the matrices, and `to_empty`
+        # would leave them undefined.
         for key, blocks in list(self._made.items()):
             stack = self._whole(*key)
             device = fn(stack[0].left.new_empty(0)).device
@@ -257,7 +258,7 @@ class StructuredMatrices(nn.Module):
 
 
 def _blocks(seed: int, side: Side, rank: int, size: int) -> list[tuple[_Array, _Array, _Array]]:
-    """Left factor, right factor and signs of each block of a matrix, in float64; the left one holds the scale."""
+    """Left factor, right factor and signs of each block of a matrix, in float64; the left factor includes the scale."""
     n1, n2 = kronecker.factors_of_size(size)
     scale = np.sqrt(2.0 if side == "A" else 2.0 * size / rank)
     blocks = []

@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 
 from ..ops.annotations import Float
 from ..ops.buffers import out, scratch
-from ..ops.sums import sum_of_products
+from ..ops.chunked import sum_of_products
 from . import kronecker
-from .kronecker import Kronecker, Stack, narrow, widen
+from .kronecker import Kronecker, Stack, apply, apply_transpose
 
 _CHUNK_VALUES = 2**20
 """Values of V at a time."""
@@ -30,12 +30,12 @@ _CHUNK_VALUES = 2**20
 def row_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], Bt: Stack) -> Float[Tensor, "O"]:
     """`sum_t d[t] * (z[t] B^T)`, in the dtype of the stack."""
     if torch.is_grad_enabled():
-        return sum_of_products(d, widen(z.to(Bt[0].left.dtype), Bt))
+        return sum_of_products(d, apply(z.to(Bt[0].left.dtype), Bt))
     chunk, dtype = kronecker.chunk_tokens(len(d), Bt), Bt[0].left.dtype
     total = torch.zeros(d.shape[1], dtype=dtype, device=d.device)
     for d_part, z_part in zip(d.split(chunk), z.split(chunk), strict=True):
         outputs = scratch("row products", d_part.shape, dtype, d.device)
-        kronecker.widen_chunk(z_part, Bt, outputs)
+        kronecker.apply_chunk(z_part, Bt, outputs)
         total = total + sum_of_products(d_part, outputs)
     return total
 
@@ -44,7 +44,7 @@ def row_squares(lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tens
     """Squared norms of the rows of `B diag(lambda_d) A`."""
     if len(A) == 1:
         # The rows of A are orthogonal, of squared norm two, and the squares of a Kronecker product are one.
-        return 2 * widen(lambda_d.square(), _squared(Bt))
+        return 2 * apply(lambda_d.square(), _squared(Bt))
     A, Bt = _aligned(A, Bt)
     rows = [_update_rows(group, lambda_d, A, Bt) for group in _groups(A, Bt)]
     return torch.cat([part.square().sum(-1).flatten() for part in rows])
@@ -55,7 +55,7 @@ def row_squares_gradient(
 ) -> Float[Tensor, "R"]:
     """Gradient of `(v * row_squares).sum()` with respect to lambda_d."""
     if len(A) == 1:
-        return 4 * lambda_d * narrow(v, _squared(Bt))
+        return 4 * lambda_d * apply_transpose(v, _squared(Bt))
     A, Bt = _aligned(A, Bt)
     total = torch.zeros_like(lambda_d)
     for group in _groups(A, Bt):
@@ -70,7 +70,7 @@ def row_dots(weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], A: Stac
     for group in _groups(A, Bt):
         rows = _by_j1(weight, Bt)[group].to(lambda_d.dtype)
         if not _few_vectors(A, Bt):
-            found.append((narrow(rows.flatten(0, 1), A) * _rows_of_B(group, Bt)) @ lambda_d)
+            found.append((apply_transpose(rows.flatten(0, 1), A) * _rows_of_B(group, Bt)) @ lambda_d)
             continue
         parts = []
         for M, start in _starts(Bt):
@@ -92,7 +92,7 @@ def row_dots_gradient(weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], A: St
 def _update_rows(group: slice, lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tensor, "c m2 I"]:
     """The rows of `B diag(lambda_d) A` for some j1."""
     if not _few_vectors(A, Bt):
-        return _by_j1(widen(_rows_of_B(group, Bt) * lambda_d, A), Bt)
+        return _by_j1(apply(_rows_of_B(group, Bt) * lambda_d, A), Bt)
     parts = []
     for M, start in _starts(Bt):
         V = _mixed(M.left.T[group], _grid(lambda_d, M, start), A, M, start)
@@ -106,7 +106,7 @@ def _rank_sums(
     """For every k the sum over some rows j of `v[j] B[j, k] (A[k] . rows[j])`."""
     if not _few_vectors(A, Bt):
         scaled = (_by_j1(v, Bt)[group][:, :, None] * rows).flatten(0, 1)
-        return (narrow(scaled, A) * _rows_of_B(group, Bt)).sum(0)
+        return (apply_transpose(scaled, A) * _rows_of_B(group, Bt)).sum(0)
     found = []
     for M, start in _starts(Bt):
         scaled = _by_j1(v * M.diagonal, Bt)[group][:, None, :] * M.right
@@ -123,7 +123,7 @@ def _mixed(
         # The rank vector of V[j1, k2] has values at that k2 only.
         vectors = torch.diag_embed(left[:, :, None] * grid).movedim(3, 1).flatten(2).flatten(0, 1)[:, : M.rows]
         rank = sum(other.rows for other in A)
-        return widen(pad(vectors, (start, rank - start - M.rows)), A).view(len(left), grid.shape[1], -1)
+        return apply(pad(vectors, (start, rank - start - M.rows)), A).view(len(left), grid.shape[1], -1)
     t, q, h, e = _common_grid(block, M)
     C1, C2 = _common_factors(block, M)
     mixing = _padded(left, 1, t * h)[:, :, None] * _padded(grid, 0, t * h)
@@ -142,7 +142,7 @@ def _unmixed(
     """The transpose of `_mixed` in its grid."""
     (c, p1), p2 = left.shape, M.right.shape[0]
     if (block := _matching(A, M, start)) is None:
-        products = narrow(Y.flatten(0, 1), A)[:, start : start + M.rows]
+        products = apply_transpose(Y.flatten(0, 1), A)[:, start : start + M.rows]
         grid = pad(products, (0, p1 * p2 - M.rows)).view(c, p2, p1, p2).diagonal(dim1=1, dim2=3)
         return (grid * left[:, :, None]).sum(0)
     t, q, h, e = _common_grid(block, M)
@@ -155,7 +155,7 @@ def _unmixed(
 
 
 def _aligned(A: Stack, Bt: Stack) -> tuple[Stack, Stack]:
-    """Both stacks cut where either has a block's end, as far as whole rows of a left factor allow."""
+    """Both stacks, cut wherever a block of either ends, where that is a whole row of a left factor."""
     ends = [{start + M.rows for M, start in _starts(stack)} for stack in (A, Bt)]
     return _cut(A, ends[1]), _cut(Bt, ends[0])
 
@@ -172,7 +172,7 @@ def _cut(stack: Stack, ends: set[int]) -> Stack:
 
 
 def _matching(A: Stack, M: Kronecker, start: int) -> Kronecker | None:
-    """The block of A with the same ranks as M, if one of r2 and p2 divides the other: V is then outer products."""
+    """The block of A with the ranks of M, if one of r2 and p2 divides the other: V is then made of outer products."""
     for block, first in _starts(A):
         narrower, wider = sorted((block.right.shape[0], M.right.shape[0]))
         if (first, block.rows) == (start, M.rows) and wider % narrower == 0:
@@ -218,12 +218,12 @@ def _rows_of_B(group: slice, Bt: Stack) -> Float[Tensor, "J R"]:
 
 
 def _few_vectors(A: Stack, Bt: Stack) -> bool:
-    """Whether V, where it is no outer product, takes fewer vectors than there are outputs."""
+    """Whether V, where it is not made of outer products, needs fewer vectors than there are outputs."""
     return sum(M.right.shape[0] for M, start in _starts(Bt) if not _matching(A, M, start)) < Bt[0].right.shape[1]
 
 
 def _groups(A: Stack, Bt: Stack) -> list[slice]:
-    """Slices of j1, so that V is small."""
+    """Slices of j1 for which V fits `_CHUNK_VALUES`."""
     m1, p2 = Bt[0].left.shape[1], max(M.right.shape[0] for M in Bt)
     size = max(1, _CHUNK_VALUES // (p2 * A[0].diagonal.shape[0]))
     return [slice(first, first + size) for first in range(0, m1, size)]

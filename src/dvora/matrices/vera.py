@@ -1,8 +1,8 @@
-"""A dense kind with the very values that PEFT's VeRA draws, for adapters that were trained with it.
+"""The exact matrices that PEFT's VeRA draws, for adapters converted from it.
 
-PEFT draws both matrices from torch's generator, in the sizes of the largest layer, and cuts other layers' out of them
-without another scale. So the sizes belong to the name of the values, and whether a machine draws the same bits is for
-the fingerprint to say: it is a hash of all of them.
+PEFT draws both matrices from torch's generator, in the sizes of the largest layer, and slices them for other layers
+without another scale. So the sizes are part of the distribution's name. Torch does not promise the same bits on every
+machine, so the fingerprint hashes all values.
 
 Dimensions: I in, O out, R rank, each of the largest layer.
 """
@@ -22,9 +22,8 @@ from .dense import DenseMatrices
 
 _NAME = re.compile(r"peft_vera\(r=([1-9]\d{0,4}), in=([1-9]\d{0,7}), out=([1-9]\d{0,7})\)")
 
-
 MAX_VALUES = 2**28
-"""Of both matrices: a damaged setting must not draw without end."""
+"""Of both matrices, so that a damaged setting cannot draw without end."""
 
 
 class VeraSizes(NamedTuple):
@@ -36,12 +35,12 @@ class VeraSizes(NamedTuple):
 
     @property
     def distribution(self) -> str:
-        """The name of the kind, as configurations have it."""
+        """The name that configurations use."""
         return f"peft_vera(r={self.rank}, in={self.in_features}, out={self.out_features})"
 
 
 def vera_sizes(distribution: str) -> VeraSizes | None:
-    """The sizes in the name of a distribution; None where it is another kind, or larger than any use."""
+    """The sizes in the name of a distribution; None for any other distribution, and above `MAX_VALUES`."""
     if (found := _NAME.fullmatch(distribution)) is None:
         return None
     sizes = VeraSizes(*map(int, found.groups()))
@@ -60,15 +59,16 @@ class VeraMatrices(DenseMatrices):
 
     Args:
         seed: its `projection_prng_key`.
-        sizes: of the matrices as drawn, the largest that a layer can have here.
+        sizes: of the matrices as drawn, and so the largest that a layer can have.
+        use_triton: as for `DenseMatrices`.
     """
 
-    def __init__(self, seed: int, sizes: VeraSizes) -> None:
-        super().__init__(seed, sizes.distribution, partial(_drawn_values, seed, sizes))
+    def __init__(self, seed: int, sizes: VeraSizes, use_triton: bool = False) -> None:
+        super().__init__(seed, partial(_drawn_values, seed, sizes), use_triton)
         self.sizes = sizes
 
-    def probe(self) -> np.ndarray:
-        """A hash of all values: whether this machine draws the same ones cannot be seen from a few."""
+    def fingerprint_values(self) -> np.ndarray:
+        """A hash of all values: a few would not show whether this machine draws the same ones."""
         return np.frombuffer(_digest(self.seed, self.sizes), dtype=np.uint8)
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
@@ -77,14 +77,14 @@ class VeraMatrices(DenseMatrices):
         return torch.from_numpy(_drawn_values(self.seed, self.sizes, int(stream))) if stream in ("0", "1") else None
 
     def _scale(self, fan_in: int) -> float:
-        return 1.0  # the values are scaled when they are drawn
+        return 1.0  # drawn with their scale
 
     def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
         largest = self.sizes[1 + stream]
         if rank > self.sizes.rank or size > largest:
             raise ValueError(
-                f"projection_init={self.distribution!r} has matrices of rank {self.sizes.rank} for at most {largest} "
-                f"{('inputs', 'outputs')[stream]}; this layer needs rank {rank} and {size}"
+                f"projection_init={self.sizes.distribution!r} has matrices of rank {self.sizes.rank} for at most "
+                f"{largest} {('inputs', 'outputs')[stream]}; this layer needs rank {rank} and {size}"
             )
         return super()._whole(stream, self.sizes.rank, largest, device)[:rank, :size]
 
@@ -96,7 +96,7 @@ def _drawn_values(seed: int, sizes: VeraSizes, stream: int, *_: int) -> np.ndarr
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    # The bound in the steps that PEFT takes: another order would round to other bits.
+    # In PEFT's order of operations: another would round to other bits.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
@@ -105,6 +105,6 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def _digest(seed: int, sizes: VeraSizes) -> bytes:
     digest = hashlib.sha256()
     for matrix in drawn(seed, sizes):
-        # Of the bytes themselves on the usual machines: a copy would double the memory.
+        # Without a copy on little-endian machines: it would double the memory.
         digest.update(matrix.numpy().astype("<f4", copy=False).ravel().data)
     return digest.digest()

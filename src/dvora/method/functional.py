@@ -5,13 +5,18 @@
     n  = ||V'||_row,   g = m / n,   W' = diag(g) V'
     y  = x W'^T + bias
 
-W, A and B are frozen, so the norm needs no dense update:
+W, A and B are frozen, so the norm is computed without forming the update:
 
     C     = B * (W A^T),  G = A A^T                        constants
     cross = C lambda_d,   q = rowsum((U G) * U),  U = B diag(lambda_d)
     n**2  = w**2 + 2 beta cross + beta**2 q
 
-PyTorch differentiates these functions; `kernels` has the same ones with gradients in closed form.
+How an update changes a norm is computed relative to k = max(w, |beta|), since an update may be far larger than its row,
+and its square too large for the dtype:
+
+    u = w / k,   b = beta / k,   h = n / k,   h**2 = u**2 + change,   change = 2 b cross / k + b**2 q
+
+PyTorch differentiates these functions; `gain` and `combine` have the same ones with closed-form gradients.
 
 Dimensions: T tokens, I in, O out, R rank. lambda_b, lambda_d and their sizes are those of the VeRA paper
 (arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
@@ -25,7 +30,7 @@ from torch import Tensor
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, norm_dtype
-from .row_change import RowChange, indices_if_any, measured_ratio, nearly_cancelled, row_change
+from ..ops.tracing import is_traced
 
 Direction = Literal["unit", "weight"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
@@ -39,25 +44,25 @@ class Vectors(NamedTuple):
     lambda_d: Float[Tensor, "R"]
 
     def to(self, dtype: torch.dtype) -> "Vectors":
-        """The vectors in another dtype: themselves where it is theirs."""
+        """The vectors in another dtype; unchanged where they have it already."""
         return Vectors(*(as_dtype(vector, dtype) for vector in self))
 
 
 class RowFactors(NamedTuple):
-    """What the rows of one adapted weight are rescaled with."""
+    """How the rows of one adapted weight are rescaled."""
 
     gain_minus_one: Float[Tensor, "O"]
-    """`g - 1 = m / n - 1` without cancellation: exactly zero where nothing was trained."""
+    """`g - 1 = m / n - 1`, computed without cancellation: exactly zero where nothing was trained."""
     scale: Float[Tensor, "O"]
     """`g beta`, of the low-rank product."""
     gain: Float[Tensor, "O"]
-    """`g` with its digits also where it is far below one; its gradient goes through `gain_minus_one`."""
+    """`g`, also precise where it is far below one; a constant, since gradients go through `gain_minus_one`."""
     beta: Float[Tensor, "O"]
-    """That of the update itself."""
+    """The scale of the update before the gain."""
 
 
 FAR = 1e12
-"""Vectors with larger values may give factors that are not finite; others do not."""
+"""Vectors with larger values may give factors that are not finite."""
 
 
 def are_finite(factors: RowFactors) -> bool:
@@ -67,7 +72,7 @@ def are_finite(factors: RowFactors) -> bool:
 
 @runtime_checkable
 class NormTerms(Protocol):
-    """What the norm needs to know of one frozen weight."""
+    """The constants of one frozen weight from which its adapted norm is computed."""
 
     @property
     def w(self) -> Float[Tensor, "O"]:
@@ -79,7 +84,7 @@ class NormTerms(Protocol):
     def updated_rows(
         self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
     ) -> Float[Tensor, "N I"] | None:
-        """Rows of V' by index, dense, in float64; None where the weight is not at hand."""
+        """Rows of V' by index, dense, in float64; None where the weight is not in memory."""
 
 
 class DenseTerms(NamedTuple):
@@ -124,8 +129,70 @@ def row_scale(
     return scaling * w * lambda_b if direction == "unit" else scaling * lambda_b
 
 
+NEAR_CANCELLATION = 0.1
+"""Below this share of its squared norm a row's norm is computed from the dense row: the terms have cancelled."""
+
+
+class RowChange(NamedTuple):
+    """The norms of updated rows; for zero rows, as without an update."""
+
+    k: Float[Tensor, "O"]
+    """A constant: no result depends on the unit, so no gradient does."""
+    u: Float[Tensor, "O"]
+    """One for updates smaller than their rows."""
+    b: Float[Tensor, "O"]
+    change: Float[Tensor, "O"]
+    """`h**2 - u**2`, precise for small updates too."""
+    h: Float[Tensor, "O"]
+
+    @property
+    def ratio(self) -> Float[Tensor, "O"]:
+        """`n / w`."""
+        return self.h / self.u
+
+    def measured(self, rows: Tensor, ratio: Float[Tensor, "N"]) -> "RowChange":
+        """With `n / w` of some rows, by index, replaced."""
+        u = self.u[rows]
+        h = (ratio * u).to(u.dtype)
+        change = self.change.index_copy(0, rows, (h - u) * (h + u))
+        return self._replace(change=change, h=self.h.index_copy(0, rows, h))
+
+
+def row_change(
+    w: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"], beta: Float[Tensor, "O"]
+) -> RowChange:
+    """The norms of updated rows from the terms of the norm."""
+    live = w > 0
+    w, beta = torch.where(live, w, 1.0), torch.where(live, beta, 0.0)
+    k = torch.maximum(w, beta.abs()).detach()
+    u, b = w / k, beta / k
+    u2 = u.square()
+    # Rounding can make a squared norm negative; the floor keeps the gain of a vanishing row finite.
+    change = torch.maximum(2 * b * (cross / k) + b.square() * q, -u2)
+    floor = torch.finfo(w.dtype).eps ** 2 * u2 + torch.finfo(w.dtype).tiny
+    return RowChange(k, u, b, change, torch.maximum(u2 + change, floor).sqrt())
+
+
+def nearly_cancelled(change: RowChange) -> Tensor:
+    """Which rows the update nearly cancels."""
+    return change.h.square() < NEAR_CANCELLATION * change.u.square()
+
+
+def indices_if_any(mask: Tensor) -> Tensor | None:
+    """Indices of the marked rows; None without any, while tracing, and on devices that would have to synchronise."""
+    if is_traced() or mask.device.type != "cpu" or not mask.any():
+        return None
+    return mask.nonzero()[:, 0]
+
+
+def measured_ratio(updated: Float[Tensor, "N I"], w: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """`n / w` of a few rows from V' itself, in its dtype; at least the epsilon of w's."""
+    ratio: Tensor = torch.linalg.vector_norm(updated, dim=1) / w
+    return ratio.clamp_min(torch.finfo(w.dtype).eps)
+
+
 def relative_norm(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> RowChange:
-    """How the update changes the row norms, from vectors alone; zero rows of W stay as they are."""
+    """How the update changes the row norms, from vectors alone; zero rows of W keep their norm."""
     change = row_change(norm.w, *norm.terms(lambda_d), beta)
     near = indices_if_any(nearly_cancelled(change))
     updated = None if near is None else norm.updated_rows(near, beta[near], lambda_d)
@@ -137,13 +204,13 @@ def relative_norm(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Ten
 def row_angle(norm: NormTerms, lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
     """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
     (cross, q), w2 = norm.terms(lambda_d), norm.w.square()
-    # atan2 of the parts across and along the row: arccos would lose half the digits of a small angle.
+    # atan2 of the components across and along the row: arccos would lose half the digits of a small angle.
     across = beta.abs() * (q * w2 - cross.square()).clamp_min(0).sqrt()
     return torch.where(norm.w > 0, torch.atan2(across, w2 + beta * cross), 0.0)
 
 
 def row_factors(vectors: Vectors, norm: NormTerms, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:
-    """What the rows are rescaled with, from the vectors and the norm.
+    """The factors of the rows, from the vectors and the norm.
 
     Args:
         vectors: magnitude, lambda_b, lambda_d.
@@ -163,7 +230,7 @@ def factors_of_change(
     k, u, _, difference, h = change
     live, m = w > 0, magnitude / k
     gain_minus_one = torch.where(live, (m - u - difference / (u + h)) / h, 0.0)
-    # g times beta by itself would have no digits where g is far below one.
+    # The product of g and beta would have no precision where g is far below one.
     scale = torch.where(live, magnitude * (beta / k) / h, beta)
     gain = torch.where(live, m / h, 1.0).detach()
     return RowFactors(gain_minus_one, scale, gain, beta)
@@ -289,6 +356,6 @@ def _factors(
     direction: Direction,
     detach_norm: bool,
 ) -> RowFactors:
-    """What the rows are rescaled with, from the whole layer."""
+    """The factors of the rows, from the whole layer."""
     norm = norm or norm_terms(weight, A, B)
     return row_factors(vectors, norm, row_scale(vectors.lambda_b, norm.w, scaling, direction), detach_norm)

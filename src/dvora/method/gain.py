@@ -1,6 +1,6 @@
-"""The factors of the rows with their gradients in closed form: vectors are kept, and small slopes of the norm.
+"""The factors of the rows as an autograd function with closed-form gradients; it saves vectors, and a small half_dq.
 
-In the units of `row_change` (u, b and h lie between zero and a few, whatever the vectors are):
+In the units of `functional.row_change` (u, b and h are of the order of one, whatever the vectors are):
 
 g = m / (k h),   scale = g beta = m b / h,   h**2 = u**2 + 2 b cross / k + b**2 q
 
@@ -17,16 +17,15 @@ from torch import Tensor
 
 from ..ops.annotations import Float
 from ..ops.dtypes import without_autocast
-from ..ops.tracing import recording
+from ..ops.tracing import grad_recorded
 from . import functional as F
-from .functional import RowFactors, Vectors
+from .functional import RowFactors, Vectors, indices_if_any, measured_ratio, nearly_cancelled, row_change
 from .norm import FrozenNorm
-from .row_change import indices_if_any, measured_ratio, nearly_cancelled, row_change
 
 
 def row_factors(vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], detach_norm: bool = False) -> RowFactors:
     """`functional.row_factors` for a frozen weight."""
-    if not recording():
+    if not grad_recorded():
         return F.row_factors(vectors, norm, beta)
     gain_minus_one, scale, gain, near = _RowFactors.apply(vectors.magnitude, beta, vectors.lambda_d, norm, detach_norm)
     factors = RowFactors(gain_minus_one, scale, gain, beta)
@@ -37,7 +36,7 @@ def row_factors(vectors: Vectors, norm: FrozenNorm, beta: Float[Tensor, "O"], de
 def _with_measured(
     rows: Tensor, factors: RowFactors, vectors: Vectors, norm: FrozenNorm, detach_norm: bool
 ) -> RowFactors:
-    """The factors with those of some rows from V' itself."""
+    """The factors, with those of some rows computed from V' itself."""
     w, beta = norm.w[rows], factors.beta[rows]
     with torch.set_grad_enabled(not detach_norm):
         updated = norm.updated_rows(rows, beta, vectors.lambda_d)
@@ -54,21 +53,21 @@ def _with_measured(
 
 
 class _RowFactors(torch.autograd.Function):
-    """`g - 1`, `g beta`, and without gradients `g` and which rows are nearly cancelled."""
+    """`g - 1` and `g beta`; and, not differentiable, `g` and which rows nearly cancel."""
 
     @staticmethod
     def forward(
         ctx: Any, magnitude: Tensor, beta: Tensor, lambda_d: Tensor, norm: FrozenNorm, detach_norm: bool
     ) -> tuple[Tensor, ...]:
-        slopes = norm.kept_slopes(lambda_d) if ctx.needs_input_grad[2] and not detach_norm else None
-        cross, q = norm.terms(lambda_d, slopes)
+        half_dq = norm.half_dq(lambda_d) if ctx.needs_input_grad[2] and not detach_norm else None
+        cross, q = norm.terms(lambda_d, half_dq)
         change = row_change(norm.w, cross, q, beta)
         factors = F.factors_of_change(magnitude, norm.w, beta, change)
         ctx.norm, ctx.detach_norm = norm, detach_norm
-        # The weight, where it is read again, so that autograd refuses one that was written to in between.
+        # Save the weight where backward reads it again, so that autograd refuses one that was written to in between.
         read_again = norm.matrix if norm.C is None else None
         inner = cross / change.k + change.b * q
-        kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, slopes, read_again)
+        kept = (magnitude, beta, lambda_d, factors.gain, factors.scale, *change, inner, half_dq, read_again)
         ctx.save_for_backward(*kept)
         near = nearly_cancelled(change)
         ctx.mark_non_differentiable(factors.gain, near)
@@ -77,7 +76,7 @@ class _RowFactors(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, d_gain: Tensor, d_scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        magnitude, beta, lambda_d, gain, scale, k, u, b, change, h, inner, slopes, _ = ctx.saved_tensors
+        magnitude, beta, lambda_d, gain, scale, k, u, b, change, h, inner, half_dq, _ = ctx.saved_tensors
         norm: FrozenNorm = ctx.norm
         if torch.is_grad_enabled():
             return _differentiable_gradients(d_gain, d_scale, magnitude, beta, lambda_d, norm, ctx.detach_norm)
@@ -87,11 +86,11 @@ class _RowFactors(torch.autograd.Function):
         d_beta = torch.where(live, gain * d_scale, d_scale)
         if ctx.detach_norm:
             return d_magnitude, d_beta, None, None, None
-        # At the floor of the norm it does not change.
+        # At its floor the norm is constant.
         moves = live & (change > -u.square())
         d_h = torch.where(moves, -(gain * d_gain + scale * d_scale) / h, 0.0)
         d_beta = d_beta + d_h * inner / (k * h)
-        d_lambda_d = norm.terms_gradient(d_h * b / (k * h), d_h * b.square() / (2 * h), lambda_d, slopes)
+        d_lambda_d = norm.terms_gradient(d_h * b / (k * h), d_h * b.square() / (2 * h), lambda_d, half_dq)
         return d_magnitude, d_beta, d_lambda_d, None, None
 
 

@@ -1,4 +1,4 @@
-"""The norm terms of one frozen weight adapted by shared projections: C kept, or made again from the weight.
+"""The norm terms of one frozen weight: from C, where that is kept, or from the weight in every step.
 
 Dimensions: O out, I in, R rank.
 """
@@ -16,36 +16,36 @@ from .functional import row_norm
 NormCache = Literal["auto"] | bool
 
 _CHUNK_VALUES = 2**22
-"""Values of a weight that are held in float32 at a time."""
+"""Values of a weight that are converted to float32 at a time."""
 _SURE_NORM = 1e-15
-"""Below it, the squares of a row's values may have lost digits, or all of them."""
+"""Below this norm, squares of a row's values may underflow in float32."""
 SMALL_CACHE = 2**20
-"""Bytes of C that "auto" always keeps."""
+"""Bytes of C that "auto" always keeps; above, it keeps up to `LARGEST_SHARE`."""
 LARGEST_SHARE = 1 / 4
-"""Of the weight's bytes, that "auto" keeps beyond that."""
+"""Of the weight's bytes."""
 
 
 def cache_dtype(
     matrix: Float[Tensor, "O I"], rank: int, norm_cache: NormCache, cheap: bool = True, readable: bool = True
 ) -> torch.dtype | None:
-    """The dtype in which C is kept; None where it is made again in every step.
+    """The dtype in which C is kept; None where its terms are recomputed from the weight in every step.
 
-    "auto" keeps it in float32 if it is small (1 MiB, or a quarter of the weight's bytes), else, for a weight of half
-    precision, in bfloat16 if it is small then. It is always kept, in the narrower of these, where it could not be made
-    again cheaply: with dense matrices, and for a weight that is not at hand later.
+    "auto" keeps C in float32 if it is small (1 MiB, or a quarter of the weight's bytes), else, for a weight of half
+    precision, in bfloat16 if it is small then. C is always kept, in the narrower of these, where recomputing would be
+    expensive or impossible: with dense matrices, and for a weight that cannot be read later.
 
     Args:
         matrix: the weight.
         rank: R.
         norm_cache: True keeps it in float32, False never keeps it.
-        cheap: whether products with the weight's rows cost little.
+        cheap: whether products with A and B are cheap enough to repeat.
         readable: whether the weight can be read in every step.
     """
     wide = norm_dtype(matrix.dtype)
     if norm_cache != "auto":
         return wide if norm_cache else None
     values = len(matrix) * rank
-    # What is read of a layer that hides its weight is float32, whatever it keeps.
+    # Opaque weights are read as float32, so their dtype is no guide.
     allowed = max(SMALL_CACHE, LARGEST_SHARE * matrix.numel() * matrix.dtype.itemsize if readable else 0)
     candidates = (wide, torch.bfloat16) if matrix.dtype.itemsize == 2 or not readable else (wide,)
     small = (dtype for dtype in candidates if values * dtype.itemsize <= allowed)
@@ -53,7 +53,7 @@ def cache_dtype(
 
 
 def row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
-    """The norms of the rows of a frozen weight, also of those whose squares float32 cannot hold."""
+    """The norms of the rows of a frozen weight, correct also where squares underflow in float32."""
     w = row_norm(matrix)
     tiny = w < _SURE_NORM
     if tiny.any():
@@ -63,45 +63,49 @@ def row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
 
 
 def cross_matrix(
-    matrix: Float[Tensor, "O I"], matrices: Matrices, rank: int, skipped_column: int | None, dtype: torch.dtype
+    matrix: Float[Tensor, "O I"], matrices: Matrices, rank: int, padding_column: int | None, dtype: torch.dtype
 ) -> Float[Tensor, "O R"]:
-    """`C = B * (W A^T)`, computed in float32 or wider, a few rows at a time; differentiable in the weight."""
+    """`C = B * (W A^T)`, computed in float32 or wider by chunks of rows; differentiable in the weight."""
     wide = norm_dtype(matrix.dtype)
     B = matrices.B(rank, len(matrix), wide).to(matrix.device)
     rows = max(1, _CHUNK_VALUES // matrix.shape[1])
     parts = []
     for part, of_b in zip(matrix.split(rows), B.split(rows), strict=True):
-        updated = part if skipped_column is None else without_column(part, skipped_column)
+        updated = part if padding_column is None else without_column(part, padding_column)
         parts.append((matrices.project(updated.to(wide), rank) * of_b).to(dtype))
     return torch.cat(parts)
 
 
 class FrozenNorm(NamedTuple):
-    """The norm of one weight: `functional.NormTerms`, with gradients in closed form."""
+    """The norm of one weight: `functional.NormTerms` with closed-form gradients."""
 
     w: Float[Tensor, "O"]
     C: Float[Tensor, "O R"] | None
-    """None: made again from the weight."""
+    """None: recomputed from the weight."""
     matrix: Float[Tensor, "O I"] | None
-    """The weight, where it is at hand."""
+    """The weight, where it is in memory."""
     matrices: Matrices
     in_features: int
     rank: int
-    skipped_column: int | None
-    """A column of the weight that the update leaves alone."""
+    padding_column: int | None
+    """A column of the weight that the update does not change: the padding entry of an embedding."""
 
-    def kept_slopes(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
-        """What `terms` and `terms_gradient` share, where it is worth keeping from one to the other."""
-        return self.matrices.kept_slopes(lambda_d, self.in_features, len(self.w)) if self.rank else None
+    def half_dq(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
+        """Half the derivative of q, which `terms` and `terms_gradient` share, where it is small enough to keep."""
+        return self.matrices.half_dq(lambda_d, self.in_features, len(self.w)) if self.rank else None
 
     def terms(
-        self, lambda_d: Float[Tensor, "R"], slopes: Float[Tensor, "R O"] | None = None
+        self, lambda_d: Float[Tensor, "R"], half_dq: Float[Tensor, "R O"] | None = None
     ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
         """`cross` and `q`."""
         if not self.rank:
             return torch.zeros_like(self.w), torch.zeros_like(self.w)
-        q = self.matrices.row_squares(lambda_d, self.in_features, len(self.w)) if slopes is None else lambda_d @ slopes
-        if self.skipped_column is not None:
+        q = (
+            self.matrices.row_squares(lambda_d, self.in_features, len(self.w))
+            if half_dq is None
+            else lambda_d @ half_dq
+        )
+        if self.padding_column is not None:
             q = q - self.matrices.expand(lambda_d * self._skipped(lambda_d), len(self.w)).square()
         if self.C is not None:
             return self.C.to(lambda_d.dtype) @ lambda_d, q
@@ -112,16 +116,16 @@ class FrozenNorm(NamedTuple):
         d_cross: Float[Tensor, "O"],
         d_q: Float[Tensor, "O"],
         lambda_d: Float[Tensor, "R"],
-        slopes: Float[Tensor, "R O"] | None = None,
+        half_dq: Float[Tensor, "R O"] | None = None,
     ) -> Float[Tensor, "R"]:
         """The gradient of `(d_cross * cross + d_q * q).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
-        if slopes is None:
+        if half_dq is None:
             gradient = self.matrices.row_squares_gradient(d_q, lambda_d, self.in_features)
         else:
-            gradient = 2 * (slopes @ d_q)
-        if self.skipped_column is not None:
+            gradient = 2 * (half_dq @ d_q)
+        if self.padding_column is not None:
             a = self._skipped(lambda_d)
             skipped = self.matrices.expand(lambda_d * a, len(self.w))
             gradient = gradient - 2 * a * self.matrices.expand_transpose(d_q * skipped, self.rank)
@@ -132,24 +136,24 @@ class FrozenNorm(NamedTuple):
     def updated_rows(
         self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
     ) -> Float[Tensor, "N I"] | None:
-        """Rows of V' by index, dense, in float64; None where the weight is not at hand."""
+        """Rows of V' by index, dense, in float64; None where the weight is not in memory."""
         if self.matrix is None:
             return None
         B = self.matrices.B(self.rank, len(self.w), torch.float64).to(rows.device)[rows]
         update = self.matrices.project_transpose(beta.double()[:, None] * B * lambda_d.double(), self.in_features)
-        if self.skipped_column is not None:
-            update = without_column(update, self.skipped_column)
+        if self.padding_column is not None:
+            update = without_column(update, self.padding_column)
         return self.matrix[rows].double() + update
 
     def _skipped(self, like: Tensor) -> Float[Tensor, "R"]:
-        index = torch.tensor(self.skipped_column, device=like.device)
+        index = torch.tensor(self.padding_column, device=like.device)
         return self.matrices.select(index, self.rank, self.in_features, like.dtype)
 
     def _updated_columns(self) -> Float[Tensor, "O I"]:
         assert self.matrix is not None
-        if self.skipped_column is None:
+        if self.padding_column is None:
             return self.matrix
-        return without_column(self.matrix, self.skipped_column)
+        return without_column(self.matrix, self.padding_column)
 
 
 def without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:

@@ -1,12 +1,12 @@
-"""Rows whose norm is small beside their bias, where "output of the base minus bias" has lost what the row gives.
+"""Rows whose norm is small beside their bias: for them, subtracting the bias from the base's output cancels.
 
-The output of the base is rounded to the digits of its bias, and rescaling magnifies that error by g, which is large
-where the magnitude of a tiny row is trained. With `y_b = x W^T + bias`
+The base's output is rounded to the precision of its bias, and rescaling multiplies that error by g, which is large
+where the magnitude of a tiny row is trained. So, with `y_b = x W^T + bias`:
 
-    y = y_b + (g - 1) (y_b - bias) + update             of other rows
-    y = y_b + (g - 1) (x W^T)      + update             of these
+    y = y_b + (g - 1) (y_b - bias) + update             for other rows
+    y = y_b + (g - 1) (x W^T)      + update             for these
 
-Where the weight is not at hand in a pass (a quantised layer's) these rows keep the outputs of the base.
+Where the weight is not in memory (a quantised layer's) these rows keep the outputs of the base.
 
 Dimensions: T tokens, O out, N small rows.
 """
@@ -19,7 +19,7 @@ from ..ops.annotations import Float
 from .functional import RowFactors
 
 SHARE = 1e-2
-"""Of its bias, below which the norm of a row is small."""
+"""A row is small if its norm is below this share of its bias."""
 
 
 class SmallRows(NamedTuple):
@@ -28,10 +28,10 @@ class SmallRows(NamedTuple):
     rows: Tensor
     """(N,)."""
     products: Float[Tensor, "*T N"] | None
-    """Of the layer's inputs with these rows of the weight; None where that is not at hand."""
+    """The products of the layer's inputs with these rows; None where the weight is not in memory."""
 
     def left_out(self, factors: RowFactors) -> RowFactors:
-        """The factors with which these rows keep the base's outputs, but for their update where it can be added."""
+        """Factors that leave these rows as the base has them, plus their update where `added` completes them."""
         if self.products is None:
             factors = factors._replace(scale=factors.scale.index_fill(0, self.rows, 0.0))
         return factors._replace(
@@ -40,7 +40,7 @@ class SmallRows(NamedTuple):
         )
 
     def added(self, outputs: Float[Tensor, "*T O"], factors: RowFactors) -> Float[Tensor, "*T O"]:
-        """Outputs made with the factors of `left_out`, with what was left out."""
+        """Outputs computed with the factors of `left_out`, plus what was left out."""
         if self.products is None:
             return outputs
         missing = factors.gain_minus_one[self.rows] * self.products
@@ -48,6 +48,6 @@ class SmallRows(NamedTuple):
 
 
 def small_rows(w: Float[Tensor, "O"], bias: Float[Tensor, "O"]) -> Tensor | None:
-    """Indices of the rows whose norm is small beside their bias; None without any. Rows of zeros are never rescaled."""
+    """Indices of the rows whose norm is small beside their bias; None without any. Zero rows are not among them."""
     small = (w > 0) & (w < SHARE * bias.detach().abs().to(w.dtype))
     return small.nonzero()[:, 0] if small.any() else None

@@ -1,12 +1,12 @@
-"""A linear layer through its updated weight, made for one step: for many tokens cheaper than two thin products.
+"""A linear layer through its updated weight V', formed for one step: with many tokens cheaper than two thin products.
 
     V' = W + diag(beta) B diag(lambda_d) A,   y_b = x V'^T + bias
 
-    dL/dx        = delta V'
-    M            = delta^T z
+    dL/dx        = grad_output V'
+    M            = grad_output^T z
     dL/dbeta     = rowsum(M * B diag(lambda_d)),   dL/dlambda_d = colsum(diag(beta) B * M)
 
-V' is made again in the backward pass: what is kept is z, as by the thin products.
+V' is formed again in the backward pass; saved is z, as with the thin products.
 """
 
 from typing import Any
@@ -28,11 +28,11 @@ def updated_linear(
     beta: Float[Tensor, "O"],
     matrices: DenseMatrices,
 ) -> Float[Tensor, "*T O"]:
-    """`x V'^T + bias`, the bits of the base for `beta = 0`.
+    """`x V'^T + bias`; for `beta = 0` the base's output, bit for bit.
 
     Args:
         x: inputs.
-        z: `x A^T`; it gets no gradient, that of x is whole without.
+        z: `x A^T`. No gradient: dx already includes this path.
         weight: W, frozen, float32 or float64.
         bias: the base's, or None.
         lambda_d, beta: as for the norm.
@@ -60,14 +60,14 @@ class _UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, lambda_d, beta = ctx.saved_tensors
         matrices: DenseMatrices = ctx.matrices
-        wants = ctx.needs_input_grad
-        rows = delta.reshape(-1, delta.shape[-1])
-        d_x = delta @ matrices.updated(weight, lambda_d, beta) if wants[0] else None
+        needed = ctx.needs_input_grad
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        d_x = grad_output @ matrices.updated(weight, lambda_d, beta) if needed[0] else None
         d_lambda_d = d_beta = None
-        if wants[4] or wants[5]:
+        if needed[4] or needed[5]:
             d_lambda_d, d_beta = matrices.update_products(rows, z.reshape(-1, z.shape[-1]), lambda_d, beta)
-        d_bias = rows.sum(0) if wants[3] else None
+        d_bias = rows.sum(0) if needed[3] else None
         return d_x, None, None, d_bias, d_lambda_d, d_beta, None

@@ -1,6 +1,6 @@
-"""Shape annotations of the mathematics: jaxtyping's where it is installed, plain documentation elsewhere.
+"""Shape annotations: jaxtyping's where it is installed, documentation only where it is not.
 
-jaxtyping is a tool of the tests, which check every annotation; a user of the layer needs torch and numpy only.
+The tests install jaxtyping and check every annotation; users need torch and numpy only.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Memory that is used again: fresh memory costs more than most of what is computed in it, in page faults."""
+"""Reused buffers: page faults in fresh memory cost more than most of what is computed in it."""
 
 import math
 import threading
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tracing import transforming
+from .tracing import is_traced
 
 _LARGEST = 2**20
-"""Values that are kept at most, of each name, dtype and thread."""
+"""Values of the largest buffer that is kept, one for each name, dtype and thread."""
 
 
 class _Kept(threading.local):
@@ -22,16 +22,17 @@ _kept = _Kept()
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of any values, which the next caller of the same name overwrites: no result may be a view of it.
+    """An uninitialised tensor that the next caller with the same name overwrites, so no result may be a view of it.
 
-    Fresh where PyTorch transforms the code, on devices whose memory PyTorch keeps itself, and where it is large.
+    It is fresh memory while PyTorch traces, on devices other than the CPU (PyTorch caches their memory itself), and
+    above `_LARGEST` values.
 
     Args:
-        name: of its use; two tensors that are in use at once need two names.
+        name: of the use; two buffers in use at the same time need two names.
         shape, dtype, device: of the tensor.
     """
     values = math.prod(shape)
-    if values > _LARGEST or device.type != "cpu" or transforming():
+    if values > _LARGEST or device.type != "cpu" or is_traced():
         return torch.empty(*shape, dtype=dtype, device=device)
     buffer = _kept.buffers.get((name, dtype))
     if buffer is None or buffer.numel() < values:
@@ -41,8 +42,8 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
 
 
 def out(name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:
-    """`scratch` for an operation's `out`; None, for fresh memory, while operations are recorded or transformed."""
-    # The older vmap, of gradients in batches, knows no `out`.
-    if torch.is_grad_enabled() or transforming() or torch._C._functorch.is_legacy_batchedtensor(like):
+    """`scratch` for an operation's `out`; None, which means fresh memory, while operations are recorded or traced."""
+    # The legacy vmap, for batched gradients, does not support `out`.
+    if torch.is_grad_enabled() or is_traced() or torch._C._functorch.is_legacy_batchedtensor(like):
         return None
     return scratch(name, shape, like.dtype, like.device)

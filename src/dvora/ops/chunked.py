@@ -1,4 +1,4 @@
-"""Half-precision tokens rescaled in float32, some at a time: wide values of all of them would wait for memory.
+"""Work on tokens in float32 by chunks that stay in cache: rescaling half precision, and sums of products.
 
 Dimensions: T tokens, N their width.
 """
@@ -11,11 +11,11 @@ from .buffers import scratch
 from .dtypes import norm_dtype
 
 CHUNK_VALUES = 2**17
-"""That are wide at a time."""
+"""Values in a chunk."""
 
 
 def widened(name: str, tokens: Float[Tensor, "T N"]) -> Float[Tensor, "T N"]:
-    """The tokens in float32 or wider: themselves, or a copy in memory that is used again, by its name."""
+    """The tokens in float32 or wider: themselves, or a copy in the reused buffer of that name."""
     dtype = norm_dtype(tokens.dtype)
     return tokens if tokens.dtype == dtype else scratch(name, tokens.shape, dtype, tokens.device).copy_(tokens)
 
@@ -26,12 +26,12 @@ def rescaled(
     offset: Float[Tensor, "N"] | None = None,
     update: Float[Tensor, "*T N"] | None = None,
 ) -> Float[Tensor, "*T N"]:
-    """`update + tokens gain - offset`, rounded once; for half precision, where nothing is recorded.
+    """`update + tokens gain - offset` for half precision, rounded once; not differentiable.
 
     Args:
-        tokens: half precision.
-        gain, offset: float32.
-        update: in the dtype of the tokens; the result may be written into it.
+        tokens: (*T, N), half precision.
+        gain, offset: (N,), float32.
+        update: (*T, N), in the dtype of the tokens; the result may be written into it.
     """
     assert tokens.dtype.itemsize < 4, tokens.dtype
     result = torch.empty_like(tokens, memory_format=torch.contiguous_format) if update is None else update.contiguous()
@@ -43,3 +43,15 @@ def rescaled(
         wide = wide.mul_(gain) if update is None else widened("wide update", part).addcmul_(wide, gain)
         part.copy_(wide if offset is None else wide.sub_(offset))
     return result
+
+
+def sum_of_products(a: Float[Tensor, "T N"], b: Float[Tensor, "T N"]) -> Float[Tensor, "N"]:
+    """`sum_t a b`, in float32 or wider."""
+    dtype, tokens = norm_dtype(a.dtype), max(1, CHUNK_VALUES // a.shape[1])
+    if torch.is_grad_enabled() or len(a) <= tokens:
+        return (a.to(dtype) * b).sum(0)
+    # One sum for each token of a chunk, so that the sums stay in cache.
+    sums = scratch("sums", (tokens, a.shape[1]), dtype, a.device).zero_()
+    for part_a, part_b in zip(a.split(tokens), b.split(tokens), strict=True):
+        sums[: len(part_a)].addcmul_(widened("wide a", part_a), widened("wide b", part_b))
+    return sums.sum(0)

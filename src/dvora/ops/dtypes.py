@@ -1,6 +1,6 @@
-"""Trained vectors and norm constants never drop below float32, whatever a model is cast to.
+"""Trained vectors and norm constants stay in float32 or wider, whatever a model is cast to.
 
-The interesting values of the gain lie within 1e-6 of one; bfloat16 would round them by up to 4e-3.
+Gains differ from one by as little as 1e-6; bfloat16 would round them by up to 4e-3.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which takes as long as a small product even where nothing changes."""
+    """`tensor.to(dtype)`, skipped where nothing changes: the call takes as long as a small product."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap a function of `nn.Module._apply` so that a cast below float32 ends at float32; moves are unchanged."""
+    """Wrap a function for `nn.Module._apply` so that it casts to float32 at the least; device moves are unchanged."""
 
     def guarded(tensor: Tensor) -> Tensor:
         changed = change(tensor)
@@ -41,10 +41,9 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def without_autocast(backward: Backward) -> Backward:
-    """Wrap the backward pass of an autograd function, which may run within autocast, to compute as it was written.
+    """Run the backward pass of an autograd function with autocast off, in the dtypes of its forward pass.
 
-    PyTorch's own operations are differentiated so: what was computed in half precision is differentiated in it, and
-    nothing else is.
+    PyTorch does the same for its own operations.
     """
 
     @wraps(backward)

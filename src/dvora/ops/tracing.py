@@ -1,4 +1,4 @@
-"""What PyTorch is doing with the code that runs: transforming it, recording it for a backward pass, or neither."""
+"""Whether PyTorch traces the running code or records it for a backward pass."""
 
 import torch
 from torch.autograd import forward_ad
@@ -6,10 +6,10 @@ from torch.autograd import forward_ad
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
-def transforming() -> bool:
+def is_traced() -> bool:
     """Whether the code is compiled, exported or traced, or runs under `torch.func` or forward-mode differentiation.
 
-    Then PyTorch must see every operation, and nothing may be kept from one pass to another.
+    PyTorch must then see every operation, and nothing may be cached from one pass to the next.
     """
     return (
         torch.compiler.is_compiling()
@@ -21,19 +21,19 @@ def transforming() -> bool:
     )
 
 
-def recording() -> bool:
+def grad_recorded() -> bool:
     """Whether operations are recorded for a backward pass."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def keeps_elsewhere() -> bool:
-    """Whether something around the code decides what is kept for a backward pass, or none is to come.
+def saving_intercepted() -> bool:
+    """Whether surrounding code manages what is saved for a backward pass, or no backward pass will come.
 
-    Checkpointing and offloading take what autograd saves, an autograd function (checkpointing of the older kind) runs
-    its forward pass unrecorded, and both may run it again within a backward pass. In inference mode nothing is kept.
+    Checkpointing and offloading intercept what autograd saves; an autograd function (reentrant checkpointing) runs its
+    forward pass unrecorded; both may run it again during a backward pass. In inference mode nothing is saved.
     """
-    if recording():
+    if grad_recorded():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         return hooks is not None or torch._C._current_graph_task_id() != -1
-    # Within both, but not in no_grad, forward-mode differentiation is off.
+    # An autograd function and inference mode switch forward-mode differentiation off; no_grad does not.
     return not torch._C._is_fwd_grad_enabled()

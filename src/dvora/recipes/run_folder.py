@@ -1,6 +1,7 @@
 """The folder of a training run: what is in it, who may write to it, and how its model is loaded again."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from .settings import Settings, checked_settings, commented
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
 HEAD_FILE = "head.safetensors"
 """What the method "head" saves in the adapter's folder."""
+HEAD_ALONE = "head_alone.safetensors"
+"""The baseline: a linear layer fitted to the frozen base, see `tasks.head_alone`."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Run:
     Args:
         folder: of the run.
         settings: resolved: paths are absolute, what the method decides is written out.
-        labels: names of the classes 0, 1, ...; empty where numbers or tokens are told.
+        labels: names of the classes 0, 1, ...; empty where numbers or tokens are predicted.
         adapter: the folder that PEFT reads; for the method "full" a whole model, for "head" its `head.safetensors`.
-        record: everything in run.json: versions, data hashes, split sizes, columns, metrics, trained values, seconds.
+        record: everything in run.json: versions, data hashes, split sizes, what was cut, metrics, seconds.
         trust: what the reader allows when the run's model is loaded.
     """
 
@@ -46,7 +49,7 @@ class Run:
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_values": int,
-    "seconds": (int, float),
+    "seconds": (int, float), "truncation": dict, "max_length": int,
 }  # fmt: skip
 """What the record of a finished run may have beside its state, settings and labels."""
 _DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}
@@ -203,3 +206,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def world_size() -> int:
+    """How many processes train together, as accelerate launch and torchrun set it."""
+    return _number_in("WORLD_SIZE", 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return _number_in("RANK", 0) == 0
+
+
+def _number_in(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise ValueError(
+            f"the environment variable {variable} is {value!r}, expected a whole number as accelerate launch and "
+            "torchrun set it; unset it to train in one process"
+        )
+    return int(value)

@@ -1,19 +1,25 @@
-"""The settings of a training run: one flat table of keys, each a key of the YAML file and most of them a flag."""
+"""The settings of a training run, each named once: a key of config.yaml, an option of `dvora train`, and its checks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from textwrap import wrap
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
+from ..tools.pages.text import did_you_mean, shown
 from .files import read_small
-from .nearest import did_you_mean
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
-Projections = Literal["kaiming_uniform", "gaussian", "rademacher", "orthogonal", "structured"]
+Projections = Literal["kaiming_uniform", "structured"]
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
 PATHS = ("data", "validation_data", "test_data")
@@ -28,106 +34,128 @@ LARGEST_CONFIG, DEEPEST = 2**18, 8
 """Bytes of a configuration, and lists in lists in it."""
 HEAD_RATE = 1e-3
 """Of new layers, where neither they nor the method are given another."""
+EPOCHS, MOST_STEPS = 3.0, 1000
+"""The length of a run that says nothing of it: about ten minutes for a small model of texts on two CPU cores."""
+GUESSED = "guessed from its name"
+WIDTH = 98
+"""Letters of a line of comments in config.yaml."""
 
 
-def _key(section: str, comment: str, default: Any = ..., **bounds: Any) -> Any:
-    return Field(default, description=comment, json_schema_extra={"section": section}, **bounds)
+def _key(section: str, meaning: str, default: Any = ..., *, null: str = "", rare: bool = False, **checks: Any) -> Any:
+    """One setting.
+
+    Args:
+        section: of config.yaml and of `dvora train --help`.
+        meaning: for both.
+        default: left out: the setting has to be given.
+        null: what None stands for.
+        rare: left out of `--help`; the option is there all the same.
+        checks: of pydantic: ge, gt, lt, min_length.
+    """
+    extra: dict[str, Any] = {"section": section, "null": null, "rare": rare}
+    return Field(default, description=meaning, json_schema_extra=extra, **checks)
 
 
-def _what(comment: str, default: Any = ..., **bounds: Any) -> Any:
-    return _key("What to train, and on what", comment, default, **bounds)
-
-
-def _data(comment: str, default: Any = ..., **bounds: Any) -> Any:
-    return _key("The data", comment, default, **bounds)
-
-
-def _method(comment: str, default: Any = ..., **bounds: Any) -> Any:
-    return _key("The method", comment, default, **bounds)
-
-
-def _training(comment: str, default: Any = ..., **bounds: Any) -> Any:
-    return _key("Training", comment, default, **bounds)
-
-
-def _watching(comment: str, default: Any = ..., **bounds: Any) -> Any:
-    return _key("Evaluating, saving, stopping", comment, default, **bounds)
+_what = partial(_key, "What to train, and on what")
+_data = partial(_key, "The data")
+_method = partial(_key, "The method")
+_training = partial(_key, "Training")
+_evaluating = partial(_key, "Evaluating, saving, stopping")
 
 
 class Settings(BaseModel):
-    """Everything that a run depends on; null means "chosen from the model, the data or the method"."""
+    """Everything that a run depends on: each is a key of config.yaml, and an option of `dvora train` (`options`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     task: Task = _what(f"one of {', '.join(TASKS)}")
-    model: str = _what("the base: a folder, or a name on the hub")
+    model: str = _what("the base model: a folder, or a name on the hub")
     data: tuple[str, ...] = _what(
-        "files (csv, tsv, jsonl, json, parquet, txt), or a folder with one folder of images for each class",
+        "files (csv, tsv, jsonl, json, parquet, txt), or a folder with one folder of images for each class; several "
+        "with the option given again",
         min_length=1,
     )
     output: str = _what("the folder of the run, which must not hold another", "dvora-run", min_length=1)
 
-    text_column: str | None = _data("column of the text, or of the chat's messages; null: guessed from its name", None)
-    second_text_column: str | None = _data("column of a pair's second text; null: guessed", None)
-    label_column: str | None = _data("column of the class or the number to tell; null: guessed", None)
+    text_column: str | None = _data("column of the text, or of the messages of a chat", None, null=GUESSED)
+    second_text_column: str | None = _data("column of the second text of a pair", None, null=GUESSED)
+    label_column: str | None = _data("column of the class or the number to predict", None, null=GUESSED)
     label_kind: Literal["classes", "numbers"] | None = _data(
-        "what sentence pairs are judged by: classes or numbers; null: seen from the labels", None
+        "what the labels of sentence pairs are: classes or numbers", None, null="found from the labels", rare=True
     )
-    encoding: str | None = _data("encoding of text files; null: UTF-8, else windows-1252", None)
-    validation_data: tuple[str, ...] = _data("files to validate on in place of a share of the data", ())
-    test_data: tuple[str, ...] = _data("files to test on in place of a share of the data", ())
-    validation_share: float = _data("share of the data that is held out to choose the best step", 0.1, ge=0, lt=1)
-    test_share: float = _data("share of the data that is held out to the end", 0.1, ge=0, lt=1)
-    split_seed: int = _data("names the split: which rows are held out", 0, ge=0, lt=2**32)
-    tokenizer: str | None = _data("the tokenizer or image processor, if it is not beside the model", None)
+    encoding: str | None = _data("encoding of text files", None, null="UTF-8, else windows-1252", rare=True)
+    validation_data: tuple[str, ...] = _data("files to validate on in place of a share of the data", (), rare=True)
+    test_data: tuple[str, ...] = _data("files to test on in place of a share of the data", (), rare=True)
+    validation_share: float = _data("share of the data held out to choose the best step", 0.1, ge=0, lt=1)
+    test_share: float = _data("share of the data held out for the final test", 0.1, ge=0, lt=1)
+    split_seed: int = _data("seed of the split: which rows are held out", 0, ge=0, lt=2**32, rare=True)
+    tokenizer: str | None = _data(
+        "folder or name of the tokenizer or image processor", None, null="the model's own", rare=True
+    )
     max_length: int | None = _data(
-        "tokens of a text beyond which it is cut; null: 128, and 256 for causal-lm", None, ge=2
+        "tokens to which longer texts are cut", None, null="128, and 256 for causal-lm", ge=2
     )
 
     method: Method = _method(f"one of {', '.join(METHODS)}", "dvora")
-    rank: int | None = _method("rank of the update; null: 256 for dvora and vera, 8 for lora and dora", None, ge=1)
+    rank: int | None = _method("rank of the update", None, null="256 for dvora and vera, 8 for lora and dora", ge=1)
     alpha: float | None = _method(
-        "the update is scaled by alpha / rank; null: by 1, by 2 for lora and dora", None, gt=0
+        "the update is scaled by alpha / rank", None, null="a scale of 1, of 2 for lora and dora", gt=0, rare=True
     )
-    targets: str | tuple[str, ...] = _method('layers to adapt: "all-linear", names or an expression', "all-linear")
+    targets: str | tuple[str, ...] = _method(
+        "layers to adapt: all-linear, or a regular expression for their names", "all-linear"
+    )
     projections: Projections = _method(
-        "dvora's random matrices: kaiming_uniform, gaussian, rademacher, orthogonal, structured", "kaiming_uniform"
+        f"random matrices of dvora: one of {', '.join(get_args(Projections))}", "kaiming_uniform", rare=True
     )
-    projection_seed: int = _method("names the random matrices of dvora and vera", 0, ge=0, lt=2**32)
-    dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1)
+    projection_seed: int = _method("seed of the random matrices of dvora and vera", 0, ge=0, lt=2**32, rare=True)
+    dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1, rare=True)
 
     learning_rate: float | None = _training(
-        f"null: by method ({', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}), "
-        f"and {HEAD_RATE:g} for new layers; dvora's magnitude has one in proportion to it and to the base's rows",
+        "learning rate",
         None,
+        null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}",
         gt=0,
     )
     learning_rates: dict[Group, float] = _training(
-        "by group where they differ: magnitude, lambda_b, lambda_d (dvora), head (new layers)", {}
+        "learning rates of groups that differ: magnitude, lambda_b, lambda_d (dvora), head (new layers). Left out, the "
+        "magnitude has one in proportion to learning_rate and to the norms of the base's rows, and new layers have "
+        f"{HEAD_RATE:g}, or learning_rate if that is given",
+        {},
+        rare=True,
     )
-    weight_decay: float = _training("of everything but dvora's magnitude", 0.0, ge=0)
-    epochs: float = _training("times that the training data is read", 3.0, gt=0)
-    max_steps: int | None = _training("steps, in place of epochs", None, ge=1)
+    weight_decay: float = _training("weight decay of everything but dvora's magnitude", 0.0, ge=0, rare=True)
+    epochs: float | None = _training(
+        "passes over the training data", None, null=f"{EPOCHS:g}, but no more than {MOST_STEPS:,} steps", gt=0
+    )
+    max_steps: int | None = _training("optimizer steps, in place of epochs", None, null="as epochs say", ge=1)
     batch_size: int = _training("rows of a batch, on each device", 16, ge=1)
-    accumulation: int = _training("batches of a step", 1, ge=1)
-    schedule: Literal["linear", "cosine", "constant"] = _training("how the learning rate falls", "linear")
-    warmup_share: float = _training("share of the steps in which the learning rate rises first", 0.06, ge=0, lt=1)
-    max_gradient_norm: float = _training("gradients are scaled down to this norm; 0: they are not", 1.0, ge=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = _training("no, bf16 or fp16", "no")
-    gradient_checkpointing: bool = _training("spend time to save memory", False)
-    base_dtype: Literal["float32", "bfloat16", "float16"] = _training("of the base's weights", "float32")
-    cpu: bool = _training("train on the CPU even where there is a GPU", False)
-    seed: int = _training("of new layers, order and dropout", 0, ge=0, lt=2**32)
+    accumulation: int = _training("batches of an optimizer step", 1, ge=1)
+    schedule: Literal["linear", "cosine", "constant"] = _training(
+        "how the learning rate falls: linear, cosine or constant", "linear", rare=True
+    )
+    warmup_share: float = _training(
+        "share of the steps in which the learning rate rises first", 0.06, ge=0, lt=1, rare=True
+    )
+    max_gradient_norm: float = _training("norm to which gradients are clipped; 0: never", 1.0, ge=0, rare=True)
+    mixed_precision: Literal["no", "bf16", "fp16"] = _training(
+        "precision of the computation: no (full), bf16 or fp16", "no"
+    )
+    gradient_checkpointing: bool = _training("recompute activations in the backward pass, to save memory", False)
+    base_dtype: Literal["float32", "bfloat16", "float16"] = _training(
+        "dtype of the base's weights: float32, bfloat16 or float16", "float32", rare=True
+    )
+    cpu: bool = _training("train on the CPU even where there is a GPU", False, rare=True)
+    seed: int = _training("seed of new layers, the order of rows, and dropout", 0, ge=0, lt=2**32)
 
-    evaluate_every: int | None = _watching("steps between evaluations; null: an epoch", None, ge=1)
-    save_every: int | None = _watching(
-        "steps between checkpoints, a multiple of evaluate_every; null: as evaluate_every", None, ge=1
+    evaluate_every: int | None = _evaluating("steps between evaluations", None, null="an epoch", ge=1)
+    save_every: int | None = _evaluating(
+        "steps between checkpoints, a multiple of evaluate_every", None, null="as evaluate_every", ge=1, rare=True
     )
-    keep_best: bool = _watching("end with the best step by validation instead of the last", True)
-    early_stopping: int | None = _watching(
-        "stop after so many evaluations without a better one; null: never", None, ge=1
+    keep_best: bool = _evaluating("end with the best step by validation, not the last", True, rare=True)
+    early_stopping: int | None = _evaluating(
+        "evaluations without a better one after which training stops", None, null="never", ge=1
     )
-    tensorboard: bool = _watching(
+    tensorboard: bool = _evaluating(
         "write logs for TensorBoard into the run's folder (needs the package tensorboard)", False
     )
 
@@ -140,6 +168,11 @@ class Settings(BaseModel):
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("learning_rates", mode="before")
+    @classmethod
+    def _typed_rates_are_yaml(cls, value: object) -> object:
+        return parsed_yaml(value) if isinstance(value, str) else value
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -230,18 +263,19 @@ def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
     try:
         return Settings.model_validate({key: value for key, value in values.items() if key != OWN_CODE})
     except ValidationError as error:
-        told = [_told(cast(dict[str, Any], problem)) for problem in error.errors()]
-        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(told))}") from None
+        found = [_explained(cast(dict[str, Any], problem)) for problem in error.errors()]
+        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(found))}") from None
 
 
-def _told(problem: dict[str, Any]) -> str:
+def _explained(problem: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple[str, ...]", "[key]"))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}, {did_you_mean(key, Settings.model_fields)}"
     if problem["type"] == "missing":
         return f"{key} is missing: {Settings.model_fields[key].description}"
     if problem["type"] == "value_error":
-        return cast(str, problem["msg"]).removeprefix("Value error, ")
+        message = " ".join(problem["msg"].removeprefix("Value error, ").split())
+        return f"{key} is {problem['input']!r}: {message}" if key else message
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
         expected = [part.strip("' ") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         return f"{key} is {problem['input']!r}, {did_you_mean(problem['input'], expected)}"
@@ -274,21 +308,63 @@ def resolved(settings: Settings) -> Settings:
     )
 
 
-def commented(settings: Settings | None = None) -> str:
-    """A YAML file with every key, each with a comment.
-
-    Args:
-        settings: None: the defaults, and an example of what has none.
-    """
-    shown = settings or Settings(task="text-classification", model="path/to/model", data=("reviews.csv",))
-    lines, section = [], ""
+def commented(settings: Settings) -> str:
+    """A YAML file with every setting, each with a comment."""
+    values, lines, section = settings.model_dump(mode="json"), [], ""
     for key, field in Settings.model_fields.items():
-        extra = cast(dict[str, str], field.json_schema_extra)
+        extra = _extra(field)
         if extra["section"] != section:
             section = extra["section"]
             lines += ["", f"# {section}"]
-        lines += [f"# {field.description}", _entry(key, shown.model_dump(mode="json")[key])]
+        null = f"; null: {extra['null']}" if extra["null"] else ""
+        lines += [f"# {line}" for line in wrap(f"{field.description}{null}", WIDTH)]
+        lines.append(_entry(key, values[key]))
     return "\n".join(lines[1:]) + "\n"
+
+
+@dataclass(frozen=True)
+class SettingOption:
+    """A setting as an option of a command line.
+
+    Args:
+        name: of the setting.
+        section, meaning: for the help text.
+        type: of the value that is typed; several of it where the option may be given again.
+        default: in words; empty where it has to be given.
+        rare: left out of the help text.
+    """
+
+    name: str
+    section: str
+    meaning: str
+    type: Any
+    default: str
+    rare: bool
+
+
+def options() -> Iterator[SettingOption]:
+    """The options of `dvora train`, one for each setting."""
+    for name, field in Settings.model_fields.items():
+        extra = _extra(field)
+        plain = field.default not in (..., PydanticUndefined, None, (), {})
+        default = extra["null"] or (shown(field.default) if plain else "")
+        yield SettingOption(
+            name, extra["section"], str(field.description), _typed(field.annotation), default, extra["rare"]
+        )
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return cast(dict[str, Any], field.json_schema_extra)
+
+
+def _typed(annotation: Any) -> Any:
+    """What is typed for a setting: one of several words and a mapping are text, which `Settings` checks."""
+    origin = get_origin(annotation)
+    if origin is tuple:
+        return list[str]
+    if origin in (Union, UnionType):
+        return _typed(get_args(annotation)[0])
+    return str if origin in (Literal, dict) else annotation
 
 
 def _entry(key: str, value: object) -> str:

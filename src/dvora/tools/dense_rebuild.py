@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from ..ops.annotations import Float
 from ..tuner.layers.layer import DVoRALayer
-from ..tuner.layers.layer_types import KINDS
+from ..tuner.layers.layer_types import LAYER_TYPES
 from ..tuner.layers.opaque_weight import device_of, input_dtype
 from ..weight.layouts import Layout
 
@@ -159,9 +159,9 @@ def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> Subject | None:
     base = layer.get_base_layer()
     is_dvora = isinstance(layer, DVoRALayer)
     # Parameters and attention's projections are read by the modules around them.
-    if not terms or (is_dvora and layer.kind.low_rank is None):
+    if not terms or (is_dvora and layer.layer_type.low_rank is None):
         return None
-    layout = layer.kind.layout if is_dvora else _layout(base)
+    layout = layer.layer_type.layout if is_dvora else _layout(base)
     if layout is None or not _is_plain(base):
         layout = None
         if not isinstance(getattr(base, "in_features", None), int):
@@ -176,7 +176,7 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def _layout(base: nn.Module) -> Layout | None:
-    return next((kind.layout for layer_type, kind in KINDS.items() if isinstance(base, layer_type)), None)
+    return next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
 
 
 def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:

@@ -1,4 +1,4 @@
-"""What a training loop calls: groups and rates for an optimizer, and whether all processes agree."""
+"""For training loops: parameter groups and learning rates, and checks that all processes agree."""
 
 from .agreement import AdapterSettings, check_ranks_agree
 from .optimizer_groups import parameter_groups, recommended_rates

@@ -1,4 +1,4 @@
-"""Whether all processes of a run hold the same adapters, and a checkpoint those that it was saved with."""
+"""Checks that all processes of a run hold the same adapters, and that a checkpoint belongs to them."""
 
 import json
 
@@ -10,13 +10,13 @@ from ..weight.adapted_weight import AdaptedWeight
 Settings = dict[str, str]
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Names that engines put into the paths of modules."""
+"""Names that engines insert into module paths."""
 
 
 def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Compare the adapters of all ranks; call it on every rank after adapting, before wrapping the model.
 
-    Engines compare shapes at most: ranks whose seeds or scales differ would train different adapters as one.
+    Engines compare shapes at most, so ranks with different seeds or scales would train different adapters as one.
 
     Args:
         model: with `DVoRAAdapter` layers or adapted through PEFT.
@@ -28,7 +28,7 @@ def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) 
     found = [settings_of(model)]
     if dist.is_initialized():
         found *= dist.get_world_size(group)
-        # Before anything is refused: a rank that raised alone would leave the others waiting for it.
+        # Gather before raising: a rank that raised alone would leave the others waiting.
         dist.all_gather_object(found, found[0], group=group)
     if not any(found):
         raise ValueError("the model has no DVoRA adapters to compare between ranks: adapt it first")
@@ -42,10 +42,10 @@ def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) 
 
 
 class AdapterSettings:
-    """What must be equal where a training checkpoint is saved and where it is loaded, for the checkpoint to hold.
+    """Saves the adapters' settings in a training checkpoint and compares them when it is loaded.
 
-    Engines save vectors and compare their shapes at most; under another seed or scale they would be another adapter.
-    Has the two methods that `torch.distributed.checkpoint` and `Accelerator.register_for_checkpointing` ask for.
+    Engines save vectors and compare their shapes at most; with another seed or scale the vectors mean something else.
+    Has the two methods that `torch.distributed.checkpoint` and `Accelerator.register_for_checkpointing` need.
 
     Args:
         model: with `DVoRAAdapter` layers or adapted through PEFT, wrapped or not.
@@ -55,11 +55,11 @@ class AdapterSettings:
         self.model = model
 
     def state_dict(self) -> dict[str, str]:
-        """The settings, as one text: a checkpoint of other layers has it under the same key."""
+        """The settings as one text, so that checkpoints of other layers have the same key."""
         return {"settings": json.dumps(settings_of(self.model))}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Compare the settings of a checkpoint with those of the model; nothing is changed.
+        """Compare the settings of a checkpoint with those of the model.
 
         Raises:
             ValueError: they differ.
@@ -73,7 +73,7 @@ class AdapterSettings:
 
 
 def settings_of(model: nn.Module) -> Settings:
-    """What must be equal on all ranks, by the name of the adapted weight's module."""
+    """The settings that must be equal on all ranks, by the name of the adapted weight's module."""
     return {
         _without_wrappers(name): f"{module.extra_repr()}, projections={module.shared.distribution}/"
         f"{module.shared.fingerprint()}"

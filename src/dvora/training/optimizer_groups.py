@@ -1,4 +1,4 @@
-"""Training with any optimizer: the trained values in groups with learning rates and weight decays of their own."""
+"""Parameter groups for any optimizer, each with its learning rate and weight decay."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
@@ -6,21 +6,21 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..engines.tensor_parallel import is_divided
+from ..engines.tensor_parallel import is_dtensor
+from ..engines.zero3 import is_partitioned
 from ..method.functional import Vectors
 from ..method.validation import checked_not_negative
 from ..weight.adapter import DVoRAAdapter
-from ..weight.layouts import is_partitioned
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)
-"""`head` is everything that is trained beside the vectors: heads, trained tokens, a base that is not frozen."""
+"""`head` is everything trained other than the vectors: heads, token embeddings, a base that is not frozen."""
 LAMBDA_RATE = 0.01
 HEAD_RATE = 1e-3
 MAGNITUDE_SHARE = 0.35
-"""Learning rates of `recommended_rates`; the magnitude's is this share of the others', for rows of norm one."""
+"""Learning rates of `recommended_rates`; the magnitude's is this share of the others' for rows of norm one."""
 USUAL_SHARE = 1e-2
-"""Of the root mean square of all magnitudes, below which a row has no say in the magnitude's rate."""
+"""Rows below this share of the magnitudes' root mean square are ignored for the magnitude's rate."""
 
 
 def parameter_groups(
@@ -36,8 +36,8 @@ def parameter_groups(
     Args:
         model: with `DVoRAAdapter` layers or adapted through PEFT, wrapped or not.
         learning_rate: of the groups that `learning_rates` leaves out.
-        weight_decay: of the groups that `weight_decays` leaves out, but for the magnitude: it starts as the norm of its
-            row, and decay would pull it away from there. Its own is zero.
+        weight_decay: of the groups that `weight_decays` leaves out, except the magnitude, whose default is zero: it
+            starts as the norm of its row, and decay would pull it away from there.
         learning_rates: by group: "magnitude", "lambda_b", "lambda_d", "head".
         weight_decays: likewise.
 
@@ -60,31 +60,32 @@ def parameter_groups(
 
 
 def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> dict[Group, float]:
-    """Learning rates by group, for AdamW: where to start, not where to end.
+    """Learning rates by group, as a starting point for AdamW.
 
-    The magnitude's rate is a share of the median magnitude (of rows that are not tiny), since models differ in the
-    norms of their rows by more than a factor of ten; the other vectors are relative to the rows already. Tuning chose
-    0.007 to 0.035 for lambda_b and lambda_d on three models, and mostly this share for the magnitude
-    (`docs/results.md`, question 4).
+    The magnitude's rate is a share of the median magnitude (without tiny rows), since the row norms of models differ by
+    more than a factor of ten; the other vectors are relative to the rows already. Tuning chose 0.007 to 0.035 for
+    lambda_b and lambda_d on three models, and mostly this share for the magnitude (`docs/results.md`, question 4).
 
     Args:
-        model: as for `parameter_groups`, before its parameters are divided among processes.
-        learning_rate: of lambda_b and lambda_d; the magnitude's goes up and down with it, the head's does not.
+        model: as for `parameter_groups`, before its parameters are sharded.
+        learning_rate: of lambda_b and lambda_d; the magnitude's is proportional to it, the head's fixed.
 
     Returns:
         A rate for each group of which the model trains something, for the `learning_rates` of `parameter_groups`.
 
     Raises:
-        ValueError: nothing is trained, a magnitude is in parts, or the learning rate is negative or not finite.
+        ValueError: nothing is trained, a magnitude is sharded, or the learning rate is negative or not finite.
     """
     members = _trained(model)
     checked_not_negative(learning_rate, "learning_rate")
     rates: dict[Group, float] = {"lambda_b": learning_rate, "lambda_d": learning_rate, "head": HEAD_RATE}
     if members["magnitude"]:
-        if any(is_divided(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
-            raise ValueError("a magnitude is divided among processes: ask for the rates before dividing the model")
+        if any(is_dtensor(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
+            raise ValueError(
+                "a magnitude is sharded over processes: call recommended_rates before the model is sharded"
+            )
         every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
-        # Rows that give nothing, such as pruned ones, do not say how large the others' steps may be.
+        # Rows of pruned outputs say nothing about the step size of the others.
         usual = every[every >= USUAL_SHARE * every.square().mean().sqrt()]
         rates["magnitude"] = MAGNITUDE_SHARE * learning_rate * usual.median().item()
     return {name: rates[name] for name in GROUPS if members[name]}

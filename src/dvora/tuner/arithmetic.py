@@ -1,9 +1,9 @@
-"""Adapters of a model scaled, interpolated and added up."""
+"""Arithmetic on the adapters of a model: strength, interpolation, weighted sums."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -11,9 +11,9 @@ from torch import nn
 
 from ..method.functional import Vectors
 from ..method.validation import checked_strength
-from ..weight.weighted_sum import Part, interpolated, weighted_sum
+from ..weight.weighted_sum import WeightedAdapter, interpolated, weighted_sum
 from .config import DVoRAConfig
-from .layers.layer import DVoRALayer, check_unmerged, layers_in
+from .layers.layer import DVoRALayer, check_unmerged, layers_of
 from .layers.vectors import strength_key
 from .restoring import on_failure
 
@@ -21,11 +21,6 @@ INSTEAD = (
     "Activate them together instead, set_adapter([...]) with set_strength as their weights: outputs and merges are "
     "then the exact sum"
 )
-
-
-def layers_of(model: nn.Module, adapter_name: str) -> Iterator[DVoRALayer]:
-    """The layers that have an adapter."""
-    return (layer for layer in layers_in(model) if adapter_name in layer.dvora_adapted)
 
 
 @torch.no_grad()
@@ -41,7 +36,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
     Raises:
         TypeError, ValueError: a strength is not a finite number, a name matches no layer, or the adapter is merged.
     """
-    layers = list(layers_of(model, adapter_name))
+    layers = layers_of(model, adapter_name)
     by_layer = strength if isinstance(strength, dict) else {".*": strength}
     for pattern, value in by_layer.items():
         checked_strength(value)
@@ -58,7 +53,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
 
 
 def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, adapter_name: str) -> Callable[[], None]:
-    """What gives an adapter and its configuration the strengths back that they have now."""
+    """A function that restores the present strengths of an adapter and of its configuration."""
     numbers, in_config = [float(layer.strength(adapter_name)) for layer in layers], config.strength
 
     def put_back() -> None:
@@ -101,8 +96,9 @@ def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Se
             )
     config = copy.deepcopy(first)
     config.strength, config.inference_mode = 1.0, False
-    # It is made here, of this base, which may have been trained since the others were.
-    config.base_probes = config.held = config.held_for = config.awaited = None
+    # The new adapter is made for this base, which may have been trained since the others were.
+    config.base_probes = None
+    config.forget_file()
     return config
 
 
@@ -149,8 +145,8 @@ def set_vectors(model: nn.Module, adapter_name: str, vectors: dict[str, Vectors]
 
 def _summed(layer: DVoRALayer, names: Sequence[str], shares: Sequence[float]) -> Vectors:
     parts = [
-        Part(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
+        WeightedAdapter(share * layer.strength(name), layer.vectors(name), layer.adapted(name))
         for name, share in zip(names, shares, strict=True)
     ]
-    weight = layer.unmerged() if layer.kind.has_weight else None
+    weight = layer.unmerged() if layer.layer_type.has_weight else None
     return weighted_sum(parts, weight, layer.adapted(names[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..method.validation import (
     checked_strength,
     fits_float32,
 )
-from .adapter_folder import Shape, check_biases, check_ranks, check_tokens, layers_named, shapes_in
+from .adapter_folder import AdapterFile, shapes_in
 from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match
 from .layers.vectors import strength_key
@@ -40,8 +39,8 @@ BIASES = ("none", "all", "dvora_only")
 class DVoRAConfig(PeftConfig):
     """Configuration of a DVoRA adapter.
 
-    What the defaults rest on: "Choosing" in the documentation, and the rows of `benchmarks/results/quality.json` behind
-    "Results", by question. Where those do not decide, defaults are the papers'.
+    Reasons for the defaults: "Choosing" in the documentation, and the rows of `benchmarks/results/quality.json` by
+    question. Where those do not decide, the defaults are the papers'.
 
     Args:
         r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer
@@ -51,7 +50,7 @@ class DVoRAConfig(PeftConfig):
             default for the architecture. Names that match nothing are warned of, and an error if none matches.
             "all-linear" is what did best (question 3: `feed_forward`, `dvora_attention`, `query_value`).
         target_parameters: names of parameters to adapt that their modules read themselves: matrices, and the stacks of
-            mixture-of-experts blocks. In every pass the adapted weight is made whole, in the parameter's dtype.
+            mixture-of-experts blocks. Every pass forms the adapted weight, in the parameter's dtype.
         magnitude_modules: names (or a regular expression) of layers that get the magnitude only, one vector a layer,
             whether `target_modules` names them too or not.
         exclude_modules: names (or a regular expression) of layers to leave out.
@@ -65,11 +64,12 @@ class DVoRAConfig(PeftConfig):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3; question 3: `detached_norm`).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
-        projection_init: their kind, "kaiming_uniform", "gaussian", "rademacher", "orthogonal" or "structured", which
-            makes the rank nearly free (questions 2 and 3). Adapters converted from PEFT's VeRA have "peft_vera(r=R,
-            in=I, out=O)".
-        norm_cache: keep the constants of the norm, (out, r) values a layer, or make them again from the weight in every
-            step; "auto" keeps them while they are small, `norms.cache_dtype` says when.
+        projection_init: their distribution, "kaiming_uniform" or "structured", which is faster at high ranks in wide
+            models (questions 2 and 3). Adapters converted from PEFT's VeRA have "peft_vera(r=R, in=I, out=O)".
+        norm_cache: keep the constants of the norm, (out, r) values a layer, or compute them from the weight at the
+            start of every step; "auto" keeps them while they are small (see `cache_dtype`).
+        use_triton: run CUDA tensors through Triton kernels. Off by default, because they have never run on a GPU. A
+            setting of the machine, not of the adapter: files do not hold it.
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
             the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
@@ -110,6 +110,7 @@ class DVoRAConfig(PeftConfig):
     projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
     projection_init: str = field(default="kaiming_uniform", metadata={"help": "their distribution"})
     norm_cache: bool | str = field(default="auto", metadata={"help": "keep the constants of the norm"})
+    use_triton: bool = field(default=False, metadata={"help": "run CUDA tensors through Triton kernels"})
     save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
@@ -130,13 +131,11 @@ class DVoRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The caller may use one configuration for several bases, so the field stays what it was.
-        self.measured_probes: dict[str, list[float]] | None = None
-        # What the file of values beside it holds, if the configuration was read from an adapter's folder, and for which
-        # settings: who changes them wants a new adapter.
-        self.held: Mapping[str, Shape] | None = None
-        self.held_for: dict[str, Any] | None = None
-        # While those values are still to be loaded: what was trained before the adapter came.
+        # A caller may use one configuration for several bases, so the field itself stays unchanged.
+        self.fingerprints_to_save: dict[str, list[float]] | None = None
+        # The file of values in the same folder, if the configuration was read from one.
+        self.file: AdapterFile | None = None
+        # Until those values are loaded: the parameters that were trained before the adapter was added.
         self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
         check_types(vars(self))
@@ -151,20 +150,17 @@ class DVoRAConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read a configuration, of whatever method, and compare it with the header of the values beside it.
+        """Read a configuration, of any method, and names and shapes from the header of its file of values.
+
+        They are compared before a model gets an adapter from it.
 
         Raises:
-            TypeError, ValueError: a setting is of the wrong type or out of range, a file is damaged, or the values are
-                not those of the configuration.
+            TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
         """
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        held = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
+        shapes = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, DVoRAConfig):
-            check_biases(held or (), config.bias, config.modules_to_save or ())
-            check_tokens(held or (), config.trainable_token_indices)
-            check_expressions(vars(config), layers_named(held or ()))
-            check_ranks(held or {}, config.rank_of)
-            config.held, config.held_for, config.awaited = held, config.sizing(), set()
+            config.file, config.awaited = AdapterFile(shapes, config.sizing()), set()
         return config
 
     @classmethod
@@ -198,19 +194,24 @@ class DVoRAConfig(PeftConfig):
         check_expressions(vars(self))
         self._check_numbers()
         self._check_choices()
-        if not self.inference_mode and self.held_for is None:
+        if not self.inference_mode and self.file is None:
             check_training(vars(self))
         self._check_projections()
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
         settings = super().to_dict()
-        settings |= {"train": list(self.train), "base_probes": self.measured_probes or self.base_probes}
+        settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
+        del settings["use_triton"]
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def sizing(self) -> dict[str, Any]:
         """The settings that say which vectors there are, and for which base."""
         return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
+
+    def forget_file(self) -> None:
+        """Make the configuration that of a new adapter, no longer tied to the file it was read with."""
+        self.file = self.awaited = None
 
     def rank_of(self, layer_name: str) -> int:
         """The rank of a layer: its entry in `rank_pattern`, else `r`."""
@@ -252,7 +253,7 @@ class DVoRAConfig(PeftConfig):
             raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
         if not (all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
             raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {self.train!r}")
-        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
+        for name in ("detach_norm", "use_triton", "save_projection", "init_weights", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -269,13 +270,14 @@ class DVoRAConfig(PeftConfig):
                 f"projection_format is {self.projection_format!r}, this version makes format {FORMAT_VERSION}; "
                 "load the adapter with the version that saved it"
             )
-        SharedProjections(self.projection_seed, checked_distribution(self.projection_init))
-        # Those of PEFT's VeRA are drawn whole for it, which has to wait until a model says that it needs such sizes.
+        checked_distribution(self.projection_init)
+        SharedProjections(self.projection_seed, self.projection_init, use_triton=self.use_triton)
+        # PEFT's VeRA draws whole matrices, which must wait until a model is known to need such sizes.
         if vera_sizes(self.projection_init) is None:
             self.check_fingerprint()
 
     def check_fingerprint(self) -> None:
-        """Fill the fingerprint of the projections in, or compare it.
+        """Fill in the fingerprint of the projections, or compare it.
 
         Raises:
             ValueError: it is that of other matrices.
@@ -293,6 +295,6 @@ class DVoRAConfig(PeftConfig):
 
 
 def own_config(config: PeftConfig) -> DVoRAConfig:
-    """A configuration that PEFT hands on, known to be this method's."""
+    """A configuration from PEFT, asserted to be this method's."""
     assert isinstance(config, DVoRAConfig), type(config)
     return config

@@ -1,4 +1,4 @@
-"""What settings and names may be, before anything is made of them."""
+"""Checks of settings and adapter names by themselves, without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..method.validation import rounds_to_zero
 MAX_NAMES = 2**12
 """Entries of a list: PEFT compares each with every module of a model, and with every other."""
 MAX_PROBES = 64
-"""Of a layer; far more than this version takes."""
+"""Numbers in the fingerprint of a layer; far more than this version writes."""
 MAX_NAME = 200
 """Characters of an adapter's name, which is a folder's name where several adapters are saved."""
 _HOLDERS = nn.ModuleDict(), nn.ParameterDict()
@@ -21,7 +21,7 @@ _OWN_NAMES = {"weight", "bias", "base_layer"}
 
 
 def check_adapter_name(name: object, taken: Collection[str] = ()) -> None:
-    """Refuse a name under which torch or PEFT could not keep an adapter, or not find its values again.
+    """Refuse a name under which torch or PEFT could not store an adapter, or not find its values again.
 
     Args:
         name: of the adapter.
@@ -91,7 +91,7 @@ def check_types(settings: Mapping[str, Any]) -> None:
 
 
 def check_training(settings: Mapping[str, Any]) -> None:
-    """Refuse settings, of the right types, with which a vector that is to be trained would never move.
+    """Refuse settings with which a vector that is to be trained would never change.
 
     Raises:
         ValueError: its gradient is zero and stays so.

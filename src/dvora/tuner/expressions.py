@@ -1,7 +1,7 @@
-"""Regular expressions of a configuration: none is compiled or matched before it is known to end in time.
+"""Regular expressions of a configuration: none is compiled or matched before it is known to take little time.
 
-Python's `re` has no time limit, and PEFT matches these settings against every name in a model. So an expression is
-judged by what it could try at most; where that is too much, it is tried in a process of its own, with limits.
+Python's `re` has no time limit, and PEFT matches these settings against every name in a model. So an upper
+bound of the steps is computed first; above a limit the expression is tried in a process of its own, with limits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FREE = 10**6
 _STEPS_OF_A_SET = 1000
 """What compiling a set of characters costs."""
 _NAME = re.compile(r"[\w.-]*")
-"""Which matches in one way, however it is read."""
+"""A plain name, which matches in one way only."""
 
 _TRIAL = f"""
 import json, re, sys
@@ -61,7 +61,7 @@ def ending(name: str) -> str:
 
 
 _WHOLE, _ENDING = _Form(str, whole=True), _Form(ending, whole=False)
-# PEFT has the last two compiled again for every module, but for the few hundred that `re` remembers.
+# PEFT compiles the last two again for every module, except for the few hundred that `re` caches.
 _FORMS = {
     "target_modules": _WHOLE,
     "magnitude_modules": _WHOLE,
@@ -75,11 +75,11 @@ _FORMS = {
 
 
 def check_expressions(settings: Mapping[str, Any], names: Collection[str] = ()) -> None:
-    """Refuse settings that are read as regular expressions and are none, or take too long.
+    """Refuse settings that should be regular expressions and are not, or that take too long.
 
     Args:
-        settings: of a configuration of any method; what is no expression is passed over.
-        names: what they are to be matched against, if that is known.
+        settings: of a configuration of any method; what is no expression is ignored.
+        names: what they will be matched against, if that is known.
 
     Raises:
         ValueError: an expression cannot be compiled, or matching it takes more than the limits.
@@ -133,7 +133,7 @@ def _check_compiles(setting: str, expression: str, written: str) -> None:
 
 
 def _steps(setting: str, expression: str, written: str, longest: int, names: int) -> float:
-    """At most, for compiling an expression and matching it with so many names of so many characters."""
+    """An upper bound for compiling an expression and matching it with so many names of so many characters."""
     parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
     try:
         # Without the form around it, too: it could close a bracket of the form's.
@@ -147,7 +147,7 @@ def _steps(setting: str, expression: str, written: str, longest: int, names: int
 
 
 def _ways(parsed: Any, longest: int) -> float:
-    """In how many ways an expression could match the beginning of a name, at most."""
+    """An upper bound of the ways in which an expression could match the beginning of a name."""
     return math.prod(_ways_of(str(code), argument, longest) for code, argument in parsed)
 
 
@@ -180,10 +180,10 @@ def _ways_of_repeat(low: int, high: int, repeated: Any, longest: int) -> float:
 
 @lru_cache(maxsize=16)
 def _try(expressions: tuple[str, ...], whole: bool, names: tuple[str, ...]) -> None:
-    """Compile and match in a process that sees nothing of this one, and can be ended.
+    """Compile and match in a separate process that can be killed.
 
     Raises:
-        SubprocessError, OSError: it did not come to its end.
+        SubprocessError, OSError: it did not finish.
     """
     subprocess.run(
         [sys.executable, "-I", "-S", "-c", _TRIAL],

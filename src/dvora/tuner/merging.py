@@ -1,9 +1,9 @@
-"""Merging the adapters of a whole model: all layers or none, and one report of what rounding took."""
+"""Merging the adapters of a whole model: all layers or none, and one warning about rounding."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,9 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
 from ..weight.merge import warn_of_losses
-from .layers.base_layer import check_mergeable as check_layer
 from .layers.layer import DVoRALayer, layers_in
-from .layers.merges import Intent
+from .layers.mergeable import Intent
 from .restoring import surely
 
 
@@ -22,8 +21,8 @@ def merge_model(
 ) -> dict[str, float]:
     """Merge adapters into the weights of all layers, and tokens that PEFT trains whole into theirs.
 
-    All layers or none: what an error or an interruption leaves is put back, bit for bit. For that every adapted weight
-    is copied to the CPU.
+    All layers or none: after an error or an interruption the weights are restored bit for bit, from copies of every
+    adapted weight on the CPU.
 
     Args:
         model: with the adapters.
@@ -39,7 +38,7 @@ def merge_model(
         TypeError, ValueError: some layer cannot be merged; none is then.
 
     Warns:
-        MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
+        MergePrecisionWarning: once, with the figures, if rounding removes a considerable part of the update.
     """
     if not keep_original:
         return _merge_for_good(model, adapter_names, safe_merge)
@@ -129,7 +128,7 @@ def merged(model: nn.Module) -> Iterator[None]:
         ValueError: the model is in training mode, has no adapters or has merged ones, or a value is not finite.
 
     Warns:
-        MergePrecisionWarning: the dtype swallows a considerable part of the update.
+        MergePrecisionWarning: rounding to the dtype removes a considerable part of the update.
     """
     layers = layers_in(model)
     if not layers:
@@ -156,7 +155,7 @@ def _merge_for_good(model: nn.Module, adapter_names: list[str] | None, safe_merg
         with surely(layer.settle):
             losses |= layer.merge_quietly(adapter_names, intent)
             intent.done = True
-        layer.give_up_original()
+        layer.merges.give_up_original()
     _Others(model).merge(adapter_names, safe_merge)
     warn_of_losses(losses, _dtype_of(model))
     return losses
@@ -189,7 +188,7 @@ class _Others:
             layer.weight.copy_(weight)
 
     def unmerge(self) -> None:
-        """Take out what was merged, also where an interruption has left a part of it."""
+        """Unmerge all of them; may be called again after an interruption."""
         while self._layers:
             layer, names = self._layers[-1], self._names[-1]
             layer.merged_adapters[:] = names
@@ -200,7 +199,7 @@ class _Others:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """That of the last weight, for the message."""
+    """The dtype of the last weight, for the message."""
     stored = [weight for layer in layers_in(model) if (weight := layer.stored()) is not None]
     return stored[-1].dtype if stored else torch.float32
 
@@ -219,7 +218,7 @@ def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         wanted = layer.active_adapters if adapter_names is None else adapter_names
         names = [name for name in wanted if name in layer.dvora_adapted]
         if names:
-            check_layer(layer.get_base_layer(), layer.kind, layer.parameter_name, layer.name)
+            layer.check_mergeable()
             _check_not_tied(layer, owners)
 
 
@@ -229,19 +228,3 @@ def _check_not_tied(layer: DVoRALayer, owners: dict[int, list[str]]) -> None:
             f"{layer.name}: its weight is tied ({' and '.join(names)} are one tensor), so merging would change "
             "the other layer too; untie the weights in the base model first, or keep the adapter unmerged"
         )
-
-
-def check_loadable(model: nn.Module, keys: Container[str], prefix: str) -> None:
-    """Refuse a state dict with values for weights that have adapters in them, before anything is copied.
-
-    Args:
-        model: with the adapters.
-        keys: of the state dict.
-        prefix: of the model's keys there.
-
-    Raises:
-        ValueError: there are such values.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, DVoRALayer):
-            module.check_loadable(keys, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Hands the adapter names of a batch to every layer, for one call of the model and in its thread only."""
+"""Passes the adapter names of a batch to every layer, for one call of the model and in its thread only."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
                 layer.silent_in.remove(batch)
 
     with surely(leave):
-        # Their active adapters would serve every row.
+        # Otherwise their active adapters would change every row.
         for layer in parameters:
             layer.silent_in.append(batch)
         for module in called:
@@ -74,7 +74,7 @@ def _pass(
     batch: Batch,
     names: Sequence[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    # Another thread may meet a hook that is registered, or removed, by half: then without `kwargs`.
+    # Another thread may run a hook that is only half registered or removed: then without `kwargs`.
     if kwargs is None or not is_in_progress(batch):
         return None
     return args, {**kwargs, "adapter_names": names}

@@ -19,26 +19,20 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..method.functional import Vectors
-from .arithmetic import combined_config, interpolated_vectors, layers_of, set_strength, set_vectors, summed_vectors
+from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
-from .injecting.inject import Measured, add_adapter
+from .injecting.inject import PreparedTarget, add_adapter
 from .injecting.targets import find_targets, matches, names_found, wrap
-from .layers.layer import DVoRALayer, check_unmerged, layers_in
+from .layers.layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .layers.mixed_rows import in_progress
 from .layers.opaque_weight import keep_differentiable
-from .merging import check_loadable, merge_model, merging, unmerge_before_adding, unmerge_model
+from .merging import merge_model, merging, unmerge_before_adding, unmerge_model
 from .mixed_batch import adapter_names_passed
 from .restoring import modules_as_they_are, on_failure
-from .state.checked_values import (
-    check_factors,
-    check_load,
-    check_shapes,
-    checked_values,
-    outside_saved_modules,
-    whole_or_absent,
-)
+from .state.checked_values import check_load, vectors_among
 from .state.state_dict import as_saved, from_saved
+from .state.withdrawal import withdrawal
 
 _COMPILED = "_orig_mod."
 
@@ -50,13 +44,13 @@ class DVoRAModel(BaseTuner):
     """
 
     uses_shared_state = False
-    _measured: dict[str, Measured]
+    _prepared: dict[str, PreparedTarget]
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # some are str
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # PEFT enters the new configuration beside those of the model's adapters before anything is checked.
+        # PEFT adds the new configuration to those of the model before anything is checked.
         with on_failure(modules_as_they_are(model)):
             super().__init__(model, *args, **kwargs)
 
@@ -88,7 +82,7 @@ class DVoRAModel(BaseTuner):
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
             found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
             targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
-        self._measured = check_adapter(targets, filled, model)
+        self._prepared = check_adapter(targets, filled, model)
         # PEFT keeps the caller's object and writes into it.
         config.target_modules, config.projection_fingerprint = filled.target_modules, filled.projection_fingerprint
         unmerge_before_adding(model)
@@ -100,7 +94,7 @@ class DVoRAModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        self._measured = {}
+        self._prepared = {}
         warn_of_rows_left_alone(layers_of(model, adapter_name), adapter_name)
         for module in model.modules():
             keep_differentiable(module)
@@ -112,7 +106,7 @@ class DVoRAModel(BaseTuner):
             ValueError: there is no such adapter, or it is merged.
         """
         if self.active_adapters == [adapter_name]:
-            # PEFT lets every layer choose among the adapters that it has, so that layers could come to differ.
+            # PEFT lets every layer choose among its own adapters, so layers could choose different ones.
             _check_adapters_not_merged(self.model, adapter_name)
             others = sorted(set(self.peft_config) - {adapter_name})[:1]
             if others:
@@ -188,7 +182,7 @@ class DVoRAModel(BaseTuner):
             ValueError: a value is not finite, or a weight is tied to another layer's; nothing is merged.
 
         Warns:
-            MergePrecisionWarning: once, with the figures, if the dtype swallows a considerable part of the update.
+            MergePrecisionWarning: once, with the figures, if rounding removes a considerable part of the update.
         """
         self._check_merge_allowed()
         merge_model(self.model, adapter_names, keep_original=True, safe_merge=safe_merge)
@@ -204,7 +198,7 @@ class DVoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # Until the last layer is merged, the CPU keeps copies of all adapted weights, from which a failure is undone.
+        # Copies of all adapted weights stay on the CPU until the last layer is merged, to undo a failure.
         if merge:
             self._check_merge_allowed()
         undo = modules_as_they_are(self)
@@ -247,7 +241,7 @@ class DVoRAModel(BaseTuner):
         config = own_config(peft_config)
         wrapper, layers = wrap(target, current_key, parameter_name, parent)
         for layer in layers:
-            add_adapter(layer, adapter_name, config, self._measured[layer.name], self.active_adapters)
+            add_adapter(layer, adapter_name, config, self._prepared[layer.name], self.active_adapters)
         if wrapper is not target and any(other.disable_adapters for other in layers_in(self.model)):
             for layer in layers:
                 layer.enable_adapters(False)
@@ -264,8 +258,12 @@ class DVoRAModel(BaseTuner):
             warn_of_kept_dtype(layers_of(self.model, adapter_name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        check_loadable(self, state_dict, prefix)
-        check_load(self, state_dict, prefix)  # one that ignores mismatched sizes has dropped them by now
+        names = vectors_among(state_dict) & self.peft_config.keys()
+        with on_failure(withdrawal(self, names)):
+            # One that ignores mismatched sizes has dropped them by now.
+            check_load(self, state_dict, prefix)
+        for name in names:
+            own_config(self.peft_config[name]).awaited = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -286,15 +284,12 @@ class DVoRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         check_unmerged(model, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, DVoRAModel)), None)
-        with whole_or_absent(tuner, {adapter_name}):
-            vectors = from_saved(model, own_config(config), state_dict)
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
-            biases = cls._get_learnable_bias_state_dict(model, outside_saved_modules(model), config).keys()
-            checked = checked_values(model, adapter_name, remapped, biases, own_config(config))
-            check_factors(model, adapter_name, checked)
+        # Without a tuner, as after `inject_adapter_in_model`, the adapter cannot be removed again.
+        with on_failure(*([withdrawal(tuner, [adapter_name])] if tuner else [])):
+            values = from_saved(model, own_config(config), adapter_name, state_dict)
             if tuner is None:
-                check_shapes(model, checked)
-            return checked
+                check_load(model, values)
+            return values
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

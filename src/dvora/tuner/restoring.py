@@ -1,4 +1,4 @@
-"""Puts things back as they were if changing them fails or is interrupted: PEFT replaces layers one by one."""
+"""The one way back after an error or an interruption: PEFT replaces layers one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTAINERS = (dict, list, set)
 
 @contextmanager
 def surely(end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` at the end of the block, and once more, in case that an interruption stopped it.
+    """Call `end` at the end of the block, and once more in case an interruption stopped it.
 
     Args:
         end: may be called again at any point.
@@ -48,9 +48,9 @@ def on_failure(*undo: Callable[[], object]) -> Iterator[None]:
 
 
 def modules_as_they_are(model: nn.Module) -> Callable[[], None]:
-    """What gives every module its present attributes and children back, and parameters whether they are trained.
+    """A function that restores the present attributes and children of every module, and which parameters are trained.
 
-    Values of tensors are not put back.
+    Values of tensors are not restored.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [
@@ -69,7 +69,7 @@ def modules_as_they_are(model: nn.Module) -> Callable[[], None]:
 
 
 def values_as_they_are(tensors: list[Tensor]) -> Callable[[], None]:
-    """What gives tensors the values back that they have now, from copies."""
+    """A function that restores the present values of tensors, from copies."""
     kept = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ def values_as_they_are(tensors: list[Tensor]) -> Callable[[], None]:
 
 
 def _put_back(changed: Any, kept: Any) -> None:
-    """Give a container its contents back; one that has them is not touched, as other threads may be reading it."""
+    """Restore the contents of a container; an unchanged one is not written, as other threads may be reading it."""
     if isinstance(changed, dict):
         if list(changed) != list(kept) or any(changed[key] is not value for key, value in kept.items()):
             changed.clear()

@@ -1,10 +1,10 @@
 """One adapted weight without its trained vectors: projections, norm constants and hyperparameters.
 
-The plain layer and the PEFT layers own their vectors and leave everything else to this module, so that gain and merge
-are written once, for every way of storing a weight.
+The plain layer and the PEFT layers own their vectors and share the rest through this module, so that gain and merge are
+written once, for every way of storing a weight.
 
-The norm constants belong to one state of the base weight. They are made again when the weight was replaced, written
-to, cast or moved, and computed in every pass, with gradients, while the weight itself is trained.
+The norm constants belong to one version of the base weight. They are recomputed after the weight was replaced, written
+to, cast or moved; while the weight is trained, they are computed in every pass, with gradients.
 """
 
 import threading
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.tensor_parallel import Part, check_whole, gathered, is_divided, local, part_of
+from ..engines.fsdp2 import note_never_gathered
+from ..engines.tensor_parallel import TensorParallelShard, check_whole, full_tensor, is_dtensor, local, shard_of
+from ..engines.zero3 import is_in_memory
 from ..matrices.interface import Matrices, SharedProjections
 from ..method import functional as F
 from ..method.functional import Direction, RowFactors, Vectors
@@ -32,24 +34,22 @@ from ..method.validation import (
 )
 from ..ops.annotations import Float
 from ..ops.dtypes import at_least_float32, full_precision, norm_dtype
-from ..ops.tracing import recording, transforming
-from .evaluated import LastFactors, note_never_gathered, version_of
-from .layouts import ROWS, Layout, is_at_hand
-from .measured import MeasuredWeight
+from ..ops.tracing import grad_recorded, is_traced
+from .layouts import ROWS, Layout
+from .tensor_state import EvalCache, WeightVersion, version_of
 
 _ATTEMPTS = 3
-"""To make constants that nothing writes to the weight of meanwhile; the last ones are made again in the next pass."""
+"""Attempts to compute constants while nothing writes to the weight; after the last, the next pass tries again."""
 _ONE_AT_A_TIME = threading.Lock()
-"""Held while constants take their places, so that threads cannot mix those of two states of a weight."""
+"""Held while constants are assigned, so that no thread sees those of two versions of a weight."""
 MAGNITUDE_ONLY = 0
-"""The rank of a weight whose rows are rescaled and nothing else."""
+"""The rank of a weight that gets a magnitude and no update."""
 
 
 class AdaptedWeight(nn.Module):
     """The frozen side of one adapted weight.
 
-    Methods take the weight as the layer stores it, or None where nothing but the constants is at hand: a quantised
-    layer keeps no such tensor.
+    Methods take the weight as the layer stores it, or None where only the constants are in memory (a quantised layer).
 
     Args:
         weight: the base's, as stored.
@@ -59,9 +59,9 @@ class AdaptedWeight(nn.Module):
         direction: what the update is added to, the "unit" rows or the "weight".
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
         layout: how the weight is stored.
-        skipped_column: a column of the weight's matrix that the update leaves alone: the padding entry of a table.
-        readable: whether the weight is at hand in every pass; that of a quantised layer is not.
-        norm_cache: keep the constants of (O, R) values, make them again in every step, or "auto" (`norms.cache_dtype`).
+        padding_column: a column of the weight's matrix that the update does not change: an embedding's padding entry.
+        readable: whether the weight can be read in every pass; that of a quantised layer cannot.
+        norm_cache: keep the (O, R) constants (True), recompute them in every step (False), or "auto" (`cache_dtype`).
         name: of the layer, for error messages.
 
     Raises:
@@ -83,7 +83,7 @@ class AdaptedWeight(nn.Module):
         direction: Direction = "unit",
         detach_norm: bool = False,
         layout: Layout = ROWS,
-        skipped_column: int | None = None,
+        padding_column: int | None = None,
         readable: bool = True,
         norm_cache: NormCache = "auto",
         name: str = "layer",
@@ -98,18 +98,18 @@ class AdaptedWeight(nn.Module):
         self.scaling = self.alpha / self.rank if self.rank else 0.0
         self.direction = checked_direction(direction)
         self.detach_norm = detach_norm
-        self.skipped_column = skipped_column
+        self.padding_column = padding_column
         self.name = name
-        # A name that no model has: PEFT finds modules to save by the ends of their names.
+        # A name that no model uses, since PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
         if self.rank:
             shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.readable = readable
         self.norm_cache = checked_norm_cache(norm_cache)
-        self._measured: MeasuredWeight | None = None
-        self.part: Part | None = None
-        """Of the weight, where several processes divide it."""
-        self._last = LastFactors()
+        self._weight_version: WeightVersion | None = None
+        self.shard: TensorParallelShard | None = None
+        """The shard on this process, of a weight that is a DTensor."""
+        self._eval_cache = EvalCache()
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
         self.register_buffer("small", None, persistent=False)
@@ -122,111 +122,94 @@ class AdaptedWeight(nn.Module):
         return self.dvora_projections
 
     def initial_vectors(self, d_initial: float) -> Vectors:
-        """The starting values, with which the layer is its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
+        """The starting values, for which the layer equals its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
         with torch.inference_mode(False):
             return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), float(d_initial)))
 
     @property
     def matrices(self) -> Matrices:
-        """A and B, of the part of the weight that this process holds."""
-        kind, part = self.shared.kind, self.part
-        return kind if part is None else kind.of_part(part.inputs, part.outputs)
+        """A and B for this process's shard of the weight."""
+        kind, shard = self.shared.impl, self.shard
+        return kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
 
     def local(self, vectors: Vectors, weight: Tensor | None) -> Vectors:
-        """The vectors of the part of the weight that this process holds; all of them, if it holds all.
+        """The vectors for this process's shard of the weight; all of them, if the weight is not sharded.
 
         Raises:
-            ValueError: the weight is divided in a way that is not supported, or trained.
+            ValueError: the weight is sharded in a way that is not supported, or trained.
         """
-        if not is_divided(weight):
+        if not is_dtensor(weight):
             return vectors
         assert weight is not None
         if weight.requires_grad:
-            raise ValueError(
-                f"{self.name}: a base weight that is divided between processes cannot be trained; freeze it"
-            )
-        self.follow(weight)
-        return vectors if self.part is None else self.part.vectors(vectors)
+            raise ValueError(f"{self.name}: a base weight that is sharded over processes cannot be trained; freeze it")
+        self.refresh_if_stale(weight)
+        return vectors if self.shard is None else self.shard.vectors(vectors)
 
     def norm(self, weight: Tensor | None) -> FrozenNorm:
         """The norm of the weight as it is now."""
-        if weight is None or not is_at_hand(weight):
+        if weight is None or not is_in_memory(weight):
             return self._norm(None, self.w, self.C)
-        # A compiled graph cannot ask a weight for its version: it holds the constants of a frozen weight.
+        # A compiled graph cannot read versions: it captures the constants of a frozen weight.
         compiling = torch.compiler.is_compiling()
         if weight.requires_grad and (torch.is_grad_enabled() or compiling):
             matrix = self.layout.matrix(weight)
             with full_precision(weight.device):
                 return self._norm(matrix, F.row_norm(matrix), self._cross(matrix, norm_dtype(matrix.dtype)))
         if not compiling:
-            self.follow(weight)
-        # Of a row whose columns are divided no process could measure what an update nearly cancels.
-        at_hand = self.part is None or self.part.inputs is None
-        return self._norm(self.layout.matrix(local(weight).detach()) if at_hand else None, self.w, self.C)
+            self.refresh_if_stale(weight)
+        # With sharded columns no process has whole rows, which nearly cancelled ones are computed from.
+        whole_rows = self.shard is None or self.shard.inputs is None
+        return self._norm(self.layout.matrix(local(weight).detach()) if whole_rows else None, self.w, self.C)
 
-    def follow(self, weight: Tensor) -> None:
-        """Make the constants anew if the weight has changed since; one that is not at hand cannot be measured."""
-        held, measured = local(weight), self._measured
-        if not is_at_hand(weight) or (measured is not None and measured.is_of(held)):
+    def refresh_if_stale(self, weight: Tensor) -> None:
+        """Recompute the constants if the weight has changed since, and is in memory."""
+        held, version = local(weight), self._weight_version
+        if not is_in_memory(weight) or (version is not None and version.is_of(held)):
             return
-        again = measured is not None and measured.was_gathered_again(held)
-        if measured is None or not (again and measured.has_values_of(held)):
+        again = version is not None and version.was_gathered_again(held)
+        if version is None or not (again and version.has_values_of(held)):
             self.refresh(weight)
             if again:
-                self._measured = MeasuredWeight(held, gathered_again=True)
+                self._weight_version = WeightVersion(held, gathered_again=True)
 
-    def follow_loaded(self, weight: Tensor) -> None:
-        """Make the constants anew after a load: now, or of a weight in parts in the next pass, which may gather it."""
-        if is_divided(weight):
-            self._measured = None
-            self._last.drop()
+    def refresh_after_load(self, weight: Tensor) -> None:
+        """Recompute the constants after a load: now, or for a DTensor in the next pass, which may gather it."""
+        if is_dtensor(weight):
+            self._weight_version = None
+            self._eval_cache.drop()
         else:
-            self.follow(weight)
+            self.refresh_if_stale(weight)
 
     def refresh(self, weight: Tensor) -> None:
-        """Make the constants anew.
+        """Recompute the constants.
 
         Raises:
             ValueError: a row norm of the weight is not finite.
         """
-        part = part_of(weight, self.name) if is_divided(weight) else None
-        if part is not None and self.layout is not ROWS:
-            raise ValueError(f"{self.name}: processes divide the weight, which is supported for torch.nn.Linear only")
-        readable = self.readable and (part is None or part.inputs is None)
-        if self.norm_cache is False and not readable:
-            raise ValueError(
-                f"{self.name}: norm_cache=False makes the norm's constants from the weight in every step, and this "
-                "layer's weight cannot be read then (it is quantised or offloaded, or processes divide its inputs); "
-                'use "auto" or True'
-            )
+        shard = self._checked_shard(weight)
         if any(buffer.is_meta for buffer in self.shared.buffers()):
-            # A load with assign=True brings values back, but not what has none in the file.
+            # A load with assign=True restores values, but not buffers that no file holds.
             self.shared.to_empty(device=weight.device)
         held = local(weight)
         for attempt in reversed(range(_ATTEMPTS)):
-            # Before it is read: another thread may write to it meanwhile.
-            measured = MeasuredWeight(held)
+            # Before the weight is read, since another thread may write to it meanwhile.
+            version = WeightVersion(held)
             with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
-                matrix = self.layout.matrix(gathered(weight.detach()))
-                w = row_norms(matrix)
-                check_norms(w, self.name)
-                dtype = cache_dtype(matrix, self.rank, self.norm_cache, self.shared.kind.products_are_cheap, readable)
-                C = None if dtype is None else self._cross(matrix, dtype)
-                if part is not None:
-                    w, C = part.of_rows(w), None if C is None else part.of_rows(C)
+                w, C = self._constants(weight, shard)
             with _ONE_AT_A_TIME:
-                if measured.was_written_to(held) and attempt:
+                if version.was_written_to(held) and attempt:
                     continue
                 self.w, self.C, self.small = w, C, None
-                self.part, self._measured, self._small_of = part, measured, None
+                self.shard, self._weight_version, self._small_of = shard, version, None
             break
-        self._last.drop()
+        self._eval_cache.drop()
 
     def small_rows(self, bias: Float[Tensor, "O"] | None) -> Tensor | None:
         """Indices of the rows that are small beside their bias (`small_rows`); None without any."""
-        if bias is None or self.part is not None:
+        if bias is None or self.shard is not None:
             return None
-        state = None if transforming() else (id(bias), version_of(bias))
+        state = None if is_traced() else (id(bias), version_of(bias))
         if state is not None and state != self._small_of:
             with torch.inference_mode(False):
                 self.small = small_rows(self.w, bias)
@@ -234,14 +217,14 @@ class AdaptedWeight(nn.Module):
         return self.small
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
-        """The dense A of this weight, with the dtype and device of `like`."""
+        """The dense A of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(0, self.in_features)
         A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
-        return A if self.skipped_column is None else without_column(A, self.skipped_column)
+        return A if self.padding_column is None else without_column(A, self.padding_column)
 
     def B(self, like: Tensor) -> Float[Tensor, "O R"]:
-        """The dense B of this weight, with the dtype and device of `like`."""
+        """The dense B of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(self.out_features, 0)
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
@@ -249,15 +232,15 @@ class AdaptedWeight(nn.Module):
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """What the rows are rescaled with, made from the vectors."""
         norm = self.norm(weight)
-        # Vectors that somebody has cast to half precision: the norm is not computed in it.
+        # The vectors may have been cast to half precision; the norm is not computed in it.
         vectors = vectors.to(norm.w.dtype)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
-            frozen = not norm.w.requires_grad and not transforming()
+            frozen = not norm.w.requires_grad and not is_traced()
             return (row_factors if frozen else F.row_factors)(vectors, norm, beta, self.detach_norm)
 
     def row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None) -> RowFactors:
-        """The factors of an adapter of some strength; in evaluation made once, until anything changes.
+        """The factors of an adapter of some strength; in evaluation cached until anything changes.
 
         Args:
             vectors: the trained ones.
@@ -265,17 +248,17 @@ class AdaptedWeight(nn.Module):
             strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
         """
         inputs = vectors if strength is None else (*vectors, strength)
-        if not transforming():
-            if not (recording() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
-                return self._last.of(inputs, local(weight), partial(self._row_factors, weight))
-            self._last.drop()
+        if not is_traced():
+            if not (grad_recorded() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
+                return self._eval_cache.of(inputs, local(weight), partial(self._row_factors, weight))
+            self._eval_cache.drop()
         return self._row_factors(weight, inputs)
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` as a dense matrix, in float32 or float64.
 
         Raises:
-            ValueError: the weight is divided between processes.
+            ValueError: the weight is sharded over processes.
         """
         check_whole(weight, self.name)
         factors = self.factors(vectors, weight)
@@ -290,14 +273,44 @@ class AdaptedWeight(nn.Module):
         )
 
     def _row_factors(self, weight: Tensor | None, inputs: Sequence[Tensor]) -> RowFactors:
-        """The factors from the three vectors and, behind them, a strength."""
+        """The factors from the three vectors, optionally followed by a strength."""
         gain_minus_one, scale, gain, beta = factors = self.factors(Vectors(*inputs[:3]), weight)
         if len(inputs) == len(Vectors._fields):
             return factors
         strength = inputs[-1]
-        # Exactly the gain for a strength of one.
+        # For a strength of one exactly the gain.
         weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
         return RowFactors(strength * gain_minus_one, strength * scale, weaker.detach(), beta)
+
+    def _checked_shard(self, weight: Tensor) -> TensorParallelShard | None:
+        """The shard on this process, if the layer's settings allow one."""
+        shard = shard_of(weight, self.name) if is_dtensor(weight) else None
+        if shard is not None and self.layout is not ROWS:
+            raise ValueError(
+                f"{self.name}: the weight is sharded over processes, which is supported for torch.nn.Linear only"
+            )
+        if self.norm_cache is False and not self._is_readable(shard):
+            raise ValueError(
+                f"{self.name}: norm_cache=False computes the norm's constants from the weight in every step, and this "
+                "layer's weight cannot be read then (it is quantised or offloaded, or its inputs are sharded); "
+                'use "auto" or True'
+            )
+        return shard
+
+    def _is_readable(self, shard: TensorParallelShard | None) -> bool:
+        return self.readable and (shard is None or shard.inputs is None)
+
+    def _constants(self, weight: Tensor, shard: TensorParallelShard | None) -> tuple[Tensor, Tensor | None]:
+        """w, and C where it is kept, for the rows of this process."""
+        matrix = self.layout.matrix(full_tensor(weight.detach()))
+        w = row_norms(matrix)
+        check_norms(w, self.name)
+        cheap = self.shared.impl.products_are_cheap
+        dtype = cache_dtype(matrix, self.rank, self.norm_cache, cheap, self._is_readable(shard))
+        C = None if dtype is None else self._cross(matrix, dtype)
+        if shard is None:
+            return w, C
+        return shard.of_rows(w), None if C is None else shard.of_rows(C)
 
     def _norm(self, matrix: Tensor | None, w: Tensor, C: Tensor | None) -> FrozenNorm:
         if self.rank and C is None and matrix is None:
@@ -305,20 +318,20 @@ class AdaptedWeight(nn.Module):
                 f"{self.name}: the weight is not in memory (it was offloaded, or DeepSpeed ZeRO-3 holds parts of it), "
                 "and the norm's constants were not kept; adapt with norm_cache=True, or after the model was offloaded"
             )
-        part = self.part
-        matrices = self.shared.kind if part is None else self.shared.kind.of_part(None, part.outputs)
-        return FrozenNorm(w, C, matrix, matrices, self.in_features, self.rank, self.skipped_column)
+        shard = self.shard
+        matrices = self.shared.impl if shard is None else self.shared.impl.of_shard(None, shard.outputs)
+        return FrozenNorm(w, C, matrix, matrices, self.in_features, self.rank, self.padding_column)
 
     def _cross(self, matrix: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O R"]:
         if not self.rank:
             return matrix.new_empty(len(matrix), 0, dtype=dtype)
-        return cross_matrix(matrix, self.shared.kind, self.rank, self.skipped_column, dtype)
+        return cross_matrix(matrix, self.shared.impl, self.rank, self.padding_column, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
         if recurse:
             self.shared._apply(fn)
         self._small_of = None
-        # The dtype of C is chosen by its size, and only its device follows.
+        # C follows device moves only: its dtype was chosen by its size.
         C, self.C = self.C, None
         super()._apply(at_least_float32(fn), recurse=False)
         if C is not None:
@@ -327,4 +340,4 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_measured": None, "part": None, "_small_of": None}
+        return {**self.__dict__, "_weight_version": None, "shard": None, "_small_of": None}

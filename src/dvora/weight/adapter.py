@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..engines.fsdp2 import note_never_gathered
 from ..engines.tensor_parallel import local
+from ..engines.zero3 import weight_in_memory
 from ..matrices.interface import SharedProjections
 from ..method.functional import FAR, Direction, Vectors, are_finite
 from ..method.small_rows import SmallRows
@@ -23,25 +25,22 @@ from ..method.validation import (
 )
 from ..ops.annotations import Float
 from ..ops.dtypes import at_least_float32
-from ..ops.tracing import transforming
+from ..ops.tracing import is_traced
 from .adapted_weight import AdaptedWeight
 from .default_projections import default_projections
 from .diagnostics import diagnostics
-from .evaluated import note_never_gathered
 from .last_input import LastInput, add_gradients
-from .layouts import weight_at_hand
-from .linear import combined, from_updated_weight
+from .linear import combined, from_updated_weight, takes_updated_weight
 from .merge import check_can_be_set, merged_copy
-from .routes import takes_updated_weight
 
 
 class DVoRAAdapter(nn.Module):
     """A linear layer whose weight is adapted by three trained vectors; at the start it is its base, bit for bit.
 
     Trained are `magnitude` (O,), `lambda_b` (O,) and `lambda_d` (R,), in float32 (float64 for a float64 base) whatever
-    the model is cast to. In training mode the layer keeps each thread's last input, without a copy, for `backward`,
-    until a backward pass, the explicit one or autograd's, has come through it. Under checkpointing and other hooks of
-    saved tensors, within autograd functions, in inference mode, compiled and under `torch.func` it keeps nothing.
+    the model is cast to. In training mode the layer keeps a reference to each thread's last input for `backward`, until
+    a backward pass, the explicit one or autograd's, has reached it. Under checkpointing and other hooks on saved
+    tensors, within autograd functions, in inference mode, compiled and under `torch.func` it keeps none.
 
     Args:
         base_layer: an `nn.Linear`, or a subclass with the same forward, with floating-point weights.
@@ -54,8 +53,8 @@ class DVoRAAdapter(nn.Module):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
 
     Raises:
-        TypeError: the base layer's type is not supported, it computes something else than an `nn.Linear`, already
-            carries an adapter, or its weight is not floating.
+        TypeError: the base layer's type is not supported, its forward is not that of `nn.Linear`, it already carries
+            an adapter, or its weight is not floating.
         ValueError: the base is empty, on the meta device or not finite, a hyperparameter is out of range, or the
             shared matrices are not initialized.
     """
@@ -96,7 +95,7 @@ class DVoRAAdapter(nn.Module):
             for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
                 self.register_parameter(name, nn.Parameter(value))
                 note_never_gathered(self.get_parameter(name))
-        # Now, for a graph that is made of the layer cannot look for them.
+        # Now, since a traced graph of the layer cannot search for them.
         self.adapted.small_rows(base_layer.bias)
         self.base_layer = base_layer
         self.freeze_base_layer = freeze_base_layer
@@ -127,7 +126,7 @@ class DVoRAAdapter(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained values: `2 O + R`, plus the base's own when it is not frozen."""
+        """Number of trained parameters: `2 O + R`, plus the base's when it is not frozen."""
         return sum(parameter.numel() for parameter in self._trained())
 
     def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
@@ -136,13 +135,13 @@ class DVoRAAdapter(nn.Module):
         Raises:
             ValueError: the last dimension of `x` is not the layer's `in_features`.
         """
-        held = weight_at_hand(self.base_layer, "weight")
+        held = weight_in_memory(self.base_layer, "weight")
         width = self.adapted.in_features if held is None else local(held).shape[1]
         if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(
                 f"expected inputs of width {width} (the base layer's in_features), got shape {tuple(x.shape)}"
             )
-        if transforming():
+        if is_traced():
             if self._last_input is not None:
                 self._last_input = None
             return self._outputs(x)
@@ -154,9 +153,9 @@ class DVoRAAdapter(nn.Module):
         return y
 
     def backward(self, output_gradient: Float[Tensor, "*T O"]) -> Float[Tensor, "*T I"]:
-        """The explicit backward pass: add to the `.grad` of all trained values what autograd would.
+        """The explicit backward pass: add to the `.grad` of all trained parameters what autograd would.
 
-        It runs under the autocast of the forward pass. Values that do not require gradients get none.
+        It runs under the autocast of the forward pass. Parameters that do not require gradients get none.
 
         Args:
             output_gradient: gradient of the loss with respect to the outputs of this thread's last `forward`.
@@ -185,28 +184,28 @@ class DVoRAAdapter(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, learning_rate: float) -> None:
-        """One step of plain SGD on all trained values, after which their gradients are cleared.
+        """One step of plain SGD on all trained parameters, after which their gradients are cleared.
 
         Raises:
             ValueError: `learning_rate` is not finite or negative.
-            RuntimeError: no gradient is there.
+            RuntimeError: no parameter has a gradient.
         """
         checked_not_negative(learning_rate, "learning_rate")
         steps = {p: p.grad for p in self._trained() if p.requires_grad and p.grad is not None}
         if not steps:
             raise RuntimeError("no gradients to step along: call backward first")
-        # One call: an interruption finds all values before the step or all behind it.
+        # One call, so that an interruption finds all parameters before the step or all after it.
         torch._foreach_sub_([*steps], [*steps.values()], alpha=learning_rate)
         for parameter in self._trained():
             parameter.grad = None
 
     def get_parameters(self) -> Float[Tensor, "N"]:
-        """A copy of all trained values as one vector: magnitude, lambda_b, lambda_d, then the base's if not frozen."""
+        """All trained parameters copied into one vector: magnitude, lambda_b, lambda_d, the base's if not frozen."""
         return torch.cat([parameter.detach().flatten() for parameter in self._trained()])
 
     @torch.no_grad()
     def set_parameters(self, parameters: Float[Tensor, "N"]) -> None:
-        """Set all trained values from one vector, in the order of `get_parameters`.
+        """Set all trained parameters from one vector, in the order of `get_parameters`.
 
         Raises:
             TypeError: it is no real tensor.
@@ -214,25 +213,25 @@ class DVoRAAdapter(nn.Module):
         """
         own = self._trained()
         values = checked_values(parameters, own)
-        # One call: an interruption finds all old values or all new ones.
+        # One call, so that an interruption finds all old values or all new ones.
         torch._foreach_copy_([*own], values)
 
     def reset_state(self) -> None:
-        """Forget the last inputs and all gradients; the trained values stay."""
+        """Forget the last inputs and all gradients; the trained parameters stay."""
         self._last_input = None
         for parameter in self._trained():
             parameter.grad = None
 
     @torch.no_grad()
     def merge_to_original_layer(self) -> nn.Linear:
-        """A new layer of the base's own class with the merged weight; this adapter stays as it is.
+        """A new layer of the base's class with the merged weight; this adapter is not changed.
 
         Raises:
-            TypeError: the base computes its weight (a parametrization), so that none can be set.
+            TypeError: the base computes its weight in every pass (a parametrization).
             ValueError: the merged weight is not finite.
 
         Warns:
-            MergePrecisionWarning: the base's dtype swallows a considerable part of the update.
+            MergePrecisionWarning: rounding to the base's dtype loses more than a small part of the update.
         """
         base = self.base_layer
         check_can_be_set(base, "weight", self.adapted.name)
@@ -242,7 +241,7 @@ class DVoRAAdapter(nn.Module):
         """How far training has moved the weight, as plain numbers.
 
         Mean and largest norm ratio n / w, angle between old and new rows (degrees) and distance of the gain from one;
-        the share of rows near cancellation (n**2 < 1e-3 w**2) and of zero rows; trained values, dtypes and device.
+        the share of rows near cancellation (n**2 < 1e-3 w**2) and of zero rows; parameter count, dtypes and device.
         """
         return {
             **diagnostics(self.adapted, self.vectors, self.base_layer.weight),
@@ -262,17 +261,17 @@ class DVoRAAdapter(nn.Module):
         return super().train(mode)
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        base, weight = self.base_layer, weight_at_hand(self.base_layer, "weight")
+        base, weight = self.base_layer, weight_in_memory(self.base_layer, "weight")
         vectors = self.adapted.local(self.vectors, weight)
         factors = self.adapted.row_factors(vectors, weight)
         rows = self.adapted.small_rows(base.bias)
         small = None if rows is None else SmallRows(rows, None if weight is None else linear(x, weight[rows]))
-        if small is None and takes_updated_weight(base, x, self.shared.kind):
+        if small is None and takes_updated_weight(base, x, self.shared.impl):
             return from_updated_weight(self.adapted, base, x, vectors.lambda_d, factors)
         return combined(self.adapted, base(x), x, vectors.lambda_d, factors, base.bias, small)
 
     def _tensors(self) -> Iterator[Tensor]:
-        """All parameters; `parameters()` would take as long as a small layer."""
+        """All parameters; iterating `parameters()` would take as long as a small layer's forward."""
         for module in (self, self.base_layer):
             yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 
@@ -281,16 +280,16 @@ class DVoRAAdapter(nn.Module):
         return vectors if self.freeze_base_layer else [*vectors, *self.base_layer.parameters()]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Everything is checked before anything is copied: torch would stop half-way.
+        # Check everything before anything is copied: PyTorch would stop half-way.
         vectors = checked_vectors(state_dict, prefix, self.named_parameters(), self.adapted.extra_repr())
         state_dict |= vectors
-        # Rare, and the copies take as much memory as the layer. The base is loaded next, and then all is looked at.
+        # Only then, since copies take as much memory as the layer; `_finish_load` runs once the base is loaded too.
         far = any(not value.is_meta and value.abs().max() > FAR for value in vectors.values())
         self._before_load = self._as_it_is() if far else []
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _as_it_is(self) -> list[tuple[nn.Module, str, nn.Parameter, Tensor]]:
-        """Every parameter, where it is, and a copy of its values."""
+        """Every parameter with its module and name, and a copy of its values."""
         return [
             (module, name, parameter, parameter.detach().clone())
             for module in (self, self.base_layer)
@@ -300,20 +299,20 @@ class DVoRAAdapter(nn.Module):
 
     @torch.no_grad()
     def _finish_load(self) -> None:
-        """Follow the loaded base, and take back vectors that give its rows no finite factors.
+        """Recompute the constants of the loaded base, and undo the load if the factors are not finite.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they are not.
         """
         before, self._before_load = self._before_load, []
         weight = self.base_layer.weight
-        self.adapted.follow_loaded(weight)
+        self.adapted.refresh_after_load(weight)
         if not before or are_finite(self.adapted.factors(self.vectors, weight)):
             return
         for module, name, parameter, values in before:
             parameter.copy_(values)
             module._parameters[name] = parameter
-        self.adapted.follow_loaded(self.base_layer.weight)
+        self.adapted.refresh_after_load(self.base_layer.weight)
         raise ValueError(
             f"{self.adapted.name}: magnitude, lambda_b and lambda_d in the state dict are so large that outputs would "
             "not be finite; their training diverged: go back to an earlier checkpoint"
@@ -326,9 +325,9 @@ class DVoRAAdapter(nn.Module):
             for child in self.children():
                 child._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
-        # A cast changes the base's values, and a graph compiled next cannot notice.
+        # A cast changes the base's values, which a graph that is compiled next could not detect.
         if self.base_layer.weight.dtype != dtype:
-            self.adapted.follow(self.base_layer.weight)
+            self.adapted.refresh_if_stale(self.base_layer.weight)
         return self
 
 

@@ -1,4 +1,4 @@
-"""The process-wide default projections, used by a layer that is given none."""
+"""The process-wide default projections, for layers that are given none."""
 
 import threading
 
@@ -10,9 +10,9 @@ _default: SharedProjections | None = None
 
 
 def initialize_shared_matrices(input_size: int, output_size: int, rank: int, seed: int | None = None) -> None:
-    """Make the process-wide default `A` and `B`, used by every `DVoRAAdapter` that is given no `shared`.
+    """Create the process-wide default `A` and `B`, used by every `DVoRAAdapter` that is given no `shared`.
 
-    They grow by themselves when a larger layer comes; layers that exist keep the matrices they were made with.
+    They grow as larger layers come; existing layers keep the matrices they were created with.
 
     Args:
         input_size: largest number of input features expected.
@@ -43,7 +43,7 @@ def are_shared_matrices_initialized() -> bool:
 
 
 def reset_shared_matrices() -> None:
-    """Forget the process-wide default projections; layers that exist keep theirs."""
+    """Forget the process-wide default projections; existing layers keep theirs."""
     global _default
     with _lock:
         _default = None

@@ -11,11 +11,11 @@ from .adapted_weight import AdaptedWeight
 
 @torch.no_grad()
 def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
-    """How far the vectors have moved the weight (ratios, angles in degrees), rows at risk, bytes of constants.
+    """Norm ratios, angles (degrees) and gains of the adapted rows, shares of rows at risk, and bytes of constants.
 
     Args:
         adapted: the frozen side.
-        vectors: the trained ones.
+        vectors: the trained vectors.
         weight: as stored, or None.
     """
     norm = adapted.norm(weight)
@@ -25,7 +25,7 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
         s = F.relative_norm(norm, vectors.lambda_d, beta).ratio
         angle = F.row_angle(norm, vectors.lambda_d, beta).rad2deg()
         g1 = F.row_factors(vectors, norm, beta).gain_minus_one.abs()
-    figures = {
+    metrics = {
         "norm_ratio_mean": s.mean(),
         "norm_ratio_max": s.max(),
         "angle_degrees_mean": angle.mean(),
@@ -36,4 +36,4 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
         "zero_row_share": (norm.w == 0).to(s.dtype).mean(),
     }
     kept = adapted.w.nbytes + (0 if adapted.C is None else adapted.C.nbytes)
-    return {**{name: float(value) for name, value in figures.items()}, "constant_bytes": kept}
+    return {**{name: float(value) for name, value in metrics.items()}, "constant_bytes": kept}

@@ -1,7 +1,7 @@
 """The input of a layer's last forward pass, for its explicit backward pass.
 
-While a layer runs nobody can tell whether its caller will use `backward` or autograd. So the input is kept until
-autograd's backward pass comes through the layer, and not at all where something else decides what is kept.
+A running layer cannot know whether its caller will use `backward` or autograd. So it keeps the input until autograd's
+backward pass reaches the layer, and not at all where surrounding code manages what is saved.
 """
 
 import threading
@@ -14,34 +14,34 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..ops.dtypes import autocast_dtype, full_precision
-from ..ops.tracing import keeps_elsewhere
-from .evaluated import version_of
+from ..ops.tracing import saving_intercepted
+from .tensor_state import version_of
 
 _adding = threading.Lock()
 
 
 class Pass(NamedTuple):
-    """A forward pass: its input, and what has to be the same when the input is used."""
+    """A forward pass: its input, and the state that must be unchanged when the input is used again."""
 
     x: Tensor
     autocast_dtype: torch.dtype | None
     """None: autocast was off."""
     state: list[tuple[Tensor, int]]
-    """Of the input and the parameters."""
+    """Versions of the input and the parameters."""
 
     def gradients(
         self, outputs: Callable[[Tensor], Tensor], output_gradient: Tensor, trained: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to the input and the trained values; None for values that had no part in it.
+        """The gradients with respect to the input and the trained parameters; None for those that were not used.
 
         Args:
             outputs: runs the layer again.
             output_gradient: with respect to its outputs.
-            trained: values that require gradients.
+            trained: parameters that require gradients.
         """
         device = self.x.device
         with torch.inference_mode(False), torch.enable_grad():
-            # Autograd takes no inference tensor.
+            # Autograd cannot record inference tensors.
             x = (self.x.clone() if self.x.is_inference() else self.x.detach()).requires_grad_()
             with torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 y = outputs(x)
@@ -49,7 +49,7 @@ class Pass(NamedTuple):
                 return torch.autograd.grad(y, [x, *trained], output_gradient.to(y.dtype), allow_unused=True)
 
     def is_of(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether the input and these parameters are those of the pass, and nothing was written to them since."""
+        """Whether these are the parameters of the pass, and neither they nor the input were written to since."""
         now = _state(self.x, parameters)
         return len(now) == len(self.state) and all(
             tensor is known and version == before
@@ -64,13 +64,13 @@ class LastInput:
         self._local = threading.local()
 
     def of_this_thread(self, parameters: Iterable[Tensor]) -> Pass:
-        """The last pass of this thread, if the layer could still run it again.
+        """The last pass of this thread, if it can still be run again.
 
         Args:
             parameters: all those of the layer.
 
         Raises:
-            RuntimeError: none is kept, or its input or a parameter was written to since.
+            RuntimeError: none is kept, or the input or a parameter was written to since.
         """
         slot: _Slot | None = getattr(self._local, "slot", None)
         last = None if slot is None else slot.last
@@ -84,14 +84,14 @@ class LastInput:
         return last
 
     def keep(self, x: Tensor, y: Tensor, parameters: Iterable[Tensor]) -> None:
-        """Keep the input of a pass, unless something else decides what is kept of it.
+        """Keep the input of a pass, unless surrounding code manages what is saved.
 
         Args:
             x: the input.
             y: the output.
             parameters: all those of the layer.
         """
-        if keeps_elsewhere():
+        if saving_intercepted():
             return
         x = x.detach()
         slot = self._local.slot = _Slot(Pass(x, autocast_dtype(x.device), _state(x, parameters)))
@@ -99,7 +99,7 @@ class LastInput:
             slot.empty_before(y.grad_fn)
 
     def forget(self) -> None:
-        """Keep nothing of this thread's last pass."""
+        """Forget this thread's last pass."""
         self._local.slot = None
 
     def __reduce__(self) -> tuple[type["LastInput"], tuple[()]]:
@@ -107,14 +107,14 @@ class LastInput:
 
 
 class _Slot:
-    """A place that the backward pass, which may run in another thread, can empty."""
+    """Holds a pass until the backward pass, which may run in another thread, empties it."""
 
     def __init__(self, last: Pass) -> None:
         self.last: Pass | None = last
 
     def empty_before(self, node: Node) -> None:
-        """Be emptied when autograd's backward pass comes to a node."""
-        # Weak: a graph that is never run backward must not keep what the layer has forgotten.
+        """Empty the slot when autograd's backward pass reaches a node."""
+        # Weak, so that a graph that is never run backward does not keep what the layer has forgotten.
         own = weakref.ref(self)
 
         def empty(_: object) -> None:
@@ -125,7 +125,7 @@ class _Slot:
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Add gradients to those that are there, where other threads may do so too."""
+    """Add to `.grad`, under a lock, since other threads may do so too."""
     with torch.inference_mode(False), _adding:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -1,4 +1,4 @@
-"""Adding an adapter's update to a weight in the weight's own dtype, and measuring what the rounding swallows."""
+"""Adding an adapter's update to a weight in the weight's dtype, and measuring what rounding loses."""
 
 import copy
 import warnings
@@ -12,11 +12,11 @@ from ..ops.annotations import Float
 from ..ops.dtypes import norm_dtype
 
 SMALL_LOSS = 0.05
-"""A merge that loses less than this share of its update is not worth a warning."""
+"""Merges that lose no more than this share of their update give no warning."""
 
 
 class MergePrecisionWarning(UserWarning):
-    """A merged weight's dtype swallowed a considerable part of the update."""
+    """Rounding to the weight's dtype lost more than a small part of the update."""
 
 
 class Merged(NamedTuple):
@@ -45,16 +45,16 @@ def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
 
 
 def check_finite(merged: Tensor, what: str) -> None:
-    """Refuse a merged weight that would poison its layer.
+    """Check that a merged weight is finite.
 
     Args:
-        merged: in the dtype that it is to be stored in.
-        what: was done to get it, for the message.
+        merged: in the dtype that it will be stored in.
+        what: the operation, for the message.
 
     Raises:
         ValueError: a value is not finite, or too large for the dtype.
     """
-    # There is no `isfinite` for eight bits.
+    # `isfinite` does not support eight bits.
     if not merged.to(norm_dtype(merged.dtype)).isfinite().all():
         raise ValueError(
             f"{what} gives values that are not finite or too large for {merged.dtype}; nothing was merged. A strength "
@@ -66,8 +66,8 @@ def merged_copy(layer: nn.Linear, delta: Float[Tensor, "O I"], name: str) -> nn.
     """A copy of a layer with the merged weight.
 
     Args:
-        layer: the base, which stays as it is.
-        delta: `W' - W`, of a layer that `check_can_be_set` lets pass.
+        layer: the base, which is not changed.
+        delta: `W' - W`; the layer must have passed `check_can_be_set`.
         name: for messages.
 
     Raises:
@@ -83,11 +83,11 @@ def merged_copy(layer: nn.Linear, delta: Float[Tensor, "O I"], name: str) -> nn.
 
 
 def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:
-    """Refuse to merge into a layer that does not keep its weight.
+    """Check that a merged weight can be assigned to a layer.
 
     Raises:
         TypeError: the weight is computed in every pass (a parametrization).
-        ValueError: it is divided between processes.
+        ValueError: it is sharded over processes.
     """
     check_whole(layer._parameters.get(parameter_name), name)
     if parameter_name not in {**layer._parameters, **layer._buffers}:
@@ -98,7 +98,7 @@ def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:
 
 
 def warn_of_losses(losses: dict[str, float], dtype: torch.dtype) -> None:
-    """One warning for all layers of a merge that lost more than a small part of their update.
+    """One warning for all layers whose merge lost more than a small part of their update.
 
     Args:
         losses: share lost, by layer name.

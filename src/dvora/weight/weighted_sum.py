@@ -1,4 +1,4 @@
-"""Adapters of one weight combined into one: exactly, or not at all.
+"""A weighted sum of adapters of one weight as one adapter: exactly, or an error.
 
 A sum of updates `W'_i - W` is one DVoRA update only if its low-rank parts share lambda_d up to a factor: with
 
@@ -21,14 +21,14 @@ from .adapted_weight import AdaptedWeight
 TOLERANCE = 1e-5
 """Relative distance below which two lambda_d are the same up to a factor."""
 SMALLEST_GAIN = 1e-2
-"""Gains are known to 6e-8 in float32, so a row that should keep a direction without one would lose digits."""
+"""Float32 gains have an absolute precision of 6e-8, so rows with smaller gains would lose their direction."""
 
 
-class Part(NamedTuple):
-    """One adapter of a weight and its share in the sum."""
+class WeightedAdapter(NamedTuple):
+    """One adapter of a weight, and its weight in the sum."""
 
     share: Tensor
-    """s, without dimensions."""
+    """s, a tensor without dimensions."""
     vectors: Vectors
     adapted: AdaptedWeight
 
@@ -39,7 +39,7 @@ def interpolated(a: Vectors, b: Vectors, t: float) -> Vectors:
 
 
 @torch.no_grad()
-def weighted_sum(parts: Sequence[Part], weight: Tensor | None, into: AdaptedWeight) -> Vectors:
+def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: AdaptedWeight) -> Vectors:
     """The vectors of the one adapter whose update is the sum of the parts', up to rounding.
 
     Args:
@@ -58,13 +58,13 @@ def weighted_sum(parts: Sequence[Part], weight: Tensor | None, into: AdaptedWeig
     for share, vectors, adapted in parts:
         factors = adapted.factors(vectors, weight)
         c = c + share * factors.gain_minus_one
-        if _turns(Part(share, vectors, adapted)):
+        if _turns(WeightedAdapter(share, vectors, adapted)):
             b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
     return _vectors_of(1 + c, b, lambda_d, weight, into)
 
 
-def _turns(part: Part) -> bool:
-    """Whether the adapter changes any row's direction."""
+def _turns(part: WeightedAdapter) -> bool:
+    """Whether the adapter changes the direction of any row."""
     return bool(part.share != 0 and part.vectors.lambda_b.any() and part.vectors.lambda_d.any())
 
 

@@ -117,11 +117,19 @@ def test_damaged_folders_are_refused(bert: Path, tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
-def test_an_edited_seed_is_noticed(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"projection_seed": 8}, "projection_fingerprint"),
+        ({"r": 7}, r"lambda_d has shape .* in the adapter and \(7,\) in its configuration"),
+    ],
+    ids=["seed", "rank"],
+)
+def test_an_edited_configuration_is_noticed(edit: dict[str, int], message: str, bert: Path, tmp_path: Path) -> None:
     save(bert, tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_seed": 8}))
-    with pytest.raises(ValueError, match="projection_fingerprint"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    with pytest.raises(ValueError, match=message):
         inspect(tmp_path)
 
 

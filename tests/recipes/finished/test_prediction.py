@@ -15,10 +15,10 @@ import torch
 from pyarrow import parquet
 
 from dvora.recipes.data.encodings import stream_lines
-from dvora.recipes.data.inputs_to_predict import Input, file_inputs, line_inputs
+from dvora.recipes.data.new_files import Input, file_inputs, line_inputs
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.data.tables import stream_table
-from dvora.recipes.finished.evaluate_again import judge
+from dvora.recipes.finished.evaluation import evaluate_run
 from dvora.recipes.finished.prediction import Predicted, Predictor
 from dvora.recipes.run_folder import Run, load_trained
 from dvora.recipes.tasks.metrics import number_metrics
@@ -52,14 +52,14 @@ def logits(run: Run, *texts: list[str]) -> torch.Tensor:
 def test_classes_are_the_model_s(classified: Predictor) -> None:
     expected = logits(classified.run, TEXTS).softmax(-1)
     found = from_lines(classified, "\n".join(TEXTS), every_class=True)
-    assert {row.told["prediction"] for row in found} == {"good", "bad"}
+    assert {row.columns["prediction"] for row in found} == {"good", "bad"}
     assert [row.input.row["text"] for row in found] == TEXTS
     for row, probabilities in zip(found, expected, strict=True):
-        assert row.told["prediction"] == classified.run.labels[int(probabilities.argmax())]
-        told = [row.told[f"probability_{name}"] for name in classified.run.labels]
+        assert row.columns["prediction"] == classified.run.labels[int(probabilities.argmax())]
+        told = [row.columns[f"probability_{name}"] for name in classified.run.labels]
         torch.testing.assert_close(torch.tensor(told), probabilities, rtol=1e-4, atol=1e-6)
-        assert row.told["probability"] == max(told)
-    assert {*from_lines(classified, TEXTS[0])[0].told} == {"prediction", "probability"}
+        assert row.columns["probability"] == max(told)
+    assert {*from_lines(classified, TEXTS[0])[0].columns} == {"prediction", "probability"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -67,7 +67,7 @@ def test_batches_change_nothing(classified: Predictor, batch_size: int) -> None:
     one, other = (from_lines(classified, "\n".join(TEXTS), size) for size in (4, batch_size))
     assert [row.input for row in one] == [row.input for row in other]
     np.testing.assert_allclose(
-        [row.told["probability"] for row in one], [row.told["probability"] for row in other], rtol=1e-4
+        [row.columns["probability"] for row in one], [row.columns["probability"] for row in other], rtol=1e-4
     )
 
 
@@ -75,12 +75,12 @@ def test_numbers_are_the_model_s_and_as_good_as_it_was_judged(models: dict[str, 
     run = finished("regression", models, tmp_path)
     held_out = load_data(run.settings).test
     texts = [row["text"] for row in held_out]
-    found = [row.told for row in from_lines(Predictor(run), "\n".join(texts))]
+    found = [row.columns for row in from_lines(Predictor(run), "\n".join(texts))]
     assert all(row.keys() == {"prediction"} for row in found)
     told = np.array([row["prediction"] for row in found], dtype=np.float64)
     np.testing.assert_allclose(told, logits(run, texts).reshape(-1), rtol=1e-4, atol=1e-6)
     metrics = number_metrics(told, np.array([row["label"] for row in held_out]))
-    judged = judge(run).metrics["test"]
+    judged = evaluate_run(run).metrics["test"]
     assert metrics == pytest.approx({name: judged[name] for name in metrics}, rel=1e-4)
 
 
@@ -90,13 +90,13 @@ def test_pairs_have_a_tab_between_them(models: dict[str, Path], tmp_path: Path) 
     expected = logits(run, TEXTS[:3], TEXTS[3:]).argmax(-1).tolist()
     pairs = [f"{one}\t{other}" for one, other in zip(TEXTS[:3], TEXTS[3:], strict=True)]
     found = from_lines(predictor, "\n".join(pairs))
-    assert [row.told["prediction"] for row in found] == [run.labels[label] for label in expected]
+    assert [row.columns["prediction"] for row in found] == [run.labels[label] for label in expected]
     assert found[0].row.keys() == {"sentence1", "sentence2", "prediction", "probability"}
     with pytest.raises(ValueError, match="stdin, line 2: expected two texts with a tab between them, found 1"):
         from_lines(predictor, f"{pairs[0]}\ngood\n")
     (tmp_path / "new.csv").write_text("first,sentence2\n" + "\n".join(pair.replace("\t", ",") for pair in pairs))
     again = from_file(predictor, tmp_path / "new.csv", text_column="first")
-    assert [row.told for row in again] == [row.told for row in found]
+    assert [row.columns for row in again] == [row.columns for row in found]
 
 
 def test_images_by_folder_and_by_path(models: dict[str, Path], tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_images_by_folder_and_by_path(models: dict[str, Path], tmp_path: Path) -
     (tmp_path / "paths.txt").write_text("\n".join(row["image"] for row in rows))
     found = from_file(predictor, tmp_path / "paths.txt")
     assert [row.row["image"] for row in found] == [row["image"] for row in rows]
-    right = [row.told["prediction"] == run.labels[label["label"]] for row, label in zip(found, rows, strict=True)]
-    assert np.mean(right) == judge(run).metrics["test"]["accuracy"]
-    everything = {row.row["image"]: row.told["prediction"] for row in from_file(predictor, tmp_path / "images")}
+    right = [row.columns["prediction"] == run.labels[label["label"]] for row, label in zip(found, rows, strict=True)]
+    assert np.mean(right) == evaluate_run(run).metrics["test"]["accuracy"]
+    everything = {row.row["image"]: row.columns["prediction"] for row in from_file(predictor, tmp_path / "images")}
     assert len(everything) == 40
     assert {path: everything[path] for path in everything.keys() & {r["image"] for r in rows}} == {
-        row.row["image"]: row.told["prediction"] for row in found
+        row.row["image"]: row.columns["prediction"] for row in found
     }
     one = from_file(predictor, Path(rows[0]["image"]))
     assert [row.row["image"] for row in one] == [rows[0]["image"]]
@@ -128,10 +128,10 @@ def test_all_formats_tell_the_same_and_keep_their_columns(classified: Predictor,
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    told = [row.told for row in from_lines(classified, "\n\n".join(TEXTS))]
+    told = [row.columns for row in from_lines(classified, "\n\n".join(TEXTS))]
     for name in ("a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet"):
         found = from_file(classified, tmp_path / name)
-        assert [row.told for row in found] == told, name
+        assert [row.columns for row in found] == told, name
         assert [row.input.values for row in found] == rows, name
         assert found[0].row == rows[0] | told[0]
     (tmp_path / "a.txt").write_bytes("\r\n".join(["schön", *TEXTS]).encode("latin-1"))

@@ -16,7 +16,7 @@ from dvora.recipes.settings import METHODS, Settings, checked_settings, read_set
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.checkpoints import checkpoints
 from dvora.recipes.training.run import InputError, train
-from dvora.recipes.training.watching import Progress, Tell
+from dvora.recipes.training.watching import OnProgress, Progress
 from dvora.training.optimizer_groups import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
 
@@ -53,14 +53,14 @@ class Run:
         )
 
 
-def signal_after(step: int, number: int = signal.SIGINT) -> Tell:
-    """Sends this process a signal when it tells of a step."""
+def signal_after(step: int, number: int = signal.SIGINT) -> OnProgress:
+    """Sends this process a signal after a step."""
 
-    def tell(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.step == step and progress.metrics is None:
             os.kill(os.getpid(), number)
 
-    return tell
+    return on_progress
 
 
 def trained_values(folder: Path) -> dict[str, torch.Tensor]:
@@ -93,9 +93,12 @@ def test_every_task_is_trained_and_judged(models: dict[str, Path], tmp_path: Pat
         "causal-lm": {"loss", "perplexity", "bits_per_byte"},
     }.get(task, {"loss", "accuracy", "macro_f1"})
     assert record["metrics"]["test"].keys() == expected
-    beside = "test_before_training" if task == "causal-lm" else "test_simplest_guess"
-    assert record["metrics"][beside].keys() >= expected - {"loss"}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "adapter", "config.yaml", "run.json"]
+    baselines = ["before_training"] if task == "causal-lm" else ["head_alone", "simplest_guess"]
+    for baseline in baselines:
+        assert record["metrics"][f"test_{baseline}"].keys() >= expected - {"loss"}
+    alone = ["head_alone.safetensors"] if task != "causal-lm" else []
+    files = [".lock", "adapter", "config.yaml", *alone, "run.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +113,7 @@ def test_what_is_loaded_is_what_was_judged(models: dict[str, Path], tmp_path: Pa
     from dvora.recipes.data.run_data import load_data
 
     test = load_data(settings).test
-    inputs = features(test, settings, tokenizer, 32)
+    inputs = features(test, settings, tokenizer, 32).dataset
     batch = tokenizer.pad(inputs.remove_columns("label")[:], return_tensors="pt")
     with torch.no_grad():
         logits = model(**batch).logits
@@ -156,7 +159,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Pa
     run = Run(models, tmp_path)
     train(run.settings("whole", dropout=0.1))
     settings = run.settings("stopped", dropout=0.1)
-    outcome = train(settings, tell=signal_after(7, number))
+    outcome = train(settings, on_progress=signal_after(7, number))
     assert outcome.run is None
     # The signal came when the seventh step was over.
     assert outcome.stopped_at == 8
@@ -166,7 +169,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Pa
     with pytest.raises(InputError, match="holds an unfinished run; --resume goes on"):
         train(settings)
     steps: list[int] = []
-    assert train(settings, resume=True, tell=lambda progress: steps.append(progress.step)).run is not None
+    assert train(settings, resume=True, on_progress=lambda progress: steps.append(progress.step)).run is not None
     assert min(steps) == 9
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
@@ -180,7 +183,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
     assert whole is not None
     for step in range(1, whole.record["steps"] - 1):
         settings = run.settings(f"stopped {step}", dropout=0.1, batch_size=20, **changes)
-        assert train(settings, tell=signal_after(step)).stopped_at == step + 1
+        assert train(settings, on_progress=signal_after(step)).stopped_at == step + 1
         train(settings, resume=True)
         assert_same(tmp_path / "whole", tmp_path / f"stopped {step}")
 
@@ -189,7 +192,7 @@ def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path]
     run = Run(models, tmp_path)
     train(run.settings("whole"))
     settings = run.settings("killed")
-    train(settings, tell=signal_after(7))
+    train(settings, on_progress=signal_after(7))
     folder = tmp_path / "killed" / "checkpoints"
     shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-10")
     (folder / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
@@ -219,10 +222,10 @@ def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
     settings = run.settings("failed", **changes)
     in_the_way = tmp_path / "failed" / "adapter"
     with pytest.raises(FileExistsError):
-        train(settings, tell=lambda _: in_the_way.touch())
+        train(settings, on_progress=lambda _: in_the_way.touch())
     in_the_way.unlink()
     steps: list[int] = []
-    assert train(settings, resume=True, tell=lambda progress: steps.append(progress.step)).run is not None
+    assert train(settings, resume=True, on_progress=lambda progress: steps.append(progress.step)).run is not None
     assert not steps
     assert_same(tmp_path / "whole", tmp_path / "failed")
 
@@ -248,7 +251,7 @@ def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -
     with pytest.raises(InputError, match="holds a finished run; --resume shows it, --output NAME starts another"):
         train(run.settings("out"))
     steps: list[Progress] = []
-    again = train(run.settings("out"), resume=True, tell=steps.append).run
+    again = train(run.settings("out"), resume=True, on_progress=steps.append).run
     assert first is not None
     assert again is not None
     assert again.record == json.loads(json.dumps(first.record))
@@ -263,7 +266,7 @@ def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -
 
 def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
-    train(run.settings("out"), tell=signal_after(2))
+    train(run.settings("out"), on_progress=signal_after(2))
     with run.data.open("a") as file:
         file.write("one more,good\n")
     with pytest.raises(InputError, match=r"a\.csv has changed since the run started"):

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
-from dvora.tools.analysis import analyze
+from dvora.tools.analysis import analyze, layer_type
 from dvora.tools.analysis.measures import change
+from dvora.tools.analysis.pictures import log_limits
 from tests.tools.doctor.patients import METHODS, adapted, patient
 from tests.tuner import tiny
 
@@ -85,7 +87,7 @@ def test_the_correlation_is_that_of_magnitude_and_direction() -> None:
 
 
 def test_what_is_told_is_json() -> None:
-    told = json.loads(json.dumps(analyze(patient()).told()))
+    told = json.loads(json.dumps(analyze(patient()).to_dict()))
     assert [layer["layer"] for layer in told["adapters"][0]["layers"]] == LAYERS
     assert told["similarity"] == [[1.0]]
 
@@ -99,3 +101,23 @@ def test_what_cannot_be_analyzed_is_refused() -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge it first"):
         analyze(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bert.encoder.layer.0.attention.output.dense", "attention.output.dense"),
+        ("bert.encoder.layer.11.output.dense", "output.dense"),
+        ("model.layers.3.mlp.experts.7.up_proj", "up_proj"),
+        ("head.classifier", "classifier"),
+        ("blocks.0", "0"),
+    ],
+)
+def test_layers_of_one_type_share_a_name(name: str, expected: str) -> None:
+    assert layer_type(name) == expected
+
+
+def test_an_axis_has_no_empty_decades() -> None:
+    assert log_limits(np.array([0.0, 0.2, 0.1])) == pytest.approx((0.1 / 1.5, 0.3))
+    assert log_limits(np.array([1.0, 1e-16])) == pytest.approx((1e-6 / 1.5, 1.5))
+    assert log_limits(np.zeros(3)) is None

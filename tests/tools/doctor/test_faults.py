@@ -123,7 +123,7 @@ def test_learning_rates_that_look_wrong() -> None:
     rates = recommended_rates(model)
     assert told(parameter_groups(model, 0.01, learning_rates=rates)).status == "pass"
     assert told(parameter_groups(model, 0.01, learning_rates={"magnitude": 0.5})).status == "warn"
-    assert "rate of zero" in told(parameter_groups(model, 0.01, learning_rates={**rates, "lambda_d": 0.0})).told
+    assert "rate of zero" in told(parameter_groups(model, 0.01, learning_rates={**rates, "lambda_d": 0.0})).found
     few = parameter_groups(model, 0.01, learning_rates=rates)[:1]
     found = told(few)
     assert (found.status, len(found.layers)) == ("fail", 6)
@@ -185,7 +185,7 @@ def test_a_merge_into_an_embedding_that_is_the_head_too() -> None:
     assert (found.status, found.figures["worst"] > 0.1) == ("fail", True)
     refused = finding(adapted(tiny.gpt2(), "dvora", ["wte"]), "merge", tiny.inputs(base))
     assert refused.status == "skip"
-    assert "lm_head" in refused.told
+    assert "lm_head" in refused.found
 
 
 def test_peft_s_dora_on_a_four_bit_base_that_has_answered_once() -> None:
@@ -193,6 +193,6 @@ def test_peft_s_dora_on_a_four_bit_base_that_has_answered_once() -> None:
     batch = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     examined = examine(adapted(four_bits(), "dora", ["0", "2"]), batch, fresh_process=False)
     assert (examined.of("outputs").status, examined.of("outputs").figures["worst"] > 0.05) == ("fail", True)
-    assert "gemv_4bit" in examined.of("gradients received").told
+    assert "gemv_4bit" in examined.of("gradients received").found
     healthy = examine(adapted(four_bits(), "dvora", ["0", "2"]), batch, fresh_process=False)
     assert healthy.healthy, str(healthy)

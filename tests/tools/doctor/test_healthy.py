@@ -27,7 +27,7 @@ VERA_TARGETS = {**TARGETS, "gpt2": ["c_attn"]}
 
 
 def findings(examination: Examination) -> dict[str, str]:
-    return {each.check: each.told for each in examination.findings if each.status not in ("pass", "skip")}
+    return {each.check: each.found for each in examination.findings if each.status not in ("pass", "skip")}
 
 
 def examined(model: PeftModel, batch: Any, **more: Any) -> Examination:

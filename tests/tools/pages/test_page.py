@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from dvora.tools.pages.cells import shown
 from dvora.tools.pages.page import Section, Table, page
 from dvora.tools.pages.pictures import axes_of, new_figure, svg
+from dvora.tools.pages.text import shown
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
 

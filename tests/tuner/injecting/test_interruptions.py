@@ -70,9 +70,9 @@ MERGES: dict[str, tuple[Act, Act]] = {
 """What comes before, and what is interrupted."""
 
 
-def steps(total: int, fuzz: bool, some: int = 45) -> list[int]:
+def steps(total: int, fuzz: bool, some: int = 30) -> list[int]:
     """All of them, or some: spread over the action, and the last ones, where it ends or is undone."""
-    return sorted({*range(0, total, 1 if fuzz else max(1, total // some)), *range(max(0, total - 40), total)})
+    return sorted({*range(0, total, 1 if fuzz else max(1, total // some)), *range(max(0, total - 25), total)})
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
@@ -227,7 +227,7 @@ def test_an_adapter_that_was_interrupted_is_absent_or_whole(name: str, pytestcon
     own, after = snapshot(model), copy.deepcopy(model)
     act(after)
     whole = snapshot(after)
-    for step in steps(steps_of(act, copy.deepcopy(model), fuzz), fuzz, some=40):
+    for step in steps(steps_of(act, copy.deepcopy(model), fuzz), fuzz):
         stopped = copy.deepcopy(model)
         with pytest.raises(KeyboardInterrupt) as caught:
             interrupted_at(step, act, stopped, fuzz)
@@ -253,7 +253,7 @@ def test_a_base_whose_first_adapter_was_interrupted_is_itself(pytestconfig: obje
     adapted_base = copy.deepcopy(base)
     act(adapted_base)
     whole = snapshot(adapted_base)
-    for step in steps(steps_of(act, copy.deepcopy(base), fuzz), fuzz, some=40):
+    for step in steps(steps_of(act, copy.deepcopy(base), fuzz), fuzz):
         stopped = copy.deepcopy(base)
         with pytest.raises(KeyboardInterrupt):
             interrupted_at(step, act, stopped, fuzz)

@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor
 
 import dvora
-from dvora.tuner.injecting.inject import present_probes
 from dvora.tuner.layers import base_fingerprint
 from dvora.tuner.layers.layer import layers_in
 from tests.tuner.models_compared import assert_unchanged, snapshot
@@ -93,7 +92,7 @@ def test_another_quantisation_is_told_of_and_accepted(folder: Path, tmp_path: Pa
         PeftModel.from_pretrained(MODELS["bert"](), tmp_path / "again")
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_base_in_eight_bits_is_near_enough(folder: Path) -> None:
     PeftModel.from_pretrained(rounded(MODELS["bert"](), 8), folder)
 
@@ -112,8 +111,8 @@ def test_probes_are_taken_anew_when_memory_is_used_again(folder: Path) -> None:
             break
     else:
         pytest.skip("the allocator did not use the memory again")
-    expected = base_fingerprint.probes_of(values, values.norm(dim=1))
-    assert present_probes(layer) == expected
+    expected = base_fingerprint.fingerprint_of(values, values.norm(dim=1))
+    assert layer.present_fingerprint() == expected
 
 
 def test_another_base_is_accepted_if_the_probes_are_dropped_on_purpose(folder: Path) -> None:

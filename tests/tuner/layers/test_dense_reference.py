@@ -15,8 +15,8 @@ VARIANTS = [
     pytest.param({"direction": "weight"}, id="weight"),
     pytest.param({"alpha": 2.5, "detach_norm": True}, id="alpha, detach_norm"),
     pytest.param({"direction": "weight", "detach_norm": True, "alpha": 9}, id="weight, alpha, detach_norm"),
-    pytest.param({"r": 50, "projection_init": "orthogonal", "projection_seed": 4}, id="orthogonal, rank above sizes"),
-    pytest.param({"projection_init": "gaussian", "projection_seed": 2**64 - 1}, id="gaussian, largest seed"),
+    pytest.param({"r": 50, "projection_init": "structured", "projection_seed": 4}, id="structured, rank above sizes"),
+    pytest.param({"r": 50, "projection_seed": 2**64 - 1}, id="rank above sizes, largest seed"),
 ]
 
 

@@ -70,7 +70,7 @@ def test_nothing_is_merged_into_a_weight_that_is_not_there() -> None:
     model = adapted()
     for _, layer in dvora_layers(model):
         take_away(layer.base_layer, torch.empty(0))
-    with pytest.raises(ValueError, match=r"q_proj: DeepSpeed ZeRO-3 has divided the weight.*GatheredParameters"):
+    with pytest.raises(ValueError, match=r"q_proj: DeepSpeed ZeRO-3 has partitioned the weight.*GatheredParameters"):
         model.merge_adapter()
     assert not any(layer.merged for _, layer in dvora_layers(model))
 
@@ -79,14 +79,14 @@ def test_vectors_that_are_not_there_are_not_saved() -> None:
     model = adapted()
     _, layer = next(iter(dvora_layers(model)))
     layer.dvora_lambda_b["default"].data = torch.empty(0)
-    with pytest.raises(ValueError, match=r"q_proj\.dvora_lambda_b.* is divided between the processes.*Gather on every"):
+    with pytest.raises(ValueError, match=r"q_proj\.dvora_lambda_b.* is sharded between the processes.*Gather on every"):
         get_peft_model_state_dict(model)
 
 
 def test_what_recognises_the_base_is_kept_from_when_it_was_whole() -> None:
     model = adapted()
-    before = {name: list(layer.probes) for name, layer in dvora_layers(model)}
+    before = {name: list(layer.fingerprint) for name, layer in dvora_layers(model)}
     for _, layer in dvora_layers(model):
         take_away(layer.base_layer, torch.empty(0))
     get_peft_model_state_dict(model)
-    assert model.peft_config["default"].measured_probes == before
+    assert model.peft_config["default"].fingerprints_to_save == before

@@ -100,10 +100,10 @@ def test_the_unmerged_weight_is_that_of_the_base_while_merged(make: Callable[[in
     before = layer.unmerged().detach().clone()
     layer.merge()
     assert same_bits(layer.unmerged(), before)
-    assert not torch.equal(layer.kind.layout.matrix(layer.base_layer.weight), before)
+    assert not torch.equal(layer.layer_type.layout.matrix(layer.base_layer.weight), before)
 
 
-def test_a_layers_own_merge_warns_of_swallowed_updates() -> None:
+def test_a_layers_own_merge_warns_of_updates_lost_to_rounding() -> None:
     layer = wrapped(linear(10, 7).to(torch.bfloat16))
     with torch.no_grad():
         layer.dvora_lambda_b["default"].zero_()

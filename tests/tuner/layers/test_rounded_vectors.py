@@ -31,7 +31,7 @@ def test_a_rounded_magnitude_is_told_of_once(dtype: torch.dtype) -> None:
         outputs(model)
         outputs(model)
     assert [str(warning.message).partition(";")[0] for warning in told] == [
-        f"a DVoRA magnitude is in {dtype}, which rounds it by up to 0.4 % and swallows small steps"
+        f"a DVoRA magnitude is in {dtype}, which rounds it by up to 0.4 % and loses small steps"
     ]
 
 

@@ -142,12 +142,14 @@ def test_rows_of_a_mixed_batch_are_those_of_their_adapters() -> None:
         assert worst_difference(mixed[row], expected[row].double()) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:rows that are tiny beside their bias")
+@pytest.mark.filterwarnings("ignore:rows whose norm is tiny compared to their bias")
 def test_a_layer_whose_weight_is_not_at_hand_keeps_its_base_s_outputs_there() -> None:
     layer = Measured()
     with_tiny_rows(layer.inner)
     x = randn(5, 10, seed=5)
-    with pytest.warns(UserWarning, match=r"rows that are tiny beside their bias .* 2 rows in 1 layers, most in 0"):
+    with pytest.warns(
+        UserWarning, match=r"rows whose norm is tiny compared to their bias .* 2 rows in 1 layers, most in 0"
+    ):
         model = adapted(layer)
     base = layer(x)
     y = model.train()(x)

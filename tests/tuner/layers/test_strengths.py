@@ -132,7 +132,7 @@ def test_interpolated_vectors_lie_between_those_of_the_ends(t: float) -> None:
         ({"alpha": 2.0}, "differ in scaling"),
         ({"direction": "weight"}, "differ in direction"),
         ({"projection_seed": 1}, "different projection_seed"),
-        ({"projection_init": "gaussian"}, "different projection_init"),
+        ({"projection_init": "structured"}, "different projection_init"),
         ({"target_modules": ["lin0"]}, "has only one of the adapters|has one of the adapters"),
         ({"bias": "dvora_only"}, "trains biases, tokens or whole modules"),
     ],
@@ -272,7 +272,7 @@ def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_i
     x = torch.ones(600, 10)  # enough for the way by the updated weight
     model(x).sum().backward()
     # Of rows that nearly cancel, and once of those that are small beside their bias.
-    assert set(asked) <= {"row_change.py", "small_rows.py"}
+    assert set(asked) <= {"functional.py", "small_rows.py"}
 
 
 def test_an_adapter_of_the_magnitude_only_that_replaces_another_leaves_nothing_of_it() -> None:

@@ -30,7 +30,7 @@ from tests.tuner.state.mutations import MARKER, PICKLE
 from tests.tuner.tiny import same_bits
 
 TIME_LIMIT = 4.0
-"""Seconds that a load may take: no setting may make it endless."""
+"""Seconds of the processor that a load may take: no setting may make it endless."""
 
 SETTINGS = tuple(field.name for field in fields(DVoRAConfig))
 _NAMED = (*SETTINGS, WEIGHTS, CONFIG, PICKLE, "rank", "seed", "distribution", "task type", "header", "adapter's file")
@@ -85,7 +85,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(sound: Sound, folder: Path, *, beside: bool) -> Outcome:
-    """Load a folder, onto a fresh base or `beside` an adapter that is there, and judge what happened."""
+    """Load a folder, onto a fresh base or `beside` another adapter, and check what happened."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -113,7 +113,7 @@ def _load(sound: Sound, folder: Path, beside: bool, caught: list[warnings.Warnin
             problems += _remains(base, model)
         return kind, problems + before.changes(base, model, active=False)
     said = " ".join(str(warning.message) for warning in caught)
-    return _judge(sound, folder, loaded, "loaded" if beside else "default", before, said)
+    return _check_loaded(sound, folder, loaded, "loaded" if beside else "default", before, said)
 
 
 def _remains(base: nn.Module, model: PeftModel | None) -> list[str]:
@@ -125,7 +125,7 @@ def _remains(base: nn.Module, model: PeftModel | None) -> list[str]:
     ]
 
 
-def _judge(
+def _check_loaded(
     sound: Sound, folder: Path, model: PeftModel, name: str, before: "_Before", said: str
 ) -> tuple[str, list[str]]:
     """Of a load that succeeded."""
@@ -270,10 +270,10 @@ def _time_limit() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"still loading after {TIME_LIMIT} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)

@@ -176,7 +176,9 @@ def test_a_damaged_file_is_refused(folder: Path, damage: Callable[[bytes], bytes
         ),
         pytest.param({"projection_seed": 1}, "projection_seed=1 .* trained with other shared matrices", id="seed"),
         pytest.param(
-            {"projection_init": "gaussian"}, "projection_init='gaussian' .* other shared matrices", id="distribution"
+            {"projection_init": "structured"},
+            "projection_init='structured' .* other shared matrices",
+            id="distribution",
         ),
         pytest.param({"projection_format": 99}, "projection_format is 99, this version makes format 1", id="format"),
         pytest.param({"r": 7}, r"lambda_d has shape \(6,\) in the adapter and \(7,\) in its configuration", id="rank"),

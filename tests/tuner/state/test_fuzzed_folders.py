@@ -14,7 +14,7 @@ from tests.tuner.state.folder_cases import CASES, Sound, saved
 from tests.tuner.state.loads import Outcome, outcome
 from tests.tuner.state.mutations import mutations
 
-SAMPLE = 50
+SAMPLE = 25
 """Folders of each case in a short run."""
 
 ONCE_BROKEN = (

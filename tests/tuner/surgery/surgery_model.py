@@ -105,7 +105,7 @@ class Weight(NamedTuple):
     """The target is a parameter."""
     called: bool = True
     """Its layer is called, so that rows of a batch can use different adapters."""
-    skipped_column: int | None = None
+    padding_column: int | None = None
     """Of the matrix: no update reaches it."""
 
 
@@ -119,7 +119,7 @@ WEIGHTS: dict[str, Weight] = {
     "blocks.attention.inner.in_proj_weight": Weight(AS_IT_IS, "attention.inner", called=False),
     "blocks.attention.inner.out_proj.weight": Weight(AS_IT_IS, "attention.inner", called=False),
     "blocks.experts.stack": Weight(STACK, "experts.stack", by_name=True, called=False),
-    "embed.weight": Weight(TRANSPOSED, "embed", skipped_column=0),
+    "embed.weight": Weight(TRANSPOSED, "embed", padding_column=0),
     "head.weight": Weight(AS_IT_IS, "head"),
 }
 """By the name of the parameter in the base model."""

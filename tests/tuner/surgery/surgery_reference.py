@@ -144,8 +144,8 @@ class Reference:
         settings = adapter.settings if settings is None else settings
         vectors = adapter.vectors[weight]
         A = _shared(settings.seed).A(settings.r, matrix.shape[1], torch.float64)
-        if WEIGHTS[weight].skipped_column is not None:
-            A[:, WEIGHTS[weight].skipped_column] = 0
+        if WEIGHTS[weight].padding_column is not None:
+            A[:, WEIGHTS[weight].padding_column] = 0
         return DenseDVoRA(
             matrix,
             None,

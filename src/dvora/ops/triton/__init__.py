@@ -1,1 +1,1 @@
-"""What CUDA devices run in one pass over memory: the combination, its backward pass, the structured transform."""
+"""Kernels for CUDA devices, each one pass over memory: the combination, its backward pass, the structured transform."""

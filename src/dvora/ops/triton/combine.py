@@ -11,33 +11,32 @@ Dimensions: T tokens, O out, P partial sums.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..annotations import Float
 
 _TILE_BYTES = 4096
-"""Of one tensor in a program: two loads of 16 bytes a thread, few enough registers for many programs at a time."""
+"""A tile of one tensor: two loads of 16 bytes a thread, and few enough registers for many programs at a time."""
 _WIDTH = 128
-"""Columns of a program: whole cache lines, and tall tiles, which read the vectors seldom."""
+"""Columns of a program: whole cache lines, and tall tiles, which seldom read the vectors again."""
 WARPS = 4
 PROGRAMS = 512
-"""How many programs the backward pass aims at: all that the largest devices of today run at once."""
+"""How many programs the backward pass aims at: as many as the largest current devices run at once."""
 
 
 class CombineGradients(NamedTuple):
     """What `combine_backward` returns."""
 
     base: Float[Tensor, "T O"]
-    """`delta * g`, in the dtype of the base output."""
+    """`grad_output * g`, in the dtype of the base output."""
     scaled: Float[Tensor, "T O"]
-    """`delta * scale`, in the dtype of the low-rank product."""
+    """`grad_output * scale`, in the dtype of the low-rank product."""
     gain: Float[Tensor, "O"]
-    """`sum_t delta * (base_output - bias)`, in the dtype of the gain."""
+    """`sum_t grad_output * (base_output - bias)`, in the dtype of the gain."""
     scale: Float[Tensor, "O"] | None
-    """`sum_t delta * low_rank`, in the dtype of the gain; None without a low-rank product."""
+    """`sum_t grad_output * low_rank`, in the dtype of the gain; None without a low-rank product."""
 
 
 def combine(
@@ -84,7 +83,7 @@ def combine(
 
 
 def combine_backward(
-    output_gradient: Float[Tensor, "T O"],
+    grad_output: Float[Tensor, "T O"],
     base_output: Float[Tensor, "T O"],
     low_rank: Float[Tensor, "T O"] | None,
     gain_minus_one: Float[Tensor, "O"],
@@ -95,23 +94,23 @@ def combine_backward(
     """Gradients of `combine`.
 
     Args:
-        output_gradient: `delta`, the gradient with respect to the result.
+        grad_output: the gradient with respect to the result; its rows may be strided.
         base_output, gain_minus_one, scale, bias: as in the forward pass.
-        low_rank: as in the forward pass, or None where the gradient of the scale comes from elsewhere.
+        low_rank: as in the forward pass, or None where the caller computes the gradient of the scale.
         programs: how many programs to aim at; the order of the sums depends on it.
     """
     T, out = base_output.shape
     base = torch.empty((T, out), dtype=base_output.dtype, device=base_output.device)
-    scaled = torch.empty_like(base, dtype=(output_gradient if low_rank is None else low_rank).dtype)
+    scaled = torch.empty_like(base, dtype=(grad_output if low_rank is None else low_rank).dtype)
     (rows, columns), chunk = tile_of(T, out, base.dtype), chunk_of(T, out, base.dtype, programs)
     chunks = triton.cdiv(T, chunk)
     partial = gain_minus_one.new_empty((1 if low_rank is None else 2, chunks, out))
     if base.numel():
-        delta, base_output = _row_strided(output_gradient), _row_strided(base_output)
+        grad_output, base_output = _row_strided(grad_output), _row_strided(base_output)
         low_rank = None if low_rank is None else _row_strided(low_rank)
         with torch.cuda.device_of(base):
             _combine_backward_kernel[(chunks * triton.cdiv(out, columns),)](
-                delta,
+                grad_output,
                 base_output,
                 low_rank,
                 gain_minus_one.contiguous(),
@@ -124,7 +123,7 @@ def combine_backward(
                 out,
                 chunk,
                 chunks,
-                delta.stride(0),
+                grad_output.stride(0),
                 base_output.stride(0),
                 0 if low_rank is None else low_rank.stride(0),
                 WIDE=wide(base.dtype),
@@ -144,7 +143,7 @@ def tile_of(T: int, out: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def chunk_of(T: int, out: int, dtype: torch.dtype, programs: int) -> int:
-    """Rows that a program of the backward pass sums up: whole tiles, for about as many programs as asked for."""
+    """Rows that a program of the backward pass sums: whole tiles, for about as many programs as asked for."""
     rows, columns = tile_of(T, out, dtype)
     chunks = max(1, programs // triton.cdiv(out, columns))
     return max(1, int(triton.cdiv(triton.cdiv(T, rows), chunks))) * rows
@@ -156,7 +155,7 @@ def wide(dtype: torch.dtype) -> Any:
 
 
 def _row_strided(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous: a slice of a fused projection is read where it lies."""
+    """The tensor itself if its rows are contiguous, so that a slice of a fused projection is not copied."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -198,7 +197,7 @@ def _combine_kernel(
 
 @triton.jit
 def _combine_backward_kernel(
-    delta_ptr,
+    grad_output_ptr,
     base_ptr,
     low_rank_ptr,
     gain_ptr,
@@ -211,7 +210,7 @@ def _combine_backward_kernel(
     out,
     chunk,
     chunks,
-    delta_stride,
+    grad_output_stride,
     base_stride,
     low_rank_stride,
     WIDE: tl.constexpr,
@@ -227,26 +226,26 @@ def _combine_backward_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, column < out, other=0).to(WIDE)
 
-    # Whole tiles are accumulated and summed over their rows once: warps meet only at the end.
+    # Accumulate whole tiles and sum over their rows once: warps synchronise only at the end.
     gain_sums = tl.zeros((ROWS, COLUMNS), WIDE)
     scale_sums = tl.zeros((ROWS, COLUMNS), WIDE)
     row = tl.arange(0, ROWS)[:, None]
     for start in range(0, chunk, ROWS):
         first = part * chunk + start
         inside = (first + row < T) & (column < out)[None, :]
-        delta = tl.load(delta_ptr + first * delta_stride + row * delta_stride + column[None, :], inside, other=0).to(
-            WIDE
-        )
+        grad_output = tl.load(
+            grad_output_ptr + first * grad_output_stride + row * grad_output_stride + column[None, :], inside, other=0
+        ).to(WIDE)
         base = tl.load(base_ptr + first * base_stride + row * base_stride + column[None, :], inside, other=0).to(WIDE)
-        gain_sums += delta * (base - bias[None, :])
+        gain_sums += grad_output * (base - bias[None, :])
         if low_rank_ptr is not None:
             low_rank = tl.load(
                 low_rank_ptr + first * low_rank_stride + row * low_rank_stride + column[None, :], inside, other=0
             )
-            scale_sums += delta * low_rank.to(WIDE)
+            scale_sums += grad_output * low_rank.to(WIDE)
         here = first * out + row * out + column[None, :]
-        tl.store(base_gradient_ptr + here, (delta * gain[None, :]).to(base_gradient_ptr.dtype.element_ty), inside)
-        tl.store(scaled_ptr + here, (delta * scale[None, :]).to(scaled_ptr.dtype.element_ty), inside)
+        tl.store(base_gradient_ptr + here, (grad_output * gain[None, :]).to(base_gradient_ptr.dtype.element_ty), inside)
+        tl.store(scaled_ptr + here, (grad_output * scale[None, :]).to(scaled_ptr.dtype.element_ty), inside)
 
     tl.store(partial_ptr + part * out + column, tl.sum(gain_sums, 0), column < out)
     if low_rank_ptr is not None:

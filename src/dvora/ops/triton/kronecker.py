@@ -4,8 +4,8 @@ For each row x, seen as a matrix X (n1, n2) after `in_scale`:
 
     y = out_scale * flatten(left X right^T) = out_scale * (left (x) right) (in_scale * x)
 
-Tokens are taken several at a time, so that `right` multiplies a tall matrix; the result is transposed within the
-program, and `left` multiplies it while blocks of n1 are summed up. Nothing between x and y touches memory.
+A program takes several tokens, so that `right` multiplies a tall matrix; it transposes the result in registers and
+multiplies it by `left`, summing over blocks of n1. Nothing between x and y goes through global memory.
 
 Dimensions: T tokens, n1 n2 in, r1 r2 out.
 """
@@ -13,23 +13,22 @@ Dimensions: T tokens, n1 n2 in, r1 r2 out.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..annotations import Float
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE = 4096
-"""Values of the largest tile of a program: 32 a thread, which leaves registers for four programs on one processor."""
+"""Values of a program's largest tile: 32 a thread, which leaves registers for four programs on a multiprocessor."""
 _LARGEST_RIGHT = 8192
 _LONGEST = 256
 """Values of `right` and of one of its sides up to which all tiles fit into registers and 99 KiB of shared memory."""
 
 
 class Blocks(NamedTuple):
-    """The tiles of a program, powers of two; how many warps share them, and how many loads are under way at once."""
+    """The tiles of a program, powers of two, with the warps that share them and the stages of its software pipeline."""
 
     tokens: int
     n1: int
@@ -61,11 +60,11 @@ def kronecker(
     Args:
         x: bfloat16, float16 or float32; its rows may be strided.
         left, right: in any floating dtype.
-        in_scale, out_scale: in any dtype, or None for ones. Each program reads its part of them once for a few tokens
-            only, so signs are best kept in int8.
+        in_scale, out_scale: in any dtype, or None for ones. Every program reads its part of them again, so signs are
+            best kept in int8.
 
     Raises:
-        ValueError: sizes or dtype that `supports` says no to, or sizes that do not fit together.
+        ValueError: `supports` is False for these sizes and dtype, or the sizes do not fit together.
     """
     (r1, n1), (r2, n2), T = left.shape, right.shape, x.shape[0]
     if not supports((r1, n1), (r2, n2), x.dtype):
@@ -108,10 +107,10 @@ def kronecker(
 
 
 def blocks_of(T: int, left: tuple[int, int], right: tuple[int, int], dtype: torch.dtype) -> Blocks:
-    """Tiles from the sizes alone: scales and factors are read once for several tokens, registers suffice."""
+    """Tiles chosen from the sizes: several tokens for each read of scales and factors, without spilling registers."""
     (r1, n1), (r2, n2) = left, right
     n2, r2 = _padded(n2), _padded(r2)
-    # A projection reads its wide rows once; an expansion splits its wide rows over programs and repeats little.
+    # A projection reads its wide rows once; an expansion splits its wide rows over programs at little extra cost.
     widest = 64 if r1 <= n1 else 32
     r1 = max(16, min(_padded(r1), widest, _TILE // r2))
     tokens = max(1, _TILE // (16 * max(n2, r2, r2 * r1 // 16)))
@@ -120,12 +119,12 @@ def blocks_of(T: int, left: tuple[int, int], right: tuple[int, int], dtype: torc
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How the tensor cores may round float32 operands: not at all if the rows are float32."""
+    """The precision of products of float32 operands: IEEE if the rows are float32, else TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def _padded(size: int) -> int:
-    # The smallest operand of a tensor core.
+    # Tensor cores take no smaller operand.
     return max(16, int(triton.next_power_of_2(size)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...tools.analysis import Analysis, analyze
-from ..files import write_atomically
+from ..files import new_file
 from ..models.adapter_folder import SETTINGS, read_adapter
 from ..models.adapters import load_adapted, with_another
 from ..run_folder import ADAPTER, RECORD
@@ -52,7 +52,7 @@ def analyze_folders(folders: Sequence[Path], model: str | None = None) -> Analyz
 
 
 def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
-    """Write the page, and the figures beside it as JSON; returns the file of figures.
+    """Write the page, and the numbers beside it as JSON; returns their file.
 
     Raises:
         ValueError: the page's name does not end in .html.
@@ -64,9 +64,11 @@ def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
         raise ValueError(f"the report is a page: {page} has to end in .html")
     what = folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} adapters"
     text = report(found.analysis, f"What training changed: {what}", "Made by dvora analyze.", found.steps)
-    figures = {**found.analysis.told(), "steps": found.steps}
-    write_atomically(page, text.encode())
-    write_atomically(page.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
+    figures = {**found.analysis.to_dict(), "steps": found.steps}
+    # Both take their names when both are written.
+    with new_file(page) as html, new_file(page.with_suffix(".json")) as numbers:
+        html.write(text.encode())
+        numbers.write((json.dumps(figures, indent=1) + "\n").encode())
     return page.with_suffix(".json")
 
 

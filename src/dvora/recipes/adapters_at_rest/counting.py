@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from ...tuner.layers.layer_types import KINDS
+from ...tuner.layers.layer_types import LAYER_TYPES
 from ..models.architectures import config_of, heads_of, model_class, quietly, without_memory
 
 METHODS = ("dvora", "vera", "lora", "dora", "head", "full")
@@ -223,7 +223,7 @@ def _vera_matrices(layers: Mapping[str, nn.Module], rank: int) -> Shapes:
 
 
 def _matrix_shape(layer: nn.Module, name: str) -> tuple[int, int]:
-    for layer_type, kind in KINDS.items():
+    for layer_type, kind in LAYER_TYPES.items():
         if isinstance(layer, layer_type):
             rows, columns = kind.layout.matrix(layer.get_parameter("weight")).shape
             return rows, columns
@@ -235,5 +235,7 @@ def _rows(layer: nn.Module, name: str) -> int:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    linear: Iterator[type[nn.Module]] = (kind for kind in KINDS if "Linear" in kind.__name__ or "1D" in kind.__name__)
+    linear: Iterator[type[nn.Module]] = (
+        kind for kind in LAYER_TYPES if "Linear" in kind.__name__ or "1D" in kind.__name__
+    )
     return isinstance(layer, tuple(linear))

@@ -1,4 +1,4 @@
-"""What an adapter is, told by its folder, and with a base model at hand what it has done to the weights."""
+"""What an adapter is, from its folder; with its base model also how far it moves the weights."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -34,7 +34,7 @@ class Inspection:
         folder_bytes: of all files in the folder.
         projections: of DVoRA: distribution, seed, fingerprint, and whether the matrices are in the file.
         settings: further settings of DVoRA that change what it computes.
-        layers: figures of each layer of DVoRA.
+        layers: numbers of each layer of DVoRA.
     """
 
     folder: str
@@ -52,7 +52,7 @@ class Inspection:
     settings: dict[str, Any] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain values, without what is empty."""
         return {name: value for name, value in asdict(self).items() if value not in ({}, [])}
 
@@ -115,7 +115,7 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
             {"layer": name, "rank": rank, **_norms(values, adapter, name), **done.get(name, {})}
             for name, rank in ranks.items()
         ]
-    told = ("direction", "alpha", "strength", "train", "bias", "modules_to_save", "dvora_dropout", "detach_norm")
+    shown = ("direction", "alpha", "strength", "train", "bias", "modules_to_save", "dvora_dropout", "detach_norm")
     return {
         "projections": {
             "distribution": config.projection_init,
@@ -123,7 +123,7 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
             "fingerprint": config.projection_fingerprint,
             "in_file": any(key.startswith(FIXED) for key in adapter.shapes),
         },
-        "settings": {name: vars(config)[name] for name in told},
+        "settings": {name: vars(config)[name] for name in shown},
         "layers": layers,
     }
 
@@ -143,7 +143,7 @@ def _norms(values: Any, adapter: Adapter, layer: str) -> dict[str, float | int]:
 
 def _done_to(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
     """How far each layer's weight was moved, by its name."""
-    told = {
+    short = {
         "angle_degrees_mean": "angle_mean",
         "angle_degrees_max": "angle_max",
         "norm_ratio_mean": "norm_ratio",
@@ -151,7 +151,7 @@ def _done_to(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
     }
     moved = {}
     for layer in layers_in(load_adapted(adapter, model)):
-        weight = layer.unmerged() if layer.kind.has_weight else None
+        weight = layer.unmerged() if layer.layer_type.has_weight else None
         figures = diagnostics(layer.adapted("default"), layer.vectors("default"), weight)
-        moved[layer.name] = {short: figures[name] for name, short in told.items()}
+        moved[layer.name] = {name: figures[measure] for measure, name in short.items()}
     return moved

@@ -13,7 +13,8 @@ def chat_features(messages: Sequence[Message], tokenizer: Any, max_length: int) 
     """One chat through the tokenizer's template, cut at `max_length` tokens.
 
     Returns:
-        `input_ids`, `labels` (of the assistant's words and what ends them) and the `bytes` that these stand for.
+        `input_ids`, `labels` (of the assistant's words and what ends them), the `bytes` that these stand for, and how
+        many `tokens` the chat has before it is cut.
 
     Raises:
         ValueError: the tokenizer has no template, or one that words earlier messages otherwise when later ones follow.
@@ -26,7 +27,10 @@ def chat_features(messages: Sequence[Message], tokenizer: Any, max_length: int) 
     labels = [token if wanted else IGNORED for token, wanted in zip(encoded["input_ids"], learned, strict=True)]
     cut = max((end for _, end in encoded["offset_mapping"]), default=0)
     count = sum(len(text[since : min(to, cut)].encode()) for since, to in spans if since < cut)
-    return {"input_ids": encoded["input_ids"], "labels": labels, "bytes": count}
+    tokens = len(encoded["input_ids"])
+    if tokens >= max_length:
+        tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return {"input_ids": encoded["input_ids"], "labels": labels, "bytes": count, "tokens": tokens}
 
 
 def asked(messages: Sequence[Message], tokenizer: Any) -> str:

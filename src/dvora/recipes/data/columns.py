@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..nearest import did_you_mean, listed
+from ...tools.pages.text import did_you_mean, listed
 from ..settings import Settings
 from .tables import Table
 

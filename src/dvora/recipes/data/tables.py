@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ...tools.pages.text import did_you_mean, listed
 from ..files import parsed_json
-from ..nearest import did_you_mean, listed
 from .encodings import Note, opened_text
 
 Placed = tuple[str, dict[str, Any]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..data.chats import asked
-from ..models.computing import computing, device_of
+from ..models.bases import computing, device_of
 from ..run_folder import Run, load_trained
 from ..tasks.task import longest
 

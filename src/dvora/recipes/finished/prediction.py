@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.inputs_to_predict import Input
-from ..models.bases import quiet_transformers
-from ..models.computing import computing, device_of
+from ..data.new_files import Input
+from ..models.bases import computing, device_of, quiet_transformers
 from ..run_folder import Run, load_trained
-from ..tasks.task import Task, features, longest, task_parts
+from ..tasks.task import Task, Truncation, features, longest, task_parts
 
 DIGITS = 7
 """Decimal digits that a number in single precision has."""
@@ -20,21 +19,21 @@ DIGITS = 7
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model tells of a row.
+    """What a model predicts for a row.
 
     Args:
         input: as it was read.
-        told: `prediction`: a class's name or a number; of classes its `probability`, and if all were asked for
+        columns: `prediction`: a class's name or a number; of classes its `probability`, and if all were asked for
             `probability_NAME` of each.
     """
 
     input: Input
-    told: dict[str, str | float]
+    columns: dict[str, str | float]
 
     @property
     def row(self) -> dict[str, Any]:
-        """The row as it was read, with what was told at its end."""
-        return {**self.input.values, **self.told}
+        """The row as it was read, with the prediction at its end."""
+        return {**self.input.values, **self.columns}
 
 
 class Predictor:
@@ -42,6 +41,9 @@ class Predictor:
 
     Args:
         run: finished; of any task but causal-lm.
+
+    Attributes:
+        truncation: of the texts that were predicted for so far.
 
     Raises:
         ValueError: the run is of causal-lm, or its model cannot be read.
@@ -59,6 +61,7 @@ class Predictor:
         images = run.settings.task == "image-classification"
         self.length = 0 if images else longest(run.settings, self.processor, model.config)
         self.task: Task = task_parts(run.settings, run.labels, self.processor)
+        self.truncation = Truncation()
 
     def predict(self, inputs: Iterable[Input], batch_size: int, every_class: bool = False) -> Iterator[Predicted]:
         """Predict for rows in their order; no more than a batch of them is held.
@@ -66,23 +69,23 @@ class Predictor:
         Args:
             inputs: rows.
             batch_size: rows that the model sees at once.
-            every_class: tell the probability of every class.
+            every_class: also give the probability of every class.
 
         Raises:
-            ValueError: a row has a column of the name of something told.
+            ValueError: a row has a column with the name of one that is added.
         """
         rest = iter(inputs)
         while batch := list(islice(rest, batch_size)):
-            for found, told in zip(batch, self._told(batch, every_class), strict=True):
-                if taken := told.keys() & found.values.keys():
+            for found, columns in zip(batch, self._columns(batch, every_class), strict=True):
+                if taken := columns.keys() & found.values.keys():
                     raise ValueError(f"the rows have a column {min(taken)!r} already; rename it, to keep both")
-                yield Predicted(found, told)
+                yield Predicted(found, columns)
 
-    def _told(self, batch: Sequence[Input], every_class: bool) -> list[dict[str, str | float]]:
+    def _columns(self, batch: Sequence[Input], every_class: bool) -> list[dict[str, str | float]]:
         logits = self._logits([found.row for found in batch])
         if not self.run.labels:
             return [{"prediction": _rounded(value)} for value in logits.reshape(-1).tolist()]
-        told = []
+        found = []
         for probabilities in logits.softmax(-1).tolist():
             best = max(range(len(probabilities)), key=probabilities.__getitem__)
             row: dict[str, str | float] = {
@@ -92,13 +95,14 @@ class Predictor:
             if every_class:
                 named = zip(self.run.labels, probabilities, strict=True)
                 row |= {f"probability_{name}": _rounded(probability) for name, probability in named}
-            told.append(row)
-        return told
+            found.append(row)
+        return found
 
     def _logits(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         settings = self.run.settings
         with quiet_transformers():
-            dataset = features(rows, settings, self.processor, self.length)
+            dataset, truncation = features(rows, settings, self.processor, self.length)
+            self.truncation += truncation
             batch = self.task.collator([dataset[index] for index in range(len(dataset))])
         with computing(settings):
             outputs = self.model(**{name: values.to(self.device) for name, values in batch.items()})

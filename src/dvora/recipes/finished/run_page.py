@@ -1,4 +1,4 @@
-"""The page of a finished run: what was trained, how it went, what it got right, and whether it is sound."""
+"""The page of a finished run: what was trained, its curves, its predictions, and whether the adapter is right."""
 
 import base64
 import io
@@ -13,16 +13,18 @@ from peft import PeftModel
 from ...tools.analysis import analyze
 from ...tools.analysis.pictures import magnitude_and_direction
 from ...tools.doctor import Examination, examine
-from ...tools.pages.cells import shown
 from ...tools.pages.page import Section, Table, page
+from ...tools.pages.text import shown
 from ..data.images import opened_image
 from ..files import write_atomically
 from ..models.hub import NOTHING, Trust, offline
 from ..run_folder import Run, load_trained, read_run
-from .evaluate_again import unchanged_data
-from .examining import EXAMINED, batch_of
+from ..tasks.metrics import metric_rows
+from ..tasks.task import Truncation
+from .comparison import Compared, compared, continuations
+from .evaluation import unchanged_data
+from .examination import EXAMINED, batch_of
 from .generation import Continuation
-from .outcomes import Outcome, continuations, outcomes
 from .run_pictures import confusion, curves, numbers
 
 SHOWN = 8
@@ -59,9 +61,9 @@ def write_page(
         folder: of a finished run.
         output: a file that ends in .html.
         against: another run of the same task and classes, to show what this one gets right that the other does not, and
-            the other way; None: the base before training.
-        rows: held-out rows to ask at most.
-        doctor: whether to examine the adapter.
+            the other way; None: the head alone on the frozen base.
+        rows: held-out rows to predict for at most.
+        doctor: whether to check the adapter.
         trust: what is allowed to get the runs' bases.
 
     Raises:
@@ -74,12 +76,12 @@ def write_page(
     if not held_out:
         raise ValueError(f"the run in {folder} held no rows out, so there is nothing to show that it has not seen")
     other = None if against is None else read_run(against, trust)
-    sections = [_trained(run), _course(run), _metrics(run)]
+    sections = [_trained(run), _curves(run), _metrics(run)]
     if run.settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
     else:
-        sections += _answers(run, outcomes(run, held_out, other), other)
-    sections += _soundness(run, data.test or data.train, doctor)
+        sections += _predictions(run, compared(run, held_out, other), other)
+    sections += _layers(run, data.test or data.train, doctor)
     settings = run.settings
     lead = f"{settings.method} on {Path(settings.model).name}, {settings.task}; {held_out_text(run, len(held_out))}."
     title = f"A run of dvora train: {folder.resolve().name}"
@@ -95,7 +97,7 @@ def held_out_text(run: Run, count: int) -> str:
 def _trained(run: Run) -> Section:
     settings, record = run.settings, run.record
     sizes = _sizes(run)
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "base": Path(settings.model).name,
         "data": ", ".join(Path(path).name for path in settings.data),
         "rows": ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items()),
@@ -106,55 +108,66 @@ def _trained(run: Run) -> Section:
         "steps": record["steps"],
         "kept step": record["best_step"],
         "time": f"{record['seconds']:.0f} s",
-        "trained values": record["trained_values"],
+        "trained parameters": record["trained_values"],
         "size on disk": _bytes(sizes.adapter),
         "size of the base": _bytes(sizes.base),
-        "share": f"1 / {sizes.base / sizes.adapter:,.0f}" if sizes.adapter < sizes.base else "all of it",
+        "texts that were cut": _cut(run),
     }
-    rows = [{"": name, " ": shown(value)} for name, value in told.items() if value not in (None, "")]
+    rows = [{"": name, " ": shown(value)} for name, value in facts.items() if value not in (None, "")]
     return Section("What was trained", [], tables=[Table(rows)])
 
 
-def _course(run: Run) -> Section:
+def _cut(run: Run) -> str:
+    """What the texts lost at `max_length`, part by part."""
+    length = run.record.get("max_length", 0)
+    parts = {part: Truncation(**found) for part, found in run.record.get("truncation", {}).items()}
+    return "; ".join(f"{part}: {found.sentence(length)}" for part, found in parts.items() if found.cut)
+
+
+def _curves(run: Run) -> Section:
     drawn = curves(run.record["history"], run.record["best_step"])
-    return Section("How it went", [] if drawn else ["No loss was noted."], [drawn] if drawn else [])
+    return Section("Training", [] if drawn else ["No loss is on record."], [drawn] if drawn else [])
 
 
 def _metrics(run: Run) -> Section:
-    rows = []
-    names = dict.fromkeys(name for values in run.record["metrics"].values() for name in values)
-    for part, values in run.record["metrics"].items():
-        rows.append({"": part.replace("_", " "), **{name.replace("_", " "): values.get(name) for name in names}})
-    return Section("How good it is", [], tables=[Table(rows)])
-
-
-def _answers(run: Run, found: Sequence[Outcome], other: Run | None) -> list[Section]:
-    if not run.labels:
-        pairs = [(float(each.label), float(each.told)) for each in found]
-        return [Section("Told and right", [], [numbers(pairs)], [Table(_furthest(found), "furthest off")])]
-    drawn = confusion([(str(each.label), str(each.told)) for each in found], run.labels)
-    before = "before" if other is None else other.folder.name
-    who = "the base before training, whose new layers are random" if other is None else f"the run {before}"
-    gained = [each for each in found if each.told == each.label and each.before not in (None, each.label)]
-    lost = [each for each in found if each.told != each.label and each.before == each.label]
-    tables = [
-        Table(_examples(gained, before), f"right here, wrong by {who}: {len(gained):,}"),
-        Table(_examples(lost, before), f"wrong here, right by {who}: {len(lost):,}"),
+    rows = [
+        {name.replace("_", " "): value for name, value in row.items()} for row in metric_rows(run.record["metrics"])
     ]
-    right = sum(each.told == each.label for each in found)
+    text = []
+    if any(part.endswith("head_alone") for part in run.record["metrics"]):
+        text = ["Head alone: a linear layer fitted to the frozen base. What the adapter adds is the difference."]
+    return Section("How good it is", text, tables=[Table(rows)])
+
+
+def _predictions(run: Run, found: Sequence[Compared], other: Run | None) -> list[Section]:
+    if not run.labels:
+        pairs = [(float(each.label), float(each.predicted)) for each in found]
+        return [Section("Predicted and true numbers", [], [numbers(pairs)], [Table(_furthest(found), "furthest off")])]
+    drawn = confusion([(str(each.label), str(each.predicted)) for each in found], run.labels)
+    right = sum(each.predicted == each.label for each in found)
     text = [f"{right:,} of {len(found):,} right ({right / len(found):.1%})."]
     matrix = Section("Which classes it mistakes for which", text, [drawn] if drawn else [])
-    return [matrix, Section("What changed", [], tables=tables)]
+    if any(each.other is None for each in found):
+        return [matrix]
+    name = "head alone" if other is None else other.folder.name
+    gained = [each for each in found if each.predicted == each.label != each.other]
+    lost = [each for each in found if each.predicted != each.label == each.other]
+    tables = [
+        Table(_examples(gained, name), f"right here, wrong with {name}: {len(gained):,}"),
+        Table(_examples(lost, name), f"wrong here, right with {name}: {len(lost):,}"),
+    ]
+    return [matrix, Section(f"Compared with {name}", [], tables=tables)]
 
 
-def _furthest(found: Sequence[Outcome]) -> list[dict[str, Any]]:
-    ordered = sorted(found, key=lambda each: -abs(float(each.told) - float(each.label)))
-    return [{"row": _row(each.row), "right": each.label, "told": each.told} for each in ordered[:SHOWN]]
+def _furthest(found: Sequence[Compared]) -> list[dict[str, Any]]:
+    ordered = sorted(found, key=lambda each: -abs(float(each.predicted) - float(each.label)))
+    return [{"row": _row(each.row), "true": each.label, "predicted": each.predicted} for each in ordered[:SHOWN]]
 
 
-def _examples(found: Sequence[Outcome], before: str) -> list[dict[str, Any]]:
+def _examples(found: Sequence[Compared], name: str) -> list[dict[str, Any]]:
     return [
-        {"row": _row(each.row), "right": each.label, "told": each.told, before: each.before} for each in found[:SHOWN]
+        {"row": _row(each.row), "true": each.label, "predicted": each.predicted, name: each.other}
+        for each in found[:SHOWN]
     ]
 
 
@@ -167,14 +180,14 @@ def _texts(found: Sequence[Continuation]) -> Section:
     return Section("Texts", text if rows else ["No held-out text is long enough to begin with."], tables=[Table(rows)])
 
 
-def _soundness(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[Section]:
+def _layers(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[Section]:
     if run.settings.method in ("full", "head"):
         return []
     model, processor = load_trained(run)
     sections = []
     if isinstance(model, PeftModel):
         found = analyze(model)
-        text = ["One point a layer; `dvora analyze` shows more."]
+        text = ["One point a layer; dvora analyze shows more."]
         sections.append(Section("What changed in the layers", text, [magnitude_and_direction(found.changes[0])]))
     if doctor:
         batch = batch_of(run, model, processor, rows[:EXAMINED])
@@ -185,7 +198,7 @@ def _soundness(run: Run, rows: Sequence[dict[str, Any]], doctor: bool) -> list[S
 
 def _doctor(found: Examination) -> Section:
     advice = [f"{each.check}: {each.advice}." for each in found.findings if each.advice]
-    return Section("Is it sound?", advice, tables=[Table(found.rows())])
+    return Section("Is the adapter right?", [f"Verdict: {found.verdict}", *advice], tables=[Table(found.rows())])
 
 
 def _sizes(run: Run) -> Sizes:

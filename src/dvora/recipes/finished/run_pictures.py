@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and where its answers lie."""
+"""Pictures of a run: its curves, and its predictions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ MOST_CLASSES = 30
 
 
 def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | None:
-    """Training loss (each step and its mean of late) and validation figures; None where nothing was noted."""
+    """Training loss (each step, and smoothed) and validation metrics; None without a loss on record."""
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     names = [name for entry in history for name in entry if name.startswith("eval_") and name != "eval_loss"]
     shown = next(iter(dict.fromkeys(names)), None)
@@ -33,18 +33,19 @@ def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | Non
         lower[0].plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[1])
         lower[0].set(xlabel="step", ylabel=label(f"validation {shown.removeprefix('eval_').replace('_', ' ')}"))
     for axes in (upper, *lower):
+        axes.locator_params(axis="x", integer=True)
         axes.axvline(best_step, color="#8a8a8a", linewidth=1, linestyle=":")
-    return svg(figure, "Loss and validation figures along the steps; a dotted line at the step that was kept")
+    return svg(figure, "Loss and validation metrics along the steps; a dotted line at the step that was kept")
 
 
 def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Markup | None:
-    """How often each class (down) was told as each (across); None of more classes than can be read."""
+    """How often each class (down) was predicted as each (across); None for more classes than can be read."""
     if len(labels) > MOST_CLASSES:
         return None
     place = {name: index for index, name in enumerate(labels)}
     counts = np.zeros((len(labels), len(labels)), int)
-    for right, told in pairs:
-        counts[place[right], place[told]] += 1
+    for true, predicted in pairs:
+        counts[place[true], place[predicted]] += 1
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     size = min(6.5, 1.8 + 0.45 * len(labels))
     figure = new_figure(size + 0.4, size)
@@ -53,28 +54,28 @@ def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Markup
     names = [*map(label, labels)]
     axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), names)
-    axes.set(xlabel="told", ylabel="right")
+    axes.set(xlabel="predicted", ylabel="true")
     for (row, column), count in np.ndenumerate(counts):
         if count:
             shade = "#ffffff" if shares[row, column] > 0.6 else "#222222"
             axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=8)
-    return svg(figure, "Confusion matrix: right classes down, told classes across")
+    return svg(figure, "Confusion matrix: true classes down, predicted classes across")
 
 
 def numbers(pairs: Sequence[tuple[float, float]]) -> Markup:
-    """Told against right numbers."""
+    """Predicted against true numbers."""
     figure = new_figure(4.2, 3.8)
     (axes,) = axes_of(figure)
-    right, told = zip(*pairs, strict=True)
-    axes.plot(right, told, ".", color=COLOURS[0], alpha=0.5)
-    ends = [min(*right, *told), max(*right, *told)]
+    true, predicted = zip(*pairs, strict=True)
+    axes.plot(true, predicted, ".", color=COLOURS[0], alpha=0.5)
+    ends = [min(*true, *predicted), max(*true, *predicted)]
     axes.plot(ends, ends, color="#8a8a8a", linewidth=1, linestyle=":")
-    axes.set(xlabel="right", ylabel="told")
-    return svg(figure, "Told numbers against right ones")
+    axes.set(xlabel="true", ylabel="predicted")
+    return svg(figure, "Predicted against true numbers")
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    """Means over the steps so far, the late ones weighing more."""
+    """Exponential moving averages, without the bias of their start."""
     weight = min(0.95, 1 - 1 / max(2, len(values) / 15))
     mean, smooth = 0.0, []
     for count, value in enumerate(values, 1):

@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 
+from ...tools.pages.text import did_you_mean
 from ...tuner.adapter_folder import shapes_in_header
 from ...tuner.expressions import check_expressions
 from ..files import check_readable, read_json
-from ..nearest import did_you_mean
 from .hub import offline
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -8,6 +8,7 @@ from peft import PeftConfig, PeftModel
 
 import dvora
 
+from ...tuner.state.checked_values import check_file
 from .adapter_folder import Adapter, adapter_on, check_targets
 from .architectures import config_of, load_base, model_class, quietly
 from .hub import NOTHING, Trust, offline
@@ -71,10 +72,12 @@ def base_class(adapter: Adapter, base: str, trust: Trust) -> tuple[Any, Any]:
 
 
 def config_of_adapter(adapter: Adapter) -> PeftConfig:
-    """The configuration as PEFT has it, checked.
+    """The configuration as PEFT has it, checked; one of DVoRA also against the names and shapes in its file.
 
     Raises:
         TypeError, ValueError: a setting is wrong.
     """
     config: PeftConfig = PeftConfig.from_pretrained(str(adapter.folder))
+    if isinstance(config, dvora.DVoRAConfig):
+        check_file(config)
     return config

@@ -1,4 +1,4 @@
-"""How good a trained model is on held-out rows, beside the simplest guess and the model before training."""
+"""How good a model is on rows with labels, and how good the simplest guess is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..models.computing import device_of
+from ..models.bases import device_of
 from ..settings import Settings
 from .metrics import bits_per_byte, simplest_guess
 from .task import Task, bytes_of, without_bytes
@@ -60,7 +60,7 @@ def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
     }
 
 
-def judged(trainer: Any, dataset: Dataset) -> dict[str, float]:
+def evaluated(trainer: Any, dataset: Dataset) -> dict[str, float]:
     """The loss and the task's metrics on a dataset."""
     size = bytes_of(dataset)
     raw = trainer.evaluate(without_bytes(dataset))
@@ -71,8 +71,8 @@ def judged(trainer: Any, dataset: Dataset) -> dict[str, float]:
     return found
 
 
-def guessed(
+def simplest_guess_on(
     train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """What the commonest class of the training rows, or their mean, gets on held-out rows."""
+    """Metrics on held-out rows of always predicting the commonest class of the training rows, or their mean."""
     return simplest_guess([row["label"] for row in train], [row["label"] for row in held_out], labels)

@@ -1,8 +1,8 @@
-"""Metrics of predictions: of classes, of numbers and of tokens, and what the simplest guess would get."""
+"""Metrics of predictions (classes, numbers, tokens) and of the simplest guess; those of a run as rows of a table."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ...tools.pages.text import shown
+
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
+
+MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
+"""What metrics are of, by the ending of their name in run.json; `simplest_guess` says what it guesses."""
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:
@@ -78,3 +83,14 @@ def simplest_guess(train: Sequence[Any], labels: Sequence[Any], classes: Sequenc
         return {"guess": classes[commonest], **found}
     mean = float(np.mean(train))
     return {"guess": mean, **number_metrics(np.full(len(labels), mean), np.asarray(labels, dtype=np.float64))}
+
+
+def metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics of a run as rows with the same columns, the baselines below what was trained."""
+    names = {name: None for values in metrics.values() for name in values if name != "guess"}
+    rows = []
+    for key, values in metrics.items():
+        part, _, compared = key.partition("_")
+        model = MODELS.get(compared) or f"always {shown(values.get('guess'))}"
+        rows.append({"part": part, "model": model, **{name: values.get(name) for name in names}})
+    return rows

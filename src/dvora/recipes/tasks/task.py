@@ -1,9 +1,9 @@
 """What each task makes of its rows: the model's inputs, batches of them, and metrics of its outputs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -15,6 +15,7 @@ from ..settings import Settings
 from . import metrics
 
 Rows = Sequence[dict[str, Any]]
+Encoded = dict[str, Any]
 NO_LIMIT = 10**6
 """Tokenizers without a limit say a number beyond this."""
 
@@ -36,6 +37,53 @@ class Task:
     reduce_logits: Callable[[Any, Any], Any]
     best: str
     greater_is_better: bool
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many texts are longer than `max_length`, and what of them the model does not read.
+
+    Args:
+        texts: in all.
+        cut: those that are longer.
+        tokens: of all texts.
+        tokens_lost: those beyond `max_length`.
+        left_out: chats that are cut before the assistant speaks, so that nothing is learned from them.
+    """
+
+    texts: int = 0
+    cut: int = 0
+    tokens: int = 0
+    tokens_lost: int = 0
+    left_out: int = 0
+
+    def __add__(self, other: "Truncation") -> "Truncation":
+        return Truncation(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def sentence(self, max_length: int) -> str:
+        """What was lost, in a sentence; empty where nothing was."""
+        if not self.cut:
+            return ""
+        said = (
+            f"{self.cut:,} of {self.texts:,} texts ({self.cut / self.texts:.1%}) are longer than {max_length} tokens "
+            f"and were cut: {self.tokens_lost / self.tokens:.1%} of all tokens were not read"
+        )
+        return said + (
+            f"; {self.left_out:,} chats were left out, for nothing of an answer remained" * bool(self.left_out)
+        )
+
+
+def truncation_of(tokens: Sequence[int], max_length: int) -> Truncation:
+    """Of texts with these numbers of tokens, before they are cut."""
+    lost = [count - max_length for count in tokens if count > max_length]
+    return Truncation(len(tokens), len(lost), sum(tokens), sum(lost))
+
+
+class Features(NamedTuple):
+    """The model's inputs for some rows, and what of their texts is not in them."""
+
+    dataset: Dataset
+    truncation: Truncation
 
 
 def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Task:
@@ -61,28 +109,37 @@ def longest(settings: Settings, processor: Any, model_config: Any) -> int:
     return min(limits)
 
 
-def features(rows: Rows, settings: Settings, processor: Any, max_length: int) -> Dataset:
+def features(rows: Rows, settings: Settings, processor: Any, max_length: int) -> Features:
     """The model's inputs for rows of the task; rows without a label give inputs without one.
 
     Args:
         rows: as `load_data` gives them.
         settings: of the run.
         processor: the tokenizer, or the image processor.
-        max_length: see `longest`; of no account for images.
+        max_length: see `longest`; without meaning for images.
 
     Raises:
         ValueError: a chat cannot be written with the tokenizer's template.
     """
     if settings.task == "image-classification":
-        return Dataset.from_list(list(rows)).with_transform(lambda batch: _pixels(batch, processor))
+        return Features(
+            Dataset.from_list(list(rows)).with_transform(lambda batch: _pixels(batch, processor)), Truncation()
+        )
     if settings.task == "causal-lm":
-        return Dataset.from_list([block for row in rows for block in _blocks(row, processor, max_length)])
-    pair = [row["text2"] for row in rows] if rows and "text2" in rows[0] else None
-    encoded = processor([row["text"] for row in rows], pair, truncation=True, max_length=max_length)
+        return _language_features(rows, processor, max_length)
+    texts = [(row["text"], row["text2"]) if "text2" in row else row["text"] for row in rows]
+    encoded = processor(texts, truncation=True, max_length=max_length)
     columns = {name: encoded[name] for name in processor.model_input_names if name in encoded}
     if rows and "label" in rows[0]:
         columns["label"] = [row["label"] for row in rows]
-    return Dataset.from_dict(columns)
+    # Only of those that fill `max_length` the whole length is not known.
+    tokens = [len(ids) for ids in encoded["input_ids"]]
+    full = [index for index, count in enumerate(tokens) if count >= max_length]
+    for index, ids in zip(
+        full, processor([texts[i] for i in full], verbose=False)["input_ids"] if full else [], strict=True
+    ):
+        tokens[index] = len(ids)
+    return Features(Dataset.from_dict(columns), truncation_of(tokens, max_length))
 
 
 def _pixels(batch: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
@@ -94,12 +151,24 @@ def _pixels(batch: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
     return {**made, "label": batch["label"]} if "label" in batch else made
 
 
-def _blocks(row: dict[str, Any], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """One row as blocks of at most `max_length` tokens."""
-    if "messages" in row:
-        chat = chat_features(row["messages"], tokenizer, max_length)
-        # A chat that is cut before the assistant speaks teaches nothing.
-        return [chat] if any(label != IGNORED for label in chat["labels"][1:]) else []
+def _language_features(rows: Rows, tokenizer: Any, max_length: int) -> Features:
+    """Chats, each cut to `max_length` tokens, and texts in blocks of at most so many."""
+    found: list[Encoded] = []
+    lengths, left_out = [], 0
+    for row in rows:
+        if "messages" in row:
+            chat = chat_features(row["messages"], tokenizer, max_length)
+            lengths.append(chat.pop("tokens"))
+            teaches = any(label != IGNORED for label in chat["labels"][1:])
+            left_out += not teaches
+            found += [chat] * teaches
+        else:
+            found += _blocks(row, tokenizer, max_length)
+    return Features(Dataset.from_list(found), replace(truncation_of(lengths, max_length), left_out=left_out))
+
+
+def _blocks(row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:
+    """A text as blocks of at most `max_length` tokens, of which none is lost."""
     text = row.get("text") or row["passage"]
     # Special tokens belong to whole texts; a passage goes on before and after.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -54,15 +54,15 @@ def remove_incomplete(folder: Path) -> None:
 
 
 @contextmanager
-def told_if_damaged(checkpoint: Path | None) -> Iterator[None]:
-    """Say which checkpoint cannot be gone on with; torch reads tensors and numbers from it, and refuses the rest.
+def errors_of_damage(checkpoint: Path | None) -> Iterator[None]:
+    """Name the checkpoint that cannot be resumed from; torch reads tensors and numbers from it, and refuses the rest.
 
     Raises:
         ValueError: it is damaged, or holds pickled objects.
     """
     try:
         with warnings.catch_warnings():
-            # What is written in other versions of pickle's format is read or refused, in any case told.
+            # What is written in other versions of pickle's format is read or refused with an error.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             yield
     except pickle.UnpicklingError as error:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.run_data import Data
-from ..run_folder import CONFIG, LOCK, is_leftover
+from ..run_folder import CONFIG, LOCK, is_leftover, world_size
 from ..settings import Settings
-from .processes import world_size
 
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 

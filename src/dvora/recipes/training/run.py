@@ -1,9 +1,9 @@
 """Training: from settings to a finished run folder, or to a checkpoint that training goes on from."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,26 @@ from ..models.hub import NAMED, Trust
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
+    HEAD_ALONE,
     Run,
+    is_first,
     locked,
     read_record,
     read_run,
     remove_leftovers,
+    world_size,
     write_config,
     write_record,
 )
 from ..settings import Settings, resolved
-from ..tasks.task import features, longest, task_parts
-from .checkpoints import checkpoints, remove_incomplete, told_if_damaged
+from ..tasks.head_alone import fitted_head, last_layer
+from ..tasks.task import Truncation, features, longest, task_parts
+from .card import model_card
+from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_values
-from .processes import is_first
 from .records import check_resumable, start_record
-from .trainers import Prepared, final_metrics, make_trainer
-from .watching import StopRequest, Tell
+from .trainers import Prepared, final_metrics, length_of_run, make_trainer
+from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
 
@@ -54,8 +58,8 @@ class Outcome:
 def train(
     settings: Settings,
     resume: bool = False,
-    tell: Tell | None = None,
-    note: Note | None = None,
+    on_progress: OnProgress | None = None,
+    note: Note = lambda _: None,
     trust: Trust = NAMED,
 ) -> Outcome:
     """Train as the settings say, or go on with a run that was ended.
@@ -65,8 +69,8 @@ def train(
     Args:
         settings: of the run; they are resolved first.
         resume: go on in a folder that holds an unfinished run; a finished one is returned as it is.
-        tell: is told of every step and evaluation.
-        note: is told what was guessed, assumed and removed.
+        on_progress: called after every step and evaluation.
+        note: called with what was guessed, assumed, removed and cut.
         trust: what is allowed to get the model, which the settings name.
 
     Raises:
@@ -86,8 +90,8 @@ def train(
                 return Outcome(read_run(folder, trust), None)
             data = load_data(settings)
             started = start_record(settings, data, record)
-            prepared = _prepared(settings, data, note or (lambda _: None), trust)
-        return _trained(prepared, started, tell)
+            prepared = _prepared(settings, data, started, note, trust)
+        return _trained(prepared, started, on_progress)
 
 
 @contextmanager
@@ -110,26 +114,28 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> Outcome:
+def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None) -> Outcome:
     folder = Path(prepared.settings.output)
     stop, begun = StopRequest(), time.monotonic()
     last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
     with _input_errors():
         record["learning_rates"] = learning_rates(prepared.model, prepared.settings)
-        trainer, watching = make_trainer(prepared, stop, tell, last)
+        trainer, watching = make_trainer(prepared, stop, on_progress, last)
     if is_first():
         remove_leftovers(folder)
         write_config(folder, prepared.settings)
+        if prepared.head_alone is not None:
+            prepared.head_alone[0].save(folder / HEAD_ALONE)
         write_record(folder, record)
         remove_incomplete(folder / CHECKPOINTS)
-    with stop.listening(), told_if_damaged(last):
+    with stop.listening(), errors_of_damage(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     record["seconds"] += time.monotonic() - begun
     if watching.was_stopped:
         if is_first():
             write_record(folder, record)
         return Outcome(None, trainer.state.global_step)
-    # Before the last judgements, which the trainer notes as if they were evaluations of this step.
+    # Before the final evaluations, which the trainer logs as if they were of this step.
     history = _history(trainer.state.log_history)
     record |= {
         "state": "finished",
@@ -145,29 +151,40 @@ def _trained(prepared: Prepared, record: dict[str, Any], tell: Tell | None) -> O
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
 
 
-def _prepared(settings: Settings, data: Data, note: Note, trust: Trust) -> Prepared:
-    _tell_all(data.notes, note)
+def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note, trust: Trust) -> Prepared:
+    """What a run trains; what its texts lose at `max_length`, and the head alone, go into the record."""
     processor = load_processor(settings, trust)
     base = load_base(settings, data.labels, getattr(processor, "pad_token_id", None), trust)
-    _tell_all(base.notes, note)
+    notes = [*data.notes, *base.notes]
     length = 0
     if settings.task != "image-classification":
         length = longest(settings, processor, base.model.config)
         if length < (settings.max_length or 0):
-            note(f"max_length: {length}, which is all that the model can take")
+            notes.append(f"max_length: {length}, which is all that the model can take")
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
-    datasets = {part: features(rows, settings, processor, length) for part, rows in parts.items() if rows}
+    made = {part: features(rows, settings, processor, length) for part, rows in parts.items() if rows}
+    datasets = {part: found.dataset for part, found in made.items()}
     if empty := [part for part, dataset in datasets.items() if not len(dataset)]:
         raise ValueError(f"no row of the part {empty[0]} has anything to learn within max_length {length}")
-    model = adapted(base, settings)
-    rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
-    note(f"rows: {rows}; {trained_values(model):,} values are trained")
-    return Prepared(settings, data, base, model, task_parts(settings, data.labels, processor), datasets)
-
-
-def _tell_all(notes: Iterable[str], note: Note) -> None:
+    record["max_length"] = length
+    record["truncation"] = {part: asdict(found.truncation) for part, found in made.items()}
+    if cut := sum((found.truncation for found in made.values()), Truncation()).sentence(length):
+        notes.append(f"{cut}; set max_length to keep more")
+    task = task_parts(settings, data.labels, processor)
+    # What is wrong with the input has been found by now: whoever made a mistake reads of nothing else.
     for text in notes:
         note(text)
+    head_alone = None
+    if settings.task != "causal-lm" and world_size() == 1 and last_layer(base.model) is not None:
+        note("fitting the head alone to the frozen base, to compare with")
+        head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels)
+    model = adapted(base, settings)
+    rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
+    note(f"rows: {rows}; {trained_values(model):,} parameters are trained")
+    epochs, max_steps = length_of_run(settings, len(datasets["train"]))
+    if max_steps is not None and settings.max_steps is None:
+        note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
+    return Prepared(settings, data, base, model, task, datasets, head_alone)
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,6 +210,8 @@ def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
         remove(folder / ADAPTER)
     with new_folder(folder / ADAPTER) as filled:
         save_trained(prepared.model, prepared.settings, prepared.base.heads, filled)
+        text = model_card(prepared.settings, record, prepared.data.labels, prepared.base.model.config)
+        (filled / "README.md").write_text(text, encoding="utf-8")
     write_record(folder, record)
     _clear(folder)
 

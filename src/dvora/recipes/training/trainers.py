@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...training import check_ranks_agree
 from ..data.run_data import Data
 from ..models.bases import Base
-from ..run_folder import CHECKPOINTS
-from ..settings import Settings
-from ..tasks.evaluation import common_arguments, guessed, judged
+from ..run_folder import CHECKPOINTS, is_first, world_size
+from ..settings import EPOCHS, MOST_STEPS, Settings
+from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
+from ..tasks.head_alone import HeadAlone
 from ..tasks.task import Task, without_bytes
 from .checkpoints import step_of
 from .methods import optimizer
-from .processes import is_first, world_size
-from .watching import Patience, StopRequest, Tell, Watching
+from .watching import OnProgress, Patience, StopRequest, Watching
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Prepared:
         model: the adapted one.
         task: its metrics and batches.
         datasets: the model's inputs, of the parts that have rows.
+        head_alone: the baseline and its metrics by part; None where there is none.
     """
 
     settings: Settings
@@ -42,22 +44,36 @@ class Prepared:
     model: nn.Module
     task: Task
     datasets: Mapping[str, Any]
+    head_alone: tuple[HeadAlone, dict[str, dict[str, float]]] | None = None
 
 
-def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None, last: Path | None) -> tuple[Any, Watching]:
+def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
+    """Epochs, and steps where these end it, of a run over so many training rows.
+
+    A run that says neither reads the rows `EPOCHS` times, in `MOST_STEPS` steps at most.
+    """
+    if settings.epochs is not None or settings.max_steps is not None:
+        return settings.epochs or EPOCHS, settings.max_steps
+    step = settings.batch_size * settings.accumulation * world_size()
+    return EPOCHS, MOST_STEPS if EPOCHS * ceil(rows / step) > MOST_STEPS else None
+
+
+def make_trainer(
+    prepared: Prepared, stop: StopRequest, on_progress: OnProgress | None, last: Path | None
+) -> tuple[Any, Watching]:
     """The trainer of a run, and what watches it.
 
     Args:
         prepared: what is trained.
         stop: whether somebody asked to stop.
-        tell: is told of every step and evaluation.
+        on_progress: called after every step and evaluation.
         last: the checkpoint that training will go on from.
 
     Raises:
         ValueError: a setting does not fit this machine, or processes hold different adapters.
     """
     settings, task = prepared.settings, prepared.task
-    arguments = _arguments(settings, task, "validation" in prepared.datasets)
+    arguments = _arguments(settings, task, prepared.datasets)
     patience = Patience(task.best, task.greater_is_better, settings.early_stopping)
     if last and patience.is_over(TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history):
         # It had stopped early, and was ended before that was on record: no step is left to be made.
@@ -67,7 +83,7 @@ def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None, last:
     if settings.gradient_checkpointing:
         prepared.base.model.config.use_cache = False
         prepared.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    watching = Watching(stop, tell, patience)
+    watching = Watching(stop, on_progress, patience)
     # The order of rows and dropout start from the seed, whatever was drawn before.
     set_seed(settings.seed)
     trainer = Trainer(
@@ -91,22 +107,26 @@ def make_trainer(prepared: Prepared, stop: StopRequest, tell: Tell | None, last:
 
 
 def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
-    """Metrics of the held-out parts, and of what needs no training: the simplest guess, or a language model's base."""
+    """Metrics of the held-out parts, and of what they are compared with: simple baselines, a language model's base."""
     found: dict[str, Any] = {}
     for part in ("validation", "test"):
         if part not in prepared.datasets:
             continue
-        found[part] = judged(trainer, prepared.datasets[part])
+        found[part] = evaluated(trainer, prepared.datasets[part])
         if prepared.settings.task != "causal-lm":
+            if prepared.head_alone is not None:
+                found[f"{part}_head_alone"] = prepared.head_alone[1][part]
             rows = getattr(prepared.data, part)
-            found[f"{part}_simplest_guess"] = guessed(prepared.data.train, rows, prepared.data.labels)
+            found[f"{part}_simplest_guess"] = simplest_guess_on(prepared.data.train, rows, prepared.data.labels)
         elif isinstance(prepared.model, PeftModel):
             with prepared.model.disable_adapter():
-                found[f"{part}_before_training"] = judged(trainer, prepared.datasets[part])
+                found[f"{part}_before_training"] = evaluated(trainer, prepared.datasets[part])
     return found
 
 
-def _arguments(settings: Settings, task: Task, validates: bool) -> TrainingArguments:
+def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> TrainingArguments:
+    validates = "validation" in datasets
+    epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     common = common_arguments(settings, Path(settings.output) / CHECKPOINTS)
     if settings.mixed_precision == "fp16" and not common["fp16"]:
         raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
@@ -114,8 +134,8 @@ def _arguments(settings: Settings, task: Task, validates: bool) -> TrainingArgum
     saves = "steps" if settings.save_every or settings.evaluate_every else "epoch"
     return TrainingArguments(
         **common,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
+        num_train_epochs=epochs,
+        max_steps=max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate or 0.0,

@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: progress is told, signals stop it cleanly, checkpoints are marked."""
+"""What happens beside the steps of training: progress is reported, signals stop it, checkpoints are marked."""
 
 import signal
 import time
@@ -21,8 +21,9 @@ class Progress:
 
     Args:
         step: steps that were made, of `steps`.
-        loss: of the last steps, None before the first.
-        seconds_left: at the pace of this process so far, None before its first step.
+        made: of them, by this process: fewer in a run that was resumed.
+        loss: training loss of the last step, None before the first.
+        pace: seconds a step took so far, evaluations among them; None before the first step of this process.
         memory: bytes that the process (on a GPU: torch) has held at most.
         metrics: of an evaluation that just ended, else None.
         is_best: whether that evaluation is the best one so far.
@@ -30,14 +31,20 @@ class Progress:
 
     step: int
     steps: int
+    made: int
     loss: float | None
-    seconds_left: float | None
+    pace: float | None
     memory: int
     metrics: dict[str, float] | None = None
     is_best: bool = False
 
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far."""
+        return None if self.pace is None else self.pace * (self.steps - self.step)
 
-Tell = Callable[[Progress], None]
+
+OnProgress = Callable[[Progress], None]
 
 
 class StopRequest:
@@ -64,7 +71,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Patience:
-    """When training ends early, told from a run's history: that survives an end and a new start.
+    """When training ends early, computed from a run's history, which survives an end and a new start.
 
     Args:
         best: the metric that evaluations are compared by.
@@ -90,16 +97,16 @@ class Patience:
 
 
 class Watching(TrainerCallback):
-    """Tells progress, stops with a checkpoint when asked, stops early, and marks checkpoints as complete.
+    """Reports progress, stops with a checkpoint when asked, stops early, and marks checkpoints as complete.
 
     Args:
         stop: whether to stop after this step.
-        tell: called after every step and evaluation, on the first process.
+        on_progress: called after every step and evaluation, on the first process.
         patience: when to stop early.
     """
 
-    def __init__(self, stop: StopRequest, tell: Tell | None, patience: Patience) -> None:
-        self.stop, self.tell, self.patience = stop, tell, patience
+    def __init__(self, stop: StopRequest, on_progress: OnProgress | None, patience: Patience) -> None:
+        self.stop, self.on_progress, self.patience = stop, on_progress, patience
         self.was_stopped = self.stopped_within_epoch = False
         self.started, self.first_step = 0.0, 0
 
@@ -118,7 +125,7 @@ class Watching(TrainerCallback):
             of_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
             self.stopped_within_epoch = not (of_epochs and float(state.epoch).is_integer())
             control.should_save = self.stopped_within_epoch
-        self._told(state)
+        self._report(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stop is no end of an epoch: evaluated here, the run would not go on as if it had not been stopped."""
@@ -127,7 +134,7 @@ class Watching(TrainerCallback):
             control.should_evaluate &= not self.stopped_within_epoch
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell the metrics, and stop if there has been no better evaluation for long."""
+        """Report the metrics, and stop if there has been no better evaluation for long."""
         values = self.patience.values(state.log_history)
         if not values:
             return
@@ -135,11 +142,11 @@ class Watching(TrainerCallback):
             control.should_training_stop = True
         latest = next(entry for entry in reversed(state.log_history) if f"eval_{self.patience.best}" in entry)
         metrics = {name.removeprefix("eval_"): value for name, value in latest.items() if name.startswith("eval_")}
-        self._told(state, metrics, values.index(max(values)) == len(values) - 1)
+        self._report(state, metrics, values.index(max(values)) == len(values) - 1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Be silent in the evaluations of the finished model."""
-        self.tell = None
+        self.on_progress = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint, when every process has written its part."""
@@ -148,18 +155,13 @@ class Watching(TrainerCallback):
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def _told(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
-        if self.tell is None or not state.is_world_process_zero:
+    def _report(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
+        if self.on_progress is None or not state.is_world_process_zero:
             return
         made = state.global_step - self.first_step
         pace = (time.monotonic() - self.started) / made if made else None
-        left = None if pace is None else pace * (state.max_steps - state.global_step)
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.tell(
-            Progress(
-                state.global_step, state.max_steps, losses[-1] if losses else None, left, memory(), metrics, is_best
-            )
-        )
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        self.on_progress(Progress(state.global_step, state.max_steps, made, loss, pace, memory(), metrics, is_best))
 
 
 def _anywhere(wanted: bool, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ class LayerChange:
 
     Args:
         layer: its name in the model.
-        kind: the last part of the name, which layers of a kind share.
+        kind: its type: the name without what numbers it in the model.
         shape: rows and columns of its weight.
         change: how far it was moved.
         spectrum: by which singular values.
@@ -58,8 +58,8 @@ class Analysis:
             return None
         return float(torch.corrcoef(points.T)[0, 1])
 
-    def told(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types, for JSON."""
         layers = [
             [
                 {
@@ -109,13 +109,20 @@ def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis
         for name, update in updates.items():
             shape = (weight.shape[0], weight.shape[1])
             moved, values = change(weight, weight + update), spectrum(weight, update)
-            changes[name].append(LayerChange(subject.name, subject.name.rpartition(".")[2], shape, moved, values))
+            changes[name].append(LayerChange(subject.name, layer_type(subject.name), shape, moved, values))
         found = products([updates[name] if name in updates else torch.zeros_like(weight) for name in names])
         by_layer[subject.name] = _rows(cosines(found.cpu()))
         inner += found.cpu()
     if empty := [name for name, layers in changes.items() if not layers]:
         raise ValueError(f"no layer of the adapter {empty[0]!r} can be rebuilt; LoRA, DoRA, VeRA and DVoRA can")
     return Analysis(names, tuple(map(tuple, changes.values())), _rows(cosines(inner)), by_layer)
+
+
+def layer_type(name: str) -> str:
+    """What layers of one type share: the name behind its last number, such as `attention.self.query`."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers and numbers[-1] + 1 < len(parts) else parts[-1]
 
 
 def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:

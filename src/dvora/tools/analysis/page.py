@@ -10,7 +10,7 @@ from .measures import means
 from .pictures import drift, kinds_of, magnitude_and_direction, similarity, sizes, spectra
 
 MANY = 400
-"""Layers beyond which the table has kinds only."""
+"""Layers beyond which the table has types only."""
 
 
 def report(found: Analysis, title: str, foot: str, steps: Sequence[int] | None = None) -> str:
@@ -54,8 +54,8 @@ def _directions(found: Analysis, changes: Sequence[LayerChange]) -> Section:
 
 def _places(changes: Sequence[LayerChange]) -> Section:
     most = sorted(changes, key=lambda each: -each.change.size)[:3]
-    told = ", ".join(f"{each.layer} ({each.change.size:.1%})" for each in most)
-    return Section("Which layers moved", [f"Most: {told}."], [sizes(changes)])
+    names = ", ".join(f"{each.layer} ({each.change.size:.1%})" for each in most)
+    return Section("Which layers moved", [f"Most: {names}."], [sizes(changes)])
 
 
 def _spectra(changes: Sequence[LayerChange]) -> Section:
@@ -82,8 +82,8 @@ def _drift(found: Analysis, steps: Sequence[int]) -> Section:
 
 def _layers(changes: Sequence[LayerChange]) -> Section:
     if len(changes) > MANY:
-        rows = [{"kind": kind, **_means([each for each in changes if each.kind == kind])} for kind in kinds_of(changes)]
-        return Section("Kinds of layers", [], tables=[Table(rows)])
+        rows = [{"type": kind, **_means([each for each in changes if each.kind == kind])} for kind in kinds_of(changes)]
+        return Section("Types of layers", [], tables=[Table(rows)])
     rows = [
         {
             "layer": each.layer,

@@ -1,6 +1,7 @@
 """Pictures of an analysis."""
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 
 import numpy as np
 from markupsafe import Markup
@@ -10,16 +11,18 @@ from ..pages.pictures import COLOURS, axes_of, label, new_figure, svg
 from . import Analysis, LayerChange
 
 MARKS = "os^Dv<>Pp*"
+LEGEND_LINE, LEGEND_LETTERS = 0.22, 60
+"""Of a legend: height of a line in inches, and letters in it."""
 
 
 def kinds_of(changes: Sequence[LayerChange]) -> list[str]:
-    """The kinds of layers, in the order of the model."""
+    """The types of layers, in the order of the model."""
     return list(dict.fromkeys(each.kind for each in changes))
 
 
 def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
     """One point a layer: the change of its magnitude against that of its direction (DoRA paper, figure 2)."""
-    figure = new_figure(5, 3.6)
+    figure = _figure(2.9, changes)
     (axes,) = axes_of(figure)
     for where, mark, style in _by_kind(changes):
         points = [changes[index].change for index in where]
@@ -35,7 +38,7 @@ def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
 
 def sizes(changes: Sequence[LayerChange]) -> Markup:
     """How far each layer was moved, along the model."""
-    figure = new_figure(5, 3.2)
+    figure = _figure(2.5, changes)
     (axes,) = axes_of(figure)
     for where, mark, style in _by_kind(changes):
         axes.plot(where, [changes[index].change.size for index in where], marker=mark, linewidth=1, **style)
@@ -46,8 +49,8 @@ def sizes(changes: Sequence[LayerChange]) -> Markup:
 
 
 def spectra(changes: Sequence[LayerChange]) -> Markup:
-    """Singular values of the updates: the median over the layers of a kind."""
-    figure = new_figure(5, 3.2)
+    """Singular values of the updates: the median over the layers of a type."""
+    figure = _figure(2.5, changes)
     (axes,) = axes_of(figure)
     for where, _, style in _by_kind(changes):
         found = [changes[index].spectrum.values for index in where]
@@ -55,11 +58,18 @@ def spectra(changes: Sequence[LayerChange]) -> Markup:
         values = np.array([each[:length] for each in found])
         axes.plot(range(1, length + 1), np.median(values, axis=0), linewidth=1.5, **style)
     axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
-    highest = max((each.spectrum.values[0] for each in changes), default=1.0)
-    if highest > 0:
-        axes.set_ylim(bottom=highest * 1e-6, top=highest * 2)
+    if limits := log_limits(np.concatenate([line.get_ydata() for line in axes.lines])):
+        axes.set_ylim(*limits)
     _legend(figure)
-    return svg(figure, "Singular values of the updates, medians over layers of a kind")
+    return svg(figure, "Singular values of the updates, medians over layers of a type")
+
+
+def log_limits(drawn: np.ndarray) -> tuple[float, float] | None:
+    """Ends of a logarithmic axis without decades in which nothing is drawn, nor those of rounding."""
+    positive = drawn[drawn > 0]
+    if not len(positive):
+        return None
+    return float(max(positive.min(), positive.max() * 1e-6)) / 1.5, float(positive.max()) * 1.5
 
 
 def similarity(found: Analysis) -> Markup:
@@ -87,9 +97,9 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
     upper, lower = axes_of(figure, 2)
     means = [np.mean([layer.change for layer in changes], axis=0) for changes in found.changes]
     names = list(found.changes[0][0].change._fields)
-    for place, (name, told) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
+    for place, (name, shown) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
         values = [mean[names.index(name)] for mean in means]
-        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=told)
+        upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=shown)
     upper.set(
         xlabel="step", ylabel="mean change", yscale="log" if min(min(mean[:1]) for mean in means) > 0 else "linear"
     )
@@ -100,7 +110,7 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
 
 
 def _by_kind(changes: Sequence[LayerChange]) -> Iterator[tuple[list[int], str, dict[str, str]]]:
-    """The places of each kind's layers, and the kind's mark, colour and label."""
+    """The places of each type's layers, and the type's mark, colour and label: the same in every picture."""
     for place, kind in enumerate(kinds_of(changes)):
         where = [index for index, each in enumerate(changes) if each.kind == kind]
         yield where, MARKS[place % len(MARKS)], {"color": COLOURS[place % len(COLOURS)], "label": label(kind)}
@@ -109,4 +119,15 @@ def _by_kind(changes: Sequence[LayerChange]) -> Iterator[tuple[list[int], str, d
 def _legend(figure: Figure) -> None:
     """Above the axes, in columns."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels), frameon=False)
+
+
+def _figure(height: float, changes: Sequence[LayerChange]) -> Figure:
+    """A figure with room for axes of that height, in inches, and for the legend of all types."""
+    types = kinds_of(changes)
+    return new_figure(5, height + LEGEND_LINE * ceil(len(types) / _columns(types)))
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """As many as fit the width of a figure."""
+    return max(1, min(4, LEGEND_LETTERS // (max(map(len, labels), default=1) + 7)))

@@ -1,4 +1,4 @@
-"""Is an adapted model right? A table of what passes and what fails, with figures, for DVoRA, LoRA, DoRA and VeRA."""
+"""Is an adapted model right? A table of what passes and what fails, with numbers, for DVoRA, LoRA, DoRA and VeRA."""
 
 import torch
 from peft import PeftModel
@@ -33,7 +33,7 @@ def examine(
             labels among them, gradients are those of the model's own loss.
         loss: of the model's outputs, where the model has none of its own; left out, a random sum of its outputs.
         optimizer: that trains the model, to look at its learning rates.
-        layers: look at no more than so many layers for themselves, spread evenly over the model, since each is built as
+        layers: check no more than so many layers one by one, spread evenly over the model, since each is built as
             a dense matrix some twenty times; None: all. Checks of the whole model see every layer.
         fresh_process: also save the adapter and load it in another process.
 

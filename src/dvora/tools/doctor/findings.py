@@ -1,5 +1,6 @@
-"""What a check found: whether it passed, the figures, where, and what to do about it."""
+"""What a check found: whether it passed, the numbers, where, and what to do about it."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,8 +14,8 @@ class Finding:
 
     Args:
         check: its name.
-        status: "pass"; "warn" for what may be meant so; "fail" for what is wrong; "skip" for what was not checked.
-        told: what was found, in a line.
+        status: "pass"; "warn" for what may be intended; "fail" for what is wrong; "skip" for what was not checked.
+        found: what was found, in a line.
         advice: what to do; empty where nothing has to be done.
         figures: the numbers behind it.
         layers: names of the layers or parameters that it is about.
@@ -22,7 +23,7 @@ class Finding:
 
     check: str
     status: Status
-    told: str
+    found: str
     advice: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
@@ -35,12 +36,32 @@ class Examination:
     Args:
         findings: one for each check.
         layers: how many adapted layers there are.
-        looked_at: how many of them were checked for themselves.
+        looked_at: how many of them were checked one by one.
     """
 
     findings: tuple[Finding, ...]
     layers: int
     looked_at: int
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """What is wrong."""
+        return tuple(finding for finding in self.findings if finding.status == "fail")
+
+    @property
+    def verdict(self) -> str:
+        """What it all comes to, in a sentence."""
+        counts = Counter(finding.status for finding in self.findings)
+        names = {
+            status: ", ".join(finding.check for finding in self.findings if finding.status == status)
+            for status in counts
+        }
+        skipped = f"; not possible here: {names['skip']}" if counts["skip"] else ""
+        if counts["fail"]:
+            return f"{counts['fail']} of {len(self.findings)} checks failed ({names['fail']}): do not use this adapter"
+        if counts["warn"]:
+            return f"no check failed, {counts['warn']} warned ({names['warn']}): read what to do{skipped}"
+        return f"all {counts['pass']} checks passed{skipped}"
 
     @property
     def healthy(self) -> bool:
@@ -49,7 +70,7 @@ class Examination:
 
     def rows(self) -> list[dict[str, str]]:
         """A row of a table for each check."""
-        return [{"": finding.status, "check": finding.check, "found": finding.told} for finding in self.findings]
+        return [{"": finding.status, "check": finding.check, "found": finding.found} for finding in self.findings]
 
     def of(self, check: str) -> Finding:
         """The finding of one check.
@@ -62,41 +83,41 @@ class Examination:
     def __str__(self) -> str:
         """A line a check, and the advice below those that need it."""
         width = max(len(finding.check) for finding in self.findings)
-        lines = [f"{self.looked_at} of {self.layers} adapted layers were looked at for themselves"]
+        lines = [f"{self.looked_at} of {self.layers} adapted layers were checked one by one"]
         for finding in self.findings:
-            lines.append(f"{finding.status:4}  {finding.check:{width}}  {finding.told}")
+            lines.append(f"{finding.status:4}  {finding.check:{width}}  {finding.found}")
             if finding.advice:
                 lines.append(f"{'':{width + 8}}{finding.advice}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"Verdict: {self.verdict}"])
 
 
-def judged(
+def within_limits(
     check: str,
     values: Mapping[str, float],
     limits: float | Mapping[str, float],
-    told: str,
+    what: str,
     advice: str,
     status: Status = "fail",
 ) -> Finding:
-    """The finding on one figure a layer, of which each has to stay below a limit.
+    """The finding on one number a layer, which has to stay below a limit.
 
     Args:
         check: its name.
-        values: the figure by layer; one that is not a number is above any limit.
+        values: by layer; NaN is above any limit.
         limits: highest value that passes, one for all layers or one a layer.
-        told: what the figure is.
+        what: it is, in words.
         advice: for what does not pass.
         status: of a finding that does not pass.
     """
     if not values:
         return Finding(check, "skip", "no layer that this can be checked on")
     by_layer = {name: limits[name] if isinstance(limits, Mapping) else limits for name in values}
-    # The farthest above its own limit first; of figures that pass, the nearest to it.
+    # The farthest above its own limit first; of those that pass, the nearest to it.
     ordered = sorted(values, key=lambda name: -_size(values[name]) / max(by_layer[name], 1e-30))
     above = [name for name in ordered if not values[name] <= by_layer[name]]
     worst, limit = _size(values[ordered[0]]), by_layer[ordered[0]]
     figures = {"worst": worst, "limit": limit, "layers": float(len(values))}
-    line = f"{told} {'at most ' if len(values) > 1 else ''}{worst:.1e} (limit {limit:.0e})"
+    line = f"{what} {'at most ' if len(values) > 1 else ''}{worst:.1e} (limit {limit:.0e})"
     if not above:
         return Finding(check, "pass", line, figures=figures)
     if len(values) > 1:
@@ -104,9 +125,9 @@ def judged(
     return Finding(check, status, line, advice, figures, tuple(above) if len(values) > 1 else ())
 
 
-def judged_model(check: str, value: float, limit: float, told: str, advice: str) -> Finding:
-    """The finding on one figure of the whole model."""
-    return judged(check, {"": value}, limit, told, advice)
+def within_limit(check: str, value: float, limit: float, what: str, advice: str) -> Finding:
+    """The finding on one number of the whole model."""
+    return within_limits(check, {"": value}, limit, what, advice)
 
 
 def _size(value: float) -> float:

@@ -1,4 +1,4 @@
-"""Checks of each adapted layer for itself, against its dense rebuild."""
+"""Checks of each adapted layer by itself, against its dense rebuild."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...tuner.layers.layer import DVoRALayer
 from ..dense_rebuild import Subject, Term
-from .findings import Finding, judged
+from .findings import Finding, within_limits
 from .watched import distance
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -29,7 +29,7 @@ def outputs(every: tuple[Subject, ...], inputs: Mapping[str, Tensor]) -> Finding
                 found = subject.layer(x)
                 errors[subject.name] = distance(found, subject.outputs(x, subject.rebuilt(subject.weight())))
             limits[subject.name] = QUANTISED_TOLERANCE if subject.layout is None else TOLERANCES[found.dtype]
-    return judged(
+    return within_limits(
         "outputs",
         errors,
         limits,
@@ -46,7 +46,7 @@ def gradients(every: tuple[Subject, ...], inputs: Mapping[str, Tensor]) -> Findi
         if subject.name in inputs:
             errors[subject.name] = _gradient_error(subject, inputs[subject.name])
             limits[subject.name] = GRADIENT_TOLERANCES[subject.dtype if subject.layout else torch.bfloat16]
-    return judged(
+    return within_limits(
         "gradients",
         errors,
         limits,
@@ -70,7 +70,7 @@ def constants(every: tuple[Subject, ...]) -> Finding:
                         rounded = 1e-2 if adapted.C.dtype == torch.bfloat16 else 1.0
                         error = max(error, rounded * distance(adapted.C, expected))
                     errors[subject.name] = max(error, errors.get(subject.name, 0.0))
-    return judged(
+    return within_limits(
         "norm constants",
         errors,
         1e-4,
@@ -91,7 +91,7 @@ def short_rows(every: tuple[Subject, ...]) -> Finding:
             short = term.norm(term.values(), weight) < SHORT_ROW * weight.norm(dim=1)
             share = float(short.double().mean())
             shares[subject.name] = max(share, shares.get(subject.name, 0.0))
-    return judged(
+    return within_limits(
         "cancelled rows",
         shares,
         0.0,
@@ -109,7 +109,7 @@ def rows_left_alone(every: tuple[Subject, ...]) -> Finding:
         if isinstance(subject.layer, DVoRALayer)
         and (adapters := [name for name in subject.layer.active_adapters if name in subject.layer.dvora_adapted])
     }
-    return judged(
+    return within_limits(
         "rows left alone",
         shares,
         0.0,
@@ -129,7 +129,7 @@ def merge_losses(every: tuple[Subject, ...]) -> Finding:
             moved = any(term.moves(weight) for term in subject.terms)
             error = float((merged.to(subject.dtype).double() - merged).norm())
             lost[subject.name] = error / float((merged - weight).norm()) if moved else 0.0
-    return judged(
+    return within_limits(
         "merge rounding",
         lost,
         LOST,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...weight.merge import MergePrecisionWarning
 from ..dense_rebuild import Subject
-from .findings import Finding, judged_model
+from .findings import Finding, within_limit
 from .layer_checks import TOLERANCES
 from .watched import Inputs, Loss, called, distance, restored, tensor_of, tensors_of
 
@@ -37,7 +37,7 @@ def calls(every: tuple[Subject, ...], seen: Mapping[str, Tensor]) -> Finding:
 
 
 def trained_values(model: nn.Module, every: tuple[Subject, ...]) -> Finding:
-    """Trained values that are no numbers."""
+    """Trained parameters that are not finite."""
     own = _trained(model, every)
     bad = tuple(name for name, parameter in own.items() if not bool(parameter.isfinite().all()))
     if not bad:
@@ -52,7 +52,7 @@ def trained_values(model: nn.Module, every: tuple[Subject, ...]) -> Finding:
 
 
 def received(model: nn.Module, inputs: Inputs, every: tuple[Subject, ...], loss: Loss | None) -> Finding:
-    """Trained values that no gradient reaches, asked a small step away from where they are.
+    """Trained parameters that no gradient reaches, a small step away from where they are.
 
     At the start of training some gradients are zero by design: lambda_d's, and those of LoRA's A.
     """
@@ -96,7 +96,7 @@ def merging(model: PeftModel, inputs: Inputs, every: tuple[Subject, ...], adapte
         return Finding(name, "skip", "the base is quantised: a merge would quantise it anew")
     merges: Any = model
     with restored(model, values=True), warnings.catch_warnings():
-        # The finding "merge rounding" tells of it.
+        # The finding "merge rounding" reports it.
         warnings.simplefilter("ignore", MergePrecisionWarning)
         try:
             merges.merge_adapter()
@@ -108,7 +108,7 @@ def merging(model: PeftModel, inputs: Inputs, every: tuple[Subject, ...], adapte
             if any(subject.layer.merged for subject in every):
                 merges.unmerge_adapter()
     widest = max((subject.dtype for subject in every), key=lambda dtype: TOLERANCES[dtype])
-    return judged_model(
+    return within_limit(
         name,
         error,
         10 * TOLERANCES[widest],
@@ -136,7 +136,7 @@ def mixed_batch(model: PeftModel, inputs: Inputs, every: tuple[Subject, ...], ad
     except (TypeError, ValueError, NotImplementedError, AttributeError) as problem:
         return Finding(name, "skip", f"not possible here: {str(problem).splitlines()[0]}")
     expected = torch.stack([adapted[row] if row % 2 else base[row] for row in range(len(rows))])
-    return judged_model(
+    return within_limit(
         name,
         distance(mixed, expected),
         10 * TOLERANCES[adapted.dtype],

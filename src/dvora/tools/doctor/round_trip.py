@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .findings import Finding, judged_model
+from .findings import Finding, within_limit
 from .layer_checks import TOLERANCES
 from .watched import Inputs, called, distance, tensor_of
 
@@ -35,7 +35,7 @@ def round_trip(model: PeftModel, inputs: Inputs, adapted: Tensor) -> Finding:
         torch.save(inputs, folder / "inputs.pt")
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
             outputs = fresh.submit(_loaded_outputs, folder, saved, torch.get_num_threads()).result()
-    return judged_model(
+    return within_limit(
         _NAME,
         distance(outputs, adapted.cpu()),
         TOLERANCES[adapted.dtype],

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..dense_rebuild import Subject
-from .findings import Finding, judged, judged_model
+from .findings import Finding, within_limit, within_limits
 from .layer_checks import TOLERANCES
 from .watched import Inputs, called, distance, restored, tensor_of
 
@@ -41,7 +41,7 @@ def identity(model: PeftModel, inputs: Inputs) -> Finding:
         finally:
             model.set_adapter(active[0])
             model.delete_adapter(_FRESH)
-    return judged_model(
+    return within_limit(
         name,
         distance(started, base),
         TOLERANCES[base.dtype],
@@ -84,11 +84,11 @@ def movement(every: tuple[Subject, ...]) -> Finding:
             {**figures, "worst": worst},
             runaway,
         )
-    told = f"{moved} of {len(every)} layers have moved"
+    found = f"{moved} of {len(every)} layers have moved"
     if changes:
-        told += f"; median change of a row's magnitude at most {max(changes.values()):.1%}"
+        found += f"; median change of a row's magnitude at most {max(changes.values()):.1%}"
         figures["worst"] = max(changes.values())
-    return Finding(name, "pass", told, figures=figures)
+    return Finding(name, "pass", found, figures=figures)
 
 
 def rates(model: nn.Module, every: tuple[Subject, ...], optimizer: torch.optim.Optimizer) -> Finding:
@@ -124,7 +124,7 @@ def rates(model: nn.Module, every: tuple[Subject, ...], optimizer: torch.optim.O
         )
     if not fast:
         return Finding(name, "pass", f"all {len(named)} trained tensors have a learning rate above zero")
-    return judged(
+    return within_limits(
         name,
         fast,
         FAST,

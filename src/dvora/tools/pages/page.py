@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .cells import shown
+from .text import shown
 
 _TEMPLATES = Environment(
     loader=PackageLoader("dvora.tools.pages", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

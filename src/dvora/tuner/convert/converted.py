@@ -1,4 +1,4 @@
-"""What a conversion gives: the configuration and the values of an adapter of another method, ready for a folder."""
+"""The result of a conversion: configuration and values of an adapter of another method, ready to be saved."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Converted(NamedTuple):
 
 
 def kept_settings(config: PeftConfig) -> dict[str, Any]:
-    """The settings that do not depend on the method: what the adapter is for, and what is trained beside it."""
+    """The settings that do not depend on the method: the base, the task, and modules trained whole."""
     settings = vars(config)
     names = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save")
     return {name: settings[name] for name in names} | {"inference_mode": True}
 
 
 def other_entries(model: PeftModel, adapter_name: str, vectors: str) -> dict[str, Tensor]:
-    """The entries of an adapter's file that are no vectors of its method: heads, biases, tokens.
+    """The entries of an adapter's file that do not belong to its method: heads, biases, tokens.
 
     Args:
         model: with the adapter.
         adapter_name: of the adapter.
-        vectors: with what the last part of the other entries' names begins.
+        vectors: the beginning of the last part of the method's own names.
     """
     entries = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {key: value for key, value in entries.items() if not re.search(rf"\.{vectors}\w+$", key)}

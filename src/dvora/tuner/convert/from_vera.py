@@ -2,7 +2,7 @@
 
     W' = W + diag(lambda_b) B diag(lambda_d) A     is DVoRA with direction "weight", alpha = rank and m = ||W'||_row
 
-The matrices are drawn again from PEFT's seed (`vera_matrices`), so the file stays small and every process has them; the
+The matrices are drawn again from PEFT's seed (`matrices.vera`), so the file stays small and every process has them; the
 price is that they have the size of the largest layer in memory, as in PEFT, and that torch must draw the same bits.
 """
 
@@ -19,9 +19,9 @@ from ...ops.annotations import Float
 from ...ops.dtypes import norm_dtype
 from ..adapter_folder import PEFT_PREFIX
 from ..config import DVoRAConfig
-from ..layers.base_fingerprint import probes_of
+from ..layers.base_fingerprint import fingerprint_of
 from ..layers.base_layer import readable_weight
-from ..layers.layer_types import kind_of
+from ..layers.layer_types import layer_type_of
 from .converted import Converted, exact_targets, kept_settings, other_entries
 
 
@@ -44,32 +44,32 @@ def from_vera(model: PeftModel, adapter_name: str = "default") -> Converted:
     sizes = VeraSizes(config.r, A.shape[1], B.shape[0])
     _check_drawn(A, B, config.projection_prng_key, sizes)
     values = other_entries(model, adapter_name, "vera_")
-    probes: dict[str, list[float]] = {}
+    fingerprints: dict[str, list[float]] = {}
     for name, layer in tuner.model.named_modules():
         if not (isinstance(layer, VeraLayer) and adapter_name in layer.vera_lambda_d):
             continue
         if layer.merged:
             raise ValueError(f"{name}: the adapter is merged; call unmerge_adapter first")
         base = layer.get_base_layer()
-        kind = kind_of(base, name)
-        weight = kind.layout.matrix(readable_weight(base, kind, "weight", name))
+        layer_type = layer_type_of(base, name)
+        weight = layer_type.layout.matrix(readable_weight(base, layer_type, "weight", name))
         lambda_b, lambda_d = layer.vera_lambda_b[adapter_name], layer.vera_lambda_d[adapter_name]
         magnitude = merged_norms(weight, A, B, lambda_b, lambda_d)
         vectors = F.Vectors(magnitude, lambda_b.to(magnitude), lambda_d.to(magnitude))
         for vector, value in vectors._asdict().items():
             values[f"{PEFT_PREFIX}{name}.dvora_{vector}"] = value.clone()
-        probes[name] = probes_of(weight, F.row_norm(weight))
+        fingerprints[name] = fingerprint_of(weight, F.row_norm(weight))
     dvora = DVoRAConfig(
         **kept_settings(config),
         r=config.r,
-        target_modules=exact_targets(probes, tuner.model),
+        target_modules=exact_targets(fingerprints, tuner.model),
         direction="weight",
         d_initial=config.d_initial,
         dvora_dropout=config.vera_dropout,
         projection_seed=config.projection_prng_key,
         projection_init=sizes.distribution,
         bias="dvora_only" if config.bias == "vera_only" else config.bias,
-        base_probes=probes,
+        base_probes=fingerprints,
     )
     dvora.check_fingerprint()
     return Converted(dvora, values)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..arithmetic import layers_of
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, layers_of
 from ..layers.param_wrapper import ParamWrapper, is_read
 
 

@@ -21,10 +21,9 @@ from ...method import functional as F
 from ...method.functional import Vectors
 from ...ops.annotations import Float
 from ..adapter_folder import PEFT_PREFIX
-from ..arithmetic import layers_of
 from ..config import own_config
 from ..layers import low_rank
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, layers_of
 from .converted import Converted, exact_pattern, exact_targets, kept_settings, other_entries
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
@@ -105,7 +104,7 @@ def to_dora(model: PeftModel, adapter_name: str = "default") -> Converted:
 
 def _dora_of_layer(layer: DVoRALayer, adapter_name: str) -> Dora:
     adapted, strength = layer.adapted(adapter_name), float(layer.strength(adapter_name))
-    weight = layer.kind.layout.matrix(layer.unmerged()).double()
+    weight = layer.layer_type.layout.matrix(layer.unmerged()).double()
     vectors = layer.vectors(adapter_name).to(torch.float64)
     A, B = adapted.A(weight), adapted.B(weight)
     if not adapted.rank:
@@ -123,11 +122,11 @@ def _dora_of_layer(layer: DVoRALayer, adapter_name: str) -> Dora:
 
 def _entries(layer: DVoRALayer, dora: Dora) -> dict[str, Tensor]:
     """The layer's entries of a file, by the last parts of their names."""
-    if layer.kind.low_rank is low_rank.lookup:
+    if layer.layer_type.low_rank is low_rank.lookup:
         return {"lora_embedding_A": dora.A, "lora_embedding_B": dora.B, "lora_magnitude_vector": dora.magnitude}
     A, B, magnitude = dora
-    if layer.kind.spatial:
-        ones = (1,) * layer.kind.spatial
+    if layer.layer_type.spatial:
+        ones = (1,) * layer.layer_type.spatial
         A, B = A.view(len(A), *layer.unmerged().shape[1:]), B.view(*B.shape, *ones)
         magnitude = magnitude.view(1, -1, *ones)
     return {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": magnitude}
@@ -135,9 +134,9 @@ def _entries(layer: DVoRALayer, dora: Dora) -> dict[str, Tensor]:
 
 def _check_supported(layer: DVoRALayer) -> None:
     base, reason = layer.get_base_layer(), None
-    if not layer.kind.has_weight:
+    if not layer.layer_type.has_weight:
         reason = "it is quantised; load the adapter onto the unquantised base model and convert it there"
-    elif layer.kind.low_rank is None:
+    elif layer.layer_type.low_rank is None:
         reason = "its module reads the weight (attention, experts), where PEFT has no DoRA"
     elif layer.parameter_name not in base._parameters:
         reason = "it computes its weight in every pass (it is parametrized), and PEFT would merge without any effect"

@@ -1,30 +1,30 @@
-"""Checks that run before a model is touched: names that match nothing, weights that cannot be adapted.
+"""Checks that run before a model is changed: names that match nothing, weights that cannot be adapted.
 
-PEFT replaces layers one by one, so an error half-way would leave a model half adapted.
+PEFT replaces layers one by one, so a later error would leave the model partly adapted.
 """
 
 from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_fully_sharded
+from ...engines.fsdp2 import is_fully_sharded
 from ...matrices.interface import SharedProjections
 from ...matrices.vera import vera_sizes
-from ..adapter_folder import PEFT_PREFIX, VECTOR_PREFIX, check_vectors_held, layers_named
 from ..config import DVoRAConfig
 from ..config_checks import check_adapter_name
 from ..expressions import check_expressions
 from ..layers.base_fingerprint import alike, change, warn_of_changes
-from ..layers.layer import DVoRALayer
-from ..layers.layer_types import KINDS, is_linear_by_forward, sizes_of
-from .inject import Measured, measure, projections_of
+from ..layers.layer import DVoRALayer, shared_projections
+from ..layers.layer_types import LAYER_TYPES, is_linear_by_forward, sizes_of
+from ..state.checked_values import check_file, check_fits, check_ranks
+from .inject import PreparedTarget, prepare, rank_of
 from .targets import Target, matches, names_found, names_in, outside_adapters, parameter_names_found
 
 _NAMES_SHOWN, _SHOWN = 20, 100
@@ -32,93 +32,48 @@ _NAMES_SHOWN, _SHOWN = 20, 100
 
 
 def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) -> None:
-    """Refuse settings that are none, or that would match a model's names without end, and names of no adapter.
+    """Refuse invalid settings, expressions that would match for too long, and invalid names of an adapter.
 
     Raises:
         TypeError, ValueError: a setting or the name is of the wrong type or out of range.
     """
-    if config.held_for is not None and config.sizing() != config.held_for:
-        config.held = config.held_for = config.awaited = None
+    if config.file is not None and config.sizing() != config.file.settings:
+        config.forget_file()
     if config.awaited is not None:
         config.awaited = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     holders = [module for _, module in outside_adapters(model)]
     check_adapter_name(adapter_name, {name for each in holders for name in (*each._parameters, *each._buffers)})
     config.check()
     check_expressions(vars(config), names_in(model))
+    check_file(config)
 
 
-def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> dict[str, Measured]:
-    """Refuse an adapter that the model cannot have: by its sizes first, then by the weights.
+def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> dict[str, PreparedTarget]:
+    """Refuse an adapter that does not fit the model: by its sizes first, then by the weights.
 
     Args:
         targets: the matched weights.
-        config: of the adapter, which is told the fingerprint of its projections.
+        config: of the adapter; the fingerprint of its projections is filled in.
         model: the model to adapt.
 
     Returns:
-        What was measured of every target's base weight, by name.
+        What is known of every target, by name.
 
     Raises:
         TypeError, ValueError: a layer, the model or the adapter's file does not fit.
     """
     check_model(config, model)
-    check_ranks_held(targets, config)
+    check_ranks(config, {target.name: rank_of(target, config) for target in targets})
     check_projections(targets, config, model)
-    measured = check_weights(targets, config, projections_of(model, config))
-    check_held(measured, config, model)
-    return measured
-
-
-def check_ranks_held(targets: Sequence[Target], config: DVoRAConfig) -> None:
-    """Refuse ranks that no vector has in the file of a configuration that was read from one.
-
-    Raises:
-        ValueError: a rank is larger.
-    """
-    held = config.held
-    if held is None:
-        return
-    longest = max(chain((0,), *(shape for key, shape in held.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
-    for target in targets:
-        magnitude_only = matches(config.magnitude_modules, target.module_name)
-        if not magnitude_only and config.rank_of(target.name) > longest:
-            raise ValueError(
-                f"the adapter lacks vectors of adapted layers: {target.name} has rank {config.rank_of(target.name)} in "
-                f"its configuration, and no lambda_d in its file has more than {longest} values"
-            )
-
-
-def check_held(measured: Mapping[str, Measured], config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse a configuration that was read from a file of other vectors or heads, while the model is as it was.
-
-    Args:
-        measured: of the weights that it adapts here.
-        config: which knows what is in the file, if it was read from one.
-        model: the model to adapt.
-
-    Raises:
-        ValueError: the file does not hold what the model needs, or more.
-    """
-    held = config.held or {}
-    if not layers_named(held) & measured.keys():
-        return  # there is no file, or it has names that PEFT converts
-    check_vectors_held(held, {name: (each.adapted.out_features, each.adapted.rank) for name, each in measured.items()})
-    whole: list[str] = []
-    for path, module in outside_adapters(model):
-        ends = any(path.endswith(name) for name in config.modules_to_save or ())
-        if not ends or path.startswith(tuple(f"{outer}." for outer in whole)):
-            continue
-        whole.append(path)
-        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        if missing := [key for key in own.state_dict() if f"{PEFT_PREFIX}{path}.{key}" not in held]:
-            raise ValueError(
-                f"the adapter's file lacks {path}.{missing[0]}, which modules_to_save={config.modules_to_save!r} says "
-                "it trains"
-            )
+    shared = shared_projections(model, config.projection_seed, config.projection_init, config.use_triton)
+    prepared = check_weights(targets, config, shared)
+    sizes = {name: (each.adapted.out_features, each.adapted.rank) for name, each in prepared.items()}
+    check_fits(config, sizes, _saved_whole(config, model))
+    return prepared
 
 
 def check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse matrices of PEFT's VeRA of sizes that no layer has, before they are drawn; their fingerprint is compared.
+    """Refuse matrices of PEFT's VeRA that are larger than any layer, before they are drawn, or of another fingerprint.
 
     Raises:
         ValueError: they are larger than the model, or not those of the adapter.
@@ -138,7 +93,7 @@ def check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.
 
 
 def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse target names if nothing matches, and warn of those that match nothing, with the closest that exist.
+    """Refuse targets that match nothing; of some names that match nothing, warn with the closest that exist.
 
     Args:
         targets: the matched weights.
@@ -149,7 +104,7 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
         NoMatchingPeftModuleError: (a ValueError) nothing matches.
 
     Warns:
-        UserWarning: some names match nothing; generic lists of names for several architectures do that.
+        UserWarning: some names match nothing; as with generic lists for several architectures.
     """
     unmatched = [
         *_unmatched("target_modules", config.target_modules, model, matched=bool(targets)),
@@ -168,11 +123,13 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
         )
 
 
-def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: SharedProjections) -> dict[str, Measured]:
+def check_weights(
+    targets: Sequence[Target], config: DVoRAConfig, shared: SharedProjections
+) -> dict[str, PreparedTarget]:
     """Refuse weights that cannot be adapted, and a base model that the adapter was not made for.
 
     Returns:
-        What was measured of every target's base weight, by name.
+        What is known of every target, by name.
 
     Raises:
         TypeError: a layer's type or dtype is not supported, or it carries an adapter of another method.
@@ -180,35 +137,37 @@ def check_weights(targets: Sequence[Target], config: DVoRAConfig, shared: Shared
             asked for where there are no inputs.
 
     Warns:
-        UserWarning: the base is another quantisation of the adapter's.
+        UserWarning: the base differs a little, as another quantisation does.
     """
-    measured = {}
+    prepared = {}
     for target in targets:
-        if config.dvora_dropout and target.kind.low_rank is None:
+        if config.dvora_dropout and target.layer_type.low_rank is None:
             raise ValueError(
                 f"{target.name}: dvora_dropout={config.dvora_dropout} drops inputs of the update, and this weight "
                 "is read by its module without inputs of its own; set dvora_dropout=0, or leave it out"
             )
-        measured[target.name] = measure(target, config, shared)
+        prepared[target.name] = prepare(target, config, shared)
         if config.fan_in_fan_out and isinstance(target.layer, nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True is ignored: {target.name} is a torch.nn.Linear, whose weight is (out, in)",
                 stacklevel=4,
             )
-    known = {name: probes for name, probes in (config.base_probes or {}).items() if name in measured}
+    known = {name: expected for name, expected in (config.base_probes or {}).items() if name in prepared}
     for name, expected in known.items():
-        if not alike(measured[name].probes, expected):
+        if not alike(prepared[name].fingerprint, expected):
             raise ValueError(
                 f"{name}: the adapter was made for another base model: norm and random projections of the layer's "
-                f"weight are {measured[name].probes} here and were {expected} there, too far for a cast or a "
+                f"weight are {prepared[name].fingerprint} here and were {expected} there, too far for a cast or a "
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
-    warn_of_changes({name: change(measured[name].probes, expected) for name, expected in known.items()}, stacklevel=5)
-    return measured
+    warn_of_changes(
+        {name: change(prepared[name].fingerprint, expected) for name, expected in known.items()}, stacklevel=5
+    )
+    return prepared
 
 
 def check_model(config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse a model that FSDP2 holds already, as it would not know of the vectors, and one without tokens to train.
+    """Refuse a model that FSDP2 has sharded already, and tokens to train that it does not have.
 
     Raises:
         ValueError: a module was given to `fully_shard`, or a token's layer is not there.
@@ -222,20 +181,20 @@ def check_model(config: DVoRAConfig, model: nn.Module) -> None:
 
 
 def warn_of_rows_left_alone(layers: Iterable[DVoRALayer], adapter_name: str) -> None:
-    """Say which rows keep the base's outputs: rescaling would magnify the rounding of their bias."""
+    """Warn of rows that keep the base's outputs: rescaling would amplify the rounding error of their bias."""
     rows = {layer.name: count for layer in layers if (count := layer.rows_left_alone(adapter_name))}
     if rows:
         most = max(rows, key=lambda name: rows[name])
         warnings.warn(
-            f"rows that are tiny beside their bias keep the base's outputs where no pass can read the weight (it is "
-            f"quantised, offloaded or known by its forward pass only): {sum(rows.values())} rows in {len(rows)} "
+            f"rows whose norm is tiny compared to their bias keep the base's outputs where no pass can read the weight "
+            f"(it is quantised or offloaded): {sum(rows.values())} rows in {len(rows)} "
             f"layers, most in {most} ({rows[most]})",
             stacklevel=5,
         )
 
 
 def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
-    """Say that vectors stay in float32 where `autocast_adapter_dtype=False` asks for the base's half precision."""
+    """Warn that vectors stay in float32 although `autocast_adapter_dtype=False` asks for the base's half precision."""
     stored = [layer.stored() for layer in layers]
     if any(weight is not None and weight.dtype.itemsize < 4 for weight in stored):
         warnings.warn(
@@ -245,8 +204,18 @@ def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:
         )
 
 
+def _saved_whole(config: DVoRAConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that PEFT is going to train and save whole, by name."""
+    whole: dict[str, nn.Module] = {}
+    for path, module in outside_adapters(model):
+        ends = any(path.endswith(name) for name in config.modules_to_save or ())
+        if ends and not path.startswith(tuple(f"{outer}." for outer in whole)):
+            whole[path] = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return whole
+
+
 def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
-    """Refuse tokens to train that no layer has; PEFT would find out after the model was changed.
+    """Refuse tokens to train that no layer has, which PEFT would find after the model was changed.
 
     Raises:
         ValueError: a layer is not there, or an index lies outside its table.
@@ -273,14 +242,14 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
 
 
 def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:
-    """What to say of names that no module has."""
+    """The message about names that no module has."""
     if isinstance(names, str):
         unmatched = [] if matched else [names]
     else:
         unmatched = sorted(set(names or ()) - names_found(names or (), model))
     if not unmatched:
         return []
-    # A look at what is near takes long, and a list for many architectures has long names for none.
+    # The search for close names is slow, and generic lists for many architectures are long.
     close = "; ".join(f"{name[:_SHOWN]!r}{_closest(name[:_SHOWN], model)}" for name in unmatched[:_NAMES_SHOWN])
     more = f" and {len(unmatched) - _NAMES_SHOWN} others" if len(unmatched) > _NAMES_SHOWN else ""
     return [f"{setting}: nothing in the model is named {close}{more}"]
@@ -297,8 +266,8 @@ def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
 
 
 def _closest(name: str, model: nn.Module) -> str:
-    kinds = (*KINDS, nn.MultiheadAttention, DVoRALayer)
-    adaptable = (n for n, m in outside_adapters(model) if isinstance(m, kinds) or is_linear_by_forward(m))
+    types = (*LAYER_TYPES, nn.MultiheadAttention, DVoRALayer)
+    adaptable = (n for n, m in outside_adapters(model) if isinstance(m, types) or is_linear_by_forward(m))
     layers = sorted({name.rpartition(".")[2] for name in adaptable})
     close = difflib.get_close_matches(name.rpartition(".")[2], layers, n=3)
     if close:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import gathered
+from ...engines.tensor_parallel import full_tensor
+from ...engines.zero3 import is_partitioned
 from ...method.validation import check_weight
-from ...weight.layouts import is_partitioned
 from ..config import DVoRAConfig
 from ..layers import low_rank
 from ..layers.base_layer import readable_weight, stored_weight
 from ..layers.layer import DVoRALayer, DVoRALinear
-from ..layers.layer_types import READ, LayerKind, is_initialized, kind_of, parameter_kind
+from ..layers.layer_types import READ, LayerType, is_initialized, layer_type_of, parameter_type
 from ..layers.param_wrapper import ParamWrapper, ReadLinear, UnfusedLinear, is_read, projections_of, wrapped
 
 _TARGETED_TWICE = "its layer is targeted by target_modules too"
@@ -26,10 +26,10 @@ class Target(NamedTuple):
     """One weight to adapt."""
 
     name: str
-    """Of the weight: what rank and alpha patterns, probes and messages go by."""
+    """Of the weight: by which rank and alpha patterns, fingerprints and messages name it."""
     layer: nn.Module
     """The layer that holds it, or the wrapper that it has already."""
-    kind: LayerKind
+    layer_type: LayerType
     parameter_name: str
     module_name: str
     """Of the module that was targeted."""
@@ -39,22 +39,22 @@ class Target(NamedTuple):
         return _base_of(self.layer, self.name)
 
     def is_readable(self) -> bool:
-        """Whether the weight is at hand in every pass: it is not quantised, offloaded or divided (ZeRO-3)."""
-        stored = stored_weight(self.base(), self.kind, self.parameter_name)
+        """Whether every pass can read the weight: it is not quantised, offloaded or partitioned (ZeRO-3)."""
+        stored = stored_weight(self.base(), self.layer_type, self.parameter_name)
         return stored is not None and not stored.is_meta and not is_partitioned(stored)
 
     def weight(self) -> Tensor:
-        """The base's own weight, as stored; all of it, where processes divide it.
+        """The base's own weight, as stored; gathered where it is sharded.
 
         Raises:
             TypeError, ValueError: it cannot be adapted.
         """
         if isinstance(self.layer, DVoRALayer):
-            return gathered(self.layer.unmerged())
-        if self.kind.low_rank is None:
+            return full_tensor(self.layer.unmerged())
+        if self.layer_type.low_rank is None:
             # Offloaded, it could be read here, but not when its module reads it.
             check_weight(self.layer.get_parameter(self.parameter_name), self.name)
-        weight = gathered(readable_weight(self.layer, self.kind, self.parameter_name, self.name))
+        weight = full_tensor(readable_weight(self.layer, self.layer_type, self.parameter_name, self.name))
         check_weight(weight, self.name)
         return weight
 
@@ -72,10 +72,10 @@ def targets_in(module: nn.Module, name: str) -> list[Target]:
         both = [*inputs, *targets_in(base.out_proj, f"{name}.out_proj")]
         return [target._replace(module_name=name) for target in both]
     if isinstance(module, DVoRALayer):
-        return [Target(name, module, module.kind, module.parameter_name, name)]
+        return [Target(name, module, module.layer_type, module.parameter_name, name)]
     if not is_initialized(base):
         check_weight(next(base.parameters()), name)
-    return [Target(name, base, READ if is_read(base) else kind_of(base, name), "weight", name)]
+    return [Target(name, base, READ if is_read(base) else layer_type_of(base, name), "weight", name)]
 
 
 def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Target:
@@ -86,10 +86,10 @@ def parameter_target(module: nn.Module, parameter_name: str, name: str) -> Targe
     """
     base, wrapper = _base_of(module, name), wrapped(module, parameter_name)
     if wrapper is not None:
-        return Target(name, wrapper, wrapper.kind, parameter_name, name)
+        return Target(name, wrapper, wrapper.layer_type, parameter_name, name)
     parameter = stored_weight(base, READ, parameter_name)
     assert parameter is not None
-    return Target(name, base, parameter_kind(base, parameter, name), parameter_name, name)
+    return Target(name, base, parameter_type(base, parameter, name), parameter_name, name)
 
 
 def wrap(
@@ -100,7 +100,7 @@ def wrap(
         target = parameter_target(module, parameter_name, name)
         if isinstance(target.layer, DVoRALayer):
             return module, [target.layer]
-        wrapper = ParamWrapper(module, parameter_name, name, target.kind)
+        wrapper = ParamWrapper(module, parameter_name, name, target.layer_type)
         return wrapper, [wrapper]
     base = _base_of(module, name)
     if isinstance(base, nn.MultiheadAttention):
@@ -115,13 +115,13 @@ def wrap(
     if is_read(base):
         layer: DVoRALayer = ReadLinear(base, "weight", name, READ)
         return layer, [layer]
-    kind = kind_of(base, name)
+    layer_type = layer_type_of(base, name)
     if isinstance(parent, nn.TransformerEncoderLayer):
-        layer = UnfusedLinear(base, name, kind)
-    elif kind.low_rank is low_rank.linear:
-        layer = DVoRALinear(base, name, kind)
+        layer = UnfusedLinear(base, name, layer_type)
+    elif layer_type.low_rank is low_rank.linear:
+        layer = DVoRALinear(base, name, layer_type)
     else:
-        layer = DVoRALayer(base, name, kind)
+        layer = DVoRALayer(base, name, layer_type)
     return layer, [layer]
 
 
@@ -136,7 +136,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def find_targets(model: nn.Module, is_targeted: Callable[[str], bool], config: DVoRAConfig) -> list[Target]:
-    """The weights that PEFT is about to have adapted.
+    """The weights that PEFT is about to ask adapters for.
 
     Args:
         model: the model to adapt.
@@ -149,7 +149,7 @@ def find_targets(model: nn.Module, is_targeted: Callable[[str], bool], config: D
     modules = [(name, module) for name, module in outside_adapters(model) if name and is_targeted(name)]
     targets = {target.name: target for name, module in modules for target in targets_in(module, name)}
     parameters = list(parameters_named(model, config.target_parameters or ()))
-    called = {target.module_name for target in targets.values() if target.kind.low_rank is not None}
+    called = {target.module_name for target in targets.values() if target.layer_type.low_rank is not None}
     for parameter in parameters:
         if parameter.name.rpartition(".")[0] in called:
             raise ValueError(f"target_parameters: {parameter.name} cannot be wrapped, because {_TARGETED_TWICE}")
@@ -179,12 +179,12 @@ def parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Targe
 
 
 def names_found(names: Iterable[str], model: nn.Module) -> set[str]:
-    """Those of the target names that some module has."""
+    """The target names that some module has."""
     return _endings(name for name, _ in model.named_modules()).intersection(names)
 
 
 def parameter_names_found(names: Iterable[str], model: nn.Module) -> set[str]:
-    """Those of the target names that some parameter has."""
+    """The target names that some parameter has."""
     return _endings(name.replace(".base_layer", "") for name, _ in model.named_parameters()).intersection(names)
 
 
@@ -198,23 +198,6 @@ def matches(names: Collection[str] | str | None, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names or ())
-
-
-def saved_names(model: nn.Module) -> dict[str, str]:
-    """How files call the wrappers of parameters, by their paths in the model.
-
-    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
-    """
-    wrappers = {
-        # FSDP's own modules are in no key of a state dict.
-        path.replace("_fsdp_wrapped_module.", ""): module
-        for path, module in model.named_modules()
-        if isinstance(module, ParamWrapper)
-    }
-    return {
-        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
-        for path, module in wrappers.items()
-    }
 
 
 def _endings(paths: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Probes of base weights: what a configuration keeps to recognise the base model that its adapter was made for."""
+"""Fingerprints of base weights, by which a configuration recognises the base model that its adapter was trained on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ...matrices.philox import uniform_row
 from ...ops.annotations import Float
 
 BASE_TOLERANCE = 0.3
-"""Largest distance of the probes of a weight to those of the weight that an adapter was trained on.
+"""Largest distance of a weight's fingerprint from that of the weight that an adapter was trained on.
 
-The probes of an unrelated weight lie about 1.4 away. Casts to half precision move them by 0.002, eight bits by
+Unrelated weights are about 1.4 apart. Casts to half precision move them by 0.002, eight bits by
 0.006, four bits by 0.1."""
 NORM_TOLERANCE = 0.05
 """Largest relative difference of the weights' norms."""
-CHANGE_TOLD = 0.02
-"""Distance from which on a base that is accepted is told of: far above casts and eight bits, below four bits."""
+CHANGE_WARNED = 0.02
+"""Distance above which an accepted base gives a warning: far above casts and eight bits, below four bits."""
 
 _PROBES, _PROBE_SEED, _ROW_STREAM, _COLUMN_STREAM = 8, 0, 2**33, 2**33 + 1
 
 
 @torch.no_grad()
-def probes_of(matrix: Float[torch.Tensor, "O I"], norms: Float[torch.Tensor, "O"]) -> list[float]:
-    """The norm of W, and products `u^T W v` with random vectors: of the norm's size, and other for another W.
+def fingerprint_of(matrix: Float[torch.Tensor, "O I"], norms: Float[torch.Tensor, "O"]) -> list[float]:
+    """The norm of W and eight products `u^T W v` with random vectors, each of the size of the norm.
 
     Args:
         matrix: W.
@@ -41,38 +41,38 @@ def probes_of(matrix: Float[torch.Tensor, "O I"], norms: Float[torch.Tensor, "O"
     return [float(f"{value:.4g}") for value in (float(norms.norm()), *products.tolist())]
 
 
-def alike(probes: list[float], expected: list[float]) -> bool:
-    """Whether two lists of probes can be of one weight, cast or quantised."""
-    if len(probes) != len(expected):
+def alike(fingerprint: list[float], expected: list[float]) -> bool:
+    """Whether two fingerprints can be of one weight, cast or quantised."""
+    if len(fingerprint) != len(expected):
         return False
     return (
-        abs(probes[0] - expected[0]) <= NORM_TOLERANCE * expected[0]
-        and math.dist(probes[1:], expected[1:]) <= BASE_TOLERANCE * math.sqrt(_PROBES) * expected[0]
+        abs(fingerprint[0] - expected[0]) <= NORM_TOLERANCE * expected[0]
+        and math.dist(fingerprint[1:], expected[1:]) <= BASE_TOLERANCE * math.sqrt(_PROBES) * expected[0]
     )
 
 
-def change(probes: list[float], expected: list[float]) -> float:
-    """About how far apart the weights of two lists of probes are, relative to the second's norm."""
-    distance = math.dist(probes[1:], expected[1:]) / math.sqrt(_PROBES)
-    return max(distance, abs(probes[0] - expected[0])) / (expected[0] or 1.0)
+def change(fingerprint: list[float], expected: list[float]) -> float:
+    """About how far apart two weights are by their fingerprints, relative to the norm of the second."""
+    distance = math.dist(fingerprint[1:], expected[1:]) / math.sqrt(_PROBES)
+    return max(distance, abs(fingerprint[0] - expected[0])) / (expected[0] or 1.0)
 
 
 def warn_of_changes(changes: Mapping[str, float], stacklevel: int = 2) -> None:
-    """Say how far a base is from the one that an adapter was made for, if that is more than a cast to half precision.
+    """Warn how far a base is from the one that an adapter was trained on, if that is more than a cast explains.
 
     Args:
-        changes: of each adapted weight, as `change` gives them.
+        changes: of each adapted weight, as `change` computes them.
         stacklevel: as of `warnings.warn`.
 
     Warns:
         UserWarning: some weights are another quantisation's, or were trained a little.
     """
-    changed = {name: size for name, size in changes.items() if size > CHANGE_TOLD}
+    changed = {name: size for name, size in changes.items() if size > CHANGE_WARNED}
     if changed:
         most = max(changed, key=lambda name: changed[name])
         warnings.warn(
-            f"the base is not quite the one that the adapter was made for: {len(changed)} of {len(changes)} adapted "
-            f"weights differ, {most} by about {changed[most]:.0%} of its norm, as another quantisation (or a little "
-            "training) makes them. The adapter is loaded all the same; its outputs will differ accordingly",
+            f"the base is not exactly the one that the adapter was made for: {len(changed)} of {len(changes)} adapted "
+            f"weights differ, {most} by about {changed[most]:.0%} of its norm, as after another "
+            "quantisation or a little training. The adapter is loaded; its outputs will differ accordingly",
             stacklevel=stacklevel + 1,
         )

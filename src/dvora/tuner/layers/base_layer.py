@@ -1,58 +1,56 @@
-"""The base layer under an adapter: where its weight and bias are, and what cannot be done with it."""
+"""The base layer under an adapter: how its weight and bias are read, and what is refused."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_divided, local
-from ...weight.evaluated import State
-from ...weight.layouts import is_partitioned
-from ...weight.merge import check_can_be_set
-from .layer_types import LayerKind
+from ...engines.tensor_parallel import is_dtensor, local
+from ...engines.zero3 import is_partitioned
+from ...weight.tensor_state import TensorVersion
+from .layer_types import LayerType
 from .opaque_weight import read_bias, read_operating_weight
 
 
-class Probed:
-    """The state of the weight that probes were taken of, so that a changed one is noticed; copies know of none.
+class Fingerprinted:
+    """The state of the weight when its fingerprint was taken, so that a change is noticed; a copy has none.
 
     Args:
         weight: as stored, or None where only its layer knows it.
     """
 
     def __init__(self, weight: Tensor | None = None) -> None:
-        self._state = None if weight is None or is_divided(weight) else State.of(weight)
+        self._state = None if weight is None or is_dtensor(weight) else TensorVersion.of(weight)
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight is in that state; of one made in inference mode nobody can tell."""
+        """Whether the weight is unchanged; an inference tensor has no version and always counts as changed."""
         return self._state is not None and self._state.is_of(weight)
 
-    def __reduce__(self) -> tuple[type[Probed], tuple[()]]:
-        return Probed, ()
+    def __reduce__(self) -> tuple[type[Fingerprinted], tuple[()]]:
+        return Fingerprinted, ()
 
 
-def stored_weight(layer: nn.Module, kind: LayerKind, parameter_name: str) -> Tensor | None:
-    """The weight as it is stored now, or None where only the layer's forward knows it."""
-    if not kind.has_weight:
+def stored_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str) -> Tensor | None:
+    """The weight as it is stored now; None for a quantised layer."""
+    if not layer_type.has_weight:
         return None
     weight = getattr(layer, parameter_name)
     assert isinstance(weight, Tensor), type(weight)
     return weight
 
 
-def readable_weight(layer: nn.Module, kind: LayerKind, parameter_name: str, name: str) -> Tensor:
-    """The weight's values, also while it is offloaded; in float32 where only the layer's forward knows them.
+def readable_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str, name: str) -> Tensor:
+    """The weight's values, also while it is offloaded; in float32 for a quantised layer.
 
-    Of a weight that ZeRO-3 has divided they are gathered from all processes, which must all ask.
+    A weight that ZeRO-3 has partitioned is gathered, so all processes must call this.
 
     Raises:
         TypeError: the layer is not linear.
     """
-    stored = stored_weight(layer, kind, parameter_name)
+    stored = stored_weight(layer, layer_type, parameter_name)
     if stored is None:
         return read_operating_weight(layer, name)
     if is_partitioned(stored) and not stored.numel():
@@ -61,7 +59,7 @@ def readable_weight(layer: nn.Module, kind: LayerKind, parameter_name: str, name
     if not stored.is_meta:
         return stored
     with align_module_device(layer):
-        stored = stored_weight(layer, kind, parameter_name)
+        stored = stored_weight(layer, layer_type, parameter_name)
         assert stored is not None
         return stored
 
@@ -72,11 +70,11 @@ def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
     return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured
 
 
-def measured_bias(layer: nn.Module, kind: LayerKind) -> Tensor | None:
-    """The bias of a layer that hides it or is offloaded; None if it is at hand whenever it is needed."""
+def measured_bias(layer: nn.Module, layer_type: LayerType) -> Tensor | None:
+    """The bias of a layer that hides it or is offloaded; None if every pass can read it from the layer."""
     bias = getattr(layer, "bias", None)
     if not isinstance(bias, Tensor):
-        return None if kind.has_weight else read_bias(layer)
+        return None if layer_type.has_weight else read_bias(layer)
     if not bias.is_meta:
         return None
     with align_module_device(layer):
@@ -86,61 +84,20 @@ def measured_bias(layer: nn.Module, kind: LayerKind) -> Tensor | None:
 
 
 def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
-    """An update in the memory format of the base's output, so that the sum is in it too (channels_last stays that)."""
+    """An update in the memory format of the base's output, so that their sum keeps it (channels_last)."""
     if update.stride() == output.stride():
         return update
     return torch.empty_like(output, dtype=update.dtype).copy_(update)
 
 
-def check_mergeable(layer: nn.Module, kind: LayerKind, parameter_name: str, name: str) -> None:
-    """Refuse to merge into a layer that keeps no weight that could be set.
+def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: Tensor, name: str) -> None:
+    """Refuse to train through a layer whose forward pass has no backward pass.
 
     Raises:
-        TypeError: it is quantised or computes its weight in every pass.
-        ValueError: ZeRO-3 has divided the weight.
+        RuntimeError: the input requires a gradient, and the output does not.
     """
-    if not kind.has_weight:
-        raise TypeError(
-            f"{name} of type {type(layer).__name__} keeps its weight in a form of its own (quantised or packed), whose "
-            "steps are larger than most updates: nothing was merged. Keep the adapter unmerged, or load the base model "
-            "unquantised, load the adapter onto it and merge there"
-        )
-    check_can_be_set(layer, parameter_name, name)
-    stored = stored_weight(layer, kind, parameter_name)
-    if stored is not None and is_partitioned(stored) and not stored.numel():
-        raise ValueError(
-            f"{name}: DeepSpeed ZeRO-3 has divided the weight between the processes, so nothing can be merged into it; "
-            "merge and unmerge on every rank within "
-            "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
-        )
-
-
-def check_gradient(layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor, name: str) -> None:
-    """Refuse to train through a layer whose forward pass forgets where its input came from.
-
-    Raises:
-        RuntimeError: the input asks for a gradient, the output cannot pass one on.
-    """
-    if not kind.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
+    if not layer_type.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
         raise RuntimeError(
             f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
             "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
-        )
-
-
-def check_not_trained(names: Sequence[str], vectors: Iterable[Tensor], name: str) -> None:
-    """Refuse a training pass through merged adapters.
-
-    Args:
-        names: of what is merged.
-        vectors: of these adapters.
-        name: of the layer.
-
-    Raises:
-        RuntimeError: a gradient is wanted that would not come.
-    """
-    if torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors):
-        raise RuntimeError(
-            f"{name}: adapters are merged ({', '.join(names)}), so that training would give them no gradients; call "
-            "unmerge_adapter first, or model.eval() if this is no training"
         )

@@ -9,14 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...method.functional import Vectors
+from ...engines.tensor_parallel import is_dtensor
+from ...engines.zero3 import is_in_memory, weight_in_memory
+from ...matrices.interface import SharedProjections, checked_distribution
+from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.layouts import is_at_hand, weight_at_hand
-from .base_layer import Probed, bias_of, check_gradient, measured_bias
-from .layer_types import LayerKind, kind_of
-from .mergeable import MergeableLayer
-from .merges import Merges
+from .base_fingerprint import fingerprint_of
+from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
+from .layer_types import LayerType, layer_type_of
+from .mergeable import MergeableLayer, Merges
 from .mixed_rows import check_rows, mixed_outputs
 from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
@@ -24,14 +26,14 @@ from .vectors import VECTORS, Strength, VectorDict, vectors_in
 
 
 class DVoRALayer(nn.Module, MergeableLayer):
-    """Wraps a base layer; its kind decides how the weight is held and used, nothing else differs between types.
+    """Wraps a base layer. Its layer type says how the weight is held and used; nothing else depends on the type.
 
-    `probes` are those of the base weight, by which files recognise it, and `probed` the state that they are of.
+    `fingerprint` is that of the base weight, by which files recognise it; `fingerprinted` is the state it was taken of.
 
     Args:
-        base_layer: a layer that `kinds.kind_of` knows.
+        base_layer: a layer of a type in `layer_types`.
         name: of the weight in the model, for messages.
-        kind: of the weight; None looks it up by the layer's type.
+        layer_type: how it holds its weight; None looks it up by the layer's class.
         parameter_name: of the weight in the base layer.
     """
 
@@ -42,14 +44,14 @@ class DVoRALayer(nn.Module, MergeableLayer):
     other_param_names = ("dvora_adapted", "dvora_dropout", "dvora_strength")
 
     def __init__(
-        self, base_layer: nn.Module, name: str, kind: LayerKind | None = None, parameter_name: str = "weight"
+        self, base_layer: nn.Module, name: str, layer_type: LayerType | None = None, parameter_name: str = "weight"
     ) -> None:
         super().__init__()
-        # First, because the first parameter's dtype is what many take for that of the model.
+        # First: many take the dtype of the first parameter for that of the model.
         self.base_layer = base_layer
         self.name = name
         self.parameter_name = parameter_name
-        self.kind = kind_of(base_layer, name) if kind is None else kind
+        self.layer_type = layer_type_of(base_layer, name) if layer_type is None else layer_type
         self.dvora_magnitude = VectorDict()
         self.dvora_lambda_b = VectorDict()
         self.dvora_lambda_d = VectorDict()
@@ -60,13 +62,13 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._merges = Merges()
+        self.merges = Merges()
         self._base_loads = False
-        self.probes: list[float] = []
-        self.probed = Probed()
-        if not self.kind.has_weight:
+        self.fingerprint: list[float] = []
+        self.fingerprinted = Fingerprinted()
+        if not self.layer_type.has_weight:
             keep_differentiable(base_layer)
-        self.measured_bias = measured_bias(base_layer, self.kind)
+        self.measured_bias = measured_bias(base_layer, self.layer_type)
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     def update_layer(
@@ -101,11 +103,11 @@ class DVoRALayer(nn.Module, MergeableLayer):
                     vector_dict.put(adapter_name, value)
                 elif adapter_name in vector_dict:
                     del vector_dict[adapter_name]
-        if self.kind.low_rank is not None:
-            # Now, for a graph that is made of the layer cannot look for them.
+        if self.layer_type.low_rank is not None:
+            # Now, since a compiled graph cannot look for them.
             adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        # New modules are in training mode, whatever the model is in, and would drop inputs in evaluation.
+        # New modules start in training mode, where dropout is active.
         self.training = self.base_layer.training
         for name, child in self.named_children():
             if name != "base_layer":
@@ -127,11 +129,30 @@ class DVoRALayer(nn.Module, MergeableLayer):
         """Change s of one adapter."""
         cast(Strength, self.dvora_strength[adapter_name]).set(number)
 
+    def present_fingerprint(self) -> list[float]:
+        """The fingerprint of the base weight as it is now; it may have been trained since it was adapted.
+
+        A sharded weight keeps the fingerprint from when it was adapted.
+        """
+        stored = self.stored()
+        if stored is None or not is_in_memory(stored) or is_dtensor(stored):
+            return self.fingerprint
+        if not self.fingerprinted.is_of(stored):
+            # Recorded first, so that a write in between is noticed the next time.
+            self.fingerprinted = Fingerprinted(stored)
+            matrix = self.layer_type.layout.matrix(self.unmerged())
+            self.fingerprint = fingerprint_of(matrix, row_norm(matrix))
+        return self.fingerprint
+
     def rows_left_alone(self, adapter_name: str) -> int:
-        """How many rows keep the base's outputs: those small beside their bias, where no pass can read the weight."""
+        """How many rows keep the base's outputs: small compared to their bias, and the weight cannot be read."""
         adapted = self.adapted(adapter_name)
-        rows = None if self.kind.low_rank is None else adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
-        readable = self.kind.row_products is not None and adapted.readable
+        rows = (
+            None
+            if self.layer_type.low_rank is None
+            else adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
+        )
+        readable = self.layer_type.row_products is not None and adapted.readable
         return 0 if rows is None or readable else len(rows)
 
     def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
@@ -146,7 +167,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if self.disable_adapters or self.serves_merged():
             base_output: Tensor = self.base_layer(x)
             return base_output
-        adapters = self._at_work(self.active_adapters)
+        adapters = self._active(self.active_adapters)
         outputs = updated_outputs(self.base_layer, x, adapters)
         return self._adapted(x, self.base_layer(x), adapters) if outputs is None else outputs
 
@@ -154,29 +175,29 @@ class DVoRALayer(nn.Module, MergeableLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`W' - W` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
         weight = self.unmerged()
-        return self.kind.layout.stored(self.summed_delta([adapter_name], weight), weight.shape)
+        return self.layer_type.layout.stored(self.summed_delta([adapter_name], weight), weight.shape)
 
-    def _at_work(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
-        """Those of the named adapters that this layer has."""
-        weight = weight_at_hand(self.get_base_layer(), self.parameter_name) if self.kind.has_weight else None
-        at_work, all_adapted = [], self.dvora_adapted
+    def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
+        """The named adapters that this layer has, with their row factors."""
+        weight = weight_in_memory(self.get_base_layer(), self.parameter_name) if self.layer_type.has_weight else None
+        active, all_adapted = [], self.dvora_adapted
         for name in adapter_names:
             if name in all_adapted:
                 adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, self.dvora_strength[name])
                 vectors = adapted.local(self.vectors(name), weight)
                 factors = adapted.row_factors(vectors, weight, strength.value)
-                at_work.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
-        return at_work
+                active.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
+        return active
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
-        check_gradient(self.base_layer, self.kind, x, base_output, self.name)
+        check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
         if not adapters:
             return base_output
         bias = bias_of(self.base_layer, self.measured_bias)
-        return adapted_outputs(self.base_layer, self.kind, x, base_output, adapters, bias)
+        return adapted_outputs(self.base_layer, self.layer_type, x, base_output, adapters, bias)
 
     def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        return self._adapted(x, base_output, self._at_work(adapter_names))
+        return self._adapted(x, base_output, self._active(adapter_names))
 
     def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` of several adapters together, as a matrix."""
@@ -203,9 +224,9 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self.settle()
         dtype = self._base_dtype()
         super()._apply(fn, recurse)
-        # A cast changes the base's values, and a graph compiled next cannot notice.
+        # A cast changes the base's values, which a graph compiled afterwards cannot notice.
         if self._base_dtype() != dtype:
-            self._merges.cast(self._base_dtype())
+            self.merges.cast(self._base_dtype())
             self._follow_base()
         return self
 
@@ -220,16 +241,16 @@ class DVoRALayer(nn.Module, MergeableLayer):
         super()._save_to_state_dict(*args)
 
     def _follow_base(self) -> None:
-        """Measure the base anew where it has changed."""
+        """Compute what depends on the base again where that has changed."""
         stored = self.stored()
         if stored is None:
-            self.measured_bias = measured_bias(self.base_layer, self.kind)
+            self.measured_bias = measured_bias(self.base_layer, self.layer_type)
             weight = self.unmerged()
             for name in self.dvora_adapted:
                 self.adapted(name).refresh(weight)
-        elif is_at_hand(stored):
+        elif is_in_memory(stored):
             for name in self.dvora_adapted:
-                self.adapted(name).follow_loaded(self.unmerged())
+                self.adapted(name).refresh_after_load(self.unmerged())
 
     def _base_dtype(self) -> torch.dtype:
         stored = self.stored()
@@ -240,7 +261,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
 
 class DVoRALinear(DVoRALayer):
-    """Over a linear layer; PEFT finds those of "all-linear" by the name of their class."""
+    """Over a linear layer; "all-linear" finds the class by its name."""
 
 
 def layers_in(model: nn.Module) -> list[DVoRALayer]:
@@ -248,13 +269,27 @@ def layers_in(model: nn.Module) -> list[DVoRALayer]:
     return [layer for layer in model.modules() if isinstance(layer, DVoRALayer)]
 
 
+def layers_of(model: nn.Module, adapter_name: str) -> list[DVoRALayer]:
+    """The layers of a model that have an adapter."""
+    return [layer for layer in layers_in(model) if adapter_name in layer.dvora_adapted]
+
+
+def shared_projections(model: nn.Module, seed: int, distribution: str, use_triton: bool) -> SharedProjections:
+    """The model's projections of this seed, distribution and way of running, or new ones."""
+    wanted = seed, distribution, use_triton
+    for module in model.modules():
+        if isinstance(module, SharedProjections) and (module.seed, module.distribution, module.use_triton) == wanted:
+            return module
+    return SharedProjections(seed, checked_distribution(distribution), use_triton=use_triton)
+
+
 def check_unmerged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to change an adapter that is merged: the weights would go on serving what it was.
+    """Refuse to change an adapter that is merged, since the merged weights would not change with it.
 
     Raises:
-        ValueError: it is merged somewhere.
+        ValueError: it is merged into some layer.
     """
-    for layer in layers_in(model):
+    for layer in layers_of(model, adapter_name):
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged into {layer.name}; call unmerge_adapter first")
 

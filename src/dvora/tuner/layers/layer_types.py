@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ...engines.tensor_parallel import is_divided
+from ...engines.tensor_parallel import is_dtensor
 from ...method.validation import computes_as
 from ...weight.adapted_weight import AdaptedWeight
 from ...weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
@@ -24,7 +24,7 @@ RowProducts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """Of a base layer, the inputs, some rows of the weight, and their indices."""
 
 
-class LayerKind(NamedTuple):
+class LayerType(NamedTuple):
     """How a layer type holds and uses its weight."""
 
     layout: Layout
@@ -33,50 +33,50 @@ class LayerKind(NamedTuple):
     spatial: int = 0
     """Number of dimensions of an output behind that of the output features."""
     has_weight: bool = True
-    """False where the layer's own forward is the only way to its weight: quantised layers."""
+    """False for quantised layers, whose weight is known through their forward pass only."""
     row_products: RowProducts | None = None
-    """Inputs with some rows of the weight, without the bias; None where there is no bias, or no weight at hand."""
+    """Inputs times some rows of the weight, without the bias; None where there is no bias, or no weight in memory."""
 
 
-KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(ROWS, low_rank.linear, row_products=low_rank.linear_rows),
-    Conv1D: LayerKind(COLUMNS, low_rank.linear, row_products=low_rank.linear_rows),
-    nn.Conv1d: LayerKind(KERNELS, low_rank.convolve, spatial=1, row_products=low_rank.convolved_rows),
-    nn.Conv2d: LayerKind(KERNELS, low_rank.convolve, spatial=2, row_products=low_rank.convolved_rows),
-    nn.Conv3d: LayerKind(KERNELS, low_rank.convolve, spatial=3, row_products=low_rank.convolved_rows),
-    nn.Embedding: LayerKind(COLUMNS, low_rank.lookup),
+LAYER_TYPES: dict[type[nn.Module], LayerType] = {
+    nn.Linear: LayerType(ROWS, low_rank.linear, row_products=low_rank.linear_rows),
+    Conv1D: LayerType(COLUMNS, low_rank.linear, row_products=low_rank.linear_rows),
+    nn.Conv1d: LayerType(KERNELS, low_rank.convolve, spatial=1, row_products=low_rank.convolved_rows),
+    nn.Conv2d: LayerType(KERNELS, low_rank.convolve, spatial=2, row_products=low_rank.convolved_rows),
+    nn.Conv3d: LayerType(KERNELS, low_rank.convolve, spatial=3, row_products=low_rank.convolved_rows),
+    nn.Embedding: LayerType(COLUMNS, low_rank.lookup),
 }
-FORWARD_ONLY = LayerKind(ROWS, low_rank.linear, has_weight=False)
-"""Any layer that maps `in_features` to `out_features` linearly, however it does that."""
+FORWARD_ONLY = LayerType(ROWS, low_rank.linear, has_weight=False)
+"""Any layer that is linear from `in_features` to `out_features`, however it computes that."""
 
-READ = LayerKind(ROWS, None)
+READ = LayerType(ROWS, None)
 """A matrix (O, I) that the module around it reads."""
 
-# Its weight is read by the attention around it, its forward never called.
+# The attention around it reads its weight and never calls its forward.
 READ_BY_ATTENTION = NonDynamicallyQuantizableLinear
 
 
-def kind_of(layer: nn.Module, name: str) -> LayerKind:
-    """The kind of a base layer that is called.
+def layer_type_of(layer: nn.Module, name: str) -> LayerType:
+    """How a base layer that is called holds and uses its weight.
 
     Raises:
         TypeError: the type is not supported; the message lists those that are.
         ValueError: the layer changes its weight while it runs.
     """
-    for layer_type, kind in KINDS.items():
-        if isinstance(layer, layer_type):
+    for torch_type, layer_type in LAYER_TYPES.items():
+        if isinstance(layer, torch_type):
             if isinstance(layer, nn.Embedding):
                 _check_embedding(layer, name)
-            if _is_plain(layer, layer_type):
-                return kind
+            if _is_plain(layer, torch_type):
+                return layer_type
             break
     if is_linear_by_forward(layer):
         return FORWARD_ONLY
     raise TypeError(f"{name} of type {type(layer).__name__} is not supported; supported layers: {_supported()}")
 
 
-def parameter_kind(module: nn.Module, parameter: Tensor, name: str) -> LayerKind:
-    """The kind of a parameter that its module reads itself: (O, I), or a stack of experts.
+def parameter_type(module: nn.Module, parameter: Tensor, name: str) -> LayerType:
+    """How a parameter is held that its module reads itself: (O, I), or a stack of experts.
 
     A stack is (E, O, I), or (E, I, O) where the module says `is_transposed`, as in transformers.
 
@@ -86,7 +86,7 @@ def parameter_kind(module: nn.Module, parameter: Tensor, name: str) -> LayerKind
     if parameter.dim() == 2:
         return READ
     if parameter.dim() == 3:
-        return LayerKind(EXPERTS_TRANSPOSED if getattr(module, "is_transposed", False) else EXPERTS, None)
+        return LayerType(EXPERTS_TRANSPOSED if getattr(module, "is_transposed", False) else EXPERTS, None)
     raise TypeError(
         f"{name} has shape {tuple(parameter.shape)}; DVoRA adapts matrices (out, in) and stacks of them (experts, out, "
         "in)"
@@ -103,8 +103,8 @@ def sizes_of(layer: nn.Module) -> tuple[Any, Any]:
     return getattr(layer, "out_features", None), getattr(layer, "in_features", None)
 
 
-def skipped_column(layer: nn.Module) -> int | None:
-    """The column of the weight's matrix that stays as it is: an embedding's padding entry."""
+def padding_column(layer: nn.Module) -> int | None:
+    """The column of the weight's matrix that is never changed: an embedding's padding entry."""
     return layer.padding_idx if isinstance(layer, nn.Embedding) else None
 
 
@@ -113,12 +113,12 @@ def is_initialized(layer: nn.Module) -> bool:
     return not any(isinstance(p, UninitializedParameter | UninitializedBuffer) for p in layer.parameters(recurse=False))
 
 
-def _is_plain(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
-    """Whether the layer computes what its type does, with a tensor of numbers that are what they seem."""
-    if layer_type is nn.Linear and is_divided(layer._parameters.get("weight")):
-        # transformers exchanges what divided layers need in forwards that it puts in place of theirs.
+def _is_plain(layer: nn.Module, torch_type: type[nn.Module]) -> bool:
+    """Whether the layer computes what its type does, with an ordinary tensor as its weight."""
+    if torch_type is nn.Linear and is_dtensor(layer._parameters.get("weight")):
+        # transformers replaces the forward of a sharded layer by one that communicates.
         return type(layer).forward is nn.Linear.forward
-    same = computes_as(layer, layer_type) or isinstance(layer, nn.Embedding)
+    same = computes_as(layer, torch_type) or isinstance(layer, nn.Embedding)
     return same and type(layer.weight) in (Tensor, nn.Parameter)
 
 
@@ -139,11 +139,11 @@ def _check_embedding(layer: nn.Embedding, name: str) -> None:
         same = False
     if not same:
         raise TypeError(
-            f"{name} of type {type(layer).__name__} does more than look its entries up, so an adapter would change "
-            "something else than its outputs; leave it out with exclude_modules"
+            f"{name} of type {type(layer).__name__} does more than look its entries up, so an adapter would not change "
+            "its outputs as it should; leave it out with exclude_modules"
         )
 
 
 def _supported() -> str:
-    names = sorted(f"{t.__module__.partition('.')[0]}'s {t.__name__}" for t in (*KINDS, nn.MultiheadAttention))
+    names = sorted(f"{t.__module__.partition('.')[0]}'s {t.__name__}" for t in (*LAYER_TYPES, nn.MultiheadAttention))
     return f"{', '.join(names)}, and layers with in_features and out_features that are linear"

@@ -1,4 +1,4 @@
-"""The low-rank product of every layer type: its inputs through A, lambda_d and B, the way the layer uses its weight.
+"""The low-rank product `B diag(lambda_d) A x` of every layer type, computed the way the layer uses its weight.
 
 Every function returns (*T, O): output features last, whatever the layer's own order.
 """
@@ -31,14 +31,14 @@ def lookup(
 ) -> Float[Tensor, "*T O"]:
     """The same for one-hot inputs: columns of A by index, so that no table of the vocabulary's size is made."""
     assert isinstance(layer, nn.Embedding)
-    z = adapted.shared.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
-    kept = torch.ones_like(ids) if adapted.skipped_column is None else ids != adapted.skipped_column
+    z = adapted.shared.impl.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
+    kept = torch.ones_like(ids) if adapted.padding_column is None else ids != adapted.padding_column
     z = z * dropout(kept.to(z.dtype)).unsqueeze(-1)
-    return output_scale(layer) * adapted.shared.expand(z * lambda_d.to(z.dtype), adapted.out_features)
+    return output_scale(layer) * adapted.shared.impl.expand(z * lambda_d.to(z.dtype), adapted.out_features)
 
 
 def output_scale(layer: nn.Embedding) -> float | Tensor:
-    """What transformers' scaled embeddings multiply every entry with; one for all others."""
+    """The factor by which transformers' scaled embeddings multiply every entry; one for all others."""
     scale = vars(layer).get("embed_scale", layer._buffers.get("embed_scale"))
     return 1.0 if scale is None else scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale
 
@@ -46,7 +46,7 @@ def output_scale(layer: nn.Embedding) -> float | Tensor:
 def convolve(
     adapted: AdaptedWeight, layer: nn.Module, x: Tensor, lambda_d: Float[Tensor, "R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
-    """A convolution with the rows of A as kernels, the same for every group, then B at every place."""
+    """A convolution with the rows of A as kernels, the same for every group, then B at every position."""
     assert isinstance(layer, Convolution)
     x = dropout(x)
     spatial, groups = len(layer.kernel_size), layer.groups
@@ -54,13 +54,13 @@ def convolve(
     kernel = (layer.weight.shape[1], *layer.kernel_size)
     A, B = adapted.A(x), adapted.B(x) * lambda_d.to(x.dtype)
     if adapted.rank < adapted.in_features:
-        # Groups become batch entries: all of them see the same kernels.
+        # Groups become batch entries, since all have the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
-        places = z.shape[2:]
+        positions = z.shape[2:]
         product = B.view(groups, -1, adapted.rank) @ z.reshape(len(batch), groups, adapted.rank, -1)
-        product = product.view(len(batch), -1, *places).movedim(1, -1)
+        product = product.view(len(batch), -1, *positions).movedim(1, -1)
     else:
-        # The update's own kernels are smaller than a rank beyond their size: depthwise and pointwise convolutions.
+        # The rank exceeds the kernel's size (depthwise, pointwise): one convolution with B A costs less.
         product = _convolution(layer, batch, (B @ A).view(-1, *kernel), groups).movedim(1, -1)
     outputs: Tensor = product if x.dim() == spatial + 2 else product.squeeze(0)
     return outputs

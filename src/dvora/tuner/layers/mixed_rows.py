@@ -1,4 +1,4 @@
-"""A batch in which every row has an adapter of its own, and the one that a thread is busy with."""
+"""A batch in which every row has an adapter of its own, and which batch each thread is in."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BASE = "__base__"
 
 
 class Batch:
-    """One call of a model with an adapter for each row; another one with the same names is another.
+    """One call of a model with an adapter for each row; compared by identity.
 
     Args:
         names: one a row.
-        in_encoder: those in the encoder, whose rows beam search does not repeat.
+        in_encoder: the names for the encoder, whose rows beam search does not repeat.
     """
 
     def __init__(self, names: Sequence[str], in_encoder: Sequence[str]) -> None:
@@ -37,9 +37,9 @@ _thread = _Thread()
 
 @contextmanager
 def in_progress(batch: Batch | None) -> Iterator[None]:
-    """Make a batch, or none, the one of this thread: others neither see it nor are disturbed."""
+    """Make a batch, or None, the current one of this thread only."""
     if torch.compiler.is_compiling():
-        # A graph has no thread of its own.
+        # A compiled graph has no thread of its own.
         yield
         return
     before = _thread.batch
@@ -53,7 +53,7 @@ def in_progress(batch: Batch | None) -> Iterator[None]:
 
 
 def is_in_progress(batch: Batch) -> bool:
-    """Whether this thread is in the call of a batch, and not in another one within it."""
+    """Whether a batch is the current one of this thread."""
     return _thread.batch is batch
 
 
@@ -66,7 +66,7 @@ def mixed_outputs(
         x: inputs.
         base_output: of the base layer for all of them.
         adapter_names: one a row.
-        adapt: inputs and base outputs of some rows to their outputs with the named adapters.
+        adapt: maps inputs and base outputs of some rows to their outputs with the named adapters.
     """
     output = base_output.clone()
     for name in dict.fromkeys(adapter_names):
@@ -77,7 +77,7 @@ def mixed_outputs(
 
 
 def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:
-    """Refuse a batch of adapters that does not fit the batch of inputs, or that merged weights would falsify.
+    """Refuse adapter names that do not fit the batch, or any while adapters are merged.
 
     Raises:
         ValueError: there is not one name a row, or an adapter is merged.

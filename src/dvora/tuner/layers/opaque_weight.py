@@ -1,8 +1,7 @@
-"""The weight that a layer multiplies by, read through the layer's own forward pass.
+"""The weight of a quantised layer, recovered by passing an identity matrix through the layer's forward.
 
-A quantised layer keeps codes, scales and packed bytes that only its kernels know. Unit vectors through its forward give
-the columns of the weight that it works with, whatever the format: no format has to be known, and none can be read
-wrongly (bitsandbytes repacks its 4-bit weights on a CPU, after which its own dequantisation returns garbage).
+That works for every format without knowing it, and gives the weight that the layer really multiplies by: bitsandbytes
+repacks its 4-bit weights on a CPU, after which its own dequantisation returns garbage.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from ...ops.dtypes import full_precision
 from .layer_types import sizes_of
 
 CHUNK = 512
-"""Unit vectors in one forward pass."""
+"""Rows of the identity matrix in one forward pass."""
 TOLERANCE = 0.1
-"""Largest relative distance of the layer from a linear one; activations of eight bits are off by 0.02."""
+"""Largest relative deviation from a linear layer; eight-bit activations deviate by 0.02."""
 
 _PROBE_SEED, _PROBE_STREAM, _PROBES = 0, 2**33 + 2, 4
 
 
 def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
-    """The weight W of a layer that computes `x W^T + bias`, in float32, from its forward pass.
+    """The weight W of a layer that computes `x W^T + bias`, in float32.
 
     Args:
         layer: with `in_features` and `out_features`.
@@ -42,7 +41,7 @@ def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
     with _reading(layer) as forward:
         try:
             zero = forward.outputs(torch.zeros(1, forward.width))
-        except Exception as error:  # a foreign layer may raise anything
+        except Exception as error:  # a layer of another library may raise anything
             raise TypeError(
                 f"{name} of type {type(layer).__name__} does not take vectors of its {forward.width} input features "
                 f"({type(error).__name__}: {error}); leave it out with exclude_modules"
@@ -54,7 +53,7 @@ def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
 
 
 def read_bias(layer: nn.Module) -> Float[Tensor, "O"] | None:
-    """What a layer returns for an input of zeros, in float32; None if that is zero."""
+    """The bias in float32: the layer's output for an input of zeros; None if that is zero."""
     with _reading(layer) as forward:
         zero = forward.outputs(torch.zeros(1, forward.width))[0]
     return zero if zero.any() else None
@@ -67,7 +66,7 @@ def device_of(layer: nn.Module) -> torch.device:
 
 
 def keep_differentiable(layer: nn.Module) -> None:
-    """Keep bitsandbytes from packing a 4-bit weight in its first evaluation pass on a CPU, and unpack one that is.
+    """Keep bitsandbytes from packing a 4-bit weight in its first evaluation pass on a CPU, and unpack a packed one.
 
     The product with a packed weight has no backward pass, so no training could follow an evaluation.
     """
@@ -77,7 +76,7 @@ def keep_differentiable(layer: nn.Module) -> None:
 
 
 class _Forward(NamedTuple):
-    """A layer's forward pass, and what it wants for inputs."""
+    """A layer's forward pass, and the width, device and dtype of its inputs."""
 
     layer: nn.Module
     width: int
@@ -90,26 +89,26 @@ class _Forward(NamedTuple):
         return outputs.float()
 
     def products(self, x: Float[Tensor, "T I"], zero: Float[Tensor, "1 O"]) -> Float[Tensor, "T O"]:
-        """`x W^T`. Long inputs lift the products above the bias, whose size rounds outputs of half precision."""
+        """`x W^T`. Inputs are scaled up, so that a large bias does not round the products away in half precision."""
         length = 2.0**8 if self.dtype == torch.float16 else 2.0**12
         return (self.outputs(length * x) - zero) / length
 
 
 @contextmanager
 def _reading(layer: nn.Module) -> Iterator[_Forward]:
-    """Exact forward passes of a layer that is left as it was."""
+    """Forward passes in full precision; the layer's settings are restored afterwards."""
     settings = {key: value for key, value in vars(layer).items() if not key.startswith("_")}
     _, width = sizes_of(layer)
     assert isinstance(width, int), width
     try:
-        # In evaluation bitsandbytes rounds its inputs to eight bits, or packs its weight.
+        # In evaluation mode bitsandbytes rounds its inputs to eight bits, or packs its weight.
         layer.training = True
         with torch.inference_mode(False), torch.no_grad(), align_module_device(layer):
             device = device_of(layer)
             with full_precision(device):
                 yield _Forward(layer, width, device, input_dtype(layer))
     finally:
-        # Some layers also settle on the dtype of the first input that they see.
+        # Some layers also remember the dtype of their first input.
         vars(layer).update(settings)
 
 
@@ -127,7 +126,7 @@ def _check_linear(forward: _Forward, weight: Float[Tensor, "O I"], zero: Float[T
 
 
 def _units(start: int, width: int) -> Float[Tensor, "T I"]:
-    """Unit vectors number `start` and following."""
+    """Rows `start` and following of the identity matrix."""
     count = min(CHUNK, width - start)
     units = torch.zeros(count, width)
     units[range(count), range(start, start + count)] = 1
@@ -135,7 +134,7 @@ def _units(start: int, width: int) -> Float[Tensor, "T I"]:
 
 
 def input_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype that a layer wants its inputs in."""
+    """The dtype that a layer expects its inputs in."""
     declared = getattr(layer, "compute_dtype", None)
     if isinstance(declared, torch.dtype):
         return declared

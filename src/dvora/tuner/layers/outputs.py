@@ -7,22 +7,21 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ...engines.zero3 import weight_in_memory
 from ...method import functional as F
 from ...method.functional import RowFactors, Vectors
 from ...method.small_rows import SmallRows
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.layouts import weight_at_hand
-from ...weight.linear import combined, from_updated_weight
-from ...weight.routes import takes_updated_weight
+from ...weight.linear import combined, from_updated_weight, takes_updated_weight
 from .base_layer import laid_out_like
-from .layer_types import LayerKind
+from .layer_types import LayerType
 from .low_rank import linear
 from .vectors import Strength
 
 
 class ActiveAdapter(NamedTuple):
-    """One adapter at work on a layer."""
+    """One active adapter of a layer."""
 
     adapted: AdaptedWeight
     vectors: Vectors
@@ -32,12 +31,12 @@ class ActiveAdapter(NamedTuple):
 
 
 def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor | None:
-    """The outputs by way of the updated weight, without the base's forward; None where that is not the way to go."""
+    """The outputs from the updated weight, without the base's forward; None where that would be slower or inexact."""
     if len(adapters) != 1:
         return None
     adapted, vectors, factors, dropout, strength = adapters[0]
     alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
-    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.kind) and strength.number == 1):
+    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.impl) and strength.number == 1):
         return None
     assert isinstance(base_layer, nn.Linear)
     if adapted.small_rows(base_layer.bias) is not None:
@@ -47,29 +46,29 @@ def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveA
 
 def adapted_outputs(
     base_layer: nn.Module,
-    kind: LayerKind,
+    layer_type: LayerType,
     x: Tensor,
     base_output: Tensor,
     adapters: Sequence[ActiveAdapter],
     bias: Tensor | None,
 ) -> Tensor:
-    """The outputs of the base with the updates of all adapters added up, laid out as the base's are.
+    """The outputs of the base with the updates of all adapters added up, in the memory format of the base's output.
 
     Raises:
-        TypeError, ValueError: the weight is divided between processes in a way that is not supported.
+        TypeError, ValueError: the weight is sharded in a way that is not supported.
     """
     for adapter in adapters:
         _check_part(adapter, x, base_output)
-    small = _small_rows(base_layer, kind, x, adapters[0].adapted, bias)
-    if len(adapters) == 1 and kind.low_rank is linear:
+    small = _small_rows(base_layer, layer_type, x, adapters[0].adapted, bias)
+    if len(adapters) == 1 and layer_type.low_rank is linear:
         adapted, vectors, factors, dropout, _ = adapters[0]
-        # A module's call takes as long as a small product.
+        # Calling a module takes as long as a small product.
         inputs = dropout(x) if dropout.training else x
         return combined(adapted, base_output, inputs, vectors.lambda_d, factors, bias, small)
-    features = -1 - kind.spatial
+    features = -1 - layer_type.spatial
     outputs = base_output.movedim(features, -1)
     every = [adapter.factors if small is None else small.left_out(adapter.factors) for adapter in adapters]
-    products = [_product(base_layer, kind, x, outputs, adapter) for adapter in adapters]
+    products = [_product(base_layer, layer_type, x, outputs, adapter) for adapter in adapters]
     updates = [factors.scale * product for factors, product in zip(every, products, strict=True)]
     gains = [factors.gain_minus_one for factors in every]
     summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
@@ -80,35 +79,35 @@ def adapted_outputs(
 
 
 def _small_rows(
-    base_layer: nn.Module, kind: LayerKind, x: Tensor, adapted: AdaptedWeight, bias: Tensor | None
+    base_layer: nn.Module, layer_type: LayerType, x: Tensor, adapted: AdaptedWeight, bias: Tensor | None
 ) -> SmallRows | None:
-    """The rows that are small beside their bias, and what they make of the inputs; all adapters have the same ones."""
+    """The rows that are small compared to their bias, with their own products; they are the same for all adapters."""
     rows = adapted.small_rows(bias)
     if rows is None:
         return None
-    weight = weight_at_hand(base_layer, "weight") if kind.row_products is not None else None
-    if weight is None or kind.row_products is None:
+    weight = weight_in_memory(base_layer, "weight") if layer_type.row_products is not None else None
+    if weight is None or layer_type.row_products is None:
         return SmallRows(rows, None)
-    return SmallRows(rows, kind.row_products(base_layer, x, kind.layout.matrix(weight)[rows], rows))
+    return SmallRows(rows, layer_type.row_products(base_layer, x, layer_type.layout.matrix(weight)[rows], rows))
 
 
 def _product(
-    base_layer: nn.Module, kind: LayerKind, x: Tensor, outputs: Tensor, adapter: ActiveAdapter
+    base_layer: nn.Module, layer_type: LayerType, x: Tensor, outputs: Tensor, adapter: ActiveAdapter
 ) -> Float[Tensor, "*T O"]:
     """The inputs through A, lambda_d and B of one adapter."""
-    assert kind.low_rank is not None
+    assert layer_type.low_rank is not None
     if not adapter.adapted.rank:
         return outputs.new_zeros(1).expand_as(outputs)
-    product = kind.low_rank(adapter.adapted, base_layer, x, adapter.vectors.lambda_d, adapter.dropout)
+    product = layer_type.low_rank(adapter.adapted, base_layer, x, adapter.vectors.lambda_d, adapter.dropout)
     return laid_out_like(outputs, product)
 
 
 def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
     adapted = adapter.adapted
-    if adapted.part is None:
+    if adapted.shard is None:
         return
-    adapted.part.check_sizes(x, base_output, adapted.name)
+    adapted.shard.check_sizes(x, base_output, adapted.name)
     if adapter.dropout.training and not isinstance(adapter.dropout, nn.Identity):
         raise ValueError(
-            f"{adapted.name}: every process would drop other inputs of a weight that they divide; set dvora_dropout=0"
+            f"{adapted.name}: every process would drop different inputs of a sharded weight; set dvora_dropout=0"
         )

@@ -1,7 +1,7 @@
 """ParamWrapper: adapters on a parameter that its module reads itself, such as attention's projections and experts.
 
-There is no call between inputs and outputs to add an update to, so the module is handed the adapted weight in every
-pass, as are all who read the parameter from outside: torch's fused transformer layers do.
+No layer is called whose output could be changed, so the module gets the adapted weight in every pass. So does all code
+that reads the parameter from outside, such as torch's fused transformer layers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...weight.layouts import is_partitioned
+from ...engines.zero3 import is_partitioned
 from ..restoring import surely
 from .layer import DVoRALayer, DVoRALinear
-from .layer_types import READ_BY_ATTENTION, LayerKind
+from .layer_types import READ_BY_ATTENTION, LayerType
 from .mixed_rows import Batch, is_in_progress
 
 # Attributes of attention that torch's fused layers ask for by a private name.
@@ -32,11 +32,11 @@ class ParamWrapper(DVoRALayer):
         base_layer: the module, or another wrapper for another of its parameters.
         parameter_name: of the parameter.
         name: of the parameter in the model, for messages.
-        kind: of the parameter.
+        layer_type: how it is held.
     """
 
-    def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, kind: LayerKind) -> None:
-        super().__init__(base_layer, name, kind, parameter_name)
+    def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, layer_type: LayerType) -> None:
+        super().__init__(base_layer, name, layer_type, parameter_name)
         self.silent_in: list[Batch] = []
         self._turn = _Turn()
 
@@ -64,12 +64,12 @@ class ParamWrapper(DVoRALayer):
             return weight
         if is_partitioned(weight):
             raise ValueError(
-                f"{self.name} is read by its module, which DeepSpeed ZeRO-3 hands no other weight than its own; use "
+                f"{self.name} is read by its module, and DeepSpeed ZeRO-3 hands it the unadapted weight; use "
                 "ZeRO-2 or FSDP, merge the adapters first, or adapt layers that are called"
             )
-        matrix = self.kind.layout.matrix(weight)
+        matrix = self.layer_type.layout.matrix(weight)
         delta = self.summed_delta(names, weight)
-        return self.kind.layout.stored((matrix.to(delta.dtype) + delta).to(weight.dtype), weight.shape)
+        return self.layer_type.layout.stored((matrix.to(delta.dtype) + delta).to(weight.dtype), weight.shape)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the module returns with its parameter adapted.
@@ -82,13 +82,13 @@ class ParamWrapper(DVoRALayer):
         if torch.compiler.is_compiling():
             replaced = {self.path_from_base(): self.adapted_weight()}
             return functional_call(self.base_layer, replaced, args, kwargs, tie_weights=False)
-        # The module is one for all threads.
+        # All threads share the module.
         with self._turn:
             weight = self.adapted_weight()
             if weight is self.stored():
                 return self.base_layer(*args, **kwargs)
             module = self.get_base_layer()
-            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter put in its place.
+            # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter set in its place.
             kept: dict[str, Any] = vars(module) if self.parameter_name in vars(module) else module._parameters
             own = kept[self.parameter_name]
             with surely(partial(kept.__setitem__, self.parameter_name, own)):
@@ -96,7 +96,7 @@ class ParamWrapper(DVoRALayer):
                 return self.base_layer(*args, **kwargs)
 
     def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
-        """Refuse a batch of adapters of which some row would need, or get, another weight than the others.
+        """Refuse adapter names with which some row would need another weight than the others.
 
         Raises:
             ValueError: a row asks for an adapter of this parameter, or one is merged into it.
@@ -151,7 +151,7 @@ class ParamWrapper(DVoRALayer):
 
 
 class ReadLinear(ParamWrapper):
-    """Over a linear layer that is read; PEFT finds those of "all-linear" by the name of their class."""
+    """Over a linear layer that its module reads; "all-linear" finds the class by its name."""
 
 
 class UnfusedLinear(DVoRALinear):
@@ -159,17 +159,17 @@ class UnfusedLinear(DVoRALinear):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight; while adapters are at work, one without values, which fused operations decline."""
+        """The base's weight; while adapters are active a meta tensor, for which torch does not take its fused path."""
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
-        at_work = any(name in self.dvora_adapted for name in self.active_adapters)
-        if self.disable_adapters or self.merged or not at_work:
+        active = any(name in self.dvora_adapted for name in self.active_adapters)
+        if self.disable_adapters or self.merged or not active:
             return weight
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
 class _Turn:
-    """A lock of one module; a copy of the module has its own."""
+    """A lock of one module; a copy of the module has a lock of its own."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -202,3 +202,20 @@ def projections_of(attention: nn.MultiheadAttention) -> list[str]:
     """The names of the parameters that attention projects its inputs with."""
     names = ["in_proj_weight"] if attention._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     return [name for name in names if isinstance(getattr(attention, name), Tensor)]
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """How files call the wrappers of parameters, by their paths in the model.
+
+    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
+    """
+    wrappers = {
+        # FSDP's own modules are in no key of a state dict.
+        path.replace("_fsdp_wrapped_module.", ""): module
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    return {
+        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
+        for path, module in wrappers.items()
+    }

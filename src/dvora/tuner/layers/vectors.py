@@ -1,4 +1,4 @@
-"""What a layer keeps of its adapters beside their frozen side: trained vectors and strengths, by adapter name."""
+"""The trained vectors and the strengths of a layer, by adapter name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...engines.fsdp2 import note_never_gathered
 from ...method.functional import Vectors
 from ...ops.dtypes import at_least_float32
-from ...weight.evaluated import note_never_gathered, version_of
+from ...weight.tensor_state import version_of
 from ..expressions import first_match
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
@@ -20,14 +21,14 @@ _ROUNDED = (torch.bfloat16, torch.float16)
 
 
 class VectorDict(nn.ParameterDict):
-    """One trained vector by adapter name; never rounded below float32 when the model is cast."""
+    """One vector by adapter name; stays in float32 or above when the model is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
         super()._apply(at_least_float32(fn), recurse)
         return self
 
     def move(self, adapter_name: str, device: torch.device) -> None:
-        """Move one vector, unless there is none or its values are still to come."""
+        """Move one vector, unless there is none or it is on the meta device."""
         vector = self.get(adapter_name)
         if vector is not None and not vector.is_meta:
             self.put(adapter_name, vector.detach().to(device), vector.requires_grad)
@@ -38,40 +39,40 @@ class VectorDict(nn.ParameterDict):
         note_never_gathered(parameter)
 
 
-def told_if_rounded(magnitude: Tensor) -> Tensor:
-    """The magnitude as it is.
+def warn_if_rounded(magnitude: Tensor) -> None:
+    """Warn of a magnitude in half precision.
 
     Warns:
-        UserWarning: something has cast it below float32 by `parameter.data`, which no module sees.
+        UserWarning: it was cast below float32 through `parameter.data`, which no module can prevent.
     """
     if magnitude.dtype in _ROUNDED:
-        # Without the layer's name, so that Python shows it once and not once a layer.
+        # Without the layer's name, so that Python shows it once instead of once a layer.
         warnings.warn(
-            f"a DVoRA magnitude is in {magnitude.dtype}, which rounds it by up to 0.4 % and swallows small steps; "
+            f"a DVoRA magnitude is in {magnitude.dtype}, which rounds it by up to 0.4 % and loses small steps; "
             "keep the adapter's vectors in float32. TRL's trainers cast what is trained where the model is in 4 or 8 "
             "bits: hand them a model adapted with DVoRAConfig(..., inference_mode=True), and call "
             "model.set_adapter(...) when the trainer is made, before it trains",
             stacklevel=2,
         )
-    return magnitude
 
 
 def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
-    """The vectors of one adapter; zero and empty where it has the magnitude only.
+    """The vectors of one adapter; lambda_b is zero and lambda_d empty where it has the magnitude only.
 
     Args:
         dicts: in the order of `VECTORS`.
         adapter_name: in all of them, or in the first only.
     """
     magnitudes, lambdas_b, lambdas_d = dicts
-    magnitude = told_if_rounded(magnitudes[adapter_name])
+    magnitude = magnitudes[adapter_name]
+    warn_if_rounded(magnitude)
     if adapter_name not in lambdas_b:
         return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
     return Vectors(magnitude, lambdas_b[adapter_name], lambdas_d[adapter_name])
 
 
 class Strength(nn.Module):
-    """s of `W + s (W' - W)`: a tensor, so that a compiled model follows when it changes, and its number beside it.
+    """s of `W + s (W' - W)`: as a tensor, so that a compiled model sees a change, and as a number.
 
     Args:
         like: the dtype and device to have.
@@ -87,7 +88,7 @@ class Strength(nn.Module):
 
     @property
     def number(self) -> float:
-        """s, without waiting for the device unless something else has written the tensor."""
+        """s, without a device synchronisation unless something else has written the tensor."""
         number, version = self._known
         return number if version == version_of(self.value) else float(self.value)
 
@@ -100,7 +101,7 @@ class Strength(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
         value, number = self.value, self.number
         moved = at_least_float32(fn)(value)
-        # It is in no state dict, so that nothing would bring it back from the meta device, or fill it after `to_empty`.
+        # It is in no state dict, so nothing would restore it from the meta device or fill it after `to_empty`.
         if moved is not value and not moved.is_meta:
             self.value = moved
             self.set(number)
@@ -108,5 +109,5 @@ class Strength(nn.Module):
 
 
 def strength_key(strengths: dict[str, float], layer_name: str) -> str:
-    """The key of a layer's strength: its whole name before names and expressions that match its end."""
+    """The key of a layer's strength: its full name, else the first name or expression that matches its end."""
     return layer_name if layer_name in strengths else first_match(strengths, layer_name)

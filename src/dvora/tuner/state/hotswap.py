@@ -1,4 +1,4 @@
-"""Another adapter's values in the place of a loaded one's, without a new layer or a compiled graph thrown away."""
+"""Another adapter's values copied over those of a loaded one: no new layers, no recompilation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from ..arithmetic import layers_of, strengths_as_they_are
+from ..arithmetic import strengths_as_they_are
 from ..config import DVoRAConfig, own_config
 from ..expressions import check_expressions
 from ..layers.base_fingerprint import alike, change, warn_of_changes
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, check_unmerged, layers_of
 from ..restoring import on_failure, values_as_they_are
+from .checked_values import check_file
 
 INSTEAD = "load the adapter under a name of its own instead"
 
@@ -20,7 +21,7 @@ INSTEAD = "load the adapter under a name of its own instead"
 def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
     """Copy the values of a saved adapter over those of a loaded one, in place.
 
-    Parameters stay the objects that they are, so optimizers keep hold of them and compiled models run on as they are.
+    Parameters stay the same objects, so optimizers and compiled models keep working.
 
     Args:
         model: a PEFT model, compiled or not, or a model with injected adapters.
@@ -41,9 +42,11 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     config = DVoRAConfig.from_pretrained(str(folder))
     if not isinstance(config, DVoRAConfig):
         raise TypeError(f"{folder} holds an adapter of type {config.peft_type}; only DVoRA adapters can be swapped in")
+    check_file(config)
     _check_same_settings(own_config(configs[adapter_name]), config)
+    check_unmerged(model, adapter_name)
     config.check_fingerprint()
-    layers = list(layers_of(model, adapter_name))
+    layers = layers_of(model, adapter_name)
     check_expressions(vars(config), [layer.name for layer in layers])
     for layer in layers:
         _check_same_layer(layer, adapter_name, config)
@@ -51,7 +54,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         other = sorted(set(config.base_probes) ^ {layer.name for layer in layers})[0]
         raise ValueError(f"{other} has only one of the two adapters; {INSTEAD}")
     if config.base_probes is not None:
-        warn_of_changes({layer.name: change(layer.probes, config.base_probes[layer.name]) for layer in layers})
+        warn_of_changes({layer.name: change(layer.fingerprint, config.base_probes[layer.name]) for layer in layers})
     weights = load_peft_weights(str(folder), device="cpu")
     loaded = own_config(configs[adapter_name])
     own = [p for name, p in model.named_parameters() if f".{adapter_name}." in f"{name}." or name.endswith(".bias")]
@@ -70,8 +73,6 @@ def _check_same_settings(loaded: DVoRAConfig, config: DVoRAConfig) -> None:
 
 
 def _check_same_layer(layer: DVoRALayer, adapter_name: str, config: DVoRAConfig) -> None:
-    if adapter_name in layer.merged_adapters:
-        raise ValueError(f"{layer.name}: adapter {adapter_name!r} is merged; call unmerge_adapter first")
     adapted = layer.adapted(adapter_name)
     rank, alpha = config.rank_of(layer.name), config.alpha_of(layer.name)
     expected = {"alpha / rank": 1.0 if alpha is None else alpha / rank, "direction": config.direction}
@@ -81,6 +82,6 @@ def _check_same_layer(layer: DVoRALayer, adapter_name: str, config: DVoRAConfig)
             raise ValueError(
                 f"{layer.name}: {setting} is {found[setting]} in the model and {value} in the adapter; {INSTEAD}"
             )
-    probes = (config.base_probes or {}).get(layer.name)
-    if probes is not None and not alike(layer.probes, probes):
+    fingerprint = (config.base_probes or {}).get(layer.name)
+    if fingerprint is not None and not alike(layer.fingerprint, fingerprint):
         raise ValueError(f"{layer.name}: the adapter in the folder was made for another base model")

@@ -1,0 +1,1 @@
+"""Room of the engines that shard parameters: DTensor, ZeRO-3, FSDP2."""

@@ -1,0 +1,140 @@
+"""Files that a run was not trained on: with labels to evaluate on, or rows, lines and images to predict for."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...tools.pages.text import did_you_mean
+from ..run_folder import Run
+from ..settings import Settings
+from .columns import Columns
+from .encodings import Note, opened_text
+from .examples import Examples, read_examples, row_of
+from .images import image_key, images_in
+from .run_data import encode_labels
+from .tables import stream_table
+
+Line = tuple[str, str]
+"""Where a line is, and what it says."""
+
+COLUMNS = {"text_column": "text", "second_text_column": "text2", "label_column": "label"}
+"""Settings, and what a run's record calls their columns."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A row without its label.
+
+    Args:
+        values: what was read, by column.
+        row: `text` (and `text2`) or `image`, which the model sees.
+    """
+
+    values: dict[str, Any]
+    row: dict[str, Any]
+
+
+def reading_settings(run: Run, columns: Mapping[str, str | None]) -> Settings:
+    """The settings with which a run reads other files.
+
+    Args:
+        run: finished.
+        columns: names by `text_column`, `second_text_column` and `label_column`; those that are None or missing are as
+            in the run's own files.
+    """
+    recorded: Mapping[str, str] = run.record["data"]["columns"]
+    chosen = {key: columns.get(key) or recorded.get(kind) for key, kind in COLUMNS.items()}
+    return run.settings.model_copy(update=chosen)
+
+
+def labelled_examples(paths: Sequence[str], run: Run, columns: Mapping[str, str | None]) -> Examples:
+    """The examples in some files, their labels as the run's model tells them.
+
+    Raises:
+        ValueError: a file or a row is not what the task needs, or a label is none of the run's.
+    """
+    examples = read_examples(paths, reading_settings(run, columns))
+    if run.settings.task != "causal-lm":
+        encode_labels(examples, run.labels)
+    return examples
+
+
+def file_inputs(path: Path, run: Run, columns: Mapping[str, str | None], note: Note) -> Iterator[Input]:
+    """The rows of a file: a table with at least the columns of the run's texts, or lines (.txt); images, or a folder.
+
+    Args:
+        path: of the file or folder.
+        run: finished.
+        columns: of the file, where they are not those of the run; see `reading_settings`.
+        note: is told what was assumed.
+
+    Raises:
+        ValueError: it is not what the task needs; a row's mistake is told when the row is reached.
+        OSError: it cannot be read.
+    """
+    settings = reading_settings(run, columns)
+    images = settings.task == "image-classification"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".txt":
+        with opened_text(path, settings.encoding, note) as file:
+            yield from line_inputs(_placed(path, file), run, columns)
+    elif images:
+        for image in images_in(path):
+            yield _image(str(image))
+    elif path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file (csv, tsv, jsonl, json, parquet, or txt with a text a line)")
+    else:
+        yield from _table_inputs(path, settings, note)
+
+
+def line_inputs(lines: Iterable[Line], run: Run, columns: Mapping[str, str | None]) -> Iterator[Input]:
+    """A text, two texts with a tab between them, or the path of an image in each line; empty lines are passed over.
+
+    Raises:
+        ValueError: a line is not what the task needs.
+    """
+    settings = reading_settings(run, columns)
+    first, second = settings.text_column or "text", settings.second_text_column
+    for place, line in lines:
+        if not line.strip():
+            continue
+        if settings.task == "image-classification":
+            yield _image(line.strip())
+        elif second is None:
+            yield Input({first: line}, {"text": line})
+        else:
+            texts = line.split("\t")
+            if len(texts) != 2 or not all(text.strip() for text in texts):
+                raise ValueError(f"{place}: expected two texts with a tab between them, found {len(texts)}")
+            yield Input({first: texts[0], second: texts[1]}, {"text": texts[0], "text2": texts[1]})
+
+
+def _placed(path: Path, file: Iterable[str]) -> Iterator[Line]:
+    for number, line in enumerate(file, start=1):
+        yield f"{path}, line {number}", line.rstrip("\n")
+
+
+def _image(path: str) -> Input:
+    image_key(Path(path))
+    return Input({"image": path}, {"image": path})
+
+
+def _table_inputs(path: Path, settings: Settings, note: Note) -> Iterator[Input]:
+    columns = Columns(settings.text_column or "text", settings.second_text_column, None, ())
+    first = True
+    for place, values in stream_table(path, settings.encoding, note):
+        if first:
+            _check_columns(path, values, {"text_column": columns.text, "second_text_column": columns.second})
+            first = False
+        yield Input(values, row_of(values, columns, f"{path}, {place}")[0])
+
+
+def _check_columns(path: Path, values: dict[str, Any], wanted: dict[str, str | None]) -> None:
+    for key, name in wanted.items():
+        if name is not None and name not in values:
+            raise ValueError(
+                f"{path} has no column {name!r}, which the run calls its {key}, {did_you_mean(name, values)} "
+                f"Name it with --{key.replace('_', '-')}"
+            )

@@ -1,0 +1,89 @@
+"""What a run's model predicts for held-out rows, beside what another model or the base does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.new_files import Input
+from ..run_folder import Run
+from ..tasks.task import features
+from .evaluation import head_alone_of, head_alone_outputs
+from .generation import Continuation, Generator, Sampling
+from .prediction import Predictor
+
+BATCH = 32
+PROMPT_WORDS = 24
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One held-out row.
+
+    Args:
+        row: as the model reads it.
+        label: the class's name, or the number, that is right.
+        predicted: by the run's model.
+        other: predicted by what it is compared with; None where there is nothing.
+    """
+
+    row: dict[str, Any]
+    label: str | float
+    predicted: str | float
+    other: str | float | None
+
+
+def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = None) -> list[Compared]:
+    """Predictions for rows with labels.
+
+    Args:
+        run: finished, of any task but causal-lm.
+        rows: with their `label`, as `load_data` gives them.
+        against: another run of the same task and classes; None: the head alone on the frozen base, if the run kept it.
+
+    Raises:
+        ValueError: the other run has other classes.
+    """
+    if against is not None and (against.settings.task, against.labels) != (run.settings.task, run.labels):
+        raise ValueError(f"the run in {against.folder} predicts other classes than the one in {run.folder}")
+    predictor = Predictor(run)
+    predicted = _predictions(predictor, rows)
+    others: Sequence[Any] = [None] * len(rows)
+    if against is not None:
+        others = _predictions(Predictor(against), rows)
+    elif (head := head_alone_of(run)) is not None:
+        dataset = features(rows, run.settings, predictor.processor, predictor.length).dataset
+        outputs = head_alone_outputs(run, head, dataset, predictor.task)
+        others = [run.labels[best] for best in outputs.argmax(-1)] if run.labels else outputs.flatten().tolist()
+    return [
+        Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)
+        for row, *both in zip(rows, predicted, others, strict=True)
+    ]
+
+
+def continuations(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) -> list[Continuation]:
+    """What a language model goes on with after the beginnings of held-out rows, with and without its adapter."""
+    generator = Generator(run)
+    found: list[Continuation] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        if (prompt := _prompt(row)) is not None:
+            text, is_chat, system = prompt
+            found.append(generator.continued(text, Sampling(max_new_tokens=tokens), is_chat, system))
+    return found
+
+
+def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
+    unlabelled = [Input({}, {name: value for name, value in row.items() if name != "label"}) for row in rows]
+    return [each.columns["prediction"] for each in predictor.predict(unlabelled, BATCH)]
+
+
+def _prompt(row: dict[str, Any]) -> tuple[str, bool, str | None] | None:
+    """A prompt, whether it is a chat's, and what the chat's system message says."""
+    if "messages" not in row:
+        text = row.get("text") or row.get("passage") or ""
+        words = text.split(" ")
+        return (" ".join(words[:PROMPT_WORDS]), False, None) if len(words) > PROMPT_WORDS else None
+    said = [message["content"] for message in row["messages"] if message["role"] == "user"]
+    system = [message["content"] for message in row["messages"] if message["role"] == "system"]
+    return (said[0], True, system[0] if system else None) if said else None

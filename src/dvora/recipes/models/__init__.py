@@ -1,0 +1,1 @@
+"""Loading of bases and of adapters upon them."""

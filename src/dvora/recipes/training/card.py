@@ -1,0 +1,113 @@
+"""The README.md beside what was trained: how to load it, its base, its data, how good it is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from ...tools.pages.text import shown, visible
+from ..models.bases import MODEL_CLASSES
+from ..settings import Settings, Task
+from ..tasks.metrics import metric_rows
+
+PIPELINES: Mapping[Task, str] = {
+    "text-classification": "text-classification",
+    "regression": "text-classification",
+    "sentence-pairs": "text-classification",
+    "image-classification": "image-classification",
+    "causal-lm": "text-generation",
+}
+"""The hub's names of tasks."""
+
+
+def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[str], config: Any) -> str:
+    """The README.md of a finished run's adapter, or of its whole model.
+
+    Args:
+        settings: resolved.
+        record: of the run, see `Run`.
+        labels: names of the classes.
+        config: of the base model, as it was trained.
+    """
+    base = Path(settings.model).name if Path(settings.model).exists() else settings.model
+    front = {
+        "base_model": base,
+        "library_name": "transformers" if settings.method == "full" else "peft",
+        "pipeline_tag": PIPELINES[settings.task],
+        "tags": [settings.method, settings.task],
+    }
+    data = ", ".join(Path(path).name for path in settings.all_data)
+    rows = ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items())
+    facts = {
+        "Base": base,
+        "Method": settings.method + (f", rank {settings.rank}" if settings.rank else ""),
+        "Trained parameters": f"{record['trained_values']:,}",
+        "Data": f"{data} (rows: {rows})",
+        "Classes": ", ".join(labels),
+        "Texts are cut at": "" if settings.task == "image-classification" else f"{record['max_length']} tokens",
+        "Steps": f"{record['steps']:,} (step {record['best_step']:,} was kept)",
+        "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    lines = [f"- {name}: {_cell(text)}" for name, text in facts.items() if text]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, allow_unicode=True, sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# {_cell(base)} trained with {settings.method} for {settings.task}",
+            "",
+            "## How to load it",
+            "",
+            *_loading(settings, labels, config),
+            "",
+            "## What it is",
+            "",
+            *lines,
+            "",
+            "## How good it is",
+            "",
+            *_table(record["metrics"]),
+            "",
+            "Made by `dvora train`; `run.json` in the folder above has the hashes of the data and every loss.",
+            "",
+        ]
+    )
+
+
+def _loading(settings: Settings, labels: Sequence[str], config: Any) -> list[str]:
+    if settings.method == "head":
+        return ["The head alone was trained (`head.safetensors`): `dvora predict RUN FILE` loads it onto the base."]
+    auto = MODEL_CLASSES[settings.task].__name__
+    options = ""
+    if settings.task != "causal-lm":
+        options += f", num_labels={len(labels) or 1}, ignore_mismatched_sizes=True"
+        if getattr(config, "pad_token_id", None) is not None:
+            options += f", pad_token_id={config.pad_token_id}"
+    folder = "path/to/this/folder"
+    if settings.method == "full":
+        code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{folder}").eval()']
+    else:
+        code = [
+            *["import dvora  # makes the method known to PEFT"] * (settings.method == "dvora"),
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f"base = {auto}.from_pretrained({json.dumps(settings.model, ensure_ascii=False)}{options})",
+            f'model = PeftModel.from_pretrained(base, "{folder}").eval()',
+        ]
+    return ["```python", *code, "```"]
+
+
+def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    found = metric_rows(metrics)
+    rows = [[name.replace("_", " ") for name in found[0]], ["---"] * len(found[0])] if found else []
+    rows += [[_cell(shown(value)) for value in row.values()] for row in found]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    """Text of a file that does nothing to the Markdown around it."""
+    return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>#|" else letter for letter in visible(text))

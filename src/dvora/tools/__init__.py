@@ -1,0 +1,1 @@
+"""Room of what rebuilds and examines adapted models."""

@@ -1,0 +1,61 @@
+"""How values and names are written for people: in tables, on pages, on terminals and in messages."""
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any
+
+from markupsafe import Markup
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of what is not seen but acts: escape sequences, marks that turn the reading direction ..."""
+JOINERS = "\u200c\u200d"
+"""Scripts of India and Persia are not written without them, nor many emojis."""
+
+MANY, LONG = 1000, 60
+"""Names that are compared, and letters of a name: comparing takes the product of their lengths."""
+SHOWN = 20
+
+
+def visible(text: str) -> str:
+    """A text from a file as a line that does nothing to a terminal or to the text around it: what acts is spelled."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        repr(letter)[1:-1] if unicodedata.category(letter) in HIDDEN and letter not in JOINERS else letter
+        for letter in text
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as text: numbers to four digits, lists and mappings in a line; text made visible, HTML as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{visible(str(name))} {shown(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return value if isinstance(value, Markup) else visible(str(value))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A half sentence to append to an error: the nearest of the known names, else all of them, or the first ones."""
+    names = sorted(known)
+    compared = [each for each in islice(names, MANY) if len(each) <= LONG]
+    if len(name) <= LONG and (near := get_close_matches(name.lower(), compared, n=1, cutoff=0.6)):
+        return f"did you mean {near[0]!r}?"
+    return f"expected one of {listed(names)}" if names else "there are none"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas between them: as many as a reader wants to see."""
+    shown = [*names]
+    more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
+    return ", ".join(each if len(each) <= LONG else f"{each[:LONG]}..." for each in shown[:SHOWN]) + more

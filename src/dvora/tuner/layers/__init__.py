@@ -1,0 +1,1 @@
+"""The layers that PEFT sees: how each type of layer is adapted."""

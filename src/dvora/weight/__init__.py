@@ -1,0 +1,1 @@
+"""Room of one adapted weight: its state between passes, merging, the plain layer."""

@@ -1,0 +1,180 @@
+"""Whether tensors have changed since a result was computed from them: row factors in evaluation, norm constants.
+
+The vectors are compared by value on the CPU, which detects every write. On other devices that would synchronise in
+every pass: there PyTorch's versions are compared, and a pass that trains empties the cache. Weights are always compared
+by version.
+
+FSDP2 frees weights between passes and gathers them again without counting a version, so a version proves nothing there,
+and samples of the values are compared: two passes over the weight, in place of the product for the constants.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..engines.fsdp2 import may_be_gathered
+from ..method.functional import RowFactors
+from ..ops.annotations import Float
+from ..ops.dtypes import norm_dtype
+
+
+class TensorVersion(NamedTuple):
+    """Equal versions mean equal values, except for writes through `tensor.data` or NumPy, which PyTorch does not count.
+
+    FSDP2 gathers again without counting versions: for a tensor that it may have gathered no version is equal.
+    """
+
+    storage: StorageWeakRef
+    """A weak reference: it keeps no memory alive, but no other storage can get its identity."""
+    address: int
+    version: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorVersion":
+        """The current version of a tensor."""
+        storage, layout = StorageWeakRef(tensor.untyped_storage()), (tensor.shape, tensor.stride())
+        return cls(storage, tensor.data_ptr(), version_of(tensor), *layout, tensor.dtype, tensor.device)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether this is still the tensor's version. Inference tensors have no version: always stale."""
+        return self.is_of_same(tensor) and tensor.data_ptr() == self.address and not may_be_gathered(tensor)
+
+    def is_of_same(self, tensor: Tensor) -> bool:
+        """Whether this is a version of the same tensor, without a counted write, at whatever address it is now."""
+        return (
+            not tensor.is_inference()
+            and tensor.untyped_storage()._cdata == self.storage.cdata
+            and tensor._version == self.version
+            and tensor.dtype == self.dtype
+            and tensor.shape == self.shape
+            and tensor.stride() == self.stride
+            and tensor.device == self.device
+        )
+
+
+class EvalCache:
+    """The row factors of the last evaluation, until an input or the weight changes."""
+
+    def __init__(self) -> None:
+        # One attribute, so that no thread sees parts of two evaluations.
+        self._kept: _Kept | None = None
+
+    def of(
+        self, inputs: Sequence[Tensor], weight: Tensor | None, compute: Callable[[Sequence[Tensor]], RowFactors]
+    ) -> RowFactors:
+        """`compute(inputs)`, or its last result if inputs and weight are unchanged.
+
+        Args:
+            inputs: tensors that the factors depend on.
+            weight: the base's, or None.
+            compute: the factors from the inputs.
+        """
+        kept = self._kept
+        if kept is not None and kept.serves(inputs, weight):
+            return kept.factors
+        # Inference tensors could not be used in a later pass that trains something else.
+        with torch.inference_mode(False), torch.no_grad():
+            # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
+            known = [
+                tensor.detach().clone() if tensor.device.type == "cpu" else TensorVersion.of(tensor)
+                for tensor in inputs
+            ]
+            state = None if weight is None else TensorVersion.of(weight)
+            read = [copy if isinstance(copy, Tensor) else own for own, copy in zip(inputs, known, strict=True)]
+            kept = _Kept(compute(read), known, state)
+        self._kept = kept if kept.serves(inputs, weight) else None
+        return kept.factors
+
+    def drop(self) -> None:
+        """Forget everything."""
+        self._kept = None
+
+    def __reduce__(self) -> tuple[type["EvalCache"], tuple[()]]:
+        return EvalCache, ()
+
+
+class _Kept(NamedTuple):
+    """Factors, and what they were computed from."""
+
+    factors: RowFactors
+    inputs: list[Tensor | TensorVersion]
+    weight: TensorVersion | None
+
+    def serves(self, inputs: Sequence[Tensor], weight: Tensor | None) -> bool:
+        """Whether nothing has changed."""
+        if (weight is None) != (self.weight is None) or len(inputs) != len(self.inputs):
+            return False
+        if weight is not None and self.weight is not None and not self.weight.is_of(weight):
+            return False
+        return all(map(_unchanged, inputs, self.inputs))
+
+
+def version_of(tensor: Tensor) -> int:
+    """PyTorch's version counter; -1 for inference tensors, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+    """Count an optimizer's step as a write: fused optimizers, and those of other packages, do not."""
+    if not torch.compiler.is_compiling():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.autograd.graph.increment_version([p for p in parameters if p.grad is not None and not p.is_inference()])
+
+
+def _unchanged(tensor: Tensor, known: Tensor | TensorVersion) -> bool:
+    if isinstance(known, TensorVersion):
+        return known.is_of(tensor)
+    return tensor.is_cpu and tensor.dtype == known.dtype and torch.equal(tensor, known)
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class WeightVersion:
+    """The version of a weight that constants were computed from, and a sample of its values once it is gathered again.
+
+    Args:
+        weight: the weight that constants were computed from.
+        gathered_again: whether it had been freed and gathered before.
+    """
+
+    def __init__(self, weight: Tensor, gathered_again: bool = False) -> None:
+        self._state = TensorVersion.of(weight)
+        self._sample = _sample(weight) if gathered_again else None
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight still has this version."""
+        return self._state.is_of(weight)
+
+    def was_written_to(self, weight: Tensor) -> bool:
+        """Whether PyTorch has counted a write since."""
+        return self._state.version != version_of(weight)
+
+    def was_gathered_again(self, weight: Tensor) -> bool:
+        """Whether the weight is the same tensor at another address, perhaps with other values."""
+        return self._state.is_of_same(weight)
+
+    def has_values_of(self, weight: Tensor) -> bool:
+        """Whether a weight that was gathered again has the same values; if so, take its current version."""
+        if self._sample is None or not torch.equal(self._sample, _sample(weight)):
+            return False
+        self._state = TensorVersion.of(weight)
+        return True
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> Float[Tensor, "2 O"]:
+    """The norm of every row, and its product with one fixed vector, which differs for other signs and places."""
+    rows = weight.detach().flatten(1)
+    # Multiples of an irrational number, so that no two columns get the same weight.
+    fixed = torch.frac(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) * 0.6180339887)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=norm_dtype(rows.dtype))
+    return torch.stack([norms, (rows @ (fixed - 0.5).to(rows.dtype)).to(norms.dtype)])

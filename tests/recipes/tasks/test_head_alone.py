@@ -1,0 +1,113 @@
+"""The head alone: fitted as scikit-learn does, on what the head's last layer reads, of a base that stays as it was."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from dvora.recipes.models.bases import load_base, load_processor
+from dvora.recipes.settings import Settings
+from dvora.recipes.tasks.head_alone import HeadAlone, fitted, fitted_head, frozen_features, last_layer, read_head_alone
+from dvora.recipes.tasks.task import features, task_parts
+from tests.recipes import tiny_data
+
+ROWS = [{"text": "good " * (1 + number % 7) + "a movie", "label": number % 2} for number in range(11)]
+
+
+def settings(task: str, model: Path) -> Settings:
+    return Settings(task=task, model=str(model), data=("x",), batch_size=4, cpu=True)
+
+
+def made(
+    task: str, model: Path, rows: list[dict[str, Any]], classes: tuple[str, ...]
+) -> tuple[Any, Any, Any, Settings]:
+    """A base with a new head, inputs, what makes batches of them, and the settings."""
+    chosen = settings(task, model)
+    processor = load_processor(chosen)
+    base = load_base(chosen, classes, getattr(processor, "pad_token_id", None)).model
+    return base, features(rows, chosen, processor, 24).dataset, task_parts(chosen, classes, processor).collator, chosen
+
+
+@pytest.mark.parametrize("strength", [1e-1, 1e-3])
+def test_classes_are_fitted_as_scikit_learn_does(strength: float) -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(60, 5)) * [1, 2, 3, 4, 5] + 7, generator.integers(0, 3, 60)
+    head = fitted(torch.tensor(x), torch.tensor(y), 3, strength)
+    scaled = (x - x.mean(0)) / x.std(0)
+    expected = LogisticRegression(C=1 / (len(x) * strength), tol=1e-8, max_iter=1000).fit(scaled, y)
+    probabilities = head.outputs(torch.tensor(x).float()).softmax(-1).numpy()
+    np.testing.assert_allclose(probabilities, expected.predict_proba(scaled), atol=1e-3)
+
+
+def test_numbers_are_fitted_as_scikit_learn_does() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(60, 5)) * [1, 2, 3, 4, 5] + 7
+    y = x @ [1.0, -1.0, 0.5, 0.0, 2.0] + generator.normal(size=60)
+    head = fitted(torch.tensor(x), torch.tensor(y), 0, 1e-2)
+    scaled = (x - x.mean(0)) / x.std(0)
+    expected = Ridge(alpha=1e-2 * len(x)).fit(scaled, y).predict(scaled)
+    np.testing.assert_allclose(head.outputs(torch.tensor(x).float()).flatten().numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "task"), [("bert", "text-classification"), ("llama", "text-classification")])
+def test_features_are_what_the_last_layer_reads(models: dict[str, Path], name: str, task: str) -> None:
+    base, dataset, collator, chosen = made(task, models[name], ROWS, ("bad", "good"))
+    found = frozen_features(base, dataset, collator, chosen)
+    layer = last_layer(base)
+    assert layer is not None
+    with torch.no_grad():
+        for row, features_of_row in zip(dataset, found, strict=True):
+            batch = collator([row])
+            del batch["labels"]
+            torch.testing.assert_close(layer(features_of_row), base(**batch).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_have_features_too(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tiny_data.images(tmp_path / "images", 6)
+    rows = [{"image": str(path), "label": number % 2} for number, path in enumerate(sorted(folder.rglob("*.png")))]
+    base, dataset, collator, chosen = made("image-classification", models["vit"], rows, ("a", "b"))
+    head, metrics = fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("a", "b"))
+    assert head.weight.shape == (2, 16)
+    assert metrics["test"]["accuracy"] >= 0.5
+
+
+def test_the_base_stays_as_it_was(models: dict[str, Path]) -> None:
+    base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    state = torch.get_rng_state()
+    head, metrics = fitted_head(base, {"train": dataset, "validation": dataset}, collator, chosen, ("bad", "good"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert metrics.keys() == {"validation"}
+    again, _ = fitted_head(base, {"train": dataset, "validation": dataset}, collator, chosen, ("bad", "good"))
+    assert torch.equal(head.weight, again.weight)
+
+
+def test_it_reads_no_more_rows_than_the_run(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
+    calls: list[int] = []
+    base.register_forward_hook(lambda module, inputs, outputs: calls.append(len(outputs.logits)))
+    short = chosen.model_copy(update={"max_steps": 1})
+    fitted_head(base, {"train": dataset}, collator, short, ("bad", "good"))
+    assert sum(calls) == short.batch_size
+
+
+def test_a_head_that_ends_otherwise_has_none(models: dict[str, Path]) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(models["bert"], num_labels=3)
+    model.classifier = nn.Sequential(nn.Linear(16, 5), nn.Tanh())
+    assert last_layer(model) is None
+
+
+def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
+    head = HeadAlone(torch.randn(2, 3), torch.randn(2))
+    head.save(tmp_path / "a.safetensors")
+    found = read_head_alone(tmp_path / "a.safetensors")
+    assert torch.equal(found.weight, head.weight)
+    HeadAlone(torch.randn(2, 3), torch.randn(3)).save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="damaged"):
+        read_head_alone(tmp_path / "a.safetensors")

@@ -1,0 +1,118 @@
+"""What the site's build adds to pages: dark pictures, and the commands, settings and examples as the program has them.
+
+MkDocs calls the functions that begin with `on_`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+from mkdocs.plugins import event_priority
+
+from benchmarks.examples.catalogue import CATALOGUE
+from dvora.cli.app import app
+from dvora.recipes.data import columns as names
+from dvora.recipes.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.svg\)$", flags=re.MULTILINE)
+
+
+@event_priority(100)
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Every picture as a pair, and each marker as what it stands for."""
+    for marker, write in MARKERS.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, write())
+    return PICTURE.sub(r"![\1](\2.svg#only-light)\n![\1](\2-dark.svg#only-dark)", markdown)
+
+
+def commands() -> str:
+    """A section for each command, from the program itself."""
+    found = cast(Any, typer.main.get_command(app)).commands
+    return "\n\n".join(_command(name, command) for name, command in found.items())
+
+
+def _command(name: str, command: Any) -> str:
+    about, _, examples = f"{command.help}\n\n{command.epilog or ''}".partition("Examples")
+    typed = re.findall(r"^ *(dvora .+)$", examples, flags=re.MULTILINE)
+    lines = [f"### dvora {name}", "", re.sub(r"\[/?\w*\]$", "", about.replace("\b", "").strip()).strip(), ""]
+    lines += ["```sh", *typed, "```", "", "| | | default |", "|---|---|---|"]
+    lines += [_parameter(each) for each in command.params if not each.hidden and each.name != "help"]
+    return "\n".join(lines)
+
+
+def _parameter(each: Any) -> str:
+    is_option = each.opts[0].startswith("-")
+    names = [*each.opts, *each.secondary_opts] if is_option else [each.name.upper()]
+    default = "" if each.default in (None, False, []) or not each.show_default else f"`{_plain(each.default)}`"
+    shown = ", ".join(f"`{name}`" for name in names)
+    return f"| {shown} | {_cell(each.help or '')} | {'required' if each.required else default} |"
+
+
+def settings() -> str:
+    """A table for each section of the configuration, from the settings themselves."""
+    lines, section = [], ""
+    for key, field in Settings.model_fields.items():
+        extra = cast(dict[str, str], field.json_schema_extra)
+        if extra["section"] != section:
+            section = extra["section"]
+            lines += ["", f"### {section}", "", "| key | default | |", "|---|---|---|"]
+        default = "required" if field.is_required() else f"`{_plain(field.default)}`"
+        lines.append(f"| `{key}` | {default} | {_cell(field.description or '')} |")
+    return "\n".join(lines)
+
+
+def columns() -> str:
+    """Rows of a table: the names by which a column is recognised."""
+    found = {
+        "the text": names.TEXT,
+        "the first of two texts": names.FIRST_TEXT,
+        "the second": names.SECOND_TEXT,
+        "a class": names.CLASS,
+        "a number": names.NUMBER,
+        "a language model's text or chat": names.LANGUAGE,
+    }
+    return "\n".join(f"| {what} | {', '.join(f'`{name}`' for name in known)} |" for what, known in found.items())
+
+
+def examples() -> str:
+    """The code of each example, and of the files that they share."""
+    sections = []
+    for each in CATALOGUE:
+        needs = f" Needs {', '.join(each.needs)}." if each.needs else ""
+        typed = " ".join(["python", *each.launcher, "-m", f"examples.{each.name}"])
+        sections.append(f"## {each.trainer}\n\n{each.shows[0].upper()}{each.shows[1:]}.{needs}\n\n{_run(typed)}")
+        sections.append(_code(f"examples/{each.name}.py"))
+    shared = sorted(path.stem for path in (ROOT / "examples").glob("[a-z]*.py"))
+    rest = [_code(f"examples/{name}.py") for name in shared if name not in {each.name for each in CATALOGUE}]
+    return "\n\n".join([*sections, "## What they share", *rest])
+
+
+def _run(typed: str) -> str:
+    return f"```sh\n{typed}\n```"
+
+
+def _code(path: str) -> str:
+    code = (ROOT / path).read_text(encoding="utf-8").rstrip().replace("\n", "\n    ")
+    return f'??? example "{path}"\n\n    ```python\n    {code}\n    ```'
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+MARKERS: dict[str, Callable[[], str]] = {
+    "<!-- commands -->": commands,
+    "<!-- settings -->": settings,
+    "<!-- columns -->": columns,
+    "<!-- examples -->": examples,
+}
+"""Comments in pages, and what takes their place."""
