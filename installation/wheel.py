@@ -48,13 +48,12 @@ def check_quick_start(environment: Environment, folder: Path) -> None:
     """The README's quick start, in an environment with the extra `peft`, with a tiny model in the folder."""
     environment.run("python", str(ROOT / "installation" / "tiny_model.py"), str(folder))
     code = folder / "quick_start.py"
-    # The names that the README's code takes for granted.
-    code.write_text(f'model_folder, adapter_folder = "minilm", "adapter"\n{quick_start()}', encoding="utf-8")
+    code.write_text(quick_start(), encoding="utf-8")
     environment.run("python", str(code), folder=folder)
 
 
 def check_commands(environment: Environment, folder: Path, *more: str) -> None:
-    """A short training run and what follows it, in an environment with the extra `cli` and the folder of the quick start.
+    """A short training run and what follows it, in the folder of the quick start.
 
     Args:
         environment: with the extra.
