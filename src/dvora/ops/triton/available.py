@@ -17,7 +17,8 @@ def check_triton() -> None:
         ValueError: Triton or a CUDA device is missing, or a device is too old.
     """
     if find_spec("triton") is None:
-        raise ValueError(f"use_triton=True needs the package triton: {how_to_install('triton')}; or use False")
+        advice = how_to_install("triton")
+        raise ValueError(f"use_triton=True needs the package triton, which is not installed; {advice}; or use False")
     if not torch.cuda.is_available():
         raise ValueError("use_triton=True needs a CUDA device, and PyTorch sees none: use False")
     for device in range(torch.cuda.device_count()):
