@@ -9,10 +9,10 @@ def main() -> None:
     """Run the program, or say what to install for it."""
     try:
         from .app import main as run
-    except ModuleNotFoundError as error:
-        if (told := missing(error)) is None:
+    except ImportError as error:
+        if (message := missing(error)) is None:
             raise
-        print(f"Error: {told}", file=sys.stderr)
+        print(f"Error: {message}", file=sys.stderr)
         sys.exit(2)
     run()
 
