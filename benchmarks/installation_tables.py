@@ -40,8 +40,8 @@ def start_up(result: dict[str, Any]) -> str:
     lines = [
         f"`python -m benchmarks.start_up` (`benchmarks/results/start_up.json`; Python {first['python']}, torch "
         f"{first['torch']}, PEFT {first['peft']}, transformers {first['transformers']}, {first['cores']} cores, "
-        "shared with other work). Seconds of the processor, and in brackets seconds on the clock, medians; a command that "
-        "works on a folder was given one that is not there:",
+        "shared with other work). Seconds of the processor, and in brackets seconds on the clock, medians; a command "
+        "that works on a folder was given one that is not there:",
         "",
         "| | " + " | ".join(INSTALLED[name] for name in now) + " |",
         "|---|" + "---|" * len(now),
