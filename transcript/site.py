@@ -15,7 +15,7 @@ from mkdocs.plugins import event_priority
 from benchmarks.examples.catalogue import CATALOGUE
 from dvora.cli.app import app
 from dvora.recipes.data import columns as names
-from dvora.recipes.settings import Settings
+from dvora.recipes.settings import options
 
 ROOT = Path(__file__).parent.parent
 PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.svg\)$", flags=re.MULTILINE)
@@ -49,6 +49,8 @@ def _parameter(each: Any) -> str:
     is_option = each.opts[0].startswith("-")
     names = [*each.opts, *each.secondary_opts] if is_option else [each.name.upper()]
     default = "" if each.default in (None, False, []) or not each.show_default else f"`{_plain(each.default)}`"
+    if isinstance(each.show_default, str):
+        default = _cell(each.show_default)
     shown = ", ".join(f"`{name}`" for name in names)
     return f"| {shown} | {_cell(each.help or '')} | {'required' if each.required else default} |"
 
@@ -56,13 +58,12 @@ def _parameter(each: Any) -> str:
 def settings() -> str:
     """A table for each section of the configuration, from the settings themselves."""
     lines, section = [], ""
-    for key, field in Settings.model_fields.items():
-        extra = cast(dict[str, str], field.json_schema_extra)
-        if extra["section"] != section:
-            section = extra["section"]
+    for each in options():
+        if each.section != section:
+            section = each.section
             lines += ["", f"### {section}", "", "| key | default | |", "|---|---|---|"]
-        default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-        lines.append(f"| `{key}` | {default} | {_cell(field.description or '')} |")
+        default = _cell(each.default) if each.default else "required" if each.is_required else "none"
+        lines.append(f"| `{each.name}` | {default} | {_cell(each.meaning)} |")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(base, folder / "vera", "vera")
     for step in (5, 10, 100):
         save(base, folder / "trainer-output" / f"checkpoint-{step}", "dvora")
-    shutil.move(finished("text-classification", {"bert": base}, folder).folder, folder / "dvora-run")
+    shutil.move(finished("text-classification", folder).folder, folder / "dvora-run")
     return folder
 
 

@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny_models.bert(folder / "base")
     for method in ("dvora", "lora", "dora"):
         save(base, folder / ("adapter" if method == "dvora" else method), method)
-    shutil.move(finished("text-classification", {"bert": base}, folder).folder, folder / "dvora-run")
+    shutil.move(finished("text-classification", folder).folder, folder / "dvora-run")
     tiny_data.reviews(folder / "new.csv")
     return folder
 
@@ -75,18 +75,11 @@ def test_a_fault_is_told_with_what_to_do_and_an_exit_code(made: Path) -> None:
 
 
 @pytest.mark.parametrize("task", DATA)
-def test_runs_of_every_task_are_healthy(task: str, models: dict[str, Path], tmp_path: Path) -> None:
-    trained = finished(task, models, tmp_path)
+def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
+    trained = finished(task, tmp_path)
     ended = run(f"dvora doctor {trained.folder} --json")
     assert ended.code == 0, ended.stdout + ended.stderr
     assert json.loads(ended.stdout)["healthy"] is True
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    makers = {"bert": tiny_models.bert, "vit": tiny_models.vit, "llama": tiny_models.llama}
-    return {name: make(folder / name) for name, make in makers.items()}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +95,7 @@ def test_wrong_use_is_one_line(command: str, told: str) -> None:
     assert_refused(command, told)
 
 
-def test_what_has_no_adapter_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    trained = finished("text-classification", models, tmp_path, method="head")
+def test_what_has_no_adapter_is_refused(tmp_path: Path) -> None:
+    trained = finished("text-classification", tmp_path, method="head")
     ended = run(f"dvora doctor {trained.folder}")
     assert "makes no adapter" in ended.stderr

@@ -12,7 +12,7 @@ from dvora.recipes.finished.evaluation import unchanged_data
 from dvora.recipes.finished.prediction import Predictor
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import assert_refused, run
-from tests.recipes import tiny_data, tiny_models
+from tests.recipes import tiny_data
 from tests.recipes.finished_runs import DATA, finished
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
@@ -21,21 +21,14 @@ SECTIONS = ["What was trained", "Training", "How good it is"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    makers = {"bert": tiny_models.bert, "vit": tiny_models.vit, "llama": tiny_models.llama}
-    return {name: make(folder / name) for name, make in makers.items()}
-
-
-@pytest.fixture(scope="module")
-def made(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for each task, and one more of the method "head"."""
     folder = tmp_path_factory.mktemp("work")
     for task in DATA:
         name = "dvora-run" if task == "text-classification" else task
-        shutil.move(finished(task, models, folder, epochs=3, evaluate_every=2).folder, folder / name)
-    shutil.move(finished("text-classification", models, folder, method="head").folder, folder / "head-run")
-    shutil.move(finished("text-classification", models, folder, method="full").folder, folder / "full-run")
+        shutil.move(finished(task, folder, epochs=3, evaluate_every=2).folder, folder / name)
+    shutil.move(finished("text-classification", folder, method="head").folder, folder / "head-run")
+    shutil.move(finished("text-classification", folder, method="full").folder, folder / "full-run")
     return folder
 
 
@@ -113,7 +106,7 @@ def test_wrong_use_is_one_line(command: str, told: str) -> None:
     assert_refused(command, told)
 
 
-def test_a_run_whose_data_has_changed_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    trained = finished("text-classification", models, tmp_path)
+def test_a_run_whose_data_has_changed_is_refused(tmp_path: Path) -> None:
+    trained = finished("text-classification", tmp_path)
     tiny_data.reviews(tmp_path / "reviews.csv", 61)
     assert "has changed" in run(f"dvora report {trained.folder}").stderr

@@ -69,7 +69,7 @@ def nothing(_: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
     "missing labels": (lines(unlabelled), TRAIN, 2, "no label in line 4, line 5, line 6, line 7, line 8 and 2 more"),
-    "a single class": (lines(one_class), TRAIN, 2, "the single class 'good'; there is nothing to tell apart"),
+    "a single class": (lines(one_class), TRAIN, 2, "the single class 'good'; there is nothing to predict"),
     "no text": (lines(lambda table: table[5].__setitem__(0, " ")), TRAIN, 2, "line 6: column 'text' has no text"),
     "a field too many": (lines(lambda table: table[5].append("x")), TRAIN, 2, "has to be in double quotes"),
     "an open quote": (content("reviews.csv", b'text,label\n"open,good\n'), TRAIN, 2, "double quote left open"),

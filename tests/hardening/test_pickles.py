@@ -133,7 +133,7 @@ def test_code_of_a_model_is_not_run_unless_asked_for(
     assert not mark.exists()
     if command == TRAIN:
         ended = forks.run(desk, *command.split(), "--set", "trust_remote_code=true")
-        assert_told(ended, 2, "no file may say that code is run", "--trust-remote-code")
+        assert_told(ended, 2, "no file can allow that code is run", "--trust-remote-code")
         assert not mark.exists()
         forks.run(desk, *command.split(), "--trust-remote-code")
         assert mark.exists()

@@ -231,7 +231,7 @@ def test_a_run_that_was_copied_stays_where_it_is(forks: Forks, desk: Path, their
     config = (desk / "run" / "config.yaml").read_text()
     (desk / "run" / "config.yaml").write_text(config.replace(str(desk / "run"), str(theirs / "new")))
     told = forks.run(desk, "train", "run", "--quiet")
-    assert_told(told, 2, "say with --output where the new one goes")
+    assert_told(told, 2, "name the folder of the new one with --output")
     settings(desk / "run" / "run.json", state="started")
     ended = forks.run(desk, "train", "run/config.yaml", "--resume", "--quiet", "--json")
     assert ended.code == 0, ended.stderr

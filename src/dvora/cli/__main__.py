@@ -10,9 +10,9 @@ def main() -> None:
     try:
         from .app import main as run
     except ImportError as error:
-        if (told := missing(error)) is None:
+        if (message := missing(error)) is None:
             raise
-        print(f"Error: {told}", file=sys.stderr)
+        print(f"Error: {message}", file=sys.stderr)
         sys.exit(2)
     run()
 

@@ -57,5 +57,5 @@ def main() -> None:
     try:
         app(prog_name="dvora")
     except KeyboardInterrupt:
-        # Before a command has begun; the commands tell of it themselves.
+        # Before a command has begun; commands handle it themselves.
         sys.exit(INTERRUPTED)

@@ -1,6 +1,7 @@
 """`dvora bench`: how fast methods are on a model at hand."""
 
 from dataclasses import asdict
+from itertools import count
 from typing import Annotated
 
 import typer
@@ -53,7 +54,7 @@ def bench_command(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        shown.note(f"timing each method {rounds} times, in turns")
+        done = count(1)
         found = bench(
             model,
             targets=[name for name in targets.replace(" ", "").split(",") if name],
@@ -65,6 +66,7 @@ def bench_command(
             rounds=rounds,
             dtype=dtype,
             device=device,
+            on_round=lambda: shown.note(f"round {next(done)} of {2 * rounds}: every method once"),
         )
         shown.result(asdict(found), f"Times on {model}, as multiples of the base", LEGEND)
         shown.next_step("dvora", "count", model, why="what each method trains and saves")

@@ -33,7 +33,7 @@ def count_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Count what dvora, vera, lora, dora, a head alone and full fine-tuning train: values and bytes.
+    """Count what dvora, vera, lora, dora, a head alone and full fine-tuning train: parameters and bytes.
 
     From the model's configuration alone: no weights are downloaded or read.
     """

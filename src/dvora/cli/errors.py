@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..extras import missing
-from .output import kept_stdout, tell
+from .output import kept_stdout, print_line
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
@@ -88,30 +88,30 @@ def one_line(debug: bool) -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it closes stdout.
+        # The reader of our output is gone; Python would report it once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
-        tell("stopped")
+        print_line("stopped")
         raise typer.Exit(INTERRUPTED) from None
     except typer.Exit:
         raise
-    except Exception as error:  # whatever it is, nobody wants to read a traceback who did not ask for it
+    except Exception as error:  # no traceback unless --debug asks for it
         if interrupts:
-            # Libraries in C++ take an interrupt for a failure of their own.
-            tell("stopped")
+            # Libraries in C++ raise an error of their own on an interrupt.
+            print_line("stopped")
             raise typer.Exit(INTERRUPTED) from None
         if debug:
             for line in traceback.format_exc().splitlines():
-                tell(line)
+                print_line(line)
         wrong_use = isinstance(error, UsageError) or _lacks_an_extra(error)
-        tell(f"Error: {_message(error)}")
+        print_line(f"Error: {_message(error)}")
         raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
 
 
 @contextmanager
 def _noted(interrupts: list[int]) -> Iterator[None]:
-    """Note every Ctrl-C beside raising KeyboardInterrupt, unless somebody else handles or ignores it."""
+    """Record every Ctrl-C and raise KeyboardInterrupt, unless the signal is handled or ignored elsewhere."""
 
     def note(number: int, _: object) -> None:
         interrupts.append(number)
@@ -136,9 +136,9 @@ def _lacks_an_extra(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, ImportError) and (told := missing(error)):
-        return told
+    """The message of an error, in one line."""
+    if isinstance(error, ImportError) and (message := missing(error)):
+        return message
     text = " ".join(str(error).split())
     place = error.filename if isinstance(error, OSError) else None
     if (number := _system_error(error, text)) in _ADVICE:
@@ -152,7 +152,7 @@ def _message(error: Exception) -> str:
 
 @contextmanager
 def wrong_input() -> Iterator[None]:
-    """Around work that finds fault with nothing but its input: a ValueError there is the user's."""
+    """Around work whose ValueErrors are all about its input: they become wrong use."""
     try:
         yield
     except UsageError:
@@ -162,7 +162,7 @@ def wrong_input() -> Iterator[None]:
 
 
 def _system_error(error: Exception, text: str) -> int | None:
-    """The system's number of an error, which libraries that are not written in Python give in words."""
+    """The errno of an error; libraries that are not written in Python put it into words."""
     if isinstance(error, OSError):
         return error.errno
     # safetensors is written in Rust.
@@ -201,7 +201,7 @@ def _typed_wrongly() -> Iterator[None]:
             near = nearest_option(typed, known)
             message = f"No such option {typed}" + (f", did you mean {near}" if near else "")
         program = context.command_path if context else "dvora"
-        tell(f"Error: {message.rstrip('.?')}; {program} --help shows what there is")
+        print_line(f"Error: {message.rstrip('.?')}; {program} --help shows what there is")
         raise typer.Exit(WRONG_USE) from None
 
 

@@ -28,7 +28,7 @@ def generate(
         str | None, typer.Argument(help="A text to continue; else one a line from --file or stdin.", show_default=False)
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
-    only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Leave out what the base says.")] = False,
+    only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Do not generate with the base.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are what the user says in a chat.")] = False,
     system: Annotated[str | None, typer.Option(help="The chat's system message.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation.", rich_help_panel=_SAMPLING)] = 64,
@@ -101,7 +101,7 @@ def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Tr
     if model is not None:
         raise UsageError("--model is the base of an --adapter; a run knows its base")
     if run is None:
-        raise UsageError("say with what to generate: the folder of a run, or --adapter FOLDER")
+        raise UsageError("nothing to generate with: give the folder of a run, or --adapter FOLDER")
     return read_run(Path(run), trust)
 
 

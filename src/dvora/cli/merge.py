@@ -45,6 +45,6 @@ def merge_command(
 
 
 def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
-    """What there is to say: no loss where nothing was lost, no warning where there is none."""
+    """Without empty values: no loss where nothing was lost, no warning where there is none."""
     kept = {name: value for name, value in values.items() if value or name == "difference"}
     return kept if values["lost_worst"] else {name: value for name, value in kept.items() if name != "lost_layer"}

@@ -28,7 +28,7 @@ OwnCode = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
 LONGEST = 2000
-"""Letters of a message: errors repeat what is in files, whatever its length."""
+"""Letters of a message; errors repeat what is in files, which may be long."""
 _kept: ContextVar[TextIO | None] = ContextVar("kept", default=None)
 
 
@@ -81,7 +81,7 @@ class Output:
     def note(self, text: str) -> None:
         """Say something on stderr."""
         if not self.quiet:
-            tell(text)
+            print_line(text)
 
     def next_step(self, *command: str, why: str = "") -> None:
         """Name the command that most people type after this one."""
@@ -121,7 +121,7 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
 
 @contextmanager
 def kept_stdout() -> Iterator[TextIO]:
-    """Send what is printed to stderr, and give the stream for results."""
+    """Redirect what is printed to stderr, and yield the stream for results."""
     kept = _kept.get()
     if kept is not None:
         yield kept
@@ -134,8 +134,8 @@ def kept_stdout() -> Iterator[TextIO]:
         _kept.reset(token)
 
 
-def tell(text: str) -> None:
-    """Say something on stderr, in one line in which nothing of a file does anything to the terminal."""
+def print_line(text: str) -> None:
+    """One line on stderr, in which no text from a file acts on the terminal."""
     shown = visible(text)
     typer.echo(shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}...", err=True)
 

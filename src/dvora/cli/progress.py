@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..tools.pages.text import visible
-from .output import tell
+from .output import print_line
 
 if TYPE_CHECKING:
     from ..recipes.training.watching import OnProgress, Progress
@@ -23,7 +23,7 @@ def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
     if quiet:
         yield None
     elif not sys.stderr.isatty():
-        yield lambda progress: _show(progress, tell, every_tenth=True)
+        yield lambda progress: _show(progress, print_line, every_tenth=True)
     else:
         with _bar() as bar:
             task = bar.add_task("", total=None, said="")

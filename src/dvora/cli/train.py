@@ -9,7 +9,7 @@ import typer
 
 from ..recipes.settings import SettingOption, Settings, commented, options, read_settings
 from .errors import INTERRUPTED, UsageError, one_line
-from .output import Debug, Json, Output, OwnCode, Quiet, results, tell
+from .output import Debug, Json, Output, OwnCode, Quiet, print_line, results
 from .progress import shown_progress
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _settings(config: Path | None, given: dict[str, Any]) -> Settings:
 
 
 def _placed(settings: Settings, config: Path | None, resume: bool, is_named: bool) -> Settings:
-    """The settings with an output that nobody but the caller has named; a run's configuration says where the run lay.
+    """The settings, their output checked: the configuration of a run names the folder that the run was in.
 
     Raises:
         UsageError: a run's configuration names another folder than the run's.
@@ -119,7 +119,7 @@ def _placed(settings: Settings, config: Path | None, resume: bool, is_named: boo
     if resume:
         return settings.model_copy(update={"output": str(folder)})
     raise UsageError(
-        f"{folder} is a run that lay in {default} when it was made; say with --output where the new one goes"
+        f"{folder} is a run that was in {default} when it was made; name the folder of the new one with --output"
     )
 
 
@@ -139,7 +139,7 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         return
     if outcome.run is None:
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
-        tell(f"stopped after step {outcome.stopped_at}; go on with: {again}")
+        print_line(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
     output.result(_shown(outcome.run, output.as_json), title=f"{settings.method} on {settings.task}")
     output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under another name, then renamed."""
+"""Files and folders that appear whole or not at all: written under another name, then renamed."""
 
 import json
 import os
@@ -20,9 +20,9 @@ LARGEST_RECORD = 2**28
 
 
 def typed(path: Path) -> Path:
-    """Where to write to when somebody gave this path: to what a link of theirs leads to.
+    """Where to write a path that the user typed: where it is a link, to its target.
 
-    Names that a command makes up itself are never followed.
+    Links under names that a command chooses itself are never followed.
     """
     return path.resolve() if path.is_symlink() else path
 
@@ -85,7 +85,7 @@ def read_small(path: Path, at_most: int = LARGEST_RECORD) -> str:
 
 
 def parsed_json(text: str) -> Any:
-    """What a text of JSON says.
+    """The value of a text in JSON.
 
     Raises:
         ValueError: it is not JSON, nested too deeply, or has a number of thousands of digits.
@@ -124,7 +124,7 @@ def check_no_device(path: Path) -> None:
 
 
 def check_readable(paths: Iterable[Path]) -> None:
-    """Raise what keeps files from being read: libraries tell of files that may not be read as if they were missing.
+    """Raise what keeps files from being read: libraries report files without permission as missing.
 
     Raises:
         OSError: the first file's.
@@ -265,7 +265,7 @@ def _is_still(folder: Path, descriptor: int) -> bool:
 
 
 def _umask() -> int:
-    """The permissions that new files do not get; it can only be asked for by setting it."""
+    """The permissions that new files do not get; it can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

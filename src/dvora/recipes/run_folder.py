@@ -1,4 +1,4 @@
-"""The folder of a training run: what is in it, who may write to it, and how its model is loaded again."""
+"""The folder of a training run: what is in it, which process may write to it, and how its model is loaded."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
 
 
 def _check_trained(run: Run) -> None:
-    """Look at what was trained before a model is made of as many classes as the record says."""
+    """Check what was trained before a model with the record's number of classes is made."""
     if run.settings.method not in ("full", "head"):
         read_adapter(run.adapter)
         return
@@ -147,7 +147,7 @@ def _with_adapter(base: Base, run: Run) -> Any:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What run.json says, finished or not; None if there is none.
+    """The content of run.json, finished or not; None if there is none.
 
     Raises:
         ValueError: it is damaged.

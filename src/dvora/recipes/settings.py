@@ -29,13 +29,13 @@ LEARNING_RATES: dict[Method, float] = {
     "dvora": 1e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
 OWN_CODE = "trust_remote_code"
-"""Once a setting; now only whoever calls can say it."""
+"""Was a setting once; now only the caller can allow it."""
 LARGEST_CONFIG, DEEPEST = 2**18, 8
 """Bytes of a configuration, and lists in lists in it."""
 HEAD_RATE = 1e-3
 """Of new layers, where neither they nor the method are given another."""
 EPOCHS, MOST_STEPS = 3.0, 1000
-"""The length of a run that says nothing of it: about ten minutes for a small model of texts on two CPU cores."""
+"""The length of a run that sets none: about ten minutes for a small model of short texts on two CPU cores."""
 GUESSED = "guessed from its name"
 WIDTH = 98
 """Letters of a line of comments in config.yaml."""
@@ -68,11 +68,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    task: Task = _what(f"one of {', '.join(TASKS)}")
+    task: Task = _what(f"what to train for: {', '.join(TASKS)}")
     model: str = _what("the base model: a folder, or a name on the hub")
     data: tuple[str, ...] = _what(
         "files (csv, tsv, jsonl, json, parquet, txt), or a folder with one folder of images for each class; several "
-        "with the option given again",
+        "as a list, or with the option given again",
         min_length=1,
     )
     output: str = _what("the folder of the run, which must not hold another", "dvora-run", min_length=1)
@@ -96,7 +96,7 @@ class Settings(BaseModel):
         "tokens to which longer texts are cut", None, null="128, and 256 for causal-lm", ge=2
     )
 
-    method: Method = _method(f"one of {', '.join(METHODS)}", "dvora")
+    method: Method = _method(f"what is trained: {', '.join(METHODS)}", "dvora")
     rank: int | None = _method("rank of the update", None, null="256 for dvora and vera, 8 for lora and dora", ge=1)
     alpha: float | None = _method(
         "the update is scaled by alpha / rank", None, null="a scale of 1, of 2 for lora and dora", gt=0, rare=True
@@ -127,7 +127,7 @@ class Settings(BaseModel):
     epochs: float | None = _training(
         "passes over the training data", None, null=f"{EPOCHS:g}, but no more than {MOST_STEPS:,} steps", gt=0
     )
-    max_steps: int | None = _training("optimizer steps, in place of epochs", None, null="as epochs say", ge=1)
+    max_steps: int | None = _training("optimizer steps, in place of epochs", None, null="those of the epochs", ge=1)
     batch_size: int = _training("rows of a batch, on each device", 16, ge=1)
     accumulation: int = _training("batches of an optimizer step", 1, ge=1)
     schedule: Literal["linear", "cosine", "constant"] = _training(
@@ -204,11 +204,11 @@ class Settings(BaseModel):
 
 
 def parsed_yaml(text: str) -> Any:
-    """What a text of YAML says.
+    """The value of a text in YAML.
 
     Raises:
-        ValueError: it is not YAML, is nested deeper than any setting, or repeats parts (`*name`): ten lines that repeat
-            each other ten times each are ten thousand million.
+        ValueError: it is not YAML, is nested deeper than any setting, or has aliases (`*name`), with which ten
+            lines can stand for ten thousand million.
     """
     try:
         depth = 0
@@ -248,14 +248,14 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     values, source = {**given, **overrides}, str(file) if file else "the settings"
     if values.get(OWN_CODE) not in (None, False):
         raise ValueError(
-            f"{source}: {OWN_CODE} is no setting: no file may say that code is run. If you trust the model's author, "
+            f"{source}: {OWN_CODE} is no setting: no file can allow that code is run. If you trust the model's author, "
             "give --trust-remote-code"
         )
     return checked_settings(values, source)
 
 
 def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings from keys and values; what earlier versions noted on code of the model's own is passed over.
+    """Settings from keys and values; the key with which earlier versions allowed a model's own code is ignored.
 
     Raises:
         ValueError: in one line, what is wrong with which key of `source`.
@@ -330,7 +330,8 @@ class SettingOption:
         name: of the setting.
         section, meaning: for the help text.
         type: of the value that is typed; several of it where the option may be given again.
-        default: in words; empty where it has to be given.
+        default: in words; empty where there is none.
+        is_required: it has to be given.
         rare: left out of the help text.
     """
 
@@ -339,6 +340,7 @@ class SettingOption:
     meaning: str
     type: Any
     default: str
+    is_required: bool
     rare: bool
 
 
@@ -349,7 +351,13 @@ def options() -> Iterator[SettingOption]:
         plain = field.default not in (..., PydanticUndefined, None, (), {})
         default = extra["null"] or (shown(field.default) if plain else "")
         yield SettingOption(
-            name, extra["section"], str(field.description), _typed(field.annotation), default, extra["rare"]
+            name,
+            extra["section"],
+            str(field.description),
+            _typed(field.annotation),
+            default,
+            field.is_required(),
+            extra["rare"],
         )
 
 

@@ -145,7 +145,7 @@ def test_of_many_texts_whole_ones_are_held_out(tmp_path: Path) -> None:
     [
         ([], "holds no messages"),
         (["hi"], "message 1 has to be an object"),
-        ([{"role": "user", "content": "hi"}], "nothing is said by the assistant"),
+        ([{"role": "user", "content": "hi"}], "no message of the assistant"),
         ([{"role": "bot", "content": "hi"}], "message 1 has the role 'bot'"),
         ([{"role": "user"}], "message 1 has to be an object with `role` and `content`"),
     ],

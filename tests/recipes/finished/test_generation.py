@@ -24,8 +24,8 @@ GREEDY, DRAWN = Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, tempera
 
 
 @pytest.fixture(scope="module")
-def run(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished("causal-lm", models, tmp_path_factory.mktemp("play"))
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished("causal-lm", tmp_path_factory.mktemp("play"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_an_adapter_without_its_run(run: Run, generator: Generator, models: dict
 
 
 def test_a_run_that_trained_everything(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("causal-lm", models, tmp_path, method="full", learning_rate=0.01)
+    run = finished("causal-lm", tmp_path, method="full", learning_rate=0.01)
     found = Generator(run).continued(PROMPT, GREEDY)
     for folder, text in ((run.adapter, found.with_adapter), (models["llama"], found.without_adapter)):
         assert text == likeliest(AutoModelForCausalLM.from_pretrained(folder), models["llama"], PROMPT)
@@ -106,7 +106,7 @@ def test_what_the_model_says_of_drawing_is_overruled(run: Run, generator: Genera
     assert [other.continued(PROMPT, sampling) for sampling in (GREEDY, DRAWN)] == expected
 
 
-def test_a_chat_goes_through_the_template(run: Run, generator: Generator, models: dict[str, Path]) -> None:
+def test_a_chat_goes_through_the_template(run: Run, generator: Generator) -> None:
     # The template of the tiny model, written out.
     asked = "[CLS] user is it? [SEP] [CLS] assistant"
     plain = generator.continued(asked, GREEDY)
@@ -156,8 +156,8 @@ def test_values_out_of_range_are_told(values: dict[str, float], message: str) ->
 
 
 def test_what_does_not_generate_is_told(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is of text-classification; ask it with `dvora predict`"):
-        Generator(finished("text-classification", models, tmp_path))
+    with pytest.raises(ValueError, match="is of text-classification; use `dvora predict`"):
+        Generator(finished("text-classification", tmp_path))
     with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
         as_run(tmp_path, None)
     (tmp_path / "adapter_config.json").write_text("{")

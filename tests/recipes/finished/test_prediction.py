@@ -28,8 +28,8 @@ TEXTS = ["good a the movie", "awful it was", "a book", "bad bad bad very bad it 
 
 
 @pytest.fixture(scope="module")
-def classified(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return Predictor(finished("text-classification", models, tmp_path_factory.mktemp("classified"), epochs=10, rank=16))
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return Predictor(finished("text-classification", tmp_path_factory.mktemp("classified"), epochs=10, rank=16))
 
 
 def from_file(predictor: Predictor, path: Path, **columns: str) -> list[Predicted]:
@@ -71,8 +71,8 @@ def test_batches_change_nothing(classified: Predictor, batch_size: int) -> None:
     )
 
 
-def test_numbers_are_the_model_s_and_as_good_as_it_was_judged(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("regression", models, tmp_path)
+def test_numbers_are_the_model_s_and_as_good_as_it_was_judged(tmp_path: Path) -> None:
+    run = finished("regression", tmp_path)
     held_out = load_data(run.settings).test
     texts = [row["text"] for row in held_out]
     found = [row.columns for row in from_lines(Predictor(run), "\n".join(texts))]
@@ -84,8 +84,8 @@ def test_numbers_are_the_model_s_and_as_good_as_it_was_judged(models: dict[str, 
     assert metrics == pytest.approx({name: judged[name] for name in metrics}, rel=1e-4)
 
 
-def test_pairs_have_a_tab_between_them(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("sentence-pairs", models, tmp_path)
+def test_pairs_have_a_tab_between_them(tmp_path: Path) -> None:
+    run = finished("sentence-pairs", tmp_path)
     predictor = Predictor(run)
     expected = logits(run, TEXTS[:3], TEXTS[3:]).argmax(-1).tolist()
     pairs = [f"{one}\t{other}" for one, other in zip(TEXTS[:3], TEXTS[3:], strict=True)]
@@ -99,8 +99,8 @@ def test_pairs_have_a_tab_between_them(models: dict[str, Path], tmp_path: Path) 
     assert [row.columns for row in again] == [row.columns for row in found]
 
 
-def test_images_by_folder_and_by_path(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("image-classification", models, tmp_path)
+def test_images_by_folder_and_by_path(tmp_path: Path) -> None:
+    run = finished("image-classification", tmp_path)
     predictor = Predictor(run)
     rows = load_data(run.settings).test
     (tmp_path / "paths.txt").write_text("\n".join(row["image"] for row in rows))
@@ -195,6 +195,6 @@ def test_a_line_that_is_no_text_is_told(classified: Predictor) -> None:
         next(lines)
 
 
-def test_a_language_model_does_not_predict(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_language_model_does_not_predict(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`dvora generate` continues texts"):
-        Predictor(finished("causal-lm", models, tmp_path))
+        Predictor(finished("causal-lm", tmp_path))

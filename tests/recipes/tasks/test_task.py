@@ -61,7 +61,7 @@ def test_a_chat_cut_before_the_answer_is_left_out(models: dict[str, Path], lette
     ("template", "message"),
     [
         (None, "no chat template"),
-        ("{{ messages | length }}{{ messages[-1]['content'] }}", "words earlier messages otherwise"),
+        ("{{ messages | length }}{{ messages[-1]['content'] }}", "changes earlier messages"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_told(letters: Any, template: str | None, message: str) -> None:
@@ -90,7 +90,7 @@ def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:
 
 def test_a_model_without_tokenizer_is_told(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((models["bert"] / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"holds no tokenizer .* say with `tokenizer` where it is"):
+    with pytest.raises(ValueError, match=r"holds no tokenizer .* give its folder with `tokenizer`"):
         load_processor(settings("regression", tmp_path))
     elsewhere = settings("regression", tmp_path).model_copy(update={"tokenizer": str(models["bert"])})
     assert load_processor(elsewhere).vocab_size > 0

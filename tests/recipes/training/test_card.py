@@ -22,8 +22,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("task", "method"), CASES)
-def test_the_code_loads_the_model(models: dict[str, Path], tmp_path: Path, task: str, method: str) -> None:
-    run = finished(task, models, tmp_path, method=method)
+def test_the_code_loads_the_model(tmp_path: Path, task: str, method: str) -> None:
+    run = finished(task, tmp_path, method=method)
     text = (run.adapter / "README.md").read_text(encoding="utf-8")
     code = text.partition("```python\n")[2].partition("```")[0]
     assert ("import dvora" in code) == (method == "dvora")
@@ -37,8 +37,8 @@ def test_the_code_loads_the_model(models: dict[str, Path], tmp_path: Path, task:
     assert all(torch.equal(value, found[name]) for name, value in values.items() if "original_module" not in name)
 
 
-def test_it_says_what_the_run_was(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("text-classification", models, tmp_path)
+def test_it_says_what_the_run_was(tmp_path: Path) -> None:
+    run = finished("text-classification", tmp_path)
     text = (run.adapter / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(text.split("---")[1])
     assert front == {
@@ -55,13 +55,13 @@ def test_it_says_what_the_run_was(models: dict[str, Path], tmp_path: Path) -> No
     assert str(tmp_path) not in text.replace(str(run.base), "")
 
 
-def test_the_head_alone_is_loaded_by_the_program(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("text-classification", models, tmp_path, method="head")
+def test_the_head_alone_is_loaded_by_the_program(tmp_path: Path) -> None:
+    run = finished("text-classification", tmp_path, method="head")
     assert "dvora predict RUN" in (run.adapter / "README.md").read_text(encoding="utf-8")
 
 
-def test_names_from_files_are_no_markup(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished("text-classification", models, tmp_path)
+def test_names_from_files_are_no_markup(tmp_path: Path) -> None:
+    run = finished("text-classification", tmp_path)
     labels = ["<script>", "a|b", "\x1b[2J", "**bold**"]
     text = model_card(run.settings, run.record, labels, load_trained(run)[0].config)
     assert not re.search("[\x00-\x08\x0b-\x1f]", text)

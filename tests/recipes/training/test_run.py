@@ -16,6 +16,7 @@ from dvora.recipes.settings import METHODS, Settings, checked_settings, read_set
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.checkpoints import checkpoints
 from dvora.recipes.training.run import InputError, train
+from dvora.recipes.training.trainers import length_of_run
 from dvora.recipes.training.watching import OnProgress, Progress
 from dvora.training.optimizer_groups import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
@@ -339,3 +340,30 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
 )
 def test_settings_that_change_how_is_trained(models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     assert train(Run(models, tmp_path).settings("out", **changes)).run is not None
+
+
+def test_what_is_cut_is_on_record_and_noted(models: dict[str, Path], tmp_path: Path) -> None:
+    notes: list[str] = []
+    settings = Run(models, tmp_path).settings("out", max_length=5, epochs=1)
+    outcome = train(settings, note=notes.append)
+    assert outcome.run is not None
+    record = outcome.run.record
+    assert record["max_length"] == 5
+    assert {part: found["cut"] for part, found in record["truncation"].items()} == record["data"]["rows"]
+    assert any("120 of 120 texts (100.0%) are longer than 5 tokens and were cut" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "expected"),
+    [
+        ({}, 1000, (3.0, None)),
+        ({}, 16 * 1000, (3.0, 1000)),
+        ({"batch_size": 64}, 16 * 1000, (3.0, None)),
+        ({"accumulation": 4}, 16 * 1000, (3.0, None)),
+        ({"epochs": 5.0}, 16 * 1000, (5.0, None)),
+        ({"max_steps": 7}, 16 * 1000, (3.0, 7)),
+    ],
+)
+def test_a_run_that_sets_no_length_ends_soon(given: dict[str, Any], rows: int, expected: object) -> None:
+    settings = checked_settings({"task": "regression", "model": "m", "data": "d.csv", **given}, "")
+    assert length_of_run(settings, rows) == expected

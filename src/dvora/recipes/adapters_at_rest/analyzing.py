@@ -64,11 +64,11 @@ def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
         raise ValueError(f"the report is a page: {page} has to end in .html")
     what = folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} adapters"
     text = report(found.analysis, f"What training changed: {what}", "Made by dvora analyze.", found.steps)
-    figures = {**found.analysis.to_dict(), "steps": found.steps}
+    values = {**found.analysis.to_dict(), "steps": found.steps}
     # Both take their names when both are written.
     with new_file(page) as html, new_file(page.with_suffix(".json")) as numbers:
         html.write(text.encode())
-        numbers.write((json.dumps(figures, indent=1) + "\n").encode())
+        numbers.write((json.dumps(values, indent=1) + "\n").encode())
     return page.with_suffix(".json")
 
 

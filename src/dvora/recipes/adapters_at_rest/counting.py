@@ -1,4 +1,4 @@
-"""How much each method trains, saves and keeps for the optimizer, told by a model's configuration alone."""
+"""How much each method trains, saves and keeps for the optimizer, from a model's configuration alone."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 VALUE_BYTES = 4
 """Everything trained is kept in float32."""
 OPTIMIZER_VALUES = 2
-"""AdamW keeps two values for each that is trained."""
+"""AdamW keeps two values for each trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Count:
     Args:
         method: its name.
         rank: of the update; None where there is none.
-        trained: values, a head included.
-        share: of the model's own values.
+        trained: parameters, a head included.
+        share: of the model's own parameters.
         file_bytes: of the saved adapter; of all weights for "full".
         optimizer_bytes: what AdamW keeps.
-        note: what the figures leave out, or why there are none.
+        note: what the numbers leave out, or why there are none.
     """
 
     method: str
@@ -74,7 +74,7 @@ def count(
     task_type: str | None = None,
     labels: int | None = None,
 ) -> Counted:
-    """Trained values and bytes of every method; nothing is downloaded but the configuration, nothing allocated.
+    """Trained parameters and bytes of every method; only the configuration is read, nothing is allocated.
 
     Args:
         source: a folder, or the name of a model on the hub.

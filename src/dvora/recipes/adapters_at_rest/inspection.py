@@ -16,7 +16,7 @@ from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import config_of_adapter, load_adapted
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
-"""How the names of values begin that nobody trains."""
+"""Prefixes of the names of fixed tensors."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Inspection:
     """What is known of an adapter.
 
     Args:
-        folder, method, base_model, task_type: as its files say.
+        folder, method, base_model, task_type: from its files.
         ranks: how many layers have each rank; 0 means the magnitude only.
         targets: the setting `target_modules`.
         layer_count: of adapted layers.
@@ -58,7 +58,7 @@ class Inspection:
 
 
 def inspect(folder: Path, model: str | None = None) -> Inspection:
-    """What an adapter's folder says, and what the adapter does to the weights of a base model.
+    """What an adapter's folder holds, and how far the adapter moves the weights of a base model.
 
     Args:
         folder: of the adapter, or of a run of `dvora train`.
@@ -130,15 +130,15 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
 
 def _norms(values: Any, adapter: Adapter, layer: str) -> dict[str, float | int]:
     """Norms of a layer's vectors: lambda_b starts at zero, lambda_d at 0.1 times the root of the rank."""
-    figures: dict[str, float | int] = {}
+    norms: dict[str, float | int] = {}
     for vector in ("magnitude", "lambda_b", "lambda_d"):
         key = f"base_model.model.{layer}.dvora_{vector}"
         if key in adapter.shapes:
             tensor = values.get_tensor(key)
             if vector == "magnitude":
-                figures["outputs"] = len(tensor)
-            figures[f"norm_of_{vector}"] = float(torch.linalg.vector_norm(tensor.double()))
-    return figures
+                norms["outputs"] = len(tensor)
+            norms[f"norm_of_{vector}"] = float(torch.linalg.vector_norm(tensor.double()))
+    return norms
 
 
 def _done_to(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
@@ -152,6 +152,6 @@ def _done_to(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
     moved = {}
     for layer in layers_in(load_adapted(adapter, model)):
         weight = layer.unmerged() if layer.layer_type.has_weight else None
-        figures = diagnostics(layer.adapted("default"), layer.vectors("default"), weight)
-        moved[layer.name] = {name: figures[measure] for measure, name in short.items()}
+        measured = diagnostics(layer.adapted("default"), layer.vectors("default"), weight)
+        moved[layer.name] = {name: measured[measure] for measure, name in short.items()}
     return moved

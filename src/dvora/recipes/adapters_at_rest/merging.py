@@ -1,4 +1,4 @@
-"""A base model with an adapter in its weights, written whole, and compared with the adapted model before it counts."""
+"""A base model with an adapter merged into its weights, verified against the adapted model before it is kept."""
 
 import shutil
 import warnings
@@ -42,7 +42,7 @@ class Merge:
         bytes: of the weights' files.
         files: in the folder.
         difference: largest difference of the outputs of the merged model, loaded again, and of the adapted one, on a
-            fixed input, in shares of the largest output; None for models whose inputs are not known here.
+            fixed input, relative to the largest output; None for models whose inputs are not known here.
         lost_worst, lost_layer: the largest share of an update that rounding changed, and where; None for methods
             other than DVoRA.
         warning: a large loss in words.
@@ -134,8 +134,8 @@ def _merge_into(adapted: PeftModel) -> tuple[dict[str, float] | None, str | None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergePrecisionWarning)
         losses = merge_model(adapted.base_model.model, None, keep_original=False, safe_merge=True)
-    said = [str(entry.message) for entry in caught if issubclass(entry.category, MergePrecisionWarning)]
-    return losses, said[0] if said else None
+    messages = [str(entry.message) for entry in caught if issubclass(entry.category, MergePrecisionWarning)]
+    return losses, messages[0] if messages else None
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """How fast methods are on a model at hand: a training step, and a decoded token or a forward pass.
 
-Every round times every method once, and figures are ratios within a round: a machine that gets slower meanwhile
-changes both sides alike.
+Every round times every method once, and times are compared within a round: a machine that slows down slows both.
 """
 
 import copy
@@ -70,7 +69,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was timed and how; `inference` says what its times are of."""
+    """What was timed and how; `inference`: what was timed as such."""
 
     model: str
     architecture: str
@@ -141,11 +140,11 @@ def bench(
         inference = _timed_in_turns({n: make(m, inputs) for n, m in models.items()}, rounds, on_round)
     timings = [_timing(method, model, training, inference, rank, low_rank) for method, model in models.items()]
     timings += [Timing(method, None, note=reason) for method, reason in refused.items()]
-    told = "one token after a prompt" if decodes else "a forward pass"
+    timed = "one token after a prompt" if decodes else "a forward pass"
     length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     return Speed(
         source, type(base).__name__, str(base.dtype).removeprefix("torch."), device, torch.get_num_threads(), batch,
-        length, rounds, told, timings,
+        length, rounds, timed, timings,
     )  # fmt: skip
 
 
@@ -246,10 +245,10 @@ def _timing(
     low_rank: int,
 ) -> Timing:
     own = None if method == "base" else low_rank if method in LOW_RANK else rank
-    return Timing(method, own, trained_values(model), *_figures(method, training), *_figures(method, inference))
+    return Timing(method, own, trained_values(model), *_statistics(method, training), *_statistics(method, inference))
 
 
-def _figures(method: str, seconds: Mapping[str, list[float]]) -> tuple[float, float, tuple[float, float]]:
+def _statistics(method: str, seconds: Mapping[str, list[float]]) -> tuple[float, float, tuple[float, float]]:
     """The median, the median ratio to the base, and the quartiles of the ratios."""
     ratios = [own / base for own, base in zip(seconds[method], seconds["base"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3

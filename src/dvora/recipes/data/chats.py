@@ -17,7 +17,7 @@ def chat_features(messages: Sequence[Message], tokenizer: Any, max_length: int) 
         many `tokens` the chat has before it is cut.
 
     Raises:
-        ValueError: the tokenizer has no template, or one that words earlier messages otherwise when later ones follow.
+        ValueError: the tokenizer has no template, or one that changes earlier messages when later ones follow.
     """
     text, spans = rendered(messages, tokenizer)
     encoded = tokenizer(
@@ -33,7 +33,7 @@ def chat_features(messages: Sequence[Message], tokenizer: Any, max_length: int) 
     return {"input_ids": encoded["input_ids"], "labels": labels, "bytes": count, "tokens": tokens}
 
 
-def asked(messages: Sequence[Message], tokenizer: Any) -> str:
+def prompt_text(messages: Sequence[Message], tokenizer: Any) -> str:
     """The text of a chat up to where the assistant is to answer.
 
     Raises:
@@ -45,7 +45,7 @@ def asked(messages: Sequence[Message], tokenizer: Any) -> str:
 
 
 def rendered(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a chat, and where in it the assistant speaks."""
+    """The text of a chat, and the spans of the assistant's messages."""
     _check_template(tokenizer)
     text: str = tokenizer.apply_chat_template(list(messages), tokenize=False)
     spans = []
@@ -58,8 +58,8 @@ def rendered(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tup
         upto = tokenizer.apply_chat_template(list(messages[: index + 1]), tokenize=False)
         if not (text.startswith(before or "") and text.startswith(upto)):
             raise ValueError(
-                "the tokenizer's chat template words earlier messages otherwise when later ones follow, so what the "
-                "assistant says cannot be told apart; keep one answer in each chat"
+                "the tokenizer's chat template changes earlier messages when later ones follow, so the assistant's "
+                "messages cannot be located; keep one answer in each chat"
             )
         spans.append((len(before or ""), len(upto)))
     return text, spans

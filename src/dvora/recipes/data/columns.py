@@ -1,4 +1,4 @@
-"""Which columns of a table hold the text, the second text and the label: as told, or guessed from their names."""
+"""Which columns of a table hold the text, the second text and the label: as set, or guessed from their names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def chosen_columns(table: Table, settings: Settings) -> Columns:
     for key in likely:
         left_over = [name for name in table.columns if name not in chosen.values()]
         if key not in chosen and len(left_over) != 1:
-            raise ValueError(f"{table.path}: which of its columns ({listed(table.columns)}) is the {key}? Say so")
+            raise ValueError(f"{table.path}: which of its columns ({listed(table.columns)}) is the {key}? Set it")
         chosen.setdefault(key, left_over[0] if left_over else "")
     notes = tuple(f"{key}: {name} (guessed)" for key, name in chosen.items() if getattr(settings, key) is None)
     return Columns(chosen["text_column"], chosen.get("second_text_column"), chosen.get("label_column"), notes)

@@ -18,8 +18,8 @@ def opened_text(path: Path, encoding: str | None, note: Note) -> Iterator[TextIO
 
     Args:
         path: of the file, which is read once before it is opened to find its encoding.
-        encoding: None: UTF-8, or what its mark says, and windows-1252 for what is not UTF-8.
-        note: is told what had to be assumed.
+        encoding: None: UTF-8, or that of its byte order mark, and windows-1252 for what is not UTF-8.
+        note: called with what had to be assumed.
 
     Raises:
         ValueError: it is empty, no text, or not in the encoding.
@@ -65,8 +65,8 @@ def _encoding_of(path: Path, encoding: str | None, note: Note) -> str:
     if encoding or marked:
         raise ValueError(f"{path}, line {line}: not {name}")
     name = "cp1252" if _first_undecodable(path, "cp1252") is None else "latin-1"
-    told = {"cp1252": "windows-1252"}.get(name, name)
-    note(f"{path.name} is not UTF-8 (line {line}): read as {told}; set `encoding` if it is another")
+    common = {"cp1252": "windows-1252"}.get(name, name)
+    note(f"{path.name} is not UTF-8 (line {line}): read as {common}; set `encoding` if it is another")
     return name
 
 

@@ -155,7 +155,7 @@ def row_of(values: dict[str, Any], columns: Columns, where: str) -> tuple[dict[s
     key = same_text(row["text"])
     if columns.second is not None:
         row["text2"] = _text(values, columns.second, where)
-        # The pair the other way round says as much about the held-out one.
+        # A pair in the other order gives away as much about a held-out one.
         key = "\n".join(sorted((key, same_text(row["text2"]))))
     if columns.label is not None:
         row["label"] = values[columns.label]
@@ -187,6 +187,6 @@ def _chat(values: dict[str, Any], columns: Columns, where: str) -> tuple[dict[st
         if message["role"] not in ROLES:
             raise ValueError(f"{where}: message {number} has the role {message['role']!r}, expected {', '.join(ROLES)}")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: nothing is said by the assistant, so there is nothing to learn")
-    told = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return {"messages": told}, json.dumps([[m["role"], same_text(m["content"])] for m in told])
+        raise ValueError(f"{where}: there is no message of the assistant, so there is nothing to learn")
+    found = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return {"messages": found}, json.dumps([[m["role"], same_text(m["content"])] for m in found])

@@ -1,4 +1,4 @@
-"""What a label column says: classes by name, or numbers."""
+"""The values of a label column: classes by name, or numbers."""
 
 import math
 from collections import Counter
@@ -26,11 +26,11 @@ def class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
     counts = Counter(map(class_name, values))
     names = sorted(counts)
     if len(names) == 1:
-        raise ValueError(f"column {column!r} has the single class {names[0]!r}; there is nothing to tell apart")
+        raise ValueError(f"column {column!r} has the single class {names[0]!r}; there is nothing to predict")
     if len(names) > max(MANY, len(values) / 2):
         raise ValueError(
             f"column {column!r} has {len(names)} different labels in {len(values)} rows; is it the right label_column? "
-            "Numbers are told by the task regression, or by label_kind: numbers"
+            "For numbers take the task regression, or label_kind: numbers"
         )
     if all(name.removeprefix("-").isdecimal() for name in names):
         # Python makes no whole number of more than 4,300 digits.

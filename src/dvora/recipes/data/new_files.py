@@ -16,7 +16,7 @@ from .run_data import encode_labels
 from .tables import stream_table
 
 Line = tuple[str, str]
-"""Where a line is, and what it says."""
+"""Where a line is, and its text."""
 
 COLUMNS = {"text_column": "text", "second_text_column": "text2", "label_column": "label"}
 """Settings, and what a run's record calls their columns."""
@@ -49,7 +49,7 @@ def reading_settings(run: Run, columns: Mapping[str, str | None]) -> Settings:
 
 
 def labelled_examples(paths: Sequence[str], run: Run, columns: Mapping[str, str | None]) -> Examples:
-    """The examples in some files, their labels as the run's model tells them.
+    """The examples in some files, their labels as the run's model predicts them.
 
     Raises:
         ValueError: a file or a row is not what the task needs, or a label is none of the run's.
@@ -67,10 +67,10 @@ def file_inputs(path: Path, run: Run, columns: Mapping[str, str | None], note: N
         path: of the file or folder.
         run: finished.
         columns: of the file, where they are not those of the run; see `reading_settings`.
-        note: is told what was assumed.
+        note: called with what was assumed.
 
     Raises:
-        ValueError: it is not what the task needs; a row's mistake is told when the row is reached.
+        ValueError: it is not what the task needs; a mistake in a row is raised when the row is reached.
         OSError: it cannot be read.
     """
     settings = reading_settings(run, columns)

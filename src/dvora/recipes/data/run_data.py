@@ -1,4 +1,4 @@
-"""The data of a run: read, checked, freed of duplicates, divided, and on record."""
+"""The data of a run: read, checked, without duplicates, split, and hashed for the record."""
 
 import hashlib
 from collections import Counter
@@ -20,7 +20,7 @@ SMALLEST = 2
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and is judged on.
+    """What a run is trained and evaluated on.
 
     Args:
         train, validation, test: rows with `text` (and `text2`), `messages` or `image`, and `label`, a class's index or
@@ -41,7 +41,7 @@ class Data:
 
 
 def load_data(settings: Settings) -> Data:
-    """Read and divide the data of a run; the same files and seed give the same parts everywhere.
+    """Read and split the data of a run; the same files and seed give the same parts everywhere.
 
     Raises:
         ValueError: a file or a row is not what the task needs, or there are too few rows.
@@ -58,7 +58,7 @@ def load_data(settings: Settings) -> Data:
     labels = _encode_labels(read, settings)
     notes = [note for examples in read.values() for note in examples.notes]
     distinct = {part: _without_duplicates(examples) for part, examples in read.items()}
-    parts = _divided(distinct, bool(labels), settings)
+    parts = _split(distinct, bool(labels), settings)
     clean = _without_leaks(parts)
     removed = {
         "duplicates_removed": _count(read) - _count(distinct),
@@ -72,7 +72,7 @@ def load_data(settings: Settings) -> Data:
         "rows": {part: len(found) for part, found in rows.items()},
         **removed,
     }
-    notes += _told(clean, **removed)
+    notes += _notes(clean, **removed)
     keys = tuple(clean["train"].keys)
     return Data(rows["train"], rows["validation"], rows["test"], labels, record, tuple(dict.fromkeys(notes)), keys)
 
@@ -123,7 +123,7 @@ def _without_duplicates(examples: Examples) -> Examples:
     return examples.chosen(first_of_each(contents))
 
 
-def _divided(read: Mapping[str, Examples], classes: bool, settings: Settings) -> dict[str, Examples]:
+def _split(read: Mapping[str, Examples], classes: bool, settings: Settings) -> dict[str, Examples]:
     main = read["train"]
     split = split_rows(
         main.keys,
@@ -147,13 +147,13 @@ def _without_leaks(parts: Mapping[str, Examples]) -> dict[str, Examples]:
 
 def _check_parts(parts: Mapping[str, Examples], settings: Settings) -> None:
     counts = {part: len(examples.rows) for part, examples in parts.items()}
-    told = ", ".join(f"{part} {count}" for part, count in counts.items())
+    shares = ", ".join(f"{part} {count}" for part, count in counts.items())
     wanted = {"train": SMALLEST, "validation": int(settings.validation_share > 0), "test": int(settings.test_share > 0)}
     if short := [part for part, least in wanted.items() if counts[part] < least]:
-        raise ValueError(f"too few different rows for the part {short[0]} ({told}); add data, or change its share")
+        raise ValueError(f"too few different rows for the part {short[0]} ({shares}); add data, or change its share")
 
 
-def _told(parts: Mapping[str, Examples], duplicates_removed: int, leaks_removed: int) -> list[str]:
+def _notes(parts: Mapping[str, Examples], duplicates_removed: int, leaks_removed: int) -> list[str]:
     notes = []
     if duplicates_removed:
         notes.append(f"{duplicates_removed:,} exact duplicates removed")

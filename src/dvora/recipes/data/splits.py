@@ -15,7 +15,7 @@ class Split(NamedTuple):
 
 
 def same_text(text: str) -> str:
-    """What two texts share when only case or spacing tells them apart."""
+    """The same for texts that differ in case or spacing only."""
     return " ".join(text.split()).casefold()
 
 
@@ -30,14 +30,14 @@ def first_of_each(rows: Sequence[Hashable]) -> list[int]:
 def split_rows(
     keys: Sequence[Hashable], classes: Sequence[int], validation_share: float, test_share: float, seed: int
 ) -> Split:
-    """Divide rows by a seed.
+    """Split rows by a seed.
 
     Args:
         keys: rows with the same key stay together.
         classes: of each row; all the same where there are none. A key has the class of its first row.
         validation_share, test_share: of the keys, as nearly as whole keys of every class allow. The last key of a class
             is never held out.
-        seed: names the split.
+        seed: of the split.
     """
     rows_of: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):

@@ -37,14 +37,14 @@ class Table:
 
 
 def read_table(path: Path, encoding: str | None = None) -> Table:
-    """Read a file in the format that its suffix says.
+    """Read a file in the format of its suffix.
 
     Args:
         path: of the file.
-        encoding: None: UTF-8, or what its mark says, and windows-1252 for what is not UTF-8.
+        encoding: None: UTF-8, or that of its byte order mark, and windows-1252 for what is not UTF-8.
 
     Raises:
-        ValueError: the format is unknown, or the file is empty or damaged; says where.
+        ValueError: the format is unknown, or the file is empty or damaged, with the place.
         OSError: it cannot be read.
     """
     notes: list[str] = []

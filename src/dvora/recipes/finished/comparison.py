@@ -61,7 +61,7 @@ def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = Non
 
 
 def continuations(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) -> list[Continuation]:
-    """What a language model goes on with after the beginnings of held-out rows, with and without its adapter."""
+    """Beginnings of held-out rows, continued by a language model with and without its adapter."""
     generator = Generator(run)
     found: list[Continuation] = []
     for row in rows:
@@ -79,11 +79,11 @@ def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[s
 
 
 def _prompt(row: dict[str, Any]) -> tuple[str, bool, str | None] | None:
-    """A prompt, whether it is a chat's, and what the chat's system message says."""
+    """A prompt, whether it is of a chat, and the chat's system message."""
     if "messages" not in row:
         text = row.get("text") or row.get("passage") or ""
         words = text.split(" ")
         return (" ".join(words[:PROMPT_WORDS]), False, None) if len(words) > PROMPT_WORDS else None
-    said = [message["content"] for message in row["messages"] if message["role"] == "user"]
+    user = [message["content"] for message in row["messages"] if message["role"] == "user"]
     system = [message["content"] for message in row["messages"] if message["role"] == "system"]
-    return (said[0], True, system[0] if system else None) if said else None
+    return (user[0], True, system[0] if system else None) if user else None

@@ -1,4 +1,4 @@
-"""The doctor for what lies in folders: a run with its own rows, or an adapter on its base with random inputs."""
+"""The doctor on folders: a run with its own rows, or an adapter on its base with random inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from .evaluation import unchanged_data
 
 TOKENS = 16
 EXAMINED = 8
-"""Rows of the batch that a model is asked."""
+"""Rows of the batch that checks use."""
 
 
 def examine_folder(
@@ -33,8 +33,8 @@ def examine_folder(
         folder: of a run of `dvora train`, or of an adapter of PEFT.
         model: the base of an adapter; None: the one that it names.
         files: with labelled rows for a run's model; none: rows that the run held out, or trained on.
-        rows: of the batch that the model is asked.
-        layers: that are looked at for themselves at most; None: all.
+        rows: of the batch that checks use.
+        layers: checked one by one at most; None: all.
         trust: what is allowed to get the base.
 
     Raises:
@@ -53,7 +53,7 @@ def examine_folder(
         with offline():
             return examine(adapted, batch, layers=layers)
     if files:
-        raise ValueError(f"{folder} is no run, so nothing says how {files[0]} is to be read; leave the data out")
+        raise ValueError(f"{folder} is no run, so it is not known how to read {files[0]}; leave the data out")
     adapter = read_adapter(folder)
     adapted = load_adapted(adapter, model, trust)
     with offline():

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..data.chats import asked
+from ..data.chats import prompt_text
 from ..models.bases import computing, device_of
 from ..run_folder import Run, load_trained
 from ..tasks.task import longest
@@ -22,14 +22,14 @@ class Sampling:
 
     Args:
         max_new_tokens: after which a continuation ends, if the model does not end it before.
-        temperature: 0: always the likeliest token, no randomness; else tokens are drawn, the more freely the higher.
-        top_k: draw from so many of the likeliest tokens; None: from all.
-        top_p: draw from the likeliest tokens that have this probability together; None: from all.
+        temperature: 0: greedy, no randomness; else tokens are sampled, the more freely the higher.
+        top_k: sample from so many of the likeliest tokens; None: from all.
+        top_p: sample from the likeliest tokens that have this probability together; None: from all.
         repetition_penalty: above 1, tokens that occurred become less likely.
-        seed: names the draws of each prompt; with and without the adapter they are the same.
+        seed: of the sampling for each prompt; the same with and without the adapter.
 
     Raises:
-        ValueError: a value is out of its range, or says how to draw where nothing is drawn.
+        ValueError: a value is out of its range, or is about sampling while the temperature is 0.
     """
 
     max_new_tokens: int = 64
@@ -53,7 +53,7 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
         if self.temperature == 0 and (drawn := [n for n in ("top_k", "top_p") if getattr(self, n) is not None]):
             raise ValueError(
-                f"{drawn[0]} is set but temperature is 0, so nothing is drawn; set a temperature, such as 0.8"
+                f"{drawn[0]} is set but temperature is 0, so nothing is sampled; set a temperature, such as 0.8"
             )
 
 
@@ -63,8 +63,8 @@ class Continuation:
 
     Args:
         prompt: as it was given.
-        with_adapter: what the trained model says.
-        without_adapter: what the base says; None if it was not asked.
+        with_adapter: the trained model's text.
+        without_adapter: the base's text; None if it was not asked for.
     """
 
     prompt: str
@@ -86,7 +86,7 @@ class Generator:
 
     def __init__(self, run: Run, compares: bool = True) -> None:
         if run.settings.task != "causal-lm":
-            raise ValueError(f"the run in {run.folder} is of {run.settings.task}; ask it with `dvora predict`")
+            raise ValueError(f"the run in {run.folder} is of {run.settings.task}; use `dvora predict`")
         self.settings, self.compares = run.settings, compares
         self.device = device_of(run.settings)
         model, self.tokenizer = load_trained(run)
@@ -102,10 +102,10 @@ class Generator:
         """Continue a prompt.
 
         Args:
-            prompt: a text to go on with, or what the user says in a chat.
+            prompt: a text to continue, or the user's message of a chat.
             sampling: how tokens are chosen.
             is_chat: put the prompt into the tokenizer's chat template.
-            system: what the chat's system message says; None: there is none.
+            system: the system message of the chat; None: none.
 
         Raises:
             ValueError: the prompt is empty, longer than the model can read, or the tokenizer has no chat template.
@@ -124,7 +124,7 @@ class Generator:
     def _tokens(self, prompt: str, is_chat: bool, system: str | None) -> Tensor:
         if is_chat:
             before = [{"role": "system", "content": system}] if system is not None else []
-            text = asked([*before, {"role": "user", "content": prompt}], self.tokenizer)
+            text = prompt_text([*before, {"role": "user", "content": prompt}], self.tokenizer)
             # The template has written the special tokens.
             encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
         else:
@@ -139,7 +139,7 @@ class Generator:
         return tokens.to(self.device, torch.long)
 
     def _text(self, model: Any, tokens: Tensor, sampling: Sampling) -> str:
-        """What a model says after a prompt's tokens."""
+        """The text that a model generates after a prompt's tokens."""
         config = _config(model, sampling, self.positions - tokens.shape[1], self.tokenizer)
         with computing(self.settings), _seeded(sampling.seed, self.device):
             made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config)[0]
@@ -158,9 +158,9 @@ def text_after(tokens: Tensor, start: int, tokenizer: Any) -> str:
 
 
 def _config(model: Any, sampling: Sampling, room: int, tokenizer: Any) -> GenerationConfig:
-    """What the model's own settings say of searching and drawing is overruled; what else they say holds."""
+    """Greedy or sampled as asked for, whatever the model's own configuration does; its other settings are kept."""
     drawn = sampling.temperature > 0
-    said = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
     own = model.generation_config
     return GenerationConfig(
         max_new_tokens=min(sampling.max_new_tokens, room),
@@ -169,13 +169,13 @@ def _config(model: Any, sampling: Sampling, room: int, tokenizer: Any) -> Genera
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **(said if drawn else {}),
+        **(options if drawn else {}),
     )
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """transformers draws from the global generators: start them from a seed, and give them back as they were."""
+    """transformers samples from the global generators: seed them, and restore them afterwards."""
     devices = [device] if device.type in ("cuda", "xpu") else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)

@@ -23,7 +23,7 @@ class Predicted:
 
     Args:
         input: as it was read.
-        columns: `prediction`: a class's name or a number; of classes its `probability`, and if all were asked for
+        columns: `prediction`: a class's name or a number; of classes its `probability`, and on request
             `probability_NAME` of each.
     """
 

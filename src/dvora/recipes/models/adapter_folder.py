@@ -1,4 +1,4 @@
-"""The folder of an adapter of any of PEFT's methods: what its files say, checked before PEFT or a model sees them."""
+"""The folder of an adapter of any of PEFT's methods: its files, checked before PEFT or a model sees them."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class Adapter:
         folder: of the adapter.
         settings: its configuration.
         shapes: of the values in its file.
-        labels: names of the classes, where a run of `dvora train` tells them; empty elsewhere.
+        labels: names of the classes, where a run of `dvora train` recorded them; else empty.
 
     Raises:
         ValueError: the head is missing, or not one of as many classes as there are labels.
@@ -67,7 +67,7 @@ class Adapter:
             for key, shape in self.shapes.items()
             if len(shape) == 2 and any(f".{head}." in key for head in heads) and key.endswith("weight")
         ]
-        # Of a head of several layers, the one that tells the labels is the smallest.
+        # The last layer of a head of several, which has one output a label, is the smallest.
         return min((shape[0] for shape in last), default=None)
 
     @property
@@ -119,7 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def checked_adapter_settings(file: Path) -> dict[str, Any]:
-    """What an adapter_config.json says.
+    """The content of an adapter_config.json.
 
     Raises:
         OSError: it cannot be read.

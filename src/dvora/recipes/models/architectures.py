@@ -1,4 +1,4 @@
-"""Which class a base model has, told by its configuration, and the model itself: with its weights or without memory."""
+"""The class of a base model, from its configuration, and the model: with its weights or on the meta device."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -91,7 +91,7 @@ def load_base(
 
 
 def without_memory(model_class: Any, config: Any) -> nn.Module:
-    """A model of which nothing but names and shapes exists."""
+    """A model on the meta device: names and shapes without memory."""
     with torch.device("meta"), quietly():
         # The automatic classes look the class up, the others are one.
         automatic = model_class.__name__.startswith("Auto")
@@ -111,7 +111,7 @@ def heads_of(model: nn.Module) -> list[str]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' reports, progress bars and PEFT's questions by old names; what matters is told by us."""
+    """Without transformers' reports, progress bars and PEFT's questions by old names; we report what matters."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)

@@ -52,7 +52,7 @@ def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    # What is no model has no tokenizer either, but that is not what is wrong with it.
+    # A folder without a model has no tokenizer either; report the model first.
     check_model_folder(settings.model)
     source = settings.tokenizer or settings.model
     kind = transformers.AutoImageProcessor if settings.task == "image-classification" else transformers.AutoTokenizer
@@ -61,7 +61,7 @@ def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     name = "image processor" if images else "tokenizer"
     folder = Path(source)
     if folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern)):
-        raise ValueError(f"{source} holds no {name} ({', '.join(files)}); say with `tokenizer` where it is")
+        raise ValueError(f"{source} holds no {name} ({', '.join(files)}); give its folder with `tokenizer`")
     check_model_files(source)
     with loading(f"the {name}", source, trust, *_ADVICE):
         processor = kind.from_pretrained(source, **trust.options)
@@ -77,7 +77,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
 
     Args:
         settings: of the run.
-        labels: names of the classes; empty where numbers or tokens are told.
+        labels: names of the classes; empty where numbers or tokens are predicted.
         pad_token_id: the tokenizer's, None for images.
         trust: what is allowed to get it.
 
@@ -114,7 +114,7 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
 
 
 def _head_options(task: Task, labels: Sequence[str]) -> dict[str, Any]:
-    """What the model's configuration has to say of the labels."""
+    """The model configuration's entries for the labels."""
     if task == "causal-lm":
         return {}
     if not labels:

@@ -1,4 +1,4 @@
-"""Models that are not there: whether the hub can be reached, asked once (its client asks for minutes); what to say."""
+"""Models that are not local: what may be fetched, whether the hub can be reached, and errors in a sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Trust:
-    """What whoever calls allows beyond reading files. No file that is read can allow it.
+    """What the caller allows beyond reading files. No file that is read can allow it.
 
     Args:
         code: run Python code that comes with a model.
@@ -29,7 +29,7 @@ class Trust:
 
     @property
     def options(self) -> dict[str, bool]:
-        """What transformers' `from_pretrained` is told."""
+        """Arguments of transformers' `from_pretrained`."""
         return {"trust_remote_code": self.code, "local_files_only": not self.download}
 
 
@@ -39,7 +39,7 @@ NOTHING, NAMED = Trust(), Trust(download=True)
 
 @contextmanager
 def offline(wanted: bool = True) -> Iterator[None]:
-    """Keep everything that would ask the hub from it; libraries ask for more than what they are told to load."""
+    """Keep libraries from asking the hub; they ask for more than what is to be loaded."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or wanted
     try:
@@ -50,16 +50,16 @@ def offline(wanted: bool = True) -> Iterator[None]:
 
 @cache
 def _check_reachable(name: str) -> None:
-    """Make sure that the hub can be asked for a name; what it says is told by those who load from it."""
+    """Check that the hub can be reached, once for a name: its client would retry for minutes."""
     try:
         HfApi().model_info(name, timeout=SECONDS)
     except (HfHubHTTPError, ValueError):
         # It answered, or the name is none.
         return
     except Exception as error:  # of the HTTP client, which is another one in other versions
-        told = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{name!r} is no folder here, and the hub cannot be reached ({told}); give a folder, or set "
+            f"{name!r} is no folder here, and the hub cannot be reached ({message}); give a folder, or set "
             "HF_HUB_OFFLINE=1 if the model was fetched before"
         ) from error
 
@@ -82,13 +82,13 @@ def check_weights(source: str) -> None:
 
 @contextmanager
 def loading(what: str, source: str, trust: Trust, code_advice: str, download_advice: str) -> Iterator[None]:
-    """Load something with transformers, and turn the pages that it writes when that fails into a sentence.
+    """Load something with transformers, and turn its long errors into a sentence.
 
     Args:
         what: is loaded, for the message.
         source: a folder, or a name on the hub.
         trust: what is allowed.
-        code_advice: what to say of a model that is made of code of its own.
+        code_advice: for a model that comes with its own code.
         download_advice: what to do to have it fetched, where that is not allowed.
 
     Raises:
@@ -107,14 +107,14 @@ def loading(what: str, source: str, trust: Trust, code_advice: str, download_adv
     except RecursionError as error:
         raise ValueError(f"{what} in {source} cannot be read: a file is nested too deeply") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().partition("\n")[0]
+        message = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
-            said = f"it is made of code that comes with it{code_advice}"
+            message = f"it is made of code that comes with it{code_advice}"
         if is_here:
-            raise ValueError(f"{what} in {source} cannot be read: {said}") from error
+            raise ValueError(f"{what} in {source} cannot be read: {message}") from error
         if not trust.download:
             raise ValueError(
                 f"{what} {source!r} is no folder here and not in the hub's cache, and what only a file names is not "
                 f"downloaded; {download_advice}"
             ) from error
-        raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {said}") from error
+        raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {message}") from error

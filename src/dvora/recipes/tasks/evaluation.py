@@ -37,11 +37,11 @@ def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) ->
 
 
 def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
-    """What every trainer of a run is told.
+    """Arguments that all trainers of a run share.
 
     Args:
         settings: of the run.
-        folder: for what the trainer writes.
+        folder: that the trainer writes to.
     """
     gpu = device_of(settings).type == "cuda"
     return {

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 
 MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
-"""What metrics are of, by the ending of their name in run.json; `simplest_guess` says what it guesses."""
+"""Names for what is evaluated, by the ending of its key in run.json."""
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:

@@ -17,7 +17,7 @@ from . import metrics
 Rows = Sequence[dict[str, Any]]
 Encoded = dict[str, Any]
 NO_LIMIT = 10**6
-"""Tokenizers without a limit say a number beyond this."""
+"""Tokenizers without a limit give a number beyond this."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Truncation:
         """What was lost, in a sentence; empty where nothing was."""
         if not self.cut:
             return ""
-        said = (
+        sentence = (
             f"{self.cut:,} of {self.texts:,} texts ({self.cut / self.texts:.1%}) are longer than {max_length} tokens "
             f"and were cut: {self.tokens_lost / self.tokens:.1%} of all tokens were not read"
         )
-        return said + (
+        return sentence + (
             f"; {self.left_out:,} chats were left out, for nothing of an answer remained" * bool(self.left_out)
         )
 

@@ -1,4 +1,4 @@
-"""The record of a run: what is written when it starts, and whether a run that is on record can go on."""
+"""The record of a run: what is written when it starts, and whether a recorded run can be resumed."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +13,7 @@ PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", 
 
 
 def start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """What is known when training starts, or starts again.
+    """What is known when training starts or resumes.
 
     Raises:
         ValueError: a data file is not what it was when the run started.
@@ -38,7 +38,7 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
     """Refuse to write into a folder that holds something else.
 
     Raises:
-        ValueError: says what is in it and what to do.
+        ValueError: it does; the message says what it holds and what to do.
     """
     if record is None:
         # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
@@ -55,8 +55,8 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
     # The folder may have been moved.
     changed = [key for key, value in now.items() if key != "output" and record["settings"].get(key) != value]
     if changed:
-        told = ", ".join(f"{key} {record['settings'].get(key)!r} is now {now[key]!r}" for key in changed)
-        raise ValueError(f"the run in {folder} was started with other settings ({told}); choose another output folder")
+        which = ", ".join(f"{key} {record['settings'].get(key)!r} is now {now[key]!r}" for key in changed)
+        raise ValueError(f"the run in {folder} was started with other settings ({which}); choose another output folder")
     if record["state"] == "finished":
         return
     if not {"data", "processes", "seconds"} <= record.keys():

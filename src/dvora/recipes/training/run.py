@@ -62,7 +62,7 @@ def train(
     note: Note = lambda _: None,
     trust: Trust = NAMED,
 ) -> Outcome:
-    """Train as the settings say, or go on with a run that was ended.
+    """Train, or resume a run that was stopped.
 
     With several processes (accelerate launch, torchrun) every one of them calls this; the first one alone writes.
 
@@ -104,7 +104,7 @@ def _input_errors() -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """The folder for this process, and the others that work with it."""
+    """Lock the folder for this process and those that train with it."""
     if not is_first():
         yield
         return
@@ -171,7 +171,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     if cut := sum((found.truncation for found in made.values()), Truncation()).sentence(length):
         notes.append(f"{cut}; set max_length to keep more")
     task = task_parts(settings, data.labels, processor)
-    # What is wrong with the input has been found by now: whoever made a mistake reads of nothing else.
+    # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
     head_alone = None
@@ -205,7 +205,7 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _finish(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
-    """Save what was trained, then say that the run is finished; an end in between is an unfinished run."""
+    """Save what was trained, then mark the run as finished; killed in between, it is unfinished."""
     if (folder / ADAPTER).is_dir():
         remove(folder / ADAPTER)
     with new_folder(folder / ADAPTER) as filled:

@@ -113,7 +113,7 @@ class Watching(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
         self.started, self.first_step = time.monotonic(), state.global_step
-        # A checkpoint says where the best one lay: of a run that was moved, or made elsewhere, that is another place.
+        # A checkpoint holds the path of the best one, which is wrong in a run that was moved.
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         state.best_model_checkpoint = str(best) if best.is_dir() else None
 
@@ -128,7 +128,7 @@ class Watching(TrainerCallback):
         self._report(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A stop is no end of an epoch: evaluated here, the run would not go on as if it had not been stopped."""
+        """A stop is no end of an epoch: evaluated here, the resumed run would differ from one without a stop."""
         if self.was_stopped:
             control.should_save = not self.stopped_within_epoch
             control.should_evaluate &= not self.stopped_within_epoch
@@ -165,7 +165,7 @@ class Watching(TrainerCallback):
 
 
 def _anywhere(wanted: bool, device: torch.device) -> bool:
-    """Whether it is so on one of the processes: they have to stop after the same step."""
+    """Whether it is true on any process: all have to stop after the same step."""
     if not dist.is_initialized():
         return wanted
     flag = torch.tensor(float(wanted), device=device)

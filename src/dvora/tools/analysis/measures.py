@@ -65,7 +65,7 @@ def change(weight: Float[Tensor, "O I"], moved: Float[Tensor, "O I"]) -> Change:
     before, after = weight.norm(dim=1), moved.norm(dim=1)
     live = before > 0
     ratio = torch.where(live, after / before.clamp_min(1e-300), 1.0)
-    # Of unit rows: the distance tells small angles, of which the cosine has lost all digits.
+    # Distance of unit rows: the cosine has no digits left for small angles.
     gap = (weight / before.clamp_min(1e-300)[:, None] - moved / after.clamp_min(1e-300)[:, None]).norm(dim=1)
     half = torch.where(live & (after > 0), gap / 2, 0.0).clamp_max(1.0)
     size = (moved - weight).norm() / weight.norm().clamp_min(1e-300)

@@ -51,7 +51,7 @@ def gradients(every: tuple[Subject, ...], inputs: Mapping[str, Tensor]) -> Findi
         errors,
         limits,
         "gradients differ from finite differences by",
-        "training goes into a wrong direction: look for hooks, custom kernels, and a forward under no_grad",
+        "training goes in a wrong direction: look for hooks, custom kernels, and a forward under no_grad",
     )
 
 

@@ -17,7 +17,7 @@ from .watched import Inputs, Loss, called, distance, restored, tensor_of, tensor
 
 _PERTURBATION = 0.01
 _NO_GRADIENT = "an autograd kernel was not registered"
-"""What torch says of an operator without a gradient when it is differentiated all the same."""
+"""In torch's warning when an operator without a gradient is differentiated."""
 
 
 def calls(every: tuple[Subject, ...], seen: Mapping[str, Tensor]) -> Finding:

@@ -1,4 +1,4 @@
-"""The model under examination: called on its inputs, watched, and left as it was found."""
+"""The model under examination: called on its inputs, observed with hooks, and restored."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ def tensors_of(outputs: Any) -> list[Tensor]:
 
 
 def tensor_of(outputs: Any) -> Tensor:
-    """The tensor that matters among a model's outputs: logits where there are any, else the first of numbers."""
+    """The main tensor among a model's outputs: logits where there are any, else the first of floats."""
     return tensors_of(outputs)[0]
 
 
