@@ -96,12 +96,15 @@ def measured(sources: Mapping[str, Path], rounds: int) -> list[dict[str, Any]]:
     cases = [(kind, command, name) for kind, commands in COMMANDS.items() for command in commands for name in sources]
     found: dict[tuple[str, str], list[Started]] = {(command, name): [] for _, command, name in cases}
     with tempfile.TemporaryDirectory() as folder:
-        # The first round compiles what was not yet compiled, and is not counted.
-        for _ in range(rounds + 1):
+        for _, command, name in cases:
+            if command.startswith("dvora report"):
+                # Imports nearly everything, so that nothing is left to be compiled.
+                started(command, sources[name], Path(folder))
+        for _ in range(rounds):
             for _, command, name in cases:
                 found[command, name].append(started(command, sources[name], Path(folder)))
     return [
-        {"source": name, "kind": kind, "command": command, **row_of(found[command, name][1:])}
+        {"source": name, "kind": kind, "command": command, **row_of(found[command, name])}
         for kind, command, name in cases
     ]
 
