@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test examples conformance fuzz lint wheel versions bench docs site
+.PHONY: setup demo test test-core test-system examples conformance fuzz lint wheel versions bench docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -28,6 +28,16 @@ demo: $(DEMO_READY)  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds o
 WORKERS := 2
 test: setup  ## the whole suite, in two processes; WORKERS=8 for more
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+# The mathematics and the layers: no models, no compilers.
+CORE := ops matrices method weight training
+test-core: setup  ## what is fast: the mathematics and the layers
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(CORE:%=tests/%)
+
+# Compilers, groups of processes, browsers, the site, commands that are killed.
+SYSTEM := compiled engines docs hardening
+test-system: setup  ## what is slow: compilers, several processes, browsers, the site, commands that are killed
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(SYSTEM:%=tests/%)
 
 # An environment of their own: Flower holds packages at older versions than the command line needs.
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them

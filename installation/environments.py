@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,29 @@ class Environment:
         """Run one of the environment's programs, offline for the hub; its standard output and error.
 
         Args:
+            program: its name.
+            arguments: of the program.
             folder: to run in.
             status: the exit status that is right.
 
         Raises:
             InstallationError: it ended with another one.
         """
+        ended = self._ended(program, *arguments, folder=folder)
+        if ended.returncode != status:
+            last = "\n".join(ended.stdout.splitlines()[-30:])
+            shown = f"{program} {' '.join(arguments)}"
+            raise InstallationError(f"{shown}: exit status {ended.returncode}, expected {status}\n{last}")
+        return ended.stdout
+
+    def output(self, program: str, *arguments: str, folder: Path) -> str:
+        """The standard output and error of a program, whatever its exit status."""
+        return self._ended(program, *arguments, folder=folder).stdout
+
+    def _ended(self, program: str, *arguments: str, folder: Path | None) -> subprocess.CompletedProcess[str]:
         variables = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        command = [self.path_of(program), *arguments]
-        ended = subprocess.run(
-            command,
+        return subprocess.run(
+            [self.path_of(program), *arguments],
             cwd=folder or self.folder,
             env={**variables, "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
@@ -62,11 +75,6 @@ class Environment:
             text=True,
             check=False,
         )
-        if ended.returncode != status:
-            last = "\n".join(ended.stdout.splitlines()[-30:])
-            shown = f"{program} {' '.join(arguments)}"
-            raise InstallationError(f"{shown}: exit status {ended.returncode}, expected {status}\n{last}")
-        return ended.stdout
 
     def versions(self) -> dict[str, str]:
         """Python's version and those of all packages, by name in lower case, without local parts."""
@@ -112,8 +120,3 @@ def built_wheel(environment: Environment, folder: Path) -> Path:
     environment.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
     (wheel,) = folder.glob("dvora-*.whl")
     return wheel
-
-
-def lowest(requirements: Sequence[str]) -> list[str]:
-    """Requirements such as "peft>=0.21" with their lower bounds as exact versions: "peft==0.21"."""
-    return [requirement.replace(">=", "==") for requirement in requirements]

@@ -44,18 +44,32 @@ def check_alone(environment: Environment, wheel: Path) -> None:
     expect_advice(environment.run("dvora", "--help", status=2), "cli")
 
 
-def check_with_cli(environment: Environment, wheel: Path, folder: Path) -> None:
-    """dvora with its extra `cli`."""
-    environment.install(f"{wheel}[cli]")
+def check_quick_start(environment: Environment, folder: Path) -> None:
+    """The README's quick start, in an environment with the extra `peft`, with a tiny model in the folder."""
     environment.run("python", str(ROOT / "installation" / "tiny_model.py"), str(folder))
     code = folder / "quick_start.py"
-    # The names that the README's code takes for granted.
-    code.write_text(f'model_folder, adapter_folder = "minilm", "adapter"\n{quick_start()}', encoding="utf-8")
+    code.write_text(quick_start(), encoding="utf-8")
     environment.run("python", str(code), folder=folder)
-    environment.run("dvora", "--help")
+
+
+def check_commands(environment: Environment, folder: Path, *more: str) -> None:
+    """A short training run and what follows it, in the folder of the quick start.
+
+    Args:
+        environment: with the extra.
+        folder: of the tiny model.
+        more: further commands.
+    """
     train = "train --task text-classification --model minilm --data reviews.csv --epochs 1 --output run"
-    environment.run("dvora", *train.split(), folder=folder)
-    environment.run("dvora", "inspect", "run", folder=folder)
+    for command in ("--help", train, "inspect run", "predict run reviews.csv --output predicted.csv", *more):
+        environment.run("dvora", *command.split(), folder=folder)
+
+
+def check_with_cli(environment: Environment, wheel: Path, folder: Path) -> None:
+    """dvora with its extra `cli`, which brings no pages."""
+    environment.install(f"{wheel}[cli]")
+    check_quick_start(environment, folder)
+    check_commands(environment, folder)
     expect_advice(environment.run("dvora", "report", "run", folder=folder, status=2), "report")
 
 

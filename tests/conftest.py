@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import gc
 import os
 import sys
 import warnings
@@ -45,6 +46,16 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now lives on: every full collection of garbage would go through millions of its objects.
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # Extensions count what is left at the end, and complain.
+    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,16 @@ from dvora.extras import how_to_install, missing
 
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 EXTRAS = ("peft", "cli", "report", "triton")
+WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path, target=None):
+        if name == "{absent}":
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Absent())
+from dvora.cli.__main__ import main
+main()
+"""
 
 
 def brought() -> dict[str, str]:
@@ -27,8 +37,13 @@ def brought() -> dict[str, str]:
 
 @pytest.mark.parametrize(("module", "extra"), brought().items())
 def test_each_module_leads_to_its_extra(module: str, extra: str) -> None:
-    told = missing(ModuleNotFoundError(name=f"{module}.part"))
+    told = missing(ModuleNotFoundError(name=module))
     assert told == f"{module} is missing; {how_to_install(extra)}"
+
+
+def test_a_package_that_is_too_old_is_not_called_missing() -> None:
+    for error in (ImportError("no such name", name="peft.utils"), ModuleNotFoundError("no such name", name="peft.new")):
+        assert missing(error) == f"dvora does not work with the installed peft (no such name); {how_to_install('peft')}"
 
 
 def test_what_no_extra_brings_is_not_told() -> None:
@@ -48,9 +63,12 @@ def test_a_version_that_does_not_fit_is_told_as_it_is() -> None:
     [("typer", "--help", "cli"), ("yaml", "train --print-config", "cli"), ("matplotlib", "report run", "report")],
 )
 def test_a_command_without_its_extra_is_one_line(absent: str, command: str, extra: str, tmp_path: Path) -> None:
-    code = f"import sys; sys.modules[{absent!r}] = None; from dvora.cli.__main__ import main; main()"
     ended = subprocess.run(
-        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", WITHOUT.format(absent=absent), *command.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert ended.returncode == 2
     lines = [line for line in ended.stderr.splitlines() if "Error" in line]

@@ -15,7 +15,11 @@ def how_to_install(extra: str) -> str:
 
 
 def missing(error: ImportError) -> str | None:
-    """What to install for a module that was not found; None if it comes with none of the extras."""
-    module = (error.name or "").partition(".")[0]
-    extra = next((extra for extra, modules in _BROUGHT.items() if module in modules), None)
-    return None if extra is None else f"{module} is missing; {how_to_install(extra)}"
+    """What to install for a package that is not there, or is too old; None if it comes with none of the extras."""
+    package, _, part = (error.name or "").partition(".")
+    extra = next((extra for extra, packages in _BROUGHT.items() if package in packages), None)
+    if extra is None:
+        return None
+    if isinstance(error, ModuleNotFoundError) and not part:
+        return f"{package} is missing; {how_to_install(extra)}"
+    return f"dvora does not work with the installed {package} ({error}); {how_to_install(extra)}"

@@ -83,4 +83,4 @@ def test_a_processor_does_not_ask_for_triton(distribution: str, monkeypatch: pyt
     found = [combine(*given.values(), shared.impl) for shared in (with_triton, without)]
     assert torch.equal(*found)
     x = randn(2, TOKENS, IN, seed=0)
-    assert torch.equal(with_triton.project(x, 6), without.project(x, 6))
+    assert torch.equal(with_triton.impl.project(x, 6), without.impl.project(x, 6))

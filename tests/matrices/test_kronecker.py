@@ -38,7 +38,7 @@ def naive(matrices: tuple[Kronecker, ...]) -> Tensor:
     for left, right, diagonal, rows in matrices:
         (r1, n1), (r2, n2) = left.shape, right.shape
         block = torch.einsum("ai,bj->abij", left.double(), right.double()).reshape(r1 * r2, n1 * n2)
-        blocks.append(block[:rows] @ torch.diag(diagonal.double()))
+        blocks.append(block[:rows] * diagonal.double())
     return torch.cat(blocks)
 
 

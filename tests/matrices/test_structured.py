@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import itertools
 import math
 import pickle
 from collections.abc import Iterator
@@ -167,7 +166,7 @@ def test_row_sums_equal_those_of_the_dense_update(dtype: torch.dtype, shape: tup
         "its gradient": C.T @ v.double(),
         "gram": A @ A.T,
     }
-    for recorded, chunk in itertools.product((True, False), (2**20, 2**12)):
+    for recorded, chunk in ((True, 2**20), (False, 2**14)):
         with torch.set_grad_enabled(recorded), in_chunks_of(chunk):
             found = {
                 "row_squares": matrices.row_squares(lambda_d, inputs, outputs),

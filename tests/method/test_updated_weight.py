@@ -22,7 +22,7 @@ def arguments(in_features: int, out_features: int, rank: int, tokens: list[int])
 
 
 def outputs(x: Tensor, weight: Tensor, bias: Tensor, lambda_d: Tensor, beta: Tensor) -> Tensor:
-    z = SHARED.project(x, len(lambda_d))
+    z = SHARED.impl.project(x, len(lambda_d))
     return updated_linear(x, z, weight, bias, lambda_d, beta, SHARED.impl)
 
 

@@ -82,7 +82,7 @@ def test_unmerge_restores_every_bit(name: str, dtype: torch.dtype) -> None:
     ("name", "dtype", "order"),
     [
         *itertools.product(["mlp"], [torch.float32, torch.bfloat16], itertools.permutations(ADAPTERS)),
-        *itertools.product(["gpt2"], DTYPES, [ADAPTERS[::-1]]),
+        *itertools.product(["gpt2"], DTYPES, [tuple(ADAPTERS[::-1])]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
 )

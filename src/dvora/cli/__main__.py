@@ -9,7 +9,7 @@ def main() -> None:
     """Run the program, or say what to install for it."""
     try:
         from .app import main as run
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if (message := missing(error)) is None:
             raise
         print(f"Error: {message}", file=sys.stderr)

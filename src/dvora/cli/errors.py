@@ -132,12 +132,12 @@ def _is_main_thread() -> bool:
 
 
 def _lacks_an_extra(error: Exception) -> bool:
-    return isinstance(error, ModuleNotFoundError) and missing(error) is not None
+    return isinstance(error, ImportError) and missing(error) is not None
 
 
 def _message(error: Exception) -> str:
     """The message of an error, in one line."""
-    if isinstance(error, ModuleNotFoundError) and (message := missing(error)):
+    if isinstance(error, ImportError) and (message := missing(error)):
         return message
     text = " ".join(str(error).split())
     place = error.filename if isinstance(error, OSError) else None

@@ -1,4 +1,4 @@
-"""Checks of hyperparameters and of base weights, with messages that say what was expected."""
+"""Checks of hyperparameters, base weights and state dicts, with messages that say what was expected."""
 
 import inspect
 import math
@@ -12,11 +12,11 @@ from ..ops.annotations import Float
 from .functional import DIRECTIONS, Direction, Vectors, row_norm
 
 MAX_RANK = 2**16
-"""Far beyond any use; a damaged setting must not make matrices of a rank that never ends."""
+"""Far above any use, so that a damaged setting cannot allocate without end."""
 
 
 def check_weight(weight: Tensor, name: str) -> None:
-    """Refuse a base weight that cannot be adapted, naming the layer.
+    """Check that a base weight can be adapted.
 
     Raises:
         TypeError: not a plain tensor of floating-point numbers of at least 16 bits.
@@ -44,18 +44,18 @@ def check_weight(weight: Tensor, name: str) -> None:
 def checked_vectors(
     state_dict: Mapping[str, Any], prefix: str, parameters: Iterable[tuple[str, Tensor]], layer: str
 ) -> dict[str, Tensor]:
-    """The trained vectors of a layer's state dict in their own dtype, if all of it can be loaded.
+    """The trained vectors in a layer's state dict, in the parameters' dtype, if the whole state dict can be loaded.
 
     Args:
-        state_dict: with any of the layer's parameters.
-        prefix: of the layer's names in it.
-        parameters: of the layer, by name.
-        layer: for messages.
+        state_dict: with some or all of the layer's parameters.
+        prefix: of the layer's keys in it.
+        parameters: the layer's, by name.
+        layer: a description for messages.
 
     Raises:
         TypeError: a value is no tensor.
-        ValueError: it has another shape than its parameter, a vector has values that are not finite in its dtype, or
-            a row of the base weight no finite norm.
+        ValueError: a shape differs from its parameter's, a vector is not finite in its dtype, or a row of the base
+            weight has no finite norm.
     """
     vectors = {}
     for name, own in parameters:
@@ -80,16 +80,16 @@ def checked_vectors(
 
 
 def computes_as(layer: nn.Module, layer_type: type[nn.Module]) -> bool:
-    """Whether a layer's forward is the one of `layer_type`, itself or behind wrappers that say what they wrap."""
+    """Whether a layer's forward is that of `layer_type`, possibly behind wrappers that set `__wrapped__`."""
     forward = inspect.unwrap(layer.forward)
     return inspect.ismethod(forward) and forward.__func__ is layer_type.forward
 
 
 def check_linear(layer: nn.Module) -> None:
-    """Refuse a base layer of the plain adapter that is no linear layer, or no longer computes what one does.
+    """Check that a base layer is an `nn.Linear` with the forward of one.
 
     Raises:
-        TypeError: so it is.
+        TypeError: it is not.
     """
     kind = type(layer).__name__
     if not isinstance(layer, nn.Linear):
@@ -103,7 +103,7 @@ def check_linear(layer: nn.Module) -> None:
 
 
 def check_bias(bias: Float[Tensor, "O"] | None, name: str) -> None:
-    """Refuse a bias that is not finite, which outputs could not be told apart from.
+    """Check that a bias is finite, since it is subtracted from outputs.
 
     Raises:
         ValueError: a value is NaN or infinite.
@@ -116,7 +116,7 @@ def check_bias(bias: Float[Tensor, "O"] | None, name: str) -> None:
 
 
 def check_norms(w: Float[Tensor, "O"], name: str) -> None:
-    """Refuse a base weight with a row norm that is not finite, naming the layer.
+    """Check that all row norms of a base weight are finite.
 
     Raises:
         ValueError: a norm is NaN or infinite.
@@ -129,7 +129,7 @@ def check_norms(w: Float[Tensor, "O"], name: str) -> None:
 
 
 def checked_norm_cache(norm_cache: object) -> Literal["auto"] | bool:
-    """Whether constants of the size (out, rank) are kept, if it says so."""
+    """`norm_cache`, if it is "auto", True or False."""
     if norm_cache == "auto":
         return "auto"
     if isinstance(norm_cache, bool):
@@ -149,7 +149,7 @@ def checked_rank(rank: int) -> int:
 
 
 def fits_float32(value: float) -> bool:
-    """Whether a number is finite in float32; `math.isfinite` fails for integers beyond a double."""
+    """Whether a number is finite in float32; `math.isfinite` raises for integers beyond a double."""
     limit = torch.finfo(torch.float32).max
     return bool(-limit <= value <= limit)
 
@@ -185,18 +185,18 @@ def checked_d_initial(d_initial: float) -> float:
 
 
 def checked_real(tensor: Tensor, argument: str) -> Tensor:
-    """A tensor, if it is one and its values are real."""
+    """The argument, if it is a tensor of real numbers."""
     if not isinstance(tensor, Tensor) or tensor.is_complex():
         raise TypeError(f"{argument} must be a tensor of real numbers, got {tensor!r} of type {type(tensor).__name__}")
     return tensor
 
 
 def checked_values(vector: Float[Tensor, "N"], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of one vector as the values of parameters, in their order, shapes and dtypes.
+    """One vector split into values for parameters, in their order, shapes and dtypes.
 
     Raises:
-        TypeError: it is no real tensor.
-        ValueError: it has another number of values, or one is not finite in its parameter's dtype.
+        TypeError: it is not a tensor of real numbers.
+        ValueError: its size does not fit, or a value is not finite in its parameter's dtype.
     """
     sizes = [parameter.numel() for parameter in parameters]
     if checked_real(vector, "parameters").shape != (sum(sizes),):
@@ -209,7 +209,7 @@ def checked_values(vector: Float[Tensor, "N"], parameters: Sequence[Tensor]) -> 
 
 
 def checked_not_negative(value: float, argument: str) -> float:
-    """A rate or a decay, if it is finite and not negative."""
+    """A learning rate or weight decay, if it is finite and not negative."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{argument} must be finite and not negative, got {value}")
     return value

@@ -4,6 +4,8 @@ from importlib.util import find_spec
 
 import torch
 
+from ...extras import how_to_install
+
 _TF32 = (8, 0)
 """The first compute capability with tensor cores for TF32."""
 
@@ -15,7 +17,8 @@ def check_triton() -> None:
         ValueError: Triton or a CUDA device is missing, or a device is too old.
     """
     if find_spec("triton") is None:
-        raise ValueError("use_triton=True needs the package triton, which is not installed: install it, or use False")
+        advice = how_to_install("triton")
+        raise ValueError(f"use_triton=True needs the package triton, which is not installed; {advice}; or use False")
     if not torch.cuda.is_available():
         raise ValueError("use_triton=True needs a CUDA device, and PyTorch sees none: use False")
     for device in range(torch.cuda.device_count()):

@@ -1,0 +1,37 @@
+"""The README's first code is what the wheel is tried with, and its failures are one message."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from installation.environments import InstallationError, empty_environment
+from installation.wheel import expect_advice, quick_start
+
+
+def test_the_quick_start_is_the_readmes() -> None:
+    assert "import dvora" in quick_start()
+    assert "save_pretrained" in quick_start()
+
+
+def test_advice_is_one_line_that_names_the_extra() -> None:
+    expect_advice("Error: typer is missing; pip install '.[cli]'\n", "cli")
+    for output in ("Error: typer is missing\n", "Traceback\nError: pip install '.[cli]'\n"):
+        with pytest.raises(InstallationError, match=r"expected one line that says to install '\.\[cli\]'"):
+            expect_advice(output, "cli")
+
+
+def test_a_python_that_is_none_is_told() -> None:
+    with (
+        pytest.raises(InstallationError, match="there is no Python 'no-such-python'"),
+        empty_environment("no-such-python"),
+    ):
+        pass
+
+
+def test_a_command_that_fails_shows_its_end() -> None:
+    with empty_environment(sys.executable) as environment:
+        folder = environment.folder
+        with pytest.raises(InstallationError, match="exit status 3, expected 0\nout of luck"):
+            environment.run("python", "-c", "print('out of luck'); raise SystemExit(3)")
+    assert not Path(folder).exists()
