@@ -113,6 +113,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = typed("--task", "text-classification", "--model", "m", "--data", "a.csv")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: the folder that this command was started in is gone; change to one that is there\n"
+    )
+
+
 def test_print_config_is_a_config(desk: Path) -> None:
     printed = typed("--print-config", "--task", "regression", "--learning-rate", "1e-5", "--split-seed", "3").stdout
     (desk / "printed.yaml").write_text(printed)

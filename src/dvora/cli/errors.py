@@ -143,11 +143,22 @@ def _message(error: Exception) -> str:
     place = error.filename if isinstance(error, OSError) else None
     if (number := _system_error(error, text)) in _ADVICE:
         return f"{place or 'a file could not be written'}: {_ADVICE[number]}"
+    if isinstance(error, FileNotFoundError) and not place and _is_here_gone():
+        return "the folder that this command was started in is gone; change to one that is there"
     if isinstance(error, OSError) and error.strerror and place:
         return f"{place}: {error.strerror}"
     if isinstance(error, RecursionError):
         return "something in these files is nested too deeply"
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _is_here_gone() -> bool:
+    """Whether the working directory has been removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 @contextmanager
