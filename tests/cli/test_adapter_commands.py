@@ -114,7 +114,7 @@ def test_merge_says_nothing_of_what_is_nothing(work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "columns"),
-    [("", ["magnitude", "lambda_b", "lambda_d"]), (" --model base", ["angle", "update", "gain"])],
+    [("", ["magnitude", "lambda b", "lambda d"]), (" --model base", ["angle", "update", "gain"])],
 )
 def test_inspect_explains_its_columns_and_folds_no_name(
     options: str, columns: list[str], work: Path, monkeypatch: pytest.MonkeyPatch

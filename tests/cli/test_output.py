@@ -14,7 +14,7 @@ NAME = "bert.encoder.layer.10.attention.output.dense"
 def shown(columns: int, monkeypatch: pytest.MonkeyPatch, **more: object) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
     stdout = io.StringIO()
-    rows = [{"layer": NAME, "angle": 1.25, "remark": "a sentence of several words that is long enough to fold"}]
+    rows = [{"layer": NAME, "two words": 1.25, "remark": "a sentence of several words that is long enough to fold"}]
     with redirect_stdout(stdout):
         Output().result({"some_name": 3, "layers": rows}, "Title", **more)  # type: ignore[arg-type]
     return stdout.getvalue()
@@ -25,6 +25,7 @@ def test_names_are_whole_however_narrow_the_terminal(columns: int, monkeypatch: 
     text = shown(columns, monkeypatch)
     assert NAME in text
     assert "1.25" in text
+    assert "two words" in text
     assert "some name" in text
     lines = [line.rstrip() for line in text.splitlines()]
     assert (len([line for line in lines if line]) > 5) == (columns < 200)

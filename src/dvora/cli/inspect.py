@@ -17,7 +17,6 @@ EXAMPLES = """[bold]Examples[/bold]
 MANY = 12
 COLUMNS = {
     "rank": ("rank", "of the update"),
-    "outputs": ("outputs", "rows of the weight"),
     "norm_of_magnitude": ("magnitude", "norm of the vector of trained row norms"),
     "norm_of_lambda_b": ("lambda_b", "norm of the vector that scales the outputs; zero before training"),
     "norm_of_lambda_d": (
@@ -60,15 +59,18 @@ def inspect_command(
 
 
 def _columns(layers: list[dict[str, Any]]) -> list[str]:
-    """What is shown of each layer: what differs between layers, and either the changes or the norms."""
+    """What is shown of each layer: its rank where that differs, and either the changes or the norms."""
     given = [name for name in COLUMNS if any(name in row for row in layers)]
     wanted = [name for name in given if name in CHANGES] or [name for name in given if name.startswith("norm_of_")]
-    differing = [name for name in ("rank", "outputs") if len({row.get(name) for row in layers}) > 1]
-    return [*differing, *wanted]
+    differing = len({row["rank"] for row in layers}) > 1
+    return [*["rank"] * differing, *wanted]
 
 
 def _fitting(found: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     """What fits a terminal: of many targets the endings of their names, and of each layer some columns."""
+    found["ranks"] = [f"{rank} in {count} layers" for rank, count in found["ranks"].items()]
+    if "settings" in found:
+        found["settings"] = {name: value for name, value in found["settings"].items() if value is not None}
     targets = found.get("targets")
     if isinstance(targets, list) and len(targets) > MANY:
         found["targets"] = sorted({name.rpartition(".")[2] for name in targets})

@@ -73,7 +73,7 @@ class Output:
                 _print_table(console, rows)
         if legend:
             console.print()
-            _print_table(console, [{"": name, " ": meaning} for name, meaning in legend.items()], headed=False)
+            _print_table(console, [{"": spaced(name), " ": meaning} for name, meaning in legend.items()], headed=False)
         if verdict:
             console.print()
             console.print(Text(visible(verdict), style="bold"))
@@ -100,6 +100,7 @@ def _is_rows(value: object) -> bool:
 
 def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool = True) -> None:
     """A table in which sentences fold; names and numbers stay whole, if need be beyond the edge of the terminal."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
@@ -107,10 +108,17 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
 
     table = Table(show_header=headed, box=None, pad_edge=False)
     for column in rows[0]:
-        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        whole = not any(" " in shown(row.get(column)) for row in rows)
+        cells = [shown(row.get(column)) for row in rows]
         header = Text(visible(spaced(column)))
-        table.add_column(header, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        whole = not any(" " in cell for cell in cells)
+        table.add_column(
+            header,
+            justify="right" if numbers else "left",
+            overflow="fold",
+            no_wrap=whole,
+            min_width=max(header.cell_len, *map(cell_len, cells)) if whole else None,
+        )
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
     needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
