@@ -172,7 +172,10 @@ class Settings(BaseModel):
     @field_validator("learning_rates", mode="before")
     @classmethod
     def _typed_rates_are_yaml(cls, value: object) -> object:
-        return parsed_yaml(value) if isinstance(value, str) else value
+        """Of an option: `head: 0.001, magnitude: 0.01`, in braces or without them."""
+        if not isinstance(value, str):
+            return value
+        return parsed_yaml(value if value.lstrip().startswith("{") else f"{{{value}}}")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
