@@ -17,6 +17,7 @@ from dvora.cli.app import app
 from dvora.cli.train import train as train_command
 from dvora.recipes.finished.evaluation import evaluate_run
 from dvora.recipes.run_folder import read_run
+from dvora.recipes.settings import options
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -117,6 +118,20 @@ def test_print_config_is_a_config(desk: Path) -> None:
     (desk / "printed.yaml").write_text(printed)
     assert "learning_rate: 1.0e-05\n" in printed
     assert typed("printed.yaml", "--print-config").stdout == printed
+
+
+def test_every_setting_is_an_option_and_the_help_shows_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = typed("--help").stdout
+    for setting in options():
+        flag = f"│ --{setting.name.replace('_', '-')} "
+        assert (flag in shown) != setting.rare
+        assert setting.rare or f"({setting.default})" in shown or not setting.default
+    given = ["--weight-decay", "0.5", "--no-keep-best", "--cpu", "--learning-rates", "head: 0.5, magnitude: 0.25"]
+    printed = typed("--print-config", *given, "--validation-data", "a.csv", "--validation-data", "b.csv").stdout
+    expected = ["weight_decay: 0.5", "keep_best: false", "cpu: true", "learning_rates: {head: 0.5, magnitude: 0.25}"]
+    for line in (*expected, "validation_data: [a.csv, b.csv]"):
+        assert f"{line}\n" in printed
 
 
 def process(*arguments: str, launcher: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:

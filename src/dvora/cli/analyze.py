@@ -28,11 +28,13 @@ def analyze_command(
     folders: Annotated[
         list[Path], typer.Argument(help="Adapters or runs; or one folder with the checkpoints of a trainer.")
     ],
-    model: Annotated[str | None, typer.Option(help="The base; the one that the first adapter names.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the one that the first adapter names")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The report, analysis.html if left out; the numbers go beside it, as JSON."
+            "--output", "-o", help="The page; the numbers go beside it, as JSON.", show_default="analysis.html"
         ),
     ] = None,
     as_json: Json = False,

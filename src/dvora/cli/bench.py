@@ -24,18 +24,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def bench_command(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the hub.")],
-    targets: Annotated[str, typer.Option(help="Names of the layers to adapt, with commas; all linear layers.")] = "",
+    targets: Annotated[
+        str, typer.Option(help="Names of the layers to adapt, with commas.", show_default="all linear layers")
+    ] = "",
     rank: Annotated[int, typer.Option(help="Rank of vera and dvora.", min=1)] = 256,
     low_rank: Annotated[int, typer.Option(help="Rank of lora and dora.", min=1)] = 16,
     methods: Annotated[
-        str, typer.Option(help="Methods, with commas; lora, dora, vera, dvora and dvora structured, if left out.")
+        str, typer.Option(help="Methods, with commas.", show_default="lora, dora, vera, dvora, dvora structured")
     ] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of each row.", min=2)] = 128,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="How often everything is timed.", min=1)] = 9,
     dtype: Annotated[str, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads of torch; its own choice, if left out.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.", show_default="its own choice", min=1)] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -23,7 +23,9 @@ def convert_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
     to: Annotated[str, typer.Option(help="dora or dense (from dvora), dvora (from PEFT's vera).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
-    model: Annotated[str | None, typer.Option(help="The base; the one that the adapter names.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

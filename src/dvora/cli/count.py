@@ -20,15 +20,21 @@ EXAMPLES = """[bold]Examples[/bold]
 
 def count_command(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the hub.")],
-    targets: Annotated[str, typer.Option(help="Names of the layers to adapt, with commas; all linear layers.")] = "",
+    targets: Annotated[
+        str, typer.Option(help="Names of the layers to adapt, with commas.", show_default="all linear layers")
+    ] = "",
     rank: Annotated[
-        list[int] | None, typer.Option(help="A rank to count with; may be given again. Usual ones for each method.")
+        list[int] | None,
+        typer.Option(help="A rank to count with; may be given again.", show_default="usual ones for each method"),
     ] = None,
     task_type: Annotated[
         str | None,
-        typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM, IMAGE_CLS ...: adds the head of that task."),
+        typer.Option(
+            help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM, IMAGE_CLS ...: adds the head of that task.",
+            show_default="the model as it was saved",
+        ),
     ] = None,
-    labels: Annotated[int | None, typer.Option(help="Outputs of the head.", min=1)] = None,
+    labels: Annotated[int | None, typer.Option(help="Outputs of the head.", show_default="the model's", min=1)] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -26,13 +26,15 @@ MANY = 4
 def doctor_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a run of `dvora train`, or of an adapter.")],
     data: Annotated[
-        list[str] | None, typer.Argument(help="Labelled rows for a run's model; none: those that it held out.")
+        list[str] | None, typer.Argument(help="Labelled rows for a run's model.", show_default="those that it held out")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base of an adapter; the one that the adapter names.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model of an adapter.", show_default="the one that the adapter names")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows of the batch that the checks use.")] = 8,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Layers to check one by one, spread over the model; else all."),
+        typer.Option(min=1, help="Layers to check one by one, spread over the model.", show_default="all"),
     ] = None,
     download: Download = False,
     own_code: OwnCode = False,

@@ -14,23 +14,29 @@ if TYPE_CHECKING:
     from ..recipes.finished.evaluation import Evaluation
     from ..recipes.run_folder import Run
 
-_COLUMNS = "Columns of the files, where they are not those of the training data"
+_COLUMNS, TRAINED = "Columns of the files", "as in the training data"
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     data: Annotated[
-        list[str] | None, typer.Argument(help="Files, or image folders, with labels; none: what the run held out.")
+        list[str] | None,
+        typer.Argument(help="Files, or image folders, with labels.", show_default="the rows that the run held out"),
     ] = None,
     base: Annotated[
         bool,
         typer.Option("--base", help="Also evaluate the base: a language model before training, else the head alone."),
     ] = False,
-    text_column: Annotated[str | None, typer.Option(help="The text.", rich_help_panel=_COLUMNS)] = None,
-    second_text_column: Annotated[
-        str | None, typer.Option(help="A pair's second text.", rich_help_panel=_COLUMNS)
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text.", show_default=TRAINED, rich_help_panel=_COLUMNS)
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="The class or number.", rich_help_panel=_COLUMNS)] = None,
+    second_text_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the second text of a pair.", show_default=TRAINED, rich_help_panel=_COLUMNS),
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the class or number.", show_default=TRAINED, rich_help_panel=_COLUMNS)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the result, as JSON, to this file.")
     ] = None,

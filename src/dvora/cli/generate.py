@@ -31,27 +31,40 @@ def generate(
     only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Do not generate with the base.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are what the user says in a chat.")] = False,
     system: Annotated[str | None, typer.Option(help="The chat's system message.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation.", rich_help_panel=_SAMPLING)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a continuation at most.", rich_help_panel=_SAMPLING)
+    ] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest; else drawn, such as 0.8.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="0: always the likeliest; else sampled, such as 0.8.", rich_help_panel=_SAMPLING)
     ] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option(help="Draw from so many likeliest.", rich_help_panel=_SAMPLING, show_default=False)
+        int | None,
+        typer.Option(help="Sample from so many of the likeliest.", rich_help_panel=_SAMPLING, show_default="all"),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw from the likeliest with this share.", rich_help_panel=_SAMPLING, show_default=False),
+        typer.Option(
+            help="Sample from the likeliest with this probability together.",
+            rich_help_panel=_SAMPLING,
+            show_default="all",
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: what occurred becomes less likely.", rich_help_panel=_SAMPLING)
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn for each prompt.", rich_help_panel=_SAMPLING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling, for each prompt.", rich_help_panel=_SAMPLING)] = 0,
     adapter: Annotated[
         Path | None, typer.Option(help="The folder of an adapter.", rich_help_panel=_WITHOUT_RUN, show_default=False)
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Its base, else the one it names.", rich_help_panel=_WITHOUT_RUN),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Its base model.",
+            rich_help_panel=_WITHOUT_RUN,
+            show_default="the one that the adapter names",
+        ),
     ] = None,
     download: Download = False,
     own_code: OwnCode = False,
@@ -63,7 +76,7 @@ def generate(
 
     One model is loaded; for the base's text its adapter is switched off. The
     likeliest token is taken every time unless a temperature is set; then the
-    same seed draws the same tokens. Piped, each continuation is a line of JSON.
+    same seed samples the same tokens. Piped, each continuation is a line of JSON.
 
     Examples:
 

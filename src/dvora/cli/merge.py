@@ -20,7 +20,9 @@ EXAMPLES = """[bold]Examples[/bold]
 def merge_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
-    model: Annotated[str | None, typer.Option(help="The base; the one that the adapter names.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest size of one file of weights.")] = "5GB",
     as_json: Json = False,

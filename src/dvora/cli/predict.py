@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..recipes.finished.prediction import Predicted
     from ..recipes.run_folder import Run
 
-_COLUMNS = "Columns of the file, where they are not those of the training data"
+_COLUMNS, TRAINED = "Columns of the file", "as in the training data"
 STREAM = "-"
 
 
@@ -37,9 +37,12 @@ def predict(
         bool, typer.Option("--all-probabilities", help="A column with the probability of every class.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 32,
-    text_column: Annotated[str | None, typer.Option(help="The text.", rich_help_panel=_COLUMNS)] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text.", show_default=TRAINED, rich_help_panel=_COLUMNS)
+    ] = None,
     second_text_column: Annotated[
-        str | None, typer.Option(help="A pair's second text.", rich_help_panel=_COLUMNS)
+        str | None,
+        typer.Option(help="Column of the second text of a pair.", show_default=TRAINED, rich_help_panel=_COLUMNS),
     ] = None,
     safe_csv: Annotated[
         bool,

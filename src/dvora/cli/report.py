@@ -18,9 +18,9 @@ EXAMPLES = """[bold]Examples[/bold]
 
 def report_command(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; RUN.html if left out.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page.", show_default="RUN.html")] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another run, to show what each gets right that the other does not.")
+        Path | None, typer.Option(help="Another run to compare with.", show_default="the head alone on the frozen base")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows to predict for at most.")] = 500,
     doctor: Annotated[bool, typer.Option(help="Examine the adapter too.")] = True,

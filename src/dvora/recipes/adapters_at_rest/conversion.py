@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 
 from ...tuner.convert.converted import Converted
@@ -15,8 +13,7 @@ from ...tuner.convert.to_dora import to_dora
 from ..files import new_folder
 from ..models.adapter_folder import VALUES, read_adapter
 from ..models.adapters import load_adapted
-from ..models.architectures import quietly
-from ..models.inputs import example_inputs, first_output
+from ..models.inputs import difference, example_output
 
 TARGETS = ("dora", "dvora", "dense")
 DENSE_FILE = "weight_updates.safetensors"
@@ -79,33 +76,18 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Co
         if to == "dense":
             values = dense_updates(adapted)
             _save_dense(values, filling)
-            file, layers, difference = DENSE_FILE, len(values), None
+            file, layers, changed = DENSE_FILE, len(values), None
         else:
             converted = from_vera(adapted) if to == "dvora" else to_dora(adapted)
             converted.config.base_model_name_or_path = base
             converted.save(filling)
             file, layers = VALUES, _layer_count(converted)
             again = load_adapted(read_adapter(filling), model)
-            difference = output_difference(adapted, again)
+            changed = difference(example_output(again), example_output(adapted))
         size = (filling / file).stat().st_size
     return Conversion(
-        str(adapter.folder), str(output), adapter.method, to, base, layers, size, difference, _NOTES[to]
+        str(adapter.folder), str(output), adapter.method, to, base, layers, size, changed, _NOTES[to]
     )  # fmt: skip
-
-
-@torch.no_grad()
-def output_difference(first: Any, second: Any) -> float | None:
-    """Largest difference of two models' outputs on a fixed input, in shares of the first's largest output.
-
-    None for models whose inputs are not known here.
-    """
-    try:
-        inputs = example_inputs(first.get_base_model() if isinstance(first, PeftModel) else first, rows=2, tokens=16)
-    except ValueError:
-        return None
-    with quietly():
-        expected, actual = (first_output(model(**inputs)).double() for model in (first, second))
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _check_pair(method: str, to: str) -> None:

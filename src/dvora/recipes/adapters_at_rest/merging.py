@@ -19,7 +19,7 @@ from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import base_class, load_adapted, of_base
 from ..models.architectures import config_of, load_base, quietly
 from ..models.hub import NOTHING, Trust, offline
-from ..models.inputs import example_inputs, first_output
+from ..models.inputs import difference, example_output
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPANIONS = (
@@ -86,7 +86,7 @@ def merge(folder: Path, output: Path, model: str | None = None, dtype: str = "au
     # Before hours of work.
     check_new_folder(output)
     adapted = load_adapted(adapter, model, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
-    inputs, expected = _outputs(adapted)
+    expected = example_output(adapted)
     losses, warning = _merge_into(adapted)
     merged = cast(Any, adapted).unload() if losses is not None else cast(Any, adapted).merge_and_unload()
     worst = max(losses, key=lambda name: losses[name]) if losses else None
@@ -96,12 +96,12 @@ def merge(folder: Path, output: Path, model: str | None = None, dtype: str = "au
         _copy_companions(adapter, base, filling)
         kept_dtype = merged.dtype
         del merged, adapted
-        difference = _verified(filling, adapter, base, kept_dtype, inputs, expected)
+        found = _verified(filling, adapter, base, kept_dtype, expected)
         files = sorted(path.name for path in filling.iterdir())
         size = sum(path.stat().st_size for path in filling.glob("*.safetensors"))
     return Merge(
         str(adapter.folder), base, str(output), adapter.method, str(kept_dtype).removeprefix("torch."), size, files,
-        difference, losses[worst] if losses and worst else None, worst, warning,
+        found, losses[worst] if losses and worst else None, worst, warning,
     )  # fmt: skip
 
 
@@ -111,16 +111,6 @@ def _check_unquantised(base: str, trust: Trust) -> None:
             f"{base} is quantised: its steps are larger than most updates, so merging would lose the adapter. Merge "
             "into the unquantised model (--model), or keep the adapter unmerged"
         )
-
-
-@torch.no_grad()
-def _outputs(adapted: PeftModel) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    try:
-        inputs = example_inputs(adapted.get_base_model(), rows=2, tokens=16)
-    except ValueError:
-        return {}, None
-    with quietly():
-        return inputs, first_output(adapted(**inputs)).clone()
 
 
 def _merge_into(adapted: PeftModel) -> tuple[dict[str, float] | None, str | None]:
@@ -138,32 +128,23 @@ def _merge_into(adapted: PeftModel) -> tuple[dict[str, float] | None, str | None
     return losses, messages[0] if messages else None
 
 
-@torch.no_grad()
 def _verified(
-    folder: Path,
-    adapter: Adapter,
-    base: str,
-    dtype: torch.dtype,
-    inputs: dict[str, torch.Tensor],
-    expected: torch.Tensor | None,
+    folder: Path, adapter: Adapter, base: str, dtype: torch.dtype, expected: torch.Tensor | None
 ) -> float | None:
-    """The difference of the outputs of a merged folder and of the adapted model.
+    """The difference of the outputs of a merged folder, loaded again, and of the adapted model.
 
     Raises:
         RuntimeError: it is too large for rounding.
     """
     # The base has been loaded, so it is here.
     loaded = load_base(str(folder), base_class(adapter, base, NOTHING)[0], config_of(str(folder)))
-    if expected is None:
-        return None
-    actual = first_output(loaded(**inputs)).double()
-    difference = float((actual - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
-    if not difference <= TOLERANCE[dtype]:
+    found = difference(example_output(loaded), expected)
+    if found is not None and not found <= TOLERANCE[dtype]:
         raise RuntimeError(
-            f"the merged model, loaded again, differs from the adapted one by {difference:.2g} of its largest output, "
+            f"the merged model, loaded again, differs from the adapted one by {found:.2g} of its largest output, "
             f"more than rounding to {dtype} explains; nothing was kept. Merge with another dtype, or keep the adapter"
         )
-    return difference
+    return found
 
 
 def _copy_companions(adapter: Adapter, base: str, output: Path) -> None:

@@ -1,12 +1,14 @@
-"""Inputs that any model of a kind takes, the same ones in every process: to compare models, and to time them."""
+"""Inputs that any model of a kind takes, the same in every process, to compare models and to time them."""
 
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from ...matrices.philox import raw_row, uniform_row
+from .architectures import quietly
 
 _SEED, _TOKENS, _PIXELS = 0, 2**36, 2**36 + 1
 
@@ -42,6 +44,24 @@ def first_output(outputs: Any) -> Tensor:
     """The tensor that matters among a model's outputs: logits where there are any."""
     named: dict[str, Tensor] = dict(outputs)
     return named["logits"] if "logits" in named else next(iter(named.values()))
+
+
+@torch.no_grad()
+def example_output(model: Any) -> Tensor | None:
+    """The output of a model, adapted or not, on a small fixed batch; None if its inputs are not known here."""
+    try:
+        inputs = example_inputs(model.get_base_model() if isinstance(model, PeftModel) else model, rows=2, tokens=16)
+    except ValueError:
+        return None
+    with quietly():
+        return first_output(model(**inputs)).double()
+
+
+def difference(actual: Tensor | None, expected: Tensor | None) -> float | None:
+    """The largest difference of two outputs, relative to the largest expected one; None where there are none."""
+    if actual is None or expected is None:
+        return None
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _ids(model: Any, rows: int, tokens: int) -> Tensor:
