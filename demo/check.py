@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from demo.batches import unlabelled
 from demo.model import load_adapter, load_classifier
 from demo.train import encode
+from materials.batches import unlabelled
 from materials.models import minilm
 
 ROOT = Path(__file__).parent.parent

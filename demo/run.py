@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from demo.batches import labelled, unlabelled
 from demo.check import THREADS, logits_in_a_fresh_process, quiet
 from demo.model import add_adapter, load_classifier, trainable_values
 from demo.plot import save_plot
 from demo.report import Findings, compare, print_findings, print_predictions, save_findings
 from demo.statistics import layer_changes, linear_weights
 from demo.train import Settings, encode, train_adapter, train_head
+from materials.batches import labelled, unlabelled
 from materials.data import movie_reviews
 from materials.models import minilm
 

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from demo.batches import Sentences, batches_by_length, in_order, random_batches
 from demo.model import CLASSES, SentenceClassifier
+from materials.batches import Sentences, batches_by_length, in_order, random_batches
 
 EVALUATION_BATCH = 64
 # Strengths of the penalty on the head's squared weights, tried on the validation sentences.

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from benchmarks.quality.backbones import LOADERS, ImageReader, SentenceReader, TextModel
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import fitted_head
-from demo.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
 from materials import data
+from materials.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
 from materials.models import minilm, smollm2
 
 Batch = dict[str, Tensor]

@@ -94,7 +94,7 @@ def check_run(forks: Forks, desk: Path, expected: Whole, arguments: list[str], m
     ended = forks.run(desk, *arguments, "--resume")
     assert ended.code == 0, (moment, ended.stderr)
     result = json.loads(ended.stdout)
-    for key in ("metrics", "best_step", "steps", "rows", "trained_values"):
+    for key in ("metrics", "best_step", "steps", "rows", "trained_parameters"):
         assert result[key] == expected.result[key], (moment, key)
     assert contents(desk / "out") == contents(expected.desk / "out"), moment
     assert names(desk) == expected.names, moment

@@ -45,5 +45,5 @@ def save(base: Path, folder: Path, method: str = "dvora", **settings: Any) -> Pa
     return folder
 
 
-def trained_values(model: torch.nn.Module) -> int:
+def trained_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -161,7 +161,7 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "adapter": str(run.adapter),
-        "trained_values": record["trained_values"],
+        "trained_parameters": record["trained_parameters"],
         "best_step": record["best_step"],
         "steps": record["steps"],
         "seconds": round(record["seconds"], 1),

@@ -48,7 +48,7 @@ class Run:
 
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
-    "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_values": int,
+    "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_parameters": int,
     "seconds": (int, float), "truncation": dict, "max_length": int,
 }  # fmt: skip
 """What the record of a finished run may have beside its state, settings and labels."""

@@ -18,7 +18,7 @@ from transformers import (
 
 from dvora.recipes.adapters_at_rest.counting import METHODS, count
 from tests.recipes import tiny_models
-from tests.recipes.saved_adapters import adapted, trained_values
+from tests.recipes.saved_adapters import adapted, trained_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 
@@ -62,7 +62,7 @@ def test_they_agree_with_what_peft_trains_and_saves(name: str, targets: str, tmp
         options = {"target_modules": list(names)} if names else {}
         model = adapted(base, method, rank=3, task_type=task_type, **options)
         model.save_pretrained(tmp_path / method, save_embedding_layers=False)
-        assert row.trained == trained_values(model), method
+        assert row.trained == trained_parameters(model), method
         assert row.file_bytes == (tmp_path / method / "adapter_model.safetensors").stat().st_size, method
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for parameter in optimizer.param_groups[0]["params"]:
@@ -97,7 +97,7 @@ def test_convolutions_count_too(tmp_path: Path) -> None:
 def test_nothing_but_the_configuration_is_needed(tmp_path: Path) -> None:
     AutoConfig.for_model("llama", hidden_size=8192, num_hidden_layers=3, vocab_size=128_000).save_pretrained(tmp_path)
     found = count(str(tmp_path), ranks=[1024], task_type="CAUSAL_LM")
-    assert found.values > 2_500_000_000
+    assert found.parameters > 2_500_000_000
     assert found.counts[0].trained is not None
 
 

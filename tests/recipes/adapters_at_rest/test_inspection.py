@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dvora.recipes.adapters_at_rest.inspection import inspect
 from tests.recipes import tiny_models
-from tests.recipes.saved_adapters import METHODS, adapted, save, trained_values
+from tests.recipes.saved_adapters import METHODS, adapted, save, trained_parameters
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_every_method_is_told(method: str, task_type: str | None, bert: Path, tm
     assert found.ranks == {3: 4}
     assert found.layer_count == 4
     assert found.targets == ["query", "value"]
-    assert found.trained_values == trained_values(model)
+    assert found.trained_parameters == trained_parameters(model)
     assert found.head_values == (51 if task_type else 0)
     assert found.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert found.folder_bytes > found.bytes
@@ -49,7 +49,7 @@ def test_dvora_is_told_in_detail(save_projection: bool, bert: Path, tmp_path: Pa
     }
     values = load_file(tmp_path / "adapter_model.safetensors")
     vectors = {key: value for key, value in values.items() if "dvora_projections" not in key}
-    assert found.trained_values == sum(value.numel() for value in vectors.values())
+    assert found.trained_parameters == sum(value.numel() for value in vectors.values())
     for row in found.layers:
         for vector in ("magnitude", "lambda_b", "lambda_d"):
             key = f"base_model.model.{row['layer']}.dvora_{vector}"

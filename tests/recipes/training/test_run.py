@@ -64,12 +64,12 @@ def signal_after(step: int, number: int = signal.SIGINT) -> OnProgress:
     return on_progress
 
 
-def trained_values(folder: Path) -> dict[str, torch.Tensor]:
+def trained_parameters(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next((folder / "adapter").glob("*.safetensors")))
 
 
 def assert_same(first: Path, second: Path) -> None:
-    one, other = trained_values(first), trained_values(second)
+    one, other = trained_parameters(first), trained_parameters(second)
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
@@ -121,7 +121,7 @@ def test_what_is_loaded_is_what_was_judged(models: dict[str, Path], tmp_path: Pa
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(inputs["label"]))
     assert loss.item() == pytest.approx(found.record["metrics"]["test"]["loss"], rel=1e-5)
     if method == "head":
-        assert found.record["trained_values"] == 34
+        assert found.record["trained_parameters"] == 34
 
 
 def test_a_language_model_s_base_is_what_it_was_before_training(models: dict[str, Path], tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(
     train(again)
     assert_same(tmp_path / "one", tmp_path / "two")
     train(run.settings("three", method=method, dropout=0.1, seed=1))
-    one, three = trained_values(tmp_path / "one"), trained_values(tmp_path / "three")
+    one, three = trained_parameters(tmp_path / "one"), trained_parameters(tmp_path / "three")
     assert any(not torch.equal(one[name], three[name]) for name in one)
 
 
@@ -287,7 +287,7 @@ def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: 
     rates = {"magnitude": 0.0, "lambda_b": 0.01, "head": 0.0}
     train(run.settings("out", learning_rates=rates, keep_best=False))
     train(run.settings("start", learning_rates=rates, keep_best=False, max_steps=1, warmup_share=0.5))
-    ends, starts = trained_values(tmp_path / "out"), trained_values(tmp_path / "start")
+    ends, starts = trained_parameters(tmp_path / "out"), trained_parameters(tmp_path / "start")
     changed = " ".join(name for name in ends if not torch.equal(ends[name], starts[name]))
     assert "lambda_b" in changed
     assert "magnitude" not in changed
@@ -299,7 +299,7 @@ def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dic
     for output, changes in {"whole": {"learning_rate": 0.03}, "third": {"learning_rate": 0.01}, "usual": {}}.items():
         train(run.settings(output, max_steps=1, **changes))
     whole, third, usual = (read_record(tmp_path / name) or {} for name in ("whole", "third", "usual"))
-    rows = [value for name, value in trained_values(tmp_path / "whole").items() if "magnitude" in name]
+    rows = [value for name, value in trained_parameters(tmp_path / "whole").items() if "magnitude" in name]
     median = torch.cat(rows).median().item()
     assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 0.03 * median, rel=0.02)
     assert third["learning_rates"] == {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3)}

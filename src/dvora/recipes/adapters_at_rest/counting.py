@@ -60,7 +60,7 @@ class Counted:
 
     model: str
     architecture: str
-    values: int
+    parameters: int
     targets: list[str]
     layers: int
     heads: list[str]

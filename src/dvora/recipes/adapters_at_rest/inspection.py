@@ -28,7 +28,7 @@ class Inspection:
         ranks: how many layers have each rank; 0 means the magnitude only.
         targets: the setting `target_modules`.
         layer_count: of adapted layers.
-        trained_values: in the file, a head included.
+        trained_parameters: in the file, a head included.
         head_values: those of them in modules that are trained whole.
         bytes: of the adapter's file of values.
         folder_bytes: of all files in the folder.
@@ -44,7 +44,7 @@ class Inspection:
     ranks: dict[int, int]
     targets: Any
     layer_count: int
-    trained_values: int
+    trained_parameters: int
     head_values: int
     bytes: int
     folder_bytes: int
@@ -80,7 +80,7 @@ def inspect(folder: Path, model: str | None = None) -> Inspection:
         "ranks": dict(sorted(Counter(layers.values()).items())),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
         "layer_count": len(layers),
-        "trained_values": sum(trained.values()),
+        "trained_parameters": sum(trained.values()),
         "head_values": sum(n for key, n in trained.items() if any(f".{head}." in key for head in heads)),
         "bytes": adapter.file.stat().st_size,
         "folder_bytes": sum(path.stat().st_size for path in adapter.folder.rglob("*") if path.is_file()),

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from ...tuner.config import DVoRAConfig
 from ..models.architectures import config_of, heads_of, load_base, model_class, quietly, without_memory
 from ..models.inputs import example_inputs, first_output
-from ..training.methods import trained_values
+from ..training.methods import trained_parameters
 from .counting import targeted_layers
 
 Step = Callable[[], object]
@@ -245,7 +245,9 @@ def _timing(
     low_rank: int,
 ) -> Timing:
     own = None if method == "base" else low_rank if method in LOW_RANK else rank
-    return Timing(method, own, trained_values(model), *_statistics(method, training), *_statistics(method, inference))
+    return Timing(
+        method, own, trained_parameters(model), *_statistics(method, training), *_statistics(method, inference)
+    )
 
 
 def _statistics(method: str, seconds: Mapping[str, list[float]]) -> tuple[float, float, tuple[float, float]]:

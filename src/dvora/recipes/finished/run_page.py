@@ -108,7 +108,7 @@ def _trained(run: Run) -> Section:
         "steps": record["steps"],
         "kept step": record["best_step"],
         "time": f"{record['seconds']:.0f} s",
-        "trained parameters": record["trained_values"],
+        "trained parameters": record["trained_parameters"],
         "size on disk": _bytes(sizes.adapter),
         "size of the base": _bytes(sizes.base),
         "texts that were cut": _cut(run),

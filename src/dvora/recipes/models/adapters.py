@@ -77,7 +77,8 @@ def config_of_adapter(adapter: Adapter) -> PeftConfig:
     Raises:
         TypeError, ValueError: a setting is wrong.
     """
-    config: PeftConfig = PeftConfig.from_pretrained(str(adapter.folder))
+    # Of any method; it reads the names and shapes of a file of DVoRA too.
+    config = dvora.DVoRAConfig.from_pretrained(str(adapter.folder))
     if isinstance(config, dvora.DVoRAConfig):
         check_file(config)
     return config

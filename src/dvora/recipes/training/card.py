@@ -43,7 +43,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     facts = {
         "Base": base,
         "Method": settings.method + (f", rank {settings.rank}" if settings.rank else ""),
-        "Trained parameters": f"{record['trained_values']:,}",
+        "Trained parameters": f"{record['trained_parameters']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),
         "Texts are cut at": "" if settings.task == "image-classification" else f"{record['max_length']} tokens",

@@ -133,7 +133,7 @@ def save_trained(model: Any, settings: Settings, heads: tuple[str, ...], folder:
     save_file(weights, folder / HEAD_FILE)
 
 
-def trained_values(model: nn.Module) -> int:
+def trained_parameters(model: nn.Module) -> int:
     """How many values are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

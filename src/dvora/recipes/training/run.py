@@ -30,7 +30,7 @@ from ..tasks.head_alone import fitted_head, last_layer
 from ..tasks.task import Truncation, features, longest, task_parts
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
-from .methods import adapted, learning_rates, save_trained, trained_values
+from .methods import adapted, learning_rates, save_trained, trained_parameters
 from .records import check_resumable, start_record
 from .trainers import Prepared, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
@@ -139,7 +139,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
     history = _history(trainer.state.log_history)
     record |= {
         "state": "finished",
-        "trained_values": trained_values(prepared.model),
+        "trained_parameters": trained_parameters(prepared.model),
         "steps": trainer.state.global_step,
         "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
         or trainer.state.global_step,
@@ -180,7 +180,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
         head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels)
     model = adapted(base, settings)
     rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
-    note(f"rows: {rows}; {trained_values(model):,} parameters are trained")
+    note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")

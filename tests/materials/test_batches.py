@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from demo.batches import BATCHES_PER_POOL, Sentences, batches_by_length, random_batches
+from materials.batches import BATCHES_PER_POOL, Sentences, batches_by_length, random_batches
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).integers(1, 50, 700)]
 
