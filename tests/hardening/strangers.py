@@ -178,7 +178,6 @@ CASES: dict[str, Case] = {
     "a number to be told": Case(text("a.csv", f"text,label\na,1.5\nb,{DIGITS}\n"),
                                 f"{TRAIN.replace('text-classification', 'regression')} --data a.csv", "a.csv, line 3"),
     "repeated settings": Case(text("a.yaml", laughs()), "train a.yaml", "line 2 repeats *a; write it out"),
-    "repeated settings, set": Case(lambda _: None, "train --set task=[&a,*a]", "repeats *a"),
     "deep settings": Case(text("a.yaml", f"a: {nested(100_000)}"), "train a.yaml", "nested too deeply"),
     "endless settings": Case(text("a.yaml", "#" * 2**20), "train a.yaml", "larger than"),
     "a header": Case(text("a.csv", f"{WIDE}\n{WIDE}\n"), f"{TRAIN} --data a.csv", "and 99,980 more"),

@@ -13,7 +13,7 @@ from tests.hardening.forks import Forks
 
 QUICK, FULL, SEED = 2, 20, 20261126
 """Kills of each command in the normal suite, and with --fuzz; the seed of their moments."""
-TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu --set dropout=0.1"
+TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu --dropout 0.1"
 COMMANDS = {
     "train": f"{TRAIN} --epochs 2 --quiet --json",
     "train all": f"{TRAIN} --epochs 2 --method full --learning-rate 0.001 --quiet --json",

@@ -132,7 +132,8 @@ def test_code_of_a_model_is_not_run_unless_asked_for(
     assert_fails(forks, desk, command.split(), code, message)
     assert not mark.exists()
     if command == TRAIN:
-        ended = forks.run(desk, *command.split(), "--set", "trust_remote_code=true")
+        (desk / "own.yaml").write_text("trust_remote_code: true\n")
+        ended = forks.run(desk, *command.split(), "own.yaml")
         assert_told(ended, 2, "no file can allow that code is run", "--trust-remote-code")
         assert not mark.exists()
         forks.run(desk, *command.split(), "--trust-remote-code")

@@ -32,7 +32,7 @@ from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
 from .records import check_resumable, start_record
-from .trainers import Prepared, final_metrics, length_of_run, make_trainer
+from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
@@ -88,6 +88,7 @@ def train(
                 if is_first():
                     _clear(folder)
                 return Outcome(read_run(folder, trust), None)
+            check_precision(settings)
             data = load_data(settings)
             started = start_record(settings, data, record)
             prepared = _prepared(settings, data, started, note, trust)
@@ -124,9 +125,10 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
     if is_first():
         remove_leftovers(folder)
         write_config(folder, prepared.settings)
+        # First: what it names is a run, which can be resumed if the disk is full now.
+        write_record(folder, record)
         if prepared.head_alone is not None:
             prepared.head_alone[0].save(folder / HEAD_ALONE)
-        write_record(folder, record)
         remove_incomplete(folder / CHECKPOINTS)
     with stop.listening(), errors_of_damage(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)

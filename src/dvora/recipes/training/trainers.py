@@ -124,12 +124,20 @@ def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
     return found
 
 
+def check_precision(settings: Settings) -> None:
+    """Refuse fp16 on a CPU, before anything is fitted.
+
+    Raises:
+        ValueError: there is no GPU to compute on.
+    """
+    if settings.mixed_precision == "fp16" and not common_arguments(settings, Path(settings.output))["fp16"]:
+        raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+
+
 def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> TrainingArguments:
     validates = "validation" in datasets
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     common = common_arguments(settings, Path(settings.output) / CHECKPOINTS)
-    if settings.mixed_precision == "fp16" and not common["fp16"]:
-        raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
     evaluates = ("steps" if settings.evaluate_every else "epoch") if validates else "no"
     saves = "steps" if settings.save_every or settings.evaluate_every else "epoch"
     return TrainingArguments(
