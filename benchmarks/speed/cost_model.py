@@ -90,7 +90,7 @@ def vera(product: Product, rank: int, tokens: int) -> float:
 
 
 def dvora_dense(product: Product, rank: int, tokens: int) -> float:
-    """VeRA's with one product with A for all siblings, and `grad_output^T z`; or the updated weight, made twice a step."""
+    """VeRA's with one product with A for all siblings, and `grad_output^T z`; or the updated weight twice a step."""
     return _dense_products(product, rank, tokens) + dense_norm(product, rank) / tokens
 
 
