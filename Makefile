@@ -44,7 +44,7 @@ examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" f
 	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,cluster
 	.venv-examples/bin/python -m benchmarks.examples $(ARGS)
 
-conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record for the figures
+conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
 
 fuzz: setup  ## the long runs: histories of surgery and of state, every damaged adapter folder, 140 kills of commands

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel: registers, spills and shared memory on sm_90, without a GPU.
+"""Resources of every compiled kernel: registers, spills and shared memory on sm_90, without a GPU.
 
 Run from the repository's root: python -m benchmarks.compiled_kernels [--print]
 """
@@ -101,7 +101,7 @@ def compiled(case: Case) -> Any:
     """The compiled kernel of triton, for pointers and sizes divisible by 16 as in these cases."""
     names = case.kernel.arg_names
     signature = {name: case.arguments.get(name, "constexpr") for name in names}
-    # A size of one would be a constant at run time; everything else divides by 16.
+    # A size of one would be specialised as a constant; all other sizes are multiples of 16.
     aligned = [i for i, name in enumerate(names) if name in case.arguments and name not in ("T", "chunk", "chunks")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     # Contraction into fused multiply-adds is named, as at the launch: its default differs between releases.

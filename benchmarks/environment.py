@@ -1,4 +1,4 @@
-"""What a figure was measured on: versions, processor and threads, for the head of every result file."""
+"""The environment of a measurement: versions, processor and threads, for the head of every result file."""
 
 import os
 import platform

@@ -78,7 +78,7 @@ def rows() -> Iterator[dict[str, object]]:
     cases = [(d, r, s) for d in (torch.float64, torch.float32) for r in ("unit", "weight") for s in SIZES]
     for dtype, direction, size in track(cases, description="exactness"):
         measured = [errors(size, dtype, direction, seed) for seed in SEEDS]
-        worst = {name: max(figures[name] for figures in measured) for name in measured[0]}
+        worst = {name: max(each[name] for each in measured) for name in measured[0]}
         in_features, out_features, rank = size
         yield {
             "dtype": str(dtype).removeprefix("torch."),

@@ -40,9 +40,9 @@ LARGE = (
 )
 RUN = """
 import atexit, os, sys
-def told():
+def report_imports():
     os.write(3, " ".join(name for name in {large!r} if name in sys.modules).encode())
-atexit.register(told)
+atexit.register(report_imports)
 """
 COMMAND = RUN + "sys.argv = {arguments!r}\nfrom dvora.cli.app import main\nmain()\n"
 IMPORT = RUN + "import dvora\n{name}\n"
@@ -85,8 +85,8 @@ def started(command: str, source: Path, folder: Path) -> Started:
     )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     os.close(writing)
-    with os.fdopen(reading) as told:
-        packages = told.read().split()
+    with os.fdopen(reading) as pipe:
+        packages = pipe.read().split()
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Started(seconds, spent, packages)
 

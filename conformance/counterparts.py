@@ -1,4 +1,4 @@
-"""What LoRA or VeRA is tested with, said for DVoRA: the other class name, the other names of the same options."""
+"""Translates LoRA's and VeRA's test cases to DVoRA: the class name, and the names of the same options."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ def options(of_other: Mapping[str, Any]) -> dict[str, Any]:
     own = {}
     for name, value in of_other.items():
         own_name = _RENAMED.get(name, name)
-        # LoRA's starts that have a name are its own ways to factorise a weight.
+        # LoRA's named initialisations are its own factorisations of a weight.
         if own_name == "init_weights" and not isinstance(value, bool):
             raise NoCounterpartError(f"{name}={value!r}")
         if own_name in _OWN:

@@ -1,4 +1,4 @@
-"""The few names that PEFT's test modules import from packages that DVoRA's tests do not need otherwise."""
+"""Stubs for the few names that PEFT's test modules import from packages which DVoRA's tests do not need otherwise."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def _load_dataset(name: str) -> dict[str, dict[str, list[Image.Image]]]:
-    """A picture, which is all that the tests that run take from a data set."""
+    """An image: all that the selected tests use of a data set."""
     if name != "huggingface/cats-image":
         raise ConnectionError(f"the data set {name} is on a hub, which is not reached from here")
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -1,7 +1,7 @@
-"""A pytest plugin that holds every outcome against `expected.toml`.
+"""A pytest plugin that compares every outcome with `expected.toml`.
 
 A test that is listed as failing must fail, and with the error that is listed; one that is listed as skipped must be
-skipped; all others must pass. A skip that nobody has read about is a failure too.
+skipped; all others must pass. An unlisted skip is a failure too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TABLE_KEY = pytest.StashKey[Table]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this plugin."""
     parser.addoption("--expected", type=Path, default=HERE / "expected.toml", help="the table of expected outcomes")
-    parser.addoption("--record", type=Path, help="write the figures of a whole run to this file")
+    parser.addoption("--record", type=Path, help="write the counts of a whole run to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,18 +52,18 @@ def pytest_runtest_makereport(
     listed = table.entry("skipped", item)
     expected = table.entry("failing", item)
     raised = "" if call.excinfo is None else call.excinfo.exconly()
-    complaint = None
+    message = None
     if report.skipped and not hasattr(report, "wasxfail"):
         if listed is None:
-            complaint = f"It was skipped without being listed: {raised or report.longrepr}"
+            message = f"It was skipped without being listed: {raised or report.longrepr}"
         else:
             report.user_properties.append(("listed", listed.reason))
     elif report.skipped and expected is not None and not re.search(expected.error or "", raised):
-        complaint = f"It is listed as failing with {expected.error!r}, and failed with: {raised}"
+        message = f"It is listed as failing with {expected.error!r}, and failed with: {raised}"
     elif report.when == "call" and listed is not None:
-        complaint = f"It is listed as skipped ({listed.reason}) and was not."
-    if complaint is not None:
-        report.outcome, report.longrepr = "failed", complaint
+        message = f"It is listed as skipped ({listed.reason}) and was not."
+    if message is not None:
+        report.outcome, report.longrepr = "failed", message
         vars(report).pop("wasxfail", None)
     return report
 
@@ -84,12 +84,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.line(", ".join(f"{count} {name}" for name, count in counts.items()))
     if path := config.getoption("--record"):
         files = Counter(report.nodeid.partition("::")[0] for report in stats.get("passed", []))
-        figures = counts | {"passed_by_file": dict(sorted(files.items())), "reasons": dict(reasons.most_common())}
-        _record(figures, path)
+        result = counts | {"passed_by_file": dict(sorted(files.items())), "reasons": dict(reasons.most_common())}
+        _record(result, path)
 
 
-def _record(figures: dict[str, object], path: Path) -> None:
+def _record(result: dict[str, object], path: Path) -> None:
     # torch takes seconds to import, and only this needs it.
     from benchmarks.environment import environment
 
-    path.write_text(json.dumps({"environment": environment()} | figures, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n", encoding="utf-8")

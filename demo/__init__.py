@@ -1,1 +1,1 @@
-"""The demo: MiniLM learns to tell good movie reviews from bad ones. Run `python -m demo "a sentence"`."""
+"""The demo: MiniLM learns to classify movie reviews as good or bad. Run `python -m demo "a sentence"`."""

@@ -1,4 +1,4 @@
-"""Fine-tune MiniLM with DVoRA on movie reviews, in minutes on two cores, and check everything that was promised.
+"""Fine-tune MiniLM with DVoRA on movie reviews, in minutes on two cores, and check what the documentation promises.
 
 python -m demo ["a sentence of yours"] [--quick] [--record] [--out FOLDER]
 """
@@ -18,8 +18,8 @@ def main() -> None:
     """Run the demo."""
     options = parse()
     print(HOW_LONG_QUICK if options.quick else HOW_LONG, flush=True)
-    # Everything is read from local folders, and nobody who watches the demo can do anything about what other packages
-    # report: PEFT imports all quantisation libraries that are installed.
+    # Everything is read from local folders, and users of the demo cannot act on other packages' warnings: PEFT imports
+    # all quantisation libraries that are installed.
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable(logging.WARNING)
     try:
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("sentence", nargs="*", help="what someone said about a movie")
     parser.add_argument("--quick", action="store_true", help="a much shorter run")
     parser.add_argument("--record", action="store_true", help="make this run the one that the README quotes")
-    parser.add_argument("--out", type=Path, default=OUT, help="for adapter, figures and picture (default: demo/out)")
+    parser.add_argument("--out", type=Path, default=OUT, help="for adapter, metrics and plot (default: demo/out)")
     options = parser.parse_args()
     if options.quick and options.record:
         parser.error("--quick and --record exclude each other: the README quotes a whole run")

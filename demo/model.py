@@ -16,8 +16,8 @@ class SentenceClassifier(nn.Module):
     """An encoder whose token vectors are averaged and classified.
 
     Averaging is what this MiniLM was trained for. transformers' own BERT classifier reads the first token through a
-    pooling layer that this checkpoint never trained: a linear head on that tells 75 % of the validation sentences,
-    and on the mean 79 %. With the weaker features, the frozen model would be too easy to beat.
+    pooling layer that this checkpoint never trained: a linear head on that classifies 75 % of the validation
+    sentences correctly, on the mean 79 %. With the weaker features, the frozen model would be too easy to beat.
     """
 
     def __init__(self, encoder: BertModel) -> None:
@@ -41,11 +41,11 @@ class SentenceClassifier(nn.Module):
 def load_classifier(folder: Path) -> SentenceClassifier:
     """MiniLM from its folder, with a head of zeros."""
     # Without dropout, training draws no random numbers but the order of the batches. One or two passes over the
-    # sentences with so few trainable values do not overfit.
+    # sentences with so few trainable parameters do not overfit.
     encoder = BertModel.from_pretrained(
         folder, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    # Building the head draws from the global generator, although the values are overwritten.
+    # Building the head draws from the global generator, although its parameters are overwritten.
     with torch.random.fork_rng(devices=[]):
         model = SentenceClassifier(encoder)
     nn.init.zeros_(model.classifier.weight)
@@ -64,6 +64,6 @@ def load_adapter(model: SentenceClassifier, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def trainable_values(model: nn.Module) -> int:
-    """How many values training changes."""
+def trainable_parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""The picture: losses on the left, what training did to the weights on the right."""
+"""The plot: losses on the left, changes of the weights on the right."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from demo.train import History
 WINDOW = 20
 INK, PALE = "#222222", "#d9d9d9"
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
-# Okabe and Ito's colours, which colour-blind readers tell apart, and a marker each for print without colours.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, and a marker each for print without colours.
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
 MARKERS = "os^Dvp"
 
 
 def save_plot(history: History, changes: list[LayerChange], file: Path) -> None:
-    """Draw the picture and save it as PNG."""
+    """Draw the plot and save it as PNG."""
     figure = Figure(figsize=(11, 5), dpi=160, layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.25), wspace=0.04)[0]
     losses, accuracies = left.subplots(2, 1, sharex=True, height_ratios=(1.4, 1))

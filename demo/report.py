@@ -1,4 +1,4 @@
-"""What the demo found: the figures, their tables on the screen and their file."""
+"""The demo's results: metrics, their tables on the screen and their file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,12 +17,12 @@ from demo.train import History, Settings
 
 @dataclass(frozen=True)
 class Score:
-    """How well one model does on the test sentences: how many of them are told right, with how many trained values."""
+    """One model on the test sentences: how many it classifies correctly, with how many trained parameters."""
 
     name: str
     correct: int
     count: int
-    trained_values: int
+    trained_parameters: int
 
     @property
     def accuracy(self) -> float:
@@ -35,7 +35,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The majority class, the frozen model and DVoRA; and how many sentences only one of the latter two tells."""
+    """The majority class, the frozen model and DVoRA; and how many sentences only one of the latter two gets right."""
 
     majority: Score
     frozen: Score
@@ -50,7 +50,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything the demo measured. Differences are the largest between two logits."""
+    """All measurements of the demo. Differences are the largest between two logits."""
 
     scores: Comparison
     adapter_bytes: int
@@ -61,7 +61,7 @@ class Findings:
 
 
 def compare(
-    train_labels: Tensor, labels: Tensor, frozen: Tensor, adapted: Tensor, head_values: int, dvora_values: int
+    train_labels: Tensor, labels: Tensor, frozen: Tensor, adapted: Tensor, head_parameters: int, dvora_parameters: int
 ) -> Comparison:
     """Score the predictions for the test sentences.
 
@@ -70,34 +70,34 @@ def compare(
         labels: (N,) classes of the test sentences.
         frozen: (N, classes) logits of the frozen model.
         adapted: (N, classes) logits of the model with DVoRA.
-        head_values: values trained for the frozen model.
-        dvora_values: values trained for DVoRA, the head's among them.
+        head_parameters: number of parameters trained for the frozen model.
+        dvora_parameters: number of parameters trained for DVoRA, the head's included.
     """
     majority_right = labels == train_labels.bincount().argmax()
     frozen_right, dvora_right = frozen.argmax(1) == labels, adapted.argmax(1) == labels
     return Comparison(
         majority=Score("majority class", int(majority_right.sum()), len(labels), 0),
-        frozen=Score("frozen, trained head", int(frozen_right.sum()), len(labels), head_values),
-        dvora=Score("DVoRA", int(dvora_right.sum()), len(labels), dvora_values),
+        frozen=Score("frozen, trained head", int(frozen_right.sum()), len(labels), head_parameters),
+        dvora=Score("DVoRA", int(dvora_right.sum()), len(labels), dvora_parameters),
         only_dvora=int((dvora_right & ~frozen_right).sum()),
         only_frozen=int((frozen_right & ~dvora_right).sum()),
     )
 
 
 def print_findings(findings: Findings, console: Console) -> None:
-    """Print the table of accuracies and what follows from it."""
+    """Print the table of accuracies and the other measurements."""
     scores, history = findings.scores, findings.history
     table = Table(title="Is the movie good or bad?", title_justify="left")
     table.add_column("")
-    for heading in ("test accuracy", "95 % interval", "trained values"):
+    for heading in ("test accuracy", "95 % interval", "trained parameters"):
         table.add_column(heading, justify="right", no_wrap=True)
     for score in (scores.majority, scores.frozen, scores.dvora):
         low, high = score.interval
-        table.add_row(score.name, f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{score.trained_values:,}")
+        table.add_row(score.name, f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{score.trained_parameters:,}")
     console.print(table)
     for line in (
-        f"Of {scores.dvora.count:,} test sentences, only DVoRA tells {scores.only_dvora} and only the frozen model "
-        f"{scores.only_frozen} (as uneven by chance: p = {scores.chance:.1g}).",
+        f"Of {scores.dvora.count:,} test sentences, only DVoRA classifies {scores.only_dvora} correctly, and only the "
+        f"frozen model {scores.only_frozen} (sign test: p = {scores.chance:.1g}).",
         f"The adapter's file has {findings.adapter_bytes / 1e3:,.0f} kB, the model's {findings.model_bytes / 1e6:,.1f} "
         f"MB: {findings.model_bytes / findings.adapter_bytes:,.0f} times as much.",
         f"Loaded in a fresh process, its outputs differ by at most {findings.fresh_process_difference:.2g}; "
@@ -120,14 +120,14 @@ def print_predictions(texts: list[str], logits: Tensor, console: Console) -> Non
 
 
 def save_findings(findings: Findings, settings: Settings, seed: int, file: Path) -> None:
-    """Write the figures, and what they were measured with, as JSON."""
+    """Write the metrics, with settings and environment, as JSON."""
     scores, history = findings.scores, findings.history
     content = {
         "environment": environment(),
         "seed": seed,
         "settings": asdict(settings),
         "scores": {
-            name: {**asdict(score), "accuracy": score.accuracy, "interval": score.interval}
+            name: _score(score)
             for name, score in (("majority", scores.majority), ("frozen", scores.frozen), ("dvora", scores.dvora))
         },
         "only_dvora_correct": scores.only_dvora,
@@ -144,3 +144,14 @@ def save_findings(findings: Findings, settings: Settings, seed: int, file: Path)
         "validation": [{"step": step, "loss": loss, "accuracy": share} for step, loss, share in history.checks],
     }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _score(score: Score) -> dict[str, object]:
+    return {
+        "name": score.name,
+        "correct": score.correct,
+        "count": score.count,
+        "trained_values": score.trained_parameters,
+        "accuracy": score.accuracy,
+        "interval": score.interval,
+    }

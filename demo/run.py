@@ -1,4 +1,4 @@
-"""The run itself: data and model, a head for the frozen model, DVoRA from there, and checks of what was promised."""
+"""The run itself: data and model, a head for the frozen model, DVoRA from there, and checks of what is promised."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from demo.check import THREADS, logits_in_a_fresh_process, quiet
-from demo.model import add_adapter, load_classifier, trainable_values
+from demo.model import add_adapter, load_classifier, trainable_parameters
 from demo.plot import save_plot
 from demo.report import Findings, compare, print_findings, print_predictions, save_findings
 from demo.statistics import layer_changes, linear_weights
@@ -63,12 +63,12 @@ def run(options: Namespace) -> None:
     with console.status("Fitting a head to the frozen model"):
         train_head(model, train, validation)
         frozen_logits = encode(model, test)
-    head_values = trainable_values(model.classifier)
+    head_parameters = trainable_parameters(model.classifier)
     weights_before = linear_weights(model)
 
     # DVoRA, from there.
     adapted = add_adapter(model)
-    dvora_values = trainable_values(adapted)
+    dvora_parameters = trainable_parameters(adapted)
     history = train_adapter(adapted, train, validation, SETTINGS, np.random.default_rng(SEED))
     adapted.save_pretrained(adapter_folder)
 
@@ -80,7 +80,7 @@ def run(options: Namespace) -> None:
         merged_logits = encode(merged, test)
 
     findings = Findings(
-        scores=compare(train.labels, test.labels, frozen_logits, logits, head_values, dvora_values),
+        scores=compare(train.labels, test.labels, frozen_logits, logits, head_parameters, dvora_parameters),
         adapter_bytes=(adapter_folder / "adapter_model.safetensors").stat().st_size,
         model_bytes=(model_folder / "model.safetensors").stat().st_size,
         fresh_process_difference=(fresh_logits - logits).abs().max().item(),
@@ -91,9 +91,9 @@ def run(options: Namespace) -> None:
     texts = [*options.sentence, *EXAMPLES][:3]
     print_predictions(texts, encode(merged, unlabelled(texts, tokenizer)), console)
 
-    # Only a run that is to be the README's replaces what is under version control.
-    figures = RECORD if options.record else options.out / "result.json"
-    picture = (HERE if options.record else options.out) / "curve.png"
-    save_findings(findings, SETTINGS, SEED, figures)
-    save_plot(history, layer_changes(weights_before, linear_weights(merged)), picture)
-    console.print(f"Adapter: {adapter_folder}   Figures: {figures}   Picture: {picture}")
+    # Only a recorded run replaces the files under version control.
+    metrics = RECORD if options.record else options.out / "result.json"
+    plot = (HERE if options.record else options.out) / "curve.png"
+    save_findings(findings, SETTINGS, SEED, metrics)
+    save_plot(history, layer_changes(weights_before, linear_weights(merged)), plot)
+    console.print(f"Adapter: {adapter_folder}   Metrics: {metrics}   Plot: {plot}")

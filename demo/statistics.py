@@ -1,4 +1,4 @@
-"""How sure is an accuracy, and is one model better than another? And what did training do to the weights?"""
+"""Confidence interval of an accuracy, sign test of two models, and what training changed in the weights."""
 
 import math
 import re
@@ -38,7 +38,8 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 def sign_test(wins: int, losses: int) -> float:
     """How likely a fair coin is to split `wins + losses` tosses at least this unevenly (two-sided, exact).
 
-    For two models on the same sentences: wins are those that only the one, losses those that only the other tells.
+    For two models on the same sentences: wins are those that only the first classifies correctly, losses those that
+    only the second does.
     """
     count = wins + losses
     tail = sum(math.comb(count, number) for number in range(min(wins, losses) + 1))

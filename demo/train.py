@@ -30,7 +30,7 @@ class Settings:
         magnitude_rate: highest learning rate of the magnitude.
         head_rate: highest learning rate of the head.
         warmup: share of the steps in which the rates rise; after it they fall to zero along a cosine.
-        evaluations: how often the validation sentences are looked at, besides before the first step.
+        evaluations: evaluations on the validation sentences, besides the one before the first step.
     """
 
     passes: int
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass
 class History:
-    """What was seen during training: `steps` has one loss a step, `checks` has (step, loss, accuracy) on validation."""
+    """Training losses (`steps`, one a step) and validation results (`checks`: step, loss, accuracy)."""
 
     steps: list[float] = field(default_factory=list)
     checks: list[tuple[int, float, float]] = field(default_factory=list)
@@ -64,7 +64,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def train_head(model: SentenceClassifier, train: Sentences, validation: Sentences) -> None:
-    """Fit the head on the frozen model until nothing moves any more: a logistic regression.
+    """Fit the head on the frozen model to convergence: a logistic regression.
 
     The penalty with the best validation accuracy is kept. The problem is convex, so the start does not matter.
     """
@@ -98,7 +98,7 @@ def _logistic_regression(features: Tensor, labels: Tensor, penalty: float) -> nn
 def train_adapter(
     model: PeftModel, train: Sentences, validation: Sentences, settings: Settings, generator: np.random.Generator
 ) -> History:
-    """Train the adapter and the head; returns what was seen on the way. The model is left ready to predict."""
+    """Train the adapter and the head; returns the losses and accuracies. The model is left in evaluation mode."""
     lengths = [len(ids) for ids in train.ids]
     batches = [rows for _ in range(settings.passes) for rows in random_batches(lengths, settings.batch, generator)]
     optimizer = torch.optim.AdamW(parameter_groups(model, settings))
@@ -133,7 +133,7 @@ def train_adapter(
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, object]]:
-    """The trainable values in three groups, each with its own learning rate."""
+    """The trainable parameters in three groups, each with its own learning rate."""
     groups: dict[str, list[nn.Parameter]] = {"lambda": [], "magnitude": [], "head": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dvora
 from dvora.training import check_ranks_agree, parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from examples.reviews import Batch, batches, classifier, largest_difference, loss_of, score, trained
 
 STEPS, SAVED_AFTER, BATCH = 6, 3, 32
@@ -109,7 +109,7 @@ def main(own_folder: str) -> None:
             "works": True,
             "figures": {
                 "held_out_loss": [start_loss, loss],
-                "trained_values": trained_values(model),
+                "trained_values": trained_parameters(model),
                 "checkpoint_with_optimizer_bytes": checkpoint_bytes,
                 "resumed_bit_for_bit": True,
                 "difference_from_one_process": difference,

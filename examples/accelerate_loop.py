@@ -1,6 +1,6 @@
 """A plain loop with accelerate: accumulated gradients, clipping, and a run that goes on from its saved state.
 
-MiniLM learns to tell good from bad movie reviews. Steps are taken by an optimizer with a rate for each vector.
+MiniLM learns to classify movie reviews as good or bad. Steps are taken by an optimizer with a rate for each vector.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Batc
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import movie_reviews
 from materials.models import minilm
 from materials.splits import Texts
@@ -112,7 +112,7 @@ def main(folder: Path) -> None:
             "figures": {
                 "test_loss": [before, after],
                 "test_accuracy": (end.argmax(1) == labels).double().mean().item(),
-                "trained_values": trained_values(model),
+                "trained_values": trained_parameters(model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },
             "versions": {"accelerate": version("accelerate")},

@@ -44,8 +44,8 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def trained_values(model: nn.Module) -> int:
-    """How many numbers are trained."""
+def trained_parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -58,7 +58,7 @@ def report(result: Mapping[str, Any]) -> None:
     """Print what an example found.
 
     Args:
-        result: `works`, true or false; `figures`, the few worth showing, by name; `versions` of packages, by name.
+        result: `works`, true or false; `figures`, the metrics to show, by name; `versions` of packages, by name.
             Where it does not work also `outcome`, "refused" (by dvora) or "base cannot" (nor can other methods there),
             and `reason`. A claim that does not hold is no outcome: leave with `raise SystemExit("what is wrong")`.
 

@@ -1,6 +1,6 @@
 """diffusers: a model's own `add_adapter(config)`; a small UNet2DConditionModel learns lying digits.
 
-Attention and convolutions are adapted. No pretrained model is at hand, so the base is trained here first.
+Attention and convolutions are adapted. No pretrained model is available, so the base is trained here first.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss, one_hot
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import digits
 from materials.splits import Images
 
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
             "works": True,
             "figures": {
                 "test_loss": [start.item(), end.item()],
-                "trained_values": trained_values(unet),
+                "trained_values": trained_parameters(unet),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },
             "versions": {"diffusers": version("diffusers")},

@@ -129,7 +129,7 @@ def main() -> None:
     (before, after), distance = federated(THREE, plain)
     (_, after_exact), distance_exact = federated(TWO, ExactlyAveraged(fraction_evaluate=0.0))
     require(distance_exact < 1e-3, f"the average of updates is had exactly: {distance_exact}")
-    figures = {
+    metrics = {
         "clients": CLIENTS,
         "rounds": ROUNDS,
         "validation_loss": [before[0], after[0]],
@@ -141,7 +141,7 @@ def main() -> None:
         "with_lambda_d_frozen": distance_exact,
         "loss_then": after_exact[0],
     }
-    report({"works": True, "figures": figures, "versions": {"flwr": flwr.__version__, "ray": ray.__version__}})
+    report({"works": True, "figures": metrics, "versions": {"flwr": flwr.__version__, "ray": ray.__version__}})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import digits
 from materials.splits import Images
 
@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
             "works": True,
             "figures": {
                 "test_accuracy": accuracy,
-                "trained_values": trained_values(model),
+                "trained_values": trained_parameters(model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
                 "checkpoint_bytes": checkpoint.stat().st_size,
             },

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, require, same_bits, trained_values
+from examples.checks import folder_bytes, require, same_bits, trained_parameters
 from materials.data import digits
 from materials.splits import Images
 
@@ -42,7 +42,7 @@ def logits(model: nn.Module, images: Images) -> Tensor:
 def adapted_and_checked(
     network: Callable[[], nn.Module], config: dvora.DVoRAConfig, base_steps: int, steps: int
 ) -> dict[str, Any]:
-    """Train the base and its adapter, save, load and merge it, and check every step; the figures of the report.
+    """Train the base and its adapter, save, load and merge it, and check every step; the metrics of the report.
 
     Args:
         network: makes the untrained base, in evaluation mode.
@@ -77,7 +77,7 @@ def adapted_and_checked(
     require(accuracy[1] > accuracy[0] + 0.2, f"digits that lie on their side are read better: {accuracy}")
     return {
         "test_accuracy": accuracy,
-        "trained_values": trained_values(model),
+        "trained_values": trained_parameters(model),
         "adapter_bytes": size,
         "merged_difference": difference,
     }

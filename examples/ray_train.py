@@ -41,15 +41,15 @@ def train_in_worker() -> None:
         optimizer.step()
         optimizer.zero_grad()
     require(frozen_digest(adapted.encoder) == untouched, "the base keeps every bit")
-    figures = {"held_out_loss": [start_loss, score(adapted, held_out)[0]], "processes": processes}
+    metrics = {"held_out_loss": [start_loss, score(adapted, held_out)[0]], "processes": processes}
     with tempfile.TemporaryDirectory() as folder:
         if rank == 0:
             adapted.save_pretrained(folder)
-        ray.train.report(figures, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
 
 
 def train(folder: Path) -> Result:
-    # A small object store: nothing passes through it but figures.
+    # A small object store: nothing passes through it but metrics.
     ray.init(num_cpus=WORKERS, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
     try:
         trainer = TorchTrainer(

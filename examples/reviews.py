@@ -1,4 +1,4 @@
-"""The task of the examples with several processes: MiniLM learns to tell good movie reviews from bad ones."""
+"""The task of the examples with several processes: MiniLM learns to classify movie reviews as good or bad."""
 
 from collections.abc import Sequence
 from functools import cache

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import dvora
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from examples.generating import GeneratingCopy, as_bytes, logits
 from materials.models import smollm2
 
@@ -106,16 +106,16 @@ def main(folder: Path, copy: GeneratingCopy) -> None:
     loaded = PeftModel.from_pretrained(base(), folder / "adapter")
     require(same_bits(logits(loaded, probe), logits(trainer.model, probe)), "the saved adapter gives the same outputs")
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    figures = {
+    metrics = {
         "mean_reward": [before, after],
         "synchronisations_bit_for_bit": len(copy.sizes),
         "each_bytes": copy.sizes[-1],
         "each_ms": 1000 * median(copy.seconds),
         "LoRA_r16_bytes": len(as_bytes(get_peft_model(base(), lora))),
         "full_weights_bytes": folder_bytes(smollm2()),
-        "trained_values": trained_values(trainer.model),
+        "trained_values": trained_parameters(trainer.model),
     }
-    report({"works": True, "figures": figures, "versions": {"trl": trl.__version__}})
+    report({"works": True, "figures": metrics, "versions": {"trl": trl.__version__}})
 
 
 if __name__ == "__main__":

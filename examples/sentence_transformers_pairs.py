@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, trained_parameters
 from materials.data import movie_ratings
 from materials.models import minilm
 from materials.splits import Texts
@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
             "works": True,
             "figures": {
                 "test_correlation": [start, end],
-                "trained_values": trained_values(model),
+                "trained_values": trained_parameters(model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },
             "versions": {"sentence-transformers": version("sentence-transformers")},

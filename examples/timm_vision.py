@@ -1,7 +1,7 @@
 """timm: a ConvNeXt, whose depthwise convolutions and linear layers are adapted.
 
-The head is trained whole. No pretrained weights are at hand: the base learns upright digits here first, and its adapter
-learns digits that lie on their side.
+The head is trained whole. No pretrained weights are available: the base learns upright digits here first, and its
+adapter learns digits that lie on their side.
 """
 
 from importlib.metadata import version
@@ -24,8 +24,8 @@ def main() -> None:
     config = dvora.DVoRAConfig(
         r=64, target_modules=r".*\.(conv_dw|fc1|fc2)|stem\.0|.*downsample\.1", modules_to_save=["head.fc"]
     )
-    figures = adapted_and_checked(network, config, base_steps=120, steps=80)
-    report({"works": True, "figures": figures, "versions": {"timm": version("timm")}})
+    metrics = adapted_and_checked(network, config, base_steps=120, steps=80)
+    report({"works": True, "figures": metrics, "versions": {"timm": version("timm")}})
 
 
 if __name__ == "__main__":

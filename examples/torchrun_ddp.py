@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dvora
 from dvora.training import check_ranks_agree, parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from examples.reviews import Batch, batches, classifier, largest_difference, loss_of, part_of, score, trained
 
 STEPS, BATCH = 8, 32
@@ -73,8 +73,8 @@ def main(folder: Path) -> None:
             "works": True,
             "figures": {
                 "held_out_loss": [start_loss, loss],
-                "trained_values": trained_values(model),
-                "gradients_per_step_bytes": 4 * trained_values(model),
+                "trained_values": trained_parameters(model),
+                "gradients_per_step_bytes": 4 * trained_parameters(model),
                 "buffers_not_sent_bytes": sum(buffer.nbytes for buffer in model.buffers()),
                 "adapter_bytes": folder_bytes(folder),
                 "difference_from_one_process": difference,

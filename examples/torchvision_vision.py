@@ -26,9 +26,9 @@ def main() -> None:
         target_modules=r"features\.(\d+|\d+\.block\.\d+)\.(0|fc1|fc2)|classifier\.0",
         modules_to_save=["classifier.3"],
     )
-    figures = adapted_and_checked(network, config, base_steps=150, steps=100)
+    metrics = adapted_and_checked(network, config, base_steps=150, steps=100)
     versions = {"torchvision": version("torchvision").partition("+")[0]}
-    report({"works": True, "figures": figures, "versions": versions})
+    report({"works": True, "figures": metrics, "versions": versions})
 
 
 if __name__ == "__main__":

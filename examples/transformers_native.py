@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import movie_reviews
 from materials.models import minilm
 
@@ -109,8 +109,8 @@ def main(folder: Path) -> None:
         model = with_peft_s_functions(folder, inputs)
     require(frozen_digest(model.bert) == frozen_digest(base().bert), "the base keeps every bit")
     outcome = {"works": True} if not refusal else {"works": False, "outcome": "base cannot", "reason": refusal}
-    figures = {"trained_values": trained_values(model), "adapter_bytes": folder_bytes(folder)}
-    report({**outcome, "figures": figures, "versions": {"transformers": version("transformers")}})
+    metrics = {"trained_values": trained_parameters(model), "adapter_bytes": folder_bytes(folder)}
+    report({**outcome, "figures": metrics, "versions": {"transformers": version("transformers")}})
 
 
 if __name__ == "__main__":

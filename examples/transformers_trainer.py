@@ -1,4 +1,4 @@
-"""transformers' Trainer: MiniLM learns to tell good movie reviews from bad ones, and a run that ends early goes on.
+"""transformers' Trainer: MiniLM learns to classify movie reviews, and a run that ends early is resumed.
 
 The Trainer takes an adapted model as any other; its checkpoints hold the adapter, the optimizer and the random state.
 """
@@ -23,7 +23,7 @@ from transformers import (
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import movie_reviews
 from materials.models import minilm
 from materials.splits import Texts
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
             "figures": {
                 "held_out_loss": [before["eval_loss"], after["eval_loss"]],
                 "held_out_accuracy": after["eval_accuracy"],
-                "trained_values": trained_values(whole.model),
+                "trained_values": trained_parameters(whole.model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },
             "versions": {"transformers": version("transformers")},

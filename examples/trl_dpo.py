@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 import dvora
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import movie_ratings
 from materials.models import smollm2
 from materials.splits import Texts
@@ -100,7 +100,7 @@ def main(folder: Path) -> None:
                 "held_out_loss": [start["eval_loss"], end["eval_loss"]],
                 "held_out_margin": [start["eval_rewards/margins"], end["eval_rewards/margins"]],
                 "held_out_accuracy": end["eval_rewards/accuracies"],
-                "trained_values": trained_values(model),
+                "trained_values": trained_parameters(model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },
             "versions": {"trl": version("trl")},

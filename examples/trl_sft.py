@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 import dvora
 from dvora.training import parameter_groups
-from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_values
+from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import shakespeare
 from materials.models import smollm2
 
@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
             "works": True,
             "figures": {
                 "held_out_loss": [frozen_loss, trained_loss, final_loss],
-                "trained_values": trained_values(model),
+                "trained_values": trained_parameters(model),
                 "adapter_bytes": folder_bytes(folder / "adapter"),
             },
             "versions": {"trl": version("trl")},

@@ -1,1 +1,1 @@
-"""Installing dvora as a stranger does: its wheel in an empty environment, and the oldest and the newest versions."""
+"""Installing dvora as a new user does: its wheel in an empty environment, and the oldest and the newest versions."""

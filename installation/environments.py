@@ -1,4 +1,4 @@
-"""An environment of its own for a while: made in an empty folder, filled by pip, asked for what it holds."""
+"""A temporary virtual environment: created, filled by pip, asked for its versions and size."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# What would let this process's packages into the environment.
+# Variables that would make this process's packages visible in the environment.
 _NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
@@ -30,14 +30,14 @@ class Environment:
     folder: Path
 
     def path_of(self, program: str) -> str:
-        """Where a program of the environment lies."""
+        """Path of a program of the environment."""
         return str(self.folder / ("Scripts" if os.name == "nt" else "bin") / program)
 
     def install(self, *arguments: str) -> None:
-        """Let the environment's pip install something.
+        """Install packages with the environment's pip.
 
         Raises:
-            InstallationError: it could not.
+            InstallationError: pip failed.
         """
         self.run("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
 
@@ -48,7 +48,7 @@ class Environment:
             program: its name.
             arguments: of the program.
             folder: to run in.
-            status: the exit status that is right.
+            status: the expected exit status.
 
         Raises:
             InstallationError: it ended with another one.
@@ -56,8 +56,8 @@ class Environment:
         ended = self._ended(program, *arguments, folder=folder)
         if ended.returncode != status:
             last = "\n".join(ended.stdout.splitlines()[-30:])
-            shown = f"{program} {' '.join(arguments)}"
-            raise InstallationError(f"{shown}: exit status {ended.returncode}, expected {status}\n{last}")
+            command = f"{program} {' '.join(arguments)}"
+            raise InstallationError(f"{command}: exit status {ended.returncode}, expected {status}\n{last}")
         return ended.stdout
 
     def output(self, program: str, *arguments: str, folder: Path) -> str:
@@ -99,7 +99,7 @@ def empty_environment(python: str = sys.executable) -> Iterator[Environment]:
         python: the interpreter, a path or a name on the PATH.
 
     Raises:
-        InstallationError: there is no such interpreter, or it makes no environment.
+        InstallationError: there is no such interpreter, or it cannot create an environment.
     """
     with tempfile.TemporaryDirectory(prefix="dvora-environment-") as folder:
         try:
@@ -107,7 +107,9 @@ def empty_environment(python: str = sys.executable) -> Iterator[Environment]:
         except OSError as error:
             raise InstallationError(f"there is no Python {python!r} ({error.strerror}); give a path to one") from error
         if made.returncode:
-            raise InstallationError(f"{python} makes no environment: {(made.stdout + made.stderr).strip()[-300:]}")
+            raise InstallationError(
+                f"{python} cannot create an environment: {(made.stdout + made.stderr).strip()[-300:]}"
+            )
         yield Environment(Path(folder))
 
 

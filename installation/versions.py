@@ -3,7 +3,7 @@
 With the newest versions of everything, and with the oldest that the extra `peft` allows, the README's quick start runs,
 and the tests of the mathematics, of the layers and of the PEFT method; with the newest, and with the oldest that the
 command line allows, its commands. Warnings are not errors there: packages deprecate what others of them still use.
-Writes benchmarks/results/versions.json, and keeps its rows of what is not asked for.
+Writes benchmarks/results/versions.json, and keeps the rows of trials that are not run.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TESTS = (
     *("tests/tuner/state/test_checked_values.py", "tests/tuner/state/test_state_dict.py"),
 )
 MOST_FAILURES = 20
-"""Failed tests that are named."""
+"""Failed tests that are listed at most."""
 
 Row = dict[str, Any]
 
@@ -73,7 +73,7 @@ TRIALS = (
 
 
 def lower_bounds(metadata: str, extra: str) -> list[str]:
-    """What a package needs, alone and with an extra, at the lowest versions that it allows: "peft==0.21".
+    """The requirements of a package with an extra, at the lowest versions that it allows: "peft==0.21".
 
     Args:
         metadata: of the package, as its wheel has it.
@@ -88,7 +88,7 @@ def lower_bounds(metadata: str, extra: str) -> list[str]:
     return [f"{name}=={version}" for name, version in sorted(found.items())]
 
 
-def tried(trial: Trial, python: str) -> Row:
+def run_trial(trial: Trial, python: str) -> Row:
     """Make the environment of a trial with one Python, and run everything there.
 
     Raises:
@@ -132,10 +132,10 @@ def test_results(environment: Environment) -> Row:
 
 
 def main() -> int:
-    """Try those that are asked for, or all with this Python; 1 if something does not hold."""
+    """Run the requested trials, or all with this Python; 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m installation.versions", description=__doc__.partition("\n")[0])
     for trial in TRIALS:
-        parser.add_argument(f"--{trial.name}", dest=trial.name, metavar="PYTHON", help=f"try {trial.name} with it")
+        parser.add_argument(f"--{trial.name}", dest=trial.name, metavar="PYTHON", help=f"run {trial.name} with it")
     options = {name: python for name, python in vars(parser.parse_args()).items() if python}
     before = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
     rows = {row["name"]: row for row in before}
@@ -144,7 +144,7 @@ def main() -> int:
         if options and trial.name not in options:
             continue
         try:
-            rows[trial.name] = tried(trial, options.get(trial.name, sys.executable))
+            rows[trial.name] = run_trial(trial, options.get(trial.name, sys.executable))
         except InstallationError as error:
             print(f"{trial.name}: {error}", file=sys.stderr)
             failed = True

@@ -1,7 +1,7 @@
 """Build the wheel, install it into an empty environment, run the README's start: python -m installation.wheel
 
-First dvora alone: the plain layer runs, and what needs an extra says so in one line. Then the extra `cli` is added: the
-README's quick start and a short training run; `dvora report` names the extra that it lacks.
+First dvora alone: the plain layer runs, and commands that need an extra name it in one line. Then the extra `cli`
+is added: the README's quick start and a short training run; `dvora report` names the extra that it lacks.
 """
 
 import re
@@ -84,7 +84,7 @@ def expect_advice(output: str, extra: str) -> None:
 
 
 def main() -> int:
-    """Run both; 1 if something does not hold."""
+    """Run both; 1 if one fails."""
     try:
         with empty_environment() as environment, tempfile.TemporaryDirectory() as folder:
             place = Path(folder)

@@ -12,7 +12,7 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Texts:
-    """Sentences and what is to be told from them.
+    """Sentences and their targets: classes or numbers.
 
     Args:
         texts: N sentences.
@@ -82,7 +82,7 @@ def first_of_each(keys: Sequence[Hashable]) -> list[int]:
 
 
 def same_text(text: str) -> str:
-    """What two texts share when only case or spacing tells them apart (an uncased tokenizer sees no difference)."""
+    """A key that is equal for texts that differ only in case or spacing (an uncased tokenizer sees no difference)."""
     return " ".join(text.split()).casefold()
 
 

@@ -37,8 +37,8 @@ def brought() -> dict[str, str]:
 
 @pytest.mark.parametrize(("module", "extra"), brought().items())
 def test_each_module_leads_to_its_extra(module: str, extra: str) -> None:
-    told = missing(ModuleNotFoundError(name=module))
-    assert told == f"{module} is missing; {how_to_install(extra)}"
+    message = missing(ModuleNotFoundError(name=module))
+    assert message == f"{module} is missing; {how_to_install(extra)}"
 
 
 def test_a_package_that_is_too_old_is_not_called_missing() -> None:
@@ -46,12 +46,12 @@ def test_a_package_that_is_too_old_is_not_called_missing() -> None:
         assert missing(error) == f"dvora does not work with the installed peft (no such name); {how_to_install('peft')}"
 
 
-def test_what_no_extra_brings_is_not_told() -> None:
+def test_a_module_of_no_extra_gives_no_advice() -> None:
     assert missing(ModuleNotFoundError(name="somebodys_code")) is None
     assert missing(ImportError("cannot import name")) is None
 
 
-def test_a_version_that_does_not_fit_is_told_as_it_is() -> None:
+def test_a_version_mismatch_is_reported_as_it_is() -> None:
     code = "import sys, dvora; sys.modules['dvora.tuner.config'] = None; dvora.DVoRAConfig"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "dvora.DVoRAConfig is not available" in ended.stderr.splitlines()[-1]

@@ -1,1 +1,1 @@
-"""From a CSV to a merged model with the command line alone, as it looks: python -m transcript"""
+"""From a CSV to a merged model with the command line alone, as a terminal shows it: python -m transcript"""

@@ -1,4 +1,4 @@
-"""What the documentation's commands start from: python -m transcript.materials FOLDER
+"""Inputs of the documentation's commands: python -m transcript.materials FOLDER
 
 A CSV of movie reviews, new ones without a label, a play, and two models. They come inside packages of PyPI and Debian.
 """
@@ -34,7 +34,7 @@ def lay_out(folder: Path) -> None:
     (folder / "new.txt").write_text("\n".join(NEW_REVIEWS) + "\n", encoding="utf-8")
     play = shakespeare().train[PLAY].splitlines()
     (folder / "play.txt").write_text("\n".join(play[:LINES]) + "\n", encoding="utf-8")
-    # Copies, for a link's own path would be told in what the commands show.
+    # Copies, because commands would print the path that a link leads to.
     for name, model in (("minilm", minilm), ("smollm2", smollm2)):
         shutil.copytree(model(), folder / name)
 

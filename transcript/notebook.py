@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600).execute()
     for cell in notebook.cells:
-        # Times differ each time, and what libraries tell of themselves is none of the reader's business.
+        # Times differ in every run, and libraries' own messages on stderr would distract the reader.
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

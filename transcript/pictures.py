@@ -69,7 +69,7 @@ def _arrow(
 
 
 def main() -> None:
-    """Write both."""
+    """Draw and save both pictures."""
     save("row", row)
     save("values", values)
 

@@ -1,4 +1,4 @@
-"""What the site's build adds to pages: dark pictures, and the commands, settings and examples as the program has them.
+"""What the site's build adds to pages: dark pictures, and the commands, settings and examples from the source.
 
 MkDocs calls the functions that begin with `on_`.
 """
@@ -23,7 +23,7 @@ PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.svg\)$", flags=re.MULTILI
 
 @event_priority(100)
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Every picture as a pair, and each marker as what it stands for."""
+    """Every picture as a pair, and each marker replaced by what it stands for."""
     for marker, write in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, write())

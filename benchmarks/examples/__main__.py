@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.examples.catalogue import CATALOGUE, Example
 from benchmarks.examples.rows import merged, row_of
-from benchmarks.examples.table import RESULT, figures_of
+from benchmarks.examples.table import RESULT, describe_metrics
 
 
 def run_all(examples: Sequence[Example], catalogue: Sequence[Example], file: Path) -> int:
@@ -26,8 +26,8 @@ def run_all(examples: Sequence[Example], catalogue: Sequence[Example], file: Pat
     for example in examples:
         with console.status(f"{example.name} (at most {example.limit_seconds:g} s)"):
             row = row_of(example)
-        told = figures_of(row["figures"]) if row["outcome"] == "works" else row["reason"]
-        console.print(f"{row['name']:28} {row['outcome']:13} {row['seconds']:6.1f} s  {told}", soft_wrap=True)
+        shown = describe_metrics(row["figures"]) if row["outcome"] == "works" else row["reason"]
+        console.print(f"{row['name']:28} {row['outcome']:13} {row['seconds']:6.1f} s  {shown}", soft_wrap=True)
         if "killed" in row:
             console.print(f"{'':28} left behind and killed: {', '.join(row['killed'])}", soft_wrap=True)
         failed = failed or row["outcome"] == "failed"

@@ -1,4 +1,4 @@
-"""One row of the result file for each example: what became of it, and the rows of earlier runs."""
+"""One row of the result file for each example: its outcome, and the rows of earlier runs."""
 
 import json
 import sys
@@ -22,12 +22,12 @@ Row = dict[str, Any]
 
 def row_of(example: Example) -> Row:
     """Run an example in processes of its own."""
-    told = {"name": example.name, "trainer": example.trainer, "shows": example.shows, "processes": example.processes}
+    head = {"name": example.name, "trainer": example.trainer, "shows": example.shows, "processes": example.processes}
     if missing := [package for package in example.needs if _version(package) is None]:
         reason = f"install {', '.join(missing)}"
-        return {**told, "outcome": "not installed", "reason": reason, "seconds": 0.0, "figures": {}, "versions": {}}
+        return {**head, "outcome": "not installed", "reason": reason, "seconds": 0.0, "figures": {}, "versions": {}}
     ended = run([sys.executable, *example.launcher, "-m", f"examples.{example.name}"], example.limit_seconds, ROOT)
-    row = {**told, **_outcome(example, ended), "seconds": round(ended.seconds, 1)}
+    row = {**head, **_outcome(example, ended), "seconds": round(ended.seconds, 1)}
     row["versions"] = {package: _version(package) for package in example.needs} | row["versions"]
     return row | ({"killed": list(ended.killed)} if ended.killed else {})
 
@@ -52,10 +52,10 @@ def read_report(output: str) -> dict[str, Any] | None:
 def _outcome(example: Example, ended: Ended) -> Mapping[str, Any]:
     found = read_report(ended.stdout)
     if ended.status == 0 and found is not None:
-        told = {"figures": found.get("figures", {}), "versions": found.get("versions", {})}
+        reported = {"figures": found.get("figures", {}), "versions": found.get("versions", {})}
         if found["works"]:
-            return {"outcome": "works", **told}
-        return {"outcome": found["outcome"], "reason": found["reason"], **told}
+            return {"outcome": "works", **reported}
+        return {"outcome": found["outcome"], "reason": found["reason"], **reported}
     if ended.status is None:
         reason = f"still running after {example.limit_seconds:g} s, and killed"
     elif ended.status:

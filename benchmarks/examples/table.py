@@ -23,16 +23,16 @@ def examples(result: dict[str, Any]) -> str:
         outcome = "yes" if row["outcome"] == "works" else f"{row['outcome']}: {_one_line(row['reason'])}"
         example = f"`examples/{row['name']}.py`"
         trainer = row["trainer"] + (f" ({versions})" if versions else "")
-        lines.append(f"| {trainer} | {outcome} | {example} | {row['shows']} | {figures_of(row['figures'])} |")
+        lines.append(f"| {trainer} | {outcome} | {example} | {row['shows']} | {describe_metrics(row['figures'])} |")
     return "\n".join(lines) + "\n"
 
 
-def figures_of(figures: dict[str, Any]) -> str:
+def describe_metrics(metrics: dict[str, Any]) -> str:
     """Metrics in words: `{"loss": [0.7, 0.5], "adapter_bytes": 2000}` is "loss 0.7 to 0.5, adapter 2 kB"."""
-    return ", ".join(_figure(name, value) for name, value in figures.items())
+    return ", ".join(_metric(name, value) for name, value in metrics.items())
 
 
-def _figure(name: str, value: Any) -> str:
+def _metric(name: str, value: Any) -> str:
     shown = _value(value, in_bytes=name.endswith("_bytes"))
     label = "trained parameters" if name == "trained_values" else name.removesuffix("_bytes").replace("_", " ")
     return f"{label} {shown}"

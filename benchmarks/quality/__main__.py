@@ -61,9 +61,9 @@ def _go_on(
                 run = running.pop(done)
                 rows[run.key] = row = done.result()
                 write_rows(list(rows.values()), chosen.output)
-                progress.update(bar, advance=1, description=f"{run.key}: {_told(row)}")
+                progress.update(bar, advance=1, description=f"{run.key}: {_summary(row)}")
                 if not progress.console.is_terminal:
-                    print(f"{run.key}: {_told(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+                    print(f"{run.key}: {_summary(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
 
 
 def _repeat(grid: Grid, rows: dict[str, dict[str, Any]], key: str) -> int:
@@ -85,7 +85,7 @@ def _is_wanted(run: Run, chosen: argparse.Namespace) -> bool:
     return chosen.seed is None or run.stage != "final" or run.seed in chosen.seed
 
 
-def _told(row: dict[str, Any]) -> str:
+def _summary(row: dict[str, Any]) -> str:
     if "error" in row:
         return str(row["error"])
     if row["stage"] == "alone" and not row.get("diverged"):
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arm", nargs="+", help="of the grid; left out, all")
     parser.add_argument("--seed", nargs="+", type=int, help="of the final runs; left out, all")
     parser.add_argument("--alone", action="store_true", help="a few steps of each arm, one at a time: time and memory")
-    parser.add_argument("--repeat", metavar="KEY", help="carry out the run of a row again and show both")
+    parser.add_argument("--repeat", metavar="KEY", help="repeat the run of a row and print both")
     parser.add_argument("--grid", type=Path, default=FILE)
     parser.add_argument("--output", type=Path, default=RESULT)
     return parser

@@ -1,4 +1,4 @@
-"""What a method trains of a backbone: puts the arm's method in and says which values are in which group."""
+"""Puts an arm's method into a backbone, and its trainable parameters into groups."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,7 +58,7 @@ def groups(model: nn.Module, head: nn.Module | None, rates: Rates, weight_decay:
 
 
 def saved_bytes(model: nn.Module, folder: Path) -> int:
-    """Bytes of the file that has to be kept: PEFT's, or the trained values."""
+    """Size of what has to be saved: PEFT's file, or the trained parameters."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder))
         return (folder / "adapter_model.safetensors").stat().st_size

@@ -9,40 +9,40 @@ from torch import Tensor
 
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import PENALTIES, fitted
-from benchmarks.quality.problems import Judgement, Labelled, Plays, Problem
+from benchmarks.quality.problems import Evaluation, Labelled, Plays, Problem
 from materials import data
 
-Judged = tuple[Judgement, Judgement]
+Evaluations = tuple[Evaluation, Evaluation]
 
 
-def baseline(method: str, name: str, plan: TaskPlan, task: Problem) -> Judged:
-    """Judgement on validation and on test."""
+def baseline(method: str, name: str, plan: TaskPlan, task: Problem) -> Evaluations:
+    """Its evaluations on the validation and the test split."""
     return _BASELINES[method](name, plan, task)
 
 
-def _majority(name: str, plan: TaskPlan, task: Problem) -> Judged:
+def _majority(name: str, plan: TaskPlan, task: Problem) -> Evaluations:
     """The commonest class, the mean rating; of bytes, that all are equally likely."""
     if isinstance(task, Plays):
         return _uniform(task, "validation"), _uniform(task, "test")
     assert isinstance(task, Labelled)
     train = task.parts["train"].labels
     if task.outputs == 1:
-        told = torch.zeros(1, dtype=torch.float64) + train.double().mean()
-        return _judged(task, told, "validation"), _judged(task, told, "test")
+        predicted = torch.zeros(1, dtype=torch.float64) + train.double().mean()
+        return _evaluated(task, predicted, "validation"), _evaluated(task, predicted, "test")
     shares = torch.bincount(train, minlength=task.outputs).double() / len(train)
-    return _judged(task, shares.log(), "validation"), _judged(task, shares.log(), "test")
+    return _evaluated(task, shares.log(), "validation"), _evaluated(task, shares.log(), "test")
 
 
-def _judged(task: Labelled, outputs: Tensor, part: str) -> Judgement:
-    return task.judged(outputs.expand(len(task.parts[part].labels), -1), part)
+def _evaluated(task: Labelled, outputs: Tensor, part: str) -> Evaluation:
+    return task.evaluate_outputs(outputs.expand(len(task.parts[part].labels), -1), part)
 
 
-def _uniform(task: Plays, part: str) -> Judgement:
+def _uniform(task: Plays, part: str) -> Evaluation:
     nats = task.bytes[part] * np.log(256)
-    return Judgement(float(nats.sum() / (len(nats) * 127)), 8.0, nats.astype(np.float32))
+    return Evaluation(float(nats.sum() / (len(nats) * 127)), 8.0, nats.astype(np.float32))
 
 
-def _tfidf(name: str, plan: TaskPlan, task: Problem) -> Judged:
+def _tfidf(name: str, plan: TaskPlan, task: Problem) -> Evaluations:
     """Words and pairs of words, weighted by how rare they are, and a linear model whose penalty validation chose."""
     assert isinstance(task, Labelled)
     texts = getattr(data, name)()
@@ -52,21 +52,26 @@ def _tfidf(name: str, plan: TaskPlan, task: Problem) -> Judged:
     parts = {
         part: vectoriser.transform(getattr(texts, part).texts[: getattr(plan, part)]) for part in ("validation", "test")
     }
-    tried: list[Judged] = []
+    tried: list[Evaluations] = []
     for penalty in PENALTIES:
         weight, bias = fitted(train, labels, penalty, task.outputs)
-        told = {part: torch.from_numpy(words @ weight.T + bias) for part, words in parts.items()}
-        tried.append((task.judged(told["validation"], "validation"), task.judged(told["test"], "test")))
+        predicted = {part: torch.from_numpy(words @ weight.T + bias) for part, words in parts.items()}
+        tried.append(
+            (
+                task.evaluate_outputs(predicted["validation"], "validation"),
+                task.evaluate_outputs(predicted["test"], "test"),
+            )
+        )
     return min(tried, key=lambda each: each[0].loss)
 
 
-def _frozen(name: str, plan: TaskPlan, task: Problem) -> Judged:
-    """The pretrained model as every method finds it: with the best linear head, or none where the task has none."""
+def _frozen(name: str, plan: TaskPlan, task: Problem) -> Evaluations:
+    """The pretrained model before any adaptation: with the best linear head, or none where the task has none."""
     model = task.model("float32")
-    return task.judge(model, "validation"), task.judge(model, "test")
+    return task.evaluate(model, "validation"), task.evaluate(model, "test")
 
 
-_BASELINES: dict[str, Callable[[str, TaskPlan, Problem], Judged]] = {
+_BASELINES: dict[str, Callable[[str, TaskPlan, Problem], Evaluations]] = {
     "majority": _majority,
     "tfidf": _tfidf,
     "frozen": _frozen,

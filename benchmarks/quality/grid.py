@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 FILE = Path(__file__).parent / "grid.yaml"
 
 Stage = Literal["trial", "final", "alone"]
-"""Tuning; the runs that are judged on the test split; a few steps with nothing else beside, for time and memory."""
+"""Tuning; the runs that are evaluated on the test split; a few steps with nothing else running, for time and memory."""
 
 BASELINES = ("majority", "tfidf", "frozen")
 """Methods of `baselines.baseline`; "untrained" takes no steps either, but its base may be quantised."""
@@ -49,8 +49,8 @@ class Arm:
         rates: adapter rates that are tried first.
         tuned_as: the arm whose tuned rates this one takes.
         base: how the frozen weights are kept: float32, or quantised as nf4 or int8.
-        precision: what the products are computed in.
-        vectors: what the trained values are kept in.
+        precision: dtype of the matrix products.
+        vectors: dtype of the trained parameters.
         one_rate: the magnitude has the adapter's rate.
         projection_seed, order_seed: fixed seeds of the shared matrices and of the batches; None: the run's seed.
         steps_factor: trains so many times as long as the task's other arms.
@@ -100,10 +100,10 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What tells this run from every other."""
+        """Identifies the run."""
         rates = self.rates and (self.rates.adapter, self.rates.magnitude, self.rates.head)
-        told = "" if rates is None else " " + "/".join("-" if rate is None else f"{rate:.3g}" for rate in rates)
-        return f"{self.task} {self.arm} {self.stage} seed {self.seed} steps {self.steps}{told}"
+        suffix = "" if rates is None else " " + "/".join("-" if rate is None else f"{rate:.3g}" for rate in rates)
+        return f"{self.task} {self.arm} {self.stage} seed {self.seed} steps {self.steps}{suffix}"
 
 
 @dataclass(frozen=True)

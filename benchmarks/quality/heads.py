@@ -72,7 +72,7 @@ def fitted(features: Any, labels: np.ndarray, penalty: float, outputs: int) -> t
 
 
 def _loss(outputs: np.ndarray, labels: np.ndarray, count: int) -> float:
-    told, wanted = torch.from_numpy(outputs).double(), torch.from_numpy(labels)
+    predicted, target = torch.from_numpy(outputs).double(), torch.from_numpy(labels)
     if count == 1:
-        return ((told[:, 0] - wanted).square() / 2).mean().item()
-    return nn.functional.cross_entropy(told, wanted).item()
+        return ((predicted[:, 0] - target).square() / 2).mean().item()
+    return nn.functional.cross_entropy(predicted, target).item()

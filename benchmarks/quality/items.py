@@ -1,4 +1,4 @@
-"""What a model told of each test item, as text in a row of the result file."""
+"""Per-item predictions or losses of the test split, encoded as text for a row of the result file."""
 
 import base64
 

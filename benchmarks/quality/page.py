@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
-from benchmarks.quality.tables import MODELS, YARDSTICK, difference, score_cell, scores, sizes, table
+from benchmarks.quality.tables import MODELS, REFERENCE, difference, score_cell, scores, sizes, table
 
 TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
 
@@ -52,10 +52,10 @@ def means(result: Result) -> list[str]:
     longer = [task for task in points if task in result.tasks("long")]
     lines = [f"| | short, {len(points)} tasks | four times as long, {len(longer)} tasks |", "|---|---|---|"]
     for arm, label in TRAINED.items():
-        short = result.mean_gain([(task, arm, YARDSTICK) for task in points])
+        short = result.mean_gain([(task, arm, REFERENCE) for task in points])
         pairs = [(task, *pair) for task in longer if (pair := _better_rates(result, task, arm))]
         long = result.mean_gain(pairs) if len(pairs) == len(longer) else None
-        if arm != YARDSTICK and (short or long):
+        if arm != REFERENCE and (short or long):
             cells = ["" if each is None else difference(each, 1) for each in (short, long)]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
@@ -126,7 +126,7 @@ def _long_cell(result: Result, task: str, arm: str) -> str:
 
 def _better_rates(result: Result, task: str, arm: str) -> tuple[str, str] | None:
     """Of the longer runs of an arm and of VeRA those with the lower validation loss."""
-    ours, theirs = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, YARDSTICK))
+    ours, theirs = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, REFERENCE))
     return (ours, theirs) if ours and theirs else None
 
 

@@ -87,14 +87,14 @@ def methods(result: Result) -> Figure:
 
 
 def equal_values(result: Result) -> Figure:
-    """Question 1: arms with about as many trained values as DVoRA at rank 256, and those with half of them."""
+    """Question 1: arms with about as many trained parameters as DVoRA at rank 256, and arms with half as many."""
     tasks = result.tasks("equal_values")
     figure, panels = _panels(tasks, columns=2, height=2.6, sharey=True)
     for axes, task in panels.items():
-        values = {
+        labels = {
             arm: f"{label}: {result.size(task, arm, 'trained_values') or 0:,}" for arm, label in EQUAL_VALUES.items()
         }
-        _differences(axes, result, task, values if len(tasks) == 1 else EQUAL_VALUES, "dvora")
+        _differences(axes, result, task, labels if len(tasks) == 1 else EQUAL_VALUES, "dvora")
     figure.suptitle("Better (right) or worse than DVoRA r=256 at about its number of parameters", fontsize="medium")
     return figure
 
@@ -174,7 +174,7 @@ def seeds(result: Result) -> Figure:
 
 
 def pareto(result: Result) -> Figure:
-    """Question 7: gain over the frozen base against trained values, bytes and time, one line of panels a model."""
+    """Question 7: gain over the frozen base against trained parameters, bytes and time, one row of panels a model."""
     tasks = [task for task in MODELS.values() if task in result.tasks("pareto")]
     figure, grid = plt.subplots(
         len(tasks), 3, figsize=(WIDTH, 0.8 + 2.2 * len(tasks)), layout="constrained", squeeze=False, sharey="row"
@@ -234,14 +234,14 @@ def _differences(axes: Axes, result: Result, task: str, arms: Mapping[str, str],
     axes.set_title(LABELS[task].replace(", ", "\n"), fontsize="medium")
 
 
-def _dot(axes: Axes, place: float, figure: Interval, colour: str) -> None:
-    sides = [[figure.mean - figure.low], [figure.high - figure.mean]]
-    axes.errorbar([figure.mean], [place], xerr=sides, fmt="o", color=colour, capsize=2, markersize=5)
+def _dot(axes: Axes, place: float, gain: Interval, colour: str) -> None:
+    sides = [[gain.mean - gain.low], [gain.high - gain.mean]]
+    axes.errorbar([gain.mean], [place], xerr=sides, fmt="o", color=colour, capsize=2, markersize=5)
 
 
-def _line(axes: Axes, at: Sequence[float], figures: Sequence[Interval], label: str, colour: str) -> None:
-    sides = [[f.mean - f.low for f in figures], [f.high - f.mean for f in figures]]
-    axes.errorbar(at, [f.mean for f in figures], yerr=sides, marker="o", capsize=2, label=label, color=colour)
+def _line(axes: Axes, at: Sequence[float], gains: Sequence[Interval], label: str, colour: str) -> None:
+    sides = [[gain.mean - gain.low for gain in gains], [gain.high - gain.mean for gain in gains]]
+    axes.errorbar(at, [gain.mean for gain in gains], yerr=sides, marker="o", capsize=2, label=label, color=colour)
 
 
 PICTURES: dict[str, Callable[[Result], Figure]] = {

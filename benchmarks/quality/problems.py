@@ -1,4 +1,4 @@
-"""The six tasks behind one interface: a model to start from, batches, a loss, and a judgement of a part."""
+"""The six tasks behind one interface: a model to start from, batches, a loss, and an evaluation of a split."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +23,14 @@ WINDOW = 128
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """How a model does on a part.
+class Evaluation:
+    """The metrics of a model on one split.
 
     Args:
         loss: mean of the training loss.
         score: accuracy, Pearson's correlation, or bits per byte (where less is better).
-        items: one value a row, from which the score can be computed again: right (1) or wrong (0), the number told, or
-            the nats of a window.
+        items: one value a row, from which the score can be computed again: correct (1) or not (0), the predicted
+            number, or the nats of a window.
     """
 
     loss: float
@@ -43,7 +43,7 @@ class Problem(Protocol):
 
     @property
     def reference(self) -> np.ndarray | None:
-        """(test items,) what items are compared with: true numbers, or bytes; None: they are right or wrong already."""
+        """(test items,) what items are compared with: true numbers, or bytes; None: each item is correct or not."""
         ...
 
     def model(self, base: str) -> SentenceReader | ImageReader | TextModel:
@@ -58,14 +58,14 @@ class Problem(Protocol):
         """Mean loss of training rows."""
         ...
 
-    def judge(self, model: nn.Module, part: str) -> Judgement:
-        """How the model does on "validation" or "test"."""
+    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
+        """The metrics of the model on "validation" or "test"."""
         ...
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one part: tokens or images, and labels."""
+    """Rows of one split: tokens or images, and labels."""
 
     inputs: Sentences | np.ndarray
     labels: Tensor
@@ -76,7 +76,7 @@ class Part:
 
 
 class Labelled:
-    """Sentences or images with a class or a number to tell.
+    """Sentences or images with a class or a number to predict.
 
     Args:
         name, plan: of the task.
@@ -119,19 +119,19 @@ class Labelled:
         """Cross-entropy or half the squared error."""
         return self._losses(model(self._batch("batches", rows)), self.parts["batches"].labels[rows]).mean()
 
-    def judge(self, model: nn.Module, part: str) -> Judgement:
+    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
         """Accuracy or correlation."""
-        return self.judged(self._everything(model, part), part)
+        return self.evaluate_outputs(self._everything(model, part), part)
 
-    def judged(self, outputs: Tensor, part: str) -> Judgement:
-        """What (rows, outputs) are worth on a part."""
+    def evaluate_outputs(self, outputs: Tensor, part: str) -> Evaluation:
+        """The metrics of (rows, outputs) on a split."""
         labels = self.parts[part].labels
         loss = self._losses(outputs, labels).mean().item()
         if self.outputs == 1:
-            told = outputs[:, 0].double().numpy()
-            return Judgement(loss, pearson(told, labels.double().numpy()), told.astype(np.float32))
-        right = (outputs.argmax(1) == labels).numpy()
-        return Judgement(loss, float(right.mean()), right)
+            predicted = outputs[:, 0].double().numpy()
+            return Evaluation(loss, pearson(predicted, labels.double().numpy()), predicted.astype(np.float32))
+        correct = (outputs.argmax(1) == labels).numpy()
+        return Evaluation(loss, float(correct.mean()), correct)
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         if self.outputs == 1:
@@ -144,7 +144,7 @@ class Labelled:
 
     @torch.no_grad()
     def _everything(self, model: Callable[[Batch], Tensor], part: str) -> Tensor:
-        """(rows, outputs) of all rows of a part, in their order."""
+        """(rows, outputs) of all rows of a split, in their order."""
         batches = batches_by_length(self.parts[part].lengths(), EVALUATION_BATCH)
         return in_order(torch.cat([model(self._batch(part, rows)) for rows in batches]), batches)
 
@@ -191,19 +191,19 @@ class Plays:
         return nats
 
     @torch.no_grad()
-    def judge(self, model: nn.Module, part: str) -> Judgement:
+    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
         """Bits per byte."""
         windows = self.windows[part]
         nats = torch.cat([model({"ids": some}).double().sum(1) for some in windows.split(4)]).numpy()
         bits = nats.sum() / np.log(2) / self.bytes[part].sum()
-        return Judgement(nats.sum() / (len(windows) * (WINDOW - 1)), float(bits), nats.astype(np.float32))
+        return Evaluation(nats.sum() / (len(windows) * (WINDOW - 1)), float(bits), nats.astype(np.float32))
 
 
-def pearson(told: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one of both does not vary."""
-    if told.std() == 0 or not np.isfinite(told).all():
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation; 0 where either is constant."""
+    if predicted.std() == 0 or not np.isfinite(predicted).all():
         return 0.0
-    return float(np.corrcoef(told, labels)[0, 1])
+    return float(np.corrcoef(predicted, labels)[0, 1])
 
 
 @lru_cache(maxsize=2)

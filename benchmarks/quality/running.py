@@ -21,7 +21,7 @@ from benchmarks.quality.backbones import quietly
 from benchmarks.quality.baselines import baseline
 from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
 from benchmarks.quality.items import packed
-from benchmarks.quality.problems import Judgement, Problem, problem
+from benchmarks.quality.problems import Evaluation, Problem, problem
 
 
 def start_process(nice: int) -> None:
@@ -62,13 +62,13 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
     arm, plan = grid.arms[run.arm], grid.tasks[run.task]
     task = problem(run.task, plan)
     if arm.method in BASELINES:
-        judged = baseline(arm.method, run.task, plan, task)
-        row: dict[str, Any] = _judged_row(*judged)
+        evaluations = baseline(arm.method, run.task, plan, task)
+        row: dict[str, Any] = _evaluation_row(*evaluations)
         # What the items of every row of this task are compared with.
         return row if task.reference is None else row | {"reference": packed(task.reference)}
     reader = task.model(arm.base)
     if arm.method == "untrained":
-        return _judged_row(*(task.judge(reader, part) for part in ("validation", "test")))
+        return _evaluation_row(*(task.evaluate(reader, part) for part in ("validation", "test")))
     seed = run.seed if arm.projection_seed is None else arm.projection_seed
     alone = run.stage == "alone"
     loaded = _resident_with(reader) if alone else None
@@ -83,27 +83,27 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
         return row | {"validation": None}
     reader.eval()
     with _precision(arm):
-        validation = task.judge(reader, "validation")
+        validation = task.evaluate(reader, "validation")
         if run.stage != "final":
             return row | {"validation": _scores(validation)}
-        row |= _judged_row(validation, task.judge(reader, "test"))
+        row |= _evaluation_row(validation, task.evaluate(reader, "test"))
     with tempfile.TemporaryDirectory() as folder:
         return row | {"saved_bytes": saved_bytes(reader.backbone, Path(folder))}
 
 
 def _in_a_fresh_process(grid: Grid, run: Run) -> dict[str, Any]:
-    """The highest memory of a process is not that of its last run."""
+    """Run in a new process, because the peak memory of a used one may be an earlier run's."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process, initargs=(0,)) as alone:
         return alone.submit(_found, grid, run).result()
 
 
 def _resident_with(model: nn.Module) -> int:
-    """Bytes of memory that this process holds now, all values of the model among them.
+    """Bytes of memory that this process holds now, all parameters of the model included.
 
-    Those of a file are mapped, and no memory until somebody has read them.
+    A mapped file takes no memory until it is read, so all are read first.
     """
-    for values in model.parameters():
-        values.detach().sum()
+    for parameter in model.parameters():
+        parameter.detach().sum()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -156,7 +156,7 @@ def _rate_at(steps: int, warmup: float) -> Any:
     return factor
 
 
-def _judged_row(validation: Judgement, test: Judgement) -> dict[str, Any]:
+def _evaluation_row(validation: Evaluation, test: Evaluation) -> dict[str, Any]:
     return {
         "validation": _scores(validation),
         "test": _scores(test),
@@ -165,7 +165,7 @@ def _judged_row(validation: Judgement, test: Judgement) -> dict[str, Any]:
     }
 
 
-def _scores(judged: Judgement) -> dict[str, float | None]:
-    """Numbers that JSON has: none where it would be infinite."""
-    found = {"loss": judged.loss, "score": judged.score}
+def _scores(evaluation: Evaluation) -> dict[str, float | None]:
+    """Loss and score; None where one is not finite, which JSON cannot hold."""
+    found = {"loss": evaluation.loss, "score": evaluation.score}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}

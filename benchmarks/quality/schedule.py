@@ -21,7 +21,7 @@ def ready(grid: Grid, rows: Rows, tasks: list[str], arms: list[str]) -> list[Run
 
 
 def final(grid: Grid, task: str, name: str, seed: int, rows: Rows) -> list[Run]:
-    """The run that is judged on the test split; none while its rates are not chosen."""
+    """The run that is evaluated on the test split; none until its rates are chosen."""
     if grid.arms[name].method in (*BASELINES, "untrained"):
         return [Run(task, name, "final", seed, 0, None)]
     rates = chosen(grid, task, name, rows)

@@ -14,7 +14,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % interval."""
+    """A mean and its 95 % interval."""
 
     mean: float
     low: float
@@ -53,8 +53,8 @@ def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, referenc
     """Mean score of ours minus that of theirs, and its bootstrap over seeds and items.
 
     Both are drawn anew together: the same seeds and the same items for both sides, since both were trained on the same
-    batches and judged on the same items. Drawing rows and columns counts the noise of a single cell more than once, so
-    that the interval is rather too wide (Owen 2007, "The pigeonhole bootstrap").
+    batches and evaluated on the same items. Drawing rows and columns counts the noise of a single cell more than once,
+    so that the interval is rather too wide (Owen 2007, "The pigeonhole bootstrap").
 
     Args:
         kind: what the score is; see `scores`.
@@ -83,8 +83,8 @@ def scores(kind: Kind, items: np.ndarray, reference: np.ndarray, weights: np.nda
     """(draws, seeds) scores of weighted items, where more is better.
 
     Args:
-        kind: "accuracy" (in %) of items that are right or wrong, "pearson" (times 100) of told numbers, or "bits" per
-            byte (negative) of nats.
+        kind: "accuracy" (in %) of items that are correct or not, "pearson" (times 100) of predicted numbers, or "bits"
+            per byte (negative) of nats.
         items: (seeds, items).
         reference: (items,) true numbers for "pearson", bytes for "bits"; not read for "accuracy".
         weights: (draws, items), how often each item is drawn.

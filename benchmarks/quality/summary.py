@@ -1,4 +1,4 @@
-"""What the rows say: scores of arms on tasks, their differences, and what an arm costs; pure functions."""
+"""Scores of arms on tasks, their differences, and what an arm costs, from the rows; pure functions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -104,7 +104,7 @@ SEEDS = {
     "vera_projections": ("VeRA, other matrices", "vera"),
 }
 """Arms of question 6, and the arm whose seed 0 belongs to them."""
-TOLD_BY = {
+REQUIRED_ARM = {
     "overview": "bitfit",
     "methods": "vera",
     "equal_values": "vera_equal",
@@ -116,7 +116,7 @@ TOLD_BY = {
     "seeds": "dvora_projections",
     "pareto": "vera",
 }
-"""By table and picture: an arm without which a task has nothing to tell."""
+"""By table and picture: a task is shown only if it has runs of this arm."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,17 @@ class Result:
     rows: tuple[dict[str, Any], ...]
 
     def finals(self, task: str, arm: str) -> dict[int, dict[str, Any]]:
-        """The judged rows of an arm by seed; runs that failed or diverged have no test score and are left out."""
+        """The evaluated rows of an arm by seed; runs that failed or diverged have no test score and are left out."""
         found = (row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "final"))
         return {row["seed"]: row for row in found if row.get("test")}
 
     def tasks(self, question: str) -> list[str]:
-        """Those that tell something of a table or picture of `TOLD_BY`."""
-        return [task for task in KINDS if self.finals(task, TOLD_BY[question])]
+        """The tasks that a table or picture shows: those with runs of its `REQUIRED_ARM`."""
+        return [task for task in KINDS if self.finals(task, REQUIRED_ARM[question])]
 
     def tuned_tasks(self) -> list[str]:
         """Those of "rates" whose own trials chose the rates."""
-        return [task for task in self.tasks("rates") if self.trials(task, TOLD_BY["rates"])]
+        return [task for task in self.tasks("rates") if self.trials(task, REQUIRED_ARM["rates"])]
 
     def failed(self) -> list[dict[str, Any]]:
         """Rows of runs that raised an error, and of final runs that diverged."""
@@ -148,7 +148,7 @@ class Result:
         if not rows:
             return None
         reference = self._reference(task)
-        values = scores(KINDS[task], self._told(task, list(rows.values())), reference, np.ones((1, len(reference))))[0]
+        values = scores(KINDS[task], self._items(task, list(rows.values())), reference, np.ones((1, len(reference))))[0]
         return over_seeds(-values if KINDS[task] == "bits" else values)
 
     def gain(self, task: str, arm: str, over: str) -> Interval | None:
@@ -178,7 +178,7 @@ class Result:
         if not seeds:
             return None
         both = ([rows[seed] for seed in seeds] for rows in (ours, theirs))
-        return paired_difference(KINDS[task], *(self._told(task, rows) for rows in both), self._reference(task))
+        return paired_difference(KINDS[task], *(self._items(task, rows) for rows in both), self._reference(task))
 
     def fewer_seeds(self, task: str, arm: str, over: str) -> int:
         """How many seeds an arm that is trained has, if it has fewer than the other; else zero."""
@@ -255,8 +255,8 @@ class Result:
         trials = [row for row in self.rows if row["stage"] == "trial" and self.finals(row["task"], "frozen")]
         return [row for row in trials if loss_of(row) > self.start_loss(row["task"])]
 
-    def _told(self, task: str, rows: list[dict[str, Any]]) -> np.ndarray:
-        """(rows, items) of what the rows tell of each test item."""
+    def _items(self, task: str, rows: list[dict[str, Any]]) -> np.ndarray:
+        """(rows, items): the per-item values of the test split."""
         kind = "bits" if KINDS[task] == "accuracy" else "numbers"
         return np.stack([unpacked(row["items"], kind, row["test_items"]) for row in rows])
 

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import ARMS, KINDS, LABELS, Result, result_of
 
-YARDSTICK = "vera"
+REFERENCE = "vera"
 MODELS = {"MiniLM": "movie_reviews", "ViT-S/14": "fashion_mnist", "SmolLM2-135M": "shakespeare"}
 """Models and the task whose rows show their sizes."""
 OURS = "dvora"
@@ -48,7 +48,7 @@ def _glance_cells(result: Result, tasks: Sequence[str], arm: str) -> Sequence[st
     )
 
 
-def scores(result: Result, question: str, arms: dict[str, str], over: str = YARDSTICK) -> list[str]:
+def scores(result: Result, question: str, arms: dict[str, str], over: str = REFERENCE) -> list[str]:
     """One row per arm, one column per task with runs for the question: score, and difference to the reference arm."""
     tasks = result.tasks(question)
     present = [arm for arm in arms if any(result.finals(task, arm) for task in tasks)]
@@ -83,7 +83,7 @@ def difference(gain: Interval, digits: int) -> str:
 
 def sizes(result: Result, arms: dict[str, str]) -> list[str]:
     """What an arm trains and stores for each model, and what a step costs."""
-    present = {name: task for name, task in MODELS.items() if result.finals(task, YARDSTICK)}
+    present = {name: task for name, task in MODELS.items() if result.finals(task, REFERENCE)}
     columns = [f"{name}: {what}" for name in present for what in ("parameters", "kB on disk", "step", "memory, MB")]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for arm, label in arms.items():
@@ -94,14 +94,14 @@ def sizes(result: Result, arms: dict[str, str]) -> list[str]:
 
 
 def _size_cells(result: Result, task: str, arm: str) -> Sequence[str]:
-    values, size = result.size(task, arm, "trained_values"), result.size(task, arm, "saved_bytes")
-    own, yardstick = result.alone(task, arm), result.alone(task, YARDSTICK)
+    parameters, size = result.size(task, arm, "trained_values"), result.size(task, arm, "saved_bytes")
+    own, reference = result.alone(task, arm), result.alone(task, REFERENCE)
     step = memory = ""
-    if own and yardstick:
-        step = f"{own['seconds_per_step'] / yardstick['seconds_per_step']:.2f}"
+    if own and reference:
+        step = f"{own['seconds_per_step'] / reference['seconds_per_step']:.2f}"
         memory = f"{(own['peak_bytes'] - own['loaded_bytes']) / 1e6:,.0f}"
     return (
-        "" if values is None else f"{values:,}",
+        "" if parameters is None else f"{parameters:,}",
         "" if size is None else f"{size / 1e3:,.0f}",
         step,
         memory,

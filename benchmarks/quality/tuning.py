@@ -1,4 +1,4 @@
-"""Which trials a method gets, and what they chose: the same number for each method, judged on validation only."""
+"""Which trials a method gets, and what they chose: the same number for each method, evaluated on validation only."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,9 +11,9 @@ Rows = Mapping[str, dict[str, Any]]
 
 
 def trials(grid: Grid, task: str, name: str, rows: Rows) -> list[Run]:
-    """The trials of an arm that can be told from what has finished, those that have finished among them.
+    """The trials of an arm that are determined by the finished ones, which are included.
 
-    The next ones follow once these are finished.
+    Later trials depend on the results of these.
     """
     runs = _first(grid, task, name)
     for following in (_second, _third, _fourth):

@@ -96,7 +96,7 @@ def measure(report: Report, runs: list[Run], sections: list[str], quick: bool) -
 
 
 def selected(runs: list[Run], chosen: argparse.Namespace) -> list[Run]:
-    """The runs of the command line; the base stays in each as the yardstick."""
+    """The runs of the command line; the base stays in each as the reference."""
     kept = [
         run
         for run in runs

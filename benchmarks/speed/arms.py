@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, RandLoraConfig, VeraConfig, get_peft_mo
 from torch import nn
 
 RANDLORA_RANK = 32
-"""PEFT's default; a smaller rank means more trained values."""
+"""PEFT's default; a smaller rank means more trained parameters."""
 
 
 class Arm(NamedTuple):
@@ -39,7 +39,7 @@ MERGED = Arm("dvora merged", 256)
 
 
 def adapted(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
-    """A model of a method on the base's own weights; its trained values are slightly off their starting ones."""
+    """A model of a method on the base's own weights; its trained parameters have moved slightly."""
     model = _eager(base, arm, targets)
     return cast(nn.Module, torch.compile(model)) if arm.compiled else model
 
@@ -49,7 +49,7 @@ def _eager(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
         return base
     if arm.method == FULL.method:
         return unfrozen(base)
-    # PEFT's other methods draw their starting values from torch's global generator.
+    # PEFT's other methods draw their initial values from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         own = arm.method == MERGED.method
@@ -70,7 +70,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def unfrozen(base: nn.Module) -> nn.Module:
-    """A copy whose parameters are trained; they share the base's values, which nothing here writes to."""
+    """A copy whose parameters are trained; they share the base's memory, which nothing here writes to."""
     trained = {id(p): nn.Parameter(p.detach()) for p in base.parameters()}
     buffers = {id(buffer): buffer for buffer in base.buffers()}
     return copy.deepcopy(base, {**trained, **buffers})
@@ -78,7 +78,7 @@ def unfrozen(base: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def moved(model: nn.Module) -> nn.Module:
-    """The model with noise on its trained values: at their start most methods do nothing, which could be a shortcut."""
+    """The model with noise on its trained parameters: most methods start as the identity, a possible shortcut."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -90,7 +90,7 @@ def vera(product: Product, rank: int, tokens: int) -> float:
 
 
 def dvora_dense(product: Product, rank: int, tokens: int) -> float:
-    """VeRA's with one product with A for all siblings, and `delta^T z`; or the updated weight, made twice a step."""
+    """VeRA's with one product with A for all siblings, and `grad_output^T z`; or the updated weight twice a step."""
     return _dense_products(product, rank, tokens) + dense_norm(product, rank) / tokens
 
 
@@ -120,7 +120,7 @@ def dense_norm(product: Product, rank: int) -> float:
 
 
 def dvora_structured(product: Product, rank: int, tokens: int) -> float:
-    """The same with fast products; the update is made a second time in place of `delta^T z`."""
+    """The same with fast products; the update is made a second time in place of `grad_output^T z`."""
     inputs, outputs, siblings = product
     products = 2 * fast_product(inputs, rank) / siblings + 3 * fast_product(outputs, rank)
     return products + structured_norm(product, rank) / tokens

@@ -116,13 +116,13 @@ def _add(report: Report, part: str, workload: Workload, tokens: int, steps: dict
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure on the GPU and write a result file; medians go to the terminal."""
+    """Measure on the GPU and write a result file; print the medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.cuda", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dorafactors", action="store_true", help="the installed PEFT is that fork")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("no GPU is at hand: torch.cuda.is_available() says no", file=sys.stderr)
+        print("no GPU is available: torch.cuda.is_available() is false", file=sys.stderr)
         return 1
     report = Report()
     arms, dora = ([BASE, *DORA], "dorafactors") if chosen.dorafactors else (ARMS, "DoRA")

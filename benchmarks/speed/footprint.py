@@ -60,7 +60,7 @@ def _measure_model(report: Report, workload: Workload, base: nn.Module, arm: Arm
 
 
 def measure_layers(report: Report, arms: Sequence[Arm]) -> None:
-    """What single layers save: values beside z in units of tokens x out, and whether they keep their input."""
+    """What single layers save: elements besides z in units of tokens x out, and whether they keep their input."""
     for sizes in LAYERS:
         base = nn.Sequential()
         base.add_module("proj", frozen_layer(*sizes))

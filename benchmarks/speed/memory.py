@@ -16,7 +16,7 @@ Storages = dict[int, int]
 
 
 class Saved(NamedTuple):
-    """What automatic differentiation was given to keep, each storage once, parameters and constants left out."""
+    """What autograd saves, each storage once, without parameters and constants."""
 
     values: int
     bytes: int
@@ -31,16 +31,16 @@ class _Kept:
 
 
 class Live(NamedTuple):
-    """Bytes of all tensors made in a step that are alive, constants left out."""
+    """Bytes of the live tensors of a step, without constants."""
 
     after_forward: int
-    """The output left out."""
+    """Without the output."""
     at_most: int
     """In forward and backward pass together; temporaries inside one operation are not seen."""
 
 
 class Constants(NamedTuple):
-    """Bytes that a method keeps beside base and trained values."""
+    """Bytes that a method keeps besides the base and the trained parameters."""
 
     per_layer: int
     shared: int
@@ -80,9 +80,9 @@ def saved_for_backward(model: nn.Module, forward: Callable[[Tensor], Tensor], x:
 
 
 def live_memory(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Live:
-    """Bytes alive after a forward pass and at most in a training step; counts what hooks are not shown, too.
+    """Bytes alive after a forward pass and at most in a training step; counts also what hooks are not shown.
 
-    A step goes before: what it leaves behind, memory that all layers use again, is no layer's.
+    A warm-up step comes first: buffers that it leaves, which all layers share, belong to no layer.
     """
     known = storages([x, *tensors_of(model)])
     with _LiveTensors(known) as before:
@@ -98,7 +98,7 @@ def live_memory(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
 
 
 def constants(base: nn.Module, model: nn.Module, layer_names: Sequence[str]) -> Constants:
-    """What a method keeps beside base and trained values.
+    """What a method keeps besides the base and the trained parameters.
 
     Args:
         base: the frozen model.

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.pictures import FAINT, METHODS, WIDTH, ink, save
 from benchmarks.speed.cost_model import llama_block, relative_cost
-from benchmarks.speed.figures import Rows, row_of, time_ratio
+from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.timing import Spread
 
 RESULT = Path(__file__).parent.parent / "results" / "speed.json"
@@ -87,7 +87,7 @@ def decoding(rows: Rows) -> Figure:
 
 
 def memory(rows: Rows) -> Figure:
-    """What a training step keeps and what a method holds all the time."""
+    """What a training step keeps for the backward pass, and what a method holds all the time."""
     figure, both = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained", sharey=True)
     setting = {"part": "memory", "workload": "linears-1024", "dtype": "float32"}
     found = {arm: row for arm in _arms(rows, **setting) if (row := row_of(rows, arm=arm, **setting))}
@@ -126,12 +126,12 @@ def _sweep(
 ) -> None:
     """Measured medians with quartiles."""
     measured = [time_ratio(rows, str(w["arm"]), "base", tokens=w["tokens"], **TRAINING) for w in wanted]
-    points = [(x, figure) for x, figure in zip(at, measured, strict=True) if figure is not None]
+    points = [(x, ratio) for x, ratio in zip(at, measured, strict=True) if ratio is not None]
     if points:
-        bars = [[f.median - f.low for _, f in points], [f.high - f.median for _, f in points]]
+        bars = [[ratio.median - ratio.low for _, ratio in points], [ratio.high - ratio.median for _, ratio in points]]
         axes.errorbar(
             [x for x, _ in points],
-            [f.median for _, f in points],
+            [ratio.median for _, ratio in points],
             yerr=bars,
             label=label,
             color=COLOURS[method],

@@ -1,4 +1,4 @@
-"""The result file, and the same figures on a terminal."""
+"""The result file, and the same metrics on a terminal."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from benchmarks.speed.figures import Rows
+from benchmarks.speed.metrics import Rows
 from benchmarks.speed.plan import LEFT_OUT
-from benchmarks.speed.reach import reaches
 from benchmarks.speed.runner import Report
 from benchmarks.speed.tables import written
+from benchmarks.speed.targets import all_targets
 from benchmarks.speed.timing import ratios, spread
 from benchmarks.speed.workloads import SEED
 
@@ -44,12 +44,12 @@ def write(report: Report, file: Path, seconds: float) -> None:
 
 
 def show(report: Report) -> None:
-    """Ratios to the base, what was aimed for, and what is missing."""
+    """Ratios to the base, the targets, and what is missing."""
     console = Console()
     timed = [row for row in report.rows if all(key in row for key in ("batch", "seconds"))]
     for setting in dict.fromkeys(_setting(row) for row in timed):
         console.print(_ratios([row for row in timed if _setting(row) == setting], " ".join(map(str, setting))))
-    console.print(_reaches(report.rows))
+    console.print(_targets(report.rows))
     for miss in report.not_measured:
         console.print(f"not measured: {miss['what']}: {miss['reason']}", markup=False)
 
@@ -67,11 +67,11 @@ def _ratios(rows: Rows, title: str) -> Table:
     return table
 
 
-def _reaches(rows: Rows) -> Table:
-    table = Table("figure", "aim", "median", "quartiles", "reached", title="what was aimed for")
-    for reach in reaches(rows):
-        if reach.measured is not None:
-            low, median, high = (written(value, reach.unit) for value in reach.measured)
-            aim = f"{'>=' if reach.at_least else '<='} {written(reach.limit, reach.unit)}"
-            table.add_row(reach.figure, aim, median, f"{low} - {high}", "yes" if reach.reached else "no")
+def _targets(rows: Rows) -> Table:
+    table = Table("metric", "target", "median", "quartiles", "met", title="targets")
+    for target in all_targets(rows):
+        if target.measured is not None:
+            low, median, high = (written(value, target.unit) for value in target.measured)
+            limit = f"{'>=' if target.at_least else '<='} {written(target.limit, target.unit)}"
+            table.add_row(target.metric, limit, median, f"{low} - {high}", "yes" if target.met else "no")
     return table

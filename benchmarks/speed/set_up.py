@@ -1,4 +1,4 @@
-"""The time before the first step: a layer's constants, a whole model; and what the norm takes of every step."""
+"""The time before the first step: a layer's constants, a whole model; and the norm's share of every step."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,9 +11,9 @@ from torch import nn
 import dvora
 from benchmarks.speed.arms import Arm, adapted, sharing_copy
 from benchmarks.speed.plan import linears_1024
-from benchmarks.speed.reach import NORM_TOKENS
 from benchmarks.speed.runner import Report
 from benchmarks.speed.steps import training_step
+from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
 from dvora.tuner.layers.layer import DVoRALayer, layers_in
@@ -44,7 +44,7 @@ def measure_layers(report: Report, rounds: int) -> None:
 
 
 def measure_model(report: Report, rounds: int, workload: Workload | None = None) -> None:
-    """All linear layers of a model of 135 million values adapted, from the base model to one that could be trained."""
+    """Adapting all linear layers of a model of 135 million parameters, from the base to a model ready to train."""
     workload = workload or smollm2()
     base = workload.frozen(torch.float32)
     # A new seed each time, or the matrices of the last time would be used again.

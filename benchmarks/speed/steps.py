@@ -14,7 +14,7 @@ CACHED_TOKENS = 128
 
 
 def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
-    """Forward pass, then the gradients of all trained values and of the input; no optimizer.
+    """Forward pass, then the gradients of all trained parameters and of the input; no optimizer.
 
     Args:
         workload: whose model it is.

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.speed.figures import Rows, row_of, time_ratio
-from benchmarks.speed.reach import Reach, reaches
+from benchmarks.speed.metrics import Rows, row_of, time_ratio
+from benchmarks.speed.targets import Target, all_targets
 
 _TRAINING = {"part": "training", "dtype": "float32", "batch": 1}
 _DECODING = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
@@ -69,7 +69,7 @@ def targets(result: dict[str, Any]) -> str:
     lines = [
         "| measure | target | median | quartiles | by operation count | met |",
         "|---|---|---|---|---|---|",
-        *(_reach_line(reach) for reach in reaches(result["rows"])),
+        *(_target_line(target) for target in all_targets(result["rows"])),
     ]
     return "\n".join(lines) + "\n"
 
@@ -78,7 +78,7 @@ def compiled(rows: Rows) -> list[str]:
     """Steps compiled by torch.compile, in units of the same in eager mode."""
     setting = {"part": "compile", "workload": "llama-1024"}
     found = {arm: time_ratio(rows, f"{arm} compiled", arm, **setting) for arm in ("base", *FEW_ARMS)}
-    parts = [f"{arm} {figure.median:.2f}" for arm, figure in found.items() if figure is not None]
+    parts = [f"{arm} {ratio.median:.2f}" for arm, ratio in found.items() if ratio is not None]
     sentence = "`torch.compile`, forward and backward of a Llama block at 512 tokens, in units of eager mode: "
     return [f"{sentence}{', '.join(parts)}.", ""] if parts else []
 
@@ -88,8 +88,8 @@ def beside_adapterhub(rows: Rows) -> list[str]:
     timed = [row for row in rows if row["part"] == "adapterhub" and row["method"] != "base"]
     if not timed:
         return []
-    figures = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
-    parts = [f"{arm} {figure.median:.2f}" for arm, figure in figures.items() if figure is not None]
+    found = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
+    parts = [f"{arm} {ratio.median:.2f}" for arm, ratio in found.items() if ratio is not None]
     versions = timed[0]["environment"]
     sentence = (
         f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) adapts square "
@@ -99,8 +99,8 @@ def beside_adapterhub(rows: Rows) -> list[str]:
 
 
 def _medians(rows: Rows, setting: dict[str, object]) -> list[str]:
-    figures = [time_ratio(rows, arm, "base", **setting) for arm in FEW_ARMS]
-    return ["" if figure is None else f"{figure.median:.2f}" for figure in figures]
+    found = [time_ratio(rows, arm, "base", **setting) for arm in FEW_ARMS]
+    return ["" if ratio is None else f"{ratio.median:.2f}" for ratio in found]
 
 
 def _cells(rows: Rows, arm: str) -> list[str]:
@@ -116,18 +116,18 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.0f}"
 
 
-def _reach_line(reach: Reach) -> str:
-    aim = f"{'≥' if reach.at_least else '≤'} {written(reach.limit, reach.unit)}"
-    if reach.measured is None:
-        return f"| {reach.figure} | {aim} | not measured | | | |"
-    low, median, high = (written(value, reach.unit) for value in reach.measured)
+def _target_line(target: Target) -> str:
+    limit = f"{'≥' if target.at_least else '≤'} {written(target.limit, target.unit)}"
+    if target.measured is None:
+        return f"| {target.metric} | {limit} | not measured | | | |"
+    low, median, high = (written(value, target.unit) for value in target.measured)
     quartiles = f"{low} to {high}" if low != high else ""
-    model = "" if reach.model is None else written(reach.model, reach.unit)
-    return f"| {reach.figure} | {aim} | {median} | {quartiles} | {model} | {'yes' if reach.reached else 'no'} |"
+    model = "" if target.model is None else written(target.model, target.unit)
+    return f"| {target.metric} | {limit} | {median} | {quartiles} | {model} | {'yes' if target.met else 'no'} |"
 
 
 def written(value: float, unit: str) -> str:
-    """A figure in its unit."""
+    """A number with its unit."""
     return {"times": f"{value:.3g}", "share": f"{value:.1%}", "seconds": f"{value:.2g} s"}[unit]
 
 

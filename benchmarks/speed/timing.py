@@ -1,6 +1,6 @@
-"""Interleaved timing: every round runs every step once, and figures are ratios within a round.
+"""Interleaved timing: every round runs every step once, and times are compared as ratios within a round.
 
-A machine that gets slower or faster during a run then changes both sides of a ratio alike.
+A change of the machine's speed during a run then affects both sides of a ratio alike.
 """
 
 import statistics
@@ -29,7 +29,7 @@ def interleaved(
     """Seconds of every step in every round.
 
     Args:
-        steps: what is timed, by name. The first is the yardstick of `at_least`.
+        steps: what is timed, by name. The first is the reference for `at_least`.
         rounds: how many are kept.
         warm_ups: rounds before them that are thrown away.
         at_least: seconds that the first step should take in a round; it is repeated until it does, and all steps

@@ -87,14 +87,14 @@ def test_batches_depend_on_the_seed_alone_and_have_one_size() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_head_bears_a_feature_that_never_changes_and_can_be_saved(classes: int) -> None:
+def test_the_head_accepts_a_constant_feature_and_can_be_saved(classes: int) -> None:
     generator = np.random.default_rng(0)
     features = generator.standard_normal((90, 4)).astype(np.float32)
     features[:, 1] = 0
     labels = np.digitize(features[:, 0], [0] if classes == 2 else [-0.5, 0.5])
     weight, bias = best_linear((features, labels), (features, labels), classes)
-    told = torch.from_numpy(features @ weight.T + bias).argmax(1)
-    assert (told.numpy() == labels).mean() > 0.9
+    predicted = torch.from_numpy(features @ weight.T + bias).argmax(1)
+    assert (predicted.numpy() == labels).mean() > 0.9
     assert weight.flags.c_contiguous
 
 

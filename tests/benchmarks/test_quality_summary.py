@@ -1,4 +1,4 @@
-"""What is told of rows: scores, differences, plateaus, tables and pictures, on made-up rows of known outcome."""
+"""Summaries of the rows: scores, differences, plateaus, tables and pictures, on made-up rows of known outcome."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from benchmarks.quality import page
 from benchmarks.quality.grid import read_grid
 from benchmarks.quality.items import packed
 from benchmarks.quality.plots import PICTURES
-from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, TOLD_BY, Result
+from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, REQUIRED_ARM, SEEDS, Result
 from benchmarks.quality.tables import at_a_glance, score_cell, scores, sizes
 
 ITEMS = 50
@@ -145,7 +145,7 @@ def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
     assert result.lowest_loss("tweets", ("dvora_long", "dvora_long_third")) is None
 
 
-def test_failures_and_bad_trials_are_told() -> None:
+def test_failures_and_bad_trials_are_listed() -> None:
     start = final("tweets", "frozen", 0, right(25), steps=0, validation={"loss": 1.0, "score": 0.5})
     failed = {**trial("tweets", "vera", 1, 0.5), "error": "ValueError: no"}
     lines = page.failures(classes(start, failed, trial("tweets", "vera", 2, 1.5), trial("tweets", "vera", 3, 0.5)))
@@ -162,8 +162,8 @@ def everything() -> Result:
         for arm in EVERY_ARM:
             steps = 0 if arm in ("majority", "tfidf", "frozen", "frozen_nf4") else 10
             for seed in (0, 1) if steps else (0,):
-                told = generator.random(ITEMS).astype(np.float32)
-                items = told > 0.5 if kind == "accuracy" else told
+                values = generator.random(ITEMS).astype(np.float32)
+                items = values > 0.5 if kind == "accuracy" else values
                 rows.append(final(task, arm, seed, items, steps, reference=packed(reference)))
             rows += [trial(task, arm, rate, 0.5 + generator.random()) for rate in (0.01, 0.1, 1.0) if steps]
             alone = {"seconds_per_step": 0.1, "loaded_bytes": 10**8, "peak_bytes": 2 * 10**8}
@@ -217,10 +217,10 @@ def test_every_arm_of_a_table_has_a_row_of_its_own(arms: dict[str, str]) -> None
     assert len(scores(everything(), "methods", arms)) == 2 + len(arms)
 
 
-def test_every_arm_that_is_told_of_is_in_the_grid() -> None:
+def test_every_arm_of_a_table_is_in_the_grid() -> None:
     assert {*ARMS, *EQUAL_VALUES, *RANKS, *CHOICES, *QUANTISED, *SEEDS} <= set(EVERY_ARM)
 
 
-def test_what_a_picture_needs_is_known() -> None:
-    assert TOLD_BY.keys() >= PICTURES.keys()
-    assert set(TOLD_BY.values()) <= set(EVERY_ARM)
+def test_every_picture_has_a_required_arm() -> None:
+    assert REQUIRED_ARM.keys() >= PICTURES.keys()
+    assert set(REQUIRED_ARM.values()) <= set(EVERY_ARM)

@@ -72,7 +72,7 @@ def test_a_copy_has_the_base_s_own_tensors() -> None:
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def test_constants_are_told_apart_from_base_and_trained_values() -> None:
+def test_constants_exclude_the_base_and_trained_parameters() -> None:
     workload = linears(64, 176)
     base = workload.frozen(torch.float32)
     assert constants(base, adapted(base, BASE, workload.targets), workload.targets) == Constants(0, 0, 0)

@@ -113,4 +113,4 @@ def test_pictures_can_be_drawn_from_any_part_of_the_rows() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpu_s_script_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cuda.main(["--output", str(tmp_path / "cuda.json")]) == 1
-    assert "no GPU is at hand" in capsys.readouterr().err
+    assert "no GPU is available" in capsys.readouterr().err

@@ -29,9 +29,9 @@ def run(command: str) -> Ended:
     raise AssertionError("the program did not end")
 
 
-def assert_refused(command: str, told: str) -> None:
-    """The command fails with one line on stderr that tells this."""
+def assert_refused(command: str, message: str) -> None:
+    """The command fails with one line on stderr that contains the message."""
     ended = run(command)
     assert ended.code != 0
-    assert told in ended.stderr
+    assert message in ended.stderr
     assert ended.stderr.count("\n") == 1

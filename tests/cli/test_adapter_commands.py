@@ -96,7 +96,7 @@ def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: s
     assert result.stderr.count("\n") == 1
 
 
-def test_a_loss_of_rounding_is_told_on_stderr_too(work: Path) -> None:
+def test_a_rounding_loss_is_reported_on_stderr_too(work: Path) -> None:
     result = run("dvora merge adapter --output merged --dtype bfloat16 --json")
     done = json.loads(result.stdout)
     assert done["dtype"] == "bfloat16"

@@ -44,12 +44,12 @@ def test_every_example_of_the_help_text_runs(command: str) -> None:
 
 
 def test_the_report_has_figures_and_the_same_as_json(made: Path) -> None:
-    told = json.loads(run("dvora analyze adapter other-adapter --model base -o two.html --json").stdout)
-    assert (told["report"], told["figures"]) == ("two.html", "two.json")
-    figures = json.loads((made / "two.json").read_text())
-    assert [each["name"] for each in figures["adapters"]] == ["adapter", "other-adapter"]
-    assert figures["steps"] is None
-    assert -1 <= figures["similarity"][0][1] <= 1
+    result = json.loads(run("dvora analyze adapter other-adapter --model base -o two.html --json").stdout)
+    assert (result["report"], result["figures"]) == ("two.html", "two.json")
+    content = json.loads((made / "two.json").read_text())
+    assert [each["name"] for each in content["adapters"]] == ["adapter", "other-adapter"]
+    assert content["steps"] is None
+    assert -1 <= content["similarity"][0][1] <= 1
     page = (made / "two.html").read_text(encoding="utf-8")
     assert "Similarity of adapters" in page
     assert "Along the checkpoints" not in page
@@ -57,9 +57,9 @@ def test_the_report_has_figures_and_the_same_as_json(made: Path) -> None:
 
 def test_checkpoints_are_in_the_order_of_their_steps(made: Path) -> None:
     assert run("dvora analyze trainer-output --model base -o drift.html").code == 0
-    figures = json.loads((made / "drift.json").read_text())
-    assert figures["steps"] == [5, 10, 100]
-    assert [each["name"] for each in figures["adapters"]] == ["checkpoint-5", "checkpoint-10", "checkpoint-100"]
+    content = json.loads((made / "drift.json").read_text())
+    assert content["steps"] == [5, 10, 100]
+    assert [each["name"] for each in content["adapters"]] == ["checkpoint-5", "checkpoint-10", "checkpoint-100"]
     assert "Along the checkpoints" in (made / "drift.html").read_text(encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str)
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("dvora analyze nowhere", "nowhere is not a folder"),
         ("dvora analyze adapter vera --model base", "several methods (dvora, vera)"),
@@ -84,5 +84,5 @@ def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str)
         ("dvora analyze adapter --model base -o /proc/report.html", "/proc"),
     ],
 )
-def test_wrong_use_is_one_line(command: str, told: str) -> None:
-    assert_refused(command, told)
+def test_wrong_use_is_one_line(command: str, message: str) -> None:
+    assert_refused(command, message)

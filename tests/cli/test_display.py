@@ -50,7 +50,7 @@ def test_labels_do_nothing_to_a_terminal(command: str) -> None:
         assert not ACTS.search(ended.stdout + ended.stderr)
 
 
-def test_labels_are_told_as_they_are(desk: Path) -> None:
+def test_labels_are_printed_as_they_are(desk: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["predict", "run", "a.csv", "--json"]).stdout)["predictions"]
     names = {label.strip() for label in LABELS}
     assert {row["label"].strip() for row in found} == names

@@ -64,7 +64,7 @@ def test_other_methods_are_examined_too(method: str) -> None:
     assert {finding["status"] for finding in found.values()} <= {"pass", "skip"}
 
 
-def test_a_fault_is_told_with_what_to_do_and_an_exit_code(made: Path) -> None:
+def test_a_fault_is_reported_with_advice_and_an_exit_code(made: Path) -> None:
     shutil.copytree(made / "adapter", made / "broken")
     file = made / "broken" / "adapter_model.safetensors"
     values = load_file(file)
@@ -87,7 +87,7 @@ def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("dvora doctor nowhere", "nowhere is not a folder"),
         ("dvora doctor adapter --model base --rows 1", "needs two or more"),
@@ -95,8 +95,8 @@ def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
         ("dvora doctor dvora-run --model base", "leave --model out"),
     ],
 )
-def test_wrong_use_is_one_line(command: str, told: str) -> None:
-    assert_refused(command, told)
+def test_wrong_use_is_one_line(command: str, message: str) -> None:
+    assert_refused(command, message)
 
 
 def test_what_has_no_adapter_is_refused(tmp_path: Path) -> None:

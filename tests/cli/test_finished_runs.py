@@ -211,7 +211,7 @@ def on_a_terminal(*arguments: str) -> str:
     try:
         while piece := os.read(ours, 4096):
             shown += piece
-    except OSError:  # so Linux tells that the other side is closed
+    except OSError:  # how Linux reports that the other side is closed
         pass
     finally:
         os.close(ours)

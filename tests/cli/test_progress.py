@@ -34,7 +34,7 @@ def test_short_runs_and_resumed_ones_have_an_estimate_too(steps: int, started: i
     assert said(steps, started)[0].startswith(f"step {first} of {steps}: training loss 0.61, 0.5 s a step")
 
 
-def test_a_long_run_is_told_how_to_be_shorter() -> None:
+def test_a_long_run_prints_how_to_shorten_it() -> None:
     assert estimate_line(at(10, pace=2.0)).endswith("about 33:00 left (--max-steps 300 would take ten minutes)")
     assert "--max-steps" not in estimate_line(at(10))
 

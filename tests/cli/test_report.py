@@ -71,10 +71,10 @@ def test_answers_are_those_of_the_models(made: Path) -> None:
     trained = read_run(made / "dvora-run")
     rows = unchanged_data(trained).test
     found = compared(trained, rows, read_run(made / "head-run"))
-    for name, told in (("dvora-run", "predicted"), ("head-run", "other")):
+    for name, attribute in (("dvora-run", "predicted"), ("head-run", "other")):
         model = Predictor(read_run(made / name))
         expected = [trained.labels[int(row.argmax())] for row in model._logits(rows)]
-        assert [getattr(each, told) for each in found] == expected
+        assert [getattr(each, attribute) for each in found] == expected
     assert [each.label for each in found] == [trained.labels[row["label"]] for row in rows]
 
 
@@ -93,7 +93,7 @@ def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, sch
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("dvora report nowhere", "holds no run.json"),
         ("dvora report dvora-run -o page.txt", "has to end in .html"),
@@ -102,8 +102,8 @@ def test_the_page_reads_well_in_a_browser(made: Path, name: str, width: int, sch
         ("dvora report dvora-run --against regression", "predicts other classes"),
     ],
 )
-def test_wrong_use_is_one_line(command: str, told: str) -> None:
-    assert_refused(command, told)
+def test_wrong_use_is_one_line(command: str, message: str) -> None:
+    assert_refused(command, message)
 
 
 def test_a_run_whose_data_has_changed_is_refused(tmp_path: Path) -> None:

@@ -57,11 +57,11 @@ def test_any_gradient_equals_the_formula(
     interpreter: Interpreter, shape: tuple[int, int], dtype: torch.dtype, bias: bool, low_rank: bool
 ) -> None:
     arguments = problem(shape, dtype, bias)
-    delta = randn(*shape, seed=6, dtype=dtype)
+    grad_output = randn(*shape, seed=6, dtype=dtype)
     given_ = arguments if low_rank else arguments | {"low_rank": None}
-    ours = interpreter("ops.triton.combine", "combine_backward", delta, *given_.values())
+    ours = interpreter("ops.triton.combine", "combine_backward", grad_output, *given_.values())
     base, z, gain_minus_one, scale, b = in_float64(arguments)
-    d = delta.double()
+    d = grad_output.double()
     assert ours.base.dtype == ours.scaled.dtype == dtype
     assert ours.gain.dtype == norm_dtype(dtype)
     assert_rounded_once(ours.base, d * (1 + gain_minus_one), d.abs())
@@ -87,12 +87,13 @@ def test_sums_over_several_tiles_run_in_a_fixed_order(
     interpreter: Interpreter, dtype: torch.dtype, programs: int
 ) -> None:
     arguments = problem((103, 150), dtype, bias=True)
-    delta = randn(103, 150, seed=6, dtype=dtype)
+    grad_output = randn(103, 150, seed=6, dtype=dtype)
     first, second = (
-        interpreter("ops.triton.combine", "combine_backward", delta, *arguments.values(), programs) for _ in range(2)
+        interpreter("ops.triton.combine", "combine_backward", grad_output, *arguments.values(), programs)
+        for _ in range(2)
     )
     base, z, gain_minus_one, scale, bias = in_float64(arguments)
-    d = delta.double()
+    d = grad_output.double()
     assert_rounded_once(first.base, d * (1 + gain_minus_one), d.abs())
     assert_rounded_once(first.scaled, d * scale, (d * scale).abs())
     assert_rounded_once(first.gain, (d * (base - bias)).sum(0), (d * (base - bias)).abs().sum(0), 12)
@@ -112,15 +113,15 @@ def test_strided_rows_are_read_where_they_lie(interpreter: Interpreter) -> None:
 
 def test_strided_gradients_are_read_where_they_lie(interpreter: Interpreter) -> None:
     arguments = problem((40, 50), torch.float32, bias=False)
-    delta = randn(1, 50, seed=6)
+    grad_output = randn(1, 50, seed=6)
     fused = torch.cat([arguments["base_output"], arguments["low_rank"]], dim=1)
     slices = {"base_output": fused[:, :50], "low_rank": fused[:, 50:]}
     plain = interpreter(
-        "ops.triton.combine", "combine_backward", delta.expand(40, 50).contiguous(), *arguments.values()
+        "ops.triton.combine", "combine_backward", grad_output.expand(40, 50).contiguous(), *arguments.values()
     )
     # The gradient of a sum has one value for all rows, or for all elements.
     strided = interpreter(
-        "ops.triton.combine", "combine_backward", delta.expand(40, 50), *(arguments | slices).values()
+        "ops.triton.combine", "combine_backward", grad_output.expand(40, 50), *(arguments | slices).values()
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
     ones = interpreter("ops.triton.combine", "combine_backward", torch.ones(()).expand(40, 50), *arguments.values())
@@ -130,8 +131,8 @@ def test_strided_gradients_are_read_where_they_lie(interpreter: Interpreter) -> 
 def test_no_tokens_give_nothing(interpreter: Interpreter) -> None:
     arguments = problem((0, 50), torch.bfloat16, bias=True)
     assert interpreter("ops.triton.combine", "combine", *arguments.values()).shape == (0, 50)
-    delta = torch.zeros(0, 50, dtype=torch.bfloat16)
-    ours = interpreter("ops.triton.combine", "combine_backward", delta, *arguments.values())
+    grad_output = torch.zeros(0, 50, dtype=torch.bfloat16)
+    ours = interpreter("ops.triton.combine", "combine_backward", grad_output, *arguments.values())
     assert ours.base.shape == ours.scaled.shape == (0, 50)
     assert torch.equal(ours.gain, torch.zeros(50))
     assert torch.equal(ours.scale, torch.zeros(50))

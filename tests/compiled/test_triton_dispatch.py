@@ -34,13 +34,13 @@ def test_outputs_and_gradients_equal_those_of_the_cpu(distribution: str, bias: b
     kind, given = SharedProjections(3, distribution).impl, inputs(6, bias)
     leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
     y = combine(*leaves.values(), kind)
-    delta = randn(2, TOKENS, OUT, seed=6)
-    y.backward(delta)
+    grad_output = randn(2, TOKENS, OUT, seed=6)
+    y.backward(grad_output)
     scaled_z = given["z"] * given["lambda_d"]
     rest = (given["gain_minus_one"], given["scale"], given["bias"], kind)
     ours = interpreter("method.combine", "_forward_in_triton", given["base_output"], scaled_z, *rest)
     assert worst_error(ours, y.double()) < 1e-5
-    gradients = interpreter("method.combine", "_backward_in_triton", delta, *given.values(), kind)
+    gradients = interpreter("method.combine", "_backward_in_triton", grad_output, *given.values(), kind)
     for name, gradient in zip(leaves, gradients, strict=True):
         if leaves[name] is not None:
             assert gradient.shape == leaves[name].shape, name

@@ -137,7 +137,7 @@ def test_no_tokens_give_nothing(interpreter: Interpreter) -> None:
         ((0, 64), (16, 64), torch.float32, False),
     ],
 )
-def test_unsupported_sizes_are_told_and_refused(
+def test_unsupported_sizes_are_reported_and_refused(
     interpreter: Interpreter, left: tuple[int, int], right: tuple[int, int], dtype: torch.dtype, expected: bool
 ) -> None:
     assert interpreter("ops.triton.kronecker", "supports", left, right, dtype) is expected

@@ -1,4 +1,4 @@
-"""LoRA's and VeRA's cases, said for DVoRA."""
+"""LoRA's and VeRA's cases, translated to DVoRA."""
 
 import pytest
 from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig

@@ -1,4 +1,4 @@
-"""Outcomes are held against the table, both ways."""
+"""Outcomes are compared with the table, both ways."""
 
 import json
 import os
@@ -42,14 +42,14 @@ def test_what_is_listed_is_expected(tmp_path: Path) -> None:
     status, output = run(tmp_path, table, f"--record={record}")
     assert status == 0, output
     assert "1 passed, 2 listed, 0 failed" in output
-    figures = json.loads(record.read_text())
-    assert (figures["passed"], figures["listed"], figures["failed"]) == (1, 2, 0)
-    assert figures["reasons"] == {"Why it is failing.": 1, "Why it is skipped.": 1}
-    assert figures["passed_by_file"] == {"test_outcomes.py": 1}
+    counts = json.loads(record.read_text())
+    assert (counts["passed"], counts["listed"], counts["failed"]) == (1, 2, 0)
+    assert counts["reasons"] == {"Why it is failing.": 1, "Why it is skipped.": 1}
+    assert counts["passed_by_file"] == {"test_outcomes.py": 1}
 
 
 @pytest.mark.parametrize(
-    ("table", "complaint"),
+    ("table", "message"),
     [
         (entry("skipped", "test_skips"), "test_outcomes.py::test_fails"),
         (entry("failing", "test_fails"), "skipped without being listed"),
@@ -60,7 +60,7 @@ def test_what_is_listed_is_expected(tmp_path: Path) -> None:
     ],
     ids=["failure", "skip", "other error", "listed failure passes", "listed skip passes", "unused pattern"],
 )
-def test_everything_else_fails_the_run(tmp_path: Path, table: str, complaint: str) -> None:
+def test_everything_else_fails_the_run(tmp_path: Path, table: str, message: str) -> None:
     status, output = run(tmp_path, table)
     assert status != 0
-    assert complaint in output
+    assert message in output

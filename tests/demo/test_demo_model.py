@@ -1,4 +1,4 @@
-"""The classifier averages tokens and not padding, and training splits its values in the right groups."""
+"""The classifier averages tokens and not padding, and training splits its parameters into the right groups."""
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ def test_padding_does_not_change_a_sentence() -> None:
     torch.testing.assert_close(model(ids, mask), model(padded, padded_mask))
 
 
-def test_every_trainable_value_is_in_one_group() -> None:
+def test_every_trainable_parameter_is_in_one_group() -> None:
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(2)) for name in ("dvora_lambda_b", "dvora_lambda_d")})
     model["dvora_magnitude"] = nn.Parameter(torch.ones(2))
     model["classifier"] = nn.Parameter(torch.ones(2))

@@ -1,4 +1,4 @@
-"""The tables, the figures' file and the picture, on small inputs."""
+"""The tables, the file of metrics and the plot, on small inputs."""
 
 import json
 from pathlib import Path
@@ -31,16 +31,16 @@ def test_compare_counts() -> None:
     scores = comparison()
     assert (scores.majority.correct, scores.frozen.correct, scores.dvora.correct) == (2, 2, 3)
     assert (scores.only_dvora, scores.only_frozen) == (2, 1)
-    assert (scores.frozen.trained_values, scores.dvora.trained_values) == (6, 60)
+    assert (scores.frozen.trained_parameters, scores.dvora.trained_parameters) == (6, 60)
 
 
-def test_the_table_has_every_figure() -> None:
+def test_the_report_has_every_number() -> None:
     console = Console(width=200, record=True, quiet=False)
     with console.capture() as printed:
         print_findings(findings(), console)
     text = printed.get()
-    for figure in ("50.0%", "75.0%", "60", "220 kB", "90.0 MB: 409 times", "at most 0;", "by 2e-06", "2 s for 4 steps"):
-        assert figure in text, figure
+    for number in ("50.0%", "75.0%", "60", "220 kB", "90.0 MB: 409 times", "at most 0;", "by 2e-06", "2 s for 4 steps"):
+        assert number in text, number
 
 
 def test_predictions_show_the_sentence_as_it_is() -> None:
@@ -61,7 +61,7 @@ def test_the_file_can_be_read_back(tmp_path: Path) -> None:
     assert content["settings"]["batch"] == 32
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
     changes = [LayerChange(layer, kind, 0.01, 2.0) for layer in range(2) for kind in KINDS.values()]
     save_plot(HISTORY, changes, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -103,9 +103,9 @@ def test_the_notebook_runs() -> None:
     command = [sys.executable, "-m", "transcript.notebook"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    told = re.search(r"merged: (0\.\d+)", ended.stdout)
-    assert told is not None
-    assert float(told[1]) > 0.8
+    accuracy = re.search(r"merged: (0\.\d+)", ended.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.8
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:

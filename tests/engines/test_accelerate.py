@@ -21,7 +21,7 @@ from tests.tuner.tiny import LAYERS, MODELS
 
 
 def accelerator(**options: object) -> Accelerator:
-    """In this process of the group, as a launcher would have told it."""
+    """This process's place in the group, as a launcher would set it."""
     rank = str(dist.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -98,20 +98,20 @@ class Detour(nn.Module):
 
 
 def trained_with_a_layer_left_out() -> tuple[str, bool]:
-    """What DDP says in the second step when it is not told, and whether training goes on when it is."""
+    """DDP's error in the second step without `find_unused_parameters`, and whether training works with it."""
     x = torch.ones(2, 6)
-    unaware, told = (
+    unaware, aware = (
         DistributedDataParallel(
             get_peft_model(Detour(), DVoRAConfig(r=3, target_modules=["taken", "left"])),
             find_unused_parameters=find_unused_parameters,
         )
         for find_unused_parameters in (False, True)
     )
-    start = vectors(told)
+    start = vectors(aware)
     for _ in range(2):
-        told(x).sum().backward()
-    torch.optim.SGD(told.parameters(), lr=0.1).step()
-    moved = {name for name, vector in vectors(told).items() if not torch.equal(vector, start[name])}
+        aware(x).sum().backward()
+    torch.optim.SGD(aware.parameters(), lr=0.1).step()
+    moved = {name for name, vector in vectors(aware).items() if not torch.equal(vector, start[name])}
     try:
         for _ in range(2):
             unaware(x).sum().backward()

@@ -1,4 +1,4 @@
-"""Tensor parallelism: processes that divide the weights, against one process that holds them whole."""
+"""Tensor parallelism: processes with sharded weights, against one process that holds them whole."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ COLUMNS, ROWS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj
 
 
 def llama() -> LlamaForCausalLM:
-    """A tiny Llama whose four heads of keys can be divided."""
+    """A tiny Llama whose four heads of keys can be sharded."""
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=32,
@@ -45,8 +45,8 @@ def adapted(base: nn.Module, **settings: object) -> PeftModel:
     return get_peft_model(base, DVoRAConfig(**{"r": 6, "target_modules": [*COLUMNS, *ROWS], **settings}))
 
 
-def divide(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide the linear layers of all blocks, adapted or not."""
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the linear layers of all blocks, adapted or not."""
     for layer in (module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"):
         plan = {}
         for name, module in layer.named_modules():
@@ -58,13 +58,13 @@ def divide(model: nn.Module, mesh: DeviceMesh) -> None:
 
 CASES: list[tuple[str, dict[str, object]]] = [
     ("adapted first", {}),
-    ("divided first", {}),
-    ("divided first", {"projection_init": "structured"}),
+    ("sharded first", {}),
+    ("sharded first", {"projection_init": "structured"}),
     ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS, "norm_cache": False}),
     # B is then a stack, and parts of 12 outputs split the blocks of its structured rows.
-    ("divided first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
+    ("sharded first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
     ("adapted first", {"detach_norm": True}),
-    ("divided by transformers", {}),
+    ("sharded by transformers", {}),
 ]
 
 
@@ -74,14 +74,14 @@ def trained_in_parts(folder: Path) -> list[tuple[list[float], dict[str, np.ndarr
     found = []
     for order, settings in CASES:
         model: nn.Module = llama()
-        if order == "divided by transformers":
+        if order == "sharded by transformers":
             plan = DistributedConfig(tp_size=dist.get_world_size())
             model = LlamaForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32).eval()
-        if order == "divided first":
-            divide(model, mesh)
+        if order == "sharded first":
+            shard(model, mesh)
         model = adapted(model, **settings)
         if order == "adapted first":
-            divide(model, mesh)
+            shard(model, mesh)
         losses = train(model)
         found.append((losses, {name: vector.numpy() for name, vector in vectors(model).items()}))
     return found
@@ -120,7 +120,7 @@ def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Shard | No
 
 
 def divided_layers() -> list[list[np.ndarray]]:
-    """A plain layer whose outputs are divided, and one whose inputs are."""
+    """A plain layer whose outputs are sharded, and one whose inputs are."""
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     x = torch.linspace(-1, 1, 24).view(3, 8)
     columns, rows = plain_layer(), plain_layer()
@@ -153,7 +153,7 @@ def sent_and_saved(folder: Path) -> dict[str, int]:
     """What a training step sends; the first rank saves the adapter, alone."""
     mesh = init_device_mesh("cpu", (2,))
     model = adapted(llama(), init_weights=False)
-    divide(model, mesh)
+    shard(model, mesh)
     one_step(model)
     with CommDebugMode() as sent:
         one_step(model)
@@ -175,7 +175,7 @@ def test_a_step_gathers_no_weight_and_any_rank_saves_the_whole_adapter(tmp_path:
 
 
 def parallelize(style: ParallelStyle, targets: list[str], inner: str = "mlp.down_proj") -> Callable[[], object]:
-    """An adapted model with one layer divided in this way, and a pass through it."""
+    """An adapted model with one layer sharded in this way, and a pass through it."""
 
     def attempt() -> object:
         model = adapted(llama(), target_modules=targets).train()
@@ -186,14 +186,14 @@ def parallelize(style: ParallelStyle, targets: list[str], inner: str = "mlp.down
     return attempt
 
 
-def divided(**settings: object) -> PeftModel:
+def sharded(**settings: object) -> PeftModel:
     model = adapted(llama(), **settings)
-    divide(model, init_device_mesh("cpu", (2,)))
+    shard(model, init_device_mesh("cpu", (2,)))
     return model.train()
 
 
 def trained_base() -> object:
-    model = divided()
+    model = sharded()
     model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_()
     return model(input_ids=batch(0))
 
@@ -230,13 +230,13 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "two dimensions": (on_two_dimensions, "supports weights of torch.nn.Linear sharded by"),
     "in turns": (in_turns, "supports weights of torch.nn.Linear sharded by"),
-    "dropout": (lambda: divided(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
+    "dropout": (lambda: sharded(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
     "a trained base": (trained_base, "cannot be trained"),
-    "constants from columns": (lambda: divided(norm_cache=False)(input_ids=batch(0)), "its inputs are sharded"),
-    "merge": (lambda: divided().merge_and_unload(), "merge there"),
-    "merge for a while": (lambda: divided().merge_adapter(), "merge there"),
+    "constants from columns": (lambda: sharded(norm_cache=False)(input_ids=batch(0)), "its inputs are sharded"),
+    "merge": (lambda: sharded().merge_and_unload(), "merge there"),
+    "merge for a while": (lambda: sharded().merge_adapter(), "merge there"),
     "dense update": (
-        lambda: divided().base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default"),
+        lambda: sharded().base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default"),
         "merge there",
     ),
 }

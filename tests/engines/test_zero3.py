@@ -48,11 +48,11 @@ def trained_in_parts(settings: dict[str, object], zero: dict[str, object], reent
         model.train()
     engine = zero3.engine(model, **zero)
     layers = [layer for _, layer in dvora_layers(model)]
-    divided = [weight.numel() == 0 for layer in layers for weight in layer.parameters()]
+    sharded = [weight.numel() == 0 for layer in layers for weight in layer.parameters()]
     before = constants(model)
     losses = zero3.train(engine, 0, STEPS)
     kept = all(now is then for now, then in zip(constants(model), before, strict=True))
-    return {"losses": losses, "vectors": zero3.vectors(model), "divided": all(divided), "kept": kept}
+    return {"losses": losses, "vectors": zero3.vectors(model), "sharded": all(sharded), "kept": kept}
 
 
 def constants(model: nn.Module) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ def test_processes_with_parts_train_what_one_does(case: str, found: list[dict[st
     for step, loss in enumerate(losses):
         assert sum(rank["losses"][step] for rank in ranks) / 2 == pytest.approx(loss, rel=1e-5)
     for rank in ranks:
-        assert rank["divided"]
+        assert rank["sharded"]
         assert rank["kept"], "constants were made again"
         for name, vector in vectors(one).items():
             moved = (vector - start[name]).abs().max()
@@ -126,7 +126,7 @@ def life_of_a_divided_base(folder: str) -> dict[str, Any]:
     gathered = zero3.deepspeed().zero.GatheredParameters
     keeps_transformers_on_zero3 = HfDeepSpeedConfig(zero3.settings())
     base = LlamaForCausalLM.from_pretrained(f"{folder}/base").eval()
-    divided = all(parameter.numel() == 0 for parameter in base.parameters())
+    sharded = all(parameter.numel() == 0 for parameter in base.parameters())
     model = get_peft_model(base, DVoRAConfig(r=6, target_modules=LAYERS["llama"]))
     del keeps_transformers_on_zero3
     engine = zero3.engine(model)
@@ -144,7 +144,7 @@ def life_of_a_divided_base(folder: str) -> dict[str, Any]:
         model.unmerge_adapter()
     unmerged = outputs(engine)
     return {
-        "divided": divided,
+        "sharded": sharded,
         "losses": losses,
         "said": said,
         "outputs": expected,
@@ -163,7 +163,7 @@ def test_a_base_in_parts_is_adapted_merged_and_saved(tmp_path: Path) -> None:
     first, second = run(life_of_a_divided_base, 2, str(tmp_path))
     losses = train(adapted())
     for rank in (first, second):
-        assert rank["divided"]
+        assert rank["sharded"]
         assert "has partitioned the weight between the processes" in rank["said"]["merge"]
         assert "has partitioned the weight between the processes" in rank["said"]["unmerge"]
         assert "is sharded between the processes" in rank["said"]["save"]

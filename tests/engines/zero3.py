@@ -13,7 +13,7 @@ from tests.engines.test_data_parallel import BATCH, batch
 
 
 def settings(**zero: object) -> dict[str, Any]:
-    """DeepSpeed's configuration; without a threshold of its own every parameter is divided and freed, however small."""
+    """DeepSpeed's configuration; without a threshold of its own every parameter is sharded and freed, however small."""
     return {
         "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
         "zero_allow_untested_optimizer": True,
@@ -52,7 +52,7 @@ def train(engine: Any, first: int, last: int) -> list[float]:
 
 
 def vectors(model: nn.Module) -> dict[str, np.ndarray]:
-    """The trained values, gathered."""
+    """The trained parameters, gathered."""
     named = {name: parameter for name, parameter in model.named_parameters() if "dvora_" in name}
     with deepspeed().zero.GatheredParameters(list(named.values())):
         return {name: vector.detach().clone().numpy() for name, vector in named.items()}

@@ -10,8 +10,8 @@ from benchmarks.examples import rows
 from benchmarks.examples.__main__ import main, run_all
 from benchmarks.examples.catalogue import CATALOGUE, Example
 from benchmarks.examples.rows import read_report
+from benchmarks.examples.table import describe_metrics
 from benchmarks.examples.table import examples as table
-from benchmarks.examples.table import figures_of
 from examples.checks import report
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
@@ -148,9 +148,9 @@ def test_a_report_is_found_among_other_lines(capsys: pytest.CaptureFixture[str])
 
 
 def test_figures_in_words() -> None:
-    figures = {"loss": [0.69314, 0.5], "trained_values": 51458, "adapter_bytes": 221_000, "base_bytes": 90_900_000}
-    assert figures_of(figures) == "loss 0.693 to 0.5, trained parameters 51,458, adapter 221 kB, base 90.9 MB"
-    assert figures_of({"bits_equal": True, "engine": "gloo"}) == "bits equal yes, engine gloo"
+    metrics = {"loss": [0.69314, 0.5], "trained_values": 51458, "adapter_bytes": 221_000, "base_bytes": 90_900_000}
+    assert describe_metrics(metrics) == "loss 0.693 to 0.5, trained parameters 51,458, adapter 221 kB, base 90.9 MB"
+    assert describe_metrics({"bits_equal": True, "engine": "gloo"}) == "bits equal yes, engine gloo"
 
 
 def test_the_table_has_a_row_for_each() -> None:

@@ -8,7 +8,7 @@ from tests.hardening.forks import Ended, Forks
 TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu --epochs 1"
 
 
-def assert_told(ended: Ended, code: int, *messages: str) -> None:
+def assert_error(ended: Ended, code: int, *messages: str) -> None:
     assert ended.code == code, ended
     assert ended.stdout == ""
     assert ended.stderr.count("\n") == 1, ended.stderr
@@ -21,7 +21,7 @@ def assert_fails(forks: Forks, desk: Path, command: list[str], code: int, *messa
     """The command fails as it should, and with --json too."""
     before = sorted(desk.iterdir())
     for more in ([], ["--json"]):
-        assert_told(forks.run(desk, *command, *more, **options), code, *messages)
+        assert_error(forks.run(desk, *command, *more, **options), code, *messages)
     # A run that could not start leaves its folder with the lock, and nothing else.
     assert [path for path in sorted(desk.iterdir()) if path.name != "out"] == before
     if (desk / "out").exists() and desk / "out" not in before:

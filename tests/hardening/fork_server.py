@@ -88,7 +88,7 @@ def limit_memory(more: int) -> None:
 
 
 def _is_below(path: object, folder: str) -> bool:
-    # Names that are relative to an open folder, as rmtree has them, cannot be told: they all count.
+    # Names that are relative to an open folder, as rmtree has them, cannot be resolved: they all count.
     return isinstance(path, str | os.PathLike) and (
         not os.path.isabs(path) or os.path.abspath(path).startswith(folder)  # noqa: PTH100, PTH117
     )

@@ -40,7 +40,7 @@ class Forks:
             "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            # Else deepspeed, where it is installed, tells which it chose.
+            # Else deepspeed, where it is installed, prints which accelerator it chose.
             "DS_ACCELERATOR": "cpu",
             # Nobody listens there.
             "HF_HUB_OFFLINE": "0",

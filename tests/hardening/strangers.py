@@ -18,12 +18,12 @@ class Case(NamedTuple):
     Args:
         change: puts it on the desk, where a run lies in "run", an adapter in "adapter", the base of both in "base".
         command: that meets it.
-        told: what its error says.
+        message: in its error.
     """
 
     change: Callable[[Path], object]
     command: str
-    told: str
+    message: str
 
 
 def settings(path: Path, **changes: Any) -> None:
@@ -175,7 +175,7 @@ CASES: dict[str, Case] = {
     "a number in a record": Case(text("run/run.json", f'{{"state": {DIGITS}}}'), "evaluate run", "4300 digits"),
     "a number as a label": Case(text("a.jsonl", f'{{"text": "a", "label": {DIGITS}}}'), f"{TRAIN} --data a.jsonl",
                                 "a.jsonl, line 1: not JSON: Exceeds the limit (4300 digits)"),
-    "a number to be told": Case(text("a.csv", f"text,label\na,1.5\nb,{DIGITS}\n"),
+    "a number to be predicted": Case(text("a.csv", f"text,label\na,1.5\nb,{DIGITS}\n"),
                                 f"{TRAIN.replace('text-classification', 'regression')} --data a.csv", "a.csv, line 3"),
     "repeated settings": Case(text("a.yaml", laughs()), "train a.yaml", "line 2 repeats *a; write it out"),
     "deep settings": Case(text("a.yaml", f"a: {nested(100_000)}"), "train a.yaml", "nested too deeply"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hardening.errors import TRAIN, assert_fails, assert_told
+from tests.hardening.errors import TRAIN, assert_error, assert_fails
 from tests.hardening.forks import Forks
 
 WRITES = {
@@ -50,7 +50,7 @@ def disk(desk: Path) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.parametrize("command", WRITES.values(), ids=WRITES)
-def test_a_full_disk_is_told_and_nothing_is_left_on_it(
+def test_a_full_disk_is_reported_and_nothing_is_left_on_it(
     forks: Forks, desk: Path, disk: Callable[[str], None], command: list[str]
 ) -> None:
     disk("size=8k")
@@ -66,7 +66,7 @@ def test_a_run_goes_on_when_a_full_disk_has_space_again(
 ) -> None:
     disk(f"size={size}k")
     ended = forks.run(desk, *TRAIN_THERE)
-    assert_told(ended, 1, "no space left")
+    assert_error(ended, 1, "no space left")
     disk("size=4m")
     ended = forks.run(desk, *TRAIN_THERE, "--resume")
     assert ended.code == 0, ended.stderr
@@ -74,22 +74,24 @@ def test_a_run_goes_on_when_a_full_disk_has_space_again(
 
 
 @pytest.mark.parametrize("command", WRITES.values(), ids=WRITES)
-def test_a_file_that_is_too_large_is_told(forks: Forks, desk: Path, command: list[str]) -> None:
+def test_a_file_that_is_too_large_is_reported(forks: Forks, desk: Path, command: list[str]) -> None:
     assert_fails(forks, desk, [*command[:-1], "out"], 1, "file too large", largest_file=4000)
 
 
 @pytest.mark.parametrize("largest", [1000, 6000, 9000])
 def test_a_run_goes_on_when_large_files_are_allowed(forks: Forks, desk: Path, metrics: object, largest: int) -> None:
     ended = forks.run(desk, *TRAIN_THERE, "-o", "out", largest_file=largest)
-    # torch does not tell why its file is incomplete.
-    assert_told(ended, 1, "choose", "folder")
+    # torch does not say why its file is incomplete.
+    assert_error(ended, 1, "choose", "folder")
     ended = forks.run(desk, *TRAIN_THERE, "-o", "out", "--resume")
     assert ended.code == 0, ended.stderr
     assert json.loads(ended.stdout)["metrics"] == metrics
 
 
 @pytest.mark.parametrize("command", [*WRITES.values(), [*TRAIN.split(), "-o", "disk/out"]], ids=[*WRITES, "train"])
-def test_a_read_only_disk_is_told(forks: Forks, desk: Path, disk: Callable[[str], None], command: list[str]) -> None:
+def test_a_read_only_disk_is_reported(
+    forks: Forks, desk: Path, disk: Callable[[str], None], command: list[str]
+) -> None:
     disk("ro")
     assert_fails(forks, desk, command, 1, "disk/", "the disk is read-only; choose another folder")
 
@@ -113,7 +115,7 @@ STRANGER = {"user": NOBODY} if os.getuid() == 0 else {}
 @pytest.mark.parametrize(
     "command", [*([*command[:-1], "out"] for command in WRITES.values()), TRAIN.split()], ids=[*WRITES, "train"]
 )
-def test_a_folder_that_may_not_be_written_to_is_told(forks: Forks, strangers_desk: Path, command: list[str]) -> None:
+def test_a_folder_without_write_permission_is_reported(forks: Forks, strangers_desk: Path, command: list[str]) -> None:
     assert_fails(forks, strangers_desk, command, 1, "out", "permission denied", **STRANGER)
 
 
@@ -130,7 +132,9 @@ def test_a_folder_that_may_not_be_written_to_is_told(forks: Forks, strangers_des
         ("adapter/adapter_config.json", "convert adapter --to dora -o out"),
     ],
 )
-def test_a_file_that_may_not_be_read_is_told(forks: Forks, strangers_desk: Path, file: str, command: str) -> None:
+def test_a_file_without_read_permission_is_reported(
+    forks: Forks, strangers_desk: Path, file: str, command: str
+) -> None:
     (strangers_desk / file).chmod(0)
     # Its runs and models go elsewhere.
     strangers_desk.chmod(0o777)

@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_told_in_one_line(forks: Forks, desk: Path, name: str) -> None:
+def test_bad_input_is_reported_in_one_line(forks: Forks, desk: Path, name: str) -> None:
     change, command, code, message = WRONG[name]
     change(desk)
     if command.endswith((" -o", "inspect")):

@@ -133,9 +133,9 @@ def test_an_adapter_saved_over_another_is_the_old_one_the_new_one_or_refused(
     for number in range(count):
         folder = Path(shutil.copytree(made / "adapter", tmp_path / f"{number}"))
         forks.run(tmp_path, "save", str(folder), str(made / "base"), signal_after=drawn.uniform(0, ended.seconds))
-        told = forks.run(made, "inspect", str(folder), "--model", "base", "--json")
-        if told.code == 0:
+        inspected = forks.run(made, "inspect", str(folder), "--model", "base", "--json")
+        if inspected.code == 0:
             assert contents(folder) in (old, new)
         else:
-            assert (told.code, told.stdout) == (1, "")
-            assert "Traceback" not in told.stderr
+            assert (inspected.code, inspected.stdout) == (1, "")
+            assert "Traceback" not in inspected.stderr

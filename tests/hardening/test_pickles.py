@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dvora.recipes.training.checkpoints import checkpoints, mark_complete
-from tests.hardening.errors import TRAIN, assert_fails, assert_told
+from tests.hardening.errors import TRAIN, assert_error, assert_fails
 from tests.hardening.forks import Forks
 
 
@@ -104,7 +104,7 @@ def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path,
         (checkpoint / "adapter_model.safetensors").unlink()
     # As if whoever put it there knew of the mark.
     mark_complete(checkpoint)
-    assert_told(forks.run(desk, *command, "--resume"), 1, "checkpoint", "remove")
+    assert_error(forks.run(desk, *command, "--resume"), 1, "checkpoint", "remove")
     assert not mark.exists()
 
 
@@ -134,7 +134,7 @@ def test_code_of_a_model_is_not_run_unless_asked_for(
     if command == TRAIN:
         (desk / "own.yaml").write_text("trust_remote_code: true\n")
         ended = forks.run(desk, *command.split(), "own.yaml")
-        assert_told(ended, 2, "no file can allow that code is run", "--trust-remote-code")
+        assert_error(ended, 2, "no file can allow that code is run", "--trust-remote-code")
         assert not mark.exists()
         forks.run(desk, *command.split(), "--trust-remote-code")
         assert mark.exists()

@@ -10,7 +10,7 @@ import pytest
 
 from dvora.recipes.files import new_folder
 from dvora.recipes.run_folder import locked
-from tests.hardening.errors import TRAIN, assert_told
+from tests.hardening.errors import TRAIN, assert_error
 from tests.hardening.forks import Forks
 from tests.hardening.test_kills import contents, names
 
@@ -35,7 +35,7 @@ def test_ctrl_c_leaves_nothing_behind(forks: Forks, desk: Path, command: str, re
             continue
         stopped += 1
         assert ended.stdout == ""
-        # Before the command has begun nothing is told.
+        # Before the command has begun nothing is printed.
         assert ended.stderr in ("stopped\n", "")
         # The folder may have had its name already, or have been left between two instructions to the next attempt.
         for left in ("out", ".out.unfinished"):
@@ -77,7 +77,7 @@ def test_a_reader_that_has_gone_is_no_reason_to_complain(forks: Forks, desk: Pat
 def test_two_runs_do_not_share_a_folder(forks: Forks, desk: Path) -> None:
     with locked(desk / "out"):
         for more in ([], ["--resume"], ["--json"]):
-            assert_told(forks.run(desk, *TRAIN.split(), *more), 2, "another run works in", "choose another folder")
+            assert_error(forks.run(desk, *TRAIN.split(), *more), 2, "another run works in", "choose another folder")
     assert forks.run(desk, *TRAIN.split()).code == 0
 
 
@@ -86,6 +86,6 @@ def test_two_commands_do_not_fill_one_folder(forks: Forks, desk: Path, command: 
     with new_folder(desk / "out") as filled:
         (filled / "file").touch()
         for more in ([], ["--json"]):
-            assert_told(forks.run(desk, *command.split(), *more), 1, "another process is filling out; wait for it")
+            assert_error(forks.run(desk, *command.split(), *more), 1, "another process is filling out; wait for it")
     assert names(desk / "out") == ["file"]
-    assert_told(forks.run(desk, *command.split()), 1, "out exists and is not an empty folder; choose another name")
+    assert_error(forks.run(desk, *command.split()), 1, "out exists and is not an empty folder; choose another name")

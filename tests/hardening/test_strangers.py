@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hardening.errors import TRAIN, assert_told
+from tests.hardening.errors import TRAIN, assert_error
 from tests.hardening.forks import ROOT, Forks
 from tests.hardening.strangers import CASES, MEMORY, SOON, of_adapter, of_run, settings
 
@@ -41,12 +41,12 @@ def desk(with_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_hostile_is_told_soon_and_in_little_memory(forks: Forks, desk: Path, name: str) -> None:
-    change, command, told = CASES[name]
+def test_hostile_input_is_reported_soon_and_in_little_memory(forks: Forks, desk: Path, name: str) -> None:
+    change, command, message = CASES[name]
     change(desk)
     ended = forks.run(desk, *command.split(), signal_after=SOON, memory=MEMORY)
     assert ended.code in (1, 2), ended
-    assert_told(ended, ended.code, told)
+    assert_error(ended, ended.code, message)
     assert len(ended.stderr) < 3000
     assert ended.asked == 0
     assert not {"out", "new.csv"} & {path.name for path in desk.iterdir() if any(path.glob("[!.]*"))}
@@ -68,7 +68,7 @@ def test_a_run_cannot_have_code_run(forks: Forks, desk: Path, tmp_path: Path, co
     mark = tmp_path / "made-by-code"
     with_code(desk, mark)
     of_run(trust_remote_code=True)(desk)
-    assert_told(forks.run(desk, *command.split()), 2, "code that comes with it", "give --trust-remote-code")
+    assert_error(forks.run(desk, *command.split()), 2, "code that comes with it", "give --trust-remote-code")
     assert not mark.exists()
 
 
@@ -92,11 +92,11 @@ def test_a_run_of_an_earlier_version_is_read(forks: Forks, desk: Path) -> None:
 def test_a_run_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str, setting: str) -> None:
     of_run(**{setting: "nobody/nothing"})(desk)
     ended = forks.run(desk, *command.split())
-    assert_told(ended, 2, "'nobody/nothing' is no folder here and not in the hub's cache", "give --download")
+    assert_error(ended, 2, "'nobody/nothing' is no folder here and not in the hub's cache", "give --download")
     assert ended.asked == 0
     if command == OF_RUNS[0]:
         ended = forks.run(desk, *command.split(), "--download")
-        assert_told(ended, 2, "the hub cannot be reached")
+        assert_error(ended, 2, "the hub cannot be reached")
         assert ended.asked > 0
 
 
@@ -104,11 +104,11 @@ def test_a_run_cannot_have_anything_fetched(forks: Forks, desk: Path, command: s
 def test_an_adapter_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str) -> None:
     of_adapter(base_model_name_or_path="nobody/nothing")(desk)
     ended = forks.run(desk, *command.split())
-    assert_told(ended, ended.code, "'nobody/nothing' is no folder here and not in the hub's cache")
+    assert_error(ended, ended.code, "'nobody/nothing' is no folder here and not in the hub's cache")
     assert ended.asked == 0
     # Its user may name it.
     ended = forks.run(desk, *command.split(), "--model", "nobody/nothing")
-    assert_told(ended, ended.code, "the hub cannot be reached")
+    assert_error(ended, ended.code, "the hub cannot be reached")
     assert ended.asked > 0
 
 
@@ -153,11 +153,11 @@ def untouched(folder: Path) -> bool:
 @pytest.mark.parametrize("command", OF_ADAPTERS[:2])
 def test_no_folder_is_filled_through_a_link(forks: Forks, desk: Path, theirs: Path, command: str) -> None:
     (desk / ".out.unfinished").symlink_to(theirs)
-    assert_told(forks.run(desk, *command.split()), 1, ".out.unfinished is a link")
+    assert_error(forks.run(desk, *command.split()), 1, ".out.unfinished is a link")
     assert untouched(theirs)
     (desk / ".out.unfinished").unlink()
     (desk / "out").symlink_to(theirs)
-    assert_told(forks.run(desk, *command.split()), 1, "out is a link")
+    assert_error(forks.run(desk, *command.split()), 1, "out is a link")
     assert untouched(theirs)
 
 
@@ -190,7 +190,7 @@ def test_no_run_goes_on_through_a_link(
     settings(desk / "run" / "run.json", state=state)
     shutil.copy(desk / "run" / "config.yaml", desk / "a.yaml")
     link(desk, name)
-    assert_told(forks.run(desk, "train", "a.yaml", "--resume", "--quiet"), 2, f"{name} is a link")
+    assert_error(forks.run(desk, "train", "a.yaml", "--resume", "--quiet"), 2, f"{name} is a link")
     assert untouched(theirs)
 
 
@@ -198,7 +198,7 @@ def test_no_run_starts_through_a_link_that_nobody_typed(forks: Forks, desk: Path
     (theirs / "letter").unlink()
     (desk / "dvora-run").symlink_to(theirs)
     command = [*TRAIN.replace("-o out ", "").split(), "--quiet"]
-    assert_told(forks.run(desk, *command), 2, "dvora-run is a link; name the folder")
+    assert_error(forks.run(desk, *command), 2, "dvora-run is a link; name the folder")
     assert not [*theirs.iterdir()]
     ended = forks.run(desk, *command, "-o", "dvora-run")
     assert ended.code == 0, ended.stderr
@@ -223,15 +223,15 @@ def test_no_page_is_written_through_a_link_that_nobody_typed(
 @pytest.mark.parametrize("folder", ["adapter", "base"])
 def test_no_secret_is_copied_beside_a_merged_model(forks: Forks, desk: Path, theirs: Path, folder: str) -> None:
     (desk / folder / "tokenizer_extra.json").symlink_to(theirs / "letter")
-    assert_told(forks.run(desk, *OF_ADAPTERS[0].split()), 1, "tokenizer_extra.json is a link out of its folder")
+    assert_error(forks.run(desk, *OF_ADAPTERS[0].split()), 1, "tokenizer_extra.json is a link out of its folder")
     assert not (desk / "out").exists()
 
 
 def test_a_run_that_was_copied_stays_where_it_is(forks: Forks, desk: Path, theirs: Path) -> None:
     config = (desk / "run" / "config.yaml").read_text()
     (desk / "run" / "config.yaml").write_text(config.replace(str(desk / "run"), str(theirs / "new")))
-    told = forks.run(desk, "train", "run", "--quiet")
-    assert_told(told, 2, "name the folder of the new one with --output")
+    ended = forks.run(desk, "train", "run", "--quiet")
+    assert_error(ended, 2, "name the folder of the new one with --output")
     settings(desk / "run" / "run.json", state="started")
     ended = forks.run(desk, "train", "run/config.yaml", "--resume", "--quiet", "--json")
     assert ended.code == 0, ended.stderr
@@ -268,7 +268,7 @@ def test_the_corpus_is_hostile(desk: Path) -> None:
         shutil.rmtree(folder)
 
 
-def test_a_changed_record_is_told_or_obeyed_in_what_it_may_say(
+def test_a_changed_record_is_refused_or_obeyed_where_it_may_be(
     forks: Forks, desk: Path, request: pytest.FixtureRequest
 ) -> None:
     """Bytes of the small files that describe a run or an adapter, changed at random."""

@@ -1,4 +1,4 @@
-"""What make says where an environment cannot be made."""
+"""make's errors when an environment cannot be created."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ def made(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "/bin/false"])
-def test_a_python_that_is_none(python: str, tmp_path: Path) -> None:
+def test_a_missing_python(python: str, tmp_path: Path) -> None:
     ended = made("demo", f"PYTHON={python}", f"VENV={tmp_path / 'environment'}")
     assert ended.returncode != 0
     assert f"PYTHON={python} is no Python 3.10 or newer" in ended.stderr
@@ -24,7 +24,7 @@ def test_a_python_that_is_none(python: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ended = made("demo", f"VENV={tmp_path / 'file' / 'environment'}")
     assert ended.returncode != 0

@@ -1,4 +1,4 @@
-"""The README's first code is what the wheel is tried with, and its failures are one message."""
+"""The wheel is tested with the README's first code, and a failure is one message."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_advice_is_one_line_that_names_the_extra() -> None:
             expect_advice(output, "cli")
 
 
-def test_a_python_that_is_none_is_told() -> None:
+def test_a_missing_python_is_named_in_the_error() -> None:
     with (
         pytest.raises(InstallationError, match="there is no Python 'no-such-python'"),
         empty_environment("no-such-python"),

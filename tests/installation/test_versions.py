@@ -1,4 +1,4 @@
-"""What is installed for the oldest versions."""
+"""The requirements at their lowest versions."""
 
 from installation.versions import lower_bounds
 

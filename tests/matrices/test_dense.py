@@ -137,10 +137,10 @@ def test_products_under_autocast_have_gradients(enabled: bool) -> None:
     x = randn(4, 6, seed=0).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         y = matrices.expand(matrices.project(x, 3), 5)
-    delta = randn(4, 5, seed=1)
-    y.float().backward(delta)
+    grad_output = randn(4, 5, seed=1)
+    y.float().backward(grad_output)
     assert x.grad.dtype == torch.float32
-    torch.testing.assert_close(x.grad.double(), delta.double() @ B @ A, rtol=0.02, atol=0.1 if enabled else 1e-5)
+    torch.testing.assert_close(x.grad.double(), grad_output.double() @ B @ A, rtol=0.02, atol=0.1 if enabled else 1e-5)
 
 
 def test_wide_float16_products_do_not_overflow() -> None:

@@ -64,14 +64,14 @@ def plain(o: Operands, kind: str, sizes: bool = False) -> Tensor:
     return o.base_output + o.gain_minus_one * (o.base_output - bias) + update
 
 
-def gradients(o: Operands, y: Tensor, delta: Tensor, **options: bool) -> Operands:
-    wanted = [t for t in o if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, delta, **options))
+def gradients(o: Operands, y: Tensor, grad_output: Tensor, **options: bool) -> Operands:
+    leaves = [t for t in o if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, leaves, grad_output, **options))
     return Operands(*(next(found) if t is not None and t.requires_grad else None for t in o))
 
 
-def expected_gradients(o: Operands, kind: str, delta: Tensor) -> tuple[Operands, Operands]:
+def expected_gradients(o: Operands, kind: str, grad_output: Tensor) -> tuple[Operands, Operands]:
     """The gradients of the formula in float64, and for each the sum of the absolute values of what it adds up."""
     exact, large = (o.map(change).trained() for change in (Tensor.double, lambda t: t.double().abs()))
-    sizes = gradients(large, plain(large, kind, sizes=True), delta.double().abs())
-    return gradients(exact, plain(exact, kind), delta.double()), sizes.map(Tensor.abs)
+    sizes = gradients(large, plain(large, kind, sizes=True), grad_output.double().abs())
+    return gradients(exact, plain(exact, kind), grad_output.double()), sizes.map(Tensor.abs)

@@ -94,9 +94,9 @@ class Problem:
 
     def dense_gradients(self) -> dict[str, Tensor]:
         dense = self.dense()
-        wanted = [dense.get_parameter(name) for name in NAMES]
+        inputs = [dense.get_parameter(name) for name in NAMES]
         loss = dense.gain() @ self.loss_gradient.double() + dense.scale() @ self.scale_gradient.double()
-        found = torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True)
+        found = torch.autograd.grad(loss, inputs, materialize_grads=True, allow_unused=True)
         return dict(zip(NAMES, found, strict=True))
 
     def cancel(self, ratio: float, rows: list[int]) -> "Problem":

@@ -77,9 +77,9 @@ def test_gradients_of_any_shape_and_dtype_equal_those_of_the_formula(
     shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype, kind: str, **options: object
 ) -> None:
     o = operands(*shape, dtype, **options).trained()
-    delta = randn(*o.base_output.shape, seed=99, dtype=dtype)
-    expected, sizes = expected_gradients(o, kind, delta)
-    ours = gradients(o, o.combined(kind), delta)
+    grad_output = randn(*o.base_output.shape, seed=99, dtype=dtype)
+    expected, sizes = expected_gradients(o, kind, grad_output)
+    ours = gradients(o, o.combined(kind), grad_output)
     for name, operand, gradient, exact, size in zip(o._fields, o, ours, expected, sizes, strict=True):
         assert (gradient is None) == (operand is None), name
         if gradient is not None:
@@ -94,9 +94,9 @@ def test_gradients_of_a_larger_layer_equal_those_of_the_formula(
     tokens: tuple[int, ...], kind: str, dtype: torch.dtype
 ) -> None:
     o = operands(tokens, 16, 900, dtype).trained()
-    delta = randn(*tokens, 900, seed=99, dtype=dtype)
-    expected, _ = expected_gradients(o, kind, delta)
-    for name, ours, exact in zip(o._fields, gradients(o, o.combined(kind), delta), expected, strict=True):
+    grad_output = randn(*tokens, 900, seed=99, dtype=dtype)
+    expected, _ = expected_gradients(o, kind, grad_output)
+    for name, ours, exact in zip(o._fields, gradients(o, o.combined(kind), grad_output), expected, strict=True):
         assert worst_error(ours, exact) < TOLERANCE[dtype], name
 
 
@@ -104,14 +104,17 @@ def test_gradients_of_a_larger_layer_equal_those_of_the_formula(
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_any_of_the_operands_may_be_frozen(create_graph: bool, kind: str) -> None:
     o = operands((3,), 2, 5)
-    delta = randn(3, 5, seed=99, dtype=torch.float64)
-    expected, _ = expected_gradients(o, kind, delta)
+    grad_output = randn(3, 5, seed=99, dtype=torch.float64)
+    expected, _ = expected_gradients(o, kind, grad_output)
     for wanted in product([True, False], repeat=6):
         if not any(wanted):
             continue
         some = Operands(*(t.detach().clone().requires_grad_(w) for t, w in zip(o, wanted, strict=True)))
         for name, ours, exact in zip(
-            o._fields, gradients(some, some.combined(kind), delta, create_graph=create_graph), expected, strict=True
+            o._fields,
+            gradients(some, some.combined(kind), grad_output, create_graph=create_graph),
+            expected,
+            strict=True,
         ):
             assert ours is None or worst_error(ours, exact) < 1e-12, (name, wanted)
 
@@ -121,22 +124,22 @@ def test_any_of_the_operands_may_be_frozen(create_graph: bool, kind: str) -> Non
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(lambda delta: delta.transpose(0, 1).contiguous().transpose(0, 1), id="transposed"),
-        pytest.param(lambda delta: torch.stack([delta, -delta], -1)[..., 0], id="strided"),
-        pytest.param(lambda delta: delta[:1, :1].expand_as(delta), id="expanded over tokens"),
-        pytest.param(lambda delta: delta[..., :1].expand_as(delta), id="expanded over outputs"),
-        pytest.param(lambda delta: delta.new_ones(()).expand_as(delta), id="of a sum"),
+        pytest.param(lambda grad_output: grad_output.transpose(0, 1).contiguous().transpose(0, 1), id="transposed"),
+        pytest.param(lambda grad_output: torch.stack([grad_output, -grad_output], -1)[..., 0], id="strided"),
+        pytest.param(lambda grad_output: grad_output[:1, :1].expand_as(grad_output), id="expanded over tokens"),
+        pytest.param(lambda grad_output: grad_output[..., :1].expand_as(grad_output), id="expanded over outputs"),
+        pytest.param(lambda grad_output: grad_output.new_ones(()).expand_as(grad_output), id="of a sum"),
     ],
 )
 def test_the_layout_of_the_output_gradient_changes_nothing(layout, kind: str, dtype: torch.dtype) -> None:
     o = operands((4, 3), 2, 6, dtype).trained()
-    delta = layout(randn(4, 3, 6, seed=99, dtype=dtype))
-    assert not delta.is_contiguous()
-    before = delta.clone()
-    expected, sizes = expected_gradients(o, kind, delta)
-    for ours, exact, size in zip(gradients(o, o.combined(kind), delta), expected, sizes, strict=True):
+    grad_output = layout(randn(4, 3, 6, seed=99, dtype=dtype))
+    assert not grad_output.is_contiguous()
+    before = grad_output.clone()
+    expected, sizes = expected_gradients(o, kind, grad_output)
+    for ours, exact, size in zip(gradients(o, o.combined(kind), grad_output), expected, sizes, strict=True):
         assert_close(ours, exact, 5 * torch.finfo(dtype).eps * size)
-    assert torch.equal(delta, before)
+    assert torch.equal(grad_output, before)
 
 
 @every_dtype
@@ -145,10 +148,10 @@ def test_the_layout_of_the_operands_changes_nothing(kind: str, dtype: torch.dtyp
     o = operands((4, 3), 2, 6, dtype)
     strided = Operands(*(torch.stack([t, -t], -1)[..., 0] for t in o))
     torch.testing.assert_close(strided.combined(kind), o.combined(kind))
-    delta = randn(4, 3, 6, seed=99, dtype=dtype)
-    expected, sizes = expected_gradients(o, kind, delta)
+    grad_output = randn(4, 3, 6, seed=99, dtype=dtype)
+    expected, sizes = expected_gradients(o, kind, grad_output)
     leaves = strided.map(lambda t: t.requires_grad_())
-    for ours, exact, size in zip(gradients(leaves, leaves.combined(kind), delta), expected, sizes, strict=True):
+    for ours, exact, size in zip(gradients(leaves, leaves.combined(kind), grad_output), expected, sizes, strict=True):
         assert_close(ours, exact, 5 * torch.finfo(dtype).eps * size)
 
 
@@ -171,9 +174,9 @@ def test_first_and_second_derivatives_are_those_of_the_values(tokens: tuple[int,
 @pytest.mark.parametrize("change", [nn.ReLU(inplace=True), lambda y: y.mul_(3), lambda y: y.zero_()])
 def test_the_caller_may_write_into_the_output(change, kind: str, dtype: torch.dtype) -> None:
     o = operands((5,), 2, 6, dtype).trained()
-    delta = randn(5, 6, seed=99, dtype=dtype)
-    out_of_place = gradients(o, change(o.combined(kind).clone()), delta)
-    in_place = gradients(o, change(o.combined(kind)), delta)
+    grad_output = randn(5, 6, seed=99, dtype=dtype)
+    out_of_place = gradients(o, change(o.combined(kind).clone()), grad_output)
+    in_place = gradients(o, change(o.combined(kind)), grad_output)
     assert all(torch.equal(ours, expected) for ours, expected in zip(in_place, out_of_place, strict=True))
 
 
@@ -244,19 +247,19 @@ def test_a_base_output_that_is_not_finite_stays_what_it_is(
     assert torch.equal(y[1], finite[1])
 
 
-@pytest.mark.parametrize(("delta", "value"), [(1e3, 100.0), (2e-4, 1e-4)], ids=["overflow", "underflow"])
+@pytest.mark.parametrize(("grad_output", "value"), [(1e3, 100.0), (2e-4, 1e-4)], ids=["overflow", "underflow"])
 @every_kind
-def test_sums_over_tokens_in_float16_are_made_in_float32(delta: float, value: float, kind: str) -> None:
+def test_sums_over_tokens_in_float16_are_made_in_float32(grad_output: float, value: float, kind: str) -> None:
     half = torch.float16
     base_output, z = torch.full((64, 4), value, dtype=half), torch.full((64, 2), value, dtype=half)
     lambda_d, gain_minus_one = torch.tensor([1.0, 0.5]), torch.full((4,), 0.01)
     scale = torch.tensor([0.02, 0.01, 0.03, 0.02])
     o = Operands(base_output, z, lambda_d, gain_minus_one, scale, None).trained()
-    delta = torch.full((64, 4), delta, dtype=torch.float16)
-    expected, sizes = expected_gradients(o, kind, delta)
-    ours = gradients(o, o.combined(kind), delta)
+    grad_output = torch.full((64, 4), grad_output, dtype=torch.float16)
+    expected, sizes = expected_gradients(o, kind, grad_output)
+    ours = gradients(o, o.combined(kind), grad_output)
     for name in ("lambda_d", "gain_minus_one", "scale"):
-        # h = (delta scale) B itself may be a subnormal value, but nothing may be lost altogether.
+        # h = (grad_output scale) B itself may be a subnormal value, but nothing may be lost altogether.
         bound = (1e-2 if name != "lambda_d" else 0.1) * getattr(sizes, name)
         assert_close(getattr(ours, name), getattr(expected, name), bound)
 

@@ -156,10 +156,10 @@ def test_detach_norm_leaves_out_the_gradient_through_the_norm_only() -> None:
     names = ("magnitude", "lambda_b", "lambda_d")
     for vector in p.vectors:
         vector.requires_grad_()
-    delta = randn(2, 3, 5, seed=9, dtype=torch.float64)
+    grad_output = randn(2, 3, 5, seed=9, dtype=torch.float64)
     y = F.dvora_linear(p.x, p.weight, p.bias, p.A, p.B, p.vectors, **p.options)
-    ours = torch.autograd.grad(y, list(p.vectors), delta)
-    dense = p.dense().gradients(p.x, delta)
+    ours = torch.autograd.grad(y, list(p.vectors), grad_output)
+    dense = p.dense().gradients(p.x, grad_output)
     for name, gradient in zip(names, ours, strict=True):
         assert worst_error(gradient, dense[name]) < 1e-12, name
 

@@ -123,7 +123,7 @@ def test_a_nearly_cancelled_row_leaves_out_the_padding_column() -> None:
 
 
 @every_distribution
-@pytest.mark.parametrize("keep_weight", [True, False], ids=["weight at hand", "weight not at hand"])
+@pytest.mark.parametrize("keep_weight", [True, False], ids=["weight in memory", "weight not in memory"])
 def test_a_row_that_vanishes_altogether_has_a_finite_gain_and_finite_gradients(
     keep_weight: bool, distribution: str
 ) -> None:

@@ -226,8 +226,8 @@ def test_with_constants_a_weight_is_not_needed() -> None:
 def test_a_row_that_is_nearly_cancelled_has_a_norm_without_the_weight() -> None:
     layer = nearly_cancelled(trained_layer(IN, OUT, RANK, dtype=F64), 1e-2)
     layer.adapted.refresh_if_stale(layer.base_layer.weight)
-    figures = [diagnostics(layer.adapted, layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
-    assert figures[0] == pytest.approx(figures[1], rel=1e-9)
+    results = [diagnostics(layer.adapted, layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
+    assert results[0] == pytest.approx(results[1], rel=1e-9)
     found, expected = (layer.adapted.row_factors(layer.vectors, w) for w in (None, layer.base_layer.weight))
     assert worst_error(found.gain_minus_one, expected.gain_minus_one) < 1e-9
 

@@ -40,13 +40,13 @@ def test_outputs_and_gradients_of_any_shape_equal_the_plain_formula(
     sizes: tuple[int, int, int], tokens: list[int]
 ) -> None:
     given_ = arguments(*sizes, tokens)
-    delta = randn(*tokens, sizes[1], seed=9, dtype=torch.float64)
+    grad_output = randn(*tokens, sizes[1], seed=9, dtype=torch.float64)
     results = []
     for function in (outputs, plain):
         x, weight, *rest = (t.clone() for t in given_)
         leaves = [x.requires_grad_(), *(t.requires_grad_() for t in rest)]
         y = function(x, weight, *rest)
-        results.append([y, *torch.autograd.grad(y, leaves, delta)])
+        results.append([y, *torch.autograd.grad(y, leaves, grad_output)])
     for ours, expected in zip(*results, strict=True):
         assert worst_error(ours, expected) < 1e-12
 

@@ -24,11 +24,11 @@ def config_of(method: str, rank: int, **settings: Any) -> Any:
 
 
 def adapted(base: Path, method: str, rank: int = 4, task_type: str | None = None, **settings: Any) -> PeftModel:
-    """An adapted model of the folder, its trained values moved."""
+    """An adapted model of the folder, its trained parameters moved."""
     options = {"num_labels": 3} if task_type == "SEQ_CLS" else {}
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
-        # PEFT asks for flags by old names; transformers tells of the new head.
+        # PEFT asks for flags by old names; transformers reports the new head.
         warnings.simplefilter("ignore")
         model = CLASSES[task_type].from_pretrained(base, **options)
         model = get_peft_model(model, config_of(method, rank, task_type=task_type, **settings))

@@ -77,7 +77,7 @@ def test_new_layers_come_from_the_seed_alone(bert: Path) -> None:
         ({"config.json": {"model_type": "no"}, "model.safetensors": {}}, "cannot be read"),
     ],
 )
-def test_what_is_no_model_is_told(tmp_path: Path, files: dict[str, object], message: str) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, files: dict[str, object], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
@@ -85,7 +85,7 @@ def test_what_is_no_model_is_told(tmp_path: Path, files: dict[str, object], mess
     assert "\n" not in str(error.value)
 
 
-def test_a_name_on_the_hub_that_is_not_reached_is_told() -> None:
+def test_a_name_on_the_hub_that_is_not_reached_is_refused() -> None:
     with pytest.raises(ValueError, match="'nobody/nothing' is no folder here") as error:
         load_base(Settings(task="regression", model="nobody/nothing", data=("x",)), [], 0)
     assert "\n" not in str(error.value)

@@ -52,14 +52,14 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"task": "causal-lm", "method": "head"}, "causal-lm has no new head"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(change: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_reported_in_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         checked_settings({**LEAST, **change}, "a.yaml")
     assert str(error.value).startswith("a.yaml: ")
     assert "\n" not in str(error.value)
 
 
-def test_all_that_is_missing_is_told_at_once() -> None:
+def test_all_missing_settings_are_reported_at_once() -> None:
     with pytest.raises(ValueError, match=r"task is missing.*model is missing.*data is missing"):
         checked_settings({}, "a.yaml")
 
@@ -74,7 +74,7 @@ def test_yaml_s_traps_are_read_as_they_are_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"- a\n", b"text", b"a: [", b"\xff\xfe\x00", b"a: 1\na\n"])
-def test_what_holds_no_settings_is_told(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_settings_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.yaml"):
         read_settings(tmp_path / "a.yaml", {})

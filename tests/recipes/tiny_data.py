@@ -12,7 +12,7 @@ OPINIONS = {"good": ["good", "fine", "great"], "bad": ["bad", "poor", "awful"]}
 
 
 def reviews(path: Path, count: int = 120) -> Path:
-    """Different sentences whose first word tells whether they are good."""
+    """Different sentences whose first word determines whether they are good."""
     generator = random.Random(0)
     texts: dict[str, str] = {}
     while len(texts) < count:

@@ -1,4 +1,4 @@
-"""Processes that hold different adapters are told so, all of them, before they train together."""
+"""Different adapters in the processes of a group raise an error in all of them before training."""
 
 import pytest
 import torch.distributed as dist

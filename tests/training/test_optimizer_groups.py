@@ -1,4 +1,4 @@
-"""Every trained value is in one group, with its own learning rate and decay, whatever wraps the model."""
+"""Every trained parameter is in one group, with its own learning rate and decay, whatever wraps the model."""
 
 import re
 from collections.abc import Iterator

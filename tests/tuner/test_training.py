@@ -1,4 +1,4 @@
-"""What trains and how: trainable values, biases, heads, gradient checkpointing, AdamW steps, alternating adapters."""
+"""What trains: trainable parameters, biases, heads, gradient checkpointing, AdamW steps, alternating adapters."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentran
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_count_of_trainable_values_is_two_outputs_and_a_rank_a_layer(
+def test_the_count_of_trainable_parameters_is_two_outputs_and_a_rank_a_layer(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = adapted(name)
@@ -107,7 +107,7 @@ def test_the_count_of_trainable_values_is_two_outputs_and_a_rank_a_layer(
     assert capsys.readouterr().out.startswith(f"trainable params: {expected:,} || all params: {total:,}")
 
 
-def test_a_thousand_by_a_thousand_layer_at_rank_8_has_2008_trainable_values() -> None:
+def test_a_thousand_by_a_thousand_layer_at_rank_8_has_2008_trainable_parameters() -> None:
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(1000, 1000)), DVoRAConfig(r=8, target_modules=["0"]))
     assert model.get_nb_trainable_parameters()[0] == 2008
 

@@ -45,7 +45,7 @@ def assign_data(layer: DVoRAAdapter) -> None:
 
 
 def assign_data_until_the_address_returns(layer: DVoRAAdapter) -> None:
-    # An address alone does not tell two weights apart: memory that was given back is given out again.
+    # An address alone does not identify a weight: freed memory is allocated again.
     weight = layer.base_layer.weight
     address = weight.data_ptr()
     for seed in range(11, 111):

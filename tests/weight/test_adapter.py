@@ -1,4 +1,4 @@
-"""DVoRAAdapter: identity at the start, inputs of every shape, figures about itself."""
+"""DVoRAAdapter: identity at the start, inputs of every shape, counts and sizes."""
 
 import re
 
@@ -164,8 +164,8 @@ def test_diagnostics_equal_those_of_the_dense_matrices() -> None:
     ratio[live] = dense.norm_ratio()[live]
     angle[live] = torch.nn.functional.cosine_similarity(old, new)[live].arccos().rad2deg()
     distance = (dense.gain() - 1).abs().detach()
-    figures = layer.diagnostics()
-    assert figures == {
+    values = layer.diagnostics()
+    assert values == {
         "norm_ratio_mean": pytest.approx(float(ratio.mean()), rel=1e-5),
         "norm_ratio_max": pytest.approx(float(ratio.max()), rel=1e-5),
         "angle_degrees_mean": pytest.approx(float(angle.mean()), rel=1e-5),
@@ -191,9 +191,9 @@ def test_diagnostics_count_rows_near_cancellation() -> None:
 
 
 def test_diagnostics_of_an_untrained_layer_show_no_change() -> None:
-    figures = new_layer(linear(6, 5)).diagnostics()
-    assert figures["norm_ratio_max"] == 1
-    assert figures["angle_degrees_max"] == figures["gain_distance_max"] == 0
+    values = new_layer(linear(6, 5)).diagnostics()
+    assert values["norm_ratio_max"] == 1
+    assert values["angle_degrees_max"] == values["gain_distance_max"] == 0
 
 
 def test_the_printed_form_names_what_the_layer_is() -> None:

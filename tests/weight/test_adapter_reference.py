@@ -35,21 +35,21 @@ def inputs(layer: DVoRAAdapter, tokens: int = 11) -> tuple[Tensor, Tensor]:
     """Inputs and a gradient of the outputs."""
     base = layer.base_layer
     dtype = base.weight.dtype
-    x, delta = randn(tokens, base.in_features, seed=8), randn(tokens, base.out_features, seed=9)
-    return x.to(dtype), delta.to(dtype)
+    x, grad_output = randn(tokens, base.in_features, seed=8), randn(tokens, base.out_features, seed=9)
+    return x.to(dtype), grad_output.to(dtype)
 
 
 def assert_equal_to_the_dense_method(layer: DVoRAAdapter, tolerance: float, tokens: int = 11) -> None:
     dense = DenseDVoRA.of(layer)
-    x, delta = inputs(layer, tokens)
+    x, grad_output = inputs(layer, tokens)
     assert worst_error(layer(x), dense(x)) < tolerance
     assert worst_error(layer.merge_to_original_layer().weight, dense.merged_weight()) < tolerance
-    expected = dense.gradients(x, delta)
+    expected = dense.gradients(x, grad_output)
     if layer.base_layer.in_features == 1 and not layer.adapted.detach_norm:
         # A row of one value has no direction: these vanish, and their rounding errors have nothing to be relative to.
         for name in ("lambda_b", "lambda_d", "weight"):
             expected.pop(name)
-    ours = gradients(layer, x, delta)
+    ours = gradients(layer, x, grad_output)
     for name in expected.keys() & ours.keys():
         assert worst_error(ours[name], expected[name]) < tolerance, name
 
@@ -78,9 +78,9 @@ def test_large_layers_equal_the_dense_method(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_row_of_one_value_has_no_gradient_along_its_direction(direction: str) -> None:
     layer = trained_layer(1, 5, 2, direction=direction, dtype=torch.float64)
-    x, delta = inputs(layer)
+    x, grad_output = inputs(layer)
     one_term = DenseDVoRA.of(trained_layer(1, 5, 2, direction=direction, dtype=torch.float64, detach_norm=True))
-    ours, terms = gradients(layer, x, delta), one_term.gradients(x, delta)
+    ours, terms = gradients(layer, x, grad_output), one_term.gradients(x, grad_output)
     for name in ("lambda_b", "lambda_d"):
         assert ours[name].abs().max() < 1e-12 * terms[name].abs().max()
 
@@ -116,9 +116,9 @@ def test_rows_that_the_update_nearly_cancels_are_exact_to_conditioning(
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_row_that_vanishes_altogether_gives_finite_numbers(dtype: torch.dtype) -> None:
     layer = nearly_cancelled(trained_layer(3, 4, 1, dtype=dtype), 0.0)
-    x, delta = inputs(layer)
+    x, grad_output = inputs(layer)
     assert layer(x).isfinite().all()
-    assert all(gradient.isfinite().all() for gradient in gradients(layer, x, delta).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(layer, x, grad_output).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -161,6 +161,6 @@ def test_any_weight_gives_finite_outputs_and_gradients(
         layer.base_layer.weight.copy_(torch.tensor(values).view(4, 3))
         layer.magnitude.copy_(1.2 * layer.base_layer.weight.norm(dim=1))
         layer.lambda_b.copy_(torch.tensor(lambda_b))
-    x, delta = inputs(layer)
+    x, grad_output = inputs(layer)
     assert layer(x).isfinite().all()
-    assert all(gradient.isfinite().all() for gradient in gradients(layer, x, delta).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(layer, x, grad_output).values())

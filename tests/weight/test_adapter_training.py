@@ -55,12 +55,12 @@ def test_explicit_gradients_of_half_precision_layers_agree_with_autograd(
     freeze_base_layer: bool, dtype: torch.dtype
 ) -> None:
     layer = trained_layer(IN, OUT, RANK, dtype=dtype, freeze_base_layer=freeze_base_layer)
-    x, delta = randn(4, IN, seed=0, dtype=dtype).requires_grad_(), randn(4, OUT, seed=1, dtype=dtype)
-    layer(x).backward(delta)
+    x, grad_output = randn(4, IN, seed=0, dtype=dtype).requires_grad_(), randn(4, OUT, seed=1, dtype=dtype)
+    layer(x).backward(grad_output)
     automatic = {name: parameter.grad for name, parameter in trained(layer).items()}
     layer.reset_state()
     layer(x)
-    d_x = layer.backward(delta)
+    d_x = layer.backward(grad_output)
     assert d_x.dtype == dtype
     assert worst_error(d_x, x.grad.double()) < 4 * torch.finfo(dtype).eps
     for name, parameter in trained(layer).items():
@@ -71,21 +71,21 @@ def test_explicit_gradients_of_half_precision_layers_agree_with_autograd(
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 0), (2, 3)], ids=str)
 def test_backward_takes_any_leading_dimensions(leading: tuple[int, ...]) -> None:
     layer = trained_layer(IN, OUT, RANK)
-    x, delta = randn(*leading, IN, seed=0).requires_grad_(), randn(*leading, OUT, seed=1)
-    (automatic,) = torch.autograd.grad(layer(x), x, delta)
+    x, grad_output = randn(*leading, IN, seed=0).requires_grad_(), randn(*leading, OUT, seed=1)
+    (automatic,) = torch.autograd.grad(layer(x), x, grad_output)
     layer(x)
-    torch.testing.assert_close(layer.backward(delta), automatic)
+    torch.testing.assert_close(layer.backward(grad_output), automatic)
 
 
 @frozen_or_not
 def test_backward_adds_to_gradients_that_are_there(freeze_base_layer: bool) -> None:
     layer = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer)
-    x, delta = randn(4, IN, seed=0), randn(4, OUT, seed=1)
+    x, grad_output = randn(4, IN, seed=0), randn(4, OUT, seed=1)
     layer(x)
-    layer.backward(delta)
+    layer.backward(grad_output)
     once = {name: parameter.grad.clone() for name, parameter in trained(layer).items()}
     layer(x)
-    layer.backward(delta)
+    layer.backward(grad_output)
     for name, parameter in trained(layer).items():
         torch.testing.assert_close(parameter.grad, 2 * once[name])
 
@@ -98,29 +98,29 @@ def test_backward_before_forward_is_refused() -> None:
 @pytest.mark.parametrize("forget", ["backward", "eval", "reset_state"])
 def test_one_forward_serves_one_backward(forget: str) -> None:
     layer = trained_layer(IN, OUT, RANK)
-    delta = layer(randn(4, IN, seed=0)).detach()
+    grad_output = layer(randn(4, IN, seed=0)).detach()
     if forget == "backward":
-        layer.backward(delta)
+        layer.backward(grad_output)
     else:
         getattr(layer, forget)()
     with pytest.raises(RuntimeError, match="backward needs a forward before it"):
-        layer.backward(delta)
+        layer.backward(grad_output)
 
 
 def test_a_forward_in_evaluation_keeps_no_input() -> None:
     layer = trained_layer(IN, OUT, RANK).eval()
-    delta = layer(randn(4, IN, seed=0)).detach()
+    grad_output = layer(randn(4, IN, seed=0)).detach()
     with pytest.raises(RuntimeError, match="training mode"):
-        layer.backward(delta)
+        layer.backward(grad_output)
 
 
 def test_copies_and_pickles_do_not_carry_the_last_input() -> None:
     layer = trained_layer(IN, OUT, RANK)
-    delta = layer(randn(4, IN, seed=0)).detach()
+    grad_output = layer(randn(4, IN, seed=0)).detach()
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         with pytest.raises(RuntimeError, match="backward needs a forward"):
-            copied.backward(delta)
-    layer.backward(delta)
+            copied.backward(grad_output)
+    layer.backward(grad_output)
 
 
 @pytest.mark.parametrize("shape", [(4, OUT + 1), (3, OUT), (4, 1, OUT), (4 * OUT,)], ids=str)

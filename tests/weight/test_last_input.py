@@ -23,15 +23,15 @@ from tests.cases import fresh_copy, linear, randn, train, trained_layer
 from tests.reference import worst_error
 
 IN, OUT, RANK = 6, 5, 3
-X, DELTA = randn(4, IN, seed=0), randn(4, OUT, seed=1)
+X, GRAD_OUTPUT = randn(4, IN, seed=0), randn(4, OUT, seed=1)
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
 
 
-def by_autograd(layer: DVoRAAdapter, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+def by_autograd(layer: DVoRAAdapter, x: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """What the explicit backward pass should give, by name."""
     x = x.clone().requires_grad_()
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    return dict(zip(["x", *trained], torch.autograd.grad(layer(x), [x, *trained.values()], delta), strict=True))
+    return dict(zip(["x", *trained], torch.autograd.grad(layer(x), [x, *trained.values()], grad_output), strict=True))
 
 
 def found(layer: DVoRAAdapter, d_x: Tensor) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 def assert_refused(layer: DVoRAAdapter) -> None:
     with pytest.raises(RuntimeError, match="backward needs a forward before it"):
-        layer.backward(DELTA)
+        layer.backward(GRAD_OUTPUT)
     assert not any(p.grad is not None for p in layer.parameters())
 
 
@@ -58,9 +58,9 @@ def test_frozen_vectors_get_no_gradients_and_the_others_theirs(
     layer = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer)
     for name in frozen:
         layer.get_parameter(name).requires_grad_(False)
-    expected, before = by_autograd(layer, X, DELTA), layer.get_parameters()
+    expected, before = by_autograd(layer, X, GRAD_OUTPUT), layer.get_parameters()
     layer(X)
-    assert_close(found(layer, layer.backward(DELTA)), expected)
+    assert_close(found(layer, layer.backward(GRAD_OUTPUT)), expected)
     if len(expected) > 1:
         layer.update_parameters(0.1)
     for name, start in zip(VECTORS, (0, OUT, 2 * OUT), strict=True):
@@ -71,43 +71,43 @@ def test_frozen_vectors_get_no_gradients_and_the_others_theirs(
 def test_a_frozen_bias_of_a_trained_base_gets_no_gradient() -> None:
     layer = trained_layer(IN, OUT, RANK, freeze_base_layer=False)
     layer.base_layer.bias.requires_grad_(False)
-    expected = by_autograd(layer, X, DELTA)
+    expected = by_autograd(layer, X, GRAD_OUTPUT)
     layer(X)
-    assert_close(found(layer, layer.backward(DELTA)), expected)
+    assert_close(found(layer, layer.backward(GRAD_OUTPUT)), expected)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("x_trained", [True, False])
 def test_neither_input_nor_output_need_be_held(x_trained: bool, mode: Callable[[], object]) -> None:
     layer = trained_layer(IN, OUT, RANK)
-    expected = by_autograd(layer, X, DELTA)
+    expected = by_autograd(layer, X, GRAD_OUTPUT)
     with mode():
         layer(X.clone().requires_grad_(x_trained))
-    assert_close(found(layer, layer.backward(DELTA)), expected)
+    assert_close(found(layer, layer.backward(GRAD_OUTPUT)), expected)
 
 
 def test_a_chain_of_layers_can_be_run_backward_explicitly() -> None:
     first, second = trained_layer(IN, OUT, RANK), trained_layer(OUT, IN, RANK)
-    x, delta = X.clone().requires_grad_(), randn(4, IN, seed=2)
-    (expected,) = torch.autograd.grad(second(first(x).relu()), x, delta)
+    x, grad_output = X.clone().requires_grad_(), randn(4, IN, seed=2)
+    (expected,) = torch.autograd.grad(second(first(x).relu()), x, grad_output)
     hidden = first(x)
     second(hidden.relu())
-    torch.testing.assert_close(first.backward(second.backward(delta) * (hidden > 0)), expected)
+    torch.testing.assert_close(first.backward(second.backward(grad_output) * (hidden > 0)), expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["forward outside", "forward under autocast"])
 @pytest.mark.parametrize("at_backward", [False, True], ids=["backward outside", "backward under autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_is_that_of_the_forward_pass(dtype: torch.dtype, at_backward: bool, autocast: bool) -> None:
-    layer, x, delta = trained_layer(64, 48, 8), randn(32, 64, seed=0), randn(32, 48, seed=1)
+    layer, x, grad_output = trained_layer(64, 48, 8), randn(32, 64, seed=0), randn(32, 48, seed=1)
     with torch.autocast("cpu", dtype, enabled=autocast):
         y = layer(reference := x.clone().requires_grad_())
     trained = dict(zip(VECTORS, layer.vectors, strict=True))
-    gradients = torch.autograd.grad(y, [reference, *trained.values()], delta.to(y.dtype))
+    gradients = torch.autograd.grad(y, [reference, *trained.values()], grad_output.to(y.dtype))
     with torch.autocast("cpu", dtype, enabled=autocast):
         layer(x)
     with torch.autocast("cpu", dtype, enabled=at_backward):
-        d_x = layer.backward(delta)
+        d_x = layer.backward(grad_output)
     assert_close(found(layer, d_x), dict(zip(["x", *trained], gradients, strict=True)))
 
 
@@ -160,7 +160,7 @@ def test_after_a_compiled_forward_an_older_input_is_refused() -> None:
         assert_refused(layer)
     assert len(graphs) <= 2
     layer(X)
-    layer.backward(DELTA)
+    layer.backward(GRAD_OUTPUT)
 
 
 class Wrapped(torch.autograd.Function):
@@ -172,17 +172,17 @@ class Wrapped(torch.autograd.Function):
         return layer(x)
 
     @staticmethod
-    def backward(ctx, delta: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
         ctx.layer(ctx.x)
-        return ctx.layer.backward(delta), None
+        return ctx.layer.backward(grad_output), None
 
 
 def test_an_autograd_function_can_call_both_in_its_backward_pass() -> None:
     layer = trained_layer(IN, OUT, RANK)
-    expected, x = by_autograd(layer, X, DELTA), X.clone().requires_grad_()
+    expected, x = by_autograd(layer, X, GRAD_OUTPUT), X.clone().requires_grad_()
     y = Wrapped.apply(x, layer)
     assert_refused(layer)
-    y.backward(DELTA)
+    y.backward(GRAD_OUTPUT)
     assert_close(found(layer, x.grad), expected)
 
 
@@ -192,8 +192,8 @@ def test_another_threads_pass_is_not_this_threads() -> None:
         other.submit(layer, X).result()
         assert_refused(layer)
         layer(3 * X)
-        expected = by_autograd(fresh_copy(layer), X, DELTA)
-        assert_close(found(layer, other.submit(layer.backward, DELTA).result()), expected)
+        expected = by_autograd(fresh_copy(layer), X, GRAD_OUTPUT)
+        assert_close(found(layer, other.submit(layer.backward, GRAD_OUTPUT).result()), expected)
 
 
 def test_eval_forgets_the_inputs_of_all_threads() -> None:
@@ -207,21 +207,21 @@ def test_eval_forgets_the_inputs_of_all_threads() -> None:
         layer.train()
         assert gone.expired()
         with pytest.raises(RuntimeError, match="backward needs a forward"):
-            other.submit(layer.backward, DELTA).result()
+            other.submit(layer.backward, GRAD_OUTPUT).result()
 
 
 @pytest.mark.usefixtures("hasty_threads")
 def test_gradients_of_several_threads_add_up() -> None:
     layer, threads, rounds = trained_layer(IN, OUT, RANK), 4, 10
     inputs = [randn(4, IN, seed=seed) for seed in range(threads)]
-    expected = [by_autograd(layer, x, DELTA) for x in inputs]
+    expected = [by_autograd(layer, x, GRAD_OUTPUT) for x in inputs]
     start = threading.Barrier(threads)
 
     def steps(x: Tensor, d_x: Tensor) -> None:
         start.wait()
         for _ in range(rounds):
             layer(x)
-            torch.testing.assert_close(layer.backward(DELTA), d_x)
+            torch.testing.assert_close(layer.backward(GRAD_OUTPUT), d_x)
 
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(steps, x, e["x"]) for x, e in zip(inputs, expected, strict=True)]:
@@ -249,7 +249,7 @@ def test_an_input_or_a_parameter_that_was_written_to_is_refused(what: str) -> No
     with torch.no_grad():
         CHANGES[what](layer, x)
     with pytest.raises(RuntimeError, match="changed since the last forward: call the layer again"):
-        layer.backward(DELTA)
+        layer.backward(GRAD_OUTPUT)
     assert layer.magnitude.grad is None
 
 
@@ -257,17 +257,17 @@ def test_values_that_are_set_for_one_call_are_not_those_of_the_layer() -> None:
     layer = trained_layer(IN, OUT, RANK)
     functional_call(layer, {name: 2 * p.detach() for name, p in layer.named_parameters()}, X)
     with pytest.raises(RuntimeError, match="changed since the last forward"):
-        layer.backward(DELTA)
+        layer.backward(GRAD_OUTPUT)
 
 
 def test_inputs_that_were_made_in_inference_mode_are_taken() -> None:
     layer = trained_layer(IN, OUT, RANK)
-    expected = by_autograd(layer, X, DELTA)
+    expected = by_autograd(layer, X, GRAD_OUTPUT)
     with torch.inference_mode():
-        x, delta = X.clone(), DELTA.clone()
+        x, grad_output = X.clone(), GRAD_OUTPUT.clone()
     layer(x)
     with torch.inference_mode():
-        d_x = layer.backward(delta)
+        d_x = layer.backward(grad_output)
     assert_close(found(layer, d_x), expected)
     layer.update_parameters(0.1)
 
@@ -277,19 +277,19 @@ def test_gradients_that_were_added_in_inference_mode_can_be_added_to() -> None:
     for _ in range(2):
         layer(X)
         with torch.inference_mode():
-            layer.backward(DELTA)
-    layer(X).backward(DELTA)
-    expected = {name: 3 * gradient for name, gradient in by_autograd(layer, X, DELTA).items() if name != "x"}
+            layer.backward(GRAD_OUTPUT)
+    layer(X).backward(GRAD_OUTPUT)
+    expected = {name: 3 * gradient for name, gradient in by_autograd(layer, X, GRAD_OUTPUT).items() if name != "x"}
     assert_close({name: vector.grad for name, vector in layer.vectors._asdict().items()}, expected)
 
 
 def test_a_refused_gradient_leaves_the_input_for_another_try() -> None:
     layer = trained_layer(IN, OUT, RANK)
-    expected = by_autograd(layer, X, DELTA)
+    expected = by_autograd(layer, X, GRAD_OUTPUT)
     layer(X)
     with pytest.raises(ValueError, match="output_gradient"):
-        layer.backward(DELTA[:1])
-    assert_close(found(layer, layer.backward(DELTA)), expected)
+        layer.backward(GRAD_OUTPUT[:1])
+    assert_close(found(layer, layer.backward(GRAD_OUTPUT)), expected)
 
 
 class Twin:
@@ -298,14 +298,14 @@ class Twin:
     def __init__(self) -> None:
         self.layer = trained_layer(IN, OUT, RANK, freeze_base_layer=False, dtype=torch.float64)
         self.expected: dict[str, Tensor] | None = None
-        self.delta = DELTA.double()
+        self.grad_output = GRAD_OUTPUT.double()
 
     def forward(self, mode: Callable[[], AbstractContextManager[object]], kept: bool = True) -> None:
         x = randn(4, IN, seed=7, dtype=torch.float64)
         with mode():
             self.layer(x)
         kept = kept and self.layer.training
-        self.expected = by_autograd(fresh_copy_of_flags(self.layer), x, self.delta) if kept else None
+        self.expected = by_autograd(fresh_copy_of_flags(self.layer), x, self.grad_output) if kept else None
 
     def write(self, change: Callable[[DVoRAAdapter], object]) -> None:
         change(self.layer)
@@ -321,9 +321,9 @@ class Twin:
         self.layer.zero_grad()
         if self.expected is None:
             with pytest.raises(RuntimeError, match="call the layer"):
-                self.layer.backward(self.delta)
+                self.layer.backward(self.grad_output)
         else:
-            assert_close(found(self.layer, self.layer.backward(self.delta)), self.expected, 1e-12)
+            assert_close(found(self.layer, self.layer.backward(self.grad_output)), self.expected, 1e-12)
         self.expected = None
 
 
@@ -339,8 +339,8 @@ OPERATIONS: dict[str, Callable[[Twin], object]] = {
     "forward in no_grad": lambda twin: twin.forward(torch.no_grad),
     "forward in inference mode": lambda twin: twin.forward(torch.inference_mode, kept=False),
     "forward with offloading": lambda twin: twin.forward(torch.autograd.graph.save_on_cpu, kept=False),
-    "vmap": lambda twin: twin.write(lambda layer: vmap(layer)(DELTA.new_ones(2, IN).double())),
-    "autograd": lambda twin: twin.write(lambda layer: layer(DELTA.new_ones(2, IN).double()).sum().backward()),
+    "vmap": lambda twin: twin.write(lambda layer: vmap(layer)(GRAD_OUTPUT.new_ones(2, IN).double())),
+    "autograd": lambda twin: twin.write(lambda layer: layer(GRAD_OUTPUT.new_ones(2, IN).double()).sum().backward()),
     "set": lambda twin: twin.write(lambda layer: layer.set_parameters(1.1 * layer.get_parameters())),
     "load": lambda twin: twin.write(lambda layer: layer.load_state_dict(layer.state_dict())),
     "cast": lambda twin: twin.write(lambda layer: layer.float().double()),
@@ -369,6 +369,6 @@ def test_a_parameter_of_the_base_without_a_part_in_the_outputs_gets_no_gradient(
     base.unused = torch.nn.Parameter(torch.ones(2))
     layer = train(DVoRAAdapter(base, RANK, freeze_base_layer=False, shared=trained_layer(IN, OUT, RANK).shared))
     layer(X)
-    layer.backward(DELTA)
+    layer.backward(GRAD_OUTPUT)
     assert base.unused.grad is None
     assert base.weight.grad is not None

@@ -102,16 +102,16 @@ def test_both_ways_equal_the_dense_method(
 ) -> None:
     layer = trained_layer(IN, OUT, RANK, dtype=dtype, direction=direction, bias=bias)
     layer.base_layer.requires_grad_(False)
-    x, delta = randn(2, MANY, IN, seed=0, dtype=dtype), randn(2, MANY, OUT, seed=1, dtype=dtype)
+    x, grad_output = randn(2, MANY, IN, seed=0, dtype=dtype), randn(2, MANY, OUT, seed=1, dtype=dtype)
     reference = DenseDVoRA.of(layer)
-    dense = reference.gradients(x, delta)
+    dense = reference.gradients(x, grad_output)
     for worth_it in (0.0, float("inf")):
         monkeypatch.setattr(routes, "WORTH_IT", worth_it)
         assert takes_updated_weight(layer.base_layer, x, layer.shared.impl) == (worth_it == 0)
         layer.zero_grad()
         given = x.clone().requires_grad_()
         y = layer(given)
-        y.backward(delta)
+        y.backward(grad_output)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert worst_error(y, reference(x)) < tolerance
         assert worst_error(given.grad, dense["x"]) < tolerance

@@ -39,12 +39,12 @@ def test_outputs_and_gradients_agree_with_pefts_dora(bias: bool, direction: str)
     layer = trained_layer(30, 20, RANK, bias=bias, direction=direction, detach_norm=True, alpha=4)
     dora = peft_dora(layer)
     x, theirs_x = (randn(3, 4, 30, seed=8).requires_grad_() for _ in range(2))
-    delta = randn(3, 4, 20, seed=9)
+    grad_output = randn(3, 4, 20, seed=9)
 
     y, expected = layer(x), dora(theirs_x)
     assert worst_error(y, expected.double()) < 1e-6
-    y.backward(delta)
-    expected.backward(delta)
+    y.backward(grad_output)
+    expected.backward(grad_output)
 
     by_row_of_A = (dora.lora_A["default"].weight.grad * layer.shared.A(RANK, 30)).sum(1)
     by_row_of_B = (dora.lora_B["default"].weight.grad * layer.shared.B(RANK, 20)).sum(1)

@@ -1,4 +1,4 @@
-"""What tells whether a tensor may have changed: its values on a CPU, what PyTorch counts elsewhere, FSDP2's samples."""
+"""Detecting changes of a tensor: by values on a CPU, by PyTorch's counters elsewhere, by samples in FSDP2."""
 
 import gc
 from collections.abc import Callable, Iterator

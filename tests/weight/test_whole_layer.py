@@ -26,18 +26,18 @@ def layer_of(
     return trained_layer(in_features, out_features, rank, dtype=dtype, shared=shared, **options)
 
 
-def gradients(layer: DVoRAAdapter, y: Tensor, delta: Tensor, x: Tensor | None = None) -> dict[str, Tensor]:
-    wanted = dict(zip(VECTORS, layer.vectors, strict=True)) | ({} if x is None else {"x": x})
-    return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), delta), strict=True))
+def gradients(layer: DVoRAAdapter, y: Tensor, grad_output: Tensor, x: Tensor | None = None) -> dict[str, Tensor]:
+    leaves = dict(zip(VECTORS, layer.vectors, strict=True)) | ({} if x is None else {"x": x})
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad_output), strict=True))
 
 
 def assert_equal_to_the_dense_method(layer: DVoRAAdapter, x: Tensor, tolerance: float) -> None:
-    dense, delta = DenseDVoRA.of(layer), randn(*x.shape[:-1], layer.adapted.out_features, seed=9, dtype=x.dtype)
+    dense, grad_output = DenseDVoRA.of(layer), randn(*x.shape[:-1], layer.adapted.out_features, seed=9, dtype=x.dtype)
     y = layer(x.requires_grad_())
     assert y.dtype == x.dtype
     assert worst_error(y, dense(x)) < tolerance
-    expected = dense.gradients(x, delta)
-    for name, gradient in gradients(layer, y, delta, x).items():
+    expected = dense.gradients(x, grad_output)
+    for name, gradient in gradients(layer, y, grad_output, x).items():
         assert worst_error(gradient, expected[name]) < tolerance, name
 
 
@@ -85,8 +85,8 @@ def test_no_tokens_give_zero_gradients(tokens: tuple[int, ...], distribution: st
 def test_gradients_of_vectors_are_float32_in_half_precision(dtype: torch.dtype, distribution: str) -> None:
     layer = layer_of(40, 60, 8, distribution, dtype)
     dense, x = DenseDVoRA.of(layer), randn(50, 40, seed=8, dtype=dtype).requires_grad_()
-    delta = randn(50, 60, seed=9, dtype=dtype)
-    expected, found = dense.gradients(x, delta), gradients(layer, layer(x), delta, x)
+    grad_output = randn(50, 60, seed=9, dtype=dtype)
+    expected, found = dense.gradients(x, grad_output), gradients(layer, layer(x), grad_output, x)
     assert found.pop("x").dtype == dtype
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32, name
@@ -99,11 +99,11 @@ def test_a_layer_before_an_in_place_activation_trains_as_before_any_other(
     dtype: torch.dtype, distribution: str
 ) -> None:
     layer, x = layer_of(6, 5, 3, distribution, dtype), randn(7, 6, seed=8, dtype=dtype)
-    delta, residual = randn(7, 5, seed=9, dtype=dtype), randn(7, 5, seed=10, dtype=dtype)
-    expected = gradients(layer, nn.functional.relu(layer(x) + residual), delta)
+    grad_output, residual = randn(7, 5, seed=9, dtype=dtype), randn(7, 5, seed=10, dtype=dtype)
+    expected = gradients(layer, nn.functional.relu(layer(x) + residual), grad_output)
     y = layer(x)
     y += residual
-    for name, gradient in gradients(layer, nn.functional.relu(y, inplace=True), delta).items():
+    for name, gradient in gradients(layer, nn.functional.relu(y, inplace=True), grad_output).items():
         assert torch.equal(gradient, expected[name]), name
 
 
@@ -111,10 +111,10 @@ def test_a_layer_before_an_in_place_activation_trains_as_before_any_other(
 def test_a_layer_under_autocast_has_gradients(distribution: str) -> None:
     layer = layer_of(40, 60, 8, distribution, torch.float32)
     dense, x = DenseDVoRA.of(layer), randn(50, 40, seed=8).requires_grad_()
-    delta = randn(50, 60, seed=9)
+    grad_output = randn(50, 60, seed=9)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-    expected, found = dense.gradients(x, delta), gradients(layer, y, delta.to(y.dtype), x)
+    expected, found = dense.gradients(x, grad_output), gradients(layer, y, grad_output.to(y.dtype), x)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32, name
         assert worst_error(gradient, expected[name]) < 0.06, name
@@ -130,10 +130,10 @@ def test_a_layer_under_vmap_equals_the_plain_layer(bias: bool, distribution: str
 @every_distribution
 def test_the_second_of_two_backward_passes_through_one_graph_gives_the_same(distribution: str) -> None:
     layer, x = layer_of(6, 5, 3, distribution), randn(4, 6, seed=8, dtype=torch.float64).requires_grad_()
-    y, delta = layer(x), randn(4, 5, seed=9, dtype=torch.float64)
+    y, grad_output = layer(x), randn(4, 5, seed=9, dtype=torch.float64)
     for _ in range(2):
-        y.backward(delta, retain_graph=True)
-    assert worst_error(x.grad / 2, DenseDVoRA.of(layer).gradients(x, delta)["x"]) < 1e-12
+        y.backward(grad_output, retain_graph=True)
+    assert worst_error(x.grad / 2, DenseDVoRA.of(layer).gradients(x, grad_output)["x"]) < 1e-12
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -144,15 +144,15 @@ def test_a_weight_of_which_only_the_rows_are_rescaled(distribution: str, bias: b
     vectors = Vectors(*(vector.requires_grad_() for vector in adapted.initial_vectors(0.1)))
     with torch.no_grad():
         vectors.magnitude.mul_(1 + 0.2 * randn(5, seed=4))
-    x, delta = randn(3, 6, seed=8, dtype=torch.float64), randn(3, 5, seed=9, dtype=torch.float64)
+    x, grad_output = randn(3, 6, seed=8, dtype=torch.float64), randn(3, 5, seed=9, dtype=torch.float64)
     base_output = base(x).detach()
     bias_of = torch.zeros(5, dtype=torch.float64) if base.bias is None else base.bias.detach()
     factors = adapted.row_factors(vectors, base.weight.detach())
     y = combined(adapted, base_output, x, vectors.lambda_d, factors, None if base.bias is None else bias_of)
     products = base_output - bias_of
     assert worst_error(y, vectors.magnitude / adapted.w * products + bias_of) < 1e-12
-    (gradient,) = torch.autograd.grad(y, vectors.magnitude, delta)
-    assert worst_error(gradient, (delta * products).sum(0) / adapted.w) < 1e-12
+    (gradient,) = torch.autograd.grad(y, vectors.magnitude, grad_output)
+    assert worst_error(gradient, (grad_output * products).sum(0) / adapted.w) < 1e-12
 
 
 @every_distribution

@@ -1,4 +1,4 @@
-"""`dvora bench`: how fast methods are on a model at hand."""
+"""`dvora bench`: step times of several methods on a given model."""
 
 from dataclasses import asdict
 from itertools import count

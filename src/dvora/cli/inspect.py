@@ -30,7 +30,7 @@ COLUMNS = {
 }
 """Of the table of layers: what a terminal shows for a name, and what it means."""
 CHANGES = ("angle_mean", "angle_max", "norm_ratio", "gain_distance")
-"""What is shown where the base is at hand; else the norms of the vectors."""
+"""Columns shown if the base is given; else the norms of the vectors are."""
 
 
 def inspect_command(

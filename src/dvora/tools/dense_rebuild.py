@@ -25,7 +25,7 @@ from ..tuner.layers.opaque_weight import device_of, input_dtype
 from ..weight.layouts import Layout
 
 Values = Mapping[str, Tensor]
-"""Trained values by the name of their vector or matrix, in float64."""
+"""Trained parameters by the name of their vector or matrix, in float64."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Term:
     strength: float = 1.0
 
     def values(self) -> dict[str, Tensor]:
-        """The trained values as they are."""
+        """The current trained parameters, in float64."""
         return {name: parameter.detach().double() for name, parameter in self.parameters.items()}
 
     def delta(self, values: Values, weight: Float[Tensor, "O I"], norm: Tensor | None = None) -> Float[Tensor, "O I"]:

@@ -1,4 +1,4 @@
-"""What an adapter's folder tells, and what it cannot hide."""
+"""Inspection of an adapter's folder, and what the folder cannot hide."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_told(method: str, task_type: str | None, bert: Path, tmp_path: Path) -> None:
+def test_every_method_is_named(method: str, task_type: str | None, bert: Path, tmp_path: Path) -> None:
     model = adapted(bert, method, rank=3, task_type=task_type, target_modules=["query", "value"])
     model.save_pretrained(tmp_path)
     found = inspect(tmp_path)
@@ -35,7 +35,7 @@ def test_every_method_is_told(method: str, task_type: str | None, bert: Path, tm
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
-def test_dvora_is_told_in_detail(save_projection: bool, bert: Path, tmp_path: Path) -> None:
+def test_dvora_is_described_in_detail(save_projection: bool, bert: Path, tmp_path: Path) -> None:
     settings = {"rank_pattern": {"query": 2}, "magnitude_modules": ["value"], "save_projection": save_projection}
     save(bert, tmp_path, rank=5, target_modules=["query", "key"], projection_seed=7, **settings)
     found = inspect(tmp_path)
@@ -58,7 +58,7 @@ def test_dvora_is_told_in_detail(save_projection: bool, bert: Path, tmp_path: Pa
                 assert row[f"norm_of_{vector}"] == pytest.approx(vectors[key].norm().item())
 
 
-def test_with_the_base_it_is_told_what_was_done_to_the_weights(bert: Path, tmp_path: Path) -> None:
+def test_with_the_base_the_changes_of_the_weights_are_reported(bert: Path, tmp_path: Path) -> None:
     model = adapted(bert, "dvora", rank=4, target_modules=["query"])
     model.save_pretrained(tmp_path)
     base = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
@@ -89,7 +89,7 @@ def test_the_folder_of_a_run_will_do(bert: Path, tmp_path: Path) -> None:
 def test_pickled_values_are_refused_and_never_read(bert: Path, tmp_path: Path) -> None:
     save(bert, tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    # A file that would tell if anybody unpickled it.
+    # A file that leaves a mark if it is unpickled.
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "run").encode() + b"'\ntR.")
     with pytest.raises(ValueError, match=r"pickled adapter_model\.bin, which can run any code .*save_pretrained"):
         inspect(tmp_path)

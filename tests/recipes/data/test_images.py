@@ -32,15 +32,15 @@ def bomb(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [(pipe, "is a pipe or a device"), (postscript, "is no image that can be read"), (bomb, "has too many points")],
 )
-def test_what_is_no_image_to_be_read_is_refused(tmp_path: Path, make: Callable[[Path], None], told: str) -> None:
+def test_what_is_no_image_to_be_read_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
     (tmp_path / "class").mkdir()
     path = tmp_path / "class" / "a.png"
     make(path)
     for read in (lambda: image_key(path), lambda: image_examples([tmp_path])):
-        with pytest.raises(ValueError, match=told) as error:
+        with pytest.raises(ValueError, match=message) as error:
             read()
         assert str(path) in str(error.value)
 

@@ -77,7 +77,7 @@ def test_rows_of_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
         (["text"], {}, "a.csv has no rows"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(
+def test_bad_data_is_reported_with_its_place(
     tmp_path: Path, lines: list[str], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
@@ -97,14 +97,14 @@ def test_numbers_as_classes_have_one_name_and_their_order(tmp_path: Path) -> Non
     assert load(tmp_path / "a.jsonl").labels == ("-1", "2", "10")
 
 
-def test_a_class_that_training_does_not_have_is_told(tmp_path: Path) -> None:
+def test_a_class_that_training_does_not_have_is_reported(tmp_path: Path) -> None:
     train = csv(tmp_path, "text,label", *(f"t{n},{n % 2}" for n in range(30)))
     test = csv(tmp_path, "text,label", "new,7", name="test.csv")
     with pytest.raises(ValueError, match=r"test\.csv, line 2: the class '7' does not occur"):
         load(train, test_data=str(test))
 
 
-def test_pairs_are_judged_by_classes_or_numbers_and_both_ways_round_is_one_pair(tmp_path: Path) -> None:
+def test_pairs_have_classes_or_numbers_and_both_ways_round_is_one_pair(tmp_path: Path) -> None:
     rows = [f"a{n},b{n},{n % 2}" for n in range(40)]
     turned = [f"b{n},a{n},{n % 2}" for n in range(40)]
     found = load(csv(tmp_path, "sentence1,sentence2,label", *rows, *turned), "sentence-pairs")
@@ -150,7 +150,7 @@ def test_of_many_texts_whole_ones_are_held_out(tmp_path: Path) -> None:
         ([{"role": "user"}], "message 1 has to be an object with `role` and `content`"),
     ],
 )
-def test_a_chat_that_is_none_is_told_with_its_line(tmp_path: Path, messages: list[Any], message: str) -> None:
+def test_an_invalid_chat_is_reported_with_its_line(tmp_path: Path, messages: list[Any], message: str) -> None:
     path = tiny_data.chats(tmp_path / "a.jsonl")
     with path.open("a") as file:
         file.write("\n" + json.dumps({"messages": messages}))
@@ -191,7 +191,7 @@ def test_parts_are_not_taken_for_classes(tmp_path: Path) -> None:
         (".", "image-classification", "holds no folders with images"),
     ],
 )
-def test_data_of_another_kind_is_told(tmp_path: Path, name: str, task: str, message: str) -> None:
+def test_data_of_another_kind_is_reported(tmp_path: Path, name: str, task: str, message: str) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / name, task)

@@ -1,4 +1,4 @@
-"""Reading files: every encoding and line end gives the same rows, and what is damaged is told with its line."""
+"""Reading files: every encoding and line end gives the same rows, and damage is reported with its line."""
 
 import json
 from contextlib import suppress
@@ -32,7 +32,7 @@ def test_encodings_and_line_ends_give_the_same_rows(tmp_path: Path, encoding: st
     assert bool(table.notes) == (encoding == "cp1252")
 
 
-def test_another_encoding_is_told_with_its_line_or_obeyed(tmp_path: Path) -> None:
+def test_another_encoding_is_reported_with_its_line_or_obeyed(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label\nok,1\nжизнь,2\n".encode("koi8-r"))
     assert "is not UTF-8 (line 3): read as windows-1252" in read_table(path).notes[0]
     assert read_table(path, "koi8-r").rows[1]["text"] == "жизнь"
@@ -62,7 +62,7 @@ def test_another_encoding_is_told_with_its_line_or_obeyed(tmp_path: Path) -> Non
         ("a.xlsx", "x", "'.xlsx' names no format"),
     ],
 )
-def test_a_damaged_file_is_told_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_a_damaged_file_is_reported_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         read_table(written(tmp_path, name, content))
     assert name in str(error.value)
@@ -74,12 +74,12 @@ def test_a_field_of_megabytes_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "delimiter", "told"), [("a.csv", ";", True), ("a.csv", "\t", True), ("a.tsv", "\t", False)]
+    ("name", "delimiter", "noted"), [("a.csv", ";", True), ("a.csv", "\t", True), ("a.tsv", "\t", False)]
 )
-def test_other_delimiters(tmp_path: Path, name: str, delimiter: str, told: bool) -> None:
+def test_other_delimiters(tmp_path: Path, name: str, delimiter: str, noted: bool) -> None:
     table = read_table(written(tmp_path, name, f"text{delimiter}label\na, b{delimiter}1\n"))
     assert table.rows == ({"text": "a, b", "label": "1"},)
-    assert bool(table.notes) == told
+    assert bool(table.notes) == noted
 
 
 def test_all_formats_hold_the_same_rows(tmp_path: Path) -> None:

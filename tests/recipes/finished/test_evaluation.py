@@ -1,4 +1,4 @@
-"""Judging again: the record's figures from the held-out rows, and honest ones from other files."""
+"""Evaluating again: the recorded metrics from the held-out rows, and honest ones from other files."""
 
 import csv
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_the_base_of_a_run_that_trained_everything(tmp_path: Path) -> None:
     assert found["test_before_training"]["loss"] > found["test"]["loss"]
 
 
-def test_a_file_of_the_held_out_rows_is_judged_as_they_are(classified: Run, tmp_path: Path) -> None:
+def test_a_file_of_the_held_out_rows_gives_their_metrics(classified: Run, tmp_path: Path) -> None:
     own = evaluate_run(classified)
     path = write_csv(
         tmp_path / "new.csv", [{"id": "1", "verdict": r["label"], "words": r["text"]} for r in named(classified)]
@@ -68,7 +68,7 @@ def test_a_file_of_the_held_out_rows_is_judged_as_they_are(classified: Run, tmp_
     assert [*found.metrics.values()] == [*own.metrics.values()]
 
 
-def test_rows_that_were_trained_on_are_told(classified: Run) -> None:
+def test_rows_that_were_trained_on_are_reported(classified: Run) -> None:
     found = evaluate_run(classified, classified.settings.data)
     assert (found.rows, found.seen) == (120, classified.record["data"]["rows"]["train"])
 
@@ -81,7 +81,7 @@ def test_rows_that_were_trained_on_are_told(classified: Run) -> None:
         ([{"sentence": "good", "label": "good"}], "has no column 'text'"),
     ],
 )
-def test_a_file_that_does_not_fit_is_told(
+def test_a_file_that_does_not_fit_is_reported(
     classified: Run, tmp_path: Path, rows: list[dict[str, str]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -107,7 +107,7 @@ def test_data_that_changed_is_not_taken_for_held_out(tmp_path: Path) -> None:
     assert [*found.metrics.values()] == kept
 
 
-def test_what_cannot_be_judged_is_told(classified: Run, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_evaluated_is_refused(classified: Run, tmp_path: Path) -> None:
     run = finished("text-classification", tmp_path, test_share=0)
     with pytest.raises(ValueError, match="held no rows out for a test; give files"):
         evaluate_run(run)

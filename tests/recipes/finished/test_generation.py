@@ -150,12 +150,12 @@ def test_the_space_between_prompt_and_continuation_is_kept() -> None:
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_values_out_of_range_are_told(values: dict[str, float], message: str) -> None:
+def test_values_out_of_range_are_reported(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**values)  # type: ignore[arg-type]
 
 
-def test_what_does_not_generate_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_does_not_generate_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is of text-classification; use `dvora predict`"):
         Generator(finished("text-classification", tmp_path))
     with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):

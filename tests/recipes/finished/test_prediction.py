@@ -56,9 +56,9 @@ def test_classes_are_the_model_s(classified: Predictor) -> None:
     assert [row.input.row["text"] for row in found] == TEXTS
     for row, probabilities in zip(found, expected, strict=True):
         assert row.columns["prediction"] == classified.run.labels[int(probabilities.argmax())]
-        told = [row.columns[f"probability_{name}"] for name in classified.run.labels]
-        torch.testing.assert_close(torch.tensor(told), probabilities, rtol=1e-4, atol=1e-6)
-        assert row.columns["probability"] == max(told)
+        predicted = [row.columns[f"probability_{name}"] for name in classified.run.labels]
+        torch.testing.assert_close(torch.tensor(predicted), probabilities, rtol=1e-4, atol=1e-6)
+        assert row.columns["probability"] == max(predicted)
     assert {*from_lines(classified, TEXTS[0])[0].columns} == {"prediction", "probability"}
 
 
@@ -71,17 +71,17 @@ def test_batches_change_nothing(classified: Predictor, batch_size: int) -> None:
     )
 
 
-def test_numbers_are_the_model_s_and_as_good_as_it_was_judged(tmp_path: Path) -> None:
+def test_numbers_are_the_model_s_with_the_metrics_of_its_evaluation(tmp_path: Path) -> None:
     run = finished("regression", tmp_path)
     held_out = load_data(run.settings).test
     texts = [row["text"] for row in held_out]
     found = [row.columns for row in from_lines(Predictor(run), "\n".join(texts))]
     assert all(row.keys() == {"prediction"} for row in found)
-    told = np.array([row["prediction"] for row in found], dtype=np.float64)
-    np.testing.assert_allclose(told, logits(run, texts).reshape(-1), rtol=1e-4, atol=1e-6)
-    metrics = number_metrics(told, np.array([row["label"] for row in held_out]))
-    judged = evaluate_run(run).metrics["test"]
-    assert metrics == pytest.approx({name: judged[name] for name in metrics}, rel=1e-4)
+    predicted = np.array([row["prediction"] for row in found], dtype=np.float64)
+    np.testing.assert_allclose(predicted, logits(run, texts).reshape(-1), rtol=1e-4, atol=1e-6)
+    metrics = number_metrics(predicted, np.array([row["label"] for row in held_out]))
+    evaluated = evaluate_run(run).metrics["test"]
+    assert metrics == pytest.approx({name: evaluated[name] for name in metrics}, rel=1e-4)
 
 
 def test_pairs_have_a_tab_between_them(tmp_path: Path) -> None:
@@ -128,12 +128,12 @@ def test_all_formats_tell_the_same_and_keep_their_columns(classified: Predictor,
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    told = [row.columns for row in from_lines(classified, "\n\n".join(TEXTS))]
+    expected = [row.columns for row in from_lines(classified, "\n\n".join(TEXTS))]
     for name in ("a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet"):
         found = from_file(classified, tmp_path / name)
-        assert [row.columns for row in found] == told, name
+        assert [row.columns for row in found] == expected, name
         assert [row.input.values for row in found] == rows, name
-        assert found[0].row == rows[0] | told[0]
+        assert found[0].row == rows[0] | expected[0]
     (tmp_path / "a.txt").write_bytes("\r\n".join(["schön", *TEXTS]).encode("latin-1"))
     found = from_file(classified, tmp_path / "a.txt")
     assert [row.input.row["text"] for row in found] == ["schön", *TEXTS]
@@ -146,8 +146,8 @@ def test_no_more_than_a_batch_is_read_ahead(classified: Predictor) -> None:
         for number in taken:
             yield Input({"n": number}, {"text": "good"})
 
-    told = classified.predict(endless(), 4)
-    assert [next(told).row["n"] for _ in range(6)] == [0, 1, 2, 3, 4, 5]
+    predictions = classified.predict(endless(), 4)
+    assert [next(predictions).row["n"] for _ in range(6)] == [0, 1, 2, 3, 4, 5]
     assert next(taken) == 8
 
 
@@ -179,7 +179,7 @@ def test_a_long_file_takes_no_more_memory(tmp_path: Path, name: str) -> None:
         (".", None, "is a folder; give a file"),
     ],
 )
-def test_an_input_that_does_not_fit_is_told(
+def test_an_input_that_does_not_fit_is_reported(
     classified: Predictor, tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -188,7 +188,7 @@ def test_an_input_that_does_not_fit_is_told(
         from_file(classified, tmp_path / name)
 
 
-def test_a_line_that_is_no_text_is_told(classified: Predictor) -> None:
+def test_a_line_that_is_no_text_is_reported(classified: Predictor) -> None:
     lines = stream_lines(io.BytesIO(b"\xef\xbb\xbfgood\r\nb\xe4d\n"), "stdin")
     assert next(lines) == ("stdin, line 1", "good")
     with pytest.raises(ValueError, match="stdin, line 2: not UTF-8"):

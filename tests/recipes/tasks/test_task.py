@@ -34,7 +34,7 @@ def test_blocks_hold_the_whole_text(models: dict[str, Path], letters: Any) -> No
     assert letters.decode([token for block in made["input_ids"] for token in block]) == text
     assert {len(block) for block in made["input_ids"][:-1]} == {50}
     assert made["labels"] == made["input_ids"]
-    # The first letter of each block is not told from anything.
+    # The first letter of each block is predicted from nothing.
     assert bytes_of(made) == len(text) - len(made)
 
 
@@ -64,7 +64,7 @@ def test_a_chat_cut_before_the_answer_is_left_out(models: dict[str, Path], lette
         ("{{ messages | length }}{{ messages[-1]['content'] }}", "changes earlier messages"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_told(letters: Any, template: str | None, message: str) -> None:
+def test_a_template_that_cannot_be_used_is_reported(letters: Any, template: str | None, message: str) -> None:
     letters.chat_template = template
     with pytest.raises(ValueError, match=message):
         chat_features(CHAT, letters, 100)
@@ -88,7 +88,7 @@ def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:
     assert longest(task.model_copy(update={"max_length": 128}), words, None) == 32
 
 
-def test_a_model_without_tokenizer_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_without_tokenizer_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((models["bert"] / "config.json").read_text())
     with pytest.raises(ValueError, match=r"holds no tokenizer .* give its folder with `tokenizer`"):
         load_processor(settings("regression", tmp_path))

@@ -79,7 +79,7 @@ def assert_same(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_trained_and_judged(models: dict[str, Path], tmp_path: Path, task: str) -> None:
+def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: Path, task: str) -> None:
     run = Run(models, tmp_path, task)
     outcome = train(run.settings("out", learning_rate=0.02, epochs=4))
     assert outcome.run is not None
@@ -103,7 +103,7 @@ def test_every_task_is_trained_and_judged(models: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_loaded_is_what_was_judged(models: dict[str, Path], tmp_path: Path, method: str) -> None:
+def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_path: Path, method: str) -> None:
     run = Run(models, tmp_path)
     settings = run.settings("out", method=method, learning_rate=0.01)
     outcome = train(settings)
@@ -315,7 +315,7 @@ def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dic
         ({"method": "lora", "task": "causal-lm", "learning_rates": {"head": 0.1}}, "names the group 'head'"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_written(
+def test_a_mismatch_is_reported_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     run = Run(models, tmp_path, str(changes.get("task", "text-classification")))

@@ -65,7 +65,7 @@ def test_equal_adapters_are_alike_and_active_ones_stay_active(method: str) -> No
     assert analyze(model, ["other"]).adapters == ("other",)
 
 
-def test_opposite_adapters_are_told_so() -> None:
+def test_opposite_adapters_are_reported() -> None:
     model = with_two("lora")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,10 +86,10 @@ def test_the_correlation_is_that_of_magnitude_and_direction() -> None:
     assert found.correlation() == pytest.approx(float(torch.corrcoef(points.T)[0, 1]))
 
 
-def test_what_is_told_is_json() -> None:
-    told = json.loads(json.dumps(analyze(patient()).to_dict()))
-    assert [layer["layer"] for layer in told["adapters"][0]["layers"]] == LAYERS
-    assert told["similarity"] == [[1.0]]
+def test_the_analysis_is_json() -> None:
+    content = json.loads(json.dumps(analyze(patient()).to_dict()))
+    assert [layer["layer"] for layer in content["adapters"][0]["layers"]] == LAYERS
+    assert content["similarity"] == [[1.0]]
 
 
 def test_what_cannot_be_analyzed_is_refused() -> None:

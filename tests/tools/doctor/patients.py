@@ -36,7 +36,7 @@ class Convolved(nn.Module):
 
 
 def adapted(base: nn.Module, method: str, targets: Any, moved: float = 0.02, **more: Any) -> PeftModel:
-    """A base with an adapter whose trained values are some steps from where they started."""
+    """A base with an adapter whose trained parameters are some steps away from their initial values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = get_peft_model(base, METHODS[method](target_modules=targets, **more))

@@ -117,15 +117,15 @@ def test_a_magnitude_that_ran_away(method: str) -> None:
 def test_learning_rates_that_look_wrong() -> None:
     model = patient()
 
-    def told(groups: Any) -> Finding:
+    def finding_of(groups: Any) -> Finding:
         return finding(model, "learning rates", optimizer=torch.optim.AdamW(groups))
 
     rates = recommended_rates(model)
-    assert told(parameter_groups(model, 0.01, learning_rates=rates)).status == "pass"
-    assert told(parameter_groups(model, 0.01, learning_rates={"magnitude": 0.5})).status == "warn"
-    assert "rate of zero" in told(parameter_groups(model, 0.01, learning_rates={**rates, "lambda_d": 0.0})).found
+    assert finding_of(parameter_groups(model, 0.01, learning_rates=rates)).status == "pass"
+    assert finding_of(parameter_groups(model, 0.01, learning_rates={"magnitude": 0.5})).status == "warn"
+    assert "rate of zero" in finding_of(parameter_groups(model, 0.01, learning_rates={**rates, "lambda_d": 0.0})).found
     few = parameter_groups(model, 0.01, learning_rates=rates)[:1]
-    found = told(few)
+    found = finding_of(few)
     assert (found.status, len(found.layers)) == ("fail", 6)
 
 

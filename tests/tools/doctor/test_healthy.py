@@ -95,7 +95,7 @@ def test_a_file_loads_in_a_fresh_process_bit_for_bit(method: str) -> None:
     assert (finding.status, finding.figures["worst"]) == ("pass", 0.0)
 
 
-def test_an_untrained_adapter_is_told_to_do_nothing() -> None:
+def test_an_untrained_adapter_is_reported_to_do_nothing() -> None:
     found = findings(examined(patient(moved=0.0), inputs()))
     assert list(found) == ["movement"]
 

@@ -10,7 +10,7 @@ from dvora.tools.pages.text import shown, visible
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("plain text", "plain text"),
         ("ünï 文 \U0001f600", "ünï 文 \U0001f600"),
@@ -24,10 +24,10 @@ from dvora.tools.pages.text import shown, visible
         ("\U000e0041", r"\U000e0041"),
     ],
 )
-def test_what_acts_is_spelled(text: str, told: str) -> None:
-    assert visible(text) == told
-    assert shown(text) == told
-    assert shown([text, {text: text}]) == f"{told}, {told} {told}"
+def test_what_acts_is_spelled(text: str, expected: str) -> None:
+    assert visible(text) == expected
+    assert shown(text) == expected
+    assert shown([text, {text: text}]) == f"{expected}, {expected} {expected}"
 
 
 def test_html_is_left_as_it_is() -> None:

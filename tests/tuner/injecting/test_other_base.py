@@ -79,7 +79,7 @@ def rounded(model: torch.nn.Module, bits: int) -> torch.nn.Module:
     return model
 
 
-def test_another_quantisation_is_told_of_and_accepted(folder: Path, tmp_path: Path) -> None:
+def test_another_quantisation_is_reported_and_accepted(folder: Path, tmp_path: Path) -> None:
     message = r"\d+ of 11 adapted weights differ, bert\.\S+ by about \d+% of its norm"
     with pytest.warns(UserWarning, match=message):
         model = PeftModel.from_pretrained(rounded(MODELS["bert"](), 4), folder)

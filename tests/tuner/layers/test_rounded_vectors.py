@@ -1,4 +1,4 @@
-"""Vectors that something rounds behind the model's back, as TRL's trainers do on a quantised base, are told of."""
+"""A warning for vectors that other code rounds, as TRL's trainers do on a quantised base."""
 
 import warnings
 
@@ -23,14 +23,14 @@ def cast_what_is_trained(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_rounded_magnitude_is_told_of_once(dtype: torch.dtype) -> None:
+def test_a_rounded_magnitude_is_reported_once(dtype: torch.dtype) -> None:
     model = adapted()
     cast_what_is_trained(model, dtype)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         outputs(model)
         outputs(model)
-    assert [str(warning.message).partition(";")[0] for warning in told] == [
+    assert [str(warning.message).partition(";")[0] for warning in caught] == [
         f"a DVoRA magnitude is in {dtype}, which rounds it by up to 0.4 % and loses small steps"
     ]
 

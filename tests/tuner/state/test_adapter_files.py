@@ -1,4 +1,4 @@
-"""What an adapter's files tell before a model is touched."""
+"""Checks of an adapter's files before a model is touched."""
 
 from pathlib import Path
 

@@ -110,7 +110,7 @@ def test_a_head_of_another_adapter_and_the_bases_own_are_not_read(name: str, tmp
 
 
 def test_biases_of_the_base_are_not_read_over_an_adapter_that_was_loaded(tmp_path: Path) -> None:
-    """Where a folder is at hand, `check_file` refuses it before the model is changed."""
+    """Where a folder is given, `check_file` refuses it before the model is changed."""
     saved(tmp_path, MODELS["bert"](), target_modules=["query"])
     model = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias"

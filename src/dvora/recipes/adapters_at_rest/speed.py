@@ -1,4 +1,4 @@
-"""How fast methods are on a model at hand: a training step, and a decoded token or a forward pass.
+"""Step times of several methods on a given model: a training step, and a decoded token or a forward pass.
 
 Every round times every method once, and times are compared within a round: a machine that slows down slows both.
 """
@@ -163,7 +163,7 @@ def adapted(base: nn.Module, method: str, rank: int, targets: list[str]) -> nn.M
 
 
 def training_step(model: Any, inputs: Mapping[str, Tensor]) -> Step:
-    """A forward and a backward pass with the gradients of all trained values and of the embedded input."""
+    """A forward and a backward pass with the gradients of all trained parameters and of the embedded input."""
     model.train()
     given = _embedded(model, inputs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,7 +6,7 @@ from peft import PeftModel
 from ..dense_rebuild import subjects
 from .findings import Examination, Finding
 from .layer_checks import constants, gradients, merge_losses, outputs, rows_left_alone, short_rows
-from .model_checks import calls, merging, mixed_batch, received, trained_values
+from .model_checks import calls, finite_parameters, merging, mixed_batch, received
 from .round_trip import round_trip
 from .training_checks import identity, movement, rates
 from .watched import Inputs, Loss, recorded, restored
@@ -66,7 +66,7 @@ def examine(
             rows_left_alone(some),
             calls(every, seen),
             received(model, inputs, every, loss),
-            trained_values(model, every),
+            finite_parameters(model, every),
             movement(some),
             *([rates(model, some, optimizer)] if optimizer is not None else []),
             merge_losses(some),

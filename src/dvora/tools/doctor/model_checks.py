@@ -36,7 +36,7 @@ def calls(every: tuple[Subject, ...], seen: Mapping[str, Tensor]) -> Finding:
     )
 
 
-def trained_values(model: nn.Module, every: tuple[Subject, ...]) -> Finding:
+def finite_parameters(model: nn.Module, every: tuple[Subject, ...]) -> Finding:
     """Trained parameters that are not finite."""
     own = _trained(model, every)
     bad = tuple(name for name, parameter in own.items() if not bool(parameter.isfinite().all()))

@@ -92,7 +92,7 @@ def movement(every: tuple[Subject, ...]) -> Finding:
 
 
 def rates(model: nn.Module, every: tuple[Subject, ...], optimizer: torch.optim.Optimizer) -> Finding:
-    """Learning rates that look wrong, and trained values that the optimizer does not know."""
+    """Learning rates that look wrong, and trained parameters that the optimizer does not have."""
     name = "learning rates"
     by_id = {id(each): float(group["lr"]) for group in optimizer.param_groups for each in group["params"]}
     named = {each: parameter for each, parameter in model.named_parameters() if parameter.requires_grad}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .text import visible
 
 COLOURS = ("#3b82c4", "#e08a2c", "#3fa35b", "#c4524f", "#8f6fc0", "#9c6f5c", "#cf76b0", "#8a8a8a", "#a8a832", "#35a8b5")
-"""Told apart on white and on black; of matplotlib's ten, evened out."""
+"""Distinguishable on white and on black: matplotlib's ten, with similar brightness."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     # Names inside the file come from this instead of from the time.

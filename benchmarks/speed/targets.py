@@ -4,30 +4,30 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.speed.cost_model import llama_block, norm_share, relative_cost
-from benchmarks.speed.figures import Row, Rows, exactly, row_of, share, time_ratio, worst
+from benchmarks.speed.metrics import Row, Rows, exactly, row_of, share, time_ratio, worst
 from benchmarks.speed.timing import Spread
 
 KINDS = ("dense", "structured")
 RANKS = (256, 1024)
 NORM_TOKENS = 1024
-"""Of the step that the norm's time is compared with."""
+"""Tokens of the step that the norm's time is compared with."""
 LAYERS = llama_block(1024, 2816)
 """The shapes of which training is timed."""
 
 
-class Reach(NamedTuple):
-    """One figure with its aim.
+class Target(NamedTuple):
+    """One metric and its target.
 
     Args:
-        figure: in words.
-        limit: that it should keep.
+        metric: its name.
+        limit: the target value.
         measured: median and quartiles, or None if it was not measured.
-        at_least: whether the limit is the smallest value and not the largest.
+        at_least: whether the limit is a lower bound instead of an upper one.
         unit: "times", "share" or "seconds".
-        model: what the operations alone would give (`cost_model`), or None where it does not say.
+        model: the value by operation count (`cost_model`), or None if it is not modelled.
     """
 
-    figure: str
+    metric: str
     limit: float
     measured: Spread | None
     at_least: bool = False
@@ -35,20 +35,20 @@ class Reach(NamedTuple):
     model: float | None = None
 
     @property
-    def reached(self) -> bool | None:
-        """Whether the median keeps the limit; None if it was not measured."""
+    def met(self) -> bool | None:
+        """Whether the median is within the limit; None if it was not measured."""
         if self.measured is None:
             return None
         return self.measured.median >= self.limit if self.at_least else self.measured.median <= self.limit
 
 
-def reaches(rows: Rows) -> list[Reach]:
-    """All figures that had an aim. Training is of the linear layers alone, decoding of a whole Llama block."""
+def all_targets(rows: Rows) -> list[Target]:
+    """All metrics with a target. Training is of the linear layers alone, decoding of a whole Llama block."""
     return [*_training(rows), *_decoding(rows), *_memory(rows), *_norm(rows), *_set_up(rows)]
 
 
-def _training(rows: Rows) -> Iterator[Reach]:
-    aims = [
+def _training(rows: Rows) -> Iterator[Target]:
+    pairs = [
         (512, "dvora dense r=256", "VeRA r=256", 1.0),
         (512, "dvora orthogonal r=256", "VeRA r=256", 1.0),
         (4096, "dvora dense r=256", "VeRA r=256", 0.97),
@@ -56,10 +56,10 @@ def _training(rows: Rows) -> Iterator[Reach]:
         (512, "dvora structured r=1024", "VeRA r=1024", 0.55),
         (512, "dvora structured r=1024", "DoRA r=16", 0.75),
     ]
-    for tokens, arm, to, limit in aims:
+    for tokens, arm, to, limit in pairs:
         setting = {"part": "training", "workload": "linears-1024", "dtype": "float32", "tokens": tokens}
         measured, model = time_ratio(rows, arm, to, **setting), _modelled(arm, tokens) / _modelled(to, tokens)
-        yield Reach(f"training, {tokens:,} tokens: {arm} to {to}", limit, measured, model=model)
+        yield Target(f"training, {tokens:,} tokens: {arm} to {to}", limit, measured, model=model)
 
 
 def _modelled(arm: str, tokens: int) -> float:
@@ -67,60 +67,60 @@ def _modelled(arm: str, tokens: int) -> float:
     return relative_cost(method, LAYERS, int(rank), tokens)
 
 
-def _decoding(rows: Rows) -> Iterator[Reach]:
+def _decoding(rows: Rows) -> Iterator[Target]:
     setting = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
     arms = [(f"dvora {kind} r={rank}", rank) for rank in RANKS for kind in KINDS]
     for arm, rank in arms:
         measured = time_ratio(rows, arm, f"VeRA r={rank}", batch=1, **setting)
-        yield Reach(f"decode, batch 1: {arm} to VeRA r={rank}", 0.85, measured)
+        yield Target(f"decode, batch 1: {arm} to VeRA r={rank}", 0.85, measured)
     for arm, _ in arms:
         measured = time_ratio(rows, "DoRA r=16", arm, batch=1, **setting)
-        yield Reach(f"decode, batch 1: DoRA r=16 to {arm}", 8, measured, at_least=True)
+        yield Target(f"decode, batch 1: DoRA r=16 to {arm}", 8, measured, at_least=True)
     for arm, _ in arms:
-        yield Reach(f"decode, batch 16: {arm} to the base", 1.25, time_ratio(rows, arm, "base", batch=16, **setting))
+        yield Target(f"decode, batch 16: {arm} to the base", 1.25, time_ratio(rows, arm, "base", batch=16, **setting))
 
 
-def _memory(rows: Rows) -> Iterator[Reach]:
+def _memory(rows: Rows) -> Iterator[Target]:
     layers = [row for row in rows if row["part"] == "layer memory" and row["method"].startswith("dvora")]
     for kind in KINDS:
         of_kind = [row for row in layers if row["method"] == f"dvora {kind}"]
         kept = worst([exactly(beside_z(row)) for row in of_kind])
         inputs = exactly(sum(row["keeps_input"] for row in of_kind)) if of_kind else None
-        yield Reach(f"kept for backward beside z, in tokens x out, worst layer: dvora {kind}", 1.1, kept)
-        yield Reach(f"layers that keep their input, of {len(of_kind)}: dvora {kind}", 0, inputs)
+        yield Target(f"kept for backward beside z, in tokens x out, worst layer: dvora {kind}", 1.1, kept)
+        yield Target(f"layers that keep their input, of {len(of_kind)}: dvora {kind}", 0, inputs)
     for rank in RANKS:
         for kind in KINDS:
             row = row_of(rows, part="memory", workload="linears-1024", dtype="float32", arm=f"dvora {kind} r={rank}")
             measured = None if row is None else exactly(row["constant_bytes"] / row["weight_bytes"])
-            yield Reach(f"constants to adapted weights, bytes: dvora {kind} r={rank}", 0.25, measured, unit="share")
+            yield Target(f"constants to adapted weights, bytes: dvora {kind} r={rank}", 0.25, measured, unit="share")
 
 
 def beside_z(row: Row) -> float:
-    """What a layer keeps for the backward pass beside z, in units of tokens x out.
+    """What a layer keeps for the backward pass besides z, in units of tokens x out.
 
-    The larger of what autograd's hooks are shown and of what is alive after the forward pass, output left out.
+    The larger of what autograd's hooks see and of what is alive after the forward pass, without the output.
     """
     kept = max(row["saved_values"], row["held_values"]) - row["z_values"]
     return float(kept / (row["tokens"] * row["out_features"]))
 
 
-def _norm(rows: Rows) -> Iterator[Reach]:
+def _norm(rows: Rows) -> Iterator[Target]:
     for kind, limit in zip(KINDS, (0.05, 0.03), strict=True):
         for rank in RANKS:
             row = row_of(rows, part="norm", workload="linears-1024", arm=f"dvora {kind} r={rank}")
-            figure = f"the norm's share of a step of {NORM_TOKENS:,} tokens: dvora {kind} r={rank}"
+            metric = f"the norm's share of a step of {NORM_TOKENS:,} tokens: dvora {kind} r={rank}"
             model = norm_share(f"dvora {kind}", LAYERS, rank, NORM_TOKENS)
-            yield Reach(figure, limit, share(row, "seconds", "step_seconds"), unit="share", model=model)
+            yield Target(metric, limit, share(row, "seconds", "step_seconds"), unit="share", model=model)
 
 
-def _set_up(rows: Rows) -> Iterator[Reach]:
+def _set_up(rows: Rows) -> Iterator[Target]:
     for rank in RANKS:
         for kind in KINDS:
             layers = [row for row in rows if row["part"] == "set-up" and row["arm"] == f"dvora {kind} r={rank}"]
             measured = worst([share(row, "seconds", "forward_seconds") for row in layers])
-            figure = f"set-up of a layer to 2 x out tokens through it, worst layer: dvora {kind} r={rank}"
-            yield Reach(figure, 1.0, measured)
+            metric = f"set-up of a layer to 2 x out tokens through it, worst layer: dvora {kind} r={rank}"
+            yield Target(metric, 1.0, measured)
     for kind in KINDS:
         row = row_of(rows, part="adapting", workload="smollm2", arm=f"dvora {kind} r=256")
         measured = None if row is None else share({**row, "one": [1.0] * len(row["seconds"])}, "seconds", "one")
-        yield Reach(f"adapting a model of 135 million parameters: dvora {kind} r=256", 5, measured, unit="seconds")
+        yield Target(f"adapting a model of 135 million parameters: dvora {kind} r=256", 5, measured, unit="seconds")

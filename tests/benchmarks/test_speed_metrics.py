@@ -1,4 +1,4 @@
-"""Medians, ratios, the cost model and the table of aims, from numbers that can be worked out by hand."""
+"""Medians, ratios, the cost model and the table of targets, from numbers that can be worked out by hand."""
 
 import json
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from benchmarks.speed.cost_model import Product, fast_product, llama_block, norm_share, relative_cost
-from benchmarks.speed.figures import row_of, time_ratio
-from benchmarks.speed.reach import Reach, beside_z, reaches
+from benchmarks.speed.metrics import row_of, time_ratio
 from benchmarks.speed.results import write
 from benchmarks.speed.runner import Report
 from benchmarks.speed.tables import speed, targets
+from benchmarks.speed.targets import Target, all_targets, beside_z
 from benchmarks.speed.timing import Spread, interleaved, ratios, spread
 
 SETTING = {"part": "training", "workload": "linears-1024", "dtype": "float32", "batch": 1, "tokens": 512}
@@ -73,7 +73,7 @@ def test_short_steps_are_repeated() -> None:
         ("dvora dense", 512, 1024, 1 + 1.25 + 0.125 + 0.00048828125),
         # Slopes of 4 MiB are not kept: the product with G is made twice.
         ("dvora dense", 1024, 1024, 1 + 2.5 + 1.0 + 0.0009765625),
-        # The updated weight: z and delta^T z, 2 x 256 x 1024 each, and V' twice, 4 x 1024^2 x 256 / 4096
+        # The updated weight: z and grad_output^T z, 2 x 256 x 1024 each, and V' twice, 4 x 1024^2 x 256 / 4096
         ("dvora orthogonal", 256, 4096, 1 + 0.25 + 0.0625 + 0.00048828125 / 8),
         # 32 x 32 x 16 + 32 x 16 x 16 = 24,576 multiply-adds a product; five products; two for q once a step
         ("dvora structured", 256, 512, 1 + 5 * 49152 / 2**22 + (2 * 49152 + 2**20) / 512 / 2**22),
@@ -122,7 +122,7 @@ def test_times_are_compared_within_a_setting() -> None:
 
 
 def measured_rows() -> Iterator[dict[str, Any]]:
-    """A result file with one figure that is reached, one that is not, and one of each kind beside."""
+    """A result file with one figure that is met, one that is not, and one of each kind beside."""
     yield timed("base", [1.0, 1.0, 1.0])
     yield timed("VeRA r=256", [2.0, 2.0, 2.0])
     yield timed("dvora dense r=256", [1.8, 1.9, 2.2])
@@ -154,13 +154,13 @@ def measured_rows() -> Iterator[dict[str, Any]]:
     yield {"part": "adapting", "workload": "smollm2", **arm, "seconds": [4.0, 6.0, 5.5]}
 
 
-def outcome(figure: str) -> Reach:
-    (found,) = [reach for reach in reaches(list(measured_rows())) if reach.figure == figure]
+def target_of(metric: str) -> Target:
+    (found,) = [target for target in all_targets(list(measured_rows())) if target.metric == metric]
     return found
 
 
 @pytest.mark.parametrize(
-    ("figure", "median", "reached"),
+    ("metric", "median", "met"),
     [
         ("training, 512 tokens: dvora dense r=256 to VeRA r=256", 0.95, True),
         ("training, 512 tokens: dvora structured r=256 to VeRA r=256", 0.95, False),
@@ -174,22 +174,22 @@ def outcome(figure: str) -> Reach:
         ("adapting a model of 135 million parameters: dvora dense r=256", 5.5, False),
     ],
 )
-def test_what_was_aimed_for_is_judged_by_the_median(figure: str, median: float, reached: bool) -> None:
-    found = outcome(figure)
+def test_a_target_is_met_by_the_median(metric: str, median: float, met: bool) -> None:
+    found = target_of(metric)
     assert found.measured is not None
     assert found.measured.median == pytest.approx(median)
-    assert found.reached is reached
+    assert found.met is met
 
 
-def test_what_operations_alone_would_give_stands_beside_what_was_timed() -> None:
+def test_a_target_has_the_value_by_operation_count() -> None:
     blocks = [relative_cost(method, llama_block(1024, 2816), 256, 512) for method in ("dvora dense", "VeRA")]
-    assert outcome("training, 512 tokens: dvora dense r=256 to VeRA r=256").model == blocks[0] / blocks[1]
-    assert outcome("decode, batch 1: DoRA r=16 to dvora dense r=256").model is None
+    assert target_of("training, 512 tokens: dvora dense r=256 to VeRA r=256").model == blocks[0] / blocks[1]
+    assert target_of("decode, batch 1: DoRA r=16 to dvora dense r=256").model is None
 
 
-def test_what_is_missing_is_neither_reached_nor_not() -> None:
-    assert outcome("training, 4,096 tokens: dvora dense r=256 to VeRA r=256").reached is None
-    assert outcome("decode, batch 1: dvora dense r=256 to VeRA r=256").reached is None
+def test_a_target_that_was_not_measured_is_neither_met_nor_missed() -> None:
+    assert target_of("training, 4,096 tokens: dvora dense r=256 to VeRA r=256").met is None
+    assert target_of("decode, batch 1: dvora dense r=256 to VeRA r=256").met is None
 
 
 def test_what_is_kept_is_the_larger_of_two_counts() -> None:
@@ -206,13 +206,13 @@ def test_the_tables_of_a_result_file(tmp_path: Path) -> None:
     write(report, tmp_path / "speed.json", seconds=61.4)
     result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 24, [1.8, 1.9, 2.2])
-    lines, aims = speed(result).splitlines(), targets(result).splitlines()
+    lines, rows = speed(result).splitlines(), targets(result).splitlines()
     assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 | 1,100 |" in lines
-    aim = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 1.07 | yes |"
-    assert aim in aims
-    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  | no |" in aims
-    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% | yes |" in aims
-    assert any(line.endswith("| ≤ 0.97 | not measured | | | |") for line in aims)
+    row = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 1.07 | yes |"
+    assert row in rows
+    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  | no |" in rows
+    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% | yes |" in rows
+    assert any(line.endswith("| ≤ 0.97 | not measured | | | |") for line in rows)
     assert "| SmolLM2-135M, 128 tokens |  |  | 1.25 |  |  |" in lines
     assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)
     assert any(line.endswith("layers, 512 tokens: AdapterHub DVoRA r=256 3.50.") for line in lines)

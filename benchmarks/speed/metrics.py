@@ -1,4 +1,4 @@
-"""Figures from the rows of a result file: ratios of times within a round, and looked-up rows. Pure functions."""
+"""Metrics from the rows of a result file: ratios of times within a round, and looked-up rows. Pure functions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +9,15 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 
 
-def row_of(rows: Rows, **wanted: object) -> Row | None:
-    """The one row with the wanted values, or None.
+def row_of(rows: Rows, **values: object) -> Row | None:
+    """The one row with these values, or None.
 
     Raises:
         ValueError: several rows have them.
     """
-    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    found = [row for row in rows if all(row.get(key) == value for key, value in values.items())]
     if len(found) > 1:
-        raise ValueError(f"expected one row with {wanted}, found {len(found)}")
+        raise ValueError(f"expected one row with {values}, found {len(found)}")
     return found[0] if found else None
 
 
@@ -41,11 +41,11 @@ def share(row: Row | None, part: str, whole: str) -> Spread | None:
 
 
 def exactly(value: float) -> Spread:
-    """A figure that is counted, not timed."""
+    """A metric that is counted, not timed."""
     return Spread(value, value, value)
 
 
-def worst(figures: Sequence[Spread | None]) -> Spread | None:
-    """The figure with the largest median; None if one is missing."""
-    present = [figure for figure in figures if figure is not None]
-    return max(present, key=lambda figure: figure.median) if present and len(present) == len(figures) else None
+def worst(metrics: Sequence[Spread | None]) -> Spread | None:
+    """The metric with the largest median; None if one is missing."""
+    present = [metric for metric in metrics if metric is not None]
+    return max(present, key=lambda metric: metric.median) if present and len(present) == len(metrics) else None
