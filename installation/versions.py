@@ -37,8 +37,9 @@ TESTS = (
     *("tests/tuner/test_config.py", "tests/tuner/test_registration.py", "tests/tuner/test_adapters.py"),
     *("tests/tuner/test_merged.py", "tests/tuner/test_mixed_batch.py", "tests/tuner/test_tasks.py"),
     *("tests/tuner/convert", "tests/tuner/injecting/test_targets.py", "tests/tuner/layers/test_dense_reference.py"),
-    *("tests/tuner/layers/test_identity.py", "tests/tuner/layers/test_layer.py", "tests/tuner/layers/test_kinds.py"),
-    *("tests/tuner/state/test_checked_values.py", "tests/tuner/state/test_state_dict.py"),
+    *("tests/tuner/layers/test_identity.py", "tests/tuner/layers/test_layer.py"),
+    *("tests/tuner/layers/test_layer_type_of.py", "tests/tuner/state/test_checked_values.py"),
+    "tests/tuner/state/test_state_dict.py",
 )
 MOST_FAILURES = 20
 """Failed tests that are listed at most."""

@@ -34,6 +34,10 @@ class Census(TorchDispatchMode):
                 self._sizes[storage._cdata] = storage.nbytes()
         return result
 
+    def largest(self) -> int:
+        """The size in bytes of the largest storage that was made, held or not."""
+        return max(self._sizes.values(), default=0)
+
     def held(self, anyway: Iterable[Tensor] = ()) -> list[int]:
         """The sizes in bytes of the storages that somebody holds.
 

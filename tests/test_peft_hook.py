@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 REGISTERED = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; assert 'DVORA' in known"
 
 
@@ -21,24 +19,22 @@ def test_importing_dvora_imports_neither_peft_nor_transformers() -> None:
     check("import sys, dvora; assert not {'peft', 'transformers', 'matplotlib'} & set(sys.modules)")
 
 
-@pytest.mark.parametrize("imports", ["import dvora; from peft.utils import PeftType", "import peft, dvora"])
-def test_the_order_of_imports_does_not_matter_and_no_hook_remains(imports: str) -> None:
-    check(
-        f"{imports}; {REGISTERED}; import sys, peft; assert not any('PeftFinder' in repr(f) for f in sys.meta_path); "
-        "assert peft.__spec__.name == 'peft'; assert peft.__file__.endswith('__init__.py')"
-    )
+NO_HOOK = "import sys; assert not any('PeftFinder' in repr(f) for f in sys.meta_path)"
 
 
-def test_transformers_looking_whether_peft_is_there_does_not_use_up_the_hook() -> None:
-    check(f"import dvora; from transformers.utils import is_peft_available; assert is_peft_available(); {REGISTERED}")
-
-
-def test_reloading_dvora_adds_no_second_hook() -> None:
+def test_dvora_before_peft_reloaded_and_with_a_look_for_peft_between() -> None:
     check(
         "import sys, importlib, dvora; importlib.reload(dvora); "
         "assert sum('PeftFinder' in repr(f) for f in sys.meta_path) == 1; "
-        f"import peft; importlib.reload(dvora); {REGISTERED}"
+        "from transformers.utils import is_peft_available; assert is_peft_available(); "
+        f"from peft.utils import PeftType; {REGISTERED}; {NO_HOOK}; "
+        "import peft; assert peft.__spec__.name == 'peft'; assert peft.__file__.endswith('__init__.py'); "
+        f"importlib.reload(dvora); {REGISTERED}; {NO_HOOK}"
     )
+
+
+def test_peft_before_dvora() -> None:
+    check(f"import peft, dvora; {REGISTERED}; {NO_HOOK}")
 
 
 def test_without_peft_the_plain_layer_works_and_the_config_says_what_is_missing() -> None:

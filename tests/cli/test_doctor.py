@@ -1,4 +1,4 @@
-"""dvora doctor as it is typed: on runs of every task and on adapters, healthy and not."""
+"""dvora doctor as it is typed: on a run and on adapters, healthy and not; `test_report` has runs of every task."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dvora.cli import doctor
 from tests.cli.program import Ended, assert_refused, run
 from tests.recipes import tiny_data, tiny_models
-from tests.recipes.finished_runs import DATA, finished
+from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
 
 EXAMPLES = [line.strip() for line in doctor.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
@@ -75,15 +75,6 @@ def test_a_fault_is_reported_with_advice_and_an_exit_code(made: Path) -> None:
     assert "Verdict: 1 of 14 checks failed (movement): do not use this adapter" in ended.stdout
     assert "Next" not in ended.stderr
     assert "lower the magnitude's learning rate" in ended.stdout
-    assert json.loads(run("dvora doctor broken --model base --json").stdout)["healthy"] is False
-
-
-@pytest.mark.parametrize("task", DATA)
-def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
-    trained = finished(task, tmp_path)
-    ended = run(f"dvora doctor {trained.folder} --json")
-    assert ended.code == 0, ended.stdout + ended.stderr
-    assert json.loads(ended.stdout)["healthy"] is True
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,63 @@
 """What a command imports before it does anything: nothing large without need, however fast the machine is."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
+from benchmarks.start_up import COMMANDS, LARGE, SOURCE
 
-from benchmarks.start_up import COMMANDS, SOURCE, started
+# PEFT and transformers import the last five where they are installed, which no command that uses PEFT can prevent.
+FOR_PEFT = {"torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "hqq", "triton", "scipy"}
+FOR_DATA = FOR_PEFT | {"datasets", "pandas", "pyarrow"}
+FOR_PAGES = FOR_DATA | {"matplotlib"}
+ALLOWED = {
+    **dict.fromkeys(("inspect", "count", "merge", "analyze", "convert", "bench"), FOR_PEFT),
+    **dict.fromkeys(("doctor", "evaluate", "predict", "generate", "train"), FOR_DATA),
+    "report": FOR_PAGES,
+}
+PROGRAM = """
+import contextlib, io, json, sys
+commands, large = json.loads(sys.argv[1])
+for command in commands:
+    if command.startswith("dvora "):
+        sys.argv = command.split()
+        from dvora.cli.app import main
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(SystemExit):
+                main()
+    else:
+        exec("import dvora; " + command)
+    print(json.dumps([name for name in large if name in sys.modules]))
+"""
 
-FOR_DATA = {"datasets", "pandas", "pyarrow"}
-FOR_PAGES = {"matplotlib"}
-# PEFT and transformers import these where they are installed; a command that imports PEFT cannot keep them away.
-PEFTS_OWN = {"torchao", "bitsandbytes", "hqq", "triton", "scipy"}
-# dvora's commands that read a table, and those that draw.
-READS_DATA = {"doctor", "evaluate", "predict", "report", "train", "generate"}
-DRAWS = {"report"}
+
+def imported_after(folder: Path, *commands: str) -> dict[str, set[str]]:
+    """The large packages that are there after each command, when a new process runs one after the other.
+
+    Each shows what it imports if those before it may import no more than it may.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps([commands, LARGE])],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return dict(zip(commands, map(set, map(json.loads, ended.stdout.splitlines())), strict=True))
 
 
-@pytest.mark.parametrize("command", COMMANDS["help"])
-def test_what_loads_no_model_imports_nothing_large(command: str, tmp_path: Path) -> None:
-    assert started(command, SOURCE, tmp_path).packages == []
+def test_what_loads_no_model_imports_nothing_large(tmp_path: Path) -> None:
+    found = imported_after(tmp_path, "import dvora", *COMMANDS["help"], "dvora.DVoRAAdapter")
+    assert found.pop("dvora.DVoRAAdapter") == {"torch"}
+    assert not {command: names for command, names in found.items() if names}
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"), [("import dvora", set()), ("dvora.DVoRAAdapter", {"torch"})], ids=["dvora", "plain layer"]
-)
-def test_python_imports_what_a_name_needs(command: str, expected: set[str], tmp_path: Path) -> None:
-    assert set(started(command, SOURCE, tmp_path).packages) == expected
-
-
-@pytest.mark.parametrize("command", COMMANDS["start"])
-def test_a_command_imports_what_it_uses(command: str, tmp_path: Path) -> None:
-    name = command.split()[1]
-    allowed = {"torch", "transformers", "peft", "accelerate", *PEFTS_OWN}
-    allowed |= FOR_DATA if name in READS_DATA else set()
-    allowed |= FOR_PAGES if name in DRAWS else set()
-    assert set(started(command, SOURCE, tmp_path).packages) <= allowed
+def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:
+    allowed = {command: ALLOWED[command.split()[1]] for command in COMMANDS["start"]}
+    found = imported_after(tmp_path, *sorted(allowed, key=lambda command: len(allowed[command])))
+    assert not {command: names - allowed[command] for command, names in found.items() if names - allowed[command]}
+    assert all("torch" in names for names in found.values())

@@ -161,23 +161,7 @@ def wait_for(running: subprocess.Popen[str], start: str) -> str:
 TRAINED = ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv", *SMALL]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(desk: Path, number: signal.Signals) -> None:
-    output = f"stopped {number.name}"
-    running = process(*TRAINED, "-o", output, "--epochs", "100000")
-    wait_for(running, "step ")
-    running.send_signal(number)
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130, errors
-    last = errors.splitlines()[-1]
-    assert last.startswith("stopped after step ")
-    again = shlex.split(last.partition("go on with: ")[2])
-    assert again == ["dvora", "train", f"{output}/config.yaml", "--resume"]
-    folder = desk / output / "checkpoints"
-    assert max(int(path.name.partition("-")[2]) for path in folder.iterdir()) == int(last.split()[3].rstrip(";"))
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(desk: Path) -> None:
+def test_a_killed_run_goes_on_and_a_signal_stops_it_with_a_checkpoint(desk: Path) -> None:
     running = process(*TRAINED, "-o", "killed", "--epochs", "100000")
     # The first epoch's checkpoint is whole when the second epoch has been evaluated.
     wait_for(running, "step 12 ")
@@ -185,9 +169,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(desk: Path) -> None:
     running.communicate()
     going = process("killed", "--resume")
     assert int(wait_for(going, "step ")) >= 12
-    going.send_signal(signal.SIGINT)
-    going.communicate(timeout=60)
-    assert going.returncode == 130
+    going.send_signal(signal.SIGTERM)
+    _, errors = going.communicate(timeout=60)
+    assert going.returncode == 130, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("stopped after step ")
+    folder = desk / "killed" / "checkpoints"
+    again = ["dvora", "train", str(desk / "killed" / "config.yaml"), "--resume"]
+    assert shlex.split(last.partition("go on with: ")[2]) == again
+    assert max(int(path.name.partition("-")[2]) for path in folder.iterdir()) == int(last.split()[3].rstrip(";"))
 
 
 def test_two_processes_train_as_one_and_one_of_them_writes(desk: Path) -> None:

@@ -1,6 +1,7 @@
 """The requirements at their lowest versions."""
 
-from installation.versions import lower_bounds
+from installation.environments import ROOT
+from installation.versions import TESTS, lower_bounds
 
 METADATA = """Metadata-Version: 2.4
 Name: dvora
@@ -20,3 +21,7 @@ def test_lower_bounds_are_those_of_the_extra() -> None:
 
 def test_the_highest_of_several_bounds_counts() -> None:
     assert lower_bounds(METADATA, "cli") == ["rich==13.8", "torch==2.8", "transformers==5.0"]
+
+
+def test_the_tests_that_it_runs_are_there() -> None:
+    assert not [path for path in TESTS if not (ROOT / path).exists()]
