@@ -219,8 +219,8 @@ class StructuredMatrices(nn.Module):
     def _cast(self, key: _Key, device: torch.device | None) -> Stack:
         """The matrices cast to a dtype that has no buffers yet: a traced graph cannot register any."""
         side, rank, size, dtype = key
-        known = [made[3] for made in self._made if made[:3] == key[:3]]
-        stack = self._whole(side, rank, size, max(known, key=lambda found: found.itemsize), device)
+        known = {made[3].itemsize: made[3] for made in self._made if made[:3] == key[:3]}
+        stack = self._whole(side, rank, size, known[max(known)], device)
         return tuple(Kronecker(M.left.to(dtype), M.right.to(dtype), M.diagonal.to(dtype), M.rows) for M in stack)
 
     def _make(self, key: _Key, device: torch.device | None) -> None:
