@@ -13,7 +13,6 @@ from dvora.tuner.convert.to_dense import dense_updates
 from tests.tuner.layer_cases import CASES
 from tests.tuner.tiny import MODELS, train_vectors
 
-
 NAMES = [name for name in CASES if "tied" not in name and "weight_norm" not in name]
 # One parameter of each kind for all experts.
 STACKED = pytest.mark.skipif(
