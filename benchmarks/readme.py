@@ -5,6 +5,7 @@ Run from the repository's root: python -m benchmarks.readme
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,8 @@ def support(result: dict[str, Any]) -> str:
 
     def cell(layer: str, chosen: list[str], operation: str) -> str:
         found = {base: cells[outcomes[layer, base, operation]] for base in chosen}
-        if len(set(found.values())) == 1:
-            return found[chosen[0]]
-        return ", ".join(f"{base}: {outcome}" for base, outcome in found.items())
+        (usual, _), *_ = Counter(found.values()).most_common(1)
+        return "; ".join([usual, *(f"{base}: {outcome}" for base, outcome in found.items() if outcome != usual)])
 
     head = ["| | " + " | ".join(OPERATIONS.get(o, o) for o in operations) + " |", "|---|" + "---|" * len(operations)]
     layers = [f"| {name} | " + " | ".join(cell(name, plain, o) for o in operations) + " |" for name in bases]
