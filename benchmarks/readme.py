@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.examples.table import examples
+from benchmarks.installation_tables import start_up, versions
 from benchmarks.quality.grid import read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
@@ -201,6 +202,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
     "docs/results.md": _results,
     "docs/speed.md": lambda: {"speed": speed(_load("speed"))},
+    "docs/versions.md": lambda: {"versions": versions(_load("versions")), "start-up": start_up(_load("start_up"))},
 }
 """The generated parts of every page, by the page's path and the part's name."""
 
