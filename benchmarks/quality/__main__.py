@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
+from benchmarks.quality.processes import start_process
 from benchmarks.quality.results import RESULT, read_rows, write_rows
-from benchmarks.quality.running import carry_out, start_process
+from benchmarks.quality.running import carry_out
 from benchmarks.quality.schedule import alone, ready, remaining
 
 

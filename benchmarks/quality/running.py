@@ -4,8 +4,6 @@ import math
 import os
 import resource
 import tempfile
-import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,20 +20,7 @@ from benchmarks.quality.baselines import baseline
 from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
 from benchmarks.quality.items import packed
 from benchmarks.quality.problems import Evaluation, Problem, problem
-
-
-def start_process(nice: int) -> None:
-    """Prepare a process for runs: one thread, so that several do not wait for each other; it ends with its parent."""
-    torch.set_num_threads(1)
-    os.nice(nice)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent has, which may have been killed: nobody else would."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+from benchmarks.quality.processes import start_process
 
 
 def carry_out(grid: Grid, run: Run) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
         "import os, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from benchmarks.quality.running import start_process\n"
+        "from benchmarks.quality.processes import start_process\n"
         "pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=start_process, initargs=(0,))\n"
         "print(pool.submit(os.getpid).result(), flush=True)\n"
         "pool.submit(time.sleep, 600)\n"

@@ -19,11 +19,11 @@ EXAMPLES = [line.strip() for line in doctor.EXAMPLES.splitlines() if line.strip(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, an adapter of each method, their base, and more rows."""
+    """A run, adapters of DVoRA and DoRA, their base, and more rows."""
     folder = tmp_path_factory.mktemp("work")
     base = tiny_models.bert(folder / "base")
-    for method in ("dvora", "lora", "dora"):
-        save(base, folder / ("adapter" if method == "dvora" else method), method)
+    save(base, folder / "adapter", "dvora")
+    save(base, folder / "dora", "dora")
     shutil.move(finished("text-classification", folder).folder, folder / "dvora-run")
     tiny_data.reviews(folder / "new.csv")
     return folder
@@ -57,9 +57,8 @@ def test_the_help_text_shows_its_examples() -> None:
     assert all(line in shown for line in EXAMPLES)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_other_methods_are_examined_too(method: str) -> None:
-    found = findings(run(f"dvora doctor {method} --model base --json"))
+def test_other_methods_are_examined_too() -> None:
+    found = findings(run("dvora doctor dora --model base --json"))
     assert found["outputs"]["status"] == "pass"
     assert {finding["status"] for finding in found.values()} <= {"pass", "skip"}
 

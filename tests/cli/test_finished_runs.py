@@ -200,11 +200,13 @@ def test_a_reader_that_has_enough_ends_it_quietly(desk: Path) -> None:
     assert not {"Traceback", "BrokenPipeError", "Error:"} & {*errors.decode().split()}
 
 
-def on_a_terminal(*arguments: str) -> str:
-    """What a command shows on a terminal of 70 columns."""
+def on_a_terminal(*commands: str) -> str:
+    """What commands show, one after the other, on a terminal of 70 columns."""
     ours, theirs = pty.openpty()
+    calls = "; ".join(f"app({shlex.split(each)[1:]!r}, standalone_mode=False)" for each in commands)
+    program = [sys.executable, "-c", f"from dvora.cli.app import app; {calls}"]
     running = subprocess.Popen(
-        command(*arguments), stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, env=environment()
+        program, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, env=environment()
     )
     os.close(theirs)
     shown = b""
@@ -221,11 +223,13 @@ def on_a_terminal(*arguments: str) -> str:
 
 
 def test_a_terminal_gets_a_table(desk: Path) -> None:
-    lines = on_a_terminal("predict", "dvora-run", "lines.txt").splitlines()
-    assert lines[0].split() == ["prediction", "probability", "text"]
-    assert [line.split(maxsplit=2)[2] for line in lines[1:]] == [line for line in LINES.splitlines() if line]
-    assert {line.split()[0] for line in lines[1:]} <= {"good", "bad"}
-    shown = on_a_terminal("generate", "runs/play", "the movie", "--max-new-tokens", "3")
+    shown = on_a_terminal(
+        "dvora predict dvora-run lines.txt", "dvora generate runs/play 'the movie' --max-new-tokens 3"
+    )
+    head, *lines = shown.splitlines()[:4]
+    assert head.split() == ["prediction", "probability", "text"]
+    assert [line.split(maxsplit=2)[2] for line in lines] == [line for line in LINES.splitlines() if line]
+    assert {line.split()[0] for line in lines} <= {"good", "bad"}
     assert "with the adapter" in shown
     assert "without" in shown
     assert "{" not in shown

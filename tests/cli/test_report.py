@@ -19,6 +19,8 @@ from tests.tools.pages.seen import PHONE, WIDE, seen
 EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 RUNS = {task: "dvora-run" if task == "text-classification" else task for task in DATA}
 """Folders, by task."""
+EXAMINED = ("dvora-run", "causal-lm")
+"""Whose pages have the doctor's table; `test_examination` has all tasks."""
 SECTIONS = ["What was trained", "Training", "How good it is"]
 
 
@@ -44,7 +46,7 @@ def pages(made: Path) -> dict[str, Path]:
     """The page of each run that has an adapter."""
     found = {name: made / f"{name}-page.html" for name in RUNS.values()}
     for name, page in found.items():
-        ended = run(f"dvora report {made / name} --output {page}")
+        ended = run(f"dvora report {made / name} --output {page}" + " --no-doctor" * (name not in EXAMINED))
         assert ended.code == 0, ended.stderr
     return found
 
@@ -61,17 +63,15 @@ def test_every_example_of_the_help_text_runs(command: str) -> None:
 
 
 @pytest.mark.parametrize("task", DATA)
-def test_runs_of_every_task_have_a_page_and_are_healthy(task: str, made: Path, pages: dict[str, Path]) -> None:
+def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, Path]) -> None:
     name = RUNS[task]
     found = headings(pages[name])
     assert found[:3] == SECTIONS
-    statuses = set(re.findall('<td class="(pass|skip|warn|fail)"', pages[name].read_text(encoding="utf-8")))
-    assert "pass" in statuses
-    assert statuses <= {"pass", "skip"}
     middle = {"causal-lm": ["Texts"], "regression": ["Predicted and true numbers"]}
     classes = ["Which classes it mistakes for which", "Compared with head alone"]
     pairs = ["Predicted and true numbers"] if not read_run(made / name).labels else classes
-    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is the adapter right?"]
+    examined = ["Is the adapter right?"] * (name in EXAMINED)
+    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", *examined]
 
 
 @pytest.mark.parametrize("name", ["head-run", "full-run"])
@@ -97,7 +97,8 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
     with seen(pages[name], width, scheme) as found:
         assert found.width() == width
         assert found.page.locator("svg").count() >= 2
-        assert found.page.locator("td.pass").count() >= 8
+        assert (found.page.locator("td.pass").count() >= 8) == (name in EXAMINED)
+        assert found.page.locator("td.fail").count() == 0
         assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
         assert found.complaints == []
 

@@ -180,12 +180,13 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
     models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     run = Run(models, tmp_path)
-    whole = train(run.settings("whole", dropout=0.1, batch_size=20, **changes)).run
+    settings = {"dropout": 0.1, "batch_size": 32, **changes}
+    whole = train(run.settings("whole", **settings)).run
     assert whole is not None
     for step in range(1, whole.record["steps"] - 1):
-        settings = run.settings(f"stopped {step}", dropout=0.1, batch_size=20, **changes)
-        assert train(settings, on_progress=signal_after(step)).stopped_at == step + 1
-        train(settings, resume=True)
+        stopped = run.settings(f"stopped {step}", **settings)
+        assert train(stopped, on_progress=signal_after(step)).stopped_at == step + 1
+        train(stopped, resume=True)
         assert_same(tmp_path / "whole", tmp_path / f"stopped {step}")
 
 
