@@ -11,6 +11,10 @@ import torch
 from hypothesis import settings
 
 import dvora
+from tests.fresh import preload
+
+# The doctor's new processes are forks of the same server.
+preload()
 
 # Sums over several threads depend on their number, and small tensors are faster on one.
 torch.set_num_threads(1)

@@ -89,8 +89,7 @@ def test_healthy_models_of_other_dtypes_pass(method: str, dtype: torch.dtype) ->
     assert found == {}
 
 
-# Each new process imports PEFT for seconds.
-@pytest.mark.parametrize("method", ["dvora", "dora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_file_loads_in_a_fresh_process_bit_for_bit(method: str) -> None:
     finding = examine(patient(method), inputs()).of("save and load")
     assert (finding.status, finding.figures["worst"]) == ("pass", 0.0)

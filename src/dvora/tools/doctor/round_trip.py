@@ -4,7 +4,7 @@ import copy
 import pickle
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from .layer_checks import TOLERANCES
 from .watched import Inputs, called, distance, tensor_of
 
 _NAME = "save and load"
+_START = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+"""As new as a spawned process; who examines many adapters can have imports made once (`set_forkserver_preload`)."""
 
 
 def round_trip(model: PeftModel, inputs: Inputs, adapted: Tensor) -> Finding:
@@ -33,7 +35,7 @@ def round_trip(model: PeftModel, inputs: Inputs, adapted: Tensor) -> Finding:
         except (pickle.PicklingError, AttributeError, TypeError, ValueError, NotImplementedError) as problem:
             return Finding(_NAME, "skip", f"the base cannot be handed to another process: {problem}")
         torch.save(inputs, folder / "inputs.pt")
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        with ProcessPoolExecutor(1, get_context(_START)) as fresh:
             outputs = fresh.submit(_loaded_outputs, folder, saved, torch.get_num_threads()).result()
     return within_limit(
         _NAME,
