@@ -27,7 +27,11 @@ THREADS = 2
 def logits_in_a_fresh_process(folder: Path, texts: Sequence[str]) -> Tensor:
     """(N, classes) logits of the texts by the adapter saved in `folder/adapter`, computed by another Python process."""
     (folder / "check.json").write_text(json.dumps(list(texts)), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "demo.check", str(folder.resolve())], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "demo.check", str(folder.resolve())]
+    # What other packages print while they are imported is of interest only if something fails.
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"the saved adapter cannot be loaded in a fresh process:\n{ended.stderr}")
     logits: Tensor = torch.load(folder / "check.pt", weights_only=True)
     return logits
 
