@@ -1,4 +1,4 @@
-"""dvora doctor as it is typed: on a run and on adapters, healthy and not; `test_report` has runs of every task."""
+"""dvora doctor as it is typed: on runs of every task and on adapters, healthy and not."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dvora.cli import doctor
 from tests.cli.program import Ended, assert_refused, run
 from tests.recipes import tiny_data, tiny_models
-from tests.recipes.finished_runs import finished
+from tests.recipes.finished_runs import DATA, finished
 from tests.recipes.saved_adapters import save
 
 EXAMPLES = [line.strip() for line in doctor.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
@@ -19,11 +19,11 @@ EXAMPLES = [line.strip() for line in doctor.EXAMPLES.splitlines() if line.strip(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, adapters of DVoRA and DoRA, their base, and more rows."""
+    """A run, an adapter of each method, their base, and more rows."""
     folder = tmp_path_factory.mktemp("work")
     base = tiny_models.bert(folder / "base")
-    save(base, folder / "adapter", "dvora")
-    save(base, folder / "dora", "dora")
+    for method in ("dvora", "lora", "dora"):
+        save(base, folder / ("adapter" if method == "dvora" else method), method)
     shutil.move(finished("text-classification", folder).folder, folder / "dvora-run")
     tiny_data.reviews(folder / "new.csv")
     return folder
@@ -57,8 +57,9 @@ def test_the_help_text_shows_its_examples() -> None:
     assert all(line in shown for line in EXAMPLES)
 
 
-def test_other_methods_are_examined_too() -> None:
-    found = findings(run("dvora doctor dora --model base --json"))
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_other_methods_are_examined_too(method: str) -> None:
+    found = findings(run(f"dvora doctor {method} --model base --json"))
     assert found["outputs"]["status"] == "pass"
     assert {finding["status"] for finding in found.values()} <= {"pass", "skip"}
 
@@ -74,6 +75,15 @@ def test_a_fault_is_reported_with_advice_and_an_exit_code(made: Path) -> None:
     assert "Verdict: 1 of 14 checks failed (movement): do not use this adapter" in ended.stdout
     assert "Next" not in ended.stderr
     assert "lower the magnitude's learning rate" in ended.stdout
+    assert json.loads(run("dvora doctor broken --model base --json").stdout)["healthy"] is False
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
+    trained = finished(task, tmp_path)
+    ended = run(f"dvora doctor {trained.folder} --json")
+    assert ended.code == 0, ended.stdout + ended.stderr
+    assert json.loads(ended.stdout)["healthy"] is True
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,9 @@ def on_a_terminal(*commands: str) -> str:
 
 def test_a_terminal_gets_a_table(desk: Path) -> None:
     shown = on_a_terminal(
-        "dvora predict dvora-run lines.txt", "dvora generate runs/play 'the movie' --max-new-tokens 3"
+        "dvora predict dvora-run lines.txt",
+        "dvora generate runs/play 'the movie' --max-new-tokens 3",
+        "dvora generate runs/play 'the movie' --only-adapter --max-new-tokens 1",
     )
     head, *lines = shown.splitlines()[:4]
     assert head.split() == ["prediction", "probability", "text"]

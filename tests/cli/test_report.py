@@ -19,8 +19,6 @@ from tests.tools.pages.seen import PHONE, WIDE, seen
 EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 RUNS = {task: "dvora-run" if task == "text-classification" else task for task in DATA}
 """Folders, by task."""
-EXAMINED = ("dvora-run", "causal-lm")
-"""Whose pages have the doctor's table; `test_examination` has all tasks."""
 SECTIONS = ["What was trained", "Training", "How good it is"]
 
 
@@ -29,9 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for each task, and one more of the method "head"."""
     folder = tmp_path_factory.mktemp("work")
     for task, name in RUNS.items():
-        # A curve needs several evaluations.
-        longer = {"epochs": 3, "evaluate_every": 2} if name in EXAMINED else {}
-        shutil.move(finished(task, folder, **longer).folder, folder / name)
+        shutil.move(finished(task, folder, epochs=3, evaluate_every=2).folder, folder / name)
     shutil.move(finished("text-classification", folder, method="head").folder, folder / "head-run")
     shutil.move(finished("text-classification", folder, method="full").folder, folder / "full-run")
     return folder
@@ -48,7 +44,7 @@ def pages(made: Path) -> dict[str, Path]:
     """The page of each run that has an adapter."""
     found = {name: made / f"{name}-page.html" for name in RUNS.values()}
     for name, page in found.items():
-        ended = run(f"dvora report {made / name} --output {page}" + " --no-doctor" * (name not in EXAMINED))
+        ended = run(f"dvora report {made / name} --output {page}")
         assert ended.code == 0, ended.stderr
     return found
 
@@ -59,7 +55,7 @@ def headings(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_every_example_of_the_help_text_runs(command: str) -> None:
-    ended = run(f"{command} --no-doctor")
+    ended = run(command)
     assert ended.code == 0, ended.stderr
     assert command in run("dvora report --help").stdout
 
@@ -72,8 +68,7 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, 
     middle = {"causal-lm": ["Texts"], "regression": ["Predicted and true numbers"]}
     classes = ["Which classes it mistakes for which", "Compared with head alone"]
     pairs = ["Predicted and true numbers"] if not read_run(made / name).labels else classes
-    examined = ["Is the adapter right?"] * (name in EXAMINED)
-    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", *examined]
+    assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is the adapter right?"]
 
 
 @pytest.mark.parametrize("name", ["head-run", "full-run"])
@@ -99,7 +94,7 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
     with seen(pages[name], width, scheme) as found:
         assert found.width() == width
         assert found.page.locator("svg").count() >= 2
-        assert (found.page.locator("td.pass").count() >= 8) == (name in EXAMINED)
+        assert found.page.locator("td.pass").count() >= 8
         assert found.page.locator("td.fail").count() == 0
         assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
         assert found.complaints == []
