@@ -11,9 +11,8 @@ so layers of any size and adapters of any rank use the same values (VeRA, arXiv 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.buffers import out
-from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
-from ..ops.tracing import grad_recorded, is_traced
+from ..ops.chunked import sum_of_products
+from ..ops.dtypes import as_dtype, norm_dtype
 from . import philox
 from .dense_store import DenseStore, Make
 from .shard import Shard
@@ -32,15 +31,18 @@ _ENTRY_VARIANCE = 1 / 3
 """Of the stored values, uniform on (-1, 1)."""
 _KEPT_BYTES = 3 * 2**20
 """Keep `half_dq` for the backward pass up to this size; else recompute it, which costs little beside the outputs."""
+_KEPT_BYTES_OF_ALL = 2**26
+"""The same for all layers of one shape."""
+_WIDEST = 2**16
+"""Wider inputs are an embedding's, whose A is indexed; for others the scaled A is made when it is first used."""
 _CHUNK_VALUES = 2**18
-"""Values of a weight that are projected at a time."""
-_FEW_TOKENS = 16
-"""Up to this many tokens, scale separately."""
+"""Values of a weight that are projected at a time, or of `half_dq` that are made."""
 
 
-def keeps_half_dq(rank: int, out_features: int, dtype: torch.dtype) -> bool:
-    """Whether a step keeps a layer's `half_dq` for its backward pass."""
-    return rank * out_features * dtype.itemsize <= _KEPT_BYTES
+def keeps_half_dq(rank: int, out_features: int, dtype: torch.dtype, layers: int = 1) -> bool:
+    """Whether a step keeps `half_dq` of layers of one shape for its backward pass."""
+    of_layer = rank * out_features * dtype.itemsize
+    return of_layer <= _KEPT_BYTES and of_layer * layers <= _KEPT_BYTES_OF_ALL
 
 
 def uniform_values(seed: int, stream: int, rows: int, columns: int) -> np.ndarray:
@@ -76,82 +78,102 @@ class DenseMatrices(nn.Module):
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make the matrices for a layer now, so that no forward pass has to."""
-        self._stored(_STREAM_A, rank, in_features)
-        self._stored(_STREAM_B, rank, out_features)
+        self._whole(_STREAM_A, rank, in_features, None)
+        self._scaled(_STREAM_B, rank, out_features, dtype)
+        if in_features <= _WIDEST:
+            self._scaled(_STREAM_A, rank, in_features, dtype)
         if rank <= in_features:
             self.gram(rank, in_features, dtype)
 
     def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
-        """`x A^T`, in the dtype of `x`."""
-        A = self._stored(_STREAM_A, rank, x.shape[-1], x.device)
-        return scaled_product(x, A.T, self._scale(self._fan_in(x.shape[-1])))
+        """`x A^T`, in the dtype of `x`, or of autocast."""
+        x = as_autocast(x)
+        return _product(x, self._scaled(_STREAM_A, rank, x.shape[-1], x.dtype, x.device).T)
 
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
-        """`h A`, in the dtype of `h`."""
-        A = self._stored(_STREAM_A, h.shape[-1], in_features, h.device)
-        return scaled_product(h, A, self._scale(self._fan_in(in_features)))
+        """`h A`, in the dtype of `h`, or of autocast."""
+        h = as_autocast(h)
+        return _product(h, self._scaled(_STREAM_A, h.shape[-1], in_features, h.dtype, h.device))
 
-    def expand(
-        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T O"]:
-        """`(z B^T) * scale`, in the dtype of `z`."""
-        rank = z.shape[-1]
-        B = self._stored(_STREAM_B, rank, out_features, z.device)
-        if scale is not None and z.numel() > rank**2:
-            # With more tokens than ranks it is cheaper to scale the matrix.
-            return scaled_product(z, _scaled(B, scale), self._scale(rank))
-        outputs = scaled_product(z, B, self._scale(rank))
-        return outputs if scale is None else outputs * as_dtype(scale, z.dtype)
+    def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
+        """`z B^T`, in the dtype of `z`, or of autocast."""
+        z = as_autocast(z)
+        return _product(z, self._scaled(_STREAM_B, z.shape[-1], out_features, z.dtype, z.device))
 
-    def expand_transpose(
-        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T R"]:
-        """`(d * scale) B`, in the dtype of `d`."""
-        B = self._stored(_STREAM_B, rank, d.shape[-1], d.device)
-        if scale is not None and d.numel() > rank * d.shape[-1]:
-            return scaled_product(d, _scaled(B, scale).T, self._scale(rank))
-        return scaled_product(d if scale is None else d * as_dtype(scale, d.dtype), B.T, self._scale(rank))
+    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
+        """`d B`, in the dtype of `d`, or of autocast."""
+        d = as_autocast(d)
+        return _product(d, self._scaled(_STREAM_B, rank, d.shape[-1], d.dtype, d.device).T)
 
-    def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
-        """`sum_t d * (z B^T)`, by way of `d^T z`, in float32 or wider."""
-        wide = norm_dtype(d.dtype)
-        if d.dtype == torch.float16:
-            # Sums over many tokens would overflow.
-            d, z = d.to(wide), z.to(wide)
-        B = self._stored(_STREAM_B, z.shape[-1], d.shape[-1], d.device).to(wide)
-        products = torch.mm(z.T, d, out=out("z d", B.shape, d)).to(wide)
-        products = torch.mul(products, B, out=out("z d B", B.shape, products))
-        return _column_sums(products) * self._scale(z.shape[-1])
+    def prepared_update(
+        self,
+        lambda_d: Float[Tensor, "R"],
+        scale: Float[Tensor, "O"],
+        shift: Float[Tensor, "O"] | None,
+        dtype: torch.dtype,
+    ) -> Callable[[Tensor], Tensor]:
+        """The function from z (T, R) of that dtype to `((z lambda_d) B^T) * scale + shift`; not differentiable."""
+        inner, B = as_dtype(lambda_d, dtype), self._scaled(_STREAM_B, len(lambda_d), len(scale), dtype, scale.device)
+
+        def update(z: Float[Tensor, "T R"]) -> Float[Tensor, "T O"]:
+            if _is_few(z):
+                outputs = torch.mm(z * inner, B)
+                return outputs.mul_(scale) if shift is None else torch.addcmul(shift, outputs, scale)
+            both = self._scaled_twice(lambda_d, scale, dtype)
+            return torch.mm(z, both) if shift is None else torch.addmm(shift, z, both)
+
+        return update
+
+    def update_gradients(
+        self,
+        d: Float[Tensor, "T O"],
+        z: Float[Tensor, "T R"],
+        lambda_d: Float[Tensor, "R"],
+        scale: Float[Tensor, "O"],
+        d_scale: Float[Tensor, "O"],
+    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "R"]]:
+        """The gradients of `(d * update(z)).sum()` with respect to z and lambda_d, for d in the dtype of z.
+
+        That with respect to the scale is written into `d_scale`.
+        """
+        if _is_few(z):
+            inner, B = as_dtype(lambda_d, z.dtype), self._scaled(_STREAM_B, z.shape[1], len(scale), z.dtype, z.device)
+            sum_of_products(d, torch.mm(z * inner, B), d_scale)
+            h = torch.mm(d * as_dtype(scale, d.dtype), B.T)
+            d_lambda_d = sum_of_products(h, z)
+            return h.mul_(inner), d_lambda_d
+        products = self._products(d, z, scale.dtype)
+        torch.mv(products.T, as_dtype(lambda_d, scale.dtype), out=d_scale)
+        return torch.mm(d, self._scaled_twice(lambda_d, scale, z.dtype).T), products @ scale
+
+    def update_products(
+        self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"]
+    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "O"]]:
+        """The gradients of `(d * update(z)).sum()` with respect to lambda_d and scale; differentiable."""
+        products = self._products(d, z, scale.dtype)
+        return products @ scale, as_dtype(lambda_d, scale.dtype) @ products
 
     def updated(
         self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
     ) -> Float[Tensor, "O I"]:
         """`W + diag(beta) B diag(lambda_d) A`, dense."""
-        (out_features, in_features), rank = weight.shape, len(lambda_d)
-        B = self._like(_STREAM_B, rank, out_features, weight) * lambda_d[:, None]
-        scale = self._scale(rank) * self._scale(self._fan_in(in_features))
-        return torch.addmm(weight, (B * beta).T, self._like(_STREAM_A, rank, in_features, weight), alpha=scale)
-
-    def update_products(
-        self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], lambda_d: Float[Tensor, "R"], beta: Float[Tensor, "O"]
-    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "O"]]:
-        """The gradients of `sum_t d * (beta ((z lambda_d) B^T))` with respect to lambda_d and beta."""
-        products = (z.T @ d) * self._like(_STREAM_B, z.shape[-1], d.shape[-1], d)
-        scale = self._scale(z.shape[-1])
-        return (products @ beta) * scale, (lambda_d @ products) * scale
+        B = self._scaled_twice(lambda_d, beta, weight.dtype)
+        return torch.addmm(
+            weight, B.T, self._scaled(_STREAM_A, len(lambda_d), weight.shape[1], weight.dtype, weight.device)
+        )
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        stored = self._stored(_STREAM_A, rank, in_features, index.device)
-        return stored[:, index].movedim(0, -1).to(dtype) * self._scale(self._fan_in(in_features))
+        values = self._whole(_STREAM_A, rank, in_features, index.device)[:, index]
+        return values.movedim(0, -1).to(dtype) * self._scale(in_features)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
         """The dense matrix A."""
-        return self._stored(_STREAM_A, rank, in_features).to(dtype) * self._scale(self._fan_in(in_features))
+        return self._make_scaled(_STREAM_A, rank, in_features, dtype)
 
     def B(self, rank: int, out_features: int, dtype: torch.dtype) -> Float[Tensor, "O R"]:
         """The dense matrix B."""
-        return self._stored(_STREAM_B, rank, out_features).to(dtype).T * self._scale(rank)
+        return self._make_scaled(_STREAM_B, rank, out_features, dtype).T
 
     def gram(
         self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device | None = None
@@ -167,22 +189,31 @@ class DenseMatrices(nn.Module):
 
         return self.store.kept(f"gram_{rank}x{in_features}_{str(dtype).removeprefix('torch.')}", made, device)
 
-    def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
+    def row_squares(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L O"]:
         """`q = ||B diag(lambda_d) A||_row**2`, in `O R min(R, I)` operations: from G, or from A for a rank above I."""
-        if len(lambda_d) > in_features:
-            A, B = self._both(lambda_d, in_features, out_features)
-            return ((B * lambda_d) @ A).square().sum(1)
-        return lambda_d @ self._half_dq(lambda_d, in_features, out_features)
+        if lambda_d.dim() > 1:
+            parts = lambda_d.split(_layers_at_a_time(lambda_d, out_features, in_features))
+            return torch.cat([self._row_squares(part, in_features, out_features) for part in parts])
+        return self._row_squares(lambda_d, in_features, out_features)
 
-    def row_squares_gradient(
-        self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
-    ) -> Float[Tensor, "R"]:
-        """The gradient of `(v * q).sum()` with respect to lambda_d."""
-        return 2 * (self._half_dq(lambda_d, in_features, len(v)) @ v)
+    def row_squares_half_gradient(
+        self, v: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
+    ) -> Float[Tensor, "*L R"]:
+        """Half the gradient of `(v * q).sum()` with respect to lambda_d."""
+        if lambda_d.dim() > 1:
+            layers = _layers_at_a_time(lambda_d, v.shape[-1], in_features)
+            parts = zip(v.split(layers), lambda_d.split(layers), strict=True)
+            return torch.cat([self._row_squares_half_gradient(*part, in_features) for part in parts])
+        return self._row_squares_half_gradient(v, lambda_d, in_features)
 
-    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "R O"] | None:
+    def half_dq(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L R O"] | None:
         """Half the derivative of q by lambda_d, where it is small enough to keep for the backward pass."""
-        if not keeps_half_dq(len(lambda_d), out_features, lambda_d.dtype):
+        layers = lambda_d[..., 0].numel()
+        if not keeps_half_dq(lambda_d.shape[-1], out_features, lambda_d.dtype, layers):
             return None
         return self._half_dq(lambda_d, in_features, out_features, kept=True)
 
@@ -218,104 +249,110 @@ class DenseMatrices(nn.Module):
         rows, columns = saved.shape
         return torch.from_numpy(self._make(int(stream[:1]), rows, columns))
 
+    def _products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], wide: torch.dtype) -> Float[Tensor, "R O"]:
+        """`(z^T d) * B^T`."""
+        if d.dtype == torch.float16:
+            # Sums over many tokens would overflow.
+            d, z = d.to(wide), z.to(wide)
+        B = self._scaled(_STREAM_B, z.shape[1], d.shape[1], wide, d.device)
+        products = as_dtype(torch.mm(z.T, d, out=out("z d", B.shape, d)), wide)
+        return torch.mul(products, B, out=out("z d B", B.shape, products))
+
+    def _row_squares(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L O"]:
+        if lambda_d.shape[-1] > in_features:
+            A, B = self._both(lambda_d, in_features, out_features)
+            return ((B * lambda_d.unsqueeze(-2)) @ A).square().sum(-1)
+        return (lambda_d.unsqueeze(-2) @ self._half_dq(lambda_d, in_features, out_features)).squeeze(-2)
+
+    def _row_squares_half_gradient(
+        self, v: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
+    ) -> Float[Tensor, "*L R"]:
+        return (self._half_dq(lambda_d, in_features, v.shape[-1]) @ v.unsqueeze(-1)).squeeze(-1)
+
     def _scale(self, fan_in: int) -> float:
         return math.sqrt(2 / fan_in / _ENTRY_VARIANCE)
 
-    def _fan_in(self, in_features: int) -> int:
-        """The inputs of the whole weight."""
-        shard = self._shards.get(_STREAM_A)
-        return in_features if shard is None else shard.total
-
     def _both(self, like: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-        A, B = self.A(len(like), in_features, like.dtype), self.B(len(like), out_features, like.dtype)
-        return A.to(like.device), B.to(like.device)
+        """A (R, I) and B (O, R)."""
+        rank, dtype, device = like.shape[-1], like.dtype, like.device
+        A = self._scaled(_STREAM_A, rank, in_features, dtype, device)
+        return A, self._scaled(_STREAM_B, rank, out_features, dtype, device).T
 
     def _half_dq(
-        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, kept: bool = False
-    ) -> Float[Tensor, "R O"]:
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int, kept: bool = False
+    ) -> Float[Tensor, "*L R O"]:
         """`B^T * (G diag(lambda_d) B^T)`; q is its product with lambda_d."""
-        scaled = lambda_d * self._scale(len(lambda_d)) ** 2
-        B = self._like(_STREAM_B, len(lambda_d), out_features, lambda_d)
-        if len(lambda_d) > in_features:
-            A = self.A(len(lambda_d), in_features, lambda_d.dtype).to(lambda_d.device)
-            return (A @ ((B.T * scaled) @ A).T) * B
-        G = self.gram(len(lambda_d), in_features, lambda_d.dtype, lambda_d.device)
-        return torch.mm(G * scaled, B, out=None if kept else out("half_dq", B.shape, B)).mul_(B)
+        rank, dtype, device = lambda_d.shape[-1], lambda_d.dtype, lambda_d.device
+        A, B = self._both(lambda_d, in_features, out_features)
+        if rank > in_features:
+            return (A @ ((B * lambda_d.unsqueeze(-2)) @ A).mT) * B.T
+        scaled = (self.gram(rank, in_features, dtype, device) * lambda_d.unsqueeze(-2)).view(-1, rank)
+        shape = (len(scaled), out_features)
+        products = torch.mm(scaled, B.T, out=None if kept else out("half_dq", shape, B))
+        return products.view(*lambda_d.shape, out_features).mul_(B.T)
 
-    def _like(self, stream: int, rank: int, size: int, like: Tensor) -> Tensor:
-        return as_dtype(self._stored(stream, rank, size, like.device), like.dtype)
+    def _scaled_twice(
+        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+    ) -> Float[Tensor, "R O"]:
+        """`diag(lambda_d) B^T diag(scale)` for one product, in a reused buffer."""
+        B = self._scaled(_STREAM_B, len(lambda_d), len(scale), scale.dtype, scale.device)
+        room = out("scaled B", B.shape, B)
+        return as_dtype(torch.mul(B, as_dtype(lambda_d, B.dtype)[:, None], out=room).mul_(scale), dtype)
 
-    def _stored(self, stream: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
-        """The unscaled values of one stream for this process, (rank, size): a view."""
+    def _scaled(
+        self, stream: int, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Float[Tensor, "R N"]:
+        """A or the transpose of B for this process, with its scale: a constant, made once for every size and dtype."""
+        shard = self._shards.get(stream)
+        total = size if shard is None else shard.total
+        name = f"scaled_{stream}_{rank}x{total}_{str(dtype).removeprefix('torch.')}"
+        whole = self.store.kept(name, partial(self._make_whole, stream, rank, total, dtype), device)
+        return whole if shard is None else shard.of(whole)
+
+    def _make_scaled(self, stream: int, rank: int, size: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+        """The same, made now."""
         shard = self._shards.get(stream)
         if shard is None:
-            return self._whole(stream, rank, size, device)
-        return shard.of(self._whole(stream, rank, shard.total, device))
+            return self._make_whole(stream, rank, size, dtype)
+        return shard.of(self._make_whole(stream, rank, shard.total, dtype))
+
+    def _make_whole(self, stream: int, rank: int, total: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+        scale = self._scale(total if stream == _STREAM_A else rank)
+        with torch.inference_mode(False), torch.no_grad():
+            values = self._whole(stream, rank, total, None)
+            return (values.to(norm_dtype(dtype)) * scale).to(dtype)
 
     def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
+        """The unscaled values of one stream, (rank, size): a view."""
         return self.store.values(stream, rank, size, device)
 
 
-def scaled_product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    """`scale a b`, in the dtype of `a`, whatever that of `b`; under autocast in the dtype of autocast's products.
-
-    The scale is part of the product, in both directions, so it costs no pass over the values.
-
-    Args:
-        a: tokens.
-        b: a constant matrix, in any dtype.
-        scale: a factor.
-    """
-    if is_traced() or (b.requires_grad and grad_recorded()):
-        return (a * scale) @ b.to(a.dtype)
-    # As autocast would, but before scaling, which then reads half the bytes.
-    if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:
-        a = as_dtype(a, torch.get_autocast_dtype(a.device.type))
-    if not (a.requires_grad and grad_recorded()):
-        return _product(a, b, scale)
-    product: Tensor = _ScaledProduct.apply(a, b, scale)
-    return product
+def as_autocast(tokens: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:
+    """The tokens in the dtype in which autocast multiplies matrices, where it is on."""
+    if tokens.dtype == torch.float64 or not torch.is_autocast_enabled(tokens.device.type):
+        return tokens
+    return as_dtype(tokens, torch.get_autocast_dtype(tokens.device.type))
 
 
-def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"], scale: float) -> Float[Tensor, "*T N"]:
-    b = as_dtype(b, a.dtype)
-    if a.numel() <= _FEW_TOKENS * a.shape[-1]:
-        return (a * scale) @ b
-    # As one matrix of tokens: for non-contiguous batches, such as attention's, PyTorch would copy b for each text.
-    rows = a.reshape(-1, a.shape[-1])
-    # In float16 the unscaled sum of a wide input would overflow, so half precision is scaled first.
-    half = a.dtype.itemsize < 4
-    product = torch.mm(rows * scale, b) if half else torch.addmm(b[0], rows, b, beta=0, alpha=scale)
+def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"]) -> Float[Tensor, "*T N"]:
+    """`a b` as one matrix of tokens: for non-contiguous batches, such as attention's, PyTorch would copy b for each."""
+    if a.dim() < 3:
+        return a @ b
+    product = torch.mm(a.reshape(-1, a.shape[-1]), b)
     # Not a view to autograd, so callers may write into it.
     whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
     return whole
 
 
-class _ScaledProduct(torch.autograd.Function):
-    """`scale a b` for a constant b, of which no cast is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(b)
-        return _product(a, b, scale)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (b,) = ctx.saved_tensors
-        return scaled_product(gradient, b.T, ctx.scale), None, None
+def _is_few(z: Float[Tensor, "T R"]) -> bool:
+    """Whether it is cheaper to scale the tokens than the matrix."""
+    return len(z) <= z.shape[1]
 
 
-def _scaled(B: Float[Tensor, "R O"], scale: Float[Tensor, "O"]) -> Float[Tensor, "R O"]:
-    """`B * scale` for one product, in a reused buffer."""
-    room = out("scaled B", B.shape, B) if B.dtype == scale.dtype else None
-    return torch.mul(B, scale, out=room)
-
-
-def _column_sums(matrix: Float[Tensor, "N M"]) -> Float[Tensor, "M"]:
-    """As a product with ones, which is faster than a sum on CPUs."""
-    return matrix.new_ones(len(matrix)) @ matrix
+def _layers_at_a_time(lambda_d: Float[Tensor, "L R"], out_features: int, in_features: int) -> int:
+    return max(1, _CHUNK_VALUES // (out_features * max(lambda_d.shape[1], in_features)))
 
 
 def _row_chunks(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -70,6 +70,9 @@ class DenseStore(nn.Module):
         buffer = self._buffers.get(name)
         if buffer is None:
             buffer = make()
+            if is_traced():
+                # A traced graph cannot register any.
+                return buffer if device is None else buffer.to(device)
             self.register_buffer(name, buffer, persistent=False)
         return self._on(name, buffer, device)
 

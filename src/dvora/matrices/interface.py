@@ -5,7 +5,7 @@ Dimensions: T tokens, I in, O out, R rank.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -54,18 +54,33 @@ class Matrices(Protocol):
     def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
         """`h A`."""
 
-    def expand(
-        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T O"]:
-        """`(z B^T) * scale`."""
+    def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
+        """`z B^T`."""
 
-    def expand_transpose(
-        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T R"]:
-        """`(d * scale) B`."""
+    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
+        """`d B`."""
 
-    def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
-        """`sum_t d * (z B^T)`, in float32 or wider."""
+    def prepared_update(
+        self,
+        lambda_d: Float[Tensor, "R"],
+        scale: Float[Tensor, "O"],
+        shift: Float[Tensor, "O"] | None,
+        dtype: torch.dtype,
+    ) -> Callable[[Tensor], Tensor]:
+        """The function from z (T, R) of that dtype to `((z lambda_d) B^T) * scale + shift`; not differentiable."""
+
+    def update_gradients(
+        self,
+        d: Float[Tensor, "T O"],
+        z: Float[Tensor, "T R"],
+        lambda_d: Float[Tensor, "R"],
+        scale: Float[Tensor, "O"],
+        d_scale: Float[Tensor, "O"],
+    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "R"]]:
+        """The gradients of `(d * update(z)).sum()` with respect to z and lambda_d, for d in the dtype of z.
+
+        That with respect to the scale is written into `d_scale`.
+        """
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """Columns of A by index."""
@@ -79,15 +94,19 @@ class Matrices(Protocol):
     def gram(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R R"]:
         """`G = A A^T`."""
 
-    def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
-        """`q = ||B diag(lambda_d) A||_row**2`."""
+    def row_squares(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L O"]:
+        """`q = ||B diag(lambda_d) A||_row**2`, of one layer or of several."""
 
-    def row_squares_gradient(
-        self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
-    ) -> Float[Tensor, "R"]:
-        """The gradient of `(v * q).sum()` with respect to lambda_d."""
+    def row_squares_half_gradient(
+        self, v: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
+    ) -> Float[Tensor, "*L R"]:
+        """Half the gradient of `(v * q).sum()` with respect to lambda_d."""
 
-    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "R O"] | None:
+    def half_dq(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L R O"] | None:
         """Half the derivative of q by lambda_d, so `q = lambda_d @ half_dq`; None where it is not worth its memory."""
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:

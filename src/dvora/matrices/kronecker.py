@@ -8,6 +8,7 @@ A token of N values is an (n1, n2) matrix X, so `x M^T` is `left (X * diagonal) 
 multiply-adds instead of N R. Several such matrices, one upon the other, are a stack.
 """
 
+from collections.abc import Sequence
 from math import ceil, isqrt
 from typing import Any, NamedTuple
 
@@ -93,6 +94,91 @@ def apply(z: Float[Tensor, "*T R"], stack: Stack, use_triton: bool = False) -> F
     return _product(z, stack, transpose=False)
 
 
+def apply_shifted(
+    z: Float[Tensor, "T R"], stack: Stack, shift: Float[Tensor, "N"] | None, use_triton: bool = False
+) -> Float[Tensor, "T N"]:
+    """`z M + shift`, in the dtype of `z`; not differentiable. Other arguments as for `apply_transpose`."""
+    if z.is_cuda and use_triton and fits_triton(z, stack):
+        outputs = _apply_in_triton(z, stack)
+        return outputs if shift is None else outputs.add_(shift)
+    if not _in_chunks(z, stack):
+        return _apply_at_once(z, stack, shift)
+    return _apply_in_chunks(z, stack, shift)
+
+
+def scaled_gradients(
+    d: Float[Tensor, "T N"],
+    z: Float[Tensor, "T R"],
+    lambda_d: Float[Tensor, "R"],
+    scale: Float[Tensor, "N"],
+    stack: Stack,
+    d_scale: Float[Tensor, "N"],
+) -> tuple[Float[Tensor, "T R"], Float[Tensor, "R"]]:
+    """The gradients of `(d * ((z * lambda_d) M * scale)).sum()` with respect to z and lambda_d.
+
+    That of the scale is written into `d_scale`. It comes from the product half-way: with `P = left^T (z lambda_d)`, a
+    matrix (n1, r2) for each token, and the tokens of d as matrices D (n1, n2), it is
+    `diagonal * sum_k2 right (sum_t P D)`, so that no (T, N) tensor is made.
+
+    Args:
+        d: in the dtype of `z`.
+        stack: M, in float32 or wider.
+    """
+    wide, chunk = stack[0].left.dtype, chunk_tokens(len(d), stack)
+    inner, scaled_stack, rows = as_dtype(lambda_d, wide), scaled(stack, scale), [M.rows for M in stack]
+    d_z: list[Tensor] = []
+    sums: list[_BlockSums] = []
+    for of_d, of_z in zip(as_chunks(d, chunk), as_chunks(z, chunk), strict=True):
+        of_d, of_z = as_dtype(of_d, wide), as_dtype(of_z, wide)
+        before: Sequence[_BlockSums | None] = sums or [None] * len(stack)
+        blocks = zip(scaled_stack, _split(of_z, rows), _split(inner, rows), before, strict=True)
+        found = [_block_gradients(of_d, *block) for block in blocks]
+        sums = [of_block for _, of_block in found]
+        d_z.append(as_dtype(_joined([of_block for of_block, _ in found]), z.dtype))
+    for index, (total, M) in enumerate(zip(sums, stack, strict=True)):
+        outputs = total.outputs.mul_(M.right).sum(1).flatten()
+        d_scale.addcmul_(outputs, M.diagonal) if index else torch.mul(outputs, M.diagonal, out=d_scale)
+    return d_z[0] if len(d_z) == 1 else torch.cat(d_z), _joined([total.lambda_d for total in sums])
+
+
+class _BlockSums(NamedTuple):
+    """Sums over tokens, for one matrix of a stack."""
+
+    outputs: Float[Tensor, "n1 r2 n2"]
+    lambda_d: Float[Tensor, "R"]
+
+
+def _block_gradients(
+    d: Float[Tensor, "t N"],
+    M: Kronecker,
+    z: Float[Tensor, "t R"],
+    lambda_d: Float[Tensor, "R"],
+    before: _BlockSums | None,
+) -> tuple[Float[Tensor, "t R"], _BlockSums]:
+    """The gradient of z, and the sums with those of the tokens before."""
+    (r1, n1), (r2, n2), tokens = M.left.shape, M.right.shape, len(d)
+    scaled_z = z * lambda_d
+    padded = scaled_z if M.rows == r1 * r2 else pad(scaled_z, (0, r1 * r2 - M.rows))
+    P = torch.bmm(M.left.T.expand(tokens, n1, r1), padded.reshape(tokens, r1, r2)).permute(1, 2, 0)
+    D, h = d.view(tokens, n1, n2).transpose(0, 1), _apply_transpose_block(d, M)
+    outputs = torch.bmm(P, D) if before is None else before.outputs.baddbmm_(P, D)
+    d_lambda_d = (h * z).sum(0)
+    return h * lambda_d, _BlockSums(outputs, d_lambda_d if before is None else before.lambda_d + d_lambda_d)
+
+
+def as_chunks(tokens: Tensor, size: int) -> Sequence[Tensor]:
+    """Chunks of tokens; the tensor itself where that is all."""
+    return [tokens] if len(tokens) <= size else tokens.split(size)
+
+
+def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return [values] if len(sizes) == 1 else values.split(sizes, -1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def fits_triton(x: Tensor, stack: Stack) -> bool:
     """Whether the Triton kernel takes a product with the stack or with its transpose."""
     if not x.is_cuda or is_traced():
@@ -155,14 +241,15 @@ def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tens
     return product if rows == r1 * r2 else product[..., :rows]
 
 
-def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack, shift: Tensor | None = None) -> Float[Tensor, "*T N"]:
     parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
-    blocks = [_apply_block(part, M) for part, M in zip(parts, stack, strict=True)]
+    shifts = [shift, *[None] * (len(stack) - 1)]
+    blocks = [_apply_block(*each) for each in zip(parts, stack, shifts, strict=True)]
     x = sum(blocks[1:], blocks[0])
     return as_dtype(x, z.dtype)
 
 
-def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker, shift: Tensor | None = None) -> Float[Tensor, "*T N"]:
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
@@ -172,7 +259,8 @@ def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"
         inner = left.T @ wide.reshape(r1, r2)
     else:
         inner = torch.bmm(left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
-    return (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2) * diagonal
+    product = (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2)
+    return product * diagonal if shift is None else torch.addcmul(shift, product, diagonal)
 
 
 def chunk_tokens(tokens: int, stack: Stack) -> int:
@@ -203,12 +291,14 @@ class _Product(torch.autograd.Function):
     def forward(x: Tensor, stack: Stack, transpose: bool) -> Tensor:
         if x.is_cuda:
             return _apply_transpose_in_triton(x, stack) if transpose else _apply_in_triton(x, stack)
-        size = sum(M.rows for M in stack) if transpose else stack[0].diagonal.shape[0]
+        if not transpose:
+            return _apply_in_chunks(x, stack)
+        size = sum(M.rows for M in stack)
         out = x.new_empty(*x.shape[:-1], size)
         flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, size)
-        chunk, product = chunk_tokens(len(flat), stack), apply_transpose_chunk if transpose else apply_chunk
+        chunk = chunk_tokens(len(flat), stack)
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-            product(part, stack, into)
+            apply_transpose_chunk(part, stack, into)
         return out
 
     @staticmethod
@@ -248,8 +338,20 @@ def apply_transpose_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Ten
             block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
 
 
-def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
-    """`into = z M` for a few tokens."""
+def _apply_in_chunks(z: Float[Tensor, "*T R"], stack: Stack, shift: Tensor | None = None) -> Float[Tensor, "*T N"]:
+    size = stack[0].diagonal.shape[0]
+    out = z.new_empty(*z.shape[:-1], size)
+    flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
+    chunk = chunk_tokens(len(flat), stack)
+    for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
+        apply_chunk(part, stack, into, shift)
+    return out
+
+
+def apply_chunk(
+    z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"], shift: Float[Tensor, "N"] | None = None
+) -> None:
+    """`into = z M + shift` for a few tokens."""
     wide, inner = _scratch(len(z), stack)
     # Sum half-precision results in float32 and round once.
     total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
@@ -263,8 +365,10 @@ def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"
         torch.mm(half.view(-1, r2), M.right, out=product.view(-1, n2))
         if index:
             total.addcmul_(product, M.diagonal)
-        else:
+        elif shift is None:
             total.mul_(M.diagonal)
+        else:
+            torch.addcmul(shift, total, M.diagonal, out=total)
     if total is not into:
         into.copy_(total)
 

@@ -1,10 +1,11 @@
 """One projection for sibling layers, which read the same inputs: query, key and value, or gate and up.
 
 `z = x A^T` is computed for the first of them and reused by the others, so autograd sums its gradient before the one
-product with A. It is keyed on tensor, version, rank, grad mode, autocast and stream, with one cache a thread, and is
-dropped with the tensor. PyTorch does not count writes through `x.data` or NumPy. So a layer that asks twice is taken to
-be in another pass, and gets a new projection; and on the CPU, inputs outside a graph are compared by value with those
-that were projected, which costs less than the product.
+product with A. It is keyed on tensor, version, rank, pass of the model, grad mode, autocast and stream, with one cache
+a thread, and is dropped with the tensor. PyTorch does not count writes through `x.data` or NumPy; within one pass of a
+model none are expected. Elsewhere, a layer that asks twice is taken to be in another pass, and gets a new projection;
+and on the CPU, inputs outside a graph are compared by value with those that were projected, which costs less than the
+product.
 """
 
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops.passes import current_pass
 from ..ops.tracing import is_traced
 
 
@@ -42,7 +44,8 @@ class ProjectionCache:
             if z is not None:
                 return z
         # Before projecting, since another thread may write to x meanwhile.
-        values = x.detach().clone() if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) else None
+        compared = x.is_cpu and current_pass() is None and not (torch.is_grad_enabled() and x.requires_grad)
+        values = x.detach().clone() if compared else None
         z = project(x, rank)
         self._local.entry = _Entry(x, values, context, z, reader)
         return z
@@ -59,7 +62,7 @@ def _context(x: Tensor, rank: int) -> tuple[object, ...]:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     stream = _stream(x) if x.is_cuda else None
     values = (x._version, x.data_ptr(), x.stride())
-    return values, rank, graph, recorded, torch.is_inference_mode_enabled(), autocast, stream
+    return values, rank, current_pass(), graph, recorded, torch.is_inference_mode_enabled(), autocast, stream
 
 
 def _hook() -> "_Hook | None":

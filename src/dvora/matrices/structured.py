@@ -81,32 +81,41 @@ class StructuredMatrices(nn.Module):
         """`h A`, the transpose of `project`, in the dtype of `h`."""
         return apply(h, self._stack_for(h, "A", h.shape[-1], in_features), self.use_triton)
 
-    def expand(
-        self, z: Float[Tensor, "*T R"], out_features: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T O"]:
-        """`(z B^T) * scale`, in the dtype of `z`."""
-        stack = self._stack_for(z, "B", z.shape[-1], out_features)
-        if scale is None:
-            return apply(z, stack, self.use_triton)
-        if torch.is_grad_enabled() or z.numel() == z.shape[-1]:
-            return as_dtype(apply(z, stack, self.use_triton) * scale, z.dtype)
-        return apply(z, kronecker.scaled(stack, scale), self.use_triton)
+    def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
+        """`z B^T`, in the dtype of `z`."""
+        return apply(z, self._stack_for(z, "B", z.shape[-1], out_features), self.use_triton)
 
-    def expand_transpose(
-        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T R"]:
-        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`."""
-        stack = self._stack_for(d, "B", rank, d.shape[-1])
-        if scale is None:
-            return apply_transpose(d, stack, self.use_triton)
-        if torch.is_grad_enabled():
-            return apply_transpose(d * scale, stack, self.use_triton).to(d.dtype)
-        return apply_transpose(d, kronecker.scaled(stack, scale), self.use_triton)
+    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
+        """`d B`, the transpose of `expand`, in the dtype of `d`."""
+        return apply_transpose(d, self._stack_for(d, "B", rank, d.shape[-1]), self.use_triton)
 
-    def row_products(self, d: Float[Tensor, "T O"], z: Float[Tensor, "T R"]) -> Float[Tensor, "O"]:
-        """`sum_t d[t] * (z[t] B^T)`, in float32 or float64."""
-        wide = norm_dtype(d.dtype)
-        return structured_norms.row_products(d, z, self._stack("B", z.shape[-1], d.shape[-1], wide, d.device))
+    def prepared_update(
+        self,
+        lambda_d: Float[Tensor, "R"],
+        scale: Float[Tensor, "O"],
+        shift: Float[Tensor, "O"] | None,
+        dtype: torch.dtype,
+    ) -> Callable[[Tensor], Tensor]:
+        """The function from z (T, R) of that dtype to `((z lambda_d) B^T) * scale + shift`; not differentiable."""
+        like = scale.new_empty(0, dtype=dtype)
+        stack = kronecker.scaled(self._stack_for(like, "B", len(lambda_d), len(scale)), scale)
+        inner = as_dtype(lambda_d, dtype)
+        return lambda z: kronecker.apply_shifted(z * inner, stack, shift, self.use_triton)
+
+    def update_gradients(
+        self,
+        d: Float[Tensor, "T O"],
+        z: Float[Tensor, "T R"],
+        lambda_d: Float[Tensor, "R"],
+        scale: Float[Tensor, "O"],
+        d_scale: Float[Tensor, "O"],
+    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "R"]]:
+        """The gradients of `(d * update(z)).sum()` with respect to z and lambda_d, for d in the dtype of z.
+
+        That with respect to the scale is written into `d_scale`.
+        """
+        stack = self._stack("B", len(lambda_d), len(scale), norm_dtype(d.dtype), d.device)
+        return kronecker.scaled_gradients(d, z, lambda_d, scale, stack, d_scale)
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
@@ -126,18 +135,21 @@ class StructuredMatrices(nn.Module):
         A = self.A(rank, in_features, norm_dtype(dtype))
         return self.project(A, rank).to(dtype)
 
-    def row_squares(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> Float[Tensor, "O"]:
+    def row_squares(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L O"]:
         """`q`, the squared norms of the rows of `B diag(lambda_d) A`."""
-        return structured_norms.row_squares(lambda_d, *self._pair(lambda_d, len(lambda_d), in_features, out_features))
+        A, Bt = self._pair(lambda_d, lambda_d.shape[-1], in_features, out_features)
+        return structured_norms.row_squares(lambda_d, A, Bt)
 
-    def row_squares_gradient(
-        self, v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], in_features: int
-    ) -> Float[Tensor, "R"]:
-        """The gradient of `(v * q).sum()` with respect to lambda_d."""
-        pair = self._pair(lambda_d, len(lambda_d), in_features, len(v))
-        return structured_norms.row_squares_gradient(v, lambda_d, *pair)
+    def row_squares_half_gradient(
+        self, v: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
+    ) -> Float[Tensor, "*L R"]:
+        """Half the gradient of `(v * q).sum()` with respect to lambda_d."""
+        A, Bt = self._pair(lambda_d, lambda_d.shape[-1], in_features, v.shape[-1])
+        return structured_norms.row_squares_half_gradient(v, lambda_d, A, Bt)
 
-    def half_dq(self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int) -> None:
+    def half_dq(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> None:
         """None: q is cheap, and its derivative would be as large as B."""
 
     def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..ops.annotations import Float
-from ..ops.buffers import out, scratch
-from ..ops.chunked import sum_of_products
+from ..ops.buffers import out
 from . import kronecker
 from .kronecker import Kronecker, Stack, apply, apply_transpose
 
@@ -27,39 +26,30 @@ _CHUNK_VALUES = 2**20
 """Values of V at a time."""
 
 
-def row_products(d: Float[Tensor, "T O"], z: Float[Tensor, "T R"], Bt: Stack) -> Float[Tensor, "O"]:
-    """`sum_t d[t] * (z[t] B^T)`, in the dtype of the stack."""
-    if torch.is_grad_enabled():
-        return sum_of_products(d, apply(z.to(Bt[0].left.dtype), Bt))
-    chunk, dtype = kronecker.chunk_tokens(len(d), Bt), Bt[0].left.dtype
-    total = torch.zeros(d.shape[1], dtype=dtype, device=d.device)
-    for d_part, z_part in zip(d.split(chunk), z.split(chunk), strict=True):
-        outputs = scratch("row products", d_part.shape, dtype, d.device)
-        kronecker.apply_chunk(z_part, Bt, outputs)
-        total = total + sum_of_products(d_part, outputs)
-    return total
-
-
-def row_squares(lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack) -> Float[Tensor, "O"]:
-    """Squared norms of the rows of `B diag(lambda_d) A`."""
+def row_squares(lambda_d: Float[Tensor, "*L R"], A: Stack, Bt: Stack) -> Float[Tensor, "*L O"]:
+    """Squared norms of the rows of `B diag(lambda_d) A`, of one layer or of several."""
     if len(A) == 1:
         # The rows of A are orthogonal, of squared norm two, and the squares of a Kronecker product are one.
         return 2 * apply(lambda_d.square(), _squared(Bt))
+    if lambda_d.dim() > 1:
+        return torch.stack([row_squares(of_layer, A, Bt) for of_layer in lambda_d])
     A, Bt = _aligned(A, Bt)
     rows = [_update_rows(group, lambda_d, A, Bt) for group in _groups(A, Bt)]
     return torch.cat([part.square().sum(-1).flatten() for part in rows])
 
 
-def row_squares_gradient(
-    v: Float[Tensor, "O"], lambda_d: Float[Tensor, "R"], A: Stack, Bt: Stack
-) -> Float[Tensor, "R"]:
-    """Gradient of `(v * row_squares).sum()` with respect to lambda_d."""
+def row_squares_half_gradient(
+    v: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], A: Stack, Bt: Stack
+) -> Float[Tensor, "*L R"]:
+    """Half the gradient of `(v * row_squares).sum()` with respect to lambda_d."""
     if len(A) == 1:
-        return 4 * lambda_d * apply_transpose(v, _squared(Bt))
+        return 2 * lambda_d * apply_transpose(v, _squared(Bt))
+    if lambda_d.dim() > 1:
+        return torch.stack([row_squares_half_gradient(*of_layer, A, Bt) for of_layer in zip(v, lambda_d, strict=True)])
     A, Bt = _aligned(A, Bt)
     total = torch.zeros_like(lambda_d)
     for group in _groups(A, Bt):
-        total = total + 2 * _rank_sums(group, _update_rows(group, lambda_d, A, Bt), v, A, Bt)
+        total = total + _rank_sums(group, _update_rows(group, lambda_d, A, Bt), v, A, Bt)
     return total
 
 

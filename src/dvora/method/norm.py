@@ -3,6 +3,7 @@
 Dimensions: O out, I in, R rank.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..matrices.interface import Matrices
 from ..ops.annotations import Float
-from ..ops.dtypes import norm_dtype
+from ..ops.dtypes import as_dtype, norm_dtype
 from .functional import row_norm
 
 NormCache = Literal["auto"] | bool
@@ -80,6 +81,8 @@ class FrozenNorm(NamedTuple):
     """The norm of one weight: `functional.NormTerms` with closed-form gradients."""
 
     w: Float[Tensor, "O"]
+    zero_rows: bool
+    """Whether some rows of the weight are zero."""
     C: Float[Tensor, "O R"] | None
     """None: recomputed from the weight."""
     matrix: Float[Tensor, "O I"] | None
@@ -90,48 +93,62 @@ class FrozenNorm(NamedTuple):
     padding_column: int | None
     """A column of the weight that the update does not change: the padding entry of an embedding."""
 
-    def half_dq(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "R O"] | None:
-        """Half the derivative of q, which `terms` and `terms_gradient` share, where it is small enough to keep."""
+    def terms(self, lambda_d: Float[Tensor, "R"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+        """`cross` and `q`."""
+        return self.cross(lambda_d), self.squares(lambda_d)
+
+    def cross(self, lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
+        """`C lambda_d`."""
+        if not self.rank:
+            return torch.zeros_like(self.w)
+        if self.C is not None:
+            return as_dtype(self.C, lambda_d.dtype) @ lambda_d
+        return self.matrices.row_dots(self._updated_columns(), lambda_d)
+
+    def cross_gradient(self, d_cross: Float[Tensor, "O"]) -> Float[Tensor, "R"]:
+        """The gradient of `(d_cross * cross).sum()` with respect to lambda_d."""
+        if not self.rank:
+            return d_cross.new_empty(0)
+        if self.C is not None:
+            return d_cross @ as_dtype(self.C, d_cross.dtype)
+        return self.matrices.row_dots_gradient(self._updated_columns(), d_cross, self.rank)
+
+    def half_dq(self, lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L R O"] | None:
+        """Half the derivative of q, which `squares` and its gradient share, where it is small enough to keep."""
         return self.matrices.half_dq(lambda_d, self.in_features, len(self.w)) if self.rank else None
 
-    def terms(
-        self, lambda_d: Float[Tensor, "R"], half_dq: Float[Tensor, "R O"] | None = None
-    ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-        """`cross` and `q`."""
+    def squares(
+        self, lambda_d: Float[Tensor, "*L R"], half_dq: Float[Tensor, "*L R O"] | None = None
+    ) -> Float[Tensor, "*L O"]:
+        """`q`, of one layer or of several that differ in lambda_d only."""
         if not self.rank:
-            return torch.zeros_like(self.w), torch.zeros_like(self.w)
-        q = (
-            self.matrices.row_squares(lambda_d, self.in_features, len(self.w))
-            if half_dq is None
-            else lambda_d @ half_dq
-        )
+            return self.w.new_zeros(*lambda_d.shape[:-1], len(self.w))
+        if half_dq is None:
+            q = self.matrices.row_squares(lambda_d, self.in_features, len(self.w))
+        else:
+            q = (lambda_d.unsqueeze(-2) @ half_dq).squeeze(-2)
         if self.padding_column is not None:
             q = q - self.matrices.expand(lambda_d * self._skipped(lambda_d), len(self.w)).square()
-        if self.C is not None:
-            return self.C.to(lambda_d.dtype) @ lambda_d, q
-        return self.matrices.row_dots(self._updated_columns(), lambda_d), q
+        return q
 
-    def terms_gradient(
+    def squares_half_gradient(
         self,
-        d_cross: Float[Tensor, "O"],
-        d_q: Float[Tensor, "O"],
-        lambda_d: Float[Tensor, "R"],
-        half_dq: Float[Tensor, "R O"] | None = None,
-    ) -> Float[Tensor, "R"]:
-        """The gradient of `(d_cross * cross + d_q * q).sum()` with respect to lambda_d."""
+        d_q: Float[Tensor, "*L O"],
+        lambda_d: Float[Tensor, "*L R"],
+        half_dq: Float[Tensor, "*L R O"] | None = None,
+    ) -> Float[Tensor, "*L R"]:
+        """Half the gradient of `(d_q * q).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
         if half_dq is None:
-            gradient = self.matrices.row_squares_gradient(d_q, lambda_d, self.in_features)
+            gradient = self.matrices.row_squares_half_gradient(d_q, lambda_d, self.in_features)
         else:
-            gradient = 2 * (half_dq @ d_q)
+            gradient = (half_dq @ d_q.unsqueeze(-1)).squeeze(-1)
         if self.padding_column is not None:
             a = self._skipped(lambda_d)
             skipped = self.matrices.expand(lambda_d * a, len(self.w))
-            gradient = gradient - 2 * a * self.matrices.expand_transpose(d_q * skipped, self.rank)
-        if self.C is not None:
-            return gradient + d_cross @ self.C.to(d_cross.dtype)
-        return gradient + self.matrices.row_dots_gradient(self._updated_columns(), d_cross, self.rank)
+            gradient = gradient - a * self.matrices.expand_transpose(d_q * skipped, self.rank)
+        return gradient
 
     def updated_rows(
         self, rows: Tensor, beta: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
@@ -159,3 +176,40 @@ class FrozenNorm(NamedTuple):
 def without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:
     """The matrix with zeros in one column."""
     return matrix.index_fill(1, torch.tensor([column], device=matrix.device), 0.0)
+
+
+def crosses(norms: Sequence[FrozenNorm], lambda_d: Float[Tensor, "L R"]) -> Float[Tensor, "L O"]:
+    """`cross` of several layers."""
+    if (C := _joined_C(norms)) is not None:
+        return (C @ lambda_d.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([norm.cross(of_layer) for norm, of_layer in zip(norms, lambda_d, strict=True)])
+
+
+def crosses_gradient(norms: Sequence[FrozenNorm], d_cross: Float[Tensor, "L O"]) -> Float[Tensor, "L R"]:
+    """`cross_gradient` of several layers."""
+    if (C := _joined_C(norms)) is not None:
+        return (d_cross.unsqueeze(-2) @ C).squeeze(-2)
+    return torch.stack([norm.cross_gradient(of_layer) for norm, of_layer in zip(norms, d_cross, strict=True)])
+
+
+def _joined_C(norms: Sequence[FrozenNorm]) -> Float[Tensor, "L O R"] | None:
+    """The C of all layers as one tensor, where `joined` has made them its parts."""
+    first = norms[0].C
+    whole = None if first is None else first._base
+    if first is None or whole is None or whole.dim() != 3 or len(whole) != len(norms):
+        return None
+    step = first.numel() * first.itemsize
+    for index, norm in enumerate(norms):
+        if norm.C is None or norm.C._base is not whole or norm.C.data_ptr() != whole.data_ptr() + index * step:
+            return None
+    return whole if whole.dtype == norms[0].w.dtype else None
+
+
+def joined(constants: Sequence[Float[Tensor, "O R"] | None]) -> list[Tensor] | None:
+    """The same matrices as parts of one tensor, in float32 or wider; None where some are missing or parts already."""
+    first = constants[0]
+    if len(constants) == 1 or first is None or first.itemsize < 4 or not first.shape[1]:
+        return None
+    if any(C is None or C._base is not None or C.shape != first.shape or C.dtype != first.dtype for C in constants):
+        return None
+    return list(torch.stack([C for C in constants if C is not None]).unbind())

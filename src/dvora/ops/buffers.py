@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .tracing import is_batched, is_traced
 
 _LARGEST = 2**20
 """Values of the largest buffer that is kept, one for each name, dtype and thread."""
@@ -44,6 +44,6 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
 def out(name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:
     """`scratch` for an operation's `out`; None, which means fresh memory, while operations are recorded or traced."""
     # The legacy vmap, for batched gradients, does not support `out`.
-    if torch.is_grad_enabled() or is_traced() or torch._C._functorch.is_legacy_batchedtensor(like):
+    if torch.is_grad_enabled() or is_traced() or is_batched(like):
         return None
     return scratch(name, shape, like.dtype, like.device)

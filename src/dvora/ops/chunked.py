@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .annotations import Float
 from .buffers import scratch
-from .dtypes import norm_dtype
+from .dtypes import as_dtype, norm_dtype
 
 CHUNK_VALUES = 2**17
 """Values in a chunk."""
@@ -45,13 +45,20 @@ def rescaled(
     return result
 
 
-def sum_of_products(a: Float[Tensor, "T N"], b: Float[Tensor, "T N"]) -> Float[Tensor, "N"]:
-    """`sum_t a b`, in float32 or wider."""
+def sum_of_products(
+    a: Float[Tensor, "T N"], b: Float[Tensor, "T N"], into: Float[Tensor, "N"] | None = None
+) -> Float[Tensor, "N"]:
+    """`sum_t a b`, in float32 or wider; not differentiable.
+
+    Args:
+        a, b: tokens.
+        into: the tensor to write to; None makes one.
+    """
     dtype, tokens = norm_dtype(a.dtype), max(1, CHUNK_VALUES // a.shape[1])
-    if torch.is_grad_enabled() or len(a) <= tokens:
-        return (a.to(dtype) * b).sum(0)
+    if len(a) <= tokens or not a.is_cpu:
+        return torch.sum(as_dtype(a, dtype) * b, 0, out=into)
     # One sum for each token of a chunk, so that the sums stay in cache.
     sums = scratch("sums", (tokens, a.shape[1]), dtype, a.device).zero_()
     for part_a, part_b in zip(a.split(tokens), b.split(tokens), strict=True):
         sums[: len(part_a)].addcmul_(widened("wide a", part_a), widened("wide b", part_b))
-    return sums.sum(0)
+    return torch.sum(sums, 0, out=into)

@@ -1,6 +1,7 @@
 """Whether PyTorch traces the running code or records it for a backward pass."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
@@ -24,6 +25,11 @@ def is_traced() -> bool:
 def grad_recorded() -> bool:
     """Whether operations are recorded for a backward pass."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient is a batch of several (`is_grads_batched`), for which nothing may be written in place."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def saving_intercepted() -> bool:

@@ -19,6 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..method.functional import Vectors
+from ..weight.factor_pass import add_factor_pass, remove_factor_pass
 from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
@@ -98,6 +99,7 @@ class DVoRAModel(BaseTuner):
         warn_of_rows_left_alone(layers_of(model, adapter_name), adapter_name)
         for module in model.modules():
             keep_differentiable(module)
+        add_factor_pass(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.
@@ -204,6 +206,7 @@ class DVoRAModel(BaseTuner):
         undo = modules_as_they_are(self)
         with merging(self.model, adapter_names, safe_merge, undo) if merge else on_failure(undo):
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        remove_factor_pass(self.model)
         return cast(nn.Module, self.model)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:

@@ -8,8 +8,7 @@ to, cast or moved; while the weight is trained, they are computed in every pass,
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..engines.zero3 import is_in_memory
 from ..matrices.interface import Matrices, SharedProjections
 from ..method import functional as F
 from ..method.functional import Direction, RowFactors, Vectors
-from ..method.gain import row_factors
+from ..method.gain import PackedFactors, RowSettings, row_factors
 from ..method.norm import FrozenNorm, NormCache, cache_dtype, cross_matrix, row_norms, without_column
 from ..method.small_rows import small_rows
 from ..method.validation import (
@@ -34,9 +33,9 @@ from ..method.validation import (
 )
 from ..ops.annotations import Float
 from ..ops.dtypes import at_least_float32, full_precision, norm_dtype
-from ..ops.tracing import grad_recorded, is_traced
+from ..ops.tracing import is_traced
 from .layouts import ROWS, Layout
-from .tensor_state import EvalCache, WeightVersion, version_of
+from .tensor_state import WeightVersion, version_of
 
 _ATTEMPTS = 3
 """Attempts to compute constants while nothing writes to the weight; after the last, the next pass tries again."""
@@ -109,7 +108,11 @@ class AdaptedWeight(nn.Module):
         self._weight_version: WeightVersion | None = None
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
-        self._eval_cache = EvalCache()
+        self.stacked: Any = None
+        self.evaluated: Any = None
+        """Factors of the last passes, in training and in evaluation (`factors`)."""
+        self.zero_rows = True
+        """Whether some rows of the weight may be zero."""
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
         self.register_buffer("small", None, persistent=False)
@@ -177,7 +180,7 @@ class AdaptedWeight(nn.Module):
         """Recompute the constants after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
             self._weight_version = None
-            self._eval_cache.drop()
+            self.evaluated = None
         else:
             self.refresh_if_stale(weight)
 
@@ -201,9 +204,10 @@ class AdaptedWeight(nn.Module):
                 if version.was_written_to(held) and attempt:
                     continue
                 self.w, self.C, self.small = w, C, None
+                self.zero_rows = w.is_meta or bool((w == 0).any())
                 self.shard, self._weight_version, self._small_of = shard, version, None
             break
-        self._eval_cache.drop()
+        self.stacked = self.evaluated = None
 
     def small_rows(self, bias: Float[Tensor, "O"] | None) -> Tensor | None:
         """Indices of the rows that are small beside their bias (`small_rows`); None without any."""
@@ -229,30 +233,27 @@ class AdaptedWeight(nn.Module):
             return like.new_empty(self.out_features, 0)
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
 
+    @property
+    def settings(self) -> RowSettings:
+        """What the factors of the rows depend on, besides vectors and weight."""
+        return RowSettings(self.scaling, self.direction, self.detach_norm)
+
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """What the rows are rescaled with, made from the vectors."""
         norm = self.norm(weight)
-        # The vectors may have been cast to half precision; the norm is not computed in it.
+        if not (norm.w.requires_grad or is_traced()):
+            return row_factors([vectors], [norm], self.settings).packed[0].rows
         vectors = vectors.to(norm.w.dtype)
         with full_precision(norm.w.device):
             beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
-            frozen = not norm.w.requires_grad and not is_traced()
-            return (row_factors if frozen else F.row_factors)(vectors, norm, beta, self.detach_norm)
+            return F.row_factors(vectors, norm, beta, self.detach_norm)
 
-    def row_factors(self, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None) -> RowFactors:
-        """The factors of an adapter of some strength; in evaluation cached until anything changes.
-
-        Args:
-            vectors: the trained ones.
-            weight: as stored, or None.
-            strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
-        """
-        inputs = vectors if strength is None else (*vectors, strength)
-        if not is_traced():
-            if not (grad_recorded() and any(t is not None and t.requires_grad for t in (*inputs, weight))):
-                return self._eval_cache.of(inputs, local(weight), partial(self._row_factors, weight))
-            self._eval_cache.drop()
-        return self._row_factors(weight, inputs)
+    def packed_factors(self, vectors: Vectors, weight: Tensor | None) -> PackedFactors:
+        """The same as two tensors."""
+        norm = self.norm(weight)
+        if not (norm.w.requires_grad or is_traced()):
+            return row_factors([vectors], [norm], self.settings).packed[0]
+        return PackedFactors.of(self.factors(vectors, weight), vectors.lambda_d)
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` as a dense matrix, in float32 or float64.
@@ -271,16 +272,6 @@ class AdaptedWeight(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
-
-    def _row_factors(self, weight: Tensor | None, inputs: Sequence[Tensor]) -> RowFactors:
-        """The factors from the three vectors, optionally followed by a strength."""
-        gain_minus_one, scale, gain, beta = factors = self.factors(Vectors(*inputs[:3]), weight)
-        if len(inputs) == len(Vectors._fields):
-            return factors
-        strength = inputs[-1]
-        # For a strength of one exactly the gain.
-        weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
-        return RowFactors(strength * gain_minus_one, strength * scale, weaker.detach(), beta)
 
     def _checked_shard(self, weight: Tensor) -> TensorParallelShard | None:
         """The shard on this process, if the layer's settings allow one."""
@@ -320,7 +311,7 @@ class AdaptedWeight(nn.Module):
             )
         shard = self.shard
         matrices = self.shared.impl if shard is None else self.shared.impl.of_shard(None, shard.outputs)
-        return FrozenNorm(w, C, matrix, matrices, self.in_features, self.rank, self.padding_column)
+        return FrozenNorm(w, self.zero_rows, C, matrix, matrices, self.in_features, self.rank, self.padding_column)
 
     def _cross(self, matrix: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O R"]:
         if not self.rank:
@@ -340,4 +331,7 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight_version": None, "shard": None, "_small_of": None}
+        # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
+        buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
+        of_passes = {"stacked": None, "evaluated": None, "_weight_version": None, "_small_of": None, "shard": None}
+        return {**self.__dict__, **of_passes, "_buffers": buffers}

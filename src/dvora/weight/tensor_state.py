@@ -1,14 +1,13 @@
-"""Whether tensors have changed since a result was computed from them: row factors in evaluation, norm constants.
+"""Whether tensors have changed since a result was computed from them: row factors, norm constants.
 
-The vectors are compared by value on the CPU, which detects every write. On other devices that would synchronise in
-every pass: there PyTorch's versions are compared, and a pass that trains empties the cache. Weights are always compared
-by version.
+PyTorch's version counters tell, with the storage and its address. Not seen are writes through `tensor.data` or NumPy.
 
 FSDP2 frees weights between passes and gathers them again without counting a version, so a version proves nothing there,
 and samples of the values are compared: two passes over the weight, in place of the product for the constants.
 """
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..engines.fsdp2 import may_be_gathered
-from ..method.functional import RowFactors
 from ..ops.annotations import Float
 from ..ops.dtypes import norm_dtype
 
@@ -60,61 +58,26 @@ class TensorVersion(NamedTuple):
         )
 
 
-class EvalCache:
-    """The row factors of the last evaluation, until an input or the weight changes."""
+class SameTensor:
+    """Whether a tensor is the same object, at the same address, without a write that PyTorch counts.
 
-    def __init__(self) -> None:
-        # One attribute, so that no thread sees parts of two evaluations.
-        self._kept: _Kept | None = None
+    Quicker than `TensorVersion`, which also knows the tensor behind another object. Inference tensors have no version,
+    and FSDP2 gathers again without counting: they are never the same.
 
-    def of(
-        self, inputs: Sequence[Tensor], weight: Tensor | None, compute: Callable[[Sequence[Tensor]], RowFactors]
-    ) -> RowFactors:
-        """`compute(inputs)`, or its last result if inputs and weight are unchanged.
+    Args:
+        tensor: as it is now; it is not kept alive.
+    """
 
-        Args:
-            inputs: tensors that the factors depend on.
-            weight: the base's, or None.
-            compute: the factors from the inputs.
-        """
-        kept = self._kept
-        if kept is not None and kept.serves(inputs, weight):
-            return kept.factors
-        # Inference tensors could not be used in a later pass that trains something else.
-        with torch.inference_mode(False), torch.no_grad():
-            # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
-            known = [
-                tensor.detach().clone() if tensor.device.type == "cpu" else TensorVersion.of(tensor)
-                for tensor in inputs
-            ]
-            state = None if weight is None else TensorVersion.of(weight)
-            read = [copy if isinstance(copy, Tensor) else own for own, copy in zip(inputs, known, strict=True)]
-            kept = _Kept(compute(read), known, state)
-        self._kept = kept if kept.serves(inputs, weight) else None
-        return kept.factors
+    __slots__ = ("_address", "_tensor", "_version")
 
-    def drop(self) -> None:
-        """Forget everything."""
-        self._kept = None
+    def __init__(self, tensor: Tensor) -> None:
+        unknown = tensor.is_inference() or may_be_gathered(tensor)
+        self._tensor: Callable[[], Tensor | None] = (lambda: None) if unknown else weakref.ref(tensor)
+        self._version, self._address = version_of(tensor), tensor.data_ptr()
 
-    def __reduce__(self) -> tuple[type["EvalCache"], tuple[()]]:
-        return EvalCache, ()
-
-
-class _Kept(NamedTuple):
-    """Factors, and what they were computed from."""
-
-    factors: RowFactors
-    inputs: list[Tensor | TensorVersion]
-    weight: TensorVersion | None
-
-    def serves(self, inputs: Sequence[Tensor], weight: Tensor | None) -> bool:
-        """Whether nothing has changed."""
-        if (weight is None) != (self.weight is None) or len(inputs) != len(self.inputs):
-            return False
-        if weight is not None and self.weight is not None and not self.weight.is_of(weight):
-            return False
-        return all(map(_unchanged, inputs, self.inputs))
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether it is this tensor, unchanged."""
+        return tensor is self._tensor() and tensor._version == self._version and tensor.data_ptr() == self._address
 
 
 def version_of(tensor: Tensor) -> int:
@@ -127,12 +90,6 @@ def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None
     if not torch.compiler.is_compiling():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.autograd.graph.increment_version([p for p in parameters if p.grad is not None and not p.is_inference()])
-
-
-def _unchanged(tensor: Tensor, known: Tensor | TensorVersion) -> bool:
-    if isinstance(known, TensorVersion):
-        return known.is_of(tensor)
-    return tensor.is_cpu and tensor.dtype == known.dtype and torch.equal(tensor, known)
 
 
 register_optimizer_step_post_hook(_count_step)

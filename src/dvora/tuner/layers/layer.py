@@ -14,7 +14,10 @@ from ...engines.zero3 import is_in_memory, weight_in_memory
 from ...matrices.interface import SharedProjections, checked_distribution
 from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
+from ...ops.tracing import is_traced
 from ...weight.adapted_weight import AdaptedWeight
+from ...weight.factors import factors_of
+from ...weight.linear import Update
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
@@ -180,20 +183,24 @@ class DVoRALayer(nn.Module, MergeableLayer):
     def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """The named adapters that this layer has, with their row factors."""
         weight = weight_in_memory(self.get_base_layer(), self.parameter_name) if self.layer_type.has_weight else None
+        bias = bias_of(self.base_layer, self.measured_bias)
         active, all_adapted = [], self.dvora_adapted
         for name in adapter_names:
             if name in all_adapted:
                 adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, self.dvora_strength[name])
                 vectors = adapted.local(self.vectors(name), weight)
-                factors = adapted.row_factors(vectors, weight, strength.value)
-                active.append(ActiveAdapter(adapted, vectors, factors, self.dvora_dropout[name], strength))
+                # A graph must see a change of the strength.
+                is_whole = not is_traced() and strength.number == 1
+                factors = factors_of(adapted, vectors, weight, None if is_whole else strength.value)
+                update = Update(adapted, vectors, factors, bias)
+                active.append(ActiveAdapter(update, self.dvora_dropout[name], is_whole))
         return active
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
         if not adapters:
             return base_output
-        bias = bias_of(self.base_layer, self.measured_bias)
+        bias = adapters[0].update.bias
         return adapted_outputs(self.base_layer, self.layer_type, x, base_output, adapters, bias)
 
     def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:

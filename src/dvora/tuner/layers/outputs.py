@@ -9,39 +9,34 @@ from torch import Tensor, nn
 
 from ...engines.zero3 import weight_in_memory
 from ...method import functional as F
-from ...method.functional import RowFactors, Vectors
 from ...method.small_rows import SmallRows
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.linear import combined, from_updated_weight, takes_updated_weight
+from ...weight.linear import Update, adapted_linear, takes_updated_weight, updated_linear
 from .base_layer import laid_out_like
 from .layer_types import LayerType
 from .low_rank import linear
-from .vectors import Strength
 
 
 class ActiveAdapter(NamedTuple):
     """One active adapter of a layer."""
 
-    adapted: AdaptedWeight
-    vectors: Vectors
-    factors: RowFactors
+    update: Update
     dropout: nn.Module
-    strength: Strength
+    is_whole: bool
+    """Whether its strength is one."""
 
 
 def updated_outputs(base_layer: nn.Module, x: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor | None:
     """The outputs from the updated weight, without the base's forward; None where that would be slower or inexact."""
     if len(adapters) != 1:
         return None
-    adapted, vectors, factors, dropout, strength = adapters[0]
-    alone = isinstance(dropout, nn.Identity) and adapted.rank > 0
-    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.impl) and strength.number == 1):
+    (update, dropout, is_whole), adapted = adapters[0], adapters[0].update.adapted
+    alone = is_whole and isinstance(dropout, nn.Identity) and adapted.rank > 0
+    if not (alone and takes_updated_weight(base_layer, x, adapted.shared.impl)):
         return None
     assert isinstance(base_layer, nn.Linear)
-    if adapted.small_rows(base_layer.bias) is not None:
-        return None
-    return from_updated_weight(adapted, base_layer, x, vectors.lambda_d, factors)
+    return None if adapted.small_rows(base_layer.bias) is not None else updated_linear(update, base_layer, x)
 
 
 def adapted_outputs(
@@ -59,22 +54,23 @@ def adapted_outputs(
     """
     for adapter in adapters:
         _check_part(adapter, x, base_output)
-    small = _small_rows(base_layer, layer_type, x, adapters[0].adapted, bias)
+    small = _small_rows(base_layer, layer_type, x, adapters[0].update.adapted, bias)
     if len(adapters) == 1 and layer_type.low_rank is linear:
-        adapted, vectors, factors, dropout, _ = adapters[0]
+        update, dropout, _ = adapters[0]
         # Calling a module takes as long as a small product.
         inputs = dropout(x) if dropout.training else x
-        return combined(adapted, base_output, inputs, vectors.lambda_d, factors, bias, small)
+        return adapted_linear(update, base_output, inputs, small)
     features = -1 - layer_type.spatial
     outputs = base_output.movedim(features, -1)
-    every = [adapter.factors if small is None else small.left_out(adapter.factors) for adapter in adapters]
+    own = [adapter.update.factors.packed.rows for adapter in adapters]
+    every = own if small is None else [small.left_out(factors) for factors in own]
     products = [_product(base_layer, layer_type, x, outputs, adapter) for adapter in adapters]
     updates = [factors.scale * product for factors, product in zip(every, products, strict=True)]
     gains = [factors.gain_minus_one for factors in every]
     summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), bias)
     if small is not None:
-        for adapter in adapters:
-            summed = small.added(summed, adapter.factors)
+        for factors in own:
+            summed = small.added(summed, factors)
     return summed.movedim(-1, features)
 
 
@@ -96,14 +92,15 @@ def _product(
 ) -> Float[Tensor, "*T O"]:
     """The inputs through A, lambda_d and B of one adapter."""
     assert layer_type.low_rank is not None
-    if not adapter.adapted.rank:
+    update = adapter.update
+    if not update.adapted.rank:
         return outputs.new_zeros(1).expand_as(outputs)
-    product = layer_type.low_rank(adapter.adapted, base_layer, x, adapter.vectors.lambda_d, adapter.dropout)
+    product = layer_type.low_rank(update.adapted, base_layer, x, update.vectors.lambda_d, adapter.dropout)
     return laid_out_like(outputs, product)
 
 
 def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
-    adapted = adapter.adapted
+    adapted = adapter.update.adapted
     if adapted.shard is None:
         return
     adapted.shard.check_sizes(x, base_output, adapted.name)

@@ -1,0 +1,177 @@
+"""The row factors of all layers of a model, made together when a forward pass of the model begins.
+
+A `FactorPass` knows the layers from the pass before: those that asked for factors in the last one get theirs at the
+start of the next. So nothing has to be said to it when layers are added, replaced, frozen, moved or deleted.
+
+Left to the layers themselves are weights that are trained, sharded or not in memory, and vectors that an engine shards
+or gathers (DTensor, FSDP, ZeRO-3).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..engines.zero3 import is_in_memory, is_partitioned
+from ..method.functional import Vectors
+from ..method.gain import StackedFactors, row_factors
+from ..method.norm import joined
+from ..ops.passes import Pass, enter, leave
+from ..ops.tracing import grad_recorded, is_traced
+from .adapted_weight import AdaptedWeight
+from .factors import Asked, EvaluatedEntry, StackedEntry
+
+
+class FactorPass:
+    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward."""
+
+    def __init__(self) -> None:
+        self._last: dict[bool, Pass] = {}
+        self._compared: tuple[list[EvaluatedEntry], Tensor] | None = None
+
+    def begin(self, *_: object) -> None:
+        """Enter a pass, in this thread, and make the factors for it."""
+        if is_traced():
+            return
+        recorded = grad_recorded()
+        last, begun = self._last.get(recorded), Pass()
+        self._last[recorded] = begun
+        if last is not None:
+            layers = [layer for asked in list(last.asked.values()) if (layer := _alive(asked)) is not None]
+            trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
+            _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
+            self._compare([layer for layer, is_trained in zip(layers, trained, strict=True) if not is_trained], begun)
+        enter(begun)
+
+    def end(self, *_: object) -> None:
+        """Leave the pass."""
+        if not is_traced():
+            for begun in list(self._last.values()):
+                leave(begun)
+
+    def _compare(self, layers: "list[_Layer]", begun: Pass) -> None:
+        """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
+        entries: list[EvaluatedEntry] = [e for layer in layers if (e := layer.adapted.evaluated) is not None]
+        now = [vector.detach() for layer in layers for vector in layer.vectors]
+        if not entries or len(entries) != len(layers) or not _can_be_joined(now):
+            return
+        if self._compared is None or not _are_same(self._compared[0], entries):
+            copies = [copy for entry in entries for copy in entry.copies or ()]
+            if len(copies) != len(now):
+                return
+            self._compared = entries, torch.cat(copies)
+        if torch.equal(self._compared[1], torch.cat(now)):
+            for entry in entries:
+                entry.compared_in = begun
+
+    def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
+        return FactorPass, ()
+
+
+def add_factor_pass(model: nn.Module) -> None:
+    """Make the factors of a model's layers together from now on; once is enough."""
+    if not _own_hooks(model):
+        factors = FactorPass()
+        model.register_forward_pre_hook(factors.begin)
+        model.register_forward_hook(factors.end, always_call=True)
+
+
+def remove_factor_pass(model: nn.Module) -> None:
+    """Take back `add_factor_pass`."""
+    for key in _own_hooks(model):
+        for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
+            hooks.pop(key, None)
+
+
+def _own_hooks(model: nn.Module) -> list[int]:
+    hooks = [*model._forward_pre_hooks.items(), *model._forward_hooks.items()]
+    return [key for key, hook in hooks if isinstance(getattr(hook, "__self__", None), FactorPass)]
+
+
+class _Layer(NamedTuple):
+    """What factors are made from."""
+
+    adapted: AdaptedWeight
+    vectors: Vectors
+    weight: Tensor | None
+
+    def can_be_stacked(self) -> bool:
+        """Whether nothing but training changes the vectors, and the weight is frozen, whole and in memory."""
+        adapted = self.adapted
+        sizes = (adapted.out_features, adapted.out_features, adapted.rank)
+        return (
+            adapted.shard is None
+            and (self.weight is None or (is_in_memory(self.weight) and not self.weight.requires_grad))
+            and all(
+                type(vector) is nn.Parameter and vector.shape == (size,) and vector.device == adapted.w.device
+                for vector, size in zip(self.vectors, sizes, strict=True)
+            )
+            and not any(vector.is_inference() or is_partitioned(vector) for vector in self.vectors)
+        )
+
+    def shape(self) -> tuple[object, ...]:
+        """What layers of one stack have in common."""
+        a, magnitude = self.adapted, self.vectors.magnitude
+        sizes = a.out_features, a.in_features, a.rank, a.padding_column
+        return *sizes, a.settings, id(a.shared.impl), a.w.dtype, a.w.device, magnitude.dtype
+
+
+def _alive(asked: object) -> _Layer | None:
+    """What a layer asked for, if all of it still exists."""
+    assert isinstance(asked, Asked)
+    adapted, weight = asked.adapted(), None if asked.weight is None else asked.weight()
+    vectors = [vector() for vector in asked.vectors]
+    if adapted is None or (weight is None) != (asked.weight is None) or any(vector is None for vector in vectors):
+        return None
+    return _Layer(adapted, Vectors(*vectors), weight)  # type: ignore[arg-type]  # none of them is None
+
+
+def _make(layers: list[_Layer], begun: Pass) -> None:
+    """Make the factors of all layers that can be stacked, shape by shape."""
+    stacks: dict[object, list[_Layer]] = {}
+    for layer in layers:
+        if layer.can_be_stacked():
+            stacks.setdefault(layer.shape(), []).append(layer)
+    for of_shape in stacks.values():
+        _join_constants([layer.adapted for layer in of_shape])
+        norms = [layer.adapted.norm(layer.weight) for layer in of_shape]
+        stack = _made_before(of_shape)
+        if stack is None:
+            stack = row_factors([layer.vectors for layer in of_shape], norms, of_shape[0].adapted.settings)
+        for layer, packed in zip(of_shape, stack.packed, strict=True):
+            layer.adapted.stacked = StackedEntry(packed, stack, *layer, begun)
+
+
+def _join_constants(weights: list[AdaptedWeight]) -> None:
+    """Make the C of all weights parts of one tensor, so that one product serves all of them."""
+    parts = joined([weight.C for weight in weights])
+    for weight, part in zip(weights, parts or [], strict=False):
+        weight.C = part
+
+
+def _made_before(layers: list[_Layer]) -> StackedFactors | None:
+    """The factors of the last pass, if no step came between, as with accumulated gradients.
+
+    On the CPU only, where values can be compared: not every optimizer's step is counted as a write.
+    """
+    entries: list[StackedEntry | None] = [layer.adapted.stacked for layer in layers]
+    first = entries[0]
+    if first is None or first.stack.measured or len(first.stack.packed) != len(layers):
+        return None
+    for layer, entry in zip(layers, entries, strict=True):
+        if entry is None or entry.stack is not first.stack or not entry.is_of(*layer):
+            return None
+    known = first.stack.vectors
+    if not known[0].is_cpu:
+        return None
+    kinds = zip(*(layer.vectors for layer in layers), strict=True)
+    now = [torch.stack(of_kind).to(values.dtype) for of_kind, values in zip(kinds, known, strict=True)]
+    return first.stack if all(map(torch.equal, now, known)) else None
+
+
+def _can_be_joined(vectors: list[Tensor]) -> bool:
+    return all(vector.is_cpu for vector in vectors) and len({vector.dtype for vector in vectors}) == 1
+
+
+def _are_same(first: list[EvaluatedEntry], second: list[EvaluatedEntry]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
