@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, full_precision, without_autocast
-from ..ops.tracing import grad_recorded, is_batched
+from ..ops.tracing import grad_recorded, is_batched, saving_intercepted
 from . import functional as F
 from .functional import NEAR_CANCELLATION, Direction, RowFactors, Vectors, measured_ratio, row_scale
 from .norm import FrozenNorm, crosses, crosses_gradient
@@ -180,7 +180,8 @@ class _RowFactors(torch.autograd.Function):
         # What backward reads again must not have been written to in between.
         ctx.read_again = [(n.matrix, n.matrix._version) for n in norms if n.C is None and n.matrix is not None]
         trains = not settings.detach_norm
-        keeps_half_dq = trains and any(ctx.needs_input_grad[-layers:])
+        # What is not a saved tensor would outlive a checkpoint around it.
+        keeps_half_dq = trains and any(ctx.needs_input_grad[-layers:]) and not saving_intercepted()
         state = ctx.state = _forward(_by_layer(leaves, layers), norms, settings, trains, keeps_half_dq)
         ctx.set_materialize_grads(False)
         return state, *state.trained.unbind(), *state.vectors.lambda_d.unbind()

@@ -68,16 +68,23 @@ class SameTensor:
         tensor: as it is now; it is not kept alive.
     """
 
-    __slots__ = ("_address", "_tensor", "_version")
+    __slots__ = ("_address", "_storage", "_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
         unknown = tensor.is_inference() or may_be_gathered(tensor)
         self._tensor: Callable[[], Tensor | None] = (lambda: None) if unknown else weakref.ref(tensor)
+        # Held weakly, so that no other storage gets its identity.
+        self._storage = StorageWeakRef(tensor.untyped_storage())
         self._version, self._address = version_of(tensor), tensor.data_ptr()
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether it is this tensor, unchanged."""
-        return tensor is self._tensor() and tensor._version == self._version and tensor.data_ptr() == self._address
+        return (
+            tensor is self._tensor()
+            and tensor._version == self._version
+            and tensor.data_ptr() == self._address
+            and tensor.untyped_storage()._cdata == self._storage.cdata
+        )
 
 
 def version_of(tensor: Tensor) -> int:
