@@ -65,6 +65,7 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness
 	$(PY) -m benchmarks.support
 	$(PY) -m benchmarks.speed
+	$(PY) -m benchmarks.speed.overhead
 	$(PY) -m benchmarks.speed.plots
 	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record

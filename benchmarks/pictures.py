@@ -16,7 +16,6 @@ WIDTH = 7.0
 METHODS = {
     "DVoRA": "#2378d6",
     "DVoRA, structured": "#9a5fd6",
-    "DVoRA, orthogonal": "#5563d8",
     "DVoRA, merged": "#1c9bbd",
     "VeRA": "#de7b12",
     "LoRA": "#26985a",

@@ -17,6 +17,7 @@ from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
 from benchmarks.quality.tables import at_a_glance
+from benchmarks.speed.overhead_tables import overhead, with_overhead
 from benchmarks.speed.tables import speed, targets
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +193,7 @@ def _results() -> dict[str, str]:
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": lambda: {"at-a-glance": at_a_glance(_load("quality"))},
     "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(_load("conformance"))},
-    "benchmarks/README.md": lambda: {"targets": targets(_load("speed"))},
+    "benchmarks/README.md": lambda: {"targets": targets(with_overhead(_load("speed"), _load("overhead")))},
     "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("quality"))},
     "docs/compatibility.md": lambda: {
         "support": support(_load("support")),
@@ -200,6 +201,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(_load("examples")),
     },
     "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
+    "docs/overhead.md": lambda: overhead(_load("overhead")),
     "docs/results.md": _results,
     "docs/speed.md": lambda: {"speed": speed(_load("speed"))},
     "docs/versions.md": lambda: {"versions": versions(_load("versions")), "start-up": start_up(_load("start_up"))},

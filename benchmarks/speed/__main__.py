@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from benchmarks.speed import adapterhub, footprint, plan, set_up
+from benchmarks.speed import adapterhub, footprint, overhead, plan, set_up
 from benchmarks.speed.arms import BASE
 from benchmarks.speed.plan import Run
 from benchmarks.speed.results import show, write
@@ -52,6 +52,7 @@ def beside_adapterhub(report: Report, quick: bool) -> None:
 SECTIONS: dict[str, Callable[[Report, bool], None]] = {
     "memory": memory,
     "set-up": setting_up,
+    "overhead": overhead.measure,
     "adapterhub": beside_adapterhub,
 }
 """Parts that are no timed run of the plan."""
@@ -139,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--output", type=Path, help="result file; left out, only a whole run writes one")
-    parser.add_argument("--part", nargs="+", help="training, prefill, decode, compile, memory, set-up, adapterhub")
+    parser.add_argument(
+        "--part", nargs="+", help="training, prefill, decode, compile, memory, set-up, overhead, adapterhub"
+    )
     parser.add_argument("--workload", nargs="+", help="linears-1024, llama-1024, minilm ...")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--batch", nargs="+", type=int)

@@ -41,8 +41,7 @@ def relative_cost(method: str, products: Sequence[Product], rank: int, tokens: i
     """Operations of a step as a multiple of the frozen base's.
 
     Args:
-        method: "base", "full fine-tuning", "LoRA", "DoRA", "VeRA", "dvora dense", "dvora orthogonal" or
-            "dvora structured".
+        method: "base", "full fine-tuning", "LoRA", "DoRA", "VeRA", "dvora dense" or "dvora structured".
         products: the layers.
         rank: of the update.
         tokens: in the step; what is done once a step weighs less with more of them.
@@ -91,32 +90,19 @@ def vera(product: Product, rank: int, tokens: int) -> float:
 
 def dvora_dense(product: Product, rank: int, tokens: int) -> float:
     """VeRA's with one product with A for all siblings, and `grad_output^T z`; or the updated weight twice a step."""
-    return _dense_products(product, rank, tokens) + dense_norm(product, rank) / tokens
-
-
-def dvora_orthogonal(product: Product, rank: int, tokens: int) -> float:
-    """The same with the norm of orthogonal rows."""
-    return _dense_products(product, rank, tokens) + orthogonal_norm(product, rank) / tokens
-
-
-def _dense_products(product: Product, rank: int, tokens: int) -> float:
     inputs, outputs, siblings = product
+    norm = dense_norm(product, rank) / tokens
     if pays(tokens, outputs, inputs):
-        return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens
-    return 4 * rank * inputs / siblings + 6 * rank * outputs
-
-
-def orthogonal_norm(product: Product, rank: int) -> float:
-    """`C lambda_d` and its gradient, once a step."""
-    return 4.0 * product.out_features * rank
+        return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens + norm
+    return 4 * rank * inputs / siblings + 6 * rank * outputs + norm
 
 
 def dense_norm(product: Product, rank: int) -> float:
-    """The same, and the product with `G = A A^T` (with A and its transpose), made twice where it is not kept."""
+    """`C lambda_d`, its gradient, and the product with `G = A A^T` (or A and its transpose), made twice if not kept."""
     inputs, outputs, _ = product
     kept = keeps_half_dq(rank, outputs, torch.float32)
     products = (1 if kept else 2) if rank <= inputs else (2 if kept else 3)
-    return orthogonal_norm(product, rank) + 2.0 * products * outputs * min(rank, inputs) * rank
+    return 4.0 * outputs * rank + 2.0 * products * outputs * min(rank, inputs) * rank
 
 
 def dvora_structured(product: Product, rank: int, tokens: int) -> float:
@@ -160,13 +146,11 @@ METHODS: dict[str, Callable[[Product, int, int], float]] = {
     "DoRA": dora,
     "VeRA": vera,
     "dvora dense": dvora_dense,
-    "dvora orthogonal": dvora_orthogonal,
     "dvora structured": dvora_structured,
 }
 """What each method adds to the base, a token."""
 NORMS: dict[str, Callable[[Product, int], float]] = {
     "dvora dense": dense_norm,
-    "dvora orthogonal": orthogonal_norm,
     "dvora structured": structured_norm,
 }
 """What of it is the norm's, a step."""

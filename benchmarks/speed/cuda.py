@@ -27,7 +27,7 @@ from benchmarks.speed.workloads import Workload, linears, random, randomised
 TOKENS = 4096
 DTYPE = torch.bfloat16
 DORA = [Arm("DoRA", 16), Arm("DoRA", 256)]
-ARMS = [BASE, Arm("LoRA", 16), *at_rank(256), *at_rank(1024), *DORA]
+ARMS = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), *at_rank(256), *at_rank(1024), *DORA]
 ROUNDS, WARM_UPS, REPEATS = 20, 3, 10
 
 

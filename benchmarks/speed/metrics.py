@@ -40,6 +40,25 @@ def share(row: Row | None, part: str, whole: str) -> Spread | None:
     return None if row is None else spread(ratios(row[part], row[whole]))
 
 
+def kernels_a_layer(row: Row | None) -> Spread | None:
+    """Kernels of a row of the part "kernels", for each adapted layer, beyond the frozen base's."""
+    return None if row is None else exactly((row["kernels"] - row["base_kernels"]) / row["layers"])
+
+
+def host_seconds(row: Row) -> list[float]:
+    """Seconds of every round of a row of the part "host time", a layer, beyond the frozen base's in that round."""
+    pairs = zip(row["seconds"], row["base_seconds"], strict=True)
+    return [(seconds - of_base) / row["layers"] for seconds, of_base in pairs]
+
+
+def host_ratio(rows: Rows, arm: str, to: str, **setting: object) -> Spread | None:
+    """Host time of one method beyond the base's, in another's; None if one of them is missing."""
+    first, second = (row_of(rows, part="host time", arm=name, **setting) for name in (arm, to))
+    if first is None or second is None:
+        return None
+    return spread(ratios(host_seconds(first), host_seconds(second)))
+
+
 def exactly(value: float) -> Spread:
     """A metric that is counted, not timed."""
     return Spread(value, value, value)

@@ -17,21 +17,21 @@ def at_rank(rank: int) -> list[Arm]:
 
 
 COMPARED = [
-    *(BASE, FULL, Arm("LoRA", 16), Arm("DoRA", 256), Arm("RandLoRA", RANDLORA_RANK)),
+    *(BASE, FULL, Arm("LoRA", 16), Arm("LoRA", 1), Arm("DoRA", 256), Arm("RandLoRA", RANDLORA_RANK)),
     *(*at_rank(256), *at_rank(1024), Arm("DoRA", 16)),
 ]
-"""The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones."""
+"""The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones; LoRA r=1 is as small."""
 SWEPT = [*COMPARED, *at_rank(16), *at_rank(64), *(Arm("LoRA", rank) for rank in RANKS[1:])]
 """The same with every rank that all methods have."""
-FEW = [BASE, Arm("LoRA", 16), *at_rank(256), Arm("DoRA", 16)]
-TINY = [BASE, Arm("DoRA", 4), *at_rank(16)]
+FEW = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), *at_rank(256), Arm("DoRA", 16)]
+TINY = [BASE, Arm("LoRA", 1), Arm("DoRA", 4), *at_rank(16)]
 """For models of hidden size 64."""
 DECODING = [arm for arm in COMPARED if arm != FULL]
 
 
 LEFT_OUT = (
-    "hidden 2,048: 128 and 4,096 tokens, bfloat16 and prefill; at 2,048 tokens only six methods",
-    "SmolLM2: only six methods, 128 tokens; MiniLM: only 16 x 32 tokens",
+    "hidden 2,048: 128 and 4,096 tokens, bfloat16 and prefill; at 2,048 tokens only seven methods",
+    "SmolLM2: only seven methods, 128 tokens; MiniLM: only 16 x 32 tokens",
     "ranks 16 and 64: only the linear layers of hidden 1,024 at 512 tokens",
     "bfloat16: only on the Llama block of hidden 1,024, 512 and 2,048 tokens",
     "torch.compile: only rank 256 at 512 tokens",

@@ -22,22 +22,23 @@ from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.timing import Spread
 
 RESULT = Path(__file__).parent.parent / "results" / "speed.json"
-RANKS = (16, 64, 256, 1024)
+RANKS = (1, 16, 64, 256, 1024)
+"""Of LoRA; those of the others start with the second."""
 TOKENS = (128, 512, 2048, 4096)
 BLOCK = llama_block(1024, 2816)
 COLOURS = {
     "base": METHODS["frozen base"],
     "full fine-tuning": METHODS["full fine-tuning"],
     "LoRA": METHODS["LoRA"],
+    "LoRA r=1": METHODS["LoRA r=1"],
     "DoRA": METHODS["DoRA"],
     "VeRA": METHODS["VeRA"],
     "RandLoRA": METHODS["RandLoRA"],
     "dvora dense": METHODS["DVoRA"],
-    "dvora orthogonal": METHODS["DVoRA, orthogonal"],
     "dvora structured": METHODS["DVoRA, structured"],
     "dvora merged": METHODS["DVoRA, merged"],
 }
-MARKERS = {"LoRA": "s", "DoRA": "v", "VeRA": "D", "dvora dense": "o", "dvora structured": "P"}
+MARKERS = {"LoRA": "s", "LoRA r=1": "s", "DoRA": "v", "VeRA": "D", "dvora dense": "o", "dvora structured": "P"}
 TRAINING = {"part": "training", "workload": "linears-1024", "dtype": "float32"}
 
 
@@ -45,20 +46,21 @@ def ranks(rows: Rows) -> Figure:
     """Time of a training step against the rank, at 512 tokens."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     for method in ("LoRA", "VeRA", "dvora dense", "dvora structured"):
-        _sweep(axes, rows, method, method, RANKS, [{"arm": f"{method} r={r}", "tokens": 512} for r in RANKS])
-        _model_line(axes, method, RANKS, [relative_cost(method, BLOCK, rank, 512) for rank in RANKS])
+        at = RANKS if method == "LoRA" else RANKS[1:]
+        _sweep(axes, rows, method, method, at, [{"arm": f"{method} r={r}", "tokens": 512} for r in at])
+        _model_line(axes, method, at, [relative_cost(method, BLOCK, rank, 512) for rank in at])
     _finish(axes, "rank", RANKS, "512 tokens")
     return figure
 
 
 def tokens(rows: Rows) -> Figure:
-    """Time of a training step against the number of tokens, at rank 256 and DoRA's 16."""
+    """Time of a training step against the number of tokens, at rank 256, DoRA's 16 and LoRA's 1."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
-    for method, rank in (("DoRA", 16), ("VeRA", 256), ("dvora dense", 256), ("dvora structured", 256)):
+    for method, rank in (("LoRA", 1), ("DoRA", 16), ("VeRA", 256), ("dvora dense", 256), ("dvora structured", 256)):
         arm = f"{method} r={rank}"
-        _sweep(axes, rows, method, arm, TOKENS, [{"arm": arm, "tokens": count} for count in TOKENS])
-        _model_line(axes, method, TOKENS, [relative_cost(method, BLOCK, rank, count) for count in TOKENS])
-    _finish(axes, "tokens in a step", TOKENS, "rank 256, and 16 for DoRA")
+        _sweep(axes, rows, _look(arm), arm, TOKENS, [{"arm": arm, "tokens": count} for count in TOKENS])
+        _model_line(axes, _look(arm), TOKENS, [relative_cost(method, BLOCK, rank, count) for count in TOKENS])
+    _finish(axes, "tokens in a step", TOKENS, "rank 256, 16 for DoRA, 1 for LoRA")
     return figure
 
 
@@ -164,15 +166,16 @@ def _ticks(axis: Axis, ticks: Sequence[float]) -> None:
 
 def _arms(rows: Rows, **setting: object) -> list[str]:
     matching = [row for row in rows if all(row.get(key) == value for key, value in setting.items())]
-    return sorted({row["arm"] for row in matching}, key=lambda arm: (list(COLOURS).index(_method(arm)), len(arm)))
+    return sorted({row["arm"] for row in matching}, key=lambda arm: (list(COLOURS).index(_look(arm)), len(arm)))
 
 
-def _method(arm: str) -> str:
-    return arm.split(" r=")[0]
+def _look(arm: str) -> str:
+    """Whose colour and marker an arm has: its own, or those of its method."""
+    return arm if arm in COLOURS else arm.split(" r=")[0]
 
 
 def _colour(arm: str) -> str:
-    return COLOURS[_method(arm)]
+    return COLOURS[_look(arm)]
 
 
 PICTURES = {"ranks": ranks, "tokens": tokens, "decoding": decoding, "memory": memory}

@@ -1,6 +1,7 @@
 """The result file, and the same metrics on a terminal."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from benchmarks.speed.workloads import SEED
 SETTING = ("part", "workload", "dtype", "batch", "tokens")
 
 
-def write(report: Report, file: Path, seconds: float) -> None:
+def write(report: Report, file: Path, seconds: float, left_out: Sequence[str] = LEFT_OUT) -> None:
     """Write the result file whole or not at all.
 
     Args:
         report: what was measured.
         file: to write.
         seconds: that the run took.
+        left_out: what was not measured on purpose.
     """
     result: dict[str, Any] = {
         "environment": environment(),
         "seed": SEED,
         "seconds": round(seconds),
-        "left_out": list(LEFT_OUT),
+        "left_out": list(left_out),
         "not_measured": report.not_measured,
         "rows": report.rows,
     }

@@ -75,24 +75,26 @@ def measure_model(report: Report, rounds: int, workload: Workload | None = None)
 
 
 def measure_norm(report: Report, rounds: int, workload: Workload | None = None, chosen: Sequence[Arm] = ARMS) -> None:
-    """The gains of all layers, forward and backward, beside whole training steps."""
+    """The gains of all layers, forward and backward, beside whole training steps of few and of more tokens."""
     workload = workload or linears_1024()
     base = workload.frozen(torch.float32)
-    x = workload.inputs(1, NORM_TOKENS, torch.float32)
+    inputs = {tokens: workload.inputs(1, tokens, torch.float32) for tokens in NORM_TOKENS}
     steps: dict[str, Step] = {}
 
     def prepare(arm: Arm) -> None:
         model = adapted(base, arm, workload.targets)
-        steps[arm.name] = training_step(workload, model, x)
-        steps[f"{arm.name} norm"] = norm_step(model)
+        for tokens, x in inputs.items():
+            steps[f"{arm.name}, {tokens} tokens"] = training_step(workload, model, x)
+        steps[arm.name] = norm_step(model)
 
     for arm in chosen:
         report.attempt(f"norm of {workload.name}: {arm.name}", partial(prepare, arm))
     seconds, _ = interleaved(steps, rounds)
     for arm in chosen:
-        if arm.name in seconds:
-            row = {"part": "norm", "workload": workload.name, "tokens": NORM_TOKENS, **arm.described()}
-            report.add({**row, "seconds": seconds[f"{arm.name} norm"], "step_seconds": seconds[arm.name]})
+        for tokens in NORM_TOKENS if arm.name in seconds else ():
+            row = {"part": "norm", "workload": workload.name, "tokens": tokens, **arm.described()}
+            step_seconds = seconds[f"{arm.name}, {tokens} tokens"]
+            report.add({**row, "seconds": seconds[arm.name], "step_seconds": step_seconds})
 
 
 def frozen_layer(in_features: int, out_features: int) -> nn.Linear:

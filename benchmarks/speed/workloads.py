@@ -80,16 +80,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = SEED) ->
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def linears(hidden: int, intermediate: int, key_value: int | None = None) -> Workload:
-    """Seven linear layers: query, key and value read the same input, gate and up another one."""
+def linears(hidden: int, intermediate: int, key_value: int | None = None, blocks: int = 1) -> Workload:
+    """Blocks of seven linear layers: query, key and value read the same input, gate and up another one."""
 
     def build() -> nn.Module:
-        return randomised(Linears(hidden, intermediate, key_value or hidden))
+        return randomised(nn.Sequential(*(Linears(hidden, intermediate, key_value or hidden) for _ in range(blocks))))
 
-    return Workload(f"linears-{hidden}", hidden, LLAMA_LAYERS, build, lambda model, x: model(x))
+    return Workload(_named("linears", hidden, blocks), hidden, LLAMA_LAYERS, build, lambda model, x: model(x))
 
 
-def llama(hidden: int, intermediate: int, heads: int, layers: int = 1) -> Workload:
+def llama(hidden: int, intermediate: int, heads: int, blocks: int = 1) -> Workload:
     """A Llama-shaped stack of transformers with random weights."""
 
     def build() -> nn.Module:
@@ -98,14 +98,14 @@ def llama(hidden: int, intermediate: int, heads: int, layers: int = 1) -> Worklo
             hidden_size=hidden,
             intermediate_size=intermediate,
             num_attention_heads=heads,
-            num_hidden_layers=layers,
+            num_hidden_layers=blocks,
             max_position_embeddings=8192,
             # A cache would keep keys and values.
             use_cache=False,
         )
         return randomised(LlamaModel(config))
 
-    return Workload(f"llama-{hidden}", hidden, LLAMA_LAYERS, build, last_hidden_state)
+    return Workload(_named("llama", hidden, blocks), hidden, LLAMA_LAYERS, build, last_hidden_state)
 
 
 def bert_square(hidden: int) -> Workload:
@@ -148,6 +148,10 @@ def smollm2() -> Workload:
         return model
 
     return Workload("smollm2", 576, LLAMA_LAYERS, build, output)
+
+
+def _named(kind: str, hidden: int, blocks: int) -> str:
+    return f"{kind}-{hidden}" + (f"-{blocks}-blocks" if blocks > 1 else "")
 
 
 def last_hidden_state(model: nn.Module, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.speed.cost_model import Product, fast_product, llama_block, norm_share, relative_cost
-from benchmarks.speed.metrics import row_of, time_ratio
+from benchmarks.speed.metrics import host_ratio, host_seconds, kernels_a_layer, row_of, time_ratio
 from benchmarks.speed.results import write
 from benchmarks.speed.runner import Report
 from benchmarks.speed.tables import speed, targets
@@ -69,12 +69,12 @@ def test_short_steps_are_repeated() -> None:
         ("VeRA", 256, 512, 1.5),
         # 4 x 256 x 1024 + 6 x 256 x 1024, and the norm: (2 x 1024 x 256^2 + 4 x 1024 x 256) / 512
         ("dvora dense", 256, 512, 1.625 + 0.0625 + 0.00048828125),
-        ("dvora orthogonal", 256, 512, 1.625 + 0.00048828125),
         ("dvora dense", 512, 1024, 1 + 1.25 + 0.125 + 0.00048828125),
         # Slopes of 4 MiB are not kept: the product with G is made twice.
         ("dvora dense", 1024, 1024, 1 + 2.5 + 1.0 + 0.0009765625),
         # The updated weight: z and grad_output^T z, 2 x 256 x 1024 each, and V' twice, 4 x 1024^2 x 256 / 4096
-        ("dvora orthogonal", 256, 4096, 1 + 0.25 + 0.0625 + 0.00048828125 / 8),
+        # ... and the norm as above
+        ("dvora dense", 256, 4096, 1 + 0.25 + 0.0625 + (0.0625 + 0.00048828125) / 8),
         # 32 x 32 x 16 + 32 x 16 x 16 = 24,576 multiply-adds a product; five products; two for q once a step
         ("dvora structured", 256, 512, 1 + 5 * 49152 / 2**22 + (2 * 49152 + 2**20) / 512 / 2**22),
         # 65,536 multiply-adds a product; C is not kept: 1024 rows of W by 32 vectors, twice
@@ -121,6 +121,26 @@ def test_times_are_compared_within_a_setting() -> None:
         row_of(rows, arm="VeRA r=256")
 
 
+def counted(arm: str, kernels: int, route: str = "training, few tokens") -> dict[str, Any]:
+    method, _, rank = arm.partition(" r=")
+    row = {"arm": arm, "method": method, "rank": int(rank or 0), "layers": 7, "kernels": kernels, "base_kernels": 80}
+    return {"part": "kernels", "device": "cpu", "dtype": "float32", "route": route, **row}
+
+
+def hosted(arm: str, seconds: list[float]) -> dict[str, Any]:
+    row = {"part": "host time", "dtype": "float32", "route": "training, few tokens", "arm": arm, "layers": 2}
+    return {**row, "seconds": seconds, "base_seconds": [1.0, 1.0]}
+
+
+def test_overhead_is_a_layers_share_of_what_the_base_does_not_need() -> None:
+    assert kernels_a_layer(counted("LoRA r=1", 150)) == Spread(10, 10, 10)
+    assert kernels_a_layer(None) is None
+    rows = [hosted("VeRA r=16", [3.0, 5.0]), hosted("dvora dense r=16", [5.0, 9.0])]
+    assert host_seconds(rows[1]) == [2.0, 4.0]
+    assert host_ratio(rows, "dvora dense r=16", "VeRA r=16") == Spread(2.0, 2.0, 2.0)
+    assert host_ratio(rows, "LoRA r=16", "VeRA r=16") is None
+
+
 def measured_rows() -> Iterator[dict[str, Any]]:
     """A result file with one figure that is met, one that is not, and one of each kind beside."""
     yield timed("base", [1.0, 1.0, 1.0])
@@ -133,6 +153,7 @@ def measured_rows() -> Iterator[dict[str, Any]]:
         yield timed("DoRA r=16", [9.0], batch=batch, **llama)
         yield timed("dvora dense r=256", [1.5], batch=batch, **llama)
     arm = {"arm": "dvora dense r=256", "method": "dvora dense", "rank": 256}
+    structured = {"arm": "dvora structured r=1024", "method": "dvora structured", "rank": 1024}
     layer = {"part": "layer memory", "tokens": 10, "out_features": 4, "z_values": 30, "keeps_input": False, **arm}
     yield {**layer, "in_features": 3, "saved_values": 30, "held_values": 74}
     yield {**layer, "in_features": 5, "saved_values": 78, "held_values": 38}
@@ -148,7 +169,18 @@ def measured_rows() -> Iterator[dict[str, Any]]:
     yield timed("base", [1.0], **square, environment=versions)
     yield timed("AdapterHub DVoRA r=256", [3.5], **square, environment=versions)
     yield {"part": "resident", **arm, "before_bytes": 600_000_000, "most_bytes": 1_700_000_000}
-    yield {"part": "norm", "workload": "linears-1024", **arm, "seconds": [1.0], "step_seconds": [50.0]}
+    yield {"part": "norm", "workload": "linears-1024", "tokens": 1024, **arm, "seconds": [1.0], "step_seconds": [50.0]}
+    yield {
+        "part": "norm",
+        "workload": "linears-1024",
+        "tokens": 512,
+        **structured,
+        "seconds": [1.0],
+        "step_seconds": [10.0],
+    }
+    yield {**counted("dvora dense r=256", 920), "workload": "llama-1024-8-blocks"}
+    yield hosted("VeRA r=16", [3.0, 5.0])
+    yield hosted("dvora dense r=16", [5.0, 9.0])
     yield {"part": "set-up", "in_features": 3, **arm, "seconds": [1.0], "forward_seconds": [2.0]}
     yield {"part": "set-up", "in_features": 5, **arm, "seconds": [3.0], "forward_seconds": [2.0]}
     yield {"part": "adapting", "workload": "smollm2", **arm, "seconds": [4.0, 6.0, 5.5]}
@@ -164,6 +196,9 @@ def target_of(metric: str) -> Target:
     [
         ("training, 512 tokens: dvora dense r=256 to VeRA r=256", 0.95, True),
         ("training, 512 tokens: dvora structured r=256 to VeRA r=256", 0.95, False),
+        ("kernels a layer, training, few tokens: dvora dense r=256", 120, False),
+        ("host time beyond the base's, training, few tokens: dvora dense r=16 to VeRA r=16", 2.0, True),
+        ("the norm's share of a step of 512 tokens: dvora structured r=1024", 0.1, False),
         ("decode, batch 1: DoRA r=16 to dvora dense r=256", 6.0, False),
         ("decode, batch 16: dvora dense r=256 to the base", 1.5, False),
         ("kept for backward beside z, in tokens x out, worst layer: dvora dense", 1.2, False),
@@ -205,7 +240,7 @@ def test_the_tables_of_a_result_file(tmp_path: Path) -> None:
     report.miss("training: dvora merged", "not there")
     write(report, tmp_path / "speed.json", seconds=61.4)
     result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
-    assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 24, [1.8, 1.9, 2.2])
+    assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 28, [1.8, 1.9, 2.2])
     lines, rows = speed(result).splitlines(), targets(result).splitlines()
     assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 | 1,100 |" in lines
     row = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 1.07 | yes |"
@@ -213,7 +248,7 @@ def test_the_tables_of_a_result_file(tmp_path: Path) -> None:
     assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  | no |" in rows
     assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% | yes |" in rows
     assert any(line.endswith("| ≤ 0.97 | not measured | | | |") for line in rows)
-    assert "| SmolLM2-135M, 128 tokens |  |  | 1.25 |  |  |" in lines
+    assert "| SmolLM2-135M, 128 tokens |  |  |  | 1.25 |  |  |" in lines
     assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)
     assert any(line.endswith("layers, 512 tokens: AdapterHub DVoRA r=256 3.50.") for line in lines)
     assert "- training: dvora merged: not there" in lines

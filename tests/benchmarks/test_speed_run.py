@@ -75,7 +75,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file = tmp_path / "speed.json"
     assert main(["--quick", "--threads", "1", "--output", str(file)]) == 0
     result = json.loads(file.read_text(encoding="utf-8"))
-    assert {row["part"] for row in result["rows"]} == {"training", "prefill", "decode", "memory", "norm"}
+    assert {row["part"] for row in result["rows"]} == {
+        "training",
+        "prefill",
+        "decode",
+        "memory",
+        "norm",
+        "kernels",
+        "host time",
+    }
     assert result["environment"]["threads"] == 1
     assert "dvora dense r=16" in capsys.readouterr().out
     timed = [row for row in result["rows"] if row["part"] in ("training", "decode") and row["arm"] == "VeRA r=16"]

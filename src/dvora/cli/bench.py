@@ -1,4 +1,4 @@
-"""`dvora bench`: step times of several methods on a given model."""
+"""`dvora bench`: step times and kernels of several methods on a given model."""
 
 from dataclasses import asdict
 from itertools import count
@@ -12,6 +12,7 @@ from .output import Debug, Json, Output, Quiet
 LEGEND = {
     "seconds": "medians over the rounds",
     "ratio": "time over the base model's in the same round, median; spread: its quartiles",
+    "kernels": "operations a layer beyond the base model's; at few tokens it is launching them that takes the time",
 }
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -44,7 +45,7 @@ def bench_command(
 ) -> None:
     """Time a training step and a decoded token (or a forward pass) of each method beside the base model.
 
-    Methods take turns, and ratios to the base are medians over the rounds.
+    Methods take turns, and ratios to the base are medians over the rounds. The kernels that each starts are counted.
     """
     with one_line(debug):
         if dtype not in DTYPES:

@@ -36,6 +36,16 @@ def test_every_method_is_timed_beside_the_base(make: object, inference: str, tmp
     assert found.timings[0].training_ratio == 1
 
 
+def test_kernels_are_counted_a_layer_beyond_the_bases(tmp_path: Path) -> None:
+    found = bench(str(tiny_models.llama(tmp_path)), rank=5, low_rank=2, tokens=8, rounds=1)
+    kernels = {timing.method: (timing.training_kernels, timing.inference_kernels) for timing in found.timings}
+    # LoRA: two products, a strength and a sum. Backward: two products a matrix, the strength again, and a sum.
+    assert kernels["base"] == (0, 0)
+    assert kernels["lora"] == (10, 4)
+    assert kernels["vera"] == (14, 5)
+    assert all(training > inference > 5 for training, inference in (kernels["dvora"], kernels["dvora structured"]))
+
+
 @deprecated_name
 def test_methods_share_the_bases_weights_and_leave_them_alone(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_models.llama(tmp_path)).requires_grad_(False)

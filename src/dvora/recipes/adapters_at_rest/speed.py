@@ -1,6 +1,7 @@
 """Step times of several methods on a given model: a training step, and a decoded token or a forward pass.
 
-Every round times every method once, and times are compared within a round: a machine that slows down slows both.
+Every round times every method once, and times are compared within a round: a machine that slows down slows both. The
+kernels of each are counted too: for small models and few tokens a device waits for their launches.
 """
 
 import copy
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ...ops.kernel_count import beyond_base, kernels
 from ...tuner.config import DVoRAConfig
 from ..models.architectures import config_of, heads_of, load_base, model_class, quietly, without_memory
 from ..models.inputs import example_inputs, first_output
@@ -52,6 +54,7 @@ class Timing:
         training_seconds, inference_seconds: medians.
         training_ratio, inference_ratio: medians of the ratios to the base in the same round.
         training_spread, inference_spread: quartiles of those ratios.
+        training_kernels, inference_kernels: launched for each adapted layer, beyond the base's own.
         note: why it was not timed.
     """
 
@@ -61,9 +64,11 @@ class Timing:
     training_seconds: float | None = None
     training_ratio: float | None = None
     training_spread: tuple[float, float] | None = None
+    training_kernels: float | None = None
     inference_seconds: float | None = None
     inference_ratio: float | None = None
     inference_spread: tuple[float, float] | None = None
+    inference_kernels: float | None = None
     note: str = ""
 
 
@@ -136,8 +141,8 @@ def bench(
     decodes = base.get_output_embeddings() is not None and not base.config.is_encoder_decoder
     make: Callable[[nn.Module, dict[str, Tensor]], Step] = decoding_step if decodes else forward_step
     with quietly():
-        training = _timed_in_turns({n: training_step(m, inputs) for n, m in models.items()}, rounds, on_round)
-        inference = _timed_in_turns({n: make(m, inputs) for n, m in models.items()}, rounds, on_round)
+        training = _measured({n: training_step(m, inputs) for n, m in models.items()}, len(layers), rounds, on_round)
+        inference = _measured({n: make(m, inputs) for n, m in models.items()}, len(layers), rounds, on_round)
     timings = [_timing(method, model, training, inference, rank, low_rank) for method, model in models.items()]
     timings += [Timing(method, None, note=reason) for method, reason in refused.items()]
     timed = "one token after a prompt" if decodes else "a forward pass"
@@ -210,6 +215,21 @@ def _embedded(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"inputs_embeds": embedded} | {name: value for name, value in inputs.items() if name != "input_ids"}
 
 
+class _Measured(NamedTuple):
+    """Seconds of every round, and kernels a layer, by method."""
+
+    seconds: Mapping[str, list[float]]
+    kernels: Mapping[str, float]
+
+
+def _measured(steps: Mapping[str, Step], layers: int, rounds: int, on_round: Step) -> _Measured:
+    seconds = _timed_in_turns(steps, rounds, on_round)
+    # Counted last, when what is made in the first step is there.
+    return _Measured(
+        seconds, beyond_base({name: kernels(step).total() for name, step in steps.items()}, "base", layers)
+    )
+
+
 def _timed_in_turns(steps: Mapping[str, Step], rounds: int, on_round: Step) -> dict[str, list[float]]:
     order, seconds = list(steps), {name: list[float]() for name in steps}
     for name in order:
@@ -239,8 +259,8 @@ def _wait() -> None:
 def _timing(
     method: str,
     model: nn.Module,
-    training: Mapping[str, list[float]],
-    inference: Mapping[str, list[float]],
+    training: _Measured,
+    inference: _Measured,
     rank: int,
     low_rank: int,
 ) -> Timing:
@@ -250,8 +270,9 @@ def _timing(
     )
 
 
-def _statistics(method: str, seconds: Mapping[str, list[float]]) -> tuple[float, float, tuple[float, float]]:
-    """The median, the median ratio to the base, and the quartiles of the ratios."""
+def _statistics(method: str, measured: _Measured) -> tuple[float, float, tuple[float, float], float]:
+    """The median, the median ratio to the base, the quartiles of the ratios, and the kernels."""
+    seconds = measured.seconds
     ratios = [own / base for own, base in zip(seconds[method], seconds["base"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return statistics.median(seconds[method]), middle, (low, high)
+    return statistics.median(seconds[method]), middle, (low, high), round(measured.kernels[method], 2)
