@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, full_precision, without_autocast
-from ..ops.tracing import grad_recorded, is_batched, saving_intercepted
+from ..ops.tracing import grad_recorded, is_batched, saved_tensors_are_hooked
 from . import functional as F
 from .functional import NEAR_CANCELLATION, Direction, RowFactors, Vectors, measured_ratio, row_scale
 from .norm import FrozenNorm, crosses, crosses_gradient
@@ -91,7 +91,9 @@ def row_factors(vectors: Sequence[Vectors], norms: Sequence[FrozenNorm], setting
     with full_precision(norms[0].w.device):
         if grad_recorded():
             leaves = [vector for three in zip(*vectors, strict=True) for vector in three]
-            state, *made = _RowFactors.apply(norms, settings, *leaves)
+            # What is not a saved tensor would outlive a checkpoint around it.
+            keeps = not saved_tensors_are_hooked()
+            state, *made = _RowFactors.apply(norms, settings, keeps, *leaves)
         else:
             state = _forward(vectors, norms, settings, trains=False, keeps_half_dq=False)
             made = [*state.trained.unbind(), *state.vectors.lambda_d.unbind()]
@@ -174,14 +176,15 @@ class _RowFactors(torch.autograd.Function):
     """From all magnitudes, all lambda_b and all lambda_d to `g - 1` and `g beta` of every layer."""
 
     @staticmethod
-    def forward(ctx: Any, norms: Sequence[FrozenNorm], settings: RowSettings, *leaves: Tensor) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, norms: Sequence[FrozenNorm], settings: RowSettings, keeps: bool, *leaves: Tensor
+    ) -> tuple[Any, ...]:
         ctx.norms, ctx.settings, ctx.leaves = norms, settings, leaves
         layers = len(norms)
         # What backward reads again must not have been written to in between.
         ctx.read_again = [(n.matrix, n.matrix._version) for n in norms if n.C is None and n.matrix is not None]
         trains = not settings.detach_norm
-        # What is not a saved tensor would outlive a checkpoint around it.
-        keeps_half_dq = trains and any(ctx.needs_input_grad[-layers:]) and not saving_intercepted()
+        keeps_half_dq = keeps and trains and any(ctx.needs_input_grad[-layers:])
         state = ctx.state = _forward(_by_layer(leaves, layers), norms, settings, trains, keeps_half_dq)
         ctx.set_materialize_grads(False)
         return state, *state.trained.unbind(), *state.vectors.lambda_d.unbind()
@@ -192,7 +195,7 @@ class _RowFactors(torch.autograd.Function):
         norms, settings = ctx.norms, ctx.settings
         gradients, of_lambda_d = all_gradients[: len(norms)], all_gradients[len(norms) :]
         if torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in all_gradients):
-            return None, None, *_differentiable_gradients(gradients, of_lambda_d, ctx.leaves, norms, settings)
+            return None, None, None, *_differentiable_gradients(gradients, of_lambda_d, ctx.leaves, norms, settings)
         if any(matrix._version != version for matrix, version in ctx.read_again):
             raise RuntimeError(
                 "a base weight was written to between the forward and the backward pass of an adapted layer, which "
@@ -200,7 +203,8 @@ class _RowFactors(torch.autograd.Function):
             )
         state: _State = ctx.state
         gain, scale = state.constant[:, 0], state.trained[:, 1]
-        _, _, vectors, beta_unit, k, _, b, h, inner, live, fixed, half_dq = state
+        vectors, beta_unit, k, b, h = state.vectors, state.beta_unit, state.k, state.b, state.h
+        live, fixed = state.live, state.fixed
         d_g, d_scale = _stacked(gradients, state.trained[0]).unbind(1)
         d_m = torch.addcmul(d_g / k, b, d_scale).div_(h)
         d_beta = gain * d_scale
@@ -211,12 +215,12 @@ class _RowFactors(torch.autograd.Function):
             minus_d_h = torch.addcmul(gain * d_g, scale, d_scale).div_(h)
             minus_d_h.masked_fill_(fixed if live is None else fixed | ~live, 0.0)
             kh = k * h
-            d_beta.addcmul_(minus_d_h, inner / kh, value=-1)
+            d_beta.addcmul_(minus_d_h, state.inner / kh, value=-1)
             minus_d_change = minus_d_h.mul_(b)
-            half = norms[0].squares_half_gradient((minus_d_change * b).div_(h), vectors.lambda_d, half_dq)
+            half = norms[0].squares_half_gradient((minus_d_change * b).div_(h), vectors.lambda_d, state.half_dq)
             d_lambda_d -= half.add_(crosses_gradient(norms, minus_d_change.div_(kh)))
         used = [not (g is None and d is None) for g, d in zip(gradients, of_lambda_d, strict=True)]
-        return None, None, *_unbound(used, d_m, d_beta * beta_unit, d_lambda_d)
+        return None, None, None, *_unbound(used, d_m, d_beta * beta_unit, d_lambda_d)
 
 
 def _stacked(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:

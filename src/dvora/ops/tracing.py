@@ -32,6 +32,16 @@ def is_batched(gradient: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks take what autograd saves, as checkpointing that is not reentrant and offloading do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread runs a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def saving_intercepted() -> bool:
     """Whether surrounding code manages what is saved for a backward pass, or no backward pass will come.
 
@@ -39,7 +49,6 @@ def saving_intercepted() -> bool:
     forward pass unrecorded; both may run it again during a backward pass. In inference mode nothing is saved.
     """
     if grad_recorded():
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        return hooks is not None or torch._C._current_graph_task_id() != -1
+        return saved_tensors_are_hooked() or in_backward_pass()
     # An autograd function and inference mode switch forward-mode differentiation off; no_grad does not.
     return not torch._C._is_fwd_grad_enabled()

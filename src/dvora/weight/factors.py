@@ -25,7 +25,7 @@ from ..engines.tensor_parallel import local
 from ..method.functional import Vectors
 from ..method.gain import PackedFactors, StackedFactors
 from ..ops.passes import Pass, current_pass
-from ..ops.tracing import grad_recorded, is_traced, saving_intercepted
+from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
 from .tensor_state import SameTensor, TensorVersion, version_of
 
@@ -116,7 +116,7 @@ class StackedEntry:
         """Whether a layer may use them now."""
         # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread, for the
         # values only.
-        again = running is None and torch._C._current_graph_task_id() != -1 and saving_intercepted()
+        again = in_backward_pass() and saved_tensors_are_hooked()
         return (self.made_for is running or again) and self.is_of(adapted, vectors, weight)
 
     def is_of(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> bool:
