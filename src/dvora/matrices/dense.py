@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.buffers import out
-from ..ops.chunked import sum_of_products
 from ..ops.dtypes import as_dtype, norm_dtype
 from . import philox
 from .dense_store import DenseStore, Make
@@ -100,10 +99,17 @@ class DenseMatrices(nn.Module):
         z = as_autocast(z)
         return _product(z, self._scaled(_STREAM_B, z.shape[-1], out_features, z.dtype, z.device))
 
-    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
-        """`d B`, in the dtype of `d`, or of autocast."""
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`, in the dtype of `d`, or of autocast; not differentiable with a scale."""
         d = as_autocast(d)
-        return _product(d, self._scaled(_STREAM_B, rank, d.shape[-1], d.dtype, d.device).T)
+        if scale is not None and d.numel() > rank * d.shape[-1]:
+            # With more tokens than ranks it is cheaper to scale the matrix.
+            B = self._scaled(_STREAM_B, rank, d.shape[-1], scale.dtype, d.device)
+            return _product(d, as_dtype(torch.mul(B, scale, out=out("scaled B", B.shape, B)), d.dtype).T)
+        B = self._scaled(_STREAM_B, rank, d.shape[-1], d.dtype, d.device)
+        return _product(d if scale is None else d * as_dtype(scale, d.dtype), B.T)
 
     def prepared_update(
         self,
@@ -136,12 +142,6 @@ class DenseMatrices(nn.Module):
 
         That with respect to the scale is written into `d_scale`.
         """
-        if _is_few(z):
-            inner, B = as_dtype(lambda_d, z.dtype), self._scaled(_STREAM_B, z.shape[1], len(scale), z.dtype, z.device)
-            sum_of_products(d, torch.mm(z * inner, B), d_scale)
-            h = torch.mm(d * as_dtype(scale, d.dtype), B.T)
-            d_lambda_d = sum_of_products(h, z)
-            return h.mul_(inner), d_lambda_d
         products = self._products(d, z, scale.dtype)
         torch.mv(products.T, as_dtype(lambda_d, scale.dtype), out=d_scale)
         return torch.mm(d, self._scaled_twice(lambda_d, scale, z.dtype).T), products @ scale

@@ -57,8 +57,10 @@ class Matrices(Protocol):
     def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
         """`z B^T`."""
 
-    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
-        """`d B`."""
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`; not differentiable with a scale."""
 
     def prepared_update(
         self,

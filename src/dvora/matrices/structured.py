@@ -85,9 +85,12 @@ class StructuredMatrices(nn.Module):
         """`z B^T`, in the dtype of `z`."""
         return apply(z, self._stack_for(z, "B", z.shape[-1], out_features), self.use_triton)
 
-    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
-        """`d B`, the transpose of `expand`, in the dtype of `d`."""
-        return apply_transpose(d, self._stack_for(d, "B", rank, d.shape[-1]), self.use_triton)
+    def expand_transpose(
+        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "*T R"]:
+        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`; not differentiable with a scale."""
+        stack = self._stack_for(d, "B", rank, d.shape[-1])
+        return apply_transpose(d, stack if scale is None else kronecker.scaled(stack, scale), self.use_triton)
 
     def prepared_update(
         self,

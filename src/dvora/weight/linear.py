@@ -150,6 +150,16 @@ def pays(tokens: int, out_features: int, in_features: int) -> bool:
     return thin > WORTH_IT * updated
 
 
+FEW = 2
+"""Tokens for each rank, up to which the update is kept for the backward pass: as many values as two matrices B."""
+
+
+def keeps_update(z: Float[Tensor, "*T R"], matrices: Matrices) -> bool:
+    """Whether training keeps the update: memory against the time of the product `z^T grad_output`."""
+    few = z.numel() <= FEW * z.shape[-1] ** 2
+    return few and not matrices.products_are_cheap and not (matrices.use_triton and z.is_cuda)
+
+
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether the layer's forward is the product with its weight, with no hooks."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -179,6 +189,22 @@ def _forward(update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor
     else:
         y.addcmul_(rows, gain)
     return _reshaped(y, base_output)
+
+
+def _forward_keeping(
+    update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"]
+) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "S O"]]:
+    """The outputs, and the update before its scale."""
+    rows, bias = _rows(base_output), update.bias
+    (gain_minus_one, scale), gain = update.factors.packed.trained.detach().unbind(), update.factors.packed.constant[0]
+    low = update.matrices.expand(_rows(z) * as_dtype(update.factors.packed.lambda_d.detach(), z.dtype), rows.shape[1])
+    offset = None if bias is None else gain_minus_one * bias
+    if rows.dtype.itemsize < 4:
+        y = rescaled(rows, gain, offset, as_dtype(low * scale, rows.dtype))
+    else:
+        y = rows * gain if offset is None else torch.addcmul(offset.neg_(), rows, gain)
+        y.addcmul_(as_dtype(low, y.dtype), scale)
+    return _reshaped(y, base_output), low
 
 
 def _prepared(update: Update, dtype: torch.dtype, outputs: torch.dtype) -> Prepared:
@@ -220,14 +246,18 @@ class _ThinProducts(torch.autograd.Function):
         bias: Tensor | None,
         update: Update,
     ) -> Tensor:
-        ctx.update = update
-        ctx.save_for_backward(base_output, z, lambda_d, trained, bias)
-        return _forward(update, base_output, z)
+        ctx.update, low = update, None
+        if z is not None and keeps_update(z, update.matrices):
+            y, low = _forward_keeping(update, base_output, z)
+        else:
+            y = _forward(update, base_output, z)
+        ctx.save_for_backward(base_output, z, lambda_d, trained, bias, low)
+        return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        base_output, z, lambda_d, trained, bias = ctx.saved_tensors
+        base_output, z, lambda_d, trained, bias, low = ctx.saved_tensors
         update, needed = ctx.update, ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(grad_output):
             inputs = (base_output, z, lambda_d, trained, bias)
@@ -244,7 +274,13 @@ class _ThinProducts(torch.autograd.Function):
                 _gain_gradient(rows, outputs, bias, d_trained[0])
             if z is not None and any(needed[1:4]):
                 same, scale = as_dtype(rows, z.dtype), packed.trained[1].detach()
-                d_z, d_lambda_d = update.matrices.update_gradients(same, _rows(z), lambda_d, scale, d_trained[1])
+                if low is None:
+                    d_z, d_lambda_d = update.matrices.update_gradients(same, _rows(z), lambda_d, scale, d_trained[1])
+                else:
+                    sum_of_products(same, low, d_trained[1])
+                    h = update.matrices.expand_transpose(same, z.shape[-1], scale)
+                    d_lambda_d = sum_of_products(h, _rows(z))
+                    d_z = h.mul_(as_dtype(lambda_d, h.dtype))
         return (
             None if d_base is None else d_base.view(grad_output.shape),
             None if d_z is None else d_z.view(z.shape),
