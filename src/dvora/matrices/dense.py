@@ -112,23 +112,23 @@ class DenseMatrices(nn.Module):
         return _product(d if scale is None else d * as_dtype(scale, d.dtype), B.T)
 
     def prepared_update(
-        self,
-        lambda_d: Float[Tensor, "R"],
-        scale: Float[Tensor, "O"],
-        shift: Float[Tensor, "O"] | None,
-        dtype: torch.dtype,
-    ) -> Callable[[Tensor], Tensor]:
-        """The function from z (T, R) of that dtype to `((z lambda_d) B^T) * scale + shift`; not differentiable."""
+        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The function from z (T, R) and outputs (T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
+
+        It is for z of one dtype, writes into the outputs, and is not differentiable.
+        """
         inner, B = as_dtype(lambda_d, dtype), self._scaled(_STREAM_B, len(lambda_d), len(scale), dtype, scale.device)
 
-        def update(z: Float[Tensor, "T R"]) -> Float[Tensor, "T O"]:
-            if _is_few(z):
-                outputs = torch.mm(z * inner, B)
-                return outputs.mul_(scale) if shift is None else torch.addcmul(shift, outputs, scale)
+        def add(z: Float[Tensor, "T R"], onto: Float[Tensor, "T O"] | None) -> Float[Tensor, "T O"]:
+            if len(z) <= z.shape[1]:
+                product = torch.mm(z * inner, B)
+                return product.mul_(scale) if onto is None else onto.addcmul_(product, scale)
+            # With more tokens than ranks it is cheaper to scale the matrix.
             both = self._scaled_twice(lambda_d, scale, dtype)
-            return torch.mm(z, both) if shift is None else torch.addmm(shift, z, both)
+            return torch.mm(z, both) if onto is None else onto.addmm_(z, both)
 
-        return update
+        return add
 
     def update_gradients(
         self,
@@ -344,11 +344,6 @@ def _product(a: Float[Tensor, "*T M"], b: Float[Tensor, "M N"]) -> Float[Tensor,
     # Not a view to autograd, so callers may write into it.
     whole: Tensor = torch.ops.aten._unsafe_view(product, [*a.shape[:-1], b.shape[1]])
     return whole
-
-
-def _is_few(z: Float[Tensor, "T R"]) -> bool:
-    """Whether it is cheaper to scale the tokens than the matrix."""
-    return len(z) <= z.shape[1]
 
 
 def _layers_at_a_time(lambda_d: Float[Tensor, "L R"], out_features: int, in_features: int) -> int:

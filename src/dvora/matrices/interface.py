@@ -63,13 +63,12 @@ class Matrices(Protocol):
         """`(d * scale) B`; not differentiable with a scale."""
 
     def prepared_update(
-        self,
-        lambda_d: Float[Tensor, "R"],
-        scale: Float[Tensor, "O"],
-        shift: Float[Tensor, "O"] | None,
-        dtype: torch.dtype,
-    ) -> Callable[[Tensor], Tensor]:
-        """The function from z (T, R) of that dtype to `((z lambda_d) B^T) * scale + shift`; not differentiable."""
+        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The function from z (T, R) and outputs (T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
+
+        It is for z of one dtype, writes into the outputs, and is not differentiable.
+        """
 
     def update_gradients(
         self,

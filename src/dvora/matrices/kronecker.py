@@ -94,16 +94,19 @@ def apply(z: Float[Tensor, "*T R"], stack: Stack, use_triton: bool = False) -> F
     return _product(z, stack, transpose=False)
 
 
-def apply_shifted(
-    z: Float[Tensor, "T R"], stack: Stack, shift: Float[Tensor, "N"] | None, use_triton: bool = False
+def add_product(
+    z: Float[Tensor, "T R"], stack: Stack, onto: Float[Tensor, "T N"] | None, use_triton: bool = False
 ) -> Float[Tensor, "T N"]:
-    """`z M + shift`, in the dtype of `z`; not differentiable. Other arguments as for `apply_transpose`."""
+    """`onto + z M`, written into `onto`; a new tensor in the dtype of `z` without one. Not differentiable."""
+    if onto is None:
+        return apply(z, stack, use_triton)
     if z.is_cuda and use_triton and fits_triton(z, stack):
-        outputs = _apply_in_triton(z, stack)
-        return outputs if shift is None else outputs.add_(shift)
-    if not _in_chunks(z, stack):
-        return _apply_at_once(z, stack, shift)
-    return _apply_in_chunks(z, stack, shift)
+        return onto.add_(_apply_in_triton(z, stack))
+    chunk = chunk_tokens(len(z), stack) if _in_chunks(z, stack) else len(z)
+    for of_z, into in zip(as_chunks(z, chunk), as_chunks(onto, chunk), strict=True):
+        for M, block in zip(stack, _split(of_z, [M.rows for M in stack]), strict=True):
+            into.addcmul_(_without_diagonal(block, M), M.diagonal)
+    return onto
 
 
 def scaled_gradients(
@@ -241,16 +244,16 @@ def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tens
     return product if rows == r1 * r2 else product[..., :rows]
 
 
-def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack, shift: Tensor | None = None) -> Float[Tensor, "*T N"]:
+def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
-    shifts = [shift, *[None] * (len(stack) - 1)]
-    blocks = [_apply_block(*each) for each in zip(parts, stack, shifts, strict=True)]
+    blocks = [_without_diagonal(part, M) * M.diagonal for part, M in zip(parts, stack, strict=True)]
     x = sum(blocks[1:], blocks[0])
     return as_dtype(x, z.dtype)
 
 
-def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker, shift: Tensor | None = None) -> Float[Tensor, "*T N"]:
-    left, right, diagonal, rows = M
+def _without_diagonal(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+    """`z (left (x) right)`."""
+    left, right, _, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
     wide = as_dtype(padded, left.dtype)
@@ -259,8 +262,7 @@ def _apply_block(z: Float[Tensor, "*T R"], M: Kronecker, shift: Tensor | None = 
         inner = left.T @ wide.reshape(r1, r2)
     else:
         inner = torch.bmm(left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
-    product = (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2)
-    return product * diagonal if shift is None else torch.addcmul(shift, product, diagonal)
+    return (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2)
 
 
 def chunk_tokens(tokens: int, stack: Stack) -> int:
@@ -338,20 +340,18 @@ def apply_transpose_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Ten
             block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
 
 
-def _apply_in_chunks(z: Float[Tensor, "*T R"], stack: Stack, shift: Tensor | None = None) -> Float[Tensor, "*T N"]:
+def _apply_in_chunks(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
     size = stack[0].diagonal.shape[0]
     out = z.new_empty(*z.shape[:-1], size)
     flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
     chunk = chunk_tokens(len(flat), stack)
     for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-        apply_chunk(part, stack, into, shift)
+        apply_chunk(part, stack, into)
     return out
 
 
-def apply_chunk(
-    z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"], shift: Float[Tensor, "N"] | None = None
-) -> None:
-    """`into = z M + shift` for a few tokens."""
+def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
+    """`into = z M` for a few tokens."""
     wide, inner = _scratch(len(z), stack)
     # Sum half-precision results in float32 and round once.
     total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
@@ -365,10 +365,8 @@ def apply_chunk(
         torch.mm(half.view(-1, r2), M.right, out=product.view(-1, n2))
         if index:
             total.addcmul_(product, M.diagonal)
-        elif shift is None:
-            total.mul_(M.diagonal)
         else:
-            torch.addcmul(shift, total, M.diagonal, out=total)
+            total.mul_(M.diagonal)
     if total is not into:
         into.copy_(total)
 

@@ -93,17 +93,16 @@ class StructuredMatrices(nn.Module):
         return apply_transpose(d, stack if scale is None else kronecker.scaled(stack, scale), self.use_triton)
 
     def prepared_update(
-        self,
-        lambda_d: Float[Tensor, "R"],
-        scale: Float[Tensor, "O"],
-        shift: Float[Tensor, "O"] | None,
-        dtype: torch.dtype,
-    ) -> Callable[[Tensor], Tensor]:
-        """The function from z (T, R) of that dtype to `((z lambda_d) B^T) * scale + shift`; not differentiable."""
+        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The function from z (T, R) and outputs (T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
+
+        It is for z of one dtype, writes into the outputs, and is not differentiable.
+        """
         like = scale.new_empty(0, dtype=dtype)
         stack = kronecker.scaled(self._stack_for(like, "B", len(lambda_d), len(scale)), scale)
         inner = as_dtype(lambda_d, dtype)
-        return lambda z: kronecker.apply_shifted(z * inner, stack, shift, self.use_triton)
+        return lambda z, onto: kronecker.add_product(z * inner, stack, onto, self.use_triton)
 
     def update_gradients(
         self,

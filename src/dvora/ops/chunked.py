@@ -21,27 +21,29 @@ def widened(name: str, tokens: Float[Tensor, "T N"]) -> Float[Tensor, "T N"]:
 
 
 def rescaled(
-    tokens: Float[Tensor, "*T N"],
+    tokens: Float[Tensor, "T N"],
     gain: Float[Tensor, "N"],
     offset: Float[Tensor, "N"] | None = None,
-    update: Float[Tensor, "*T N"] | None = None,
-) -> Float[Tensor, "*T N"]:
-    """`update + tokens gain - offset` for half precision, rounded once; not differentiable.
+    update: Float[Tensor, "T N"] | None = None,
+) -> Float[Tensor, "T N"]:
+    """`update + tokens gain + offset` in the dtype of the tokens, rounded once; not differentiable.
 
     Args:
-        tokens: (*T, N), half precision.
-        gain, offset: (N,), float32.
-        update: (*T, N), in the dtype of the tokens; the result may be written into it.
+        tokens: in any dtype, usually half precision.
+        gain, offset: float32 or wider.
+        update: in the dtype of the tokens; the result may be written into it.
     """
-    assert tokens.dtype.itemsize < 4, tokens.dtype
+    if tokens.numel() <= CHUNK_VALUES or not tokens.is_cpu:
+        if offset is None:
+            return (tokens * gain).to(tokens.dtype) if update is None else update.addcmul_(tokens, gain)
+        wide = torch.addcmul(offset, tokens, gain)
+        return (wide if update is None else wide.add_(update)).to(tokens.dtype)
     result = torch.empty_like(tokens, memory_format=torch.contiguous_format) if update is None else update.contiguous()
-    width = tokens.shape[-1]
-    count = max(1, CHUNK_VALUES // width) if tokens.is_cpu else max(1, tokens.numel() // width)
-    pairs = zip(result.view(-1, width).split(count), tokens.reshape(-1, width).split(count), strict=True)
-    for part, of_tokens in pairs:
+    count = max(1, CHUNK_VALUES // tokens.shape[-1])
+    for part, of_tokens in zip(result.split(count), tokens.split(count), strict=True):
         wide = widened("wide tokens", of_tokens)
         wide = wide.mul_(gain) if update is None else widened("wide update", part).addcmul_(wide, gain)
-        part.copy_(wide if offset is None else wide.sub_(offset))
+        part.copy_(wide if offset is None else wide.add_(offset))
     return result
 
 

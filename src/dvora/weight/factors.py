@@ -31,11 +31,12 @@ from .tensor_state import SameTensor, TensorVersion, version_of
 
 
 class Prepared(NamedTuple):
-    """The update of one weight as a function of z, for tokens of one dtype."""
+    """The update of one weight as a function, for tokens of one dtype."""
 
-    update: Callable[[Tensor], Tensor]
+    add: Callable[[Tensor, Tensor | None], Tensor]
+    """From z and outputs to the outputs with the update."""
     offset: Tensor | None
-    """`(g - 1) bias`, where `update` does not subtract it."""
+    """`-(g - 1) bias`, which the outputs need too."""
     bias: Tensor | None
     bias_version: int
 

@@ -181,13 +181,12 @@ def _forward(update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor
     matrices = update.matrices
     if matrices.use_triton and base_output.is_cuda:
         return _reshaped(_forward_in_triton(update, rows, _rows(z)), base_output)
-    prepared = _prepared(update, z.dtype, base_output.dtype)
-    y = as_dtype(prepared.update(_rows(z)), base_output.dtype)
-    if y.dtype.itemsize < 4:
+    prepared = _prepared(update, z.dtype)
+    if rows.dtype.itemsize < 4 or rows.dtype != z.dtype:
         # In half precision a gain near one would round to one.
-        y = rescaled(rows, gain, prepared.offset, y)
+        y = rescaled(rows, gain, prepared.offset, as_dtype(prepared.add(_rows(z), None), rows.dtype))
     else:
-        y.addcmul_(rows, gain)
+        y = prepared.add(_rows(z), _scaled_base(rows, gain, prepared.offset))
     return _reshaped(y, base_output)
 
 
@@ -195,29 +194,36 @@ def _forward_keeping(
     update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"]
 ) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "S O"]]:
     """The outputs, and the update before its scale."""
-    rows, bias = _rows(base_output), update.bias
-    (gain_minus_one, scale), gain = update.factors.packed.trained.detach().unbind(), update.factors.packed.constant[0]
-    low = update.matrices.expand(_rows(z) * as_dtype(update.factors.packed.lambda_d.detach(), z.dtype), rows.shape[1])
-    offset = None if bias is None else gain_minus_one * bias
-    if rows.dtype.itemsize < 4:
+    packed, rows = update.factors.packed, _rows(base_output)
+    scale, gain = packed.trained[1].detach(), packed.constant[0]
+    offset = _offset(packed, update.bias)
+    low = update.matrices.expand(_rows(z) * as_dtype(packed.lambda_d.detach(), z.dtype), rows.shape[1])
+    if rows.dtype.itemsize < 4 or rows.dtype != low.dtype:
         y = rescaled(rows, gain, offset, as_dtype(low * scale, rows.dtype))
     else:
-        y = rows * gain if offset is None else torch.addcmul(offset.neg_(), rows, gain)
-        y.addcmul_(as_dtype(low, y.dtype), scale)
+        y = _scaled_base(rows, gain, offset).addcmul_(low, scale)
     return _reshaped(y, base_output), low
 
 
-def _prepared(update: Update, dtype: torch.dtype, outputs: torch.dtype) -> Prepared:
+def _scaled_base(
+    rows: Float[Tensor, "S O"], gain: Float[Tensor, "O"], offset: Float[Tensor, "O"] | None
+) -> Float[Tensor, "S O"]:
+    """`g y_b - offset`, a new tensor."""
+    return rows * gain if offset is None else torch.addcmul(offset, rows, gain)
+
+
+def _offset(packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Float[Tensor, "O"] | None:
+    """`-(g - 1) bias`, which the outputs need beside `g y_b`."""
+    return None if bias is None else (packed.trained[0].detach() * bias).neg_()
+
+
+def _prepared(update: Update, dtype: torch.dtype) -> Prepared:
     """The update for tokens of a dtype, kept with factors that are kept."""
-    kept, bias = update.factors.prepared, update.bias
+    kept, bias, packed = update.factors.prepared, update.bias, update.factors.packed
     if kept is not None and (known := kept.get(dtype)) is not None and known.fits(bias):
         return known
-    gain_minus_one, scale = update.factors.packed.trained.detach().unbind()
-    offset = None if bias is None else gain_minus_one * bias
-    # Subtracted within the product, where that is in the dtype of the outputs.
-    shift = None if offset is None or outputs.itemsize < 4 else offset.neg()
-    made = update.matrices.prepared_update(update.factors.packed.lambda_d.detach(), scale, shift, dtype)
-    prepared = Prepared(made, offset if shift is None else None, bias, 0 if bias is None else version_of(bias))
+    add = update.matrices.prepared_update(packed.lambda_d.detach(), packed.trained[1].detach(), dtype)
+    prepared = Prepared(add, _offset(packed, bias), bias, 0 if bias is None else version_of(bias))
     if kept is not None and (bias is None or not bias.is_inference()):
         kept[dtype] = prepared
     return prepared
@@ -225,12 +231,8 @@ def _prepared(update: Update, dtype: torch.dtype, outputs: torch.dtype) -> Prepa
 
 def _rescaled(rows: Float[Tensor, "S O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Tensor:
     """`g rows - (g - 1) bias`: outputs without an update, and gradients of the base's outputs."""
-    gain = packed.constant[0]
-    offset = None if bias is None else packed.trained[0].detach() * bias
-    if rows.dtype.itemsize < 4:
-        return rescaled(rows, gain, offset)
-    y = rows * gain
-    return y if offset is None else y.sub_(offset)
+    gain, offset = packed.constant[0], _offset(packed, bias)
+    return rescaled(rows, gain, offset) if rows.dtype.itemsize < 4 else _scaled_base(rows, gain, offset)
 
 
 class _ThinProducts(torch.autograd.Function):
