@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..ops.annotations import Float
 from ..ops.buffers import out
 from ..ops.dtypes import as_dtype, norm_dtype
+from ..ops.tracing import is_traced
 from . import philox
 from .dense_store import DenseStore, Make
 from .shard import Shard
@@ -67,12 +69,14 @@ class DenseMatrices(nn.Module):
         self._make = make or partial(uniform_values, seed)
         self.store = DenseStore(self._make)
         self._shards: dict[int, Shard | None] = {}
+        self._constants: dict[tuple[int, int, int, torch.dtype, torch.device | None], Tensor] = {}
+        """Those of the store, found quickly."""
 
     def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "DenseMatrices":
         """The columns of A and the rows of B of one process, as views; sizes are then those of its shard."""
         # A shallow copy shares the store.
         shard = copy.copy(self)
-        shard._shards = {_STREAM_A: inputs, _STREAM_B: outputs}
+        shard._shards, shard._constants = {_STREAM_A: inputs, _STREAM_B: outputs}, {}
         return shard
 
     def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -121,10 +125,9 @@ class DenseMatrices(nn.Module):
         inner, B = as_dtype(lambda_d, dtype), self._scaled(_STREAM_B, len(lambda_d), len(scale), dtype, scale.device)
 
         def add(z: Float[Tensor, "T R"], onto: Float[Tensor, "T O"] | None) -> Float[Tensor, "T O"]:
-            if len(z) <= z.shape[1]:
+            if is_few(z):
                 product = torch.mm(z * inner, B)
                 return product.mul_(scale) if onto is None else onto.addcmul_(product, scale)
-            # With more tokens than ranks it is cheaper to scale the matrix.
             both = self._scaled_twice(lambda_d, scale, dtype)
             return torch.mm(z, both) if onto is None else onto.addmm_(z, both)
 
@@ -258,6 +261,14 @@ class DenseMatrices(nn.Module):
         products = as_dtype(torch.mm(z.T, d, out=out("z d", B.shape, d)), wide)
         return torch.mul(products, B, out=out("z d B", B.shape, products))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseMatrices":
+        super()._apply(fn, recurse)
+        self._constants.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_constants": {}}
+
     def _row_squares(
         self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
     ) -> Float[Tensor, "*L O"]:
@@ -305,6 +316,18 @@ class DenseMatrices(nn.Module):
         self, stream: int, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> Float[Tensor, "R N"]:
         """A or the transpose of B for this process, with its scale: a constant, made once for every size and dtype."""
+        key = stream, rank, size, dtype, device
+        constant = self._constants.get(key)
+        if constant is None:
+            constant = self._find_scaled(stream, rank, size, dtype, device)
+            # A graph being traced holds its own copies.
+            if not is_traced():
+                self._constants[key] = constant
+        return constant
+
+    def _find_scaled(
+        self, stream: int, rank: int, size: int, dtype: torch.dtype, device: torch.device | None
+    ) -> Float[Tensor, "R N"]:
         shard = self._shards.get(stream)
         total = size if shard is None else shard.total
         name = f"scaled_{stream}_{rank}x{total}_{str(dtype).removeprefix('torch.')}"
@@ -327,6 +350,11 @@ class DenseMatrices(nn.Module):
     def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
         """The unscaled values of one stream, (rank, size): a view."""
         return self.store.values(stream, rank, size, device)
+
+
+def is_few(z: Float[Tensor, "T R"]) -> bool:
+    """Whether tokens are scaled rather than B, and training keeps the update: of as many values as two B at most."""
+    return len(z) <= 2 * z.shape[1]
 
 
 def as_autocast(tokens: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:

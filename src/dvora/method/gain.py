@@ -218,6 +218,8 @@ class _RowFactors(torch.autograd.Function):
             d_beta.addcmul_(minus_d_h, state.inner / kh, value=-1)
             minus_d_change = minus_d_h.mul_(b)
             half = norms[0].squares_half_gradient((minus_d_change * b).div_(h), vectors.lambda_d, state.half_dq)
+            # The largest of what is kept; another backward pass makes it again.
+            ctx.state = state._replace(half_dq=None)
             d_lambda_d -= half.add_(crosses_gradient(norms, minus_d_change.div_(kh)))
         used = [not (g is None and d is None) for g, d in zip(gradients, of_lambda_d, strict=True)]
         return None, None, None, *_unbound(used, d_m, d_beta * beta_unit, d_lambda_d)

@@ -132,8 +132,9 @@ class AdaptedWeight(nn.Module):
     @property
     def matrices(self) -> Matrices:
         """A and B for this process's shard of the weight."""
-        kind, shard = self.shared.impl, self.shard
-        return kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
+        # Not as attributes, whose look-up in modules takes as long as a small product.
+        kind: Matrices = self._modules["dvora_projections"]._modules["impl"]  # type: ignore[union-attr, assignment]
+        return kind if self.shard is None else kind.of_shard(self.shard.inputs, self.shard.outputs)
 
     def local(self, vectors: Vectors, weight: Tensor | None) -> Vectors:
         """The vectors for this process's shard of the weight; all of them, if the weight is not sharded.
@@ -240,20 +241,15 @@ class AdaptedWeight(nn.Module):
 
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """What the rows are rescaled with, made from the vectors."""
-        norm = self.norm(weight)
-        if not (norm.w.requires_grad or is_traced()):
-            return row_factors([vectors], [norm], self.settings).packed[0].rows
-        vectors = vectors.to(norm.w.dtype)
-        with full_precision(norm.w.device):
-            beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
-            return F.row_factors(vectors, norm, beta, self.detach_norm)
+        packed, _ = self.packed_factors(vectors, weight)
+        return packed.rows
 
-    def packed_factors(self, vectors: Vectors, weight: Tensor | None) -> PackedFactors:
-        """The same as two tensors."""
+    def packed_factors(self, vectors: Vectors, weight: Tensor | None) -> tuple[PackedFactors, Tensor]:
+        """The same as few tensors, and the norms that they were made with."""
         norm = self.norm(weight)
         if not (norm.w.requires_grad or is_traced()):
-            return row_factors([vectors], [norm], self.settings).packed[0]
-        return PackedFactors.of(self.factors(vectors, weight), vectors.lambda_d)
+            return row_factors([vectors], [norm], self.settings).packed[0], norm.w
+        return PackedFactors.of(self._factors(vectors, norm), vectors.lambda_d), norm.w
 
     def delta(self, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` as a dense matrix, in float32 or float64.
@@ -272,6 +268,13 @@ class AdaptedWeight(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
+
+    def _factors(self, vectors: Vectors, norm: FrozenNorm) -> RowFactors:
+        """Differentiated by PyTorch."""
+        vectors = vectors.to(norm.w.dtype)
+        with full_precision(norm.w.device):
+            beta = F.row_scale(vectors.lambda_b, norm.w, self.scaling, self.direction)
+            return F.row_factors(vectors, norm, beta, self.detach_norm)
 
     def _checked_shard(self, weight: Tensor) -> TensorParallelShard | None:
         """The shard on this process, if the layer's settings allow one."""

@@ -29,7 +29,6 @@ from ..ops.tracing import is_traced
 from .adapted_weight import AdaptedWeight
 from .default_projections import default_projections
 from .diagnostics import diagnostics
-from .factors import factors_of
 from .last_input import LastInput, add_gradients
 from .linear import Update, adapted_linear, takes_updated_weight, updated_linear
 from .merge import check_can_be_set, merged_copy
@@ -264,12 +263,12 @@ class DVoRAAdapter(nn.Module):
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         base, weight = self.base_layer, weight_in_memory(self.base_layer, "weight")
         vectors = self.adapted.local(self.vectors, weight)
-        update = Update(self.adapted, vectors, factors_of(self.adapted, vectors, weight), base.bias)
+        update = Update.of(self.adapted, vectors, weight)
         rows = self.adapted.small_rows(base.bias)
         small = None if rows is None else SmallRows(rows, None if weight is None else linear(x, weight[rows]))
         if small is None and takes_updated_weight(base, x, self.shared.impl):
             return updated_linear(update, base, x)
-        return adapted_linear(update, base(x), x, small)
+        return adapted_linear(update, base(x), x, base.bias, small)
 
     def _tensors(self) -> Iterator[Tensor]:
         """All parameters; iterating `parameters()` would take as long as a small layer's forward."""

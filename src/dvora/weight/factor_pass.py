@@ -7,11 +7,13 @@ Left to the layers themselves are weights that are trained, sharded or not in me
 or gathers (DTensor, FSDP, ZeRO-3).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..engines.fsdp2 import may_be_gathered
 from ..engines.zero3 import is_in_memory, is_partitioned
 from ..method.functional import Vectors
 from ..method.gain import StackedFactors, row_factors
@@ -21,33 +23,41 @@ from ..ops.tracing import grad_recorded, is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import Asked, EvaluatedEntry, StackedEntry
 
+Find = Callable[[nn.Module], "list[Asked]"]
+"""What the layers of a model will ask for in its first pass."""
+
 
 class FactorPass:
-    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward."""
+    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward.
 
-    def __init__(self) -> None:
+    Args:
+        find: finds the layers of the first pass; later ones know them from the pass before. So a run that goes on from
+            a checkpoint computes the same bits as one that was not interrupted.
+    """
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
         self._last: dict[bool, Pass] = {}
         self._compared: tuple[list[EvaluatedEntry], Tensor] | None = None
 
-    def begin(self, *_: object) -> None:
+    def begin(self, model: nn.Module, *_: object) -> None:
         """Enter a pass, in this thread, and make the factors for it."""
         if is_traced():
             return
         recorded = grad_recorded()
-        last, begun = self._last.get(recorded), Pass()
+        last, begun = self._last.get(recorded), Pass(self)
         self._last[recorded] = begun
-        if last is not None:
-            layers = [layer for asked in list(last.asked.values()) if (layer := _alive(asked)) is not None]
-            trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
-            _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
-            self._compare([layer for layer, is_trained in zip(layers, trained, strict=True) if not is_trained], begun)
+        asked = (self._find(model) if recorded else []) if last is None else list(last.asked.values())
+        layers = [layer for each in asked if (layer := _alive(each)) is not None]
+        trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
+        _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
+        self._compare([layer for layer, is_trained in zip(layers, trained, strict=True) if not is_trained], begun)
         enter(begun)
 
     def end(self, *_: object) -> None:
         """Leave the pass."""
         if not is_traced():
-            for begun in list(self._last.values()):
-                leave(begun)
+            leave(self)
 
     def _compare(self, layers: "list[_Layer]", begun: Pass) -> None:
         """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
@@ -64,14 +74,14 @@ class FactorPass:
             for entry in entries:
                 entry.compared_in = begun
 
-    def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
-        return FactorPass, ()
+    def __reduce__(self) -> "tuple[type[FactorPass], tuple[Find]]":
+        return FactorPass, (self._find,)
 
 
-def add_factor_pass(model: nn.Module) -> None:
+def add_factor_pass(model: nn.Module, find: Find) -> None:
     """Make the factors of a model's layers together from now on; once is enough."""
     if not _own_hooks(model):
-        factors = FactorPass()
+        factors = FactorPass(find)
         model.register_forward_pre_hook(factors.begin)
         model.register_forward_hook(factors.end, always_call=True)
 
@@ -106,7 +116,7 @@ class _Layer(NamedTuple):
                 type(vector) is nn.Parameter and vector.shape == (size,) and vector.device == adapted.w.device
                 for vector, size in zip(self.vectors, sizes, strict=True)
             )
-            and not any(vector.is_inference() or is_partitioned(vector) for vector in self.vectors)
+            and not any(v.is_inference() or is_partitioned(v) or may_be_gathered(v) for v in self.vectors)
         )
 
     def shape(self) -> tuple[object, ...]:
@@ -134,12 +144,14 @@ def _make(layers: list[_Layer], begun: Pass) -> None:
             stacks.setdefault(layer.shape(), []).append(layer)
     for of_shape in stacks.values():
         _join_constants([layer.adapted for layer in of_shape])
+        entries = [StackedEntry(layer.vectors, layer.weight, begun) for layer in of_shape]
         norms = [layer.adapted.norm(layer.weight) for layer in of_shape]
         stack = _made_before(of_shape)
         if stack is None:
             stack = row_factors([layer.vectors for layer in of_shape], norms, of_shape[0].adapted.settings)
-        for layer, packed in zip(of_shape, stack.packed, strict=True):
-            layer.adapted.stacked = StackedEntry(packed, stack, *layer, begun)
+        for layer, entry, norm, packed in zip(of_shape, entries, norms, stack.packed, strict=True):
+            entry.packed, entry.stack, entry.w = packed, stack, norm.w
+            layer.adapted.stacked = entry
 
 
 def _join_constants(weights: list[AdaptedWeight]) -> None:

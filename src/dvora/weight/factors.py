@@ -60,6 +60,12 @@ class Asked(NamedTuple):
     vectors: "tuple[weakref.ref[Tensor], ...]"
     weight: "weakref.ref[Tensor] | None"
 
+    @classmethod
+    def of(cls, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> "Asked":
+        """Of these."""
+        three = tuple(weakref.ref(vector) for vector in vectors)
+        return cls(weakref.ref(adapted), three, None if weight is None else weakref.ref(weight))
+
 
 def factors_of(
     adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None
@@ -75,8 +81,7 @@ def factors_of(
     if is_traced():
         return PassFactors(_made(adapted, vectors, weight, strength))
     if (running := current_pass()) is not None and id(adapted) not in running.asked:
-        three = tuple(weakref.ref(vector) for vector in vectors)
-        running.asked[id(adapted)] = Asked(weakref.ref(adapted), three, None if weight is None else weakref.ref(weight))
+        running.asked[id(adapted)] = Asked.of(adapted, vectors, weight)
     if not grad_recorded() or not any(t is not None and t.requires_grad for t in (*vectors, weight, strength)):
         return _evaluated(adapted, vectors, weight, strength, running)
     # Not every optimizer's step is counted as a write.
@@ -90,70 +95,74 @@ def factors_of(
 class StackedEntry:
     """The factors of one layer in training, made together with those of others.
 
+    Made before the factors, so that what is written while they are made is noticed.
+
     Args:
-        packed: the factors.
-        stack: those of all layers.
-        adapted, vectors, weight: what they were made from.
+        vectors, weight: what the factors are made from.
         made_for: the pass that they serve.
     """
 
-    __slots__ = ("_trained", "_vectors", "_w", "_weight", "made_for", "packed", "stack")
+    __slots__ = ("_addresses", "_trained", "_vectors", "_versions", "_weight", "made_for", "packed", "stack", "w")
 
-    def __init__(
-        self,
-        packed: PackedFactors,
-        stack: StackedFactors,
-        adapted: AdaptedWeight,
-        vectors: Vectors,
-        weight: Tensor | None,
-        made_for: Pass,
-    ) -> None:
-        self.packed, self.stack, self.made_for = packed, stack, made_for
-        self._w, self._trained = adapted.w, [vector.requires_grad for vector in vectors]
-        self._vectors = [SameTensor(vector) for vector in vectors]
+    packed: PackedFactors
+    w: Tensor
+    """The norms that they are made with."""
+    stack: StackedFactors
+    """Those of all layers."""
+
+    def __init__(self, vectors: Vectors, weight: Tensor | None, made_for: Pass) -> None:
+        self.made_for, self._vectors = made_for, vectors
+        self._versions = [vector._version for vector in vectors]
+        self._addresses = [vector.data_ptr() for vector in vectors]
+        self._trained = [vector.requires_grad for vector in vectors]
         self._weight = None if weight is None else SameTensor(weight)
 
     def fits(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, running: Pass | None) -> bool:
         """Whether a layer may use them now."""
+        if self.made_for is running:
+            return self.is_of(adapted, vectors, weight)
         # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread, for the
         # values only.
         again = in_backward_pass() and saved_tensors_are_hooked()
-        return (self.made_for is running or again) and self.is_of(adapted, vectors, weight)
+        return again and self.is_of(adapted, vectors, weight)
 
     def is_of(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> bool:
         """Whether they were made from these tensors as they are now."""
+        (m, b, d), (known_m, known_b, known_d) = vectors, self._vectors
         return (
-            adapted.w is self._w
+            m is known_m
+            and b is known_b
+            and d is known_d
+            and [m._version, b._version, d._version] == self._versions
+            and [m.data_ptr(), b.data_ptr(), d.data_ptr()] == self._addresses
+            and [m.requires_grad, b.requires_grad, d.requires_grad] == self._trained
+            and adapted.w is self.w
             and _is_of(self._weight, weight)
-            and all(map(SameTensor.is_of, self._vectors, vectors))
-            and [vector.requires_grad for vector in vectors] == self._trained
         )
 
 
 class EvaluatedEntry:
     """The factors of one layer in evaluation, and what is made of them.
 
+    Made before the factors, so that what is written while they are made is noticed.
+
     Args:
-        packed: the factors.
-        adapted, weight: what they were made from.
         inputs: the vectors and the strength.
         copies: their values, on the CPU.
+        weight: as stored, or None.
     """
 
-    __slots__ = ("_inputs", "_versions", "_w", "_weight", "_weight_version", "compared_in", "copies", "factors")
+    __slots__ = ("_inputs", "_versions", "_weight", "_weight_version", "compared_in", "copies", "factors", "w")
 
-    def __init__(
-        self,
-        packed: PackedFactors,
-        adapted: AdaptedWeight,
-        inputs: Sequence[Tensor],
-        copies: Sequence[Tensor] | None,
-        weight: Tensor | None,
-    ) -> None:
-        self.factors, self.copies = PassFactors(packed, {}), copies
+    factors: PassFactors
+    w: Tensor
+    """The norms that they are made with."""
+
+    def __init__(self, inputs: Sequence[Tensor], copies: Sequence[Tensor] | None, weight: Tensor | None) -> None:
+        self.copies = copies
         self.compared_in: Pass | None = None
         """The pass in which the vectors were compared with the copies."""
-        self._w, self._inputs = adapted.w, [SameTensor(tensor) for tensor in inputs]
+        self._inputs = [SameTensor(tensor) for tensor in inputs]
         self._weight = None if weight is None else SameTensor(weight)
         # A shard is another tensor in every pass.
         self._versions = [TensorVersion.of(tensor) for tensor in inputs] if copies is None else None
@@ -163,7 +172,7 @@ class EvaluatedEntry:
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
     ) -> bool:
         """Whether nothing has changed."""
-        if adapted.w is not self._w or len(inputs) != len(self._inputs) or not self._has_weight(weight):
+        if adapted.w is not self.w or len(inputs) != len(self._inputs) or not self._has_weight(weight):
             return False
         same = all(map(SameTensor.is_of, self._inputs, inputs))
         if self.copies is None:
@@ -202,7 +211,9 @@ def _evaluated(
         # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
         copies = [tensor.detach().clone() for tensor in inputs] if all(t.is_cpu for t in inputs) else None
         read = inputs if copies is None else copies
-        entry = EvaluatedEntry(_made(adapted, Vectors(*read[:3]), weight, *read[3:]), adapted, inputs, copies, weight)
+        entry = EvaluatedEntry(inputs, copies, weight)
+        packed, entry.w = adapted.packed_factors(Vectors(*read[:3]), weight)
+        entry.factors = PassFactors(packed if strength is None else packed.weakened(read[-1]), {})
     adapted.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
     return entry.factors
 
@@ -211,5 +222,5 @@ def _made(
     adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None
 ) -> PackedFactors:
     """The factors of one layer, made now."""
-    packed = adapted.packed_factors(vectors, weight)
+    packed, _ = adapted.packed_factors(vectors, weight)
     return packed if strength is None else packed.weakened(strength)

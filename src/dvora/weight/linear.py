@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.tensor_parallel import local
-from ..matrices.dense import DenseMatrices
+from ..matrices.dense import DenseMatrices, is_few
 from ..matrices.interface import Matrices, projected
 from ..method import functional as F
 from ..method.functional import Vectors
@@ -38,7 +38,7 @@ from ..ops.chunked import rescaled, sum_of_products
 from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
 from ..ops.tracing import grad_recorded, is_batched, is_traced
 from .adapted_weight import AdaptedWeight
-from .factors import PassFactors, Prepared
+from .factors import PassFactors, Prepared, factors_of
 from .tensor_state import version_of
 
 
@@ -48,13 +48,15 @@ class Update(NamedTuple):
     adapted: AdaptedWeight
     vectors: Vectors
     factors: PassFactors
-    bias: Float[Tensor, "O"] | None
-    """The base's."""
+    matrices: Matrices
+    """A and B."""
 
-    @property
-    def matrices(self) -> Matrices:
-        """A and B."""
-        return self.adapted.matrices
+    @classmethod
+    def of(
+        cls, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None
+    ) -> "Update":
+        """That of an adapter of some strength; arguments as for `factors_of`."""
+        return cls(adapted, vectors, factors_of(adapted, vectors, weight, strength), adapted.matrices)
 
     def with_factors(self, packed: PackedFactors) -> "Update":
         """The same with other factors."""
@@ -62,7 +64,11 @@ class Update(NamedTuple):
 
 
 def adapted_linear(
-    update: Update, base_output: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], small: SmallRows | None = None
+    update: Update,
+    base_output: Float[Tensor, "*T O"],
+    x: Float[Tensor, "*T I"],
+    bias: Float[Tensor, "O"] | None,
+    small: SmallRows | None = None,
 ) -> Float[Tensor, "*T O"]:
     """The output from that of the base by two thin products.
 
@@ -70,6 +76,7 @@ def adapted_linear(
         update: the adapter's.
         base_output: `x W^T + bias`.
         x: the inputs of the update.
+        bias: the base's, or None.
         small: rows that are small beside their bias.
 
     Raises:
@@ -78,31 +85,29 @@ def adapted_linear(
     adapted = update.adapted
     if adapted.shard is not None:
         adapted.shard.check_sizes(x, base_output, adapted.name)
-        update = update._replace(bias=local(update.bias))
+        bias = local(bias)
     if small is not None:
         factors = update.factors.packed.rows
         others = update.with_factors(PackedFactors.of(small.left_out(factors), update.factors.packed.lambda_d))
-        return small.added(adapted_linear(others, base_output, x), factors)
+        return small.added(adapted_linear(others, base_output, x, bias), factors)
     if is_traced():
-        return _traced(update, base_output, x)
+        return _traced(update, base_output, x, bias)
     z = project(adapted, x) if adapted.rank else None
     if not grad_recorded():
-        return _forward(update, base_output, z)
-    y: Tensor = _ThinProducts.apply(
-        base_output, z, update.factors.packed.lambda_d, update.factors.packed.trained, update.bias, update
-    )
+        return _forward(update, base_output, z, bias)
+    packed = update.factors.packed
+    y: Tensor = _ThinProducts.apply(base_output, z, packed.lambda_d, packed.trained, bias, update)
     return y
 
 
 def updated_linear(update: Update, layer: nn.Linear, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
     """The output by way of the updated weight V', where `takes_updated_weight` says so."""
-    adapted, vectors, bias = update.adapted, update.vectors.to(update.adapted.w.dtype), update.bias
+    adapted, packed, bias = update.adapted, update.factors.packed, layer.bias
+    vectors = update.vectors.to(adapted.w.dtype)
     beta = F.row_scale(vectors.lambda_b, adapted.w, adapted.scaling, adapted.direction)
     z = project(adapted, x)
     updated = _UpdatedLinear.apply(x, z, layer.weight, bias, vectors.lambda_d, beta, update.matrices)
-    y: Tensor = _ThinProducts.apply(
-        updated, None, vectors.lambda_d.detach(), update.factors.packed.trained, bias, update
-    )
+    y: Tensor = _ThinProducts.apply(updated, None, vectors.lambda_d.detach(), packed.trained, bias, update)
     return y
 
 
@@ -150,14 +155,9 @@ def pays(tokens: int, out_features: int, in_features: int) -> bool:
     return thin > WORTH_IT * updated
 
 
-FEW = 2
-"""Tokens for each rank, up to which the update is kept for the backward pass: as many values as two matrices B."""
-
-
 def keeps_update(z: Float[Tensor, "*T R"], matrices: Matrices) -> bool:
     """Whether training keeps the update: memory against the time of the product `z^T grad_output`."""
-    few = z.numel() <= FEW * z.shape[-1] ** 2
-    return few and not matrices.products_are_cheap and not (matrices.use_triton and z.is_cuda)
+    return is_few(_rows(z)) and not matrices.products_are_cheap and not (matrices.use_triton and z.is_cuda)
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -173,15 +173,17 @@ def _is_plain(layer: nn.Linear) -> bool:
     )
 
 
-def _forward(update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"] | None) -> Tensor:
-    packed, bias, rows = update.factors.packed, update.bias, _rows(base_output)
+def _forward(
+    update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"] | None, bias: Tensor | None
+) -> Float[Tensor, "*T O"]:
+    packed, rows = update.factors.packed, _rows(base_output)
     gain = packed.constant[0]
     if z is None:
         return _reshaped(_rescaled(rows, packed, bias), base_output)
     matrices = update.matrices
     if matrices.use_triton and base_output.is_cuda:
-        return _reshaped(_forward_in_triton(update, rows, _rows(z)), base_output)
-    prepared = _prepared(update, z.dtype)
+        return _reshaped(_forward_in_triton(update, rows, _rows(z), bias), base_output)
+    prepared = _prepared(update, z.dtype, bias)
     if rows.dtype.itemsize < 4 or rows.dtype != z.dtype:
         # In half precision a gain near one would round to one.
         y = rescaled(rows, gain, prepared.offset, as_dtype(prepared.add(_rows(z), None), rows.dtype))
@@ -191,12 +193,12 @@ def _forward(update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor
 
 
 def _forward_keeping(
-    update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"]
+    update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"], bias: Tensor | None
 ) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "S O"]]:
     """The outputs, and the update before its scale."""
     packed, rows = update.factors.packed, _rows(base_output)
     scale, gain = packed.trained[1].detach(), packed.constant[0]
-    offset = _offset(packed, update.bias)
+    offset = _offset(packed, bias)
     low = update.matrices.expand(_rows(z) * as_dtype(packed.lambda_d.detach(), z.dtype), rows.shape[1])
     if rows.dtype.itemsize < 4 or rows.dtype != low.dtype:
         y = rescaled(rows, gain, offset, as_dtype(low * scale, rows.dtype))
@@ -217,13 +219,15 @@ def _offset(packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Float[Ten
     return None if bias is None else (packed.trained[0].detach() * bias).neg_()
 
 
-def _prepared(update: Update, dtype: torch.dtype) -> Prepared:
+def _prepared(update: Update, dtype: torch.dtype, bias: Tensor | None) -> Prepared:
     """The update for tokens of a dtype, kept with factors that are kept."""
-    kept, bias, packed = update.factors.prepared, update.bias, update.factors.packed
+    kept, packed = update.factors.prepared, update.factors.packed
     if kept is not None and (known := kept.get(dtype)) is not None and known.fits(bias):
         return known
+    # Before the bias is read, since another thread may write to it meanwhile.
+    version = 0 if bias is None else version_of(bias)
     add = update.matrices.prepared_update(packed.lambda_d.detach(), packed.trained[1].detach(), dtype)
-    prepared = Prepared(add, _offset(packed, bias), bias, 0 if bias is None else version_of(bias))
+    prepared = Prepared(add, _offset(packed, bias), bias, version)
     if kept is not None and (bias is None or not bias.is_inference()):
         kept[dtype] = prepared
     return prepared
@@ -250,9 +254,9 @@ class _ThinProducts(torch.autograd.Function):
     ) -> Tensor:
         ctx.update, low = update, None
         if z is not None and keeps_update(z, update.matrices):
-            y, low = _forward_keeping(update, base_output, z)
+            y, low = _forward_keeping(update, base_output, z, bias)
         else:
-            y = _forward(update, base_output, z)
+            y = _forward(update, base_output, z, bias)
         ctx.save_for_backward(base_output, z, lambda_d, trained, bias, low)
         return y
 
@@ -268,7 +272,7 @@ class _ThinProducts(torch.autograd.Function):
         d_base: Tensor | None
         d_z = d_lambda_d = None
         if z is not None and update.matrices.use_triton and grad_output.is_cuda:
-            d_base, d_z, d_lambda_d, d_trained = _backward_in_triton(update, rows, outputs, _rows(z))
+            d_base, d_z, d_lambda_d, d_trained = _backward_in_triton(update, rows, outputs, _rows(z), bias)
         else:
             d_base = _rescaled(rows, packed, None) if needed[0] else None
             d_trained = torch.zeros_like(trained) if z is None else torch.empty_like(trained)
@@ -331,14 +335,16 @@ class _UpdatedLinear(torch.autograd.Function):
         return d_x, None, None, d_bias, d_lambda_d, d_beta, None
 
 
-def _traced(update: Update, base_output: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+def _traced(
+    update: Update, base_output: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], bias: Tensor | None
+) -> Float[Tensor, "*T O"]:
     """By operations that PyTorch sees and differentiates."""
     factors = update.factors.packed.rows
     if update.adapted.rank:
         low = factors.scale * low_rank(update.adapted, x, update.vectors.lambda_d)
     else:
         low = base_output.new_zeros(1).expand_as(base_output)
-    return F.combine(base_output, low, factors.gain_minus_one, update.bias)
+    return F.combine(base_output, low, factors.gain_minus_one, bias)
 
 
 def _differentiable_gradients(
@@ -373,16 +379,22 @@ def _gain_gradient(
         into.addcmul_(_total(grad_output), as_dtype(bias, into.dtype), value=-1)
 
 
-def _forward_in_triton(update: Update, rows: Float[Tensor, "S O"], z: Float[Tensor, "S R"]) -> Float[Tensor, "S O"]:
+def _forward_in_triton(
+    update: Update, rows: Float[Tensor, "S O"], z: Float[Tensor, "S R"], bias: Tensor | None
+) -> Float[Tensor, "S O"]:
     from ..ops.triton import combine as fused
 
     gain_minus_one, scale = update.factors.packed.trained.detach().unbind()
     low = update.matrices.expand(z * as_dtype(update.factors.packed.lambda_d.detach(), z.dtype), rows.shape[1])
-    return fused.combine(rows, low, gain_minus_one, scale, update.bias)
+    return fused.combine(rows, low, gain_minus_one, scale, bias)
 
 
 def _backward_in_triton(
-    update: Update, grad_output: Float[Tensor, "S O"], outputs: Float[Tensor, "S O"], z: Float[Tensor, "S R"]
+    update: Update,
+    grad_output: Float[Tensor, "S O"],
+    outputs: Float[Tensor, "S O"],
+    z: Float[Tensor, "S R"],
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the base's outputs, z, lambda_d, and g and scale; those of the outputs' size in one pass."""
     from ..ops.triton import combine as fused
@@ -390,7 +402,7 @@ def _backward_in_triton(
     matrices, inner = update.matrices, as_dtype(update.factors.packed.lambda_d.detach(), z.dtype)
     gain_minus_one, scale = update.factors.packed.trained.detach().unbind()
     low = matrices.expand(z * inner, grad_output.shape[1]) if matrices.products_are_cheap else None
-    found = fused.combine_backward(grad_output, outputs, low, gain_minus_one, scale, update.bias)
+    found = fused.combine_backward(grad_output, outputs, low, gain_minus_one, scale, bias)
     d_scale = found.scale
     if d_scale is None:
         assert isinstance(matrices, DenseMatrices)
@@ -405,10 +417,12 @@ def _total(rows: Float[Tensor, "S O"]) -> Float[Tensor, "O"]:
 
 
 def _rows(tokens: Float[Tensor, "*T N"]) -> Float[Tensor, "S N"]:
-    return tokens.reshape(-1, tokens.shape[-1])
+    return tokens if tokens.dim() == 2 else tokens.reshape(-1, tokens.shape[-1])
 
 
 def _reshaped(rows: Float[Tensor, "S O"], like: Float[Tensor, "*T O"]) -> Float[Tensor, "*T O"]:
     """Not a view to autograd, so callers may write into it."""
+    if like.dim() == 2:
+        return rows
     whole: Tensor = torch.ops.aten._unsafe_view(rows, like.shape)
     return whole

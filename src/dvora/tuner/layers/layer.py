@@ -16,7 +16,7 @@ from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
 from ...ops.tracing import is_traced
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.factors import factors_of
+from ...weight.factors import Asked
 from ...weight.linear import Update
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
@@ -182,8 +182,8 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """The named adapters that this layer has, with their row factors."""
-        weight = weight_in_memory(self.get_base_layer(), self.parameter_name) if self.layer_type.has_weight else None
-        bias = bias_of(self.base_layer, self.measured_bias)
+        base = self.base_layer
+        weight = weight_in_memory(base, self.parameter_name) if self.layer_type.has_weight else None
         active, all_adapted = [], self.dvora_adapted
         for name in adapter_names:
             if name in all_adapted:
@@ -191,8 +191,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
                 vectors = adapted.local(self.vectors(name), weight)
                 # A graph must see a change of the strength.
                 is_whole = not is_traced() and strength.number == 1
-                factors = factors_of(adapted, vectors, weight, None if is_whole else strength.value)
-                update = Update(adapted, vectors, factors, bias)
+                update = Update.of(adapted, vectors, weight, None if is_whole else strength.value)
                 active.append(ActiveAdapter(update, self.dvora_dropout[name], is_whole))
         return active
 
@@ -200,7 +199,8 @@ class DVoRALayer(nn.Module, MergeableLayer):
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
         if not adapters:
             return base_output
-        bias = adapters[0].update.bias
+        # Only now: engines gather it for the base's forward.
+        bias = bias_of(self.base_layer, self.measured_bias)
         return adapted_outputs(self.base_layer, self.layer_type, x, base_output, adapters, bias)
 
     def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
@@ -279,6 +279,17 @@ def layers_in(model: nn.Module) -> list[DVoRALayer]:
 def layers_of(model: nn.Module, adapter_name: str) -> list[DVoRALayer]:
     """The layers of a model that have an adapter."""
     return [layer for layer in layers_in(model) if adapter_name in layer.dvora_adapted]
+
+
+def asked_first(model: nn.Module) -> list[Asked]:
+    """What the layers of a model will ask for in their first pass, for the factors of all of them (`FactorPass`)."""
+    found = []
+    for layer in layers_in(model):
+        if layer.layer_type.low_rank is not None and not (layer.disable_adapters or layer.merged):
+            weight = weight_in_memory(layer.base_layer, layer.parameter_name) if layer.layer_type.has_weight else None
+            names = [name for name in layer.active_adapters if name in layer.dvora_adapted]
+            found += [Asked.of(layer.adapted(name), layer.vectors(name), weight) for name in names]
+    return found
 
 
 def shared_projections(model: nn.Module, seed: int, distribution: str, use_triton: bool) -> SharedProjections:

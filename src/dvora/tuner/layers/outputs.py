@@ -59,7 +59,7 @@ def adapted_outputs(
         update, dropout, _ = adapters[0]
         # Calling a module takes as long as a small product.
         inputs = dropout(x) if dropout.training else x
-        return adapted_linear(update, base_output, inputs, small)
+        return adapted_linear(update, base_output, inputs, bias, small)
     features = -1 - layer_type.spatial
     outputs = base_output.movedim(features, -1)
     own = [adapter.update.factors.packed.rows for adapter in adapters]
