@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from dvora.method.combine import combine
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.method.combine import combine
 from dvora.ops.dtypes import norm_dtype
 from tests.cases import randn
 

@@ -5,13 +5,13 @@ from itertools import product
 
 import pytest
 import torch
+from dvora.method.combine import combine
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from dvora.method.combine import combine
 from tests.cases import DTYPES, TOLERANCE, randn
 from tests.checked import checked
 from tests.method.combined import KINDS, Operands, expected_gradients, gradients, operands, plain

@@ -1,6 +1,7 @@
 """A linear layer through its updated weight, against float64 autograd of the plain formula."""
 
 import torch
+from dvora.method.updated_weight import updated_linear
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from dvora import SharedProjections
-from dvora.method.updated_weight import updated_linear
 from tests.cases import randn
 from tests.reference import worst_error
 
