@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dvora.matrices import dense
 from dvora.matrices.interface import DISTRIBUTIONS
-from dvora.method.norm import _joined_C
+from dvora.method.norm import _joined_C, joined
 from tests.cases import DIRECTIONS, TOLERANCE, randn
 from tests.method.frozen_weight import (
     NAMES,
@@ -17,7 +17,6 @@ from tests.method.frozen_weight import (
     both_directions,
     both_dtypes,
     every_distribution,
-    joined,
     row_factors,
 )
 from tests.reference import worst_error

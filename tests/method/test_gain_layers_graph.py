@@ -140,12 +140,12 @@ def doubled(layers: Layers) -> None:
 FACTORS = (1.0, -2.0, 0.5)
 
 
-def gradients_of(loss: Tensor, layers: Layers, graph: str) -> tuple[Tensor, ...]:
+def gradients_of(loss: Tensor, vectors: list[Tensor], graph: str) -> tuple[Tensor, ...]:
     """Those of all vectors; in a batch, of the loss times `FACTORS`."""
     if graph == "batched":
         batch = torch.tensor(FACTORS, dtype=loss.dtype)
-        return torch.autograd.grad(loss, layers.vectors, batch, is_grads_batched=True, retain_graph=True)
-    return torch.autograd.grad(loss, layers.vectors, **GRAPHS[graph])
+        return torch.autograd.grad(loss, vectors, batch, is_grads_batched=True, retain_graph=True)
+    return torch.autograd.grad(loss, vectors, **GRAPHS[graph])
 
 
 @every_distribution
@@ -157,7 +157,7 @@ def test_a_weight_that_is_read_again_must_not_be_written_to_before_the_backward_
     loss = layers.loss(layers.norms(keep_C=False))
     doubled(layers)
     with pytest.raises(RuntimeError, match="a base weight was written to between the forward and the backward pass"):
-        gradients_of(loss, layers, graph)
+        gradients_of(loss, layers.vectors, graph)
 
 
 def test_a_weight_whose_constants_are_kept_may_be_written_to_before_the_backward_pass() -> None:
@@ -175,7 +175,7 @@ def test_gradients_are_those_at_the_values_of_the_forward_pass() -> None:
     loss = layers.loss()
     with torch.no_grad():
         layers.problems[0].vectors.magnitude.mul_(2)
-    found = gradients_of(loss, layers, "plain")
+    found = gradients_of(loss, layers.vectors, "plain")
     for gradients, of_layer in zip(layers.by_layer(found), expected, strict=True):
         assert all(worst_error(gradients[name], of_layer[name]) < 1e-12 for name in NAMES)
 
@@ -187,7 +187,7 @@ def test_what_computes_from_the_vectors_again_refuses_those_that_were_written_to
     with torch.no_grad():
         layers.problems[0].vectors.magnitude.mul_(2)
     with pytest.raises(RuntimeError, match=r"modified|written to"):
-        gradients_of(loss, layers, graph)
+        gradients_of(loss, layers.vectors, graph)
 
 
 @c_kept_or_not
@@ -226,6 +226,25 @@ def test_gradients_that_are_undefined_are_none(count: int) -> None:
     assert torch.autograd.grad(loss, layers.vectors, allow_unused=True) == (None,) * (3 * count)
 
 
+@pytest.mark.parametrize("graph", [*GRAPHS, "batched"])
+def test_vectors_may_depend_on_one_another(graph: str) -> None:
+    p = Problem(IN, OUT, RANK)
+    leaves = [vector.clone().requires_grad_() for vector in p.vectors]
+
+    def related(magnitude: Tensor, lambda_b: Tensor, lambda_d: Tensor) -> tuple[Tensor, ...]:
+        return magnitude + lambda_b**2 + lambda_d.sum(), lambda_b * lambda_d.sum(), lambda_d
+
+    dense = p.dense()
+    for name, vector in zip(NAMES, related(*leaves), strict=True):
+        delattr(dense, name)
+        setattr(dense, name, vector)
+    expected = torch.autograd.grad(dense.gain() @ p.loss_gradient + dense.scale() @ p.scale_gradient, leaves)
+    packed = row_factors([F.Vectors(*related(*leaves))], [p.norm()], p.settings).packed[0]
+    found = gradients_of(p.loss_of(packed), leaves, graph)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert worst_error(ours[0] if graph == "batched" else ours, theirs) < 1e-12
+
+
 @c_kept_or_not
 @every_distribution
 @pytest.mark.parametrize("rows", [[], [1, 4]], ids=["plain", "with nearly cancelled rows"])
@@ -235,7 +254,7 @@ def test_gradients_in_batches_are_those_one_by_one(rows: list[int], distribution
     layers.problems[0].weight[2] = 0
     layers.trained()
     norms = layers.norms(keep_C)
-    found = gradients_of(layers.loss(norms), layers, "batched")
+    found = gradients_of(layers.loss(norms), layers.vectors, "batched")
     expected = torch.autograd.grad(layers.loss(norms), layers.vectors)
     for of_batch, gradient in zip(found, expected, strict=True):
         for value, factor in zip(of_batch, FACTORS, strict=True):
