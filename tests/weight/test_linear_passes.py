@@ -212,6 +212,13 @@ def test_a_layer_with_a_magnitude_alone(tokens: tuple[int, ...], bias: bool, dty
             assert worst_error(next(found), exact) < 4 * torch.finfo(o.scale.dtype).eps + 1e-7
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_magnitude_alone_leaves_the_scale_without_a_gradient(create_graph: bool) -> None:
+    o = operands((3,), 0, 5).trained()
+    (gradient,) = torch.autograd.grad(o.combined("structured").square().sum(), o.scale, create_graph=create_graph)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_higher_derivatives_of_a_layer_with_a_magnitude_alone() -> None:
     o = operands((3,), 0, 5).trained()
 

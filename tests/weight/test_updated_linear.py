@@ -38,6 +38,8 @@ class Case:
         leaves = [randn(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
         self.leaves = [t for t in leaves if bias or t is not leaves[1]]
         self.has_bias = bias
+        # V' includes the update, so only g - 1 reaches the outputs.
+        self.scale = torch.full((out_features,), torch.nan, dtype=dtype)
 
     def trained(self) -> list[Tensor]:
         self.leaves = [leaf.detach().clone().requires_grad_() for leaf in self.leaves]
@@ -45,8 +47,7 @@ class Case:
 
     def outputs(self, x: Tensor, *rest: Tensor) -> Tensor:
         bias, lambda_d, lambda_b, gain_minus_one = rest if self.has_bias else (None, *rest)
-        # Only g - 1 reaches the outputs: V' includes the update.
-        trained = torch.stack([gain_minus_one, torch.full_like(gain_minus_one, torch.nan)])
+        trained = torch.stack([gain_minus_one, self.scale])
         packed = PackedFactors(trained, torch.stack([1 + gain_minus_one, gain_minus_one]).detach(), lambda_d)
         layer = nn.Linear(*reversed(self.layer.weight.shape), bias=bias is not None, dtype=x.dtype)
         layer.weight = self.layer.weight
@@ -114,6 +115,16 @@ def test_any_of_the_operands_may_be_frozen(frozen: int) -> None:
         others = [gradient for leaf, gradient in zip(leaves, expected, strict=True) if leaf.requires_grad]
         for ours, theirs in zip(found, others, strict=True):
             assert worst_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_scale_of_the_update_gets_a_gradient_of_zero(create_graph: bool) -> None:
+    case = Case(7, 5, 3, [20])
+    case.scale = randn(5, seed=8, dtype=torch.float64).requires_grad_()
+    y = case.outputs(*case.trained())
+    assert worst_error(y, case.plain(*case.leaves)) < 1e-12
+    (gradient,) = torch.autograd.grad(y.square().sum(), case.scale, create_graph=create_graph)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
