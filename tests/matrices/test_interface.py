@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dvora import SharedProjections
 from dvora.matrices.interface import DISTRIBUTIONS, FORMAT_VERSION
+from dvora.ops.dtypes import norm_dtype
 from tests.cases import randn
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
@@ -91,9 +92,14 @@ def test_products_equal_those_with_the_dense_matrices(distribution: str, rank: i
     torch.testing.assert_close(shared.impl.expand(narrow, size), narrow @ B.T)
     torch.testing.assert_close(shared.impl.expand_transpose(wide, rank), wide @ B)
     torch.testing.assert_close(shared.impl.gram(rank, size, torch.float64), A @ A.T)
-    scale = randn(size, seed=2, dtype=torch.float64)
-    torch.testing.assert_close(shared.impl.expand(narrow, size, scale), (narrow @ B.T) * scale)
-    torch.testing.assert_close(shared.impl.expand_transpose(wide, rank, scale), (wide * scale) @ B)
+    scale, lambda_d = randn(size, seed=2, dtype=torch.float64), randn(rank, seed=3, dtype=torch.float64)
+    z, d, d_scale = narrow.flatten(0, 1), wide.flatten(0, 1), torch.empty_like(scale)
+    update = shared.impl.prepared_update(lambda_d, scale, scale + 1, torch.float64)
+    torch.testing.assert_close(update(z), ((z * lambda_d) @ B.T) * scale + (scale + 1))
+    d_z, d_lambda_d = shared.impl.update_gradients(d, z, lambda_d, scale, d_scale)
+    torch.testing.assert_close(d_z, ((d * scale) @ B) * lambda_d)
+    torch.testing.assert_close(d_lambda_d, (((d * scale) @ B) * z).sum(0))
+    torch.testing.assert_close(d_scale, (d * ((z * lambda_d) @ B.T)).sum(0))
 
 
 @every_distribution
@@ -101,9 +107,11 @@ def test_products_equal_those_with_the_dense_matrices(distribution: str, rank: i
 def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype, distribution: str) -> None:
     shared = SharedProjections(0, distribution)
     wide, narrow = randn(2, 6, seed=0, dtype=dtype), randn(2, 3, seed=1, dtype=dtype)
-    scale = randn(6, seed=2)
-    assert shared.impl.expand(narrow, 6, scale).dtype == dtype
-    assert shared.impl.expand_transpose(wide, 3, scale).dtype == dtype
+    scale, lambda_d = randn(6, seed=2, dtype=norm_dtype(dtype)), randn(3, seed=3, dtype=norm_dtype(dtype))
+    assert shared.impl.prepared_update(lambda_d, scale, None, dtype)(narrow).dtype == dtype
+    d_z, d_lambda_d = shared.impl.update_gradients(wide, narrow, lambda_d, scale, torch.empty_like(scale))
+    assert d_z.dtype == dtype
+    assert d_lambda_d.dtype == scale.dtype
     assert shared.impl.project(wide, 3).dtype == dtype
     assert shared.impl.project_transpose(narrow, 6).dtype == dtype
     assert shared.impl.expand(narrow, 6).dtype == dtype

@@ -137,7 +137,8 @@ def test_a_model_of_twelve_layers_holds_each_dense_matrix_once() -> None:
     model = twelve_layers(SharedProjections())
     assert len(storages(model, "stream_0")) == len(storages(model, "stream_1")) == 1
     assert len(storages(model, "gram")) == 2, "one small G for each width"
-    assert len(storages(model)) == 4
+    assert len(storages(model, "scaled_0")) == len(storages(model, "scaled_1")) == 2, "and each scaled for each width"
+    assert len(storages(model)) == 8
 
 
 @every_distribution

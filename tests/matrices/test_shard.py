@@ -23,43 +23,52 @@ def randn(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(("out_features", "in_features", "rank", "parts"), SIZES)
 @pytest.mark.parametrize("distribution", KINDS)
+@pytest.mark.parametrize("tokens", [5, 40])
 def test_parts_of_the_outputs_are_the_whole(
-    distribution: str, out_features: int, in_features: int, rank: int, parts: int
+    tokens: int, distribution: str, out_features: int, in_features: int, rank: int, parts: int
 ) -> None:
     whole = SharedProjections(3, distribution).impl
     weight, lambda_d, v = randn(out_features, in_features), randn(rank), randn(out_features)
-    d, z, x = randn(5, out_features), randn(5, rank), randn(4, in_features)
+    d, z, x, shift = randn(tokens, out_features), randn(tokens, rank), randn(4, in_features), randn(out_features) + 1
     put_together: dict[str, list[Tensor]] = {}
     summed: dict[str, Tensor] = {}
     for shard in spans(out_features, parts):
         part, size = whole.of_shard(None, shard), shard.stop - shard.start
         rows = slice(shard.start, shard.stop)
+        d_scale = torch.empty(size, dtype=torch.float64)
+        d_z, d_lambda_d = part.update_gradients(d[:, rows], z, lambda_d, v[rows], d_scale)
         found = {
             "B": part.B(rank, size, torch.float64).T,
             "expand": part.expand(z, size),
-            "scaled": part.expand(z, size, v[rows]),
-            "row products": part.row_products(d[:, rows], z),
+            "update": part.prepared_update(lambda_d, v[rows], shift[rows], z.dtype)(z),
+            "gradient of the scale": d_scale,
             "row squares": part.row_squares(lambda_d, in_features, size),
             "row dots": part.row_dots(weight[rows], lambda_d),
         }
         sums = {
-            "expand_transpose": part.expand_transpose(d[:, rows], rank, v[rows]),
-            "row squares' gradient": part.row_squares_gradient(v[rows], lambda_d, in_features),
+            "expand_transpose": part.expand_transpose(d[:, rows], rank),
+            "gradient of z": d_z,
+            "gradient of lambda_d": d_lambda_d,
+            "row squares' gradient": part.row_squares_half_gradient(v[rows], lambda_d, in_features),
             "row dots' gradient": part.row_dots_gradient(weight[rows], v[rows], rank),
         }
         for name, value in found.items():
             put_together.setdefault(name, []).append(value)
         summed = {name: summed.get(name, 0) + value for name, value in sums.items()}
         torch.testing.assert_close(part.project(x, rank), whole.project(x, rank))
+    d_scale = torch.empty(out_features, dtype=torch.float64)
+    d_z, d_lambda_d = whole.update_gradients(d, z, lambda_d, v, d_scale)
     expected = {
         "B": whole.B(rank, out_features, torch.float64).T,
         "expand": whole.expand(z, out_features),
-        "scaled": whole.expand(z, out_features, v),
-        "row products": whole.row_products(d, z),
+        "update": whole.prepared_update(lambda_d, v, shift, z.dtype)(z),
+        "gradient of the scale": d_scale,
         "row squares": whole.row_squares(lambda_d, in_features, out_features),
         "row dots": whole.row_dots(weight, lambda_d),
-        "expand_transpose": whole.expand_transpose(d, rank, v),
-        "row squares' gradient": whole.row_squares_gradient(v, lambda_d, in_features),
+        "expand_transpose": whole.expand_transpose(d, rank),
+        "gradient of z": d_z,
+        "gradient of lambda_d": d_lambda_d,
+        "row squares' gradient": whole.row_squares_half_gradient(v, lambda_d, in_features),
         "row dots' gradient": whole.row_dots_gradient(weight, v, rank),
     }
     for name, value in ({name: torch.cat(values, -1) for name, values in put_together.items()} | summed).items():

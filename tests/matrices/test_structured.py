@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from dvora.matrices import kronecker, philox, structured
+from dvora.matrices import philox, structured
 from tests.cases import randn
 from tests.checked import checked
+from tests.matrices.naive import structured_side as naive
 from tests.reference import worst_error
 
 StructuredMatrices = checked("matrices.structured").StructuredMatrices
@@ -35,27 +35,6 @@ PINNED = [
     "35350f6abb833381d74d30adca1ea8d7df85c115d3b55420c72e6d96dbd2949d",
     "02a5b6ef3d25b24bbfb2fd6494c503070499f687cf9dd90cebc8241cf7df9841",
 ]
-
-
-def cosine(n: int) -> Tensor:
-    """The orthonormal DCT-II matrix."""
-    rows = [[math.cos(math.pi * (k * (2 * i + 1) % (4 * n)) / (2 * n)) for i in range(n)] for k in range(n)]
-    matrix = torch.tensor(rows, dtype=torch.float64) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-def naive(side: str, rank: int, size: int, seed: int = 3) -> Tensor:
-    """A, or the transpose of B."""
-    n1, n2 = kronecker.factors_of_size(size)
-    blocks = []
-    for index, rows in enumerate(kronecker.block_rows(rank, size)):
-        r1, r2 = kronecker.factors_of_rows(rows, n1, n2)
-        stream = 2**34 + 2 * index + (side == "B")
-        first, second = (philox.permutation_row(seed, stream, 1 + k, n) for k, n in enumerate((n1, n2)))
-        signs = torch.from_numpy(philox.sign_row(seed, stream, 0, size))
-        blocks.append(torch.kron(cosine(n1)[first[:r1]], cosine(n2)[second[:r2]])[:rows] * signs)
-    return torch.cat(blocks) * math.sqrt(2 if side == "A" else 2 * size / rank)
 
 
 def sha256(matrix: Tensor) -> str:
@@ -118,28 +97,20 @@ def test_products_equal_those_with_the_dense_matrices(dtype: torch.dtype, rank: 
     matrices, tolerance = StructuredMatrices(3), TOLERANCE[dtype]
     A, B = naive("A", rank, size), naive("B", rank, size).T
     wide, narrow = (randn(tokens, n, seed=n, dtype=dtype) for n in (size, rank))
-    scale = randn(size, seed=5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    x, z, one = wide.double(), narrow.double(), torch.ones((), dtype=torch.float64)
+    x, z = wide.double(), narrow.double()
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             found = {
-                "project": (matrices.project(wide, rank), x, A.T, one),
-                "project_transpose": (matrices.project_transpose(narrow, size), z, A, one),
-                "expand": (matrices.expand(narrow, size), z, B.T, one),
-                "expand scaled": (matrices.expand(narrow, size, scale), z, B.T, scale.double()),
-                "expand_transpose": (matrices.expand_transpose(wide, rank), x, B, one),
-                "expand_transpose scaled": (matrices.expand_transpose(wide, rank, scale), x * scale, B, one),
+                "project": (matrices.project(wide, rank), x, A.T),
+                "project_transpose": (matrices.project_transpose(narrow, size), z, A),
+                "expand": (matrices.expand(narrow, size), z, B.T),
+                "expand_transpose": (matrices.expand_transpose(wide, rank), x, B),
             }
-        for name, (value, inputs, matrix, factor) in found.items():
+        for name, (value, inputs, matrix) in found.items():
             assert value.dtype == dtype, name
             # Beside the terms of the sum, which may cancel.
-            terms = (inputs.abs() @ matrix.abs()) * factor.abs()
-            assert ((value.double() - (inputs @ matrix) * factor).abs() <= tolerance * terms.max()).all(), name
-        with torch.set_grad_enabled(grad), in_chunks_of(2**12):
-            products = matrices.row_products(wide, narrow)
-        assert products.dtype == scale.dtype
-        expected = (x * (z @ B.T)).sum(0)
-        assert (products - expected).abs().max() < 1e-5 * (x * (z @ B.T)).abs().sum(0).max()
+            terms = inputs.abs() @ matrix.abs()
+            assert ((value.double() - inputs @ matrix).abs() <= tolerance * terms.max()).all(), name
 
 
 PAIR = st.one_of(
@@ -170,7 +141,7 @@ def test_row_sums_equal_those_of_the_dense_update(dtype: torch.dtype, shape: tup
         with torch.set_grad_enabled(recorded), in_chunks_of(chunk):
             found = {
                 "row_squares": matrices.row_squares(lambda_d, inputs, outputs),
-                "their gradient": matrices.row_squares_gradient(v, lambda_d, inputs),
+                "their gradient": 2 * matrices.row_squares_half_gradient(v, lambda_d, inputs),
                 "row_dots": matrices.row_dots(W, lambda_d),
                 "its gradient": matrices.row_dots_gradient(W, v, rank),
                 "gram": matrices.gram(rank, inputs, dtype),
@@ -180,8 +151,25 @@ def test_row_sums_equal_those_of_the_dense_update(dtype: torch.dtype, shape: tup
             assert worst_error(value, expected[name]) < TOLERANCE[dtype], name
 
 
-def test_products_over_no_tokens_are_zero() -> None:
-    assert torch.equal(StructuredMatrices(3).row_products(torch.empty(0, 10), torch.empty(0, 7)), torch.zeros(10))
+@pytest.mark.parametrize("shape", [(7, 12, 10), (16, 12, 10), (8, 6, 15), (9, 16, 4)])
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_row_squares_of_several_layers_are_those_of_each(layers: int, shape: tuple[int, int, int]) -> None:
+    rank, inputs, outputs = shape
+    matrices = StructuredMatrices(3)
+    lambda_d, v = (randn(layers, n, seed=n, dtype=torch.float64) for n in (rank, outputs))
+    squares = matrices.row_squares(lambda_d, inputs, outputs)
+    half = matrices.row_squares_half_gradient(v, lambda_d, inputs)
+    assert matrices.half_dq(lambda_d, inputs, outputs) is None
+    A, B = naive("A", rank, inputs), naive("B", rank, outputs).T
+    wide = lambda_d.clone().requires_grad_()
+    expected = ((B * wide[:, None]) @ A).square().sum(2)
+    (gradient,) = torch.autograd.grad(expected, wide, v)
+    assert worst_error(squares, expected) < 1e-12
+    assert worst_error(2 * half, gradient) < 1e-12
+    for layer in range(layers):
+        assert worst_error(squares[layer], matrices.row_squares(lambda_d[layer], inputs, outputs)) < 1e-14
+        of_layer = matrices.row_squares_half_gradient(v[layer], lambda_d[layer], inputs)
+        assert worst_error(half[layer], of_layer) < 1e-14
 
 
 @pytest.mark.parametrize("tokens", [3, 600])
@@ -210,15 +198,19 @@ def test_rows_of_a_half_precision_weight_are_summed_in_float32() -> None:
 def test_derivatives_of_everything_that_is_differentiable(shape: tuple[int, int, int]) -> None:
     rank, inputs, outputs = shape
     matrices = StructuredMatrices(3)
-    shapes = {"x": (2, inputs), "h": (2, rank), "d": (2, outputs), "scale": (outputs,), "lambda_d": (rank,)}
+    shapes = {"x": (2, inputs), "h": (2, rank), "d": (2, outputs), "v": (outputs,), "lambda_d": (rank,)}
     values = {name: randn(*n, seed=0, dtype=torch.float64).requires_grad_() for name, n in shapes.items()}
     W = randn(outputs, inputs, seed=1, dtype=torch.float64).requires_grad_()
     checks = [
         (lambda x: matrices.project(x, rank), ["x"]),
         (lambda h: matrices.project_transpose(h, inputs), ["h"]),
-        (lambda z, scale: matrices.expand(z, outputs, scale), ["h", "scale"]),
-        (lambda d, scale: matrices.expand_transpose(d, rank, scale), ["d", "scale"]),
+        (lambda z: matrices.expand(z, outputs), ["h"]),
+        (lambda d: matrices.expand_transpose(d, rank), ["d"]),
         (lambda lambda_d: matrices.row_squares(lambda_d, inputs, outputs), ["lambda_d"]),
+        (
+            lambda v, lambda_d: matrices.row_squares_half_gradient(v, lambda_d, inputs),
+            ["v", "lambda_d"],
+        ),
     ]
     for function, names in checks:
         arguments = tuple(values[name] for name in names)

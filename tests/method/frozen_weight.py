@@ -1,16 +1,25 @@
-"""One frozen weight and its trained vectors, for the gain in closed form, and what the dense method says of it."""
+"""Frozen weights and their trained vectors, for row factors in closed form, and what the dense method says of them.
+
+The functions are those of the checked copy: every shape annotation is checked at every call.
+"""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora import functional as F
 from dvora.matrices.interface import DISTRIBUTIONS
-from dvora.method.gain import row_factors
-from dvora.method.norm import FrozenNorm, cross_matrix
 from tests.cases import DIRECTIONS, TOLERANCE, randn
+from tests.checked import checked
 from tests.reference import DenseDVoRA
+
+F = checked("method.functional")
+_gain, _norm = checked("method.gain"), checked("method.norm")
+row_factors, PackedFactors, RowSettings = _gain.row_factors, _gain.PackedFactors, _gain.RowSettings
+FrozenNorm, cross_matrix, joined = _norm.FrozenNorm, _norm.cross_matrix, _norm.joined
+StackedFactors = _gain.StackedFactors
 
 NAMES = ("magnitude", "lambda_b", "lambda_d")
 
@@ -34,9 +43,11 @@ class Problem:
         scaling: float = 1.0,
         direction: str = "unit",
         detach_norm: bool = False,
+        seed: int = 0,
+        shared: SharedProjections | None = None,
     ) -> None:
-        self.shared = SharedProjections(5, distribution)
-        self.weight = randn(out_features, in_features, seed=0, dtype=dtype)
+        self.shared = shared or SharedProjections(5, distribution)
+        self.weight = randn(out_features, in_features, seed=seed, dtype=dtype)
         self.padding_column, self.scaling, self.direction, self.detach_norm = (
             padding_column,
             scaling,
@@ -44,12 +55,14 @@ class Problem:
             detach_norm,
         )
         self.vectors = F.Vectors(
-            F.row_norm(self.weight) * (0.5 + randn(out_features, seed=4, dtype=dtype).abs()),
-            randn(out_features, seed=5, dtype=dtype),
-            0.3 * randn(rank, seed=6, dtype=dtype),
+            F.row_norm(self.weight) * (0.5 + randn(out_features, seed=seed + 4, dtype=dtype).abs()),
+            randn(out_features, seed=seed + 5, dtype=dtype),
+            0.3 * randn(rank, seed=seed + 6, dtype=dtype),
         )
-        self.loss_gradient = randn(out_features, seed=7, dtype=dtype)
-        self.scale_gradient = randn(out_features, seed=8, dtype=dtype)
+        self.loss_gradient = randn(out_features, seed=seed + 7, dtype=dtype)
+        self.scale_gradient = randn(out_features, seed=seed + 8, dtype=dtype)
+        self.lambda_gradient: Tensor | None = None
+        """Of the lambda_d that the factors hand on to the outputs; None: it is not used."""
 
     @property
     def A(self) -> Tensor:
@@ -67,7 +80,12 @@ class Problem:
         C = cross_matrix(self.weight, self.shared.impl, rank, self.padding_column, dtype) if keep_C else None
         matrix = self.weight if keep_weight else None
         w = F.row_norm(self.weight)
-        return FrozenNorm(w, C, matrix, self.shared.impl, self.weight.shape[1], rank, self.padding_column)
+        sizes = self.weight.shape[1], rank
+        return FrozenNorm(w, bool((w == 0).any()), C, matrix, self.shared.impl, *sizes, self.padding_column)
+
+    @property
+    def settings(self) -> RowSettings:
+        return RowSettings(self.scaling, self.direction, self.detach_norm)
 
     def beta(self) -> Tensor:
         return F.row_scale(self.vectors.lambda_b, F.row_norm(self.weight), self.scaling, self.direction)
@@ -76,7 +94,10 @@ class Problem:
         return self.factors(norm).gain_minus_one
 
     def factors(self, norm: FrozenNorm | None = None) -> F.RowFactors:
-        return row_factors(self.vectors, norm or self.norm(), self.beta(), self.detach_norm)
+        return self.packed(norm).rows
+
+    def packed(self, norm: FrozenNorm | None = None) -> PackedFactors:
+        return row_factors([self.vectors], [norm or self.norm()], self.settings).packed[0]
 
     def gradients(self, norm: FrozenNorm | None = None) -> dict[str, Tensor]:
         for vector in self.vectors:
@@ -85,8 +106,12 @@ class Problem:
         return dict(zip(NAMES, found, strict=True))
 
     def loss(self, norm: FrozenNorm | None = None) -> Tensor:
-        gain_minus_one, scale, *_ = self.factors(norm)
-        return gain_minus_one @ self.loss_gradient + scale @ self.scale_gradient
+        return self.loss_of(self.packed(norm))
+
+    def loss_of(self, packed: PackedFactors) -> Tensor:
+        gain_minus_one, scale, *_ = packed.rows
+        loss = gain_minus_one @ self.loss_gradient + scale @ self.scale_gradient
+        return loss if self.lambda_gradient is None else loss + packed.lambda_d @ self.lambda_gradient
 
     def dense(self) -> DenseDVoRA:
         options = {"scaling": self.scaling, "direction": self.direction, "detach_norm": self.detach_norm}
@@ -96,6 +121,8 @@ class Problem:
         dense = self.dense()
         inputs = [dense.get_parameter(name) for name in NAMES]
         loss = dense.gain() @ self.loss_gradient.double() + dense.scale() @ self.scale_gradient.double()
+        if self.lambda_gradient is not None:
+            loss = loss + dense.lambda_d @ self.lambda_gradient.double()
         found = torch.autograd.grad(loss, inputs, materialize_grads=True, allow_unused=True)
         return dict(zip(NAMES, found, strict=True))
 
@@ -110,3 +137,54 @@ class Problem:
         lambda_b = 1 / size[:, 0].to(w.dtype) / (w if self.direction == "unit" else 1.0)
         self.vectors.lambda_b[rows] = lambda_b[rows]
         return self
+
+
+class Layers:
+    """Several frozen weights of one shape, with one pair of matrices."""
+
+    def __init__(
+        self, count: int, in_features: int, out_features: int, rank: int, *options: object, **named: object
+    ) -> None:
+        first = Problem(in_features, out_features, rank, *options, **named)
+        others = [
+            Problem(in_features, out_features, rank, *options, **named, seed=100 * index, shared=first.shared)
+            for index in range(1, count)
+        ]
+        self.problems = [first, *others]
+        for index, problem in enumerate(self.problems):
+            problem.lambda_gradient = randn(rank, seed=100 * index + 9, dtype=problem.weight.dtype)
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """All of them, layer by layer."""
+        return [vector for problem in self.problems for vector in problem.vectors]
+
+    def trained(self) -> "Layers":
+        for vector in self.vectors:
+            vector.requires_grad_()
+        return self
+
+    def norms(self, keep_C: bool = True, keep_weight: bool = True) -> list[FrozenNorm]:
+        return [problem.norm(keep_C, keep_weight) for problem in self.problems]
+
+    def joined(self) -> list[FrozenNorm]:
+        """With all C as parts of one tensor."""
+        norms = self.norms()
+        parts = joined([norm.C for norm in norms])
+        return [norm._replace(C=part) for norm, part in zip(norms, parts, strict=True)]
+
+    def stacked(self, norms: Sequence[FrozenNorm] | None = None) -> StackedFactors:
+        vectors = [problem.vectors for problem in self.problems]
+        return row_factors(vectors, self.norms() if norms is None else norms, self.problems[0].settings)
+
+    def loss(self, norms: Sequence[FrozenNorm] | None = None) -> Tensor:
+        packed = self.stacked(norms).packed
+        return sum(problem.loss_of(of_layer) for problem, of_layer in zip(self.problems, packed, strict=True))
+
+    def gradients(self, norms: Sequence[FrozenNorm] | None = None) -> list[dict[str, Tensor]]:
+        """Of every layer, by name."""
+        self.trained()
+        return self.by_layer(torch.autograd.grad(self.loss(norms), self.vectors))
+
+    def by_layer(self, found: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        return [dict(zip(NAMES, found[3 * i : 3 * i + 3], strict=True)) for i in range(len(self.problems))]

@@ -6,18 +6,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from dvora import functional as F
 from dvora.matrices.interface import DISTRIBUTIONS
-from dvora.method.norm import FrozenNorm
-from tests.cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE
-from tests.checked import checked
-from tests.method.frozen_weight import NAMES, Problem, both_directions, both_dtypes, c_kept_or_not, every_distribution
+from tests.cases import DIRECTIONS, LARGE_SIZES, SIZES, TOLERANCE, randn
+from tests.method.frozen_weight import (
+    NAMES,
+    F,
+    FrozenNorm,
+    Problem,
+    both_directions,
+    both_dtypes,
+    c_kept_or_not,
+    every_distribution,
+    row_factors,
+)
 from tests.reference import worst_error
 
 
 def assert_equal_to_the_dense_method(p: Problem, tolerance: float, norm: FrozenNorm | None = None) -> None:
     norm = norm or p.norm()
-    assert worst_error(p.gain_minus_one(norm), p.dense().gain() - 1) < tolerance
+    factors, dense = p.factors(norm), p.dense()
+    assert worst_error(factors.gain_minus_one, dense.gain() - 1) < tolerance
+    assert worst_error(factors.gain, dense.gain()) < tolerance
+    assert worst_error(factors.scale, dense.scale()) < tolerance
+    assert worst_error(factors.beta, p.beta().double()) < tolerance
     ours, expected = p.gradients(norm), p.dense_gradients()
     if p.weight.shape[1] == 1 and not p.detach_norm:
         # A row of one value has no direction: these vanish, and their rounding errors have nothing to be relative to.
@@ -65,11 +76,14 @@ def test_gain_and_gradients_of_large_layers_equal_the_dense_method(
     detach_norm=st.booleans(),
     skipped=st.booleans(),
     keep_C=st.booleans(),
+    handed_on=st.booleans(),
 )
 def test_any_shape_equals_the_dense_method(
-    shape: tuple[int, int, int], skipped: bool, keep_C: bool, **options: object
+    shape: tuple[int, int, int], skipped: bool, keep_C: bool, handed_on: bool, **options: object
 ) -> None:
     p = Problem(*shape, padding_column=1 if skipped else None, **options)
+    if handed_on:
+        p.lambda_gradient = randn(shape[2], seed=9, dtype=torch.float64)
     assert_equal_to_the_dense_method(p, 1e-12, p.norm(keep_C))
 
 
@@ -89,7 +103,20 @@ def test_zero_rows_equal_the_dense_method(direction: str, distribution: str) -> 
     assert not p.gain_minus_one()[[0, 3]].any()
     assert_equal_to_the_dense_method(p, 1e-12)
     p.scale_gradient.zero_()
-    assert not p.gradients()["lambda_b"][[0, 3]].any()
+    gradients = p.gradients()
+    assert not gradients["lambda_b"][[0, 3]].any()
+    assert not gradients["magnitude"][[0, 3]].any()
+
+
+@both_dtypes
+def test_that_rows_may_be_zero_changes_no_bit_where_none_is(dtype: torch.dtype) -> None:
+    p = Problem(6, 5, 3, dtype)
+    norm, careful = p.norm(), p.norm()._replace(zero_rows=True)
+    assert not norm.zero_rows
+    for found, expected in zip(p.factors(careful), p.factors(norm), strict=True):
+        assert torch.equal(found, expected)
+    ours, expected = p.gradients(careful), p.gradients(norm)
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
 
 
 def test_a_weight_of_zeros_has_a_gain_of_one_and_no_gradient() -> None:
@@ -174,10 +201,41 @@ def test_without_training_the_gain_is_exactly_one(
     assert not p.gain_minus_one(p.norm(keep_C)).any()
 
 
-def test_the_gain_is_the_one_of_the_pure_functions_to_the_last_bit() -> None:
-    for dtype in TOLERANCE:
-        p = Problem(7, 5, 3, dtype)
-        assert torch.equal(p.gain_minus_one(), F.row_factors(p.vectors, p.norm(), p.beta()).gain_minus_one)
+@both_dtypes
+@both_directions
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e6])
+def test_the_factors_are_those_of_the_pure_functions_to_a_few_roundings(
+    size: float, direction: str, dtype: torch.dtype
+) -> None:
+    p = Problem(7, 5, 3, dtype, direction=direction)
+    p.weight[2] = 0
+    p.vectors.lambda_b.mul_(size)
+    expected = F.row_factors(p.vectors, p.norm(), p.beta())
+    for found, value in zip(p.factors(), expected, strict=True):
+        assert worst_error(found, value.double()) < 10 * torch.finfo(dtype).eps
+
+
+@both_dtypes
+def test_a_gain_and_its_distance_from_one_agree_where_the_norm_is_at_its_floor(dtype: torch.dtype) -> None:
+    p = Problem(16, 6, 4, dtype).cancel(1e-2, [1])
+    norm = p.norm(keep_weight=False)
+    # As coarse as bfloat16: the squared norm comes out negative.
+    factors = p.factors(norm._replace(C=1.01 * norm.C))
+    assert worst_error(1 + factors.gain_minus_one, factors.gain.double()) < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_vectors_in_half_precision_have_a_norm_in_float32(half: torch.dtype) -> None:
+    p, wide = Problem(7, 5, 3, torch.float32), Problem(7, 5, 3, torch.float32)
+    p.vectors = F.Vectors(*(vector.to(half) for vector in p.vectors))
+    wide.vectors = p.vectors.to(torch.float32)
+    for found, expected in zip(p.factors(), wide.factors(), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    ours, expected = p.gradients(), wide.gradients()
+    for name in NAMES:
+        assert ours[name].dtype == half
+        assert torch.equal(ours[name], expected[name].to(half))
 
 
 def test_a_C_in_bfloat16_is_widened_before_anything_is_summed() -> None:
@@ -201,7 +259,7 @@ def test_a_weight_of_which_only_the_rows_are_rescaled_has_gradients() -> None:
     p = Problem(7, 5, 3)
     p.vectors = p.vectors._replace(lambda_d=p.vectors.lambda_d[:0])
     w = F.row_norm(p.weight)
-    norm = FrozenNorm(w, None, p.weight, p.shared.impl, 7, 0, None)
+    norm = FrozenNorm(w, False, None, p.weight, p.shared.impl, 7, 0, None)
     p.scale_gradient.zero_()
     assert worst_error(p.gain_minus_one(norm), p.vectors.magnitude / w - 1) < 1e-12
     gradients = p.gradients(norm)
@@ -212,5 +270,8 @@ def test_a_weight_of_which_only_the_rows_are_rescaled_has_gradients() -> None:
 
 def test_a_wrong_shape_is_refused_by_the_checked_copy() -> None:
     p = Problem(7, 5, 3)
+    row_factors([p.vectors], [p.norm()], p.settings)
     with pytest.raises(TypeCheckError):
-        checked("method.gain").row_factors(p.vectors, p.norm(), p.beta()[None])
+        p.norm().squares(p.vectors.magnitude[None], randn(3, 3, 5, seed=0, dtype=torch.float64))
+    with pytest.raises(TypeCheckError):
+        row_factors(p.vectors, p.norm(), p.settings)

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.graph import saved_tensors_hooks
 
-from dvora import functional as F
 from dvora.matrices import dense
-from dvora.method.gain import row_factors
 from dvora.weight.adapted_weight import AdaptedWeight
 from tests.cases import randn, trained_layer
-from tests.method.frozen_weight import NAMES, Problem, c_kept_or_not, every_distribution
+from tests.census import Census
+from tests.method.frozen_weight import NAMES, F, Layers, Problem, c_kept_or_not, every_distribution, row_factors
 from tests.reference import worst_error
 
 IN, OUT, RANK = 6, 9, 4
@@ -31,7 +29,9 @@ def problem(distribution: str = "kaiming_uniform", **options: object) -> Problem
 @pytest.mark.parametrize("padding_column", [None, 2])
 @pytest.mark.parametrize("detach_norm", [False, True], ids=["through the norm", "detach_norm"])
 @pytest.mark.parametrize("small", [True, False], ids=["small half_dq", "large half_dq"])
+@pytest.mark.parametrize("count", [1, 3], ids=["one layer", "three layers"])
 def test_vectors_and_a_small_half_dq_are_kept_for_the_backward_pass(
+    count: int,
     distribution: str,
     keep_C: bool,
     padding_column: int | None,
@@ -40,19 +40,26 @@ def test_vectors_and_a_small_half_dq_are_kept_for_the_backward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dense, "_KEPT_BYTES", 8 * RANK * OUT if small else 8 * RANK * OUT - 1)
-    p = problem(distribution, padding_column=padding_column, detach_norm=detach_norm)
-    norm, beta, kept = p.norm(keep_C), p.beta(), []
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        p.gain_minus_one(norm)
-    # The weight itself, where it is read again, takes no memory.
-    own = norm.matrix.untyped_storage().data_ptr()
-    kept = [tensor.shape for tensor in kept if tensor.untyped_storage().data_ptr() != own]
-    assert kept
+    options = {"distribution": distribution, "padding_column": padding_column, "detach_norm": detach_norm}
+    layers = Layers(count, IN, OUT, RANK, **options).trained()
+    norms = layers.norms(keep_C)
+    layers.stacked(norms)  # makes the matrices
+    with Census() as census:
+        made = layers.stacked(norms)
+    held = census.held()
     half_dq = small and not detach_norm and distribution != "structured"
-    assert set(kept) - {(OUT,), (RANK,)} == ({(RANK, OUT)} if half_dq else set())
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
-        F.row_factors(p.vectors, norm, beta)
-    assert not set(kept) <= {(OUT,), (RANK,)}, "the plain function keeps matrices: the test can see them"
+    of_half_dq = 8 * count * RANK * OUT
+    assert held.count(of_half_dq) == half_dq
+    # Factors as two rows of two, the vectors, and what the gradients are computed from.
+    vectors = 8 * count * (13 * OUT + 2 * RANK)
+    assert sum(held) <= vectors + half_dq * of_half_dq
+    assert max(held) <= max(8 * count * 2 * OUT, half_dq * of_half_dq)
+    del made
+    assert not census.held()
+    with Census() as census:
+        kept = [F.row_factors(p.vectors, norm, p.beta()) for p, norm in zip(layers.problems, norms, strict=True)]
+    assert sum(census.held()) > vectors, "the plain function keeps more: the test can see it"
+    del kept
 
 
 @every_distribution
@@ -64,12 +71,12 @@ def test_first_and_second_derivatives_are_those_of_the_values(
     p = problem(distribution, padding_column=padding_column)
     norm = p.norm(keep_C)
 
-    def factors(magnitude: Tensor, beta: Tensor, lambda_d: Tensor) -> tuple[Tensor, Tensor]:
-        return row_factors(F.Vectors(magnitude, beta, lambda_d), norm, beta)[:2]
+    def factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+        packed = row_factors([F.Vectors(*vectors)], [norm], p.settings).packed[0]
+        return packed.trained, packed.lambda_d
 
-    inputs = p.vectors.magnitude, p.beta().detach().requires_grad_(), p.vectors.lambda_d
-    assert gradcheck(factors, inputs)
-    assert gradgradcheck(factors, inputs)
+    assert gradcheck(factors, list(p.vectors), check_batched_grad=True, check_undefined_grad=False)
+    assert gradgradcheck(factors, list(p.vectors))
 
 
 @pytest.mark.parametrize("rows", [[], [1, 4]], ids=["plain", "with nearly cancelled rows"])
@@ -92,8 +99,10 @@ def second_derivatives(gain: Tensor, vectors: list[Tensor]) -> tuple[Tensor, ...
 
 @pytest.mark.parametrize("rows", [[], [1, 4]], ids=["plain", "with nearly cancelled rows"])
 @pytest.mark.parametrize("trained", [t for t in product([True, False], repeat=3) if any(t)], ids=str)
-def test_any_of_the_vectors_may_be_frozen(trained: tuple[bool, ...], rows: list[int]) -> None:
-    p = Problem(IN, OUT, RANK).cancel(1e-2, rows)
+@pytest.mark.parametrize("detach_norm", [False, True], ids=["through the norm", "detach_norm"])
+def test_any_of_the_vectors_may_be_frozen(detach_norm: bool, trained: tuple[bool, ...], rows: list[int]) -> None:
+    p = Problem(IN, OUT, RANK, detach_norm=detach_norm).cancel(1e-2, rows)
+    p.lambda_gradient = randn(RANK, seed=9, dtype=torch.float64)
     expected = p.gradients()
     for vector, wanted in zip(p.vectors, trained, strict=True):
         vector.requires_grad_(wanted)
@@ -112,11 +121,15 @@ def test_the_gradients_of_a_plain_backward_pass_carry_no_graph() -> None:
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_values_are_the_same_bits(context: type) -> None:
     p = problem()
-    expected = p.gain_minus_one()
+    expected = p.packed()
     with context():
-        values = p.gain_minus_one()
-    assert torch.equal(values, expected)
-    assert not values.requires_grad
+        values = p.packed()
+    assert expected.trained.requires_grad
+    assert expected.lambda_d.requires_grad
+    assert not expected.constant.requires_grad
+    for value, reference in zip(values, expected, strict=True):
+        assert torch.equal(value, reference)
+        assert not value.requires_grad
 
 
 def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused() -> None:
@@ -125,5 +138,5 @@ def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused() -> No
     y = layer(randn(4, 6, seed=0)).sum()
     with torch.no_grad():
         layer.base_layer.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a base weight was written to between the forward and the backward pass"):
         y.backward()

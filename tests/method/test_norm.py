@@ -29,7 +29,7 @@ def values(dtype: torch.dtype, rank: int = RANK) -> Vectors:
 def found(adapted: AdaptedWeight, weight: Tensor) -> list[Tensor]:
     """Gain, scale, and the gradients of all vectors."""
     vectors = values(weight.dtype, adapted.rank)
-    *factors, _ = adapted.row_factors(vectors, weight)
+    *factors, _ = adapted.factors(vectors, weight)
     loss = sum((factor * torch.linspace(-1, 2, OUT).to(factor)).sum() + factor.square().sum() for factor in factors)
     gradients = torch.autograd.grad(loss, vectors, allow_unused=adapted.rank == MAGNITUDE_ONLY)
     return [*factors, *(gradient for gradient in gradients if gradient is not None)]
@@ -64,7 +64,7 @@ def test_they_do_with_a_padding_column(distribution: str, dtype: torch.dtype) ->
     again = kept_and_made_again_agree(weight, shared=shared, padding_column=2)
     dense = DenseDVoRA(weight, None, A_without(2, shared), shared.B(RANK, OUT, F64), *values(dtype))
     vectors, weights = values(dtype), torch.linspace(-1, 2, OUT, dtype=F64)
-    gain = 1 + again.row_factors(vectors, weight).gain_minus_one
+    gain = 1 + again.factors(vectors, weight).gain_minus_one
     assert worst_error(gain, dense.gain()) < TOLERANCE[dtype]
     (gain * weights).sum().backward()
     (dense.gain() * weights).sum().backward()
@@ -83,7 +83,7 @@ def test_rows_that_are_nearly_cancelled_leave_a_padding_column_alone() -> None:
     adapted = AdaptedWeight(weight, RANK, shared=SHARED, padding_column=2, direction="weight")
     dense = DenseDVoRA(weight, None, A, B, *vectors, direction="weight")
     assert float(dense.norm_ratio().min()) < 0.1
-    assert worst_error(1 + adapted.row_factors(vectors, weight).gain_minus_one, dense.gain()) < 1e-12
+    assert worst_error(1 + adapted.factors(vectors, weight).gain_minus_one, dense.gain()) < 1e-12
 
 
 @pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
@@ -110,7 +110,7 @@ def test_a_magnitude_alone_needs_no_constants() -> None:
     weight = randn(OUT, IN, seed=1)
     again = kept_and_made_again_agree(weight, MAGNITUDE_ONLY, shared=SHARED)
     expected = values(F32).magnitude.detach() / weight.norm(dim=1) - 1
-    assert worst_error(again.row_factors(values(F32, 0), weight).gain_minus_one, expected.double()) < 1e-6
+    assert worst_error(again.factors(values(F32, 0), weight).gain_minus_one, expected.double()) < 1e-6
 
 
 @pytest.mark.parametrize("norm_cache", ["auto", True, False])
@@ -148,7 +148,7 @@ def test_rows_that_are_nearly_cancelled_are_exact(norm_cache: bool, direction: s
     with_cache(layer, norm_cache)
     dense = DenseDVoRA.of(layer)
     assert float(dense.norm_ratio().max()) < 2 * ratio
-    gain = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
+    gain = 1 + layer.adapted.factors(layer.vectors, layer.base_layer.weight).gain_minus_one
     assert worst_error(gain, dense.gain()) < 1e-4 * 1e-3 / min(ratio, 1e-3)
 
 
@@ -163,7 +163,7 @@ def test_rows_that_are_nearly_cancelled_are_exact_with_constants_of_bfloat16(dir
     layer.adapted.refresh_if_stale(layer.base_layer.weight)
     in_bfloat16(layer)
     dense = DenseDVoRA.of(layer)
-    gain = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
+    gain = 1 + layer.adapted.factors(layer.vectors, layer.base_layer.weight).gain_minus_one
     assert worst_error(gain, dense.gain()) < 1e-11
     x = randn(4, IN, seed=0, dtype=F64)
     expected = dense.gradients(x, torch.ones(4, OUT))
@@ -182,7 +182,7 @@ def test_constants_of_bfloat16_are_summed_in_float32() -> None:
     assert cross.dtype == F32
     assert worst_error(cross, layer.adapted.C.double() @ layer.lambda_d.double()) < 1e-6
     exact = DenseDVoRA.of(layer).gain()
-    gain = 1 + layer.adapted.row_factors(layer.vectors, layer.base_layer.weight).gain_minus_one
+    gain = 1 + layer.adapted.factors(layer.vectors, layer.base_layer.weight).gain_minus_one
     assert 1e-6 < worst_error(gain, exact) < 1e-3
 
 
@@ -210,16 +210,16 @@ def test_without_constants_and_weight_there_is_no_norm() -> None:
     adapted = AdaptedWeight(weight, RANK, shared=SHARED, norm_cache=False, name="model.q_proj")
     for missing in (None, weight.to("meta")):
         with pytest.raises(RuntimeError, match=r"model\.q_proj: the weight is not in memory .*norm_cache=True"):
-            adapted.row_factors(values(F32), missing)
+            adapted.factors(values(F32), missing)
 
 
 def test_with_constants_a_weight_is_not_needed() -> None:
     weight = linear(IN, OUT).weight.detach()
     adapted = AdaptedWeight(weight, RANK, shared=SHARED, norm_cache=True)
-    expected = adapted.row_factors(values(F32), weight)
+    expected = adapted.factors(values(F32), weight)
     for missing in (None, weight.to("meta")):
         assert diagnostics(adapted, values(F32), missing).keys() == diagnostics(adapted, values(F32), weight).keys()
-        for value, reference in zip(adapted.row_factors(values(F32), missing)[:3], expected[:3], strict=True):
+        for value, reference in zip(adapted.factors(values(F32), missing)[:3], expected[:3], strict=True):
             assert torch.allclose(value, reference, atol=1e-6)
 
 
@@ -228,15 +228,15 @@ def test_a_row_that_is_nearly_cancelled_has_a_norm_without_the_weight() -> None:
     layer.adapted.refresh_if_stale(layer.base_layer.weight)
     results = [diagnostics(layer.adapted, layer.vectors, weight) for weight in (None, layer.base_layer.weight)]
     assert results[0] == pytest.approx(results[1], rel=1e-9)
-    found, expected = (layer.adapted.row_factors(layer.vectors, w) for w in (None, layer.base_layer.weight))
+    found, expected = (layer.adapted.factors(layer.vectors, w) for w in (None, layer.base_layer.weight))
     assert worst_error(found.gain_minus_one, expected.gain_minus_one) < 1e-9
 
 
 def test_a_magnitude_alone_needs_no_weight() -> None:
     weight = linear(IN, OUT).weight.detach()
     adapted = AdaptedWeight(weight, MAGNITUDE_ONLY, shared=SHARED, norm_cache=False)
-    expected = adapted.row_factors(values(F32, 0), weight)
-    assert torch.equal(adapted.row_factors(values(F32, 0), None).gain_minus_one, expected.gain_minus_one)
+    expected = adapted.factors(values(F32, 0), weight)
+    assert torch.equal(adapted.factors(values(F32, 0), None).gain_minus_one, expected.gain_minus_one)
 
 
 def test_a_weight_that_cannot_be_read_again_needs_constants() -> None:

@@ -1,4 +1,4 @@
-"""The output of an adapted layer from its two halves and its gradients in closed form, against float64 autograd."""
+"""The output of an adapted layer by thin products and its gradients in closed form, against float64 autograd."""
 
 import math
 from itertools import product
@@ -11,11 +11,9 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from dvora.method.combine import combine
 from tests.cases import DTYPES, TOLERANCE, randn
-from tests.checked import checked
-from tests.method.combined import KINDS, Operands, expected_gradients, gradients, operands, plain
 from tests.reference import worst_error
+from tests.weight.thin_products import KINDS, Operands, adapted_linear, expected_gradients, gradients, operands, plain
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -163,9 +161,9 @@ def test_first_and_second_derivatives_are_those_of_the_values(tokens: tuple[int,
     inputs = [t for t in o if t is not None]
 
     def combined(*given: Tensor) -> Tensor:
-        return combine(*given, *([] if bias else [None]), KINDS[kind])
+        return Operands(*given, *([] if bias else [None])).combined(kind)
 
-    assert gradcheck(combined, inputs)
+    assert gradcheck(combined, inputs, check_batched_grad=True)
     assert gradgradcheck(combined, inputs)
 
 
@@ -267,4 +265,6 @@ def test_sums_over_tokens_in_float16_are_made_in_float32(grad_output: float, val
 def test_a_wrong_shape_is_refused_by_the_checked_copy() -> None:
     o = operands((3,), 2, 5)
     with pytest.raises(TypeCheckError):
-        checked("method.combine").combine(*o._replace(scale=o.scale[:1]), KINDS["kaiming_uniform"])
+        adapted_linear(o.update("kaiming_uniform"), o.base_output[0, 0], o.z)
+    with pytest.raises(TypeCheckError):
+        adapted_linear(o.update("kaiming_uniform"), o.base_output, o.z[:2])

@@ -1,20 +1,44 @@
-"""The operands of a combined output, the plain formula in float64, and the sizes that its terms have."""
+"""The operands of an adapted output, the plain formula in float64, and the sizes that its terms have.
 
+The functions are those of the checked copy: every shape annotation is checked at every call.
+"""
+
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dvora import SharedProjections
-from dvora.method.combine import combine
 from dvora.ops.dtypes import norm_dtype
 from tests.cases import randn
+from tests.checked import checked
+
+F = checked("method.functional")
+PackedFactors = checked("method.gain").PackedFactors
+PassFactors = checked("weight.factors").PassFactors
+AdaptedWeight = checked("weight.adapted_weight").AdaptedWeight
+_linear = checked("weight.linear")
+Update, adapted_linear = _linear.Update, _linear.adapted_linear
 
 KINDS = {name: SharedProjections(3, name).impl for name in ("kaiming_uniform", "structured")}
 
 
+class _Projected(checked("matrices.interface").SharedProjections):
+    """Projections whose inputs are projected already, so that z itself can be given."""
+
+    def project_once(self, x: Tensor, rank: int, reader: object) -> Tensor:
+        return x
+
+
+@cache
+def adapted_weight(kind: str, out_features: int, rank: int, dtype: torch.dtype) -> AdaptedWeight:
+    """One whose inputs are z."""
+    return AdaptedWeight(torch.ones(out_features, 1, dtype=dtype), rank, shared=_Projected(3, kind))
+
+
 class Operands(NamedTuple):
-    """The arguments of `combine`, in its order."""
+    """What an adapted output is made from."""
 
     base_output: Tensor
     z: Tensor
@@ -29,8 +53,16 @@ class Operands(NamedTuple):
     def trained(self) -> "Operands":
         return self.map(lambda t: t.detach().clone().requires_grad_())
 
+    def update(self, kind: str, keeps: bool = False) -> Update:
+        """An adapter with these factors; `keeps` what evaluation makes of them."""
+        trained, gain = torch.stack([self.gain_minus_one, self.scale]), 1 + self.gain_minus_one
+        packed = PackedFactors(trained, torch.stack([gain, self.scale]).detach(), self.lambda_d)
+        adapted = adapted_weight(kind, len(self.scale), len(self.lambda_d), norm_dtype(self.scale.dtype))
+        vectors = F.Vectors(adapted.w, torch.zeros_like(adapted.w), self.lambda_d)
+        return Update(adapted, vectors, PassFactors(packed, {} if keeps else None), self.bias)
+
     def combined(self, kind: str) -> Tensor:
-        return combine(*self, KINDS[kind])
+        return adapted_linear(self.update(kind), self.base_output, self.z)
 
 
 def operands(

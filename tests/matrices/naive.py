@@ -1,0 +1,48 @@
+"""Both kinds of matrices from their definitions, in float64."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvora.matrices import kronecker, philox
+
+
+def dense(seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A and B of independent uniform values."""
+    A = _unscaled(seed, 0, rank, in_features) * math.sqrt(2 / in_features)
+    B = _unscaled(seed, 1, rank, out_features).T * math.sqrt(2 / rank)
+    return A, B
+
+
+def structured(seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A and B of cosines behind signs."""
+    return structured_side("A", rank, in_features, seed), structured_side("B", rank, out_features, seed).T
+
+
+def structured_side(side: str, rank: int, size: int, seed: int = 3) -> Tensor:
+    """A, or the transpose of B."""
+    n1, n2 = kronecker.factors_of_size(size)
+    blocks = []
+    for index, rows in enumerate(kronecker.block_rows(rank, size)):
+        r1, r2 = kronecker.factors_of_rows(rows, n1, n2)
+        stream = 2**34 + 2 * index + (side == "B")
+        first, second = (philox.permutation_row(seed, stream, 1 + k, n) for k, n in enumerate((n1, n2)))
+        signs = torch.from_numpy(philox.sign_row(seed, stream, 0, size))
+        blocks.append(torch.kron(_cosine(n1)[first[:r1]], _cosine(n2)[second[:r2]])[:rows] * signs)
+    return torch.cat(blocks) * math.sqrt(2 if side == "A" else 2 * size / rank)
+
+
+def _unscaled(seed: int, stream: int, rank: int, size: int) -> Tensor:
+    """Rows of unit variance, by the definition."""
+    rows = [philox.uniform_row(seed, stream, row, size).astype(float) for row in range(rank)]
+    return math.sqrt(3) * torch.from_numpy(np.stack(rows))
+
+
+def _cosine(n: int) -> Tensor:
+    """The orthonormal DCT-II matrix."""
+    rows = [[math.cos(math.pi * (k * (2 * i + 1) % (4 * n)) / (2 * n)) for i in range(n)] for k in range(n)]
+    matrix = torch.tensor(rows, dtype=torch.float64) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix
