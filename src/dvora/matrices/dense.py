@@ -167,8 +167,11 @@ class DenseMatrices(nn.Module):
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        values = self._whole(_STREAM_A, rank, in_features, index.device)[:, index]
-        return values.movedim(0, -1).to(dtype) * self._scale(in_features)
+        shard = self._shards.get(_STREAM_A)
+        total = in_features if shard is None else shard.total
+        values = self._whole(_STREAM_A, rank, total, index.device)
+        chosen = (values if shard is None else shard.of(values))[:, index]
+        return chosen.movedim(0, -1).to(dtype) * self._scale(total)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
         """The dense matrix A."""

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ..ops.annotations import Float
 from ..ops.buffers import scratch
 from ..ops.dtypes import as_dtype, without_autocast
-from ..ops.tracing import grad_recorded, is_traced
+from ..ops.tracing import grad_recorded, is_batched, is_traced
 
 _VECTOR = 16
 """Width of a CPU's vector unit: a narrower inner product costs as much as one of this width."""
@@ -273,7 +273,7 @@ def chunk_tokens(tokens: int, stack: Stack) -> int:
 
 
 def _in_chunks(x: Tensor, stack: Stack) -> bool:
-    if not x.is_cpu or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling() or is_batched(x):
         return False
     return x.numel() // x.shape[-1] * stack[0].diagonal.shape[0] > _FEW_VALUES
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, full_precision, without_autocast
-from ..ops.tracing import grad_recorded, is_batched, saved_tensors_are_hooked
+from ..ops.tracing import grad_recorded, gradients_of, is_batched, saved_tensors_are_hooked, version_of
 from . import functional as F
 from .functional import NEAR_CANCELLATION, Direction, RowFactors, Vectors, measured_ratio, row_scale
 from .norm import FrozenNorm, crosses, crosses_gradient
@@ -45,8 +45,8 @@ class PackedFactors(NamedTuple):
 
     trained: Float[Tensor, "2 O"]
     """`g - 1` and `g beta`."""
-    constant: Float[Tensor, "2 O"]
-    """`g` and `beta`, without a gradient."""
+    constant: Float[Tensor, "3 O"]
+    """`g`, `1 - g` and `beta`, without a gradient."""
     lambda_d: Float[Tensor, "R"]
     """The vector itself, so that its gradients from tokens and norm are added for all layers at once."""
 
@@ -54,19 +54,25 @@ class PackedFactors(NamedTuple):
     def of(cls, factors: RowFactors, lambda_d: Float[Tensor, "R"]) -> "PackedFactors":
         """The same from separate tensors."""
         gain_minus_one, scale, gain, beta = factors
-        return cls(torch.stack([gain_minus_one, scale]), torch.stack([gain, beta.detach()]), lambda_d)
+        return cls(torch.stack([gain_minus_one, scale]), _constant(gain, gain_minus_one, beta), lambda_d)
 
     @property
     def rows(self) -> RowFactors:
         """The factors as separate tensors."""
-        return RowFactors(*self.trained.unbind(), *self.constant.unbind())
+        (gain_minus_one, scale), (gain, _, beta) = self.trained.unbind(), self.constant.unbind()
+        return RowFactors(gain_minus_one, scale, gain, beta)
 
     def weakened(self, strength: Tensor) -> "PackedFactors":
         """The factors of `W + s (W' - W)`, for s without dimensions; for s = 1 these."""
-        gain, beta = self.constant.unbind()
+        gain, _, beta = self.constant.unbind()
         # For a strength of one exactly the gain.
         weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
-        return PackedFactors(strength * self.trained, torch.stack([weaker, beta]), self.lambda_d)
+        trained = strength * self.trained
+        return PackedFactors(trained, _constant(weaker, trained[0], beta), self.lambda_d)
+
+
+def _constant(gain: Tensor, gain_minus_one: Tensor, beta: Tensor) -> Float[Tensor, "3 O"]:
+    return torch.stack([gain.detach(), -gain_minus_one.detach(), beta.detach()])
 
 
 class StackedFactors(NamedTuple):
@@ -115,7 +121,7 @@ class _State(NamedTuple):
     """Factors, and what their gradients are computed from."""
 
     trained: Float[Tensor, "L 2 O"]
-    constant: Float[Tensor, "L 2 O"]
+    constant: Float[Tensor, "L 3 O"]
     vectors: Vectors
     """Of all layers."""
     beta_unit: Tensor | float
@@ -152,23 +158,25 @@ def _forward(
     k = torch.maximum(w, turned.abs())
     u, b, cross = w / k, turned / k, cross / k
     inner = torch.addcmul(cross, b, q)
-    change, u2 = cross.add_(inner).mul_(b), u.square()
+    u2 = u.square()
+    change = torch.maximum(cross.add_(inner).mul_(b), -u2)
     h2, smallest = u2 + change, torch.finfo(w.dtype)
     floor = u2.mul_(smallest.eps**2).add_(smallest.tiny)
     # At its floor the norm is constant.
     fixed = h2 < floor if trains else None
     h = torch.maximum(h2, floor).sqrt_()
 
-    trained, constant = (torch.empty(len(w), 2, w.shape[1], dtype=w.dtype, device=w.device) for _ in range(2))
+    trained, constant = (torch.empty(len(w), n, w.shape[1], dtype=w.dtype, device=w.device) for n in (2, 3))
     of_unit = m / k
     torch.div(of_unit, h, out=constant[:, 0])
     torch.div(of_unit.sub_(u).sub_(change.div_(u + h)), h, out=trained[:, 0])
     torch.div(m * b, h, out=trained[:, 1])
-    constant[:, 1] = beta
+    constant[:, 2] = beta
     if live is not None:
         trained[:, 0].masked_fill_(~live, 0.0)
         torch.where(live, trained[:, 1], beta, out=trained[:, 1])
         constant[:, 0].masked_fill_(~live, 1.0)
+    torch.neg(trained[:, 0], out=constant[:, 1])
     return _State(trained, constant, Vectors(m, lambda_b, lambda_d), beta_unit, k, u, b, h, inner, live, fixed, half_dq)
 
 
@@ -180,9 +188,10 @@ class _RowFactors(torch.autograd.Function):
         ctx: Any, norms: Sequence[FrozenNorm], settings: RowSettings, keeps: bool, *leaves: Tensor
     ) -> tuple[Any, ...]:
         ctx.norms, ctx.settings, ctx.leaves = norms, settings, leaves
+        ctx.versions = [version_of(leaf) for leaf in leaves]
         layers = len(norms)
         # What backward reads again must not have been written to in between.
-        ctx.read_again = [(n.matrix, n.matrix._version) for n in norms if n.C is None and n.matrix is not None]
+        ctx.read_again = [(n.matrix, version_of(n.matrix)) for n in norms if n.C is None and n.matrix is not None]
         trains = not settings.detach_norm
         keeps_half_dq = keeps and trains and any(ctx.needs_input_grad[-layers:])
         state = ctx.state = _forward(_by_layer(leaves, layers), norms, settings, trains, keeps_half_dq)
@@ -194,13 +203,18 @@ class _RowFactors(torch.autograd.Function):
     def backward(ctx: Any, _: None, *all_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         norms, settings = ctx.norms, ctx.settings
         gradients, of_lambda_d = all_gradients[: len(norms)], all_gradients[len(norms) :]
-        if torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in all_gradients):
-            return None, None, None, *_differentiable_gradients(gradients, of_lambda_d, ctx.leaves, norms, settings)
-        if any(matrix._version != version for matrix, version in ctx.read_again):
+        if any(version_of(matrix) != version for matrix, version in ctx.read_again):
             raise RuntimeError(
                 "a base weight was written to between the forward and the backward pass of an adapted layer, which "
                 "computes its norm from the weight again in the backward pass; write to it after backward"
             )
+        if torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in all_gradients):
+            if [version_of(leaf) for leaf in ctx.leaves] != ctx.versions:
+                raise RuntimeError(
+                    "a vector was written to between the forward pass and a backward pass that computes from it again "
+                    "(create_graph or is_grads_batched); write to it after backward"
+                )
+            return None, None, None, *_differentiable_gradients(gradients, of_lambda_d, ctx.leaves, norms, settings)
         state: _State = ctx.state
         gain, scale = state.constant[:, 0], state.trained[:, 1]
         vectors, beta_unit, k, b, h = state.vectors, state.beta_unit, state.k, state.b, state.h
@@ -260,7 +274,7 @@ def _with_measured(
         assert updated is not None
         n = w * measured_ratio(updated, w)
     g = vectors.magnitude[rows] / n
-    trained, constant = torch.stack([g - 1, g * beta]), torch.stack([g.detach(), beta.detach()])
+    trained, constant = torch.stack([g - 1, g * beta]), _constant(g, g - 1, beta)
     return packed._replace(
         trained=packed.trained.index_copy(1, rows, trained.to(w.dtype)),
         constant=packed.constant.index_copy(1, rows, constant.to(w.dtype)),
@@ -278,17 +292,16 @@ def _differentiable_gradients(
     graph, found = torch.is_grad_enabled(), list[list[Tensor | None]]()
     with torch.enable_grad():
         for layer, (gradient, d_lambda_d, norm) in enumerate(zip(gradients, of_lambda_d, norms, strict=True)):
-            vectors = Vectors(*leaves[layer :: len(norms)])
+            # Aliases: gradients end at them, whatever the vectors were computed from.
+            vectors = Vectors(*(leaf.view_as(leaf) for leaf in leaves[layer :: len(norms)]))
             trained = [vector.requires_grad for vector in vectors]
             own: list[Tensor | None] = [None] * len(vectors)
-            if gradient is not None:
+            if gradient is not None and any(trained):
                 wide = vectors.to(norm.w.dtype)
                 beta = row_scale(wide.lambda_b, norm.w, settings.scaling, settings.direction)
                 factors = F.row_factors(wide, norm, beta, settings.detach_norm)
                 outputs = torch.stack([factors.gain_minus_one, factors.scale])
-                inputs = [vector for vector in vectors if vector.requires_grad]
-                made = iter(torch.autograd.grad(outputs, inputs, gradient, create_graph=graph, allow_unused=True))
-                own = [next(made) if is_trained else None for is_trained in trained]
+                own = gradients_of(outputs, vectors, gradient, graph)
             if d_lambda_d is not None and trained[-1]:
                 own[-1] = d_lambda_d if own[-1] is None else own[-1] + d_lambda_d
             found.append(own)

@@ -1,5 +1,7 @@
 """Whether PyTorch traces the running code or records it for a backward pass."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -52,3 +54,19 @@ def saving_intercepted() -> bool:
         return saved_tensors_are_hooked() or in_backward_pass()
     # An autograd function and inference mode switch forward-mode differentiation off; no_grad does not.
     return not torch._C._is_fwd_grad_enabled()
+
+
+def version_of(tensor: Tensor) -> int:
+    """PyTorch's version counter; -1 for inference tensors, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def gradients_of(
+    outputs: Tensor, inputs: Sequence[Tensor | None], grad_outputs: Tensor, create_graph: bool
+) -> list[Tensor | None]:
+    """The gradients of outputs with respect to those inputs that are there and require one; None for others."""
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    if not (wanted and outputs.requires_grad):
+        return [None] * len(inputs)
+    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=create_graph, allow_unused=True))
+    return [None if tensor is None or not tensor.requires_grad else next(found) for tensor in inputs]

@@ -33,9 +33,9 @@ from ..method.validation import (
 )
 from ..ops.annotations import Float
 from ..ops.dtypes import at_least_float32, full_precision, norm_dtype
-from ..ops.tracing import is_traced
+from ..ops.tracing import is_traced, version_of
 from .layouts import ROWS, Layout
-from .tensor_state import WeightVersion, version_of
+from .tensor_state import WeightVersion
 
 _ATTEMPTS = 3
 """Attempts to compute constants while nothing writes to the weight; after the last, the next pass tries again."""

@@ -27,30 +27,15 @@ from ..method.gain import PackedFactors, StackedFactors
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
-from .tensor_state import SameTensor, TensorVersion, version_of
-
-
-class Prepared(NamedTuple):
-    """The update of one weight as a function, for tokens of one dtype."""
-
-    add: Callable[[Tensor, Tensor | None], Tensor]
-    """From z and outputs to the outputs with the update."""
-    offset: Tensor | None
-    """`-(g - 1) bias`, which the outputs need too."""
-    bias: Tensor | None
-    bias_version: int
-
-    def fits(self, bias: Tensor | None) -> bool:
-        """Whether it was prepared for this bias."""
-        return bias is self.bias and (bias is None or version_of(bias) == self.bias_version)
+from .tensor_state import SameTensor, TensorVersion
 
 
 class PassFactors(NamedTuple):
     """The factors of one layer in one pass."""
 
     packed: PackedFactors
-    prepared: dict[torch.dtype, Prepared] | None = None
-    """In evaluation: what was made of them for tokens of a dtype."""
+    prepared: dict[torch.dtype, Callable[[Tensor, Tensor | None], Tensor]] | None = None
+    """In evaluation: `Matrices.prepared_update` for tokens of a dtype."""
 
 
 class Asked(NamedTuple):

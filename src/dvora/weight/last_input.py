@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..ops.dtypes import autocast_dtype, full_precision
-from ..ops.tracing import saving_intercepted
-from .tensor_state import version_of
+from ..ops.tracing import saving_intercepted, version_of
 
 _adding = threading.Lock()
 

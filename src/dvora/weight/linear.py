@@ -20,7 +20,7 @@ For the backward pass y_b and z are saved, not the layer's inputs or the update.
 Dimensions: T tokens, I in, O out, R rank; of a sharded weight, those of this process's shard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +36,9 @@ from ..method.small_rows import SmallRows
 from ..ops.annotations import Float
 from ..ops.chunked import rescaled, sum_of_products
 from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
-from ..ops.tracing import grad_recorded, is_batched, is_traced
+from ..ops.tracing import grad_recorded, gradients_of, is_batched, is_traced
 from .adapted_weight import AdaptedWeight
-from .factors import PassFactors, Prepared, factors_of
-from .tensor_state import version_of
+from .factors import PassFactors, factors_of
 
 
 class Update(NamedTuple):
@@ -183,12 +182,12 @@ def _forward(
     matrices = update.matrices
     if matrices.use_triton and base_output.is_cuda:
         return _reshaped(_forward_in_triton(update, rows, _rows(z), bias), base_output)
-    prepared = _prepared(update, z.dtype, bias)
+    add, offset = _added(update, z.dtype), _offset(packed, bias)
     if rows.dtype.itemsize < 4 or rows.dtype != z.dtype:
         # In half precision a gain near one would round to one.
-        y = rescaled(rows, gain, prepared.offset, as_dtype(prepared.add(_rows(z), None), rows.dtype))
+        y = rescaled(rows, gain, offset, as_dtype(add(_rows(z), None), rows.dtype))
     else:
-        y = prepared.add(_rows(z), _scaled_base(rows, gain, prepared.offset))
+        y = add(_rows(z), _scaled_base(rows, gain, offset))
     return _reshaped(y, base_output)
 
 
@@ -210,27 +209,24 @@ def _forward_keeping(
 def _scaled_base(
     rows: Float[Tensor, "S O"], gain: Float[Tensor, "O"], offset: Float[Tensor, "O"] | None
 ) -> Float[Tensor, "S O"]:
-    """`g y_b - offset`, a new tensor."""
+    """`g y_b + offset`, a new tensor."""
     return rows * gain if offset is None else torch.addcmul(offset, rows, gain)
 
 
 def _offset(packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Float[Tensor, "O"] | None:
-    """`-(g - 1) bias`, which the outputs need beside `g y_b`."""
-    return None if bias is None else (packed.trained[0].detach() * bias).neg_()
+    """`(1 - g) bias`, which the outputs need beside `g y_b`."""
+    return None if bias is None else packed.constant[1] * bias
 
 
-def _prepared(update: Update, dtype: torch.dtype, bias: Tensor | None) -> Prepared:
-    """The update for tokens of a dtype, kept with factors that are kept."""
+def _added(update: Update, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The function that adds the update for tokens of a dtype, kept with factors that are kept."""
     kept, packed = update.factors.prepared, update.factors.packed
-    if kept is not None and (known := kept.get(dtype)) is not None and known.fits(bias):
+    if kept is not None and (known := kept.get(dtype)) is not None:
         return known
-    # Before the bias is read, since another thread may write to it meanwhile.
-    version = 0 if bias is None else version_of(bias)
     add = update.matrices.prepared_update(packed.lambda_d.detach(), packed.trained[1].detach(), dtype)
-    prepared = Prepared(add, _offset(packed, bias), bias, version)
-    if kept is not None and (bias is None or not bias.is_inference()):
-        kept[dtype] = prepared
-    return prepared
+    if kept is not None:
+        kept[dtype] = add
+    return add
 
 
 def _rescaled(rows: Float[Tensor, "S O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Tensor:
@@ -267,7 +263,7 @@ class _ThinProducts(torch.autograd.Function):
         update, needed = ctx.update, ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(grad_output):
             inputs = (base_output, z, lambda_d, trained, bias)
-            return *_differentiable_gradients(grad_output, inputs, needed, update.matrices), None
+            return *_differentiable_gradients(grad_output, inputs, update.matrices), None
         rows, outputs, packed = _rows(grad_output), _rows(base_output), update.factors.packed
         d_base: Tensor | None
         d_z = d_lambda_d = None
@@ -348,23 +344,21 @@ def _traced(
 
 
 def _differentiable_gradients(
-    grad_output: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], matrices: Matrices
+    grad_output: Tensor, inputs: Sequence[Tensor | None], matrices: Matrices
 ) -> list[Tensor | None]:
     """The gradients as a graph, for derivatives of higher order, and for batches of them."""
     graph = torch.is_grad_enabled()
-    wanted = [need for need, _ in zip(needed, inputs, strict=False)]
     with torch.enable_grad():
-        base_output, z, lambda_d, trained, bias = inputs
+        # Aliases: gradients end at them, whatever the inputs were computed from.
+        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        base_output, z, lambda_d, trained, bias = aliases
         assert base_output is not None
         assert lambda_d is not None
         assert trained is not None
         low = base_output.new_zeros(1).expand_as(base_output)
         if z is not None:
             low = trained[1] * matrices.expand(z * as_dtype(lambda_d, z.dtype), base_output.shape[-1])
-        y = F.combine(base_output, low, trained[0], bias)
-        of = [tensor for tensor, need in zip(inputs, wanted, strict=True) if need and tensor is not None]
-        found = iter(torch.autograd.grad(y, of, grad_output, create_graph=graph, allow_unused=True))
-    return [next(found) if need and tensor is not None else None for tensor, need in zip(inputs, wanted, strict=True)]
+        return gradients_of(F.combine(base_output, low, trained[0], bias), aliases, grad_output, graph)
 
 
 def _gain_gradient(

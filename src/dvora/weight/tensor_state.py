@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..engines.fsdp2 import may_be_gathered
 from ..ops.annotations import Float
 from ..ops.dtypes import norm_dtype
+from ..ops.tracing import version_of
 
 
 class TensorVersion(NamedTuple):
@@ -85,11 +86,6 @@ class SameTensor:
             and tensor.data_ptr() == self._address
             and tensor.untyped_storage()._cdata == self._storage.cdata
         )
-
-
-def version_of(tensor: Tensor) -> int:
-    """PyTorch's version counter; -1 for inference tensors, which have none."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...engines.fsdp2 import note_never_gathered
 from ...method.functional import Vectors
 from ...ops.dtypes import at_least_float32
-from ...weight.tensor_state import version_of
+from ...ops.tracing import version_of
 from ..expressions import first_match
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
