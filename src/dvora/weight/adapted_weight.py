@@ -45,6 +45,17 @@ MAGNITUDE_ONLY = 0
 """The rank of a weight that gets a magnitude and no update."""
 
 
+class KeptFactors:
+    """Factors of the last passes of a weight (`factors`); assigning attributes of a module would take longer."""
+
+    __slots__ = ("evaluated", "stacked")
+
+    def __init__(self) -> None:
+        self.stacked: Any = None
+        """In training, made together with those of other layers."""
+        self.evaluated: Any = None
+
+
 class AdaptedWeight(nn.Module):
     """The frozen side of one adapted weight.
 
@@ -108,9 +119,7 @@ class AdaptedWeight(nn.Module):
         self._weight_version: WeightVersion | None = None
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
-        self.stacked: Any = None
-        self.evaluated: Any = None
-        """Factors of the last passes, in training and in evaluation (`factors`)."""
+        self.kept = KeptFactors()
         self.zero_rows = True
         """Whether some rows of the weight may be zero."""
         self.register_buffer("w", None, persistent=False)
@@ -132,7 +141,7 @@ class AdaptedWeight(nn.Module):
     @property
     def matrices(self) -> Matrices:
         """A and B for this process's shard of the weight."""
-        # Not as attributes, whose look-up in modules takes as long as a small product.
+        # Not as attributes, which modules take as long to look up as a small product takes.
         kind: Matrices = self._modules["dvora_projections"]._modules["impl"]  # type: ignore[union-attr, assignment]
         return kind if self.shard is None else kind.of_shard(self.shard.inputs, self.shard.outputs)
 
@@ -181,7 +190,7 @@ class AdaptedWeight(nn.Module):
         """Recompute the constants after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
             self._weight_version = None
-            self.evaluated = None
+            self.kept.evaluated = None
         else:
             self.refresh_if_stale(weight)
 
@@ -208,7 +217,7 @@ class AdaptedWeight(nn.Module):
                 self.zero_rows = w.is_meta or bool((w == 0).any())
                 self.shard, self._weight_version, self._small_of = shard, version, None
             break
-        self.stacked = self.evaluated = None
+        self.kept = KeptFactors()
 
     def small_rows(self, bias: Float[Tensor, "O"] | None) -> Tensor | None:
         """Indices of the rows that are small beside their bias (`small_rows`); None without any."""
@@ -336,5 +345,5 @@ class AdaptedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
         buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
-        of_passes = {"stacked": None, "evaluated": None, "_weight_version": None, "_small_of": None, "shard": None}
+        of_passes = {"kept": KeptFactors(), "_weight_version": None, "_small_of": None, "shard": None}
         return {**self.__dict__, **of_passes, "_buffers": buffers}

@@ -22,6 +22,7 @@ from ..ops.passes import Pass, enter, leave
 from ..ops.tracing import grad_recorded, is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import Asked, EvaluatedEntry, StackedEntry
+from .tensor_state import SameTensor
 
 Find = Callable[[nn.Module], "list[Asked]"]
 """What the layers of a model will ask for in its first pass."""
@@ -61,7 +62,7 @@ class FactorPass:
 
     def _compare(self, layers: "list[_Layer]", begun: Pass) -> None:
         """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
-        entries: list[EvaluatedEntry] = [e for layer in layers if (e := layer.adapted.evaluated) is not None]
+        entries: list[EvaluatedEntry] = [e for layer in layers if (e := layer.adapted.kept.evaluated) is not None]
         now = [vector.detach() for layer in layers for vector in layer.vectors]
         if not entries or len(entries) != len(layers) or not _can_be_joined(now):
             return
@@ -138,27 +139,35 @@ def _alive(asked: object) -> _Layer | None:
 
 def _make(layers: list[_Layer], begun: Pass) -> None:
     """Make the factors of all layers that can be stacked, shape by shape."""
-    stacks: dict[object, list[_Layer]] = {}
+    stacks: dict[object, list[tuple[_Layer, StackedEntry]]] = {}
     for layer in layers:
-        if layer.can_be_stacked():
-            stacks.setdefault(layer.shape(), []).append(layer)
+        before: StackedEntry | None = layer.adapted.kept.stacked
+        if before is not None and before.is_of(*layer):
+            entry = before.renewed(begun)
+        elif layer.can_be_stacked():
+            weight = None if layer.weight is None else SameTensor(layer.weight)
+            entry = StackedEntry(Asked.of(*layer), layer.shape(), layer.vectors, weight, begun)
+            entry.norm = layer.adapted.norm(layer.weight)
+        else:
+            continue
+        stacks.setdefault(entry.shape, []).append((layer, entry))
     for of_shape in stacks.values():
-        _join_constants([layer.adapted for layer in of_shape])
-        entries = [StackedEntry(layer.vectors, layer.weight, begun) for layer in of_shape]
-        norms = [layer.adapted.norm(layer.weight) for layer in of_shape]
-        stack = _made_before(of_shape)
+        _join_constants(of_shape)
+        stack = _made_before([layer for layer, _ in of_shape])
         if stack is None:
-            stack = row_factors([layer.vectors for layer in of_shape], norms, of_shape[0].adapted.settings)
-        for layer, entry, norm, packed in zip(of_shape, entries, norms, stack.packed, strict=True):
-            entry.packed, entry.stack, entry.w = packed, stack, norm.w
-            layer.adapted.stacked = entry
+            vectors, norms = [layer.vectors for layer, _ in of_shape], [entry.norm for _, entry in of_shape]
+            stack = row_factors(vectors, norms, of_shape[0][0].adapted.settings)
+        for (layer, entry), packed in zip(of_shape, stack.packed, strict=True):
+            entry.packed, entry.stack = packed, stack
+            layer.adapted.kept.stacked = entry
 
 
-def _join_constants(weights: list[AdaptedWeight]) -> None:
-    """Make the C of all weights parts of one tensor, so that one product serves all of them."""
-    parts = joined([weight.C for weight in weights])
-    for weight, part in zip(weights, parts or [], strict=False):
-        weight.C = part
+def _join_constants(layers: list[tuple[_Layer, StackedEntry]]) -> None:
+    """Make the C of all layers parts of one tensor, so that one product serves all of them."""
+    parts = joined([entry.norm.C for _, entry in layers])
+    for (layer, entry), part in zip(layers, parts or [], strict=False):
+        layer.adapted.C = part
+        entry.norm = entry.norm._replace(C=part)
 
 
 def _made_before(layers: list[_Layer]) -> StackedFactors | None:
@@ -166,16 +175,18 @@ def _made_before(layers: list[_Layer]) -> StackedFactors | None:
 
     On the CPU only, where values can be compared: not every optimizer's step is counted as a write.
     """
-    entries: list[StackedEntry | None] = [layer.adapted.stacked for layer in layers]
+    entries: list[StackedEntry | None] = [layer.adapted.kept.stacked for layer in layers]
     first = entries[0]
     if first is None or first.stack.measured or len(first.stack.packed) != len(layers):
         return None
-    for layer, entry in zip(layers, entries, strict=True):
-        if entry is None or entry.stack is not first.stack or not entry.is_of(*layer):
-            return None
     known = first.stack.vectors
     if not known[0].is_cpu:
         return None
+    for layer, entry in zip(layers, entries, strict=True):
+        if entry is None or entry.stack is not first.stack:
+            return None
+        if not (entry.has_versions_of(layer.vectors) and entry.is_of(*layer)):
+            return None
     kinds = zip(*(layer.vectors for layer in layers), strict=True)
     now = [torch.stack(of_kind).to(values.dtype) for of_kind, values in zip(kinds, known, strict=True)]
     return first.stack if all(map(torch.equal, now, known)) else None

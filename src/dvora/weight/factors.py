@@ -24,6 +24,7 @@ from torch import Tensor
 from ..engines.tensor_parallel import local
 from ..method.functional import Vectors
 from ..method.gain import PackedFactors, StackedFactors
+from ..method.norm import FrozenNorm
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
@@ -65,16 +66,26 @@ def factors_of(
     """
     if is_traced():
         return PassFactors(_made(adapted, vectors, weight, strength))
-    if (running := current_pass()) is not None and id(adapted) not in running.asked:
-        running.asked[id(adapted)] = Asked.of(adapted, vectors, weight)
-    if not grad_recorded() or not any(t is not None and t.requires_grad for t in (*vectors, weight, strength)):
-        return _evaluated(adapted, vectors, weight, strength, running)
-    # Not every optimizer's step is counted as a write.
-    adapted.evaluated = None
-    entry = adapted.stacked
-    if entry is None or not entry.fits(adapted, vectors, weight, running):
-        return PassFactors(_made(adapted, vectors, weight, strength))
-    return PassFactors(entry.packed if strength is None else entry.packed.weakened(strength))
+    running = current_pass()
+    if grad_recorded() and any(t is not None and t.requires_grad for t in (*vectors, weight, strength)):
+        # Not every optimizer's step is counted as a write.
+        adapted.kept.evaluated = None
+        entry = adapted.kept.stacked
+        fits = entry is not None and entry.fits(adapted, vectors, weight, running)
+        _ask(running, adapted, entry.asked if fits else None, vectors, weight)
+        if not fits:
+            return PassFactors(_made(adapted, vectors, weight, strength))
+        return PassFactors(entry.packed if strength is None else entry.packed.weakened(strength))
+    _ask(running, adapted, None, vectors, weight)
+    return _evaluated(adapted, vectors, weight, strength, running)
+
+
+def _ask(
+    running: Pass | None, adapted: AdaptedWeight, asked: Asked | None, vectors: Vectors, weight: Tensor | None
+) -> None:
+    """Note for the next pass that a layer asked for factors in this one."""
+    if running is not None and id(adapted) not in running.asked:
+        running.asked[id(adapted)] = asked or Asked.of(adapted, vectors, weight)
 
 
 class StackedEntry:
@@ -83,45 +94,71 @@ class StackedEntry:
     Made before the factors, so that what is written while they are made is noticed.
 
     Args:
-        vectors, weight: what the factors are made from.
+        asked: what the factors are made for.
+        shape: what the layers of a stack have in common.
+        vectors, weight: what they are made from.
         made_for: the pass that they serve.
     """
 
-    __slots__ = ("_addresses", "_trained", "_vectors", "_versions", "_weight", "made_for", "packed", "stack", "w")
+    __slots__ = (
+        "_addresses",
+        "_trained",
+        "_vectors",
+        "_versions",
+        "_weight",
+        "asked",
+        "made_for",
+        "norm",
+        "packed",
+        "shape",
+        "stack",
+    )
 
     packed: PackedFactors
-    w: Tensor
-    """The norms that they are made with."""
+    norm: FrozenNorm
     stack: StackedFactors
-    """Those of all layers."""
+    """The factors of all layers."""
 
-    def __init__(self, vectors: Vectors, weight: Tensor | None, made_for: Pass) -> None:
-        self.made_for, self._vectors = made_for, vectors
-        self._versions = [vector._version for vector in vectors]
-        self._addresses = [vector.data_ptr() for vector in vectors]
-        self._trained = [vector.requires_grad for vector in vectors]
-        self._weight = None if weight is None else SameTensor(weight)
+    def __init__(
+        self, asked: Asked, shape: tuple[object, ...], vectors: Vectors, weight: SameTensor | None, made_for: Pass
+    ) -> None:
+        self.asked, self.shape, self.made_for = asked, shape, made_for
+        self._vectors, self._weight = vectors, weight
+        m, b, d = vectors
+        self._versions = m._version, b._version, d._version
+        self._addresses = m.data_ptr(), b.data_ptr(), d.data_ptr()
+        self._trained = m.requires_grad, b.requires_grad, d.requires_grad
+
+    def renewed(self, made_for: Pass) -> "StackedEntry":
+        """One for another pass, with the values that the same vectors have now."""
+        entry = StackedEntry(self.asked, self.shape, self._vectors, self._weight, made_for)
+        entry.norm = self.norm
+        return entry
 
     def fits(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, running: Pass | None) -> bool:
         """Whether a layer may use them now."""
-        if self.made_for is running:
-            return self.is_of(adapted, vectors, weight)
         # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread, for the
         # values only.
-        again = in_backward_pass() and saved_tensors_are_hooked()
-        return again and self.is_of(adapted, vectors, weight)
+        if self.made_for is not running and not (in_backward_pass() and saved_tensors_are_hooked()):
+            return False
+        return self.has_versions_of(vectors) and self.is_of(adapted, vectors, weight)
+
+    def has_versions_of(self, vectors: Vectors) -> bool:
+        """Whether nothing has been written to the vectors, as far as PyTorch counts it."""
+        m, b, d = vectors
+        return (m._version, b._version, d._version) == self._versions
 
     def is_of(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> bool:
-        """Whether they were made from these tensors as they are now."""
+        """Whether they were made from these tensors, whatever has been written to the vectors since."""
         (m, b, d), (known_m, known_b, known_d) = vectors, self._vectors
         return (
             m is known_m
             and b is known_b
             and d is known_d
-            and [m._version, b._version, d._version] == self._versions
-            and [m.data_ptr(), b.data_ptr(), d.data_ptr()] == self._addresses
-            and [m.requires_grad, b.requires_grad, d.requires_grad] == self._trained
-            and adapted.w is self.w
+            and (m.data_ptr(), b.data_ptr(), d.data_ptr()) == self._addresses
+            and (m.requires_grad, b.requires_grad, d.requires_grad) == self._trained
+            and adapted.w is self.norm.w
+            and adapted.C is self.norm.C
             and _is_of(self._weight, weight)
         )
 
@@ -188,7 +225,7 @@ def _evaluated(
     adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: Tensor | None, running: Pass | None
 ) -> PassFactors:
     inputs = vectors if strength is None else (*vectors, strength)
-    entry: EvaluatedEntry | None = adapted.evaluated
+    entry: EvaluatedEntry | None = adapted.kept.evaluated
     if entry is not None and entry.fits(adapted, inputs, weight, running):
         return entry.factors
     # Inference tensors could not be used in a later pass that trains something else.
@@ -199,7 +236,7 @@ def _evaluated(
         entry = EvaluatedEntry(inputs, copies, weight)
         packed, entry.w = adapted.packed_factors(Vectors(*read[:3]), weight)
         entry.factors = PassFactors(packed if strength is None else packed.weakened(read[-1]), {})
-    adapted.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
+    adapted.kept.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
     return entry.factors
 
 

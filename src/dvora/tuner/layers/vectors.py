@@ -64,11 +64,17 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
         adapter_name: in all of them, or in the first only.
     """
     magnitudes, lambdas_b, lambdas_d = dicts
-    magnitude = magnitudes[adapter_name]
+    magnitude = _vector(magnitudes, adapter_name)
     warn_if_rounded(magnitude)
     if adapter_name not in lambdas_b:
         return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
-    return Vectors(magnitude, lambdas_b[adapter_name], lambdas_d[adapter_name])
+    return Vectors(magnitude, _vector(lambdas_b, adapter_name), _vector(lambdas_d, adapter_name))
+
+
+def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
+    """One of them, quickly; FSDP keeps its views of parameters elsewhere."""
+    vector = vectors._parameters.get(adapter_name)
+    return vectors[adapter_name] if vector is None else vector
 
 
 class Strength(nn.Module):
