@@ -30,6 +30,8 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
     def step() -> None:
         for tensor in chain([x], trained):
             tensor.grad = None
+        # As an optimizer's step does: a method may keep what it made until something is written.
+        torch.autograd.graph.increment_version(trained)
         torch.autograd.backward(workload.output(model, x), output_gradient)
 
     return step

@@ -14,9 +14,9 @@ from dvora.ops.kernel_count import beyond_base, kernels
 BLOCKS, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = BLOCKS * len(TARGETS)
 
-# The limits: today's counts. Lower them with the code, and raise none; the aims are 20 and 32, and 5 and 7 for a token.
-TRAINING = {("kaiming_uniform", torch.float32): 124.3, ("structured", torch.float32): 138.5}
-ONE_TOKEN = {("kaiming_uniform", torch.float32): 11.2, ("structured", torch.float32): 12.8}
+TRAINING = {("kaiming_uniform", torch.float32): 20, ("structured", torch.float32): 32}
+ONE_TOKEN = {("kaiming_uniform", torch.float32): 5, ("structured", torch.float32): 7}
+"""Upper limits."""
 
 
 def model(config: PeftConfig | None, dtype: torch.dtype) -> nn.Module:
@@ -28,8 +28,14 @@ def model(config: PeftConfig | None, dtype: torch.dtype) -> nn.Module:
 
 def training(model: nn.Module, x: Tensor) -> Callable[[], object]:
     model.train()
-    x = x.requires_grad_()
-    return lambda: model(inputs_embeds=x).last_hidden_state.sum().backward()
+    x, trained = x.requires_grad_(), [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        # As an optimizer's step does: what was made from the old values may not be used again.
+        torch.autograd.graph.increment_version(trained)
+        model(inputs_embeds=x).last_hidden_state.sum().backward()
+
+    return step
 
 
 def one_token(model: nn.Module, x: Tensor) -> Callable[[], object]:

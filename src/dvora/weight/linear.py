@@ -7,15 +7,17 @@
     dL/dscale    = sum_t grad_output ((z lambda_d) B^T)
     h            = (grad_output scale) B,   dL/dz = h lambda_d,   dL/dlambda_d = sum_t h z
 
-| route | situation | forward | backward | formed for it |
+| route | situation | forward | backward | formed or kept for it |
 |---|---|---|---|---|
 | traced | compiled, exported, under `torch.func` | - | - | nothing: PyTorch differentiates `functional` |
-| updated weight | training with many tokens, dense matrices, a plain layer of float32 or float64 | 3 | 6 | V', twice |
-| thin products | other training | 4 | 6 to 9 | nothing, or B with its scales |
-| evaluation | without gradients | 4 | - | nothing; factors and scales are kept |
+| updated weight | training, dense, where `pays`, a plain layer of float32 or float64 | 2 | 5 | V', twice |
+| thin products | other training, dense | 4 | 6 | B with its scales, twice |
+| thin products, few tokens | training, dense, at most two tokens a rank | 6 | 7 to 9 | the update is kept |
+| thin products, structured | training, structured | 4 | 8 | nothing |
+| evaluation | without gradients | 4 to 6 | - | factors and scales are kept |
 
-Forward and backward are passes over tensors of (tokens, out), read or written, beyond those of the base's own product.
-For the backward pass y_b and z are saved, not the layer's inputs or the update.
+Forward and backward count passes over tensors of (tokens, out) that are read or written, beyond those of the base's own
+product. For the backward pass y_b and z are saved, not the layer's inputs.
 
 Dimensions: T tokens, I in, O out, R rank; of a sharded weight, those of this process's shard.
 """
@@ -37,6 +39,7 @@ from ..ops.annotations import Float
 from ..ops.chunked import rescaled, sum_of_products
 from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
 from ..ops.tracing import grad_recorded, gradients_of, is_batched, is_traced
+from . import fused
 from .adapted_weight import AdaptedWeight
 from .factors import PassFactors, factors_of
 
@@ -181,7 +184,7 @@ def _forward(
         return _reshaped(_rescaled(rows, packed, bias), base_output)
     matrices = update.matrices
     if matrices.use_triton and base_output.is_cuda:
-        return _reshaped(_forward_in_triton(update, rows, _rows(z), bias), base_output)
+        return _reshaped(fused.outputs(rows, _rows(z), packed, matrices, bias), base_output)
     add, offset = _added(update, z.dtype), _offset(packed, bias)
     if rows.dtype.itemsize < 4 or rows.dtype != z.dtype:
         # In half precision a gain near one would round to one.
@@ -268,7 +271,7 @@ class _ThinProducts(torch.autograd.Function):
         d_base: Tensor | None
         d_z = d_lambda_d = None
         if z is not None and update.matrices.use_triton and grad_output.is_cuda:
-            d_base, d_z, d_lambda_d, d_trained = _backward_in_triton(update, rows, outputs, _rows(z), bias)
+            d_base, d_z, d_lambda_d, d_trained = fused.gradients(rows, outputs, _rows(z), packed, update.matrices, bias)
         else:
             d_base = _rescaled(rows, packed, None) if needed[0] else None
             d_trained = torch.zeros_like(trained) if z is None else torch.empty_like(trained)
@@ -371,39 +374,6 @@ def _gain_gradient(
     sum_of_products(grad_output, outputs, into)
     if bias is not None:
         into.addcmul_(_total(grad_output), as_dtype(bias, into.dtype), value=-1)
-
-
-def _forward_in_triton(
-    update: Update, rows: Float[Tensor, "S O"], z: Float[Tensor, "S R"], bias: Tensor | None
-) -> Float[Tensor, "S O"]:
-    from ..ops.triton import combine as fused
-
-    gain_minus_one, scale = update.factors.packed.trained.detach().unbind()
-    low = update.matrices.expand(z * as_dtype(update.factors.packed.lambda_d.detach(), z.dtype), rows.shape[1])
-    return fused.combine(rows, low, gain_minus_one, scale, bias)
-
-
-def _backward_in_triton(
-    update: Update,
-    grad_output: Float[Tensor, "S O"],
-    outputs: Float[Tensor, "S O"],
-    z: Float[Tensor, "S R"],
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the base's outputs, z, lambda_d, and g and scale; those of the outputs' size in one pass."""
-    from ..ops.triton import combine as fused
-
-    matrices, inner = update.matrices, as_dtype(update.factors.packed.lambda_d.detach(), z.dtype)
-    gain_minus_one, scale = update.factors.packed.trained.detach().unbind()
-    low = matrices.expand(z * inner, grad_output.shape[1]) if matrices.products_are_cheap else None
-    found = fused.combine_backward(grad_output, outputs, low, gain_minus_one, scale, bias)
-    d_scale = found.scale
-    if d_scale is None:
-        assert isinstance(matrices, DenseMatrices)
-        d_scale = matrices.update_products(as_dtype(grad_output, z.dtype), z, inner, scale)[1]
-    h = matrices.expand_transpose(as_dtype(found.scaled, z.dtype), z.shape[1])
-    d_lambda_d = sum_of_products(h, z)
-    return found.base, h.mul_(inner), d_lambda_d, torch.stack([found.gain, d_scale])
 
 
 def _total(rows: Float[Tensor, "S O"]) -> Float[Tensor, "O"]:

@@ -176,6 +176,8 @@ def training_step(model: Any, inputs: Mapping[str, Tensor]) -> Step:
     def step() -> None:
         for tensor in (*given.values(), *trained):
             tensor.grad = None
+        # As an optimizer's step does: a method may keep what it made until something is written.
+        torch.autograd.graph.increment_version(trained)
         first_output(model(**given)).float().square().mean().backward()
 
     return step
