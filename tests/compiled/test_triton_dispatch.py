@@ -6,9 +6,12 @@ from torch import Tensor
 
 from dvora import SharedProjections
 from dvora.matrices import interface
+from dvora.matrices.interface import Matrices
 from dvora.matrices.kronecker import apply, apply_transpose
-from dvora.method.combine import combine
+from dvora.method.gain import PackedFactors
 from dvora.ops.triton import available
+from dvora.weight.factors import PassFactors
+from dvora.weight.linear import Update, _ThinProducts
 from tests.cases import randn
 from tests.compiled.interpreter import Interpreter
 from tests.reference import worst_error
@@ -19,13 +22,24 @@ BOTH = pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"]
 
 def inputs(rank: int, bias: bool) -> dict[str, Tensor | None]:
     return {
-        "base_output": randn(2, TOKENS, OUT, seed=0),
-        "z": randn(2, TOKENS, rank, seed=1),
+        "base_output": randn(TOKENS, OUT, seed=0),
+        "z": randn(TOKENS, rank, seed=1),
         "lambda_d": randn(rank, seed=2),
-        "gain_minus_one": 0.1 * randn(OUT, seed=3),
-        "scale": randn(OUT, seed=4),
+        "trained": torch.stack([0.1 * randn(OUT, seed=3), randn(OUT, seed=4)]),
         "bias": randn(OUT, seed=5) if bias else None,
     }
+
+
+def packed(lambda_d: Tensor, trained: Tensor) -> PackedFactors:
+    gain_minus_one, scale = trained.detach()
+    return PackedFactors(trained, torch.stack([1 + gain_minus_one, -gain_minus_one, scale]), lambda_d)
+
+
+def combined(given: dict[str, Tensor | None], matrices: Matrices) -> Tensor:
+    """What a layer computes from its base's outputs and z."""
+    factors = PassFactors(packed(given["lambda_d"], given["trained"]))
+    update = Update(adapted=None, vectors=None, factors=factors, matrices=matrices)
+    return _ThinProducts.apply(*given.values(), update)
 
 
 @BOTH
@@ -33,18 +47,16 @@ def inputs(rank: int, bias: bool) -> dict[str, Tensor | None]:
 def test_outputs_and_gradients_equal_those_of_the_cpu(distribution: str, bias: bool, interpreter: Interpreter) -> None:
     kind, given = SharedProjections(3, distribution).impl, inputs(6, bias)
     leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
-    y = combine(*leaves.values(), kind)
-    grad_output = randn(2, TOKENS, OUT, seed=6)
+    y = combined(leaves, kind)
+    grad_output = randn(TOKENS, OUT, seed=6)
     y.backward(grad_output)
-    scaled_z = given["z"] * given["lambda_d"]
-    rest = (given["gain_minus_one"], given["scale"], given["bias"], kind)
-    ours = interpreter("method.combine", "_forward_in_triton", given["base_output"], scaled_z, *rest)
+    rest = given["z"], packed(given["lambda_d"], given["trained"]), kind, given["bias"]
+    ours = interpreter("weight.fused", "outputs", given["base_output"], *rest)
     assert worst_error(ours, y.double()) < 1e-5
-    gradients = interpreter("method.combine", "_backward_in_triton", grad_output, *given.values(), kind)
-    for name, gradient in zip(leaves, gradients, strict=True):
-        if leaves[name] is not None:
-            assert gradient.shape == leaves[name].shape, name
-            assert worst_error(gradient, leaves[name].grad.double()) < 1e-5, name
+    gradients = interpreter("weight.fused", "gradients", grad_output, given["base_output"], *rest)
+    for name, gradient in zip(["base_output", "z", "lambda_d", "trained"], gradients, strict=True):
+        assert gradient.shape == leaves[name].shape, name
+        assert worst_error(gradient, leaves[name].grad.double()) < 1e-5, name
 
 
 @pytest.mark.parametrize("rank", [6, 7, 30], ids=["whole", "cut", "stacked"])
@@ -80,7 +92,7 @@ def test_a_processor_does_not_ask_for_triton(distribution: str, monkeypatch: pyt
     monkeypatch.setattr(interface, "check_triton", lambda: None)
     with_triton, without = SharedProjections(3, distribution, use_triton=True), SharedProjections(3, distribution)
     given = inputs(6, bias=True)
-    found = [combine(*given.values(), shared.impl) for shared in (with_triton, without)]
+    found = [combined(given, shared.impl) for shared in (with_triton, without)]
     assert torch.equal(*found)
     x = randn(2, TOKENS, IN, seed=0)
     assert torch.equal(with_triton.impl.project(x, 6), without.impl.project(x, 6))

@@ -160,6 +160,7 @@ class StackedEntry:
             and adapted.w is self.norm.w
             and adapted.C is self.norm.C
             and _is_of(self._weight, weight)
+            and (weight is None or not weight.requires_grad)
         )
 
 

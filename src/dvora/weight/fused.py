@@ -57,4 +57,5 @@ def gradients(
         assert isinstance(matrices, DenseMatrices)
         _, d_scale = matrices.update_products(as_dtype(grad_output, z.dtype), z, inner, scale)
     h = matrices.expand_transpose(as_dtype(found.scaled, z.dtype), z.shape[1])
-    return found.base, h.mul_(inner), sum_of_products(h, z), torch.stack([found.gain, d_scale])
+    d_lambda_d = sum_of_products(h, z)
+    return found.base, h.mul_(inner), d_lambda_d, torch.stack([found.gain, d_scale])
