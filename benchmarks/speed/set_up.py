@@ -1,6 +1,6 @@
 """The time before the first step: a layer's constants, a whole model; and the norm's share of every step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import count
 
@@ -16,7 +16,8 @@ from benchmarks.speed.steps import training_step
 from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
-from dvora.tuner.layers.layer import DVoRALayer, layers_in
+from dvora.tuner.layers.layer import asked_first, layers_in
+from dvora.weight.factor_pass import FactorPass
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
 """in_features, out_features."""
@@ -106,23 +107,17 @@ def frozen_layer(in_features: int, out_features: int) -> nn.Linear:
 
 def norm_step(model: nn.Module) -> Step:
     """The gains of all adapted layers and the gradients of their vectors: what does not depend on the tokens."""
-    parts = [_gain(layer) for layer in layers_in(model)]
-
-    def step() -> None:
-        for part in parts:
-            part()
-
-    return step
-
-
-def _gain(layer: DVoRALayer) -> Callable[[], object]:
-    (name,) = layer.active_adapters
-    vectors, adapted, weight = layer.vectors(name), layer.adapted(name), layer.unmerged()
-    output_gradient = torch.ones(layer.out_features)
+    layers, together = layers_in(model), FactorPass(asked_first)
+    weights = [layer.adapted(name) for layer in layers for name in layer.active_adapters]
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> object:
-        g1 = adapted.factors(vectors, weight).gain_minus_one
-        return torch.autograd.grad(g1, list(vectors), output_gradient)
+        # As an optimizer's step does: nothing of the last step may be used again.
+        torch.autograd.graph.increment_version(vectors)
+        together.begin(model)
+        together.end()
+        factors = [weight.kept.stacked.packed.trained for weight in weights]
+        return torch.autograd.grad(factors, vectors, [torch.ones_like(each) for each in factors], allow_unused=True)
 
     return step
 
