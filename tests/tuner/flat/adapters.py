@@ -48,6 +48,10 @@ KINDS = {
     **{name: Kind(case.base, {"r": 5, **case.settings}) for name, case in LAYER_TYPES.items()},
     **{f"{name} model": Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]}) for name in MODELS},
     "patterns": mlp(alpha=3.5, rank_pattern={"lin1": 7}, alpha_pattern={"lin0": 2.0}, direction="weight"),
+    "scales in one shape": Kind(
+        MODELS["bert"],
+        {"r": 3, "target_modules": ["query"], "alpha_pattern": {"layer.0.attention.self.query": 2.0}},
+    ),
     "structured": mlp(projection_init="structured", projection_seed=7, save_projection=True),
     "magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"]),
     "own biases": mlp(bias="dvora_only"),

@@ -55,6 +55,21 @@ def test_nothing_else_changes_it(name: str, tmp_path: Path) -> None:
         assert Layout.of(source) == layout
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("seed", "projection_seed is 0 here and 1 there"),
+        ("rank of one layer", "lin1 is out_features 24, rank 4, scaling 1.0 here and out_features 24, rank 5"),
+        ("layers", "lin2 is out_features 6, rank 4, scaling 1.0 here and absent there"),
+        ("biases", r"lin0.bias is absent here and shape (24,) there"),
+    ],
+)
+def test_the_first_difference_is_named(name: str, words: str) -> None:
+    difference = Layout.of(mlp().fresh()).content.difference(Layout.of(mlp().fresh(**OTHER_VECTORS[name])).content)
+    assert difference is not None
+    assert difference.startswith(words)
+
+
 def test_other_tokens_are_another_layout() -> None:
     tokens = KINDS["tokens"]
     layout = Layout.of(tokens.fresh())
@@ -148,6 +163,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = 
     "no magnitude": (rewritten(lambda v: v.pop(f"{PREFIX}magnitude")), ValueError, r"lin1 has vectors"),
     "a matrix": (rewritten(lambda v: v.update({f"{PREFIX}magnitude": torch.ones(4, 6)})), ValueError, r"lin1 has"),
     "a number": (rewritten(lambda v: v.update({f"{PREFIX}magnitude": torch.ones(())})), ValueError, r"lin1 has"),
+    "nothing of a layer": (
+        rewritten(lambda v: [v.update({f"{PREFIX}{each}": torch.ones(0)}) for each in ("magnitude", "lambda_b")]),
+        ValueError,
+        r"lin1 has",
+    ),
     "an unknown vector": (rewritten(lambda v: v.update({f"{PREFIX}x": torch.ones(4)})), ValueError, r"lin1 has"),
 }
 
@@ -162,6 +182,15 @@ def test_a_damaged_folder_is_refused(name: str, tmp_path: Path) -> None:
         Layout.of(folder)
     with pytest.raises(error, match=message):
         layout.to_vector(folder)
+
+
+def test_half_precision_in_a_file_is_widened(tmp_path: Path) -> None:
+    folder = saved(mlp().trained(), tmp_path)
+    vector = Layout.of(folder).to_vector(folder)
+    rewritten(lambda values: values.update({key: value.bfloat16() for key, value in values.items()}))(folder)
+    widened = Layout.of(folder).to_vector(folder)
+    assert widened.dtype == torch.float32
+    assert torch.equal(widened, vector.bfloat16().float())
 
 
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.tuner.tiny import MODELS, dvora_layers
 
 SEVERAL = ["bert model", "llama model", "Embedding, padding", "Conv2d, groups, reflect", "experts (E, out, in)"]
 SEVERAL += ["MultiheadAttention, kdim and vdim", "transformers Conv1D", "patterns", "structured", "magnitudes", "head"]
+SEVERAL += ["scales in one shape"]
 
 
 def own_factors(layer: DVoRALayer, adapter_name: str = "default") -> LayerFactors:

@@ -247,7 +247,7 @@ def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> Layer
     out, rank = (prod(shapes.get(vector, (0,))) for vector in ("magnitude", "lambda_d"))
     alpha = config.alpha_of(name)
     sizes = LayerSizes(name, out, rank, 0.0 if not rank else 1.0 if alpha is None else alpha / rank)
-    if not out or shapes != {v: (length,) for v, length in zip(Vectors._fields, sizes.lengths, strict=True) if length}:
+    if shapes != {v: (length,) for v, length in zip(Vectors._fields, sizes.lengths, strict=True) if length}:
         raise ValueError(
             f"source: {name} has vectors {dict(shapes)} in the adapter's file, expected magnitude (O,), lambda_b (O,) "
             "and lambda_d (R,), or a magnitude only; the file is damaged"
