@@ -279,6 +279,17 @@ def test_factors_refuse_what_writing_refuses(name: str) -> None:
         layout.factors(model, damaged(layout.to_vector(model)))
 
 
+def test_factors_that_are_not_finite_are_refused() -> None:
+    model = mlp().trained()
+    layout = Layout.of(model)
+    vectors = layout.to_vector(model).repeat(2, 1)
+    vectors[1] = at(119, 1e38)(vectors[1])
+    with pytest.raises(ValueError, match=r"vector gives lin2 factors that are not finite"):
+        layout.factors(model, vectors)
+    vectors[1, 119] = 1e13
+    assert layout.factors(model, vectors)
+
+
 def test_a_vector_names_its_device_where_it_cannot_be_used() -> None:
     model = mlp().trained()
     layout = Layout.of(model)

@@ -106,12 +106,13 @@ class Layout:
         check_unmerged(model, self.adapter_name)
         own = _at_hand(adapter)
         self._check_far(vector, adapter)
+        tensors = list(own.values())
+        # In one piece: most models are on one device.
+        parts = vector.detach().to(tensors[0].device).split(self._lengths())
         values = [
-            part.view(tensor.shape).to(tensor.device, tensor.dtype)
-            for part, tensor in zip(vector.detach().split(self._lengths()), own.values(), strict=True)
+            part.view(tensor.shape).to(tensor.device, tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)
         ]
         _check_writable(own, values)
-        tensors = list(own.values())
         with on_failure(values_as_they_are(tensors)):
             torch._foreach_copy_(tensors, values)
 
@@ -122,7 +123,8 @@ class Layout:
         gradients; those of a batch (N, size) have N rows. They include the strength that the adapter has in the model.
 
         Raises:
-            TypeError, ValueError: the vectors or the model are not of this layout, or a weight is sharded.
+            TypeError, ValueError: vectors or model are not of this layout, factors would not be finite, adapters are
+                merged, or a weight is sharded.
         """
         self._check_vector(vectors, dimensions=2)
         layers = self._adapter_in(model).layers
@@ -138,6 +140,8 @@ class Layout:
                     f"vector.to({str(device)!r})"
                 )
         made = factors_of_layers(layers, self.adapter_name, self.views(torch.atleast_2d(vectors)))
+        if vectors.abs().max() > FAR:
+            _check_finite(made)
         if vectors.dim() == 2:
             return made
         return {name: LayerFactors(*(factor[0] for factor in of_layer)) for name, of_layer in made.items()}
@@ -304,6 +308,16 @@ def _at_hand(adapter: ModelAdapter) -> dict[str, Tensor]:
     if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
     return tensors
+
+
+def _check_finite(made: Mapping[str, LayerFactors]) -> None:
+    """Refuse factors that are not finite."""
+    for name, factors in made.items():
+        if not all(factor.isfinite().all() for factor in factors):
+            raise ValueError(
+                f"vector gives {name} factors that are not finite: magnitude, lambda_b and lambda_d are too large; "
+                "training has diverged or the vector was damaged, so use an earlier one"
+            )
 
 
 def _check_writable(own: Mapping[str, Tensor], values: Sequence[Tensor]) -> None:
