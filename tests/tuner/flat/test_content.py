@@ -38,6 +38,11 @@ SAME_VECTORS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_the_digest_is_the_same_on_every_machine() -> None:
+    # Another value needs another FORMAT_VERSION: both sides of a connection compare it.
+    assert Layout.of(mlp().fresh()).digest == "febb4bdc6be05fb2"
+
+
 @pytest.mark.parametrize("name", OTHER_VECTORS)
 def test_what_changes_the_meaning_of_a_value_changes_the_digest(name: str, tmp_path: Path) -> None:
     layout, other = Layout.of(mlp().fresh()), mlp().fresh(**OTHER_VECTORS[name])
@@ -163,6 +168,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = 
     "no magnitude": (rewritten(lambda v: v.pop(f"{PREFIX}magnitude")), ValueError, r"lin1 has vectors"),
     "a matrix": (rewritten(lambda v: v.update({f"{PREFIX}magnitude": torch.ones(4, 6)})), ValueError, r"lin1 has"),
     "a number": (rewritten(lambda v: v.update({f"{PREFIX}magnitude": torch.ones(())})), ValueError, r"lin1 has"),
+    "nothing of any layer": (
+        rewritten(lambda values: [values.pop(key) for key in list(values) if ".dvora_" in key]),
+        ValueError,
+        r"adapter 'default' has no vectors of any layer",
+    ),
     "nothing of a layer": (
         rewritten(lambda v: [v.update({f"{PREFIX}{each}": torch.ones(0)}) for each in ("magnitude", "lambda_b")]),
         ValueError,
@@ -175,7 +185,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
 def test_a_damaged_folder_is_refused(name: str, tmp_path: Path) -> None:
     damage, error, message = BAD_FOLDERS[name]
-    model = mlp().trained()
+    model = KINDS["head"].trained()
     layout, folder = Layout.of(model), saved(model, tmp_path)
     damage(folder)
     with pytest.raises(error, match=message):

@@ -52,6 +52,8 @@ class Layout:
     """How many values a vector has."""
 
     def __post_init__(self) -> None:
+        if not self.content.layers:
+            raise ValueError(f"source: adapter {self.adapter_name!r} has no vectors of any layer; it is damaged")
         object.__setattr__(self, "digest", self.content.digest)
         object.__setattr__(self, "size", sum(self._lengths()))
 
