@@ -26,7 +26,7 @@ ROOMS = {
     "recipes": [*BELOW_TUNER, "training", "tuner", "tools"],
     "cli": [*BELOW_TUNER, "training", "tuner", "tools", "recipes"],
 }
-ADDRESSES = {"__init__.py", "extras.py", "peft_hook.py", "functional.py", "doctor.py", "analysis.py"}
+ADDRESSES = {"__init__.py", "extras.py", "peft_hook.py", "flat.py", "functional.py", "doctor.py", "analysis.py"}
 """Of the package itself: what users import, from the rooms beneath."""
 PLAIN = {*BELOW_TUNER, "training"}
 """Rooms of the plain layer."""

@@ -11,8 +11,8 @@ from .extras import how_to_install, missing
 from .peft_hook import register_with_peft
 
 if TYPE_CHECKING:
+    from . import flat, functional
     from .matrices.interface import SharedProjections
-    from .method import functional
     from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
     from .weight.adapter import DVoRAAdapter
     from .weight.default_projections import (
@@ -37,6 +37,7 @@ _HOMES = {
     "reset_shared_matrices": "weight.default_projections",
 }
 """Where each name is."""
+_MODULES = ("flat", "functional")
 
 __all__ = [
     "DVoRAAdapter",
@@ -45,6 +46,7 @@ __all__ = [
     "MergePrecisionWarning",
     "SharedProjections",
     "are_shared_matrices_initialized",
+    "flat",
     "functional",
     "hotswap_adapter",
     "initialize_shared_matrices",
@@ -55,15 +57,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """A public name at its first use."""
-    if name == "functional":
-        return import_module(f"{__name__}.functional")
-    if name in _HOMES:
+    if name in _HOMES or name in _MODULES:
         try:
-            home = import_module(f"{__name__}.{_HOMES[name]}")
+            home = import_module(f"{__name__}.{_HOMES.get(name, name)}")
         except ImportError as error:
             reason = missing(error) or f"{error}; {how_to_install('peft')}"
             raise ImportError(f"dvora.{name} is not available: {reason}") from error
-        found = globals()[name] = getattr(home, name)
+        found = globals()[name] = home if name in _MODULES else getattr(home, name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

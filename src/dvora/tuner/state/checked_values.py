@@ -37,7 +37,7 @@ from ..layers.vectors import VECTORS
 
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
-_OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
+OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 def check_file(config: DVoRAConfig) -> None:
@@ -241,7 +241,7 @@ def vectors_among(keys: Collection[str]) -> set[str]:
 
 def outside_saved_modules(model: nn.Module) -> dict[str, Tensor]:
     """The model's values but those of `modules_to_save`, which are loaded under names of their own."""
-    return {key: value for key, value in model.state_dict().items() if not _OF_SAVED_MODULES.search(key)}
+    return {key: value for key, value in model.state_dict().items() if not OF_SAVED_MODULES.search(key)}
 
 
 def _saved_whole(model: nn.Module, adapter_name: str) -> Iterator[str]:
@@ -267,7 +267,6 @@ def _check_shape(key: str, shape: Shape, expected: Shape) -> None:
         )
 
 
-@torch.no_grad()
 def _check_factors(model: nn.Module, adapter_name: str, values: Mapping[str, Tensor]) -> None:
     """Refuse finite vectors that give some row no finite factors.
 
@@ -282,18 +281,28 @@ def _check_factors(model: nn.Module, adapter_name: str, values: Mapping[str, Ten
     for path, layer in model.named_modules():
         if not isinstance(layer, DVoRALayer) or adapter_name not in layer.dvora_adapted:
             continue
-        adapted, own = layer.adapted(adapter_name), layer.vectors(adapter_name)
+        own = layer.vectors(adapter_name)
         keys = (f"{path}.{vector}.{adapter_name}" for vector in VECTORS)
         loaded = Vectors(*(values.get(key, vector) for key, vector in zip(keys, own, strict=True)))
-        if any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in loaded):
-            weight = (
-                weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
-            )
-            if not are_finite(adapted.factors(Vectors(*(vector.to(adapted.w) for vector in loaded)), weight)):
-                raise ValueError(
-                    f"{layer.name}: magnitude, lambda_b and lambda_d in the adapter are so large that outputs would "
-                    "not be finite; the file is damaged or training diverged"
-                )
+        check_layer_factors(layer, adapter_name, loaded)
+
+
+@torch.no_grad()
+def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) -> None:
+    """Refuse finite vectors that give some row of a layer no finite factors.
+
+    Raises:
+        ValueError: they do.
+    """
+    if not any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in vectors):
+        return
+    adapted = layer.adapted(adapter_name)
+    weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
+    if not are_finite(adapted.factors(Vectors(*(vector.to(adapted.w) for vector in vectors)), weight)):
+        raise ValueError(
+            f"{layer.name}: magnitude, lambda_b and lambda_d in the adapter are so large that outputs would not be "
+            "finite; the values are damaged or training diverged"
+        )
 
 
 def _check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:

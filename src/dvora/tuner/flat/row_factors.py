@@ -1,0 +1,88 @@
+"""The row factors of all layers of an adapter at once, from any number of flat vectors.
+
+Dimensions: N vectors, L layers of one shape, O out, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...engines.tensor_parallel import is_dtensor
+from ...engines.zero3 import weight_in_memory
+from ...method.functional import Vectors
+from ...method.gain import row_factors
+from ...method.norm import FrozenNorm
+from ...ops.annotations import Float
+from ..layers.layer import DVoRALayer
+
+
+class LayerFactors(NamedTuple):
+    """All that tokens need of an adapter in one layer; N is absent for a single vector."""
+
+    gain_minus_one: Float[Tensor, "*N O"]
+    """`g - 1`, of the base's output."""
+    scale: Float[Tensor, "*N O"]
+    """`g beta`, of the low-rank product."""
+    lambda_d: Float[Tensor, "*N R"]
+    """Of the projected inputs; empty for a layer that has the magnitude only."""
+
+
+@torch.no_grad()
+def factors_of_layers(
+    layers: Mapping[str, DVoRALayer], adapter_name: str, vectors: Mapping[str, Vectors]
+) -> dict[str, LayerFactors]:
+    """The factors of N vectors, by layer: one batched computation for each shape of layers.
+
+    Args:
+        layers: of the adapter, by name.
+        adapter_name: whose frozen side and strength are used.
+        vectors: each (N, O) or (N, R), by name; lambda_b and lambda_d are (N, 0) where there is the magnitude only.
+    """
+    stacks: dict[object, list[str]] = {}
+    for name, layer in layers.items():
+        stacks.setdefault(_shape(layer, adapter_name), []).append(name)
+    found: dict[str, LayerFactors] = {}
+    for names in stacks.values():
+        of_stack = _stack_factors([layers[name] for name in names], adapter_name, [vectors[name] for name in names])
+        found |= zip(names, of_stack, strict=True)
+    return {name: found[name] for name in layers}
+
+
+def _stack_factors(layers: Sequence[DVoRALayer], adapter_name: str, vectors: Sequence[Vectors]) -> list[LayerFactors]:
+    """The factors of layers of one shape, as parts of one tensor."""
+    count = len(vectors[0].magnitude)
+    # Layer by layer, so that what is read of one is still in cache for its next vector.
+    each = [Vectors(*three) for of_layer in vectors for three in zip(*with_zeros(of_layer), strict=True)]
+    norms = [norm for layer in layers for norm in [_norm(layer, adapter_name)] * count]
+    made = row_factors(each, norms, layers[0].adapted(adapter_name).settings)
+    strengths = torch.stack([layer.strength(adapter_name) for layer in layers])[:, None, None, None]
+    trained = torch.stack([packed.trained for packed in made.packed]).unflatten(0, (len(layers), count)) * strengths
+    lambda_d = made.vectors.lambda_d.unflatten(0, (len(layers), count))
+    return [LayerFactors(rows[:, 0], rows[:, 1], d) for rows, d in zip(trained, lambda_d, strict=True)]
+
+
+def with_zeros(vectors: Vectors) -> Vectors:
+    """The vectors with zeros for a lambda_b that the layer does not have."""
+    magnitude, lambda_b, lambda_d = vectors
+    return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
+
+
+def _norm(layer: DVoRALayer, adapter_name: str) -> FrozenNorm:
+    weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
+    if is_dtensor(weight):
+        raise ValueError(
+            f"model: the weight of {layer.name} is sharded over processes, and factors are of whole rows; make them "
+            "of the model in one process, or let each layer make its own as it runs"
+        )
+    return layer.adapted(adapter_name).norm(weight)
+
+
+def _shape(layer: DVoRALayer, adapter_name: str) -> tuple[object, ...]:
+    """What layers of one stack have in common."""
+    a = layer.adapted(adapter_name)
+    sizes = a.out_features, a.in_features, a.rank, a.padding_column
+    return *sizes, a.settings, id(a.shared.impl), a.w.dtype, a.w.device
