@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from dvora.matrices.dense import keeps_half_dq
+from dvora.matrices.dense import is_few, keeps_half_dq
 from dvora.matrices.kronecker import block_rows, factors_of_rows, factors_of_size, operations
 from dvora.method.norm import cache_dtype
 from dvora.weight.linear import pays
@@ -25,14 +25,16 @@ class Product(NamedTuple):
     out_features: int
     siblings: int
     """How many layers read the same input, this one included."""
+    alike: int = 1
+    """How many layers have this shape, whose norms are made together."""
 
 
 def llama_block(hidden: int, intermediate: int) -> list[Product]:
     """The seven linear layers of a Llama block."""
     return [
-        *[Product(hidden, hidden, 3)] * 3,
-        Product(hidden, hidden, 1),
-        *[Product(hidden, intermediate, 2)] * 2,
+        *[Product(hidden, hidden, 3, 4)] * 3,
+        Product(hidden, hidden, 1, 4),
+        *[Product(hidden, intermediate, 2, 2)] * 2,
         Product(intermediate, hidden, 1),
     ]
 
@@ -89,25 +91,29 @@ def vera(product: Product, rank: int, tokens: int) -> float:
 
 
 def dvora_dense(product: Product, rank: int, tokens: int) -> float:
-    """VeRA's with one product with A for all siblings, and `grad_output^T z`; or the updated weight twice a step."""
-    inputs, outputs, siblings = product
+    """VeRA's with one product with A for all siblings, and `z^T grad_output` where the update is not kept.
+
+    Or the updated weight twice a step.
+    """
+    inputs, outputs, siblings, _ = product
     norm = dense_norm(product, rank) / tokens
     if pays(tokens, outputs, inputs):
         return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens + norm
-    return 4 * rank * inputs / siblings + 6 * rank * outputs + norm
+    kept = is_few(torch.empty(tokens, rank, device="meta"))
+    return 4 * rank * inputs / siblings + (4 if kept else 6) * rank * outputs + norm
 
 
 def dense_norm(product: Product, rank: int) -> float:
     """`C lambda_d`, its gradient, and the product with `G = A A^T` (or A and its transpose), made twice if not kept."""
-    inputs, outputs, _ = product
-    kept = keeps_half_dq(rank, outputs, torch.float32)
+    inputs, outputs, _, alike = product
+    kept = keeps_half_dq(rank, outputs, torch.float32, alike)
     products = (1 if kept else 2) if rank <= inputs else (2 if kept else 3)
     return 4.0 * outputs * rank + 2.0 * products * outputs * min(rank, inputs) * rank
 
 
 def dvora_structured(product: Product, rank: int, tokens: int) -> float:
     """The same with fast products; the update is made a second time in place of `grad_output^T z`."""
-    inputs, outputs, siblings = product
+    inputs, outputs, siblings, _ = product
     products = 2 * fast_product(inputs, rank) / siblings + 3 * fast_product(outputs, rank)
     return products + structured_norm(product, rank) / tokens
 
@@ -119,7 +125,7 @@ def structured_norm(product: Product, rank: int) -> float:
 
 def norm_cross(product: Product, rank: int) -> float:
     """The norm's term `cross` and its gradient, once a step: from C, or from the rows of W where it is not kept."""
-    inputs, outputs, _ = product
+    inputs, outputs, _, _ = product
     if keeps_cross(product, rank):
         return 4.0 * outputs * rank
     # Each row of W meets one vector for every row of the right factor of B.

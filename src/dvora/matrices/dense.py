@@ -31,9 +31,9 @@ _STREAM_A, _STREAM_B = 0, 1
 _ENTRY_VARIANCE = 1 / 3
 """Of the stored values, uniform on (-1, 1)."""
 _KEPT_BYTES = 3 * 2**20
-"""Keep `half_dq` for the backward pass up to this size; else recompute it, which costs little beside the outputs."""
+"""Keep `half_dq` of one layer for the backward pass up to this size; else recompute it."""
 _KEPT_BYTES_OF_ALL = 2**26
-"""The same for all layers of one shape."""
+"""The same for all layers of one shape, whose factors are made together."""
 _WIDEST = 2**16
 """Wider inputs are an embedding's, whose A is indexed; for others the scaled A is made when it is first used."""
 _CHUNK_VALUES = 2**18
@@ -42,8 +42,7 @@ _CHUNK_VALUES = 2**18
 
 def keeps_half_dq(rank: int, out_features: int, dtype: torch.dtype, layers: int = 1) -> bool:
     """Whether a step keeps `half_dq` of layers of one shape for its backward pass."""
-    of_layer = rank * out_features * dtype.itemsize
-    return of_layer <= _KEPT_BYTES and of_layer * layers <= _KEPT_BYTES_OF_ALL
+    return layers * rank * out_features * dtype.itemsize <= (_KEPT_BYTES if layers == 1 else _KEPT_BYTES_OF_ALL)
 
 
 def uniform_values(seed: int, stream: int, rows: int, columns: int) -> np.ndarray:
