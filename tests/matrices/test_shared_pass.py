@@ -18,7 +18,7 @@ every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 
 @contextmanager
 def in_pass(running: Pass | None = None) -> Iterator[Pass]:
-    running = running or Pass()
+    running = running or Pass(object())
     enter(running)
     try:
         yield running

@@ -130,7 +130,7 @@ def test_without_training_every_gain_is_exactly_one(
         p.vectors = p.vectors._replace(magnitude=F.row_norm(p.weight), lambda_b=torch.zeros(OUT, dtype=dtype))
     for of_layer in layers.stacked(norms_of(layers, constants)).packed:
         assert not of_layer.trained.any()
-        assert torch.equal(of_layer.constant, torch.stack([torch.ones(OUT), torch.zeros(OUT)]).to(dtype))
+        assert torch.equal(of_layer.constant, torch.stack([torch.ones(OUT), torch.zeros(OUT), torch.zeros(OUT)]).to(dtype))
 
 
 @both_directions
