@@ -23,7 +23,7 @@ def in_pass(running: Pass | None = None) -> Iterator[Pass]:
     try:
         yield running
     finally:
-        leave(running)
+        leave(running.model)
 
 
 @every_distribution
