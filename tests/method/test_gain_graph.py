@@ -51,7 +51,7 @@ def test_vectors_and_a_small_half_dq_are_kept_for_the_backward_pass(
     of_half_dq = 8 * count * RANK * OUT
     assert held.count(of_half_dq) == half_dq
     # Factors as rows of two and of three, the vectors, and what the gradients are computed from.
-    vectors = 8 * count * (14 * OUT + 2 * RANK)
+    vectors = 8 * count * (13 * OUT + 2 * RANK)
     assert sum(held) <= vectors + half_dq * of_half_dq
     assert max(held) <= max(8 * count * 3 * OUT, half_dq * of_half_dq)
     del made
