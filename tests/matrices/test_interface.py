@@ -94,8 +94,10 @@ def test_products_equal_those_with_the_dense_matrices(distribution: str, rank: i
     torch.testing.assert_close(shared.impl.gram(rank, size, torch.float64), A @ A.T)
     scale, lambda_d = randn(size, seed=2, dtype=torch.float64), randn(rank, seed=3, dtype=torch.float64)
     z, d, d_scale = narrow.flatten(0, 1), wide.flatten(0, 1), torch.empty_like(scale)
-    update = shared.impl.prepared_update(lambda_d, scale, scale + 1, torch.float64)
-    torch.testing.assert_close(update(z), ((z * lambda_d) @ B.T) * scale + (scale + 1))
+    add, onto = shared.impl.prepared_update(lambda_d, scale, torch.float64), (scale + 1).repeat(len(z), 1)
+    torch.testing.assert_close(add(z, None), ((z * lambda_d) @ B.T) * scale)
+    torch.testing.assert_close(add(z, onto), ((z * lambda_d) @ B.T) * scale + (scale + 1))
+    torch.testing.assert_close(shared.impl.expand_transpose(d, rank, scale), (d * scale) @ B)
     d_z, d_lambda_d = shared.impl.update_gradients(d, z, lambda_d, scale, d_scale)
     torch.testing.assert_close(d_z, ((d * scale) @ B) * lambda_d)
     torch.testing.assert_close(d_lambda_d, (((d * scale) @ B) * z).sum(0))
@@ -108,7 +110,7 @@ def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype, distribut
     shared = SharedProjections(0, distribution)
     wide, narrow = randn(2, 6, seed=0, dtype=dtype), randn(2, 3, seed=1, dtype=dtype)
     scale, lambda_d = randn(6, seed=2, dtype=norm_dtype(dtype)), randn(3, seed=3, dtype=norm_dtype(dtype))
-    assert shared.impl.prepared_update(lambda_d, scale, None, dtype)(narrow).dtype == dtype
+    assert shared.impl.prepared_update(lambda_d, scale, dtype)(narrow, None).dtype == dtype
     d_z, d_lambda_d = shared.impl.update_gradients(wide, narrow, lambda_d, scale, torch.empty_like(scale))
     assert d_z.dtype == dtype
     assert d_lambda_d.dtype == scale.dtype
@@ -116,6 +118,7 @@ def test_products_come_in_the_dtype_of_their_input(dtype: torch.dtype, distribut
     assert shared.impl.project_transpose(narrow, 6).dtype == dtype
     assert shared.impl.expand(narrow, 6).dtype == dtype
     assert shared.impl.expand_transpose(wide, 3).dtype == dtype
+    assert shared.impl.expand_transpose(wide, 3, scale).dtype == dtype
 
 
 @every_distribution

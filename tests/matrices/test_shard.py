@@ -29,7 +29,8 @@ def test_parts_of_the_outputs_are_the_whole(
 ) -> None:
     whole = SharedProjections(3, distribution).impl
     weight, lambda_d, v = randn(out_features, in_features), randn(rank), randn(out_features)
-    d, z, x, shift = randn(tokens, out_features), randn(tokens, rank), randn(4, in_features), randn(out_features) + 1
+    d, z, x = randn(tokens, out_features), randn(tokens, rank), randn(4, in_features)
+    onto = randn(tokens, out_features) + 1
     put_together: dict[str, list[Tensor]] = {}
     summed: dict[str, Tensor] = {}
     for shard in spans(out_features, parts):
@@ -40,13 +41,15 @@ def test_parts_of_the_outputs_are_the_whole(
         found = {
             "B": part.B(rank, size, torch.float64).T,
             "expand": part.expand(z, size),
-            "update": part.prepared_update(lambda_d, v[rows], shift[rows], z.dtype)(z),
+            "update": part.prepared_update(lambda_d, v[rows], z.dtype)(z, None),
+            "added update": part.prepared_update(lambda_d, v[rows], z.dtype)(z, onto[:, rows].clone()),
             "gradient of the scale": d_scale,
             "row squares": part.row_squares(lambda_d, in_features, size),
             "row dots": part.row_dots(weight[rows], lambda_d),
         }
         sums = {
             "expand_transpose": part.expand_transpose(d[:, rows], rank),
+            "scaled expand_transpose": part.expand_transpose(d[:, rows], rank, v[rows]),
             "gradient of z": d_z,
             "gradient of lambda_d": d_lambda_d,
             "row squares' gradient": part.row_squares_half_gradient(v[rows], lambda_d, in_features),
@@ -61,11 +64,13 @@ def test_parts_of_the_outputs_are_the_whole(
     expected = {
         "B": whole.B(rank, out_features, torch.float64).T,
         "expand": whole.expand(z, out_features),
-        "update": whole.prepared_update(lambda_d, v, shift, z.dtype)(z),
+        "update": whole.prepared_update(lambda_d, v, z.dtype)(z, None),
+        "added update": whole.prepared_update(lambda_d, v, z.dtype)(z, onto.clone()),
         "gradient of the scale": d_scale,
         "row squares": whole.row_squares(lambda_d, in_features, out_features),
         "row dots": whole.row_dots(weight, lambda_d),
         "expand_transpose": whole.expand_transpose(d, rank),
+        "scaled expand_transpose": whole.expand_transpose(d, rank, v),
         "gradient of z": d_z,
         "gradient of lambda_d": d_lambda_d,
         "row squares' gradient": whole.row_squares_half_gradient(v, lambda_d, in_features),

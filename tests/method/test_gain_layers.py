@@ -130,7 +130,10 @@ def test_without_training_every_gain_is_exactly_one(
         p.vectors = p.vectors._replace(magnitude=F.row_norm(p.weight), lambda_b=torch.zeros(OUT, dtype=dtype))
     for of_layer in layers.stacked(norms_of(layers, constants)).packed:
         assert not of_layer.trained.any()
-        assert torch.equal(of_layer.constant, torch.stack([torch.ones(OUT), torch.zeros(OUT)]).to(dtype))
+        gain, *others = of_layer.constant
+        assert torch.equal(gain, torch.ones(OUT, dtype=dtype))
+        assert len(others) == 2
+        assert not any(other.any() for other in others)
 
 
 @both_directions

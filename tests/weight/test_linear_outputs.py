@@ -265,6 +265,6 @@ def test_sums_over_tokens_in_float16_are_made_in_float32(grad_output: float, val
 def test_a_wrong_shape_is_refused_by_the_checked_copy() -> None:
     o = operands((3,), 2, 5)
     with pytest.raises(TypeCheckError):
-        adapted_linear(o.update("kaiming_uniform"), o.base_output[0, 0], o.z)
+        adapted_linear(o.update("kaiming_uniform"), o.base_output[0, 0], o.z, o.bias)
     with pytest.raises(TypeCheckError):
-        adapted_linear(o.update("kaiming_uniform"), o.base_output, o.z[:2])
+        adapted_linear(o.update("kaiming_uniform"), o.base_output, o.z[:2], o.bias)

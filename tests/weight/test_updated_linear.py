@@ -48,14 +48,16 @@ class Case:
     def outputs(self, x: Tensor, *rest: Tensor) -> Tensor:
         bias, lambda_d, lambda_b, gain_minus_one = rest if self.has_bias else (None, *rest)
         trained = torch.stack([gain_minus_one, self.scale])
-        packed = PackedFactors(trained, torch.stack([1 + gain_minus_one, gain_minus_one]).detach(), lambda_d)
+        packed = PackedFactors(
+            trained, torch.stack([1 + gain_minus_one, -gain_minus_one, self.scale]).detach(), lambda_d
+        )
         layer = nn.Linear(*reversed(self.layer.weight.shape), bias=bias is not None, dtype=x.dtype)
         layer.weight = self.layer.weight
         if bias is not None:
             del layer.bias
             layer.bias = bias
         vectors = F.Vectors(self.adapted.w, lambda_b, lambda_d)
-        return updated_linear(Update(self.adapted, vectors, PassFactors(packed), bias), layer, x)
+        return updated_linear(Update(self.adapted, vectors, PassFactors(packed), self.adapted.matrices), layer, x)
 
     def plain(self, x: Tensor, *rest: Tensor) -> Tensor:
         bias, lambda_d, lambda_b, gain_minus_one = rest if self.has_bias else (0, *rest)

@@ -56,13 +56,13 @@ class Operands(NamedTuple):
     def update(self, kind: str, keeps: bool = False) -> Update:
         """An adapter with these factors; `keeps` what evaluation makes of them."""
         trained, gain = torch.stack([self.gain_minus_one, self.scale]), 1 + self.gain_minus_one
-        packed = PackedFactors(trained, torch.stack([gain, self.scale]).detach(), self.lambda_d)
+        packed = PackedFactors(trained, torch.stack([gain, -self.gain_minus_one, self.scale]).detach(), self.lambda_d)
         adapted = adapted_weight(kind, len(self.scale), len(self.lambda_d), norm_dtype(self.scale.dtype))
         vectors = F.Vectors(adapted.w, torch.zeros_like(adapted.w), self.lambda_d)
-        return Update(adapted, vectors, PassFactors(packed, {} if keeps else None), self.bias)
+        return Update(adapted, vectors, PassFactors(packed, {} if keeps else None), adapted.matrices)
 
     def combined(self, kind: str) -> Tensor:
-        return adapted_linear(self.update(kind), self.base_output, self.z)
+        return adapted_linear(self.update(kind), self.base_output, self.z, self.bias)
 
 
 def operands(

@@ -42,7 +42,10 @@ def rescaled(
     count = max(1, CHUNK_VALUES // tokens.shape[-1])
     for part, of_tokens in zip(result.split(count), tokens.split(count), strict=True):
         wide = widened("wide tokens", of_tokens)
-        wide = wide.mul_(gain) if update is None else widened("wide update", part).addcmul_(wide, gain)
+        if update is not None:
+            wide = widened("wide update", part).addcmul_(wide, gain)
+        else:
+            wide = wide * gain if wide is of_tokens else wide.mul_(gain)
         part.copy_(wide if offset is None else wide.add_(offset))
     return result
 

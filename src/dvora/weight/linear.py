@@ -203,7 +203,7 @@ def _forward_keeping(
     offset = _offset(packed, bias)
     low = update.matrices.expand(_rows(z) * as_dtype(packed.lambda_d.detach(), z.dtype), rows.shape[1])
     if rows.dtype.itemsize < 4 or rows.dtype != low.dtype:
-        y = rescaled(rows, gain, offset, as_dtype(low * scale, rows.dtype))
+        y = rescaled(rows, gain, offset, as_dtype(as_dtype(low * scale, low.dtype), rows.dtype))
     else:
         y = _scaled_base(rows, gain, offset).addcmul_(low, scale)
     return _reshaped(y, base_output), low
