@@ -39,7 +39,8 @@ def test_vectors_and_a_small_half_dq_are_kept_for_the_backward_pass(
     small: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dense, "_KEPT_BYTES", 8 * RANK * OUT if small else 8 * RANK * OUT - 1)
+    limit = "_KEPT_BYTES" if count == 1 else "_KEPT_BYTES_OF_ALL"
+    monkeypatch.setattr(dense, limit, count * 8 * RANK * OUT - (0 if small else 1))
     options = {"distribution": distribution, "padding_column": padding_column, "detach_norm": detach_norm}
     layers = Layers(count, IN, OUT, RANK, **options).trained()
     norms = layers.norms(keep_C)
