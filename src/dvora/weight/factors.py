@@ -27,29 +27,32 @@ from ..method.gain import PackedFactors, StackedFactors
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
-from .tensor_state import SameTensor, TensorVersion, version_of
+from .tensor_state import SameTensor, TensorVersion
 
 
 class Prepared(NamedTuple):
-    """The update of one weight as a function of z, for tokens of one dtype."""
+    """The update of one weight as a function of z, for tokens and outputs of one dtype each."""
 
     update: Callable[[Tensor], Tensor]
     offset: Tensor | None
     """`(g - 1) bias`, where `update` does not subtract it."""
-    bias: Tensor | None
-    bias_version: int
+    bias: SameTensor | None
+    bias_copy: Tensor | None
+    """Its values, on the CPU."""
 
     def fits(self, bias: Tensor | None) -> bool:
         """Whether it was prepared for this bias."""
-        return bias is self.bias and (bias is None or version_of(bias) == self.bias_version)
+        if bias is None or self.bias is None:
+            return bias is None and self.bias is None
+        return self.bias.is_of(bias) and (self.bias_copy is None or torch.equal(self.bias_copy, bias))
 
 
 class PassFactors(NamedTuple):
     """The factors of one layer in one pass."""
 
     packed: PackedFactors
-    prepared: dict[torch.dtype, Prepared] | None = None
-    """In evaluation: what was made of them for tokens of a dtype."""
+    prepared: dict[tuple[torch.dtype, torch.dtype], Prepared] | None = None
+    """In evaluation: what was made of them for tokens and outputs of some dtypes."""
 
 
 class Asked(NamedTuple):
@@ -173,6 +176,10 @@ class EvaluatedEntry:
             return False
         self.compared_in = running
         return True
+
+    def is_of_same(self, vectors: Sequence[Tensor]) -> bool:
+        """Whether it was made from these vectors and nothing else, whatever is in them now."""
+        return len(vectors) == len(self._inputs) and all(map(SameTensor.is_same, self._inputs, vectors))
 
     def _has_weight(self, weight: Tensor | None) -> bool:
         if _is_of(self._weight, weight):

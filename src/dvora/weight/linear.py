@@ -39,7 +39,7 @@ from ..ops.dtypes import as_dtype, norm_dtype, without_autocast
 from ..ops.tracing import grad_recorded, is_batched, is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import PassFactors, Prepared
-from .tensor_state import version_of
+from .tensor_state import SameTensor
 
 
 class Update(NamedTuple):
@@ -184,16 +184,20 @@ def _forward(update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor
 def _prepared(update: Update, dtype: torch.dtype, outputs: torch.dtype) -> Prepared:
     """The update for tokens of a dtype, kept with factors that are kept."""
     kept, bias = update.factors.prepared, update.bias
-    if kept is not None and (known := kept.get(dtype)) is not None and known.fits(bias):
+    if kept is not None and (known := kept.get((dtype, outputs))) is not None and known.fits(bias):
         return known
+    # Copied before it is used, since another thread may write to it meanwhile.
+    same = None if bias is None else SameTensor(bias)
+    copied = None if bias is None or kept is None or not bias.is_cpu else bias.detach().clone()
+    bias = bias if copied is None else copied
     gain_minus_one, scale = update.factors.packed.trained.detach().unbind()
     offset = None if bias is None else gain_minus_one * bias
     # Subtracted within the product, where that is in the dtype of the outputs.
     shift = None if offset is None or outputs.itemsize < 4 else offset.neg()
     made = update.matrices.prepared_update(update.factors.packed.lambda_d.detach(), scale, shift, dtype)
-    prepared = Prepared(made, offset if shift is None else None, bias, 0 if bias is None else version_of(bias))
-    if kept is not None and (bias is None or not bias.is_inference()):
-        kept[dtype] = prepared
+    prepared = Prepared(made, offset if shift is None else None, same, copied)
+    if kept is not None:
+        kept[dtype, outputs] = prepared
     return prepared
 
 
