@@ -13,23 +13,35 @@ class Pass:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.passes: list[Pass] = []
+        self.passes: list[tuple[object, Pass]] = []
+        """Each with what began it."""
 
 
 _running = _Running()
 
 
-def enter(entered: Pass) -> None:
-    """Make a pass the current one of this thread."""
-    _running.passes.append(entered)
+def enter(owner: object, entered: Pass) -> None:
+    """Make a pass the current one of this thread.
+
+    An owner has one at a time: one that is still there was interrupted, or called its own model in the middle, and what
+    remains of it goes on outside of any pass.
+
+    Args:
+        owner: of the pass, compared by identity.
+        entered: the pass.
+    """
+    leave(owner)
+    _running.passes.append((owner, entered))
 
 
-def leave(left: Pass) -> None:
-    """End a pass, and those within it that were interrupted."""
-    if left in _running.passes:
-        del _running.passes[_running.passes.index(left) :]
+def leave(owner: object) -> None:
+    """End the pass of an owner in this thread, and those within it that were interrupted."""
+    for index, (of, _) in enumerate(_running.passes):
+        if of is owner:
+            del _running.passes[index:]
+            return
 
 
 def current_pass() -> Pass | None:
     """The pass that this thread is in; None outside a model with a `FactorPass`."""
-    return _running.passes[-1] if _running.passes else None
+    return _running.passes[-1][1] if _running.passes else None

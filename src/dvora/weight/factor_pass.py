@@ -41,17 +41,20 @@ class FactorPass:
             trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
             _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
             self._compare([layer for layer, is_trained in zip(layers, trained, strict=True) if not is_trained], begun)
-        enter(begun)
+        enter(self, begun)
 
     def end(self, *_: object) -> None:
         """Leave the pass."""
         if not is_traced():
-            for begun in list(self._last.values()):
-                leave(begun)
+            leave(self)
 
     def _compare(self, layers: "list[_Layer]", begun: Pass) -> None:
         """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
-        entries: list[EvaluatedEntry] = [e for layer in layers if (e := layer.adapted.evaluated) is not None]
+        entries: list[EvaluatedEntry] = [
+            entry
+            for layer in layers
+            if (entry := layer.adapted.evaluated) is not None and entry.is_of_same(layer.vectors)
+        ]
         now = [vector.detach() for layer in layers for vector in layer.vectors]
         if not entries or len(entries) != len(layers) or not _can_be_joined(now):
             return
@@ -144,9 +147,9 @@ def _make(layers: list[_Layer], begun: Pass) -> None:
 
 def _join_constants(weights: list[AdaptedWeight]) -> None:
     """Make the C of all weights parts of one tensor, so that one product serves all of them."""
-    parts = joined([weight.C for weight in weights])
-    for weight, part in zip(weights, parts or [], strict=False):
-        weight.C = part
+    known = [weight.C for weight in weights]
+    for weight, C, part in zip(weights, known, joined(known) or [], strict=False):
+        weight.replace_C(C, part)
 
 
 def _made_before(layers: list[_Layer]) -> StackedFactors | None:
