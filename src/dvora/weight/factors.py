@@ -136,30 +136,32 @@ class EvaluatedEntry:
     """The factors of one layer in evaluation, and what is made of them.
 
     Args:
-        packed: the factors.
-        adapted, weight: what they were made from.
+        adapted, weight: what they are made from.
         inputs: the vectors and the strength.
-        copies: their values, on the CPU.
+        make: makes the factors from inputs.
     """
 
     __slots__ = ("_inputs", "_versions", "_w", "_weight", "_weight_version", "compared_in", "copies", "factors")
 
     def __init__(
         self,
-        packed: PackedFactors,
         adapted: AdaptedWeight,
         inputs: Sequence[Tensor],
-        copies: Sequence[Tensor] | None,
         weight: Tensor | None,
+        make: Callable[[Sequence[Tensor]], PackedFactors],
     ) -> None:
-        self.factors, self.copies = PassFactors(packed, {}), copies
-        self.compared_in: Pass | None = None
-        """The pass in which the vectors were compared with the copies."""
-        self._w, self._inputs = adapted.w, [SameTensor(tensor) for tensor in inputs]
+        # Before anything is read, since another thread may write to it meanwhile.
+        self._inputs = [SameTensor(tensor) for tensor in inputs]
         self._weight = None if weight is None else SameTensor(weight)
-        # A shard is another tensor in every pass.
-        self._versions = [TensorVersion.of(tensor) for tensor in inputs] if copies is None else None
         self._weight_version = None if weight is None else TensorVersion.of(local(weight))
+        self.copies = [tensor.detach().clone() for tensor in inputs] if all(t.is_cpu for t in inputs) else None
+        """Values of the inputs, on the CPU."""
+        # A shard is another tensor in every pass.
+        self._versions = [TensorVersion.of(tensor) for tensor in inputs] if self.copies is None else None
+        self.compared_in: Pass | None = None
+        """The pass in which the inputs were compared with the copies."""
+        self.factors = PassFactors(make(inputs if self.copies is None else self.copies), {})
+        self._w = adapted.w
 
     def fits(
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
@@ -203,12 +205,13 @@ def _evaluated(
     entry: EvaluatedEntry | None = adapted.evaluated
     if entry is not None and entry.fits(adapted, inputs, weight, running):
         return entry.factors
+
+    def make(read: Sequence[Tensor]) -> PackedFactors:
+        return _made(adapted, Vectors(*read[:3]), weight, *read[3:])
+
     # Inference tensors could not be used in a later pass that trains something else.
     with torch.inference_mode(False), torch.no_grad():
-        # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
-        copies = [tensor.detach().clone() for tensor in inputs] if all(t.is_cpu for t in inputs) else None
-        read = inputs if copies is None else copies
-        entry = EvaluatedEntry(_made(adapted, Vectors(*read[:3]), weight, *read[3:]), adapted, inputs, copies, weight)
+        entry = EvaluatedEntry(adapted, inputs, weight, make)
     adapted.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
     return entry.factors
 
