@@ -68,7 +68,7 @@ def test_every_annotation_of_weights_stored_otherwise_holds(rank: int, skipped: 
     combining.weighted_sum([combining.WeightedAdapter(torch.tensor(0.5), vectors, adapted)], None, adapted)
     if rank:
         shared.impl.expand(shared.impl.select(torch.tensor([[1, 4]]), rank, 6, torch.float32), 5)
-    adapted.row_factors(vectors, None, torch.tensor(0.5))
+    checked("weight.factors").factors_of(adapted, vectors, None, torch.tensor(0.5))
 
 
 def test_the_check_is_on() -> None:

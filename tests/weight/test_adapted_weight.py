@@ -11,6 +11,7 @@ from dvora import DVoRAAdapter, SharedProjections
 from dvora.method import norm
 from dvora.method.functional import Vectors
 from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from dvora.weight.factors import factors_of
 from dvora.weight.layouts import COLUMNS
 from tests.cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
@@ -241,7 +242,7 @@ def test_strength_scales_update_and_gain(strength: float) -> None:
     weight = randn(OUT, IN, seed=1)
     adapted = AdaptedWeight(weight, RANK, shared=SHARED)
     vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2))
-    full, scaled = (adapted.row_factors(vectors, weight, torch.tensor(s)) for s in (1.0, strength))
+    full, scaled = (factors_of(adapted, vectors, weight, torch.tensor(s)).packed.rows for s in (1.0, strength))
     assert torch.allclose(scaled.gain_minus_one, strength * full.gain_minus_one, atol=1e-7)
     assert torch.allclose(scaled.scale, strength * full.scale, atol=1e-7)
 

@@ -11,7 +11,8 @@ from dvora import DVoRAAdapter, SharedProjections
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.method.functional import Vectors
 from dvora.weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
-from dvora.weight.linear import combined
+from dvora.weight.factors import factors_of
+from dvora.weight.linear import Update, adapted_linear
 from tests.cases import TOLERANCE, linear, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 
@@ -147,8 +148,8 @@ def test_a_weight_of_which_only_the_rows_are_rescaled(distribution: str, bias: b
     x, grad_output = randn(3, 6, seed=8, dtype=torch.float64), randn(3, 5, seed=9, dtype=torch.float64)
     base_output = base(x).detach()
     bias_of = torch.zeros(5, dtype=torch.float64) if base.bias is None else base.bias.detach()
-    factors = adapted.row_factors(vectors, base.weight.detach())
-    y = combined(adapted, base_output, x, vectors.lambda_d, factors, None if base.bias is None else bias_of)
+    factors = factors_of(adapted, vectors, base.weight.detach())
+    y = adapted_linear(Update(adapted, vectors, factors, None if base.bias is None else bias_of), base_output, x)
     products = base_output - bias_of
     assert worst_error(y, vectors.magnitude / adapted.w * products + bias_of) < 1e-12
     (gradient,) = torch.autograd.grad(y, vectors.magnitude, grad_output)
