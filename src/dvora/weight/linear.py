@@ -314,6 +314,8 @@ def _differentiable_gradients(
     graph = torch.is_grad_enabled()
     wanted = [need for need, _ in zip(needed, inputs, strict=False)]
     with torch.enable_grad():
+        # Views: factors of all layers come from one node, to which there is also a way through the layers before.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         base_output, z, lambda_d, trained, bias = inputs
         assert base_output is not None
         assert lambda_d is not None
