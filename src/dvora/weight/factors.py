@@ -127,6 +127,7 @@ class StackedEntry:
         return (
             adapted.w is self._w
             and _is_of(self._weight, weight)
+            and not (weight is not None and weight.requires_grad)
             and all(map(SameTensor.is_of, self._vectors, vectors))
             and [vector.requires_grad for vector in vectors] == self._trained
         )
