@@ -61,7 +61,7 @@ def test_no_pass_of_a_model_is_stale(make: Callable[[], Subject], change: str) -
 UNCOUNTED: dict[str, Callable[[Tensor], object]] = {
     "data in place": lambda v: v.data.mul_(1.4),
     "data assigned": lambda v: setattr(v, "data", 1.4 * v.data),
-    "NumPy": lambda v: v.detach().numpy().fill(float(v[0]) + 0.3),
+    "NumPy": lambda v: v.detach().numpy().fill(v.detach().numpy()[0] + 0.3),
     "one value": lambda v: v.data[1:2].add_(0.3),
     "a sign": lambda v: v.data[:1].neg_(),
 }
