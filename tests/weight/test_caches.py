@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from dvora import DVoRAAdapter
-from dvora.method.functional import RowFactors
-from dvora.weight.linear import combined
+from dvora.weight.factors import PassFactors, factors_of
+from dvora.weight.linear import Update, adapted_linear
 from tests.cached_layers import (
     CHANGES,
     CHANGES_OF_INPUTS,
@@ -34,9 +34,9 @@ MODES = [torch.no_grad, torch.enable_grad, torch.inference_mode]
 both = pytest.mark.parametrize("make", [plain, in_peft])
 
 
-def factors(subject: Subject) -> RowFactors | None:
-    """Those that the layer's cache holds."""
-    kept = subject.adapted._eval_cache._kept
+def factors(subject: Subject) -> PassFactors | None:
+    """Those that the layer keeps from evaluation."""
+    kept = subject.adapted.evaluated
     return None if kept is None else kept.factors
 
 
@@ -102,10 +102,14 @@ def test_factors_are_computed_once_for_every_way_of_evaluating() -> None:
 def test_factors_that_are_kept_are_the_ones_that_are_used() -> None:
     subject = plain()
     subject.evaluated()
-    gain_minus_one, scale, gain, _ = factors(subject)
-    gain_minus_one.zero_(), scale.zero_(), gain.fill_(1)
+    (trained, constant, _), prepared = factors(subject)
+    made = prepared[next(iter(prepared))]
+    prepared.clear()
+    trained.zero_(), constant[0].fill_(1)
     with torch.no_grad():
         assert torch.allclose(subject.layers[1](subject.x), subject.base(subject.x))
+        prepared.update(dict.fromkeys(prepared, made._replace(update=lambda z: z.new_full((len(z), OUTS[1]), 7.0))))
+        assert torch.allclose(subject.layers[1](subject.x), subject.base(subject.x) + 7)
 
 
 @both
@@ -270,8 +274,8 @@ def test_threads_may_evaluate_one_layer_with_vectors_of_their_own() -> None:
 def called(layer: DVoRAAdapter, values: dict[str, Tensor], x: Tensor) -> Tensor:
     """The outputs with other vectors; `functional_call` itself changes the layer, so threads cannot use it."""
     vectors = layer.vectors._replace(**values)
-    found = layer.adapted.row_factors(vectors, layer.base_layer.weight)
-    return combined(layer.adapted, layer.base_layer(x), x, vectors.lambda_d, found, layer.base_layer.bias)
+    found = factors_of(layer.adapted, vectors, layer.base_layer.weight)
+    return adapted_linear(Update(layer.adapted, vectors, found, layer.base_layer.bias), layer.base_layer(x), x)
 
 
 def test_layers_made_in_inference_mode_are_followed() -> None:

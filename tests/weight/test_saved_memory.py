@@ -154,8 +154,8 @@ def test_a_checkpointed_part_keeps_nothing_but_its_input(use_reentrant: bool) ->
     layers = nn.Sequential(*(trained_layer(IN, IN, RANK) for _ in range(4)))
     x = randn(TOKENS, IN, seed=0).requires_grad_()
     kept = Kept(lambda: checkpoint(layers, 1 * x, use_reentrant=use_reentrant).sum())
-    assert sum(kept.until_backward) <= 4 * INPUTS + SMALL
-    assert sum(kept.behind) <= SMALL
+    assert sum(kept.until_backward) <= 4 * INPUTS + 4 * SMALL
+    assert sum(kept.behind) <= 4 * SMALL
 
 
 def test_the_second_run_of_a_checkpointed_part_keeps_no_inputs() -> None:

@@ -1,4 +1,4 @@
-"""Detecting changes of a tensor: by values on a CPU, by PyTorch's counters elsewhere, by samples in FSDP2."""
+"""Detecting changes of a tensor: by PyTorch's counters, by identity, by samples in FSDP2."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dvora import SharedProjections
-from dvora.method.functional import RowFactors
 from dvora.weight.adapted_weight import AdaptedWeight
-from dvora.weight.tensor_state import EvalCache, TensorVersion, WeightVersion, _unchanged
+from dvora.weight.tensor_state import SameTensor, TensorVersion, WeightVersion
 from tests.cached_layers import CHANGES, UNCOUNTED, Subject, plain
 from tests.cases import fresh_copy, randn, trained_layer
 
@@ -36,6 +35,22 @@ def test_a_version_tells_every_change_that_torch_counts(change: str) -> None:
     assert all(same) == (change in {*UNCOUNTED, "a view with the same values"})
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_quick_check_tells_at_least_the_changes_that_a_version_tells(change: str) -> None:
+    subject = plain()
+    before, held = tensors(subject), [tensor.detach() for tensor in tensors(subject)]
+    versions, known = [TensorVersion.of(tensor) for tensor in before], [SameTensor(tensor) for tensor in before]
+    assert all(map(SameTensor.is_of, known, before))
+    CHANGES[change](subject)
+    now = tensors(subject)
+    same = list(map(SameTensor.is_of, known, now))
+    of_version = list(map(TensorVersion.is_of, versions, now))
+    identical = [first is second for first, second in zip(before, now, strict=True)]
+    assert same == [a and b for a, b in zip(of_version, identical, strict=True)]
+    assert list(map(SameTensor.is_same, known, now)) == identical
+    assert len(held) == len(now)  # no freed memory that another storage could get
+
+
 def assigned_until_the_address_returns(tensor: Tensor) -> None:
     address = tensor.data_ptr()
     for seed in range(100):
@@ -46,18 +61,35 @@ def assigned_until_the_address_returns(tensor: Tensor) -> None:
 
 def test_a_version_is_of_one_storage_place_dtype_and_order() -> None:
     memory, tensor = randn(18, seed=0), parameter()
-    before = TensorVersion.of(tensor)
+    before, known = TensorVersion.of(tensor), SameTensor(tensor)
     assigned_until_the_address_returns(tensor)
     assert not before.is_of(tensor)
+    assert not known.is_of(tensor)
     for first, second in [
         (memory[:6], memory[6:12]),
         (memory[:9].view(3, 3), memory[:9].view(3, 3).T),
         (memory.to(torch.bfloat16), memory.to(torch.bfloat16).view(torch.float16)),
     ]:
         tensor.data = first
-        before = TensorVersion.of(tensor)
+        before, known = TensorVersion.of(tensor), SameTensor(tensor)
         tensor.data = second if second.dtype == first.dtype else first.view(torch.float16)
         assert not before.is_of(tensor)
+        assert not known.is_of(tensor)
+
+
+def test_a_tensor_whose_values_are_one_value_of_its_own_memory_is_another() -> None:
+    tensor = parameter()
+    known = SameTensor(tensor)
+    tensor.data = tensor.data[:1].expand(6)
+    assert not known.is_of(tensor)
+
+
+def test_the_quick_check_keeps_no_tensor_and_no_memory_alive() -> None:
+    tensor = parameter()
+    known, memory = SameTensor(tensor), TensorVersion.of(tensor).storage
+    del tensor
+    assert memory.expired()
+    assert not known.is_of(parameter())
 
 
 def test_tensors_made_one_after_another_in_one_place_have_other_versions_that_keep_no_memory() -> None:
@@ -73,88 +105,17 @@ def test_tensors_made_one_after_another_in_one_place_have_other_versions_that_ke
 def test_a_tensor_of_inference_mode_has_no_version_that_could_be_trusted() -> None:
     with torch.inference_mode():
         tensor = randn(6, seed=0)
-        assert not _unchanged(tensor, TensorVersion.of(tensor))
+        assert not TensorVersion.of(tensor).is_of(tensor)
+        assert not SameTensor(tensor).is_of(tensor)
 
 
 def test_a_step_does_not_count_as_a_write_to_what_it_leaves_alone() -> None:
     stepped, frozen = parameter(), parameter().requires_grad_(False)
-    before = TensorVersion.of(frozen)
+    before, known = TensorVersion.of(frozen), SameTensor(frozen)
     stepped.grad = torch.ones_like(stepped)
     torch.optim.SGD([stepped, frozen], lr=0.1).step()
     assert before.is_of(frozen)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "same"),
-    [
-        (torch.ones(3), True),
-        (torch.tensor([1.0, 1.0, 2.0]), False),
-        (torch.ones(3, dtype=torch.float64), False),
-        (torch.ones(4), False),
-        (torch.full((3,), torch.nan), False),
-        (torch.ones(3, device="meta"), False),
-    ],
-    ids=["equal", "other", "float64", "longer", "nan", "elsewhere"],
-)
-def test_values_on_a_cpu_are_compared_themselves(tensor: Tensor, same: bool) -> None:
-    assert _unchanged(tensor, torch.ones(3)) == same
-
-
-class Factory:
-    """Makes factors, and counts how often."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, _: object = None) -> RowFactors:
-        self.made += 1
-        return RowFactors(*torch.zeros(4, 6))
-
-
-# The meta device stands for those whose values are not read.
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_factors_are_made_again_for_other_inputs_only(device: str) -> None:
-    cache, make, weights = EvalCache(), Factory(), [parameter(), parameter()]
-    inputs = [parameter().to(device) for _ in range(4)]
-    first = cache.of(inputs[:3], weights[0], make)
-    assert cache.of(inputs[:3], weights[0], make) is first
-    for index in range(3):
-        with torch.no_grad():
-            inputs[index].add_(1)
-        cache.of(inputs[:3], weights[0], make)
-        assert make.made == index + 2
-    for number, weight in [(1, weights[0]), (4, weights[0]), (2, weights[0]), (2, weights[1]), (2, None)]:
-        before = make.made
-        cache.of(inputs[:number], weight, make)
-        cache.of(inputs[:number], weight, make)
-        assert make.made == before + 1
-    before = make.made
-    cache.drop()
-    cache.of(inputs[:2], None, make)
-    assert make.made == before + 1
-
-
-def test_factors_are_neither_part_of_a_graph_nor_of_inference_mode() -> None:
-    tensor = parameter()
-    for mode in (torch.inference_mode, torch.enable_grad):
-        with mode():
-            factors = EvalCache().of([tensor], None, lambda read: RowFactors(*(read[0] * k for k in range(4))))
-        assert not any(factor.is_inference() or factor.requires_grad for factor in factors)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("which", ["an input", "the weight"])
-def test_factors_of_what_is_written_to_meanwhile_are_not_kept(which: str, device: str) -> None:
-    cache, make, tensor, weight = EvalCache(), Factory(), parameter().to(device), parameter().to(device)
-
-    def written_to(_: object) -> RowFactors:
-        with torch.no_grad():
-            (tensor if which == "an input" else weight).add_(1)
-        return make()
-
-    cache.of([tensor], weight, written_to)
-    cache.of([tensor], weight, make)
-    assert make.made == 2
+    assert known.is_of(frozen)
 
 
 def gathered_again(weight: Tensor, values: Tensor) -> None:
@@ -220,6 +181,7 @@ def test_a_process_with_fsdp2_trusts_no_address() -> None:
     weight = randn(6, 5, seed=0)
     version = WeightVersion(weight, gathered_again=True)
     assert not version.is_of(weight)
+    assert not SameTensor(weight).is_of(weight)
     assert version.has_values_of(weight)
     with torch.autograd._unsafe_preserve_version_counter(weight):
         weight.mul_(2)
@@ -232,10 +194,10 @@ def test_beside_fsdp2_what_it_has_not_made_is_trusted() -> None:
     layer, x = trained_layer(6, 5, 3).eval(), randn(4, 6, seed=0)
     with torch.no_grad():
         layer(x)
-        kept, w = layer.adapted._eval_cache._kept, layer.adapted.w
+        kept, w = layer.adapted.evaluated, layer.adapted.w
         layer(x)
         assert kept is not None
-        assert layer.adapted._eval_cache._kept is kept
+        assert layer.adapted.evaluated is kept
         layer.base_layer.weight.mul_(2)
         assert torch.equal(layer(x), fresh_copy(layer).eval()(x))
     assert layer.adapted.w is not w

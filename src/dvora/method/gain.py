@@ -17,10 +17,12 @@ Dimensions: L layers, O out, R rank.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, full_precision, without_autocast
@@ -113,7 +115,8 @@ def row_factors(vectors: Sequence[Vectors], norms: Sequence[FrozenNorm], setting
         for layer in measured:
             assert near is not None
             rows = near[layer].nonzero()[:, 0]
-            packed[layer] = _with_measured(rows, packed[layer], vectors[layer], norms[layer], settings)
+            with _saved_here():
+                packed[layer] = _with_measured(rows, packed[layer], vectors[layer], norms[layer], settings)
         return StackedFactors(packed, state.vectors, bool(measured))
 
 
@@ -261,6 +264,18 @@ def _nearly_cancelled(state: _State) -> Tensor | None:
         return None
     share, limit = state.h / state.u, NEAR_CANCELLATION**0.5
     return share < limit if share.numel() and share.min() < limit else None
+
+
+def _saved_here() -> AbstractContextManager[object]:
+    """Keep what is saved for a backward pass from the hooks around it.
+
+    A checkpoint counts what is saved in both runs of its part, of which one may make factors and the other find them.
+    """
+    return saved_tensors_hooks(Tensor.detach, _itself) if saved_tensors_are_hooked() else nullcontext()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _with_measured(

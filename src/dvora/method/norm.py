@@ -102,7 +102,7 @@ class FrozenNorm(NamedTuple):
         if not self.rank:
             return torch.zeros_like(self.w)
         if self.C is not None:
-            return as_dtype(self.C, lambda_d.dtype) @ lambda_d
+            return _products(as_dtype(self.C, lambda_d.dtype)[None], lambda_d[None])[0]
         return self.matrices.row_dots(self._updated_columns(), lambda_d)
 
     def cross_gradient(self, d_cross: Float[Tensor, "O"]) -> Float[Tensor, "R"]:
@@ -110,7 +110,7 @@ class FrozenNorm(NamedTuple):
         if not self.rank:
             return d_cross.new_empty(0)
         if self.C is not None:
-            return d_cross @ as_dtype(self.C, d_cross.dtype)
+            return _products_gradient(as_dtype(self.C, d_cross.dtype)[None], d_cross[None])[0]
         return self.matrices.row_dots_gradient(self._updated_columns(), d_cross, self.rank)
 
     def half_dq(self, lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L R O"] | None:
@@ -181,15 +181,27 @@ def without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "
 def crosses(norms: Sequence[FrozenNorm], lambda_d: Float[Tensor, "L R"]) -> Float[Tensor, "L O"]:
     """`cross` of several layers."""
     if (C := _joined_C(norms)) is not None:
-        return (C @ lambda_d.unsqueeze(-1)).squeeze(-1)
+        return _products(C, lambda_d)
     return torch.stack([norm.cross(of_layer) for norm, of_layer in zip(norms, lambda_d, strict=True)])
 
 
 def crosses_gradient(norms: Sequence[FrozenNorm], d_cross: Float[Tensor, "L O"]) -> Float[Tensor, "L R"]:
     """`cross_gradient` of several layers."""
     if (C := _joined_C(norms)) is not None:
-        return (d_cross.unsqueeze(-2) @ C).squeeze(-2)
+        return _products_gradient(C, d_cross)
     return torch.stack([norm.cross_gradient(of_layer) for norm, of_layer in zip(norms, d_cross, strict=True)])
+
+
+# In these forms a layer gets the same bits alone as with others, so that a run that goes on from a checkpoint, whose
+# first pass makes factors layer by layer, is the one that was interrupted.
+
+
+def _products(C: Float[Tensor, "L O R"], lambda_d: Float[Tensor, "L R"]) -> Float[Tensor, "L O"]:
+    return (lambda_d.unsqueeze(-2) @ C.mT).squeeze(-2)
+
+
+def _products_gradient(C: Float[Tensor, "L O R"], d_cross: Float[Tensor, "L O"]) -> Float[Tensor, "L R"]:
+    return (d_cross.unsqueeze(-2) @ C).squeeze(-2)
 
 
 def _joined_C(norms: Sequence[FrozenNorm]) -> Float[Tensor, "L O R"] | None:

@@ -18,7 +18,8 @@ class Pass:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.passes: list[Pass] = []
+        self.passes: list[tuple[object, Pass]] = []
+        """Each with what began it."""
 
 
 _running = _Running()

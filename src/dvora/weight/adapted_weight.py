@@ -219,6 +219,12 @@ class AdaptedWeight(nn.Module):
             break
         self.kept = KeptFactors()
 
+    def replace_C(self, known: Tensor | None, same: Tensor) -> None:
+        """Keep the same values in other memory, unless C is not what is known: another thread may have refreshed it."""
+        with _ONE_AT_A_TIME:
+            if self.C is known:
+                self.C = same
+
     def small_rows(self, bias: Float[Tensor, "O"] | None) -> Tensor | None:
         """Indices of the rows that are small beside their bias (`small_rows`); None without any."""
         if bias is None or self.shard is not None:

@@ -187,9 +187,15 @@ class EvaluatedEntry:
         """The pass in which the vectors were compared with the copies."""
         self._inputs = [SameTensor(tensor) for tensor in inputs]
         self._weight = None if weight is None else SameTensor(weight)
-        # A shard is another tensor in every pass.
-        self._versions = [TensorVersion.of(tensor) for tensor in inputs] if copies is None else None
         self._weight_version = None if weight is None else TensorVersion.of(local(weight))
+        self.copies = [tensor.detach().clone() for tensor in inputs] if all(t.is_cpu for t in inputs) else None
+        """Values of the inputs, on the CPU."""
+        # A shard is another tensor in every pass.
+        self._versions = [TensorVersion.of(tensor) for tensor in inputs] if self.copies is None else None
+        self.compared_in: Pass | None = None
+        """The pass in which the inputs were compared with the copies."""
+        self.factors = PassFactors(make(inputs if self.copies is None else self.copies), {})
+        self._w = adapted.w
 
     def fits(
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
@@ -206,6 +212,10 @@ class EvaluatedEntry:
             return False
         self.compared_in = running
         return True
+
+    def is_of_same(self, vectors: Sequence[Tensor]) -> bool:
+        """Whether it was made from these vectors and nothing else, whatever is in them now."""
+        return len(vectors) == len(self._inputs) and all(map(SameTensor.is_same, self._inputs, vectors))
 
     def _has_weight(self, weight: Tensor | None) -> bool:
         if _is_of(self._weight, weight):
@@ -229,6 +239,10 @@ def _evaluated(
     entry: EvaluatedEntry | None = adapted.kept.evaluated
     if entry is not None and entry.fits(adapted, inputs, weight, running):
         return entry.factors
+
+    def make(read: Sequence[Tensor]) -> PackedFactors:
+        return _made(adapted, Vectors(*read[:3]), weight, *read[3:])
+
     # Inference tensors could not be used in a later pass that trains something else.
     with torch.inference_mode(False), torch.no_grad():
         # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.

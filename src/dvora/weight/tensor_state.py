@@ -69,7 +69,7 @@ class SameTensor:
         tensor: as it is now; it is not kept alive.
     """
 
-    __slots__ = ("_address", "_storage", "_tensor", "_version")
+    __slots__ = ("_address", "_dtype", "_storage", "_stride", "_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
         unknown = tensor.is_inference() or may_be_gathered(tensor)
@@ -77,6 +77,11 @@ class SameTensor:
         # Held weakly, so that no other storage gets its identity.
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._version, self._address = version_of(tensor), tensor.data_ptr()
+        self._stride, self._dtype = tensor.stride(), tensor.dtype
+
+    def is_same(self, tensor: Tensor) -> bool:
+        """Whether it is this tensor, perhaps changed."""
+        return tensor is self._tensor()
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether it is this tensor, unchanged."""
@@ -85,6 +90,9 @@ class SameTensor:
             and tensor._version == self._version
             and tensor.data_ptr() == self._address
             and tensor.untyped_storage()._cdata == self._storage.cdata
+            # `tensor.data` may have become another view of the same memory.
+            and tensor.stride() == self._stride
+            and tensor.dtype == self._dtype
         )
 
 

@@ -7,6 +7,7 @@ from peft import get_peft_model
 
 from dvora import DVoRAConfig
 from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.weight.factors import factors_of
 from tests.tuner.bases import FAMILIES
 from tests.tuner.layer_cases import CASES
 from tests.tuner.models_compared import worst_difference
@@ -54,7 +55,7 @@ def test_a_layer_that_was_offloaded_after_it_was_adapted_says_what_it_needs() ->
     layer = next(layer for _, layer in dvora_layers(model))
     layer.base_layer.to("meta")
     with pytest.raises(RuntimeError, match=r"the weight is not in memory .*norm_cache=True"):
-        layer.adapted("default").row_factors(layer.vectors("default"), layer.stored())
+        factors_of(layer.adapted("default"), layer.vectors("default"), layer.stored())
 
 
 @pytest.mark.parametrize("norm_cache", ["auto", True])
