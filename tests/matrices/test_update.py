@@ -121,7 +121,7 @@ def test_update_and_gradients_of_any_shape_and_dtype_are_the_naive_ones(
 def test_update_and_gradients_of_larger_layers_are_the_naive_ones(
     tokens: int, rank: int, chunk: int, kind: str, dtype: torch.dtype
 ) -> None:
-    # At rank 24 there are tokens on both sides of where the matrix is scaled: 24, 25 for h, 48, 49 for the update.
+    # At rank 24 tokens are on both sides of where the matrix is scaled: 24 and 25 for h, 48 and 49 for the update.
     # Rank 70 is above the outputs.
     with in_chunks_of(chunk):
         Case(kind, tokens, rank, 48, dtype, onto=dtype.itemsize >= 4).assert_all()
