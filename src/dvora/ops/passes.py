@@ -18,8 +18,7 @@ class Pass:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.passes: list[tuple[object, Pass]] = []
-        """Each with what began it."""
+        self.passes: list[Pass] = []
 
 
 _running = _Running()

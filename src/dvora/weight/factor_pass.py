@@ -62,7 +62,8 @@ class FactorPass:
 
     def _compare(self, layers: "list[_Layer]", begun: Pass) -> None:
         """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
-        entries: list[EvaluatedEntry] = [e for layer in layers if (e := layer.adapted.kept.evaluated) is not None]
+        kept = [(layer.adapted.kept.evaluated, layer.vectors) for layer in layers]
+        entries: list[EvaluatedEntry] = [e for e, vectors in kept if e is not None and e.is_of_same(vectors)]
         now = [vector.detach() for layer in layers for vector in layer.vectors]
         if not entries or len(entries) != len(layers) or not _can_be_joined(now):
             return
@@ -166,7 +167,7 @@ def _join_constants(layers: list[tuple[_Layer, StackedEntry]]) -> None:
     """Make the C of all layers parts of one tensor, so that one product serves all of them."""
     parts = joined([entry.norm.C for _, entry in layers])
     for (layer, entry), part in zip(layers, parts or [], strict=False):
-        layer.adapted.C = part
+        layer.adapted.replace_C(entry.norm.C, part)
         entry.norm = entry.norm._replace(C=part)
 
 

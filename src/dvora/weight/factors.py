@@ -188,14 +188,8 @@ class EvaluatedEntry:
         self._inputs = [SameTensor(tensor) for tensor in inputs]
         self._weight = None if weight is None else SameTensor(weight)
         self._weight_version = None if weight is None else TensorVersion.of(local(weight))
-        self.copies = [tensor.detach().clone() for tensor in inputs] if all(t.is_cpu for t in inputs) else None
-        """Values of the inputs, on the CPU."""
         # A shard is another tensor in every pass.
-        self._versions = [TensorVersion.of(tensor) for tensor in inputs] if self.copies is None else None
-        self.compared_in: Pass | None = None
-        """The pass in which the inputs were compared with the copies."""
-        self.factors = PassFactors(make(inputs if self.copies is None else self.copies), {})
-        self._w = adapted.w
+        self._versions = [TensorVersion.of(tensor) for tensor in inputs] if copies is None else None
 
     def fits(
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
@@ -239,10 +233,6 @@ def _evaluated(
     entry: EvaluatedEntry | None = adapted.kept.evaluated
     if entry is not None and entry.fits(adapted, inputs, weight, running):
         return entry.factors
-
-    def make(read: Sequence[Tensor]) -> PackedFactors:
-        return _made(adapted, Vectors(*read[:3]), weight, *read[3:])
-
     # Inference tensors could not be used in a later pass that trains something else.
     with torch.inference_mode(False), torch.no_grad():
         # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
