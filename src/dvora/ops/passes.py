@@ -4,44 +4,44 @@ import threading
 
 
 class Pass:
-    """One forward pass of one model in one thread, compared by identity.
+    """One forward pass of one model in one thread, compared by identity."""
 
-    Args:
-        model: what stands for the model.
-    """
-
-    def __init__(self, model: object) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.asked: dict[int, object] = {}
         """What layers have asked for in it."""
 
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.passes: list[Pass] = []
+        self.passes: list[tuple[object, Pass]] = []
+        """Each with what began it."""
 
 
 _running = _Running()
 
 
-def enter(begun: Pass) -> None:
+def enter(owner: object, entered: Pass) -> None:
     """Make a pass the current one of this thread.
 
-    PyTorch runs no hooks when a pass is interrupted from the keyboard, so that may have left an earlier pass of the
-    model behind. A pass within a pass of the same model ends that one too: its other layers are then in no pass.
+    An owner has one at a time. One that is still there was interrupted (PyTorch runs no hooks when that comes from the
+    keyboard), or has called its own model in the middle: what remains of it goes on outside of any pass.
+
+    Args:
+        owner: of the pass, compared by identity.
+        entered: the pass.
     """
-    leave(begun.model)
-    _running.passes.append(begun)
+    leave(owner)
+    _running.passes.append((owner, entered))
 
 
-def leave(model: object) -> None:
-    """End the pass of a model in this thread, and those within it."""
-    for index, running in enumerate(_running.passes):
-        if running.model is model:
+def leave(owner: object) -> None:
+    """End the pass of an owner in this thread, and those within it."""
+    for index, (of, _) in enumerate(_running.passes):
+        if of is owner:
             del _running.passes[index:]
             return
 
 
 def current_pass() -> Pass | None:
-    """The pass that this thread is in; None where none was entered."""
-    return _running.passes[-1] if _running.passes else None
+    """The pass that this thread is in; None outside a model with a `FactorPass`."""
+    return _running.passes[-1][1] if _running.passes else None

@@ -33,10 +33,10 @@ class FactorPass:
 
     Args:
         find: finds the layers of the first pass; later ones know them from the pass before. So a run that goes on from
-            a checkpoint computes the same bits as one that was not interrupted.
+            a checkpoint computes the same bits as one that was not interrupted. None: the first pass makes nothing.
     """
 
-    def __init__(self, find: Find) -> None:
+    def __init__(self, find: Find | None = None) -> None:
         self._find = find
         self._last: dict[bool, Pass] = {}
         self._compared: tuple[list[EvaluatedEntry], Tensor] | None = None
@@ -46,14 +46,14 @@ class FactorPass:
         if is_traced():
             return
         recorded = grad_recorded()
-        last, begun = self._last.get(recorded), Pass(self)
+        last, begun = self._last.get(recorded), Pass()
         self._last[recorded] = begun
-        asked = (self._find(model) if recorded else []) if last is None else list(last.asked.values())
+        asked = list(last.asked.values()) if last is not None else self._find(model) if recorded and self._find else []
         layers = [layer for each in asked if (layer := _alive(each)) is not None]
         trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
         _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
         self._compare([layer for layer, is_trained in zip(layers, trained, strict=True) if not is_trained], begun)
-        enter(begun)
+        enter(self, begun)
 
     def end(self, *_: object) -> None:
         """Leave the pass."""
@@ -76,11 +76,11 @@ class FactorPass:
             for entry in entries:
                 entry.compared_in = begun
 
-    def __reduce__(self) -> "tuple[type[FactorPass], tuple[Find]]":
+    def __reduce__(self) -> "tuple[type[FactorPass], tuple[Find | None]]":
         return FactorPass, (self._find,)
 
 
-def add_factor_pass(model: nn.Module, find: Find) -> None:
+def add_factor_pass(model: nn.Module, find: Find | None = None) -> None:
     """Make the factors of a model's layers together from now on; once is enough."""
     if not _own_hooks(model):
         factors = FactorPass(find)

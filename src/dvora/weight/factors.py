@@ -75,6 +75,9 @@ def factors_of(
         _ask(running, adapted, entry.asked if fits else None, vectors, weight)
         if not fits:
             return PassFactors(_made(adapted, vectors, weight, strength))
+        if entry.stack.measured:
+            # The graph of measured rows serves one backward pass only.
+            adapted.kept.stacked = None
         return PassFactors(entry.packed if strength is None else entry.packed.weakened(strength))
     _ask(running, adapted, None, vectors, weight)
     return _evaluated(adapted, vectors, weight, strength, running)
