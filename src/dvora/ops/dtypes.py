@@ -48,8 +48,8 @@ def without_autocast(backward: Backward) -> Backward:
 
     @wraps(backward)
     def guarded(ctx: Any, *gradients: Any) -> Any:
-        device = next(gradient.device for gradient in gradients if gradient is not None)
-        if not torch.is_autocast_enabled(device.type):
+        device = next((gradient.device for gradient in gradients if gradient is not None), None)
+        if device is None or not torch.is_autocast_enabled(device.type):
             # Entering a context takes as long as a small product.
             return backward(ctx, *gradients)
         with full_precision(device):
