@@ -86,6 +86,9 @@ def factors_of(
     entry = adapted.stacked
     if entry is None or not entry.fits(adapted, vectors, weight, running):
         return PassFactors(_made(adapted, vectors, weight, strength))
+    if entry.stack.measured:
+        # The graph of measured rows serves one backward pass only.
+        adapted.stacked = None
     return PassFactors(entry.packed if strength is None else entry.packed.weakened(strength))
 
 
