@@ -115,6 +115,7 @@ def test_the_model_is_left_as_it_was(method: str) -> None:
     model.base_model.model.lin0.eval()
     modes = {name: each.training for name, each in model.named_modules()}
     gradients = {name: each.grad for name, each in model.named_parameters()}
+    hooks = {name: (dict(each._forward_pre_hooks), dict(each._forward_hooks)) for name, each in model.named_modules()}
     examined(model, inputs())
     after = model.state_dict()
     assert list(after) == list(before)
@@ -123,7 +124,9 @@ def test_the_model_is_left_as_it_was(method: str) -> None:
     assert {name: each.training for name, each in model.named_modules()} == modes
     assert {name: each.grad for name, each in model.named_parameters()} == gradients
     assert model.active_adapters == ["default"]
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert hooks == {
+        name: (dict(each._forward_pre_hooks), dict(each._forward_hooks)) for name, each in model.named_modules()
+    }
 
 
 def test_its_own_loss_and_labels_are_used() -> None:
