@@ -1,5 +1,7 @@
 """What the layer does on CUDA, run by the interpreter on CPU tensors, equals what it does on the CPU."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +9,12 @@ from torch import Tensor
 from dvora import SharedProjections
 from dvora.matrices import interface
 from dvora.matrices.kronecker import apply, apply_transpose
-from dvora.method.combine import combine
+from dvora.method.gain import PackedFactors
 from dvora.ops.triton import available
-from tests.cases import randn
+from dvora.weight.adapted_weight import AdaptedWeight
+from dvora.weight.factors import PassFactors
+from dvora.weight.linear import Update, _ThinProducts
+from tests.cases import linear, randn
 from tests.compiled.interpreter import Interpreter
 from tests.reference import worst_error
 
@@ -17,34 +22,60 @@ TOKENS, IN, OUT = 5, 24, 20
 BOTH = pytest.mark.parametrize("distribution", ["kaiming_uniform", "structured"])
 
 
-def inputs(rank: int, bias: bool) -> dict[str, Tensor | None]:
-    return {
-        "base_output": randn(2, TOKENS, OUT, seed=0),
-        "z": randn(2, TOKENS, rank, seed=1),
-        "lambda_d": randn(rank, seed=2),
-        "gain_minus_one": 0.1 * randn(OUT, seed=3),
-        "scale": randn(OUT, seed=4),
-        "bias": randn(OUT, seed=5) if bias else None,
-    }
+class Given(NamedTuple):
+    """The operands of a layer's output, which have gradients."""
+
+    base_output: Tensor
+    z: Tensor
+    lambda_d: Tensor
+    trained: Tensor
+    bias: Tensor | None
+
+    def update(self, shared: SharedProjections) -> Update:
+        """The adapter that has these factors."""
+        adapted = AdaptedWeight(linear(IN, OUT).weight.detach(), len(self.lambda_d), shared=shared)
+        gain = 1 + self.trained[0].detach()
+        constant = torch.stack([gain, self.trained[1].detach() / gain])
+        packed = PackedFactors(self.trained, constant, self.lambda_d)
+        return Update(adapted, None, PassFactors(packed), self.bias)
+
+    def require_gradients(self) -> "Given":
+        """Leaves with the same values."""
+        return Given(*(None if t is None else t.clone().requires_grad_() for t in self))
+
+
+def inputs(rank: int, bias: bool) -> Given:
+    return Given(
+        randn(2, TOKENS, OUT, seed=0),
+        randn(2, TOKENS, rank, seed=1),
+        randn(rank, seed=2),
+        torch.stack([0.1 * randn(OUT, seed=3), randn(OUT, seed=4)]),
+        randn(OUT, seed=5) if bias else None,
+    )
+
+
+def output(given: Given, shared: SharedProjections) -> Tensor:
+    return _ThinProducts.apply(*given, given.update(shared))
 
 
 @BOTH
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_outputs_and_gradients_equal_those_of_the_cpu(distribution: str, bias: bool, interpreter: Interpreter) -> None:
-    kind, given = SharedProjections(3, distribution).impl, inputs(6, bias)
-    leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
-    y = combine(*leaves.values(), kind)
+    shared, given = SharedProjections(3, distribution), inputs(6, bias)
+    leaves = given.require_gradients()
+    y = output(leaves, shared)
     grad_output = randn(2, TOKENS, OUT, seed=6)
     y.backward(grad_output)
-    scaled_z = given["z"] * given["lambda_d"]
-    rest = (given["gain_minus_one"], given["scale"], given["bias"], kind)
-    ours = interpreter("method.combine", "_forward_in_triton", given["base_output"], scaled_z, *rest)
-    assert worst_error(ours, y.double()) < 1e-5
-    gradients = interpreter("method.combine", "_backward_in_triton", grad_output, *given.values(), kind)
-    for name, gradient in zip(leaves, gradients, strict=True):
-        if leaves[name] is not None:
-            assert gradient.shape == leaves[name].shape, name
-            assert worst_error(gradient, leaves[name].grad.double()) < 1e-5, name
+    rows, z, grad_rows = given.base_output.view(-1, OUT), given.z.view(-1, 6), grad_output.view(-1, OUT)
+    update = given.update(shared)
+    ours = interpreter("weight.linear", "_forward_in_triton", update, rows, z)
+    assert worst_error(ours.view(y.shape), y.double()) < 1e-5
+    gradients = interpreter("weight.linear", "_backward_in_triton", update, grad_rows, rows, z)
+    # That of the bias is computed for both by the same code.
+    for name, gradient in zip(Given._fields[:4], gradients, strict=True):
+        expected = getattr(leaves, name).grad
+        assert gradient.numel() == expected.numel(), name
+        assert worst_error(gradient.view(expected.shape), expected.double()) < 1e-5, name
 
 
 @pytest.mark.parametrize("rank", [6, 7, 30], ids=["whole", "cut", "stacked"])
@@ -80,7 +111,7 @@ def test_a_processor_does_not_ask_for_triton(distribution: str, monkeypatch: pyt
     monkeypatch.setattr(interface, "check_triton", lambda: None)
     with_triton, without = SharedProjections(3, distribution, use_triton=True), SharedProjections(3, distribution)
     given = inputs(6, bias=True)
-    found = [combine(*given.values(), shared.impl) for shared in (with_triton, without)]
+    found = [output(given, shared) for shared in (with_triton, without)]
     assert torch.equal(*found)
     x = randn(2, TOKENS, IN, seed=0)
     assert torch.equal(with_triton.impl.project(x, 6), without.impl.project(x, 6))
