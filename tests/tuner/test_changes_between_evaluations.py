@@ -114,6 +114,7 @@ def test_a_twin_of_a_vector_does_not_vouch_for_it() -> None:
     vectors = layer_of(model).dvora_lambda_b
     old = vectors["default"]
     vectors["default"] = nn.Parameter(old.detach().clone())
+    load_base(model)  # so that an entry of the new one is made
     evaluated(layer_of(model), x)
     vectors["default"].data.mul_(2)
     torch.testing.assert_close(evaluated(model), evaluated(alone(model)), rtol=1e-5, atol=1e-6)

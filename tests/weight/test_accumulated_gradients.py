@@ -234,6 +234,22 @@ def test_rows_that_the_update_nearly_cancels_have_their_gradients_too(way: str, 
             assert worst_error(parameter.grad, expected[name].grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("ratio", [1e-6, 1.0])
+def test_a_layer_that_runs_twice_in_a_pass_may_have_two_backward_passes(ratio: float) -> None:
+    layer = nearly_cancelled(layers()[0], ratio)
+    layer.adapted.refresh(layer.base_layer.weight)
+    model = Towers([layer, layer])
+    for _ in range(3):
+        model.zero_grad()
+        reference = DenseDVoRA.of(layer)
+        for each in (model, Towers([reference, reference], together=False)):
+            first, second = each(x(1))
+            first.backward()
+            second.backward()
+        for name in ("magnitude", "lambda_b", "lambda_d"):
+            assert worst_error(getattr(layer, name).grad, getattr(reference, name).grad) < 1e-5
+
+
 # What is made once a step.
 
 
