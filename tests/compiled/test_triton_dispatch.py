@@ -1,7 +1,5 @@
 """What the layer does on CUDA, run by the interpreter on CPU tensors, equals what it does on the CPU."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor

@@ -207,19 +207,16 @@ def run_with_another_default_dtype(case: Case, rng: Rng) -> None:
 
 @operation(2)
 def refill_inputs_between_siblings(case: Case, rng: Rng) -> None:
-    """The second layer reads what is in the memory of the inputs when it is called.
-
-    Within one pass of a PEFT model only writes that PyTorch counts, or another address, are noticed (docs/limits.md).
-    """
+    """The second layer reads what is in the inputs when it is called; the next pass, also what came there uncounted."""
     shape = (3, case.settings.width)
     x, other = (drawn_like(rng, shape, case.shadow.dtype) for _ in range(2))
     before = x.clone()
-    ways = [lambda: x.copy_(other), lambda: setattr(x, "data", other.clone())]
-    if case.settings.interface != "peft":
-        ways.append(lambda: x.data.copy_(other))
-        if x.dtype not in (torch.bfloat16,):
-            ways.append(lambda: x.numpy().__setitem__(..., other.numpy()))
-    refill = ways[int(rng.integers(len(ways)))]
+    counted = [lambda: x.copy_(other), lambda: setattr(x, "data", other.clone())]
+    ways = [*counted, lambda: x.data.copy_(other)]
+    if x.dtype not in (torch.bfloat16,):
+        ways.append(lambda: x.numpy().__setitem__(..., other.numpy()))
+    way = int(rng.integers(len(ways)))
+    refill = ways[way]
 
     def hook(*_: object) -> None:
         refill()

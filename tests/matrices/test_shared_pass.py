@@ -18,12 +18,12 @@ every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 
 @contextmanager
 def in_pass(running: Pass | None = None) -> Iterator[Pass]:
-    running = running or Pass(object())
-    enter(running)
+    running, owner = running or Pass(), object()
+    enter(owner, running)
     try:
         yield running
     finally:
-        leave(running.model)
+        leave(owner)
 
 
 @every_distribution

@@ -319,8 +319,8 @@ def test_a_copy_is_independent_and_clean(copied: Callable[[nn.Module], nn.Module
     trained(model), evaluated(model), evaluated(model)
     made = copied(model)
     for name in ("lin0", CHANGED):
-        assert layer_of(made, name).adapted("default").stacked is None
-        assert layer_of(made, name).adapted("default").evaluated is None
+        assert layer_of(made, name).adapted("default").kept.stacked is None
+        assert layer_of(made, name).adapted("default").kept.evaluated is None
     train_vectors(made, seed=3)
     for each in (made, model):
         assert trained(each).differ(trained(alone(each))) < 1e-5

@@ -125,7 +125,7 @@ def test_the_first_pass_may_run_again_with_measured_rows_after_a_second_one_was_
     x, plain = inputs().double(), alone(model)
     checkpointed(model, use_reentrant=False)
     first, second = loss_of(model(x)), loss_of(model(2 * x))
-    assert layer_of(model, "lin0").adapted("default").stacked is None  # measured: it serves once
+    assert layer_of(model, "lin0").adapted("default").kept.stacked is None  # measured: it serves once
     first.backward()
     second.backward()
     found = layer.vectors("default").lambda_b.grad.clone()

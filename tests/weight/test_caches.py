@@ -36,7 +36,7 @@ both = pytest.mark.parametrize("make", [plain, in_peft])
 
 def factors(subject: Subject) -> PassFactors | None:
     """Those that the layer keeps from evaluation."""
-    kept = subject.adapted.evaluated
+    kept = subject.adapted.kept.evaluated
     return None if kept is None else kept.factors
 
 
@@ -103,12 +103,12 @@ def test_factors_that_are_kept_are_the_ones_that_are_used() -> None:
     subject = plain()
     subject.evaluated()
     (trained, constant, _), prepared = factors(subject)
-    made = prepared[next(iter(prepared))]
+    (dtype,) = prepared
     prepared.clear()
-    trained.zero_(), constant[0].fill_(1)
+    trained.zero_(), constant[0].fill_(1), constant[1].zero_()
     with torch.no_grad():
         assert torch.allclose(subject.layers[1](subject.x), subject.base(subject.x))
-        prepared.update(dict.fromkeys(prepared, made._replace(update=lambda z: z.new_full((len(z), OUTS[1]), 7.0))))
+        prepared[dtype] = lambda _, onto: onto.add_(7)
         assert torch.allclose(subject.layers[1](subject.x), subject.base(subject.x) + 7)
 
 
@@ -275,7 +275,8 @@ def called(layer: DVoRAAdapter, values: dict[str, Tensor], x: Tensor) -> Tensor:
     """The outputs with other vectors; `functional_call` itself changes the layer, so threads cannot use it."""
     vectors = layer.vectors._replace(**values)
     found = factors_of(layer.adapted, vectors, layer.base_layer.weight)
-    return adapted_linear(Update(layer.adapted, vectors, found, layer.base_layer.bias), layer.base_layer(x), x)
+    base, update = layer.base_layer, Update(layer.adapted, vectors, found, layer.adapted.matrices)
+    return adapted_linear(update, base(x), x, base.bias)
 
 
 def test_layers_made_in_inference_mode_are_followed() -> None:

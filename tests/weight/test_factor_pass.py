@@ -53,7 +53,7 @@ def step(model: nn.Module) -> None:
 
 
 def stacks(model: Model) -> list[object]:
-    return [None if layer.adapted.stacked is None else layer.adapted.stacked.stack for layer in model.layers]
+    return [None if layer.adapted.kept.stacked is None else layer.adapted.kept.stacked.stack for layer in model.layers]
 
 
 # Passes.
@@ -179,9 +179,9 @@ def test_what_the_last_pass_did_not_use_is_not_made() -> None:
     step(model)
     unused = model.layers.pop(1)
     step(model)  # this one still expects it
-    before = unused.adapted.stacked
+    before = unused.adapted.kept.stacked
     step(model)
-    assert unused.adapted.stacked is before
+    assert unused.adapted.kept.stacked is before
     assert len(stacks(model)[0].packed) == 2
 
 
@@ -336,7 +336,7 @@ def test_an_entry_of_another_pass_serves_nobody() -> None:
     step(model)
     step(model)
     layer = model.layers[0]
-    made: StackedEntry = layer.adapted.stacked
+    made: StackedEntry = layer.adapted.kept.stacked
     with torch.no_grad():
         made.packed.trained.mul_(0)
     found = layer(inputs())

@@ -21,7 +21,7 @@ from dvora.method.functional import Vectors
 from dvora.method.gain import PackedFactors
 from dvora.ops.passes import Pass, enter, leave
 from dvora.weight.adapted_weight import AdaptedWeight
-from dvora.weight.factors import Asked, PassFactors, Prepared, StackedEntry, _equal, factors_of
+from dvora.weight.factors import Asked, StackedEntry, _equal, factors_of
 from dvora.weight.tensor_state import SameTensor
 from tests.cases import SHARED, fresh_copy, linear, randn, trained_layer
 
@@ -36,11 +36,11 @@ class Factory:
     def __init__(self, within: Callable[[], object] = lambda: None) -> None:
         self.made, self.within = 0, within
 
-    def __call__(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> PackedFactors:
+    def __call__(self, adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> tuple[PackedFactors, Tensor]:
         self.made += 1
         self.within()
         zeros = vectors.lambda_d.new_zeros
-        return PackedFactors(zeros(2, OUT), zeros(2, OUT), zeros(RANK))
+        return PackedFactors(zeros(2, OUT), zeros(3, OUT), zeros(RANK)), adapted.w
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, factory: Factory) -> Factory:
@@ -133,7 +133,7 @@ def test_factors_of_what_is_written_to_meanwhile_are_not_kept(
     written = vectors.lambda_b if which == "a vector" else weight
     make = counted(monkeypatch, Factory(lambda: written.add_(1)))
     factors_of(adapted, vectors, weight)
-    assert adapted.evaluated is None
+    assert adapted.kept.evaluated is None
     make.within = lambda: None
     factors_of(adapted, vectors, weight)
     factors_of(adapted, vectors, weight)
@@ -144,7 +144,7 @@ def test_factors_in_evaluation_are_made_from_one_moment(monkeypatch: pytest.Monk
     # Read are copies, so that a write in the middle gives those of before, whole.
     (adapted, weight), vectors = adapted_and_weight(), parameters()
     expected = factors_of(adapted, Vectors(*map(torch.clone, vectors)), weight).packed.trained
-    adapted.evaluated, make = None, AdaptedWeight.packed_factors
+    adapted.kept.evaluated, make = None, AdaptedWeight.packed_factors
 
     def written_first(self: AdaptedWeight, *args: object) -> PackedFactors:
         vectors.magnitude.add_(1)
@@ -208,10 +208,10 @@ def test_a_pass_that_trains_drops_what_evaluation_keeps() -> None:
     (adapted, weight), vectors = adapted_and_weight(), parameters()
     for index in range(3):
         factors_of(adapted, vectors, weight)
-        assert adapted.evaluated is not None
+        assert adapted.kept.evaluated is not None
         trained = [vector.detach().requires_grad_(index == own) for own, vector in enumerate(vectors)]
         found = factors_of(adapted, Vectors(*trained), weight)
-        assert adapted.evaluated is None
+        assert adapted.kept.evaluated is None
         assert found.packed.trained.requires_grad or found.packed.lambda_d.requires_grad
         assert found.prepared is None
 
@@ -223,8 +223,8 @@ def layer_and_inputs(**options: object) -> tuple[nn.Module, Tensor]:
     return trained_layer(IN, OUT, RANK, **options).eval(), randn(4, IN, seed=8)
 
 
-def prepared(layer: nn.Module) -> dict[tuple[torch.dtype, torch.dtype], Prepared]:
-    return layer.adapted.evaluated.factors.prepared
+def prepared(layer: nn.Module) -> dict[torch.dtype, Callable[..., Tensor]]:
+    return layer.adapted.kept.evaluated.factors.prepared
 
 
 def test_what_is_prepared_is_kept_for_tokens_of_each_dtype() -> None:
@@ -236,7 +236,7 @@ def test_what_is_prepared_is_kept_for_tokens_of_each_dtype() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             layer(x)
         layer(x)
-    assert prepared(layer)[torch.float32, torch.float32] is known
+    assert prepared(layer)[torch.float32] is known
     assert len(prepared(layer)) == 2
 
 
@@ -319,24 +319,26 @@ def test_no_copy_has_what_is_kept() -> None:
     layer, x = layer_and_inputs()
     with torch.no_grad():
         layer(x)
-    layer.adapted.stacked = threading.Lock()  # as little as a graph can it be copied
+    layer.adapted.kept.stacked = threading.Lock()  # as little as a graph can it be copied
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
     for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
-        assert made.adapted.evaluated is None
-        assert made.adapted.stacked is None
+        assert made.adapted.kept.evaluated is None
+        assert made.adapted.kept.stacked is None
         with torch.no_grad():
             assert torch.equal(made(x), layer(x))
-    assert layer.adapted.evaluated is not None
+    assert layer.adapted.kept.evaluated is not None
 
 
 # An entry of training.
 
 
 def entry(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, running: Pass) -> StackedEntry:
-    packed = PackedFactors(torch.zeros(2, OUT), torch.zeros(2, OUT), torch.zeros(RANK))
-    return StackedEntry(packed, None, adapted, vectors, weight, running)
+    known = None if weight is None else SameTensor(weight)
+    made = StackedEntry(Asked.of(adapted, vectors, weight), (), vectors, known, running)
+    made.norm = adapted.norm(weight)
+    return made
 
 
 def trained() -> Vectors:
@@ -381,15 +383,3 @@ def test_an_entry_fits_no_other_tensors_of_the_same_values() -> None:
     for index in range(3):
         others = [nn.Parameter(v.detach().clone()) if i == index else v for i, v in enumerate(vectors)]
         assert not made.fits(adapted, Vectors(*others), weight, running)
-
-
-def test_a_prepared_update_fits_its_bias_only() -> None:
-    bias = randn(OUT, seed=1)
-    with_bias = Prepared(lambda z: z, None, SameTensor(bias), bias.clone())
-    without = Prepared(lambda z: z, None, None, None)
-    assert with_bias.fits(bias)
-    assert without.fits(None)
-    assert not with_bias.fits(None)
-    assert not without.fits(bias)
-    assert not with_bias.fits(bias.clone())
-    assert isinstance(PassFactors(None).prepared, type(None))

@@ -194,10 +194,10 @@ def test_beside_fsdp2_what_it_has_not_made_is_trusted() -> None:
     layer, x = trained_layer(6, 5, 3).eval(), randn(4, 6, seed=0)
     with torch.no_grad():
         layer(x)
-        kept, w = layer.adapted.evaluated, layer.adapted.w
+        kept, w = layer.adapted.kept.evaluated, layer.adapted.w
         layer(x)
         assert kept is not None
-        assert layer.adapted.evaluated is kept
+        assert layer.adapted.kept.evaluated is kept
         layer.base_layer.weight.mul_(2)
         assert torch.equal(layer(x), fresh_copy(layer).eval()(x))
     assert layer.adapted.w is not w

@@ -153,7 +153,9 @@ def _make(layers: list[_Layer], begun: Pass) -> None:
             continue
         stacks.setdefault(entry.shape, []).append((layer, entry))
     for of_shape in stacks.values():
-        _join_constants(of_shape)
+        if _join_constants([layer.adapted for layer, _ in of_shape]):
+            for layer, entry in of_shape:
+                entry.norm = layer.adapted.norm(layer.weight)
         stack = _made_before([layer for layer, _ in of_shape])
         if stack is None:
             vectors, norms = [layer.vectors for layer, _ in of_shape], [entry.norm for _, entry in of_shape]
@@ -163,12 +165,13 @@ def _make(layers: list[_Layer], begun: Pass) -> None:
             layer.adapted.kept.stacked = entry
 
 
-def _join_constants(layers: list[tuple[_Layer, StackedEntry]]) -> None:
-    """Make the C of all layers parts of one tensor, so that one product serves all of them."""
-    parts = joined([entry.norm.C for _, entry in layers])
-    for (layer, entry), part in zip(layers, parts or [], strict=False):
-        layer.adapted.replace_C(entry.norm.C, part)
-        entry.norm = entry.norm._replace(C=part)
+def _join_constants(weights: list[AdaptedWeight]) -> bool:
+    """Make the C of all weights parts of one tensor, for one product; whether that was needed."""
+    known = [weight.C for weight in weights]
+    parts = joined(known)
+    for weight, C, part in zip(weights, known, parts or [], strict=False):
+        weight.replace_C(C, part)
+    return parts is not None
 
 
 def _made_before(layers: list[_Layer]) -> StackedFactors | None:

@@ -155,9 +155,9 @@ def test_rows_with_adapters_of_their_own_use_and_follow_what_each_adapter_keeps(
     names = ["second", "default", "__base__", "second"]
     outputs(model, adapter_names=names)
     layers = [layer for _, layer in dvora_layers(model)]
-    kept = [layer.adapted(name).evaluated.factors for layer in layers for name in ("default", "second")]
+    kept = [layer.adapted(name).kept.evaluated.factors for layer in layers for name in ("default", "second")]
     outputs(model, adapter_names=names)
-    again = [layer.adapted(name).evaluated.factors for layer in layers for name in ("default", "second")]
+    again = [layer.adapted(name).kept.evaluated.factors for layer in layers for name in ("default", "second")]
     assert all(first is second for first, second in zip(kept, again, strict=True))
     train_vectors(model, "second", seed=4)
     assert same_bits(outputs(model, adapter_names=names), outputs(anew(model), adapter_names=names))
@@ -176,10 +176,10 @@ def test_frozen_adapters_pass_gradients_to_their_inputs_from_what_is_kept() -> N
     model = adapted(inference_mode=True)
     with torch.inference_mode():
         forward(model)
-    kept = [layer.adapted("default").evaluated.factors for _, layer in dvora_layers(model)]
+    kept = [layer.adapted("default").kept.evaluated.factors for _, layer in dvora_layers(model)]
     x = torch.ones(2, 10, requires_grad=True)
     model(x).square().sum().backward()
-    again = [layer.adapted("default").evaluated.factors for _, layer in dvora_layers(model)]
+    again = [layer.adapted("default").kept.evaluated.factors for _, layer in dvora_layers(model)]
     assert all(first is second for first, second in zip(kept, again, strict=True))
     fresh_x = torch.ones(2, 10, requires_grad=True)
     anew(model)(fresh_x).square().sum().backward()
