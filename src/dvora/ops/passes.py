@@ -23,19 +23,19 @@ _running = _Running()
 def enter(owner: object, entered: Pass) -> None:
     """Make a pass the current one of this thread.
 
-    An owner has one at a time: one that is still there was interrupted, or called its own model in the middle, and what
-    remains of it goes on outside of any pass.
-
     Args:
         owner: of the pass, compared by identity.
         entered: the pass.
     """
-    leave(owner)
     _running.passes.append((owner, entered))
 
 
 def leave(owner: object) -> None:
-    """End the pass of an owner in this thread, and those within it that were interrupted."""
+    """End all passes of an owner in this thread, and those within them that were interrupted.
+
+    There is more than one where a pass was interrupted, or called its own model in the middle: what remains of it goes
+    on outside of any pass.
+    """
     for index, (of, _) in enumerate(_running.passes):
         if of is owner:
             del _running.passes[index:]
