@@ -365,3 +365,36 @@ def test_factors_are_not_reused_after_a_change_between_accumulated_passes(change
             assert worst_error(parameter.grad, expected[name].grad) < 1e-11, name
         else:
             assert parameter.grad is None
+
+
+@pytest.mark.parametrize("name", ["magnitude", "lambda_b", "lambda_d"])
+@pytest.mark.parametrize("way", ["trained from now on", "replaced by its twin"])
+def test_gradients_reach_vectors_that_have_come_since_the_last_pass(way: str, name: str) -> None:
+    model = model_of()
+    layer = model.layers[1]
+    getattr(layer, name).requires_grad_(way != "trained from now on")
+    for seed in range(2):
+        loss(model, seed).backward()
+    if way == "trained from now on":
+        getattr(layer, name).requires_grad_()
+    else:
+        setattr(layer, name, nn.Parameter(getattr(layer, name).detach().clone()))
+    model.zero_grad()
+    reference = dense_of(model)
+    for each in (model, reference):
+        loss(each, 3).backward()
+    assert_gradients_equal(model, reference)
+
+
+def test_layers_of_the_same_values_are_not_mixed_up() -> None:
+    model = Passes([layers()[0] for _ in range(3)])
+    every = list(model.layers)
+    for used in [(0, 1), (0, 1), (0, 2), (0, 2), (0, 1), (0, 1), (2, 0), (1, 2), (1, 2)]:
+        model.layers = nn.ModuleList(every[index] for index in used)
+        for layer in every:
+            layer.zero_grad()
+        reference = dense_of(model)
+        for each in (model, reference):
+            loss(each, 1).backward()
+        assert_gradients_equal(model, reference)
+        assert all(v.grad is None for i, layer in enumerate(every) if i not in used for v in layer.vectors)

@@ -86,7 +86,7 @@ def test_a_pass_within_a_pass_ends_first_and_those_that_were_interrupted_end_wit
     assert current_pass() is None
 
 
-def test_an_owner_is_in_one_pass_at_a_time() -> None:
+def test_an_owner_ends_all_of_its_passes() -> None:
     owner, other, second = object(), object(), Pass()
     enter(owner, Pass())
     enter(other, Pass())

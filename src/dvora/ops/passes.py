@@ -30,7 +30,6 @@ def enter(owner: object, entered: Pass) -> None:
         owner: of the pass, compared by identity.
         entered: the pass.
     """
-    leave(owner)
     _running.passes.append((owner, entered))
 
 
