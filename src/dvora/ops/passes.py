@@ -23,9 +23,6 @@ _running = _Running()
 def enter(owner: object, entered: Pass) -> None:
     """Make a pass the current one of this thread.
 
-    An owner has one at a time. One that is still there was interrupted (PyTorch runs no hooks when that comes from the
-    keyboard), or has called its own model in the middle: what remains of it goes on outside of any pass.
-
     Args:
         owner: of the pass, compared by identity.
         entered: the pass.
@@ -34,7 +31,11 @@ def enter(owner: object, entered: Pass) -> None:
 
 
 def leave(owner: object) -> None:
-    """End the pass of an owner in this thread, and those within it."""
+    """End all passes of an owner in this thread, and those within them.
+
+    There is more than one where a pass was interrupted from the keyboard, since PyTorch then runs no hooks, and where
+    one has called its own model in the middle: what remains of that one goes on outside of any pass.
+    """
     for index, (of, _) in enumerate(_running.passes):
         if of is owner:
             del _running.passes[index:]
