@@ -16,8 +16,7 @@ from benchmarks.speed.steps import training_step
 from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
-from dvora.tuner.layers.layer import asked_first, layers_in
-from dvora.weight.factor_pass import FactorPass
+from dvora.tuner.layers.layer import layers_in
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
 """in_features, out_features."""
@@ -106,15 +105,19 @@ def frozen_layer(in_features: int, out_features: int) -> nn.Linear:
 
 
 def norm_step(model: nn.Module) -> Step:
-    """The gains of all adapted layers and the gradients of their vectors: what does not depend on the tokens."""
-    layers, together = layers_in(model), FactorPass(asked_first)
-    weights = [layer.adapted(name) for layer in layers for name in layer.active_adapters]
+    """The gains of all adapted layers and the gradients of their vectors: what does not depend on the tokens.
+
+    Args:
+        model: which has run forward with gradients, so that its layers are known.
+    """
+    weights = [layer.adapted(name) for layer in layers_in(model) for name in layer.active_adapters]
     vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    (together,) = {hook.__self__ for hook in model.base_model.model._forward_pre_hooks.values()}
 
     def step() -> object:
         # As an optimizer's step does: nothing of the last step may be used again.
         torch.autograd.graph.increment_version(vectors)
-        together.begin(model)
+        together.begin()
         together.end()
         factors = [weight.kept.stacked.packed.trained for weight in weights]
         return torch.autograd.grad(factors, vectors, [torch.ones_like(each) for each in factors], allow_unused=True)

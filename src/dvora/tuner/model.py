@@ -25,7 +25,7 @@ from .config import DVoRAConfig, own_config
 from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
 from .injecting.inject import PreparedTarget, add_adapter
 from .injecting.targets import find_targets, matches, names_found, wrap
-from .layers.layer import DVoRALayer, asked_first, check_unmerged, layers_in, layers_of
+from .layers.layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .layers.mixed_rows import in_progress
 from .layers.opaque_weight import keep_differentiable
 from .merging import merge_model, merging, unmerge_before_adding, unmerge_model
@@ -99,7 +99,7 @@ class DVoRAModel(BaseTuner):
         warn_of_rows_left_alone(layers_of(model, adapter_name), adapter_name)
         for module in model.modules():
             keep_differentiable(module)
-        add_factor_pass(model, asked_first)
+        add_factor_pass(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.

@@ -7,13 +7,13 @@ Left to the layers themselves are weights that are trained, sharded or not in me
 or gathers (DTensor, FSDP, ZeRO-3).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..engines.fsdp2 import may_be_gathered
+from ..engines.tensor_parallel import is_dtensor
 from ..engines.zero3 import is_in_memory, is_partitioned
 from ..method.functional import Vectors
 from ..method.gain import StackedFactors, row_factors
@@ -24,31 +24,22 @@ from .adapted_weight import AdaptedWeight
 from .factors import Asked, EvaluatedEntry, StackedEntry
 from .tensor_state import SameTensor
 
-Find = Callable[[nn.Module], "list[Asked]"]
-"""What the layers of a model will ask for in its first pass."""
-
 
 class FactorPass:
-    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward.
+    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward."""
 
-    Args:
-        find: finds the layers of the first pass; later ones know them from the pass before. So a run that goes on from
-            a checkpoint computes the same bits as one that was not interrupted. None: the first pass makes nothing.
-    """
-
-    def __init__(self, find: Find | None = None) -> None:
-        self._find = find
+    def __init__(self) -> None:
         self._last: dict[bool, Pass] = {}
         self._compared: tuple[list[EvaluatedEntry], Tensor] | None = None
 
-    def begin(self, model: nn.Module, *_: object) -> None:
+    def begin(self, *_: object) -> None:
         """Enter a pass, in this thread, and make the factors for it."""
         if is_traced():
             return
         recorded = grad_recorded()
         last, begun = self._last.get(recorded), Pass()
         self._last[recorded] = begun
-        asked = list(last.asked.values()) if last is not None else self._find(model) if recorded and self._find else []
+        asked = [] if last is None else list(last.asked.values())
         layers = [layer for each in asked if (layer := _alive(each)) is not None]
         trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
         _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
@@ -76,14 +67,14 @@ class FactorPass:
             for entry in entries:
                 entry.compared_in = begun
 
-    def __reduce__(self) -> "tuple[type[FactorPass], tuple[Find | None]]":
-        return FactorPass, (self._find,)
+    def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
+        return FactorPass, ()
 
 
-def add_factor_pass(model: nn.Module, find: Find | None = None) -> None:
+def add_factor_pass(model: nn.Module) -> None:
     """Make the factors of a model's layers together from now on; once is enough."""
     if not _own_hooks(model):
-        factors = FactorPass(find)
+        factors = FactorPass()
         model.register_forward_pre_hook(factors.begin)
         model.register_forward_hook(factors.end, always_call=True)
 
@@ -113,6 +104,7 @@ class _Layer(NamedTuple):
         sizes = (adapted.out_features, adapted.out_features, adapted.rank)
         return (
             adapted.shard is None
+            and not is_dtensor(self.weight)
             and (self.weight is None or (is_in_memory(self.weight) and not self.weight.requires_grad))
             and all(
                 type(vector) is nn.Parameter and vector.shape == (size,) and vector.device == adapted.w.device

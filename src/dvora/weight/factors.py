@@ -104,7 +104,7 @@ class StackedEntry:
     """
 
     __slots__ = (
-        "_addresses",
+        "_places",
         "_trained",
         "_vectors",
         "_versions",
@@ -129,7 +129,7 @@ class StackedEntry:
         self._vectors, self._weight = vectors, weight
         m, b, d = vectors
         self._versions = m._version, b._version, d._version
-        self._addresses = m.data_ptr(), b.data_ptr(), d.data_ptr()
+        self._places = [_place(vector) for vector in vectors]
         self._trained = m.requires_grad, b.requires_grad, d.requires_grad
 
     def renewed(self, made_for: Pass) -> "StackedEntry":
@@ -158,13 +158,18 @@ class StackedEntry:
             m is known_m
             and b is known_b
             and d is known_d
-            and (m.data_ptr(), b.data_ptr(), d.data_ptr()) == self._addresses
+            and [_place(m), _place(b), _place(d)] == self._places
             and (m.requires_grad, b.requires_grad, d.requires_grad) == self._trained
             and adapted.w is self.norm.w
             and adapted.C is self.norm.C
             and _is_of(self._weight, weight)
             and (weight is None or not weight.requires_grad)
         )
+
+
+def _place(vector: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
+    """Where its values are: `tensor.data` may be assigned without another version."""
+    return vector.data_ptr(), vector.stride(), vector.dtype
 
 
 class EvaluatedEntry:

@@ -16,7 +16,6 @@ from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
 from ...ops.tracing import is_traced
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.factors import Asked
 from ...weight.linear import Update
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
@@ -279,17 +278,6 @@ def layers_in(model: nn.Module) -> list[DVoRALayer]:
 def layers_of(model: nn.Module, adapter_name: str) -> list[DVoRALayer]:
     """The layers of a model that have an adapter."""
     return [layer for layer in layers_in(model) if adapter_name in layer.dvora_adapted]
-
-
-def asked_first(model: nn.Module) -> list[Asked]:
-    """What the layers of a model will ask for in their first pass, for the factors of all of them (`FactorPass`)."""
-    found = []
-    for layer in layers_in(model):
-        if layer.layer_type.low_rank is not None and not (layer.disable_adapters or layer.merged):
-            weight = weight_in_memory(layer.base_layer, layer.parameter_name) if layer.layer_type.has_weight else None
-            names = [name for name in layer.active_adapters if name in layer.dvora_adapted]
-            found += [Asked.of(layer.adapted(name), layer.vectors(name), weight) for name in names]
-    return found
 
 
 def shared_projections(model: nn.Module, seed: int, distribution: str, use_triton: bool) -> SharedProjections:

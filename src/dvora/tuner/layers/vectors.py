@@ -73,7 +73,9 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
 
 def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
     """One of them, quickly; FSDP keeps its views of parameters elsewhere."""
-    vector = vectors._parameters.get(adapter_name)
+    parameters = vectors._parameters
+    # By subscription, which makes ZeRO-3 gather it.
+    vector = parameters[adapter_name] if adapter_name in parameters else None
     return vectors[adapter_name] if vector is None else vector
 
 
