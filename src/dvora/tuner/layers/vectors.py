@@ -98,7 +98,12 @@ class Strength(nn.Module):
     def number(self) -> float:
         """s, without a device synchronisation unless something else has written the tensor."""
         number, version = self._known
-        return number if version == version_of(self.value) else float(self.value)
+        if version != version_of(self.value):
+            # Before the value, since another thread may write to it meanwhile.
+            version = version_of(self.value)
+            number = float(self.value)
+            self._known = number, version
+        return number
 
     @torch.no_grad()
     def set(self, number: float) -> None:
