@@ -71,7 +71,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def unfrozen(base: nn.Module) -> nn.Module:
     """A copy whose parameters are trained; they share the base's memory, which nothing here writes to."""
-    trained = {id(p): nn.Parameter(p.detach()) for p in base.parameters()}
+    # Not `detach`, with which a step that is counted here would count as a write to the base of all others.
+    trained = {id(p): nn.Parameter(p.data) for p in base.parameters()}
     buffers = {id(buffer): buffer for buffer in base.buffers()}
     return copy.deepcopy(base, {**trained, **buffers})
 
