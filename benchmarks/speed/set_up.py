@@ -1,6 +1,6 @@
 """The time before the first step: a layer's constants, a whole model; and the norm's share of every step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 
@@ -16,7 +16,8 @@ from benchmarks.speed.steps import training_step
 from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
-from dvora.tuner.layers.layer import layers_in
+from dvora.method.gain import row_factors
+from dvora.tuner.layers.layer import DVoRALayer, layers_in
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
 """in_features, out_features."""
@@ -105,22 +106,29 @@ def frozen_layer(in_features: int, out_features: int) -> nn.Linear:
 
 
 def norm_step(model: nn.Module) -> Step:
-    """The gains of all adapted layers and the gradients of their vectors: what does not depend on the tokens.
+    """The gains of all adapted layers and the gradients of their vectors: what does not depend on the tokens."""
+    stacks: dict[tuple[int, int], list[DVoRALayer]] = {}
+    for layer in layers_in(model):
+        stacks.setdefault((layer.out_features, layer.in_features), []).append(layer)
+    parts = [_gains(layers) for layers in stacks.values()]
 
-    Args:
-        model: which has run forward with gradients, so that its layers are known.
-    """
-    weights = [layer.adapted(name) for layer in layers_in(model) for name in layer.active_adapters]
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    (together,) = {hook.__self__ for hook in model.base_model.model._forward_pre_hooks.values()}
+    def step() -> None:
+        for part in parts:
+            part()
+
+    return step
+
+
+def _gains(layers: Sequence[DVoRALayer]) -> Callable[[], object]:
+    """Those of layers of one shape, which models make together."""
+    (name,) = layers[0].active_adapters
+    vectors, adapted = [layer.vectors(name) for layer in layers], [layer.adapted(name) for layer in layers]
+    norms = [weight.norm(layer.unmerged()) for weight, layer in zip(adapted, layers, strict=True)]
+    leaves = [vector for of_layer in vectors for vector in of_layer]
 
     def step() -> object:
-        # As an optimizer's step does: nothing of the last step may be used again.
-        torch.autograd.graph.increment_version(vectors)
-        together.begin()
-        together.end()
-        factors = [weight.kept.stacked.packed.trained for weight in weights]
-        return torch.autograd.grad(factors, vectors, [torch.ones_like(each) for each in factors], allow_unused=True)
+        trained = [packed.trained for packed in row_factors(vectors, norms, adapted[0].settings).packed]
+        return torch.autograd.grad(trained, leaves, [torch.ones_like(each) for each in trained])
 
     return step
 
