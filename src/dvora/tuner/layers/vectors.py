@@ -77,7 +77,7 @@ def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
     if adapter_name not in parameters:
         return vectors[adapter_name]
     # By subscription, which makes ZeRO-3 gather it.
-    vector = parameters[adapter_name]
+    vector: Tensor | None = parameters[adapter_name]
     assert vector is not None
     return vector
 
