@@ -74,10 +74,8 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
 def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
     """One of them, quickly; FSDP keeps its views of parameters elsewhere."""
     parameters = vectors._parameters
-    if adapter_name not in parameters:
-        return vectors[adapter_name]
     # By subscription, which makes ZeRO-3 gather it.
-    vector: Tensor | None = parameters[adapter_name]
+    vector: Tensor | None = parameters[adapter_name] if adapter_name in parameters else vectors[adapter_name]
     assert vector is not None
     return vector
 
