@@ -298,9 +298,10 @@ class DenseMatrices(nn.Module):
     ) -> Float[Tensor, "*L R O"]:
         """`B^T * (G diag(lambda_d) B^T)`; q is its product with lambda_d."""
         rank, dtype, device = lambda_d.shape[-1], lambda_d.dtype, lambda_d.device
-        A, B = self._both(lambda_d, in_features, out_features)
         if rank > in_features:
+            A, B = self._both(lambda_d, in_features, out_features)
             return (A @ ((B * lambda_d.unsqueeze(-2)) @ A).mT) * B.T
+        B = self._scaled(_STREAM_B, rank, out_features, dtype, device).T
         scaled = (self.gram(rank, in_features, dtype, device) * lambda_d.unsqueeze(-2)).view(-1, rank)
         shape = (len(scaled), out_features)
         products = torch.mm(scaled, B.T, out=None if kept else out("half_dq", shape, B))

@@ -159,11 +159,9 @@ def _block_gradients(
     before: _BlockSums | None,
 ) -> tuple[Float[Tensor, "t R"], _BlockSums]:
     """The gradient of z, and the sums with those of the tokens before."""
-    (r1, n1), (r2, n2), tokens = M.left.shape, M.right.shape, len(d)
-    scaled_z = z * lambda_d
-    padded = scaled_z if M.rows == r1 * r2 else pad(scaled_z, (0, r1 * r2 - M.rows))
-    P = torch.bmm(M.left.T.expand(tokens, n1, r1), padded.reshape(tokens, r1, r2)).permute(1, 2, 0)
-    D, h = d.view(tokens, n1, n2).transpose(0, 1), _apply_transpose_block(d, M)
+    n1, n2 = M.left.shape[1], M.right.shape[1]
+    P = _half_way(z * lambda_d, M).permute(1, 2, 0)
+    D, h = d.view(len(d), n1, n2).transpose(0, 1), _apply_transpose_block(d, M)
     outputs = torch.bmm(P, D) if before is None else before.outputs.baddbmm_(P, D)
     d_lambda_d = (h * z).sum(0)
     return h * lambda_d, _BlockSums(outputs, d_lambda_d if before is None else before.lambda_d + d_lambda_d)
@@ -228,9 +226,7 @@ def columns(stack: Stack, index: Tensor) -> Float[Tensor, "*T R"]:
 
 
 def _apply_transpose_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    found = [_apply_transpose_block(x, M) for M in stack]
-    z = found[0] if len(found) == 1 else torch.cat(found, -1)
-    return as_dtype(z, x.dtype)
+    return as_dtype(_joined([_apply_transpose_block(x, M) for M in stack]), x.dtype)
 
 
 def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
@@ -245,7 +241,7 @@ def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tens
 
 
 def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
-    parts = [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
+    parts = _split(z, [M.rows for M in stack])
     blocks = [_without_diagonal(part, M) * M.diagonal for part, M in zip(parts, stack, strict=True)]
     x = sum(blocks[1:], blocks[0])
     return as_dtype(x, z.dtype)
@@ -253,16 +249,20 @@ def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T 
 
 def _without_diagonal(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
     """`z (left (x) right)`."""
-    left, right, _, rows = M
-    (r1, n1), (r2, n2) = left.shape, right.shape
-    padded = z if rows == r1 * r2 else pad(z, (0, r1 * r2 - rows))
-    wide = as_dtype(padded, left.dtype)
-    tokens = z.numel() // rows
+    n1, (r2, n2) = M.left.shape[1], M.right.shape
+    return (_half_way(z, M).view(-1, r2) @ M.right).view(*z.shape[:-1], n1 * n2)
+
+
+def _half_way(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "t n1 r2"]:
+    """`left^T z` with the values of each token as a matrix (r1, r2)."""
+    (r1, n1), r2 = M.left.shape, len(M.right)
+    padded = z if M.rows == r1 * r2 else pad(z, (0, r1 * r2 - M.rows))
+    wide = as_dtype(padded, M.left.dtype)
+    tokens = z.numel() // M.rows
+    # A plain product starts faster than a batched one.
     if tokens == 1:
-        inner = left.T @ wide.reshape(r1, r2)
-    else:
-        inner = torch.bmm(left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
-    return (inner.view(-1, r2) @ right).view(*z.shape[:-1], n1 * n2)
+        return (M.left.T @ wide.reshape(r1, r2))[None]
+    return torch.bmm(M.left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
 
 
 def chunk_tokens(tokens: int, stack: Stack) -> int:
@@ -293,14 +293,13 @@ class _Product(torch.autograd.Function):
     def forward(x: Tensor, stack: Stack, transpose: bool) -> Tensor:
         if x.is_cuda:
             return _apply_transpose_in_triton(x, stack) if transpose else _apply_in_triton(x, stack)
-        if not transpose:
-            return _apply_in_chunks(x, stack)
-        size = sum(M.rows for M in stack)
+        size = sum(M.rows for M in stack) if transpose else stack[0].diagonal.shape[0]
+        product = apply_transpose_chunk if transpose else apply_chunk
         out = x.new_empty(*x.shape[:-1], size)
         flat, results = x.reshape(-1, x.shape[-1]), out.view(-1, size)
         chunk = chunk_tokens(len(flat), stack)
         for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-            apply_transpose_chunk(part, stack, into)
+            product(part, stack, into)
         return out
 
     @staticmethod
@@ -338,16 +337,6 @@ def apply_transpose_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Ten
             torch.bmm(repeated, half, out=block.view(tokens, r1, r2))
         else:
             block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
-
-
-def _apply_in_chunks(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
-    size = stack[0].diagonal.shape[0]
-    out = z.new_empty(*z.shape[:-1], size)
-    flat, results = z.reshape(-1, z.shape[-1]), out.view(-1, size)
-    chunk = chunk_tokens(len(flat), stack)
-    for part, into in zip(flat.split(chunk), results.split(chunk), strict=True):
-        apply_chunk(part, stack, into)
-    return out
 
 
 def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
