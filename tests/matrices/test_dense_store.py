@@ -61,6 +61,8 @@ def test_an_A_as_wide_as_an_embedding_is_not_scaled_ahead_and_columns_of_it_neve
     matrices = DenseMatrices(0)
     matrices.reserve(2, dense._WIDEST + 1, 5, torch.float32)
     matrices.select(torch.tensor([3, 70]), 2, dense._WIDEST + 1, torch.float32)
+    matrices.row_squares(torch.ones(2), dense._WIDEST + 1, 5)
+    matrices.row_squares_half_gradient(torch.ones(5), torch.ones(2), dense._WIDEST + 1)
     assert [name for name in stored(matrices) if "_0_" in name] == [f"store.stream_0_2x{dense._WIDEST + 1}"]
 
 
