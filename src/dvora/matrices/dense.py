@@ -166,10 +166,8 @@ class DenseMatrices(nn.Module):
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        shard = self._shards.get(_STREAM_A)
-        total = in_features if shard is None else shard.total
-        values = self._whole(_STREAM_A, rank, total, index.device)
-        chosen = (values if shard is None else shard.of(values))[:, index]
+        total = self._total(_STREAM_A, in_features)
+        chosen = self._own(_STREAM_A, self._whole(_STREAM_A, rank, total, index.device))[:, index]
         return chosen.movedim(0, -1).to(dtype) * self._scale(total)
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "R I"]:
@@ -331,18 +329,23 @@ class DenseMatrices(nn.Module):
     def _find_scaled(
         self, stream: int, rank: int, size: int, dtype: torch.dtype, device: torch.device | None
     ) -> Float[Tensor, "R N"]:
-        shard = self._shards.get(stream)
-        total = size if shard is None else shard.total
+        total = self._total(stream, size)
         name = f"scaled_{stream}_{rank}x{total}_{str(dtype).removeprefix('torch.')}"
-        whole = self.store.kept(name, partial(self._make_whole, stream, rank, total, dtype), device)
-        return whole if shard is None else shard.of(whole)
+        return self._own(stream, self.store.kept(name, partial(self._make_whole, stream, rank, total, dtype), device))
 
     def _make_scaled(self, stream: int, rank: int, size: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
         """The same, made now."""
+        return self._own(stream, self._make_whole(stream, rank, self._total(stream, size), dtype))
+
+    def _total(self, stream: int, size: int) -> int:
+        """Of all processes together, where this one has `size`."""
         shard = self._shards.get(stream)
-        if shard is None:
-            return self._make_whole(stream, rank, size, dtype)
-        return shard.of(self._make_whole(stream, rank, shard.total, dtype))
+        return size if shard is None else shard.total
+
+    def _own(self, stream: int, whole: Float[Tensor, "R M"]) -> Float[Tensor, "R N"]:
+        """The part of this process, as a view."""
+        shard = self._shards.get(stream)
+        return whole if shard is None else shard.of(whole)
 
     def _make_whole(self, stream: int, rank: int, total: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
         scale = self._scale(total if stream == _STREAM_A else rank)

@@ -254,6 +254,12 @@ class AdaptedWeight(nn.Module):
         """What the factors of the rows depend on, besides vectors and weight."""
         return RowSettings(self.scaling, self.direction, self.detach_norm)
 
+    @property
+    def stack_key(self) -> tuple[object, ...]:
+        """What weights have in common whose row factors are made as one stack."""
+        sizes = self.out_features, self.in_features, self.rank, self.padding_column
+        return *sizes, self.settings, id(self.shared.impl), self.w.dtype, self.w.device
+
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """What the rows are rescaled with, made from the vectors."""
         packed, _ = self.packed_factors(vectors, weight)

@@ -113,11 +113,9 @@ class _Layer(NamedTuple):
             and not any(v.is_inference() or is_partitioned(v) or may_be_gathered(v) for v in self.vectors)
         )
 
-    def shape(self) -> tuple[object, ...]:
+    def stack_key(self) -> tuple[object, ...]:
         """What layers of one stack have in common."""
-        a, magnitude = self.adapted, self.vectors.magnitude
-        sizes = a.out_features, a.in_features, a.rank, a.padding_column
-        return *sizes, a.settings, id(a.shared.impl), a.w.dtype, a.w.device, magnitude.dtype
+        return *self.adapted.stack_key, self.vectors.magnitude.dtype
 
 
 def _alive(asked: object) -> _Layer | None:
@@ -139,7 +137,7 @@ def _make(layers: list[_Layer], begun: Pass) -> None:
             entry = before.renewed(begun)
         elif layer.can_be_stacked():
             weight = None if layer.weight is None else SameTensor(layer.weight)
-            entry = StackedEntry(Asked.of(*layer), layer.shape(), layer.vectors, weight, begun)
+            entry = StackedEntry(Asked.of(*layer), layer.stack_key(), layer.vectors, weight, begun)
             entry.norm = layer.adapted.norm(layer.weight)
         else:
             continue

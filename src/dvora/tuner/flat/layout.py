@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...engines.tensor_parallel import is_dtensor
 from ...method.functional import FAR, Vectors
 from ...ops.annotations import Float
+from ..adapter_folder import VECTOR_PREFIX
 from ..layers.layer import check_unmerged
 from ..restoring import on_failure, values_as_they_are
 from ..state.checked_values import check_layer_factors, check_whole
@@ -326,7 +327,7 @@ def _check_writable(own: Mapping[str, Tensor], values: Sequence[Tensor]) -> None
     """Refuse parameters that could not hold the values, and two values for one tensor."""
     written: dict[tuple[object, ...], tuple[str, Tensor]] = {}
     for (name, tensor), value in zip(own.items(), values, strict=True):
-        is_vector = ".dvora_" in name
+        is_vector = VECTOR_PREFIX in name
         if tensor.dtype != torch.float32 and (is_vector or tensor.dtype not in _NARROW):
             raise TypeError(
                 f"model: {name} is {tensor.dtype}, expected torch.float32, in which the layer keeps it unless it was "

@@ -44,7 +44,7 @@ def factors_of_layers(
     """
     stacks: dict[object, list[str]] = {}
     for name, layer in layers.items():
-        stacks.setdefault(_shape(layer, adapter_name), []).append(name)
+        stacks.setdefault(layer.adapted(adapter_name).stack_key, []).append(name)
     found: dict[str, LayerFactors] = {}
     for names in stacks.values():
         of_stack = _stack_factors([layers[name] for name in names], adapter_name, [vectors[name] for name in names])
@@ -79,10 +79,3 @@ def _norm(layer: DVoRALayer, adapter_name: str) -> FrozenNorm:
             "of the model in one process, or let each layer make its own as it runs"
         )
     return layer.adapted(adapter_name).norm(weight)
-
-
-def _shape(layer: DVoRALayer, adapter_name: str) -> tuple[object, ...]:
-    """What layers of one stack have in common."""
-    a = layer.adapted(adapter_name)
-    sizes = a.out_features, a.in_features, a.rank, a.padding_column
-    return *sizes, a.settings, id(a.shared.impl), a.w.dtype, a.w.device
