@@ -120,7 +120,7 @@ def test_many_tokens_are_taken_in_chunks(
     matrices = stack(rows, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     M, tokens = naive(matrices), 50 if size == LONG else 2000
     x, z = (randn(2, tokens // 2, n, seed=9, dtype=dtype) for n in (size, rows))
-    assert kronecker._in_chunks(x, matrices)
+    assert kronecker.in_chunks(x, matrices)
     assert kronecker.chunk_tokens(tokens, matrices) < tokens
     narrowed, widened = kronecker.apply_transpose(x, matrices), kronecker.apply(z, matrices)
     assert narrowed.dtype == widened.dtype == dtype

@@ -114,21 +114,31 @@ class DenseMatrices(nn.Module):
         B = self._scaled(_STREAM_B, rank, d.shape[-1], d.dtype, d.device)
         return _product(d if scale is None else d * as_dtype(scale, d.dtype), B.T)
 
+    def prepared_projection(
+        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """`project` for x of one width, dtype and device, without autocast and gradients; of one token it is (1, R)."""
+        transpose = self._scaled(_STREAM_A, rank, in_features, dtype, device).T
+        return lambda x: _product(x.reshape(1, -1) if x.numel() == in_features else x, transpose)
+
     def prepared_update(
         self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """The function from z (T, R) and outputs (T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
+        """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
 
         It is for z of one dtype, writes into the outputs, and is not differentiable.
         """
         inner, B = as_dtype(lambda_d, dtype), self._scaled(_STREAM_B, len(lambda_d), len(scale), dtype, scale.device)
 
-        def add(z: Float[Tensor, "T R"], onto: Float[Tensor, "T O"] | None) -> Float[Tensor, "T O"]:
+        def add(z: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None) -> Float[Tensor, "*T O"]:
             if is_few(z):
-                product = torch.mm(z * inner, B)
+                product = _product(z * inner, B)
                 return product.mul_(scale) if onto is None else onto.addcmul_(product, scale)
             both = self._scaled_twice(lambda_d, scale, dtype)
-            return torch.mm(z, both) if onto is None else onto.addmm_(z, both)
+            if onto is None:
+                return _product(z, both)
+            onto.view(-1, both.shape[1]).addmm_(z.reshape(-1, len(both)), both)
+            return onto
 
         return add
 
@@ -358,9 +368,9 @@ class DenseMatrices(nn.Module):
         return self.store.values(stream, rank, size, device)
 
 
-def is_few(z: Float[Tensor, "T R"]) -> bool:
+def is_few(z: Float[Tensor, "*T R"]) -> bool:
     """Whether tokens are scaled rather than B, and training keeps the update: of as many values as two B at most."""
-    return len(z) <= 2 * z.shape[1]
+    return z.numel() <= 2 * z.shape[-1] ** 2
 
 
 def as_autocast(tokens: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:

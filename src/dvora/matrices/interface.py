@@ -62,10 +62,15 @@ class Matrices(Protocol):
     ) -> Float[Tensor, "*T R"]:
         """`(d * scale) B`; not differentiable with a scale."""
 
+    def prepared_projection(
+        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """`project` for x of one width, dtype and device, without autocast and gradients; of one token it is (1, R)."""
+
     def prepared_update(
         self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """The function from z (T, R) and outputs (T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
+        """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
 
         It is for z of one dtype, writes into the outputs, and is not differentiable.
         """

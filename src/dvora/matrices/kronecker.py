@@ -8,7 +8,7 @@ A token of N values is an (n1, n2) matrix X, so `x M^T` is `left (X * diagonal) 
 multiply-adds instead of N R. Several such matrices, one upon the other, are a stack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, isqrt
 from typing import Any, NamedTuple
 
@@ -82,102 +82,31 @@ def apply_transpose(x: Float[Tensor, "*T N"], stack: Stack, use_triton: bool = F
         stack: M.
         use_triton: run on CUDA in the Triton kernel, for the sizes and dtypes that it takes.
     """
-    if not (_in_chunks(x, stack) or (use_triton and fits_triton(x, stack))):
+    if not (in_chunks(x, stack) or (use_triton and fits_triton(x, stack))):
         return _apply_transpose_at_once(x, stack)
     return _product(x, stack, transpose=True)
 
 
 def apply(z: Float[Tensor, "*T R"], stack: Stack, use_triton: bool = False) -> Float[Tensor, "*T N"]:
     """`z M`, in the dtype of `z`; nothing of `z` is saved for the backward pass. Arguments as for `apply_transpose`."""
-    if not (_in_chunks(z, stack) or (use_triton and fits_triton(z, stack))):
+    if not (in_chunks(z, stack) or (use_triton and fits_triton(z, stack))):
         return _apply_at_once(z, stack)
     return _product(z, stack, transpose=False)
 
 
-def add_product(
-    z: Float[Tensor, "T R"], stack: Stack, onto: Float[Tensor, "T N"] | None, use_triton: bool = False
-) -> Float[Tensor, "T N"]:
-    """`onto + z M`, written into `onto`; a new tensor in the dtype of `z` without one. Not differentiable."""
-    if onto is None:
-        return apply(z, stack, use_triton)
-    if z.is_cuda and use_triton and fits_triton(z, stack):
-        return onto.add_(_apply_in_triton(z, stack))
-    chunk = chunk_tokens(len(z), stack) if _in_chunks(z, stack) else len(z)
-    for of_z, into in zip(as_chunks(z, chunk), as_chunks(onto, chunk), strict=True):
-        for M, block in zip(stack, _split(of_z, [M.rows for M in stack]), strict=True):
-            into.addcmul_(_without_diagonal(block, M), M.diagonal)
-    return onto
+def prepared_apply_transpose(stack: Stack, use_triton: bool = False) -> Callable[[Tensor], Tensor]:
+    """`apply_transpose` with a stack, not differentiable; quick for one token, whose product is (1, R)."""
+    left, right, diagonal, rows = stack[0]
+    (r1, n1), (r2, n2), transpose = left.shape, right.shape, right.T
+    whole = rows == r1 * r2
 
+    def product(x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
+        if x.numel() != n1 * n2 or len(stack) > 1:
+            return apply_transpose(x, stack, use_triton)
+        found = left.mm((x * diagonal).view(n1, n2).mm(transpose)).view(1, -1)
+        return as_dtype(found if whole else found[:, :rows], x.dtype)
 
-def scaled_gradients(
-    d: Float[Tensor, "T N"],
-    z: Float[Tensor, "T R"],
-    lambda_d: Float[Tensor, "R"],
-    scale: Float[Tensor, "N"],
-    stack: Stack,
-    d_scale: Float[Tensor, "N"],
-) -> tuple[Float[Tensor, "T R"], Float[Tensor, "R"]]:
-    """The gradients of `(d * ((z * lambda_d) M * scale)).sum()` with respect to z and lambda_d.
-
-    That of the scale is written into `d_scale`. It comes from the product half-way: with `P = left^T (z lambda_d)`, a
-    matrix (n1, r2) for each token, and the tokens of d as matrices D (n1, n2), it is
-    `diagonal * sum_k2 right (sum_t P D)`, so that no (T, N) tensor is made.
-
-    Args:
-        d: in the dtype of `z`.
-        stack: M, in float32 or wider.
-    """
-    wide, chunk = stack[0].left.dtype, chunk_tokens(len(d), stack)
-    inner, scaled_stack, rows = as_dtype(lambda_d, wide), scaled(stack, scale), [M.rows for M in stack]
-    d_z: list[Tensor] = []
-    sums: list[_BlockSums] = []
-    for of_d, of_z in zip(as_chunks(d, chunk), as_chunks(z, chunk), strict=True):
-        of_d, of_z = as_dtype(of_d, wide), as_dtype(of_z, wide)
-        before: Sequence[_BlockSums | None] = sums or [None] * len(stack)
-        blocks = zip(scaled_stack, _split(of_z, rows), _split(inner, rows), before, strict=True)
-        found = [_block_gradients(of_d, *block) for block in blocks]
-        sums = [of_block for _, of_block in found]
-        d_z.append(as_dtype(_joined([of_block for of_block, _ in found]), z.dtype))
-    for index, (total, M) in enumerate(zip(sums, stack, strict=True)):
-        outputs = total.outputs.mul_(M.right).sum(1).flatten()
-        d_scale.addcmul_(outputs, M.diagonal) if index else torch.mul(outputs, M.diagonal, out=d_scale)
-    return d_z[0] if len(d_z) == 1 else torch.cat(d_z), _joined([total.lambda_d for total in sums])
-
-
-class _BlockSums(NamedTuple):
-    """Sums over tokens, for one matrix of a stack."""
-
-    outputs: Float[Tensor, "n1 r2 n2"]
-    lambda_d: Float[Tensor, "R"]
-
-
-def _block_gradients(
-    d: Float[Tensor, "t N"],
-    M: Kronecker,
-    z: Float[Tensor, "t R"],
-    lambda_d: Float[Tensor, "R"],
-    before: _BlockSums | None,
-) -> tuple[Float[Tensor, "t R"], _BlockSums]:
-    """The gradient of z, and the sums with those of the tokens before."""
-    n1, n2 = M.left.shape[1], M.right.shape[1]
-    P = _half_way(z * lambda_d, M).permute(1, 2, 0)
-    D, h = d.view(len(d), n1, n2).transpose(0, 1), _apply_transpose_block(d, M)
-    outputs = torch.bmm(P, D) if before is None else before.outputs.baddbmm_(P, D)
-    d_lambda_d = (h * z).sum(0)
-    return h * lambda_d, _BlockSums(outputs, d_lambda_d if before is None else before.lambda_d + d_lambda_d)
-
-
-def as_chunks(tokens: Tensor, size: int) -> Sequence[Tensor]:
-    """Chunks of tokens; the tensor itself where that is all."""
-    return [tokens] if len(tokens) <= size else tokens.split(size)
-
-
-def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return [values] if len(sizes) == 1 else values.split(sizes, -1)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return product
 
 
 def fits_triton(x: Tensor, stack: Stack) -> bool:
@@ -225,11 +154,22 @@ def columns(stack: Stack, index: Tensor) -> Float[Tensor, "*T R"]:
     return torch.cat(found, -1)
 
 
+def split_ranks(z: Float[Tensor, "*T R"], stack: Stack) -> Sequence[Tensor]:
+    """The values of each matrix of a stack."""
+    return [z] if len(stack) == 1 else z.split([M.rows for M in stack], -1)
+
+
+def joined_ranks(parts: list[Tensor]) -> Float[Tensor, "*T R"]:
+    """Those of all matrices."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def _apply_transpose_at_once(x: Float[Tensor, "*T N"], stack: Stack) -> Float[Tensor, "*T R"]:
-    return as_dtype(_joined([_apply_transpose_block(x, M) for M in stack]), x.dtype)
+    return as_dtype(joined_ranks([apply_transpose_block(x, M) for M in stack]), x.dtype)
 
 
-def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
+def apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tensor, "*T R"]:
+    """`x M^T` for one matrix of a stack, in the wider dtype."""
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
     inner = (x * diagonal).reshape(-1, n2) @ right.T
@@ -241,20 +181,20 @@ def _apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tens
 
 
 def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
-    parts = _split(z, [M.rows for M in stack])
-    blocks = [_without_diagonal(part, M) * M.diagonal for part, M in zip(parts, stack, strict=True)]
+    parts = split_ranks(z, stack)
+    blocks = [without_diagonal(part, M) * M.diagonal for part, M in zip(parts, stack, strict=True)]
     x = sum(blocks[1:], blocks[0])
     return as_dtype(x, z.dtype)
 
 
-def _without_diagonal(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
+def without_diagonal(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
     """`z (left (x) right)`."""
     n1, (r2, n2) = M.left.shape[1], M.right.shape
-    return (_half_way(z, M).view(-1, r2) @ M.right).view(*z.shape[:-1], n1 * n2)
+    return (half_way(z, M).view(-1, r2) @ M.right).view(*z.shape[:-1], n1 * n2)
 
 
-def _half_way(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "t n1 r2"]:
-    """`left^T z` with the values of each token as a matrix (r1, r2)."""
+def half_way(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "t n1 r2"]:
+    """`left^T z`, with the values of each token as a matrix (r1, r2)."""
     (r1, n1), r2 = M.left.shape, len(M.right)
     padded = z if M.rows == r1 * r2 else pad(z, (0, r1 * r2 - M.rows))
     wide = as_dtype(padded, M.left.dtype)
@@ -272,7 +212,8 @@ def chunk_tokens(tokens: int, stack: Stack) -> int:
     return max(1, ceil(tokens / max(1, ceil(tokens / most))))
 
 
-def _in_chunks(x: Tensor, stack: Stack) -> bool:
+def in_chunks(x: Tensor, stack: Stack) -> bool:
+    """Whether a product is made by chunks of tokens, in reused buffers."""
     if not x.is_cpu or torch.compiler.is_compiling() or is_batched(x):
         return False
     return x.numel() // x.shape[-1] * stack[0].diagonal.shape[0] > _FEW_VALUES
@@ -292,7 +233,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, stack: Stack, transpose: bool) -> Tensor:
         if x.is_cuda:
-            return _apply_transpose_in_triton(x, stack) if transpose else _apply_in_triton(x, stack)
+            return _apply_transpose_in_triton(x, stack) if transpose else apply_in_triton(x, stack)
         size = sum(M.rows for M in stack) if transpose else stack[0].diagonal.shape[0]
         product = apply_transpose_chunk if transpose else apply_chunk
         out = x.new_empty(*x.shape[:-1], size)
@@ -368,7 +309,8 @@ def _apply_transpose_in_triton(x: Float[Tensor, "*T N"], stack: Stack) -> Float[
     return torch.cat(found, 1).view(*x.shape[:-1], -1)
 
 
-def _apply_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+def apply_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T N"]:
+    """`z M` by the Triton kernel."""
     from ..ops.triton.kronecker import kronecker
 
     parts = z.reshape(-1, z.shape[-1]).split([M.rows for M in stack], 1)

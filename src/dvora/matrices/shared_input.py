@@ -11,12 +11,58 @@ product.
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.passes import current_pass
+from ..ops.passes import Pass, current_pass
 from ..ops.tracing import is_traced
+
+
+class PassProjection(NamedTuple):
+    """The last projection in a pass of a model without gradients and autocast, on the CPU."""
+
+    x: "weakref.ref[Tensor]"
+    version: int
+    address: int
+    rank: int
+    matrices: object
+    """With A, compared by identity."""
+    readers: list[object]
+    z: Tensor
+
+
+def projected_in_pass(
+    x: Tensor, rank: int, matrices: object, reader: object, project: Callable[[Tensor], Tensor], running: Pass
+) -> Tensor:
+    """`project(x)` as from a `ProjectionCache`, which asks much more than is needed here.
+
+    Args:
+        x: inputs, on the CPU.
+        rank: number of rows of A.
+        matrices: with A.
+        reader: the calling layer.
+        project: the product with A^T, without gradients and autocast.
+        running: the pass.
+    """
+    last: PassProjection | None = running.projected
+    if (
+        last is not None
+        and last.x() is x
+        and last.version == x._version
+        and last.address == x.data_ptr()
+        and last.rank == rank
+        and last.matrices is matrices
+        and reader not in last.readers
+    ):
+        last.readers.append(reader)
+        return last.z
+    z = project(x)
+    # Inference tensors have no version: always stale.
+    if not x.is_inference():
+        running.projected = PassProjection(weakref.ref(x), x._version, x.data_ptr(), rank, matrices, [reader], z)
+    return z
 
 
 class ProjectionCache:

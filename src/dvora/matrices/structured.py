@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype, norm_dtype
 from ..ops.tracing import is_traced
-from . import kronecker, philox, structured_norms
+from . import kronecker, philox, structured_norms, structured_update
 from .kronecker import Kronecker, Stack, apply, apply_transpose
 from .shard import Shard
 
@@ -92,17 +92,25 @@ class StructuredMatrices(nn.Module):
         stack = self._stack_for(d, "B", rank, d.shape[-1])
         return apply_transpose(d, stack if scale is None else kronecker.scaled(stack, scale), self.use_triton)
 
+    def prepared_projection(
+        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """`project` for x of one width, dtype and device, without autocast and gradients; of one token it is (1, R)."""
+        stack = self._stack_for(torch.empty(0, dtype=dtype, device=device), "A", rank, in_features)
+        return kronecker.prepared_apply_transpose(stack, self.use_triton)
+
     def prepared_update(
         self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """The function from z (T, R) and outputs (T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
+        """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
 
         It is for z of one dtype, writes into the outputs, and is not differentiable.
         """
         like = scale.new_empty(0, dtype=dtype)
         stack = kronecker.scaled(self._stack_for(like, "B", len(lambda_d), len(scale)), scale)
         inner = as_dtype(lambda_d, dtype)
-        return lambda z, onto: kronecker.add_product(z * inner, stack, onto, self.use_triton)
+        add = structured_update.prepared_add_product(stack, self.use_triton)
+        return lambda z, onto: add(z * inner, onto)
 
     def update_gradients(
         self,
@@ -117,7 +125,7 @@ class StructuredMatrices(nn.Module):
         That with respect to the scale is written into `d_scale`.
         """
         stack = self._stack("B", len(lambda_d), len(scale), norm_dtype(d.dtype), d.device)
-        return kronecker.scaled_gradients(d, z, lambda_d, scale, stack, d_scale)
+        return structured_update.scaled_gradients(d, z, lambda_d, scale, stack, d_scale)
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         """`onehot(index) A^T`: columns of A by index, without reading the others."""

@@ -1,6 +1,7 @@
 """Which forward pass of a model a thread is in."""
 
 import threading
+from typing import Any
 
 
 class Pass:
@@ -9,6 +10,8 @@ class Pass:
     def __init__(self) -> None:
         self.asked: dict[int, object] = {}
         """What layers have asked for in it."""
+        self.projected: Any = None
+        """The last projection of an input, without gradients."""
 
 
 class _Running(threading.local):
@@ -38,6 +41,8 @@ def leave(owner: object) -> None:
     """
     for index, (of, _) in enumerate(_running.passes):
         if of is owner:
+            for _, left in _running.passes[index:]:
+                left.projected = None
             del _running.passes[index:]
             return
 

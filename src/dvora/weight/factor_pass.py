@@ -7,6 +7,8 @@ Left to the layers themselves are weights that are trained, sharded or not in me
 or gathers (DTensor, FSDP, ZeRO-3).
 """
 
+import operator
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from ..ops.passes import Pass, enter, leave
 from ..ops.tracing import grad_recorded, is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import Asked, EvaluatedEntry, StackedEntry
-from .tensor_state import SameTensor
+from .tensor_state import same_or_none
 
 
 class FactorPass:
@@ -30,7 +32,7 @@ class FactorPass:
 
     def __init__(self) -> None:
         self._last: dict[bool, Pass] = {}
-        self._compared: tuple[list[EvaluatedEntry], Tensor] | None = None
+        self._compared: _Compared | None = None
 
     def begin(self, *_: object) -> None:
         """Enter a pass, in this thread, and make the factors for it."""
@@ -40,10 +42,11 @@ class FactorPass:
         last, begun = self._last.get(recorded), Pass()
         self._last[recorded] = begun
         asked = [] if last is None else list(last.asked.values())
-        layers = [layer for each in asked if (layer := _alive(each)) is not None]
-        trained = [recorded and any(vector.requires_grad for vector in layer.vectors) for layer in layers]
-        _make([layer for layer, is_trained in zip(layers, trained, strict=True) if is_trained], begun)
-        self._compare([layer for layer, is_trained in zip(layers, trained, strict=True) if not is_trained], begun)
+        if recorded:
+            alive = [(each, layer) for each in asked if (layer := _alive(each)) is not None]
+            _make([layer for _, layer in alive if layer.is_trained()], begun)
+            asked = [each for each, layer in alive if not layer.is_trained()]
+        self._compare(asked, begun)
         enter(self, begun)
 
     def end(self, *_: object) -> None:
@@ -51,24 +54,55 @@ class FactorPass:
         if not is_traced():
             leave(self)
 
-    def _compare(self, layers: "list[_Layer]", begun: Pass) -> None:
+    @torch.no_grad()
+    def _compare(self, asked: list[object], begun: Pass) -> None:
         """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
-        kept = [(layer.adapted.kept.evaluated, layer.vectors) for layer in layers]
-        entries: list[EvaluatedEntry] = [e for e, vectors in kept if e is not None and e.is_of_same(vectors)]
-        now = [vector.detach() for layer in layers for vector in layer.vectors]
-        if not entries or len(entries) != len(layers) or not _can_be_joined(now):
+        if not asked:
             return
-        if self._compared is None or not _are_same(self._compared[0], entries):
-            copies = [copy for entry in entries for copy in entry.copies or ()]
-            if len(copies) != len(now):
-                return
-            self._compared = entries, torch.cat(copies)
-        if torch.equal(self._compared[1], torch.cat(now)):
-            for entry in entries:
+        known = self._compared
+        if known is None or not known.is_of(asked):
+            known = self._compared = _Compared.of(asked)
+        if known is not None and known.is_unchanged():
+            for entry in known.entries:
                 entry.compared_in = begun
 
     def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
         return FactorPass, ()
+
+
+class _Compared(NamedTuple):
+    """The factors of all layers that asked in the last pass, and the values that they were made from."""
+
+    asked: list[object]
+    entries: list[EvaluatedEntry]
+    vectors: "list[weakref.ref[Tensor]]"
+    copies: Tensor
+
+    @classmethod
+    def of(cls, asked: list[object]) -> "_Compared | None":
+        """None unless all were kept, of vectors on the CPU that still exist."""
+        layers = [_alive(each) for each in asked]
+        entries, vectors, copies = list[EvaluatedEntry](), list[Tensor](), list[Tensor]()
+        for layer in layers:
+            entry: EvaluatedEntry | None = None if layer is None else layer.adapted.kept.evaluated
+            if layer is None or entry is None or entry.copies is None or not entry.is_of_same(layer.vectors):
+                return None
+            entries.append(entry)
+            vectors.extend(layer.vectors)
+            copies.extend(entry.copies)
+        if len({copy.dtype for copy in copies}) != 1:
+            return None
+        return cls(asked, entries, [weakref.ref(vector) for vector in vectors], torch.cat(copies))
+
+    def is_of(self, asked: list[object]) -> bool:
+        """Whether the same was asked."""
+        return len(asked) == len(self.asked) and all(map(operator.is_, asked, self.asked))
+
+    def is_unchanged(self) -> bool:
+        """Whether the vectors still have their values."""
+        now, dtype = [vector() for vector in self.vectors], self.copies.dtype
+        same = [vector for vector in now if vector is not None and vector.is_cpu and vector.dtype is dtype]
+        return len(same) == len(now) and torch.equal(torch.cat(same), self.copies)
 
 
 def add_factor_pass(model: nn.Module) -> None:
@@ -97,6 +131,10 @@ class _Layer(NamedTuple):
     adapted: AdaptedWeight
     vectors: Vectors
     weight: Tensor | None
+
+    def is_trained(self) -> bool:
+        """Whether some vector is."""
+        return any(vector.requires_grad for vector in self.vectors)
 
     def can_be_stacked(self) -> bool:
         """Whether nothing but training changes the vectors, and the weight is frozen, whole and in memory."""
@@ -136,7 +174,7 @@ def _make(layers: list[_Layer], begun: Pass) -> None:
         if before is not None and before.is_of(*layer):
             entry = before.renewed(begun)
         elif layer.can_be_stacked():
-            weight = None if layer.weight is None else SameTensor(layer.weight)
+            weight = same_or_none(layer.weight)
             entry = StackedEntry(Asked.of(*layer), layer.stack_key(), layer.vectors, weight, begun)
             entry.norm = layer.adapted.norm(layer.weight)
         else:
@@ -184,11 +222,3 @@ def _made_before(layers: list[_Layer]) -> StackedFactors | None:
     kinds = zip(*(layer.vectors for layer in layers), strict=True)
     now = [torch.stack(of_kind).to(values.dtype) for of_kind, values in zip(kinds, known, strict=True)]
     return first.stack if all(map(torch.equal, now, known)) else None
-
-
-def _can_be_joined(vectors: list[Tensor]) -> bool:
-    return all(vector.is_cpu for vector in vectors) and len({vector.dtype for vector in vectors}) == 1
-
-
-def _are_same(first: list[EvaluatedEntry], second: list[EvaluatedEntry]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))

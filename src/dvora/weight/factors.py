@@ -16,19 +16,20 @@ with the values that they were made from, once a pass. On other devices that wou
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..engines.tensor_parallel import local
+from ..matrices.interface import Matrices
 from ..method.functional import Vectors
 from ..method.gain import PackedFactors, StackedFactors
 from ..method.norm import FrozenNorm
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
-from .tensor_state import SameTensor, TensorVersion
+from .tensor_state import SameTensor, TensorVersion, is_same, same_or_none
 
 
 class PassFactors(NamedTuple):
@@ -37,6 +38,16 @@ class PassFactors(NamedTuple):
     packed: PackedFactors
     prepared: dict[torch.dtype, Callable[[Tensor, Tensor | None], Tensor]] | None = None
     """In evaluation: `Matrices.prepared_update` for tokens of a dtype."""
+
+    def added(self, matrices: Matrices, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The function that adds the update for tokens of a dtype, kept with factors that are kept."""
+        known = None if self.prepared is None else self.prepared.get(dtype)
+        if known is not None:
+            return known
+        add = matrices.prepared_update(self.packed.lambda_d.detach(), self.packed.trained[1].detach(), dtype)
+        if self.prepared is not None:
+            self.prepared[dtype] = add
+        return add
 
 
 class Asked(NamedTuple):
@@ -65,30 +76,22 @@ def factors_of(
         strength: s of `W + s (W' - W)`, a tensor without dimensions; None means one.
     """
     if is_traced():
-        return PassFactors(_made(adapted, vectors, weight, strength))
+        return PassFactors(_made(adapted, vectors, weight, strength)[0])
     running = current_pass()
     if grad_recorded() and any(t is not None and t.requires_grad for t in (*vectors, weight, strength)):
         # Not every optimizer's step is counted as a write.
         adapted.kept.evaluated = None
         entry = adapted.kept.stacked
         fits = entry is not None and entry.fits(adapted, vectors, weight, running)
-        _ask(running, adapted, entry.asked if fits else None, vectors, weight)
+        if running is not None and id(adapted) not in running.asked:
+            running.asked[id(adapted)] = entry.asked if fits else Asked.of(adapted, vectors, weight)
         if not fits:
-            return PassFactors(_made(adapted, vectors, weight, strength))
+            return PassFactors(_made(adapted, vectors, weight, strength)[0])
         if entry.stack.measured:
             # The graph of measured rows serves one backward pass only.
             adapted.kept.stacked = None
         return PassFactors(entry.packed if strength is None else entry.packed.weakened(strength))
-    _ask(running, adapted, None, vectors, weight)
     return _evaluated(adapted, vectors, weight, strength, running)
-
-
-def _ask(
-    running: Pass | None, adapted: AdaptedWeight, asked: Asked | None, vectors: Vectors, weight: Tensor | None
-) -> None:
-    """Note for the next pass that a layer asked for factors in this one."""
-    if running is not None and id(adapted) not in running.asked:
-        running.asked[id(adapted)] = asked or Asked.of(adapted, vectors, weight)
 
 
 class StackedEntry:
@@ -162,7 +165,7 @@ class StackedEntry:
             and (m.requires_grad, b.requires_grad, d.requires_grad) == self._trained
             and adapted.w is self.norm.w
             and adapted.C is self.norm.C
-            and _is_of(self._weight, weight)
+            and is_same(self._weight, weight)
             and (weight is None or not weight.requires_grad)
         )
 
@@ -178,23 +181,39 @@ class EvaluatedEntry:
     Made before the factors, so that what is written while they are made is noticed.
 
     Args:
+        asked: what the factors are made for.
         inputs: the vectors and the strength.
         copies: their values, on the CPU.
         weight: as stored, or None.
     """
 
-    __slots__ = ("_inputs", "_versions", "_weight", "_weight_version", "compared_in", "copies", "factors", "w")
+    __slots__ = (
+        "_inputs",
+        "_versions",
+        "_weight",
+        "_weight_version",
+        "asked",
+        "compared_in",
+        "copies",
+        "factors",
+        "plan",
+        "w",
+    )
 
     factors: PassFactors
     w: Tensor
     """The norms that they are made with."""
 
-    def __init__(self, inputs: Sequence[Tensor], copies: Sequence[Tensor] | None, weight: Tensor | None) -> None:
-        self.copies = copies
+    def __init__(
+        self, asked: Asked, inputs: Sequence[Tensor], copies: Sequence[Tensor] | None, weight: Tensor | None
+    ) -> None:
+        self.asked, self.copies = asked, copies
+        self.plan: Any = None
+        """The layer's `EvaluationPlan` with these factors."""
         self.compared_in: Pass | None = None
         """The pass in which the vectors were compared with the copies."""
         self._inputs = [SameTensor(tensor) for tensor in inputs]
-        self._weight = None if weight is None else SameTensor(weight)
+        self._weight = same_or_none(weight)
         self._weight_version = None if weight is None else TensorVersion.of(local(weight))
         # A shard is another tensor in every pass.
         self._versions = [TensorVersion.of(tensor) for tensor in inputs] if copies is None else None
@@ -220,14 +239,10 @@ class EvaluatedEntry:
         return len(vectors) == len(self._inputs) and all(map(SameTensor.is_same, self._inputs, vectors))
 
     def _has_weight(self, weight: Tensor | None) -> bool:
-        if _is_of(self._weight, weight):
+        if is_same(self._weight, weight):
             return True
         known = self._weight_version
         return weight is not None and known is not None and known.is_of(local(weight))
-
-
-def _is_of(known: SameTensor | None, tensor: Tensor | None) -> bool:
-    return known is None if tensor is None else known is not None and known.is_of(tensor)
 
 
 def _equal(tensor: Tensor, copy: Tensor) -> bool:
@@ -239,23 +254,30 @@ def _evaluated(
 ) -> PassFactors:
     inputs = vectors if strength is None else (*vectors, strength)
     entry: EvaluatedEntry | None = adapted.kept.evaluated
-    if entry is not None and entry.fits(adapted, inputs, weight, running):
-        return entry.factors
-    # Inference tensors could not be used in a later pass that trains something else.
-    with torch.inference_mode(False), torch.no_grad():
-        # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
-        copies = [tensor.detach().clone() for tensor in inputs] if all(t.is_cpu for t in inputs) else None
-        read = inputs if copies is None else copies
-        entry = EvaluatedEntry(inputs, copies, weight)
-        packed, entry.w = adapted.packed_factors(Vectors(*read[:3]), weight)
-        entry.factors = PassFactors(packed if strength is None else packed.weakened(read[-1]), {})
-    adapted.kept.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
+    if entry is None or not entry.fits(adapted, inputs, weight, running):
+        entry = _new_entry(adapted, inputs, weight)
+        adapted.kept.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
+    if running is not None:
+        running.asked.setdefault(id(adapted), entry.asked)
     return entry.factors
+
+
+# Inference tensors could not be used in a later pass that trains something else.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _new_entry(adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None) -> EvaluatedEntry:
+    # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
+    copies = [tensor.detach().clone() for tensor in inputs] if all(tensor.is_cpu for tensor in inputs) else None
+    entry = EvaluatedEntry(Asked.of(adapted, Vectors(*inputs[:3]), weight), inputs, copies, weight)
+    magnitude, lambda_b, lambda_d, *strength = inputs if copies is None else copies
+    packed, entry.w = _made(adapted, Vectors(magnitude, lambda_b, lambda_d), weight, *strength)
+    entry.factors = PassFactors(packed, {})
+    return entry
 
 
 def _made(
     adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: Tensor | None = None
-) -> PackedFactors:
-    """The factors of one layer, made now."""
-    packed, _ = adapted.packed_factors(vectors, weight)
-    return packed if strength is None else packed.weakened(strength)
+) -> tuple[PackedFactors, Tensor]:
+    """The factors of one layer, made now, and the norms that they were made with."""
+    packed, w = adapted.packed_factors(vectors, weight)
+    return packed if strength is None else packed.weakened(strength), w

@@ -22,7 +22,7 @@ product. For the backward pass y_b and z are saved, not the layer's inputs.
 Dimensions: T tokens, I in, O out, R rank; of a sharded weight, those of this process's shard.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +96,7 @@ def adapted_linear(
         return _traced(update, base_output, x, bias)
     z = project(adapted, x) if adapted.rank else None
     if not grad_recorded():
-        return _forward(update, base_output, z, bias)
+        return outputs_from(update.factors, update.matrices, base_output, z, bias)
     packed = update.factors.packed
     y: Tensor = _ThinProducts.apply(base_output, z, packed.lambda_d, packed.trained, bias, update)
     return y
@@ -175,22 +175,26 @@ def _is_plain(layer: nn.Linear) -> bool:
     )
 
 
-def _forward(
-    update: Update, base_output: Float[Tensor, "*T O"], z: Float[Tensor, "*T R"] | None, bias: Tensor | None
+def outputs_from(
+    factors: PassFactors,
+    matrices: Matrices,
+    base_output: Float[Tensor, "*T O"],
+    z: Float[Tensor, "*T R"] | None,
+    bias: Float[Tensor, "O"] | None,
 ) -> Float[Tensor, "*T O"]:
-    packed, rows = update.factors.packed, _rows(base_output)
+    """The output from that of the base and z, without gradients; arguments as for `adapted_linear`."""
+    packed, rows = factors.packed, _rows(base_output)
     gain = packed.constant[0]
     if z is None:
         return _reshaped(_rescaled(rows, packed, bias), base_output)
-    matrices = update.matrices
     if matrices.use_triton and base_output.is_cuda:
         return _reshaped(fused.outputs(rows, _rows(z), packed, matrices, bias), base_output)
-    add, offset = _added(update, z.dtype), _offset(packed, bias)
+    add, offset = factors.added(matrices, z.dtype), _offset(packed, bias)
     if rows.dtype.itemsize < 4 or rows.dtype != z.dtype:
         # In half precision a gain near one would round to one.
         y = rescaled(rows, gain, offset, as_dtype(add(_rows(z), None), rows.dtype))
     else:
-        y = add(_rows(z), _scaled_base(rows, gain, offset))
+        y = add(_rows(z), scaled_base(rows, gain, offset))
     return _reshaped(y, base_output)
 
 
@@ -205,13 +209,13 @@ def _forward_keeping(
     if rows.dtype.itemsize < 4 or rows.dtype != low.dtype:
         y = rescaled(rows, gain, offset, as_dtype(as_dtype(low * scale, low.dtype), rows.dtype))
     else:
-        y = _scaled_base(rows, gain, offset).addcmul_(low, scale)
+        y = scaled_base(rows, gain, offset).addcmul_(low, scale)
     return _reshaped(y, base_output), low
 
 
-def _scaled_base(
-    rows: Float[Tensor, "S O"], gain: Float[Tensor, "O"], offset: Float[Tensor, "O"] | None
-) -> Float[Tensor, "S O"]:
+def scaled_base(
+    rows: Float[Tensor, "*T O"], gain: Float[Tensor, "O"], offset: Float[Tensor, "O"] | None
+) -> Float[Tensor, "*T O"]:
     """`g y_b + offset`, a new tensor."""
     return rows * gain if offset is None else torch.addcmul(offset, rows, gain)
 
@@ -221,21 +225,10 @@ def _offset(packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Float[Ten
     return None if bias is None else packed.constant[1] * bias
 
 
-def _added(update: Update, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The function that adds the update for tokens of a dtype, kept with factors that are kept."""
-    kept, packed = update.factors.prepared, update.factors.packed
-    if kept is not None and (known := kept.get(dtype)) is not None:
-        return known
-    add = update.matrices.prepared_update(packed.lambda_d.detach(), packed.trained[1].detach(), dtype)
-    if kept is not None:
-        kept[dtype] = add
-    return add
-
-
 def _rescaled(rows: Float[Tensor, "S O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Tensor:
     """`g rows - (g - 1) bias`: outputs without an update, and gradients of the base's outputs."""
     gain, offset = packed.constant[0], _offset(packed, bias)
-    return rescaled(rows, gain, offset) if rows.dtype.itemsize < 4 else _scaled_base(rows, gain, offset)
+    return rescaled(rows, gain, offset) if rows.dtype.itemsize < 4 else scaled_base(rows, gain, offset)
 
 
 class _ThinProducts(torch.autograd.Function):
@@ -255,7 +248,7 @@ class _ThinProducts(torch.autograd.Function):
         if z is not None and keeps_update(z, update.matrices):
             y, low = _forward_keeping(update, base_output, z, bias)
         else:
-            y = _forward(update, base_output, z, bias)
+            y = outputs_from(update.factors, update.matrices, base_output, z, bias)
         ctx.save_for_backward(base_output, z, lambda_d, trained, bias, low)
         return y
 

@@ -96,6 +96,16 @@ class SameTensor:
         )
 
 
+def same_or_none(tensor: Tensor | None) -> SameTensor | None:
+    """None for None."""
+    return None if tensor is None else SameTensor(tensor)
+
+
+def is_same(known: SameTensor | None, tensor: Tensor | None) -> bool:
+    """Whether it is the known tensor, unchanged; None is none."""
+    return known is None if tensor is None else known is not None and known.is_of(tensor)
+
+
 def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
     """Count an optimizer's step as a write: fused optimizers, and those of other packages, do not."""
     if not torch.compiler.is_compiling():

@@ -14,12 +14,16 @@ from ...engines.zero3 import is_in_memory, weight_in_memory
 from ...matrices.interface import SharedProjections, checked_distribution
 from ...method.functional import Vectors, row_norm
 from ...ops.annotations import Float
-from ...ops.tracing import is_traced
+from ...ops.passes import Pass, current_pass
+from ...ops.tracing import grad_recorded, is_traced
 from ...weight.adapted_weight import AdaptedWeight
+from ...weight.factors import EvaluatedEntry
 from ...weight.linear import Update
+from ...weight.plan import EvaluationPlan, Operands
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
+from .low_rank import linear
 from .mergeable import MergeableLayer, Merges
 from .mixed_rows import check_rows, mixed_outputs
 from .opaque_weight import device_of, input_dtype, keep_differentiable
@@ -164,6 +168,9 @@ class DVoRALayer(nn.Module, MergeableLayer):
             return mixed_outputs(
                 x, self.base_layer(x), () if self.disable_adapters else adapter_names, self._adapt_rows
             )
+        running = None if torch.compiler.is_compiling() or grad_recorded() else current_pass()
+        if running is not None and (plan := self._plan(x, running)) is not None:
+            return plan.outputs(x, self.base_layer, running)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.serves_merged():
@@ -171,7 +178,11 @@ class DVoRALayer(nn.Module, MergeableLayer):
             return base_output
         adapters = self._active(self.active_adapters)
         outputs = updated_outputs(self.base_layer, x, adapters)
-        return self._adapted(x, self.base_layer(x), adapters) if outputs is None else outputs
+        if outputs is None:
+            outputs = self._adapted(x, self.base_layer(x), adapters)
+        if running is not None:
+            self._plan_for_next(x, adapters, running)
+        return outputs
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -193,6 +204,48 @@ class DVoRALayer(nn.Module, MergeableLayer):
                 update = Update.of(adapted, vectors, weight, None if is_whole else strength.value)
                 active.append(ActiveAdapter(update, self.dvora_dropout[name], is_whole))
         return active
+
+    def _plan(self, x: Tensor, running: Pass) -> EvaluationPlan | None:
+        """What was planned in an earlier pass, if the layer would still do the same in this one."""
+        names = self._active_adapter
+        # Not as attributes, which modules take as long to look up as a small product takes.
+        modules: Any = self._modules
+        if len(names) != 1 or self._disable_adapters or self.merges.last is not None:
+            return None
+        adapted = modules["dvora_adapted"]._modules.get(names[0])
+        entry = None if adapted is None else adapted.kept.evaluated
+        plan: EvaluationPlan | None = None if entry is None else entry.plan
+        if plan is None or modules["dvora_dropout"]._modules[names[0]].training:
+            return None
+        operands = self._operands(names[0])
+        return plan if operands is not None and plan.serves(operands, x, running) else None
+
+    def _operands(self, name: str) -> Operands | None:
+        """The tensors that the outputs of one adapter depend on; None unless they are where modules keep their own."""
+        modules: Any = self._modules
+        magnitude, lambda_b, lambda_d = (
+            modules["dvora_magnitude"]._parameters.get(name),
+            modules["dvora_lambda_b"]._parameters.get(name),
+            modules["dvora_lambda_d"]._parameters.get(name),
+        )
+        if magnitude is None or lambda_b is None or lambda_d is None:
+            return None
+        strength, base = modules["dvora_strength"]._modules[name]._buffers["value"], modules["base_layer"]._parameters
+        return Operands(magnitude, lambda_b, lambda_d, strength, base.get(self.parameter_name), base.get("bias"))
+
+    def _plan_for_next(self, x: Tensor, adapters: Sequence[ActiveAdapter], running: Pass) -> None:
+        """Make a plan for later passes, where nothing but tensors in memory decides what the layer does."""
+        parameters = self.base_layer._parameters
+        if len(adapters) != 1 or self.layer_type.low_rank is not linear or "bias" not in parameters:
+            return
+        name = next(name for name in self.active_adapters if name in self.dvora_adapted)
+        adapted, operands = adapters[0].update.adapted, self._operands(name)
+        entry: EvaluatedEntry | None = adapted.kept.evaluated
+        if entry is None or operands is None or not adapted.rank or adapted.shard is not None:
+            return
+        if all(tensor is None or tensor.device == adapted.w.device for tensor in operands[-2:]):
+            plan = EvaluationPlan(adapted, entry, operands, x)
+            plan.keep(adapted, cast(Strength, self.dvora_strength[name]).number == 1, operands, running)
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)

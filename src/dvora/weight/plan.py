@@ -1,0 +1,108 @@
+"""A linear layer in evaluation with all that it needs at hand: for one token, finding it takes longer than using it.
+
+A layer makes a plan in one pass of a model and follows it in later ones, while all tensors that outputs depend on are
+the same: by identity, address and version, and vectors on the CPU also by value, once a pass (`factors`).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..matrices.shared_input import projected_in_pass
+from ..ops.annotations import Float
+from ..ops.passes import Pass
+from .adapted_weight import AdaptedWeight
+from .factors import EvaluatedEntry
+from .linear import outputs_from, scaled_base
+from .tensor_state import is_same, same_or_none
+
+
+class Operands(NamedTuple):
+    """The tensors of a layer that its outputs depend on, besides its inputs."""
+
+    magnitude: Tensor
+    lambda_b: Tensor
+    lambda_d: Tensor
+    strength: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class EvaluationPlan:
+    """What one adapter does to the outputs of one layer in evaluation, while nothing changes.
+
+    Args:
+        adapted: the frozen side of a whole weight in memory.
+        entry: its factors.
+        operands: as they are now.
+        x: inputs; the plan is for others of their width, dtype and device.
+    """
+
+    __slots__ = (
+        "_adapted",
+        "_add",
+        "_dtype",
+        "_entry",
+        "_gain",
+        "_is_wide",
+        "_matrices",
+        "_on_cpu",
+        "_operands",
+        "_opposite",
+        "_project",
+        "_rank",
+        "_shared",
+    )
+
+    def __init__(
+        self, adapted: AdaptedWeight, entry: EvaluatedEntry, operands: Operands, x: Float[Tensor, "*T I"]
+    ) -> None:
+        self._operands = [same_or_none(tensor) for tensor in operands]
+        # By its identity, since it keeps the plan.
+        self._adapted, self._entry = id(adapted), entry
+        self._matrices, self._shared, self._rank = adapted.matrices, adapted.shared, adapted.rank
+        self._dtype, self._is_wide, self._on_cpu = x.dtype, x.dtype.itemsize >= 4, x.is_cpu
+        self._project = self._matrices.prepared_projection(adapted.rank, x.shape[-1], x.dtype, x.device)
+        self._add = entry.factors.added(self._matrices, x.dtype)
+        self._gain, self._opposite, _ = entry.factors.packed.constant
+
+    def keep(self, adapted: AdaptedWeight, is_whole: bool, operands: Operands, running: Pass) -> None:
+        """Keep the plan with its factors, unless they have changed before the operands were looked at.
+
+        Args:
+            adapted, operands: as before.
+            is_whole: whether the factors are those of a strength of one.
+            running: the pass.
+        """
+        inputs = operands[:3] if is_whole else operands[:4]
+        if adapted.small_rows(operands.bias) is None and self._entry.fits(adapted, inputs, operands.weight, running):
+            self._entry.plan = self
+
+    def serves(self, operands: Operands, x: Tensor, running: Pass) -> bool:
+        """Whether the layer's outputs are still those of the plan, in a pass without gradients.
+
+        This runs for every layer and token, when nothing of it is in the processor's cache: it calls little.
+        """
+        entry = self._entry
+        return (
+            (entry.compared_in is running or entry.copies is None)
+            and all(map(is_same, self._operands, operands))
+            and x.dtype is self._dtype
+            and not torch._C._is_any_autocast_enabled()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def outputs(self, x: Float[Tensor, "*T I"], base_layer: nn.Module, running: Pass) -> Float[Tensor, "*T O"]:
+        """The layer's outputs, in a pass that the plan serves."""
+        base_output: Tensor = base_layer(x)
+        running.asked[self._adapted] = self._entry.asked
+        if self._on_cpu and self._shared.share_inputs:
+            z = projected_in_pass(x, self._rank, self._matrices, self._adapted, self._project, running)
+        else:
+            z = self._shared.project_once(x, self._rank, self._adapted)
+        bias = base_layer._parameters["bias"]
+        if not self._is_wide or base_output.dtype is not self._dtype or not base_output.is_contiguous():
+            return outputs_from(self._entry.factors, self._matrices, base_output, z, bias)
+        y: Tensor = self._add(z, scaled_base(base_output, self._gain, None if bias is None else self._opposite * bias))
+        return y
