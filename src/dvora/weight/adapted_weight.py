@@ -46,11 +46,12 @@ MAGNITUDE_ONLY = 0
 
 
 class KeptFactors:
-    """Factors of the last passes of a weight (`factors`); assigning attributes of a module would take longer."""
+    """Factors and plans of the last passes of a weight; assigning attributes of a module would take longer."""
 
-    __slots__ = ("evaluated", "stacked")
+    __slots__ = ("evaluated", "stacked", "training_plan")
 
     def __init__(self) -> None:
+        self.training_plan: Any = None
         self.stacked: Any = None
         """In training, made together with those of other layers."""
         self.evaluated: Any = None

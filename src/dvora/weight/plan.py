@@ -1,20 +1,26 @@
-"""A linear layer in evaluation with all that it needs at hand: for one token, finding it takes longer than using it.
+"""A linear layer with all that it needs at hand: where tokens are few, finding it takes longer than using it.
 
 A layer makes a plan in one pass of a model and follows it in later ones, while all tensors that outputs depend on are
-the same: by identity, address and version, and vectors on the CPU also by value, once a pass (`factors`).
+those of the plan, by identity, address and version. In training the vectors may change, for factors are asked for in
+every pass; in evaluation they may not, and on the CPU their values are compared too, once a pass.
 """
 
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..engines.tensor_parallel import is_dtensor
+from ..engines.zero3 import is_partitioned
 from ..matrices.shared_input import projected_in_pass
+from ..method.functional import Vectors
 from ..ops.annotations import Float
 from ..ops.passes import Pass
+from ..ops.tracing import is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import EvaluatedEntry
-from .linear import outputs_from, scaled_base
+from .linear import Update, adapted_linear, outputs_from, scaled_base, takes_updated_weight, updated_linear
 from .tensor_state import is_same, same_or_none
 
 
@@ -27,6 +33,11 @@ class Operands(NamedTuple):
     strength: Tensor
     weight: Tensor | None
     bias: Tensor | None
+
+
+def is_held(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is whole and on the device, and no engine takes it away between passes."""
+    return tensor.device == device and not is_dtensor(tensor) and not is_partitioned(tensor)
 
 
 class EvaluationPlan:
@@ -106,3 +117,39 @@ class EvaluationPlan:
             return outputs_from(self._entry.factors, self._matrices, base_output, z, bias)
         y: Tensor = self._add(z, scaled_base(base_output, self._gain, None if bias is None else self._opposite * bias))
         return y
+
+
+class TrainingPlan:
+    """What one adapter of strength one does to the outputs of one layer in training, whatever is in its vectors.
+
+    Args:
+        adapted: the frozen side of a whole weight in memory.
+        operands: as they are now.
+    """
+
+    __slots__ = ("_adapted", "_dtype", "_operands")
+
+    def __init__(self, adapted: AdaptedWeight, operands: Operands) -> None:
+        # Weakly, since it keeps the plan.
+        self._adapted, self._dtype = weakref.ref(adapted), operands.magnitude.dtype
+        self._operands = [same_or_none(tensor) for tensor in operands[3:]]
+
+    def keep(self, adapted: AdaptedWeight, is_whole: bool, operands: Operands) -> None:
+        """Keep the plan, unless the operands were changed before they were looked at; arguments as above."""
+        if is_whole and adapted.small_rows(operands.bias) is None:
+            adapted.kept.training_plan = self
+
+    def serves(self, operands: Operands) -> bool:
+        """Whether the layer's outputs are still those of the plan."""
+        same = all(map(is_same, self._operands, operands[3:])) and operands.magnitude.dtype is self._dtype
+        return same and not is_traced()
+
+    def outputs(self, operands: Operands, x: Float[Tensor, "*T I"], base_layer: nn.Module) -> Float[Tensor, "*T O"]:
+        """The layer's outputs, where the plan serves."""
+        adapted = self._adapted()
+        assert adapted is not None
+        update = Update.of(adapted, Vectors(*operands[:3]), operands.weight)
+        if takes_updated_weight(base_layer, x, update.matrices):
+            assert isinstance(base_layer, nn.Linear)
+            return updated_linear(update, base_layer, x)
+        return adapted_linear(update, base_layer(x), x, operands.bias)

@@ -19,7 +19,7 @@ from ...ops.tracing import grad_recorded, is_traced
 from ...weight.adapted_weight import AdaptedWeight
 from ...weight.factors import EvaluatedEntry
 from ...weight.linear import Update
-from ...weight.plan import EvaluationPlan, Operands
+from ...weight.plan import EvaluationPlan, Operands, TrainingPlan, is_held
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
@@ -168,9 +168,9 @@ class DVoRALayer(nn.Module, MergeableLayer):
             return mixed_outputs(
                 x, self.base_layer(x), () if self.disable_adapters else adapter_names, self._adapt_rows
             )
-        running = None if torch.compiler.is_compiling() or grad_recorded() else current_pass()
-        if running is not None and (plan := self._plan(x, running)) is not None:
-            return plan.outputs(x, self.base_layer, running)
+        running = None if torch.compiler.is_compiling() else current_pass()
+        if running is not None and (planned := self._planned(x, running)) is not None:
+            return planned
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.serves_merged():
@@ -205,20 +205,27 @@ class DVoRALayer(nn.Module, MergeableLayer):
                 active.append(ActiveAdapter(update, self.dvora_dropout[name], is_whole))
         return active
 
-    def _plan(self, x: Tensor, running: Pass) -> EvaluationPlan | None:
-        """What was planned in an earlier pass, if the layer would still do the same in this one."""
+    def _planned(self, x: Tensor, running: Pass) -> Tensor | None:
+        """The outputs by the plan of an earlier pass, if the layer would still do the same in this one."""
         names = self._active_adapter
         # Not as attributes, which modules take as long to look up as a small product takes.
         modules: Any = self._modules
         if len(names) != 1 or self._disable_adapters or self.merges.last is not None:
             return None
         adapted = modules["dvora_adapted"]._modules.get(names[0])
-        entry = None if adapted is None else adapted.kept.evaluated
-        plan: EvaluationPlan | None = None if entry is None else entry.plan
-        if plan is None or modules["dvora_dropout"]._modules[names[0]].training:
+        if adapted is None:
             return None
-        operands = self._operands(names[0])
-        return plan if operands is not None and plan.serves(operands, x, running) else None
+        recorded, kept = grad_recorded(), adapted.kept
+        entry: EvaluatedEntry | None = kept.evaluated
+        plan: Any = kept.training_plan if recorded else None if entry is None else entry.plan
+        operands = None if plan is None else self._operands(names[0])
+        dropout = modules["dvora_dropout"]._modules[names[0]]
+        if operands is None or (dropout.training and type(dropout) is not nn.Identity):
+            return None
+        base: nn.Module = modules["base_layer"]
+        if recorded:
+            return plan.outputs(operands, x, base) if plan.serves(operands) else None
+        return plan.outputs(x, base, running) if plan.serves(operands, x, running) else None
 
     def _operands(self, name: str) -> Operands | None:
         """The tensors that the outputs of one adapter depend on; None unless they are where modules keep their own."""
@@ -240,12 +247,20 @@ class DVoRALayer(nn.Module, MergeableLayer):
             return
         name = next(name for name in self.active_adapters if name in self.dvora_adapted)
         adapted, operands = adapters[0].update.adapted, self._operands(name)
-        entry: EvaluatedEntry | None = adapted.kept.evaluated
-        if entry is None or operands is None or not adapted.rank or adapted.shard is not None:
+        if operands is None or not adapted.rank or adapted.shard is not None:
             return
-        if all(tensor is None or tensor.device == adapted.w.device for tensor in operands[-2:]):
-            plan = EvaluationPlan(adapted, entry, operands, x)
-            plan.keep(adapted, cast(Strength, self.dvora_strength[name]).number == 1, operands, running)
+        if not all(tensor is None or is_held(tensor, adapted.w.device) for tensor in operands):
+            return
+        if not grad_recorded():
+            entry: EvaluatedEntry | None = adapted.kept.evaluated
+            if entry is not None:
+                plan = EvaluationPlan(adapted, entry, operands, x)
+                plan.keep(adapted, self._is_whole(name), operands, running)
+        elif self.layer_type.has_weight:
+            TrainingPlan(adapted, operands).keep(adapted, self._is_whole(name), operands)
+
+    def _is_whole(self, name: str) -> bool:
+        return cast(Strength, self.dvora_strength[name]).number == 1
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
