@@ -213,12 +213,12 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if len(names) != 1 or self._disable_adapters or self.merges.last is not None:
             return None
         adapted = modules["dvora_adapted"]._modules.get(names[0])
-        entry = None if adapted is None else adapted.kept.evaluated
+        entry: EvaluatedEntry | None = None if adapted is None else adapted.kept.evaluated
         plan: EvaluationPlan | None = None if entry is None else entry.plan
-        if plan is None or modules["dvora_dropout"]._modules[names[0]].training:
+        if entry is None or plan is None or modules["dvora_dropout"]._modules[names[0]].training:
             return None
         operands = self._operands(names[0])
-        return plan if operands is not None and plan.serves(operands, x, running) else None
+        return plan if operands is not None and plan.serves(entry, operands, x, running) else None
 
     def _operands(self, name: str) -> Operands | None:
         """The tensors that the outputs of one adapter depend on; None unless they are where modules keep their own."""
@@ -228,24 +228,26 @@ class DVoRALayer(nn.Module, MergeableLayer):
             modules["dvora_lambda_b"]._parameters.get(name),
             modules["dvora_lambda_d"]._parameters.get(name),
         )
-        if magnitude is None or lambda_b is None or lambda_d is None:
+        base = modules["base_layer"]._parameters
+        if magnitude is None or lambda_b is None or lambda_d is None or "bias" not in base:
             return None
-        strength, base = modules["dvora_strength"]._modules[name]._buffers["value"], modules["base_layer"]._parameters
-        return Operands(magnitude, lambda_b, lambda_d, strength, base.get(self.parameter_name), base.get("bias"))
+        strength = modules["dvora_strength"]._modules[name]._buffers["value"]
+        return Operands(magnitude, lambda_b, lambda_d, strength, base.get(self.parameter_name), base["bias"])
 
     def _plan_for_next(self, x: Tensor, adapters: Sequence[ActiveAdapter], running: Pass) -> None:
         """Make a plan for later passes, where nothing but tensors in memory decides what the layer does."""
-        parameters = self.base_layer._parameters
-        if len(adapters) != 1 or self.layer_type.low_rank is not linear or "bias" not in parameters:
+        if is_traced() or len(adapters) != 1 or self.layer_type.low_rank is not linear:
             return
-        name = next(name for name in self.active_adapters if name in self.dvora_adapted)
-        adapted, operands = adapters[0].update.adapted, self._operands(name)
+        adapted = adapters[0].update.adapted
+        # Not by the active names, which may have changed since.
+        name = next((name for name, own in self.dvora_adapted.items() if own is adapted), None)
+        operands = None if name is None else self._operands(name)
         entry: EvaluatedEntry | None = adapted.kept.evaluated
-        if entry is None or operands is None or not adapted.rank or adapted.shard is not None:
+        if name is None or operands is None or entry is None or not adapted.rank or adapted.shard is not None:
             return
         if all(tensor is None or tensor.device == adapted.w.device for tensor in operands[-2:]):
             plan = EvaluationPlan(adapted, entry, operands, x)
-            plan.keep(adapted, cast(Strength, self.dvora_strength[name]).number == 1, operands, running)
+            plan.keep(adapted, entry, cast(Strength, self.dvora_strength[name]).number == 1, operands, running)
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
