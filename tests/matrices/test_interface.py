@@ -5,12 +5,15 @@ import re
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dvora import SharedProjections
 from dvora.matrices.interface import DISTRIBUTIONS, FORMAT_VERSION
+from dvora.matrices.shard import Shard
 from dvora.ops.dtypes import norm_dtype
-from tests.cases import randn
+from tests.cases import DTYPES, randn
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
 # A change of any of them is a new format: raise FORMAT_VERSION.
@@ -102,6 +105,81 @@ def test_products_equal_those_with_the_dense_matrices(distribution: str, rank: i
     torch.testing.assert_close(d_z, ((d * scale) @ B) * lambda_d)
     torch.testing.assert_close(d_lambda_d, (((d * scale) @ B) * z).sum(0))
     torch.testing.assert_close(d_scale, (d * ((z * lambda_d) @ B.T)).sum(0))
+
+
+KINDS = [*DISTRIBUTIONS, "peft_vera(r=40, in=48, out=48)"]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Beside the largest sum of the absolute values that are added up."""
+
+
+def tokens_of(leading: list[int], size: int, dtype: torch.dtype, contiguous: bool) -> Tensor:
+    """Some tokens, perhaps every second value of each."""
+    if contiguous:
+        return randn(*leading, size, seed=0, dtype=dtype)
+    return randn(*leading, 2 * size, seed=0, dtype=dtype)[..., ::2]
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    rank=st.integers(1, 40),
+    size=st.integers(1, 14) | st.sampled_from([36, 48]),
+    dtype=st.sampled_from(DTYPES),
+    contiguous=st.booleans(),
+    parts=st.sampled_from([1, 2]),
+)
+@example("structured", [], 9, 4, torch.float32, True, 1)
+@example("structured", [1, 1], 9, 4, torch.bfloat16, False, 1)
+@example("structured", [1, 1], 7, 48, torch.float16, True, 1)
+@example("structured", [2], 17, 36, torch.float32, True, 2)
+def test_a_prepared_projection_is_the_projection(
+    kind: str, leading: list[int], rank: int, size: int, dtype: torch.dtype, contiguous: bool, parts: int
+) -> None:
+    impl, x = SharedProjections(5, kind).impl, tokens_of(leading, size, dtype, contiguous)
+    A = impl.A(rank, size, torch.float64)
+    if parts > 1:
+        half = Shard(size // 2, size, size)
+        impl, x, A = impl.of_shard(half, None), x[..., size // 2 :], A[:, size // 2 :]
+    project, before = impl.prepared_projection(rank, x.shape[-1], dtype, x.device), x.clone()
+    found, expected = project(x), impl.project(x, rank)
+    assert found.dtype == dtype
+    assert found.shape == ((1, rank) if x.numel() == x.shape[-1] else expected.shape)
+    assert torch.equal(project(x), found), "it serves many passes"
+    assert torch.equal(x, before)
+    for reference in (expected.double(), x.double() @ A.T):
+        difference, sizes = (found.double() - reference.reshape(found.shape)).abs(), x.double().abs() @ A.T.abs()
+        assert not found.numel() or difference.max() <= TOLERANCE[dtype] * sizes.max()
+
+
+@every_distribution
+def test_a_prepared_projection_does_not_write_to_what_it_gave(distribution: str) -> None:
+    project = SharedProjections(5, distribution).impl.prepared_projection(3, 6, torch.float32, torch.device("cpu"))
+    for tokens in (1, 4):
+        x = randn(tokens, 6, seed=0)
+        first = project(x)
+        kept = first.clone()
+        project(2 * x)
+        assert torch.equal(first, kept)
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    leading=st.lists(st.integers(1, 1), min_size=1, max_size=3),
+    rank=st.integers(1, 40),
+    out=st.integers(1, 48),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+@example("structured", [1, 1], 9, 4, torch.float32)
+def test_one_token_in_a_row_is_added_to_outputs_of_any_shape(
+    kind: str, leading: list[int], rank: int, out: int, dtype: torch.dtype
+) -> None:
+    impl = SharedProjections(5, kind).impl
+    z, onto = randn(1, rank, seed=0, dtype=dtype), randn(*leading, out, seed=1, dtype=dtype)
+    lambda_d, scale = randn(rank, seed=2, dtype=dtype), randn(out, seed=3, dtype=dtype)
+    expected = (((z * lambda_d).double() @ impl.B(rank, out, torch.float64).T) * scale)[0] + onto.double()
+    found = impl.prepared_update(lambda_d, scale, dtype)(z, onto)
+    assert found is onto
+    assert (found.double() - expected).abs().max() <= 10 * TOLERANCE[dtype] * expected.abs().max().clamp(min=1)
 
 
 @every_distribution

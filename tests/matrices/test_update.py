@@ -1,11 +1,12 @@
 """What the matrices do to outputs: the prepared update, and its gradients, against the naive formulas."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -111,6 +112,32 @@ def test_update_and_gradients_of_any_shape_and_dtype_are_the_naive_ones(
 ) -> None:
     # Updates in half precision are added elsewhere, in float32.
     Case(kind, tokens, rank, out, dtype, onto and dtype.itemsize >= 4).assert_all()
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    leading=st.lists(st.integers(1, 4), max_size=3),
+    rank=st.integers(1, 24),
+    out=st.integers(1, 24),
+    dtype=st.sampled_from(DTYPES),
+    onto=st.booleans(),
+)
+@example("dense", [2, 3], 1, 5, torch.float32, True)  # many tokens
+@example("structured", [1], 9, 4, torch.float32, True)  # one token, several blocks
+@example("structured", [1, 1], 7, 12, torch.float64, True)  # one token, and a rank that fills no r1 r2
+@example("structured", [2, 3], 23, 24, torch.bfloat16, False)
+def test_an_update_of_batches_is_that_of_all_their_tokens(
+    kind: str, leading: list[int], rank: int, out: int, dtype: torch.dtype, onto: bool
+) -> None:
+    case = Case(kind, math.prod(leading), rank, out, dtype, onto and dtype.itemsize >= 4)
+    expected, sizes = case.expected_update(), case.expected_update(sizes=True)
+    # Outputs of a vector are no row that one could be added to.
+    shape = leading if leading or case.onto is None else [1]
+    case.z = case.z.view(*shape, rank)
+    case.onto = None if case.onto is None else case.onto.view(*shape, out)
+    found = case.update()
+    assert found.shape == (*shape, out)
+    case.assert_close(found.reshape(expected.shape), expected, sizes, dtype)
 
 
 @every_dtype

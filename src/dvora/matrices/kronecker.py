@@ -101,8 +101,10 @@ def prepared_apply_transpose(stack: Stack, use_triton: bool = False) -> Callable
     whole = rows == r1 * r2
 
     def product(x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
-        if x.numel() != n1 * n2 or len(stack) > 1:
+        if x.numel() != n1 * n2:
             return apply_transpose(x, stack, use_triton)
+        if len(stack) > 1:
+            return apply_transpose(x.reshape(1, -1), stack, use_triton)
         found = left.mm((x * diagonal).view(n1, n2).mm(transpose)).view(1, -1)
         return as_dtype(found if whole else found[:, :rows], x.dtype)
 

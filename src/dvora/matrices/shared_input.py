@@ -26,6 +26,7 @@ class PassProjection(NamedTuple):
     x: "weakref.ref[Tensor]"
     version: int
     address: int
+    stride: tuple[int, ...]
     rank: int
     matrices: object
     """With A, compared by identity."""
@@ -52,6 +53,7 @@ def projected_in_pass(
         and last.x() is x
         and last.version == x._version
         and last.address == x.data_ptr()
+        and last.stride == x.stride()
         and last.rank == rank
         and last.matrices is matrices
         and reader not in last.readers
@@ -61,7 +63,8 @@ def projected_in_pass(
     z = project(x)
     # Inference tensors have no version: always stale.
     if not x.is_inference():
-        running.projected = PassProjection(weakref.ref(x), x._version, x.data_ptr(), rank, matrices, [reader], z)
+        state = (x._version, x.data_ptr(), x.stride())
+        running.projected = PassProjection(weakref.ref(x), *state, rank, matrices, [reader], z)
     return z
 
 

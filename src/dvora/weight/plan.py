@@ -53,8 +53,9 @@ class EvaluationPlan:
     __slots__ = (
         "_adapted",
         "_add",
+        "_asked",
         "_dtype",
-        "_entry",
+        "_factors",
         "_gain",
         "_is_wide",
         "_matrices",
@@ -70,32 +71,41 @@ class EvaluationPlan:
         self, adapted: AdaptedWeight, entry: EvaluatedEntry, operands: Operands, x: Float[Tensor, "*T I"]
     ) -> None:
         self._operands = [same_or_none(tensor) for tensor in operands]
-        # By its identity, since it keeps the plan.
-        self._adapted, self._entry = id(adapted), entry
+        # Neither the adapter nor the entry itself, since they keep the plan.
+        self._adapted, self._asked, self._factors = id(adapted), entry.asked, entry.factors
         self._matrices, self._shared, self._rank = adapted.matrices, adapted.shared, adapted.rank
         self._dtype, self._is_wide, self._on_cpu = x.dtype, x.dtype.itemsize >= 4, x.is_cpu
         self._project = self._matrices.prepared_projection(adapted.rank, x.shape[-1], x.dtype, x.device)
         self._add = entry.factors.added(self._matrices, x.dtype)
         self._gain, self._opposite, _ = entry.factors.packed.constant
 
-    def keep(self, adapted: AdaptedWeight, is_whole: bool, operands: Operands, running: Pass) -> None:
+    def keep(
+        self, adapted: AdaptedWeight, entry: EvaluatedEntry, is_whole: bool, operands: Operands, running: Pass
+    ) -> None:
         """Keep the plan with its factors, unless they have changed before the operands were looked at.
 
         Args:
-            adapted, operands: as before.
+            adapted, entry, operands: as before.
             is_whole: whether the factors are those of a strength of one.
             running: the pass.
         """
         inputs = operands[:3] if is_whole else operands[:4]
-        if adapted.small_rows(operands.bias) is None and self._entry.fits(adapted, inputs, operands.weight, running):
-            self._entry.plan = self
+        if adapted.small_rows(operands.bias) is not None or not entry.fits(adapted, inputs, operands.weight, running):
+            return
+        # Factors also fit other vectors of equal values, which later passes do not compare.
+        if entry.is_of_same(inputs):
+            entry.plan = self
 
-    def serves(self, operands: Operands, x: Tensor, running: Pass) -> bool:
+    def serves(self, entry: EvaluatedEntry, operands: Operands, x: Tensor, running: Pass) -> bool:
         """Whether the layer's outputs are still those of the plan, in a pass without gradients.
 
         This runs for every layer and token, when nothing of it is in the processor's cache: it calls little.
+
+        Args:
+            entry: which keeps the plan.
+            operands, x: as they are now.
+            running: the pass.
         """
-        entry = self._entry
         return (
             (entry.compared_in is running or entry.copies is None)
             and all(map(is_same, self._operands, operands))
@@ -107,14 +117,15 @@ class EvaluationPlan:
     def outputs(self, x: Float[Tensor, "*T I"], base_layer: nn.Module, running: Pass) -> Float[Tensor, "*T O"]:
         """The layer's outputs, in a pass that the plan serves."""
         base_output: Tensor = base_layer(x)
-        running.asked[self._adapted] = self._entry.asked
+        running.asked[self._adapted] = self._asked
         if self._on_cpu and self._shared.share_inputs:
             z = projected_in_pass(x, self._rank, self._matrices, self._adapted, self._project, running)
         else:
             z = self._shared.project_once(x, self._rank, self._adapted)
         bias = base_layer._parameters["bias"]
-        if not self._is_wide or base_output.dtype is not self._dtype or not base_output.is_contiguous():
-            return outputs_from(self._entry.factors, self._matrices, base_output, z, bias)
+        plain = base_output.is_contiguous() and base_output.dim() > 1
+        if not self._is_wide or base_output.dtype is not self._dtype or not plain:
+            return outputs_from(self._factors, self._matrices, base_output, z, bias)
         y: Tensor = self._add(z, scaled_base(base_output, self._gain, None if bias is None else self._opposite * bias))
         return y
 

@@ -225,7 +225,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         base: nn.Module = modules["base_layer"]
         if recorded:
             return plan.outputs(operands, x, base) if plan.serves(operands) else None
-        return plan.outputs(x, base, running) if plan.serves(operands, x, running) else None
+        return plan.outputs(x, base, running) if plan.serves(entry, operands, x, running) else None
 
     def _operands(self, name: str) -> Operands | None:
         """The tensors that the outputs of one adapter depend on; None unless they are where modules keep their own."""
@@ -235,32 +235,33 @@ class DVoRALayer(nn.Module, MergeableLayer):
             modules["dvora_lambda_b"]._parameters.get(name),
             modules["dvora_lambda_d"]._parameters.get(name),
         )
-        if magnitude is None or lambda_b is None or lambda_d is None:
+        base = modules["base_layer"]._parameters
+        if magnitude is None or lambda_b is None or lambda_d is None or "bias" not in base:
             return None
-        strength, base = modules["dvora_strength"]._modules[name]._buffers["value"], modules["base_layer"]._parameters
-        return Operands(magnitude, lambda_b, lambda_d, strength, base.get(self.parameter_name), base.get("bias"))
+        strength = modules["dvora_strength"]._modules[name]._buffers["value"]
+        return Operands(magnitude, lambda_b, lambda_d, strength, base.get(self.parameter_name), base["bias"])
 
     def _plan_for_next(self, x: Tensor, adapters: Sequence[ActiveAdapter], running: Pass) -> None:
         """Make a plan for later passes, where nothing but tensors in memory decides what the layer does."""
-        parameters = self.base_layer._parameters
-        if len(adapters) != 1 or self.layer_type.low_rank is not linear or "bias" not in parameters:
+        if is_traced() or len(adapters) != 1 or self.layer_type.low_rank is not linear:
             return
-        name = next(name for name in self.active_adapters if name in self.dvora_adapted)
-        adapted, operands = adapters[0].update.adapted, self._operands(name)
-        if operands is None or not adapted.rank or adapted.shard is not None:
+        adapted = adapters[0].update.adapted
+        # Not by the active names, which may have changed since.
+        name = next((name for name, own in self.dvora_adapted.items() if own is adapted), None)
+        operands = None if name is None else self._operands(name)
+        if name is None or operands is None or not adapted.rank or adapted.shard is not None:
             return
         if not all(tensor is None or is_held(tensor, adapted.w.device) for tensor in operands):
             return
-        if not grad_recorded():
-            entry: EvaluatedEntry | None = adapted.kept.evaluated
-            if entry is not None:
-                plan = EvaluationPlan(adapted, entry, operands, x)
-                plan.keep(adapted, self._is_whole(name), operands, running)
-        elif self.layer_type.has_weight:
-            TrainingPlan(adapted, operands).keep(adapted, self._is_whole(name), operands)
-
-    def _is_whole(self, name: str) -> bool:
-        return cast(Strength, self.dvora_strength[name]).number == 1
+        # Its number after the plan, so that a write in between is noticed.
+        strength = cast(Strength, self.dvora_strength[name])
+        if grad_recorded():
+            if self.layer_type.has_weight:
+                training = TrainingPlan(adapted, operands)
+                training.keep(adapted, strength.number == 1, operands)
+        elif (entry := adapted.kept.evaluated) is not None:
+            plan = EvaluationPlan(adapted, entry, operands, x)
+            plan.keep(adapted, entry, strength.number == 1, operands, running)
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
