@@ -275,6 +275,19 @@ def test_a_deleted_adapter_is_freed_by_the_next_passes(distribution: str) -> Non
 
 @pytest.mark.usefixtures("uncollected")
 @every_distribution
+def test_the_only_adapter_is_freed_by_the_next_passes_too(distribution: str) -> None:
+    model = with_plans(adapted(projection_init=distribution))
+    references = held(model)
+    references["projections"] = weakref.ref(layer_of(model).adapted("default").shared)
+    base = inner(model)
+    model.delete_adapter("default")
+    for _ in range(2):
+        evaluated(base)
+    assert alive(references) == []
+
+
+@pytest.mark.usefixtures("uncollected")
+@every_distribution
 def test_what_is_replaced_is_freed_at_once(distribution: str) -> None:
     model = with_plans(adapted(projection_init=distribution))
     layer = layer_of(model)
