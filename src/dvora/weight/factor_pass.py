@@ -58,6 +58,8 @@ class FactorPass:
     def _compare(self, asked: list[object], begun: Pass) -> None:
         """Compare all vectors on the CPU with the values that the factors in evaluation were made from, at once."""
         if not asked:
+            # Of adapters that may be gone.
+            self._compared = None
             return
         known = self._compared
         if known is None or not known.is_of(asked):
