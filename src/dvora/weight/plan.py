@@ -17,7 +17,6 @@ from ..matrices.shared_input import projected_in_pass
 from ..method.functional import Vectors
 from ..ops.annotations import Float
 from ..ops.passes import Pass
-from ..ops.tracing import is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import EvaluatedEntry
 from .linear import Update, adapted_linear, outputs_from, scaled_base, takes_updated_weight, updated_linear
@@ -152,8 +151,7 @@ class TrainingPlan:
 
     def serves(self, operands: Operands) -> bool:
         """Whether the layer's outputs are still those of the plan."""
-        same = all(map(is_same, self._operands, operands[3:])) and operands.magnitude.dtype is self._dtype
-        return same and not is_traced()
+        return all(map(is_same, self._operands, operands[3:])) and operands.magnitude.dtype is self._dtype
 
     def outputs(self, operands: Operands, x: Float[Tensor, "*T I"], base_layer: nn.Module) -> Float[Tensor, "*T O"]:
         """The layer's outputs, where the plan serves."""
