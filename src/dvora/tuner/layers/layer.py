@@ -245,6 +245,10 @@ class DVoRALayer(nn.Module, MergeableLayer):
         entry: EvaluatedEntry | None = adapted.kept.evaluated
         if name is None or operands is None or entry is None or not adapted.rank or adapted.shard is not None:
             return
+        # Where plans are made but not followed, as under autocast.
+        known: EvaluationPlan | None = entry.plan
+        if known is not None and known.is_of(operands, x):
+            return
         if all(tensor is None or tensor.device == adapted.w.device for tensor in operands[-2:]):
             plan = EvaluationPlan(adapted, entry, operands, x)
             plan.keep(adapted, entry, cast(Strength, self.dvora_strength[name]).number == 1, operands, running)
