@@ -22,13 +22,15 @@ class Ways:
         """Outputs that came from a plan."""
         self.slowly: list[str] = []
         """Layers that asked for their factors."""
+        self.made = 0
+        """Plans, kept or not."""
 
 
 @contextmanager
 def watched() -> Iterator[Ways]:
     """Counts while it is on; nothing else changes."""
     ways = Ways()
-    follow, find = EvaluationPlan.outputs, DVoRALayer._active
+    follow, find, make = EvaluationPlan.outputs, DVoRALayer._active, EvaluationPlan.__init__
 
     def following(plan: EvaluationPlan, *args: object) -> Tensor:
         ways.followed += 1
@@ -38,7 +40,12 @@ def watched() -> Iterator[Ways]:
         ways.slowly.append(layer.name)
         return find(layer, *args)
 
+    def making(plan: EvaluationPlan, *args: object) -> None:
+        ways.made += 1
+        make(plan, *args)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvaluationPlan, "__init__", making)
         patch.setattr(EvaluationPlan, "outputs", following)
         patch.setattr(DVoRALayer, "_active", finding)
         yield ways

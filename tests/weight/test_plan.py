@@ -192,6 +192,20 @@ def test_autocast_does_not_follow_and_what_it_planned_serves_without(dtype: torc
         assert close(evaluated(model), evaluated(alone(model)))
 
 
+def test_where_plans_are_not_followed_they_are_not_made_again_and_again() -> None:
+    for strength, dtype in ((1.0, torch.bfloat16), (0.3, None)):
+        model = adapted().eval()
+        model.set_strength(strength)
+        made = []
+        for _ in range(4):
+            with watched() as ways, torch.autocast("cpu", dtype) if dtype else nullcontext():
+                evaluated(model)
+            made.append(ways.made)
+        assert made == [4, 0, 0, 0]
+        train_vectors(model, seed=2)
+        assert close(evaluated(model), evaluated(alone(model)))
+
+
 def test_autocast_in_the_middle_of_a_pass_does_not_follow() -> None:
     model = tower_of()
 

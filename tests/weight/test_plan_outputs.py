@@ -140,8 +140,9 @@ def shared_in_pass() -> object:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("transposed", [True, False])
-def test_base_outputs_of_any_layout_and_dtype_are_taken(transposed: bool, distribution: str) -> None:
-    model, x = siblings(6, torch.float32, True, r=3, projection_init=distribution), randn(4, 6, seed=2)
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_base_outputs_of_any_layout_and_dtype_are_taken(tokens: int, transposed: bool, distribution: str) -> None:
+    model, x = siblings(6, torch.float32, True, r=3, projection_init=distribution), randn(tokens, 6, seed=2)
     (reference, _), dtype = expected(model, x), torch.float32
     for _, layer in dvora_layers(model):
         layer.base_layer.register_forward_hook(lambda _, __, y: (y.T.contiguous().T if transposed else y).to(dtype))
@@ -345,6 +346,19 @@ def test_a_base_without_a_place_for_a_bias_is_no_error() -> None:
         for _ in range(3):
             assert close(evaluated(model, x), evaluated(alone(model), x))
         assert followed(model, x) == 1
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_vector_that_an_engine_keeps_elsewhere_is_followed(index: int) -> None:
+    # As FSDP does with its views of parameters.
+    model = with_plans(adapted())
+    vectors = layer_of(model).vector_dicts()[index]
+    vectors.__dict__["default"] = other(vectors._parameters.pop("default"))
+    for _ in range(3):
+        assert close(evaluated(model), evaluated(alone(model)))
+    assert followed(model) == 3
+    vectors.__dict__["default"].data.mul_(2)
+    assert close(evaluated(model), evaluated(alone(model)))
 
 
 def test_an_adapter_that_its_base_switches_off_is_no_error() -> None:

@@ -95,6 +95,10 @@ class EvaluationPlan:
         if entry.is_of_same(inputs):
             entry.plan = self
 
+    def is_of(self, operands: Operands, x: Tensor) -> bool:
+        """Whether another plan made from these would be the same, with the same factors."""
+        return x.dtype is self._dtype and all(map(is_same, self._operands, operands))
+
     def serves(self, entry: EvaluatedEntry, operands: Operands, x: Tensor, running: Pass) -> bool:
         """Whether the layer's outputs are still those of the plan, in a pass without gradients.
 

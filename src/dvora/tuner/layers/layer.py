@@ -259,7 +259,10 @@ class DVoRALayer(nn.Module, MergeableLayer):
             if self.layer_type.has_weight:
                 training = TrainingPlan(adapted, operands)
                 training.keep(adapted, strength.number == 1, operands)
-        elif (entry := adapted.kept.evaluated) is not None:
+            return
+        entry: EvaluatedEntry | None = adapted.kept.evaluated
+        # A plan may be made and not followed, as under autocast.
+        if entry is not None and (entry.plan is None or not entry.plan.is_of(operands, x)):
             plan = EvaluationPlan(adapted, entry, operands, x)
             plan.keep(adapted, entry, strength.number == 1, operands, running)
 
