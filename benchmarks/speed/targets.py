@@ -4,7 +4,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.speed.cost_model import llama_block, norm_share, relative_cost
-from benchmarks.speed.metrics import Row, Rows, exactly, host_ratio, kernels_a_layer, row_of, share, time_ratio, worst
+from benchmarks.speed.metrics import (
+    Row,
+    Rows,
+    exactly,
+    expected_ratio,
+    host_ratio,
+    kernels_a_layer,
+    row_of,
+    share,
+    time_ratio,
+    worst,
+)
 from benchmarks.speed.timing import Spread
 
 KINDS = ("dense", "structured")
@@ -25,6 +36,7 @@ class Target(NamedTuple):
         at_least: whether the limit is a lower bound instead of an upper one.
         unit: "times", "share", "seconds" or "count".
         model: the value by operation count (`cost_model`), or None if it is not modelled.
+        expected: the value by the operations and bytes that were counted (`traffic`), or None if they were not.
     """
 
     metric: str
@@ -33,6 +45,7 @@ class Target(NamedTuple):
     at_least: bool = False
     unit: str = "times"
     model: float | None = None
+    expected: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -68,7 +81,8 @@ def _training(rows: Rows) -> Iterator[Target]:
     for tokens, arm, to, limit in pairs:
         setting = {"part": "training", "workload": "linears-1024", "dtype": "float32", "tokens": tokens}
         measured, model = time_ratio(rows, arm, to, **setting), _modelled(arm, tokens) / _modelled(to, tokens)
-        yield Target(f"training, {tokens:,} tokens: {arm} to {to}", limit, measured, model=model)
+        metric, expected = f"training, {tokens:,} tokens: {arm} to {to}", expected_ratio(rows, arm, to, **setting)
+        yield Target(metric, limit, measured, model=model, expected=expected)
 
 
 def _modelled(arm: str, tokens: int) -> float:
@@ -79,8 +93,9 @@ def _modelled(arm: str, tokens: int) -> float:
 def _whole_models(rows: Rows) -> Iterator[Target]:
     arm, to = "dvora structured r=256", "LoRA r=16"
     for name, workload, size in (("MiniLM", "minilm", "16 x 32"), ("SmolLM2", "smollm2", "128")):
-        measured = time_ratio(rows, arm, to, part="training", workload=workload, dtype="float32")
-        yield Target(f"training, {name}, {size} tokens: {arm} to {to}", 1.2, measured)
+        setting = {"part": "training", "workload": workload, "dtype": "float32"}
+        measured, expected = time_ratio(rows, arm, to, **setting), expected_ratio(rows, arm, to, **setting)
+        yield Target(f"training, {name}, {size} tokens: {arm} to {to}", 1.2, measured, expected=expected)
 
 
 def _overhead(rows: Rows) -> Iterator[Target]:
@@ -101,8 +116,9 @@ def _decoding(rows: Rows) -> Iterator[Target]:
     setting = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
     arms = [(f"dvora {kind} r={rank}", rank) for rank in RANKS for kind in KINDS]
     for (arm, rank), limit in zip(arms, (0.95, 0.8, 0.85, 0.85), strict=True):
-        measured = time_ratio(rows, arm, f"VeRA r={rank}", batch=1, **setting)
-        yield Target(f"decode, batch 1: {arm} to VeRA r={rank}", limit, measured)
+        to, of_one = f"VeRA r={rank}", {**setting, "batch": 1}
+        measured, expected = time_ratio(rows, arm, to, **of_one), expected_ratio(rows, arm, to, **of_one)
+        yield Target(f"decode, batch 1: {arm} to {to}", limit, measured, expected=expected)
     for arm, _ in arms:
         measured = time_ratio(rows, "DoRA r=16", arm, batch=1, **setting)
         yield Target(f"decode, batch 1: DoRA r=16 to {arm}", 8, measured, at_least=True)

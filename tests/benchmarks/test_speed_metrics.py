@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.speed.cost_model import Product, fast_product, llama_block, norm_share, relative_cost
-from benchmarks.speed.metrics import host_ratio, host_seconds, kernels_a_layer, row_of, time_ratio
+from benchmarks.speed.metrics import expected_ratio, host_ratio, host_seconds, kernels_a_layer, row_of, time_ratio
 from benchmarks.speed.results import write
 from benchmarks.speed.runner import Report
 from benchmarks.speed.tables import speed, targets
@@ -53,6 +53,20 @@ def test_short_steps_are_repeated() -> None:
     _, repeats = interleaved({"short": lambda: calls.append(0)}, rounds=3, warm_ups=0, at_least=1e-3)
     assert repeats > 1
     assert len(calls) == 1 + 3 * repeats
+
+
+def test_a_time_by_operations_and_bytes_is_calibrated_on_one_method() -> None:
+    counts = {"base": (10, 100), "LoRA r=16": (11, 210), "VeRA r=4": (15, 300), "dvora dense r=4": (20, 500)}
+    seconds = {"base": 1.0, "LoRA r=16": 1.3, "VeRA r=4": 9.0, "dvora dense r=4": 9.0}
+    rows = [timed(arm, [seconds[arm]], operations=o, bytes=b) for arm, (o, b) in counts.items()]
+    # 1.3 = (1 - s) 1.1 + s 2.1, so bytes have a share of a fifth.
+    assert expected_ratio(rows, "VeRA r=4", "base", **SETTING) == pytest.approx(0.8 * 1.5 + 0.2 * 3)
+    assert expected_ratio(rows, "dvora dense r=4", "VeRA r=4", **SETTING) == pytest.approx(2.6 / 1.8)
+    assert expected_ratio(rows, "LoRA r=16", "base", **SETTING) == pytest.approx(1.3)
+    assert expected_ratio(rows, "DoRA r=4", "base", **SETTING) is None
+    assert expected_ratio([timed(arm, [1.0]) for arm in counts], "VeRA r=4", "base", **SETTING) is None
+    table = speed({"rows": rows, "environment": {"torch": "2", "peft": "0", "threads": 1}, "not_measured": []})
+    assert "| LoRA r=16 | 1.10 | 2.10 | 1.30 | 1.30 |" in table
 
 
 @pytest.mark.parametrize(
@@ -245,11 +259,11 @@ def test_the_tables_of_a_result_file(tmp_path: Path) -> None:
     assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 28, [1.8, 1.9, 2.2])
     lines, rows = speed(result).splitlines(), targets(result).splitlines()
     assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 | 1,100 |" in lines
-    row = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 0.995 | yes |"
+    row = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 0.995 |  | yes |"
     assert row in rows
-    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  | no |" in rows
-    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% | yes |" in rows
-    assert any(line.endswith("| ≤ 0.97 | not measured | | | |") for line in rows)
+    assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  |  | no |" in rows
+    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% |  | yes |" in rows
+    assert any(line.endswith("| ≤ 0.97 | not measured | | | | |") for line in rows)
     assert "| SmolLM2-135M, 128 tokens |  |  |  | 1.25 |  |  |" in lines
     assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)
     assert any(line.endswith("layers, 512 tokens: AdapterHub DVoRA r=256 3.50.") for line in lines)
