@@ -1,14 +1,17 @@
 """Plans in evaluation: where layers follow them, where they must not, and that outputs follow what plans depend on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from dvora import DVoRAConfig
 from dvora.matrices.interface import DISTRIBUTIONS
@@ -337,6 +340,26 @@ def test_an_offloaded_base_is_not_planned() -> None:
                 found = evaluated(model)
             assert ways.followed == 0
             assert close(found, evaluated(twin))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_a_weight_that_processes_divide_is_not_planned(style: type[ParallelStyle]) -> None:
+    model = adapted().eval()
+    expected = evaluated(alone(model))
+    parallelize_module(layer_of(model).base_layer, init_device_mesh("cpu", (1,)), style())
+    for _ in range(3):
+        with watched() as ways:
+            assert close(evaluated(model), expected)
+        assert "lin3" in ways.slowly
 
 
 def config(**settings: object) -> DVoRAConfig:

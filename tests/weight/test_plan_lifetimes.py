@@ -157,6 +157,25 @@ def test_a_base_layer_that_calls_its_model_gets_the_outputs_of_both() -> None:
     assert close(found[0], evaluated(alone(model), x))
 
 
+def test_a_base_layer_that_trains_its_own_layer_leaves_no_plan() -> None:
+    model, layers = adapted().eval(), []
+    layer = layer_of(model)
+
+    def train(*_: object) -> None:
+        if not layers:
+            layers.append(layer)
+            with torch.enable_grad():
+                layer(inputs()).sum().backward()
+
+    handle = layer.base_layer.register_forward_hook(train)
+    found = evaluated(model)
+    handle.remove()
+    assert layer.adapted("default").kept.evaluated is None
+    assert close(found, evaluated(alone(model)))
+    assert followed(model) == 0
+    assert followed(model) == 4
+
+
 def test_another_model_within_a_model_has_plans_of_its_own() -> None:
     outer, within, x = with_plans(adapted()), with_plans(adapted(r=2)), inputs(seed=3)
     expected = evaluated(alone(outer)), evaluated(alone(within), x)
