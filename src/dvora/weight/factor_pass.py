@@ -162,10 +162,10 @@ def _alive(asked: object) -> _Layer | None:
     """What a layer asked for, if all of it still exists."""
     assert isinstance(asked, Asked)
     adapted, weight = asked.adapted(), None if asked.weight is None else asked.weight()
-    vectors = [vector() for vector in asked.vectors]
-    if adapted is None or (weight is None) != (asked.weight is None) or any(vector is None for vector in vectors):
+    vectors = [vector for of_vector in asked.vectors if (vector := of_vector()) is not None]
+    if adapted is None or (weight is None) != (asked.weight is None) or len(vectors) < len(asked.vectors):
         return None
-    return _Layer(adapted, Vectors(*vectors), weight)  # type: ignore[arg-type]  # none of them is None
+    return _Layer(adapted, Vectors(*vectors), weight)
 
 
 def _make(layers: list[_Layer], begun: Pass) -> None:

@@ -1,18 +1,18 @@
 """The row factors that a layer uses in one pass, and whether those that are at hand still fit.
 
-| pass | made | used |
+| pass | made by | used |
 |---|---|---|
-| training, of a whole model | for all layers of one shape at once, as the pass begins (`factor_pass`) | in that pass, and where checkpointing runs a part of it again |
-| training, of a layer by itself | by the layer: the same function, for one layer | once |
-| evaluation | by the layer | until a vector, the strength or the weight changes |
-| trained base weight; traced | by the layer, differentiated by PyTorch | once |
+| training, of a whole model | `factor_pass`, for all layers of one shape | in it, and where a checkpoint repeats it |
+| training, of a layer by itself | the layer: the same function, for one layer | once |
+| evaluation | the layer | until a vector, the strength or the weight changes |
+| trained base weight; traced | the layer, differentiated by PyTorch | once |
 
 What does not fit what a layer asks for is ignored and made by the layer itself: an entry can be missing or too old, but
 never wrong. What fits is decided by identity, PyTorch's version counters and addresses. Engines may write to vectors
 without counting it, so factors for training serve one pass only, and on the CPU factors in evaluation are also compared
 with the values that they were made from, once a pass. On other devices that would synchronise: there a write through
 `tensor.data` to the same memory, between two passes in evaluation, is not noticed.
-"""  # noqa: E501  # a table
+"""
 
 import weakref
 from collections.abc import Callable, Sequence
