@@ -262,7 +262,9 @@ def test_the_tables_of_a_result_file(tmp_path: Path) -> None:
     row = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | 0.995 |  | yes |"
     assert row in rows
     assert "| decode, batch 1: DoRA r=16 to dvora dense r=256 | ≥ 8 | 6 |  |  |  | no |" in rows
-    assert "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% |  | yes |" in rows
+    assert (
+        "| the norm's share of a step of 1,024 tokens: dvora dense r=256 | ≤ 5.0% | 2.0% |  | 1.8% |  | yes |" in rows
+    )
     assert any(line.endswith("| ≤ 0.97 | not measured | | | | |") for line in rows)
     assert "| SmolLM2-135M, 128 tokens |  |  |  | 1.25 |  |  |" in lines
     assert any(line.endswith("in units of eager mode: base 0.75.") for line in lines)

@@ -8,7 +8,7 @@ or gathers (DTensor, FSDP, ZeRO-3).
 """
 
 import operator
-import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from ..ops.passes import Pass, enter, leave
 from ..ops.tracing import grad_recorded, is_traced
 from .adapted_weight import AdaptedWeight
 from .factors import Asked, EvaluatedEntry, StackedEntry
-from .tensor_state import same_or_none
+from .tensor_state import SameTensor, same_or_none
 
 
 class FactorPass:
@@ -73,28 +73,24 @@ class FactorPass:
 
 
 class _Compared(NamedTuple):
-    """The factors of all layers that asked in the last pass, and the values that they were made from."""
+    """The factors of the layers that asked in the last pass, and the values that they were made from, on the CPU."""
 
     asked: list[object]
     entries: list[EvaluatedEntry]
-    vectors: "list[weakref.ref[Tensor]]"
+    inputs: list[SameTensor]
     copies: Tensor
 
     @classmethod
     def of(cls, asked: list[object]) -> "_Compared | None":
-        """None unless all were kept, of vectors on the CPU that still exist."""
-        layers = [_alive(each) for each in asked]
-        entries, vectors, copies = list[EvaluatedEntry](), list[Tensor](), list[Tensor]()
-        for layer in layers:
-            entry: EvaluatedEntry | None = None if layer is None else layer.adapted.kept.evaluated
-            if layer is None or entry is None or entry.copies is None or not entry.is_of_same(layer.vectors):
-                return None
-            entries.append(entry)
-            vectors.extend(layer.vectors)
-            copies.extend(entry.copies)
-        if len({copy.dtype for copy in copies}) != 1:
+        """None if there are none: layers compare what is left out themselves."""
+        layers = [layer for each in asked if (layer := _alive(each)) is not None]
+        kept: list[EvaluatedEntry | None] = [layer.adapted.kept.evaluated for layer in layers]
+        entries = [entry for entry in kept if entry is not None and entry.copies is not None and entry.has_inputs()]
+        dtypes = {copy.dtype for entry in entries for copy in entry.copies or ()}
+        if len(dtypes) != 1:
             return None
-        return cls(asked, entries, [weakref.ref(vector) for vector in vectors], torch.cat(copies))
+        inputs = [tensor for entry in entries for tensor in entry.inputs]
+        return cls(asked, entries, inputs, _joined([copy for entry in entries for copy in entry.copies or ()]))
 
     def is_of(self, asked: list[object]) -> bool:
         """Whether the same was asked."""
@@ -102,9 +98,14 @@ class _Compared(NamedTuple):
 
     def is_unchanged(self) -> bool:
         """Whether the vectors still have their values."""
-        now, dtype = [vector() for vector in self.vectors], self.copies.dtype
-        same = [vector for vector in now if vector is not None and vector.is_cpu and vector.dtype is dtype]
-        return len(same) == len(now) and torch.equal(torch.cat(same), self.copies)
+        now, dtype = [known.tensor() for known in self.inputs], self.copies.dtype
+        same = [tensor for tensor in now if tensor is not None and tensor.is_cpu and tensor.dtype is dtype]
+        return len(same) == len(now) and torch.equal(_joined(same), self.copies)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Vectors, and strengths, which have no dimension."""
+    return torch.cat([tensor if tensor.dim() else tensor[None] for tensor in tensors])
 
 
 def add_factor_pass(model: nn.Module) -> None:

@@ -188,7 +188,6 @@ class EvaluatedEntry:
     """
 
     __slots__ = (
-        "_inputs",
         "_versions",
         "_weight",
         "_weight_version",
@@ -196,6 +195,7 @@ class EvaluatedEntry:
         "compared_in",
         "copies",
         "factors",
+        "inputs",
         "plan",
         "w",
     )
@@ -212,7 +212,7 @@ class EvaluatedEntry:
         """The layer's `EvaluationPlan` with these factors."""
         self.compared_in: Pass | None = None
         """The pass in which the vectors were compared with the copies."""
-        self._inputs = [SameTensor(tensor) for tensor in inputs]
+        self.inputs = [SameTensor(tensor) for tensor in inputs]
         self._weight = same_or_none(weight)
         self._weight_version = None if weight is None else TensorVersion.of(local(weight))
         # A shard is another tensor in every pass.
@@ -222,9 +222,9 @@ class EvaluatedEntry:
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
     ) -> bool:
         """Whether nothing has changed."""
-        if adapted.w is not self.w or len(inputs) != len(self._inputs) or not self._has_weight(weight):
+        if adapted.w is not self.w or len(inputs) != len(self.inputs) or not self._has_weight(weight):
             return False
-        same = all(map(SameTensor.is_of, self._inputs, inputs))
+        same = all(map(SameTensor.is_of, self.inputs, inputs))
         if self.copies is None:
             return same or (self._versions is not None and all(map(TensorVersion.is_of, self._versions, inputs)))
         if same and running is not None and self.compared_in is running:
@@ -234,9 +234,13 @@ class EvaluatedEntry:
         self.compared_in = running
         return True
 
-    def is_of_same(self, vectors: Sequence[Tensor]) -> bool:
-        """Whether it was made from these vectors and nothing else, whatever is in them now."""
-        return len(vectors) == len(self._inputs) and all(map(SameTensor.is_same, self._inputs, vectors))
+    def is_of_same(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether it was made from these tensors and nothing else, whatever is in them now."""
+        return len(inputs) == len(self.inputs) and all(map(SameTensor.is_same, self.inputs, inputs))
+
+    def has_inputs(self) -> bool:
+        """Whether all tensors that it was made from still exist."""
+        return all(known.tensor() is not None for known in self.inputs)
 
     def _has_weight(self, weight: Tensor | None) -> bool:
         if is_same(self._weight, weight):

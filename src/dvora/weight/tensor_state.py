@@ -79,6 +79,10 @@ class SameTensor:
         self._version, self._address = version_of(tensor), tensor.data_ptr()
         self._stride, self._dtype = tensor.stride(), tensor.dtype
 
+    def tensor(self) -> Tensor | None:
+        """The tensor as it is now, if it still exists."""
+        return self._tensor()
+
     def is_same(self, tensor: Tensor) -> bool:
         """Whether it is this tensor, perhaps changed."""
         return tensor is self._tensor()

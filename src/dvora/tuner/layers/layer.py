@@ -239,7 +239,8 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if magnitude is None or lambda_b is None or lambda_d is None or "bias" not in base:
             return None
         strength = modules["dvora_strength"]._modules[name]._buffers["value"]
-        return Operands(magnitude, lambda_b, lambda_d, strength, base.get(self.parameter_name), base["bias"])
+        weight = base.get(self.parameter_name) if self.layer_type.has_weight else None
+        return Operands(magnitude, lambda_b, lambda_d, strength, weight, base["bias"])
 
     def _plan_for_next(self, x: Tensor, adapters: Sequence[ActiveAdapter], running: Pass) -> None:
         """Make a plan for later passes, where nothing but tensors in memory decides what the layer does."""
