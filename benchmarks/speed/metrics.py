@@ -43,6 +43,7 @@ def expected_ratio(rows: Rows, arm: str, to: str, **setting: object) -> float | 
     """The time of one method in another's that operations and bytes alone would give; None if something is missing.
 
     In units of the frozen base's, a step takes `(1 - s) operations + s bytes`; the share s is that of `CALIBRATION`.
+    With few tokens that says nothing: then a step takes what its kernels take to start.
     """
     expected = [_expected_time(rows, name, **setting) for name in (arm, to)]
     if expected[0] is None or expected[1] is None:

@@ -56,7 +56,7 @@ class EvaluationPlan:
         "_dtype",
         "_factors",
         "_gain",
-        "_is_wide",
+        "_in_steps",
         "_matrices",
         "_on_cpu",
         "_operands",
@@ -73,7 +73,9 @@ class EvaluationPlan:
         # Neither the adapter nor the entry itself, since they keep the plan.
         self._adapted, self._asked, self._factors = id(adapted), entry.asked, entry.factors
         self._matrices, self._shared, self._rank = adapted.matrices, adapted.shared, adapted.rank
-        self._dtype, self._is_wide, self._on_cpu = x.dtype, x.dtype.itemsize >= 4, x.is_cpu
+        self._dtype, self._on_cpu = x.dtype, x.is_cpu
+        # Half precision is rounded once, and Triton's kernels do all at once.
+        self._in_steps = x.dtype.itemsize >= 4 and not (self._matrices.use_triton and x.is_cuda)
         self._project = self._matrices.prepared_projection(adapted.rank, x.shape[-1], x.dtype, x.device)
         self._add = entry.factors.added(self._matrices, x.dtype)
         self._gain, self._opposite, _ = entry.factors.packed.constant
@@ -127,7 +129,7 @@ class EvaluationPlan:
             z = self._shared.project_once(x, self._rank, self._adapted)
         bias = base_layer._parameters["bias"]
         plain = base_output.is_contiguous() and base_output.dim() > 1
-        if not self._is_wide or base_output.dtype is not self._dtype or not plain:
+        if not self._in_steps or base_output.dtype is not self._dtype or not plain:
             return outputs_from(self._factors, self._matrices, base_output, z, bias)
         y: Tensor = self._add(z, scaled_base(base_output, self._gain, None if bias is None else self._opposite * bias))
         return y
