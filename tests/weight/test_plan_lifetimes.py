@@ -343,3 +343,14 @@ def test_inputs_and_what_was_made_of_them_are_freed_after_the_pass() -> None:
     del x
     assert len(seen) == 13
     assert all(reference() is None for reference in seen)
+
+
+def test_a_base_whose_hook_flattens_its_outputs_gives_what_it_gave() -> None:
+    model, x = adapted().eval(), inputs().view(1, 5, -1)
+    for _, layer in dvora_layers(model):
+        layer.base_layer.register_forward_hook(lambda _, __, y: y.flatten(0, -2))
+    layer = layer_of(model)
+    expected = evaluated(alone(model), x)
+    for _ in range(3):
+        assert close(evaluated(model, x), expected)
+    assert layer.adapted("default").kept.evaluated.plan is not None

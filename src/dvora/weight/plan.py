@@ -128,7 +128,7 @@ class EvaluationPlan:
         else:
             z = self._shared.project_once(x, self._rank, self._adapted)
         bias = base_layer._parameters["bias"]
-        plain = base_output.is_contiguous() and base_output.dim() > 1
+        plain = base_output.is_contiguous() and base_output.dim() == x.dim() > 1
         if not self._in_steps or base_output.dtype is not self._dtype or not plain:
             return outputs_from(self._factors, self._matrices, base_output, z, bias)
         y: Tensor = self._add(z, scaled_base(base_output, self._gain, None if bias is None else self._opposite * bias))
