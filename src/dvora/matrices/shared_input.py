@@ -24,9 +24,7 @@ class PassProjection(NamedTuple):
     """The last projection in a pass of a model without gradients and autocast, on the CPU."""
 
     x: "weakref.ref[Tensor]"
-    version: int
-    address: int
-    stride: tuple[int, ...]
+    memory: tuple[object, ...]
     rank: int
     matrices: object
     """With A, compared by identity."""
@@ -51,9 +49,7 @@ def projected_in_pass(
     if (
         last is not None
         and last.x() is x
-        and last.version == x._version
-        and last.address == x.data_ptr()
-        and last.stride == x.stride()
+        and last.memory == _memory(x)
         and last.rank == rank
         and last.matrices is matrices
         and reader not in last.readers
@@ -63,8 +59,7 @@ def projected_in_pass(
     z = project(x)
     # Inference tensors have no version: always stale.
     if not x.is_inference():
-        state = (x._version, x.data_ptr(), x.stride())
-        running.projected = PassProjection(weakref.ref(x), *state, rank, matrices, [reader], z)
+        running.projected = PassProjection(weakref.ref(x), _memory(x), rank, matrices, [reader], z)
     return z
 
 
@@ -110,8 +105,12 @@ def _context(x: Tensor, rank: int) -> tuple[object, ...]:
     graph = (x.requires_grad, x.grad_fn, _hook()) if recorded else None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     stream = _stream(x) if x.is_cuda else None
-    values = (x._version, x.data_ptr(), x.stride())
-    return values, rank, current_pass(), graph, recorded, torch.is_inference_mode_enabled(), autocast, stream
+    return _memory(x), rank, current_pass(), graph, recorded, torch.is_inference_mode_enabled(), autocast, stream
+
+
+def _memory(x: Tensor) -> tuple[object, ...]:
+    """Where the values of x are, and how often they were written to."""
+    return x._version, x.data_ptr(), x.stride()
 
 
 def _hook() -> "_Hook | None":

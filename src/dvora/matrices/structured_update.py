@@ -53,7 +53,8 @@ def prepared_add_product(stack: Stack, use_triton: bool = False) -> Callable[[Te
     whole = rows == r1 * r2
 
     def add(z: Float[Tensor, "*T R"], onto: Float[Tensor, "*T N"] | None) -> Float[Tensor, "*T N"]:
-        if z.numel() != rows or len(stack) > 1 or onto is None:
+        # With more matrices than one the rows of the first are fewer than a token's values.
+        if z.numel() != rows or onto is None:
             return add_product(z, stack, onto, use_triton)
         padded = z if whole else pad(z, (0, r1 * r2 - rows))
         return onto.addcmul_(transpose.mm(padded.view(r1, r2)).mm(right).view(1, -1), diagonal)

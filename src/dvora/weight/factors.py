@@ -1,4 +1,4 @@
-"""The row factors that a layer uses in one pass, and whether those that are at hand still fit.
+"""The row factors of a layer, and their caches: for one pass in training, until something changes in evaluation.
 
 | pass | made by | used |
 |---|---|---|
@@ -29,7 +29,7 @@ from ..method.norm import FrozenNorm
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
-from .tensor_state import SameTensor, TensorVersion, is_same, same_or_none
+from .tensor_state import SameTensor, TensorVersion, is_unchanged, same_or_none
 
 
 class PassFactors(NamedTuple):
@@ -165,7 +165,7 @@ class StackedEntry:
             and (m.requires_grad, b.requires_grad, d.requires_grad) == self._trained
             and adapted.w is self.norm.w
             and adapted.C is self.norm.C
-            and is_same(self._weight, weight)
+            and is_unchanged(self._weight, weight)
             and (weight is None or not weight.requires_grad)
         )
 
@@ -243,7 +243,7 @@ class EvaluatedEntry:
         return all(known.tensor() is not None for known in self.inputs)
 
     def _has_weight(self, weight: Tensor | None) -> bool:
-        if is_same(self._weight, weight):
+        if is_unchanged(self._weight, weight):
             return True
         known = self._weight_version
         return weight is not None and known is not None and known.is_of(local(weight))

@@ -1,4 +1,4 @@
-"""A linear layer with all that it needs at hand: where tokens are few, finding it takes longer than using it.
+"""Cached plans of a linear layer's forward: with few tokens, looking up operands takes longer than using them.
 
 A layer makes a plan in one pass of a model and follows it in later ones, while all tensors that outputs depend on are
 those of the plan, by identity, address and version. In training the vectors may change, for factors are asked for in
@@ -20,7 +20,7 @@ from ..ops.passes import Pass
 from .adapted_weight import AdaptedWeight
 from .factors import EvaluatedEntry
 from .linear import Update, adapted_linear, outputs_from, scaled_base, takes_updated_weight, updated_linear
-from .tensor_state import is_same, same_or_none
+from .tensor_state import is_unchanged, same_or_none
 
 
 class Operands(NamedTuple):
@@ -99,7 +99,7 @@ class EvaluationPlan:
 
     def is_of(self, operands: Operands, x: Tensor) -> bool:
         """Whether another plan made from these would be the same, with the same factors."""
-        return x.dtype is self._dtype and all(map(is_same, self._operands, operands))
+        return x.dtype is self._dtype and all(map(is_unchanged, self._operands, operands))
 
     def serves(self, entry: EvaluatedEntry, operands: Operands, x: Tensor, running: Pass) -> bool:
         """Whether the layer's outputs are still those of the plan, in a pass without gradients.
@@ -113,8 +113,7 @@ class EvaluationPlan:
         """
         return (
             (entry.compared_in is running or entry.copies is None)
-            and all(map(is_same, self._operands, operands))
-            and x.dtype is self._dtype
+            and self.is_of(operands, x)
             and not torch._C._is_any_autocast_enabled()
             and not torch._C._are_functorch_transforms_active()
         )
@@ -157,7 +156,7 @@ class TrainingPlan:
 
     def serves(self, operands: Operands) -> bool:
         """Whether the layer's outputs are still those of the plan."""
-        return all(map(is_same, self._operands, operands[3:])) and operands.magnitude.dtype is self._dtype
+        return all(map(is_unchanged, self._operands, operands[3:])) and operands.magnitude.dtype is self._dtype
 
     def outputs(self, operands: Operands, x: Float[Tensor, "*T I"], base_layer: nn.Module) -> Float[Tensor, "*T O"]:
         """The layer's outputs, where the plan serves."""

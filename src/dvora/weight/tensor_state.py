@@ -105,7 +105,7 @@ def same_or_none(tensor: Tensor | None) -> SameTensor | None:
     return None if tensor is None else SameTensor(tensor)
 
 
-def is_same(known: SameTensor | None, tensor: Tensor | None) -> bool:
+def is_unchanged(known: SameTensor | None, tensor: Tensor | None) -> bool:
     """Whether it is the known tensor, unchanged; None is none."""
     return known is None if tensor is None else known is not None and known.is_of(tensor)
 

@@ -250,14 +250,14 @@ class DVoRALayer(nn.Module, MergeableLayer):
         # Not by the active names, which may have changed since.
         name = next((name for name, own in self.dvora_adapted.items() if own is adapted), None)
         operands = None if name is None else self._operands(name)
-        if name is None or operands is None or not adapted.rank or adapted.shard is not None:
+        if name is None or operands is None or adapted.shard is not None:
             return
         if not all(tensor is None or is_held(tensor, adapted.w.device) for tensor in operands):
             return
         # Its number after the plan, so that a write in between is noticed.
         strength = cast(Strength, self.dvora_strength[name])
         if grad_recorded():
-            if self.layer_type.has_weight:
+            if self.layer_type.has_weight and adapters[0].is_whole:
                 training = TrainingPlan(adapted, operands)
                 training.keep(adapted, strength.number == 1, operands)
             return
