@@ -1,6 +1,10 @@
 """Layers with trained vectors, and the sizes that the tests go through."""
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +33,22 @@ LARGE_SIZES = [
     pytest.param(500, 300, 40, id="500 inputs, 300 outputs"),
     pytest.param(40, 60, 300, id="rank 300"),
 ]
+
+
+def through_torch_save(module: nn.Module) -> nn.Module:
+    """What a file of the whole module gives back."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": through_torch_save,
+}
+"""All ways to copy a whole module."""
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,10 +1,7 @@
 """Adapted models inside FSDP, which holds parameters in a way of its own while it runs."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 from peft import get_peft_model, get_peft_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -13,14 +10,7 @@ from tests.tuner.models_compared import worst_difference
 from tests.tuner.tiny import train_vectors
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`|When using ``NO_SHARD``|FSDP:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.*deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["Linear", "Conv2d", "Embedding", "MultiheadAttention", "experts (E, out, in)"])

@@ -1,11 +1,9 @@
 """Every trained parameter is in one group, with its own learning rate and decay, whatever wraps the model."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -157,14 +155,6 @@ def test_rows_that_are_next_to_nothing_have_no_say_in_the_magnitude_s_rate() -> 
 def test_rates_for_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="the model trains nothing: adapt it first"):
         recommended_rates(adapted(inference_mode=True))
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

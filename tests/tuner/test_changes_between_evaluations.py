@@ -5,7 +5,6 @@ layers that are called by themselves.
 """
 
 import copy
-import io
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from dvora.ops.passes import current_pass
 from dvora.weight import factors
 from dvora.weight.factor_pass import add_factor_pass
 from tests.cached_layers import CHANGES_OF_LAYERS, SAME_VALUES, Subject, in_peft, other, plain
+from tests.cases import COPIES
 from tests.tuner.layer_cases import CASES
 from tests.tuner.subjects import Subject as LayerType
 from tests.tuner.tiny import train_vectors
@@ -305,14 +305,7 @@ def test_every_layer_type_follows_writes_that_are_not_counted(layer: str) -> Non
 # Copies.
 
 
-def saved_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_whole])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_is_independent_and_clean(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = adapted()
     expected = trained(model)

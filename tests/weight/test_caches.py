@@ -1,8 +1,5 @@
 """No pass is stale: row factors and shared projections are computed again once anything they depend on changes."""
 
-import copy
-import io
-import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +25,7 @@ from tests.cached_layers import (
     other,
     plain,
 )
-from tests.cases import fresh_copy, randn, trained_layer
+from tests.cases import COPIES, fresh_copy, randn, trained_layer
 
 MODES = [torch.no_grad, torch.enable_grad, torch.inference_mode]
 both = pytest.mark.parametrize("make", [plain, in_peft])
@@ -195,15 +192,8 @@ def test_the_plain_layers_own_steps_are_followed() -> None:
     assert torch.equal(subject.evaluated(), subject.anew().evaluated())
 
 
-def saved_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @both
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_whole])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_has_caches_of_its_own(copied: Callable[[nn.Module], nn.Module], make: Callable[[], Subject]) -> None:
     subject = make()
     before = subject.evaluated()

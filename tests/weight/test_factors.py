@@ -3,10 +3,7 @@
 `test_caches.py` goes through what users can do to a layer; here are the objects themselves, for every device.
 """
 
-import copy
 import gc
-import io
-import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ from dvora.ops.passes import Pass, enter, leave
 from dvora.weight.adapted_weight import AdaptedWeight
 from dvora.weight.factors import Asked, StackedEntry, _equal, factors_of
 from dvora.weight.tensor_state import SameTensor
-from tests.cases import SHARED, fresh_copy, linear, randn, trained_layer
+from tests.cases import COPIES, SHARED, fresh_copy, linear, randn, trained_layer
 
 OUT, IN, RANK = 5, 6, 3
 both_devices = pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -320,10 +317,7 @@ def test_no_copy_has_what_is_kept() -> None:
     with torch.no_grad():
         layer(x)
     layer.adapted.kept.stacked = threading.Lock()  # as little as a graph can it be copied
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+    for made in (copied(layer) for copied in COPIES.values()):
         assert made.adapted.kept.evaluated is None
         assert made.adapted.kept.stacked is None
         with torch.no_grad():

@@ -1,11 +1,11 @@
 """Plans in evaluation: where layers follow them, where they must not, and that outputs follow what plans depend on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -273,7 +273,7 @@ def test_a_layer_under_vmap_within_a_pass_does_not_follow(distribution: str) -> 
 def test_a_layer_that_is_called_with_other_values_within_a_pass_does_not_follow(distribution: str) -> None:
     model, x, other = tower_of(distribution), inputs(), randn(8, seed=9)
     for name in ("dvora_lambda_b.default", "dvora_magnitude.default", "base_layer.bias"):
-        act = lambda layer, name=name: torch.func.functional_call(layer, {name: other}, (x,))  # noqa: E731
+        act = partial(torch.func.functional_call, parameter_and_buffer_dicts={name: other}, args=(x,))
         found, count = within(model, act)
         assert count == 0
         made = layer_of(alone(model))
@@ -343,14 +343,6 @@ def test_an_offloaded_base_is_not_planned() -> None:
                 found = evaluated(model)
             assert ways.followed == 0
             assert close(found, evaluated(twin))
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -3,10 +3,7 @@
 Nothing here calls the garbage collector to free anything: what a plan holds goes with its adapter.
 """
 
-import copy
 import gc
-import io
-import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.ops.passes import current_pass
-from tests.cases import randn
+from tests.cases import COPIES, randn
 from tests.tuner.tiny import dvora_layers, train_vectors
 from tests.tuner.towers import LAYERS, adapted, alone, evaluated, in_the_middle, inner, inputs, layer_of, trained
 from tests.weight.planned import close, followed, watched, with_plans
@@ -218,15 +215,8 @@ def test_a_base_that_raises_leaves_the_plan_as_it_was() -> None:
 # Copies.
 
 
-def saved_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @every_distribution
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_whole])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_has_no_plans_and_makes_its_own(copied: Callable[[PeftModel], PeftModel], distribution: str) -> None:
     model = with_plans(adapted(projection_init=distribution))
     before, made = evaluated(model), copied(model)

@@ -1,9 +1,6 @@
 """Rules of the surgery histories: models are saved, loaded, copied, pickled and unloaded."""
 
 import copy
-import io
-import pickle
-from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
@@ -11,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dvora import DVoRAConfig
+from tests.cases import COPIES
 from tests.tuner.surgery.surgery_base import (
     Saved,
     SurgeryBase,
@@ -25,20 +23,6 @@ from tests.tuner.surgery.surgery_base import (
 from tests.tuner.surgery.surgery_checks import check_close, take_over_merged
 from tests.tuner.surgery.surgery_model import TOKENS, Mixed, mixed
 from tests.tuner.tiny import same_bits
-
-
-def through_torch_save(model: PeftModel) -> PeftModel:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES: dict[str, Callable[[PeftModel], PeftModel]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_torch_save,
-}
 
 
 class CopyRules(SurgeryBase):
