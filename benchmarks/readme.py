@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.examples.table import examples
 from benchmarks.installation_tables import start_up, versions
+from benchmarks.many_adapters.tables import parts as many_adapters_parts
 from benchmarks.quality.grid import read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
@@ -201,6 +202,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(_load("examples")),
     },
     "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
+    "docs/many-adapters.md": lambda: many_adapters_parts(_load("many_adapters")),
     "docs/overhead.md": lambda: overhead(_load("overhead")),
     "docs/results.md": _results,
     "docs/speed.md": lambda: {"speed": speed(_load("speed"))},

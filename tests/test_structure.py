@@ -22,9 +22,10 @@ ROOMS = {
     "weight": ["ops", "matrices", "method", "engines"],
     "training": BELOW_TUNER,
     "tuner": BELOW_TUNER,
+    "bank": [*BELOW_TUNER, "training", "tuner"],
     "tools": [*BELOW_TUNER, "training", "tuner"],
-    "recipes": [*BELOW_TUNER, "training", "tuner", "tools"],
-    "cli": [*BELOW_TUNER, "training", "tuner", "tools", "recipes"],
+    "recipes": [*BELOW_TUNER, "training", "tuner", "bank", "tools"],
+    "cli": [*BELOW_TUNER, "training", "tuner", "bank", "tools", "recipes"],
 }
 ADDRESSES = {"__init__.py", "extras.py", "peft_hook.py", "flat.py", "functional.py", "doctor.py", "analysis.py"}
 """Of the package itself: what users import, from the rooms beneath."""

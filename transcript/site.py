@@ -37,6 +37,9 @@ def commands() -> str:
 
 
 def _command(name: str, command: Any) -> str:
+    if inner := getattr(command, "commands", None):
+        sections = [_command(f"{name} {each}", inner[each]) for each in inner]
+        return "\n\n".join([f"### dvora {name}", command.help, *(f"#{section}" for section in sections)])
     about, _, examples = f"{command.help}\n\n{command.epilog or ''}".partition("Examples")
     typed = re.findall(r"^ *(dvora .+)$", examples, flags=re.MULTILINE)
     lines = [f"### dvora {name}", "", re.sub(r"\[/?\w*\]$", "", about.replace("\b", "").strip()).strip(), ""]

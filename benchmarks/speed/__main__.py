@@ -61,7 +61,7 @@ SECTIONS: dict[str, Callable[[Report, bool], None]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Measure how fast adapted models are; only a whole run writes the committed result file."""
     chosen = _parser().parse_args(arguments)
-    _quieten()
+    quieten()
     torch.set_num_threads(chosen.threads)
     runs = selected(plan.quick() if chosen.quick else plan.whole(), chosen)
     sections = [name for name in SECTIONS if name in (chosen.part or SECTIONS) and not _narrowed(chosen)]
@@ -122,7 +122,7 @@ def _name(run: Run) -> str:
     return run.workload.__name__.replace("_", "-")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Hide what would tear the progress bar."""
     # transformers deprecates a property that PEFT still asks for, and its own name for a cache.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

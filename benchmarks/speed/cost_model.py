@@ -15,7 +15,7 @@ import torch
 from dvora.matrices.dense import is_few, keeps_half_dq
 from dvora.matrices.kronecker import block_rows, factors_of_rows, factors_of_size, operations
 from dvora.method.norm import cache_dtype
-from dvora.weight.linear import pays
+from dvora.weight.updated_linear import pays
 
 
 class Product(NamedTuple):

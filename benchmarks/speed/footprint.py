@@ -112,14 +112,14 @@ def resident_sizes(arm: Arm) -> dict[str, int]:
     workload = linears(1024, 2816)
     base = workload.frozen(torch.float32)
     x = workload.inputs(1, RESIDENT_TOKENS, torch.float32)
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     step = training_step(workload, adapted(base, arm, workload.targets), x)
     step()
     step()
-    return {"before_bytes": before, "most_bytes": _status("VmHWM")}
+    return {"before_bytes": before, "most_bytes": process_bytes("VmHWM")}
 
 
-def _status(name: str) -> int:
+def process_bytes(name: str) -> int:
     """A size of this process, from Linux. `getrusage` would give the parent's if that was larger."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

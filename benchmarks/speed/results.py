@@ -1,7 +1,7 @@
 """The result file, and the same metrics on a terminal."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from benchmarks.speed.metrics import Rows
 from benchmarks.speed.plan import LEFT_OUT
 from benchmarks.speed.runner import Report
 from benchmarks.speed.tables import written
-from benchmarks.speed.targets import all_targets
+from benchmarks.speed.targets import Target, all_targets
 from benchmarks.speed.timing import ratios, spread
 from benchmarks.speed.workloads import SEED
 
@@ -45,13 +45,13 @@ def write(report: Report, file: Path, seconds: float, left_out: Sequence[str] = 
     partial.replace(file)
 
 
-def show(report: Report) -> None:
+def show(report: Report, targets_of: Callable[[Rows], list[Target]] = all_targets) -> None:
     """Ratios to the base, the targets, and what is missing."""
     console = Console()
     timed = [row for row in report.rows if all(key in row for key in ("batch", "seconds"))]
     for setting in dict.fromkeys(_setting(row) for row in timed):
         console.print(_ratios([row for row in timed if _setting(row) == setting], " ".join(map(str, setting))))
-    console.print(_targets(report.rows))
+    console.print(_targets(targets_of(report.rows)))
     for miss in report.not_measured:
         console.print(f"not measured: {miss['what']}: {miss['reason']}", markup=False)
 
@@ -69,9 +69,9 @@ def _ratios(rows: Rows, title: str) -> Table:
     return table
 
 
-def _targets(rows: Rows) -> Table:
+def _targets(targets: Sequence[Target]) -> Table:
     table = Table("metric", "target", "median", "quartiles", "met", title="targets")
-    for target in all_targets(rows):
+    for target in targets:
         if target.measured is not None:
             low, median, high = (written(value, target.unit) for value in target.measured)
             limit = f"{'>=' if target.at_least else '<='} {written(target.limit, target.unit)}"

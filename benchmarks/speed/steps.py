@@ -57,13 +57,23 @@ def decode_step(model: nn.Module, x: Tensor) -> Step:
     """
     model.eval()
     prompt, token = x.split([CACHED_TOKENS, 1], dim=1)
+    return token_step(model, token, filled_cache(model, prompt))
+
+
+@torch.no_grad()
+def filled_cache(model: nn.Module, prompt: Tensor) -> DynamicCache:
+    """The keys and values of a prompt, (batch, tokens, hidden)."""
     cache = DynamicCache()
+    model(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def token_step(model: nn.Module, token: Tensor, cache: DynamicCache) -> Step:
+    """One token, (batch, 1, hidden), after which the cache is as it was."""
 
     @torch.no_grad()
     def step() -> None:
         model(inputs_embeds=token, past_key_values=cache, use_cache=True)
         cache.crop(-1)
 
-    with torch.no_grad():
-        model(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
     return step

@@ -148,10 +148,15 @@ def _target_line(target: Target) -> str:
 
 
 def written(value: float, unit: str) -> str:
-    """A number with its unit."""
-    return {"times": f"{value:.3g}", "share": f"{value:.1%}", "seconds": f"{value:.2g} s", "count": f"{value:.1f}"}[
-        unit
-    ]
+    """A number with its unit; milliseconds are given as seconds."""
+    return {
+        "times": f"{value:.3g}",
+        "share": f"{value:.1%}",
+        "seconds": f"{value:.2g} s",
+        "milliseconds": f"{value * 1e3:.3g} ms",
+        "gigabytes": f"{value:.2f} GB",
+        "count": f"{value:.1f}",
+    }[unit]
 
 
 def missing(not_measured: Sequence[dict[str, str]]) -> list[str]:

@@ -34,7 +34,7 @@ class Target(NamedTuple):
         limit: the target value.
         measured: median and quartiles, or None if it was not measured.
         at_least: whether the limit is a lower bound instead of an upper one.
-        unit: "times", "share", "seconds" or "count".
+        unit: as `tables.written` knows them.
         model: the value by operation count (`cost_model`), or None if it is not modelled.
         expected: the value by the operations and bytes that were counted (`traffic`), or None if they were not.
     """

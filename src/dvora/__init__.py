@@ -12,6 +12,7 @@ from .peft_hook import register_with_peft
 
 if TYPE_CHECKING:
     from . import flat, functional
+    from .bank.bank import AdapterBank
     from .matrices.interface import SharedProjections
     from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
     from .weight.adapter import DVoRAAdapter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterBank": "bank.bank",
     "DVoRAAdapter": "weight.adapter",
     "DVoRAConfig": "tuner",
     "DVoRAModel": "tuner",
@@ -40,6 +42,7 @@ _HOMES = {
 _MODULES = ("flat", "functional")
 
 __all__ = [
+    "AdapterBank",
     "DVoRAAdapter",
     "DVoRAConfig",
     "DVoRAModel",

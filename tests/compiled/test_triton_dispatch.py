@@ -8,10 +8,10 @@ from dvora import SharedProjections
 from dvora.matrices import interface
 from dvora.matrices.interface import Matrices
 from dvora.matrices.kronecker import apply, apply_transpose
-from dvora.method.gain import PackedFactors
+from dvora.method.packed_factors import PackedFactors
 from dvora.ops.triton import available
 from dvora.weight.factors import PassFactors
-from dvora.weight.linear import Update, _ThinProducts
+from dvora.weight.linear import ThinProducts, Update
 from tests.cases import randn
 from tests.compiled.interpreter import Interpreter
 from tests.reference import worst_error
@@ -31,15 +31,15 @@ def inputs(rank: int, bias: bool) -> dict[str, Tensor | None]:
 
 
 def packed(lambda_d: Tensor, trained: Tensor) -> PackedFactors:
-    gain_minus_one, scale = trained.detach()
-    return PackedFactors(trained, torch.stack([1 + gain_minus_one, -gain_minus_one, scale]), lambda_d)
+    gain_minus_one = trained.detach()[0]
+    return PackedFactors(trained, torch.stack([1 + gain_minus_one, -gain_minus_one]), lambda_d)
 
 
 def combined(given: dict[str, Tensor | None], matrices: Matrices) -> Tensor:
     """What a layer computes from its base's outputs and z."""
     factors = PassFactors(packed(given["lambda_d"], given["trained"]))
     update = Update(adapted=None, vectors=None, factors=factors, matrices=matrices)
-    return _ThinProducts.apply(*given.values(), update)
+    return ThinProducts.apply(*given.values(), update)
 
 
 @BOTH

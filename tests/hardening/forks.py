@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class Forks:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         pid = self._answer()
-        timer = threading.Timer(signal_after or 0, os.kill, (pid, number))
+        timer = threading.Timer(signal_after or 0, _signal, (pid, number))
         if signal_after is not None:
             timer.start()
         try:
@@ -115,3 +116,9 @@ class Forks:
         line = self.process.stdout.readline()
         assert line, (self.folder / "server.log").read_text()
         return json.loads(line)
+
+
+def _signal(pid: int, number: int) -> None:
+    # It may have ended just now.
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

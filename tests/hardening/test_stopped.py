@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dvora.recipes.files import new_folder
+from dvora.ops.whole_files import new_folder
 from dvora.recipes.run_folder import locked
 from tests.hardening.errors import TRAIN, assert_error
 from tests.hardening.forks import Forks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dvora import SharedProjections
 from dvora.method.functional import Vectors
-from dvora.method.gain import PackedFactors
+from dvora.method.packed_factors import PackedFactors
 from dvora.ops.passes import Pass, enter, leave
 from dvora.weight.adapted_weight import AdaptedWeight
 from dvora.weight.factors import Asked, StackedEntry, _equal, factors_of
@@ -37,7 +37,7 @@ class Factory:
         self.made += 1
         self.within()
         zeros = vectors.lambda_d.new_zeros
-        return PackedFactors(zeros(2, OUT), zeros(3, OUT), zeros(RANK)), adapted.w
+        return PackedFactors(zeros(2, OUT), zeros(2, OUT), zeros(RANK)), adapted.w
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, factory: Factory) -> Factory:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dvora import SharedProjections
-from dvora.weight import linear as routes
-from dvora.weight.linear import pays, takes_updated_weight
+from dvora.weight import updated_linear as routes
+from dvora.weight.updated_linear import pays, takes_updated_weight
 from tests.cases import linear, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 

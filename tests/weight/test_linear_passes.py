@@ -303,7 +303,7 @@ def test_autocast_of_any_shape_equals_the_dense_method(
 
     def outputs(lambda_d: Tensor, gain_minus_one: Tensor, scale: Tensor) -> Tensor:
         trained = torch.stack([gain_minus_one, scale])
-        packed = PackedFactors(trained, torch.stack([1 + gain_minus_one, -gain_minus_one, scale]).detach(), lambda_d)
+        packed = PackedFactors(trained, torch.stack([1 + gain_minus_one, -gain_minus_one]).detach(), lambda_d)
         vectors = F.Vectors(adapted.w, torch.zeros_like(adapted.w), lambda_d)
         update = Update(adapted, vectors, PassFactors(packed), adapted.matrices)
         return adapted_linear(update, base(x), x, base.bias)

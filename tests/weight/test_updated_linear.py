@@ -14,7 +14,7 @@ from tests.reference import worst_error
 from tests.weight.thin_products import AdaptedWeight, F, PackedFactors, PassFactors, Update
 
 SHARED = checked("matrices.interface").SharedProjections(3)
-updated_linear = checked("weight.linear").updated_linear
+updated_linear = checked("weight.updated_linear").updated_linear
 both_directions = pytest.mark.parametrize("direction", ["unit", "weight"])
 
 
@@ -48,9 +48,7 @@ class Case:
     def outputs(self, x: Tensor, *rest: Tensor) -> Tensor:
         bias, lambda_d, lambda_b, gain_minus_one = rest if self.has_bias else (None, *rest)
         trained = torch.stack([gain_minus_one, self.scale])
-        packed = PackedFactors(
-            trained, torch.stack([1 + gain_minus_one, -gain_minus_one, self.scale]).detach(), lambda_d
-        )
+        packed = PackedFactors(trained, torch.stack([1 + gain_minus_one, -gain_minus_one]).detach(), lambda_d)
         layer = nn.Linear(*reversed(self.layer.weight.shape), bias=bias is not None, dtype=x.dtype)
         layer.weight = self.layer.weight
         if bias is not None:

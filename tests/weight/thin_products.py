@@ -15,7 +15,7 @@ from tests.cases import randn
 from tests.checked import checked
 
 F = checked("method.functional")
-PackedFactors = checked("method.gain").PackedFactors
+PackedFactors = checked("method.packed_factors").PackedFactors
 PassFactors = checked("weight.factors").PassFactors
 AdaptedWeight = checked("weight.adapted_weight").AdaptedWeight
 _linear = checked("weight.linear")
@@ -56,7 +56,7 @@ class Operands(NamedTuple):
     def update(self, kind: str, keeps: bool = False) -> Update:
         """An adapter with these factors; `keeps` what evaluation makes of them."""
         trained, gain = torch.stack([self.gain_minus_one, self.scale]), 1 + self.gain_minus_one
-        packed = PackedFactors(trained, torch.stack([gain, -self.gain_minus_one, self.scale]).detach(), self.lambda_d)
+        packed = PackedFactors(trained, torch.stack([gain, -self.gain_minus_one]).detach(), self.lambda_d)
         adapted = adapted_weight(kind, len(self.scale), len(self.lambda_d), norm_dtype(self.scale.dtype))
         vectors = F.Vectors(adapted.w, torch.zeros_like(adapted.w), self.lambda_d)
         return Update(adapted, vectors, PassFactors(packed, {} if keeps else None), adapted.matrices)

@@ -67,7 +67,8 @@ def evaluate(
     with one_line(debug), wrong_input():
         if output is not None:
             check_writable(output)
-        from ..recipes.files import typed, write_atomically
+        from ..ops.whole_files import write_atomically
+        from ..recipes.files import typed
         from ..recipes.finished.evaluation import evaluate_run
         from ..recipes.models.hub import Trust
         from ..recipes.run_folder import read_run

@@ -73,8 +73,7 @@ class DenseMatrices(nn.Module):
 
     def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "DenseMatrices":
         """The columns of A and the rows of B of one process, as views; sizes are then those of its shard."""
-        # A shallow copy shares the store.
-        shard = copy.copy(self)
+        shard = copy.copy(self)  # It shares the store.
         shard._shards, shard._constants = {_STREAM_A: inputs, _STREAM_B: outputs}, {}
         return shard
 
@@ -112,7 +111,7 @@ class DenseMatrices(nn.Module):
             B = self._scaled(_STREAM_B, rank, d.shape[-1], scale.dtype, d.device)
             return _product(d, as_dtype(torch.mul(B, scale, out=out("scaled B", B.shape, B)), d.dtype).T)
         B = self._scaled(_STREAM_B, rank, d.shape[-1], d.dtype, d.device)
-        return _product(d if scale is None else d * as_dtype(scale, d.dtype), B.T)
+        return _product(d if scale is None else as_dtype(d * scale, d.dtype), B.T)
 
     def prepared_projection(
         self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
@@ -122,16 +121,17 @@ class DenseMatrices(nn.Module):
         return lambda x: _product(x.reshape(1, -1) if x.numel() == in_features else x, transpose)
 
     def prepared_update(
-        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+        self, lambda_d: Float[Tensor, "*B R"], scale: Float[Tensor, "*B O"], dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
 
-        It is for z of one dtype, writes into the outputs, and is not differentiable.
+        It is for z of one dtype, writes into the outputs, and is not differentiable. Values by row cannot go into B.
         """
-        inner, B = as_dtype(lambda_d, dtype), self._scaled(_STREAM_B, len(lambda_d), len(scale), dtype, scale.device)
+        inner, is_by_row = as_dtype(lambda_d, dtype), scale.dim() > 1
+        B = self._scaled(_STREAM_B, lambda_d.shape[-1], scale.shape[-1], dtype, scale.device)
 
         def add(z: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None) -> Float[Tensor, "*T O"]:
-            if is_few(z):
+            if is_by_row or is_few(z):
                 product = _product(z * inner, B)
                 return product.mul_(scale) if onto is None else onto.addcmul_(product, scale)
             both = self._scaled_twice(lambda_d, scale, dtype)

@@ -68,7 +68,7 @@ class Matrices(Protocol):
         """`project` for x of one width, dtype and device, without autocast and gradients; of one token it is (1, R)."""
 
     def prepared_update(
-        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+        self, lambda_d: Float[Tensor, "*B R"], scale: Float[Tensor, "*B O"], dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
 

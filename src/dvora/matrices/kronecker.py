@@ -37,6 +37,7 @@ class Kronecker(NamedTuple):
     left: Float[Tensor, "r1 n1"]
     right: Float[Tensor, "r2 n2"]
     diagonal: Float[Tensor, "N"]
+    """Of `scaled` by row: (*B, N), which only sums of outputs take (`structured_update`)."""
     rows: int
 
 
@@ -125,8 +126,8 @@ def fits_triton(x: Tensor, stack: Stack) -> bool:
     return True
 
 
-def scaled(stack: Stack, scale: Float[Tensor, "N"]) -> Stack:
-    """The stack of `M diag(scale)`."""
+def scaled(stack: Stack, scale: Float[Tensor, "*B N"]) -> Stack:
+    """The stack of `M diag(scale)`, of every row of a batch where scales are by row."""
     return tuple(M._replace(diagonal=M.diagonal * scale) for M in stack)
 
 
@@ -218,7 +219,7 @@ def in_chunks(x: Tensor, stack: Stack) -> bool:
     """Whether a product is made by chunks of tokens, in reused buffers."""
     if not x.is_cpu or torch.compiler.is_compiling() or is_batched(x):
         return False
-    return x.numel() // x.shape[-1] * stack[0].diagonal.shape[0] > _FEW_VALUES
+    return x.numel() // x.shape[-1] * stack[0].diagonal.shape[-1] > _FEW_VALUES
 
 
 def _product(x: Tensor, stack: Stack, transpose: bool) -> Tensor:

@@ -100,14 +100,14 @@ class StructuredMatrices(nn.Module):
         return kronecker.prepared_apply_transpose(stack, self.use_triton)
 
     def prepared_update(
-        self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"], dtype: torch.dtype
+        self, lambda_d: Float[Tensor, "*B R"], scale: Float[Tensor, "*B O"], dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
 
         It is for z of one dtype, writes into the outputs, and is not differentiable.
         """
         like = scale.new_empty(0, dtype=dtype)
-        stack = kronecker.scaled(self._stack_for(like, "B", len(lambda_d), len(scale)), scale)
+        stack = kronecker.scaled(self._stack_for(like, "B", lambda_d.shape[-1], scale.shape[-1]), scale)
         inner = as_dtype(lambda_d, dtype)
         add = structured_update.prepared_add_product(stack, self.use_triton)
         return lambda z, onto: add(z * inner, onto)

@@ -33,6 +33,8 @@ def add_product(
     z: Float[Tensor, "*T R"], stack: Stack, onto: Float[Tensor, "*T N"] | None, use_triton: bool = False
 ) -> Float[Tensor, "*T N"]:
     """`onto + z M`, written into `onto`; a new tensor in the dtype of `z` without one. Not differentiable."""
+    if stack[0].diagonal.dim() > 1:
+        return _added_by_row(z, stack, onto)
     if onto is None:
         return apply(z, stack, use_triton)
     if z.is_cuda and use_triton and fits_triton(z, stack):
@@ -44,6 +46,19 @@ def add_product(
     for of_z, into in zip(tokens.split(chunk), outputs.split(chunk), strict=True):
         _added_at_once(of_z, stack, into)
     return onto
+
+
+def _added_by_row(z: Float[Tensor, "*T R"], stack: Stack, onto: Float[Tensor, "*T N"] | None) -> Float[Tensor, "*T N"]:
+    """The same for a stack that is scaled by row of a batch, by chunks of rows."""
+    (left, _, diagonal, _), wide = stack[0], onto
+    if wide is None:
+        wide = left.new_zeros(*z.shape[:-1], diagonal.shape[-1])
+    tokens = max(1, z[0].numel() // z.shape[-1])
+    rows = max(1, chunk_tokens(len(z) * tokens, stack) // tokens) if in_chunks(z, stack) else max(1, len(z))
+    for start in range(0, len(z), rows):
+        part = slice(start, start + rows)
+        _added_at_once(z[part], tuple(M._replace(diagonal=M.diagonal[part]) for M in stack), wide[part])
+    return as_dtype(wide, z.dtype) if onto is None else wide
 
 
 def prepared_add_product(stack: Stack, use_triton: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -57,8 +57,6 @@ class RowFactors(NamedTuple):
     """`g beta`, of the low-rank product."""
     gain: Float[Tensor, "O"]
     """`g`, also precise where it is far below one; a constant, since gradients go through `gain_minus_one`."""
-    beta: Float[Tensor, "O"]
-    """The scale of the update before the gain."""
 
 
 FAR = 1e12
@@ -233,7 +231,7 @@ def factors_of_change(
     # The product of g and beta would have no precision where g is far below one.
     scale = torch.where(live, magnitude * (beta / k) / h, beta)
     gain = torch.where(live, m / h, 1.0).detach()
-    return RowFactors(gain_minus_one, scale, gain, beta)
+    return RowFactors(gain_minus_one, scale, gain)
 
 
 def combine(

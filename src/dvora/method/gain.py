@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops.annotations import Float
-from ..ops.dtypes import as_dtype, full_precision, without_autocast
+from ..ops.dtypes import full_precision, without_autocast
 from ..ops.tracing import grad_recorded, gradients_of, is_batched, saved_tensors_are_hooked, version_of
 from . import functional as F
-from .functional import NEAR_CANCELLATION, Direction, RowFactors, Vectors, measured_ratio, row_scale
+from .functional import NEAR_CANCELLATION, Direction, Vectors, measured_ratio, row_scale
 from .norm import FrozenNorm, crosses, crosses_gradient
+from .packed_factors import PackedFactors, constant_factors
 
 
 class RowSettings(NamedTuple):
@@ -40,41 +41,6 @@ class RowSettings(NamedTuple):
     direction: Direction
     detach_norm: bool
     """Leave the gradient through the norm out (DoRA, section 4.3)."""
-
-
-class PackedFactors(NamedTuple):
-    """The factors of one layer's rows as few tensors, which token functions take as they are."""
-
-    trained: Float[Tensor, "2 O"]
-    """`g - 1` and `g beta`."""
-    constant: Float[Tensor, "3 O"]
-    """`g`, `1 - g` and `beta`, without a gradient."""
-    lambda_d: Float[Tensor, "R"]
-    """The vector itself, so that its gradients from tokens and norm are added for all layers at once."""
-
-    @classmethod
-    def of(cls, factors: RowFactors, lambda_d: Float[Tensor, "R"]) -> "PackedFactors":
-        """The same from separate tensors."""
-        gain_minus_one, scale, gain, beta = factors
-        return cls(torch.stack([gain_minus_one, scale]), _constant(gain, gain_minus_one, beta), lambda_d)
-
-    @property
-    def rows(self) -> RowFactors:
-        """The factors as separate tensors."""
-        (gain_minus_one, scale), (gain, _, beta) = self.trained.unbind(), self.constant.unbind()
-        return RowFactors(gain_minus_one, scale, gain, beta)
-
-    def weakened(self, strength: Tensor) -> "PackedFactors":
-        """The factors of `W + s (W' - W)`, for s without dimensions; for s = 1 these."""
-        gain, _, beta = self.constant.unbind()
-        # For a strength of one exactly the gain.
-        weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
-        trained = strength * self.trained
-        return PackedFactors(trained, _constant(weaker, trained[0], beta), self.lambda_d)
-
-
-def _constant(gain: Tensor, gain_minus_one: Tensor, beta: Tensor) -> Float[Tensor, "3 O"]:
-    return torch.stack([gain.detach(), -gain_minus_one.detach(), beta.detach()])
 
 
 class StackedFactors(NamedTuple):
@@ -97,34 +63,87 @@ def row_factors(vectors: Sequence[Vectors], norms: Sequence[FrozenNorm], setting
         settings: of all of them.
     """
     with full_precision(norms[0].w.device):
-        if grad_recorded():
-            leaves = [vector for three in zip(*vectors, strict=True) for vector in three]
-            # What is not a saved tensor would outlive a checkpoint around it.
-            keeps = not saved_tensors_are_hooked()
-            state, *made = _RowFactors.apply(norms, settings, keeps, *leaves)
-        else:
-            state = _forward(vectors, norms, settings, trains=False, keeps_half_dq=False)
-            made = [*state.trained.unbind(), *state.vectors.lambda_d.unbind()]
-        trained, lambdas_d = made[: len(norms)], made[len(norms) :]
-        packed = [
-            PackedFactors(*of_layer) for of_layer in zip(trained, state.constant.unbind(), lambdas_d, strict=True)
-        ]
-        near = _nearly_cancelled(state)
-        layers = [] if near is None else near.any(1).nonzero()[:, 0].tolist()
-        measured = [layer for layer in layers if norms[layer].matrix is not None]
-        for layer in measured:
-            assert near is not None
-            rows = near[layer].nonzero()[:, 0]
+        leaves = [vector for three in zip(*vectors, strict=True) for vector in three]
+        state, trained, lambdas_d = _made(leaves, norms, settings)
+        packed = list(map(PackedFactors, trained, state.constant.unbind(), lambdas_d))
+        measured = _measurable(state, norms)
+        for layer, rows in measured:
             with _saved_here():
                 packed[layer] = _with_measured(rows, packed[layer], vectors[layer], norms[layer], settings)
         return StackedFactors(packed, state.vectors, bool(measured))
 
 
+class FactorsOfMany(NamedTuple):
+    """The factors of N adapters in L layers of one shape."""
+
+    trained: Float[Tensor, "L N 2 O"]
+    constant: Float[Tensor, "L N 2 O"]
+    lambda_d: Float[Tensor, "L N R"]
+
+
+def row_factors_of_many(vectors: Vectors, norms: Sequence[FrozenNorm], settings: RowSettings) -> FactorsOfMany:
+    """The same of many adapters at once.
+
+    Args:
+        vectors: (L, N, O) and (L, N, R).
+        norms, settings: as for `row_factors`.
+    """
+    with full_precision(norms[0].w.device):
+        count = vectors.magnitude.shape[1]
+        leaves = [of_kind.flatten(0, 1) for of_kind in vectors]
+        state, (trained,), (lambda_d,) = _made(leaves, norms, settings)
+        constant, measured = state.constant, _measurable(state, norms)
+        if measured:
+            index = torch.tensor([entry for entry, _ in measured])
+            patched = []
+            for entry, rows in measured:
+                own = Vectors(*(leaf[entry] for leaf in leaves))
+                packed = PackedFactors(trained[entry], constant[entry], own.lambda_d)
+                with _saved_here():
+                    patched.append(_with_measured(rows, packed, own, norms[entry // count], settings))
+            trained = trained.index_copy(0, index, torch.stack([packed.trained for packed in patched]))
+            constant = constant.index_copy(0, index, torch.stack([packed.constant for packed in patched]))
+        shape = (len(norms), count)
+        return FactorsOfMany(*(factors.unflatten(0, shape) for factors in (trained, constant, lambda_d)))
+
+
+def _made(
+    leaves: Sequence[Tensor], norms: Sequence[FrozenNorm], settings: RowSettings
+) -> tuple["_State", Sequence[Tensor], Sequence[Tensor]]:
+    """Factors and every lambda_d, as many tensors as there are of each vector in the leaves (`_in_stacks`)."""
+    if grad_recorded():
+        # What is not a saved tensor would outlive a checkpoint around it.
+        keeps = not saved_tensors_are_hooked()
+        state, *made = _RowFactors.apply(norms, settings, keeps, *leaves)
+        return state, made[: len(made) // 2], made[len(made) // 2 :]
+    state = _forward(_in_stacks(leaves), norms, settings, trains=False, keeps_half_dq=False)
+    trained, lambda_d = _as_leaves(leaves, state.trained, state.vectors.lambda_d)
+    return state, trained, lambda_d
+
+
+def _are_stacked(leaves: Sequence[Tensor]) -> bool:
+    return leaves[0].dim() > 1
+
+
+def _in_stacks(leaves: Sequence[Tensor]) -> Vectors:
+    """All magnitudes, all lambda_b and all lambda_d as three tensors: what the leaves are, or are stacked to."""
+    if _are_stacked(leaves):
+        return Vectors(*leaves)
+    layers = len(leaves) // 3
+    return Vectors(*(torch.stack(leaves[start : start + layers]) for start in range(0, len(leaves), layers)))  # type: ignore[arg-type]
+
+
+def _as_leaves(leaves: Sequence[Tensor], *stacks: Tensor) -> list[tuple[Tensor, ...]]:
+    """Stacks as the leaves are: whole, or one tensor a layer."""
+    # A view, since a function may not return its inputs.
+    return [(stack.view_as(stack),) if _are_stacked(leaves) else stack.unbind() for stack in stacks]
+
+
 class _State(NamedTuple):
-    """Factors, and what their gradients are computed from."""
+    """Factors, and what their gradients are computed from; L is layers, or those of one adapter after the other."""
 
     trained: Float[Tensor, "L 2 O"]
-    constant: Float[Tensor, "L 3 O"]
+    constant: Float[Tensor, "L 2 O"]
     vectors: Vectors
     """Of all layers."""
     beta_unit: Tensor | float
@@ -144,12 +163,14 @@ class _State(NamedTuple):
 
 
 def _forward(
-    vectors: Sequence[Vectors], norms: Sequence[FrozenNorm], settings: RowSettings, trains: bool, keeps_half_dq: bool
+    vectors: Vectors, norms: Sequence[FrozenNorm], settings: RowSettings, trains: bool, keeps_half_dq: bool
 ) -> _State:
     norm = norms[0]
     w = torch.stack([of_layer.w for of_layer in norms])
     # The vectors may have been cast to half precision; the norm is not computed in it.
-    m, lambda_b, lambda_d = (as_dtype(torch.stack(three), w.dtype) for three in zip(*vectors, strict=True))
+    m, lambda_b, lambda_d = vectors.to(w.dtype)
+    if len(m) > len(w):
+        w = w.repeat_interleave(len(m) // len(w), 0)
     beta_unit = settings.scaling * w if settings.direction == "unit" else settings.scaling
     beta = turned = lambda_b * beta_unit
     live = (w > 0) if any(of_layer.zero_rows for of_layer in norms) else None
@@ -169,12 +190,11 @@ def _forward(
     fixed = h2 < floor if trains else None
     h = torch.maximum(h2, floor).sqrt_()
 
-    trained, constant = (torch.empty(len(w), n, w.shape[1], dtype=w.dtype, device=w.device) for n in (2, 3))
+    trained, constant = (torch.empty(len(w), 2, w.shape[1], dtype=w.dtype, device=w.device) for _ in range(2))
     of_unit = m / k
     torch.div(of_unit, h, out=constant[:, 0])
     torch.div(of_unit.sub_(u).sub_(change.div_(u + h)), h, out=trained[:, 0])
     torch.div(m * b, h, out=trained[:, 1])
-    constant[:, 2] = beta
     if live is not None:
         trained[:, 0].masked_fill_(~live, 0.0)
         torch.where(live, trained[:, 1], beta, out=trained[:, 1])
@@ -192,20 +212,20 @@ class _RowFactors(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         ctx.norms, ctx.settings, ctx.leaves = norms, settings, leaves
         ctx.versions = [version_of(leaf) for leaf in leaves]
-        layers = len(norms)
         # What backward reads again must not have been written to in between.
         ctx.read_again = [(n.matrix, version_of(n.matrix)) for n in norms if n.C is None and n.matrix is not None]
         trains = not settings.detach_norm
-        keeps_half_dq = keeps and trains and any(ctx.needs_input_grad[-layers:])
-        state = ctx.state = _forward(_by_layer(leaves, layers), norms, settings, trains, keeps_half_dq)
+        keeps_half_dq = keeps and trains and any(ctx.needs_input_grad[-len(leaves) // 3 :])
+        state = ctx.state = _forward(_in_stacks(leaves), norms, settings, trains, keeps_half_dq)
         ctx.set_materialize_grads(False)
-        return state, *state.trained.unbind(), *state.vectors.lambda_d.unbind()
+        trained, lambda_d = _as_leaves(leaves, state.trained, state.vectors.lambda_d)
+        return state, *trained, *lambda_d
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, _: None, *all_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        norms, settings = ctx.norms, ctx.settings
-        gradients, of_lambda_d = all_gradients[: len(norms)], all_gradients[len(norms) :]
+        norms, settings, each = ctx.norms, ctx.settings, len(all_gradients) // 2
+        gradients, of_lambda_d = all_gradients[:each], all_gradients[each:]
         if any(version_of(matrix) != version for matrix, version in ctx.read_again):
             raise RuntimeError(
                 "a base weight was written to between the forward and the backward pass of an adapted layer, which "
@@ -222,12 +242,12 @@ class _RowFactors(torch.autograd.Function):
         gain, scale = state.constant[:, 0], state.trained[:, 1]
         vectors, beta_unit, k, b, h = state.vectors, state.beta_unit, state.k, state.b, state.h
         live, fixed = state.live, state.fixed
-        d_g, d_scale = _stacked(gradients, state.trained[0]).unbind(1)
+        d_g, d_scale = _stacked(gradients, state.trained, ctx.leaves).unbind(1)
         d_m = torch.addcmul(d_g / k, b, d_scale).div_(h)
         d_beta = gain * d_scale
         if live is not None:
             d_m, d_beta = torch.where(live, d_m, 0.0), torch.where(live, d_beta, d_scale)
-        d_lambda_d = _stacked(of_lambda_d, vectors.lambda_d[0])
+        d_lambda_d = _stacked(of_lambda_d, vectors.lambda_d, ctx.leaves)
         if fixed is not None:
             minus_d_h = torch.addcmul(gain * d_g, scale, d_scale).div_(h)
             minus_d_h.masked_fill_(fixed if live is None else fixed | ~live, 0.0)
@@ -237,33 +257,38 @@ class _RowFactors(torch.autograd.Function):
             half = norms[0].squares_half_gradient((minus_d_change * b).div_(h), vectors.lambda_d, state.half_dq)
             # The largest of what is kept; another backward pass makes it again.
             ctx.state = state._replace(half_dq=None)
-            d_lambda_d -= half.add_(crosses_gradient(norms, minus_d_change.div_(kh)))
+            d_lambda_d = d_lambda_d - half.add_(crosses_gradient(norms, minus_d_change.div_(kh)))
         used = [not (g is None and d is None) for g, d in zip(gradients, of_lambda_d, strict=True)]
-        return None, None, None, *_unbound(used, d_m, d_beta * beta_unit, d_lambda_d)
+        found = _as_leaves(ctx.leaves, d_m, d_beta * beta_unit, d_lambda_d)
+        return (
+            None,
+            None,
+            None,
+            *(d if is_used else None for each in found for d, is_used in zip(each, used, strict=True)),
+        )
 
 
-def _stacked(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
+def _stacked(gradients: Sequence[Tensor | None], like: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """Gradients of all layers, zero for those that were not used."""
-    zero = torch.zeros_like(like) if any(g is None for g in gradients) else like
+    if _are_stacked(leaves):
+        return torch.zeros_like(like) if gradients[0] is None else gradients[0]
+    zero = torch.zeros_like(like[0]) if any(g is None for g in gradients) else like
     return torch.stack([zero if g is None else g for g in gradients])
 
 
-def _unbound(used: Sequence[bool], *stacked: Tensor) -> list[Tensor | None]:
-    """The rows of stacked gradients as views, for the layers that were used."""
-    return [row if is_used else None for each in stacked for row, is_used in zip(each.unbind(), used, strict=True)]
+def _measurable(state: _State, norms: Sequence[FrozenNorm]) -> list[tuple[int, Tensor]]:
+    """The rows that updates nearly cancel, by place in the stacks, where they can be measured from the weight.
 
-
-def _by_layer(leaves: Sequence[Tensor], layers: int) -> list[Vectors]:
-    """The vectors of every layer, from all magnitudes, all lambda_b and all lambda_d."""
-    return [Vectors(*leaves[index::layers]) for index in range(layers)]
-
-
-def _nearly_cancelled(state: _State) -> Tensor | None:
-    """Which rows the updates nearly cancel; None without any, and on devices that would have to synchronise."""
-    if not state.h.is_cpu:
-        return None
+    On other devices than the CPU that would synchronise.
+    """
+    if not state.h.is_cpu or not state.h.numel():
+        return []
     share, limit = state.h / state.u, NEAR_CANCELLATION**0.5
-    return share < limit if share.numel() and share.min() < limit else None
+    if share.min() >= limit:
+        return []
+    near, count = share < limit, len(state.h) // len(norms)
+    entries = near.any(1).nonzero()[:, 0].tolist()
+    return [(entry, near[entry].nonzero()[:, 0]) for entry in entries if norms[entry // count].matrix is not None]
 
 
 def _saved_here() -> AbstractContextManager[object]:
@@ -289,7 +314,7 @@ def _with_measured(
         assert updated is not None
         n = w * measured_ratio(updated, w)
     g = vectors.magnitude[rows] / n
-    trained, constant = torch.stack([g - 1, g * beta]), _constant(g, g - 1, beta)
+    trained, constant = torch.stack([g - 1, g * beta]), constant_factors(g, g - 1)
     return packed._replace(
         trained=packed.trained.index_copy(1, rows, trained.to(w.dtype)),
         constant=packed.constant.index_copy(1, rows, constant.to(w.dtype)),
@@ -304,11 +329,14 @@ def _differentiable_gradients(
     settings: RowSettings,
 ) -> list[Tensor | None]:
     """The gradients as a graph, for derivatives of higher order, and for batches of them."""
+    if _are_stacked(leaves):
+        return _differentiable_gradients_of_stacks(gradients[0], of_lambda_d[0], leaves, norms, settings)
     graph, found = torch.is_grad_enabled(), list[list[Tensor | None]]()
     with torch.enable_grad():
-        for layer, (gradient, d_lambda_d, norm) in enumerate(zip(gradients, of_lambda_d, norms, strict=True)):
+        for layer, (gradient, d_lambda_d) in enumerate(zip(gradients, of_lambda_d, strict=True)):
+            norm = norms[layer * len(norms) // len(gradients)]
             # Aliases: gradients end at them, whatever the vectors were computed from.
-            vectors = Vectors(*(leaf.view_as(leaf) for leaf in leaves[layer :: len(norms)]))
+            vectors = Vectors(*(leaf.view_as(leaf) for leaf in leaves[layer :: len(gradients)]))
             trained = [vector.requires_grad for vector in vectors]
             own: list[Tensor | None] = [None] * len(vectors)
             if gradient is not None and any(trained):
@@ -321,3 +349,24 @@ def _differentiable_gradients(
                 own[-1] = d_lambda_d if own[-1] is None else own[-1] + d_lambda_d
             found.append(own)
     return [gradient for three in zip(*found, strict=True) for gradient in three]
+
+
+def _differentiable_gradients_of_stacks(
+    gradient: Tensor | None,
+    of_lambda_d: Tensor | None,
+    leaves: Sequence[Tensor],
+    norms: Sequence[FrozenNorm],
+    settings: RowSettings,
+) -> list[Tensor | None]:
+    """The same for leaves that are stacks."""
+    none = [None] * len(leaves[0])
+    each = [of_kind for leaf in leaves for of_kind in leaf.unbind()]
+    found = _differentiable_gradients(
+        none if gradient is None else gradient.unbind(),
+        none if of_lambda_d is None else of_lambda_d.unbind(),
+        each,
+        norms,
+        settings,
+    )
+    kinds = [found[start : start + len(none)] for start in range(0, len(found), len(none))]
+    return [None if of_kind[0] is None else torch.stack(of_kind) for of_kind in kinds]  # type: ignore[arg-type]

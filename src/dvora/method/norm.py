@@ -113,6 +113,15 @@ class FrozenNorm(NamedTuple):
             return _products_gradient(as_dtype(self.C, d_cross.dtype)[None], d_cross[None])[0]
         return self.matrices.row_dots_gradient(self._updated_columns(), d_cross, self.rank)
 
+    def kept_or_made_C(self) -> Float[Tensor, "O R"]:
+        """C in the dtype of w, made from the weight where it is not kept: once for many adapters."""
+        if not self.rank:
+            return self.w.new_zeros(len(self.w), 0)
+        if self.C is not None:
+            return as_dtype(self.C, self.w.dtype)
+        assert self.matrix is not None
+        return cross_matrix(self.matrix, self.matrices, self.rank, self.padding_column, self.w.dtype)
+
     def half_dq(self, lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L R O"] | None:
         """Half the derivative of q, which `squares` and its gradient share, where it is small enough to keep."""
         return self.matrices.half_dq(lambda_d, self.in_features, len(self.w)) if self.rank else None
@@ -178,15 +187,21 @@ def without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "
     return matrix.index_fill(1, torch.tensor([column], device=matrix.device), 0.0)
 
 
-def crosses(norms: Sequence[FrozenNorm], lambda_d: Float[Tensor, "L R"]) -> Float[Tensor, "L O"]:
-    """`cross` of several layers."""
+def crosses(norms: Sequence[FrozenNorm], lambda_d: Float[Tensor, "LN R"]) -> Float[Tensor, "LN O"]:
+    """`cross` of several layers, of one adapter or of N each."""
+    if len(lambda_d) > len(norms):
+        by_layer = lambda_d.unflatten(0, (len(norms), -1))
+        return torch.cat([own @ norm.kept_or_made_C().mT for norm, own in zip(norms, by_layer, strict=True)])
     if (C := _joined_C(norms)) is not None:
         return _products(C, lambda_d)
     return torch.stack([norm.cross(of_layer) for norm, of_layer in zip(norms, lambda_d, strict=True)])
 
 
-def crosses_gradient(norms: Sequence[FrozenNorm], d_cross: Float[Tensor, "L O"]) -> Float[Tensor, "L R"]:
-    """`cross_gradient` of several layers."""
+def crosses_gradient(norms: Sequence[FrozenNorm], d_cross: Float[Tensor, "LN O"]) -> Float[Tensor, "LN R"]:
+    """`cross_gradient` of the same."""
+    if len(d_cross) > len(norms):
+        by_layer = d_cross.unflatten(0, (len(norms), -1))
+        return torch.cat([own @ norm.kept_or_made_C() for norm, own in zip(norms, by_layer, strict=True)])
     if (C := _joined_C(norms)) is not None:
         return _products_gradient(C, d_cross)
     return torch.stack([norm.cross_gradient(of_layer) for norm, of_layer in zip(norms, d_cross, strict=True)])

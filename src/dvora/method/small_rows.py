@@ -33,17 +33,17 @@ class SmallRows(NamedTuple):
     def left_out(self, factors: RowFactors) -> RowFactors:
         """Factors that leave these rows as the base has them, plus their update where `added` completes them."""
         if self.products is None:
-            factors = factors._replace(scale=factors.scale.index_fill(0, self.rows, 0.0))
+            factors = factors._replace(scale=factors.scale.index_fill(-1, self.rows, 0.0))
         return factors._replace(
-            gain_minus_one=factors.gain_minus_one.index_fill(0, self.rows, 0.0),
-            gain=factors.gain.index_fill(0, self.rows, 1.0),
+            gain_minus_one=factors.gain_minus_one.index_fill(-1, self.rows, 0.0),
+            gain=factors.gain.index_fill(-1, self.rows, 1.0),
         )
 
     def added(self, outputs: Float[Tensor, "*T O"], factors: RowFactors) -> Float[Tensor, "*T O"]:
         """Outputs computed with the factors of `left_out`, plus what was left out."""
         if self.products is None:
             return outputs
-        missing = factors.gain_minus_one[self.rows] * self.products
+        missing = factors.gain_minus_one[..., self.rows] * self.products
         return outputs.index_add(-1, self.rows, missing.to(outputs.dtype))
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .files import check_no_links, read_json, remove, write_atomically
+from ..ops.whole_files import remove, write_atomically
+from .files import check_no_links, read_json
 from .models.adapter_folder import adapter_on, check_labels, checked_labels, read_adapter, shapes_in
 from .models.bases import Base, load_base, load_processor, quiet_transformers
 from .models.hub import NOTHING, Trust

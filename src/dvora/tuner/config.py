@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ..method.validation import (
     checked_strength,
     fits_float32,
 )
-from .adapter_folder import AdapterFile, shapes_in
+from .adapter_folder import AdapterFile, Shape, shapes_in
 from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match
 from .layers.vectors import strength_key
@@ -171,18 +173,30 @@ class DVoRAConfig(PeftConfig):
             ValueError: it is damaged, holds something else, or is of no method that PEFT knows.
         """
         try:
-            settings: Any = super().from_json_file(path_json_file, **kwargs)
+            settings = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path_json_file} cannot be read as JSON: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path_json_file} holds a {type(settings).__name__}, expected settings by name")
-        method = settings.get("peft_type", "DVORA")
-        if not (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING):
-            raise ValueError(f"{path_json_file}: peft_type is {method!r:.100}, which is no method that PEFT knows")
-        # PEFT passes them on as keyword arguments, where these two have another meaning.
-        if reserved := {"cls", "self"}.intersection(settings):
-            raise ValueError(f"{path_json_file}: {min(reserved)!r} is not a setting")
-        return settings
+        return _checked_method(settings, path_json_file)
+
+    @classmethod
+    def from_bytes(cls, settings: bytes, shapes: Mapping[str, Shape]) -> PeftConfig:
+        """A configuration, of any method, from the content of its file.
+
+        Args:
+            settings: of an adapter_config.json.
+            shapes: of the values in the adapter's other file, by name.
+
+        Raises:
+            TypeError, ValueError: a setting is of the wrong type or out of range, or the content is damaged.
+        """
+        try:
+            found = json.loads(settings)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"adapter_config.json cannot be read as JSON: {error}") from error
+        config: PeftConfig = cls.from_peft_type(**_checked_method(found, "adapter_config.json"))
+        if isinstance(config, DVoRAConfig):
+            config.file, config.awaited = AdapterFile(shapes, config.sizing()), set()
+        return config
 
     def check(self) -> None:
         """Check every setting; done when the configuration is made, and again before it changes a model.
@@ -298,3 +312,16 @@ def own_config(config: PeftConfig) -> DVoRAConfig:
     """A configuration from PEFT, asserted to be this method's."""
     assert isinstance(config, DVoRAConfig), type(config)
     return config
+
+
+def _checked_method(settings: Any, file: str) -> dict[str, Any]:
+    """The settings that were in a file, if they are of a method that PEFT knows."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds a {type(settings).__name__}, expected settings by name")
+    method = settings.get("peft_type", "DVORA")
+    if not (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise ValueError(f"{file}: peft_type is {method!r:.100}, which is no method that PEFT knows")
+    # PEFT passes them on as keyword arguments, where these two have another meaning.
+    if reserved := {"cls", "self"}.intersection(settings):
+        raise ValueError(f"{file}: {min(reserved)!r} is not a setting")
+    return settings

@@ -20,8 +20,9 @@ from ..engines.zero3 import is_in_memory
 from ..matrices.interface import Matrices, SharedProjections
 from ..method import functional as F
 from ..method.functional import Direction, RowFactors, Vectors
-from ..method.gain import PackedFactors, RowSettings, row_factors
+from ..method.gain import RowSettings, row_factors
 from ..method.norm import FrozenNorm, NormCache, cache_dtype, cross_matrix, row_norms, without_column
+from ..method.packed_factors import PackedFactors
 from ..method.small_rows import small_rows
 from ..method.validation import (
     check_norms,

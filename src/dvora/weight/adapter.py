@@ -30,8 +30,9 @@ from .adapted_weight import AdaptedWeight
 from .default_projections import default_projections
 from .diagnostics import diagnostics
 from .last_input import LastInput, add_gradients
-from .linear import Update, adapted_linear, takes_updated_weight, updated_linear
+from .linear import Update, adapted_linear
 from .merge import check_can_be_set, merged_copy
+from .updated_linear import takes_updated_weight, updated_linear
 
 
 class DVoRAAdapter(nn.Module):

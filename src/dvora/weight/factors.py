@@ -24,8 +24,9 @@ from torch import Tensor
 from ..engines.tensor_parallel import local
 from ..matrices.interface import Matrices
 from ..method.functional import Vectors
-from ..method.gain import PackedFactors, StackedFactors
+from ..method.gain import StackedFactors
 from ..method.norm import FrozenNorm
+from ..method.packed_factors import PackedFactors
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..matrices.dense import DenseMatrices
 from ..matrices.interface import Matrices
-from ..method.gain import PackedFactors
+from ..method.packed_factors import PackedFactors
 from ..ops.annotations import Float
 from ..ops.chunked import sum_of_products
 from ..ops.dtypes import as_dtype

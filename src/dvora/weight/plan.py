@@ -19,8 +19,9 @@ from ..ops.annotations import Float
 from ..ops.passes import Pass
 from .adapted_weight import AdaptedWeight
 from .factors import EvaluatedEntry
-from .linear import Update, adapted_linear, outputs_from, scaled_base, takes_updated_weight, updated_linear
+from .linear import Update, adapted_linear, outputs_from, scaled_base
 from .tensor_state import is_unchanged, same_or_none
+from .updated_linear import takes_updated_weight, updated_linear
 
 
 class Operands(NamedTuple):
@@ -78,7 +79,7 @@ class EvaluationPlan:
         self._in_steps = x.dtype.itemsize >= 4 and not (self._matrices.use_triton and x.is_cuda)
         self._project = self._matrices.prepared_projection(adapted.rank, x.shape[-1], x.dtype, x.device)
         self._add = entry.factors.added(self._matrices, x.dtype)
-        self._gain, self._opposite, _ = entry.factors.packed.constant
+        self._gain, self._opposite = entry.factors.packed.constant
 
     def keep(
         self, adapted: AdaptedWeight, entry: EvaluatedEntry, is_whole: bool, operands: Operands, running: Pass

@@ -10,13 +10,13 @@ from typing import Any
 from markupsafe import Markup, escape
 from peft import PeftModel
 
+from ...ops.whole_files import write_atomically
 from ...tools.analysis import analyze
 from ...tools.analysis.pictures import magnitude_and_direction
 from ...tools.doctor import Examination, examine
 from ...tools.pages.page import Section, Table, page
 from ...tools.pages.text import shown
 from ..data.images import opened_image
-from ..files import write_atomically
 from ..models.hub import NOTHING, Trust, offline
 from ..run_folder import Run, load_trained, read_run
 from ..tasks.metrics import metric_rows

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import read_json, remove, write_atomically
+from ...ops.whole_files import remove, write_atomically
+from ..files import read_json
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 MARK = "complete.json"

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...ops.whole_files import new_folder, remove
 from ..data.run_data import Data, load_data
-from ..files import new_folder, remove
 from ..models.bases import load_base, load_processor, quiet_transformers
 from ..models.hub import NAMED, Trust
 from ..run_folder import (

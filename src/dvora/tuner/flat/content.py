@@ -106,7 +106,15 @@ class Content(NamedTuple):
             TypeError, ValueError: there is no DVoRA adapter, or it is damaged or of another format.
         """
         config = _config_of(folder)
-        shapes = _shapes_of(config, folder)
+        return cls.of_saved(config, _shapes_of(config, folder))
+
+    @classmethod
+    def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
+        """That of a saved adapter with this configuration and values of these shapes.
+
+        Raises:
+            ValueError: the values are not those of a DVoRA adapter.
+        """
         vectors: dict[str, dict[str, Shape]] = {}
         for key, shape in shapes.items():
             if _is_vector(key):
@@ -195,7 +203,11 @@ class ModelAdapter(NamedTuple):
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """The values in a folder, on the CPU, by name in the order of a vector."""
-    config, saved = _config_of(folder), load_peft_weights(str(folder), device="cpu")
+    return in_order(load_peft_weights(str(folder), device="cpu"), _config_of(folder))
+
+
+def in_order(saved: Mapping[str, Tensor], config: DVoRAConfig) -> dict[str, Tensor]:
+    """The values in a file that are the adapter's own, by name in the order of a vector."""
     vectors = {_plain(key): tensor for key, tensor in saved.items() if _is_vector(key)}
     layers = sorted({name.rpartition(VECTOR_PREFIX)[0] for name in vectors})
     names = [f"{layer}{VECTOR_PREFIX}{vector}" for layer in layers for vector in Vectors._fields]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...engines.tensor_parallel import is_dtensor
 from ...engines.zero3 import weight_in_memory
 from ...method.functional import Vectors
-from ...method.gain import row_factors
+from ...method.gain import row_factors_of_many
 from ...method.norm import FrozenNorm
 from ...ops.annotations import Float
 from ..layers.layer import DVoRALayer
@@ -54,15 +54,12 @@ def factors_of_layers(
 
 def _stack_factors(layers: Sequence[DVoRALayer], adapter_name: str, vectors: Sequence[Vectors]) -> list[LayerFactors]:
     """The factors of layers of one shape, as parts of one tensor."""
-    count = len(vectors[0].magnitude)
-    # Layer by layer, so that what is read of one is still in cache for its next vector.
-    each = [Vectors(*three) for of_layer in vectors for three in zip(*with_zeros(of_layer), strict=True)]
-    norms = [norm for layer in layers for norm in [_norm(layer, adapter_name)] * count]
-    made = row_factors(each, norms, layers[0].adapted(adapter_name).settings)
+    stacked = Vectors(*(torch.stack(of_kind) for of_kind in zip(*map(with_zeros, vectors), strict=True)))
+    norms = [_norm(layer, adapter_name) for layer in layers]
+    made = row_factors_of_many(stacked, norms, layers[0].adapted(adapter_name).settings)
     strengths = torch.stack([layer.strength(adapter_name) for layer in layers])[:, None, None, None]
-    trained = torch.stack([packed.trained for packed in made.packed]).unflatten(0, (len(layers), count)) * strengths
-    lambda_d = made.vectors.lambda_d.unflatten(0, (len(layers), count))
-    return [LayerFactors(rows[:, 0], rows[:, 1], d) for rows, d in zip(trained, lambda_d, strict=True)]
+    by_layer = zip(made.trained * strengths, made.lambda_d, strict=True)
+    return [LayerFactors(rows[:, 0], rows[:, 1], lambda_d) for rows, lambda_d in by_layer]
 
 
 def with_zeros(vectors: Vectors) -> Vectors:

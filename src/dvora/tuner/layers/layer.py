@@ -30,6 +30,8 @@ from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
 from .vectors import VECTORS, Strength, VectorDict, vectors_in
 
+_NO_DROPOUT = nn.Identity()
+
 
 class DVoRALayer(nn.Module, MergeableLayer):
     """Wraps a base layer. Its layer type says how the weight is held and used; nothing else depends on the type.
@@ -165,9 +167,10 @@ class DVoRALayer(nn.Module, MergeableLayer):
         """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
         if adapter_names is not None:
             check_rows(adapter_names, x, self.merged_adapters, self.name)
-            return mixed_outputs(
-                x, self.base_layer(x), () if self.disable_adapters else adapter_names, self._adapt_rows
-            )
+            # Adapters of the batch only: there may be thousands in the model.
+            own = [] if self.disable_adapters else [n for n in dict.fromkeys(adapter_names) if n in self.dvora_adapted]
+            updates = dict(zip(own, (adapter.update for adapter in self._active(own)), strict=True))
+            return mixed_outputs(x, self.base_layer(x), adapter_names, updates, self._adapt_rows)
         running = None if torch.compiler.is_compiling() else current_pass()
         if running is not None and (planned := self._planned(x, running)) is not None:
             return planned
@@ -275,8 +278,8 @@ class DVoRALayer(nn.Module, MergeableLayer):
         bias = bias_of(self.base_layer, self.measured_bias)
         return adapted_outputs(self.base_layer, self.layer_type, x, base_output, adapters, bias)
 
-    def _adapt_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        return self._adapted(x, base_output, self._active(adapter_names))
+    def _adapt_rows(self, x: Tensor, base_output: Tensor, update: Update) -> Tensor:
+        return self._adapted(x, base_output, [ActiveAdapter(update, _NO_DROPOUT, is_whole=True)])
 
     def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` of several adapters together, as a matrix."""

@@ -20,14 +20,14 @@ _CONVOLVE = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: to
 
 
 def linear(
-    adapted: AdaptedWeight, _: nn.Module, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "R"], dropout: nn.Module
+    adapted: AdaptedWeight, _: nn.Module, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "*B R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
     """`((x A^T) lambda_d) B^T`."""
     return low_rank(adapted, dropout(x), lambda_d)
 
 
 def lookup(
-    adapted: AdaptedWeight, layer: nn.Module, ids: Tensor, lambda_d: Float[Tensor, "R"], dropout: nn.Module
+    adapted: AdaptedWeight, layer: nn.Module, ids: Tensor, lambda_d: Float[Tensor, "*B R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
     """The same for one-hot inputs: columns of A by index, so that no table of the vocabulary's size is made."""
     assert isinstance(layer, nn.Embedding)
@@ -44,7 +44,7 @@ def output_scale(layer: nn.Embedding) -> float | Tensor:
 
 
 def convolve(
-    adapted: AdaptedWeight, layer: nn.Module, x: Tensor, lambda_d: Float[Tensor, "R"], dropout: nn.Module
+    adapted: AdaptedWeight, layer: nn.Module, x: Tensor, lambda_d: Float[Tensor, "*B R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
     """A convolution with the rows of A as kernels, the same for every group, then B at every position."""
     assert isinstance(layer, Convolution)
@@ -52,16 +52,21 @@ def convolve(
     spatial, groups = len(layer.kernel_size), layer.groups
     batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
     kernel = (layer.weight.shape[1], *layer.kernel_size)
-    A, B = adapted.A(x), adapted.B(x) * lambda_d.to(x.dtype)
-    if adapted.rank < adapted.in_features:
+    A, B, by_row = adapted.A(x), adapted.B(x), lambda_d.dim() > 1
+    if by_row or adapted.rank < adapted.in_features:
         # Groups become batch entries, since all have the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
         positions = z.shape[2:]
-        product = B.view(groups, -1, adapted.rank) @ z.reshape(len(batch), groups, adapted.rank, -1)
+        z = z.reshape(len(batch), groups, adapted.rank, -1)
+        if by_row:
+            z = z * lambda_d.to(z.dtype).view(-1, 1, adapted.rank, 1)
+        else:
+            B = B * lambda_d.to(B.dtype)
+        product = B.view(groups, -1, adapted.rank) @ z
         product = product.view(len(batch), -1, *positions).movedim(1, -1)
     else:
         # The rank exceeds the kernel's size (depthwise, pointwise): one convolution with B A costs less.
-        product = _convolution(layer, batch, (B @ A).view(-1, *kernel), groups).movedim(1, -1)
+        product = _convolution(layer, batch, ((B * lambda_d.to(B.dtype)) @ A).view(-1, *kernel), groups).movedim(1, -1)
     outputs: Tensor = product if x.dim() == spatial + 2 else product.squeeze(0)
     return outputs
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ...method.packed_factors import PackedFactors
+from ...weight.linear import Update
 from ..restoring import surely
 
 BASE = "__base__"
@@ -58,22 +60,45 @@ def is_in_progress(batch: Batch) -> bool:
 
 
 def mixed_outputs(
-    x: Tensor, base_output: Tensor, adapter_names: Sequence[str], adapt: Callable[[Tensor, Tensor, list[str]], Tensor]
+    x: Tensor,
+    base_output: Tensor,
+    adapter_names: Sequence[str],
+    updates: Mapping[str, Update],
+    adapt: Callable[[Tensor, Tensor, Update], Tensor],
 ) -> Tensor:
-    """The outputs of a batch, adapter by adapter.
+    """The outputs of a batch: of all rows at once, or for each A and B where there are several.
 
     Args:
         x: inputs.
         base_output: of the base layer for all of them.
         adapter_names: one a row.
-        adapt: maps inputs and base outputs of some rows to their outputs with the named adapters.
+        updates: of the adapters that the layer has, by name; other rows get the base's outputs.
+        adapt: maps inputs and base outputs to the outputs with an update by row.
     """
-    output = base_output.clone()
-    for name in dict.fromkeys(adapter_names):
-        if name != BASE:
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            output[rows] = adapt(x[rows], base_output[rows], [name])
+    groups: dict[tuple[object, ...], dict[str, Update]] = {}
+    for name, update in updates.items():
+        shared = update.adapted.shared
+        key = shared.seed, shared.distribution, shared.use_triton, update.adapted.rank
+        groups.setdefault(key, {})[name] = update
+    if len(groups) == 1:
+        return adapt(x, base_output, _by_row(updates, adapter_names, base_output.dim()))
+    output = base_output.clone() if groups else base_output
+    for group in groups.values():
+        rows = [row for row, name in enumerate(adapter_names) if name in group]
+        update = _by_row(group, [adapter_names[row] for row in rows], base_output.dim())
+        output[rows] = adapt(x[rows], base_output[rows], update)
     return output
+
+
+def _by_row(updates: Mapping[str, Update], adapter_names: Sequence[str], dimensions: int) -> Update:
+    """The updates of adapters that share A and B, each for its rows of tokens with this many dimensions."""
+    packed = [update.factors.packed for update in updates.values()]
+    place = {name: place for place, name in enumerate(updates)}
+    if not all(name in place for name in adapter_names):
+        packed.append(PackedFactors.of_base(packed[0]))
+    index = torch.tensor([place.get(name, len(place)) for name in adapter_names], device=packed[0].lambda_d.device)
+    adapted = next(iter(updates.values())).adapted
+    return Update.by_row(adapted, PackedFactors.stacked(packed).gathered(index, dimensions))
 
 
 def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:

@@ -12,7 +12,8 @@ from ...method import functional as F
 from ...method.small_rows import SmallRows
 from ...ops.annotations import Float
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.linear import Update, adapted_linear, takes_updated_weight, updated_linear
+from ...weight.linear import Update, adapted_linear
+from ...weight.updated_linear import takes_updated_weight, updated_linear
 from .base_layer import laid_out_like
 from .layer_types import LayerType
 from .low_rank import linear
@@ -95,7 +96,7 @@ def _product(
     update = adapter.update
     if not update.adapted.rank:
         return outputs.new_zeros(1).expand_as(outputs)
-    product = layer_type.low_rank(update.adapted, base_layer, x, update.vectors.lambda_d, adapter.dropout)
+    product = layer_type.low_rank(update.adapted, base_layer, x, update.factors.packed.lambda_d, adapter.dropout)
     return laid_out_like(outputs, product)
 
 

@@ -1,0 +1,150 @@
+"""The ways to serve a batch in which rows have different adapters, each as a model to be called within a context."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import dvora
+from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA, factors_of
+from benchmarks.many_adapters.population import Population, name_of, packs_of
+from benchmarks.speed.arms import CONFIGS, MERGED, Arm, adapted, moved, sharing_copy
+from benchmarks.speed.workloads import Workload
+
+Chosen = Callable[[], AbstractContextManager[Callable[..., Any]]]
+"""Opens a context in which the model has the adapters of an arm in its rows."""
+
+
+class ManyArm(NamedTuple):
+    """One way to serve a batch.
+
+    Args:
+        way: "base", "merged", "bank", "adapter_names" (PEFT's), "gathered" (`gathered_lora`), or in training "alone"
+            (one adapter at a time).
+        adapter: method and rank.
+        distinct: adapters in the batch.
+        known: adapters that could have been in it.
+    """
+
+    way: str
+    adapter: Arm = Arm("base")
+    distinct: int = 0
+    known: int = 0
+
+    @property
+    def name(self) -> str:
+        """As in the result file."""
+        if self.way in ("base", "merged"):
+            return self.way
+        return f"{self.way}, {self.adapter.name}, {self.distinct} of {self.known:,}"
+
+    def described(self) -> dict[str, Any]:
+        """For a row of the result file."""
+        method, rank = self.adapter.method, self.adapter.rank
+        numbers = {"distinct": self.distinct, "known": self.known}
+        return {"arm": self.name, "way": self.way, "method": method, "rank": rank, **numbers}
+
+
+def adapters_of_rows(arm: ManyArm, rows: int) -> list[int]:
+    """Numbers of the adapters in a batch, one a row: spread evenly over those that are known, in turns."""
+    return [(row % arm.distinct) * (arm.known // arm.distinct) for row in range(rows)]
+
+
+class Models:
+    """The models of one base, made when first asked for; arms that differ in their rows only share one.
+
+    Args:
+        workload: the base.
+        dtype: of the base.
+        rows: of a batch.
+    """
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, rows: int) -> None:
+        self.workload, self.dtype, self.rows = workload, dtype, rows
+        self.base = workload.frozen(dtype).eval()
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Models":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def chosen(self, arm: ManyArm) -> Chosen:
+        """How to have an arm's adapters in the rows."""
+        if arm.way == "base":
+            return lambda: nullcontext(self.base)
+        if arm.way == "merged":
+            return lambda: nullcontext(self._once(self._merged))
+        return {"bank": self._in_bank, "adapter_names": self._by_names, "gathered": self._gathered}[arm.way](arm)
+
+    def _in_bank(self, arm: ManyArm) -> Chosen:
+        model, bank = self._once(self._bank, arm.adapter, arm.known)
+        names = [name_of(number) for number in adapters_of_rows(arm, self.rows)]
+        return lambda: _within(bank.rows(names), model)
+
+    def _by_names(self, arm: ManyArm) -> Chosen:
+        model, names = self._once(self._peft, arm.adapter, arm.known)
+        rows = [names[number] for number in adapters_of_rows(arm, self.rows)]
+        return lambda: nullcontext(partial(model, adapter_names=rows))
+
+    def _gathered(self, arm: ManyArm) -> Chosen:
+        model, lora = self._once(self._lora, arm.adapter, arm.known)
+        rows = adapters_of_rows(arm, self.rows)
+        return lambda: _within(lora.rows(rows), model)
+
+    def _merged(self) -> nn.Module:
+        model = adapted(self.base, MERGED, self.workload.targets).eval()
+        self._open.enter_context(dvora.merged(model))
+        return model
+
+    def _bank(self, adapter: Arm, known: int) -> tuple[nn.Module, dvora.AdapterBank]:
+        model, population = sharing_copy(self.base), self._once(self._population, adapter)
+        folder = Path(self._open.enter_context(TemporaryDirectory(prefix="dvora-known-")))
+        bank = dvora.AdapterBank(model)
+        self._open.callback(bank.close)
+        bank.add_pack(packs_of(population, [known], folder)[known])
+        return model, bank
+
+    def _population(self, adapter: Arm) -> Population:
+        return Population(self.base, adapter, self.workload.targets)
+
+    def _peft(self, adapter: Arm, known: int) -> tuple[nn.Module, Sequence[str]]:
+        return with_adapters(self.base, adapter, self.workload.targets, known)
+
+    def _lora(self, adapter: Arm, known: int) -> tuple[nn.Module, GatheredLoRA]:
+        peft, _ = self._once(self._peft, adapter, known)
+        # PEFT keeps float32 factors on a base of half precision; of ours that would only cost conversions.
+        factors = {name: Factors(*(f.to(self.dtype) for f in each)) for name, each in factors_of(peft).items()}
+        model = sharing_copy(self.base)
+        return model, GatheredLoRA(model, factors)
+
+    def _once(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        key = (make.__name__, *arguments)
+        if key not in self._made:
+            self._made[key] = make(*arguments)
+        return self._made[key]
+
+
+def with_adapters(base: nn.Module, adapter: Arm, targets: Sequence[str], count: int) -> tuple[nn.Module, Sequence[str]]:
+    """A PEFT model with that many different adapters, and their names."""
+    model = adapted(base, adapter, targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for number in range(1, count):
+            model.add_adapter(name_of(number), CONFIGS[adapter.method](adapter.rank, list(targets)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or ".dvora_" in name)
+    return moved(model).requires_grad_(False).eval(), ["default", *(name_of(number) for number in range(1, count))]
+
+
+@contextmanager
+def _within(context: AbstractContextManager[Any], model: nn.Module) -> Any:
+    with context:
+        yield model

@@ -1,0 +1,163 @@
+"""What is measured of batches on which model, and of how many adapters; less where a step takes seconds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.many_adapters.arms import ManyArm
+from benchmarks.many_adapters.numbers import KNOWN, MANY, ROWS, SLOTS
+from benchmarks.speed import workloads
+from benchmarks.speed.arms import Arm
+from benchmarks.speed.workloads import Workload
+
+DENSE, STRUCTURED = Arm("dvora dense", 256), Arm("dvora structured", 256)
+LORAS = (Arm("LoRA", 8), Arm("LoRA", 1))
+BASE, MERGED = ManyArm("base"), ManyArm("merged", DENSE)
+PASSES = 4
+"""Tokens that are decoded with the same rows."""
+LEFT_OUT = (
+    "GPUs: nothing here was run on one",
+    "64 adapters known to the bank: only with structured matrices and all 64 in the batch; 10,000: only in the linear "
+    "layers and in the stream",
+    "SmolLM2: float32 only, 64 adapters known, prompts of 4 tokens, dvora not through adapter_names",
+    "bfloat16: MiniLM and the linear layers, fewer ways and rounds",
+    "batches repeat their names, so that all their adapters are in slots; the stream of requests loads and evicts",
+    "a stream of LoRA adapters: PEFT has no slots and no loader, and 10,000 of rank 8 for MiniLM take 13 GB in float32",
+)
+"""What the plan leaves out, for the result file."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of step: the rows are chosen, then come one or more passes.
+
+    Args:
+        part: "prefill" or "decode".
+        tokens: in a row of the batch.
+        rounds: how often every arm is timed.
+        passes: before rows are chosen anew; a text is decoded with the same rows.
+        cached: tokens before the one that is decoded; 0 if the model has no attention.
+    """
+
+    part: str
+    tokens: int
+    rounds: int
+    passes: int = 1
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A model, and the arms that are timed on it in turns; the base comes first."""
+
+    workload: Workload
+    dtype: str
+    arms: Sequence[ManyArm]
+    phases: Sequence[Phase]
+    rows: int = ROWS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is measured.
+
+    Args:
+        grounds: of batches.
+        encoder: of the stream, and of what thousands of adapters take in memory.
+        known: adapters in the stream.
+        requests, rounds: of the stream; so many requests in each round.
+        resident: slots, and bytes of the host's tier, of banks that use the largest number of adapters.
+        loaded: models whose adapters are loaded and weighed, and how many of them are loaded.
+    """
+
+    grounds: Sequence[Ground]
+    encoder: Workload
+    known: Sequence[int]
+    requests: int
+    rounds: int
+    resident: Sequence[tuple[int, int]]
+    loaded: Sequence[tuple[Workload, int]]
+
+
+def whole() -> Plan:
+    """Of the committed result file."""
+    return Plan(
+        grounds=whole_grounds(),
+        encoder=workloads.minilm(),
+        known=(16, 256, MANY, 10_000),
+        requests=200,
+        rounds=6,
+        resident=[(SLOTS, 2**30), (64, 2**26)],
+        loaded=[(workloads.minilm(), 16), (workloads.smollm2(), 8)],
+    )
+
+
+def quick() -> Plan:
+    """The same on tiny models: whether everything works, not how fast it is."""
+    tiny = workloads.bert_square(64)
+    return Plan(
+        grounds=quick_grounds(),
+        encoder=tiny,
+        known=(4, SLOTS + 4),
+        requests=40,
+        rounds=2,
+        resident=[(SLOTS, 2**30)],
+        loaded=[(tiny, 6)],
+    )
+
+
+def whole_grounds() -> list[Ground]:
+    """Every model, and what is timed on it."""
+    linears, minilm, smollm2 = workloads.linears(1024, 2816, blocks=2), workloads.minilm(), workloads.smollm2()
+    ten_thousand = bank_arm(STRUCTURED, ROWS, KNOWN[-1])
+    smollm2_arms = [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], ROWS), *by_names(*LORAS), *gathered()]
+    return [
+        Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 11, PASSES)]),
+        Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 7, PASSES)]),
+        Ground(minilm, "float32", all_arms(), [Phase("prefill", 32, 5)]),
+        Ground(minilm, "bfloat16", few_arms(), [Phase("prefill", 32, 3)]),
+        Ground(smollm2, "float32", smollm2_arms, [Phase("decode", 1, 5, 2, cached=16), Phase("prefill", 4, 3)]),
+    ]
+
+
+def quick_grounds() -> list[Ground]:
+    """Every way, on tiny models."""
+    tiny = [Arm(arm.method, 16) for arm in (STRUCTURED, DENSE)]
+    arms = [BASE, MERGED, *(bank_arm(arm, n, 8) for arm in tiny for n in (1, 4, 8))]
+    arms += [ManyArm("adapter_names", arm, n, 8) for arm in (*tiny, *LORAS) for n in (1, 8)]
+    arms += [ManyArm("gathered", arm, n, 8) for arm in LORAS for n in (1, 8)]
+    llama = workloads.llama(64, 176, heads=4)
+    return [
+        Ground(workloads.linears(64, 176), "bfloat16", arms, [Phase("decode", 1, 2, PASSES)], rows=8),
+        Ground(llama, "float32", arms, [Phase("decode", 1, 2, PASSES, cached=4), Phase("prefill", 4, 2)], rows=8),
+    ]
+
+
+def all_arms() -> list[ManyArm]:
+    """Everything but ten thousand adapters."""
+    banks = [bank_arm(adapter, distinct, MANY) for adapter in (STRUCTURED, DENSE) for distinct in (1, 16, ROWS)]
+    few = bank_arm(STRUCTURED, ROWS, ROWS)
+    return [BASE, MERGED, *banks, few, *by_names(STRUCTURED, DENSE, *LORAS), *gathered()]
+
+
+def few_arms() -> list[ManyArm]:
+    """The least that shows what another adapter in every row costs."""
+    return [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], MANY), *by_names(*LORAS), *gathered()]
+
+
+def bank_arm(adapter: Arm, distinct: int, known: int) -> ManyArm:
+    return ManyArm("bank", adapter, distinct, known)
+
+
+def bank_arms(adapters: Sequence[Arm], known: int) -> list[ManyArm]:
+    """One adapter in the batch, and one a row."""
+    return [bank_arm(adapter, distinct, known) for adapter in adapters for distinct in (1, ROWS)]
+
+
+def by_names(*adapters: Arm) -> list[ManyArm]:
+    """Through PEFT's `adapter_names`."""
+    return [ManyArm("adapter_names", adapter, distinct, ROWS) for adapter in adapters for distinct in (1, ROWS)]
+
+
+def gathered() -> list[ManyArm]:
+    """LoRA as fast as PyTorch makes it."""
+    return [ManyArm("gathered", adapter, distinct, ROWS) for adapter in LORAS for distinct in (1, ROWS)]

@@ -1,0 +1,104 @@
+"""Adapters by the thousand: one vector, and noise of another seed for each; as vectors, as folders, as a pack."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.speed.arms import Arm, adapted
+from dvora import DVoRAConfig
+from dvora.bank.factors import FactorRows
+from dvora.bank.pack import write_pack
+from dvora.flat import Layout
+from dvora.tuner.adapter_folder import PEFT_PREFIX, VECTOR_PREFIX
+
+NOISE = 0.01
+
+
+class Population:
+    """Adapters of one method for one base; number 5 is the same whenever it is made.
+
+    Args:
+        base: the frozen model.
+        arm: method and rank.
+        targets: names of the adapted layers.
+    """
+
+    def __init__(self, base: nn.Module, arm: Arm, targets: Sequence[str]) -> None:
+        self.base, self.arm = base, arm
+        self.model = adapted(base, arm, targets).eval()
+        self.config: DVoRAConfig = self.model.peft_config["default"]
+        self.layout = Layout.of(self.model)
+        self._start = self.layout.to_vector(self.model)
+
+    def vector(self, number: int) -> Tensor:
+        """An adapter as one flat vector, in the order of its layout."""
+        generator = torch.Generator().manual_seed(number)
+        return self._start + NOISE * torch.randn(len(self._start), generator=generator)
+
+    def save(self, parent: Path, count: int) -> dict[str, Path]:
+        """A folder for each adapter, as `save_pretrained` writes it; by the adapter's name.
+
+        Args:
+            parent: a new folder for all of them.
+            count: how many.
+        """
+        first = parent / "first"
+        self.model.save_pretrained(str(first))
+        folders = {name_of(number): parent / name_of(number) for number in range(count)}
+        for number, folder in enumerate(folders.values()):
+            folder.mkdir()
+            shutil.copy(first / "adapter_config.json", folder)
+            save_file(self._named(self.vector(number)), folder / "adapter_model.safetensors", {"format": "pt"})
+        shutil.rmtree(first)
+        return folders
+
+    def pack(self, file: Path, folders: Mapping[str, Path], dtype: torch.dtype | None) -> Path:
+        """The adapters of some folders in one file.
+
+        Args:
+            file: of the pack, which is also returned.
+            folders: by name.
+            dtype: of the rows of factors in it; None leaves these to the first use.
+        """
+        content = self.layout.content
+        rows = None if dtype is None else FactorRows.of_model(self.base, self.config, content, dtype)
+        write_pack(file, folders, rows)
+        return file
+
+    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+        """The values by their names in files."""
+        return {
+            f"{PEFT_PREFIX}{layer}{VECTOR_PREFIX}{name}": value.contiguous()
+            for layer, vectors in self.layout.views(vector).items()
+            for name, value in vectors._asdict().items()
+        }
+
+
+def name_of(number: int) -> str:
+    """Of an adapter, in banks and as a folder."""
+    return f"adapter-{number:05d}"
+
+
+def packs_of(
+    population: Population, counts: Sequence[int], folder: Path, dtype: torch.dtype | None = None
+) -> dict[int, Path]:
+    """Packs of the first so many adapters, by their number.
+
+    Args:
+        population: of which the adapters are.
+        counts: how many are in each pack.
+        folder: for the packs; an adapter's own folder is gone afterwards.
+        dtype: of the rows of factors in the packs, if there are to be any.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        folders = population.save(Path(unpacked), max(counts))
+        return {
+            count: population.pack(folder / f"{count}.dvora", dict(islice(folders.items(), count)), dtype)
+            for count in counts
+        }

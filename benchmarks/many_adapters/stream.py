@@ -1,0 +1,150 @@
+"""Streams of requests for more adapters than there are slots: throughput, and how long requests wait.
+
+All numbers of adapters are served in turns, some requests at a time, so that a busy machine slows all alike.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dvora
+from benchmarks.many_adapters.numbers import SLOTS
+from benchmarks.many_adapters.population import name_of
+from benchmarks.many_adapters.requests import (
+    Answered,
+    Serve,
+    WallClock,
+    closed_loop,
+    open_loop,
+    percentile,
+    poisson,
+    zipf,
+)
+from benchmarks.speed.arms import sharing_copy
+from benchmarks.speed.runner import Report
+from benchmarks.speed.workloads import Workload
+
+BATCH, TOKENS = 8, 16
+"""Rows of a batch at most, and their tokens."""
+CLIENTS = 2 * BATCH
+"""In the closed loop: one batch is served while the next one waits."""
+WAITING = 8 * BATCH
+"""Requests that may wait in the open loop."""
+LOAD = 0.7
+"""Of the open loop, in the closed loop's throughput with the fewest adapters."""
+EXPONENT = 1.0
+SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Requests for some number of adapters.
+
+    Args:
+        known: adapters; 0 is the base alone.
+        serve: answers a batch.
+        stats: of the bank.
+    """
+
+    known: int
+    serve: Serve
+    stats: Callable[[], Mapping[str, Any]]
+    answered: dict[str, list[Answered]] = field(default_factory=lambda: {"closed": [], "open": []})
+
+
+def measure(
+    report: Report, workload: Workload, base: nn.Module, packs: Mapping[int, Path], requests: int, rounds: int
+) -> None:
+    """Add a row for each loop and number of adapters.
+
+    Args:
+        report: gets the rows.
+        workload: the model.
+        base: its frozen base.
+        packs: of adapters, by their number.
+        requests: in a round.
+        rounds: how many.
+    """
+    with ExitStack() as banks:
+        streams = [_of_base(workload, base), *(_of_bank(workload, base, n, packs[n], banks) for n in sorted(packs))]
+        with torch.inference_mode():
+            per_second = _serve(streams, requests, rounds)
+        for stream in sorted(streams, key=lambda stream: stream.known):
+            for loop, answered in stream.answered.items():
+                offered = {"offered_per_second": _rounded(per_second)} if loop == "open" else {}
+                row = _setting(workload, stream, loop, requests) | offered | summary(answered)
+                report.rows.append({**row, "bank": stream.stats()})
+
+
+def _serve(streams: list[Stream], requests: int, rounds: int) -> float:
+    """All rounds of all streams; returns the requests a second of the open loop."""
+    # Fills slots, and tells how many requests can be answered.
+    warm = [_closed(stream, requests, seed=0) for stream in streams]
+    per_second = LOAD * requests / warm[1].seconds
+    for number in range(1, rounds + 1):
+        for stream in streams:
+            stream.answered["closed"].append(_closed(stream, requests, number))
+        for stream in streams:
+            stream.answered["open"].append(_open(stream, requests, number, per_second))
+        # Back and forth, so that no stream always follows the same one.
+        streams.reverse()
+    return per_second
+
+
+def summary(rounds: Sequence[Answered]) -> dict[str, Any]:
+    """Percentiles and throughput of each round, and percentiles of all rounds together."""
+    together = [latency for answered in rounds for latency in answered.latencies]
+    return {
+        **{name: [_rounded(percentile(each.latencies, share)) for each in rounds] for name, share in SHARES.items()},
+        "per_second": [_rounded(len(each.latencies) / each.seconds) for each in rounds],
+        "together": {name: _rounded(percentile(together, share)) for name, share in SHARES.items()},
+        "refused": sum(each.refused for each in rounds),
+    }
+
+
+def _setting(workload: Workload, stream: Stream, loop: str, requests: int) -> dict[str, Any]:
+    setting = {"part": "stream", "workload": workload.name, "dtype": "float32", "loop": loop, "known": stream.known}
+    setting |= {"slots": SLOTS, "batch": BATCH, "tokens": TOKENS, "exponent": EXPONENT, "requests": requests}
+    return setting | ({"clients": CLIENTS} if loop == "closed" else {"waiting": WAITING})
+
+
+def _closed(stream: Stream, requests: int, seed: int) -> Answered:
+    return closed_loop(_asked(stream, requests, seed), CLIENTS, BATCH, stream.serve, WallClock())
+
+
+def _open(stream: Stream, requests: int, seed: int, per_second: float) -> Answered:
+    moments = poisson(requests, per_second, seed)
+    return open_loop(_asked(stream, requests, seed), moments, WAITING, BATCH, stream.serve, WallClock())
+
+
+def _asked(stream: Stream, requests: int, seed: int) -> list[int]:
+    return zipf(max(stream.known, 1), requests, EXPONENT, seed)
+
+
+def _of_base(workload: Workload, base: nn.Module) -> Stream:
+    x = workload.inputs(BATCH, TOKENS, torch.float32)
+    return Stream(0, lambda rows, following: workload.output(base, x[: len(rows)]), dict)
+
+
+def _of_bank(workload: Workload, base: nn.Module, known: int, pack: Path, banks: ExitStack) -> Stream:
+    x, model = workload.inputs(BATCH, TOKENS, torch.float32), sharing_copy(base)
+    bank = dvora.AdapterBank(model, slots=SLOTS, dtype=torch.float16)
+    banks.callback(bank.close)
+    bank.add_pack(pack)
+
+    def serve(rows: Sequence[int], following: Sequence[int]) -> None:
+        # What the next batch needs is loaded beside this one.
+        bank.prefetch({name_of(number) for number in following})
+        with bank.rows([name_of(number) for number in rows]):
+            workload.output(model, x[: len(rows)])
+
+    return Stream(known, serve, lambda: bank.stats()._asdict())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

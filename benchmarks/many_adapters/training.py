@@ -1,0 +1,85 @@
+"""A training step on the rows of many tenants at once: forward, backward, and each tenant's own AdamW."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dvora
+from benchmarks.many_adapters.arms import ManyArm
+from benchmarks.many_adapters.numbers import ROWS
+from benchmarks.many_adapters.population import NOISE, Population, name_of
+from benchmarks.speed.arms import sharing_copy
+from benchmarks.speed.runner import Report
+from benchmarks.speed.timing import Step, interleaved
+from benchmarks.speed.workloads import Workload, random
+from dvora.bank import TenantAdamW
+
+TOKENS = 16
+
+
+def measure(report: Report, workload: Workload, population: Population, folder: Path, rounds: int) -> None:
+    """Add a row for one tenant with all rows, for a tenant a row, and for PEFT's training of one, at once or in turns.
+
+    Args:
+        report: gets the rows.
+        workload: the model.
+        population: adapters of its base.
+        folder: an empty one.
+        rounds: how often each way is timed.
+    """
+    x = workload.inputs(ROWS, TOKENS, torch.float32)
+    like = next(iter(population.save(folder / "adapters", 1).values()))
+    with ExitStack() as banks:
+        model = sharing_copy(population.base)
+        bank = dvora.AdapterBank(model, like=like)
+        banks.callback(bank.close)
+        steps: dict[ManyArm, Step] = {
+            ManyArm("bank", population.arm, count, ROWS): _of_bank(workload, model, bank, x, count)
+            for count in (1, ROWS)
+        }
+        alone = _alone(workload, population.model)
+        steps[ManyArm("alone", population.arm, 1, ROWS)] = lambda: alone(x)
+        steps[ManyArm("alone", population.arm, ROWS, ROWS)] = lambda: [alone(row) for row in x.split(1)]
+        seconds, repeats = interleaved({arm.name: step for arm, step in steps.items()}, rounds)
+    setting = {"part": "training", "workload": workload.name, "dtype": "float32", "batch": ROWS, "tokens": TOKENS}
+    for arm in steps:
+        report.add({**setting, **arm.described(), "repeats": repeats, "seconds": seconds[arm.name]})
+
+
+def _of_bank(workload: Workload, model: nn.Module, bank: dvora.AdapterBank, x: Tensor, count: int) -> Step:
+    """A step of that many tenants, spread evenly over the rows."""
+    tenants = bank.trainable(new=[name_of(number) for number in range(count)])
+    with torch.no_grad():
+        # They would start as the base, a possible shortcut.
+        tenants.vectors.add_(NOISE * random(*tenants.vectors.shape))
+    optimizer = TenantAdamW(tenants)
+    names = [tenants.names[row % count] for row in range(len(x))]
+
+    def step() -> None:
+        with tenants.rows(names) as rows:
+            rows.loss(_losses(workload, model, x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _alone(workload: Workload, model: nn.Module) -> Callable[[Tensor], None]:
+    """A step of the one adapter of a PEFT model on some rows."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+    def step(x: Tensor) -> None:
+        _losses(workload, model, x).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _losses(workload: Workload, model: nn.Module, x: Tensor) -> Tensor:
+    """One a row."""
+    return workload.output(model, x).square().mean((1, 2))

@@ -1,0 +1,403 @@
+"""AdapterBank: thousands of adapters over one frozen base model, one for each row of a batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from ..tuner.restoring import surely
+from .catalogue import Adapter, AdapterSource, Catalogue, source_of
+from .factors import FactorRows
+from .fitted import FittedModel
+from .hooks import check_without_bank
+from .pack import Pack
+from .rows import CurrentRows, RowIndex, SlotRows, check_names
+from .sources import FolderSource, Source, adapters_in
+from .stats import BankStats
+from .trainable import TrainableAdapters
+
+OnProgress = Callable[[int, int], None]
+"""Called with what is done and how much there is."""
+
+
+class AdapterBank:
+    """Serves many adapters of one content (layers, ranks, seed, kind of matrices) over one frozen base.
+
+    Within `with bank.rows(names):` every row of a batch gets the outputs of its own adapter, as if that was merged;
+    outside of it the model refuses to run. Layers are hooked when the first adapter comes, and freed by `close`.
+    Adapters are in three places: slots on the device, factor rows on the host, and their source (a folder, a pack, a
+    vector). Safe under threads: adapters may be added, replaced and removed while batches run.
+
+    Args:
+        model: the frozen base, without adapters, whole and in memory; it may be quantised.
+        slots: how many adapters are on the device at a time, at least as many as one batch has.
+        host_bytes: of factor rows in memory, at least those of one adapter.
+        dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
+        like: the folder of an adapter, or a pack, whose layers are served; None waits for the first adapter.
+
+    Raises:
+        TypeError, ValueError: a setting is out of range, or a layer cannot be served; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: int = 256,
+        host_bytes: int = 2**30,
+        dtype: torch.dtype = torch.float32,
+        like: str | os.PathLike[str] | None = None,
+    ) -> None:
+        for setting, value in (("slots", slots), ("host_bytes", host_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{setting} must be a positive integer, got {value!r}")
+        check_without_bank(model)
+        self._model, self._slot_count, self._dtype = model, slots, dtype
+        self._catalogue = Catalogue(host_bytes)
+        self._packs: list[Pack] = []
+        self._fitted: FittedModel | None = None
+        self._current = CurrentRows()
+        self._lock = threading.RLock()
+        """Held while layers are hooked."""
+        self._loader: ThreadPoolExecutor | None = None
+        self._hits = self._loads = 0
+        if like is not None:
+            self._fit(FolderSource(Path(like)) if Path(like).is_dir() else _first_of_pack(Path(like)))
+
+    def add(
+        self,
+        name: str,
+        source: AdapterSource,
+        *,
+        allow_partial: bool = False,
+        allow_unchanged: bool = False,
+        pinned: bool = False,
+    ) -> None:
+        """Add an adapter, read and checked now.
+
+        Args:
+            name: under which rows ask for it.
+            source: a folder, its file of values, or a flat vector.
+            allow_partial: layers and heads that the adapter lacks are the base's.
+            allow_unchanged: the adapter may change nothing.
+            pinned: never leaves its slot.
+
+        Raises:
+            TypeError, ValueError: the name is taken, or the adapter is not one of the bank's kind, is damaged, lacks
+                layers, or changes nothing; nothing is added then.
+        """
+        self._catalogue.check_new([name])
+        adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
+        self._catalogue.read(adapter, self._known_layers().rows)
+        self._catalogue.add([adapter])
+        if pinned:
+            self.pin([name])
+
+    def add_folder(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        allow_partial: bool = False,
+        allow_unchanged: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> list[str]:
+        """Add every adapter in a folder of adapters, by the names of their folders: all of them, or none.
+
+        Settings, names and shapes are read and checked now, values when an adapter is first used.
+
+        Raises:
+            TypeError, ValueError: as for `add`, with the name of the folder.
+        """
+        found = adapters_in(Path(folder))
+        self._catalogue.check_new(found)
+        adapters = []
+        for count, (name, path) in enumerate(found.items(), start=1):
+            adapters.append(self._fitting(name, FolderSource(path), allow_partial, allow_unchanged))
+            if on_progress is not None:
+                on_progress(count, len(found))
+        return self._catalogue.add(adapters)
+
+    def add_pack(
+        self, file: str | os.PathLike[str], *, allow_partial: bool = False, allow_unchanged: bool = False
+    ) -> list[str]:
+        """Add every adapter of a packed file (`dvora bank pack`): all of them, or none.
+
+        Raises:
+            TypeError, ValueError: as for `add`, or the file is no pack, or truncated.
+        """
+        pack = Pack.open(Path(file))
+        try:
+            self._catalogue.check_new(pack.names)
+            adapters = []
+            for name in pack.names:
+                source = pack.source(name)
+                adapters.append(self._fitting(name, source, allow_partial, allow_unchanged))
+                adapters[-1].digest = source.digest
+            names = self._catalogue.add(adapters)
+        except BaseException:
+            pack.close()
+            raise
+        self._packs.append(pack)
+        return names
+
+    def replace(
+        self, name: str, source: AdapterSource, *, allow_partial: bool = False, allow_unchanged: bool = False
+    ) -> None:
+        """Give a name another adapter, read and checked now; batches that run go on with the one they began with.
+
+        Raises:
+            TypeError, ValueError: there is no such name, or as for `add`; the old one stays then.
+        """
+        self._catalogue.named([name])
+        adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
+        self._catalogue.read(adapter, self._known_layers().rows)
+        before = self._catalogue.put(adapter)
+        self._let_go(before)
+        if before.pinned:
+            self.pin([name])
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; batches that run go on with it.
+
+        Raises:
+            ValueError: there is no such name.
+        """
+        self._let_go(self._catalogue.remove(name))
+
+    def pin(self, names: Collection[str]) -> None:
+        """Put adapters into slots and keep them there.
+
+        Raises:
+            ValueError: a name is unknown, or no slot would be left.
+        """
+        adapters, fitted = self._catalogue.named(names), self._known_layers()
+        digests = {self._catalogue.digest(adapter, fitted.rows) for adapter in adapters}
+        with self._catalogue.lock:
+            kept = self._catalogue.pinned() | digests
+            if len(kept) >= fitted.slots.count:
+                raise ValueError(
+                    f"names: {len(kept)} pinned adapters would leave none of the {fitted.slots.count} slots for others"
+                )
+            for adapter in adapters:
+                adapter.pinned = True
+            fitted.slots.pin(digests)
+        with self._slots_of(adapters):
+            pass
+
+    def unpin(self, names: Collection[str]) -> None:
+        """Let adapters leave their slots again.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        for adapter in self._catalogue.named(names):
+            adapter.pinned = False
+            self._unpin(adapter)
+
+    def prefetch(self, names: Collection[str]) -> Future[None]:
+        """Read adapters beside the batches that run, and put them into slots that none of these holds.
+
+        Returns:
+            What tells when they are read, and raises what reading them raised.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        adapters, fitted = self._catalogue.named(names), self._known_layers()
+
+        def load() -> None:
+            for adapter in adapters:
+                factors = self._catalogue.factors(adapter, fitted.rows)
+                fitted.slots.load_if_free(self._catalogue.digest(adapter, fitted.rows), factors)
+
+        with self._lock:
+            if self._loader is None:
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="dvora-bank")
+            return self._loader.submit(load)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None], repeats: int = 1) -> Iterator[None]:
+        """Within it, in this thread, the rows of a batch have these adapters.
+
+        Adapters that are not in a slot are put into one first, waiting while other threads' batches hold too many.
+
+        Args:
+            names: one a row, in the order of the batch; None is the base.
+            repeats: how often generation repeats each row (num_beams, num_return_sequences).
+
+        Raises:
+            TypeError, ValueError: a name is unknown, there are more different ones than slots, the thread is in a batch
+                already, an adapter is damaged, or the base has changed. In the pass: there is not one name a row.
+        """
+        check_names(names, repeats)
+        if self._current.rows is not None:
+            raise ValueError("this thread is in a batch of the bank already; leave its `with` block first")
+        fitted = self._known_layers()
+        fitted.served.check_unchanged()
+        distinct = list(dict.fromkeys(name for name in names if name is not None))
+        adapters = self._catalogue.named(distinct)
+        with self._slots_of(adapters) as slots:
+            place = dict(zip(distinct, slots, strict=True))
+            base = fitted.slots.count
+            taken = [base if name is None else place[name] for name in names]
+            index = torch.tensor(taken, device=fitted.served.device)
+            rows = SlotRows(RowIndex(index, repeats), fitted.slots.values, fitted.slots.heads)
+            with self._current.entered(rows):
+                yield
+
+    def trainable(self, names: Collection[str] = (), *, new: Collection[str] = ()) -> TrainableAdapters:
+        """Adapters to train together, in one step a batch; the bank serves the old ones until `publish`.
+
+        Args:
+            names: adapters of the bank, which start with the values that they have.
+            new: names that the bank does not have, which start as the base.
+
+        Raises:
+            TypeError, ValueError: a name is unknown, or taken, the base is not frozen, or an adapter has a strength
+                other than one or lacks layers.
+        """
+        rows, adapters = self._known_layers().rows, self._catalogue.named(names)
+        self._catalogue.check_new(new)
+        values = {adapter.name: adapter.source.read() for adapter in adapters}
+        return TrainableAdapters(rows, self._current, {**values, **dict.fromkeys(new)})
+
+    def publish(self, trained: TrainableAdapters, names: Collection[str] | None = None) -> None:
+        """Serve trained adapters as they are now, under their names: new ones are added, others replaced.
+
+        Args:
+            trained: of this bank.
+            names: some of them; None publishes all.
+
+        Raises:
+            ValueError: a name is not trained there, or an adapter is not finite; those before it are published then.
+        """
+        for name in trained.names if names is None else names:
+            change = self.replace if name in self else self.add
+            change(name, trained.flat_vector(name), allow_unchanged=True)
+
+    def stats(self) -> BankStats:
+        """Counts and bytes as they are now."""
+        slots = None if self._fitted is None else self._fitted.slots
+        return BankStats(
+            adapters=len(self._catalogue),
+            slots=self._slot_count,
+            slots_filled=0 if slots is None else slots.used(),
+            slots_in_use=0 if slots is None else slots.in_use(),
+            pinned=0 if slots is None else slots.pinned(),
+            device_bytes=0 if slots is None else slots.nbytes,
+            host_adapters=len(self._catalogue.host),
+            host_bytes=self._catalogue.host.nbytes,
+            hits=self._hits,
+            loads=self._loads,
+            reads=self._catalogue.reads,
+            evictions=0 if slots is None else slots.evictions,
+        )
+
+    def digest(self, name: str) -> str:
+        """What names an adapter's content wherever it is: base, projections and values, not the name.
+
+        Raises:
+            ValueError: there is no such name, or its source is damaged.
+        """
+        (adapter,) = self._catalogue.named([name])
+        return self._catalogue.digest(adapter, self._known_layers().rows)
+
+    def close(self) -> None:
+        """Free the model: its layers are the base's again."""
+        with self._lock:
+            if self._fitted is not None:
+                self._fitted.served.unhook(self._fitted.hooks)
+            self._fitted = None
+        if self._loader is not None:
+            self._loader.shutdown()
+        for pack in self._packs:
+            pack.close()
+
+    def __enter__(self) -> AdapterBank:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._catalogue)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._catalogue
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._catalogue)
+
+    @contextmanager
+    def _slots_of(self, adapters: Sequence[Adapter]) -> Iterator[list[int]]:
+        """The slots of a batch's adapters, which stay theirs within."""
+        (_, rows, slots, _), catalogue = self._known_layers(), self._catalogue
+        by_digest = {catalogue.digest(adapter, rows): adapter for adapter in adapters}
+        pinned = slots.pinned_besides(by_digest)
+        if len(by_digest) + pinned > slots.count:
+            raise ValueError(
+                f"names: a batch has {len(by_digest)} different adapters, and the bank {slots.count} slots, {pinned} "
+                "of them pinned for others; make smaller batches, or a bank with more slots"
+            )
+        batch = object()
+        with surely(lambda: slots.leave(batch)):
+            found, loaded = slots.take(batch, by_digest, lambda digest: catalogue.factors(by_digest[digest], rows))
+            with self._lock:
+                self._loads += loaded
+                self._hits += len(by_digest) - loaded
+            yield [found[catalogue.digest(adapter, rows)] for adapter in adapters]
+
+    def _fitting(self, name: str, source: Source, allow_partial: bool, allow_unchanged: bool) -> Adapter:
+        """An adapter whose content is the bank's."""
+        try:
+            self._fit(source).rows.check(source.content, allow_partial)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r}: {error}") from error
+        return Adapter(name, source, allow_unchanged)
+
+    def _let_go(self, before: Adapter) -> None:
+        """Free what no other name has."""
+        if before.digest is not None and not self._catalogue.has_others(before):
+            self._catalogue.host.remove(before.digest)
+        self._unpin(before)
+
+    def _unpin(self, adapter: Adapter) -> None:
+        if self._fitted is None or adapter.digest is None or self._catalogue.has_others(adapter, pinned=True):
+            return
+        self._fitted.slots.unpin([adapter.digest])
+
+    @property
+    def _rows(self) -> FactorRows | None:
+        return None if self._fitted is None else self._fitted.rows
+
+    def _fit(self, source: Source) -> FittedModel:
+        """Find and hook the layers that an adapter names, once."""
+        with self._lock:
+            if self._fitted is None:
+                limit = self._catalogue.host.limit
+                self._fitted = FittedModel.of(self._model, source, self._dtype, self._slot_count, limit, self._current)
+            return self._fitted
+
+    def _known_layers(self) -> FittedModel:
+        if self._fitted is None:
+            raise ValueError(
+                "the bank does not know yet which layers it serves; add the folder of an adapter first, or pass like="
+            )
+        return self._fitted
+
+
+def _first_of_pack(file: Path) -> Source:
+    with Pack.open(file) as pack:
+        source = pack.source(pack.names[0])
+        source.read()
+        return source

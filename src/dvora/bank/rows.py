@@ -1,0 +1,173 @@
+"""Which adapter each row of a batch has, in each thread, and the factors gathered for it.
+
+A thread is in one batch at a time. Its rows are a tensor of slots, so that a compiled graph takes any mix of adapters
+as it is; without a graph, the factors of all layers are gathered once, by one index into one matrix.
+
+Dimensions: B rows of a batch, S slots, F values of a factor row, H of a head row, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..method.packed_factors import PackedFactors, constant_factors
+from ..ops.annotations import Float
+from ..ops.tracing import is_traced
+from ..tuner.restoring import surely
+from ..weight.linear import Update
+from .factors import LayerPlace
+from .served import ServedHead, ServedLayer
+
+
+class Rows(Protocol):
+    """The adapters of one batch, as the hooks of layers and heads ask for them."""
+
+    dropout: nn.Module
+    """Of the inputs of updates."""
+
+    def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
+        """The update of a layer for a batch of so many rows, of tokens with so many dimensions."""
+
+    def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
+        """The parameters of a head, each with one entry a row."""
+
+
+class CurrentRows(threading.local):
+    """The batch that a thread is in; one object for each bank."""
+
+    rows: Rows | None = None
+
+    @contextmanager
+    def entered(self, rows: Rows) -> Iterator[None]:
+        """Make a batch the thread's.
+
+        Raises:
+            ValueError: the thread is in another one.
+        """
+        if self.rows is not None:
+            raise ValueError("this thread is in a batch of the bank already; leave its `with` block first")
+
+        def leave() -> None:
+            self.rows = None
+
+        with surely(leave):
+            self.rows = rows
+            yield
+
+    def known(self) -> Rows:
+        """The batch.
+
+        Raises:
+            ValueError: the thread is in none.
+        """
+        if self.rows is None:
+            raise ValueError(
+                "the model is in an AdapterBank and was called outside of bank.rows(...), so nobody said which adapter "
+                "each row has; call it within `with bank.rows(names):`, where None names the base, or close the bank"
+            )
+        return self.rows
+
+
+class RowIndex:
+    """The place of each row's adapter in a matrix of all, also where generation repeats rows.
+
+    Args:
+        index: one a row, (B,).
+        repeats: how often generation repeats each row, one after another.
+    """
+
+    def __init__(self, index: Tensor, repeats: int) -> None:
+        self.index = index
+        self.repeats = repeats
+        self.repeated = index.repeat_interleave(repeats) if repeats > 1 else index
+
+    def for_batch(self, rows: int, name: str) -> Tensor:
+        """The index for a batch as a layer has it: an encoder's rows are not repeated.
+
+        Raises:
+            ValueError: there is not one name a row.
+        """
+        if rows == len(self.repeated):
+            return self.repeated
+        if rows == len(self.index):
+            return self.index
+        given = f"{len(self.index)} names" + (f", each repeated {self.repeats} times" if self.repeats > 1 else "")
+        raise ValueError(
+            f"{name}: bank.rows got {given}, and the layer a batch of {rows} rows; give one name a row, with "
+            "repeats=num_beams (or num_return_sequences) where generation repeats rows. A layer that gets tokens "
+            "without their rows (an expert's) cannot have an adapter for each row"
+        )
+
+
+class SlotRows:
+    """Rows of adapters in slots.
+
+    Args:
+        index: the slot of each row.
+        values: of all slots, (S, F).
+        heads: the same of heads, (S, H).
+    """
+
+    dropout: nn.Module = nn.Identity()
+
+    def __init__(self, index: RowIndex, values: Float[Tensor, "S F"], heads: Float[Tensor, "S H"]) -> None:
+        self.index, self.values, self.heads = index, values, heads
+        self._updates: dict[tuple[LayerPlace, int, int], Update] = {}
+        self._gathered: dict[int, Tensor] = {}
+
+    def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
+        """The update of a layer; gathered and prepared once a batch."""
+        if is_traced():
+            index = self.index.for_batch(rows, layer.name)
+            own = self.values[:, place.start : place.stop].index_select(0, index)
+            return _update(layer, own.to(layer.adapted.w.dtype), LayerPlace(0, *place[1:]), dimensions)
+        key = place, rows, dimensions
+        known = self._updates.get(key)
+        if known is None:
+            known = self._updates[key] = self._made(layer, *key)
+        return known
+
+    # Inference tensors could not be used in a later pass with gradients.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _made(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
+        whole = self._gathered.get(rows)
+        if whole is None:
+            index = self.index.for_batch(rows, layer.name)
+            whole = self._gathered[rows] = self.values.index_select(0, index).to(layer.adapted.w.dtype)
+        return _update(layer, whole, place, dimensions)
+
+    def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
+        """The parameters of a head."""
+        return head.of_rows(self.heads.index_select(0, self.index.for_batch(rows, head.name)))
+
+
+def _update(layer: ServedLayer, gathered: Float[Tensor, "B F"], place: LayerPlace, dimensions: int) -> Update:
+    """The update of a layer, from the factor rows of a batch."""
+    ones, behind = (1,) * (dimensions - 2), place.start + 2 * place.out_features
+    trained = gathered[:, place.start : behind].unflatten(1, (2, *ones, -1)).movedim(1, 0)
+    lambda_d = gathered[:, behind : place.stop].unflatten(1, (*ones, -1)) if ones else gathered[:, behind : place.stop]
+    constant = constant_factors(trained[0] + 1, trained[0])
+    return Update.by_row(layer.adapted, PackedFactors(trained, constant, lambda_d))
+
+
+def check_names(names: Sequence[str | None], repeats: int) -> None:
+    """Refuse what cannot name the rows of a batch.
+
+    Raises:
+        TypeError, ValueError: it is no list of names, or a number is out of range.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names must be a list with one name a row, got {names!r}")
+    if wrong := [name for name in names if not (name is None or isinstance(name, str))]:
+        raise TypeError(f"names must be strings, or None for the base, got {wrong[0]!r}")
+    if not names:
+        raise ValueError("names is empty; give one name a row of the batch")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be a positive integer, got {repeats!r}")

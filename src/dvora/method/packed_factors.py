@@ -1,0 +1,84 @@
+"""The factors of one layer's rows, packed as token functions take them: for a whole batch, or for each row of it.
+
+Dimensions: B rows of a batch, O out, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.annotations import Float
+from .functional import RowFactors
+
+
+class PackedFactors(NamedTuple):
+    """The factors of one layer's rows as few tensors, which token functions take as they are.
+
+    They are the same for the whole batch, or one for each of its rows: then *B is the batch and a one for every other
+    dimension of its tokens, so that both are multiplied with tokens in the same way.
+    """
+
+    trained: Float[Tensor, "2 *B O"]
+    """`g - 1` and `g beta`."""
+    constant: Float[Tensor, "2 *B O"]
+    """`g` and `1 - g`, without a gradient."""
+    lambda_d: Float[Tensor, "*B R"]
+    """The vector itself, so that its gradients from tokens and norm are added for all layers at once."""
+
+    @classmethod
+    def of(cls, factors: RowFactors, lambda_d: Float[Tensor, "R"]) -> "PackedFactors":
+        """The same from separate tensors."""
+        gain_minus_one, scale, gain = factors
+        return cls(torch.stack([gain_minus_one, scale]), constant_factors(gain, gain_minus_one), lambda_d)
+
+    @classmethod
+    def of_base(cls, like: "PackedFactors") -> "PackedFactors":
+        """Those of the base itself, in the sizes of others."""
+        trained = torch.zeros_like(like.trained)
+        return cls(trained, constant_factors(trained[0] + 1, trained[0]), torch.zeros_like(like.lambda_d))
+
+    @classmethod
+    def stacked(cls, adapters: Sequence["PackedFactors"]) -> "PackedFactors":
+        """Those of N adapters: (2, N, O), (2, N, O) and (N, R)."""
+        trained, constant, lambda_d = zip(*adapters, strict=True)
+        return cls(torch.stack(trained, 1), torch.stack(constant, 1), torch.stack(lambda_d))
+
+    def gathered(self, index: Tensor, dimensions: int) -> "PackedFactors":
+        """Of those of N adapters, one for each row of a batch.
+
+        Args:
+            index: the place of each row's adapter, (B,).
+            dimensions: of the tokens of the batch.
+        """
+        ones = (1,) * (dimensions - 2)
+        trained, constant = (
+            each.index_select(1, index).view(2, len(index), *ones, -1) for each in (self.trained, self.constant)
+        )
+        lambda_d = self.lambda_d.index_select(0, index)
+        return PackedFactors(trained, constant, lambda_d.view(len(index), *ones, lambda_d.shape[1]))
+
+    @property
+    def rows(self) -> RowFactors:
+        """The factors as separate tensors."""
+        gain_minus_one, scale = self.trained.unbind()
+        return RowFactors(gain_minus_one, scale, self.constant[0])
+
+    @property
+    def is_by_row(self) -> bool:
+        """Whether every row of the batch has factors of its own."""
+        return self.lambda_d.dim() > 1
+
+    def weakened(self, strength: Tensor) -> "PackedFactors":
+        """The factors of `W + s (W' - W)`, for s without dimensions; for s = 1 these."""
+        gain = self.constant[0]
+        # For a strength of one exactly the gain.
+        weaker = torch.lerp(torch.ones_like(gain), gain, strength.to(gain.dtype))
+        trained = strength * self.trained
+        return PackedFactors(trained, constant_factors(weaker, trained[0]), self.lambda_d)
+
+
+def constant_factors(gain: Tensor, gain_minus_one: Tensor) -> Float[Tensor, "2 *B O"]:
+    """`g` and `1 - g` as one tensor, without a gradient."""
+    return torch.stack([gain.detach(), -gain_minus_one.detach()])

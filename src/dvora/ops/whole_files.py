@@ -1,0 +1,166 @@
+"""Files and folders that appear whole or not at all: written under another name, then renamed."""
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, or leave what was there before.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    with new_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the place of the one of its name when everything is written.
+
+    A link of that name is replaced, see `typed`; a pipe or a device, such as /dev/null, is written to as it is.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    if path.exists() and not (path.is_symlink() or path.is_file() or path.is_dir()):
+        with path.open("wb") as stream:
+            yield stream
+        return
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are for their owner only.
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with everything in it, or a link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a name that a new folder cannot take.
+
+    Raises:
+        FileExistsError: it is a link, or exists and is not an empty folder.
+    """
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link; name the folder that it leads to, or remove it first")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name or remove it first")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when everything in it is there.
+
+    Args:
+        path: that must not exist, or be an empty folder.
+
+    Raises:
+        FileExistsError: it is a link, or exists and is not empty.
+        OSError: it cannot be written; nothing of it is left.
+    """
+    check_new_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(path) as filled:
+        yield filled
+        # Some libraries write files for their owner only.
+        for file in filled.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+        filled.chmod(0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()
+        filled.rename(path)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that no other process fills, removed if something fails.
+
+    Its name is always the same one, so what a killed process left is found and emptied; a living one holds a lock.
+    What others put under that name is left alone.
+    """
+    folder = path.with_name(f".{path.name}.unfinished")
+    with suppress(FileExistsError):
+        folder.mkdir()
+    with _lock(folder) as is_ours:
+        if not is_ours:
+            raise FileExistsError(f"another process is filling {path}; wait for it, or choose another name")
+        try:
+            for leftover in folder.iterdir():
+                remove(leftover)
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder for itself; however a process ends, the system opens its locks.
+
+    Raises:
+        FileExistsError: it is a link, no folder, or of another user.
+    """
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or (fcntl is not None and state.st_uid != os.geteuid()):
+        raise FileExistsError(f"{folder} is a link, a file or of another user; this command needs the name: remove it")
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield _is_locked(descriptor) and _is_still(folder, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether the lock was free; true on file systems that have none."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    """Whether the open folder has its name still; another process may have renamed or removed it before the lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

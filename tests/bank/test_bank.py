@@ -1,0 +1,366 @@
+"""Every row of a batch is what the merged model of its adapter alone gives: every layer type, dtype and head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaForTokenClassification
+
+import dvora
+from dvora.bank.saved import SETTINGS
+from dvora.flat import Layout
+from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Tenants, row_by_row, tenants
+from tests.tuner.flat.adapters import Kind, saved
+from tests.tuner.layer_cases import CASES, READ
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, inputs, outputs, same_bits
+
+CALLED = [name for name, case in CASES.items() if name not in READ and "target_parameters" not in case.settings]
+NAMES = ["b", None, "a", "b"]
+MIXED = ["c", "a", None, "b", "a", None]
+OF_BASE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 6e-3}
+OF_BANK = {torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 0.025}
+"""What roundings of a base and of factor rows take from the outputs of a few layers."""
+MATRICES = ["kaiming_uniform", "structured"]
+both_kinds = pytest.mark.parametrize("matrices", MATRICES)
+
+
+def check_rows(found: Tensor, these: Tenants, names: list[str | None], tolerance: float, merge: bool = True) -> None:
+    alone = row_by_row(lambda name: outputs(these.alone(name, merge), len(names)), names)
+    assert worst_difference(found, alone) < tolerance
+
+
+def of_case(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Tenants:
+    return tenants(Kind(CASES[name].base, {"r": 5, **CASES[name].settings}), folder, 2, dtype, **settings)
+
+
+@both_kinds
+@pytest.mark.parametrize("name", CALLED)
+def test_rows_of_every_layer_type_are_those_of_the_merged_models(name: str, matrices: str, tmp_path: Path) -> None:
+    these, x = of_case(name, tmp_path, projection_init=matrices), CASES[name].inputs()
+    with these.bank() as served:
+        found = served(NAMES, x)
+        base = served([None] * 4, x)
+    alone = row_by_row(lambda each: these.alone(each, name not in NO_MERGE)(doubled(x)).detach(), NAMES)
+    assert worst_difference(found, alone) < 1e-5
+    assert same_bits(base, these.base()(x))
+    assert same_bits(found[1], base[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["Linear", "Conv1d, groups, circular", "Conv2d, depthwise", "Embedding, padding"])
+def test_rows_of_a_layer_in_another_dtype(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    these, x = of_case(name, tmp_path, dtype), CASES[name].inputs(dtype)
+    with these.bank() as served:
+        found = served(NAMES, x)
+    alone = row_by_row(lambda each: these.alone(each)(doubled(x)).detach(), NAMES)
+    assert found.dtype == dtype
+    assert worst_difference(found, alone) < OF_BASE[dtype] + OF_BANK[torch.float32]
+    assert same_bits(found[1], these.base()(x)[1])
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+@both_kinds
+@pytest.mark.parametrize("held", OF_BANK, ids=str)
+@pytest.mark.parametrize("dtype", OF_BASE, ids=str)
+def test_every_dtype_of_a_base_and_of_a_bank(
+    dtype: torch.dtype, held: torch.dtype, matrices: str, tmp_path: Path
+) -> None:
+    these = tenants(MLP, tmp_path, 3, dtype, projection_init=matrices)
+    with these.bank(dtype=held) as served:
+        found = served(MIXED)
+    assert found.dtype == dtype
+    check_rows(found, these, MIXED, OF_BASE[dtype] + OF_BANK[held])
+    assert same_bits(found[2], outputs(these.base(), 6)[2])
+
+
+@both_kinds
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_whole_models(name: str, matrices: str, tmp_path: Path) -> None:
+    kind = Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]})
+    these = tenants(kind, tmp_path, projection_init=matrices)
+    with these.bank() as served:
+        found = served(MIXED)
+        assert same_bits(served([None] * 6), outputs(these.base(), 6))
+    check_rows(found, these, MIXED, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["lin1"], "magnitude_modules": ["lin0", "lin2"]},
+        {"target_modules": ["lin1"], "magnitude_modules": ["lin1"]},
+        {"alpha": 3.5, "rank_pattern": {"lin1": 7}, "alpha_pattern": {"lin0": 2.0}, "direction": "weight"},
+        {"detach_norm": True, "projection_seed": 5, "save_projection": True},
+        {"strength": {"lin0": 0.5, "lin2": 0.25}},
+        {"dvora_dropout": 0.5},
+    ],
+    ids=["magnitudes", "magnitudes only", "patterns", "seed", "strengths", "dropout"],
+)
+@pytest.mark.parametrize("held", [torch.float32, torch.float16], ids=str)
+def test_settings_of_adapters(settings: dict[str, Any], held: torch.dtype, tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, **settings)
+    with these.bank(dtype=held) as served:
+        check_rows(served(MIXED), these, MIXED, 1e-5 + OF_BANK[held])
+
+
+def test_adapters_of_one_bank_have_strengths_of_their_own(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path)
+    for name, strength in (("a", 0.0), ("b", 0.25), ("c", {"lin1": 0.5})):
+        settings = json.loads((these.path(name) / SETTINGS).read_text())
+        (these.path(name) / SETTINGS).write_text(json.dumps({**settings, "strength": strength}))
+    model = these.base()
+    with dvora.AdapterBank(model) as bank:
+        bank.add_folder(tmp_path, allow_unchanged=True)
+        with torch.no_grad(), bank.rows(MIXED):
+            found = outputs(model, 6)
+    check_rows(found, these, MIXED, 1e-5)
+    assert same_bits(found[1], outputs(these.base(), 6)[1])
+
+
+def roberta(head: type[nn.Module]) -> nn.Module:
+    config = RobertaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        num_labels=5,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return head(config).eval()
+
+
+HEADS = {
+    "linear": HEADED,
+    "bert classifier": BERT,
+    "roberta classification head": Kind(
+        lambda: roberta(RobertaForSequenceClassification),
+        {"r": 3, "target_modules": ["query"], "task_type": "SEQ_CLS"},
+    ),
+    "a head on every token": Kind(
+        lambda: roberta(RobertaForTokenClassification), {"r": 3, "target_modules": ["query"], "task_type": "TOKEN_CLS"}
+    ),
+    "two heads": Kind(MODELS["mlp"], {"r": 3, "target_modules": ["lin1"], "modules_to_save": ["lin2", "lin0"]}),
+}
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_have_the_heads_of_their_adapters(name: str, held: torch.dtype, tmp_path: Path) -> None:
+    these = tenants(HEADS[name], tmp_path)
+    with these.bank(dtype=held) as served:
+        found = served(MIXED)
+        assert worst_difference(served([None] * 6), outputs(these.base(), 6)) < 1e-6
+    check_rows(found, these, MIXED, 1e-5 + OF_BANK[held])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_heads_are_in_the_dtype_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    these = tenants(BERT, tmp_path, 3, dtype)
+    with these.bank() as served:
+        found = served(MIXED)
+    assert found.dtype == dtype
+    check_rows(found, these, MIXED, 2 * OF_BASE[dtype] + OF_BANK[torch.float32])
+
+
+def test_a_row_does_not_depend_on_what_other_rows_have(tmp_path: Path) -> None:
+    these = tenants(BERT, tmp_path)
+    with these.bank() as served:
+        one, other = served(["a", "b", "c", None]), served(["a", "a", "c", "b"])
+    assert torch.equal(one[[0, 2]], other[[0, 2]])
+
+
+@pytest.mark.parametrize("how", ["folder", "file", "vector", "pack"])
+def test_every_source_of_an_adapter(how: str, tmp_path: Path) -> None:
+    from dvora.bank.pack import write_pack
+
+    these = tenants(HEADED, tmp_path / "folders", 2)
+    model = these.base()
+    with dvora.AdapterBank(model, like=these.path("b")) as bank:
+        if how == "pack":
+            write_pack(tmp_path / "pack", {"a": these.path("a")})
+            assert bank.add_pack(tmp_path / "pack") == ["a"]
+        else:
+            path = these.path("a")
+            vector = Layout.of(path).to_vector(path)
+            bank.add("a", {"folder": path, "file": path / "adapter_model.safetensors", "vector": vector}[how])
+        with torch.no_grad(), bank.rows(["a"] * 4):
+            found = outputs(model)
+        assert bank.digest("a") == digest_of(these, "a")
+    check_rows(found, these, ["a"] * 4, 1e-5)
+
+
+def digest_of(these: Tenants, name: str) -> str:
+    with these.bank() as served:
+        return served.bank.digest(name)
+
+
+@pytest.mark.parametrize("how", ["folder", "pack"])
+def test_a_bank_is_for_what_like_is(how: str, tmp_path: Path) -> None:
+    from dvora.bank.pack import write_pack
+
+    these = tenants(HEADED, tmp_path / "folders", 2)
+    write_pack(tmp_path / "pack", {name: these.path(name) for name in these.names})
+    model = these.base()
+    with dvora.AdapterBank(model, like=these.path("b") if how == "folder" else tmp_path / "pack") as bank:
+        assert len(bank) == 0
+        path = these.path("a")
+        bank.add("a", Layout.of(path).to_vector(path))
+        with torch.no_grad(), bank.rows(["a"] * 4):
+            found = outputs(model)
+    check_rows(found, these, ["a"] * 4, 1e-5)
+
+
+def test_a_partial_adapter_is_the_base_where_it_lacks_layers_and_heads(tmp_path: Path) -> None:
+    these = tenants(HEADED, tmp_path / "whole", 2)
+    partial = Kind(MODELS["mlp"], {"r": 4, "target_modules": ["lin1"]})
+    saved(partial.trained(3), tmp_path / "partial")
+    with these.bank() as served:
+        with pytest.raises(ValueError, match=r"adapter 'p': the adapter lacks lin0, and 2 of the bank's .* in all"):
+            served.bank.add("p", tmp_path / "partial")
+        served.bank.add("p", tmp_path / "partial", allow_partial=True)
+        found = served(["p", "a", "p", None])
+    alone = PeftModel.from_pretrained(these.base().double(), tmp_path / "partial").merge_and_unload()
+    expected = row_by_row(lambda name: outputs(alone if name == "p" else these.alone(name)), ["p", "a", "p", None])
+    assert worst_difference(found, expected) < 1e-5
+
+
+def test_an_unchanged_adapter_is_the_base_where_that_is_allowed(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path / "whole", 2)
+    saved(MLP.fresh(), tmp_path / "fresh")
+    with these.bank() as served:
+        served.bank.add("fresh", tmp_path / "fresh", allow_unchanged=True)
+        found = served(["fresh", "a", "fresh", None])
+    assert same_bits(found[[0, 2, 3]], outputs(these.base())[[0, 2, 3]])
+
+
+def test_equal_adapters_share_a_slot_and_their_rows(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 2)
+    with these.bank(slots=1) as served:
+        served.bank.add("again", these.path("a"))
+        assert served.bank.digest("again") == served.bank.digest("a") != served.bank.digest("b")
+        found = served(["a", "again", None, "a"])
+        stats = served.bank.stats()
+        assert (stats.adapters, stats.slots_filled, stats.host_adapters) == (3, 1, 2)
+        served.bank.remove("a")
+        assert torch.equal(served(["again"] * 4)[:2], found[:2])
+        assert served.bank.stats().reads == stats.reads
+
+
+def test_another_adapter_under_a_name_is_served_from_the_next_batch_on(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 2)
+    with these.bank() as served:
+        served.bank.remove("b")
+        first = served(["a"] * 4)
+        served.bank.replace("a", these.path("b"))
+        check_rows(served(["a"] * 4), these, ["b"] * 4, 1e-5)
+        served.bank.replace("a", these.path("a"))
+        assert torch.equal(served(["a"] * 4), first)
+        assert served.bank.stats().host_adapters == 1
+
+
+def test_a_bank_lists_its_adapters(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path)
+    with these.bank() as served:
+        bank = served.bank
+        assert list(bank) == these.names
+        assert len(bank) == 3
+        assert "a" in bank
+        bank.remove("b")
+        assert list(bank) == ["a", "c"]
+        assert "b" not in bank
+
+
+def test_a_closed_bank_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    these = tenants(HEADED, tmp_path, 1)
+    model = these.base()
+    before, hooks = snapshot(model), [len(each._forward_hooks) for each in model.modules()]
+    bank = dvora.AdapterBank(model)
+    bank.add_folder(tmp_path)
+    assert_unchanged(model, before)
+    with bank.rows(["a"] * 4):
+        outputs(model)
+    bank.close()
+    bank.close()
+    assert_unchanged(model, before)
+    assert [len(each._forward_hooks) for each in model.modules()] == hooks
+    assert not any(each._forward_pre_hooks for each in model.modules())
+    assert same_bits(outputs(model), outputs(these.base()))
+
+
+def test_statistics_count_what_happens(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 4)
+    with these.bank(slots=2) as served:
+        bank = served.bank
+        assert bank.stats().reads == 0
+        with bank.rows(["a", "b", None, "a"]):
+            stats = bank.stats()
+            assert (stats.slots_filled, stats.slots_in_use, stats.loads, stats.hits) == (2, 2, 2, 0)
+        served(["a", "c", None, "a"])
+        stats = bank.stats()
+        assert (stats.slots, stats.slots_in_use, stats.loads, stats.hits, stats.evictions) == (2, 0, 3, 1, 1)
+        assert (stats.reads, stats.host_adapters, stats.adapters) == (3, 3, 4)
+        width = sum(2 * out + 4 for out in (24, 24, 6))
+        assert stats.host_bytes == 3 * 4 * width
+        assert stats.device_bytes == (2 + 1) * 4 * width
+
+
+def test_gradients_flow_through_a_batch_to_its_inputs(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 2, torch.float64)
+    x = inputs(these.base())["x"].double().requires_grad_()
+    with these.bank() as served, served.bank.rows(NAMES):
+        (found,) = torch.autograd.grad(served.model(x).sum(), x)
+    expected = row_by_row(lambda name: torch.autograd.grad(these.alone(name)(x).sum(), x)[0], NAMES)
+    assert worst_difference(found, expected) < 1e-5
+
+
+def test_modes_without_gradients_may_be_mixed(tmp_path: Path) -> None:
+    these = tenants(HEADED, tmp_path, 2)
+    model = these.base()
+    with torch.inference_mode():
+        bank = dvora.AdapterBank(model, slots=1)
+        bank.add("a", these.path("a"))
+    bank.add("b", these.path("b"))
+    x = inputs(model)["x"]
+    for name in ("a", "b"):
+        with bank.rows([name] * 4):
+            with torch.inference_mode():
+                first = model(x)
+            asked = x.clone().requires_grad_()
+            second = model(asked)
+            second.sum().backward()
+        assert torch.equal(first, second)
+        assert asked.grad.any()
+        check_rows(second, these, [name] * 4, 1e-5)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_rows_are_rounded_as_the_base_is(half: torch.dtype, tmp_path: Path) -> None:
+    these = tenants(LLAMA, tmp_path)
+    with these.bank() as served, torch.autocast("cpu", half):
+        found = served(MIXED)
+        assert same_bits(served([None] * 6), outputs(these.base(), 6))
+    check_rows(found, these, MIXED, 2 * OF_BASE[half])
+
+
+def test_rows_that_are_small_beside_their_bias(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = MODELS["mlp"]()
+        with torch.no_grad():
+            model.lin1.weight[::5] *= 1e-4
+        return model
+
+    these = tenants(MLP._replace(base=base), tmp_path)
+    with these.bank() as served:
+        check_rows(served(MIXED), these, MIXED, 1e-5)
