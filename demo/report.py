@@ -10,6 +10,7 @@ from rich.text import Text
 from torch import Tensor
 
 from benchmarks.environment import environment
+from demo.many import ManyAdapters
 from demo.model import CLASSES
 from demo.statistics import sign_test, wilson
 from demo.train import History, Settings
@@ -119,7 +120,7 @@ def print_predictions(texts: list[str], logits: Tensor, console: Console) -> Non
     console.print(table)
 
 
-def save_findings(findings: Findings, settings: Settings, seed: int, file: Path) -> None:
+def save_findings(findings: Findings, many: ManyAdapters, settings: Settings, seed: int, file: Path) -> None:
     """Write the metrics, with settings and environment, as JSON."""
     scores, history = findings.scores, findings.history
     content = {
@@ -141,6 +142,7 @@ def save_findings(findings: Findings, settings: Settings, seed: int, file: Path)
         },
         "training_seconds": round(history.seconds, 1),
         "training_steps": len(history.steps),
+        "many_adapters": asdict(many),
         "validation": [{"step": step, "loss": loss, "accuracy": share} for step, loss, share in history.checks],
     }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

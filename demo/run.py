@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from demo.check import THREADS, logits_in_a_fresh_process, quiet
+from demo.many import many_adapters, print_many
 from demo.model import add_adapter, load_classifier, trainable_parameters
 from demo.plot import save_plot
 from demo.report import Findings, compare, print_findings, print_predictions, save_findings
@@ -90,10 +91,13 @@ def run(options: Namespace) -> None:
     print_findings(findings, console)
     texts = [*options.sentence, *EXAMPLES][:3]
     print_predictions(texts, encode(merged, unlabelled(texts, tokenizer)), console)
+    with console.status("One batch, an adapter for each sentence"):
+        many = many_adapters(model_folder, adapter_folder, test)
+    print_many(many, console)
 
     # Only a recorded run replaces the files under version control.
     metrics = RECORD if options.record else options.out / "result.json"
     plot = (HERE if options.record else options.out) / "curve.png"
-    save_findings(findings, SETTINGS, SEED, metrics)
+    save_findings(findings, many, SETTINGS, SEED, metrics)
     save_plot(history, layer_changes(weights_before, linear_weights(merged)), plot)
     console.print(f"Adapter: {adapter_folder}   Metrics: {metrics}   Plot: {plot}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from demo.many import ManyAdapters
 from demo.plot import save_plot
 from demo.report import Comparison, Findings, compare, print_findings, print_predictions, save_findings
 from demo.statistics import KINDS, LayerChange
@@ -25,6 +26,11 @@ def comparison() -> Comparison:
 
 def findings() -> Findings:
     return Findings(comparison(), 220_000, 90_000_000, 0.0, 2e-6, HISTORY)
+
+
+MANY = ManyAdapters(
+    rows=64, adapter_bytes=206_000, base_seconds=0.1, one_seconds=0.2, many_seconds=0.21, largest_difference=1e-6
+)
 
 
 def test_compare_counts() -> None:
@@ -54,11 +60,18 @@ def test_predictions_show_the_sentence_as_it_is() -> None:
 
 def test_the_file_can_be_read_back(tmp_path: Path) -> None:
     settings = Settings(1, 32, 1e-2, 1e-3, 1e-3, 0.1, 4)
-    save_findings(findings(), settings, 7, tmp_path / "result.json")
+    save_findings(findings(), MANY, settings, 7, tmp_path / "result.json")
     content = json.loads((tmp_path / "result.json").read_text())
     assert content["seed"] == 7
     assert content["scores"]["dvora"]["accuracy"] == 0.75
     assert content["settings"]["batch"] == 32
+    assert content["many_adapters"]["rows"] == 64
+
+
+def test_the_last_lines_compare_many_adapters_with_one() -> None:
+    text = " ".join(MANY.lines())
+    for number in ("64 sentences", "2.00 times", "2.10 times", "1e-06", "206 kB"):
+        assert number in text, number
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

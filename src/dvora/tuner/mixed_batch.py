@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .layers.layer import DVoRALayer, layers_in
+from .layers.layer import DVoRALayer
 from .layers.mixed_rows import BASE, Batch, in_progress, is_in_progress
 from .layers.param_wrapper import ParamWrapper
 from .restoring import surely
@@ -32,7 +32,9 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
     """
     if model.training:
         raise ValueError("adapter_names works for inference only; call model.eval() first")
-    layers = layers_in(model)
+    # A layer may be in several places.
+    called = list(dict.fromkeys(_called_in(model)))
+    layers = [module for module in called if isinstance(module, DVoRALayer)]
     known = {name for layer in layers for name in layer.dvora_adapted}
     unknown = sorted(set(names) - known - {BASE})
     if unknown:
@@ -41,11 +43,6 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
     for layer in parameters:
         layer.check_serves_all_rows(names)
     batch = Batch([name for name in names for _ in range(beams)], list(names))
-    called = [
-        module
-        for module in model.modules()
-        if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper) and not isinstance(module, ParamWrapper)
-    ]
     handles: list[RemovableHandle] = []
 
     def leave() -> None:
@@ -60,10 +57,20 @@ def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, enc
         for layer in parameters:
             layer.silent_in.append(batch)
         for module in called:
+            if isinstance(module, ParamWrapper):
+                continue
             passing = partial(_pass, batch=batch, names=batch.in_encoder if module in encoder else batch.names)
             handles.append(module.register_forward_pre_hook(passing, with_kwargs=True))
         with in_progress(batch):
             yield
+
+
+def _called_in(module: nn.Module) -> Iterator[nn.Module]:
+    """Adapted layers, and modules that are saved whole, without what adapters have in them: that may be thousands."""
+    if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper):
+        yield module
+    for child in [module.base_layer] if isinstance(module, DVoRALayer) else module.children():
+        yield from _called_in(child)
 
 
 def _pass(

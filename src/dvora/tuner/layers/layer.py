@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
 from .low_rank import linear
 from .mergeable import MergeableLayer, Merges
-from .mixed_rows import check_rows, mixed_outputs
+from .mixed_rows import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
 from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
 from .vectors import VECTORS, Strength, VectorDict, vectors_in
@@ -167,18 +168,17 @@ class DVoRALayer(nn.Module, MergeableLayer):
         """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
         if adapter_names is not None:
             check_rows(adapter_names, x, self.merged_adapters, self.name)
-            # Adapters of the batch only: there may be thousands in the model.
-            own = [] if self.disable_adapters else [n for n in dict.fromkeys(adapter_names) if n in self.dvora_adapted]
-            updates = dict(zip(own, (adapter.update for adapter in self._active(own)), strict=True))
-            return mixed_outputs(x, self.base_layer(x), adapter_names, updates, self._adapt_rows)
+            base_output: Tensor = self.base_layer(x)
+            dimensions = base_output.dim()
+            make = partial(self._row_updates, adapter_names, dimensions)
+            return mixed_outputs(x, base_output, updates_in(self, adapter_names, dimensions, make), self._adapt_rows)
         running = None if torch.compiler.is_compiling() else current_pass()
         if running is not None and (planned := self._planned(x, running)) is not None:
             return planned
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.serves_merged():
-            base_output: Tensor = self.base_layer(x)
-            return base_output
+            return cast(Tensor, self.base_layer(x))
         adapters = self._active(self.active_adapters)
         outputs = updated_outputs(self.base_layer, x, adapters)
         if outputs is None:
@@ -277,6 +277,12 @@ class DVoRALayer(nn.Module, MergeableLayer):
         # Only now: engines gather it for the base's forward.
         bias = bias_of(self.base_layer, self.measured_bias)
         return adapted_outputs(self.base_layer, self.layer_type, x, base_output, adapters, bias)
+
+    def _row_updates(self, adapter_names: Sequence[str], dimensions: int) -> list[RowUpdate]:
+        """The updates by row, of the adapters in the batch only: there may be thousands in the model."""
+        own = [] if self.disable_adapters else [n for n in dict.fromkeys(adapter_names) if n in self.dvora_adapted]
+        updates = (adapter.update for adapter in self._active(own))
+        return row_updates(dict(zip(own, updates, strict=True)), adapter_names, dimensions)
 
     def _adapt_rows(self, x: Tensor, base_output: Tensor, update: Update) -> Tensor:
         return self._adapted(x, base_output, [ActiveAdapter(update, _NO_DROPOUT, is_whole=True)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...method.packed_factors import PackedFactors
+from ...ops.tracing import grad_recorded, is_traced
 from ...weight.linear import Update
 from ..restoring import surely
 
@@ -28,6 +30,16 @@ class Batch:
     def __init__(self, names: Sequence[str], in_encoder: Sequence[str]) -> None:
         self.names = names
         self.in_encoder = in_encoder
+        self.updates: dict[tuple[int, int, int], list[RowUpdate]] = {}
+        """Without gradients, of every layer: generation asks for them with each token, and goes on as it began."""
+
+
+class RowUpdate(NamedTuple):
+    """What adapters that share A and B do to the outputs of one layer."""
+
+    rows: list[int] | None
+    """Their rows; None if they are all."""
+    update: Update
 
 
 class _Thread(threading.local):
@@ -54,26 +66,57 @@ def in_progress(batch: Batch | None) -> Iterator[None]:
         yield
 
 
+def updates_in(
+    layer: object, adapter_names: Sequence[str], dimensions: int, make: Callable[[], list[RowUpdate]]
+) -> list[RowUpdate]:
+    """The updates of a layer, made once in a call of the model that is not differentiated.
+
+    Args:
+        layer: compared by identity.
+        adapter_names: one a row.
+        dimensions: of the layer's outputs.
+        make: makes them.
+    """
+    batch = None if is_traced() or grad_recorded() else _thread.batch
+    if batch is None or (adapter_names is not batch.names and adapter_names is not batch.in_encoder):
+        return make()
+    key = id(layer), id(adapter_names), dimensions
+    if key not in batch.updates:
+        batch.updates[key] = make()
+    return batch.updates[key]
+
+
 def is_in_progress(batch: Batch) -> bool:
     """Whether a batch is the current one of this thread."""
     return _thread.batch is batch
 
 
 def mixed_outputs(
-    x: Tensor,
-    base_output: Tensor,
-    adapter_names: Sequence[str],
-    updates: Mapping[str, Update],
-    adapt: Callable[[Tensor, Tensor, Update], Tensor],
+    x: Tensor, base_output: Tensor, updates: Sequence[RowUpdate], adapt: Callable[[Tensor, Tensor, Update], Tensor]
 ) -> Tensor:
     """The outputs of a batch: of all rows at once, or for each A and B where there are several.
 
     Args:
         x: inputs.
-        base_output: of the base layer for all of them.
-        adapter_names: one a row.
-        updates: of the adapters that the layer has, by name; other rows get the base's outputs.
+        base_output: of the base layer for all of them; rows without an update keep theirs.
+        updates: of the layer.
         adapt: maps inputs and base outputs to the outputs with an update by row.
+    """
+    if len(updates) == 1 and updates[0].rows is None:
+        return adapt(x, base_output, updates[0].update)
+    output = base_output.clone() if updates else base_output
+    for rows, update in updates:
+        output[rows] = adapt(x[rows], base_output[rows], update)
+    return output
+
+
+def row_updates(updates: Mapping[str, Update], adapter_names: Sequence[str], dimensions: int) -> list[RowUpdate]:
+    """The updates of a layer by row.
+
+    Args:
+        updates: of the adapters that the layer has, by name.
+        adapter_names: one a row.
+        dimensions: of the layer's outputs.
     """
     groups: dict[tuple[object, ...], dict[str, Update]] = {}
     for name, update in updates.items():
@@ -81,13 +124,12 @@ def mixed_outputs(
         key = shared.seed, shared.distribution, shared.use_triton, update.adapted.rank
         groups.setdefault(key, {})[name] = update
     if len(groups) == 1:
-        return adapt(x, base_output, _by_row(updates, adapter_names, base_output.dim()))
-    output = base_output.clone() if groups else base_output
+        return [RowUpdate(None, _by_row(updates, adapter_names, dimensions))]
+    found = []
     for group in groups.values():
         rows = [row for row, name in enumerate(adapter_names) if name in group]
-        update = _by_row(group, [adapter_names[row] for row in rows], base_output.dim())
-        output[rows] = adapt(x[rows], base_output[rows], update)
-    return output
+        found.append(RowUpdate(rows, _by_row(group, [adapter_names[row] for row in rows], dimensions)))
+    return found
 
 
 def _by_row(updates: Mapping[str, Update], adapter_names: Sequence[str], dimensions: int) -> Update:
