@@ -67,6 +67,8 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.speed
 	$(PY) -m benchmarks.speed.overhead
 	$(PY) -m benchmarks.speed.plots
+	$(PY) -m benchmarks.many_adapters
+	$(PY) -m benchmarks.many_adapters.plots
 	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record
 

@@ -18,6 +18,7 @@ from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
 from benchmarks.quality.tables import at_a_glance
+from benchmarks.speakers import table as speakers
 from benchmarks.speed.overhead_tables import overhead, with_overhead
 from benchmarks.speed.tables import speed, targets
 
@@ -201,6 +202,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "conformance": conformance(_load("conformance")),
         "examples": examples(_load("examples")),
     },
+    "docs/how-to/train-many-adapters.md": lambda: {"speakers": speakers(_load("speakers"))},
     "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
     "docs/many-adapters.md": lambda: many_adapters_parts(_load("many_adapters")),
     "docs/overhead.md": lambda: overhead(_load("overhead")),

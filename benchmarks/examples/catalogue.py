@@ -104,6 +104,12 @@ CATALOGUE: tuple[Example, ...] = (
         needs=("sentence-transformers", "datasets"),
     ),
     Example(
+        "speakers",
+        "dvora's bank, a loop of one's own",
+        "an adapter for each speaker of Shakespeare's plays, trained in one step, beside one adapter for all",
+        needs=("transformers", "gguf"),
+    ),
+    Example(
         "torchrun_ddp",
         "torchrun, DistributedDataParallel",
         "two processes train what one does; only the vectors' gradients are exchanged",

@@ -14,12 +14,13 @@ from rich.console import Console
 
 import dvora
 from benchmarks.many_adapters import batches, loading, plan, resident, storage, stream, training
-from benchmarks.many_adapters.population import Population, packs_of
+from benchmarks.many_adapters.population import Population, packed
 from benchmarks.many_adapters.results import RESULT, check_environment, merge
 from benchmarks.many_adapters.targets import all_targets
 from benchmarks.speed.__main__ import quieten
 from benchmarks.speed.results import show
 from benchmarks.speed.runner import Report
+from benchmarks.speed.workloads import Workload
 
 
 class Measured:
@@ -36,12 +37,12 @@ class Measured:
     @cached_property
     def population(self) -> Population:
         """Adapters of the encoder."""
-        return Population(self.plan.encoder.frozen(torch.float32).eval(), plan.STRUCTURED, self.plan.encoder.targets)
+        return self._population(self.plan.encoder)
 
     @cached_property
-    def packs(self) -> dict[int, Path]:
-        """With rows of factors, by how many adapters are in them."""
-        return packs_of(self.population, self.plan.known, self._new_folder("packs"), torch.float16)
+    def pack(self) -> Path:
+        """Adapters of the encoder, with rows of factors."""
+        return packed(self.population, max(self.plan.asked), self._new_folder("pack"), torch.float16)
 
     def batches(self, report: Report) -> Iterator[str]:
         """Batches with one adapter and with many."""
@@ -53,28 +54,27 @@ class Measured:
         """Bytes of an adapter, where it can be."""
         for workload, _ in self.plan.loaded:
             yield f"storage: {workload.name}"
-            population = Population(workload.frozen(torch.float32).eval(), plan.STRUCTURED, workload.targets)
-            storage.measure(report, workload, population, self._new_folder(f"storage-{workload.name}"))
+            storage.measure(report, workload, self._population(workload), self._new_folder(f"storage-{workload.name}"))
 
     def loading(self, report: Report) -> Iterator[str]:
         """First uses, and adapters that have left their slots."""
         for workload, count in self.plan.loaded:
             yield f"loading: {workload.name}"
-            population = Population(workload.frozen(torch.float32).eval(), plan.STRUCTURED, workload.targets)
-            loading.measure(report, workload, population, self._new_folder(f"loading-{workload.name}"), count)
+            folder = self._new_folder(f"loading-{workload.name}")
+            loading.measure(report, workload, self._population(workload), folder, count)
 
     def stream(self, report: Report) -> Iterator[str]:
         """Requests for more adapters than slots."""
-        yield f"packing {max(self.plan.known):,} adapters"
-        packs = self.packs
+        yield f"packing {max(self.plan.asked):,} adapters"
+        settings = self.plan.asked, self.pack, self.plan.requests, self.plan.rounds
         yield "stream of requests"
-        stream.measure(report, self.plan.encoder, self.population.base, packs, self.plan.requests, self.plan.rounds)
+        stream.measure(report, self.plan.encoder, self.population.base, *settings)
 
     def resident(self, report: Report) -> Iterator[str]:
         """Memory of processes with thousands of adapters."""
-        most = max(self.plan.known)
+        most = max(self.plan.asked)
         yield f"packing {most:,} adapters"
-        pack = self.packs[most]
+        pack = self.pack
         for slots, host_bytes in self.plan.resident:
             yield f"resident: {slots} slots, {host_bytes / 1e6:,.0f} MB on the host"
             measure = partial(resident.measure, report, self.plan.encoder, pack, most, slots, host_bytes)
@@ -83,7 +83,10 @@ class Measured:
     def training(self, report: Report) -> Iterator[str]:
         """Steps that train one adapter, and as many as rows."""
         yield "training"
-        training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), self.plan.rounds)
+        training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
+
+    def _population(self, workload: Workload) -> Population:
+        return Population(workload.frozen(torch.float32).eval(), self.plan.adapter, workload.targets)
 
     def _new_folder(self, name: str) -> Path:
         found = self.folder / name
@@ -93,11 +96,11 @@ class Measured:
 
 SECTIONS: dict[str, Callable[[Measured, Report], Iterator[str]]] = {
     "batches": Measured.batches,
-    "storage": Measured.storage,
-    "loading": Measured.loading,
     "training": Measured.training,
     "stream": Measured.stream,
     "resident": Measured.resident,
+    "loading": Measured.loading,
+    "storage": Measured.storage,
 }
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import dvora
-from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA, factors_of
-from benchmarks.many_adapters.population import Population, name_of, packs_of
+from benchmarks.many_adapters.gathered_lora import GatheredLoRA, random_factors
+from benchmarks.many_adapters.population import Population, name_of, packed
 from benchmarks.speed.arms import CONFIGS, MERGED, Arm, adapted, moved, sharing_copy
 from benchmarks.speed.workloads import Workload
 
@@ -109,7 +109,7 @@ class Models:
         folder = Path(self._open.enter_context(TemporaryDirectory(prefix="dvora-known-")))
         bank = dvora.AdapterBank(model)
         self._open.callback(bank.close)
-        bank.add_pack(packs_of(population, [known], folder)[known])
+        bank.add_pack(packed(population, known, folder))
         return model, bank
 
     def _population(self, adapter: Arm) -> Population:
@@ -119,10 +119,8 @@ class Models:
         return with_adapters(self.base, adapter, self.workload.targets, known)
 
     def _lora(self, adapter: Arm, known: int) -> tuple[nn.Module, GatheredLoRA]:
-        peft, _ = self._once(self._peft, adapter, known)
-        # PEFT keeps float32 factors on a base of half precision; of ours that would only cost conversions.
-        factors = {name: Factors(*(f.to(self.dtype) for f in each)) for name, each in factors_of(peft).items()}
         model = sharing_copy(self.base)
+        factors = random_factors(self.base, self.workload.targets, adapter.rank, known, self.dtype)
         return model, GatheredLoRA(model, factors)
 
     def _once(self, make: Callable[..., Any], *arguments: Any) -> Any:

@@ -9,8 +9,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from benchmarks.speed.workloads import random
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 """Layers of one module that read the same input."""
@@ -102,20 +103,23 @@ class _Siblings:
         return table.flatten(1).index_select(0, self.index).unflatten(1, table.shape[1:])
 
 
-def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """The factors of all adapters of a PEFT model with LoRA, by the names that layers have in the base.
+def random_factors(
+    model: nn.Module, targets: tuple[str, ...], rank: int, count: int, dtype: torch.dtype
+) -> dict[str, Factors]:
+    """The factors of that many adapters for a model, by the names of its layers.
 
     Args:
-        model: adapted by PEFT; adapters of one rank, in the order in which they were added.
+        model: the frozen base.
+        targets: what the names of adapted layers end in.
+        rank, count, dtype: of the factors.
     """
-    inner = model.base_model.model
     found: dict[str, Factors] = {}
-    for name, layer in inner.named_modules():
-        if isinstance(layer, LoraLayer):
-            adapters = list(layer.lora_A)
-            A = torch.stack([layer.lora_A[adapter].weight.detach() for adapter in adapters])
-            B = torch.stack([layer.lora_B[a].weight.detach().T * layer.scaling[a] for a in adapters])
-            found[name] = Factors(A.contiguous(), B.contiguous())
+    for number, (name, layer) in enumerate(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.endswith(targets):
+            A = random(count, rank, layer.in_features, dtype=dtype, seed=number)
+            B = random(count, rank, layer.out_features, dtype=dtype, seed=number)
+            # As large as after some training.
+            found[name] = Factors(A / layer.in_features**0.5, 0.01 * B)
     return found
 
 

@@ -18,7 +18,7 @@ LEFT_OUT = (
     "GPUs: nothing here was run on one",
     "64 adapters known to the bank: only with structured matrices and all 64 in the batch; 10,000: only in the linear "
     "layers and in the stream",
-    "SmolLM2: float32 only, 64 adapters known, prompts of 4 tokens, dvora not through adapter_names",
+    "SmolLM2: float32 only, 64 adapters known, prompts of 4 tokens, only LoRA r=8 through adapter_names",
     "bfloat16: MiniLM and the linear layers, fewer ways and rounds",
     "batches repeat their names, so that all their adapters are in slots; the stream of requests loads and evicts",
     "a stream of LoRA adapters: PEFT has no slots and no loader, and 10,000 of rank 8 for MiniLM take 13 GB in float32",
@@ -62,16 +62,18 @@ class Plan:
 
     Args:
         grounds: of batches.
-        encoder: of the stream, and of what thousands of adapters take in memory.
-        known: adapters in the stream.
+        encoder: of the stream, of training, and of what thousands of adapters take in memory.
+        adapter: of the encoder, and of models whose adapters are loaded.
+        asked: for how many adapters the requests of the stream ask.
         requests, rounds: of the stream; so many requests in each round.
-        resident: slots, and bytes of the host's tier, of banks that use the largest number of adapters.
+        resident: slots, and bytes of the host's tier, of banks that use all adapters of the stream.
         loaded: models whose adapters are loaded and weighed, and how many of them are loaded.
     """
 
     grounds: Sequence[Ground]
     encoder: Workload
-    known: Sequence[int]
+    adapter: Arm
+    asked: Sequence[int]
     requests: int
     rounds: int
     resident: Sequence[tuple[int, int]]
@@ -83,9 +85,10 @@ def whole() -> Plan:
     return Plan(
         grounds=whole_grounds(),
         encoder=workloads.minilm(),
-        known=(16, 256, MANY, 10_000),
+        adapter=STRUCTURED,
+        asked=(16, 256, MANY, 10_000),
         requests=200,
-        rounds=6,
+        rounds=5,
         resident=[(SLOTS, 2**30), (64, 2**26)],
         loaded=[(workloads.minilm(), 16), (workloads.smollm2(), 8)],
     )
@@ -97,7 +100,8 @@ def quick() -> Plan:
     return Plan(
         grounds=quick_grounds(),
         encoder=tiny,
-        known=(4, SLOTS + 4),
+        adapter=Arm("dvora structured", 16),
+        asked=(4, SLOTS + 4),
         requests=40,
         rounds=2,
         resident=[(SLOTS, 2**30)],
@@ -109,7 +113,7 @@ def whole_grounds() -> list[Ground]:
     """Every model, and what is timed on it."""
     linears, minilm, smollm2 = workloads.linears(1024, 2816, blocks=2), workloads.minilm(), workloads.smollm2()
     ten_thousand = bank_arm(STRUCTURED, ROWS, KNOWN[-1])
-    smollm2_arms = [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], ROWS), *by_names(*LORAS), *gathered()]
+    smollm2_arms = [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], ROWS), *by_names(LORAS[0]), *gathered()]
     return [
         Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 11, PASSES)]),
         Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 7, PASSES)]),
@@ -127,7 +131,7 @@ def quick_grounds() -> list[Ground]:
     arms += [ManyArm("gathered", arm, n, 8) for arm in LORAS for n in (1, 8)]
     llama = workloads.llama(64, 176, heads=4)
     return [
-        Ground(workloads.linears(64, 176), "bfloat16", arms, [Phase("decode", 1, 2, PASSES)], rows=8),
+        Ground(workloads.linears(64, 176), "bfloat16", arms[:4], [Phase("decode", 1, 2, PASSES)], rows=8),
         Ground(llama, "float32", arms, [Phase("decode", 1, 2, PASSES, cached=4), Phase("prefill", 4, 2)], rows=8),
     ]
 

@@ -20,7 +20,7 @@ from benchmarks.many_adapters.results import RESULT
 from benchmarks.many_adapters.targets import DECODED, READ, TOKEN
 from benchmarks.pictures import FAINT, METHODS, WIDTH, ink, save
 from benchmarks.speed.metrics import Rows, time_ratio
-from benchmarks.speed.plots import ticks
+from benchmarks.speed.plots import label_axis
 from benchmarks.speed.timing import spread
 
 COLOURS = {
@@ -54,8 +54,8 @@ def batch(rows: Rows) -> Figure:
                     axes.plot([n for n, _ in points], [ratio for _, ratio in points], label=label, **look)
         axes.axhline(1, color=FAINT, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="adapters in a batch of 64")
-        ticks(axes.xaxis, DISTINCT)
-        ticks(axes.yaxis, (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))
+        label_axis(axes.xaxis, DISTINCT)
+        label_axis(axes.yaxis, (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))
         axes.set_title(title, fontsize="medium")
     panels[0].set_ylabel("time of a batch, frozen base = 1 (logarithmic)")
     _legend(figure, panels)
@@ -67,12 +67,12 @@ def stream(rows: Rows) -> Figure:
     figure, both = plt.subplots(1, 2, figsize=(WIDTH, 3.6), layout="constrained", sharey=True)
     for axes, loop in zip(both, ("closed", "open"), strict=True):
         found = [row for row in rows if row["part"] == "stream" and row["loop"] == loop]
-        with_adapters = [row for row in found if row["known"]]
-        known = [row["known"] for row in with_adapters]
+        with_adapters = [row for row in found if row["asked"]]
+        asked = [row["asked"] for row in with_adapters]
         for share, line in SHADES.items():
             values = [_milliseconds(row, share) for row in with_adapters]
-            axes.plot(known, values, marker="o", linestyle=line, color=COLOURS["dvora structured r=256"], label=share)
-            for row in (row for row in found if not row["known"]):
+            axes.plot(asked, values, marker="o", linestyle=line, color=COLOURS["dvora structured r=256"], label=share)
+            for row in (row for row in found if not row["asked"]):
                 axes.axhline(_milliseconds(row, share), color=FAINT, linestyle=line, linewidth=1)
         slots = {row["slots"] for row in with_adapters}
         for count in slots:
@@ -81,7 +81,7 @@ def stream(rows: Rows) -> Figure:
                 f"{count} slots", (count, 1), (3, -10), ("data", "axes fraction"), "offset points", color=ink()
             )
         axes.set(xscale="log", xlabel="adapters that are asked for")
-        ticks(axes.xaxis, known)
+        label_axis(axes.xaxis, asked)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{loop} loop", fontsize="medium")
     both[0].set_ylabel("latency of a request, ms (grey: the base)")

@@ -1,10 +1,9 @@
 """Adapters by the thousand: one vector, and noise of another seed for each; as vectors, as folders, as a pack."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -85,20 +84,14 @@ def name_of(number: int) -> str:
     return f"adapter-{number:05d}"
 
 
-def packs_of(
-    population: Population, counts: Sequence[int], folder: Path, dtype: torch.dtype | None = None
-) -> dict[int, Path]:
-    """Packs of the first so many adapters, by their number.
+def packed(population: Population, count: int, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """A pack of the first so many adapters, whose own folders are gone afterwards.
 
     Args:
         population: of which the adapters are.
-        counts: how many are in each pack.
-        folder: for the packs; an adapter's own folder is gone afterwards.
-        dtype: of the rows of factors in the packs, if there are to be any.
+        count: how many.
+        folder: for the pack.
+        dtype: of the rows of factors in it, if there are to be any.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as unpacked:
-        folders = population.save(Path(unpacked), max(counts))
-        return {
-            count: population.pack(folder / f"{count}.dvora", dict(islice(folders.items(), count)), dtype)
-            for count in counts
-        }
+    with TemporaryDirectory(dir=folder) as unpacked:
+        return population.pack(folder / "adapters.dvora", population.save(Path(unpacked) / "adapters", count), dtype)

@@ -13,7 +13,7 @@ from benchmarks.speed.workloads import Workload
 from dvora.bank.factors import FactorRows
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-PACKED = 16
+PACKED = 4
 """Adapters in the pack that is divided by their number."""
 
 

@@ -46,19 +46,19 @@ class Stream:
     """Requests for some number of adapters.
 
     Args:
-        known: adapters; 0 is the base alone.
+        asked: for how many adapters requests ask; 0 is the base alone.
         serve: answers a batch.
         stats: of the bank.
     """
 
-    known: int
+    asked: int
     serve: Serve
     stats: Callable[[], Mapping[str, Any]]
     answered: dict[str, list[Answered]] = field(default_factory=lambda: {"closed": [], "open": []})
 
 
 def measure(
-    report: Report, workload: Workload, base: nn.Module, packs: Mapping[int, Path], requests: int, rounds: int
+    report: Report, workload: Workload, base: nn.Module, asked: Sequence[int], pack: Path, requests: int, rounds: int
 ) -> None:
     """Add a row for each loop and number of adapters.
 
@@ -66,15 +66,16 @@ def measure(
         report: gets the rows.
         workload: the model.
         base: its frozen base.
-        packs: of adapters, by their number.
+        asked: for how many adapters the requests ask, in each stream.
+        pack: of at least as many.
         requests: in a round.
         rounds: how many.
     """
     with ExitStack() as banks:
-        streams = [_of_base(workload, base), *(_of_bank(workload, base, n, packs[n], banks) for n in sorted(packs))]
+        streams = [_of_base(workload, base), *(_of_bank(workload, base, count, pack, banks) for count in asked)]
         with torch.inference_mode():
             per_second = _serve(streams, requests, rounds)
-        for stream in sorted(streams, key=lambda stream: stream.known):
+        for stream in sorted(streams, key=lambda stream: stream.asked):
             for loop, answered in stream.answered.items():
                 offered = {"offered_per_second": _rounded(per_second)} if loop == "open" else {}
                 row = _setting(workload, stream, loop, requests) | offered | summary(answered)
@@ -108,7 +109,7 @@ def summary(rounds: Sequence[Answered]) -> dict[str, Any]:
 
 
 def _setting(workload: Workload, stream: Stream, loop: str, requests: int) -> dict[str, Any]:
-    setting = {"part": "stream", "workload": workload.name, "dtype": "float32", "loop": loop, "known": stream.known}
+    setting = {"part": "stream", "workload": workload.name, "dtype": "float32", "loop": loop, "asked": stream.asked}
     setting |= {"slots": SLOTS, "batch": BATCH, "tokens": TOKENS, "exponent": EXPONENT, "requests": requests}
     return setting | ({"clients": CLIENTS} if loop == "closed" else {"waiting": WAITING})
 
@@ -123,7 +124,7 @@ def _open(stream: Stream, requests: int, seed: int, per_second: float) -> Answer
 
 
 def _asked(stream: Stream, requests: int, seed: int) -> list[int]:
-    return zipf(max(stream.known, 1), requests, EXPONENT, seed)
+    return zipf(max(stream.asked, 1), requests, EXPONENT, seed)
 
 
 def _of_base(workload: Workload, base: nn.Module) -> Stream:
@@ -131,7 +132,7 @@ def _of_base(workload: Workload, base: nn.Module) -> Stream:
     return Stream(0, lambda rows, following: workload.output(base, x[: len(rows)]), dict)
 
 
-def _of_bank(workload: Workload, base: nn.Module, known: int, pack: Path, banks: ExitStack) -> Stream:
+def _of_bank(workload: Workload, base: nn.Module, asked: int, pack: Path, banks: ExitStack) -> Stream:
     x, model = workload.inputs(BATCH, TOKENS, torch.float32), sharing_copy(base)
     bank = dvora.AdapterBank(model, slots=SLOTS, dtype=torch.float16)
     banks.callback(bank.close)
@@ -143,7 +144,7 @@ def _of_bank(workload: Workload, base: nn.Module, known: int, pack: Path, banks:
         with bank.rows([name_of(number) for number in rows]):
             workload.output(model, x[: len(rows)])
 
-    return Stream(known, serve, lambda: bank.stats()._asdict())
+    return Stream(asked, serve, lambda: bank.stats()._asdict())
 
 
 def _rounded(value: float) -> float:

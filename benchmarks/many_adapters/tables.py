@@ -66,9 +66,9 @@ def in_short(rows: Rows) -> list[str]:
             ],
         ),
         _sentence(
-            f"**More adapters than slots**: with {SLOTS} slots the 95th percentile of the latency is {{}} times that of "
-            "16 adapters when requests ask for 256, {} for 1,024 and {} for 10,000",
-            [_p95_ratio(rows, known) for known in (256, MANY, 10_000)],
+            f"**More adapters than slots**: with {SLOTS} slots the latency's 95th percentile is {{}} times that of 16 "
+            "adapters when requests ask for 256, {} for 1,024 and {} for 10,000",
+            [_p95_ratio(rows, asked) for asked in (256, MANY, 10_000)],
         ),
     ]
     return [f"- {sentence}." for sentence in sentences if sentence]
@@ -142,20 +142,21 @@ def stream(rows: Rows) -> list[str]:
         return []
     first = found[0]
     lines = [
-        f"Sentences of {first['tokens']} tokens through MiniLM in batches of at most {first['batch']}, float16 factors "
-        f"from a pack, {first['slots']} slots; adapters are asked for by Zipf's law (exponent {first['exponent']:g}). "
-        "Closed loop: two batches of requests are always under way. Open loop: requests come at random, "
-        f"{_offered(found)} a second, and those who find {_waiting(found)} before them are refused. Medians of rounds "
-        f"of {first['requests']} requests; the 99th percentile is of all rounds together:",
+        f"Sentences of {first['tokens']} tokens through MiniLM, at most {first['batch']} in a batch, {first['slots']} "
+        f"slots; banks know the {max(row['asked'] for row in found):,} adapters of one pack (float16), and requests "
+        f"ask for some by Zipf's law (exponent {first['exponent']:g}). Closed loop: two batches of requests are always "
+        f"under way. Open loop: requests come at random, {_offered(found)} a second, and those who find "
+        f"{_waiting(found)} before them are refused. Medians of rounds of {first['requests']} requests; the 99th "
+        "percentile is of all rounds together:",
         "",
-        "| adapters | closed: a second | p50, ms | p95, ms | p99, ms | open: p50, ms | p95, ms | p99, ms | refused |",
+        "| asked for | closed: a second | p50, ms | p95, ms | p99, ms | open: p50, ms | p95, ms | p99, ms | refused |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for known in dict.fromkeys(row["known"] for row in found):
-        closed, opened = (row_of(found, loop=loop, known=known) for loop in ("closed", "open"))
+    for asked in dict.fromkeys(row["asked"] for row in found):
+        closed, opened = (row_of(found, loop=loop, asked=asked) for loop in ("closed", "open"))
         if closed is not None and opened is not None:
             cells = [f"{spread(closed['per_second']).median:.0f}", *_latencies(closed), *_latencies(opened)]
-            name = f"{known:,}" if known else "none: the base"
+            name = f"{asked:,}" if asked else "none: the base"
             lines.append(f"| {name} | {' | '.join(cells)} | {opened['refused']:,} |")
     return lines
 
@@ -223,8 +224,8 @@ def _to_one(rows: Rows, way: str, adapters: Sequence[str] = KINDS) -> list[Sprea
     ]
 
 
-def _p95_ratio(rows: Rows, known: int) -> Spread | None:
-    few, many = (row_of(rows, part="stream", loop="closed", known=count) for count in (16, known))
+def _p95_ratio(rows: Rows, asked: int) -> Spread | None:
+    few, many = (row_of(rows, part="stream", loop="closed", asked=count) for count in (16, asked))
     return None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
 
 

@@ -62,7 +62,7 @@ def _training(rows: Rows) -> Iterator[Target]:
 
 def _stream(rows: Rows) -> Iterator[Target]:
     for loop in ("closed", "open"):
-        few, many = (row_of(rows, part="stream", loop=loop, known=known) for known in (16, 1024))
+        few, many = (row_of(rows, part="stream", loop=loop, asked=asked) for asked in (16, 1024))
         measured = None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
         yield Target(f"95th percentile of the latency, 1,024 adapters to 16, {loop} loop", 1.2, measured)
 

@@ -77,7 +77,7 @@ def decoding(rows: Rows) -> Figure:
         axes.axvline(1, color=FAINT, linewidth=1)
         axes.set_yticks(range(len(arms)), arms)
         axes.set_xscale("log")
-        ticks(axes.xaxis, (1, 2, 4, 8, 16, 32))
+        label_axis(axes.xaxis, (1, 2, 4, 8, 16, 32))
         # Room for the labels beside the dots.
         axes.margins(x=0.2)
         axes.grid(axis="y")
@@ -150,14 +150,14 @@ def _finish(axes: Axes, x_label: str, ticks: Sequence[int], what: str) -> None:
     axes.plot([], [], color=FAINT, linestyle=":", label="operations (model)")
     axes.axhline(1, color=FAINT, linewidth=1)
     axes.set(xscale="log", yscale="log")
-    ticks(axes.xaxis, ticks)
-    ticks(axes.yaxis, (0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16))
+    label_axis(axes.xaxis, ticks)
+    label_axis(axes.yaxis, (0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16))
     axes.set(xlabel=x_label, ylabel="training step, frozen base = 1 (logarithmic)")
     axes.set_title(f"Seven linear layers, hidden size 1,024, float32, {what}", fontsize="medium")
     axes.legend()
 
 
-def ticks(axis: Axis, ticks: Sequence[float]) -> None:
+def label_axis(axis: Axis, ticks: Sequence[float]) -> None:
     """Plain numbers on a logarithmic axis; where they lie does not change what is shown."""
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

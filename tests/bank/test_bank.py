@@ -19,6 +19,12 @@ from tests.tuner.layer_cases import CASES, READ
 from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.tuner.tiny import LAYERS, MODELS, inputs, outputs, same_bits
 
+# What PEFT says of an adapter on embeddings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
+]
+
 CALLED = [name for name, case in CASES.items() if name not in READ and "target_parameters" not in case.settings]
 NAMES = ["b", None, "a", "b"]
 MIXED = ["c", "a", None, "b", "a", None]

@@ -1,22 +1,38 @@
 """The benchmark of many adapters: our own LoRA gives PEFT's outputs, and the command runs from end to end."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from benchmarks.many_adapters import plan
 from benchmarks.many_adapters.__main__ import SECTIONS, main
-from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows
+from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows, with_adapters
+from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA
 from benchmarks.many_adapters.plots import PICTURES
 from benchmarks.many_adapters.results import merge
 from benchmarks.many_adapters.tables import parts
 from benchmarks.many_adapters.targets import all_targets
-from benchmarks.speed.arms import Arm
+from benchmarks.speed.arms import Arm, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload, bert_square, linears, llama
+
+
+def factors_of(model: nn.Module) -> dict[str, Factors]:
+    """The factors of all adapters of a PEFT model with LoRA, by the names that layers have in the base."""
+    found = {}
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            A = torch.stack([each.weight.detach() for each in layer.lora_A.values()])
+            B = torch.stack([layer.scaling[key] * each.weight.detach().T for key, each in layer.lora_B.items()])
+            found[name] = Factors(A, B)
+    return found
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 EMPTY = {"environment": {"torch": "2", "peft": "0", "threads": 1}, "left_out": [], "not_measured": [], "rows": []}
@@ -26,17 +42,17 @@ EMPTY = {"environment": {"torch": "2", "peft": "0", "threads": 1}, "left_out": [
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("workload", [linears(64, 176), llama(64, 176, heads=4), bert_square(64)], ids=lambda w: w.name)
 def test_gathered_lora_has_the_outputs_of_peft_s(workload: Workload, tokens: int, rank: int) -> None:
-    x = workload.inputs(6, tokens, torch.float32)
-    with Models(workload, torch.float32, rows=6) as models, torch.no_grad():
-        of_base = workload.output(models.base, x)
-        # The same model again and again: nothing of a batch may stay for the next one.
-        for distinct in (1, 3, 6, 1):
-            outputs = []
-            for way in ("adapter_names", "gathered"):
-                with models.chosen(ManyArm(way, Arm("LoRA", rank), distinct, known=6))() as model:
-                    outputs.append(workload.output(model, x))
-            torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
-            assert not torch.allclose(outputs[0], of_base, atol=1e-3)
+    base, x = workload.frozen(torch.float32).eval(), workload.inputs(6, tokens, torch.float32)
+    peft, names = with_adapters(base, Arm("LoRA", rank), workload.targets, 6)
+    model = sharing_copy(base)
+    gathered = GatheredLoRA(model, factors_of(peft))
+    # The same model again and again: nothing of a batch may stay for the next one.
+    for rows in ([0] * 6, [0, 1, 2, 2, 1, 0], [*range(6)], [5] * 6):
+        with torch.no_grad(), gathered.rows(rows):
+            outputs = workload.output(model, x)
+            expected = workload.output(partial(peft, adapter_names=[names[row] for row in rows]), x)
+            torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(expected, workload.output(base, x), atol=1e-3)
 
 
 def test_outside_of_a_batch_gathered_lora_is_the_base() -> None:

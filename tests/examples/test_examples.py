@@ -16,7 +16,7 @@ from examples.checks import report
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What several of them use.
-SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "reviews"}
+SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "reviews", "spoken_lines", "top_layers"}
 
 REPORTS = """print('{"works": true, "figures": {"loss": [2.0, 1.0]}}')\n"""
 """As `examples.checks.report` prints it, which imports torch."""

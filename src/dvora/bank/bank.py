@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from ..tuner.restoring import surely
-from .catalogue import Adapter, AdapterSource, Catalogue, source_of
-from .factors import FactorRows
-from .fitted import FittedModel
+from ..tuner.restoring import on_failure, surely
+from .catalogue import Adapter, AdapterSource, Catalogue, as_path, source_of
+from .factors import FactorRows, check_dtype
+from .fitted import FittedModel, ModelSide
 from .hooks import check_without_bank
 from .pack import Pack
 from .rows import CurrentRows, RowIndex, SlotRows, check_names
@@ -59,18 +58,21 @@ class AdapterBank:
         for setting, value in (("slots", slots), ("host_bytes", host_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{setting} must be a positive integer, got {value!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch module, got {model!r:.200}")
+        check_dtype(dtype)
         check_without_bank(model)
-        self._model, self._slot_count, self._dtype = model, slots, dtype
+        self._slot_count = slots
         self._catalogue = Catalogue(host_bytes)
         self._packs: list[Pack] = []
-        self._fitted: FittedModel | None = None
         self._current = CurrentRows()
-        self._lock = threading.RLock()
-        """Held while layers are hooked."""
-        self._loader: ThreadPoolExecutor | None = None
-        self._hits = self._loads = 0
+        self._side = ModelSide(
+            lambda first: FittedModel.of(model, first, dtype, slots, host_bytes, self._current), self._current
+        )
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="dvora-bank")
         if like is not None:
-            self._fit(FolderSource(Path(like)) if Path(like).is_dir() else _first_of_pack(Path(like)))
+            with _first_adapter(as_path(like, "like")) as first:
+                self._side.fit(first)
 
     def add(
         self,
@@ -94,12 +96,17 @@ class AdapterBank:
             TypeError, ValueError: the name is taken, or the adapter is not one of the bank's kind, is damaged, lacks
                 layers, or changes nothing; nothing is added then.
         """
-        self._catalogue.check_new([name])
-        adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
-        self._catalogue.read(adapter, self._known_layers().rows)
-        self._catalogue.add([adapter])
+        with self._side.adding(lambda: len(self) > 0):
+            self._catalogue.check_new([name])
+            adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
+            self._catalogue.read(adapter, self._side.known().rows)
+            with self._catalogue.lock:
+                self._catalogue.check_new([name])
+                if pinned:
+                    self._pin([adapter])
+                self._catalogue.add([adapter])
         if pinned:
-            self.pin([name])
+            self._load([adapter])
 
     def add_folder(
         self,
@@ -116,14 +123,15 @@ class AdapterBank:
         Raises:
             TypeError, ValueError: as for `add`, with the name of the folder.
         """
-        found = adapters_in(Path(folder))
-        self._catalogue.check_new(found)
-        adapters = []
-        for count, (name, path) in enumerate(found.items(), start=1):
-            adapters.append(self._fitting(name, FolderSource(path), allow_partial, allow_unchanged))
-            if on_progress is not None:
-                on_progress(count, len(found))
-        return self._catalogue.add(adapters)
+        found = adapters_in(as_path(folder, "folder"))
+        with self._side.adding(lambda: len(self) > 0):
+            self._catalogue.check_new(found)
+            adapters = []
+            for count, (name, path) in enumerate(found.items(), start=1):
+                adapters.append(self._fitting(name, FolderSource(path), allow_partial, allow_unchanged))
+                if on_progress is not None:
+                    on_progress(count, len(found))
+            return self._catalogue.add(adapters)
 
     def add_pack(
         self, file: str | os.PathLike[str], *, allow_partial: bool = False, allow_unchanged: bool = False
@@ -133,20 +141,15 @@ class AdapterBank:
         Raises:
             TypeError, ValueError: as for `add`, or the file is no pack, or truncated.
         """
-        pack = Pack.open(Path(file))
-        try:
+        pack = Pack.open(as_path(file, "file"))
+        with on_failure(pack.close), self._side.adding(lambda: len(self) > 0):
             self._catalogue.check_new(pack.names)
             adapters = []
             for name in pack.names:
                 source = pack.source(name)
                 adapters.append(self._fitting(name, source, allow_partial, allow_unchanged))
-                adapters[-1].digest = source.digest
-            names = self._catalogue.add(adapters)
-        except BaseException:
-            pack.close()
-            raise
-        self._packs.append(pack)
-        return names
+            self._packs.append(pack)
+            return self._catalogue.add(adapters)
 
     def replace(
         self, name: str, source: AdapterSource, *, allow_partial: bool = False, allow_unchanged: bool = False
@@ -158,11 +161,14 @@ class AdapterBank:
         """
         self._catalogue.named([name])
         adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
-        self._catalogue.read(adapter, self._known_layers().rows)
-        before = self._catalogue.put(adapter)
-        self._let_go(before)
+        self._catalogue.read(adapter, self._side.known().rows)
+        with self._catalogue.lock:
+            (before,) = self._catalogue.named([name])
+            if before.pinned:
+                self._pin([adapter], instead_of=before)
+            self._let_go(self._catalogue.put(adapter))
         if before.pinned:
-            self.pin([name])
+            self._load([adapter])
 
     def remove(self, name: str) -> None:
         """Forget an adapter; batches that run go on with it.
@@ -170,27 +176,22 @@ class AdapterBank:
         Raises:
             ValueError: there is no such name.
         """
-        self._let_go(self._catalogue.remove(name))
+        with self._catalogue.lock:
+            self._let_go(self._catalogue.remove(name))
 
     def pin(self, names: Collection[str]) -> None:
-        """Put adapters into slots and keep them there.
+        """Put adapters into slots, now or, where batches hold all of them, when they are first used; they stay there.
 
         Raises:
-            ValueError: a name is unknown, or no slot would be left.
+            TypeError, ValueError: a name is unknown, or no slot would be left.
         """
-        adapters, fitted = self._catalogue.named(names), self._known_layers()
-        digests = {self._catalogue.digest(adapter, fitted.rows) for adapter in adapters}
+        # Read before names are kept from changing, since other batches go on meanwhile.
+        for adapter in self._catalogue.named(names):
+            self._catalogue.digest(adapter, self._side.known().rows)
         with self._catalogue.lock:
-            kept = self._catalogue.pinned() | digests
-            if len(kept) >= fitted.slots.count:
-                raise ValueError(
-                    f"names: {len(kept)} pinned adapters would leave none of the {fitted.slots.count} slots for others"
-                )
-            for adapter in adapters:
-                adapter.pinned = True
-            fitted.slots.pin(digests)
-        with self._slots_of(adapters):
-            pass
+            adapters = self._catalogue.named(names)
+            self._pin(adapters)
+        self._load(adapters)
 
     def unpin(self, names: Collection[str]) -> None:
         """Let adapters leave their slots again.
@@ -198,9 +199,10 @@ class AdapterBank:
         Raises:
             ValueError: a name is unknown.
         """
-        for adapter in self._catalogue.named(names):
-            adapter.pinned = False
-            self._unpin(adapter)
+        with self._catalogue.lock:
+            for adapter in self._catalogue.named(names):
+                adapter.pinned = False
+                self._unpin(adapter)
 
     def prefetch(self, names: Collection[str]) -> Future[None]:
         """Read adapters beside the batches that run, and put them into slots that none of these holds.
@@ -211,17 +213,9 @@ class AdapterBank:
         Raises:
             ValueError: a name is unknown.
         """
-        adapters, fitted = self._catalogue.named(names), self._known_layers()
-
-        def load() -> None:
-            for adapter in adapters:
-                factors = self._catalogue.factors(adapter, fitted.rows)
-                fitted.slots.load_if_free(self._catalogue.digest(adapter, fitted.rows), factors)
-
-        with self._lock:
-            if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="dvora-bank")
-            return self._loader.submit(load)
+        adapters = self._catalogue.named(names)
+        self._side.known()
+        return self._loader.submit(self._load, adapters)
 
     @contextmanager
     def rows(self, names: Sequence[str | None], repeats: int = 1) -> Iterator[None]:
@@ -240,7 +234,7 @@ class AdapterBank:
         check_names(names, repeats)
         if self._current.rows is not None:
             raise ValueError("this thread is in a batch of the bank already; leave its `with` block first")
-        fitted = self._known_layers()
+        fitted = self._side.known()
         fitted.served.check_unchanged()
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         adapters = self._catalogue.named(distinct)
@@ -264,7 +258,7 @@ class AdapterBank:
             TypeError, ValueError: a name is unknown, or taken, the base is not frozen, or an adapter has a strength
                 other than one or lacks layers.
         """
-        rows, adapters = self._known_layers().rows, self._catalogue.named(names)
+        rows, adapters = self._side.known().rows, self._catalogue.named(names)
         self._catalogue.check_new(new)
         values = {adapter.name: adapter.source.read() for adapter in adapters}
         return TrainableAdapters(rows, self._current, {**values, **dict.fromkeys(new)})
@@ -285,7 +279,7 @@ class AdapterBank:
 
     def stats(self) -> BankStats:
         """Counts and bytes as they are now."""
-        slots = None if self._fitted is None else self._fitted.slots
+        slots = None if self._side.fitted is None else self._side.fitted.slots
         return BankStats(
             adapters=len(self._catalogue),
             slots=self._slot_count,
@@ -295,8 +289,8 @@ class AdapterBank:
             device_bytes=0 if slots is None else slots.nbytes,
             host_adapters=len(self._catalogue.host),
             host_bytes=self._catalogue.host.nbytes,
-            hits=self._hits,
-            loads=self._loads,
+            hits=0 if slots is None else slots.hits,
+            loads=0 if slots is None else slots.loads,
             reads=self._catalogue.reads,
             evictions=0 if slots is None else slots.evictions,
         )
@@ -308,16 +302,16 @@ class AdapterBank:
             ValueError: there is no such name, or its source is damaged.
         """
         (adapter,) = self._catalogue.named([name])
-        return self._catalogue.digest(adapter, self._known_layers().rows)
+        return self._catalogue.digest(adapter, self._side.known().rows)
 
     def close(self) -> None:
-        """Free the model: its layers are the base's again."""
-        with self._lock:
-            if self._fitted is not None:
-                self._fitted.served.unhook(self._fitted.hooks)
-            self._fitted = None
-        if self._loader is not None:
-            self._loader.shutdown()
+        """Free the model: its layers are the base's again, and the bank cannot be used any longer.
+
+        Raises:
+            ValueError: batches run, which would have the base's outputs; nothing is closed then.
+        """
+        self._side.close()
+        self._loader.shutdown(cancel_futures=True)
         for pack in self._packs:
             pack.close()
 
@@ -341,26 +335,37 @@ class AdapterBank:
     @contextmanager
     def _slots_of(self, adapters: Sequence[Adapter]) -> Iterator[list[int]]:
         """The slots of a batch's adapters, which stay theirs within."""
-        (_, rows, slots, _), catalogue = self._known_layers(), self._catalogue
+        (_, rows, slots, _), catalogue = self._side.known(), self._catalogue
         by_digest = {catalogue.digest(adapter, rows): adapter for adapter in adapters}
-        pinned = slots.pinned_besides(by_digest)
-        if len(by_digest) + pinned > slots.count:
-            raise ValueError(
-                f"names: a batch has {len(by_digest)} different adapters, and the bank {slots.count} slots, {pinned} "
-                "of them pinned for others; make smaller batches, or a bank with more slots"
-            )
         batch = object()
         with surely(lambda: slots.leave(batch)):
-            found, loaded = slots.take(batch, by_digest, lambda digest: catalogue.factors(by_digest[digest], rows))
-            with self._lock:
-                self._loads += loaded
-                self._hits += len(by_digest) - loaded
+            found = slots.take(batch, by_digest, lambda digest: catalogue.factors(by_digest[digest], rows))
             yield [found[catalogue.digest(adapter, rows)] for adapter in adapters]
+
+    def _load(self, adapters: Sequence[Adapter]) -> None:
+        """Read adapters, and put them into slots that no batch holds."""
+        fitted = self._side.known()
+        for adapter in adapters:
+            factors = self._catalogue.factors(adapter, fitted.rows)
+            fitted.slots.load_if_free(self._catalogue.digest(adapter, fitted.rows), factors)
+
+    def _pin(self, adapters: Sequence[Adapter], instead_of: Adapter | None = None) -> None:
+        """Keep adapters that were read in their slots; called while names cannot change."""
+        slots = self._side.known().slots
+        digests = {adapter.digest for adapter in adapters if adapter.digest is not None}
+        kept = self._catalogue.pinned(besides=instead_of) | digests
+        if len(kept) >= slots.count:
+            raise ValueError(
+                f"names: {len(kept)} pinned adapters would leave none of the {slots.count} slots for others"
+            )
+        for adapter in adapters:
+            adapter.pinned = True
+        slots.pin(digests)
 
     def _fitting(self, name: str, source: Source, allow_partial: bool, allow_unchanged: bool) -> Adapter:
         """An adapter whose content is the bank's."""
         try:
-            self._fit(source).rows.check(source.content, allow_partial)
+            self._side.fit(source).rows.check(source.content, allow_partial)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
         return Adapter(name, source, allow_unchanged)
@@ -372,32 +377,20 @@ class AdapterBank:
         self._unpin(before)
 
     def _unpin(self, adapter: Adapter) -> None:
-        if self._fitted is None or adapter.digest is None or self._catalogue.has_others(adapter, pinned=True):
+        if self._side.fitted is None or adapter.digest is None or self._catalogue.has_others(adapter, pinned=True):
             return
-        self._fitted.slots.unpin([adapter.digest])
+        self._side.fitted.slots.unpin([adapter.digest])
 
     @property
     def _rows(self) -> FactorRows | None:
-        return None if self._fitted is None else self._fitted.rows
-
-    def _fit(self, source: Source) -> FittedModel:
-        """Find and hook the layers that an adapter names, once."""
-        with self._lock:
-            if self._fitted is None:
-                limit = self._catalogue.host.limit
-                self._fitted = FittedModel.of(self._model, source, self._dtype, self._slot_count, limit, self._current)
-            return self._fitted
-
-    def _known_layers(self) -> FittedModel:
-        if self._fitted is None:
-            raise ValueError(
-                "the bank does not know yet which layers it serves; add the folder of an adapter first, or pass like="
-            )
-        return self._fitted
+        return None if self._side.fitted is None else self._side.fitted.rows
 
 
-def _first_of_pack(file: Path) -> Source:
-    with Pack.open(file) as pack:
-        source = pack.source(pack.names[0])
-        source.read()
-        return source
+@contextmanager
+def _first_adapter(path: Path) -> Iterator[Source]:
+    """An adapter that is a folder, or the first of a pack."""
+    if path.is_dir():
+        yield FolderSource(path)
+        return
+    with Pack.open(path) as pack:
+        yield pack.source(pack.names[0])

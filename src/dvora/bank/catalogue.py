@@ -100,8 +100,12 @@ class Catalogue:
         """The adapters of some names as they are now.
 
         Raises:
-            ValueError: a name is unknown; the message has the nearest.
+            TypeError, ValueError: a name is unknown; the message has the nearest.
         """
+        if isinstance(names, str):
+            raise TypeError(f"names must be a list of names, got {names!r}")
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"names must be strings, got {wrong[0]!r}")
         with self.lock:
             found = {name: self._adapters.get(name) for name in names}
         for name, adapter in found.items():
@@ -117,10 +121,11 @@ class Catalogue:
             others = [other for other in self._adapters.values() if other.digest == adapter.digest]
         return any(other is not adapter and (other.pinned or not pinned) for other in others)
 
-    def pinned(self) -> set[str]:
-        """What names the content of pinned adapters."""
+    def pinned(self, besides: Adapter | None = None) -> set[str]:
+        """What names the content of pinned adapters, but for one."""
         with self.lock:
-            return {a.digest for a in self._adapters.values() if a.pinned and a.digest is not None}
+            pinned = [each for each in self._adapters.values() if each.pinned and each is not besides]
+        return {each.digest for each in pinned if each.digest is not None}
 
     def digest(self, adapter: Adapter, rows: FactorRows) -> str:
         """What names its content; it is read for that if it never was."""
@@ -178,7 +183,7 @@ def source_of(given: AdapterSource, rows: FactorRows | None) -> Source:
         TypeError, ValueError: there is no adapter, or a vector comes before it is known what it is of.
     """
     if not isinstance(given, Tensor):
-        path = Path(given)
+        path = as_path(given, "source")
         return FolderSource(path.parent if path.name == SAFETENSORS_WEIGHTS_NAME else path)
     if rows is None:
         raise ValueError(
@@ -187,10 +192,22 @@ def source_of(given: AdapterSource, rows: FactorRows | None) -> Source:
     return VectorSource(rows.served.content, rows.served.config, given)
 
 
+def as_path(given: str | os.PathLike[str], argument: str) -> Path:
+    """The path in an argument.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(given, str | os.PathLike):
+        expected = "a path or a flat vector" if argument == "source" else "a path"
+        raise TypeError(f"{argument} must be {expected}, got {given!r:.200}")
+    return Path(given)
+
+
 def _made(adapter: Adapter, rows: FactorRows) -> tuple[Factors, str]:
     """Rows and what names the content."""
     source = adapter.source
     if isinstance(source, PackedSource) and (packed := source.factors(rows.key)) is not None:
-        return Factors(*packed), source.digest
+        return Factors(*packed), rows.identity(source.digest)
     values = source.read()
-    return rows.of(values), values.digest
+    return rows.of(values), rows.identity(values.digest)

@@ -66,12 +66,11 @@ class FactorRows:
     """
 
     def __init__(self, served: ServedModel, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        check_dtype(dtype)
         self.served, self.dtype = served, dtype
         self.places = _places(served.content.layers)
         self.width = self.places[-1].stop
-        own = served.head_values()
+        own = self._own_heads = served.head_values()
         self.head_dtype = next(iter(own.values())).dtype if own else dtype
         if any(value.dtype != self.head_dtype for value in own.values()):
             raise ValueError("model: its heads have several dtypes; cast them to one")
@@ -101,6 +100,14 @@ class FactorRows:
         parts = [FORMAT_VERSION, content.digest, content.base, str(self.dtype), str(self.head_dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
+    def identity(self, digest: str) -> str:
+        """What names an adapter on this base.
+
+        Args:
+            digest: of its content and values.
+        """
+        return hashlib.sha256(json.dumps([self.served.content.base, digest]).encode()).hexdigest()[:32]
+
     def check(self, content: Content, allow_partial: bool = False) -> None:
         """Refuse an adapter of another content or base than the rows are for.
 
@@ -129,8 +136,9 @@ class FactorRows:
         """The rows of one adapter, on the CPU; zeros, so the base's outputs, for layers that it does not have.
 
         Raises:
-            ValueError: the dtype cannot hold them.
+            ValueError: the dtype cannot hold them, or a file has other values besides, which are not the model's.
         """
+        self.served.check_beside(values.beside)
         made = self._made(_by_layer(values))
         row = torch.zeros(self.width, dtype=torch.float32)
         strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
@@ -138,7 +146,9 @@ class FactorRows:
             if layer.name in made:
                 trained, lambda_d = made[layer.name]
                 row[place.start : place.stop] = torch.cat([(strengths[layer.name] * trained).flatten(), lambda_d])
-        whole = joined({**self.served.head_values(), **values.whole}, self.head_dtype)
+        whole = joined({**self._own_heads, **values.whole}, self.head_dtype)
+        if not whole.isfinite().all():
+            raise ValueError(f"the adapter has values in its heads that {self.head_dtype}, the base's, cannot hold")
         return Factors(self._narrowed(row), whole)
 
     def base(self) -> Factors:
@@ -188,6 +198,16 @@ def _balance(parts: Float[Tensor, "OR"], place: LayerPlace) -> None:
     exponent = torch.round((lambda_d.abs().max().log2() - scale.abs().max().log2()) / 2)
     scale.mul_(torch.exp2(exponent))
     lambda_d.mul_(torch.exp2(-exponent))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that factor rows cannot have.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
 
 
 def _changes(parts: Float[Tensor, "OOR"], out_features: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import torch
@@ -36,6 +38,13 @@ class LayerHook:
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], layer.bias())
 
 
+class _Skeleton(threading.local):
+    """A copy of a head for each thread: `functional_call` puts the parameters of its call into the module."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.module = copy.deepcopy(head)
+
+
 class HeadHook:
     """The forward hook of a head: the outputs of each row by the head of its adapter, as if it was alone.
 
@@ -46,6 +55,7 @@ class HeadHook:
 
     def __init__(self, head: ServedHead, current: CurrentRows) -> None:
         self.head, self.current = head, current
+        self._own = _Skeleton(head.skeleton)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Any) -> Tensor:
         head, rows = self.head, self.current.known()
@@ -55,13 +65,13 @@ class HeadHook:
                 f"{head.name}: a head of a bank takes tensors, without keywords, and returns one; it got {got} and "
                 f"returned {type(base_output).__name__}"
             )
-        head.skeleton.train(module.training)
+        self._own.module.train(module.training)
         outputs: Tensor = torch.vmap(self._alone, randomness="different")(rows.head(head, len(args[0])), *args)
         return outputs
 
     def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         inputs = tuple(each.unsqueeze(0) for each in inputs)
-        output: Tensor = functional_call(self.head.skeleton, parameters, inputs)
+        output: Tensor = functional_call(self._own.module, parameters, inputs)
         return output.squeeze(0)
 
 

@@ -21,12 +21,14 @@ from ..engines.tensor_parallel import is_dtensor
 from ..engines.zero3 import is_partitioned, weight_in_memory
 from ..method.norm import FrozenNorm
 from ..ops.annotations import Float
+from ..tuner.adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, plain_name
 from ..tuner.config import DVoRAConfig
 from ..tuner.flat.content import Content, LayerSizes, SavedWhole
 from ..tuner.injecting.checks import check_adapter, check_settings
 from ..tuner.injecting.targets import Target, find_targets
 from ..tuner.layers.base_layer import bias_of, measured_bias
 from ..tuner.layers.layer_types import LayerType
+from ..tuner.state.checked_values import check_matrices, check_same_values
 from ..weight.adapted_weight import AdaptedWeight
 from ..weight.factor_pass import add_factor_pass, remove_factor_pass
 from ..weight.tensor_state import SameTensor
@@ -67,7 +69,7 @@ class ServedHead(NamedTuple):
     name: str
     module: nn.Module
     skeleton: nn.Module
-    """A copy without hooks, for `torch.func.functional_call`."""
+    """A copy without hooks, which never runs itself."""
     parts: tuple[SavedWhole, ...]
     """Its parameters and buffers that adapters save, by their full names."""
     start: int
@@ -178,6 +180,22 @@ class ServedModel(NamedTuple):
                     "bank holds belongs to the weight as it was; close the bank and make a new one"
                 )
 
+    def check_beside(self, entries: Mapping[str, Tensor]) -> None:
+        """Refuse what a file has besides the adapter, unless the model has the same: tables, biases, projections.
+
+        Raises:
+            ValueError: an entry differs, or the model has none of that name.
+        """
+        matrices = {key.removeprefix(MATRIX_PREFIX): entries[key] for key in entries if key.startswith(MATRIX_PREFIX)}
+        check_matrices(matrices, self.layers[0].adapted.shared)
+        rest = {key: value for key, value in entries.items() if not key.startswith(MATRIX_PREFIX)}
+        own = self.model.state_dict() if rest else {}
+        for key, value in rest.items():
+            name = plain_name(key.removeprefix(PEFT_PREFIX))
+            if name not in own:
+                raise ValueError(f"the adapter's file has {key!r}, of which the model has nothing")
+            check_same_values(key, value, own[name])
+
     def head_values(self) -> Mapping[str, Tensor]:
         """The model's own heads, by name."""
         return {part.name: self.model.state_dict()[part.name] for head in self.heads for part in head.parts}
@@ -186,7 +204,7 @@ class ServedModel(NamedTuple):
 def _frozen(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:
     """The tensors that a layer's weight is, or is computed from in every pass."""
     if parametrize.is_parametrized(layer, "weight"):
-        return list(layer.parametrizations["weight"].parameters())
+        return list(layer.get_submodule("parametrizations.weight").parameters())
     weight = weight_in_memory(layer, "weight") if layer_type.has_weight else None
     return [] if weight is None else [weight]
 

@@ -67,7 +67,7 @@ class Slots:
         rows = self._loaded(digests, load)
         with self._freed:
             self._waiting.append(batch)
-            self._freed.wait_for(lambda: self._waiting[0] is batch and self._has_room(digests))
+            self._freed.wait_for(lambda: not digests or (self._waiting[0] is batch and self._has_room(digests)))
             self._batches[batch] = digests
             missing = [digest for digest in digests if digest not in self._slot_of]
             for digest in missing:

@@ -1,6 +1,6 @@
 """AdamW for many adapters that are rows of one parameter: each with its own state, steps, learning rate and clipping.
 
-A step moves the adapters that were in a batch since the last one, and no others: for each it is the step that
+A step moves the adapters that a gradient has come for since the last one, and no others: for each it is the step that
 `torch.optim.AdamW` would take for that adapter alone. An adapter whose gradient is not finite is stopped, and keeps its
 values.
 
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.functional import Vectors
 from ..method.validation import checked_not_negative
 from ..ops.annotations import Float
 from ..training.optimizer_groups import GROUPS, HEAD_RATE, LAMBDA_RATE, MAGNITUDE_SHARE, USUAL_SHARE, Group
@@ -52,32 +51,48 @@ class TenantAdamW(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
     ) -> None:
         self.adapters = adapters
-        self.stopped: dict[str, int] = {}
-        """Adapters whose gradient was not finite, and after how many steps of their own."""
         for kind, rate in (learning_rates or {}).items():
             if kind not in GROUPS:
                 raise ValueError(f"learning_rates names {kind!r}, expected some of {', '.join(GROUPS)}")
             checked_not_negative(rate, f"learning_rates[{kind!r}]")
         if checked_not_negative(learning_rate, "learning_rate") == 0:
             raise ValueError("learning_rate must not be zero; use learning_rates for kinds that are not to change")
+        for argument, value in (("eps", eps), ("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm or 0)):
+            checked_not_negative(value, argument)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
         rates: dict[str, float] = _usual_rates(adapters, learning_rate)
         rates.update({str(kind): rate for kind, rate in (learning_rates or {}).items()})
         defaults = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(adapters.parameters(), {**defaults, "max_grad_norm": max_grad_norm})
-        trained = adapters.served.config.train
-        relative = torch.full_like(adapters.vectors[0], 0.0)
-        for kind in Vectors._fields:
-            relative[adapters.values_of(kind)] = rates[kind] / learning_rate if kind in trained else 0.0
+        # In the group, so that a checkpoint has them.
+        super().__init__(adapters.parameters(), {**defaults, "max_grad_norm": max_grad_norm, "stopped": {}})
+        relative = torch.zeros_like(adapters.vectors[0])
+        trained = torch.zeros_like(relative, dtype=torch.bool)
+        for vector in adapters.served.config.train:
+            trained |= adapters.values_of(vector)
+            relative[adapters.values_of(vector)] = rates[vector] / learning_rate
         decays = torch.where(adapters.values_of("magnitude"), 0.0, 1.0)
-        heads = torch.full_like(adapters.heads[0], rates["head"] / learning_rate)
+        heads = torch.full_like(adapters.heads[0], rates["head"] / learning_rate, dtype=torch.float32)
         self._relative = {adapters.vectors: (relative, decays), adapters.heads: (heads, torch.ones_like(heads))}
+        self._trained = {adapters.vectors: trained, adapters.heads: torch.ones_like(heads, dtype=torch.bool)}
         self._shares = torch.ones(len(adapters.names), 1, device=adapters.vectors.device)
         for name, share in (shares or {}).items():
             self._shares[adapters.place(name)] = checked_not_negative(share, f"shares[{name!r}]")
 
+    @property
+    def stopped(self) -> dict[str, int]:
+        """Adapters whose gradient was not finite, and after how many steps of their own."""
+        (group,) = self.param_groups
+        return dict(group["stopped"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, and for which adapters they came."""
+        self.adapters.stepped.clear()
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step every adapter that was in a batch since the last step.
+        """Step every adapter that a gradient has come for since the last step.
 
         Args:
             closure: computes the loss again, with gradients; None takes the gradients that there are.
@@ -90,9 +105,10 @@ class TenantAdamW(torch.optim.Optimizer):
         places = torch.tensor(sorted(self.adapters.stepped - stopped), dtype=torch.long, device=self._shares.device)
         self.adapters.stepped.clear()
         (group,) = self.param_groups
-        gradients = {p: p.grad.index_select(0, places) for p in group["params"] if p.grad is not None}
-        if not gradients or not len(places):
+        with_gradient = [p for p in group["params"] if p.grad is not None]
+        if not with_gradient or not len(places):
             return loss
+        gradients = {p: torch.where(self._trained[p], p.grad.index_select(0, places), 0.0) for p in with_gradient}
         norms = torch.stack([g.float().square().sum(1) for g in gradients.values()]).sum(0).sqrt()
         finite = norms.isfinite()
         self._stop(places[~finite].tolist())
@@ -118,16 +134,17 @@ class TenantAdamW(torch.optim.Optimizer):
         rates = group["lr"] * self._shares[places] * relative
         decayed = parameter[places] * (1 - rates * group["weight_decay"] * decays)
         root = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
-        parameter[places] = decayed - rates / (1 - beta1**steps) * mean / root
+        parameter[places] = (decayed - rates / (1 - beta1**steps) * mean / root).to(parameter.dtype)
 
     def _stop(self, places: list[int]) -> None:
+        own, (group,) = self.state[self.adapters.vectors], self.param_groups
         for place in places:
-            name = self.adapters.names[place]
-            own = self.state[self.adapters.vectors]
-            self.stopped[name] = int(own["step"][place]) if own else 0
+            name, steps = self.adapters.names[place], int(own["step"][place]) if own else 0
+            # Another dictionary: a checkpoint may hold the one before.
+            group["stopped"] = {**group["stopped"], name: steps}
             warnings.warn(
-                f"adapter {name!r} has a gradient that is not finite after {self.stopped[name]} steps; it is stopped "
-                "with the values that it has, and the others go on",
+                f"adapter {name!r} has a gradient that is not finite after {steps} steps; it is stopped with the "
+                "values that it has, and the others go on",
                 stacklevel=4,
             )
 

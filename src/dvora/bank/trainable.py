@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..method.functional import Vectors
-from ..method.gain import row_factors_of_many
+from ..method.gain import row_factors_of_many, saved_here
 from ..method.packed_factors import PackedFactors
 from ..ops.annotations import Float
 from ..ops.passes import Pass, current_pass
@@ -46,6 +46,8 @@ class TrainableAdapters:
     """
 
     def __init__(self, rows: FactorRows, current: CurrentRows, values: Mapping[str, AdapterValues | None]) -> None:
+        if not values:
+            raise ValueError("names and new are empty; name the adapters to train")
         self.names = tuple(values)
         self.served, self._rows, self._current = rows.served, rows, current
         self._check_frozen()
@@ -54,7 +56,7 @@ class TrainableAdapters:
         self.vectors = nn.Parameter(torch.stack([vector for vector, _ in starts]).to(device))
         self.heads = nn.Parameter(torch.stack([heads for _, heads in starts]).to(device))
         self.stepped: set[int] = set()
-        """Adapters that were in a batch since the last step."""
+        """Places of the adapters that a gradient has come for since the last step."""
         self._place = {name: place for place, name in enumerate(self.names)}
         self._dropout = nn.Dropout(self.served.config.dvora_dropout)
         for module in self.served.model.modules():
@@ -80,7 +82,6 @@ class TrainableAdapters:
         dropout = self._dropout if self._dropout.training else nn.Identity()
         trained = TrainedRows(self, torch.tensor(present, device=device), RowIndex(of_rows, 1), dropout)
         with self._current.entered(trained):
-            self.stepped |= set(present)
             yield trained
 
     def place(self, name: str) -> int:
@@ -105,16 +106,45 @@ class TrainableAdapters:
         """Both parameters, of which heads may be empty."""
         return [self.vectors, self.heads]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Names and values, for a checkpoint beside the optimizer's."""
+        return {"names": self.names, "vectors": self.vectors.detach(), "heads": self.heads.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the values of a checkpoint.
+
+        Raises:
+            ValueError: it is of other adapters, or of these in another order.
+        """
+        shapes = [tuple(state[part].shape) for part in ("vectors", "heads")]
+        own = [tuple(parameter.shape) for parameter in self.parameters()]
+        if tuple(state["names"]) != self.names or shapes != own:
+            raise ValueError(
+                f"the checkpoint has {len(state['names'])} adapters ({', '.join(state['names'][:5])}, ...) of shapes "
+                f"{shapes}, and here are {len(self.names)} ({', '.join(self.names[:5])}, ...) of {own}; call "
+                "bank.trainable with the same names in the same order"
+            )
+        self.vectors.copy_(state["vectors"])
+        self.heads.copy_(state["heads"])
+
     def values_of(self, kind: str) -> Tensor:
         """Which of the S values belong to one kind of vector ("magnitude", "lambda_b", "lambda_d"), as a mask."""
         lengths = [length for layer in self.served.content.layers for length in layer.lengths]
         kinds = torch.tensor([field == kind for field in Vectors._fields]).repeat(len(self.served.content.layers))
         return kinds.repeat_interleave(torch.tensor(lengths)).to(self.vectors.device)
 
+    def gathered(self, parameter: nn.Parameter, places: Tensor) -> Tensor:
+        """Rows of a parameter; the next step moves their adapters if a gradient comes for them."""
+        rows = parameter.index_select(0, places)
+        if rows.requires_grad:
+            rows.register_hook(lambda _: self.stepped.update(places.tolist()))
+        return rows
+
     def factors(self, present: Tensor) -> dict[str, PackedFactors]:
         """The factors of the adapters of a batch, by layer: (2, n, O), (2, n, O) and (n, R), with a graph."""
         sizes = self.served.content.layers
-        parts = iter(self.vectors.index_select(0, present).split([n for size in sizes for n in size.lengths], 1))
+        parts = iter(self.gathered(self.vectors, present).split([n for size in sizes for n in size.lengths], 1))
         vectors = {size.name: Vectors(next(parts), next(parts), next(parts)) for size in sizes}
         found: dict[str, PackedFactors] = {}
         for stack in self._rows.stacks:
@@ -167,15 +197,19 @@ class TrainedRows:
         Args:
             losses: one a row.
             weights: of the rows in the mean of their adapter, such as their numbers of tokens; None weighs all alike.
+                An adapter whose rows all weigh nothing has a loss of zero.
 
         Raises:
-            ValueError: there is not one loss a row.
+            ValueError: there is not one loss or weight a row.
         """
         index = self._index.index
         if losses.shape != index.shape:
             raise ValueError(f"losses has shape {tuple(losses.shape)}, expected one a row, {tuple(index.shape)}")
         weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+        if weights.shape != index.shape:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}, expected one a row, {tuple(index.shape)}")
         totals = weights.new_zeros(len(self._present)).index_add(0, index, weights)
+        totals = torch.where(totals == 0, 1, totals)
         return (losses * weights / totals.index_select(0, index)).sum()
 
     def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
@@ -188,16 +222,21 @@ class TrainedRows:
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""
         places = self._present.index_select(0, self._index.for_batch(rows, head.name))
-        return head.of_rows(self._adapters.heads.index_select(0, places))
+        return head.of_rows(self._adapters.gathered(self._adapters.heads, places))
 
     def _factors(self) -> Mapping[str, PackedFactors]:
         """Of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
-        running = current_pass()
-        if self._made is None or (running is not None and self._made.in_pass is not running):
-            self._made = _Made(running, self._adapters.factors(self._present))
-        return self._made.factors
+        running, made, version = current_pass(), self._made, self._adapters.vectors._version
+        state = (version, torch.is_grad_enabled())
+        if made is None or made.state != state or (running is not None and made.in_pass is not running):
+            # A checkpointed layer may be the first to ask for them, and does not make them when it is repeated.
+            with saved_here():
+                made = self._made = _Made(running, state, self._adapters.factors(self._present))
+        return made.factors
 
 
 class _Made(NamedTuple):
     in_pass: Pass | None
+    state: tuple[int, bool]
+    """The version of the vectors, and whether gradients were recorded."""
     factors: Mapping[str, PackedFactors]

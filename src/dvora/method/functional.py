@@ -237,7 +237,7 @@ def factors_of_change(
 def combine(
     base_output: Float[Tensor, "*T O"],
     update: Float[Tensor, "*T O"],
-    gain_minus_one: Float[Tensor, "O"],
+    gain_minus_one: Float[Tensor, "*B O"],
     bias: Float[Tensor, "O"] | None,
 ) -> Float[Tensor, "*T O"]:
     """`g x W^T + update + bias` from a base output that already holds the bias; in the base output's dtype.
@@ -248,7 +248,7 @@ def combine(
     Args:
         base_output: `x W^T + bias`.
         update: `g beta ((x A^T) lambda_d) B^T`.
-        gain_minus_one: `g - 1`, float32 or float64.
+        gain_minus_one: `g - 1`, float32 or float64; one for all tokens, or by row (`PackedFactors`).
         bias: the base's, or None.
     """
     y = torch.addcmul(update, base_output, 1 + gain_minus_one)

@@ -68,7 +68,7 @@ def row_factors(vectors: Sequence[Vectors], norms: Sequence[FrozenNorm], setting
         packed = list(map(PackedFactors, trained, state.constant.unbind(), lambdas_d))
         measured = _measurable(state, norms)
         for layer, rows in measured:
-            with _saved_here():
+            with saved_here():
                 packed[layer] = _with_measured(rows, packed[layer], vectors[layer], norms[layer], settings)
         return StackedFactors(packed, state.vectors, bool(measured))
 
@@ -99,7 +99,7 @@ def row_factors_of_many(vectors: Vectors, norms: Sequence[FrozenNorm], settings:
             for entry, rows in measured:
                 own = Vectors(*(leaf[entry] for leaf in leaves))
                 packed = PackedFactors(trained[entry], constant[entry], own.lambda_d)
-                with _saved_here():
+                with saved_here():
                     patched.append(_with_measured(rows, packed, own, norms[entry // count], settings))
             trained = trained.index_copy(0, index, torch.stack([packed.trained for packed in patched]))
             constant = constant.index_copy(0, index, torch.stack([packed.constant for packed in patched]))
@@ -291,8 +291,8 @@ def _measurable(state: _State, norms: Sequence[FrozenNorm]) -> list[tuple[int, T
     return [(entry, near[entry].nonzero()[:, 0]) for entry in entries if norms[entry // count].matrix is not None]
 
 
-def _saved_here() -> AbstractContextManager[object]:
-    """Keep what is saved for a backward pass from the hooks around it.
+def saved_here() -> AbstractContextManager[object]:
+    """Within it, keep what is saved for a backward pass from the hooks around it.
 
     A checkpoint counts what is saved in both runs of its part, of which one may make factors and the other find them.
     """

@@ -28,7 +28,7 @@ class PackedFactors(NamedTuple):
     """The vector itself, so that its gradients from tokens and norm are added for all layers at once."""
 
     @classmethod
-    def of(cls, factors: RowFactors, lambda_d: Float[Tensor, "R"]) -> "PackedFactors":
+    def of(cls, factors: RowFactors, lambda_d: Float[Tensor, "*B R"]) -> "PackedFactors":
         """The same from separate tensors."""
         gain_minus_one, scale, gain = factors
         return cls(torch.stack([gain_minus_one, scale]), constant_factors(gain, gain_minus_one), lambda_d)
@@ -54,7 +54,8 @@ class PackedFactors(NamedTuple):
         """
         ones = (1,) * (dimensions - 2)
         trained, constant = (
-            each.index_select(1, index).view(2, len(index), *ones, -1) for each in (self.trained, self.constant)
+            each.index_select(1, index).view(2, len(index), *ones, each.shape[2])
+            for each in (self.trained, self.constant)
         )
         lambda_d = self.lambda_d.index_select(0, index)
         return PackedFactors(trained, constant, lambda_d.view(len(index), *ones, lambda_d.shape[1]))

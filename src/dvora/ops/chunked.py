@@ -15,7 +15,7 @@ CHUNK_VALUES = 2**17
 """Values in a chunk."""
 
 
-def widened(name: str, tokens: Float[Tensor, "T N"]) -> Float[Tensor, "T N"]:
+def widened(name: str, tokens: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:
     """The tokens in float32 or wider: themselves, or a copy in the reused buffer of that name."""
     dtype = norm_dtype(tokens.dtype)
     return tokens if tokens.dtype == dtype else scratch(name, tokens.shape, dtype, tokens.device).copy_(tokens)
@@ -80,7 +80,7 @@ def _sums_by_row(
     a: Float[Tensor, "*T N"], b: Float[Tensor, "*T N"], into: Float[Tensor, "*B N"]
 ) -> Float[Tensor, "*B N"]:
     inner = tuple(range(1, a.dim() - 1))
-    count = max(1, CHUNK_VALUES // max(1, a[0].numel())) if a.is_cpu else len(a)
+    count = max(1, CHUNK_VALUES * len(a) // max(1, a.numel())) if a.is_cpu else max(1, len(a))
     for part_a, part_b, sums in zip(a.split(count), b.split(count), into.split(count), strict=True):
         products = as_dtype(part_a, into.dtype) * part_b
         sums.copy_(products.sum(inner, keepdim=True) if inner else products)

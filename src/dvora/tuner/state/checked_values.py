@@ -206,7 +206,7 @@ def checked_values(
     for key, value in loaded.items():
         check_dense(key, value)
         if key not in trained:
-            _check_same_values(key, value, values[key])
+            check_same_values(key, value, values[key])
     checked = {key: _checked_value(key, value, values[key]) for key, value in loaded.items() if key in trained}
     _check_factors(model, adapter_name, checked)
     return checked
@@ -305,8 +305,12 @@ def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) 
         )
 
 
-def _check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:
-    """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings."""
+def check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:
+    """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings.
+
+    Raises:
+        ValueError: they differ.
+    """
     # Where this process does not have them, they cannot be compared, and are left alone all the same.
     at_hand = type(own) in (Tensor, nn.Parameter) and not own.is_meta
     if at_hand and not (loaded.shape == own.shape and _same(loaded.to(own), own)):

@@ -1,0 +1,71 @@
+"""How many kernels a layer launches in a bank does not depend on how many adapters a batch has, or the bank holds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dvora
+from dvora.ops.kernel_count import kernels
+from tests.bank.tenants import HEADED, LLAMA, Served, tenants, vectors_of
+from tests.tuner.flat.adapters import Kind, saved
+from tests.tuner.tiny import inputs
+
+ROWS, ADAPTERS = 16, 24
+LIMIT = {"kaiming_uniform": 12, "structured": 16}
+"""Beyond the base, of a layer, at most."""
+
+
+def bank_of(kind: Kind, folder: Path, slots: int) -> Served:
+    """Of many adapters, all of them vectors."""
+    model = kind.base().requires_grad_(False)
+    bank = dvora.AdapterBank(model, slots=slots, like=saved(kind.trained(), folder))
+    for number, vector in enumerate(vectors_of(kind, ADAPTERS)):
+        bank.add(str(number), vector)
+    return Served(model, bank)
+
+
+def counted(served: Served, names: list[str | None]) -> int:
+    batch = inputs(served.model, len(names))
+    with torch.no_grad(), served.bank.rows(names):
+        return kernels(lambda: served.model(**batch)).total()
+
+
+def distinct(count: int) -> list[str | None]:
+    """Names of a batch with so many different adapters."""
+    return [str(row % count) for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("matrices", LIMIT)
+def test_kernels_do_not_depend_on_the_number_of_adapters(matrices: str, tmp_path: Path) -> None:
+    kind = LLAMA._replace(settings={**LLAMA.settings, "projection_init": matrices})
+    with torch.no_grad():
+        plain = kind.base()
+        base = kernels(lambda: plain(**inputs(plain, ROWS))).total()
+    served = bank_of(kind, tmp_path, ADAPTERS)
+    counts = {number: counted(served, distinct(number)) for number in (1, 2, 5, 16)}
+    counts[0] = counted(served, [None] * ROWS)
+    counts[-1] = counted(served, [None, "3"] * (ROWS // 2))
+    assert len(set(counts.values())) == 1, counts
+    layers = sum(module._forward_hooks != {} for module in served.model.modules()) - 1
+    assert layers == 6
+    assert (counts[1] - base) / layers <= LIMIT[matrices]
+    assert counted(bank_of(kind, tmp_path / "few", ROWS), distinct(16)) == counts[1]
+
+
+def test_heads_too(tmp_path: Path) -> None:
+    served = bank_of(HEADED, tmp_path, ADAPTERS)
+    counted(served, distinct(1))
+    assert len({counted(served, distinct(number)) for number in (1, 3, 16)}) == 1
+
+
+def test_a_second_pass_of_a_batch_gathers_nothing(tmp_path: Path) -> None:
+    these = tenants(LLAMA, tmp_path, 2)
+    with these.bank() as served, torch.no_grad():
+        batch = inputs(served.model, 4)
+        with served.bank.rows(["a", "b", None, "a"]):
+            first = kernels(lambda: served.model(**batch))
+            second = kernels(lambda: served.model(**batch))
+    assert first["aten.index_select.default"] == 1
+    assert second["aten.index_select.default"] == 0
+    assert second.total() < first.total()

@@ -1,0 +1,334 @@
+"""Gradients of a mixed batch are those of each adapter alone, through PEFT; what is published is what was trained."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dvora
+from dvora.bank import TenantAdamW, TrainableAdapters
+from dvora.flat import Layout
+from tests.bank.trained import NAMES, Alone, Together, batch_of, row_losses, save_all, together
+from tests.tuner import tiny
+from tests.tuner.flat.adapters import Kind, mlp, saved
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import LAYERS, MODELS, inputs
+
+MLP = mlp()
+HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])
+KINDS = {
+    **{name: Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]}) for name in MODELS},
+    "head": HEADED,
+    "classifier": Kind(MODELS["bert"], {"r": 3, "target_modules": LAYERS["bert"], "task_type": "SEQ_CLS"}),
+    "magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"]),
+    "weight direction": mlp(alpha=3.5, rank_pattern={"lin1": 7}, direction="weight"),
+    "detached norm": mlp(detach_norm=True),
+}
+MIXED = ["c", "a", "b", "b", "a", "a"]
+matrices = pytest.mark.parametrize("init", ["kaiming_uniform", "structured"])
+
+
+def gradients(both: Together, alone: Alone, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Of each adapter, together and alone, in the order of a flat vector."""
+    found = []
+    for name in names:
+        place = both.adapters.place(name)
+        rows = [p.grad[place].float() for p in both.adapters.parameters() if p.grad is not None]
+        model = alone.models[name]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        found.append((torch.cat(rows), alone.layout.to_vector(model)))
+    return found
+
+
+def check_gradients(both: Together, alone: Alone, names: Sequence[str], tolerance: float = 1e-6) -> None:
+    for own, expected in gradients(both, alone, names):
+        assert expected.any()
+        assert worst_difference(own, expected) < tolerance
+
+
+@matrices
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_are_those_of_each_alone(name: str, init: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    kind = Kind(kind.base, {**kind.settings, "projection_init": init})
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both:
+        alone, batch = Alone(tmp_path, kind.base), batch_of(both.model, MIXED)
+        both.backward(batch)
+        alone.backward(batch)
+        check_gradients(both, alone, NAMES, 3e-6)
+
+
+def test_rows_may_weigh_differently(tmp_path: Path) -> None:
+    save_all(MLP, tmp_path)
+    weights = torch.tensor([1, 3, 0, 2, 1, 0])
+    with together(MLP, tmp_path) as both:
+        alone, batch = Alone(tmp_path, MLP.base), batch_of(both.model, MIXED)
+        with both.adapters.rows(MIXED) as rows:
+            rows.loss(row_losses(both.model, batch.inputs), weights).backward()
+        for name in NAMES:
+            own = weights[torch.tensor([each == name for each in MIXED])].float()
+            (row_losses(alone.models[name], batch.of(name)) @ (own / own.sum())).backward()
+        check_gradients(both, alone, NAMES)
+
+
+def test_an_adapter_whose_rows_weigh_nothing_has_no_loss(tmp_path: Path) -> None:
+    save_all(MLP, tmp_path)
+    with together(MLP, tmp_path) as both:
+        with both.adapters.rows(["a", "b"]) as rows:
+            losses = row_losses(both.model, batch_of(both.model, ["a", "b"]).inputs)
+            loss = rows.loss(losses, torch.tensor([1.0, 0.0]))
+            loss.backward()
+        assert loss.item() == losses[0].item()
+        assert both.adapters.vectors.grad.any(1).tolist() == [True, False, False]
+
+
+class Checkpointed(tiny.MLP):
+    """Computes each of two layers again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.lin0, self.lin1):
+            x = checkpoint(lambda x, layer=layer: torch.tanh(layer(x)), x, use_reentrant=False)
+        return self.lin2(x)
+
+
+@matrices
+def test_gradient_checkpointing(init: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = Checkpointed()
+        model.load_state_dict(MODELS["mlp"]().state_dict())
+        return model
+
+    kind = Kind(base, {**MLP.settings, "projection_init": init})
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both:
+        alone, first, second = Alone(tmp_path, base), batch_of(both.model, MIXED), batch_of(both.model, MIXED, 1)
+        with both.adapters.rows(MIXED) as rows:
+            losses = [rows.loss(row_losses(both.model, batch.inputs)) for batch in (first, second)]
+            # The first pass is repeated after the second one.
+            for loss in losses:
+                loss.backward()
+        alone.backward(first)
+        alone.backward(second)
+        check_gradients(both, alone, NAMES)
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama", "classifier"])
+def test_autocast(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both:
+        alone, batch = Alone(tmp_path, kind.base), batch_of(both.model, MIXED)
+        with torch.autocast("cpu", torch.bfloat16):
+            both.backward(batch)
+        alone.backward(batch)
+        assert both.adapters.vectors.grad.dtype == torch.float32
+        check_gradients(both, alone, NAMES, 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_base_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    kind = Kind(lambda: MODELS["llama"]().to(dtype), {"r": 6, "target_modules": LAYERS["llama"]})
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both:
+        alone, batch = Alone(tmp_path, lambda: kind.base().float()), batch_of(both.model, MIXED)
+        both.backward(batch)
+        alone.backward(batch)
+        check_gradients(both, alone, NAMES, 0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_dropout_is_of_a_model_in_training(tmp_path: Path) -> None:
+    save_all(MLP, tmp_path, dvora_dropout=0.5)
+    with together(MLP, tmp_path) as both:
+        batch = batch_of(both.model, MIXED).inputs
+        with both.adapters.rows(MIXED):
+            before = both.model(**batch)
+        both.model.train()
+        with both.adapters.rows(MIXED):
+            assert not torch.equal(both.model(**batch), both.model(**batch))
+        both.model.eval()
+        with both.adapters.rows(MIXED):
+            assert torch.equal(both.model(**batch), before)
+
+
+def test_parts_of_a_model_may_be_called(tmp_path: Path) -> None:
+    kind = KINDS["classifier"]
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both, both.adapters.rows(["a", "b"]):
+        batch = inputs(both.model, 2)
+
+        def hidden() -> Tensor:
+            return both.model.bert(**batch).last_hidden_state
+
+        with torch.no_grad():
+            before = hidden()
+        both.optimizer.zero_grad()
+        hidden().square().mean().backward()
+        both.optimizer.step()
+        with torch.no_grad():
+            after = hidden()
+        assert not torch.equal(before, after)
+        assert both.adapters.vectors.grad.any(1).tolist() == [True, True, False]
+
+
+def test_what_is_published_is_served_and_saved(tmp_path: Path) -> None:
+    save_all(HEADED, tmp_path)
+    with together(HEADED, tmp_path) as both:
+        batch = batch_of(both.model, MIXED)
+        served_before = served(both, batch.inputs)
+        for _ in range(3):
+            both.step(batch)
+        assert torch.equal(served(both, batch.inputs), served_before)
+        with torch.no_grad(), both.adapters.rows(MIXED):
+            trained = both.model(**batch.inputs)
+        both.bank.publish(both.adapters, ["a", "b"])
+        now = served(both, batch.inputs)
+        of_c = torch.tensor([name == "c" for name in MIXED])
+        assert worst_difference(now[~of_c], trained[~of_c]) < 1e-6
+        assert torch.equal(now[of_c], served_before[of_c])
+        assert worst_difference(now[~of_c], served_before[~of_c]) > 1e-3
+        both.bank.publish(both.adapters)
+        assert worst_difference(served(both, batch.inputs), trained) < 1e-6
+        model = PeftModel.from_pretrained(HEADED.base(), tmp_path / "c").eval()
+        Layout.of(model).from_vector(both.adapters.flat_vector("c"), model)
+        assert worst_difference(model(**batch.of("c")), trained[of_c]) < 1e-6
+
+
+def served(both: Together, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad(), both.bank.rows(MIXED):
+        return both.model(**batch)
+
+
+def test_new_adapters_start_as_the_base_and_train_as_fresh_ones(tmp_path: Path) -> None:
+    saved(HEADED.trained(), tmp_path / "a")
+    model = HEADED.base().eval().requires_grad_(False)
+    base = HEADED.base()
+    with dvora.AdapterBank(model) as bank:
+        bank.add("a", tmp_path / "a")
+        adapters = bank.trainable(["a"], new=["x", "y"])
+        batch = batch_of(model, ["x", "y", "x"])
+        fresh = HEADED.fresh()
+        assert torch.equal(adapters.flat_vector("x"), Layout.of(fresh).to_vector(fresh))
+        with adapters.rows(batch.names) as rows:
+            output = model(**batch.inputs)
+            torch.testing.assert_close(output, base(**batch.inputs))
+            rows.loss((output - 0.5).square().mean(1)).backward()
+        row_losses(fresh, batch.of("x")).mean().backward()
+        own = torch.cat([parameter.grad[1] for parameter in adapters.parameters()])
+        with torch.no_grad():
+            for parameter in fresh.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(parameter.grad)
+        assert worst_difference(own, Layout.of(fresh).to_vector(fresh)) < 1e-6
+        assert "x" not in bank
+        TenantAdamW(adapters).step()
+        bank.publish(adapters)
+        assert list(bank) == ["a", "x", "y"]
+
+
+def test_the_model_is_as_before(tmp_path: Path) -> None:
+    save_all(HEADED, tmp_path)
+    model = HEADED.base().eval().requires_grad_(False)
+    before = snapshot(model)
+    with dvora.AdapterBank(model) as bank:
+        bank.add_folder(tmp_path)
+        adapters = bank.trainable(NAMES)
+        both = Together(model, bank, adapters, TenantAdamW(adapters))
+        both.step(batch_of(model, MIXED))
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert_unchanged(model, before)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Any:
+    save_all(HEADED, tmp_path)
+    with together(HEADED, tmp_path) as both:
+        yield both
+
+
+def test_an_unknown_name_is_refused(both: Together) -> None:
+    with (
+        pytest.raises(ValueError, match=r"names: 'd' is none of the 3 adapters in training \(a, b, c"),
+        both.adapters.rows(["a", "d"]),
+    ):
+        pass
+    with pytest.raises(ValueError, match="none of the 3 adapters"), both.adapters.rows([None]):  # type: ignore[list-item]
+        pass
+    with pytest.raises(TypeError, match="names must be a list"), both.adapters.rows("a"):
+        pass
+    with pytest.raises(ValueError, match="'d' is none of the 3 adapters"):
+        both.adapters.flat_vector("d")
+    with pytest.raises(ValueError, match="names and new are empty"):
+        both.bank.trainable()
+
+
+def test_a_base_that_is_not_frozen_is_refused(both: Together) -> None:
+    both.model.lin1.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model: lin1.bias requires a gradient.* call model.requires_grad_\(False\)"):
+        both.bank.trainable(["a"])
+
+
+def test_another_number_of_rows_or_losses_is_refused(both: Together) -> None:
+    batch = inputs(both.model, 3)
+    with both.adapters.rows(["a", "b"]) as rows:
+        with pytest.raises(ValueError, match="got 2 names, and the layer a batch of 3 rows"):
+            both.model(**batch)
+        with pytest.raises(ValueError, match=r"losses has shape \(3,\), expected one a row, \(2,\)"):
+            rows.loss(torch.ones(3))
+        with pytest.raises(ValueError, match=r"losses has shape \(\), expected one a row"):
+            rows.loss(torch.tensor(1.0))
+        with pytest.raises(ValueError, match=r"weights has shape \(3,\), expected one a row"):
+            rows.loss(torch.ones(2), torch.ones(3))
+        with pytest.raises(ValueError, match="in a batch of the bank already"), both.bank.rows(["a"]):
+            pass
+    with pytest.raises(ValueError, match=r"called outside of bank.rows"):
+        both.model(**batch)
+
+
+def test_a_strength_other_than_one_is_refused(tmp_path: Path) -> None:
+    save_all(HEADED, tmp_path, strength=0.5)
+    with dvora.AdapterBank(HEADED.base().requires_grad_(False)) as bank:
+        bank.add_folder(tmp_path)
+        with pytest.raises(ValueError, match="'a' has a strength other than one"):
+            bank.trainable(["a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {**state, "names": ("a", "c", "b")}, "call bank.trainable with the same names"),
+        (lambda state: {**state, "vectors": state["vectors"][:, 1:]}, "the checkpoint has 3 adapters"),
+        (lambda state: {**state, "heads": state["heads"][:2]}, "the checkpoint has 3 adapters"),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_is_refused(
+    change: Callable[[dict[str, Any]], dict[str, Any]], message: str, both: Together
+) -> None:
+    before = [parameter.detach().clone() for parameter in both.adapters.parameters()]
+    with pytest.raises(ValueError, match=message):
+        both.adapters.load_state_dict(change(both.adapters.state_dict()))
+    assert all(map(torch.equal, before, both.adapters.parameters()))
+
+
+def test_a_compiled_model_is_refused(both: Together) -> None:
+    compiled: nn.Module = torch.compile(both.model, fullgraph=True, backend="eager")
+    with (
+        pytest.raises(Exception, match=r"adapters of a bank are trained without torch\.compile"),
+        both.adapters.rows(["a"]),
+    ):
+        compiled(**inputs(both.model, 1))
+
+
+def test_adapters_of_one_bank_are_trained_apart(both: Together) -> None:
+    other: TrainableAdapters = both.bank.trainable(["a"])
+    both.step(batch_of(both.model, ["a", "b"]))
+    assert not torch.equal(other.flat_vector("a"), both.adapters.flat_vector("a"))
+    assert torch.equal(other.flat_vector("a"), both.bank.trainable(["a"]).flat_vector("a"))

@@ -1,0 +1,148 @@
+"""Adapters in training, all in one bank and each alone in a PEFT model with torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+import dvora
+from dvora.bank import TenantAdamW, TrainableAdapters
+from dvora.flat import Layout
+from dvora.training import parameter_groups
+from tests.tuner.flat.adapters import Kind, saved
+from tests.tuner.models_compared import worst_difference
+from tests.tuner.tiny import inputs
+
+RATES = {"magnitude": 0.003, "lambda_b": 0.01, "lambda_d": 0.02, "head": 0.005}
+EPS = 1e-4
+"""Or the first steps would be as long for a gradient that is a rounding error as for any other."""
+NAMES = ("a", "b", "c")
+BATCHES = (["a", "b", "a", "c", "b"], ["c", "b", "c"], ["a"] * 4, ["b", "c", "a"], ["c", "a", "b", "b"], ["b", "a"])
+"""Which adapter each row has, step by step."""
+
+
+class Batch(NamedTuple):
+    """Adapters and inputs of the rows."""
+
+    names: Sequence[str]
+    inputs: Mapping[str, Tensor]
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """The inputs of one adapter's rows."""
+        rows = [row for row, each in enumerate(self.names) if each == name]
+        return {key: value[rows] for key, value in self.inputs.items()}
+
+
+def batch_of(model: nn.Module, names: Sequence[str], number: int = 0) -> Batch:
+    """Other inputs for every number."""
+    rows = inputs(model, len(names) + number)
+    return Batch(names, {key: value[number:] for key, value in rows.items()})
+
+
+def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """One a row, of the order of one."""
+    output = model(**batch)
+    output = output if isinstance(output, Tensor) else output.logits
+    return (output.float().flatten(1) - 0.5).square().mean(1)
+
+
+class Together(NamedTuple):
+    """A bank's adapters and their optimizer."""
+
+    model: nn.Module
+    bank: dvora.AdapterBank
+    adapters: TrainableAdapters
+    optimizer: TenantAdamW
+
+    def backward(self, batch: Batch, share: float = 1.0) -> None:
+        """Add the gradients of a batch."""
+        with self.adapters.rows(batch.names) as rows:
+            (share * rows.loss(row_losses(self.model, batch.inputs))).backward()
+
+    def step(self, batch: Batch) -> None:
+        """One step on one batch."""
+        self.optimizer.zero_grad()
+        self.backward(batch)
+        self.optimizer.step()
+
+
+class Alone:
+    """Every adapter by itself.
+
+    Args:
+        folder: of saved adapters.
+        base: makes their base.
+        weight_decay: as for `parameter_groups`.
+        shares: factors on the rates of an adapter.
+        max_grad_norm: for `clip_grad_norm_`, if any.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base: Callable[[], nn.Module],
+        *,
+        weight_decay: float = 0.0,
+        shares: Mapping[str, float] | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.layout, self.max_grad_norm = Layout.of(folder / NAMES[0]), max_grad_norm
+        self.models: dict[str, PeftModel] = {}
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        for name in NAMES:
+            model = PeftModel.from_pretrained(base(), folder / name, is_trainable=True).eval()
+            groups = parameter_groups(model, 0.01, weight_decay=weight_decay)
+            for group in groups:
+                group["lr"] = RATES[group["name"]] * (shares or {}).get(name, 1.0)
+            self.models[name], self.optimizers[name] = model, torch.optim.AdamW(groups, eps=EPS)
+
+    def vector(self, name: str) -> Tensor:
+        """The values of an adapter."""
+        return self.layout.to_vector(self.models[name])
+
+    def backward(self, batch: Batch, share: float = 1.0) -> None:
+        """Add the gradients of a batch's adapters."""
+        for name in set(batch.names):
+            (share * row_losses(self.models[name], batch.of(name)).mean()).backward()
+
+    def update(self, names: Sequence[str]) -> None:
+        """Step some adapters with the gradients that they have."""
+        for name in set(names):
+            parameters = [p for group in self.optimizers[name].param_groups for p in group["params"]]
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+
+    def step(self, batch: Batch) -> None:
+        """One step of every adapter of a batch on its rows."""
+        self.backward(batch)
+        self.update(batch.names)
+
+
+def save_all(kind: Kind, folder: Path, **settings: Any) -> None:
+    """Save adapters of all names, with values of their own."""
+    for seed, name in enumerate(NAMES):
+        saved(kind.trained(seed, **settings), folder / name)
+
+
+@contextmanager
+def together(kind: Kind, folder: Path, **options: Any) -> Iterator[Together]:
+    """Saved adapters in a bank, in training."""
+    model = kind.base().eval().requires_grad_(False)
+    with dvora.AdapterBank(model) as bank:
+        bank.add_folder(folder)
+        adapters = bank.trainable(NAMES)
+        options = {"learning_rate": 0.01, "learning_rates": RATES, "eps": EPS, **options}
+        yield Together(model, bank, adapters, TenantAdamW(adapters, **options))
+
+
+def largest_difference(both: Together, alone: Alone) -> float:
+    """Of the values of any adapter, relative to its largest."""
+    return max(worst_difference(both.adapters.flat_vector(name), alone.vector(name)) for name in NAMES)

@@ -1,0 +1,91 @@
+"""Factors of one layer packed for token functions: for a batch, stacked for adapters, gathered for rows."""
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from tests.cases import randn
+from tests.checked import checked
+
+packed_factors = checked("method.packed_factors")
+PackedFactors, constant_factors = packed_factors.PackedFactors, packed_factors.constant_factors
+F = checked("method.functional")
+OUT, RANK = 5, 3
+
+
+def packed(seed: int) -> PackedFactors:
+    gain_minus_one, scale = randn(OUT, seed=seed), randn(OUT, seed=seed + 1)
+    return PackedFactors.of(F.RowFactors(gain_minus_one, scale, 1 + gain_minus_one), randn(RANK, seed=seed + 2))
+
+
+def test_separate_tensors_come_back_as_they_were() -> None:
+    gain_minus_one, scale, gain = (randn(OUT, seed=seed) for seed in range(3))
+    made = PackedFactors.of(F.RowFactors(gain_minus_one, scale, gain), randn(RANK, seed=3))
+    assert all(map(torch.equal, made.rows, (gain_minus_one, scale, gain)))
+    assert torch.equal(made.constant[1], -gain_minus_one)
+    assert not made.is_by_row
+
+
+def test_constants_have_no_gradient() -> None:
+    gain_minus_one = randn(OUT, seed=0).requires_grad_()
+    made = PackedFactors.of(F.RowFactors(gain_minus_one, gain_minus_one, 1 + gain_minus_one), randn(RANK, seed=1))
+    assert made.trained.requires_grad
+    assert not made.constant.requires_grad
+
+
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+def test_gathered_rows_are_those_of_the_adapters(dimensions: int) -> None:
+    adapters = [packed(10 * number) for number in range(3)]
+    index = torch.tensor([2, 0, 2, 1])
+    rows = PackedFactors.stacked(adapters).gathered(index, dimensions)
+    ones = (1,) * (dimensions - 2)
+    assert rows.is_by_row
+    assert rows.trained.shape == rows.constant.shape == (2, 4, *ones, OUT)
+    assert rows.lambda_d.shape == (4, *ones, RANK)
+    for row, number in enumerate(index.tolist()):
+        own = PackedFactors(rows.trained[:, row], rows.constant[:, row], rows.lambda_d[row])
+        assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(own, adapters[number], strict=True))
+    tokens = randn(4, *(2,) * (dimensions - 2), OUT, seed=5)
+    assert (tokens * rows.constant[0]).shape == tokens.shape
+
+
+def test_gradients_of_gathered_rows_are_added_by_adapter() -> None:
+    stacked = PackedFactors.stacked([packed(10 * number) for number in range(3)])
+    trained, lambda_d = stacked.trained.requires_grad_(), stacked.lambda_d.requires_grad_()
+    rows = stacked.gathered(torch.tensor([2, 0, 2]), 3)
+    (rows.trained.sum() + rows.lambda_d.sum()).backward()
+    assert trained.grad[0, :, 0].tolist() == lambda_d.grad[:, 0].tolist() == [1, 0, 2]
+
+
+def test_the_base_s_factors_change_nothing() -> None:
+    base = PackedFactors.of_base(packed(0))
+    assert not base.trained.any()
+    assert base.constant[0].eq(1).all()
+    assert not base.constant[1].any()
+    assert not base.lambda_d.any()
+    assert [each.shape for each in base] == [each.shape for each in packed(0)]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_weaker_factors_are_those_of_a_part_of_the_change(strength: float) -> None:
+    made = packed(0)
+    weaker = made.weakened(torch.tensor(strength))
+    torch.testing.assert_close(weaker.trained, strength * made.trained)
+    torch.testing.assert_close(weaker.constant[0], 1 + strength * (made.constant[0] - 1))
+    assert torch.equal(weaker.constant[1], -weaker.trained[0])
+    if strength == 1:
+        assert all(map(torch.equal, weaker, made))
+    if strength == 0:
+        assert all(map(torch.equal, weaker[:2], PackedFactors.of_base(made)[:2]))
+
+
+def test_factors_of_a_magnitude_only_have_no_lambda_d() -> None:
+    made = packed(0)._replace(lambda_d=torch.empty(0))
+    rows = PackedFactors.stacked([made, made]).gathered(torch.tensor([1, 0, 1]), 3)
+    assert rows.lambda_d.shape == (3, 1, 0)
+    assert rows.is_by_row
+
+
+def test_a_wrong_shape_is_refused_by_the_checked_copy() -> None:
+    with pytest.raises(TypeCheckError):
+        constant_factors(torch.zeros(2), None)
