@@ -47,8 +47,8 @@ examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" f
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
 
-fuzz: setup  ## the long runs: histories of surgery and of state, every damaged adapter folder, 140 kills of commands
-	$(PY) -m pytest --fuzz tests/histories tests/tuner/surgery tests/tuner/state/test_fuzzed_folders.py tests/hardening
+fuzz: setup  ## the long runs: histories of surgery, of state and of banks, every damaged adapter folder, 140 kills of commands
+	$(PY) -m pytest --fuzz tests/histories tests/bank tests/tuner/surgery tests/tuner/state/test_fuzzed_folders.py tests/hardening
 
 lint: setup
 	$(PY) -m ruff check .

@@ -91,19 +91,19 @@ class Run:
     def compare(self, part: str) -> Losses:
         """Train every arm, and judge it on a part of the data."""
         half, one = len(self.batches) // 2, [ALL] * len(self.speakers)
-        found = {BASE: self.losses(part, [None] * len(one))}
+        base = self.losses(part, [None] * len(one))
         shared = self.bank.trainable(new=[ALL])
         self.train(shared, self.batches[:half], self.rates[ALL])
         for name in self.speakers:
             self.bank.add(name, shared.flat_vector(ALL))
         each = self.bank.trainable(self.speakers)
         self.train(each, self.batches[half:], self.rates[BOTH])
-        found[BOTH] = self.losses(part, self.speakers)
+        both = self.losses(part, self.speakers)
         for name in (ALL, *self.speakers):
             self.bank.remove(name)
         self.train(self.bank.trainable(new=[ALL]), self.batches, self.rates[ALL])
         self.train(self.bank.trainable(new=self.speakers), self.batches, self.rates[EACH])
-        return {**found, ALL: self.losses(part, one), EACH: self.losses(part, self.speakers)}
+        return {BASE: base, ALL: self.losses(part, one), EACH: self.losses(part, self.speakers), BOTH: both}
 
 
 def run(setting: Setting, seeds: Sequence[int], part: str = "test") -> tuple[list[str], list[Losses]]:

@@ -1,5 +1,6 @@
 """Ctrl-C at a given moment: before any line of the library that a call runs, one after the other."""
 
+import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,14 @@ import dvora
 _LIBRARY = str(Path(dvora.__file__).parent)
 
 
-def interrupted_at(moment: int, call: Callable[[], object]) -> bool:
+def interrupted_at(moment: int, call: Callable[[], object], *, passing_over: str = "") -> bool:
     """Run a call with a `KeyboardInterrupt` before its line number `moment` that is of the library, from 0.
+
+    Args:
+        moment: the number of the line.
+        call: what is run.
+        passing_over: how lines begin that are not counted. A `with` line comes again when its block ends, before what
+            it holds is given back: no signal is handled there, so of locks that would be another error than Ctrl-C is.
 
     Returns:
         Whether the call got so far.
@@ -23,7 +30,7 @@ def interrupted_at(moment: int, call: Callable[[], object]) -> bool:
         nonlocal lines
         if not frame.f_code.co_filename.startswith(_LIBRARY):
             return None
-        if event == "line":
+        if event == "line" and not (passing_over and _text(frame).startswith(passing_over)):
             lines += 1
             if lines > moment:
                 raise KeyboardInterrupt
@@ -38,3 +45,7 @@ def interrupted_at(moment: int, call: Callable[[], object]) -> bool:
     finally:
         sys.settrace(before)
     return False
+
+
+def _text(frame: FrameType) -> str:
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()

@@ -107,6 +107,7 @@ CATALOGUE: tuple[Example, ...] = (
         "speakers",
         "dvora's bank, a loop of one's own",
         "an adapter for each speaker of Shakespeare's plays, trained in one step, beside one adapter for all",
+        limit_seconds=240,
         needs=("transformers", "gguf"),
     ),
     Example(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaForTokenClassification
 
 import dvora
+from dvora.bank.pack import write_pack
 from dvora.bank.saved import SETTINGS
 from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Tenants, row_by_row, tenants
@@ -87,8 +88,7 @@ def test_every_dtype_of_a_base_and_of_a_bank(
     assert same_bits(found[2], outputs(these.base(), 6)[2])
 
 
-@both_kinds
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "matrices"), list(zip(MODELS, MATRICES * 3, strict=False)))
 def test_rows_of_whole_models(name: str, matrices: str, tmp_path: Path) -> None:
     kind = Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]})
     these = tenants(kind, tmp_path, projection_init=matrices)
@@ -189,8 +189,6 @@ def test_a_row_does_not_depend_on_what_other_rows_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["folder", "file", "vector", "pack"])
 def test_every_source_of_an_adapter(how: str, tmp_path: Path) -> None:
-    from dvora.bank.pack import write_pack
-
     these = tenants(HEADED, tmp_path / "folders", 2)
     model = these.base()
     with dvora.AdapterBank(model, like=these.path("b")) as bank:
@@ -214,8 +212,6 @@ def digest_of(these: Tenants, name: str) -> str:
 
 @pytest.mark.parametrize("how", ["folder", "pack"])
 def test_a_bank_is_for_what_like_is(how: str, tmp_path: Path) -> None:
-    from dvora.bank.pack import write_pack
-
     these = tenants(HEADED, tmp_path / "folders", 2)
     write_pack(tmp_path / "pack", {name: these.path(name) for name in these.names})
     model = these.base()

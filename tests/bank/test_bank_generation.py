@@ -113,9 +113,12 @@ def test_without_a_cache_and_in_another_order_the_text_is_the_same(saved_tenants
 
 
 def test_repeats_that_are_not_said_are_refused(saved_tenants: dict[str, Tenants]) -> None:
-    with saved_tenants["llama"].bank() as served, served.bank.rows(NAMES):
-        with pytest.raises(ValueError, match=r"got 5 names, and the layer a batch of 15 rows; .*repeats=num_beams"):
-            generate(served.model, TEXTS, num_beams=3)
+    with (
+        saved_tenants["llama"].bank() as served,
+        served.bank.rows(NAMES),
+        pytest.raises(ValueError, match=r"got 5 names, and the layer a batch of 15 rows; .*repeats=num_beams"),
+    ):
+        generate(served.model, TEXTS, num_beams=3)
 
 
 def test_factors_in_half_precision_generate_the_same_here(saved_tenants: dict[str, Tenants], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dvora
 from tests.bank.tenants import HEADED, LLAMA, MLP, tenants
-from tests.bank.versions import Names, Versions, in_threads, until
+from tests.bank.versions import PATIENCE, Names, Versions, in_threads, until
 from tests.tuner.flat.adapters import saved
 from tests.tuner.tiny import MODELS, inputs, same_bits
 
@@ -177,7 +177,7 @@ def served(tmp_path: Path) -> Iterator[tuple[nn.Module, dvora.AdapterBank]]:
 
 
 def test_batches_wait_for_each_other_s_slots(served: tuple[nn.Module, dvora.AdapterBank]) -> None:
-    model, bank = served
+    _model, bank = served
     entered, leave, second = threading.Event(), threading.Event(), threading.Event()
 
     def holds() -> None:
@@ -315,6 +315,35 @@ def test_first_adapters_may_come_from_several_threads(tmp_path: Path) -> None:
             assert sum(len(module._forward_hooks) for module in model.modules()) == 3 + 1
             with bank.rows(these.names), torch.no_grad():
                 model(X.expand(4, -1))
+
+
+class Meeting(nn.Linear):
+    """A head in which the passes of two threads meet."""
+
+    barrier: threading.Barrier | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if Meeting.barrier is not None:
+            Meeting.barrier.wait(PATIENCE)
+        return super().forward(x)
+
+
+def with_a_meeting() -> nn.Module:
+    model = MODELS["mlp"]()
+    head = Meeting(24, 6, bias=False)
+    head.load_state_dict(model.lin2.state_dict())
+    model.lin2 = head
+    return model
+
+
+def test_passes_that_are_in_one_head_at_once_have_their_own_values(tmp_path: Path) -> None:
+    these = tenants(HEADED._replace(base=with_a_meeting), tmp_path, 2)
+    with these.bank() as served:
+        alone = [served([name] * 4) for name in these.names]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Meeting, "barrier", threading.Barrier(2))
+            together = in_threads(*(lambda name=name: served([name] * 4) for name in these.names))
+    assert all(map(torch.equal, together, alone))
 
 
 def bytes_of_tensors() -> int:

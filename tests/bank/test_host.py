@@ -27,6 +27,15 @@ def test_bytes_are_those_of_both_rows() -> None:
     assert tier.get("a") is None
 
 
+def test_the_least_recently_used_leaves_first() -> None:
+    tier = HostTier(8 * 2)
+    for digest in "ab":
+        tier.put(digest, rows(1))
+    tier.get("a")
+    tier.put("c", rows(1))
+    assert [digest in tier for digest in "abc"] == [True, False, True]
+
+
 @given(
     limit=st.integers(1, 6),
     steps=st.lists(st.tuples(st.sampled_from(["put", "get", "remove"]), st.sampled_from("abcde")), max_size=50),

@@ -184,33 +184,24 @@ def test_a_batch_takes_all_its_slots_or_none_while_it_waits() -> None:
     check_values(held, found[0])
 
 
-def test_small_batches_do_not_keep_a_large_one_out() -> None:
-    held, stop = slots(2), threading.Event()
+def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_one_out() -> None:
+    held, first, order = slots(2), object(), list[str]()
+    held.take(first, "a", factors)
 
-    def small(digest: str) -> None:
-        # Two that take turns: at no moment are both slots free.
+    def take(name: str, digests: str, turn: int) -> None:
+        until(lambda: len(held._waiting) == turn)
         batch = object()
-        held.take(batch, digest, factors)
-        while not stop.is_set():
-            following = object()
-            other = "b" if digest == "a" else "a"
-            if held.in_use() == 2 or digest in held:
-                threading.Event().wait(1e-4)
-            held.leave(batch)
-            batch = following
-            held.take(batch, digest, factors)
-            del other
+        held.take(batch, digests, factors)
+        order.append(name)
         held.leave(batch)
 
-    def large() -> None:
-        until(lambda: held.in_use() == 2)
-        try:
-            for _ in range(20):
-                served(held, "cd")
-        finally:
-            stop.set()
+    def watch() -> None:
+        until(lambda: len(held._waiting) == 2)
+        held.leave(first)
 
-    in_threads(lambda: small("a"), lambda: small("b"), large)
+    # What the small one needs is in its slot all the time.
+    in_threads(lambda: take("large", "cd", 0), lambda: take("small", "a", 1), watch)
+    assert order == ["large", "small"]
     assert held.in_use() == 0
 
 
@@ -307,7 +298,7 @@ def test_an_interruption_loses_no_slot_and_serves_nothing_wrong() -> None:
             finally:
                 held.leave(batch)
 
-        was_interrupted = interrupted_at(moment, run)
+        was_interrupted = interrupted_at(moment, run, passing_over="with ")
         if held._batches or held._waiting:
             # Interrupted as it left: the bank's `surely` calls it again.
             for batch in [*held._batches, *held._waiting]:

@@ -16,7 +16,7 @@ from dvora.flat import Layout
 from tests.tuner.flat.adapters import Kind
 
 Expected = TypeVar("Expected")
-PATIENCE = 60.0
+PATIENCE = 30.0
 """Seconds until a short test counts as stuck."""
 
 

@@ -100,8 +100,7 @@ class AdapterBank:
             self._catalogue.check_new([name])
             adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
             self._catalogue.read(adapter, self._side.known().rows)
-            with self._catalogue.lock:
-                self._catalogue.check_new([name])
+            with self._changing(adapter):
                 if pinned:
                     self._pin([adapter])
                 self._catalogue.add([adapter])
@@ -164,9 +163,10 @@ class AdapterBank:
         self._catalogue.read(adapter, self._side.known().rows)
         with self._catalogue.lock:
             (before,) = self._catalogue.named([name])
-            if before.pinned:
-                self._pin([adapter], instead_of=before)
-            self._let_go(self._catalogue.put(adapter))
+            with self._changing(before, adapter):
+                if before.pinned:
+                    self._pin([adapter], instead_of=before)
+                self._catalogue.put(adapter)
         if before.pinned:
             self._load([adapter])
 
@@ -176,8 +176,8 @@ class AdapterBank:
         Raises:
             ValueError: there is no such name.
         """
-        with self._catalogue.lock:
-            self._let_go(self._catalogue.remove(name))
+        with self._catalogue.lock, self._changing(*self._catalogue.named([name])):
+            self._catalogue.remove(name)
 
     def pin(self, names: Collection[str]) -> None:
         """Put adapters into slots, now or, where batches hold all of them, when they are first used; they stay there.
@@ -190,7 +190,8 @@ class AdapterBank:
             self._catalogue.digest(adapter, self._side.known().rows)
         with self._catalogue.lock:
             adapters = self._catalogue.named(names)
-            self._pin(adapters)
+            with self._changing(*adapters):
+                self._pin(adapters)
         self._load(adapters)
 
     def unpin(self, names: Collection[str]) -> None:
@@ -199,10 +200,9 @@ class AdapterBank:
         Raises:
             ValueError: a name is unknown.
         """
-        with self._catalogue.lock:
+        with self._catalogue.lock, self._changing(*self._catalogue.named(names)):
             for adapter in self._catalogue.named(names):
                 adapter.pinned = False
-                self._unpin(adapter)
 
     def prefetch(self, names: Collection[str]) -> Future[None]:
         """Read adapters beside the batches that run, and put them into slots that none of these holds.
@@ -349,8 +349,24 @@ class AdapterBank:
             factors = self._catalogue.factors(adapter, fitted.rows)
             fitted.slots.load_if_free(self._catalogue.digest(adapter, fitted.rows), factors)
 
+    @contextmanager
+    def _changing(self, *adapters: Adapter) -> Iterator[None]:
+        """Around what changes names or pins: at its end, whatever came, slots and memory are as these say."""
+
+        def settle() -> None:
+            digests = {adapter.digest for adapter in adapters if adapter.digest is not None}
+            pinned = digests & self._catalogue.pinned()
+            for digest in digests - self._catalogue.digests():
+                self._catalogue.host.remove(digest)
+            if self._side.fitted is not None:
+                self._side.fitted.slots.unpin(digests - pinned)
+                self._side.fitted.slots.pin(pinned)
+
+        with self._catalogue.lock, surely(settle):
+            yield
+
     def _pin(self, adapters: Sequence[Adapter], instead_of: Adapter | None = None) -> None:
-        """Keep adapters that were read in their slots; called while names cannot change."""
+        """Mark adapters that were read as pinned, if that leaves a slot; called within `_changing`."""
         slots = self._side.known().slots
         digests = {adapter.digest for adapter in adapters if adapter.digest is not None}
         kept = self._catalogue.pinned(besides=instead_of) | digests
@@ -360,7 +376,6 @@ class AdapterBank:
             )
         for adapter in adapters:
             adapter.pinned = True
-        slots.pin(digests)
 
     def _fitting(self, name: str, source: Source, allow_partial: bool, allow_unchanged: bool) -> Adapter:
         """An adapter whose content is the bank's."""
@@ -369,17 +384,6 @@ class AdapterBank:
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
         return Adapter(name, source, allow_unchanged)
-
-    def _let_go(self, before: Adapter) -> None:
-        """Free what no other name has."""
-        if before.digest is not None and not self._catalogue.has_others(before):
-            self._catalogue.host.remove(before.digest)
-        self._unpin(before)
-
-    def _unpin(self, adapter: Adapter) -> None:
-        if self._side.fitted is None or adapter.digest is None or self._catalogue.has_others(adapter, pinned=True):
-            return
-        self._side.fitted.slots.unpin([adapter.digest])
 
     @property
     def _rows(self) -> FactorRows | None:

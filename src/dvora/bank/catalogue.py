@@ -115,11 +115,10 @@ class Catalogue:
                 raise ValueError(f"names: there is no adapter {name!r} among the {len(self)} of the bank{hint}")
         return [adapter for adapter in found.values() if adapter is not None]
 
-    def has_others(self, adapter: Adapter, pinned: bool = False) -> bool:
-        """Whether another name has the same content, perhaps pinned."""
+    def digests(self) -> set[str]:
+        """What names the content of all that were read."""
         with self.lock:
-            others = [other for other in self._adapters.values() if other.digest == adapter.digest]
-        return any(other is not adapter and (other.pinned or not pinned) for other in others)
+            return {each.digest for each in self._adapters.values() if each.digest is not None}
 
     def pinned(self, besides: Adapter | None = None) -> set[str]:
         """What names the content of pinned adapters, but for one."""

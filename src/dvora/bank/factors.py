@@ -95,7 +95,7 @@ class FactorRows:
 
     @property
     def key(self) -> str:
-        """Names what rows are made of besides the adapter's values: base to the last bit, content and dtypes."""
+        """Names what rows are made of besides the adapter's values: fingerprints of the base, content and dtypes."""
         content = self.served.content
         parts = [FORMAT_VERSION, content.digest, content.base, str(self.dtype), str(self.head_dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

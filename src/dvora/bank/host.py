@@ -34,16 +34,15 @@ class HostTier:
             if digest in self._rows:
                 return
             while self._rows and self.nbytes + factors.nbytes > self.limit:
-                _, oldest = self._rows.popitem(last=False)
-                self.nbytes -= oldest.nbytes
-            self._rows[digest] = factors
-            self.nbytes += factors.nbytes
+                self.nbytes -= self._rows.popitem(last=False)[1].nbytes
+            # One statement, which no interruption divides.
+            self._rows[digest], self.nbytes = factors, self.nbytes + factors.nbytes
 
     def remove(self, digest: str) -> None:
         """Forget an adapter, if it is here."""
         with self._lock:
-            if (factors := self._rows.pop(digest, None)) is not None:
-                self.nbytes -= factors.nbytes
+            if digest in self._rows:
+                self.nbytes -= self._rows.pop(digest).nbytes
 
     def __len__(self) -> int:
         return len(self._rows)

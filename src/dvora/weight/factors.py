@@ -223,7 +223,8 @@ class EvaluatedEntry:
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
     ) -> bool:
         """Whether nothing has changed."""
-        if adapted.w is not self.w or len(inputs) != len(self.inputs) or not self._has_weight(weight):
+        # Not as an attribute, which modules take as long to look up as a small product takes.
+        if adapted._buffers["w"] is not self.w or len(inputs) != len(self.inputs) or not self._has_weight(weight):
             return False
         same = all(map(SameTensor.is_of, self.inputs, inputs))
         if self.copies is None:

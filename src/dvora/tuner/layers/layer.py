@@ -197,15 +197,16 @@ class DVoRALayer(nn.Module, MergeableLayer):
         """The named adapters that this layer has, with their row factors."""
         base = self.base_layer
         weight = weight_in_memory(base, self.parameter_name) if self.layer_type.has_weight else None
-        active, all_adapted = [], self.dvora_adapted
+        active, all_adapted, strengths = [], self.dvora_adapted._modules, self.dvora_strength._modules
+        dicts, dropouts, traced = self.vector_dicts(), self.dvora_dropout._modules, is_traced()
         for name in adapter_names:
             if name in all_adapted:
-                adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, self.dvora_strength[name])
-                vectors = adapted.local(self.vectors(name), weight)
+                adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, strengths[name])
+                vectors = adapted.local(vectors_in(dicts, name), weight)
                 # A graph must see a change of the strength.
-                is_whole = not is_traced() and strength.number == 1
+                is_whole = not traced and strength.number == 1
                 update = Update.of(adapted, vectors, weight, None if is_whole else strength.value)
-                active.append(ActiveAdapter(update, self.dvora_dropout[name], is_whole))
+                active.append(ActiveAdapter(update, dropouts[name], is_whole))
         return active
 
     def _planned(self, x: Tensor, running: Pass) -> Tensor | None:

@@ -99,10 +99,13 @@ class Strength(nn.Module):
     def number(self) -> float:
         """s, without a device synchronisation unless something else has written the tensor."""
         number, version = self._known
-        if version != version_of(self.value):
+        # Not as an attribute, which modules take as long to look up as a small product takes.
+        value = self._buffers["value"]
+        assert value is not None
+        if version != version_of(value):
             # Before the value, since another thread may write to it meanwhile.
-            version = version_of(self.value)
-            number = float(self.value)
+            version = version_of(value)
+            number = float(value)
             self._known = number, version
         return number
 
