@@ -66,8 +66,13 @@ class HeadHook:
                 f"returned {type(base_output).__name__}"
             )
         self._own.module.train(module.training)
-        outputs: Tensor = torch.vmap(self._alone, randomness="different")(rows.head(head, len(args[0])), *args)
-        return outputs
+        count = len(args[0])
+        outputs: Tensor = torch.vmap(self._alone, randomness="different")(rows.head(head, count), *args)
+        of_base = rows.of_base(count, head.name)
+        if of_base is None:
+            return outputs
+        # To the bits, which batched products need not have.
+        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), base_output, outputs)
 
     def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         inputs = tuple(each.unsqueeze(0) for each in inputs)

@@ -37,6 +37,9 @@ class Rows(Protocol):
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head, each with one entry a row."""
 
+    def of_base(self, rows: int, name: str) -> Tensor | None:
+        """Which rows of a batch are the base's, (B,), as the module of that name has them; None where none can be."""
+
 
 class CurrentRows(threading.local):
     """The batch that a thread is in; one object for each bank."""
@@ -146,6 +149,10 @@ class SlotRows:
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""
         return head.of_rows(self.heads.index_select(0, self.index.for_batch(rows, head.name)))
+
+    def of_base(self, rows: int, name: str) -> Tensor:
+        """Which rows are the base's, which has the last slot."""
+        return self.index.for_batch(rows, name) == len(self.values) - 1
 
 
 def _update(layer: ServedLayer, gathered: Float[Tensor, "B F"], place: LayerPlace, dimensions: int) -> Update:

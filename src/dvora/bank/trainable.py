@@ -224,6 +224,9 @@ class TrainedRows:
         places = self._present.index_select(0, self._index.for_batch(rows, head.name))
         return head.of_rows(self._adapters.gathered(self._adapters.heads, places))
 
+    def of_base(self, rows: int, name: str) -> None:
+        """Every row has an adapter."""
+
     def _factors(self) -> Mapping[str, PackedFactors]:
         """Of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
         running, made, version = current_pass(), self._made, self._adapters.vectors._version
