@@ -82,8 +82,9 @@ def stream(rows: Rows) -> Figure:
             )
         axes.set(xscale="log", xlabel="adapters that are asked for")
         label_axis(axes.xaxis, asked)
-        axes.set_ylim(bottom=0)
         axes.set_title(f"{loop} loop", fontsize="medium")
+    # After all lines, since it fixes the top too.
+    both[0].set_ylim(bottom=0)
     both[0].set_ylabel("latency of a request, ms (grey: the base)")
     both[0].legend()
     return figure
