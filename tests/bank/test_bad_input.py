@@ -278,7 +278,8 @@ def test_an_unchanged_adapter_of_a_folder_or_a_pack_is_never_served_in_silence(
     for name in ("fresh", "packed"):
         with refused(ValueError, f"adapter '{name}': it changes nothing"):
             served([name] * 4)
-    assert same_bits(served(["allowed"] * 4), served([None] * 4))
+    # Its head is the base's, in a batched product.
+    assert worst_difference(served(["allowed"] * 4), served([None] * 4)) < 1e-6
     for name in ("allowed", "fresh", "packed"):
         served.bank.remove(name)
 
