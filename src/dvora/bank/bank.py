@@ -232,8 +232,7 @@ class AdapterBank:
                 already, an adapter is damaged, or the base has changed. In the pass: there is not one name a row.
         """
         check_names(names, repeats)
-        if self._current.rows is not None:
-            raise ValueError("this thread is in a batch of the bank already; leave its `with` block first")
+        self._current.check_free()
         fitted = self._side.known()
         fitted.served.check_unchanged()
         distinct = list(dict.fromkeys(name for name in names if name is not None))

@@ -74,7 +74,7 @@ class FactorRows:
         self.head_dtype = next(iter(own.values())).dtype if own else dtype
         if any(value.dtype != self.head_dtype for value in own.values()):
             raise ValueError("model: its heads have several dtypes; cast them to one")
-        self.base_heads = joined(own, self.head_dtype)
+        self.base_heads = _joined(own, self.head_dtype)
         self.head_width = len(self.base_heads)
         self.stacks = _stacks(served.layers)
         """Layers of one shape, whose factors are made at once."""
@@ -146,10 +146,14 @@ class FactorRows:
             if layer.name in made:
                 trained, lambda_d = made[layer.name]
                 row[place.start : place.stop] = torch.cat([(strengths[layer.name] * trained).flatten(), lambda_d])
-        whole = joined({**self._own_heads, **values.whole}, self.head_dtype)
+        whole = self.heads_of(values)
         if not whole.isfinite().all():
             raise ValueError(f"the adapter has values in its heads that {self.head_dtype}, the base's, cannot hold")
         return Factors(self._narrowed(row), whole)
+
+    def heads_of(self, values: AdapterValues) -> Float[Tensor, "H"]:
+        """The head row of an adapter; the base's where it has no head."""
+        return _joined({**self._own_heads, **values.whole}, self.head_dtype)
 
     def base(self) -> Factors:
         """The rows of the base itself."""
@@ -240,7 +244,7 @@ def _by_layer(values: AdapterValues) -> dict[str, Vectors]:
     return {layer.name: Vectors(next(parts), next(parts), next(parts)) for layer in layers}
 
 
-def joined(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "H"]:
+def _joined(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "H"]:
     """Heads as one head row, on the CPU."""
     flat = [tensor.detach().reshape(-1).to("cpu", dtype) for tensor in tensors.values()]
     return torch.cat(flat) if flat else torch.empty(0, dtype=dtype)

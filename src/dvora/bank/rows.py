@@ -53,8 +53,7 @@ class CurrentRows(threading.local):
         Raises:
             ValueError: the thread is in another one.
         """
-        if self.rows is not None:
-            raise ValueError("this thread is in a batch of the bank already; leave its `with` block first")
+        self.check_free()
 
         def leave() -> None:
             self.rows = None
@@ -62,6 +61,15 @@ class CurrentRows(threading.local):
         with surely(leave):
             self.rows = rows
             yield
+
+    def check_free(self) -> None:
+        """Refuse a second batch in this thread.
+
+        Raises:
+            ValueError: the thread is in one.
+        """
+        if self.rows is not None:
+            raise ValueError("this thread is in a batch of the bank already; leave its `with` block first")
 
     def known(self) -> Rows:
         """The batch.

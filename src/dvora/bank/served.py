@@ -156,7 +156,7 @@ class ServedModel(NamedTuple):
         layer_hook: Callable[[ServedLayer], Callable[..., Any]],
         head_hook: Callable[[ServedHead], Callable[..., Any]],
     ) -> list[RemovableHandle]:
-        """Hook all layers and heads, and the model itself, whose passes are told apart from now on."""
+        """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
         add_factor_pass(self.model)
         handles = [layer.module.register_forward_hook(layer_hook(layer), with_kwargs=True) for layer in self.layers]
         return handles + [head.module.register_forward_hook(head_hook(head), with_kwargs=True) for head in self.heads]
@@ -198,7 +198,8 @@ class ServedModel(NamedTuple):
 
     def head_values(self) -> Mapping[str, Tensor]:
         """The model's own heads, by name."""
-        return {part.name: self.model.state_dict()[part.name] for head in self.heads for part in head.parts}
+        values = self.model.state_dict() if self.heads else {}
+        return {part.name: values[part.name] for head in self.heads for part in head.parts}
 
 
 def _frozen(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:

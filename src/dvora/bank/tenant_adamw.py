@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..method.validation import checked_not_negative
 from ..ops.annotations import Float
-from ..training.optimizer_groups import GROUPS, HEAD_RATE, LAMBDA_RATE, MAGNITUDE_SHARE, USUAL_SHARE, Group
+from ..training.optimizer_groups import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, magnitude_rate
 from .trainable import TrainableAdapters
 
 
@@ -151,7 +151,5 @@ class TenantAdamW(torch.optim.Optimizer):
 
 def _usual_rates(adapters: TrainableAdapters, learning_rate: float) -> dict[str, float]:
     """Those of `recommended_rates`, from the base's rows, which all adapters share."""
-    usual = torch.cat([layer.adapted.w for layer in adapters.served.layers])
-    usual = usual[usual >= USUAL_SHARE * usual.square().mean().sqrt()]
-    magnitude = MAGNITUDE_SHARE * learning_rate * float(usual.median())
+    magnitude = magnitude_rate(torch.cat([layer.adapted.w for layer in adapters.served.layers]), learning_rate)
     return {"magnitude": magnitude, "lambda_b": learning_rate, "lambda_d": learning_rate, "head": HEAD_RATE}

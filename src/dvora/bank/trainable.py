@@ -24,7 +24,7 @@ from ..ops.tracing import is_traced
 from ..tuner.flat.row_factors import with_zeros
 from ..tuner.layers.opaque_weight import keep_differentiable
 from ..weight.linear import Update
-from .factors import FactorRows, LayerPlace, joined
+from .factors import FactorRows, LayerPlace
 from .rows import CurrentRows, RowIndex, check_names
 from .served import ServedHead, ServedLayer
 from .sources import AdapterValues
@@ -165,7 +165,7 @@ class TrainableAdapters:
         self._rows.check(values.content)
         if any(strength != 1 for strength in values.strengths):
             raise ValueError(f"names: {name!r} has a strength other than one in its configuration; train it at one")
-        return values.vector, joined({**self.served.head_values(), **values.whole}, base.dtype)
+        return values.vector, self._rows.heads_of(values)
 
     def _check_frozen(self) -> None:
         for name, parameter in self.served.model.named_parameters():

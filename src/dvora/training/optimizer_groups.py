@@ -85,10 +85,15 @@ def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> d
                 "a magnitude is sharded over processes: call recommended_rates before the model is sharded"
             )
         every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
-        # Rows of pruned outputs say nothing about the step size of the others.
-        usual = every[every >= USUAL_SHARE * every.square().mean().sqrt()]
-        rates["magnitude"] = MAGNITUDE_SHARE * learning_rate * usual.median().item()
+        rates["magnitude"] = magnitude_rate(every, learning_rate)
     return {name: rates[name] for name in GROUPS if members[name]}
+
+
+def magnitude_rate(magnitudes: Tensor, learning_rate: float) -> float:
+    """The recommended rate of magnitudes (of all rows, none negative) beside one of lambda_b and lambda_d."""
+    # Rows of pruned outputs say nothing about the step size of the others.
+    usual = magnitudes[magnitudes >= USUAL_SHARE * magnitudes.square().mean().sqrt()]
+    return MAGNITUDE_SHARE * learning_rate * usual.median().item()
 
 
 def _checked_groups(
