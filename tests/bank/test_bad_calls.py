@@ -1,7 +1,6 @@
 """Calls that a bank refuses: names, rows, pins, a base that was written to, a bank that is closed."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,33 +8,9 @@ import torch
 from torch import nn
 
 import dvora
-from tests.bank.tenants import HEADED, Served, Tenants, tenants
+from tests.bank.refusals import NAMES, refused
+from tests.bank.tenants import Served, Tenants
 from tests.tuner.tiny import inputs, outputs
-
-NAMES = ["a", None, "b", "a"]
-
-
-@pytest.fixture(scope="module")
-def these(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
-    return tenants(HEADED, tmp_path_factory.mktemp("tenants"))
-
-
-@pytest.fixture
-def served(these: Tenants) -> Iterator[Served]:
-    """A bank with three adapters of which one was read, and that serves as before at the end."""
-    with these.bank(slots=2) as served:
-        before = served(NAMES)
-        held = list(served.bank)
-        yield served
-        assert list(served.bank) == held
-        assert served.bank.stats().slots_in_use == 0
-        assert torch.equal(served(NAMES), before)
-
-
-def refused(error: type[Exception], message: str) -> Any:
-    """One line that says what is wrong."""
-    return pytest.raises(error, match=message)
-
 
 WRONG_NAMES: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (["a", "customer", "b"], {}, ValueError, "names: there is no adapter 'customer' among the 3 of the bank"),

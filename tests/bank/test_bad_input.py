@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,12 @@ from dvora.bank.pack import write_pack
 from dvora.bank.saved import SETTINGS, VALUES
 from dvora.flat import Layout
 from tests.bank.adapters import change_values
+from tests.bank.refusals import NAMES, refused
 from tests.bank.tenants import HEADED, MLP, Served, Tenants, row_by_row, tenants
 from tests.tuner.flat.adapters import Kind, saved
 from tests.tuner.layer_cases import CASES
 from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.tuner.tiny import MODELS, mlp, outputs, same_bits
-
-NAMES = ["a", None, "b", "a"]
-
-
-@pytest.fixture(scope="module")
-def these(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
-    return tenants(HEADED, tmp_path_factory.mktemp("tenants"))
-
-
-@pytest.fixture
-def served(these: Tenants) -> Iterator[Served]:
-    """A bank with three adapters of which one was read, and that serves as before at the end."""
-    with these.bank(slots=2) as served:
-        before = served(NAMES)
-        held = list(served.bank)
-        yield served
-        assert list(served.bank) == held
-        assert served.bank.stats().slots_in_use == 0
-        assert torch.equal(served(NAMES), before)
-
-
-def refused(error: type[Exception], message: str) -> Any:
-    """One line that says what is wrong."""
-    return pytest.raises(error, match=message)
-
 
 SETTINGS_OF_BANKS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"slots": 0}, ValueError, "slots must be a positive integer, got 0"),

@@ -29,6 +29,15 @@ def run(command: str) -> Ended:
     raise AssertionError("the program did not end")
 
 
+def assert_ends_with_one_line(ended: Ended, code: int, message: str) -> None:
+    """The command failed with this code and nothing but one line on stderr that contains the message."""
+    assert ended.code == code, ended.stderr
+    assert ended.stdout == ""
+    assert message in ended.stderr
+    assert ended.stderr.startswith("Error: ")
+    assert ended.stderr.count("\n") == 1
+
+
 def assert_refused(command: str, message: str) -> None:
     """The command fails with one line on stderr that contains the message."""
     ended = run(command)

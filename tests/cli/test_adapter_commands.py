@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import bench, convert, count, inspect, merge
-from tests.cli.program import run
+from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
 
@@ -88,12 +88,7 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
     ],
 )
 def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:
-    result = run(command)
-    assert result.code == code, result.stderr
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
+    assert_ends_with_one_line(run(command), code, message)
 
 
 def test_a_rounding_loss_is_reported_on_stderr_too(work: Path) -> None:

@@ -12,7 +12,7 @@ from dvora.bank.pack import Pack
 from dvora.bank.sources import FolderSource
 from dvora.cli import bank
 from tests.bank.adapters import change_values, contents
-from tests.cli.program import run
+from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import CLASSES, save
 
@@ -140,12 +140,7 @@ def test_inspect_tells_what_is_in_it_and_shows_the_first(work: Path) -> None:
     ],
 )
 def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:
-    result = run(command)
-    assert result.code == code, result.stderr
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
+    assert_ends_with_one_line(run(command), code, message)
 
 
 def test_a_truncated_pack_is_refused_in_one_line(work: Path) -> None:

@@ -1,0 +1,26 @@
+"""A small bank that must serve as before at the end of a test: what tests of refusals share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.bank.refusals import NAMES
+from tests.bank.tenants import HEADED, Served, Tenants, tenants
+
+
+@pytest.fixture(scope="module")
+def these(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
+    return tenants(HEADED, tmp_path_factory.mktemp("tenants"))
+
+
+@pytest.fixture
+def served(these: Tenants) -> Iterator[Served]:
+    """A bank with three adapters of which one was read, and that serves as before at the end."""
+    with these.bank(slots=2) as served:
+        before = served(NAMES)
+        held = list(served.bank)
+        yield served
+        assert list(served.bank) == held
+        assert served.bank.stats().slots_in_use == 0
+        assert torch.equal(served(NAMES), before)
