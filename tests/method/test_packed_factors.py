@@ -33,37 +33,53 @@ def test_constants_have_no_gradient() -> None:
     assert not made.constant.requires_grad
 
 
+def every_adapter(count: int) -> PackedFactors:
+    """Of several adapters, one after another."""
+    trained, constant, lambda_d = zip(*(packed(10 * number) for number in range(count)), strict=True)
+    return PackedFactors(torch.stack(trained, 1), torch.stack(constant, 1), torch.stack(lambda_d))
+
+
+@pytest.mark.parametrize("way", ["gathered", "as rows of a matrix"])
 @pytest.mark.parametrize("dimensions", [2, 3, 4])
-def test_gathered_rows_are_those_of_the_adapters(dimensions: int) -> None:
-    adapters = [packed(10 * number) for number in range(3)]
+def test_the_factors_of_rows_are_those_of_their_adapters(dimensions: int, way: str) -> None:
     index = torch.tensor([2, 0, 2, 1])
-    rows = PackedFactors.stacked(adapters).gathered(index, dimensions)
+    if way == "gathered":
+        rows = every_adapter(3).gathered(index, dimensions)
+    else:
+        matrix = torch.stack([packed(10 * number).row for number in index.tolist()])
+        rows = PackedFactors.of_rows(matrix, RANK, dimensions)
     ones = (1,) * (dimensions - 2)
     assert rows.is_by_row
     assert rows.trained.shape == rows.constant.shape == (2, 4, *ones, OUT)
     assert rows.lambda_d.shape == (4, *ones, RANK)
     for row, number in enumerate(index.tolist()):
         own = PackedFactors(rows.trained[:, row], rows.constant[:, row], rows.lambda_d[row])
-        assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(own, adapters[number], strict=True))
+        for a, b in zip(own, packed(10 * number), strict=True):
+            torch.testing.assert_close(a.flatten(), b.flatten())
     tokens = randn(4, *(2,) * (dimensions - 2), OUT, seed=5)
     assert (tokens * rows.constant[0]).shape == tokens.shape
 
 
 def test_gradients_of_gathered_rows_are_added_by_adapter() -> None:
-    stacked = PackedFactors.stacked([packed(10 * number) for number in range(3)])
-    trained, lambda_d = stacked.trained.requires_grad_(), stacked.lambda_d.requires_grad_()
-    rows = stacked.gathered(torch.tensor([2, 0, 2]), 3)
+    adapters = every_adapter(3)
+    trained, lambda_d = adapters.trained.requires_grad_(), adapters.lambda_d.requires_grad_()
+    rows = adapters.gathered(torch.tensor([2, 0, 2]), 3)
     (rows.trained.sum() + rows.lambda_d.sum()).backward()
     assert trained.grad[0, :, 0].tolist() == lambda_d.grad[:, 0].tolist() == [1, 0, 2]
 
 
-def test_the_base_s_factors_change_nothing() -> None:
-    base = PackedFactors.of_base(packed(0))
-    assert not base.trained.any()
+def test_gradients_of_a_matrix_of_rows_reach_it() -> None:
+    matrix = torch.stack([packed(0).row, packed(10).row]).requires_grad_()
+    rows = PackedFactors.of_rows(matrix, RANK, 3)
+    (rows.trained.sum() + 2 * rows.lambda_d.sum()).backward()
+    assert matrix.grad.tolist() == [[1] * 2 * OUT + [2] * RANK] * 2
+    assert not rows.constant.requires_grad
+
+
+def test_a_row_of_zeros_is_the_base_and_changes_nothing() -> None:
+    base = PackedFactors.of_rows(torch.zeros(1, 2 * OUT + RANK), RANK, 2)
     assert base.constant[0].eq(1).all()
     assert not base.constant[1].any()
-    assert not base.lambda_d.any()
-    assert [each.shape for each in base] == [each.shape for each in packed(0)]
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
@@ -76,12 +92,13 @@ def test_weaker_factors_are_those_of_a_part_of_the_change(strength: float) -> No
     if strength == 1:
         assert all(map(torch.equal, weaker, made))
     if strength == 0:
-        assert all(map(torch.equal, weaker[:2], PackedFactors.of_base(made)[:2]))
+        assert not weaker.trained.any()
+        assert weaker.constant[0].eq(1).all()
 
 
 def test_factors_of_a_magnitude_only_have_no_lambda_d() -> None:
     made = packed(0)._replace(lambda_d=torch.empty(0))
-    rows = PackedFactors.stacked([made, made]).gathered(torch.tensor([1, 0, 1]), 3)
+    rows = PackedFactors.of_rows(torch.stack([made.row] * 3), 0, 3)
     assert rows.lambda_d.shape == (3, 1, 0)
     assert rows.is_by_row
 

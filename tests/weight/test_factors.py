@@ -18,7 +18,7 @@ from dvora.method.functional import Vectors
 from dvora.method.packed_factors import PackedFactors
 from dvora.ops.passes import Pass, enter, leave
 from dvora.weight.adapted_weight import AdaptedWeight
-from dvora.weight.factors import Asked, StackedEntry, _equal, factors_of
+from dvora.weight.factors import _TOGETHER, Asked, StackedEntry, factor_rows, factors_of, have_values
 from dvora.weight.tensor_state import SameTensor
 from tests.cases import COPIES, SHARED, fresh_copy, linear, randn, trained_layer
 
@@ -75,7 +75,7 @@ def within_a_pass() -> Iterator[None]:
     ids=["equal", "other", "float64", "longer", "nan", "elsewhere"],
 )
 def test_values_on_a_cpu_are_compared_themselves(tensor: Tensor, same: bool) -> None:
-    assert _equal(tensor, torch.ones(3)) == same
+    assert have_values([tensor], torch.ones(3)) == same
 
 
 @both_devices
@@ -163,10 +163,10 @@ def test_outside_of_a_pass_values_are_compared_every_time() -> None:
 def test_within_a_pass_values_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     (adapted, weight), vectors, compared = adapted_and_weight(), parameters(), []
     factors_of(adapted, vectors, weight)
-    monkeypatch.setattr("dvora.weight.factors._equal", lambda *pair: compared.append(pair) or True)
+    monkeypatch.setattr("dvora.weight.factors.have_values", lambda *pair: compared.append(pair) or True)
     for _ in range(3):
         factors_of(adapted, vectors, weight)
-    assert len(compared) <= 3  # vectors
+    assert len(compared) <= 1
     other = object()
     enter(other, Pass())
     factors_of(adapted, vectors, weight)
@@ -377,3 +377,66 @@ def test_an_entry_fits_no_other_tensors_of_the_same_values() -> None:
     for index in range(3):
         others = [nn.Parameter(v.detach().clone()) if i == index else v for i, v in enumerate(vectors)]
         assert not made.fits(adapted, Vectors(*others), weight, running)
+
+
+class Many:
+    """More adapters of one layer than are compared together, every third of another strength."""
+
+    def __init__(self, device: str) -> None:
+        self.weight = linear(IN, OUT).weight.detach()
+        self.weights = [AdaptedWeight(self.weight, RANK, shared=SHARED) for _ in range(2 * _TOGETHER + 1)]
+        self.inputs: list[tuple[Tensor, ...]] = []
+        for number in range(len(self.weights)):
+            vectors = tuple((randn(size, seed=number) + 2).to(device) for size in (OUT, OUT, RANK))
+            strength = (torch.tensor(0.5, device=device),)
+            self.inputs.append(vectors if number % 3 else (*vectors, *strength))
+
+    def rows(self) -> Tensor:
+        return factor_rows(self.weights, self.inputs, self.weight)
+
+    def expected(self) -> Tensor:
+        found = []
+        for adapted, (m, b, d, *strength) in zip(self.weights, self.inputs, strict=True):
+            packed, _ = adapted.packed_factors(Vectors(m, b, d), self.weight)
+            found.append((packed.weakened(*strength) if strength else packed).row)
+        return torch.stack(found)
+
+
+def test_the_factors_of_many_adapters_are_those_of_each() -> None:
+    many = Many("cpu")
+    assert torch.equal(many.rows(), many.expected())
+    many.inputs[-1][0].data.mul_(3)
+    assert torch.equal(many.rows(), many.expected())
+    many.weight.mul_(2)
+    for adapted in many.weights:
+        adapted.refresh(many.weight)
+    assert torch.equal(many.rows(), many.expected())
+
+
+@both_devices
+@pytest.mark.parametrize("place", [0, _TOGETHER, 2 * _TOGETHER])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_only_the_changed_of_many_adapters_is_made_again(
+    device: str, place: int, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, make = Many(device), counted(monkeypatch, Factory())
+    for _ in range(2):
+        many.rows()
+        assert make.made == len(many.weights)
+    index = min(index, len(many.inputs[place]) - 1)
+    many.inputs[place][index].add_(1)
+    many.rows()
+    assert make.made == len(many.weights) + 1
+    many.inputs[place] = (
+        many.inputs[place][:3] if len(many.inputs[place]) > 3 else (*many.inputs[place], torch.ones(()))
+    )
+    many.rows()
+    assert make.made == len(many.weights) + 2
+
+
+def test_a_pass_does_not_compare_many_adapters_for_the_next() -> None:
+    many, owner, running = Many("cpu"), object(), Pass()
+    enter(owner, running)
+    many.rows()
+    leave(owner)
+    assert not running.asked

@@ -14,7 +14,7 @@ from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.method.functional import Vectors
 from dvora.ops.passes import Pass
 from dvora.weight.adapted_weight import AdaptedWeight
-from dvora.weight.factors import Asked, EvaluatedEntry, PassFactors
+from dvora.weight.factors import Asked, EvaluatedEntry, PassFactors, joined_values
 from dvora.weight.plan import EvaluationPlan, Operands
 from tests.cases import linear, randn
 from tests.reference import DenseDVoRA
@@ -33,7 +33,7 @@ class Planned:
         vectors = Vectors(*(1 + 0.2 * randn(size, seed=seed) for seed, size in enumerate((OUT, OUT, RANK))))
         s = torch.tensor(0.5 if strength else 1.0)
         self.inputs: tuple[Tensor, ...] = (*vectors, s) if strength else vectors
-        self.copies = [tensor.clone() for tensor in self.inputs] if compared else None
+        self.copies = joined_values(self.inputs) if compared else None
         self.entry = EvaluatedEntry(Asked.of(self.adapted, vectors, weight), self.inputs, self.copies, weight)
         packed, self.entry.w = self.adapted.packed_factors(vectors, weight)
         self.entry.factors = PassFactors(packed.weakened(s) if strength else packed, {})

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..method.packed_factors import PackedFactors, constant_factors
+from ..method.packed_factors import PackedFactors
 from ..ops.annotations import Float
 from ..ops.tracing import is_traced
 from ..tuner.restoring import surely
@@ -165,11 +165,8 @@ class SlotRows:
 
 def _update(layer: ServedLayer, gathered: Float[Tensor, "B F"], place: LayerPlace, dimensions: int) -> Update:
     """The update of a layer, from the factor rows of a batch."""
-    ones, behind = (1,) * (dimensions - 2), place.start + 2 * place.out_features
-    trained = gathered[:, place.start : behind].unflatten(1, (2, *ones, -1)).movedim(1, 0)
-    lambda_d = gathered[:, behind : place.stop].unflatten(1, (*ones, -1)) if ones else gathered[:, behind : place.stop]
-    constant = constant_factors(trained[0] + 1, trained[0])
-    return Update.by_row(layer.adapted, PackedFactors(trained, constant, lambda_d))
+    own = gathered[:, place.start : place.stop]
+    return Update.by_row(layer.adapted, PackedFactors.of_rows(own, place.rank, dimensions))
 
 
 def check_names(names: Sequence[str | None], repeats: int) -> None:

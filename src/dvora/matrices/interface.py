@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ..ops.annotations import Float
 from ..ops.dtypes import without_autocast
-from ..ops.tracing import grad_recorded, is_traced
+from ..ops.passes import current_pass
+from ..ops.tracing import grad_recorded, is_autocast, is_traced
 from ..ops.triton.available import check_triton
 from .dense import DenseMatrices
 from .shard import Shard
-from .shared_input import ProjectionCache
+from .shared_input import ProjectionCache, projected_in_pass
 from .structured import StructuredMatrices
 from .vera import VeraMatrices, vera_sizes
 
@@ -174,8 +175,12 @@ class SharedProjections(nn.Module):
 
     def project_once(self, x: Float[Tensor, "*T I"], rank: int, reader: object) -> Float[Tensor, "*T R"]:
         """`x A^T`, computed once for all layers that read the same `x`; `reader` is the layer that asks."""
-        project = partial(projected, matrices=self.impl)
-        return self._projection_cache.of(x, rank, reader, project) if self.share_inputs else project(x, rank)
+        if not self.share_inputs:
+            return projected(x, rank, self.impl)
+        running = current_pass()
+        if running is not None and x.is_cpu and not (grad_recorded() or is_traced() or is_autocast()):
+            return projected_in_pass(x, rank, self.impl, id(reader), partial(self.impl.project, rank=rank), running)
+        return self._projection_cache.of(x, rank, reader, partial(projected, matrices=self.impl))
 
     def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
         """The dense matrix `A`."""

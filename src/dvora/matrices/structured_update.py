@@ -53,13 +53,16 @@ def _added_by_row(z: Float[Tensor, "*T R"], stack: Stack, onto: Float[Tensor, "*
     (left, _, diagonal, _), wide = stack[0], onto
     if wide is None:
         wide = left.new_zeros(*z.shape[:-1], diagonal.shape[-1])
-    rows = max(1, len(z))
+    batch = rows = len(z)
     if in_chunks(z, stack):
-        tokens = max(1, z.numel() // (rows * z.shape[-1]))
-        rows = max(1, chunk_tokens(rows * tokens, stack) // tokens)
-    for start in range(0, len(z), rows):
-        part = slice(start, start + rows)
-        _added_at_once(z[part], tuple(M._replace(diagonal=M.diagonal[part]) for M in stack), wide[part])
+        tokens = z.numel() // (batch * z.shape[-1])
+        rows = max(1, chunk_tokens(batch * tokens, stack) // tokens)
+    if rows >= batch:
+        _added_at_once(z, stack, wide)
+    else:
+        for start in range(0, batch, rows):
+            part = slice(start, start + rows)
+            _added_at_once(z[part], tuple(M._replace(diagonal=M.diagonal[part]) for M in stack), wide[part])
     return as_dtype(wide, z.dtype) if onto is None else wide
 
 

@@ -3,7 +3,6 @@
 Dimensions: B rows of a batch, O out, R rank.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,16 +33,23 @@ class PackedFactors(NamedTuple):
         return cls(torch.stack([gain_minus_one, scale]), constant_factors(gain, gain_minus_one), lambda_d)
 
     @classmethod
-    def of_base(cls, like: "PackedFactors") -> "PackedFactors":
-        """Those of the base itself, in the sizes of others."""
-        trained = torch.zeros_like(like.trained)
-        return cls(trained, constant_factors(trained[0] + 1, trained[0]), torch.zeros_like(like.lambda_d))
+    def of_rows(cls, rows: Float[Tensor, "B F"], rank: int, dimensions: int) -> "PackedFactors":
+        """Those that a matrix has, one for each row of a batch.
 
-    @classmethod
-    def stacked(cls, adapters: Sequence["PackedFactors"]) -> "PackedFactors":
-        """Those of N adapters: (2, N, O), (2, N, O) and (N, R)."""
-        trained, constant, lambda_d = zip(*adapters, strict=True)
-        return cls(torch.stack(trained, 1), torch.stack(constant, 1), torch.stack(lambda_d))
+        Args:
+            rows: as of `row`; views of it are kept.
+            rank: R.
+            dimensions: of the tokens of the batch.
+        """
+        ones, behind = (1,) * (dimensions - 2), rows.shape[1] - rank
+        trained = rows[:, :behind].unflatten(1, (2, *ones, behind // 2)).movedim(1, 0)
+        lambda_d = rows[:, behind:].unflatten(1, (*ones, rank)) if ones else rows[:, behind:]
+        return cls(trained, constant_factors(trained[0] + 1, trained[0]), lambda_d)
+
+    @property
+    def row(self) -> Float[Tensor, "F"]:
+        """`g - 1`, `g beta` and lambda_d of one adapter, in one tensor: F = 2 O + R."""
+        return torch.cat([self.trained.flatten(), self.lambda_d])
 
     def gathered(self, index: Tensor, dimensions: int) -> "PackedFactors":
         """Of those of N adapters, one for each row of a batch.

@@ -29,6 +29,11 @@ def grad_recorded() -> bool:
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+def is_autocast() -> bool:
+    """Whether autocast chooses the dtypes of operations, on any device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
 def is_batched(gradient: Tensor) -> bool:
     """Whether a gradient is a batch of several (`is_grads_batched`), for which nothing may be written in place."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)

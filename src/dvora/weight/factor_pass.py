@@ -8,7 +8,6 @@ or gathers (DTensor, FSDP, ZeRO-3).
 """
 
 import operator
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from ..method.norm import joined
 from ..ops.passes import Pass, enter, leave
 from ..ops.tracing import grad_recorded, is_traced
 from .adapted_weight import AdaptedWeight
-from .factors import Asked, EvaluatedEntry, StackedEntry
+from .factors import Asked, EvaluatedEntry, StackedEntry, have_values
 from .tensor_state import SameTensor, same_or_none
 
 
@@ -86,11 +85,10 @@ class _Compared(NamedTuple):
         layers = [layer for each in asked if (layer := _alive(each)) is not None]
         kept: list[EvaluatedEntry | None] = [layer.adapted.kept.evaluated for layer in layers]
         entries = [entry for entry in kept if entry is not None and entry.copies is not None and entry.has_inputs()]
-        dtypes = {copy.dtype for entry in entries for copy in entry.copies or ()}
-        if len(dtypes) != 1:
+        copies = [entry.copies for entry in entries if entry.copies is not None]
+        if len({of_entry.dtype for of_entry in copies}) != 1:
             return None
-        inputs = [tensor for entry in entries for tensor in entry.inputs]
-        return cls(asked, entries, inputs, _joined([copy for entry in entries for copy in entry.copies or ()]))
+        return cls(asked, entries, [tensor for entry in entries for tensor in entry.inputs], torch.cat(copies))
 
     def is_of(self, asked: list[object]) -> bool:
         """Whether the same was asked."""
@@ -99,13 +97,8 @@ class _Compared(NamedTuple):
     def is_unchanged(self) -> bool:
         """Whether the vectors still have their values."""
         now, dtype = [known.tensor() for known in self.inputs], self.copies.dtype
-        same = [tensor for tensor in now if tensor is not None and tensor.is_cpu and tensor.dtype is dtype]
-        return len(same) == len(now) and torch.equal(_joined(same), self.copies)
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Vectors, and strengths, which have no dimension."""
-    return torch.cat([tensor if tensor.dim() else tensor[None] for tensor in tensors])
+        same = [tensor for tensor in now if tensor is not None and tensor.dtype is dtype]
+        return len(same) == len(now) and have_values(same, self.copies)
 
 
 def add_factor_pass(model: nn.Module) -> None:

@@ -27,10 +27,14 @@ from ..method.functional import Vectors
 from ..method.gain import StackedFactors
 from ..method.norm import FrozenNorm
 from ..method.packed_factors import PackedFactors
+from ..ops.annotations import Float
 from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
 from .tensor_state import SameTensor, TensorVersion, is_unchanged, same_or_none
+
+_TOGETHER = 8
+"""Adapters whose vectors are compared together: few enough for the processor's cache."""
 
 
 class PassFactors(NamedTuple):
@@ -184,7 +188,7 @@ class EvaluatedEntry:
     Args:
         asked: what the factors are made for.
         inputs: the vectors and the strength.
-        copies: their values, on the CPU.
+        copies: their values as one tensor, on the CPU; None elsewhere.
         weight: as stored, or None.
     """
 
@@ -198,16 +202,17 @@ class EvaluatedEntry:
         "factors",
         "inputs",
         "plan",
+        "row",
         "w",
     )
 
     factors: PassFactors
+    row: Tensor
+    """The same factors as one tensor (`PackedFactors.row`)."""
     w: Tensor
     """The norms that they are made with."""
 
-    def __init__(
-        self, asked: Asked, inputs: Sequence[Tensor], copies: Sequence[Tensor] | None, weight: Tensor | None
-    ) -> None:
+    def __init__(self, asked: Asked, inputs: Sequence[Tensor], copies: Tensor | None, weight: Tensor | None) -> None:
         self.asked, self.copies = asked, copies
         self.plan: Any = None
         """The layer's `EvaluationPlan` with these factors."""
@@ -223,18 +228,23 @@ class EvaluatedEntry:
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
     ) -> bool:
         """Whether nothing has changed."""
-        # Not as an attribute, which modules take as long to look up as a small product takes.
-        if adapted._buffers["w"] is not self.w or len(inputs) != len(self.inputs) or not self._has_weight(weight):
+        if not self.may_fit(adapted, inputs, weight):
             return False
-        same = all(map(SameTensor.is_of, self.inputs, inputs))
         if self.copies is None:
+            same = all(map(SameTensor.is_of, self.inputs, inputs))
             return same or (self._versions is not None and all(map(TensorVersion.is_of, self._versions, inputs)))
-        if same and running is not None and self.compared_in is running:
+        if running is not None and self.compared_in is running and all(map(SameTensor.is_of, self.inputs, inputs)):
             return True
-        if not all(map(_equal, inputs, self.copies)):
+        if not have_values(inputs, self.copies):
             return False
         self.compared_in = running
         return True
+
+    def may_fit(self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None) -> bool:
+        """Whether nothing has changed but perhaps the inputs."""
+        # Not as an attribute, which modules take as long to look up as a small product takes.
+        same_size = adapted._buffers["w"] is self.w and len(inputs) == len(self.inputs)
+        return same_size and self._has_weight(weight)
 
     def is_of_same(self, inputs: Sequence[Tensor]) -> bool:
         """Whether it was made from these tensors and nothing else, whatever is in them now."""
@@ -251,18 +261,71 @@ class EvaluatedEntry:
         return weight is not None and known is not None and known.is_of(local(weight))
 
 
-def _equal(tensor: Tensor, copy: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype == copy.dtype and torch.equal(tensor, copy)
+def have_values(inputs: Sequence[Tensor], copies: Tensor) -> bool:
+    """Whether vectors and strengths have these values, one after another, on the CPU."""
+    if not all(tensor.is_cpu for tensor in inputs):
+        return False
+    now = joined_values(inputs)
+    return now.dtype == copies.dtype and torch.equal(now, copies)
+
+
+def joined_values(inputs: Sequence[Tensor]) -> Tensor:
+    """Vectors, and strengths, which have no dimension, as one tensor; of several dtypes in the widest."""
+    return torch.cat([tensor if tensor.dim() else tensor[None] for tensor in inputs])
+
+
+def factor_rows(
+    weights: Sequence[AdaptedWeight], inputs: Sequence[Sequence[Tensor]], weight: Tensor | None
+) -> Float[Tensor, "N F"]:
+    """The factors of many adapters of one layer without gradients, as rows of one matrix (`PackedFactors.row`).
+
+    On the CPU their vectors are compared at once with those that kept factors were made from: of thousands of adapters
+    each may be asked for seldom, and what is looked up for one is in no processor's cache.
+
+    Args:
+        weights: the frozen sides.
+        inputs: the vectors of each, and its strength unless that is one.
+        weight: as for `factors_of`.
+    """
+    entries = _all_fit(weights, inputs, weight) or [
+        _entry_for(adapted, own, weight, None) for adapted, own in zip(weights, inputs, strict=True)
+    ]
+    return torch.stack([entry.row for entry in entries])
+
+
+def _all_fit(
+    weights: Sequence[AdaptedWeight], inputs: Sequence[Sequence[Tensor]], weight: Tensor | None
+) -> list[EvaluatedEntry] | None:
+    """The kept factors of all adapters, if nothing has changed."""
+    entries = list[EvaluatedEntry]()
+    for adapted, own in zip(weights, inputs, strict=True):
+        entry: EvaluatedEntry | None = adapted.kept.evaluated
+        if entry is None or entry.copies is None or not entry.may_fit(adapted, own, weight):
+            return None
+        entries.append(entry)
+    for start in range(0, len(entries), _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        copies = torch.cat([entry.copies for entry in entries[some] if entry.copies is not None])
+        if not have_values([tensor for own in inputs[some] for tensor in own], copies):
+            return None
+    return entries
+
+
+def _entry_for(
+    adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
+) -> EvaluatedEntry:
+    """The kept factors if they fit, or new ones, which are kept."""
+    entry: EvaluatedEntry | None = adapted.kept.evaluated
+    if entry is None or not entry.fits(adapted, inputs, weight, running):
+        entry = _new_entry(adapted, inputs, weight)
+        adapted.kept.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
+    return entry
 
 
 def _evaluated(
     adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: Tensor | None, running: Pass | None
 ) -> PassFactors:
-    inputs = vectors if strength is None else (*vectors, strength)
-    entry: EvaluatedEntry | None = adapted.kept.evaluated
-    if entry is None or not entry.fits(adapted, inputs, weight, running):
-        entry = _new_entry(adapted, inputs, weight)
-        adapted.kept.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
+    entry = _entry_for(adapted, vectors if strength is None else (*vectors, strength), weight, running)
     if running is not None:
         running.asked.setdefault(id(adapted), entry.asked)
     return entry.factors
@@ -273,11 +336,16 @@ def _evaluated(
 @torch.no_grad()
 def _new_entry(adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None) -> EvaluatedEntry:
     # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
-    copies = [tensor.detach().clone() for tensor in inputs] if all(tensor.is_cpu for tensor in inputs) else None
+    copies = joined_values(inputs) if all(tensor.is_cpu for tensor in inputs) else None
     entry = EvaluatedEntry(Asked.of(adapted, Vectors(*inputs[:3]), weight), inputs, copies, weight)
-    magnitude, lambda_b, lambda_d, *strength = inputs if copies is None else copies
+    if copies is None:
+        magnitude, lambda_b, lambda_d, *strength = inputs
+    else:
+        magnitude, lambda_b, lambda_d, *strength = copies.split([tensor.numel() for tensor in inputs])
     packed, entry.w = _made(adapted, Vectors(magnitude, lambda_b, lambda_d), weight, *strength)
-    entry.factors = PassFactors(packed, {})
+    entry.row = packed.row
+    own = PackedFactors.of_rows(entry.row[None], len(lambda_d), 2)
+    entry.factors = PassFactors(PackedFactors(own.trained[:, 0], packed.constant, own.lambda_d[0]), {})
     return entry
 
 

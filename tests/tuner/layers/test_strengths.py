@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.tuner.layers.vectors import Strength
+from dvora.tuner.layers.vectors import StrengthDict
 from tests.tuner.dense_weights import DenseModel
 from tests.tuner.layer_cases import CASES
 from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
@@ -245,17 +245,22 @@ def test_a_strength_survives_the_meta_device() -> None:
 
 
 def test_a_strength_is_known_without_asking_the_device() -> None:
-    strength = Strength(torch.zeros(3), 0.5)
-    strength.to("meta")
-    assert strength.number == 0.5  # on "meta" there is nothing to ask
-    strength.to_empty(device="cpu")
-    assert (strength.number, float(strength.value)) == (0.5, 0.5)
-    strength.set(2.0)
-    assert (strength.number, float(strength.value)) == (2.0, 2.0)
-    strength.value.fill_(3.0)
-    assert strength.number == 3.0
-    strength.double()
-    assert (strength.number, float(strength.value)) == (3.0, 3.0)
+    strengths = StrengthDict()
+    strengths.put("default", 0.5, torch.zeros(3))
+
+    def known() -> tuple[float, float]:
+        return strengths.number("default"), float(strengths.value("default"))
+
+    strengths.to("meta")
+    assert strengths.number("default") == 0.5  # on "meta" there is nothing to ask
+    strengths.to_empty(device="cpu")
+    assert known() == (0.5, 0.5)
+    strengths.set("default", 2.0)
+    assert known() == (2.0, 2.0)
+    strengths.value("default").fill_(3.0)
+    assert strengths.number("default") == 3.0
+    strengths.double()
+    assert known() == (3.0, 3.0)
 
 
 def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_is(
@@ -289,15 +294,15 @@ def test_an_adapter_of_the_magnitude_only_that_replaces_another_leaves_nothing_o
 def test_an_interrupted_strength_is_the_old_one_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     own, expected, given = model.peft_config["default"].strength, outputs(model), []
-    change = Strength.set
+    change = StrengthDict.set
 
-    def interrupted(strength: Strength, number: float) -> None:
+    def interrupted(strengths: StrengthDict, adapter_name: str, number: float) -> None:
         given.append(number)
         if len(given) == 2:
             raise KeyboardInterrupt
-        change(strength, number)
+        change(strengths, adapter_name, number)
 
-    monkeypatch.setattr(Strength, "set", interrupted)
+    monkeypatch.setattr(StrengthDict, "set", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.set_strength(0.5)
     assert same_bits(outputs(model), expected)

@@ -18,7 +18,7 @@ from ...ops.annotations import Float
 from ...ops.passes import Pass, current_pass
 from ...ops.tracing import grad_recorded, is_traced
 from ...weight.adapted_weight import AdaptedWeight
-from ...weight.factors import EvaluatedEntry
+from ...weight.factors import EvaluatedEntry, factor_rows
 from ...weight.linear import Update
 from ...weight.plan import EvaluationPlan, Operands, TrainingPlan, is_held
 from .base_fingerprint import fingerprint_of
@@ -29,7 +29,7 @@ from .mergeable import MergeableLayer, Merges
 from .mixed_rows import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
 from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
-from .vectors import VECTORS, Strength, VectorDict, vectors_in
+from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in
 
 _NO_DROPOUT = nn.Identity()
 
@@ -66,7 +66,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self.dvora_lambda_d = VectorDict()
         self.dvora_adapted = nn.ModuleDict()
         self.dvora_dropout = nn.ModuleDict()
-        self.dvora_strength = nn.ModuleDict()
+        self.dvora_strength = StrengthDict()
         self.register_buffer("measured_bias", None, persistent=False)
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
@@ -102,7 +102,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         self.out_features, self.in_features = adapted.out_features, adapted.in_features
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.dvora_strength[adapter_name] = Strength(adapted.w, float(strength))
+        self.dvora_strength.put(adapter_name, float(strength), adapted.w)
         self.frozen_peft_weight_names[adapter_name] = tuple(
             f"dvora_{vector}" for vector in Vectors._fields if vector not in trained
         )
@@ -132,11 +132,11 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def strength(self, adapter_name: str) -> Tensor:
         """s of `W + s (W' - W)`, a tensor without dimensions."""
-        return cast(Strength, self.dvora_strength[adapter_name]).value
+        return self.dvora_strength.value(adapter_name)
 
     def set_strength(self, adapter_name: str, number: float) -> None:
         """Change s of one adapter."""
-        cast(Strength, self.dvora_strength[adapter_name]).set(number)
+        self.dvora_strength.set(adapter_name, number)
 
     def present_fingerprint(self) -> list[float]:
         """The fingerprint of the base weight as it is now; it may have been trained since it was adapted.
@@ -155,12 +155,10 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def rows_left_alone(self, adapter_name: str) -> int:
         """How many rows keep the base's outputs: small compared to their bias, and the weight cannot be read."""
+        if self.layer_type.low_rank is None:
+            return 0
         adapted = self.adapted(adapter_name)
-        rows = (
-            None
-            if self.layer_type.low_rank is None
-            else adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
-        )
+        rows = adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
         readable = self.layer_type.row_products is not None and adapted.readable
         return 0 if rows is None or readable else len(rows)
 
@@ -197,15 +195,15 @@ class DVoRALayer(nn.Module, MergeableLayer):
         """The named adapters that this layer has, with their row factors."""
         base = self.base_layer
         weight = weight_in_memory(base, self.parameter_name) if self.layer_type.has_weight else None
-        active, all_adapted, strengths = [], self.dvora_adapted._modules, self.dvora_strength._modules
+        active, all_adapted, strengths = [], self.dvora_adapted._modules, self.dvora_strength
         dicts, dropouts, traced = self.vector_dicts(), self.dvora_dropout._modules, is_traced()
         for name in adapter_names:
             if name in all_adapted:
-                adapted, strength = cast(AdaptedWeight, all_adapted[name]), cast(Strength, strengths[name])
+                adapted = cast(AdaptedWeight, all_adapted[name])
                 vectors = adapted.local(vectors_in(dicts, name), weight)
                 # A graph must see a change of the strength.
-                is_whole = not traced and strength.number == 1
-                update = Update.of(adapted, vectors, weight, None if is_whole else strength.value)
+                is_whole = not traced and strengths.number(name) == 1
+                update = Update.of(adapted, vectors, weight, None if is_whole else strengths.value(name))
                 active.append(ActiveAdapter(update, dropouts[name], is_whole))
         return active
 
@@ -242,7 +240,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         base = modules["base_layer"]._parameters
         if magnitude is None or lambda_b is None or lambda_d is None or "bias" not in base:
             return None
-        strength = modules["dvora_strength"]._modules[name]._buffers["value"]
+        strength = modules["dvora_strength"]._buffers[name]
         weight = base.get(self.parameter_name) if self.layer_type.has_weight else None
         return Operands(magnitude, lambda_b, lambda_d, strength, weight, base["bias"])
 
@@ -258,18 +256,17 @@ class DVoRALayer(nn.Module, MergeableLayer):
             return
         if not all(tensor is None or is_held(tensor, adapted.w.device) for tensor in operands):
             return
-        # Its number after the plan, so that a write in between is noticed.
-        strength = cast(Strength, self.dvora_strength[name])
+        # The strength's number after the plan, so that a write in between is noticed.
         if grad_recorded():
             if self.layer_type.has_weight and adapters[0].is_whole:
                 training = TrainingPlan(adapted, operands)
-                training.keep(adapted, strength.number == 1, operands)
+                training.keep(adapted, self.dvora_strength.number(name) == 1, operands)
             return
         entry: EvaluatedEntry | None = adapted.kept.evaluated
         # A plan may be made and not followed, as under autocast.
         if entry is not None and (entry.plan is None or not entry.plan.is_of(operands, x)):
             plan = EvaluationPlan(adapted, entry, operands, x)
-            plan.keep(adapted, entry, strength.number == 1, operands, running)
+            plan.keep(adapted, entry, self.dvora_strength.number(name) == 1, operands, running)
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
@@ -281,9 +278,21 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def _row_updates(self, adapter_names: Sequence[str], dimensions: int) -> list[RowUpdate]:
         """The updates by row, of the adapters in the batch only: there may be thousands in the model."""
-        own = [] if self.disable_adapters else [n for n in dict.fromkeys(adapter_names) if n in self.dvora_adapted]
-        updates = (adapter.update for adapter in self._active(own))
-        return row_updates(dict(zip(own, updates, strict=True)), adapter_names, dimensions)
+        known: Any = {} if self.disable_adapters else self.dvora_adapted._modules
+        own = {name: known[name] for name in dict.fromkeys(adapter_names) if name in known}
+        return row_updates(own, self._factor_rows, adapter_names, dimensions)
+
+    def _factor_rows(self, adapter_names: Sequence[str]) -> Float[Tensor, "N F"]:
+        """The factors of the named adapters, as rows of one matrix (`PackedFactors.row`)."""
+        weight = weight_in_memory(self.base_layer, self.parameter_name) if self.layer_type.has_weight else None
+        if is_traced() or grad_recorded() or is_dtensor(weight):
+            return torch.stack([adapter.update.factors.packed.row for adapter in self._active(adapter_names)])
+        all_adapted: Any = self.dvora_adapted._modules
+        inputs, dicts, strengths = list[Sequence[Tensor]](), self.vector_dicts(), self.dvora_strength
+        for name in adapter_names:
+            vectors = vectors_in(dicts, name)
+            inputs.append(vectors if strengths.number(name) == 1 else (*vectors, strengths.value(name)))
+        return factor_rows([all_adapted[name] for name in adapter_names], inputs, weight)
 
     def _adapt_rows(self, x: Tensor, base_output: Tensor, update: Update) -> Tensor:
         return self._adapted(x, base_output, [ActiveAdapter(update, _NO_DROPOUT, is_whole=True)])
@@ -305,7 +314,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if device.type == "meta":
             return
         self.dvora_adapted[adapter_name].to(device)
-        self.dvora_strength[adapter_name].to(device)
+        self.dvora_strength.move(adapter_name, device)
         for vector_dict in self.vector_dicts():
             vector_dict.move(adapter_name, device)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...method.packed_factors import PackedFactors
+from ...ops.annotations import Float
 from ...ops.tracing import grad_recorded, is_traced
+from ...weight.adapted_weight import AdaptedWeight
 from ...weight.linear import Update
 from ..restoring import surely
 
@@ -110,37 +113,48 @@ def mixed_outputs(
     return output
 
 
-def row_updates(updates: Mapping[str, Update], adapter_names: Sequence[str], dimensions: int) -> list[RowUpdate]:
+def row_updates(
+    adapted: Mapping[str, AdaptedWeight],
+    factor_rows: Callable[[Sequence[str]], Tensor],
+    adapter_names: Sequence[str],
+    dimensions: int,
+) -> list[RowUpdate]:
     """The updates of a layer by row.
 
     Args:
-        updates: of the adapters that the layer has, by name.
+        adapted: the frozen sides of the adapters in the batch that the layer has, by name.
+        factor_rows: maps names of them to their factors, (N, F), as of `PackedFactors.row`.
         adapter_names: one a row.
         dimensions: of the layer's outputs.
     """
-    groups: dict[tuple[object, ...], dict[str, Update]] = {}
-    for name, update in updates.items():
-        shared = update.adapted.shared
-        key = shared.seed, shared.distribution, shared.use_triton, update.adapted.rank
-        groups.setdefault(key, {})[name] = update
-    if len(groups) == 1:
-        return [RowUpdate(None, _by_row(updates, adapter_names, dimensions))]
+    groups: dict[tuple[object, ...], dict[str, AdaptedWeight]] = {}
+    for name, one in adapted.items():
+        shared = one.shared
+        groups.setdefault((shared.seed, shared.distribution, shared.use_triton, one.rank), {})[name] = one
     found = []
     for group in groups.values():
-        rows = [row for row, name in enumerate(adapter_names) if name in group]
-        found.append(RowUpdate(rows, _by_row(group, [adapter_names[row] for row in rows], dimensions)))
+        rows = list(range(len(adapter_names))) if len(groups) == 1 else _rows_of(group, adapter_names)
+        names = [adapter_names[row] for row in rows]
+        update = _by_row(group, factor_rows(list(group)), names, dimensions)
+        found.append(RowUpdate(None if len(groups) == 1 else rows, update))
     return found
 
 
-def _by_row(updates: Mapping[str, Update], adapter_names: Sequence[str], dimensions: int) -> Update:
-    """The updates of adapters that share A and B, each for its rows of tokens with this many dimensions."""
-    packed = [update.factors.packed for update in updates.values()]
-    place = {name: place for place, name in enumerate(updates)}
-    if not all(name in place for name in adapter_names):
-        packed.append(PackedFactors.of_base(packed[0]))
-    index = torch.tensor([place.get(name, len(place)) for name in adapter_names], device=packed[0].lambda_d.device)
-    adapted = next(iter(updates.values())).adapted
-    return Update.by_row(adapted, PackedFactors.stacked(packed).gathered(index, dimensions))
+def _rows_of(group: Collection[str], adapter_names: Sequence[str]) -> list[int]:
+    return [row for row, name in enumerate(adapter_names) if name in group]
+
+
+def _by_row(
+    group: Mapping[str, AdaptedWeight], factor_rows: Float[Tensor, "N F"], adapter_names: Sequence[str], dimensions: int
+) -> Update:
+    """The update of adapters that share A and B, each for its rows of tokens with this many dimensions."""
+    adapted = next(iter(group.values()))
+    if list(group) != adapter_names:
+        place = {name: place for place, name in enumerate(group)}
+        # The row behind them is the base's.
+        index = [place.get(name, len(group)) for name in adapter_names]
+        factor_rows = pad(factor_rows, (0, 0, 0, 1))[torch.tensor(index, device=factor_rows.device)]
+    return Update.by_row(adapted, PackedFactors.of_rows(factor_rows, adapted.rank, dimensions))
 
 
 def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:

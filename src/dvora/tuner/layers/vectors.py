@@ -80,49 +80,68 @@ def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
     return vector
 
 
-class Strength(nn.Module):
-    """s of `W + s (W' - W)`: as a tensor, so that a compiled model sees a change, and as a number.
+class StrengthDict(nn.Module):
+    """s of `W + s (W' - W)` by adapter name: as tensors, so that a compiled model sees a change, and as numbers."""
 
-    Args:
-        like: the dtype and device to have.
-        number: s.
-    """
-
-    value: Tensor
-
-    def __init__(self, like: Tensor, number: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("value", like.new_full((), number), persistent=False)
-        self._known = number, version_of(self.value)
+        self._known: dict[str, tuple[float, int]] = {}
+        """Each number, and the version of its tensor."""
 
-    @property
-    def number(self) -> float:
-        """s, without a device synchronisation unless something else has written the tensor."""
-        number, version = self._known
-        # Not as an attribute, which modules take as long to look up as a small product takes.
-        value = self._buffers["value"]
+    def put(self, adapter_name: str, number: float, like: Tensor) -> None:
+        """Keep a strength, as a tensor with the dtype and device of another."""
+        # They are in no state dict. Registered, no adapter could be named like an attribute.
+        self._non_persistent_buffers_set.add(adapter_name)
+        value = self._buffers[adapter_name] = like.new_full((), number)
+        self._known[adapter_name] = number, version_of(value)
+
+    def value(self, adapter_name: str) -> Tensor:
+        """s of one adapter, a tensor without dimensions."""
+        value = self._buffers[adapter_name]
         assert value is not None
-        if version != version_of(value):
-            # Before the value, since another thread may write to it meanwhile.
-            version = version_of(value)
+        return value
+
+    def number(self, adapter_name: str) -> float:
+        """The same as a number, without a device synchronisation unless something else has written the tensor."""
+        number, known = self._known[adapter_name]
+        value = self.value(adapter_name)
+        # Before the value, since another thread may write to it meanwhile.
+        version = version_of(value)
+        if version != known:
             number = float(value)
-            self._known = number, version
+            self._known[adapter_name] = number, version
         return number
 
     @torch.no_grad()
-    def set(self, number: float) -> None:
-        """Change s in place."""
-        self.value.fill_(number)
-        self._known = number, version_of(self.value)
+    def set(self, adapter_name: str, number: float) -> None:
+        """Change one in place."""
+        value = self.value(adapter_name)
+        value.fill_(number)
+        self._known[adapter_name] = number, version_of(value)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Strength:
-        value, number = self.value, self.number
-        moved = at_least_float32(fn)(value)
+    def move(self, adapter_name: str, device: torch.device) -> None:
+        """Move one tensor."""
+        self._change(adapter_name, lambda value: value.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StrengthDict:
+        for adapter_name in self._buffers:
+            self._change(adapter_name, at_least_float32(fn))
+        return self
+
+    def _change(self, adapter_name: str, fn: Callable[[Tensor], Tensor]) -> None:
+        value, number = self.value(adapter_name), self.number(adapter_name)
+        moved = fn(value)
         # It is in no state dict, so nothing would restore it from the meta device or fill it after `to_empty`.
         if moved is not value and not moved.is_meta:
-            self.value = moved
-            self.set(number)
-        return self
+            self._buffers[adapter_name] = moved
+            self.set(adapter_name, number)
+
+    def __contains__(self, adapter_name: object) -> bool:
+        return adapter_name in self._buffers
+
+    def __delitem__(self, adapter_name: str) -> None:
+        del self._buffers[adapter_name], self._known[adapter_name]
+        self._non_persistent_buffers_set.discard(adapter_name)
 
 
 def strength_key(strengths: dict[str, float], layer_name: str) -> str:
