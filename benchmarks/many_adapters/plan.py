@@ -12,7 +12,7 @@ from benchmarks.speed.workloads import Workload
 DENSE, STRUCTURED = Arm("dvora dense", 256), Arm("dvora structured", 256)
 LORAS = (Arm("LoRA", 8), Arm("LoRA", 1))
 BASE, MERGED = ManyArm("base"), ManyArm("merged", DENSE)
-PASSES = 4
+PASSES = 16
 """Tokens that are decoded with the same rows."""
 LEFT_OUT = (
     "GPUs: nothing here was run on one",
@@ -115,8 +115,8 @@ def whole_grounds() -> list[Ground]:
     ten_thousand = bank_arm(STRUCTURED, ROWS, KNOWN[-1])
     smollm2_arms = [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], ROWS), *by_names(LORAS[0]), *gathered()]
     return [
-        Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 11, PASSES)]),
-        Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 7, PASSES)]),
+        Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 7, PASSES)]),
+        Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 5, PASSES)]),
         Ground(minilm, "float32", all_arms(), [Phase("prefill", 32, 5)]),
         Ground(minilm, "bfloat16", few_arms(), [Phase("prefill", 32, 3)]),
         Ground(smollm2, "float32", smollm2_arms, [Phase("decode", 1, 5, 2, cached=16), Phase("prefill", 4, 3)]),

@@ -35,8 +35,9 @@ def test_constants_have_no_gradient() -> None:
 
 def every_adapter(count: int) -> PackedFactors:
     """Of several adapters, one after another."""
-    trained, constant, lambda_d = zip(*(packed(10 * number) for number in range(count)), strict=True)
-    return PackedFactors(torch.stack(trained, 1), torch.stack(constant, 1), torch.stack(lambda_d))
+    adapters = [packed(10 * number) for number in range(count)]
+    trained, lambda_d = (torch.stack([one.trained for one in adapters], 1), torch.stack([a.lambda_d for a in adapters]))
+    return PackedFactors(trained, None, lambda_d)
 
 
 @pytest.mark.parametrize("way", ["gathered", "as rows of a matrix"])
@@ -50,14 +51,17 @@ def test_the_factors_of_rows_are_those_of_their_adapters(dimensions: int, way: s
         rows = PackedFactors.of_rows(matrix, RANK, dimensions)
     ones = (1,) * (dimensions - 2)
     assert rows.is_by_row
-    assert rows.trained.shape == rows.constant.shape == (2, 4, *ones, OUT)
+    assert rows.trained.shape == (2, 4, *ones, OUT)
     assert rows.lambda_d.shape == (4, *ones, RANK)
+    bias = randn(OUT, seed=7)
     for row, number in enumerate(index.tolist()):
-        own = PackedFactors(rows.trained[:, row], rows.constant[:, row], rows.lambda_d[row])
-        for a, b in zip(own, packed(10 * number), strict=True):
-            torch.testing.assert_close(a.flatten(), b.flatten())
+        own = packed(10 * number)
+        assert torch.equal(rows.trained[:, row].flatten(), own.trained.flatten())
+        assert torch.equal(rows.lambda_d[row].flatten(), own.lambda_d)
+        torch.testing.assert_close(rows.gain[row].flatten(), own.gain)
+        torch.testing.assert_close(rows.offset(bias)[row].flatten(), own.offset(bias))
     tokens = randn(4, *(2,) * (dimensions - 2), OUT, seed=5)
-    assert (tokens * rows.constant[0]).shape == tokens.shape
+    assert (tokens * rows.gain).shape == tokens.shape
 
 
 def test_gradients_of_gathered_rows_are_added_by_adapter() -> None:
@@ -73,13 +77,14 @@ def test_gradients_of_a_matrix_of_rows_reach_it() -> None:
     rows = PackedFactors.of_rows(matrix, RANK, 3)
     (rows.trained.sum() + 2 * rows.lambda_d.sum()).backward()
     assert matrix.grad.tolist() == [[1] * 2 * OUT + [2] * RANK] * 2
-    assert not rows.constant.requires_grad
+    assert not rows.gain.requires_grad
+    assert not rows.offset(torch.ones(OUT)).requires_grad
 
 
 def test_a_row_of_zeros_is_the_base_and_changes_nothing() -> None:
     base = PackedFactors.of_rows(torch.zeros(1, 2 * OUT + RANK), RANK, 2)
-    assert base.constant[0].eq(1).all()
-    assert not base.constant[1].any()
+    assert base.gain.eq(1).all()
+    assert not base.offset(randn(OUT, seed=0)).any()
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
     def update(self, kind: str) -> Update:
         adapted = adapted_weight(kind, self.trained.shape[2], self.lambda_d.shape[1], self.trained.dtype)
-        packed = PackedFactors(self.trained, constant_factors(1 + self.trained[0], self.trained[0]), self.lambda_d)
+        packed = PackedFactors(self.trained, None, self.lambda_d)
         return Update.by_row(adapted, packed.gathered(self.index, self.base_output.dim()))
 
     def outputs(self, kind: str, small: object = None) -> Tensor:

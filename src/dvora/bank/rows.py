@@ -1,9 +1,9 @@
 """Which adapter each row of a batch has, in each thread, and the factors gathered for it.
 
 A thread is in one batch at a time. Its rows are a tensor of slots, so that a compiled graph takes any mix of adapters
-as it is; without a graph, the factors of all layers are gathered once, by one index into one matrix.
+as it is; without a graph, the factors of a layer are gathered once a batch.
 
-Dimensions: B rows of a batch, S slots, F values of a factor row, H of a head row, O out, R rank.
+Dimensions: B rows of a batch, S slots, F values of a factor row, H of a head row.
 """
 
 from __future__ import annotations
@@ -130,29 +130,24 @@ class SlotRows:
     def __init__(self, index: RowIndex, values: Float[Tensor, "S F"], heads: Float[Tensor, "S H"]) -> None:
         self.index, self.values, self.heads = index, values, heads
         self._updates: dict[tuple[LayerPlace, int, int], Update] = {}
-        self._gathered: dict[int, Tensor] = {}
 
     def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
         """The update of a layer; gathered and prepared once a batch."""
         if is_traced():
-            index = self.index.for_batch(rows, layer.name)
-            own = self.values[:, place.start : place.stop].index_select(0, index)
-            return _update(layer, own.to(layer.adapted.w.dtype), LayerPlace(0, *place[1:]), dimensions)
+            return self._gathered(layer, place, rows, dimensions)
         key = place, rows, dimensions
         known = self._updates.get(key)
         if known is None:
-            known = self._updates[key] = self._made(layer, *key)
+            # Inference tensors could not be used in a later pass with gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._updates[key] = self._gathered(layer, *key)
         return known
 
-    # Inference tensors could not be used in a later pass with gradients.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _made(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
-        whole = self._gathered.get(rows)
-        if whole is None:
-            index = self.index.for_batch(rows, layer.name)
-            whole = self._gathered[rows] = self.values.index_select(0, index).to(layer.adapted.w.dtype)
-        return _update(layer, whole, place, dimensions)
+    def _gathered(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
+        # By layer, so that factors are in the processor's cache when they are first used.
+        own = self.values[:, place.start : place.stop].index_select(0, self.index.for_batch(rows, layer.name))
+        packed = PackedFactors.of_rows(own.to(layer.adapted.w.dtype), place.rank, dimensions)
+        return Update.by_row(layer.adapted, packed)
 
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""
@@ -161,12 +156,6 @@ class SlotRows:
     def of_base(self, rows: int, name: str) -> Tensor:
         """Which rows are the base's, which has the last slot."""
         return self.index.for_batch(rows, name) == len(self.values) - 1
-
-
-def _update(layer: ServedLayer, gathered: Float[Tensor, "B F"], place: LayerPlace, dimensions: int) -> Update:
-    """The update of a layer, from the factor rows of a batch."""
-    own = gathered[:, place.start : place.stop]
-    return Update.by_row(layer.adapted, PackedFactors.of_rows(own, place.rank, dimensions))
 
 
 def check_names(names: Sequence[str | None], repeats: int) -> None:

@@ -151,8 +151,8 @@ class TrainableAdapters:
             own = [with_zeros(vectors[layer.name]) for layer in stack]
             stacked = Vectors(*(torch.stack(of_kind) for of_kind in zip(*own, strict=True)))
             made = row_factors_of_many(stacked, [layer.norm() for layer in stack], stack[0].adapted.settings)
-            each = zip(made.trained.transpose(1, 2), made.constant.transpose(1, 2), made.lambda_d, strict=True)
-            found |= zip((layer.name for layer in stack), map(PackedFactors._make, each), strict=True)
+            for layer, trained, lambda_d in zip(stack, made.trained.transpose(1, 2), made.lambda_d, strict=True):
+                found[layer.name] = PackedFactors(trained, None, lambda_d)
         return found
 
     def _start(self, name: str, values: AdapterValues | None) -> tuple[Tensor, Tensor]:

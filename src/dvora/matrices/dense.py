@@ -130,7 +130,7 @@ class DenseMatrices(nn.Module):
         inner, is_by_row = as_dtype(lambda_d, dtype), scale.dim() > 1
         B = self._scaled(_STREAM_B, lambda_d.shape[-1], scale.shape[-1], dtype, scale.device)
 
-        def add(z: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None) -> Float[Tensor, "*T O"]:
+        def add(z: Tensor, onto: Tensor | None) -> Tensor:
             if is_by_row or is_few(z):
                 product = _product(z * inner, B)
                 return product.mul_(scale) if onto is None else onto.addcmul_(product, scale)

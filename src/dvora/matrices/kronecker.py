@@ -101,7 +101,7 @@ def prepared_apply_transpose(stack: Stack, use_triton: bool = False) -> Callable
     (r1, n1), (r2, n2), transpose = left.shape, right.shape, right.T
     whole = rows == r1 * r2
 
-    def product(x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
+    def product(x: Tensor) -> Tensor:
         if x.numel() != n1 * n2:
             return apply_transpose(x, stack, use_triton)
         if len(stack) > 1:

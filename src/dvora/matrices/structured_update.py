@@ -72,7 +72,8 @@ def prepared_add_product(stack: Stack, use_triton: bool = False) -> Callable[[Te
     (r1, _), r2, transpose = left.shape, len(right), left.T
     whole = rows == r1 * r2
 
-    def add(z: Float[Tensor, "*T R"], onto: Float[Tensor, "*T N"] | None) -> Float[Tensor, "*T N"]:
+    # Without shapes: annotations would be made anew in every call.
+    def add(z: Tensor, onto: Tensor | None) -> Tensor:
         # With more matrices than one the rows of the first are fewer than a token's values.
         if z.numel() != rows or onto is None:
             return add_product(z, stack, onto, use_triton)

@@ -77,7 +77,6 @@ class FactorsOfMany(NamedTuple):
     """The factors of N adapters in L layers of one shape."""
 
     trained: Float[Tensor, "L N 2 O"]
-    constant: Float[Tensor, "L N 2 O"]
     lambda_d: Float[Tensor, "L N R"]
 
 
@@ -92,19 +91,17 @@ def row_factors_of_many(vectors: Vectors, norms: Sequence[FrozenNorm], settings:
         count = vectors.magnitude.shape[1]
         leaves = [of_kind.flatten(0, 1) for of_kind in vectors]
         state, (trained,), (lambda_d,) = _made(leaves, norms, settings)
-        constant, measured = state.constant, _measurable(state, norms)
-        if measured:
+        if measured := _measurable(state, norms):
             index = torch.tensor([entry for entry, _ in measured])
             patched = []
             for entry, rows in measured:
                 own = Vectors(*(leaf[entry] for leaf in leaves))
-                packed = PackedFactors(trained[entry], constant[entry], own.lambda_d)
+                packed = PackedFactors(trained[entry], state.constant[entry], own.lambda_d)
                 with saved_here():
                     patched.append(_with_measured(rows, packed, own, norms[entry // count], settings))
             trained = trained.index_copy(0, index, torch.stack([packed.trained for packed in patched]))
-            constant = constant.index_copy(0, index, torch.stack([packed.constant for packed in patched]))
         shape = (len(norms), count)
-        return FactorsOfMany(*(factors.unflatten(0, shape) for factors in (trained, constant, lambda_d)))
+        return FactorsOfMany(trained.unflatten(0, shape), lambda_d.unflatten(0, shape))
 
 
 def _made(
@@ -315,6 +312,7 @@ def _with_measured(
         n = w * measured_ratio(updated, w)
     g = vectors.magnitude[rows] / n
     trained, constant = torch.stack([g - 1, g * beta]), constant_factors(g, g - 1)
+    assert packed.constant is not None
     return packed._replace(
         trained=packed.trained.index_copy(1, rows, trained.to(w.dtype)),
         constant=packed.constant.index_copy(1, rows, constant.to(w.dtype)),

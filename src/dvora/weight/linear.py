@@ -142,17 +142,17 @@ def outputs_from(
 ) -> Float[Tensor, "*T O"]:
     """The output from that of the base and z, without gradients; arguments as for `adapted_linear`."""
     packed = factors.packed
-    rows, gain = _rows_for(packed, base_output), packed.constant[0]
+    rows = _rows_for(packed, base_output)
     if z is None:
-        return _reshaped(_rescaled(rows, packed, bias), base_output)
+        return _reshaped(_without_update(rows, packed, bias), base_output)
     if matrices.use_triton and base_output.is_cuda and not packed.is_by_row:
         return _reshaped(fused.outputs(rows, token_list(z), packed, matrices, bias), base_output)
-    add, offset = factors.added(matrices, z.dtype), _offset(packed, bias)
+    add = factors.added(matrices, z.dtype)
     if rows.dtype.itemsize < 4 or rows.dtype != z.dtype:
         # In half precision a gain near one would round to one.
-        y = rescaled(rows, gain, offset, as_dtype(add(_rows_for(packed, z), None), rows.dtype))
+        y = _rescaled(rows, packed, bias, as_dtype(add(_rows_for(packed, z), None), rows.dtype))
     else:
-        y = add(_rows_for(packed, z), scaled_base(rows, gain, offset))
+        y = add(_rows_for(packed, z), _scaled_base(rows, packed, bias))
     return _reshaped(y, base_output)
 
 
@@ -161,12 +161,12 @@ def _forward_keeping(
 ) -> tuple[Float[Tensor, "*T O"], Float[Tensor, "*S O"]]:
     """The outputs, and the update before its scale."""
     packed = update.factors.packed
-    rows, scale, gain = _rows_for(packed, base_output), packed.trained[1].detach(), packed.constant[0]
-    offset, low = _offset(packed, bias), _unscaled(update, _rows_for(packed, z), rows.shape[-1])
+    rows, scale = _rows_for(packed, base_output), packed.trained[1].detach()
+    low = _unscaled(update, _rows_for(packed, z), rows.shape[-1])
     if rows.dtype.itemsize < 4 or rows.dtype != low.dtype:
-        y = rescaled(rows, gain, offset, as_dtype(as_dtype(low * scale, low.dtype), rows.dtype))
+        y = _rescaled(rows, packed, bias, as_dtype(as_dtype(low * scale, low.dtype), rows.dtype))
     else:
-        y = scaled_base(rows, gain, offset).addcmul_(low, scale)
+        y = _scaled_base(rows, packed, bias).addcmul_(low, scale)
     return _reshaped(y, base_output), low
 
 
@@ -182,15 +182,28 @@ def scaled_base(
     return rows * gain if offset is None else torch.addcmul(offset, rows, gain)
 
 
-def _offset(packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Float[Tensor, "*B O"] | None:
-    """`(1 - g) bias`, which the outputs need beside `g y_b`."""
-    return None if bias is None else packed.constant[1] * bias
+def _scaled_base(
+    rows: Float[Tensor, "*T O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None
+) -> Float[Tensor, "*T O"]:
+    """`g y_b + (1 - g) bias`, a new tensor."""
+    if packed.constant is None and bias is None:
+        return torch.addcmul(rows, rows, packed.trained[0].detach())
+    return scaled_base(rows, packed.gain, None if bias is None else packed.offset(bias))
 
 
-def _rescaled(rows: Float[Tensor, "*T O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Tensor:
+def _rescaled(
+    rows: Float[Tensor, "*T O"],
+    packed: PackedFactors,
+    bias: Float[Tensor, "O"] | None,
+    update: Float[Tensor, "*T O"] | None = None,
+) -> Float[Tensor, "*T O"]:
+    """`g y_b + (1 - g) bias + update`, rounded once."""
+    return rescaled(rows, packed.gain, None if bias is None else packed.offset(bias), update)
+
+
+def _without_update(rows: Float[Tensor, "*T O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Tensor:
     """`g rows - (g - 1) bias`: outputs without an update, and gradients of the base's outputs."""
-    gain, offset = packed.constant[0], _offset(packed, bias)
-    return rescaled(rows, gain, offset) if rows.dtype.itemsize < 4 else scaled_base(rows, gain, offset)
+    return _rescaled(rows, packed, bias) if rows.dtype.itemsize < 4 else _scaled_base(rows, packed, bias)
 
 
 class ThinProducts(torch.autograd.Function):
@@ -231,7 +244,7 @@ class ThinProducts(torch.autograd.Function):
                 rows, outputs, token_list(z), packed, update.matrices, bias
             )
         else:
-            d_base = _rescaled(rows, packed, None) if needed[0] else None
+            d_base = _without_update(rows, packed, None) if needed[0] else None
             d_trained = torch.zeros_like(trained) if z is None else torch.empty_like(trained)
             if needed[3]:
                 _gain_gradient(rows, outputs, bias, d_trained[0])

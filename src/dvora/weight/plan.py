@@ -79,7 +79,9 @@ class EvaluationPlan:
         self._in_steps = x.dtype.itemsize >= 4 and not (self._matrices.use_triton and x.is_cuda)
         self._project = self._matrices.prepared_projection(adapted.rank, x.shape[-1], x.dtype, x.device)
         self._add = entry.factors.added(self._matrices, x.dtype)
-        self._gain, self._opposite = entry.factors.packed.constant
+        constant = entry.factors.packed.constant
+        assert constant is not None
+        self._gain, self._opposite = constant
 
     def keep(
         self, adapted: AdaptedWeight, entry: EvaluatedEntry, is_whole: bool, operands: Operands, running: Pass
