@@ -244,7 +244,7 @@ def held(model: PeftModel, name: str = "default") -> dict[str, weakref.ref[objec
         "adapted weight": adapted_weight,
         "norms": adapted_weight.w,
         "factors": entry.factors.packed.constant,
-        "plan's function": entry.plan._add,
+        "plan's function": entry.plan.prepared._add,
         **{f"vector {index}": vector for index, vector in enumerate(layer.vectors(name))},
     }
     return {key: weakref.ref(value) for key, value in found.items()}
@@ -304,7 +304,7 @@ def test_what_is_replaced_is_freed_at_once(distribution: str) -> None:
     layer.base_layer = nn.Linear(8, 8)
     assert weight() is None
     assert bias() is None
-    entry = weakref.ref(layer.adapted("default").kept.evaluated.plan._add)
+    entry = weakref.ref(layer.adapted("default").kept.evaluated.plan.prepared._add)
     train_vectors(model, seed=4)
     for _ in range(2):
         evaluated(model)
@@ -314,7 +314,7 @@ def test_what_is_replaced_is_freed_at_once(distribution: str) -> None:
 @pytest.mark.usefixtures("uncollected")
 def test_training_frees_what_evaluation_planned() -> None:
     model = with_plans(adapted())
-    add = weakref.ref(layer_of(model).adapted("default").kept.evaluated.plan._add)
+    add = weakref.ref(layer_of(model).adapted("default").kept.evaluated.plan.prepared._add)
     trained(model)
     train_vectors(model, seed=4)
     for _ in range(2):

@@ -152,7 +152,7 @@ def test_what_a_plan_gives_is_the_definition(strength: bool, distribution: str, 
         base = of.base(x).double()
         expected = base + (0.5 if strength else 1.0) * (dense(x).detach() - base)
         for on_cpu in (True, False):  # tokens on other devices share by the cache of all modes
-            of.plan._on_cpu, running = on_cpu, Pass()
+            of.plan.prepared._on_cpu, running = on_cpu, Pass()
             found = of.plan.outputs(x, of.base, running)
             assert (running.projected is not None) == on_cpu
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

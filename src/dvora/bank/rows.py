@@ -21,6 +21,7 @@ from ..ops.annotations import Float
 from ..ops.tracing import is_traced
 from ..tuner.restoring import surely
 from ..weight.linear import Update
+from ..weight.prepared import PreparedUpdate
 from .factors import LayerPlace
 from .served import ServedHead, ServedLayer
 
@@ -33,6 +34,9 @@ class Rows(Protocol):
 
     def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
         """The update of a layer for a batch of so many rows, of tokens with so many dimensions."""
+
+    def prepared(self, layer: ServedLayer, place: LayerPlace, x: Tensor, dimensions: int) -> PreparedUpdate | None:
+        """The same for passes without gradients, made for inputs like these; None where that is not worth it."""
 
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head, each with one entry a row."""
@@ -130,6 +134,7 @@ class SlotRows:
     def __init__(self, index: RowIndex, values: Float[Tensor, "S F"], heads: Float[Tensor, "S H"]) -> None:
         self.index, self.values, self.heads = index, values, heads
         self._updates: dict[tuple[LayerPlace, int, int], Update] = {}
+        self._prepared: dict[tuple[LayerPlace, int, int, torch.dtype], PreparedUpdate] = {}
 
     def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
         """The update of a layer; gathered and prepared once a batch."""
@@ -141,6 +146,14 @@ class SlotRows:
             # Inference tensors could not be used in a later pass with gradients.
             with torch.inference_mode(False), torch.no_grad():
                 known = self._updates[key] = self._gathered(layer, *key)
+        return known
+
+    def prepared(self, layer: ServedLayer, place: LayerPlace, x: Tensor, dimensions: int) -> PreparedUpdate:
+        """The same for passes without gradients."""
+        key = place, x.shape[0], dimensions, x.dtype
+        known = self._prepared.get(key)
+        if known is None:
+            known = self._prepared[key] = PreparedUpdate(self.update(layer, *key[:3]), x)
         return known
 
     def _gathered(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:

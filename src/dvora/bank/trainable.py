@@ -219,6 +219,9 @@ class TrainedRows:
         packed = self._factors()[layer.name]
         return Update.by_row(layer.adapted, packed.gathered(self._index.for_batch(rows, layer.name), dimensions))
 
+    def prepared(self, layer: ServedLayer, place: LayerPlace, x: Tensor, dimensions: int) -> None:
+        """The vectors change from pass to pass."""
+
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""
         places = self._present.index_select(0, self._index.for_batch(rows, head.name))

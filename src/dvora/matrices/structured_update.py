@@ -4,6 +4,7 @@ Dimensions: T tokens, N = n1 n2 the wide side, R the narrow one; t tokens of a c
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,6 @@ def add_product(
     z: Float[Tensor, "*T R"], stack: Stack, onto: Float[Tensor, "*T N"] | None, use_triton: bool = False
 ) -> Float[Tensor, "*T N"]:
     """`onto + z M`, written into `onto`; a new tensor in the dtype of `z` without one. Not differentiable."""
-    if stack[0].diagonal.dim() > 1:
-        return _added_by_row(z, stack, onto)
     if onto is None:
         return apply(z, stack, use_triton)
     if z.is_cuda and use_triton and fits_triton(z, stack):
@@ -48,26 +47,10 @@ def add_product(
     return onto
 
 
-def _added_by_row(z: Float[Tensor, "*T R"], stack: Stack, onto: Float[Tensor, "*T N"] | None) -> Float[Tensor, "*T N"]:
-    """The same for a stack that is scaled by row of a batch, by chunks of rows."""
-    (left, _, diagonal, _), wide = stack[0], onto
-    if wide is None:
-        wide = left.new_zeros(*z.shape[:-1], diagonal.shape[-1])
-    batch = rows = len(z)
-    if in_chunks(z, stack):
-        tokens = z.numel() // (batch * z.shape[-1])
-        rows = max(1, chunk_tokens(batch * tokens, stack) // tokens)
-    if rows >= batch:
-        _added_at_once(z, stack, wide)
-    else:
-        for start in range(0, batch, rows):
-            part = slice(start, start + rows)
-            _added_at_once(z[part], tuple(M._replace(diagonal=M.diagonal[part]) for M in stack), wide[part])
-    return as_dtype(wide, z.dtype) if onto is None else wide
-
-
 def prepared_add_product(stack: Stack, use_triton: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """`add_product` with a stack; one token, as (1, R), is added quickly to outputs of any shape."""
+    """`add_product`, also with a stack scaled by row; one token, as (1, R), fast to outputs of any shape."""
+    if stack[0].diagonal.dim() > 1:
+        return partial(_added_by_row, stack=stack)
     left, right, diagonal, rows = stack[0]
     (r1, _), r2, transpose = left.shape, len(right), left.T
     whole = rows == r1 * r2
@@ -81,6 +64,23 @@ def prepared_add_product(stack: Stack, use_triton: bool = False) -> Callable[[Te
         return onto.addcmul_(transpose.mm(padded.view(r1, r2)).mm(right).view(1, -1), diagonal)
 
     return add
+
+
+def _added_by_row(z: Float[Tensor, "*T R"], onto: Float[Tensor, "*T N"] | None, stack: Stack) -> Float[Tensor, "*T N"]:
+    """`add_product` with a stack that is scaled by row of a batch, by chunks of rows."""
+    diagonal, batch = stack[0].diagonal, z.shape[0]
+    wide = stack[0].left.new_zeros(*z.shape[:-1], diagonal.shape[-1]) if onto is None else onto
+    rows = batch
+    if in_chunks(z, stack):
+        tokens = z.numel() // (batch * z.shape[-1])
+        rows = max(1, chunk_tokens(batch * tokens, stack) // tokens)
+    if rows == batch:
+        _added_at_once(z, stack, wide)
+    else:
+        for start in range(0, batch, rows):
+            part = slice(start, start + rows)
+            _added_at_once(z[part], tuple(M._replace(diagonal=M.diagonal[part]) for M in stack), wide[part])
+    return as_dtype(wide, z.dtype) if onto is None else wide
 
 
 def scaled_gradients(

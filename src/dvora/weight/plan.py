@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..engines.tensor_parallel import is_dtensor
 from ..engines.zero3 import is_partitioned
-from ..matrices.shared_input import projected_in_pass
 from ..method.functional import Vectors
 from ..ops.annotations import Float
 from ..ops.passes import Pass
 from .adapted_weight import AdaptedWeight
 from .factors import EvaluatedEntry
-from .linear import Update, adapted_linear, outputs_from, scaled_base
+from .linear import Update, adapted_linear
+from .prepared import PreparedUpdate
 from .tensor_state import is_unchanged, same_or_none
 from .updated_linear import takes_updated_weight, updated_linear
 
@@ -50,38 +50,15 @@ class EvaluationPlan:
         x: inputs; the plan is for others of their width, dtype and device.
     """
 
-    __slots__ = (
-        "_adapted",
-        "_add",
-        "_asked",
-        "_dtype",
-        "_factors",
-        "_gain",
-        "_in_steps",
-        "_matrices",
-        "_on_cpu",
-        "_operands",
-        "_opposite",
-        "_project",
-        "_rank",
-        "_shared",
-    )
+    __slots__ = ("_adapted", "_asked", "_operands", "prepared")
 
     def __init__(
         self, adapted: AdaptedWeight, entry: EvaluatedEntry, operands: Operands, x: Float[Tensor, "*T I"]
     ) -> None:
         self._operands = [same_or_none(tensor) for tensor in operands]
         # Neither the adapter nor the entry itself, since they keep the plan.
-        self._adapted, self._asked, self._factors = id(adapted), entry.asked, entry.factors
-        self._matrices, self._shared, self._rank = adapted.matrices, adapted.shared, adapted.rank
-        self._dtype, self._on_cpu = x.dtype, x.is_cpu
-        # Half precision is rounded once, and Triton's kernels do all at once.
-        self._in_steps = x.dtype.itemsize >= 4 and not (self._matrices.use_triton and x.is_cuda)
-        self._project = self._matrices.prepared_projection(adapted.rank, x.shape[-1], x.dtype, x.device)
-        self._add = entry.factors.added(self._matrices, x.dtype)
-        constant = entry.factors.packed.constant
-        assert constant is not None
-        self._gain, self._opposite = constant
+        self._adapted, self._asked = id(adapted), entry.asked
+        self.prepared = PreparedUpdate(Update(adapted, None, entry.factors, adapted.matrices), x)
 
     def keep(
         self, adapted: AdaptedWeight, entry: EvaluatedEntry, is_whole: bool, operands: Operands, running: Pass
@@ -102,7 +79,7 @@ class EvaluationPlan:
 
     def is_of(self, operands: Operands, x: Tensor) -> bool:
         """Whether another plan made from these would be the same, with the same factors."""
-        return x.dtype is self._dtype and all(map(is_unchanged, self._operands, operands))
+        return x.dtype is self.prepared.dtype and all(map(is_unchanged, self._operands, operands))
 
     def serves(self, entry: EvaluatedEntry, operands: Operands, x: Tensor, running: Pass) -> bool:
         """Whether the layer's outputs are still those of the plan, in a pass without gradients.
@@ -125,16 +102,7 @@ class EvaluationPlan:
         """The layer's outputs, in a pass that the plan serves."""
         base_output: Tensor = base_layer(x)
         running.asked[self._adapted] = self._asked
-        if self._on_cpu and self._shared.share_inputs:
-            z = projected_in_pass(x, self._rank, self._matrices, self._adapted, self._project, running)
-        else:
-            z = self._shared.project_once(x, self._rank, self._adapted)
-        bias = base_layer._parameters["bias"]
-        plain = base_output.is_contiguous() and base_output.dim() == x.dim() > 1
-        if not self._in_steps or base_output.dtype is not self._dtype or not plain:
-            return outputs_from(self._factors, self._matrices, base_output, z, bias)
-        y: Tensor = self._add(z, scaled_base(base_output, self._gain, None if bias is None else self._opposite * bias))
-        return y
+        return self.prepared.outputs(x, base_output, base_layer._parameters["bias"], running)
 
 
 class TrainingPlan:
