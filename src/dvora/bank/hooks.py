@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ops.passes import current_pass
-from ..ops.tracing import grad_recorded, is_autocast, is_traced
+from ..ops.tracing import runs_plainly
 from ..tuner.layers.base_layer import check_gradient
 from ..tuner.layers.low_rank import linear
 from ..tuner.layers.outputs import ActiveAdapter, adapted_outputs
@@ -36,8 +36,7 @@ class LayerHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         layer, rows, bias = self.layer, self.current.known(), self.layer.bias()
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        plain = self._is_linear and not (is_traced() or grad_recorded() or is_autocast())
-        running = current_pass() if plain else None
+        running = current_pass() if self._is_linear and runs_plainly() else None
         if running is not None and layer.adapted.small_rows(bias) is None:
             prepared = rows.prepared(layer, self.place, x, base_output.dim())
             if prepared is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.annotations import Float
 from ..ops.dtypes import without_autocast
 from ..ops.passes import current_pass
-from ..ops.tracing import grad_recorded, is_autocast, is_traced
+from ..ops.tracing import grad_recorded, is_traced, runs_plainly
 from ..ops.triton.available import check_triton
 from .dense import DenseMatrices
 from .shard import Shard
@@ -178,7 +178,7 @@ class SharedProjections(nn.Module):
         if not self.share_inputs:
             return projected(x, rank, self.impl)
         running = current_pass()
-        if running is not None and x.is_cpu and not (grad_recorded() or is_traced() or is_autocast()):
+        if running is not None and x.is_cpu and runs_plainly():
             return projected_in_pass(x, rank, self.impl, id(reader), partial(self.impl.project, rank=rank), running)
         return self._projection_cache.of(x, rank, reader, partial(projected, matrices=self.impl))
 

@@ -29,9 +29,9 @@ def grad_recorded() -> bool:
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def is_autocast() -> bool:
-    """Whether autocast chooses the dtypes of operations, on any device."""
-    return bool(torch._C._is_any_autocast_enabled())
+def runs_plainly() -> bool:
+    """Whether operations are neither traced nor recorded, and autocast chooses no dtypes, on any device."""
+    return not (is_traced() or grad_recorded() or torch._C._is_any_autocast_enabled())
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -344,8 +344,8 @@ def _new_entry(adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor 
         magnitude, lambda_b, lambda_d, *strength = copies.split([tensor.numel() for tensor in inputs])
     packed, entry.w = _made(adapted, Vectors(magnitude, lambda_b, lambda_d), weight, *strength)
     entry.row = packed.row
-    own = PackedFactors.of_rows(entry.row[None], len(lambda_d), 2)
-    entry.factors = PassFactors(PackedFactors(own.trained[:, 0], packed.constant, own.lambda_d[0]), {})
+    trained, lambda_d = entry.row.split([packed.trained.numel(), len(lambda_d)])
+    entry.factors = PassFactors(PackedFactors(trained.view_as(packed.trained), packed.constant, lambda_d), {})
     return entry
 
 

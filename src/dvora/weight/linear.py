@@ -152,7 +152,7 @@ def outputs_from(
         # In half precision a gain near one would round to one.
         y = _rescaled(rows, packed, bias, as_dtype(add(_rows_for(packed, z), None), rows.dtype))
     else:
-        y = add(_rows_for(packed, z), _scaled_base(rows, packed, bias))
+        y = add(_rows_for(packed, z), scaled_base_of(rows, packed, bias))
     return _reshaped(y, base_output)
 
 
@@ -166,7 +166,7 @@ def _forward_keeping(
     if rows.dtype.itemsize < 4 or rows.dtype != low.dtype:
         y = _rescaled(rows, packed, bias, as_dtype(as_dtype(low * scale, low.dtype), rows.dtype))
     else:
-        y = _scaled_base(rows, packed, bias).addcmul_(low, scale)
+        y = scaled_base_of(rows, packed, bias).addcmul_(low, scale)
     return _reshaped(y, base_output), low
 
 
@@ -182,7 +182,7 @@ def scaled_base(
     return rows * gain if offset is None else torch.addcmul(offset, rows, gain)
 
 
-def _scaled_base(
+def scaled_base_of(
     rows: Float[Tensor, "*T O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None
 ) -> Float[Tensor, "*T O"]:
     """`g y_b + (1 - g) bias`, a new tensor."""
@@ -203,7 +203,7 @@ def _rescaled(
 
 def _without_update(rows: Float[Tensor, "*T O"], packed: PackedFactors, bias: Float[Tensor, "O"] | None) -> Tensor:
     """`g rows - (g - 1) bias`: outputs without an update, and gradients of the base's outputs."""
-    return _rescaled(rows, packed, bias) if rows.dtype.itemsize < 4 else _scaled_base(rows, packed, bias)
+    return _rescaled(rows, packed, bias) if rows.dtype.itemsize < 4 else scaled_base_of(rows, packed, bias)
 
 
 class ThinProducts(torch.autograd.Function):

@@ -1,12 +1,11 @@
 """An update without gradients, with all looked up that tokens do not decide: for few tokens that takes longest."""
 
-import torch
 from torch import Tensor
 
 from ..matrices.shared_input import projected_in_pass
 from ..ops.annotations import Float
 from ..ops.passes import Pass
-from .linear import Update, outputs_from, scaled_base
+from .linear import Update, outputs_from, scaled_base, scaled_base_of
 
 
 class PreparedUpdate:
@@ -40,6 +39,7 @@ class PreparedUpdate:
         self._project = self._matrices.prepared_projection(self._rank, x.shape[-1], x.dtype, x.device)
         self._add = self._factors.added(self._matrices, x.dtype)
         constant = self._factors.packed.constant
+        # Each by itself: taking one from both would be another call for every token.
         self._constant = None if constant is None else constant.unbind()
 
     def outputs(
@@ -62,14 +62,7 @@ class PreparedUpdate:
             # Of one token it has two dimensions.
             z = z.view(*x.shape[:-1], self._rank)
             return outputs_from(self._factors, self._matrices, base_output, z, bias)
-        return self._add(z, self._scaled(base_output, bias))
-
-    def _scaled(self, base_output: Float[Tensor, "*T O"], bias: Tensor | None) -> Float[Tensor, "*T O"]:
-        """`g y_b + (1 - g) bias`."""
-        if self._constant is not None:
-            gain, opposite = self._constant
-            return scaled_base(base_output, gain, None if bias is None else opposite * bias)
-        packed = self._factors.packed
-        if bias is None:
-            return torch.addcmul(base_output, base_output, packed.trained[0])
-        return scaled_base(base_output, packed.gain, packed.offset(bias))
+        if self._constant is None:
+            return self._add(z, scaled_base_of(base_output, self._factors.packed, bias))
+        gain, opposite = self._constant
+        return self._add(z, scaled_base(base_output, gain, None if bias is None else opposite * bias))

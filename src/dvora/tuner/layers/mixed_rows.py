@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -133,15 +133,10 @@ def row_updates(
         groups.setdefault((shared.seed, shared.distribution, shared.use_triton, one.rank), {})[name] = one
     found = []
     for group in groups.values():
-        rows = list(range(len(adapter_names))) if len(groups) == 1 else _rows_of(group, adapter_names)
-        names = [adapter_names[row] for row in rows]
-        update = _by_row(group, factor_rows(list(group)), names, dimensions)
-        found.append(RowUpdate(None if len(groups) == 1 else rows, update))
+        rows = None if len(groups) == 1 else [row for row, name in enumerate(adapter_names) if name in group]
+        names = list(adapter_names) if rows is None else [adapter_names[row] for row in rows]
+        found.append(RowUpdate(rows, _by_row(group, factor_rows(list(group)), names, dimensions)))
     return found
-
-
-def _rows_of(group: Collection[str], adapter_names: Sequence[str]) -> list[int]:
-    return [row for row, name in enumerate(adapter_names) if name in group]
 
 
 def _by_row(
