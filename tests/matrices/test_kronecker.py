@@ -88,7 +88,9 @@ def test_factors_of_rows_are_pinned(rows: int, size: int, factors: tuple[int, in
 def test_operations_are_those_of_the_products(rows: int, size: int) -> None:
     expected = 0
     for left, right, diagonal, _ in stack(rows, size):
-        expected += diagonal.numel() + left.shape[1] * right.numel() + left.numel() * right.shape[0]
+        left_first = left.numel() * right.shape[1] + left.shape[0] * right.numel()
+        right_first = left.shape[1] * right.numel() + left.numel() * right.shape[0]
+        expected += diagonal.numel() + min(left_first, right_first)
     assert kronecker.operations(rows, size) == expected
 
 

@@ -4,8 +4,9 @@ Dimensions: N = n1 n2 the wide side, R the narrow one, *T tokens.
 
     M = (left (x) right) diag(diagonal), cut to its first rows       left (r1, n1), right (r2, n2), M (rows, N)
 
-A token of N values is an (n1, n2) matrix X, so `x M^T` is `left (X * diagonal) right^T`: n1 n2 r2 + n1 r1 r2
-multiply-adds instead of N R. Several such matrices, one upon the other, are a stack.
+A token of N values is an (n1, n2) matrix X, so `x M^T` is `left (X * diagonal) right^T`: r1 n2 (n1 + r2) multiply-adds
+with left first, n1 r2 (n2 + r1) with right first, instead of N R; `sandwich` takes the fewer. Several such matrices,
+one upon the other, are a stack.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from ..ops.tracing import grad_recorded, is_batched, is_traced
 _VECTOR = 16
 """Width of a CPU's vector unit: a narrower inner product costs as much as one of this width."""
 
-_FEW_VALUES = 2**17
+_FEW_VALUES = 2**18
 """Up to this many values, products are made in one piece, in fresh memory."""
 
 _CHUNK_VALUES = 2**20
@@ -51,10 +52,9 @@ def factors_of_size(size: int) -> tuple[int, int]:
 
 
 def factors_of_rows(rows: int, n1: int, n2: int) -> tuple[int, int]:
-    """`r1 <= n1` and `r2 <= n2` with `rows <= r1 r2 < rows + r2`: the fewest operations, r2 counted in whole vectors.
+    """`r1 <= n1` and `r2 <= n2` with `rows <= r1 r2 < rows + r2`: the fewest operations with right first.
 
-    The smallest r2 has the fewest (n1 n2 r2 outweighs what a better fit of r1 r2 can save), and the inner product
-    over n2 first is never worse than the one over n1 first because n1 <= n2.
+    r2 is counted in whole vectors. The smallest has the fewest: n1 n2 r2 outweighs what a better fit of r1 r2 can save.
     """
     r2 = min(n2, rows, _VECTOR * ceil(rows / (_VECTOR * n1)))
     return ceil(rows / r2), r2
@@ -71,7 +71,7 @@ def operations(rows: int, size: int) -> int:
     total = 0
     for part in block_rows(rows, size):
         r1, r2 = factors_of_rows(part, n1, n2)
-        total += size + n1 * n2 * r2 + n1 * r1 * r2
+        total += size + min(r1 * n2 * (n1 + r2), n1 * r2 * (n2 + r1))
     return total
 
 
@@ -96,18 +96,18 @@ def apply(z: Float[Tensor, "*T R"], stack: Stack, use_triton: bool = False) -> F
 
 
 def prepared_apply_transpose(stack: Stack, use_triton: bool = False) -> Callable[[Tensor], Tensor]:
-    """`apply_transpose` with a stack, not differentiable; quick for one token, whose product is (1, R)."""
+    """`apply_transpose` with a stack, not differentiable; quick for few tokens, and that of one token is (1, R)."""
     left, right, diagonal, rows = stack[0]
     (r1, n1), (r2, n2), transpose = left.shape, right.shape, right.T
-    whole = rows == r1 * r2
+    whole, size = rows == r1 * r2, n1 * n2
 
     def product(x: Tensor) -> Tensor:
-        if x.numel() != n1 * n2:
-            return apply_transpose(x, stack, use_triton)
-        if len(stack) > 1:
-            return apply_transpose(x.reshape(1, -1), stack, use_triton)
-        found = left.mm((x * diagonal).view(n1, n2).mm(transpose)).view(1, -1)
-        return as_dtype(found if whole else found[:, :rows], x.dtype)
+        values = x.numel()
+        if len(stack) > 1 or not values or (values > size and (x.is_cuda or not is_few(values))):
+            return apply_transpose(x.reshape(1, -1) if values == size else x, stack, use_triton)
+        shape = (1,) if values == size else x.shape[:-1]
+        found = sandwich(left, (x * diagonal).reshape(-1, n1, n2), transpose).view(*shape, r1 * r2)
+        return as_dtype(found if whole else found[..., :rows], x.dtype)
 
     return product
 
@@ -175,11 +175,7 @@ def apply_transpose_block(x: Float[Tensor, "*T N"], M: Kronecker) -> Float[Tenso
     """`x M^T` for one matrix of a stack, in the wider dtype."""
     left, right, diagonal, rows = M
     (r1, n1), (r2, n2) = left.shape, right.shape
-    inner = (x * diagonal).reshape(-1, n2) @ right.T
-    tokens = inner.shape[0] // n1
-    # A plain product starts faster than a batched one.
-    product = left @ inner if tokens == 1 else torch.bmm(left.expand(tokens, r1, n1), inner.view(tokens, n1, r2))
-    product = product.view(*x.shape[:-1], r1 * r2)
+    product = sandwich(left, (x * diagonal).reshape(-1, n1, n2), right.T).view(*x.shape[:-1], r1 * r2)
     return product if rows == r1 * r2 else product[..., :rows]
 
 
@@ -192,20 +188,49 @@ def _apply_at_once(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T 
 
 def without_diagonal(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "*T N"]:
     """`z (left (x) right)`."""
-    n1, (r2, n2) = M.left.shape[1], M.right.shape
-    return (half_way(z, M).view(-1, r2) @ M.right).view(*z.shape[:-1], n1 * n2)
+    values = M.left.shape[1] * M.right.shape[1]
+    return sandwich(M.left.T, as_matrices(z, M), M.right).view(*z.shape[:-1], values)
 
 
-def half_way(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "t n1 r2"]:
-    """`left^T z`, with the values of each token as a matrix (r1, r2)."""
-    (r1, n1), r2 = M.left.shape, len(M.right)
+def as_matrices(z: Float[Tensor, "*T R"], M: Kronecker) -> Float[Tensor, "t r1 r2"]:
+    """The values of each token as a matrix."""
+    r1, r2 = len(M.left), len(M.right)
     padded = z if M.rows == r1 * r2 else pad(z, (0, r1 * r2 - M.rows))
-    wide = as_dtype(padded, M.left.dtype)
-    tokens = z.numel() // M.rows
-    # A plain product starts faster than a batched one.
-    if tokens == 1:
-        return (M.left.T @ wide.reshape(r1, r2))[None]
-    return torch.bmm(M.left.T.expand(tokens, n1, r1), wide.reshape(tokens, r1, r2))
+    return as_dtype(padded, M.left.dtype).reshape(z.numel() // M.rows, r1, r2)
+
+
+def sandwich(
+    left: Float[Tensor, "a b"],
+    X: Float[Tensor, "t b c"],
+    right: Float[Tensor, "c d"],
+    inner: Float[Tensor, "M"] | None = None,
+    out: Float[Tensor, "t N"] | None = None,
+) -> Float[Tensor, "t a d"]:
+    """`left X right` for every token, first the side that leaves fewer operations.
+
+    Args:
+        left, X, right: the matrices.
+        inner: a buffer for what lies between the two products, or None.
+        out: where the result is written to, the values of each token in a row, or None.
+    """
+    (a, b), (c, d), tokens = left.shape, right.shape, len(X)
+    left_first = _is_left_first(left, right)
+    if tokens == 1 and out is None:
+        # A plain product starts faster than a batched one.
+        return (left.mm(X[0]).mm(right) if left_first else left.mm(X[0].mm(right)))[None]
+    rows, columns = (a, c) if left_first else (b, d)
+    half = None if inner is None else inner[: tokens * rows * columns].view(tokens, rows, columns)
+    each = left.expand(tokens, a, b)
+    if left_first:
+        half = torch.bmm(each, X, out=half)
+        return torch.mm(half.view(-1, c), right, out=None if out is None else out.view(-1, d)).view(tokens, a, d)
+    half = torch.mm(X.reshape(-1, c), right, out=None if half is None else half.view(-1, d))
+    return torch.bmm(each, half.view(tokens, b, d), out=None if out is None else out.view(tokens, a, d))
+
+
+def _is_left_first(left: Float[Tensor, "a b"], right: Float[Tensor, "c d"]) -> bool:
+    (a, b), (c, d) = left.shape, right.shape
+    return a * c * (b + d) <= b * d * (a + c)
 
 
 def chunk_tokens(tokens: int, stack: Stack) -> int:
@@ -215,11 +240,16 @@ def chunk_tokens(tokens: int, stack: Stack) -> int:
     return max(1, ceil(tokens / max(1, ceil(tokens / most))))
 
 
+def is_few(values: int) -> bool:
+    """Whether so many values of tokens on the wide side are few enough for a product in one piece."""
+    return values <= _FEW_VALUES
+
+
 def in_chunks(x: Tensor, stack: Stack) -> bool:
     """Whether a product is made by chunks of tokens, in reused buffers."""
     if not x.is_cpu or torch.compiler.is_compiling() or is_batched(x):
         return False
-    return x.numel() // x.shape[-1] * stack[0].diagonal.shape[-1] > _FEW_VALUES
+    return not is_few(x.numel() // x.shape[-1] * stack[0].diagonal.shape[-1])
 
 
 def _product(x: Tensor, stack: Stack, transpose: bool) -> Tensor:
@@ -273,14 +303,12 @@ def apply_transpose_chunk(x: Float[Tensor, "t N"], stack: Stack, into: Float[Ten
     """`into = x M^T` for a few tokens."""
     wide, inner = _scratch(len(x), stack)
     for (left, right, diagonal, rows), block in zip(stack, into.split([M.rows for M in stack], 1), strict=True):
-        (r1, n1), (r2, n2), tokens = left.shape, right.shape, len(x)
-        signed = torch.mul(x, diagonal, out=wide)
-        half = torch.mm(signed.view(-1, n2), right.T, out=inner[: tokens * n1 * r2].view(-1, r2)).view(tokens, n1, r2)
-        repeated = left.expand(tokens, r1, n1)
-        if rows == r1 * r2 and block.is_contiguous() and block.dtype == half.dtype:
-            torch.bmm(repeated, half, out=block.view(tokens, r1, r2))
-        else:
-            block.copy_(torch.bmm(repeated, half).view(tokens, -1)[:, :rows])
+        (r1, n1), (r2, n2) = left.shape, right.shape
+        X = torch.mul(x, diagonal, out=wide).view(-1, n1, n2)
+        fits = rows == r1 * r2 and block.is_contiguous() and block.dtype == wide.dtype
+        found = sandwich(left, X, right.T, inner, block if fits else None)
+        if not fits:
+            block.copy_(found.view(-1, r1 * r2)[:, :rows])
 
 
 def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"]) -> None:
@@ -288,16 +316,10 @@ def apply_chunk(z: Float[Tensor, "t R"], stack: Stack, into: Float[Tensor, "t N"
     wide, inner = _scratch(len(z), stack)
     # Sum half-precision results in float32 and round once.
     total = into if into.dtype == wide.dtype else torch.empty_like(into, dtype=wide.dtype)
-    for index, (M, block) in enumerate(zip(stack, z.split([M.rows for M in stack], 1), strict=True)):
-        (r1, n1), (r2, n2), tokens = M.left.shape, M.right.shape, len(z)
-        missing = r1 * r2 - M.rows
-        padded = pad(block.to(wide.dtype), (0, missing)) if missing else block.to(wide.dtype)
-        half = inner[: tokens * n1 * r2]
-        torch.bmm(M.left.T.expand(tokens, n1, r1), padded.reshape(tokens, r1, r2), out=half.view(tokens, n1, r2))
-        product = wide if index else total
-        torch.mm(half.view(-1, r2), M.right, out=product.view(-1, n2))
+    for index, (M, block) in enumerate(zip(stack, split_ranks(z, stack), strict=True)):
+        sandwich(M.left.T, as_matrices(block, M), M.right, inner, wide if index else total)
         if index:
-            total.addcmul_(product, M.diagonal)
+            total.addcmul_(wide, M.diagonal)
         else:
             total.mul_(M.diagonal)
     if total is not into:
@@ -324,7 +346,7 @@ def apply_in_triton(z: Float[Tensor, "*T R"], stack: Stack) -> Float[Tensor, "*T
 
 def _scratch(chunk: int, stack: Stack) -> tuple[Tensor, Tensor]:
     """Buffers for one chunk: on the wide side, and between the two products."""
-    diagonal, (_, n1) = stack[0].diagonal, stack[0].left.shape
-    widest = max(M.right.shape[0] for M in stack)
+    diagonal, (_, n1), (_, n2) = stack[0].diagonal, stack[0].left.shape, stack[0].right.shape
+    widest = max(max(len(M.left) * n2, n1 * len(M.right)) for M in stack)
     wide = scratch("kronecker wide", (chunk, len(diagonal)), diagonal.dtype, diagonal.device)
-    return wide, scratch("kronecker inner", (chunk * n1 * widest,), diagonal.dtype, diagonal.device)
+    return wide, scratch("kronecker inner", (chunk * widest,), diagonal.dtype, diagonal.device)

@@ -4,12 +4,10 @@ Dimensions: T tokens, N = n1 n2 the wide side, R the narrow one; t tokens of a c
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..ops.annotations import Float
 from ..ops.dtypes import as_dtype
@@ -19,11 +17,13 @@ from .kronecker import (
     apply,
     apply_in_triton,
     apply_transpose_block,
+    as_matrices,
     chunk_tokens,
     fits_triton,
-    half_way,
     in_chunks,
+    is_few,
     joined_ranks,
+    sandwich,
     scaled,
     split_ranks,
     without_diagonal,
@@ -48,20 +48,30 @@ def add_product(
 
 
 def prepared_add_product(stack: Stack, use_triton: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """`add_product`, also with a stack scaled by row; one token, as (1, R), fast to outputs of any shape."""
+    """`add_product`, also with a stack scaled by row; quick for one token, as (1, R), to outputs of any shape."""
     if stack[0].diagonal.dim() > 1:
-        return partial(_added_by_row, stack=stack)
-    left, right, diagonal, rows = stack[0]
-    (r1, _), r2, transpose = left.shape, len(right), left.T
-    whole = rows == r1 * r2
+        return _prepared_by_row(stack)
 
     # Without shapes: annotations would be made anew in every call.
     def add(z: Tensor, onto: Tensor | None) -> Tensor:
+        M = stack[0]
         # With more matrices than one the rows of the first are fewer than a token's values.
-        if z.numel() != rows or onto is None:
+        if z.numel() != M.rows or onto is None:
             return add_product(z, stack, onto, use_triton)
-        padded = z if whole else pad(z, (0, r1 * r2 - rows))
-        return onto.addcmul_(transpose.mm(padded.view(r1, r2)).mm(right).view(1, -1), diagonal)
+        return onto.addcmul_(without_diagonal(z, M).view(1, -1), M.diagonal)
+
+    return add
+
+
+def _prepared_by_row(stack: Stack) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`_added_by_row` with a stack; quick for one token a row."""
+    M, transpose = stack[0], stack[0].left.T
+    values, quick = len(M.diagonal) * M.rows, len(stack) == 1 and is_few(M.diagonal.numel())
+
+    def add(z: Tensor, onto: Tensor | None) -> Tensor:
+        if not quick or onto is None or z.numel() != values:
+            return _added_by_row(z, onto, stack)
+        return onto.addcmul_(sandwich(transpose, as_matrices(z, M), M.right).view(onto.shape), M.diagonal)
 
     return add
 
@@ -134,7 +144,7 @@ def _block_gradients(
 ) -> tuple[Float[Tensor, "t R"], _BlockSums]:
     """The gradient of z, and the sums with those of the tokens before."""
     n1, n2 = M.left.shape[1], M.right.shape[1]
-    P = half_way(z * lambda_d, M).permute(1, 2, 0)
+    P = torch.bmm(M.left.T.expand(len(d), n1, len(M.left)), as_matrices(z * lambda_d, M)).permute(1, 2, 0)
     D, h = d.view(len(d), n1, n2).transpose(0, 1), apply_transpose_block(d, M)
     outputs = torch.bmm(P, D) if before is None else before.outputs.baddbmm_(P, D)
     d_lambda_d = (h * z).sum(0)
