@@ -114,6 +114,8 @@ class AdaptedWeight(nn.Module):
         self.name = name
         # A name that no model uses, since PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
+        self.update_key = shared.seed, shared.distribution, shared.use_triton, self.rank
+        """Adapters of equal keys have the same A and B in a layer."""
         if self.rank:
             shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.readable = readable

@@ -16,6 +16,8 @@ with the values that they were made from, once a pass. On other devices that wou
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,8 @@ from ..ops.passes import Pass, current_pass
 from ..ops.tracing import grad_recorded, in_backward_pass, is_traced, saved_tensors_are_hooked
 from .adapted_weight import AdaptedWeight
 from .tensor_state import SameTensor, TensorVersion, is_unchanged, same_or_none
+
+_is_cpu = attrgetter("is_cpu")
 
 _TOGETHER = 8
 """Adapters whose vectors are compared together: few enough for the processor's cache."""
@@ -190,11 +194,11 @@ class EvaluatedEntry:
         inputs: the vectors and the strength.
         copies: their values as one tensor, on the CPU; None elsewhere.
         weight: as stored, or None.
+        known_weight: what another entry knows of the same weight, or None.
     """
 
     __slots__ = (
         "_versions",
-        "_weight",
         "_weight_version",
         "asked",
         "compared_in",
@@ -204,6 +208,7 @@ class EvaluatedEntry:
         "plan",
         "row",
         "w",
+        "weight",
     )
 
     factors: PassFactors
@@ -212,14 +217,21 @@ class EvaluatedEntry:
     w: Tensor
     """The norms that they are made with."""
 
-    def __init__(self, asked: Asked, inputs: Sequence[Tensor], copies: Tensor | None, weight: Tensor | None) -> None:
+    def __init__(
+        self,
+        asked: Asked,
+        inputs: Sequence[Tensor],
+        copies: Tensor | None,
+        weight: Tensor | None,
+        known_weight: SameTensor | None = None,
+    ) -> None:
         self.asked, self.copies = asked, copies
         self.plan: Any = None
         """The layer's `EvaluationPlan` with these factors."""
         self.compared_in: Pass | None = None
         """The pass in which the vectors were compared with the copies."""
         self.inputs = [SameTensor(tensor) for tensor in inputs]
-        self._weight = same_or_none(weight)
+        self.weight = known_weight if is_unchanged(known_weight, weight) else same_or_none(weight)
         self._weight_version = None if weight is None else TensorVersion.of(local(weight))
         # A shard is another tensor in every pass.
         self._versions = [TensorVersion.of(tensor) for tensor in inputs] if copies is None else None
@@ -228,7 +240,7 @@ class EvaluatedEntry:
         self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
     ) -> bool:
         """Whether nothing has changed."""
-        if not self.may_fit(adapted, inputs, weight):
+        if not (self.is_for(adapted, inputs) and self.has_weight(weight)):
             return False
         if self.copies is None:
             same = all(map(SameTensor.is_of, self.inputs, inputs))
@@ -240,11 +252,10 @@ class EvaluatedEntry:
         self.compared_in = running
         return True
 
-    def may_fit(self, adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None) -> bool:
-        """Whether nothing has changed but perhaps the inputs."""
+    def is_for(self, adapted: AdaptedWeight, inputs: Sequence[Tensor]) -> bool:
+        """Whether nothing has changed but perhaps the inputs and the weight."""
         # Not as an attribute, which modules take as long to look up as a small product takes.
-        same_size = adapted._buffers["w"] is self.w and len(inputs) == len(self.inputs)
-        return same_size and self._has_weight(weight)
+        return adapted._buffers["w"] is self.w and len(inputs) == len(self.inputs)
 
     def is_of_same(self, inputs: Sequence[Tensor]) -> bool:
         """Whether it was made from these tensors and nothing else, whatever is in them now."""
@@ -254,8 +265,9 @@ class EvaluatedEntry:
         """Whether all tensors that it was made from still exist."""
         return all(known.tensor() is not None for known in self.inputs)
 
-    def _has_weight(self, weight: Tensor | None) -> bool:
-        if is_unchanged(self._weight, weight):
+    def has_weight(self, weight: Tensor | None) -> bool:
+        """Whether it was made with this weight."""
+        if is_unchanged(self.weight, weight):
             return True
         known = self._weight_version
         return weight is not None and known is not None and known.is_of(local(weight))
@@ -263,7 +275,7 @@ class EvaluatedEntry:
 
 def have_values(inputs: Sequence[Tensor], copies: Tensor) -> bool:
     """Whether vectors and strengths have these values, one after another, on the CPU."""
-    if not all(tensor.is_cpu for tensor in inputs):
+    if not all(map(_is_cpu, inputs)):
         return False
     now = joined_values(inputs)
     return now.dtype == copies.dtype and torch.equal(now, copies)
@@ -287,9 +299,12 @@ def factor_rows(
         inputs: the vectors of each, and its strength unless that is one.
         weight: as for `factors_of`.
     """
-    entries = _all_fit(weights, inputs, weight) or [
-        _entry_for(adapted, own, weight, None) for adapted, own in zip(weights, inputs, strict=True)
-    ]
+    entries = _all_fit(weights, inputs, weight)
+    if entries is None:
+        entries, known = [], None
+        for adapted, own in zip(weights, inputs, strict=True):
+            entries.append(_entry_for(adapted, own, weight, None, known))
+            known = entries[-1].weight
     return torch.stack([entry.row for entry in entries])
 
 
@@ -297,27 +312,35 @@ def _all_fit(
     weights: Sequence[AdaptedWeight], inputs: Sequence[Sequence[Tensor]], weight: Tensor | None
 ) -> list[EvaluatedEntry] | None:
     """The kept factors of all adapters, if nothing has changed."""
-    entries = list[EvaluatedEntry]()
+    entries, copies, known = list[EvaluatedEntry](), list[Tensor](), None
     for adapted, own in zip(weights, inputs, strict=True):
         entry: EvaluatedEntry | None = adapted.kept.evaluated
-        if entry is None or entry.copies is None or not entry.may_fit(adapted, own, weight):
+        if entry is None or entry.copies is None or not entry.is_for(adapted, own):
             return None
+        if known is None or entry.weight is not known:
+            if not entry.has_weight(weight):
+                return None
+            known = entry.weight
         entries.append(entry)
+        copies.append(entry.copies)
     for start in range(0, len(entries), _TOGETHER):
         some = slice(start, start + _TOGETHER)
-        copies = torch.cat([entry.copies for entry in entries[some] if entry.copies is not None])
-        if not have_values([tensor for own in inputs[some] for tensor in own], copies):
+        if not have_values(list(chain.from_iterable(inputs[some])), torch.cat(copies[some])):
             return None
     return entries
 
 
 def _entry_for(
-    adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, running: Pass | None
+    adapted: AdaptedWeight,
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    running: Pass | None,
+    known_weight: SameTensor | None = None,
 ) -> EvaluatedEntry:
     """The kept factors if they fit, or new ones, which are kept."""
     entry: EvaluatedEntry | None = adapted.kept.evaluated
     if entry is None or not entry.fits(adapted, inputs, weight, running):
-        entry = _new_entry(adapted, inputs, weight)
+        entry = _new_entry(adapted, inputs, weight, known_weight)
         adapted.kept.evaluated = entry if entry.fits(adapted, inputs, weight, running) else None
     return entry
 
@@ -334,10 +357,12 @@ def _evaluated(
 # Inference tensors could not be used in a later pass that trains something else.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _new_entry(adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None) -> EvaluatedEntry:
+def _new_entry(
+    adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, known_weight: SameTensor | None
+) -> EvaluatedEntry:
     # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
     copies = joined_values(inputs) if all(tensor.is_cpu for tensor in inputs) else None
-    entry = EvaluatedEntry(Asked.of(adapted, Vectors(*inputs[:3]), weight), inputs, copies, weight)
+    entry = EvaluatedEntry(Asked.of(adapted, Vectors(*inputs[:3]), weight), inputs, copies, weight, known_weight)
     if copies is None:
         magnitude, lambda_b, lambda_d, *strength = inputs
     else:

@@ -29,7 +29,7 @@ from .mergeable import MergeableLayer, Merges
 from .mixed_rows import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
 from .opaque_weight import device_of, input_dtype, keep_differentiable
 from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
-from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in
+from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in, vectors_of_many
 
 _NO_DROPOUT = nn.Identity()
 
@@ -288,11 +288,12 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if is_traced() or grad_recorded() or is_dtensor(weight):
             return torch.stack([adapter.update.factors.packed.row for adapter in self._active(adapter_names)])
         all_adapted: Any = self.dvora_adapted._modules
-        inputs, dicts, strengths = list[Sequence[Tensor]](), self.vector_dicts(), self.dvora_strength
-        for name in adapter_names:
-            vectors = vectors_in(dicts, name)
-            inputs.append(vectors if strengths.number(name) == 1 else (*vectors, strengths.value(name)))
-        return factor_rows([all_adapted[name] for name in adapter_names], inputs, weight)
+        inputs, strengths = vectors_of_many(self.vector_dicts(), adapter_names), self.dvora_strength
+        weakened = [
+            own if strengths.number(name) == 1 else (*own, strengths.value(name))
+            for name, own in zip(adapter_names, inputs, strict=True)
+        ]
+        return factor_rows([all_adapted[name] for name in adapter_names], weakened, weight)
 
     def _adapt_rows(self, x: Tensor, base_output: Tensor, update: Update) -> Tensor:
         return self._adapted(x, base_output, [ActiveAdapter(update, _NO_DROPOUT, is_whole=True)])

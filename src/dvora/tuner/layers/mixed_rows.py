@@ -129,8 +129,7 @@ def row_updates(
     """
     groups: dict[tuple[object, ...], dict[str, AdaptedWeight]] = {}
     for name, one in adapted.items():
-        shared = one.shared
-        groups.setdefault((shared.seed, shared.distribution, shared.use_triton, one.rank), {})[name] = one
+        groups.setdefault(one.update_key, {})[name] = one
     found = []
     for group in groups.values():
         rows = None if len(groups) == 1 else [row for row, name in enumerate(adapter_names) if name in group]

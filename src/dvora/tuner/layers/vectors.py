@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,18 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
     if adapter_name not in lambdas_b:
         return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
     return Vectors(magnitude, _vector(lambdas_b, adapter_name), _vector(lambdas_d, adapter_name))
+
+
+def vectors_of_many(dicts: Sequence[VectorDict], adapter_names: Sequence[str]) -> list[Vectors]:
+    """`vectors_in` of many adapters, quickly where parameters are where modules keep their own."""
+    magnitudes, lambdas_b, lambdas_d = (cast(dict[str, Tensor], vectors._parameters) for vectors in dicts)
+    found = list[Vectors]()
+    for name in adapter_names:
+        if name in lambdas_d and (magnitude := magnitudes[name]).dtype not in _ROUNDED:
+            found.append(Vectors(magnitude, lambdas_b[name], lambdas_d[name]))
+        else:
+            found.append(vectors_in(dicts, name))
+    return found
 
 
 def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
