@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from dvora.matrices import kronecker as kronecker_plain
 from tests.cases import randn
@@ -225,3 +226,19 @@ def test_columns_by_index(rows: int, size: int, data: st.DataObject) -> None:
     index = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=2)))[:, None]
     matrices = stack(rows, size)
     assert torch.equal(kronecker.columns(matrices, index), kronecker.dense(matrices).T[index])
+
+
+@given(sizes=st.tuples(*[st.integers(1, 12)] * 4), tokens=st.integers(0, 3), buffered=st.booleans())
+def test_a_sandwich_is_three_matrices_with_the_fewest_operations(
+    sizes: tuple[int, int, int, int], tokens: int, buffered: bool
+) -> None:
+    a, b, c, d = sizes
+    left, X, right = (randn(*shape, seed=sum(shape), dtype=torch.float64) for shape in ((a, b), (tokens, b, c), (c, d)))
+    inner = torch.full((tokens * max(a * c, b * d),), torch.nan, dtype=torch.float64) if buffered else None
+    out = torch.full((tokens, a * d), torch.nan, dtype=torch.float64) if buffered else None
+    with FlopCounterMode(display=False) as counter:
+        found = kronecker_plain.sandwich(left, X, right, inner, out)
+    assert torch.allclose(found, torch.einsum("ab,tbc,cd->tad", left, X, right))
+    assert counter.get_total_flops() == 2 * tokens * min(a * c * (b + d), b * d * (a + c))
+    if out is not None:
+        assert torch.equal(out, found.flatten(1))
