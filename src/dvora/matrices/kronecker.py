@@ -71,7 +71,7 @@ def operations(rows: int, size: int) -> int:
     total = 0
     for part in block_rows(rows, size):
         r1, r2 = factors_of_rows(part, n1, n2)
-        total += size + min(r1 * n2 * (n1 + r2), n1 * r2 * (n2 + r1))
+        total += size + min(_of_both_orders(r1, n1, n2, r2))
     return total
 
 
@@ -97,17 +97,14 @@ def apply(z: Float[Tensor, "*T R"], stack: Stack, use_triton: bool = False) -> F
 
 def prepared_apply_transpose(stack: Stack, use_triton: bool = False) -> Callable[[Tensor], Tensor]:
     """`apply_transpose` with a stack, not differentiable; quick for few tokens, and that of one token is (1, R)."""
-    left, right, diagonal, rows = stack[0]
-    (r1, n1), (r2, n2), transpose = left.shape, right.shape, right.T
-    whole, size = rows == r1 * r2, n1 * n2
+    M, size = stack[0], len(stack[0].diagonal)
 
     def product(x: Tensor) -> Tensor:
         values = x.numel()
+        tokens = x.reshape(1, -1) if values == size else x
         if len(stack) > 1 or not values or (values > size and (x.is_cuda or not is_few(values))):
-            return apply_transpose(x.reshape(1, -1) if values == size else x, stack, use_triton)
-        shape = (1,) if values == size else x.shape[:-1]
-        found = sandwich(left, (x * diagonal).reshape(-1, n1, n2), transpose).view(*shape, r1 * r2)
-        return as_dtype(found if whole else found[..., :rows], x.dtype)
+            return apply_transpose(tokens, stack, use_triton)
+        return as_dtype(apply_transpose_block(tokens, M), x.dtype)
 
     return product
 
@@ -214,7 +211,8 @@ def sandwich(
         out: where the result is written to, the values of each token in a row, or None.
     """
     (a, b), (c, d), tokens = left.shape, right.shape, len(X)
-    left_first = _is_left_first(left, right)
+    of_left_first, of_right_first = _of_both_orders(a, b, c, d)
+    left_first = of_left_first <= of_right_first
     if tokens == 1 and out is None:
         # A plain product starts faster than a batched one.
         return (left.mm(X[0]).mm(right) if left_first else left.mm(X[0].mm(right)))[None]
@@ -228,9 +226,9 @@ def sandwich(
     return torch.bmm(each, half.view(tokens, b, d), out=None if out is None else out.view(tokens, a, d))
 
 
-def _is_left_first(left: Float[Tensor, "a b"], right: Float[Tensor, "c d"]) -> bool:
-    (a, b), (c, d) = left.shape, right.shape
-    return a * c * (b + d) <= b * d * (a + c)
+def _of_both_orders(a: int, b: int, c: int, d: int) -> tuple[int, int]:
+    """Multiply-adds of `sandwich` for each token, with left first and with right first."""
+    return a * c * (b + d), b * d * (a + c)
 
 
 def chunk_tokens(tokens: int, stack: Stack) -> int:

@@ -361,7 +361,7 @@ def _new_entry(
     adapted: AdaptedWeight, inputs: Sequence[Tensor], weight: Tensor | None, known_weight: SameTensor | None
 ) -> EvaluatedEntry:
     # Copy before computing, and compute from the copies: another thread may write to the vectors meanwhile.
-    copies = joined_values(inputs) if all(tensor.is_cpu for tensor in inputs) else None
+    copies = joined_values(inputs) if all(map(_is_cpu, inputs)) else None
     entry = EvaluatedEntry(Asked.of(adapted, Vectors(*inputs[:3]), weight), inputs, copies, weight, known_weight)
     if copies is None:
         magnitude, lambda_b, lambda_d, *strength = inputs
