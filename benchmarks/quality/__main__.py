@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
 from benchmarks.quality.processes import start_process
-from benchmarks.quality.results import RESULT, read_rows, write_rows
+from benchmarks.quality.results import read_rows, result_file, write_rows
 from benchmarks.quality.running import carry_out
 from benchmarks.quality.schedule import alone, ready, remaining
 
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Carry out what is missing of the grid, or repeat a row."""
     chosen = _parser().parse_args(arguments)
     grid = read_grid(chosen.grid)
+    chosen.output = chosen.output or result_file(chosen.grid)
     rows = read_rows(chosen.output)
     if chosen.repeat:
         return _repeat(grid, rows, chosen.repeat)
@@ -112,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", nargs="+", type=int, help="of the final runs; left out, all")
     parser.add_argument("--alone", action="store_true", help="a few steps of each arm, one at a time: time and memory")
     parser.add_argument("--repeat", metavar="KEY", help="repeat the run of a row and print both")
-    parser.add_argument("--grid", type=Path, default=FILE)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--grid", type=Path, default=FILE, help="a file of grids/")
+    parser.add_argument("--output", type=Path, help="left out, the file in benchmarks/results/ with the grid's name")
     return parser
 
 

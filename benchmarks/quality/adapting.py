@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    RandLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from safetensors import safe_open
 from torch import nn
 
 from benchmarks.quality.grid import Arm, Rates
@@ -57,12 +68,36 @@ def groups(model: nn.Module, head: nn.Module | None, rates: Rates, weight_decay:
     ]
 
 
-def saved_bytes(model: nn.Module, folder: Path) -> int:
-    """Size of what has to be saved: PEFT's file, or the trained parameters."""
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
-        return (folder / "adapter_model.safetensors").stat().st_size
-    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
+"""Parts of the names of tensors that PEFT saves though they come from a seed."""
+
+
+def saved_bytes(model: nn.Module, folder: Path) -> dict[str, int]:
+    """Size of what has to be saved: PEFT's file, or the trained parameters.
+
+    Returns:
+        `saved_bytes`, and `seeded_bytes`: how many of them are of matrices that a seed would give.
+    """
+    if not isinstance(model, PeftModel):
+        trained = (each for each in model.parameters() if each.requires_grad)
+        return {"saved_bytes": sum(each.numel() * each.element_size() for each in trained), "seeded_bytes": 0}
+    model.save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        names = list(tensors.keys())
+        seeded = [tensors.get_tensor(name) for name in names if any(each in name for each in SEEDED)]
+    return {
+        "saved_bytes": file.stat().st_size,
+        "seeded_bytes": sum(each.numel() * each.element_size() for each in seeded),
+    }
+
+
+@torch.no_grad()
+def round_to_half(model: nn.Module) -> None:
+    """Give every trained parameter the values that it would have after a file in float16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(parameter.half())
 
 
 def _targets(arm: Arm, layers: Mapping[str, str]) -> str:
@@ -95,7 +130,25 @@ def _lora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
 
 
 def _ia3(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    """(IA)3 where its authors put it, or, where the grid names no such layers, on the outputs of all linear layers."""
+    if "ia3" not in layers:
+        return IA3Config(target_modules="all-linear", feedforward_modules=[], **arm.options)
     return IA3Config(target_modules=layers["ia3"], feedforward_modules=layers["ia3_feed_forward"], **arm.options)
+
+
+def _vblora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert arm.r is not None
+    return VBLoRAConfig(r=arm.r, target_modules=_targets(arm, layers), **arm.options)
+
+
+def _unilora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert arm.r is not None
+    return UniLoraConfig(r=arm.r, target_modules=_targets(arm, layers), proj_seed=seed, **arm.options)
+
+
+def _randlora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    assert arm.r is not None
+    return RandLoraConfig(r=arm.r, target_modules=_targets(arm, layers), projection_prng_key=seed, **arm.options)
 
 
 _CONFIGS: dict[str, Callable[[Arm, Mapping[str, str], int], PeftConfig]] = {
@@ -105,4 +158,7 @@ _CONFIGS: dict[str, Callable[[Arm, Mapping[str, str], int], PeftConfig]] = {
     "lora": _lora,
     "dora": _lora,
     "ia3": _ia3,
+    "vblora": _vblora,
+    "unilora": _unilora,
+    "randlora": _randlora,
 }

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import PENALTIES, fitted
-from benchmarks.quality.problems import Evaluation, Labelled, Plays, Problem
-from materials import data
+from benchmarks.quality.problems import SOURCES, Evaluation, Labelled, Plays, Problem
 
 Evaluations = tuple[Evaluation, Evaluation]
 
@@ -45,7 +44,7 @@ def _uniform(task: Plays, part: str) -> Evaluation:
 def _tfidf(name: str, plan: TaskPlan, task: Problem) -> Evaluations:
     """Words and pairs of words, weighted by how rare they are, and a linear model whose penalty validation chose."""
     assert isinstance(task, Labelled)
-    texts = getattr(data, name)()
+    texts = SOURCES[name]()
     vectoriser = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     train = vectoriser.fit_transform(texts.train.texts[: plan.train])
     labels = texts.train.labels[: plan.train]

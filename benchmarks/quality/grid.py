@@ -1,4 +1,4 @@
-"""The grid of runs: tasks, arms and tuning, as `grid.yaml` says."""
+"""A grid of runs: tasks, arms and tuning, as its file in `grids/` says."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-FILE = Path(__file__).parent / "grid.yaml"
+FILE = Path(__file__).parent / "grids" / "quality.yaml"
 
 Stage = Literal["trial", "final", "alone"]
 """Tuning; the runs that are evaluated on the test split; a few steps with nothing else running, for time and memory."""

@@ -1,6 +1,6 @@
 """The six tasks behind one interface: a model to start from, batches, a loss, and an evaluation of a split."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 from benchmarks.quality.backbones import LOADERS, ImageReader, SentenceReader, TextModel
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import fitted_head
-from materials import data
+from materials import data, many_classes
 from materials.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
 from materials.models import minilm, smollm2
+from materials.splits import ImageTask, TextTask
 
 Batch = dict[str, Tensor]
 EVALUATION_BATCH = 64
@@ -206,12 +207,23 @@ def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(np.corrcoef(predicted, labels)[0, 1])
 
 
+SOURCES: Mapping[str, Callable[[], TextTask | ImageTask]] = {
+    each.__name__: each
+    for each in (
+        *(data.movie_reviews, data.movie_ratings, data.tweets, data.wordnet10, data.fashion_mnist),
+        *(many_classes.countries, many_classes.webster_fields, many_classes.code_languages),
+        many_classes.wordnet_topics,
+    )
+}
+"""Tasks with labels by their name in a grid."""
+
+
 @lru_cache(maxsize=2)
 def problem(name: str, plan: TaskPlan) -> Problem:
     """The task of a name, its data read and tokenised once a process."""
     if name == "shakespeare":
         return Plays(plan)
-    task = getattr(data, name)()
+    task = SOURCES[name]()
 
     def part(of: str, chosen: slice) -> Part:
         rows = getattr(task, of)

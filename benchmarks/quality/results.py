@@ -7,7 +7,14 @@ from typing import Any
 
 from benchmarks.environment import environment
 
-RESULT = Path(__file__).parent.parent / "results" / "quality.json"
+FOLDER = Path(__file__).parent.parent / "results"
+RESULT = FOLDER / "quality.json"
+EQUAL_BYTES = FOLDER / "equal_bytes.json"
+
+
+def result_file(grid: Path) -> Path:
+    """The result file of a grid's file."""
+    return FOLDER / f"{grid.stem}.json"
 
 
 def read_rows(file: Path = RESULT) -> dict[str, dict[str, Any]]:

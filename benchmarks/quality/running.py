@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.quality.adapting import adapted, groups, saved_bytes
+from benchmarks.quality.adapting import adapted, groups, round_to_half, saved_bytes
 from benchmarks.quality.backbones import quietly
 from benchmarks.quality.baselines import baseline
 from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
@@ -72,8 +72,12 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
         if run.stage != "final":
             return row | {"validation": _scores(validation)}
         row |= _evaluation_row(validation, task.evaluate(reader, "test"))
-    with tempfile.TemporaryDirectory() as folder:
-        return row | {"saved_bytes": saved_bytes(reader.backbone, Path(folder))}
+        with tempfile.TemporaryDirectory() as folder:
+            row |= saved_bytes(reader.backbone, Path(folder))
+        if run.seed == 0:
+            round_to_half(reader.backbone)
+            row["test_in_half"] = _scores(task.evaluate(reader, "test"))
+    return row
 
 
 def _in_a_fresh_process(grid: Grid, run: Run) -> dict[str, Any]:

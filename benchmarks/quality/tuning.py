@@ -16,10 +16,10 @@ def trials(grid: Grid, task: str, name: str, rows: Rows) -> list[Run]:
     Later trials depend on the results of these.
     """
     runs = _first(grid, task, name)
-    for following in (_second, _third, _fourth):
+    for following in grid.tuning["later_trials"]:
         if not _finished(runs, rows):
             break
-        runs = runs + following(grid, name, runs, rows)
+        runs = runs + _LATER[following](grid, name, runs, rows)
     return runs
 
 
@@ -36,7 +36,13 @@ def chosen(grid: Grid, task: str, name: str, rows: Rows) -> Rates | None:
 
 def trial_count(grid: Grid, task: str, name: str) -> int:
     """How many trials a tuned arm gets on a task."""
-    return len(grid.arms[name].rates) + 2 + 2 + len(grid.tuning["head_factors"][grid.tasks[task].model])
+    later = {
+        "one_more": 1,
+        "two_more": 2,
+        "magnitude": 2,
+        "head": len(grid.tuning["head_factors"][grid.tasks[task].model]),
+    }
+    return len(grid.arms[name].rates) + sum(later[following] for following in grid.tuning["later_trials"])
 
 
 def loss_of(row: Mapping[str, Any]) -> float:
@@ -53,14 +59,25 @@ def _first(grid: Grid, task: str, name: str) -> list[Run]:
     return [Run(task, name, "trial", grid.training["tuning_seed"], plan.steps, rates) for rates in every]
 
 
-def _second(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+def _two_more(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
     """Two rates: beyond the best one if it is at an edge, else between it and its neighbours."""
     best, between = _best(runs, rows), grid.tuning["between"]
     factors = {0: (1 / between**2, 1 / between), len(runs) - 1: (between, between**2)}
     return _at(grid, name, best, factors.get(runs.index(best), (1 / between, between)))
 
 
-def _third(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+def _one_more(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+    """One rate: beyond the best one if it is at an edge, else between it and the better of its neighbours."""
+    by_rate = sorted(runs, key=lambda run: run.rates.adapter if run.rates else 0.0)
+    best, between = _best(by_rate, rows), grid.tuning["between"]
+    place = by_rate.index(best)
+    if 0 < place < len(by_rate) - 1:
+        lower, higher = (loss_of(rows[by_rate[each].key]) for each in (place - 1, place + 1))
+        return _at(grid, name, best, (1 / between if lower < higher else between,))
+    return _at(grid, name, best, (1 / between**2 if place == 0 else between**2,))
+
+
+def _magnitude(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
     """Two rates of the magnitude, or, where it has none of its own, two rates close to the best."""
     best, around = _best(runs, rows), grid.tuning["around"]
     assert best.rates is not None
@@ -71,7 +88,7 @@ def _third(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
     return [replace(best, rates=replace(best.rates, magnitude=magnitude * factor)) for factor in factors]
 
 
-def _fourth(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
+def _head(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
     """Other rates of the head, where they matter."""
     best = _best(runs, rows)
     assert best.rates is not None
@@ -104,3 +121,7 @@ def _finished(runs: list[Run], rows: Rows) -> bool:
 
 def _best(runs: list[Run], rows: Rows) -> Run:
     return min(runs, key=lambda run: loss_of(rows[run.key]))
+
+
+_LATER = {"one_more": _one_more, "two_more": _two_more, "magnitude": _magnitude, "head": _head}
+"""By the names under `later_trials` in a grid: the trials that follow from the finished ones."""
