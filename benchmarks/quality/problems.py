@@ -1,67 +1,25 @@
-"""The six tasks behind one interface: a model to start from, batches, a loss, and an evaluation of a split."""
+"""The tasks by name: sentences and images with labels here, those of SmolLM2 in `language.py`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.quality.backbones import LOADERS, ImageReader, SentenceReader, TextModel
+from benchmarks.quality.backbones import LOADERS, ImageReader, SentenceReader
+from benchmarks.quality.evaluation import Batch, Evaluation, Problem
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import fitted_head
+from benchmarks.quality.language import CronExpressions, Plays
 from materials import data, many_classes
 from materials.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
-from materials.models import minilm, smollm2
+from materials.models import minilm
 from materials.splits import ImageTask, TextTask
 
-Batch = dict[str, Tensor]
 EVALUATION_BATCH = 64
-WINDOW = 128
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The metrics of a model on one split.
-
-    Args:
-        loss: mean of the training loss.
-        score: accuracy, Pearson's correlation, or bits per byte (where less is better).
-        items: one value a row, from which the score can be computed again: correct (1) or not (0), the predicted
-            number, or the nats of a window.
-    """
-
-    loss: float
-    score: float
-    items: np.ndarray = field(repr=False)
-
-
-class Problem(Protocol):
-    """One task."""
-
-    @property
-    def reference(self) -> np.ndarray | None:
-        """(test items,) what items are compared with: true numbers, or bytes; None: each item is correct or not."""
-        ...
-
-    def model(self, base: str) -> SentenceReader | ImageReader | TextModel:
-        """The pretrained model, with the head that is best for its frozen features."""
-        ...
-
-    def batches(self, seed: int, steps: int) -> list[np.ndarray]:
-        """Rows of every step, the same for every method."""
-        ...
-
-    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
-        """Mean loss of training rows."""
-        ...
-
-    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
-        """The metrics of the model on "validation" or "test"."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -157,49 +115,6 @@ class Labelled:
         return {"ids": ids, "mask": mask}
 
 
-class Plays:
-    """Shakespeare in windows of tokens; whole plays are held out."""
-
-    def __init__(self, plan: TaskPlan) -> None:
-        self.plan = plan
-        library, tokenizer = data.shakespeare(), AutoTokenizer.from_pretrained(smollm2())
-        every = {"train": plan.train, "validation": plan.validation, "test": plan.test}
-        self.windows = {
-            part: _windows(list(getattr(library, part).values()), tokenizer, count) for part, count in every.items()
-        }
-        self.bytes = {
-            part: np.array([len(tokenizer.decode(window[1:]).encode()) for window in self.windows[part]])
-            for part in ("validation", "test")
-        }
-
-    def model(self, base: str) -> TextModel:
-        """SmolLM2."""
-        return TextModel(LOADERS["smollm2"](base)).eval()
-
-    @property
-    def reference(self) -> np.ndarray:
-        """Bytes of each test window's text."""
-        return self.bytes["test"]
-
-    def batches(self, seed: int, steps: int) -> list[np.ndarray]:
-        """Random windows, none twice."""
-        order = np.random.default_rng(seed).permutation(len(self.windows["train"]))
-        return list(order[: steps * self.plan.batch].reshape(steps, self.plan.batch))
-
-    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
-        """Nats a token."""
-        nats: Tensor = model({"ids": self.windows["train"][rows]}).mean()
-        return nats
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
-        """Bits per byte."""
-        windows = self.windows[part]
-        nats = torch.cat([model({"ids": some}).double().sum(1) for some in windows.split(4)]).numpy()
-        bits = nats.sum() / np.log(2) / self.bytes[part].sum()
-        return Evaluation(nats.sum() / (len(windows) * (WINDOW - 1)), float(bits), nats.astype(np.float32))
-
-
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Pearson's correlation; 0 where either is constant."""
     if predicted.std() == 0 or not np.isfinite(predicted).all():
@@ -216,13 +131,14 @@ SOURCES: Mapping[str, Callable[[], TextTask | ImageTask]] = {
     )
 }
 """Tasks with labels by their name in a grid."""
+LANGUAGE: Mapping[str, Callable[[TaskPlan], Problem]] = {"shakespeare": Plays, "cron_expressions": CronExpressions}
 
 
 @lru_cache(maxsize=2)
 def problem(name: str, plan: TaskPlan) -> Problem:
     """The task of a name, its data read and tokenised once a process."""
-    if name == "shakespeare":
-        return Plays(plan)
+    if name in LANGUAGE:
+        return LANGUAGE[name](plan)
     task = SOURCES[name]()
 
     def part(of: str, chosen: slice) -> Part:
@@ -238,12 +154,3 @@ def problem(name: str, plan: TaskPlan) -> Problem:
 
 def _sentences(texts: Sequence[str]) -> Sentences:
     return unlabelled(texts, AutoTokenizer.from_pretrained(minilm()))
-
-
-def _windows(works: list[str], tokenizer: object, count: int) -> Tensor:
-    """(windows, 128) tokens: windows of each work, spread evenly over it, as many of each as it is long."""
-    ids = [torch.tensor(tokenizer(work, verbose=False)["input_ids"]) for work in works]  # type: ignore[operator]
-    whole = torch.cat([each[: len(each) // WINDOW * WINDOW].reshape(-1, WINDOW) for each in ids])
-    if count >= len(whole):
-        return whole
-    return whole[torch.linspace(0, len(whole) - 1, count).round().long()]

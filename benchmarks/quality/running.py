@@ -17,9 +17,10 @@ from torch import nn
 from benchmarks.quality.adapting import adapted, groups, round_to_half, saved_bytes
 from benchmarks.quality.backbones import quietly
 from benchmarks.quality.baselines import baseline
+from benchmarks.quality.evaluation import Evaluation, Problem
 from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
 from benchmarks.quality.items import packed
-from benchmarks.quality.problems import Evaluation, Problem, problem
+from benchmarks.quality.problems import problem
 from benchmarks.quality.processes import start_process
 
 

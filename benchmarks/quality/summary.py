@@ -26,6 +26,10 @@ KINDS: Mapping[str, Kind] = {
     "wordnet10": "accuracy",
     "fashion_mnist": "accuracy",
     "shakespeare": "bits",
+    "countries": "accuracy",
+    "webster_fields": "accuracy",
+    "code_languages": "accuracy",
+    "wordnet_topics": "accuracy",
 }
 LABELS = {
     "movie_reviews": "movie reviews, accuracy %",
@@ -34,6 +38,10 @@ LABELS = {
     "wordnet10": "WordNet-10, accuracy %",
     "fashion_mnist": "Fashion-MNIST, accuracy %",
     "shakespeare": "Shakespeare, bits per byte",
+    "countries": "countries, accuracy %",
+    "webster_fields": "Webster's fields, accuracy %",
+    "code_languages": "code languages, accuracy %",
+    "wordnet_topics": "WordNet topics, accuracy %",
 }
 ARMS = {
     "majority": "majority or constant",

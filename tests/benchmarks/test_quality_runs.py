@@ -14,13 +14,16 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.grid import FILE, Grid, Rates, Run, TaskPlan, read_grid
+from benchmarks.quality.adapting import adapted
+from benchmarks.quality.grid import FILE, Arm, Grid, Rates, Run, TaskPlan, read_grid
 from benchmarks.quality.heads import best_linear
 from benchmarks.quality.problems import problem
 from benchmarks.quality.running import carry_out
 
 ROOT = Path(__file__).parent.parent.parent
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
+TINY = ("dora_r1", "vblora", "unilora_4096", "randlora", "ia3", "structured_r64_query_value", "rslora_r16")
+"""Of the second grid, those whose method or layers the first has not."""
 ARMS = ("dvora", "vera", "lora_r8", "dora_r8", "full", "magnitude", "bitfit", "ia3", "dvora_structured", "dvora_nf4")
 
 
@@ -44,6 +47,17 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
     assert abs(fast - slow) > 1e-4
 
 
+@pytest.mark.parametrize("arm", TINY)
+def test_so_does_every_method_of_the_second_grid(arm: str) -> None:
+    grid = read_grid(FILE.parent / "equal_bytes.yaml")
+    grid = replace(grid, tasks={"movie_ratings": PLAN})
+    slow, fast = (row(grid, arm, rate, "movie_ratings") for rate in (1e-9, 3e-2))
+    assert abs(fast["validation"]["loss"] - slow["validation"]["loss"]) > 1e-4
+    assert 0 < fast["smallest_bytes"] < fast["saved_bytes"]
+    assert (fast["seeded_bytes"] > 0) == (arm == "randlora")
+    assert fast["test_in_half"]["loss"] == pytest.approx(fast["test"]["loss"], rel=0.05)
+
+
 def test_a_run_again_gives_the_same_row(grid: Grid) -> None:
     first, second = (row(grid, "dvora", 0.02) for _ in range(2))
     assert first["validation"]["loss"] == pytest.approx(second["validation"]["loss"], abs=1e-3)
@@ -65,6 +79,31 @@ def test_baselines_take_no_steps(grid: Grid, arm: str, task: str) -> None:
     found = carry_out(grid, Run(task, arm, "final", 0, 0, None))
     assert "error" not in found, found
     assert ("reference" in found) == (arm == "majority" and task == "movie_ratings") or arm != "majority"
+
+
+def test_generated_answers_are_checked_and_padding_changes_no_loss() -> None:
+    plan = TaskPlan(model="smollm2", steps=1, batch=2, train=4, validation=2, test=2)
+    task = problem("cron_expressions", plan)
+    model = task.model("float32")
+    with torch.no_grad():
+        alone = [task.loss(model, np.array([each])) for each in range(4)]
+        tokens = [len(answer) for answer in task.answers["train"]]  # type: ignore[attr-defined]
+        mean = sum(loss * count for loss, count in zip(alone, tokens, strict=True)) / sum(tokens)
+        assert task.loss(model, np.arange(4)).item() == pytest.approx(float(mean), rel=1e-4)
+    before = task.evaluate(model, "test")
+    assert before.score == 0
+    model.backbone = adapted(model.backbone, Arm("lora", r=8), {}, seed=0)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=5e-3)
+    for _ in range(8):
+        task.loss(model, np.arange(2)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = replace(task.rows["train"])  # type: ignore[attr-defined]
+    task.rows["test"] = learned.first(2)  # type: ignore[attr-defined]
+    task.questions["test"], task.answers["test"] = task.questions["train"][:2], task.answers["train"][:2]  # type: ignore[attr-defined]
+    after = task.evaluate(model, "test")
+    assert after.loss < before.loss
+    assert after.score == after.items.mean() > 0
 
 
 def test_a_failure_is_a_row(grid: Grid) -> None:

@@ -8,11 +8,12 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
-from benchmarks.quality.results import read_rows
+from benchmarks.quality.results import EQUAL_BYTES, read_rows
 from benchmarks.quality.schedule import alone, foreign, ready, remaining
 from benchmarks.quality.tuning import chosen, trials
 
 GRID = read_grid()
+SECOND = read_grid(FILE.parent / "equal_bytes.yaml")
 TUNED = [name for name, arm in GRID.arms.items() if arm.rates]
 Loss = dict[str, Any]
 
@@ -46,6 +47,24 @@ def test_every_method_gets_as_many_trials(task: str, count: int, name: str, best
     middle = sorted(GRID.arms[name].rates)[1]
     rows = carried_out(task, name, best_near(best if best != 1 else middle))
     assert len(rows) == count
+
+
+@pytest.mark.parametrize("name", [name for name, arm in SECOND.arms.items() if arm.rates])
+@pytest.mark.parametrize(("best", "place"), [(0.0, 0), (1.0, 4), (1e9, 4)], ids=["lowest", "nothing else", "highest"])
+def test_the_second_grid_has_one_more_trial(name: str, best: float, place: int) -> None:
+    """Three rates, and one beyond the best at an edge: as many for every arm."""
+    low, _, high = sorted(SECOND.arms[name].rates)
+    rows = carried_out("countries", name, best_near(best), SECOND)
+    rates = [run.rates.adapter for run in trials(SECOND, "countries", name, rows) if run.rates]
+    assert len(rates) == 4
+    assert rates[3] == pytest.approx(low / 1.73**2 if place == 0 else high * 1.73**2)
+
+
+@pytest.mark.parametrize(("best", "factor"), [(0.03, 1.73), (0.013, 1 / 1.73)])
+def test_the_one_more_is_between_the_best_and_the_better_of_its_neighbours(best: float, factor: float) -> None:
+    rows = carried_out("countries", "dvora_r256", best_near(best), SECOND)
+    rates = [run.rates for run in trials(SECOND, "countries", "dvora_r256", rows)]
+    assert rates[3] == Rates(pytest.approx(0.02 * factor), pytest.approx(9e-3 * factor), 1e-3)
 
 
 def test_the_rate_of_the_head_is_tried_where_it_matters() -> None:
@@ -145,6 +164,7 @@ def test_rows_of_another_grid_are_known() -> None:
 
 def test_every_row_of_the_result_file_is_of_the_grid() -> None:
     assert foreign(GRID, read_rows()) == []
+    assert foreign(SECOND, read_rows(EQUAL_BYTES)) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""One run: a fresh adapter, GRPO through TRL, the reward of every step, and greedy answers to held-out questions."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.quality.adapting import saved_bytes
+from benchmarks.reinforcement.problems import PROBLEMS, Question, reward
+from dvora import DVoRAConfig
+from dvora.training import parameter_groups, recommended_rates
+from materials.models import smollm2
+
+ANSWERS = 8
+"""Sampled for each question."""
+QUESTIONS = 4
+"""Of a step."""
+EVERY_LAYER = r".*\.([qkvo]|gate|up|down)_proj"
+
+ARMS: Mapping[str, Callable[[int], PeftConfig | None]] = {
+    "structured_r64": lambda seed: DVoRAConfig(
+        r=64, target_modules="all-linear", projection_init="structured", projection_seed=seed
+    ),
+    "dvora_r256": lambda seed: DVoRAConfig(r=256, target_modules="all-linear", projection_seed=seed),
+    "magnitude": lambda seed: DVoRAConfig(r=1, target_modules=EVERY_LAYER, magnitude_modules=EVERY_LAYER),
+    "vera_r256": lambda seed: VeraConfig(r=256, target_modules="all-linear", projection_prng_key=seed),
+    "lora_r1": lambda seed: LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"),
+    "lora_r16": lambda seed: LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    "dora_r8": lambda seed: LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules="all-linear"),
+    "full": lambda seed: None,
+}
+"""The adapters, by the names in the result file; None trains the whole model."""
+RATES: Mapping[str, tuple[float, ...]] = {
+    "structured_r64": (0.003, 0.01, 0.03),
+    "dvora_r256": (0.003, 0.01, 0.03),
+    "magnitude": (0.003, 0.01, 0.03),
+    "vera_r256": (0.01, 0.03, 0.1),
+    "lora_r1": (0.0003, 0.001, 0.003),
+    "lora_r16": (0.0001, 0.0003, 0.001),
+    "dora_r8": (0.0001, 0.0003, 0.001),
+    "full": (0.000003, 0.00001, 0.00003),
+}
+"""Learning rates that are tried, as many for each."""
+
+
+def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -> dict[str, Any]:
+    """The row of a run.
+
+    Args:
+        part: "validation" or "test", whose questions are answered in the end.
+    """
+    start = perf_counter()
+    questions = PROBLEMS[problem]()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
+    model = _adapted(arm, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model,
+            args=_settings(Path(folder), questions.tokens, rate, seed, steps),
+            train_dataset=_dataset(questions.train),
+            reward_funcs=_rewards,
+            processing_class=tokenizer,
+            optimizers=(_optimizer(model, arm, rate), None),
+        )
+        trainer.train()
+        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        size = saved_bytes(model, Path(folder))
+    solved = _solved(model, tokenizer, getattr(questions, part), questions.tokens)
+    return {
+        "key": f"{problem} {arm} {part} rate {rate:.3g} seed {seed} steps {steps}",
+        **{"problem": problem, "arm": arm, "rate": rate, "seed": seed, "steps": steps, "part": part},
+        "trained_values": sum(each.numel() for each in model.parameters() if each.requires_grad),
+        **size,
+        "rewards": [round(each, 4) for each in rewards],
+        "solved": solved,
+        "seconds": round(perf_counter() - start, 1),
+    }
+
+
+def base_solves(problem: str, part: str) -> list[int]:
+    """Whether the base answers each question of a part, 1 or 0."""
+    questions = PROBLEMS[problem]()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
+    return _solved(_base(), tokenizer, getattr(questions, part), questions.tokens)
+
+
+def _base() -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    return model
+
+
+def _adapted(arm: str, seed: int) -> nn.Module:
+    config = ARMS[arm](seed)
+    if config is None:
+        return _base()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(_base(), config)
+
+
+def _optimizer(model: nn.Module, arm: str, rate: float) -> torch.optim.Optimizer:
+    """AdamW; DVoRA's magnitude gets the rate that `recommended_rates` gives it beside the others'."""
+    own = arm in ("structured_r64", "dvora_r256")
+    groups = parameter_groups(model, rate, learning_rates=recommended_rates(model, rate) if own else None)
+    return torch.optim.AdamW([{"params": group["params"], "lr": group["lr"]} for group in groups], weight_decay=0.0)
+
+
+def _settings(folder: Path, tokens: int, rate: float, seed: int, steps: int) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=ANSWERS * QUESTIONS,
+        num_generations=ANSWERS,
+        max_completion_length=tokens,
+        learning_rate=rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=max(1, steps // 10),
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        beta=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        seed=seed,
+        bf16=True,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _dataset(questions: tuple[Question, ...]) -> Dataset:
+    return Dataset.from_list([{"prompt": each.prompt, "answer": each.answer} for each in questions])
+
+
+def _rewards(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    return [reward(each, right) for each, right in zip(completions, answer, strict=True)]
+
+
+@torch.no_grad()
+def _solved(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: tuple[Question, ...], tokens: int
+) -> list[int]:
+    """Whether the greedy answer to each question is right."""
+    model.eval()
+    solved: list[int] = []
+    for first in range(0, len(questions), 50):
+        some = questions[first : first + 50]
+        asked = tokenizer([each.prompt for each in some], return_tensors="pt", padding=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            made = model.generate(  # type: ignore[operator]
+                **asked, do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id
+            )
+        answers = tokenizer.batch_decode(made[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        solved += [int(reward(answer, each.answer)) for answer, each in zip(answers, some, strict=True)]
+    return solved
