@@ -12,35 +12,10 @@ from benchmarks.quality.items import packed
 from benchmarks.quality.plots import PICTURES
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, REQUIRED_ARM, SEEDS, Result
 from benchmarks.quality.tables import at_a_glance, score_cell, scores, sizes
+from tests.benchmarks.quality_rows import ITEMS, final, right, trial
 
-ITEMS = 50
 ENVIRONMENT = {"python": "3", "torch": "2", "peft": "0", "transformers": "5", "cores": 2, "threads": 1}
 EVERY_ARM = list(read_grid().arms)
-
-
-def final(task: str, arm: str, seed: int, items: np.ndarray, steps: int = 10, **more: Any) -> dict[str, Any]:
-    rates = {"adapter": 0.01, "magnitude": None, "head": 0.001} if steps else None
-    return {
-        "key": f"{task} {arm} final {seed}",
-        **{"task": task, "arm": arm, "stage": "final", "seed": seed, "steps": steps, "rates": rates, "seconds": 1.0},
-        **{"validation": {"loss": 0.7, "score": 0.5}, "test": {"loss": 0.7, "score": float(np.mean(items))}},
-        **{"test_items": len(items), "items": packed(items), "trained_values": 1234, "saved_bytes": 5678},
-        **more,
-    }
-
-
-def trial(task: str, arm: str, rate: float, loss: float | None, magnitude: float | None = None) -> dict[str, Any]:
-    return {
-        "key": f"{task} {arm} trial {rate}/{magnitude}",
-        **{"task": task, "arm": arm, "stage": "trial", "seed": 100, "steps": 10, "seconds": 1.0},
-        "rates": {"adapter": rate, "magnitude": magnitude, "head": 0.001},
-        "validation": None if loss is None else {"loss": loss, "score": 0.5},
-    }
-
-
-def right(count: int) -> np.ndarray:
-    """So many items right, the first ones."""
-    return np.arange(ITEMS) < count
 
 
 def classes(*rows: dict[str, Any]) -> Result:

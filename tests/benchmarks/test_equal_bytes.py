@@ -1,0 +1,112 @@
+"""The second grid's summary: gains over LoRA r=1, the rules that decide, and the picture, on rows of known outcome."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from benchmarks.quality import equal_bytes
+from benchmarks.quality.equal_bytes import ARMS, MAIN, TWO, YARDSTICK
+from benchmarks.quality.equal_bytes_plots import equal_bytes as picture
+from benchmarks.quality.grid import FILE, read_grid
+from benchmarks.quality.statistics import Interval
+from benchmarks.quality.summary import Result
+from tests.benchmarks.quality_rows import ITEMS, final, right, trial
+
+GRID = read_grid(FILE.parent / "equal_bytes.yaml")
+TASKS = list(GRID.tasks)
+
+
+def rows_of(task: str, arm: str, counts: list[int], size: int = 1000, **more: Any) -> list[dict[str, Any]]:
+    """A final run a seed, with so many items right."""
+    sizes = {"saved_bytes": 2 * size, "seeded_bytes": 0, "smallest_bytes": size}
+    return [final(task, arm, seed, right(count), **sizes, **more) for seed, count in enumerate(counts)]
+
+
+def result(counts: dict[str, list[int]], tasks: list[str] | None = None) -> Result:
+    rows = []
+    for task in tasks or ["countries"]:
+        rows.append(final(task, "majority", 0, right(5), steps=0))
+        rows.append(final(task, "frozen", 0, right(5), steps=0, validation={"loss": 1.0, "score": 0.1}))
+        for place, (arm, each) in enumerate(counts.items()):
+            rows += rows_of(task, arm, each, size=1000 * (place + 1))
+    return Result(tuple(rows))
+
+
+def test_a_gain_is_the_mean_over_tasks_in_points() -> None:
+    found = equal_bytes.gain(
+        result({YARDSTICK: [30, 30], "dvora_r256": [35, 36]}, ["countries", "webster_fields"]),
+        ["countries", "webster_fields"],
+        "dvora_r256",
+    )
+    assert found is not None
+    assert found.mean == pytest.approx(100 * 5.5 / ITEMS)
+
+
+def test_a_task_counts_when_it_has_all_arms() -> None:
+    rows = (*result({YARDSTICK: [1], "dvora_r256": [1]}).rows, *rows_of("webster_fields", YARDSTICK, [1]))
+    assert equal_bytes.tasks_of(Result(rows), [YARDSTICK, "dvora_r256"]) == ["countries"]
+
+
+@pytest.mark.parametrize(("low", "holds"), [(-0.29, True), (-0.31, False)])
+def test_the_rule_of_the_defaults(low: float, holds: bool) -> None:
+    assert equal_bytes.is_not_worse(Interval(0.1, low, 0.5)) == holds
+
+
+def test_the_same_scores_decide_for_the_cheaper_kind_and_the_smaller_rank() -> None:
+    lines = equal_bytes.decisions(
+        result({"structured_r256": [30], "dvora_r256": [30], "structured_r64": [20]}), ["countries"]
+    )
+    assert "structured becomes" in lines[0]
+    assert "64 is not shown to be as good" in lines[1]
+    assert len(lines) == 2
+
+
+def test_the_smallest_difference_that_is_seen() -> None:
+    assert equal_bytes.smallest_seen(Interval(0, -1.96, 1.96)) == pytest.approx(2.8)
+
+
+def test_what_a_rate_loses_is_a_share_of_what_tuning_gained() -> None:
+    """From a start of 1.0 to the best loss: the best rate loses nothing, another half of the gain on one task."""
+    losses = {"countries": {0.01: 0.5, 0.03: 0.6}, "webster_fields": {0.01: 0.7, 0.03: 0.4, 0.09: 0.5}}
+    rows = list(result({}, list(losses)).rows)
+    rows += [trial(task, "dvora_r256", *each) for task, some in losses.items() for each in some.items()]
+    found = equal_bytes.rate_excess(Result(tuple(rows)), list(losses), "dvora_r256")
+    assert found == {0.01: pytest.approx(0.25), 0.03: pytest.approx(0.1)}
+
+
+def test_rounding_to_half_costs_what_it_says() -> None:
+    rows = [{**row, "test_in_half": {"loss": 0.0, "score": 0.5}} for row in rows_of("countries", "lora_r1", [30])]
+    assert equal_bytes.half_costs(Result(tuple(rows)), ["countries"], "lora_r1") == pytest.approx(10)
+    assert equal_bytes.half_costs(Result(tuple(rows)), ["countries"], "lora_r8") is None
+
+
+def test_a_best_trial_at_an_edge_is_told() -> None:
+    rows = [trial("countries", "lora_r1", rate, loss) for rate, loss in ((1, 0.5), (2, 0.4), (3, 0.3), (4, 0.2))]
+    rows += [trial("countries", "lora_r8", rate, loss) for rate, loss in ((1, 0.5), (2, 0.4), (3, 0.3), (4, 0.6))]
+    assert equal_bytes.tuned_at_an_edge(Result(tuple(rows))) == ["LoRA r=1 on countries"]
+
+
+def test_the_table_has_a_row_for_each_arm_smallest_first() -> None:
+    found = equal_bytes.table(result({YARDSTICK: [30, 31], "dvora_r256": [30, 32], "lora_r8": [33, 35]}), ["countries"])
+    assert [line.split(" | ")[0][2:] for line in found[2:]] == ["LoRA r=1", "DVoRA r=256, dense", "LoRA r=8"]
+    assert all(line.count("|") == found[0].count("|") for line in found)
+    assert "+7.0" in found[-1]
+
+
+def test_the_picture_has_both_panels() -> None:
+    generator = np.random.default_rng(0)
+    counts = {arm: generator.integers(20, 40, 2).tolist() for arm in ARMS}
+    figure = picture(result(counts, TASKS[:2]))
+    figure.canvas.draw()
+    assert len(figure.axes) == 2
+    plt.close(figure)
+
+
+def test_every_arm_is_in_the_grid_and_every_trained_arm_is_shown() -> None:
+    assert set(ARMS) <= set(GRID.arms)
+    trained = {name for name, arm in GRID.arms.items() if arm.rates}
+    assert trained == set(ARMS)
+    assert {*MAIN, *TWO} <= set(ARMS)
+    assert len({shown.label for shown in ARMS.values()}) == len(ARMS)
