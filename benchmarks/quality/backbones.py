@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertModel, BitsAndBytesConfig, Dinov2Model
 from transformers.utils import logging
 
+from materials.fetch import cache_folder
 from materials.models import VIT_DEVIATION, VIT_MEAN, minilm, smollm2, vit
 
 Base = str
-"""float32, nf4 or int8."""
+"""float32, nf4 or int8; or fine_tuned: float32, and trained before (MiniLM only)."""
+FINE_TUNED = "quality-minilm-fine-tuned-on-wordnet-topics"
+"""The cache's folder of the fine-tuned MiniLM, see `fine_tuned.py`."""
 
 
 class SentenceReader(nn.Module):
@@ -80,7 +83,7 @@ def load_minilm(base: Base) -> nn.Module:
     """MiniLM without dropout, so that training draws nothing but the order of the batches."""
     return _loaded(
         BertModel,
-        minilm(),
+        cache_folder() / FINE_TUNED if base == "fine_tuned" else minilm(),
         base,
         add_pooling_layer=False,
         hidden_dropout_prob=0.0,
@@ -118,6 +121,7 @@ def quietly() -> Iterator[None]:
 def _loaded(model_class: Any, folder: Path, base: Base, **settings: Any) -> nn.Module:
     quantised = {
         "float32": None,
+        "fine_tuned": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[base]

@@ -48,7 +48,8 @@ class Arm:
         magnitude: whether there is a magnitude with a rate of its own.
         rates: adapter rates that are tried first.
         tuned_as: the arm whose tuned rates this one takes.
-        base: how the frozen weights are kept: float32, or quantised as nf4 or int8.
+        base: how the frozen weights are kept: float32, or quantised as nf4 or int8; or those of a base that was
+            fine-tuned before.
         precision: dtype of the matrix products.
         vectors: dtype of the trained parameters.
         one_rate: the magnitude has the adapter's rate.
@@ -66,7 +67,7 @@ class Arm:
     rates: tuple[float, ...] = ()
     tuned_as: str | None = None
     weight_decay: float = 0.0
-    base: Literal["float32", "nf4", "int8"] = "float32"
+    base: Literal["float32", "nf4", "int8", "fine_tuned"] = "float32"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     vectors: Literal["float32", "bfloat16"] = "float32"
     one_rate: bool = False

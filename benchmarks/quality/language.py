@@ -31,7 +31,7 @@ class Plays:
             part: _windows(list(getattr(library, part).values()), tokenizer, count) for part, count in every.items()
         }
         self.bytes = {
-            part: np.array([len(tokenizer.decode(window[1:]).encode()) for window in self.windows[part]])
+            part: np.array([len(str(tokenizer.decode(window[1:])).encode()) for window in self.windows[part]])
             for part in ("validation", "test")
         }
 

@@ -20,6 +20,7 @@ from materials.models import minilm
 from materials.splits import ImageTask, TextTask
 
 EVALUATION_BATCH = 64
+QUANTISED = ("nf4", "int8")
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class Labelled:
         self.name, self.plan, self.parts, self.outputs = name, plan, parts, outputs
 
     def model(self, base: str) -> SentenceReader | ImageReader:
-        """The backbone with a head fitted to its features (of the whole float32 base, whatever `base` is)."""
-        reader = self._reader(LOADERS[self.plan.model]("float32"))
+        """The backbone with a head fitted to its features (of the float32 base where `base` is quantised)."""
+        whole = "float32" if base in QUANTISED else base
+        reader = self._reader(LOADERS[self.plan.model](whole))
         parts = [
             (self.parts[part].labels, lambda part=part: self._everything(reader.features, part))
             for part in ("train", "validation")
         ]
-        head = fitted_head(f"{self.name}-{self.plan.train}-{self.plan.validation}", parts, self.outputs)
-        backbone = reader.backbone if base == "float32" else LOADERS[self.plan.model](base)
+        name = f"{self.name}-{self.plan.train}-{self.plan.validation}"
+        head = fitted_head(name if whole == "float32" else f"{name}-{whole}", parts, self.outputs)
+        backbone = reader.backbone if base == whole else LOADERS[self.plan.model](base)
         return self._reader(backbone, head)
 
     @property

@@ -10,18 +10,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from benchmarks.quality.adapting import adapted, groups, round_to_half, saved_bytes
+from benchmarks.quality.adapting import adapted, round_to_half, saved_bytes
 from benchmarks.quality.backbones import quietly
 from benchmarks.quality.baselines import baseline
-from benchmarks.quality.evaluation import Evaluation, Problem
-from benchmarks.quality.grid import BASELINES, Arm, Grid, Run
+from benchmarks.quality.evaluation import Evaluation
+from benchmarks.quality.fine_tuned import fine_tuned_minilm
+from benchmarks.quality.grid import BASELINES, Grid, Run
 from benchmarks.quality.items import packed
 from benchmarks.quality.problems import problem
 from benchmarks.quality.processes import start_process
+from benchmarks.quality.training import precision
 
 
 def carry_out(grid: Grid, run: Run) -> dict[str, Any]:
@@ -52,6 +52,8 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
         row: dict[str, Any] = _evaluation_row(*evaluations)
         # What the items of every row of this task are compared with.
         return row if task.reference is None else row | {"reference": packed(task.reference)}
+    if arm.base == "fine_tuned":
+        fine_tuned_minilm(grid)
     reader = task.model(arm.base)
     if arm.method == "untrained":
         return _evaluation_row(*(task.evaluate(reader, part) for part in ("validation", "test")))
@@ -61,14 +63,14 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
     reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], seed)
     trained = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
     row = {"trained_values": trained}
-    row |= _trained(grid, run, task, reader)
+    row |= trained(grid, run, task, reader)
     if alone:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return row | {"loaded_bytes": loaded, "peak_bytes": peak}
     if row["diverged"]:
         return row | {"validation": None}
     reader.eval()
-    with _precision(arm):
+    with precision(arm):
         validation = task.evaluate(reader, "validation")
         if run.stage != "final":
             return row | {"validation": _scores(validation)}
@@ -96,54 +98,6 @@ def _resident_with(model: nn.Module) -> int:
         parameter.detach().sum()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str, Any]:
-    """Train in place; the loss of the last steps, and the time of a step."""
-    arm = grid.arms[run.arm]
-    assert run.rates is not None
-    members = groups(reader.backbone, reader.head, run.rates, arm.weight_decay)
-    everything = [parameter for group in members for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(members)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_at(run.steps, grid.training["warmup"]))
-    order = run.seed if arm.order_seed is None else arm.order_seed
-    reader.train()
-    losses, times = [], []
-    for rows in task.batches(order, run.steps):
-        start = perf_counter()
-        # Not around the loop: the casts of weights are kept until the context ends, and trained weights would go stale.
-        with _precision(arm):
-            loss = task.loss(reader, rows)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            return {"diverged": True}
-        loss.backward()
-        nn.utils.clip_grad_norm_(everything, grid.training["max_gradient_norm"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        times.append(perf_counter() - start)
-    last = max(1, run.steps // 10)
-    return {
-        "diverged": False,
-        "training_loss": float(np.mean(losses[-last:])),
-        "seconds_per_step": float(np.median(times)),
-    }
-
-
-def _precision(arm: Arm) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=arm.precision == "bfloat16")
-
-
-def _rate_at(steps: int, warmup: float) -> Any:
-    rising = max(1, round(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
-
-    return factor
 
 
 def _evaluation_row(validation: Evaluation, test: Evaluation) -> dict[str, Any]:

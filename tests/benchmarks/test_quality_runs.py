@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from benchmarks.quality import backbones, fine_tuned
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.adapting import adapted
 from benchmarks.quality.grid import FILE, Arm, Grid, Rates, Run, TaskPlan, read_grid
@@ -56,6 +57,16 @@ def test_so_does_every_method_of_the_second_grid(arm: str) -> None:
     assert 0 < fast["smallest_bytes"] < fast["saved_bytes"]
     assert (fast["seeded_bytes"] > 0) == (arm == "randlora")
     assert fast["test_in_half"]["loss"] == pytest.approx(fast["test"]["loss"], rel=0.05)
+
+
+def test_a_base_that_was_fine_tuned_before_is_another_base(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (backbones, fine_tuned):
+        monkeypatch.setattr(module, "FINE_TUNED", "test-quality-fine-tuned-for-three-steps")
+    monkeypatch.setattr(fine_tuned, "TASK", "movie_ratings")
+    arms = {"plain": grid.arms["lora_r8"], "after": replace(grid.arms["lora_r8"], base="fine_tuned")}
+    grid = replace(grid, arms=arms)
+    plain, after = (row(grid, arm, 1e-9) for arm in arms)
+    assert plain["validation"]["loss"] != after["validation"]["loss"]
 
 
 def test_a_run_again_gives_the_same_row(grid: Grid) -> None:

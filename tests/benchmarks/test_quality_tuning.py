@@ -50,7 +50,7 @@ def test_every_method_gets_as_many_trials(task: str, count: int, name: str, best
 
 
 @pytest.mark.parametrize("name", [name for name, arm in SECOND.arms.items() if arm.rates])
-@pytest.mark.parametrize(("best", "place"), [(0.0, 0), (1.0, 4), (1e9, 4)], ids=["lowest", "nothing else", "highest"])
+@pytest.mark.parametrize(("best", "place"), [(1e-9, 0), (1e9, 4)], ids=["lowest", "highest"])
 def test_the_second_grid_has_one_more_trial(name: str, best: float, place: int) -> None:
     """Three rates, and one beyond the best at an edge: as many for every arm."""
     low, _, high = sorted(SECOND.arms[name].rates)

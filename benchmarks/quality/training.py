@@ -1,0 +1,62 @@
+"""The steps of a run: the same batches, schedule and clipping for every method."""
+
+import math
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.quality.adapting import groups
+from benchmarks.quality.evaluation import Problem
+from benchmarks.quality.grid import Arm, Grid, Run
+
+
+def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str, Any]:
+    """Train in place; the loss of the last steps, and the time of a step."""
+    arm = grid.arms[run.arm]
+    assert run.rates is not None
+    members = groups(reader.backbone, reader.head, run.rates, arm.weight_decay)
+    everything = [parameter for group in members for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(members)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_at(run.steps, grid.training["warmup"]))
+    order = run.seed if arm.order_seed is None else arm.order_seed
+    reader.train()
+    losses, times = [], []
+    for rows in task.batches(order, run.steps):
+        start = perf_counter()
+        # Not around the loop: the casts of weights are kept until the context ends, and trained weights would go stale.
+        with precision(arm):
+            loss = task.loss(reader, rows)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return {"diverged": True}
+        loss.backward()
+        nn.utils.clip_grad_norm_(everything, grid.training["max_gradient_norm"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        times.append(perf_counter() - start)
+    last = max(1, run.steps // 10)
+    return {
+        "diverged": False,
+        "training_loss": float(np.mean(losses[-last:])),
+        "seconds_per_step": float(np.median(times)),
+    }
+
+
+def precision(arm: Arm) -> torch.autocast:
+    """The dtype of the arm's matrix products."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=arm.precision == "bfloat16")
+
+
+def _rate_at(steps: int, warmup: float) -> Any:
+    rising = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+
+    return factor
