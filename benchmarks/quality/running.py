@@ -21,7 +21,7 @@ from benchmarks.quality.grid import BASELINES, Grid, Run
 from benchmarks.quality.items import packed
 from benchmarks.quality.problems import problem
 from benchmarks.quality.processes import start_process
-from benchmarks.quality.training import precision
+from benchmarks.quality.training import precision, trained
 
 
 def carry_out(grid: Grid, run: Run) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
     alone = run.stage == "alone"
     loaded = _resident_with(reader) if alone else None
     reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], seed)
-    trained = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
-    row = {"trained_values": trained}
+    count = sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)
+    row = {"trained_values": count}
     row |= trained(grid, run, task, reader)
     if alone:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

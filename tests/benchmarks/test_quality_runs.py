@@ -64,7 +64,7 @@ def test_a_base_that_was_fine_tuned_before_is_another_base(grid: Grid, monkeypat
         monkeypatch.setattr(module, "FINE_TUNED", "test-quality-fine-tuned-for-three-steps")
     monkeypatch.setattr(fine_tuned, "TASK", "movie_ratings")
     arms = {"plain": grid.arms["lora_r8"], "after": replace(grid.arms["lora_r8"], base="fine_tuned")}
-    grid = replace(grid, arms=arms)
+    grid = replace(grid, arms={**grid.arms, **arms})
     plain, after = (row(grid, arm, 1e-9) for arm in arms)
     assert plain["validation"]["loss"] != after["validation"]["loss"]
 
