@@ -40,13 +40,13 @@ def reward(completion: str, answer: str) -> float:
 
 
 def sums() -> Problem:
-    """Sums of two numbers up to 40; the base solves three in ten of those up to 20."""
-    pairs = [(a, b) for a in range(1, 41) for b in range(1, 41)]
+    """Sums of two numbers up to 30."""
+    pairs = [(a, b) for a in range(1, 31) for b in range(1, 31)]
     return _split(4, pairs, lambda pair: Question(f"2 + 3 = 5\n11 + 4 = 15\n{pair[0]} + {pair[1]} =", str(sum(pair))))
 
 
 def dates() -> Problem:
-    """Dates in words to dates in the form of ISO 8601; the base solves one in twenty."""
+    """Dates in words to dates in the form of ISO 8601."""
     days = [(year, month, day) for year in range(1950, 2030) for month in range(1, 13) for day in range(1, 29)]
 
     def question(date: tuple[int, ...]) -> Question:

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -57,7 +56,6 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
     Args:
         part: "validation" or "test", whose questions are answered in the end.
     """
-    start = perf_counter()
     questions = PROBLEMS[problem]()
     tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
     model = _adapted(arm, seed)
@@ -75,13 +73,11 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
         size = saved_bytes(model, Path(folder))
     solved = _solved(model, tokenizer, getattr(questions, part), questions.tokens)
     return {
-        "key": f"{problem} {arm} {part} rate {rate:.3g} seed {seed} steps {steps}",
         **{"problem": problem, "arm": arm, "rate": rate, "seed": seed, "steps": steps, "part": part},
         "trained_values": sum(each.numel() for each in model.parameters() if each.requires_grad),
         **size,
         "rewards": [round(each, 4) for each in rewards],
         "solved": solved,
-        "seconds": round(perf_counter() - start, 1),
     }
 
 

@@ -1,0 +1,70 @@
+"""The command: `python -m benchmarks.reinforcement` goes on where it was; `--help` says how to do less."""
+
+import argparse
+import json
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.environment import environment
+from benchmarks.quality.processes import start_process
+from benchmarks.reinforcement.plan import Plan, missing
+from benchmarks.reinforcement.problems import PROBLEMS
+
+RESULT = Path(__file__).parent.parent / "results" / "reinforcement.json"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, one process a core, until nothing is or the hours are over."""
+    from benchmarks.reinforcement.training import ARMS
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reinforcement", description=main.__doc__)
+    parser.add_argument("--hours", type=float, default=3.0, help="start no run after so many hours")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one thread")
+    parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--arm", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    chosen = parser.parse_args(arguments)
+    rows = read_rows(chosen.output)
+    end = perf_counter() + chosen.hours * 3600
+    context = get_context("spawn")
+    # A process that has trained keeps TRL's state, so each run gets a new one.
+    with context.Pool(chosen.processes, start_process, (0,), maxtasksperchild=1) as pool:
+        while perf_counter() < end and (plans := list(missing(rows, chosen.problem, chosen.arm))):
+            for row in pool.imap_unordered(carry_out, plans[: chosen.processes]):
+                rows[row["key"]] = row
+                _write(rows, chosen.output)
+                said = f"{sum(row['solved']) / len(row['solved']):.3f} solved" if "solved" in row else row["error"]
+                print(f"{row['key']}: {said} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+
+
+def carry_out(plan: Plan) -> dict[str, Any]:
+    """The row of a run; what goes wrong in it is a row too."""
+    from benchmarks.reinforcement.training import run
+
+    start = perf_counter()
+    try:
+        row = run(**vars(plan))
+    except Exception as error:
+        row = {**vars(plan), "error": f"{type(error).__name__}: {error}", "solved": []}
+    return {"key": plan.key, **row, "seconds": round(perf_counter() - start, 1)}
+
+
+def read_rows(file: Path = RESULT) -> dict[str, dict[str, Any]]:
+    """Rows by the key of their run; none where there is no file yet."""
+    if not file.exists():
+        return {}
+    return {row["key"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+
+
+def _write(rows: dict[str, dict[str, Any]], file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    lines = ",\n".join("  " + json.dumps(row) for row in rows.values())
+    partial.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    main()
