@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.environment import environment
 from benchmarks.quality.processes import start_process
+from benchmarks.reinforcement.arms import ARMS
 from benchmarks.reinforcement.plan import Plan, missing
 from benchmarks.reinforcement.problems import PROBLEMS
 
@@ -18,8 +19,6 @@ RESULT = Path(__file__).parent.parent / "results" / "reinforcement.json"
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, one process a core, until nothing is or the hours are over."""
-    from benchmarks.reinforcement.training import ARMS
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reinforcement", description=main.__doc__)
     parser.add_argument("--hours", type=float, default=3.0, help="start no run after so many hours")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one thread")

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.reinforcement.arms import ARMS, RATES
 from benchmarks.reinforcement.problems import PROBLEMS
-from benchmarks.reinforcement.training import ARMS, RATES
 
 TRIAL_STEPS, STEPS = 30, 80
 TRIAL_SEED, SEEDS = 100, (0, 1, 2)
