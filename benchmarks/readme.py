@@ -13,7 +13,8 @@ from typing import Any
 from benchmarks.examples.table import examples
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters_parts
-from benchmarks.quality.grid import read_grid
+from benchmarks.quality.equal_bytes_page import parts as equal_bytes_parts
+from benchmarks.quality.grid import FILE, read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
@@ -187,9 +188,12 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _results() -> dict[str, str]:
-    content, grid = _load("quality"), read_grid()
-    missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
-    return {**quality_parts(result_of(content), content["environment"], missing), "demo": demo(_load("demo"))}
+    made = {"demo": demo(_load("demo"))}
+    for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
+        content, grid = _load(name), read_grid(FILE.parent / f"{name}.yaml")
+        missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
+        made |= parts(result_of(content), content["environment"], missing)
+    return made
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {

@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.quality import equal_bytes
 from benchmarks.quality.equal_bytes import ARMS, MAIN, TWO, YARDSTICK
+from benchmarks.quality.equal_bytes_page import parts
 from benchmarks.quality.equal_bytes_plots import equal_bytes as picture
 from benchmarks.quality.grid import FILE, read_grid
 from benchmarks.quality.statistics import Interval
@@ -102,6 +103,19 @@ def test_the_picture_has_both_panels() -> None:
     figure.canvas.draw()
     assert len(figure.axes) == 2
     plt.close(figure)
+
+
+def test_the_parts_of_the_page_say_what_is_known_and_what_is_missing() -> None:
+    environment = {"torch": "2", "peft": "0", "cores": 2}
+    nothing = parts(result({}), environment, missing=7)
+    assert "7 runs of the grid are missing" in nothing["equal-bytes-budget"]
+    assert all(text.strip() for text in nothing.values())
+    generator = np.random.default_rng(0)
+    counts = {arm: generator.integers(20, 40, 2).tolist() for arm in ARMS}
+    everything = parts(result(counts, TASKS[:2]), environment, missing=0)
+    assert "missing" not in everything["equal-bytes-budget"]
+    assert everything["equal-bytes-main"].count("\n| ") == everything["equal-bytes-two"].count("\n| ") == len(ARMS)
+    assert "structured minus dense" in everything["equal-bytes-decisions"]
 
 
 def test_every_arm_is_in_the_grid_and_every_trained_arm_is_shown() -> None:

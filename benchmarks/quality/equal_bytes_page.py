@@ -1,0 +1,86 @@
+"""The generated parts of docs/results.md that are about the second grid."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.quality.equal_bytes import (
+    ARMS,
+    MAIN,
+    TWO,
+    YARDSTICK,
+    decisions,
+    gain,
+    half_costs,
+    rate_excess,
+    smallest_seen,
+    table,
+    tasks_of,
+    tuned_at_an_edge,
+)
+from benchmarks.quality.summary import LABELS, Result
+
+EVERYWHERE = ("structured_r64", "dvora_r256")
+"""Arms of which the rates' table is made."""
+
+
+def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[str, str]:
+    """The text of every part, by its name.
+
+    Args:
+        missing: runs of the grid that have no row yet.
+    """
+    made = {
+        "budget": _budget(result, environment, missing),
+        "main": _main(result),
+        "two": _two(result),
+        "decisions": _decisions(result),
+    }
+    return {f"equal-bytes-{name}": "\n".join([*lines, ""]) for name, lines in made.items()}
+
+
+def _budget(result: Result, environment: Mapping[str, Any], missing: int) -> list[str]:
+    hours = sum(row["seconds"] for row in result.rows) / 3600
+    finals = sum(row["stage"] == "final" for row in result.rows)
+    return [
+        f"{len(result.rows):,} runs so far, {finals} of them evaluated on a test split; {hours:.1f} hours of one core "
+        f"each (torch {environment['torch']}, PEFT {environment['peft']}, {environment['cores']} cores, one thread a "
+        f"run, `benchmarks/results/equal_bytes.json`)."
+        + (f" **{missing:,} runs of the grid are missing.**" if missing else "")
+    ]
+
+
+def _main(result: Result) -> list[str]:
+    tasks = tasks_of(result, MAIN)
+    if not tasks:
+        return ["No task has runs of all main arms yet."]
+    seen = [smallest_seen(found) for arm in MAIN if arm != YARDSTICK and (found := gain(result, tasks, arm))]
+    seeds = min(len(result.finals(task, arm)) for task in tasks for arm in MAIN)
+    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
+    return [
+        *table(result, tasks),
+        "",
+        f"Means over {names}; {seeds} or more seeds. The smallest difference to LoRA r=1 that this design sees with a "
+        f"probability of 80 %: {min(seen):.1f} to {max(seen):.1f} points.",
+    ]
+
+
+def _two(result: Result) -> list[str]:
+    tasks = tasks_of(result, TWO)
+    return table(result, tasks) if tasks else ["No task has runs of all arms yet."]
+
+
+def _decisions(result: Result) -> list[str]:
+    tasks = tasks_of(result, MAIN)
+    lines = decisions(result, tasks)
+    for arm in EVERYWHERE:
+        lost = ", ".join(f"{rate:g}: {share:.0%}" for rate, share in rate_excess(result, tasks, arm).items())
+        if lost:
+            lines.append(f"- {ARMS[arm].label}, what a rate loses of what tuning gains (validation loss): {lost}")
+    if costs := [cost for arm in ARMS if (cost := half_costs(result, tasks, arm)) is not None]:
+        lines.append(
+            f"- float16 in place of float32 in the file changes a score by {min(-cost for cost in costs):+.2f} to "
+            f"{max(-cost for cost in costs):+.2f} points (seed 0)"
+        )
+    if edges := tuned_at_an_edge(result):
+        lines.append(f"- The best trial had the lowest or the highest rate: {'; '.join(edges)}")
+    return lines or ["Nothing is decided yet."]

@@ -1,0 +1,108 @@
+"""What a run needs, said before anything is fetched: python -m benchmarks.yardstick.needs
+
+The top of this file imports no package, so that any Python can say what is missing.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+from benchmarks.yardstick.tasks import TASKS, Task
+
+OLDEST_PYTHON = (3, 12)
+"""PEFT's scripts ask for it: with an older one they cannot save the adapter, and a row has a wrong file size."""
+TRYOUT = "make yardstick ARGS=--tryout runs tiny stand-ins on a CPU, which shows that it works and measures nothing"
+TRIAL = (
+    "A trial of PEFT's method comparison with DVoRA: its scripts, unchanged, on tiny models and data made here, on the "
+    "CPU.\nIt needs Python 3.12 or newer, git, about 8 GB of disk, and a network that reaches PEFT's repository."
+)
+FILES = {"black-forest-labs/FLUX.2-klein-base-4B": "model_index.json"}
+"""A small file of a model, where that is not config.json."""
+
+
+def chosen(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the command line asks for: `tasks`, `tryout`, `rates`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.yardstick", description=__doc__)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"all if none is named: {', '.join(TASKS)}")
+    parser.add_argument("--tryout", action="store_true", help="tiny models and data on a CPU, a few steps")
+    parser.add_argument("--rates", action="store_true", help="read the models and compare our rates with their rows")
+    found = parser.parse_args(arguments)
+    if unknown := [name for name in found.tasks if name not in TASKS]:
+        parser.error(f"TASK is {unknown[0]!r}, expected one of {', '.join(TASKS)}")
+    found.tasks = [TASKS[name] for name in found.tasks or TASKS]
+    return found
+
+
+def describe(tasks: Iterable[Task]) -> str:
+    """What will be done, and what it takes."""
+    lines = ["PEFT's method comparison with DVoRA. Experiments that have a row are skipped."]
+    for task in tasks:
+        lines.append(f"  {task.name} reads {', '.join((*task.models, *task.data))};")
+        lines.append(f"    PEFT's run of VeRA took {task.minutes} minutes and {task.memory} GiB on an NVIDIA L40S.")
+    return "\n".join(
+        [
+            *lines,
+            "It needs a CUDA or XPU device that nothing else uses (24 GB did for most of PEFT's runs),",
+            f"Python {_version(OLDEST_PYTHON)} or newer, git, about 40 GB of disk, and a network that reaches PEFT's",
+            "repository and the model hub, with an account there that may read the models (hf auth login).",
+        ]
+    )
+
+
+def first_problem(asked: argparse.Namespace) -> str | None:
+    """What is missing for what was asked, with what to do, or None."""
+    if asked.tryout or asked.rates:
+        return check_python()
+    return check_python() or check_device()
+
+
+def check_python() -> str | None:
+    """What is wrong with this Python, or None."""
+    if sys.version_info >= OLDEST_PYTHON:
+        return None
+    oldest = _version(OLDEST_PYTHON)
+    return (
+        f"this is Python {_version(sys.version_info[:3])}, and PEFT's scripts need {oldest} or newer: delete "
+        f".venv-yardstick if it is there, then make yardstick PYTHON=python{oldest}"
+    )
+
+
+def check_device() -> str | None:
+    """What is wrong with the devices that torch sees, or None."""
+    import torch
+
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return (
+        f"no GPU: torch {torch.__version__} sees neither a CUDA nor an XPU device, and PEFT's scripts run on nothing "
+        f"else. Run this on a machine that has one. ({TRYOUT}.)"
+    )
+
+
+def check_access(task: Task) -> str | None:
+    """The first model or data set of a task that cannot be read, or None; what is in the cache needs no network."""
+    from huggingface_hub import hf_hub_download
+
+    files = [(name, FILES.get(name, "config.json"), "model") for name in task.models]
+    files += [(name, "README.md", "dataset") for name in task.data]
+    for name, file, kind in files:
+        try:
+            hf_hub_download(name, file, repo_type=kind)
+        except Exception as error:  # of many types: no network, no account, a licence that was not accepted
+            said = (str(error).strip().splitlines() or ["nothing"])[0]
+            return (
+                f"{task.name} reads the {kind} {name}, which cannot be had ({type(error).__name__}: {said}). Accept "
+                "its licence on its page if it has one, log in with hf auth login, and check the network"
+            )
+    return None
+
+
+def _version(numbers: Iterable[int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+if __name__ == "__main__":
+    asked = chosen(sys.argv[1:])
+    print(TRIAL if asked.tryout else describe(asked.tasks), file=sys.stderr)
+    # A process has torch only once its environment is there; the next step looks for the device.
+    sys.exit(check_python())

@@ -1,0 +1,406 @@
+"""PEFT's method comparison with DVoRA: our folders, what a run needs, how it goes on, and what is shown."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.yardstick import __main__ as command
+from benchmarks.yardstick import needs, rows
+from benchmarks.yardstick.checkout import FOLDER, CheckoutError, check_unchanged, checked_out
+from benchmarks.yardstick.environment import comparison, is_installed_from
+from benchmarks.yardstick.experiments import (
+    ADAPTER_FILE,
+    CATALOGUE,
+    KEY_VALUE,
+    TRAINING_FILE,
+    Experiment,
+    adapter_config,
+    folder_of,
+    training_params,
+)
+from benchmarks.yardstick.launch import launch
+from benchmarks.yardstick.rates import compare
+from benchmarks.yardstick.running import finished_row, place, row_file, run
+from benchmarks.yardstick.sizes import OUTPUTS, trained_parameters, vera_parameters
+from benchmarks.yardstick.tasks import EXPERIMENTS, TASKS
+from benchmarks.yardstick.tryout.cpu import _Posing
+from benchmarks.yardstick.tryout.prepare import SHORT
+from benchmarks.yardstick.tryout.text import write_text
+from dvora import DVoRAConfig
+from dvora.training import parameter_groups
+from dvora.training.optimizer_groups import Group
+
+ROOT = Path(__file__).parent.parent.parent
+WIDTH, INNER, KEYS, BLOCKS = 24, 40, 8, 2
+LANGUAGE = [experiment for experiment in CATALOGUE if experiment.task == "MetaMathQA"]
+WRITES_A_ROW = """
+import json, pathlib, sys
+from helper import STATUS
+from peft import PeftConfig
+
+folder = pathlib.Path(sys.argv[-1])
+training = json.loads((folder / "training_params.json").read_text())
+settings = PeftConfig.from_pretrained(str(folder)).to_dict()
+row = {"run_info": {"peft_config": settings, "train_config": training}, "train_info": {"status": STATUS}}
+pathlib.Path("results", f"dvora--{folder.name}.json").write_text(json.dumps(row))
+"""
+COPIES_THE_SETTINGS = """
+import json, pathlib, sys
+# PEFT, which takes seconds to import, would get the method from it.
+assert "dvora" in sys.modules
+folder = pathlib.Path(sys.argv[-1])
+files = (folder / f"{name}.json" for name in ("adapter_config", "training_params"))
+settings, training = (json.loads(file.read_text()) for file in files)
+row = {"run_info": {"peft_config": settings, "train_config": training}, "train_info": {"status": "success"}}
+pathlib.Path("results", f"dvora--{folder.name}.json").write_text(json.dumps(row))
+print("ran", folder.name, file=sys.stderr, flush=True)
+"""
+IS_CANCELED = """
+import json, pathlib, sys
+row = {"run_info": {"error_msg": "out of memory"}}
+name = pathlib.Path(sys.argv[-1]).name
+pathlib.Path("cancelled_results", f"dvora--{name}--now.json").write_text(json.dumps(row))
+"""
+"""Do with rows what PEFT's scripts do."""
+
+
+def name(experiment: Experiment) -> str:
+    return experiment.name
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=BLOCKS,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+        )
+    )
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """A folder like PEFT's of a task, with a script of ours that finds a module beside it."""
+    for folder in ("results", "cancelled_results"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run.py").write_text(WRITES_A_ROW, encoding="utf-8")
+    (tmp_path / "helper.py").write_text("STATUS = 'success'\n", encoding="utf-8")
+    return tmp_path
+
+
+# The folders
+
+
+@pytest.mark.parametrize("experiment", CATALOGUE, ids=name)
+def test_a_folder_is_read_as_dvora_and_is_what_the_catalogue_writes(experiment: Experiment) -> None:
+    folder = folder_of(experiment)
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, DVoRAConfig)
+    assert config.target_modules == set(experiment.target_modules)
+    assert config.projection_init == experiment.projection_init
+    assert json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")) == adapter_config(experiment)
+    assert json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")) == training_params(experiment)
+
+
+def test_there_are_no_other_folders() -> None:
+    found = {file.parent for file in EXPERIMENTS.rglob("*.json")}
+    assert found == {folder_of(experiment) for experiment in CATALOGUE}
+    assert {experiment.task for experiment in CATALOGUE} == set(TASKS)
+
+
+@pytest.mark.parametrize("experiment", CATALOGUE, ids=name)
+def test_training_parameters_are_the_optimizer_and_its_arguments(experiment: Experiment) -> None:
+    params = training_params(experiment)
+    assert [*params] == ["optimizer_kwargs"]
+    assert {*params["optimizer_kwargs"]} <= {*inspect.signature(torch.optim.AdamW).parameters}
+    # Without a word of it, PEFT's script or torch would decay the magnitude.
+    assert params["optimizer_kwargs"]["weight_decay"] == 0
+
+
+@pytest.mark.skipif(not (FOLDER / ".git").is_dir(), reason="make yardstick has not fetched PEFT's scripts here")
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_names_of_training_parameters_are_those_of_the_scripts(task: Any) -> None:
+    file = comparison(FOLDER) / task.name / "default_training_params.json"
+    defaults = json.loads(file.read_text(encoding="utf-8"))
+    assert {"optimizer_kwargs", *SHORT[task.name]} <= {*defaults}
+    assert defaults["optimizer_type"] == "AdamW"
+
+
+def losses(config: PeftConfig, rate: float, rates: dict[Group, float]) -> list[float]:
+    """The course of a tiny model's loss, with ten times the rates, so that few steps show much."""
+    model = get_peft_model(llama(), config)
+    rates = {group: 10 * value for group, value in rates.items()}
+    # Gradients of plain vectors are smaller, and must not vanish beside AdamW's epsilon.
+    optimizer = torch.optim.AdamW(parameter_groups(model, 10 * rate, learning_rates=rates), eps=1e-12)
+    tokens = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))
+    course = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        course.append(loss.item())
+    return course
+
+
+def test_one_rate_for_a_folder_is_two_rates_for_a_plain_adapter() -> None:
+    """What alpha and d_initial of our folders are for: PEFT's scripts have one rate."""
+    experiment = LANGUAGE[2]
+    rate = training_params(experiment)["optimizer_kwargs"]["lr"]
+    plain = DVoRAConfig(r=256, target_modules=[*experiment.target_modules], task_type="CAUSAL_LM")
+    one = losses(PeftConfig.from_pretrained(str(folder_of(experiment))), rate, {})
+    two = losses(plain, rate, {"lambda_b": experiment.rate, "lambda_d": experiment.rate})
+    assert one == pytest.approx(two, abs=1e-3)
+    assert abs(losses(plain, rate, {})[-1] - one[-1]) > 0.02
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("experiment", LANGUAGE, ids=name)
+def test_parameters_are_counted_as_peft_counts_them(experiment: Experiment) -> None:
+    widths = {"q_proj": WIDTH, "o_proj": WIDTH, "down_proj": WIDTH, "gate_proj": INNER, "up_proj": INNER}
+    outputs = {module: (widths.get(module, KEYS), BLOCKS) for module in OUTPUTS["MetaMathQA"]}
+    model = get_peft_model(llama(), PeftConfig.from_pretrained(str(folder_of(experiment))))
+    assert trained_parameters(experiment, outputs) == model.get_nb_trainable_parameters()[0]
+
+
+def test_layer_sizes_give_the_counts_of_peft_s_rows_of_vera() -> None:
+    assert vera_parameters(LANGUAGE[0], rank=256) == 129_024
+    assert vera_parameters(CATALOGUE[-1], rank=32) == 893_440
+
+
+def test_the_page_has_every_folder_with_its_parameters() -> None:
+    page = (ROOT / "docs" / "yardstick.md").read_text(encoding="utf-8")
+    for experiment in CATALOGUE:
+        assert re.search(rf"\| `{experiment.name}` \|.*\| {trained_parameters(experiment):,} \|", page), experiment.name
+
+
+def test_equal_sizes_are_equal_sizes() -> None:
+    by_name = {experiment.name: experiment for experiment in LANGUAGE}
+    small, medium = by_name["llama-3.2-3B-rank256-target-kv"], by_name["llama-3.2-3B-rank256-target-qvo-down"]
+    assert small.target_modules == KEY_VALUE
+    assert trained_parameters(small) == 129_024
+    assert trained_parameters(medium) <= 630_784  # (IA)3 on all linear layers
+
+
+def test_rates_are_compared_with_the_rows_of_a_model() -> None:
+    model = llama()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.constant_(layer.weight, 2 / layer.in_features**0.5)
+    line = compare(LANGUAGE[0], model)
+    assert "median norm 2; recommended for the magnitude 0.007, in the folder 0.0035" in line
+    with pytest.raises(ValueError, match="no layer named to_q"):
+        compare(CATALOGUE[-1], model)
+
+
+# What a run needs
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "OLDEST_PYTHON", (3, 10))
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_without_a_gpu_nothing_starts_and_the_message_says_what_to_do() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main([])
+    assert re.search(r"^no GPU: torch .* CUDA nor an XPU .*make yardstick ARGS=--tryout", str(stopped.value))
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_trial_needs_no_gpu() -> None:
+    assert needs.first_problem(needs.chosen(["--tryout"])) is None
+
+
+def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "OLDEST_PYTHON", (9, 9))
+    with pytest.raises(SystemExit, match=r"^this is Python 3\..* need 9\.9 or newer: .* PYTHON=python9\.9$"):
+        command.main(["--tryout"])
+
+
+def test_what_is_needed_is_said_by_a_python_without_packages() -> None:
+    command = [sys.executable, "-S", "-m", "benchmarks.yardstick.needs", "MetaMathQA"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+    for part in ("meta-llama/Llama-3.2-3B", "CUDA or XPU device", "Python 3.12", "hf auth login"):
+        assert part in said
+    assert "FLUX" not in said
+
+
+def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        needs.chosen(["MetaMath"])
+    assert "TASK is 'MetaMath', expected one of MetaMathQA, image-gen" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_model_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("403 Client Error\nmore")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(SystemExit, match=r"model meta-llama/Llama-3\.2-3B, .* had \(OSError: 403 Client Error\)"):
+        command.main(["--rates"])
+
+
+# PEFT's repository
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> tuple[str, str]:
+    """A repository with one file, and its commit."""
+    folder = tmp_path / "origin"
+    folder.mkdir()
+    (folder / "run.py").write_text("print(1)\n", encoding="utf-8")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True)
+    return str(folder), found.stdout.strip()
+
+
+def test_the_repository_is_fetched_once_and_a_changed_script_is_refused(
+    repository: tuple[str, str], tmp_path: Path
+) -> None:
+    url, commit = repository
+    folder = checked_out(tmp_path / "peft", url, commit)
+    assert checked_out(folder, "no such place", commit) == folder
+    (folder / "experiment.json").touch()
+    check_unchanged(folder, commit)
+    (folder / "run.py").write_text("print(2)\n", encoding="utf-8")
+    with pytest.raises(CheckoutError, match=r"not as PEFT has it: run\.py was changed; delete .*peft and start again"):
+        check_unchanged(folder, commit)
+
+
+def test_a_branch_of_another_name_is_refused(repository: tuple[str, str], tmp_path: Path) -> None:
+    folder = checked_out(tmp_path / "peft", *repository)
+    subprocess.run(["git", "checkout", "-q", "-b", "mine"], cwd=folder, check=True)
+    with pytest.raises(CheckoutError, match="on the branch 'mine', expected 'main'"):
+        check_unchanged(folder, repository[1])
+
+
+def test_a_tag_is_no_commit_and_a_wrong_address_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckoutError, match=r"PEFT_COMMIT='v0\.21\.2' is no full hash"):
+        checked_out(tmp_path, "url", "v0.21.2")
+    with pytest.raises(CheckoutError, match=r"git fetch failed .*\n.*PEFT_URL"):
+        checked_out(tmp_path, str(tmp_path / "nowhere"), "0" * 40)
+
+
+def test_a_wheel_is_not_the_repository(tmp_path: Path) -> None:
+    assert not is_installed_from(tmp_path)
+
+
+# Runs
+
+
+def test_a_script_reads_our_folder_and_its_row_is_found(task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = LANGUAGE[0]
+    monkeypatch.chdir(task_folder)
+    monkeypatch.syspath_prepend(task_folder)
+    monkeypatch.setattr(sys, "argv", [])
+    path = place(experiment, task_folder)
+    assert finished_row(experiment, task_folder) is None
+    launch("run.py", ["-v", str(path)])
+    row = finished_row(experiment, task_folder)
+    assert row is not None
+    assert row["run_info"]["peft_config"]["peft_type"] == "DVORA"
+
+
+def test_a_row_of_other_settings_or_of_no_success_is_run_again(task_folder: Path) -> None:
+    experiment = LANGUAGE[0]
+    place(experiment, task_folder)
+    row: dict[str, Any] = {
+        "run_info": {"peft_config": adapter_config(experiment), "train_config": training_params(experiment)},
+        "train_info": {"status": "success"},
+    }
+    file = row_file(experiment, task_folder)
+    file.write_text(json.dumps(row), encoding="utf-8")
+    assert finished_row(experiment, task_folder) == row
+    other = training_params(replace(experiment, rate=0.5))
+    for change in ({"run_info": {**row["run_info"], "train_config": other}}, {"train_info": {"status": "canceled"}}):
+        file.write_text(json.dumps(row | change), encoding="utf-8")
+        assert finished_row(experiment, task_folder) is None
+
+
+def test_a_run_that_did_not_end_well_says_why(task_folder: Path) -> None:
+    experiment = LANGUAGE[0]
+    place(experiment, task_folder)
+    (task_folder / "run.py").write_text(IS_CANCELED, encoding="utf-8")
+    assert run(experiment, task_folder) == "canceled: out of memory"
+    (task_folder / "run.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
+    assert run(experiment, task_folder) == "PEFT's script ended with status 3 and without a row; what it said is above"
+
+
+READS_ROWS = """
+import pandas, pathlib
+def load_df(path, task_name, print_fn):
+    names = [file.stem.replace("--", "/") for file in pathlib.Path(path).glob("*.json")]
+    row = {"num_trainable_params": 9, "test_accuracy": 0.5, "peft_type": "DVORA", "model_id": "m", "peft_version": "v",
+           "created_at": pandas.Timestamp("2026-01-02")}
+    return pandas.DataFrame([{"experiment_name": name, **row} for name in names])
+"""
+
+
+def test_what_has_a_row_is_skipped_and_rows_are_kept_and_shown(
+    task_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = task_folder / "method_comparison" / "MetaMathQA"
+    (folder / "results").mkdir(parents=True)
+    (folder / "run.py").write_text(COPIES_THE_SETTINGS, encoding="utf-8")
+    (folder.parent / "processing.py").write_text(READS_ROWS, encoding="utf-8")
+    kept = task_folder / "kept"
+    monkeypatch.setattr(command, "of_task", lambda _: LANGUAGE[:2])
+    monkeypatch.setattr(command, "check_unchanged", lambda _: None)
+    monkeypatch.setattr(rows, "ROWS", kept)
+    for runs in (2, 0):
+        assert command.measure(TASKS["MetaMathQA"], task_folder) == []
+        said = capfd.readouterr()
+        assert said.err.count("ran llama") == runs
+        assert f"*  50.0%          9  dvora/{LANGUAGE[0].name}  (m, PEFT v, 2026-01-02)" in said.out
+    assert {file.name for file in kept.rglob("*.json")} == {row_file(each, folder).name for each in LANGUAGE[:2]}
+
+
+def test_a_folder_in_the_way_of_the_hub_is_refused(task_folder: Path) -> None:
+    (task_folder / "openai" / "gsm8k").mkdir(parents=True)
+    with pytest.raises(CheckoutError, match=r"gsm8k would be read in place of the hub's openai/gsm8k, .* move it away"):
+        command.check_nothing_shadows_the_hub(TASKS["MetaMathQA"], task_folder)
+
+
+# The trial
+
+
+def test_the_cpu_poses_as_a_device_that_the_scripts_take() -> None:
+    device = _Posing("cpu")
+    assert device in ["cuda", "xpu"]
+    assert device != "cuda"
+    assert torch.device(device).type == "cpu"
+
+
+def test_stand_in_text_has_the_columns_of_the_real_data(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    for path, columns in (
+        ("meta-math/MetaMathQA/train.jsonl", {"type", "query", "original_question", "response"}),
+        ("openai/gsm8k/main/test.jsonl", {"question", "answer"}),
+        ("HuggingFaceFW/finewiki/train.jsonl", {"text"}),
+    ):
+        first = (tmp_path / path).read_text(encoding="utf-8").splitlines()[0]
+        assert {*json.loads(first)} == columns
