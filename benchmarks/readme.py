@@ -22,6 +22,7 @@ from benchmarks.quality.tables import at_a_glance
 from benchmarks.speakers import table as speakers
 from benchmarks.speed.overhead_tables import overhead, with_overhead
 from benchmarks.speed.tables import speed, targets
+from benchmarks.users.tables import users
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = {
@@ -188,7 +189,7 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _results() -> dict[str, str]:
-    made = {"demo": demo(_load("demo"))}
+    made = {"demo": demo(_load("demo")), "users": users(_load("users"))}
     for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
         content, grid = _load(name), read_grid(FILE.parent / f"{name}.yaml")
         missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))

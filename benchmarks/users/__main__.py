@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.pictures import save
 from benchmarks.users.sources import SOURCES
+from benchmarks.users.tables import picture
 from benchmarks.users.training import ARMS, LAYERS, base, run
 from examples.top_layers import TopLayers
 
@@ -58,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
                         continue
                     if _key(source, arm, rate, examples, seed, "test") not in rows:
                         keep(rows, _row(tested, source, arm, rate, examples, seed, "test"), chosen.output)
+    save("users", lambda: picture({"rows": list(rows.values())}))
 
 
 def next_rate(rows: Rows, source: str, arm: str, examples: int) -> float | None:

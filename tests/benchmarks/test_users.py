@@ -5,19 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from peft import get_peft_model
 
 from benchmarks.users import training
 from benchmarks.users.__main__ import Rows, best_rate, keep, next_rate, read_rows
-from benchmarks.users.sources import ROWS, TOKENS, languages, speakers
+from benchmarks.users.sources import ROWS, SOURCES, TOKENS, languages, speakers
+from benchmarks.users.tables import LABELS, lower, picture, users
 from benchmarks.users.training import ARMS, BATCH, LAYERS, base, run
 from examples.top_layers import TopLayers
 
 
 @pytest.fixture(scope="module")
 def top() -> TopLayers:
-    users = speakers(2)
-    return TopLayers.of({name: users.parts[name] for name in ("train", "development")}, LAYERS)
+    two = speakers(2)
+    return TopLayers.of({name: two.parts[name] for name in ("train", "development")}, LAYERS)
 
 
 def tried(best: float) -> list[float]:
@@ -41,11 +43,11 @@ def test_every_arm_gets_three_rates_and_one_more() -> None:
 
 
 def test_no_row_is_in_two_parts_or_of_two_users() -> None:
-    users = languages(3)
-    assert {name: tuple(rows.shape) for name, rows in users.parts.items()} == {
+    three = languages(3)
+    assert {name: tuple(rows.shape) for name, rows in three.parts.items()} == {
         name: (3, count, TOKENS) for name, count in ROWS.items()
     }
-    every = [tuple(row.tolist()) for rows in users.parts.values() for row in rows.flatten(0, 1)]
+    every = [tuple(row.tolist()) for rows in three.parts.values() for row in rows.flatten(0, 1)]
     assert len(set(every)) == len(every)
 
 
@@ -82,3 +84,39 @@ def test_rows_are_kept_in_the_file(tmp_path: Path) -> None:
     keep(rows, {**row, "key": "b"}, file)
     assert read_rows(file) == rows
     assert read_rows(tmp_path / "none.json") == {}
+
+
+def made_up(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """One seed of each arm on each source, with these losses of the users."""
+    rows = [
+        {
+            "key": f"{source} {arm}",
+            **{"source": source, "arm": arm, "examples": 0 if arm == "base" else 8, "seed": 0, "part": "test"},
+            **{"losses": each, "seconds": 36.0, "smallest_bytes": 50_000},
+        }
+        for source in SOURCES
+        for arm, each in losses.items()
+    ]
+    return {"environment": {"torch": "2", "peft": "0"}, "rows": rows}
+
+
+def test_the_table_says_how_much_lower_a_loss_is() -> None:
+    losses = {"base": [4.0, 5.0, 4.5], **{arm: [3.8, 4.8, 4.3] for arm in LABELS}, "lora_r8": [3.5, 4.5, 4.0]}
+    content = made_up(losses)
+    found = lower(content["rows"], "speakers", 8, "lora_r8", "lora_r1")
+    assert found is not None
+    assert found.mean == pytest.approx(0.3)
+    text = users(content)
+    assert (
+        "| programming languages, 8 | LoRA r=8 | 50 | +0.500 (+0.500 to +0.500) | +0.300 (+0.300 to +0.300) |" in text
+    )
+    assert text.count("\n| ") == len(SOURCES) * len(LABELS)
+    assert LABELS.keys() == ARMS.keys()
+
+
+def test_the_picture_has_a_panel_for_each_source() -> None:
+    generator = torch.Generator().manual_seed(0)
+    figure = picture(made_up({arm: torch.rand(3, generator=generator).tolist() for arm in ("base", *LABELS)}))
+    figure.canvas.draw()
+    assert len(figure.axes) == len(SOURCES)
+    plt.close(figure)
