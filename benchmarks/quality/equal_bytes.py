@@ -20,6 +20,8 @@ TWO = (*MAIN, "dora_r1", "bitfit", "lora_r16")
 """Likewise, for the tasks on which every arm runs."""
 MARGIN = 0.3
 """Points by which a cheaper choice may be worse, at most, to become the default."""
+SEARCHED = ("structured_r64", "lora_r8")
+"""Arms that also run with the usual rate of their method, and with one that `find_rate` finds."""
 SEEN = 2.8
 """Standard errors of the smallest difference that is found with a probability of 80 % at a level of 5 %."""
 
@@ -158,6 +160,24 @@ def decisions(result: Result, tasks: Sequence[str]) -> list[str]:
         rank = gain(result, tasks, *arms)
         if rank is not None:
             lines.append(_verdict(label, rank, "64 is as good as", "64 is not shown to be as good as"))
+    return lines
+
+
+def worth_of_search(result: Result) -> list[str]:
+    """What a rate that finds itself gains over the method's usual rate, and what four whole trials gain over it."""
+    lines = []
+    for tuned in SEARCHED:
+        auto, usual = f"{tuned}_auto", f"{tuned}_default"
+        tasks = tasks_of(result, (tuned, auto, usual))
+        found = gain(result, tasks, auto, usual) if tasks else None
+        if found is not None:
+            holds = "the search becomes" if found.low > 0 else "the fixed rate stays"
+            lines.append(
+                f"- {ARMS[tuned].label}, a rate that finds itself minus the usual one over {len(tasks)} tasks: "
+                f"{difference(found, 2)}; {holds} the default"
+            )
+            if more := gain(result, tasks, tuned, auto):
+                lines.append(f"- {ARMS[tuned].label}, four whole trials minus the search: {difference(more, 2)}")
     return lines
 
 

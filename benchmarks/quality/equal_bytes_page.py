@@ -16,6 +16,7 @@ from benchmarks.quality.equal_bytes import (
     table,
     tasks_of,
     tuned_at_an_edge,
+    worth_of_search,
 )
 from benchmarks.quality.summary import LABELS, Result
 
@@ -33,7 +34,7 @@ def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[
         "budget": _budget(result, environment, missing),
         "main": _main(result),
         "two": _two(result),
-        "decisions": _decisions(result),
+        "decisions": _decisions(result, missing),
     }
     return {f"equal-bytes-{name}": "\n".join([*lines, ""]) for name, lines in made.items()}
 
@@ -69,9 +70,12 @@ def _two(result: Result) -> list[str]:
     return table(result, tasks) if tasks else ["No task has runs of all arms yet."]
 
 
-def _decisions(result: Result) -> list[str]:
+def _decisions(result: Result, missing: int) -> list[str]:
     tasks = tasks_of(result, MAIN)
-    lines = decisions(result, tasks)
+    if not tasks:
+        return ["Nothing is decided yet."]
+    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
+    lines = [*decisions(result, tasks), *worth_of_search(result)]
     for arm in EVERYWHERE:
         lost = ", ".join(f"{rate:g}: {share:.0%}" for rate, share in rate_excess(result, tasks, arm).items())
         if lost:
@@ -83,4 +87,5 @@ def _decisions(result: Result) -> list[str]:
         )
     if edges := tuned_at_an_edge(result):
         lines.append(f"- The best trial had the lowest or the highest rate: {'; '.join(edges)}")
-    return lines or ["Nothing is decided yet."]
+    heading = f"So far, over {names} only, so that no default was changed:" if missing else f"Over {names}:"
+    return [heading, "", *lines]

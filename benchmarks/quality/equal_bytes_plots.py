@@ -16,6 +16,9 @@ from benchmarks.quality.equal_bytes import ARMS, MAIN, TWO, YARDSTICK, arms_of, 
 from benchmarks.quality.results import EQUAL_BYTES
 from benchmarks.quality.summary import LABELS, Result, result_of
 
+TICKS = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000)
+"""Kilobytes."""
+
 
 def equal_bytes(result: Result) -> Figure:
     """Points above LoRA r=1 against kilobytes, 95 % intervals: the main arms on all their tasks, all arms on two."""
@@ -52,6 +55,10 @@ def _panel(axes: Axes, result: Result, tasks: list[str]) -> None:
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.grid(visible=True)
     axes.set(xscale="log", xlabel="kB, float16, no seeded matrices")
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
     names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
     axes.set_title(f"mean over {names}" if len(tasks) > 1 else names, fontsize="medium", wrap=True)
 

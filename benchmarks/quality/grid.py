@@ -48,6 +48,9 @@ class Arm:
         magnitude: whether there is a magnitude with a rate of its own.
         rates: adapter rates that are tried first.
         tuned_as: the arm whose tuned rates this one takes.
+        rate_by: how the adapter's rate is chosen: by the trials of `tuning`; by `dvora.training.find_rate`, as `dvora
+            train --learning-rate auto` does it; or not at all: it is the `centre`.
+        centre: the method's usual rate, for the last two.
         base: how the frozen weights are kept: float32, or quantised as nf4 or int8; or those of a base that was
             fine-tuned before.
         precision: dtype of the matrix products.
@@ -66,6 +69,8 @@ class Arm:
     magnitude: bool = False
     rates: tuple[float, ...] = ()
     tuned_as: str | None = None
+    rate_by: Literal["trials", "search", "centre"] = "trials"
+    centre: float = 0.0
     weight_decay: float = 0.0
     base: Literal["float32", "nf4", "int8", "fine_tuned"] = "float32"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -141,6 +146,8 @@ def read_grid(file: Path = FILE) -> Grid:
             raise ValueError(f"arm {name!r} names the task {min(unknown)!r}; there are {', '.join(tasks)}")
         if arm.tuned_as is not None and not arms.get(arm.tuned_as, arm).rates:
             raise ValueError(f"arm {name!r} is tuned as {arm.tuned_as!r}, which is no arm with rates")
+        if arm.rate_by != "trials" and not (arm.centre > 0 and arm.rates):
+            raise ValueError(f"arm {name!r} has rate_by {arm.rate_by!r}, which needs a centre and rates; give it both")
         if arm.one_rate and arm.rates:
             raise ValueError(f"arm {name!r} has one rate, which is not tuned by itself; give it tuned_as")
     return Grid(content["training"], content["tuning"], tasks, content["layers"], arms)

@@ -75,25 +75,28 @@ def lower(rows: list[Row], source: str, examples: int, arm: str, over: str) -> I
 
 
 def picture(content: Mapping[str, Any]) -> Figure:
-    """Nats below the base against kilobytes of one user's adapter, one panel a source and number of rows."""
+    """Nats below LoRA r=1 against kilobytes of one user's adapter, one panel a source and number of rows."""
     rows: list[Row] = content["rows"]
     panels = settings(rows)
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(WIDTH, 2.8), layout="constrained", squeeze=False, sharey=False, sharex=True
+        1, len(panels), figsize=(WIDTH, 2.8), layout="constrained", squeeze=False, sharey=True, sharex=True
     )
     for axes, (source, examples) in zip(grid[0], panels, strict=True):
         for arm, (method, label) in LABELS.items():
-            gain = lower(rows, source, examples, arm, "base")
+            gain = lower(rows, source, examples, arm, YARDSTICK)
             assert gain is not None
             size = mean(row["smallest_bytes"] for row in _finals(rows, source, examples, arm).values())
             sides = [[gain.mean - gain.low], [gain.high - gain.mean]]
             axes.errorbar(
                 [size / 1e3], [gain.mean], yerr=sides, fmt="o", capsize=2, color=METHODS.get(method, FAINT), label=label
             )
-        axes.set(xscale="log", xlabel="kB a user", title=f"{SOURCES[source]}, {examples} rows")
-        axes.title.set_fontsize("medium")
+        axes.axhline(0, color=FAINT, linewidth=1)
+        axes.set(xscale="log", xlabel="kB a user")
+        axes.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
+        axes.minorticks_off()
+        axes.set_title(f"{SOURCES[source]},\n{examples} rows each", fontsize="medium")
         axes.grid(visible=True)
-    grid[0][0].set_ylabel("nats a token below the base")
+    grid[0][0].set_ylabel("nats a token below LoRA r=1")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
     return figure
 

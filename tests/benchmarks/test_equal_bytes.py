@@ -64,6 +64,14 @@ def test_the_same_scores_decide_for_the_cheaper_kind_and_the_smaller_rank() -> N
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize(("auto", "verdict"), [(40, "the search becomes"), (30, "the fixed rate stays")])
+def test_a_search_becomes_the_default_if_it_is_better(auto: int, verdict: str) -> None:
+    counts = {"lora_r8": [45], "lora_r8_auto": [auto], "lora_r8_default": [30]}
+    lines = equal_bytes.worth_of_search(result(counts))
+    assert verdict in lines[0]
+    assert f"four whole trials minus the search: {2.0 * (45 - auto):+.2f}" in lines[1]
+
+
 def test_the_smallest_difference_that_is_seen() -> None:
     assert equal_bytes.smallest_seen(Interval(0, -1.96, 1.96)) == pytest.approx(2.8)
 
@@ -120,7 +128,7 @@ def test_the_parts_of_the_page_say_what_is_known_and_what_is_missing() -> None:
 
 def test_every_arm_is_in_the_grid_and_every_trained_arm_is_shown() -> None:
     assert set(ARMS) <= set(GRID.arms)
-    trained = {name for name, arm in GRID.arms.items() if arm.rates}
+    trained = {name for name, arm in GRID.arms.items() if arm.rates and arm.rate_by == "trials"}
     assert trained == set(ARMS)
     assert {*MAIN, *TWO} <= set(ARMS)
     assert len({shown.label for shown in ARMS.values()}) == len(ARMS)

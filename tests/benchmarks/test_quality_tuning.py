@@ -49,7 +49,7 @@ def test_every_method_gets_as_many_trials(task: str, count: int, name: str, best
     assert len(rows) == count
 
 
-@pytest.mark.parametrize("name", [name for name, arm in SECOND.arms.items() if arm.rates])
+@pytest.mark.parametrize("name", [name for name, arm in SECOND.arms.items() if arm.rates and arm.rate_by == "trials"])
 @pytest.mark.parametrize(("best", "place"), [(1e-9, 0), (1e9, 4)], ids=["lowest", "highest"])
 def test_the_second_grid_has_one_more_trial(name: str, best: float, place: int) -> None:
     """Three rates, and one beyond the best at an edge: as many for every arm."""
@@ -65,6 +65,25 @@ def test_the_one_more_is_between_the_best_and_the_better_of_its_neighbours(best:
     rows = carried_out("countries", "dvora_r256", best_near(best), SECOND)
     rates = [run.rates for run in trials(SECOND, "countries", "dvora_r256", rows)]
     assert rates[3] == Rates(pytest.approx(0.02 * factor), pytest.approx(9e-3 * factor), 1e-3)
+
+
+def test_a_search_makes_short_trials_around_the_usual_rate_and_takes_the_best() -> None:
+    rows = carried_out("countries", "structured_r64_auto", best_near(0.03, magnitude=0.03 * 0.45), SECOND)
+    made = trials(SECOND, "countries", "structured_r64_auto", rows)
+    assert [run.rates.adapter for run in made if run.rates] == pytest.approx([0.0033, 0.01, 0.03, 0.09])
+    assert {run.steps for run in made} == {25}
+    assert chosen(SECOND, "countries", "structured_r64_auto", rows) == Rates(
+        pytest.approx(0.03), pytest.approx(0.0135), 1e-3
+    )
+    rows.pop(made[-1].key)
+    assert chosen(SECOND, "countries", "structured_r64_auto", rows) is None
+    assert remaining(SECOND, rows, ["countries"], ["structured_r64_auto"]) == 1 + 5
+
+
+def test_the_usual_rate_needs_no_trial() -> None:
+    assert trials(SECOND, "countries", "lora_r8_default", {}) == []
+    assert chosen(SECOND, "countries", "lora_r8_default", {}) == Rates(pytest.approx(0.001), None, 1e-3)
+    assert [run.seed for run in ready(SECOND, {}, ["countries"], ["lora_r8_default"])] == [0, 1, 2, 3, 4]
 
 
 def test_the_rate_of_the_head_is_tried_where_it_matters() -> None:
@@ -173,6 +192,7 @@ def test_every_row_of_the_result_file_is_of_the_grid() -> None:
         ({"tasks": ["chess"]}, ValueError, "names the task 'chess'"),
         ({"tuned_as": "frozen"}, ValueError, "tuned as 'frozen', which is no arm with rates"),
         ({"tuned_as": "nothing"}, ValueError, "tuned as 'nothing'"),
+        ({"rate_by": "search", "centre": 0.01}, ValueError, "needs a centre and rates"),
         ({"one_rate": True, "rates": [0.1, 0.2, 0.3]}, ValueError, "give it tuned_as"),
         ({"colour": "red"}, TypeError, "colour"),
     ],

@@ -102,6 +102,10 @@ def test_a_run_as_json(desk: Path) -> None:
         (["--lr", "1"], "No such option --lr, did you mean --learning-rate; dvora train --help"),
         (["--steps", "1"], "did you mean --max-steps"),
         (["--weight_decai", "1"], "did you mean --weight-decay"),
+        (
+            ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv", "--learning-rate", "fast"],
+            "learning_rate is 'fast': expected a number above zero, or auto",
+        ),
         (["--zzz"], "No such option --zzz; dvora train --help"),
         (["--learning-rates", "head: ["], "learning_rates is 'head: ['"),
     ],
@@ -179,6 +183,62 @@ def test_a_killed_run_goes_on_and_signals_stop_it_with_a_checkpoint(desk: Path) 
         again = ["dvora", "train", str(desk / "killed" / "config.yaml"), "--resume"]
         assert shlex.split(last.partition("go on with: ")[2]) == again
         assert max(int(path.name.partition("-")[2]) for path in folder.iterdir()) == int(last.split()[3].rstrip(";"))
+
+
+AUTO = [*TRAINED, "--learning-rate", "auto", "--batch-size", "4"]
+
+
+def test_a_rate_that_finds_itself(desk: Path) -> None:
+    result = typed(*AUTO, "-o", "found", "--max-steps", "120")
+    assert result.exit_code == 0, result.output
+    assert "learning rate: up to 3 trials of 8 steps will find it, 20% of the run's 120 steps" in result.stderr
+    assert "trial 3: learning rate 0.03, validation loss" in result.stderr
+    # Trials are notes when they end, and no steps of the run.
+    assert "step 1 of 8" not in result.stderr
+    rate = json.loads((desk / "found" / "run.json").read_text())["rate_search"]["rate"]
+    assert " ".join(["learning", "rate", f"{rate:g}"]) in " ".join(result.stdout.split())
+    assert "learning_rate: auto\n" in typed("found", "--print-config").stdout
+    assert typed("found", "--learning-rate", "0.01", "--print-config").stdout.count("learning_rate: 0.01\n") == 1
+
+
+def test_trials_that_are_interrupted_go_on(desk: Path) -> None:
+    running = process(*AUTO, "-o", "interrupted", "--max-steps", "2500")
+    wait_for(running, "trial 1:")
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    again = ["dvora", "train", str(Path("interrupted") / "config.yaml"), "--resume"]
+    last = errors.splitlines()[-1]
+    assert last.startswith("stopped before the first step; go on with: ")
+    assert shlex.split(last.partition("go on with: ")[2]) == again
+    trials = json.loads((desk / "interrupted" / "run.json").read_text())["rate_search"]["trials"]
+    assert [trial["rate"] for trial in trials] == [0.0033]
+    going = process("interrupted", "--resume")
+    assert going.stderr
+    assert (
+        next(line for line in going.stderr if line.startswith("trial 1:")).strip().endswith(f"{trials[0]['loss']:.4g}")
+    )
+    going.kill()
+    going.communicate()
+
+
+def test_two_processes_find_one_rate(desk: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    shown, rate = [], "auto"
+    for output in ("together", "by hand"):
+        length = ["--max-steps", "120", "--json", "--seed", "3", "--learning-rate", rate]
+        running = process(*AUTO, *length, "-o", output, launcher=launcher)
+        results, errors = running.communicate(timeout=240)
+        assert running.returncode == 0, errors
+        shown.append(json.loads(results))
+        if rate == "auto":
+            rate = str(shown[0]["learning_rate"])
+            assert len([line for line in errors.splitlines() if line.startswith("trial ")]) == 3
+    assert shown[0]["metrics"] == shown[1]["metrics"]
+    first, second = (
+        (desk / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("together", "by hand")
+    )
+    assert first == second
 
 
 def test_two_processes_train_as_one_and_one_of_them_writes(desk: Path) -> None:

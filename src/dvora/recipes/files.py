@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 LARGEST_RECORD = 2**28
 """Bytes of a record; one that notes a loss at each of a million steps has a quarter of them."""
+DEEPEST = 8
+"""Lists in lists in a file of settings."""
 
 
 def typed(path: Path) -> Path:
@@ -49,6 +53,26 @@ def parsed_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parsed_yaml(text: str) -> Any:
+    """The value of a text in YAML.
+
+    Raises:
+        ValueError: it is not YAML, is nested deeper than any setting, or has aliases (`*name`), with which ten
+            lines can stand for ten thousand million.
+    """
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"line {event.start_mark.line + 1} repeats *{event.anchor}; write it out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"line {event.start_mark.line + 1} is nested too deeply")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from .models.hub import NOTHING, Trust
 from .settings import Settings, checked_settings, commented
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
+SEARCH = "rate_search"
+"""In the record of a run: the trials of learning rates and what they found, if the settings left the rate to them."""
 HEAD_FILE = "head.safetensors"
 """What the method "head" saves in the adapter's folder."""
 HEAD_ALONE = "head_alone.safetensors"
@@ -50,7 +52,7 @@ class Run:
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_parameters": int,
-    "seconds": (int, float), "truncation": dict, "max_length": int,
+    "seconds": (int, float), "truncation": dict, "max_length": int, SEARCH: dict,
 }  # fmt: skip
 """What the record of a finished run may have beside its state, settings and labels."""
 _DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}

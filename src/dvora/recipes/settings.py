@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from textwrap import wrap
 from types import UnionType
@@ -14,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ..tools.pages.text import did_you_mean, shown
-from .files import read_small
+from .files import parsed_yaml, read_small
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
@@ -28,10 +29,12 @@ RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 1e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
+AUTO: Literal["auto"] = "auto"
+"""The learning rate that short trials find; as the default of `Settings.learning_rate` it would be every run's."""
 OWN_CODE = "trust_remote_code"
 """Was a setting once; now only the caller can allow it."""
-LARGEST_CONFIG, DEEPEST = 2**18, 8
-"""Bytes of a configuration, and lists in lists in it."""
+LARGEST_CONFIG = 2**18
+"""Bytes of a configuration."""
 HEAD_RATE = 1e-3
 """Of new layers, where neither they nor the method are given another."""
 EPOCHS, MOST_STEPS = 3.0, 1000
@@ -110,11 +113,10 @@ class Settings(BaseModel):
     projection_seed: int = _method("seed of the random matrices of dvora and vera", 0, ge=0, lt=2**32, rare=True)
     dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1, rare=True)
 
-    learning_rate: float | None = _training(
-        "learning rate",
+    learning_rate: Literal["auto"] | float | None = _training(
+        f"learning rate, or {AUTO}: short trials before the run, in a fifth of its steps, find one",
         None,
         null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}",
-        gt=0,
     )
     learning_rates: dict[Group, float] = _training(
         "learning rates of groups that differ: magnitude, lambda_b, lambda_d (dvora), head (new layers). Left out, the "
@@ -164,10 +166,34 @@ class Settings(BaseModel):
         """The files and folders of all parts."""
         return (*self.data, *self.validation_data, *self.test_data)
 
+    @property
+    def rate(self) -> float:
+        """The learning rate, of settings that have a number for it.
+
+        Raises:
+            ValueError: it is left to the method, or to trials.
+        """
+        if not isinstance(self.learning_rate, float):
+            raise ValueError(f"learning_rate is {self.learning_rate!r}, expected a number: resolve the settings first")
+        return self.learning_rate
+
     @field_validator(*PATHS, mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _a_rate_or_auto(cls, value: object) -> object:
+        if value is None or value == AUTO:
+            return value
+        try:
+            rate = float(cast(Any, value))
+        except (TypeError, ValueError, OverflowError):
+            rate = 0.0
+        if not (isfinite(rate) and rate > 0):
+            raise ValueError(f"expected a number above zero, or {AUTO}")
+        return rate
 
     @field_validator("learning_rates", mode="before")
     @classmethod
@@ -204,26 +230,6 @@ class Settings(BaseModel):
         if self.task == "causal-lm" and self.method == "head":
             raise ValueError("causal-lm has no new head to train; use dvora, vera, lora, dora or full")
         return self
-
-
-def parsed_yaml(text: str) -> Any:
-    """The value of a text in YAML.
-
-    Raises:
-        ValueError: it is not YAML, is nested deeper than any setting, or has aliases (`*name`), with which ten
-            lines can stand for ten thousand million.
-    """
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"line {event.start_mark.line + 1} repeats *{event.anchor}; write it out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise ValueError(f"line {event.start_mark.line + 1} is nested too deeply")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, OverflowError) as error:
-        raise ValueError(str(error)) from None
 
 
 def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
@@ -352,7 +358,7 @@ def options() -> Iterator[SettingOption]:
     for name, field in Settings.model_fields.items():
         extra = _extra(field)
         plain = field.default not in (..., PydanticUndefined, None, (), {})
-        default = extra["null"] or (shown(field.default) if plain else "")
+        default = shown(field.default) if plain else extra["null"]
         yield SettingOption(
             name,
             extra["section"],

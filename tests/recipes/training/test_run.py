@@ -1,7 +1,6 @@
 """Training as a whole: every task and method, the same again, stopped and gone on with, and folders that are in use."""
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,73 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dvora.recipes.run_folder import load_trained, read_record, read_run
-from dvora.recipes.settings import METHODS, Settings, checked_settings, read_settings
+from dvora.recipes.settings import METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.checkpoints import checkpoints
 from dvora.recipes.training.run import InputError, train
 from dvora.recipes.training.trainers import length_of_run
-from dvora.recipes.training.watching import OnProgress, Progress
+from dvora.recipes.training.watching import Progress
 from dvora.training.optimizer_groups import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
-
-TASKS = {
-    "text-classification": ("bert", tiny_data.reviews, "a.csv"),
-    "regression": ("bert", tiny_data.ratings, "a.csv"),
-    "sentence-pairs": ("bert", tiny_data.pairs, "a.csv"),
-    "image-classification": ("vit", tiny_data.images, "a"),
-    "causal-lm": ("llama", tiny_data.play, "a.txt"),
-}
-
-
-class Run:
-    """Makes settings of one task, with data and model."""
-
-    def __init__(self, models: dict[str, Path], folder: Path, task: str = "text-classification") -> None:
-        model, write, name = TASKS[task]
-        self.task, self.model, self.folder = task, models[model], folder
-        self.data = write(folder / name)
-
-    def settings(self, output: str, **changes: Any) -> Settings:
-        return checked_settings(
-            {
-                "task": self.task,
-                "model": str(self.model),
-                "data": str(self.data),
-                "output": str(self.folder / output),
-                "rank": 4,
-                "epochs": 2,
-                "cpu": True,
-                **changes,
-            },
-            "",
-        )
-
-
-def signal_after(step: int, number: int = signal.SIGINT) -> OnProgress:
-    """Sends this process a signal after a step."""
-
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step and progress.metrics is None:
-            os.kill(os.getpid(), number)
-
-    return on_progress
-
-
-def trained_parameters(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "adapter").glob("*.safetensors")))
-
-
-def assert_same(first: Path, second: Path) -> None:
-    one, other = trained_parameters(first), trained_parameters(second)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-    records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
-    assert records[0]["metrics"] == records[1]["metrics"]
-    assert records[0]["history"] == records[1]["history"]
+from tests.recipes.training.runs import TASKS, Run, assert_same, signal_after, trained_parameters
 
 
 @pytest.mark.parametrize("task", TASKS)

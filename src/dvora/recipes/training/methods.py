@@ -95,7 +95,7 @@ def optimizer(model: nn.Module, settings: Settings, heads: tuple[str, ...]) -> t
     Raises:
         ValueError: nothing is trained, or a learning rate is set for a group of which nothing is.
     """
-    rate = settings.learning_rate or 0.0
+    rate = settings.rate
     rates = learning_rates(model, settings)
     if settings.method == "dvora":
         groups = parameter_groups(model, rate, weight_decay=settings.weight_decay, learning_rates=rates)
@@ -119,7 +119,7 @@ def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
     """
     if settings.method != "dvora":
         return settings.learning_rates
-    recommended = recommended_rates(model, settings.learning_rate or 0.0)
+    recommended = recommended_rates(model, settings.rate)
     own: dict[Group, float] = {"magnitude": recommended["magnitude"]} if "magnitude" in recommended else {}
     return own | settings.learning_rates
 

@@ -1,0 +1,70 @@
+"""Runs of every task that tests make, stop, and compare."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dvora.recipes.settings import Settings, checked_settings
+from dvora.recipes.training.watching import OnProgress, Progress
+from tests.recipes import tiny_data
+
+TASKS = {
+    "text-classification": ("bert", tiny_data.reviews, "a.csv"),
+    "regression": ("bert", tiny_data.ratings, "a.csv"),
+    "sentence-pairs": ("bert", tiny_data.pairs, "a.csv"),
+    "image-classification": ("vit", tiny_data.images, "a"),
+    "causal-lm": ("llama", tiny_data.play, "a.txt"),
+}
+
+
+class Run:
+    """Makes settings of one task, with data and model."""
+
+    def __init__(self, models: dict[str, Path], folder: Path, task: str = "text-classification") -> None:
+        model, write, name = TASKS[task]
+        self.task, self.model, self.folder = task, models[model], folder
+        self.data = write(folder / name)
+
+    def settings(self, output: str, **changes: Any) -> Settings:
+        return checked_settings(
+            {
+                "task": self.task,
+                "model": str(self.model),
+                "data": str(self.data),
+                "output": str(self.folder / output),
+                "rank": 4,
+                "epochs": 2,
+                "cpu": True,
+                **changes,
+            },
+            "",
+        )
+
+
+def signal_after(step: int, number: int = signal.SIGINT, trial: int = 0) -> OnProgress:
+    """Sends this process a signal after a step of the run, or of one of its trials of a learning rate."""
+
+    def on_progress(progress: Progress) -> None:
+        if (progress.trial, progress.step) == (trial, step) and progress.metrics is None:
+            os.kill(os.getpid(), number)
+
+    return on_progress
+
+
+def trained_parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "adapter").glob("*.safetensors")))
+
+
+def assert_same(first: Path, second: Path) -> None:
+    one, other = trained_parameters(first), trained_parameters(second)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["history"] == records[1]["history"]
