@@ -2,6 +2,7 @@
 
 import gzip
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,19 @@ def wordnet10(seed: int = 0) -> TextTask:
     Raises:
         FetchError: WordNet is not installed.
     """
-    numbers = {file: label for label, file in enumerate(WORDNET_TOPICS)}
+    return wordnet_task("wordnet10", WORDNET_TOPICS, seed)
+
+
+def wordnet_task(name: str, topics: Mapping[str, str], seed: int) -> TextTask:
+    """Definitions of nouns from WordNet: which of some topics is the noun from?
+
+    Args:
+        topics: their names, by WordNet's number of the lexicographer's file.
+
+    Raises:
+        FetchError: WordNet is not installed.
+    """
+    numbers = {file: label for label, file in enumerate(topics)}
     texts, labels = [], []
     for line in debian_file(WORDNET_NOUNS, "wordnet-base").read_text(encoding="ascii").splitlines():
         # The licence at the top is indented. A line is `offset file ... | definition; "example"; "example"`.
@@ -90,7 +103,7 @@ def wordnet10(seed: int = 0) -> TextTask:
         if not line.startswith(" ") and file in numbers:
             texts.append(line.split(" | ", 1)[1].split('; "', 1)[0].strip())
             labels.append(numbers[file])
-    return text_task("wordnet10", tuple(WORDNET_TOPICS.values()), texts, labels, seed)
+    return text_task(name, tuple(topics.values()), texts, labels, seed)
 
 
 def shakespeare() -> Library:

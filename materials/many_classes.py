@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from materials.data import WORDNET_NOUNS
+from materials.data import wordnet_task
 from materials.fetch import Artefact, debian_file, fetch
 from materials.splits import TextTask, text_task
 
@@ -85,20 +85,14 @@ def wordnet_topics(seed: int = 0) -> TextTask:
     Raises:
         FetchError: WordNet is not installed.
     """
-    texts, labels = [], []
-    for line in debian_file(WORDNET_NOUNS, "wordnet-base").read_text(encoding="ascii").splitlines():
-        # The licence at the top is indented. A line is `offset file ... | definition; "example"; "example"`.
-        if line.startswith(" ") or (topic := int(line.split(" ", 2)[1]) - FIRST_TOPIC) < 0:
-            continue
-        texts.append(line.split(" | ", 1)[1].split('; "', 1)[0].strip())
-        labels.append(topic)
-    return text_task("wordnet topics", TOPICS, texts, labels, seed)
+    numbers = {f"{file:02d}": topic for file, topic in enumerate(TOPICS, start=FIRST_TOPIC)}
+    return wordnet_task("wordnet topics", numbers, seed)
 
 
 def countries(seed: int = 0) -> TextTask:
     """Names of towns: in which of the 40 countries with the most towns is it?
 
-    Names that occur in more than one country are left out; of a country, the 700 biggest towns are used.
+    Names that occur in more than one country are left out; of a country, at most 700 towns are used, big and small.
     """
     file = fetch(PLACES) / PLACES.members
     places = sorted(json.loads(file.read_text(encoding="utf-8")).values(), key=lambda each: -each["population"])

@@ -1,20 +1,19 @@
 """The command: `python -m benchmarks.reinforcement` goes on where it was; `--help` says how to do less."""
 
 import argparse
-import json
 import sys
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.environment import environment
 from benchmarks.quality.processes import start_process
+from benchmarks.quality.results import FOLDER, read_rows, write_rows
 from benchmarks.reinforcement.arms import ARMS
 from benchmarks.reinforcement.plan import Plan, missing
 from benchmarks.reinforcement.problems import PROBLEMS
 
-RESULT = Path(__file__).parent.parent / "results" / "reinforcement.json"
+RESULT = FOLDER / "reinforcement.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,8 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         while perf_counter() < end and (plans := list(missing(rows, chosen.problem, chosen.arm))):
             for row in pool.imap_unordered(carry_out, plans[: chosen.processes]):
                 rows[row["key"]] = row
-                _write(rows, chosen.output)
-                said = f"{sum(row['solved']) / len(row['solved']):.3f} solved" if "solved" in row else row["error"]
+                write_rows(list(rows.values()), chosen.output)
+                said = row.get("error") or f"{sum(row['solved']) / len(row['solved']):.3f} solved"
                 print(f"{row['key']}: {said} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
 
 
@@ -49,20 +48,6 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     except Exception as error:
         row = {**vars(plan), "error": f"{type(error).__name__}: {error}", "solved": []}
     return {"key": plan.key, **row, "seconds": round(perf_counter() - start, 1)}
-
-
-def read_rows(file: Path = RESULT) -> dict[str, dict[str, Any]]:
-    """Rows by the key of their run; none where there is no file yet."""
-    if not file.exists():
-        return {}
-    return {row["key"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-
-
-def _write(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    partial = file.with_suffix(".partial")
-    lines = ",\n".join("  " + json.dumps(row) for row in rows.values())
-    partial.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The command: `python -m benchmarks.users` goes on where it was; `--help` says how to do less."""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
 from benchmarks.pictures import save
+from benchmarks.quality.results import FOLDER, read_rows, write_rows
 from benchmarks.users.sources import SOURCES
 from benchmarks.users.tables import picture
 from benchmarks.users.training import ARMS, LAYERS, base, run
 from examples.top_layers import TopLayers
 
-RESULT = Path(__file__).parent.parent / "results" / "users.json"
+RESULT = FOLDER / "users.json"
 USERS, TUNED_ON = 50, 12
 """Users, and how many of them choose the rates, on rows for development."""
 EXAMPLES = (8, 32)
@@ -94,18 +93,8 @@ def trials(rows: Rows, source: str, arm: str, examples: int) -> Mapping[float, f
 def keep(rows: Rows, row: dict[str, Any], file: Path) -> None:
     """Add a row and write the file."""
     rows[row["key"]] = row
-    partial = file.with_suffix(".partial")
-    lines = ",\n".join("  " + json.dumps(each) for each in rows.values())
-    partial.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    partial.replace(file)
+    write_rows(list(rows.values()), file)
     print(f"{row['key']}: {mean(row['losses']):.4f} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
-
-
-def read_rows(file: Path = RESULT) -> Rows:
-    """Rows by their keys; none where there is no file yet."""
-    if not file.exists():
-        return {}
-    return {row["key"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
 
 
 def _row(top: TopLayers, source: str, arm: str, rate: float, examples: int, seed: int, part: str) -> dict[str, Any]:

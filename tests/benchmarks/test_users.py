@@ -8,8 +8,9 @@ import torch
 from matplotlib import pyplot as plt
 from peft import get_peft_model
 
+from benchmarks.quality.results import read_rows
 from benchmarks.users import training
-from benchmarks.users.__main__ import Rows, best_rate, keep, next_rate, read_rows
+from benchmarks.users.__main__ import Rows, best_rate, keep, next_rate
 from benchmarks.users.sources import ROWS, SOURCES, TOKENS, languages, speakers
 from benchmarks.users.tables import LABELS, lower, picture, users
 from benchmarks.users.training import ARMS, BATCH, LAYERS, base, run
