@@ -48,6 +48,11 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
     return model
 
 
+def magnitude_only(layers: str) -> DVoRAConfig:
+    """DVoRA with nothing trained but the magnitudes of the layers that a regular expression matches."""
+    return DVoRAConfig(r=1, target_modules=layers, magnitude_modules=layers)
+
+
 def groups(model: nn.Module, head: nn.Module | None, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: the adapter, its magnitude if that has a rate of its own, and the head."""
     members: dict[str, list[nn.Parameter]] = {"adapter": [], "magnitude": [], "head": []}
@@ -112,9 +117,8 @@ def _dvora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
     return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **arm.options)
 
 
-def _magnitude(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    every_layer = f"{layers['attention']}|{layers['feed_forward']}"
-    return DVoRAConfig(r=1, target_modules=every_layer, magnitude_modules=every_layer, **arm.options)
+def _magnitude(_arm: Arm, layers: Mapping[str, str], _seed: int) -> PeftConfig:
+    return magnitude_only(f"{layers['attention']}|{layers['feed_forward']}")
 
 
 def _vera(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:

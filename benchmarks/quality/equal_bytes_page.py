@@ -18,6 +18,7 @@ from benchmarks.quality.equal_bytes import (
     tuned_at_an_edge,
     worth_of_search,
 )
+from benchmarks.quality.equal_bytes_settings import lines as settings
 from benchmarks.quality.summary import LABELS, Result
 
 EVERYWHERE = ("structured_r64", "dvora_r256")
@@ -34,6 +35,7 @@ def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[
         "budget": _budget(result, environment, missing),
         "main": _main(result),
         "two": _two(result),
+        "settings": settings(result),
         "decisions": _decisions(result, missing),
     }
     return {f"equal-bytes-{name}": "\n".join([*lines, ""]) for name, lines in made.items()}

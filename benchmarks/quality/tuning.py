@@ -62,6 +62,21 @@ def loss_of(row: Mapping[str, Any]) -> float:
     return float("inf") if loss is None else loss
 
 
+def one_more(losses: Mapping[float, float], between: float) -> float:
+    """The rate to try next: beyond the best one if it is at an edge, else between it and the better of its neighbours.
+
+    Args:
+        losses: by the rates that were tried.
+        between: the factor from a rate to one half way to the next.
+    """
+    order = sorted(losses)
+    place = order.index(min(losses, key=losses.__getitem__))
+    if place in (0, len(order) - 1):
+        return order[place] * (between**2 if place else between**-2)
+    below, above = losses[order[place - 1]], losses[order[place + 1]]
+    return order[place] * (1 / between if below < above else between)
+
+
 def _first(grid: Grid, task: str, name: str) -> list[Run]:
     every = [_at_rate(grid, task, name, rate) for rate in grid.arms[name].rates]
     return [Run(task, name, "trial", grid.training["tuning_seed"], grid.tasks[task].steps, rates) for rates in every]
@@ -105,14 +120,11 @@ def _two_more(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
 
 
 def _one_more(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:
-    """One rate: beyond the best one if it is at an edge, else between it and the better of its neighbours."""
-    by_rate = sorted(runs, key=lambda run: run.rates.adapter if run.rates else 0.0)
-    best, between = _best(by_rate, rows), grid.tuning["between"]
-    place = by_rate.index(best)
-    if 0 < place < len(by_rate) - 1:
-        lower, higher = (loss_of(rows[by_rate[each].key]) for each in (place - 1, place + 1))
-        return _at(grid, name, best, (1 / between if lower < higher else between,))
-    return _at(grid, name, best, (1 / between**2 if place == 0 else between**2,))
+    """One rate, beyond the best or beside it."""
+    losses = {run.rates.adapter: loss_of(rows[run.key]) for run in runs if run.rates}
+    best, rate = _best(runs, rows), one_more(losses, grid.tuning["between"])
+    assert best.rates is not None
+    return _at(grid, name, best, (rate / best.rates.adapter,))
 
 
 def _magnitude(grid: Grid, name: str, runs: list[Run], rows: Rows) -> list[Run]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from peft import LoraConfig, PeftConfig, VeraConfig
 
+from benchmarks.quality.adapting import magnitude_only
 from dvora import DVoRAConfig
 
 EVERY_LAYER = r".*\.([qkvo]|gate|up|down)_proj"
@@ -13,7 +14,7 @@ ARMS: Mapping[str, Callable[[int], PeftConfig | None]] = {
         r=64, target_modules="all-linear", projection_init="structured", projection_seed=seed
     ),
     "dvora_r256": lambda seed: DVoRAConfig(r=256, target_modules="all-linear", projection_seed=seed),
-    "magnitude": lambda seed: DVoRAConfig(r=1, target_modules=EVERY_LAYER, magnitude_modules=EVERY_LAYER),
+    "magnitude": lambda seed: magnitude_only(EVERY_LAYER),
     "vera_r256": lambda seed: VeraConfig(r=256, target_modules="all-linear", projection_prng_key=seed),
     "lora_r1": lambda seed: LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"),
     "lora_r16": lambda seed: LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),

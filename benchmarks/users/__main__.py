@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.pictures import save
 from benchmarks.quality.results import FOLDER, read_rows, write_rows
+from benchmarks.quality.tuning import one_more
 from benchmarks.users.sources import SOURCES
 from benchmarks.users.tables import picture
 from benchmarks.users.training import ARMS, LAYERS, base, run
@@ -69,12 +70,7 @@ def next_rate(rows: Rows, source: str, arm: str, examples: int) -> float | None:
         return missing[0]
     if len(tried) > len(ARMS[arm].rates):
         return None
-    order = sorted(tried)
-    place = order.index(min(tried, key=tried.__getitem__))
-    if place in (0, len(order) - 1):
-        return order[place] * (3 if place else 1 / 3)
-    better_below = tried[order[place - 1]] < tried[order[place + 1]]
-    return order[place] * (1 / 3**0.5 if better_below else 3**0.5)
+    return one_more(tried, 3**0.5)
 
 
 def best_rate(rows: Rows, source: str, arm: str, examples: int) -> float | None:

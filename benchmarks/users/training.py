@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 import dvora
-from benchmarks.quality.adapting import saved_bytes
+from benchmarks.quality.adapting import magnitude_only, saved_bytes
 from dvora.bank import TenantAdamW
 from examples.top_layers import TopLayers
 
@@ -40,9 +40,7 @@ ARMS: Mapping[str, Arm] = {
         ),
         (0.01, 0.03, 0.09),
     ),
-    "magnitude": Arm(
-        lambda _: dvora.DVoRAConfig(r=1, target_modules=EVERY_LAYER, magnitude_modules=EVERY_LAYER), (0.01, 0.03, 0.09)
-    ),
+    "magnitude": Arm(lambda _: magnitude_only(EVERY_LAYER), (0.01, 0.03, 0.09)),
     "lora_r1": Arm(lambda seed: LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"), (0.001, 0.003, 0.009)),
     "lora_r8": Arm(lambda seed: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), (0.0007, 0.002, 0.006)),
     "vera_r256": Arm(

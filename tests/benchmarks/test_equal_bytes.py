@@ -10,6 +10,7 @@ from benchmarks.quality import equal_bytes
 from benchmarks.quality.equal_bytes import ARMS, MAIN, TWO, YARDSTICK
 from benchmarks.quality.equal_bytes_page import parts
 from benchmarks.quality.equal_bytes_plots import equal_bytes as picture
+from benchmarks.quality.equal_bytes_settings import COMPARED, SETTINGS, TWICE, USUAL, changed_places, gain_in, lines
 from benchmarks.quality.grid import FILE, read_grid
 from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import Result
@@ -126,9 +127,44 @@ def test_the_parts_of_the_page_say_what_is_known_and_what_is_missing() -> None:
     assert "structured minus dense" in everything["equal-bytes-decisions"]
 
 
+def in_settings(usual: int, twice: int, half: int) -> Result:
+    """Dense DVoRA with so many items right at 500 steps, at 1,000, and there with half of the rate; others have 30."""
+    counts = {arm + ending: 30 for arm in COMPARED for ending in ("", "_twice", "_twice_half")}
+    counts |= {"dvora_r256": usual, "dvora_r256_twice": twice, "dvora_r256_twice_half": half}
+    rows = [final("countries", "majority", 0, right(5), steps=0), final("countries", "frozen", 0, right(5), steps=0)]
+    for arm, count in counts.items():
+        rows += rows_of("countries", arm, [count] * 3, validation={"loss": 1 - count / ITEMS, "score": 0.0})
+    return Result(tuple(rows))
+
+
+def test_of_two_rates_with_twice_the_steps_the_one_that_validates_better_counts() -> None:
+    found = gain_in(in_settings(30, 33, 35), TWICE, "dvora_r256")
+    assert found is not None
+    assert found.mean == pytest.approx(100 * 5 / ITEMS)
+
+
+@pytest.mark.parametrize(("usual", "twice", "changed"), [(45, 15, True), (45, 45, False), (45, 30, False)])
+def test_methods_change_places_if_both_intervals_say_so(usual: int, twice: int, changed: bool) -> None:
+    found = in_settings(usual, twice, twice)
+    pairs = changed_places(found)
+    assert ("LoRA r=1 and DVoRA r=256, dense" in pairs) == changed
+    assert len(pairs) == (4 if changed else 0)
+    assert ("change places: " in lines(found)[-1]) == changed
+
+
+def test_a_setting_without_all_its_runs_has_an_empty_cell() -> None:
+    found = in_settings(30, 30, 30)
+    few = Result(tuple(row for row in found.rows if row["arm"] != "vera_r256_twice_half"))
+    assert gain_in(few, TWICE, "vera_r256") is None
+    assert gain_in(few, USUAL, "vera_r256") is not None
+    assert "frozen base" in "".join(lines(few))
+
+
 def test_every_arm_is_in_the_grid_and_every_trained_arm_is_shown() -> None:
     assert set(ARMS) <= set(GRID.arms)
     trained = {name for name, arm in GRID.arms.items() if arm.rates and arm.rate_by == "trials"}
     assert trained == set(ARMS)
+    everywhere = {arm + ending for setting in SETTINGS[:3] for arm in COMPARED for ending in setting.endings}
+    assert everywhere - {"dvora_r256_nf4"} <= set(GRID.arms)
     assert {*MAIN, *TWO} <= set(ARMS)
     assert len({shown.label for shown in ARMS.values()}) == len(ARMS)
