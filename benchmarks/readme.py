@@ -19,6 +19,7 @@ from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
 from benchmarks.quality.tables import at_a_glance
+from benchmarks.reinforcement.tables import reinforcement
 from benchmarks.speakers import table as speakers
 from benchmarks.speed.overhead_tables import overhead, with_overhead
 from benchmarks.speed.tables import speed, targets
@@ -190,6 +191,7 @@ def _load(name: str) -> dict[str, Any]:
 
 def _results() -> dict[str, str]:
     made = {"demo": demo(_load("demo")), "users": users(_load("users"))}
+    made["reinforcement"] = reinforcement(_load("reinforcement"))
     for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
         content, grid = _load(name), read_grid(FILE.parent / f"{name}.yaml")
         missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))

@@ -18,6 +18,9 @@ MAIN = ("structured_r64", "structured_r256", "dvora_r256", "lora_r1", "lora_r8",
 """Arms that run on every task; a task is counted as soon as it has runs of all of them."""
 TWO = (*MAIN, "dora_r1", "bitfit", "lora_r16")
 """Likewise, for the tasks on which every arm runs."""
+GENERATION = ("structured_r64", "lora_r1", "lora_r8", "vera_r256", "magnitude")
+"""Arms that run on the task of generation, which is shown for itself."""
+GENERATED = ("cron_expressions",)
 MARGIN = 0.3
 """Points by which a cheaper choice may be worse, at most, to become the default."""
 SEARCHED = ("structured_r64", "lora_r8")
@@ -69,9 +72,14 @@ ARMS: Mapping[str, Shown] = {
 """Every arm that is compared, in the order of the tables."""
 
 
-def tasks_of(result: Result, arms: Sequence[str]) -> list[str]:
-    """The tasks on which all of these arms have final runs, in the order of `LABELS`."""
-    return [task for task in LABELS if all(result.finals(task, arm) for arm in arms)]
+def tasks_of(result: Result, arms: Sequence[str], generated: bool = False) -> list[str]:
+    """The tasks on which all of these arms have final runs, in the order of `LABELS`.
+
+    Args:
+        generated: those whose answers are generated, or the others.
+    """
+    some = [task for task in LABELS if (task in GENERATED) == generated]
+    return [task for task in some if all(result.finals(task, arm) for arm in arms)]
 
 
 def arms_of(result: Result, tasks: Sequence[str]) -> list[str]:

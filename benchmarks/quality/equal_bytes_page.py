@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.quality.equal_bytes import (
     ARMS,
+    GENERATION,
     MAIN,
     TWO,
     YARDSTICK,
@@ -35,6 +36,7 @@ def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[
         "budget": _budget(result, environment, missing),
         "main": _main(result),
         "two": _two(result),
+        "generation": _generation(result),
         "settings": settings(result),
         "decisions": _decisions(result, missing),
     }
@@ -70,6 +72,11 @@ def _main(result: Result) -> list[str]:
 def _two(result: Result) -> list[str]:
     tasks = tasks_of(result, TWO)
     return table(result, tasks) if tasks else ["No task has runs of all arms yet."]
+
+
+def _generation(result: Result) -> list[str]:
+    tasks = tasks_of(result, GENERATION, generated=True)
+    return table(result, tasks) if tasks else ["These runs are missing."]
 
 
 def _decisions(result: Result, missing: int) -> list[str]:

@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.pictures import FAINT, METHODS, WIDTH, save
-from benchmarks.quality.equal_bytes import ARMS, MAIN, TWO, YARDSTICK, arms_of, gain, smallest_bytes, tasks_of
+from benchmarks.quality.equal_bytes import (
+    ARMS,
+    GENERATION,
+    MAIN,
+    TWO,
+    YARDSTICK,
+    arms_of,
+    gain,
+    smallest_bytes,
+    tasks_of,
+)
 from benchmarks.quality.results import EQUAL_BYTES
 from benchmarks.quality.summary import LABELS, Result, result_of
 
@@ -21,12 +31,14 @@ TICKS = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000)
 
 
 def equal_bytes(result: Result) -> Figure:
-    """Points above LoRA r=1 against kilobytes, 95 % intervals: the main arms on all their tasks, all arms on two."""
-    panels = [tasks for tasks in (tasks_of(result, MAIN), tasks_of(result, TWO)) if tasks]
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(WIDTH, 4.4), layout="constrained", squeeze=False, sharey=True, sharex=True
-    )
+    """Points above LoRA r=1 against kilobytes, 95 % intervals: main arms on all tasks, all arms on two, generation."""
+    classified = [tasks for tasks in (tasks_of(result, MAIN), tasks_of(result, TWO)) if tasks]
+    generated = tasks_of(result, GENERATION, generated=True)
+    panels = [*classified, generated] if generated else classified
+    figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), layout="constrained", squeeze=False, sharex=True)
     for axes, tasks in zip(grid[0], panels, strict=True):
+        if tasks in classified:
+            axes.sharey(grid[0][0])
         _panel(axes, result, tasks)
     grid[0][0].set_ylabel("points above LoRA r=1 on test")
     known = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -30,6 +30,7 @@ KINDS: Mapping[str, Kind] = {
     "webster_fields": "accuracy",
     "code_languages": "accuracy",
     "wordnet_topics": "accuracy",
+    "cron_expressions": "accuracy",
 }
 LABELS = {
     "movie_reviews": "movie reviews, accuracy %",
@@ -42,6 +43,7 @@ LABELS = {
     "webster_fields": "Webster's fields, accuracy %",
     "code_languages": "code languages, accuracy %",
     "wordnet_topics": "WordNet topics, accuracy %",
+    "cron_expressions": "cron expressions, right answers %",
 }
 ARMS = {
     "majority": "majority or constant",

@@ -5,13 +5,15 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+from benchmarks.pictures import save
 from benchmarks.quality.processes import start_process
 from benchmarks.quality.results import FOLDER, read_rows, write_rows
 from benchmarks.reinforcement.arms import ARMS
-from benchmarks.reinforcement.plan import Plan, missing
+from benchmarks.reinforcement.plan import missing
 from benchmarks.reinforcement.problems import PROBLEMS
+from benchmarks.reinforcement.tables import picture, said, shown
+from benchmarks.reinforcement.training import carry_out
 
 RESULT = FOLDER / "reinforcement.json"
 
@@ -34,20 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
             for row in pool.imap_unordered(carry_out, plans[: chosen.processes]):
                 rows[row["key"]] = row
                 write_rows(list(rows.values()), chosen.output)
-                said = row.get("error") or f"{sum(row['solved']) / len(row['solved']):.3f} solved"
-                print(f"{row['key']}: {said} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
-
-
-def carry_out(plan: Plan) -> dict[str, Any]:
-    """The row of a run; what goes wrong in it is a row too."""
-    from benchmarks.reinforcement.training import run
-
-    start = perf_counter()
-    try:
-        row = run(**vars(plan))
-    except Exception as error:
-        row = {**vars(plan), "error": f"{type(error).__name__}: {error}", "solved": []}
-    return {"key": plan.key, **row, "seconds": round(perf_counter() - start, 1)}
+                print(f"{row['key']}: {said(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+    if shown(finished := list(rows.values())):
+        save("reinforcement", lambda: picture(finished))
 
 
 if __name__ == "__main__":

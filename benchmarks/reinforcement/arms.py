@@ -22,6 +22,8 @@ ARMS: Mapping[str, Callable[[int], PeftConfig | None]] = {
     "full": lambda seed: None,
 }
 """The adapters, by the names in the result file; None trains the whole model."""
+BASE = "base"
+"""The model without an adapter, by its name in the result file."""
 RATES: Mapping[str, tuple[float, ...]] = {
     "structured_r64": (0.003, 0.01, 0.03),
     "dvora_r256": (0.003, 0.01, 0.03),

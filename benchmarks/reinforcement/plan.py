@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.reinforcement.arms import ARMS, RATES
-from benchmarks.reinforcement.problems import PROBLEMS
+from benchmarks.reinforcement.arms import BASE, RATES
 
 TRIAL_STEPS, STEPS = 30, 80
 TRIAL_SEED, SEEDS = 100, (0, 1, 2)
@@ -34,7 +33,8 @@ class Plan:
 def missing(rows: Rows, problems: list[str], arms: list[str]) -> Iterator[Plan]:
     """The runs without a row that can start now, the most important first: trials, then seed after seed."""
     every = [(problem, arm) for problem in problems for arm in arms]
-    wanted = [trial for problem, arm in every for trial in trials(problem, arm)]
+    wanted = [Plan(problem, BASE, 0.0, 0, 0, "test") for problem in problems]
+    wanted += [trial for problem, arm in every for trial in trials(problem, arm)]
     wanted += [final for seed in SEEDS for problem, arm in every if (final := chosen(rows, problem, arm, seed))]
     return (plan for plan in wanted if plan.key not in rows)
 
@@ -51,10 +51,3 @@ def chosen(rows: Rows, problem: str, arm: str, seed: int) -> Plan | None:
         return None
     best = max((row for row in found if row), key=lambda row: sum(row["solved"]))
     return Plan(problem, arm, best["rate"], seed, STEPS, "test")
-
-
-def every_run(rows: Rows) -> set[str]:
-    """Keys of all runs that the plan has, as far as trials have chosen."""
-    pairs = [(problem, arm) for problem in PROBLEMS for arm in ARMS]
-    finals = [chosen(rows, problem, arm, seed) for problem, arm in pairs for seed in SEEDS]
-    return {plan.key for problem, arm in pairs for plan in trials(problem, arm)} | {p.key for p in finals if p}

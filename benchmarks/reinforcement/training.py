@@ -2,17 +2,19 @@
 
 import tempfile
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.quality.adapting import saved_bytes
-from benchmarks.reinforcement.arms import ARMS
+from benchmarks.reinforcement.arms import ARMS, BASE
+from benchmarks.reinforcement.plan import Plan
 from benchmarks.reinforcement.problems import PROBLEMS, Question, reward
 from dvora.training import parameter_groups, recommended_rates
 from materials.models import smollm2
@@ -23,14 +25,28 @@ QUESTIONS = 4
 """Of a step."""
 
 
+def carry_out(plan: Plan) -> dict[str, Any]:
+    """The row of a run; what goes wrong in it is a row too."""
+    start = perf_counter()
+    try:
+        row = run(**vars(plan))
+    except Exception as error:
+        row = {**vars(plan), "error": f"{type(error).__name__}: {error}", "solved": []}
+    return {"key": plan.key, **row, "seconds": round(perf_counter() - start, 1)}
+
+
 def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -> dict[str, Any]:
     """The row of a run.
 
     Args:
+        arm: one of `ARMS`, or `BASE`, which takes no steps.
         part: "validation" or "test", whose questions are answered in the end.
     """
     questions = PROBLEMS[problem]()
     tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
+    if arm == BASE:
+        solved = _solved(_base(), tokenizer, getattr(questions, part), questions.tokens)
+        return {"problem": problem, "arm": arm, "part": part, "solved": solved}
     model = _adapted(arm, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -41,6 +57,7 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
             processing_class=tokenizer,
             optimizers=(_optimizer(model, arm, rate), None),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         size = saved_bytes(model, Path(folder))
@@ -52,13 +69,6 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
         "rewards": [round(each, 4) for each in rewards],
         "solved": solved,
     }
-
-
-def base_solves(problem: str, part: str) -> list[int]:
-    """Whether the base answers each question of a part, 1 or 0."""
-    questions = PROBLEMS[problem]()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
-    return _solved(_base(), tokenizer, getattr(questions, part), questions.tokens)
 
 
 def _base() -> nn.Module:

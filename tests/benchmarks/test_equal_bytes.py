@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.quality import equal_bytes
-from benchmarks.quality.equal_bytes import ARMS, MAIN, TWO, YARDSTICK
+from benchmarks.quality.equal_bytes import ARMS, GENERATION, MAIN, TWO, YARDSTICK
 from benchmarks.quality.equal_bytes_page import parts
 from benchmarks.quality.equal_bytes_plots import equal_bytes as picture
 from benchmarks.quality.equal_bytes_settings import COMPARED, SETTINGS, TWICE, USUAL, changed_places, gain_in, lines
@@ -112,6 +112,18 @@ def test_the_picture_has_both_panels() -> None:
     figure.canvas.draw()
     assert len(figure.axes) == 2
     plt.close(figure)
+
+
+def test_generation_is_shown_for_itself() -> None:
+    counts = dict.fromkeys(MAIN, [30, 31])
+    found = result(counts, ["countries", "cron_expressions"])
+    assert equal_bytes.tasks_of(found, MAIN) == ["countries"]
+    assert equal_bytes.tasks_of(found, GENERATION, generated=True) == ["cron_expressions"]
+    figure = picture(found)
+    assert [axes.get_title() for axes in figure.axes] == ["countries", "cron expressions"]
+    plt.close(figure)
+    text = parts(found, {"torch": "2", "peft": "0", "cores": 2}, missing=0)["equal-bytes-generation"]
+    assert "| cron expressions |" in text
 
 
 def test_the_parts_of_the_page_say_what_is_known_and_what_is_missing() -> None:

@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+from matplotlib import pyplot as plt
 
-from benchmarks.reinforcement.arms import ARMS, RATES
-from benchmarks.reinforcement.plan import SEEDS, STEPS, Plan, chosen, every_run, missing, trials
+from benchmarks.reinforcement.arms import ARMS, BASE, RATES
+from benchmarks.reinforcement.plan import SEEDS, STEPS, Plan, chosen, missing, trials
 from benchmarks.reinforcement.problems import PROBLEMS, reward
+from benchmarks.reinforcement.tables import LABELS, SMOOTHED, picture, reinforcement, said
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,66 @@ def test_the_rate_that_solves_most_on_validation_is_taken() -> None:
         rows[trial.key] = {**vars(trial), "solved": [1] * (place % 2) + [0]}
     best = RATES["lora_r1"][1]
     assert chosen(rows, "sums", "lora_r1", 2) == Plan("sums", "lora_r1", best, 2, STEPS, "test")
-    waiting = list(missing(rows, ["sums"], ["lora_r1"]))
+    base, *waiting = list(missing(rows, ["sums"], ["lora_r1"]))
+    assert (base.arm, base.steps) == (BASE, 0)
     assert [plan.seed for plan in waiting] == list(SEEDS)
-    assert {plan.key for plan in waiting} <= every_run(rows)
+
+
+def test_a_run_that_fails_is_a_row_and_its_rate_is_not_taken() -> None:
+    pytest.importorskip("trl", reason="GRPO needs trl, which the extra `bench` installs")
+    from benchmarks.reinforcement.training import carry_out
+
+    row = carry_out(Plan("differences", "lora_r1", 0.001, 0, 1, "validation"))
+    assert said(row) == "KeyError: 'differences'"
+    first, *others = trials("sums", "lora_r1")
+    rows = {first.key: {**vars(first), **row, "rate": first.rate}}
+    rows |= {each.key: {**vars(each), "solved": [1]} for each in others}
+    best = chosen(rows, "sums", "lora_r1", 0)
+    assert best is not None
+    assert best.rate == others[0].rate
+
+
+def evaluated(counts: dict[str, list[int]], problems: tuple[str, ...] = ("sums", "dates")) -> list[dict[str, Any]]:
+    """The base, which solves ten of a hundred, and a run a seed of each arm, which solves so many."""
+    rows: list[dict[str, Any]] = []
+    for problem in problems:
+        rows.append({"problem": problem, "arm": BASE, "part": "test", "solved": answers(10), "seconds": 0.0})
+        for arm, each in counts.items():
+            for seed, count in enumerate(each):
+                row = {"problem": problem, "arm": arm, "part": "test", "seed": seed, "solved": answers(count)}
+                rows.append(row | {"rewards": [0.1, 0.2] * SMOOTHED, "smallest_bytes": 90_000, "seconds": 36.0})
+    return rows
+
+
+def answers(count: int) -> list[int]:
+    return [1] * count + [0] * (100 - count)
+
+
+@pytest.mark.parametrize(
+    ("count", "verdict"), [(60, "within a point of"), (20, "**it is not within"), (40, "or above")]
+)
+def test_the_table_says_whether_dvora_is_within_a_point(count: int, verdict: str) -> None:
+    rows = evaluated({"lora_r1": [40, 40, 40], "structured_r64": [count] * 3})
+    text = reinforcement({"environment": {"torch": "2", "peft": "0"}, "rows": rows})
+    assert verdict in text
+    assert f"| DVoRA r=64, structured | 90 | {count}.0 | {count - 40:+.1f}" in text
+    assert "| base |  | 10.0 |  | 10.0 |  |" in text
+
+
+def test_nothing_is_decided_where_the_interval_is_on_both_sides() -> None:
+    rows = evaluated({"lora_r1": [30, 50, 40], "structured_r64": [50, 30, 36]})
+    text = reinforcement({"environment": {"torch": "2", "peft": "0"}, "rows": rows})
+    assert "do not decide" in text
+    assert "DVoRA r=256, dense" not in text
+
+
+def test_the_table_of_nothing_says_so() -> None:
+    assert "No problem" in reinforcement({"environment": {}, "rows": evaluated({})})
+
+
+def test_the_picture_has_a_row_for_each_problem() -> None:
+    figure = picture(evaluated({arm: [30, 40, 50] for arm in ARMS}))
+    figure.canvas.draw()
+    assert len(figure.axes) == 4
+    assert LABELS.keys() == ARMS.keys()
+    plt.close(figure)
