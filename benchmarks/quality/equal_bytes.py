@@ -25,6 +25,13 @@ MARGIN = 0.3
 """Points by which a cheaper choice may be worse, at most, to become the default."""
 SEARCHED = ("structured_r64", "lora_r8")
 """Arms that also run with the usual rate of their method, and with one that `find_rate` finds."""
+LINEAR = "structured_r64_linear"
+SCHEDULES: Mapping[str, str] = {
+    "cosine": "structured_r64",
+    "constant": "structured_r64_constant",
+    "constant, half of the rate": "structured_r64_constant_half",
+}
+"""Arms whose rate falls otherwise than in a line, as that of `dvora train` does."""
 SEEN = 2.8
 """Standard errors of the smallest difference that is found with a probability of 80 % at a level of 5 %."""
 
@@ -168,6 +175,17 @@ def decisions(result: Result, tasks: Sequence[str]) -> list[str]:
         rank = gain(result, tasks, *arms)
         if rank is not None:
             lines.append(_verdict(label, rank, "64 is as good as", "64 is not shown to be as good as"))
+    return lines
+
+
+def schedules(result: Result) -> list[str]:
+    """What other schedules gain over a rate that falls in a line."""
+    lines = []
+    for label, arm in SCHEDULES.items():
+        tasks = tasks_of(result, (arm, LINEAR))
+        if tasks and (found := gain(result, tasks, arm, LINEAR)) is not None:
+            holds = f"{label} becomes" if found.low > 0 else "linear stays"
+            lines.append(f"- schedule, {label} minus linear: {difference(found, 2)}; {holds} the default")
     return lines
 
 

@@ -13,6 +13,7 @@ from benchmarks.quality.equal_bytes import (
     gain,
     half_costs,
     rate_excess,
+    schedules,
     smallest_seen,
     table,
     tasks_of,
@@ -84,7 +85,7 @@ def _decisions(result: Result, missing: int) -> list[str]:
     if not tasks:
         return ["Nothing is decided yet."]
     names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
-    lines = [*decisions(result, tasks), *worth_of_search(result)]
+    lines = [*decisions(result, tasks), *schedules(result), *worth_of_search(result)]
     for arm in EVERYWHERE:
         lost = ", ".join(f"{rate:g}: {share:.0%}" for rate, share in rate_excess(result, tasks, arm).items())
         if lost:

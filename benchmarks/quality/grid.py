@@ -57,6 +57,7 @@ class Arm:
         vectors: dtype of the trained parameters.
         one_rate: the magnitude has the adapter's rate.
         projection_seed, order_seed: fixed seeds of the shared matrices and of the batches; None: the run's seed.
+        schedule: how the rates fall after the warm-up.
         steps_factor: trains so many times as long as the task's other arms.
         rate_factor: of the rates of adapter and magnitude that are taken over.
         tasks, seeds: None: all.
@@ -78,6 +79,7 @@ class Arm:
     one_rate: bool = False
     projection_seed: int | None = None
     order_seed: int | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     steps_factor: int = 1
     rate_factor: float = 1.0
     tasks: tuple[str, ...] | None = None

@@ -1,6 +1,7 @@
 """The steps of a run: the same batches, schedule and clipping for every method."""
 
 import math
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +21,9 @@ def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str,
     members = groups(reader.backbone, reader.head, run.rates, arm.weight_decay)
     everything = [parameter for group in members for parameter in group["params"]]
     optimizer = torch.optim.AdamW(members)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_at(run.steps, grid.training["warmup"]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule])
+    )
     order = run.seed if arm.order_seed is None else arm.order_seed
     reader.train()
     losses, times = [], []
@@ -51,12 +54,20 @@ def precision(arm: Arm) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=arm.precision == "bfloat16")
 
 
-def _rate_at(steps: int, warmup: float) -> Any:
+FALLS: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+"""What is left of the rate by the share of the steps after the warm-up that is done."""
+
+
+def _rate_at(steps: int, warmup: float, falls: Callable[[float], float]) -> Any:
     rising = max(1, round(steps * warmup))
 
     def factor(step: int) -> float:
         if step < rising:
             return (step + 1) / (rising + 1)
-        return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+        return falls((step - rising) / max(1, steps - rising))
 
     return factor

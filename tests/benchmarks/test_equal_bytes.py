@@ -73,6 +73,14 @@ def test_a_search_becomes_the_default_if_it_is_better(auto: int, verdict: str) -
     assert f"four whole trials minus the search: {2.0 * (45 - auto):+.2f}" in lines[1]
 
 
+@pytest.mark.parametrize(("cosine", "verdict"), [(40, "cosine becomes"), (30, "linear stays")])
+def test_a_schedule_becomes_the_default_if_it_is_better(cosine: int, verdict: str) -> None:
+    found = equal_bytes.schedules(result({equal_bytes.LINEAR: [30], "structured_r64": [cosine]}))
+    assert len(found) == 1
+    assert verdict in found[0]
+    assert {equal_bytes.LINEAR, *equal_bytes.SCHEDULES.values()} <= set(GRID.arms)
+
+
 def test_the_smallest_difference_that_is_seen() -> None:
     assert equal_bytes.smallest_seen(Interval(0, -1.96, 1.96)) == pytest.approx(2.8)
 

@@ -20,6 +20,7 @@ from benchmarks.quality.grid import FILE, Arm, Grid, Rates, Run, TaskPlan, read_
 from benchmarks.quality.heads import best_linear
 from benchmarks.quality.problems import problem
 from benchmarks.quality.running import carry_out
+from benchmarks.quality.training import FALLS
 
 ROOT = Path(__file__).parent.parent.parent
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
@@ -115,6 +116,12 @@ def test_generated_answers_are_checked_and_padding_changes_no_loss() -> None:
     after = task.evaluate(model, "test")
     assert after.loss < before.loss
     assert after.score == after.items.mean() > 0
+
+
+@pytest.mark.parametrize(("name", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)])
+def test_how_a_rate_falls(name: str, middle: float, last: float) -> None:
+    fall = FALLS[name]
+    assert [fall(done) for done in (0, 0.5, 1)] == [1, pytest.approx(middle), pytest.approx(last)]
 
 
 def test_a_failure_is_a_row(grid: Grid) -> None:
