@@ -13,12 +13,12 @@ from typing import Any
 from benchmarks.examples.table import examples
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters_parts
+from benchmarks.quality.equal_bytes_page import at_a_glance
 from benchmarks.quality.equal_bytes_page import parts as equal_bytes_parts
 from benchmarks.quality.grid import FILE, read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
 from benchmarks.quality.summary import result_of
-from benchmarks.quality.tables import at_a_glance
 from benchmarks.reinforcement.tables import reinforcement
 from benchmarks.speakers import table as speakers
 from benchmarks.speed.overhead_tables import overhead, with_overhead
@@ -200,10 +200,10 @@ def _results() -> dict[str, str]:
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
-    "README.md": lambda: {"at-a-glance": at_a_glance(_load("quality"))},
+    "README.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"))},
     "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(_load("conformance"))},
     "benchmarks/README.md": lambda: {"targets": targets(with_overhead(_load("speed"), _load("overhead")))},
-    "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("quality"))},
+    "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"))},
     "docs/compatibility.md": lambda: {
         "support": support(_load("support")),
         "conformance": conformance(_load("conformance")),

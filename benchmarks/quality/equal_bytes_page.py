@@ -1,6 +1,6 @@
 """The generated parts of docs/results.md that are about the second grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.equal_bytes import (
@@ -21,10 +21,42 @@ from benchmarks.quality.equal_bytes import (
     worth_of_search,
 )
 from benchmarks.quality.equal_bytes_settings import lines as settings
-from benchmarks.quality.summary import LABELS, Result
+from benchmarks.quality.summary import LABELS, Result, result_of
 
 EVERYWHERE = ("structured_r64", "dvora_r256")
 """Arms of which the rates' table is made."""
+
+
+GLANCE: Mapping[str, str] = {
+    "frozen": "frozen, best head",
+    "magnitude": "DVoRA, magnitude only",
+    "vera_r256": "VeRA r=256",
+    "lora_r1": "LoRA r=1",
+    "structured_r64": "**DVoRA r=64, structured**",
+    "lora_r8": "LoRA r=8",
+}
+"""The arms of the README's table."""
+
+
+def at_a_glance(content: Mapping[str, Any]) -> str:
+    """What the main methods store, how good they are on the tasks of all main arms, and what a step takes."""
+    result, environment = result_of(content), content["environment"]
+    tasks = tasks_of(result, MAIN)
+    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "training step")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {label} | {' | '.join(_glance_cells(result, tasks, arm))} |" for arm, label in GLANCE.items()]
+    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"MiniLM (22.7 million parameters): mean over {len(tasks)} tasks with 24 to 40 classes or a number to "
+            f"predict ({names}), {_seeds(result, tasks)} seeds, differences with 95 % intervals, a step in units of "
+            "LoRA r=1's. Every method had four trials for its learning rate on each task; heads are not counted "
+            f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
+            "",
+        ]
+    )
 
 
 def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[str, str]:
@@ -60,19 +92,36 @@ def _main(result: Result) -> list[str]:
     if not tasks:
         return ["No task has runs of all main arms yet."]
     seen = [smallest_seen(found) for arm in MAIN if arm != YARDSTICK and (found := gain(result, tasks, arm))]
-    seeds = min(len(result.finals(task, arm)) for task in tasks for arm in MAIN)
     names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
     return [
         *table(result, tasks),
         "",
-        f"Means over {names}; {seeds} or more seeds. The smallest difference to LoRA r=1 that this design sees with a "
-        f"probability of 80 %: {min(seen):.1f} to {max(seen):.1f} points.",
+        f"Means over {names}; {_seeds(result, tasks)} or more seeds. The smallest difference to LoRA r=1 that this "
+        f"design sees with a probability of 80 %: {min(seen):.1f} to {max(seen):.1f} points.",
     ]
 
 
 def _two(result: Result) -> list[str]:
     tasks = tasks_of(result, TWO)
     return table(result, tasks) if tasks else ["No task has runs of all arms yet."]
+
+
+def _glance_cells(result: Result, tasks: Sequence[str], arm: str) -> Sequence[str]:
+    parameters, size = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
+    scores = [score.mean for task in tasks if (score := result.score(task, arm))]
+    found = None if arm == YARDSTICK else gain(result, tasks, arm)
+    step, unit = result.step(tasks[0], arm), result.step(tasks[0], YARDSTICK)
+    return (
+        "" if parameters is None else f"{parameters:,}",
+        "" if size is None else f"{size / 1e3:,.0f} kB",
+        f"{sum(scores) / len(scores):.1f}",
+        "" if found is None else f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})",
+        "" if step is None or unit is None else f"{step / unit:.2f}",
+    )
+
+
+def _seeds(result: Result, tasks: Sequence[str]) -> int:
+    return min(len(result.finals(task, arm)) for task in tasks for arm in MAIN)
 
 
 def _generation(result: Result) -> list[str]:

@@ -1,51 +1,13 @@
-"""Tables of scores, differences and sizes, for the README and the page "Results"; from the result file."""
+"""Tables of scores, differences and sizes, for the page "Results"; from the result file."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from benchmarks.quality.statistics import Interval
-from benchmarks.quality.summary import ARMS, KINDS, LABELS, Result, result_of
+from benchmarks.quality.summary import KINDS, LABELS, Result
 
 REFERENCE = "vera"
 MODELS = {"MiniLM": "movie_reviews", "ViT-S/14": "fashion_mnist", "SmolLM2-135M": "shakespeare"}
 """Models and the task whose rows show their sizes."""
-OURS = "dvora"
-GLANCE = {arm: ARMS[arm] for arm in ("full", "lora_r8", "lora_r1", "vera")} | {OURS: "**DVoRA r=256**"}
-GLANCE_TASKS = ("movie_reviews", "tweets", "wordnet10")
-"""Those on which all methods of the README's table were trained."""
-
-
-def at_a_glance(content: dict[str, Any]) -> str:
-    """Five methods on MiniLM: what they train and store, how good they are, and what a step takes."""
-    result, environment = result_of(content), content["environment"]
-    tasks = [task for task in GLANCE_TASKS if result.finals(task, OURS)]
-    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
-    head = ("MiniLM", "trained parameters", "adapter file", "accuracy, %", "DVoRA better by", "training step")
-    lines = [
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-        *(f"| {label} | {' | '.join(_glance_cells(result, tasks, arm))} |" for arm, label in GLANCE.items()),
-        "",
-        f"MiniLM (22.7 million parameters): mean test accuracy over {names}, differences with 95 % intervals, and "
-        "the time of a step in units of LoRA r=8's. Learning rates were tuned for each method; heads are not counted "
-        f"(`benchmarks/results/quality.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _glance_cells(result: Result, tasks: Sequence[str], arm: str) -> Sequence[str]:
-    model = MODELS["MiniLM"]
-    parameters, size = result.size(model, arm, "trained_values"), result.size(model, arm, "saved_bytes")
-    means = [score.mean for task in tasks if (score := result.score(task, arm))]
-    gain = None if arm == OURS else result.mean_gain([(task, OURS, arm) for task in tasks])
-    step, unit = result.step(model, arm), result.step(model, "lora_r8")
-    return (
-        "" if parameters is None else f"{parameters:,}",
-        "" if size is None else f"{size / 1e3:,.0f} kB",
-        f"{sum(means) / len(means):.1f}" if means else "",
-        "" if gain is None else f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})",
-        "" if step is None or unit is None else f"{step / unit:.2f}",
-    )
 
 
 def scores(result: Result, question: str, arms: dict[str, str], over: str = REFERENCE) -> list[str]:

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.quality import equal_bytes
 from benchmarks.quality.equal_bytes import ARMS, GENERATION, MAIN, TWO, YARDSTICK
-from benchmarks.quality.equal_bytes_page import parts
+from benchmarks.quality.equal_bytes_page import GLANCE, at_a_glance, parts
 from benchmarks.quality.equal_bytes_plots import equal_bytes as picture
 from benchmarks.quality.equal_bytes_settings import COMPARED, SETTINGS, TWICE, USUAL, changed_places, gain_in, lines
 from benchmarks.quality.grid import FILE, read_grid
@@ -123,7 +123,7 @@ def test_the_picture_has_both_panels() -> None:
 
 
 def test_generation_is_shown_for_itself() -> None:
-    counts = dict.fromkeys(MAIN, [30, 31])
+    counts = {arm: [30, 31] for arm in MAIN}
     found = result(counts, ["countries", "cron_expressions"])
     assert equal_bytes.tasks_of(found, MAIN) == ["countries"]
     assert equal_bytes.tasks_of(found, GENERATION, generated=True) == ["cron_expressions"]
@@ -178,6 +178,19 @@ def test_a_setting_without_all_its_runs_has_an_empty_cell() -> None:
     assert gain_in(few, TWICE, "vera_r256") is None
     assert gain_in(few, USUAL, "vera_r256") is not None
     assert "frozen base" in "".join(lines(few))
+
+
+def test_the_readme_compares_the_main_methods() -> None:
+    found = result({arm: [30 + place] * 2 for place, arm in enumerate(MAIN)}, TASKS[:2])
+    alone = {"stage": "alone", "peak_bytes": 1, "seconds_per_step": 0.1}
+    rows = [*found.rows, *({**row, **alone} for row in found.rows if row["steps"])]
+    text = at_a_glance({"rows": rows, "environment": {"torch": "2", "peft": "0"}})
+    named = {cells[0]: cells[1:] for line in text.split("\n") if len(cells := line.strip("| ").split(" | ")) > 3}
+    assert len(named) == 1 + len(GLANCE)
+    assert named["LoRA r=1"] == ["1,234", "8 kB", "66.0", "", "1.00"]
+    assert named["LoRA r=8"][2:] == ["68.0", "+2.0 (+0.0 to +6.0)", "1.00"]
+    assert "mean over 2 tasks" in text
+    assert "2 seeds" in text
 
 
 def test_every_arm_is_in_the_grid_and_every_trained_arm_is_shown() -> None:

@@ -11,7 +11,7 @@ from benchmarks.quality.grid import read_grid
 from benchmarks.quality.items import packed
 from benchmarks.quality.plots import PICTURES
 from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, REQUIRED_ARM, SEEDS, Result
-from benchmarks.quality.tables import at_a_glance, score_cell, scores, sizes
+from benchmarks.quality.tables import score_cell, scores, sizes
 from tests.benchmarks.quality_rows import ITEMS, final, right, trial
 
 ENVIRONMENT = {"python": "3", "torch": "2", "peft": "0", "transformers": "5", "cores": 2, "threads": 1}
@@ -154,20 +154,6 @@ def test_every_table_has_a_row_for_each_arm() -> None:
     made = page.parts(result, ENVIRONMENT, missing=7)
     assert "7 of its runs are missing" in made["quality-budget"]
     assert all(text.strip() for text in made.values()), made
-
-
-def test_the_readme_compares_five_methods() -> None:
-    rows = [
-        line.split("|")
-        for line in at_a_glance({"rows": list(everything().rows), "environment": ENVIRONMENT}).split("\n")
-    ]
-    named = {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in rows if len(row) == 8}
-    assert [*named][2:] == ["full fine-tuning", "LoRA r=8", "LoRA r=1", "VeRA r=256", "**DVoRA r=256**"]
-    assert named["LoRA r=1"][:2] == ["1,234", "6 kB"]
-    assert named["LoRA r=1"][-1] == "1.00"
-    assert all(all(cells) for name, cells in named.items() if name.startswith(("full", "LoRA", "VeRA")))
-    # Nothing is better or worse than itself.
-    assert named["**DVoRA r=256**"][3] == ""
 
 
 def test_a_rank_that_was_not_run_is_derived_from_one_that_was() -> None:
