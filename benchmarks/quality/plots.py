@@ -43,37 +43,6 @@ COLOURS = {
     "dvora": METHODS["DVoRA"],
     "dvora_structured": METHODS["DVoRA, structured"],
 }
-OVERVIEW = {
-    "full": "full fine-tuning",
-    "lora_r8": "LoRA r=8",
-    "lora_r1": "LoRA r=1",
-    "vera": "VeRA r=256",
-    "dvora": "DVoRA r=256",
-}
-
-
-def overview(result: Result) -> Figure:
-    """For the first page: the file that a task costs, and what it gains over the frozen base."""
-    tasks = result.tasks("overview")
-    sizes = {arm: result.size(tasks[0], arm, "saved_bytes") or 0 for arm in OVERVIEW}
-    figure, grid = plt.subplots(1, 1 + len(tasks), figsize=(WIDTH, 2.5), layout="constrained", sharey=True)
-    bars = grid[0].barh(range(len(sizes)), list(sizes.values()), color=[COLOURS[arm] for arm in sizes], height=0.6)
-    grid[0].bar_label(bars, [_bytes(size) for size in sizes.values()], padding=3)
-    grid[0].set(xscale="log", xlim=(3e4, 2e9), xticks=[])
-    grid[0].minorticks_off()
-    grid[0].spines["bottom"].set_visible(False)
-    grid[0].set_title("file of one task", fontsize="medium")
-    for axes, task in zip(grid[1:], tasks, strict=True):
-        _differences(axes, result, task, OVERVIEW, "frozen")
-        axes.set_title(LABELS[task].split(",")[0], fontsize="medium")
-        axes.set_xlim(left=min(0, axes.get_xlim()[0]))
-        axes.set_xlabel("points of accuracy")
-    figure.suptitle("all-MiniLM-L6-v2: what is gained over the frozen base (95 % intervals)", fontsize="medium")
-    return figure
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e6:.0f} MB" if size > 1e7 else f"{size / 1e3:,.0f} kB"
 
 
 def methods(result: Result) -> Figure:
@@ -245,7 +214,6 @@ def _line(axes: Axes, at: Sequence[float], gains: Sequence[Interval], label: str
 
 
 PICTURES: dict[str, Callable[[Result], Figure]] = {
-    "overview": overview,
     "methods": methods,
     "equal_values": equal_values,
     "ranks": ranks,

@@ -115,7 +115,6 @@ SEEDS = {
 }
 """Arms of question 6, and the arm whose seed 0 belongs to them."""
 REQUIRED_ARM = {
-    "overview": "bitfit",
     "methods": "vera",
     "equal_values": "vera_equal",
     "ranks": "dvora_r64",
