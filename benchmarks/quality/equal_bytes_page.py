@@ -33,6 +33,7 @@ GLANCE: Mapping[str, str] = {
     "vera_r256": "VeRA r=256",
     "lora_r1": "LoRA r=1",
     "structured_r64": "**DVoRA r=64, structured**",
+    "structured_r256": "**DVoRA r=256, structured**",
     "lora_r8": "LoRA r=8",
 }
 """The arms of the README's table."""
