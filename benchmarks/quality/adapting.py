@@ -48,9 +48,9 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
     return model
 
 
-def magnitude_only(layers: str) -> DVoRAConfig:
+def magnitude_only(layers: str, **options: Any) -> DVoRAConfig:
     """DVoRA with nothing trained but the magnitudes of the layers that a regular expression matches."""
-    return DVoRAConfig(r=1, target_modules=layers, magnitude_modules=layers)
+    return DVoRAConfig(r=1, target_modules=layers, magnitude_modules=layers, **options)
 
 
 def groups(model: nn.Module, head: nn.Module | None, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
@@ -117,8 +117,8 @@ def _dvora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
     return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **arm.options)
 
 
-def _magnitude(_arm: Arm, layers: Mapping[str, str], _seed: int) -> PeftConfig:
-    return magnitude_only(f"{layers['attention']}|{layers['feed_forward']}")
+def _magnitude(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
+    return magnitude_only(f"{layers['attention']}|{layers['feed_forward']}", **arm.options)
 
 
 def _vera(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:

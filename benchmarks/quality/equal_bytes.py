@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.quality.statistics import Interval
-from benchmarks.quality.summary import LABELS, Result
+from benchmarks.quality.summary import LABELS, Result, name_of
 from benchmarks.quality.tables import difference
 
 YARDSTICK = "lora_r1"
@@ -147,13 +147,13 @@ def tuned_at_an_edge(result: Result) -> list[str]:
             trials = result.trials(task, arm) if _tried(result, task, arm) else []
             losses = [loss for _, loss in trials]
             if len(losses) > 3 and losses.index(min(losses)) in (0, len(losses) - 1):
-                found.append(f"{shown.label} on {LABELS[task].partition(',')[0]}")
+                found.append(f"{shown.label} on {name_of(task)}")
     return found
 
 
 def table(result: Result, tasks: Sequence[str]) -> list[str]:
     """One row per arm with runs on all of the tasks: bytes, the mean gain over the yardstick, and each task's score."""
-    names = [LABELS[task].partition(",")[0] for task in tasks]
+    names = [name_of(task) for task in tasks]
     head = ["", "parameters", "kB as PEFT saves it", "kB, float16, no seeded matrices", "points above LoRA r=1", *names]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return lines + [

@@ -21,12 +21,10 @@ from benchmarks.quality.equal_bytes import (
     worth_of_search,
 )
 from benchmarks.quality.equal_bytes_settings import lines as settings
-from benchmarks.quality.summary import LABELS, Result, result_of
+from benchmarks.quality.summary import Result, names_of, result_of
 
 EVERYWHERE = ("structured_r64", "dvora_r256")
 """Arms of which the rates' table is made."""
-
-
 GLANCE: Mapping[str, str] = {
     "frozen": "frozen, best head",
     "magnitude": "DVoRA, magnitude only",
@@ -46,15 +44,15 @@ def at_a_glance(content: Mapping[str, Any]) -> str:
     head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "training step")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {label} | {' | '.join(_glance_cells(result, tasks, arm))} |" for arm, label in GLANCE.items()]
-    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
     return "\n".join(
         [
             *lines,
             "",
             f"MiniLM (22.7 million parameters): mean over {len(tasks)} tasks with 24 to 40 classes or a number to "
-            f"predict ({names}), {_seeds(result, tasks)} seeds, differences with 95 % intervals, a step in units of "
-            "LoRA r=1's. Every method had four trials for its learning rate on each task; heads are not counted "
-            f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
+            f"predict ({names_of(tasks)}), {_seeds(result, tasks)} seeds, differences with 95 % intervals, a step in "
+            "units of LoRA r=1's. Every method had four trials for its learning rate on each task; heads are not "
+            f"counted (`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT "
+            f"{environment['peft']}, CPU).",
             "",
         ]
     )
@@ -93,12 +91,11 @@ def _main(result: Result) -> list[str]:
     if not tasks:
         return ["No task has runs of all main arms yet."]
     seen = [smallest_seen(found) for arm in MAIN if arm != YARDSTICK and (found := gain(result, tasks, arm))]
-    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
     return [
         *table(result, tasks),
         "",
-        f"Means over {names}; {_seeds(result, tasks)} or more seeds. The smallest difference to LoRA r=1 that this "
-        f"design sees with a probability of 80 %: {min(seen):.1f} to {max(seen):.1f} points.",
+        f"Means over {names_of(tasks)}; {_seeds(result, tasks)} or more seeds. The smallest difference to LoRA r=1 "
+        f"that this design sees with a probability of 80 %: {min(seen):.1f} to {max(seen):.1f} points.",
     ]
 
 
@@ -134,7 +131,6 @@ def _decisions(result: Result, missing: int) -> list[str]:
     tasks = tasks_of(result, MAIN)
     if not tasks:
         return ["Nothing is decided yet."]
-    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
     lines = [*decisions(result, tasks), *schedules(result), *worth_of_search(result)]
     for arm in EVERYWHERE:
         lost = ", ".join(f"{rate:g}: {share:.0%}" for rate, share in rate_excess(result, tasks, arm).items())
@@ -147,5 +143,9 @@ def _decisions(result: Result, missing: int) -> list[str]:
         )
     if edges := tuned_at_an_edge(result):
         lines.append(f"- The best trial had the lowest or the highest rate: {'; '.join(edges)}")
-    heading = f"So far, over {names} only, so that no default was changed:" if missing else f"Over {names}:"
+    heading = (
+        f"So far, over {names_of(tasks)} only, so that no default was changed:"
+        if missing
+        else f"Over {names_of(tasks)}:"
+    )
     return [heading, "", *lines]

@@ -18,13 +18,14 @@ from benchmarks.quality.equal_bytes import (
     MAIN,
     TWO,
     YARDSTICK,
+    Shown,
     arms_of,
     gain,
     smallest_bytes,
     tasks_of,
 )
 from benchmarks.quality.results import EQUAL_BYTES
-from benchmarks.quality.summary import LABELS, Result, result_of
+from benchmarks.quality.summary import Result, names_of, result_of
 
 TICKS = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000)
 """Kilobytes."""
@@ -44,6 +45,11 @@ def equal_bytes(result: Result) -> Figure:
     known = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=5, fontsize="small")
     return figure
+
+
+def color_of(shown: Shown) -> str:
+    """Of an arm that stands for itself: its own, or its method's."""
+    return METHODS.get(shown.label, METHODS[shown.method])
 
 
 def _panel(axes: Axes, result: Result, tasks: list[str]) -> None:
@@ -71,7 +77,7 @@ def _panel(axes: Axes, result: Result, tasks: list[str]) -> None:
     ticks = [tick for tick in TICKS if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    names = ", ".join(LABELS[task].partition(",")[0] for task in tasks)
+    names = names_of(tasks)
     axes.set_title(f"mean over {names}" if len(tasks) > 1 else names, fontsize="medium", wrap=True)
 
 

@@ -6,7 +6,7 @@ from itertools import combinations
 
 from benchmarks.quality.equal_bytes import ARMS, YARDSTICK
 from benchmarks.quality.statistics import Interval
-from benchmarks.quality.summary import LABELS, Result
+from benchmarks.quality.summary import LABELS, Result, names_of
 from benchmarks.quality.tables import difference
 
 COMPARED = (YARDSTICK, "structured_r64", "dvora_r256", "vera_r256", "lora_r8")
@@ -45,14 +45,10 @@ def tasks_with(result: Result, setting: Setting) -> list[str]:
 
 def gain_in(result: Result, setting: Setting, arm: str, over: str = YARDSTICK) -> Interval | None:
     """How many points an arm is above another in a setting, a mean over its tasks; None where runs are missing."""
-    tasks = tasks_with(result, setting)
-    pairs = [
-        (task, *(result.lowest_loss(task, _names(setting, each)) or each for each in (arm, over))) for task in tasks
-    ]
-    complete = all(
-        result.finals(task, name) for task in tasks for each in (arm, over) for name in _names(setting, each)
-    )
-    return result.mean_gain([(task, ours, theirs) for task, ours, theirs in pairs]) if tasks and complete else None
+    tasks, ours, theirs = tasks_with(result, setting), _names(setting, arm), _names(setting, over)
+    if not tasks or not all(result.finals(task, name) for task in tasks for name in (*ours, *theirs)):
+        return None
+    return result.mean_gain([(task, _best(result, task, ours), _best(result, task, theirs)) for task in tasks])
 
 
 def changed_places(result: Result) -> list[str]:
@@ -70,7 +66,7 @@ def lines(result: Result) -> list[str]:
     settings = [setting for setting in SETTINGS if tasks_with(result, setting)]
     if not settings:
         return ["These runs are missing."]
-    heads = [f"{each.label} ({_names_of(tasks_with(result, each))})" for each in settings]
+    heads = [f"{each.label} ({names_of(tasks_with(result, each))})" for each in settings]
     rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     rows += [_row("frozen base, best head", [gain_in(result, each, "frozen") for each in settings])]
     rows += [
@@ -83,12 +79,14 @@ def lines(result: Result) -> list[str]:
     return rows
 
 
+def _best(result: Result, task: str, names: Sequence[str]) -> str:
+    best = result.lowest_loss(task, names)
+    assert best is not None, names
+    return best
+
+
 def _names(setting: Setting, arm: str) -> tuple[str, ...]:
     return (setting.frozen,) if arm == "frozen" else tuple(arm + ending for ending in setting.endings)
-
-
-def _names_of(tasks: Sequence[str]) -> str:
-    return ", ".join(LABELS[task].partition(",")[0] for task in tasks)
 
 
 def _row(label: str, gains: Sequence[Interval | None]) -> str:

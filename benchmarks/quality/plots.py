@@ -26,6 +26,7 @@ from benchmarks.quality.summary import (
     QUANTISED,
     SEEDS,
     Result,
+    name_of,
     result_of,
 )
 from benchmarks.quality.tables import MODELS
@@ -113,7 +114,7 @@ def rates(result: Result) -> Figure:
         start = result.start_loss(task)
         axes.set_ylim(best - 0.1 * (start - best), start + 0.6 * (start - best))
         axes.axhline(start, color=FAINT, linewidth=1)
-        axes.set_title(LABELS[task].split(",")[0], fontsize="medium")
+        axes.set_title(name_of(task), fontsize="medium")
     _legend_above(figure, next(iter(panels)))
     return figure
 

@@ -128,6 +128,16 @@ REQUIRED_ARM = {
 """By table and picture: a task is shown only if it has runs of this arm."""
 
 
+def name_of(task: str) -> str:
+    """Of `LABELS`, without what its score is."""
+    return LABELS[task].partition(",")[0]
+
+
+def names_of(tasks: Sequence[str]) -> str:
+    """For a sentence or a heading."""
+    return ", ".join(map(name_of, tasks))
+
+
 @dataclass(frozen=True)
 class Result:
     """The rows of the result file."""

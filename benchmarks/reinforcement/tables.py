@@ -8,25 +8,19 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.pictures import FAINT, METHODS, WIDTH
+from benchmarks.pictures import WIDTH
+from benchmarks.quality.equal_bytes import ARMS, Shown
+from benchmarks.quality.equal_bytes_plots import color_of
 from benchmarks.quality.statistics import Difference, Interval, mean_difference, over_seeds, paired_difference
 from benchmarks.quality.tables import difference
 from benchmarks.reinforcement.arms import BASE
 from benchmarks.reinforcement.plan import STEPS
+from benchmarks.reinforcement.problems import PROBLEMS
 
 Row = Mapping[str, Any]
-LABELS: Mapping[str, tuple[str, str]] = {
-    "magnitude": ("magnitude only", "magnitude only"),
-    "vera_r256": ("VeRA", "VeRA r=256"),
-    "lora_r1": ("LoRA r=1", "LoRA r=1"),
-    "structured_r64": ("DVoRA, structured", "DVoRA r=64, structured"),
-    "dvora_r256": ("DVoRA", "DVoRA r=256, dense"),
-    "dora_r8": ("DoRA", "DoRA r=8"),
-    "lora_r16": ("LoRA", "LoRA r=16"),
-    "full": ("full fine-tuning", "full fine-tuning"),
-}
-"""Method and label of each arm, in the order of the table."""
-PROBLEMS: Mapping[str, str] = {"sums": "sums", "dates": "dates"}
+ORDER = ("magnitude", "vera_r256", "lora_r1", "structured_r64", "dvora_r256", "dora_r8", "lora_r16", "full")
+LABELS: Mapping[str, Shown] = {arm: ARMS[arm] for arm in ORDER}
+"""How each arm is shown, in the order of the table."""
 YARDSTICK, MARGIN = "lora_r1", 1.0
 """What DVoRA has to come within so many points of."""
 SMOOTHED = 10
@@ -36,7 +30,7 @@ SMOOTHED = 10
 def finals(rows: Sequence[Row], problem: str, arm: str) -> dict[int, Row]:
     """Evaluated runs by seed; those that failed have no answers and are left out."""
     found = (row for row in rows if (row["problem"], row["arm"], row["part"]) == (problem, arm, "test"))
-    return {row.get("seed", 0): row for row in found if row["solved"]}
+    return {row["seed"]: row for row in found if row["solved"]}
 
 
 def shown(rows: Sequence[Row]) -> list[str]:
@@ -44,11 +38,9 @@ def shown(rows: Sequence[Row]) -> list[str]:
     return [problem for problem in PROBLEMS if finals(rows, problem, YARDSTICK)]
 
 
-def gain(rows: Sequence[Row], problem: str, arm: str, over: str = YARDSTICK) -> Difference | None:
-    """How many points more an arm solves than another, on the seeds that both have."""
-    ours, theirs = finals(rows, problem, arm), finals(rows, problem, over)
-    if over == BASE and theirs:
-        theirs = dict.fromkeys(ours, theirs[0])
+def gain(rows: Sequence[Row], problem: str, arm: str) -> Difference | None:
+    """How many points more an arm solves than LoRA r=1, on the seeds that both have."""
+    ours, theirs = finals(rows, problem, arm), finals(rows, problem, YARDSTICK)
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return None
@@ -77,7 +69,7 @@ def reinforcement(content: Mapping[str, Any]) -> str:
     head = ["", "kB a synchronisation, float16, no seeded matrices", *heads]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [_line(rows, problems, BASE, "base")]
-    lines += [_line(rows, problems, arm, label) for arm, (_, label) in LABELS.items() if _has(rows, problems, arm)]
+    lines += [_line(rows, problems, arm, each.label) for arm, each in LABELS.items() if _has(rows, problems, arm)]
     lines += [
         "",
         *(_verdict(rows, problems, arm) for arm in ("structured_r64", "dvora_r256") if _has(rows, problems, arm)),
@@ -97,19 +89,14 @@ def reinforcement(content: Mapping[str, Any]) -> str:
 def picture(rows: Sequence[Row]) -> Figure:
     """For each problem: the reward by steps, and what is solved in the end against bytes of a synchronisation."""
     problems = shown(rows)
-    figure, grid = plt.subplots(
-        max(len(problems), 1),
-        2,
-        figsize=(WIDTH, 2.6 * max(len(problems), 1) + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
-    for (left, right), problem in zip(grid, problems, strict=False):
+    size = (WIDTH, 2.6 * len(problems) + 0.4)
+    figure, grid = plt.subplots(len(problems), 2, figsize=size, layout="constrained", squeeze=False)
+    for (left, right), problem in zip(grid, problems, strict=True):
         for arm in LABELS:
             if found := list(finals(rows, problem, arm).values()):
                 _draw(left, right, rows, problem, arm, found)
-        left.set(xlabel="steps", ylabel="right answers, %", title=f"{PROBLEMS[problem]}: sampled in training")
-        right.set(xscale="log", xlabel="kB a synchronisation", title=f"{PROBLEMS[problem]}: greedy, test questions")
+        left.set(xlabel="steps", ylabel="right answers, %", title=f"{problem}: sampled in training")
+        right.set(xscale="log", xlabel="kB a synchronisation", title=f"{problem}: greedy, test questions")
         right.set_xticks([50, 100, 1000, 10_000, 100_000], ["50", "100", "1,000", "10,000", "100,000"])
         right.minorticks_off()
         for axes in (left, right):
@@ -121,8 +108,7 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def _draw(left: Axes, right: Axes, rows: Sequence[Row], problem: str, arm: str, found: list[Row]) -> None:
-    method, label = LABELS[arm]
-    color = METHODS.get(method, FAINT)
+    color = color_of(LABELS[arm])
     rewards = 100 * np.mean([row["rewards"] for row in found], axis=0)
     smooth = np.convolve(rewards, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
     left.plot(np.arange(len(smooth)) + SMOOTHED, smooth, color=color, linewidth=1.2)
@@ -130,7 +116,9 @@ def _draw(left: Axes, right: Axes, rows: Sequence[Row], problem: str, arm: str, 
     assert score is not None
     ends = [[score.mean - score.low], [score.high - score.mean]]
     size = found[0]["smallest_bytes"] / 1e3
-    right.errorbar([size], [score.mean], yerr=ends, fmt="o", markersize=4, capsize=2, color=color, label=label)
+    right.errorbar(
+        [size], [score.mean], yerr=ends, fmt="o", markersize=4, capsize=2, color=color, label=LABELS[arm].label
+    )
 
 
 def _has(rows: Sequence[Row], problems: Sequence[str], arm: str) -> bool:
@@ -159,4 +147,4 @@ def _verdict(rows: Sequence[Row], problems: Sequence[str], arm: str) -> str:
         said = "**it is not within a point of LoRA r=1**"
     else:
         said = "these runs do not decide whether it is within a point of LoRA r=1"
-    return f"- {LABELS[arm][1]} minus LoRA r=1, {' and '.join(problems)}: {difference(interval, 1)}; {said}."
+    return f"- {LABELS[arm].label} minus LoRA r=1, {' and '.join(problems)}: {difference(interval, 1)}; {said}."

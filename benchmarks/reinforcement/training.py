@@ -31,12 +31,12 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     try:
         row = run(**vars(plan))
     except Exception as error:
-        row = {**vars(plan), "error": f"{type(error).__name__}: {error}", "solved": []}
-    return {"key": plan.key, **row, "seconds": round(perf_counter() - start, 1)}
+        row = {"error": f"{type(error).__name__}: {error}", "solved": []}
+    return {"key": plan.key, **vars(plan), **row, "seconds": round(perf_counter() - start, 1)}
 
 
 def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -> dict[str, Any]:
-    """The row of a run.
+    """What comes out of a run.
 
     Args:
         arm: one of `ARMS`, or `BASE`, which takes no steps.
@@ -45,8 +45,7 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
     questions = PROBLEMS[problem]()
     tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
     if arm == BASE:
-        solved = _solved(_base(), tokenizer, getattr(questions, part), questions.tokens)
-        return {"problem": problem, "arm": arm, "part": part, "solved": solved}
+        return {"solved": _solved(_base(), tokenizer, getattr(questions, part), questions.tokens)}
     model = _adapted(arm, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -63,7 +62,6 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
         size = saved_bytes(model, Path(folder))
     solved = _solved(model, tokenizer, getattr(questions, part), questions.tokens)
     return {
-        **{"problem": problem, "arm": arm, "rate": rate, "seed": seed, "steps": steps, "part": part},
         "trained_values": sum(each.numel() for each in model.parameters() if each.requires_grad),
         **size,
         "rewards": [round(each, 4) for each in rewards],

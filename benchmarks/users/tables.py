@@ -8,17 +8,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.pictures import FAINT, METHODS, WIDTH
+from benchmarks.pictures import FAINT, WIDTH
+from benchmarks.quality.equal_bytes import ARMS, Shown
+from benchmarks.quality.equal_bytes_plots import color_of
 from benchmarks.quality.statistics import Interval, over_seeds
 
-LABELS: Mapping[str, tuple[str, str]] = {
-    "structured_r64": ("DVoRA, structured", "DVoRA r=64, structured"),
-    "magnitude": ("magnitude only", "magnitude only"),
-    "vera_r256": ("VeRA", "VeRA r=256"),
-    "lora_r1": ("LoRA r=1", "LoRA r=1"),
-    "lora_r8": ("LoRA", "LoRA r=8"),
+LABELS: Mapping[str, Shown] = {
+    arm: ARMS[arm] for arm in ("structured_r64", "magnitude", "vera_r256", "lora_r1", "lora_r8")
 }
-"""Method and label of each arm, in the order of the table."""
+"""How each arm is shown, in the order of the table."""
 SOURCES: Mapping[str, str] = {"speakers": "Shakespeare's characters", "languages": "programming languages"}
 YARDSTICK = "lora_r1"
 Row = dict[str, Any]
@@ -34,12 +32,18 @@ def users(content: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for source, examples in settings(rows):
-        for arm, (_, label) in LABELS.items():
+        for arm, each in LABELS.items():
             gain = lower(rows, source, examples, arm, "base")
             if gain is not None:
                 against = None if arm == YARDSTICK else lower(rows, source, examples, arm, YARDSTICK)
                 size = next(row["smallest_bytes"] for row in _finals(rows, source, examples, arm).values())
-                cells = (f"{SOURCES[source]}, {examples}", label, f"{size / 1e3:,.0f}", _shown(gain), _shown(against))
+                cells = (
+                    f"{SOURCES[source]}, {examples}",
+                    each.label,
+                    f"{size / 1e3:,.0f}",
+                    _shown(gain),
+                    _shown(against),
+                )
                 lines.append(f"| {' | '.join(cells)} |")
     counts = {len(row["losses"]) for row in rows if row["part"] == "test"}
     seeds = sorted({row["seed"] for row in rows if row["part"] == "test" and row["arm"] != "base"})
@@ -82,13 +86,13 @@ def picture(content: Mapping[str, Any]) -> Figure:
         1, len(panels), figsize=(WIDTH, 2.8), layout="constrained", squeeze=False, sharey=True, sharex=True
     )
     for axes, (source, examples) in zip(grid[0], panels, strict=True):
-        for arm, (method, label) in LABELS.items():
+        for arm, each in LABELS.items():
             gain = lower(rows, source, examples, arm, YARDSTICK)
             assert gain is not None
             size = mean(row["smallest_bytes"] for row in _finals(rows, source, examples, arm).values())
             sides = [[gain.mean - gain.low], [gain.high - gain.mean]]
             axes.errorbar(
-                [size / 1e3], [gain.mean], yerr=sides, fmt="o", capsize=2, color=METHODS.get(method, FAINT), label=label
+                [size / 1e3], [gain.mean], yerr=sides, fmt="o", capsize=2, color=color_of(each), label=each.label
             )
         axes.axhline(0, color=FAINT, linewidth=1)
         axes.set(xscale="log", xlabel="kB a user")

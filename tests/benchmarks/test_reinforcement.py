@@ -71,7 +71,7 @@ def evaluated(counts: dict[str, list[int]], problems: tuple[str, ...] = ("sums",
     """The base, which solves ten of a hundred, and a run a seed of each arm, which solves so many."""
     rows: list[dict[str, Any]] = []
     for problem in problems:
-        rows.append({"problem": problem, "arm": BASE, "part": "test", "solved": answers(10), "seconds": 0.0})
+        rows.append({"problem": problem, "arm": BASE, "part": "test", "seed": 0, "solved": answers(10), "seconds": 0.0})
         for arm, each in counts.items():
             for seed, count in enumerate(each):
                 row = {"problem": problem, "arm": arm, "part": "test", "seed": seed, "solved": answers(count)}

@@ -20,8 +20,6 @@ SPACING = 3.0
 """Factor between neighbouring rates, until the best one lies between two others."""
 FINEST = 1.5
 """Factor between neighbouring rates below which none is tried between them."""
-LONG_RUN_FACTOR = 1.0
-"""The whole run's rate in units of the best trial's. Short runs prefer higher rates; how much is not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def find_rate(
             f"training diverged in every trial, at learning rates from {min(losses):g} to {max(losses):g}; check the "
             "data and the model, or choose a lower rate by hand"
         )
-    return RateSearch(best * LONG_RUN_FACTOR, plan.steps, tuple(RateTrial(*each) for each in losses.items()))
+    return RateSearch(best, plan.steps, tuple(RateTrial(*each) for each in losses.items()))
 
 
 def _next_rate(losses: Mapping[float, float], center: float) -> float | None:
