@@ -111,7 +111,12 @@ def plain(**options: object) -> Subject:
 
 def in_peft() -> Subject:
     """The same layers in a PEFT model."""
-    config = DVoRAConfig(r=RANK, target_modules=["0", "1", "2"], projection_seed=SHARED.seed)
+    config = DVoRAConfig(
+        r=RANK,
+        target_modules=["0", "1", "2"],
+        projection_seed=SHARED.seed,
+        projection_init=SHARED.distribution,
+    )
     subject = Subject(get_peft_model(Siblings([linear(IN, out) for out in OUTS]), config))
     with torch.no_grad():
         for layer, other in zip(subject.layers, plain().layers, strict=True):

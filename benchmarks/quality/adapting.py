@@ -114,7 +114,8 @@ def _targets(arm: Arm, layers: Mapping[str, str]) -> str:
 
 def _dvora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
     assert arm.r is not None
-    return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **arm.options)
+    options = {"projection_init": "kaiming_uniform", **arm.options}
+    return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **options)
 
 
 def _magnitude(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:

@@ -167,14 +167,14 @@ def decisions(result: Result, tasks: Sequence[str]) -> list[str]:
     lines = []
     kind = gain(result, tasks, "structured_r256", "dvora_r256")
     if kind is not None:
-        lines.append(_verdict("structured minus dense, rank 256", kind, "structured becomes", "dense stays"))
+        lines.append(_verdict("structured minus dense, rank 256", kind, "structured is the default", "dense stays it"))
     for label, arms in (
         ("structured, rank 64 minus rank 256", ("structured_r64", "structured_r256")),
         ("dense, rank 64 minus rank 256", ("dvora_r64", "dvora_r256")),
     ):
         rank = gain(result, tasks, *arms)
         if rank is not None:
-            lines.append(_verdict(label, rank, "64 is as good as", "64 is not shown to be as good as"))
+            lines.append(_verdict(label, rank, "64 is as good", "64 is not shown to be as good"))
     return lines
 
 

@@ -13,7 +13,9 @@ ARMS: Mapping[str, Callable[[int], PeftConfig | None]] = {
     "structured_r64": lambda seed: DVoRAConfig(
         r=64, target_modules="all-linear", projection_init="structured", projection_seed=seed
     ),
-    "dvora_r256": lambda seed: DVoRAConfig(r=256, target_modules="all-linear", projection_seed=seed),
+    "dvora_r256": lambda seed: DVoRAConfig(
+        r=256, target_modules="all-linear", projection_init="kaiming_uniform", projection_seed=seed
+    ),
     "magnitude": lambda seed: magnitude_only(EVERY_LAYER),
     "vera_r256": lambda seed: VeraConfig(r=256, target_modules="all-linear", projection_prng_key=seed),
     "lora_r1": lambda seed: LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"),

@@ -125,8 +125,8 @@ def test_trained_tokens_are_not_held(tmp_path: Path) -> None:
 WRONG_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (lambda f: saved(HEADED.trained(projection_seed=1), f), "projection_seed is 0 here and 1 there"),
     "other matrices": (
-        lambda f: saved(HEADED.trained(projection_init="structured"), f),
-        "projection_init is 'kaiming_uniform' here and 'structured' there",
+        lambda f: saved(HEADED.trained(projection_init="kaiming_uniform"), f),
+        "projection_init is 'structured' here and 'kaiming_uniform' there",
     ),
     "another direction": (lambda f: saved(HEADED.trained(direction="weight"), f), "direction is 'unit' here"),
     "another rank": (lambda f: saved(HEADED.trained(r=5), f), "lin0 is .*rank 4.* here and .*rank 5.* there"),

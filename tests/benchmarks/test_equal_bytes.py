@@ -60,7 +60,7 @@ def test_the_same_scores_decide_for_the_cheaper_kind_and_the_smaller_rank() -> N
     lines = equal_bytes.decisions(
         result({"structured_r256": [30], "dvora_r256": [30], "structured_r64": [20]}), ["countries"]
     )
-    assert "structured becomes" in lines[0]
+    assert "structured is the default" in lines[0]
     assert "64 is not shown to be as good" in lines[1]
     assert len(lines) == 2
 
@@ -147,6 +147,11 @@ def test_the_parts_of_the_page_say_what_is_known_and_what_is_missing() -> None:
     assert "structured minus dense" in everything["equal-bytes-decisions"]
 
 
+def yardsticks(ending: str, count: int) -> list[dict[str, Any]]:
+    validation = {"loss": 1 - count / ITEMS, "score": 0.0}
+    return rows_of("countries", YARDSTICK + ending, [count] * 3, validation=validation)
+
+
 def in_settings(usual: int, twice: int, half: int) -> Result:
     """Dense DVoRA with so many items right at 500 steps, at 1,000, and there with half of the rate; others have 30."""
     counts = {arm + ending: 30 for arm in COMPARED for ending in ("", "_twice", "_twice_half")}
@@ -169,7 +174,20 @@ def test_methods_change_places_if_both_intervals_say_so(usual: int, twice: int, 
     pairs = changed_places(found)
     assert ("LoRA r=1 and DVoRA r=256, dense" in pairs) == changed
     assert len(pairs) == (4 if changed else 0)
-    assert ("change places: " in lines(found)[-1]) == changed
+    assert ("change places: " in lines(found)[-3]) == changed
+
+
+def test_in_equal_time_the_yardstick_has_twice_the_steps() -> None:
+    """It gains as much from them as DVoRA is above it with the usual ones."""
+    found = in_settings(40, 45, 45)
+    rows = [row for row in found.rows if not row["arm"].startswith(YARDSTICK)]
+    rows += [
+        row for ending, count in (("", 30), ("_twice", 37), ("_twice_half", 40)) for row in yardsticks(ending, count)
+    ]
+    assert lines(Result(tuple(rows)))[-1].startswith("In about equal time")
+    gained = gain_in(Result(tuple(rows)), USUAL, "dvora_r256", over_in=TWICE)
+    assert gained is not None
+    assert gained.mean == 0
 
 
 def test_a_setting_without_all_its_runs_has_an_empty_cell() -> None:

@@ -162,7 +162,12 @@ def test_one_rate_for_a_folder_is_two_rates_for_a_plain_adapter() -> None:
     """What alpha and d_initial of our folders are for: PEFT's scripts have one rate."""
     experiment = LANGUAGE[2]
     rate = training_params(experiment)["optimizer_kwargs"]["lr"]
-    plain = DVoRAConfig(r=256, target_modules=[*experiment.target_modules], task_type="CAUSAL_LM")
+    plain = DVoRAConfig(
+        r=256,
+        target_modules=[*experiment.target_modules],
+        projection_init=experiment.projection_init,
+        task_type="CAUSAL_LM",
+    )
     one = losses(PeftConfig.from_pretrained(str(folder_of(experiment))), rate, {})
     two = losses(plain, rate, {"lambda_b": experiment.rate, "lambda_d": experiment.rate})
     assert one == pytest.approx(two, abs=1e-3)

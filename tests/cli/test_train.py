@@ -17,7 +17,7 @@ from dvora.cli.app import app
 from dvora.cli.train import train as train_command
 from dvora.recipes.finished.evaluation import evaluate_run
 from dvora.recipes.run_folder import read_run
-from dvora.recipes.settings import options
+from dvora.recipes.settings import LEARNING_RATES, options
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -192,7 +192,7 @@ def test_a_rate_that_finds_itself(desk: Path) -> None:
     result = typed(*AUTO, "-o", "found", "--max-steps", "120")
     assert result.exit_code == 0, result.output
     assert "learning rate: up to 3 trials of 8 steps will find it, 20% of the run's 120 steps" in result.stderr
-    assert "trial 3: learning rate 0.03, validation loss" in result.stderr
+    assert f"trial 3: learning rate {3 * LEARNING_RATES['dvora']:g}, validation loss" in result.stderr
     # Trials are notes when they end, and no steps of the run.
     assert "step 1 of 8" not in result.stderr
     rate = json.loads((desk / "found" / "run.json").read_text())["rate_search"]["rate"]
@@ -212,7 +212,7 @@ def test_trials_that_are_interrupted_go_on(desk: Path) -> None:
     assert last.startswith("stopped before the first step; go on with: ")
     assert shlex.split(last.partition("go on with: ")[2]) == again
     trials = json.loads((desk / "interrupted" / "run.json").read_text())["rate_search"]["trials"]
-    assert [trial["rate"] for trial in trials] == [0.0033]
+    assert [trial["rate"] for trial in trials] == [float(f"{LEARNING_RATES['dvora'] / 3:.2g}")]
     going = process("interrupted", "--resume")
     assert going.stderr
     assert (

@@ -17,8 +17,8 @@ def adapted(**settings: object) -> nn.Module:
 
 OTHERS: list[tuple[dict[str, object] | None, str]] = [
     ({}, "agreed"),
-    ({"projection_seed": 7}, "projections=kaiming_uniform/"),
-    ({"projection_init": "structured"}, "projections=structured/"),
+    ({"projection_seed": 7}, "projections=structured/"),
+    ({"projection_init": "kaiming_uniform"}, "projections=kaiming_uniform/"),
     ({"r": 5}, "rank=5"),
     ({"alpha": 9}, "alpha=9"),
     ({"target_modules": ["lin0"]}, "no adapter"),

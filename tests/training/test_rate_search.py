@@ -13,6 +13,7 @@ from dvora.training.rate_search import LEAST_STEPS, SHARE, shortest_run
 
 LONG = 1000
 """Steps of a run with as many trials as there can be."""
+CENTER = 0.01
 
 
 class Loop:
@@ -53,7 +54,7 @@ class Loop:
 )
 def test_trials_go_where_the_best_one_points(lowest: float, rates: list[float], chosen: float) -> None:
     loop = Loop(lowest)
-    found = find_rate(loop, LONG)
+    found = find_rate(loop, LONG, center=CENTER)
     assert (loop.rates, found.rate) == (rates, chosen)
     assert [trial.rate for trial in found.trials] == rates
 
@@ -67,7 +68,7 @@ def test_a_search_from_another_centre() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_trial_that_diverged_is_the_worst(bad: float) -> None:
     loop = Loop(1.0, diverges=0.02, bad=bad)
-    found = find_rate(loop, LONG)
+    found = find_rate(loop, LONG, center=CENTER)
     # A rate that is lower is tried, since one between is near to those that diverge.
     assert (found.rate, loop.rates) == (0.01, [0.0033, 0.01, 0.03, 0.0057])
     assert [trial.loss for trial in found.trials if trial.rate == 0.03] == [math.inf]
@@ -75,24 +76,24 @@ def test_a_trial_that_diverged_is_the_worst(bad: float) -> None:
 
 def test_a_search_goes_down_until_something_is_finite() -> None:
     loop = Loop(1.0, diverges=0.001)
-    assert find_rate(loop, LONG).rate == 0.00037
+    assert find_rate(loop, LONG, center=CENTER).rate == 0.00037
     assert loop.rates == [0.0033, 0.01, 0.03, 0.0011, 0.00037]
 
 
 def test_a_search_in_which_everything_diverges_is_an_error() -> None:
     loop = Loop(1.0, diverges=0.0)
     with pytest.raises(ValueError, match=r"diverged in every trial, at learning rates from 0.00037 to 0.03; check"):
-        find_rate(loop, LONG)
+        find_rate(loop, LONG, center=CENTER)
     assert len(loop.calls) == 5
 
 
 def test_of_equal_losses_the_one_at_the_centre_is_taken() -> None:
-    assert find_rate(lambda rate, steps: 1.0, LONG).rate == 0.01
+    assert find_rate(lambda rate, steps: 1.0, LONG, center=CENTER).rate == CENTER
 
 
 def test_every_trial_has_the_steps_of_the_plan() -> None:
     loop, plan = Loop(1.0), rate_plan(LONG)
-    found = find_rate(loop, LONG)
+    found = find_rate(loop, LONG, center=CENTER)
     assert len(loop.calls) == plan.trials == 5
     assert {steps for _, steps in loop.calls} == {plan.steps} == {found.steps} == {40}
 

@@ -339,7 +339,7 @@ def size(module: nn.Module) -> int:
 
 
 def test_a_pickle_of_one_layer_does_not_hold_the_constants_of_all() -> None:
-    model = adapted(r=200)
+    model = adapted(r=200, projection_init="kaiming_uniform")
     fresh = size(layer_of(model).adapted("default"))
     for _ in range(2):
         trained(model)

@@ -130,6 +130,18 @@ def test_fingerprints_of_saved_adapters_stay_valid() -> None:
     assert {init: DVoRAConfig(projection_init=init).projection_fingerprint for init in known} == known
 
 
+def test_a_file_of_dense_matrices_is_not_read_as_the_default(tmp_path: Path) -> None:
+    DVoRAConfig(projection_init="kaiming_uniform").save_pretrained(tmp_path)
+    assert DVoRAConfig().projection_init == "structured"
+    assert PeftConfig.from_pretrained(tmp_path).projection_init == "kaiming_uniform"
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    del settings["projection_init"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"projection_fingerprint is 'b5e24f8bbf66c072'.*'structured' give"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
 def test_sets_are_written_in_order(tmp_path: Path) -> None:
     DVoRAConfig(target_modules={"c", "a", "b"}, exclude_modules={"z", "y"}).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -60,7 +60,7 @@ def test_all_layers_follow_from_the_second_step_on(matrices: str) -> None:
 def test_many_tokens_of_dense_matrices_go_by_way_of_the_updated_weight(
     rows: int, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x, made = with_plans(), inputs(rows=rows), []
+    model, x, made = with_plans(projection_init="kaiming_uniform"), inputs(rows=rows), []
     expected, route = trained(alone(model), x), plan.updated_linear
     monkeypatch.setattr(plan, "updated_linear", lambda *args: (made.append(1), route(*args))[1])
     assert trained(model, x).differ(expected) < 1e-5

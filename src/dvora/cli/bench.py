@@ -31,7 +31,7 @@ def bench_command(
     rank: Annotated[int, typer.Option(help="Rank of vera and dvora.", min=1)] = 256,
     low_rank: Annotated[int, typer.Option(help="Rank of lora and dora.", min=1)] = 16,
     methods: Annotated[
-        str, typer.Option(help="Methods, with commas.", show_default="lora, dora, vera, dvora, dvora structured")
+        str, typer.Option(help="Methods, with commas.", show_default="lora, dora, vera, dvora, dvora dense")
     ] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of each row.", min=2)] = 128,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,

@@ -141,8 +141,10 @@ class SharedProjections(nn.Module):
     Args:
         seed: names the matrices, 0 <= seed < 2**64.
         distribution: "kaiming_uniform", stored matrices of independent values, or "structured", a randomised cosine
-            transform whose cost hardly grows with the rank in wide layers. Both are reproducible bit for bit. An
-            adapter that comes from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)", torch's values for a seed.
+            transform whose cost hardly grows with the rank in wide layers. Both are reproducible bit for bit. The
+            default is not that of `DVoRAConfig`, because the state dict of a plain layer does not say which it was
+            trained with. An adapter that comes from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)", torch's values for
+            a seed.
         share_inputs: compute `x A^T` once for the layers that read the same x, one after another (`shared_input`).
             Also an attribute; switch it off where x is written to in between by something that PyTorch does not count.
         use_triton: run CUDA tensors through Triton kernels. Off by default, because the kernels have only been run in

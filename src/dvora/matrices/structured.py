@@ -216,8 +216,7 @@ class StructuredMatrices(nn.Module):
                 if torch.compiler.is_compiling():
                     return self._cast(key, device)
                 self._make(key, device)
-            stack = tuple(self._block(names, rows) for names, rows in self._made[key])
-            self._stacks[key] = stack
+            stack = self._stacks[key] = self._of_buffers(key)
         if device is None or stack[0].left.device == device:
             return stack
         there = self._copies.get((key, device))
@@ -230,6 +229,9 @@ class StructuredMatrices(nn.Module):
             if not is_traced():
                 self._copies[key, device] = there
         return there
+
+    def _of_buffers(self, key: _Key) -> Stack:
+        return tuple(self._block(names, rows) for names, rows in self._made[key])
 
     def _block(self, names: tuple[str, str, str], rows: int) -> Kronecker:
         left, right, diagonal = (self._buffers[name] for name in names)
@@ -273,6 +275,10 @@ class StructuredMatrices(nn.Module):
                     self._buffers[name] = self.get_buffer(name).to(device)
         self._stacks.clear()
         self._copies.clear()
+        # Not at the next pass: a graph that found nothing kept would add it, and be compiled a second time. Buffers on
+        # the meta device may be replaced one by one.
+        made = {key: self._of_buffers(key) for key in self._made}
+        self._stacks.update({key: stack for key, stack in made.items() if not stack[0].left.is_meta})
         return self
 
     def __getstate__(self) -> dict[str, Any]:

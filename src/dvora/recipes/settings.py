@@ -27,7 +27,7 @@ PATHS = ("data", "validation_data", "test_data")
 """Keys that take one path or several."""
 RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
-    "dvora": 1e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
+    "dvora": 2e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
 AUTO: Literal["auto"] = "auto"
 """The learning rate that short trials find; as the default of `Settings.learning_rate` it would be every run's."""
@@ -108,7 +108,7 @@ class Settings(BaseModel):
         "layers to adapt: all-linear, or a regular expression for their names", "all-linear"
     )
     projections: Projections = _method(
-        f"random matrices of dvora: one of {', '.join(get_args(Projections))}", "kaiming_uniform", rare=True
+        f"random matrices of dvora: one of {', '.join(get_args(Projections))}", "structured", rare=True
     )
     projection_seed: int = _method("seed of the random matrices of dvora and vera", 0, ge=0, lt=2**32, rare=True)
     dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1, rare=True)

@@ -15,7 +15,7 @@ from ..weight.adapter import DVoRAAdapter
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """`head` is everything trained other than the vectors: heads, token embeddings, a base that is not frozen."""
-LAMBDA_RATE = 0.01
+LAMBDA_RATE = 0.02
 HEAD_RATE = 1e-3
 MAGNITUDE_SHARE = 0.35
 """Learning rates of `recommended_rates`; the magnitude's is this share of the others' for rows of norm one."""

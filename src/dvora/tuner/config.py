@@ -66,8 +66,9 @@ class DVoRAConfig(PeftConfig):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3; question 3: `detached_norm`).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
-        projection_init: their distribution, "kaiming_uniform" or "structured", which is faster at high ranks in wide
-            models (questions 2 and 3). Adapters converted from PEFT's VeRA have "peft_vera(r=R, in=I, out=O)".
+        projection_init: their distribution: "structured", or "kaiming_uniform", the papers' independent values, which
+            train as well and are slower at high ranks in wide models. Adapters converted from PEFT's VeRA have
+            "peft_vera(r=R, in=I, out=O)".
         norm_cache: keep the constants of the norm, (out, r) values a layer, or compute them from the weight at the
             start of every step; "auto" keeps them while they are small (see `cache_dtype`).
         use_triton: run CUDA tensors through Triton kernels. Off by default, because they have never run on a GPU. A
@@ -110,7 +111,7 @@ class DVoRAConfig(PeftConfig):
     detach_norm: bool = field(default=False, metadata={"help": "leave the gradient through the norm out"})
     dvora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the update"})
     projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
-    projection_init: str = field(default="kaiming_uniform", metadata={"help": "their distribution"})
+    projection_init: str = field(default="structured", metadata={"help": "their distribution"})
     norm_cache: bool | str = field(default="auto", metadata={"help": "keep the constants of the norm"})
     use_triton: bool = field(default=False, metadata={"help": "run CUDA tensors through Triton kernels"})
     save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})

@@ -37,7 +37,8 @@ def test_every_method_is_named(method: str, task_type: str | None, bert: Path, t
 @pytest.mark.parametrize("save_projection", [True, False])
 def test_dvora_is_described_in_detail(save_projection: bool, bert: Path, tmp_path: Path) -> None:
     settings = {"rank_pattern": {"query": 2}, "magnitude_modules": ["value"], "save_projection": save_projection}
-    save(bert, tmp_path, rank=5, target_modules=["query", "key"], projection_seed=7, **settings)
+    settings |= {"projection_seed": 7, "projection_init": "kaiming_uniform"}
+    save(bert, tmp_path, rank=5, target_modules=["query", "key"], **settings)
     found = inspect(tmp_path)
     assert found.ranks == {0: 2, 2: 2, 5: 2}
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -43,7 +43,7 @@ def test_kernels_are_counted_a_layer_beyond_the_bases(tmp_path: Path) -> None:
     assert kernels["base"] == (0, 0)
     assert kernels["lora"] == (10, 4)
     assert kernels["vera"] == (14, 5)
-    assert all(training > inference > 4 for training, inference in (kernels["dvora"], kernels["dvora structured"]))
+    assert all(training > inference > 4 for training, inference in (kernels["dvora"], kernels["dvora dense"]))
 
 
 @deprecated_name

@@ -295,8 +295,9 @@ def test_without_trials_a_run_is_the_usual_one(
     run = Run(models, tmp_path)
     notes: list[str] = []
     train(auto(run, **changes), note=notes.append)
-    assert f"learning rate: 0.01, the default of dvora: {reason}" in notes
-    assert search_in(tmp_path / "auto") == {"rate": 0.01, "trials": [], "reason": reason}
+    usual = LEARNING_RATES["dvora"]
+    assert f"learning rate: {usual}, the default of dvora: {reason}" in notes
+    assert search_in(tmp_path / "auto") == {"rate": usual, "trials": [], "reason": reason}
     train(auto(run, "usual", learning_rate=None, **changes))
     assert_same(tmp_path / "auto", tmp_path / "usual")
     stopped = auto(run, "stopped", **changes)

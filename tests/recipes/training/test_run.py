@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dvora.recipes.run_folder import load_trained, read_record, read_run
-from dvora.recipes.settings import METHODS, checked_settings, read_settings
+from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.checkpoints import checkpoints
 from dvora.recipes.training.run import InputError, train
@@ -240,12 +240,14 @@ def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: 
 
 def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
-    for output, changes in {"whole": {"learning_rate": 0.03}, "third": {"learning_rate": 0.01}, "usual": {}}.items():
+    usual_rate = LEARNING_RATES["dvora"]
+    rates = {"whole": {"learning_rate": 3 * usual_rate}, "third": {"learning_rate": usual_rate}, "usual": {}}
+    for output, changes in rates.items():
         train(run.settings(output, max_steps=1, **changes))
     whole, third, usual = (read_record(tmp_path / name) or {} for name in ("whole", "third", "usual"))
     rows = [value for name, value in trained_parameters(tmp_path / "whole").items() if "magnitude" in name]
     median = torch.cat(rows).median().item()
-    assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 0.03 * median, rel=0.02)
+    assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual_rate * median, rel=0.02)
     assert third["learning_rates"] == {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3)}
     assert usual["learning_rates"] == {"magnitude": pytest.approx(third["learning_rates"]["magnitude"]), "head": 1e-3}
 

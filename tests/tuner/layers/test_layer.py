@@ -44,7 +44,7 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{}, {"alpha": 2.0}, {"detach_norm": True}], ids=str)
 def test_a_linear_layer_gives_the_bits_of_the_plain_adapter(direction: str, options: dict[str, object]) -> None:
     layer = wrapped(linear(10, 7), direction=direction, **options)
-    plain = DVoRAAdapter(linear(10, 7), 5, shared=SharedProjections(0), direction=direction, **options)
+    plain = DVoRAAdapter(linear(10, 7), 5, shared=SharedProjections(0, "structured"), direction=direction, **options)
     with torch.no_grad():
         for own, other in zip(plain.vectors, layer.vectors("default"), strict=True):
             own.copy_(other)
@@ -124,7 +124,7 @@ def test_the_constants_follow_a_changed_base() -> None:
         layer.base_layer.weight.mul_(3)
     fresh = wrapped(linear(10, 7))
     fresh.base_layer.load_state_dict(layer.base_layer.state_dict())
-    rebuilt = DVoRAAdapter(fresh.base_layer, 5, shared=SharedProjections(0))
+    rebuilt = DVoRAAdapter(fresh.base_layer, 5, shared=SharedProjections(0, "structured"))
     with torch.no_grad():
         for own, other in zip(rebuilt.vectors, layer.vectors("default"), strict=True):
             own.copy_(other)

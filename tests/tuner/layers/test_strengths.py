@@ -132,7 +132,7 @@ def test_interpolated_vectors_lie_between_those_of_the_ends(t: float) -> None:
         ({"alpha": 2.0}, "differ in scaling"),
         ({"direction": "weight"}, "differ in direction"),
         ({"projection_seed": 1}, "different projection_seed"),
-        ({"projection_init": "structured"}, "different projection_init"),
+        ({"projection_init": "kaiming_uniform"}, "different projection_init"),
         ({"target_modules": ["lin0"]}, "has only one of the adapters|has one of the adapters"),
         ({"bias": "dvora_only"}, "trains biases, tokens or whole modules"),
     ],

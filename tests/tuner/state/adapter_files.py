@@ -16,7 +16,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def save_bert(folder: Path) -> Path:
     """Save a trained adapter of the tiny BERT, with its projections."""
-    model = get_peft_model(MODELS["bert"](), DVoRAConfig(r=6, target_modules=LAYERS["bert"], save_projection=True))
+    config = DVoRAConfig(r=6, target_modules=LAYERS["bert"], projection_init="kaiming_uniform", save_projection=True)
+    model = get_peft_model(MODELS["bert"](), config)
     train_vectors(model)
     model.save_pretrained(folder)
     return folder

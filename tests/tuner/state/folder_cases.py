@@ -46,6 +46,7 @@ CASES = {
             "rank_pattern": {"lin1": 4},
             "alpha_pattern": {"lin0": 2.0},
             "direction": "weight",
+            "projection_init": "kaiming_uniform",
             "save_projection": True,
         },
     ),

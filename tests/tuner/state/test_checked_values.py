@@ -26,6 +26,11 @@ def folder(tmp_path: Path) -> Path:
     return save_bert(tmp_path)
 
 
+def dense(**settings: object) -> DVoRAConfig:
+    """For the layers of the saved adapter, with matrices of its kind."""
+    return DVoRAConfig(target_modules=LAYERS["bert"], projection_init="kaiming_uniform", **settings)
+
+
 def refuse(folder: Path, error: type[Exception], message: str, *, base: str = "bert") -> None:
     """Neither a fresh model nor one that has an adapter takes the files; both go on as they were."""
     fresh = MODELS[base]()
@@ -223,7 +228,7 @@ def test_vectors_saved_in_another_dtype_are_loaded_in_the_layers_own(
 
 
 def test_loading_over_an_adapter_of_another_rank_is_refused_and_changes_nothing(folder: Path) -> None:
-    model = get_peft_model(MODELS["bert"](), DVoRAConfig(r=5, target_modules=LAYERS["bert"]))
+    model = get_peft_model(MODELS["bert"](), dense(r=5))
     train_vectors(model)
     before, expected = snapshot(model.eval()), outputs(model)
     with pytest.raises(ValueError, match=r"shape \(6,\) in the adapter and \(5,\) in the model"):
@@ -233,14 +238,13 @@ def test_loading_over_an_adapter_of_another_rank_is_refused_and_changes_nothing(
 
 
 def test_loading_over_an_adapter_of_another_seed_is_refused(folder: Path) -> None:
-    config = DVoRAConfig(r=6, target_modules=LAYERS["bert"], projection_seed=3)
-    model = get_peft_model(MODELS["bert"](), config)
+    model = get_peft_model(MODELS["bert"](), dense(r=6, projection_seed=3))
     with pytest.raises(ValueError, match="projection"):
         model.load_adapter(folder, "default")
 
 
 def test_ignore_mismatched_sizes_leaves_the_vectors_of_another_shape_and_says_which(folder: Path) -> None:
-    model = get_peft_model(MODELS["bert"](), DVoRAConfig(r=5, target_modules=LAYERS["bert"]))
+    model = get_peft_model(MODELS["bert"](), dense(r=5))
     saved = load_file(folder / WEIGHTS)
     with pytest.warns(UserWarning, match=r"lambda_d\.default: found shape .*6.* in the checkpoint and .*5"):
         model.load_adapter(folder, "default", ignore_mismatched_sizes=True)

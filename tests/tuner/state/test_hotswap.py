@@ -35,10 +35,11 @@ def test_the_model_answers_as_the_adapter_that_was_swapped_in(folder: Path) -> N
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
-def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("matrices", ["structured", "kaiming_uniform"])
+def test_a_compiled_model_is_not_compiled_again(matrices: str, tmp_path: Path) -> None:
     folders = [tmp_path / str(seed) for seed in range(3)]
     for seed, folder in enumerate(folders):
-        trained(seed, strength=1 - 0.1 * seed).save_pretrained(folder)
+        trained(seed, strength=1 - 0.1 * seed, projection_init=matrices).save_pretrained(folder)
     compilations = []
 
     def counting(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -46,7 +47,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
         return graph
 
     torch.compiler.reset()
-    model = trained(9)
+    model = trained(9, projection_init=matrices)
     compiled = torch.compile(model, backend=counting, fullgraph=True)
     outputs(compiled)
     assert len(compilations) == 1
@@ -79,7 +80,7 @@ def test_an_optimizer_keeps_hold_of_the_vectors(folder: Path) -> None:
         ({"alpha": 3.0}, "alpha / rank is 0.5 in the model and 1.0 in the adapter"),
         ({"direction": "weight"}, "direction is weight in the model and unit in the adapter"),
         ({"projection_seed": 5}, "projection_seed is 5 in the model and 0 in the adapter"),
-        ({"projection_init": "structured"}, "projection_init is 'structured'"),
+        ({"projection_init": "kaiming_uniform"}, "projection_init is 'kaiming_uniform'"),
         ({"target_modules": ["q_proj"]}, "has only one of the two adapters"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is .*lm_head.* in the model and None"),
     ],

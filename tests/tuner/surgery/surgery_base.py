@@ -45,6 +45,7 @@ some_settings = st.builds(
     direction=st.sampled_from(["unit", "weight"]),
     detach_norm=st.booleans(),
     seed=st.sampled_from([0, 1]),
+    projections=st.sampled_from(["structured", "kaiming_uniform"]),
     random_start=st.booleans(),
     train=st.sampled_from([VECTORS, VECTORS, ("magnitude",), ("lambda_b", "lambda_d")]),
     magnitude_only=st.just(()) | st.sampled_from(_modules).map(lambda name: (name,)),

@@ -98,8 +98,9 @@ def check_state(model: PeftModel, reference: Reference) -> None:
 def check_config(model: PeftModel, name: str, adapter: Adapter) -> None:
     """The configuration, which is what a file will say, and the strength at every layer."""
     config, settings = model.peft_config[name], adapter.settings
-    kept = (config.r, config.alpha, config.direction, config.detach_norm, config.projection_seed, tuple(config.train))
-    assert kept == (settings.r, settings.alpha, settings.direction, settings.detach_norm, settings.seed, settings.train)
+    assert (config.r, config.alpha, tuple(config.train)) == (settings.r, settings.alpha, settings.train)
+    assert (config.direction, config.detach_norm) == (settings.direction, settings.detach_norm)
+    assert (config.projection_seed, config.projection_init) == (settings.seed, settings.projections)
     layers = layers_of(model)
     for weight, strength in adapter.strength.items():
         layer = layers[weight]

@@ -115,5 +115,5 @@ class CombiningRules(SurgeryBase):
 def alike(a: Adapter, b: Adapter) -> bool:
     """Whether two adapters differ in nothing that decides what their vectors mean."""
     one, other = a.settings, b.settings
-    same = (one.seed, one.r, one.alpha, one.direction) == (other.seed, other.r, other.alpha, other.direction)
-    return same and a.shapes() == b.shapes()
+    of_one, of_other = ((s.seed, s.projections, s.r, s.alpha, s.direction) for s in (one, other))
+    return of_one == of_other and a.shapes() == b.shapes()

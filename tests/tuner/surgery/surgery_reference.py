@@ -143,14 +143,15 @@ class Reference:
         adapter, matrix = self.adapters[name], WEIGHTS[weight].view.matrix(self.base(weight))
         settings = adapter.settings if settings is None else settings
         vectors = adapter.vectors[weight]
-        A = _shared(settings.seed).A(settings.r, matrix.shape[1], torch.float64)
+        shared = _shared(settings.seed, settings.projections)
+        A = shared.A(settings.r, matrix.shape[1], torch.float64)
         if WEIGHTS[weight].padding_column is not None:
             A[:, WEIGHTS[weight].padding_column] = 0
         return DenseDVoRA(
             matrix,
             None,
             A,
-            _shared(settings.seed).B(settings.r, len(matrix), torch.float64),
+            shared.B(settings.r, len(matrix), torch.float64),
             vectors["magnitude"],
             vectors.get("lambda_b", torch.zeros(len(matrix))),
             vectors.get("lambda_d", torch.zeros(settings.r)),
@@ -224,8 +225,8 @@ class Reference:
 
 
 @cache
-def _shared(seed: int) -> SharedProjections:
-    return SharedProjections(seed)
+def _shared(seed: int, distribution: str) -> SharedProjections:
+    return SharedProjections(seed, distribution)
 
 
 def loss(outputs: Tensor) -> Tensor:

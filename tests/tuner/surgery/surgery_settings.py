@@ -30,6 +30,7 @@ class Settings:
     direction: str = "unit"
     detach_norm: bool = False
     seed: int = 0
+    projections: str = "structured"
     random_start: bool = False
     train: tuple[str, ...] = VECTORS
     """The vectors that are trained."""
@@ -49,6 +50,7 @@ class Settings:
             direction=self.direction,
             detach_norm=self.detach_norm,
             projection_seed=self.seed,
+            projection_init=self.projections,
             init_weights=not self.random_start,
         )
 

@@ -37,8 +37,8 @@ CONFIGS: Mapping[str, Make] = {
     "lora": lambda rank, targets: LoraConfig(r=rank, target_modules=targets),
     "dora": lambda rank, targets: LoraConfig(r=rank, target_modules=targets, use_dora=True),
     "vera": lambda rank, targets: VeraConfig(r=rank, target_modules=targets),
-    "dvora": partial(_dvora, kind="kaiming_uniform"),
-    "dvora structured": partial(_dvora, kind="structured"),
+    "dvora": partial(_dvora, kind="structured"),
+    "dvora dense": partial(_dvora, kind="kaiming_uniform"),
 }
 LOW_RANK = ("lora", "dora")
 """Methods whose ranks are small because each costs values."""
