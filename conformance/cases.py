@@ -9,7 +9,10 @@ _CUSTOM: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP direction weight": ("MLP", {"target_modules": ["lin0", "lin1"], "direction": "weight", "alpha": 4, "r": 8}),
     "MLP detached norm": ("MLP", {"target_modules": ["lin0", "lin1"], "detach_norm": True, "r": 8}),
     "MLP structured": ("MLP", {"target_modules": ["lin0", "lin1"], "projection_init": "structured", "r": 4}),
-    "MLP matrices saved": ("MLP", {"target_modules": ["lin0", "lin1"], "save_projection": True, "r": 8}),
+    "MLP matrices saved": (
+        "MLP",
+        {"target_modules": ["lin0", "lin1"], "projection_init": "kaiming_uniform", "save_projection": True, "r": 8},
+    ),
     "MLP dropout and d_initial": ("MLP", {"target_modules": ["lin0"], "dvora_dropout": 0.1, "d_initial": 0.5, "r": 8}),
     "MLP all-linear": ("MLP", {"target_modules": "all-linear", "r": 8}),
     "MLP excluded": ("MLP", {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin0"], "r": 8}),
@@ -41,7 +44,7 @@ _SEVERAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Different seeds": (_LINES, {**_LINES, "projection_seed": 1}),
     "Different ranks": ({**_LINES, "r": 8}, {**_LINES, "r": 16}),
     "Different directions": (_LINES, {**_LINES, "direction": "weight"}),
-    "Different distributions": (_LINES, {**_LINES, "projection_init": "structured", "r": 8}),
+    "Different distributions": (_LINES, {**_LINES, "projection_init": "kaiming_uniform", "r": 8}),
     "Overlapping": ({**_LINES, "target_modules": ["lin0", "lin1"]}, {**_LINES, "target_modules": ["lin1"]}),
 }
 
