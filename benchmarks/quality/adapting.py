@@ -114,6 +114,7 @@ def _targets(arm: Arm, layers: Mapping[str, str]) -> str:
 
 def _dvora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
     assert arm.r is not None
+    # Rows of arms that name no kind of matrices were made when this was the default.
     options = {"projection_init": "kaiming_uniform", **arm.options}
     return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **options)
 

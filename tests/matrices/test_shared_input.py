@@ -13,87 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dvora import DVoRAAdapter
 from dvora.matrices.interface import DISTRIBUTIONS, SharedProjections
 from dvora.weight.adapted_weight import AdaptedWeight
-from tests.cached_layers import IN, OUTS, RANK, Siblings
-from tests.cases import SHARED, randn, trained_layer
-from tests.reference import worst_error
-
-Layers = Sequence[DVoRAAdapter]
-Step = Callable[[Layers], list[Tensor]]
-"""What is done with the layers, and the tensors that come of it."""
-Checkpoint = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-TOKENS = 4
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+from tests.cached_layers import IN, Siblings
+from tests.matrices.siblings import (
+    Calls,
+    Layers,
+    Step,
+    inputs,
+    loss,
+    outputs,
+    projections_made,
+    siblings,
+)
 
 # PyTorch's own use of what it has deprecated, in its first forward-mode derivative.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-def siblings(
-    together: bool = True, ranks: Sequence[int] = (RANK,) * 3, dtype: torch.dtype = torch.float64
-) -> list[DVoRAAdapter]:
-    """Three trained layers with one pair of matrices, or with equal pairs, which can share nothing."""
-    shared = SharedProjections(SHARED.seed)
-    return [
-        trained_layer(IN, out, rank, dtype=dtype, shared=shared if together else SharedProjections(SHARED.seed))
-        for out, rank in zip(OUTS, ranks, strict=True)
-    ]
-
-
-def inputs(tokens: int = TOKENS, *, seed: int = 0, requires_grad: bool = False) -> Tensor:
-    """A leaf."""
-    return randn(tokens, IN, seed=seed, dtype=torch.float64).requires_grad_(requires_grad)
-
-
-def outputs(layers: Layers, x: Tensor) -> Tensor:
-    """Those of all layers, one after another."""
-    return torch.cat([layer(x) for layer in layers], dim=-1)
-
-
-def loss(y: Tensor) -> Tensor:
-    """A scalar that every output matters to in another way."""
-    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().sum()
-
-
-class Calls:
-    """The products with A^T and with A that the layers make from now on, and weak references to their results."""
-
-    def __init__(self, layers: Layers) -> None:
-        self.forward = self.backward = 0
-        self.made: list[weakref.ref[Tensor]] = []
-        for impl in {layer.shared.impl for layer in layers}:
-            impl.project = partial(self._project, impl.project)
-            impl.project_transpose = partial(self._project_transpose, impl.project_transpose)
-
-    def _project(self, project: Callable[[Tensor, int], Tensor], x: Tensor, rank: int) -> Tensor:
-        z = project(x, rank)
-        self.forward += 1
-        self.made.append(weakref.ref(z))
-        return z
-
-    def _project_transpose(self, project: Callable[[Tensor, int], Tensor], h: Tensor, size: int) -> Tensor:
-        self.backward += 1
-        return project(h, size)
-
-
-def projections_made(step: Step, tolerance: float | None = None, **options: object) -> int:
-    """Products with A^T in a step whose results, and whose gradients, are those of layers that share nothing."""
-    together, apart = siblings(**options), siblings(together=False, **options)
-    calls = Calls(together)
-    results = []
-    for layers in (together, apart):
-        found = step(layers)
-        results.append([*found, *(v.grad for layer in layers for v in layer.vectors if v.grad is not None)])
-    for value, reference in zip(*results, strict=True):
-        assert value.dtype == reference.dtype
-        assert worst_error(value, reference.double()) < (tolerance or TOLERANCE[value.dtype])
-    return calls.forward
 
 
 @pytest.mark.parametrize(("together", "products"), [(True, 1), (False, 3)])
@@ -330,142 +267,6 @@ def test_gradients_are_the_limits_of_differences() -> None:
     # It writes to x through x.data, which PyTorch does not count.
     assert torch.autograd.gradcheck(partial(outputs, layers), [inputs(requires_grad=True)])
     assert torch.autograd.gradgradcheck(partial(outputs, layers), [inputs(requires_grad=True)])
-
-
-def all_inside(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return run(partial(outputs, layers), x)
-
-
-def one_before(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return torch.cat([layers[0](x), run(partial(outputs, layers[1:]), x)], -1)
-
-
-def one_after(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    inside = run(partial(outputs, layers[1:]), x)
-    return torch.cat([layers[0](x), inside], -1)
-
-
-def one_inside(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return torch.cat([layers[0](x), run(layers[1], x), layers[2](x)], -1)
-
-
-def each_for_itself(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return torch.cat([run(layer, x) for layer in layers], -1)
-
-
-def nested(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return run(lambda x: one_before(layers, run, x), x)
-
-
-def nested_first(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return run(lambda x: one_after(layers, run, x), x)
-
-
-def made_inside(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    return run(lambda x: outputs(layers, torch.tanh(x)), x)
-
-
-def closed_over(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    first = layers[0](x)
-    return torch.cat([first, run(lambda other: layers[1](x) + layers[1](other), x), layers[2](x)], -1)
-
-
-def after_one_without_gradients(layers: Layers, run: Checkpoint, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        first = layers[0](x)
-    return torch.cat([first, run(partial(outputs, layers[1:]), x)], -1)
-
-
-PLACES = [
-    *(all_inside, one_before, one_after, one_inside, each_for_itself),
-    *(nested, nested_first, made_inside, closed_over, after_one_without_gradients),
-]
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("place", PLACES, ids=[place.__name__ for place in PLACES])
-def test_checkpointed_layers_have_the_gradients_of_others(
-    place: Callable[[Layers, Checkpoint, Tensor], Tensor], use_reentrant: bool
-) -> None:
-    def step(layers: Layers, leaf: bool, early_stop: bool) -> list[Tensor]:
-        # Layers that share nothing need no checkpoints to be right.
-        together = layers[0].shared is layers[1].shared
-        run = partial(checkpoint, use_reentrant=use_reentrant) if together else lambda function, x: function(x)
-        before = inputs(requires_grad=True)
-        with set_checkpoint_early_stop(early_stop):
-            y = place(layers, run, before if leaf else 2 * before)
-            loss(y).backward()
-        return [y, before.grad]
-
-    for leaf in (True, False):
-        # A reentrant checkpoint cannot differentiate through what it closes over, whatever the layers.
-        if place is not closed_over or leaf or not use_reentrant:
-            projections_made(partial(step, leaf=leaf, early_stop=True))
-            projections_made(partial(step, leaf=leaf, early_stop=False))
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_checkpointed_siblings_share_in_both_of_their_passes(use_reentrant: bool) -> None:
-    layers, x = siblings(), inputs(requires_grad=True)
-    calls = Calls(layers)
-    loss(checkpoint(lambda x: outputs(layers, 2 * x), x, use_reentrant=use_reentrant)).backward()
-    assert (calls.forward, calls.backward) == (2, 1)
-
-
-@contextmanager
-def packed(log: list[Tensor]) -> Iterator[None]:
-    def pack(tensor: Tensor) -> Tensor:
-        log.append(tensor)
-        return tensor.detach().clone()
-
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with saved_tensors_hooks(pack, unpack):
-        yield
-
-
-@pytest.mark.parametrize("hooks", [lambda: packed([]), save_on_cpu])
-def test_layers_share_under_one_hook_on_saved_tensors_only(hooks: Callable[[], AbstractContextManager[None]]) -> None:
-    def step(layers: Layers) -> list[Tensor]:
-        x = inputs(requires_grad=True)
-        first = layers[0](x)
-        with hooks():
-            second = layers[1](x)
-            with hooks():
-                third = torch.cat([layers[2](x), layers[0](x)], -1)
-            fourth = layers[1](x)
-        loss(torch.cat([first, second, third, fourth], -1)).backward()
-        return [x.grad]
-
-    assert projections_made(step) == 4
-
-
-def test_a_hook_sees_the_same_whatever_ran_before_it() -> None:
-    layers, x, logs = siblings(), inputs(requires_grad=True), ([], [])
-    for log in logs:
-        with packed(log):
-            layers[1](x)
-        layers[0](x)
-    assert len(logs[0]) == len(logs[1]) > 0
-
-
-def test_a_hook_may_be_anything_that_can_be_called_and_is_not_kept() -> None:
-    with saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
-        outputs(siblings(), inputs(requires_grad=True))
-    layers, x = siblings(), inputs()
-
-    def hook(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with saved_tensors_hooks(hook, hook), torch.no_grad():
-        layers[0](x)
-    kept = weakref.ref(hook)
-    del hook
-    gc.collect()
-    assert kept() is None
-    with packed([]), torch.no_grad():
-        assert torch.equal(layers[1](x), siblings()[1](x))
 
 
 # Threads, transformations and streams.

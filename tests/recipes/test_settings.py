@@ -132,3 +132,4 @@ def test_new_layers_have_a_rate_of_their_own_unless_one_is_given(changes: dict[s
 
 def test_the_rates_are_those_of_the_library() -> None:
     assert HEAD_RATE == training.HEAD_RATE
+    assert LEARNING_RATES["dvora"] == training.LAMBDA_RATE
