@@ -68,12 +68,12 @@ def test_the_one_more_is_between_the_best_and_the_better_of_its_neighbours(best:
 
 
 def test_a_search_makes_short_trials_around_the_usual_rate_and_takes_the_best() -> None:
-    rows = carried_out("countries", "structured_r64_auto", best_near(0.03, magnitude=0.03 * 0.45), SECOND)
+    rows = carried_out("countries", "structured_r64_auto", best_near(0.06, magnitude=0.06 * 0.45), SECOND)
     made = trials(SECOND, "countries", "structured_r64_auto", rows)
-    assert [run.rates.adapter for run in made if run.rates] == pytest.approx([0.0033, 0.01, 0.03, 0.09])
+    assert [run.rates.adapter for run in made if run.rates] == pytest.approx([0.0067, 0.02, 0.06, 0.18])
     assert {run.steps for run in made} == {25}
     assert chosen(SECOND, "countries", "structured_r64_auto", rows) == Rates(
-        pytest.approx(0.03), pytest.approx(0.0135), 1e-3
+        pytest.approx(0.06), pytest.approx(0.027), 1e-3
     )
     rows.pop(made[-1].key)
     assert chosen(SECOND, "countries", "structured_r64_auto", rows) is None
