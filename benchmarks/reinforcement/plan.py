@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.reinforcement.arms import BASE, RATES
 
-TRIAL_STEPS, STEPS = 30, 80
+TRIAL_STEPS, STEPS = 20, 50
 TRIAL_SEED, SEEDS = 100, (0, 1, 2)
 
 Rows = Mapping[str, dict[str, Any]]

@@ -42,7 +42,7 @@ def reward(completion: str, answer: str) -> float:
 def sums() -> Problem:
     """Sums of two numbers up to 30."""
     pairs = [(a, b) for a in range(1, 31) for b in range(1, 31)]
-    return _split(4, pairs, lambda pair: Question(f"2 + 3 = 5\n11 + 4 = 15\n{pair[0]} + {pair[1]} =", str(sum(pair))))
+    return _split(4, pairs, lambda pair: Question(f"11 + 4 = 15\n{pair[0]} + {pair[1]} =", str(sum(pair))))
 
 
 def dates() -> Problem:
