@@ -71,9 +71,7 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
 
 def _base() -> nn.Module:
     # On a CPU the backward pass of fused attention in bfloat16 takes ten times as long as this one.
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        smollm2(), dtype=torch.float32, attn_implementation="eager"
-    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32, attn_implementation="eager")
     return model
 
 
