@@ -20,8 +20,8 @@ preload()
 # Sums over several threads depend on their number, and small tensors are faster on one.
 torch.set_num_threads(1)
 
-settings.register_profile("default", deadline=None, max_examples=20)
-settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True, database=None)
+settings.register_profile("default", deadline=None, max_examples=30)
+settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
