@@ -27,9 +27,9 @@ ARMS: Mapping[str, Callable[[int], PeftConfig | None]] = {
 BASE = "base"
 """The model without an adapter, by its name in the result file."""
 RATES: Mapping[str, tuple[float, ...]] = {
-    "structured_r64": (0.003, 0.01, 0.03),
-    "dvora_r256": (0.003, 0.01, 0.03),
-    "magnitude": (0.003, 0.01, 0.03),
+    "structured_r64": (0.001, 0.003, 0.01),
+    "dvora_r256": (0.001, 0.003, 0.01),
+    "magnitude": (0.001, 0.003, 0.01),
     "vera_r256": (0.01, 0.03, 0.1),
     "lora_r1": (0.0003, 0.001, 0.003),
     "lora_r16": (0.0001, 0.0003, 0.001),
