@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.quality.adapting import saved_bytes
+from benchmarks.quality.backbones import load_smollm2
 from benchmarks.reinforcement.arms import ARMS, BASE
 from benchmarks.reinforcement.plan import Plan
 from benchmarks.reinforcement.problems import PROBLEMS, Question, reward
@@ -45,7 +46,7 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
     questions = PROBLEMS[problem]()
     tokenizer = AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
     if arm == BASE:
-        return {"solved": _solved(_base(), tokenizer, getattr(questions, part), questions.tokens)}
+        return {"solved": _solved(load_smollm2("float32"), tokenizer, getattr(questions, part), questions.tokens)}
     model = _adapted(arm, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -69,19 +70,13 @@ def run(problem: str, arm: str, rate: float, seed: int, steps: int, part: str) -
     }
 
 
-def _base() -> nn.Module:
-    # On a CPU the backward pass of fused attention in bfloat16 takes ten times as long as this one.
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32, attn_implementation="eager")
-    return model
-
-
 def _adapted(arm: str, seed: int) -> nn.Module:
     config = ARMS[arm](seed)
     if config is None:
-        return _base()
+        return load_smollm2("float32")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(_base(), config)
+        return get_peft_model(load_smollm2("float32"), config)
 
 
 def _optimizer(model: nn.Module, arm: str, rate: float) -> torch.optim.Optimizer:
