@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.pictures import save
 from benchmarks.quality.processes import start_process
@@ -29,12 +31,23 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     rows = read_rows(chosen.output)
     end = perf_counter() + chosen.hours * 3600
-    context = get_context("spawn")
-    # A process that has trained keeps TRL's state, so each run gets a new one.
-    with context.Pool(chosen.processes, start_process, (0,), maxtasksperchild=1) as pool:
-        while perf_counter() < end and (plans := list(missing(rows, chosen.problem, chosen.arm))):
-            for row in pool.imap_unordered(carry_out, plans[: chosen.processes]):
-                rows[row["key"]] = row
+    running: dict[Future[dict[str, Any]], str] = {}
+    with (
+        # A process that has trained keeps TRL's state, so each run gets a new one; a thread waits for it.
+        get_context("spawn").Pool(chosen.processes, start_process, (0,), maxtasksperchild=1) as pool,
+        ThreadPoolExecutor(chosen.processes) as threads,
+    ):
+        while True:
+            for plan in missing(rows, chosen.problem, chosen.arm):
+                if len(running) == chosen.processes or perf_counter() >= end:
+                    break
+                if plan.key not in running.values():
+                    running[threads.submit(pool.apply, carry_out, (plan,))] = plan.key
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                row = done.result()
+                rows[running.pop(done)] = row
                 write_rows(list(rows.values()), chosen.output)
                 print(f"{row['key']}: {said(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
     if shown(finished := list(rows.values())):
