@@ -4,7 +4,8 @@ import argparse
 import json
 import multiprocessing
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
-from benchmarks.quality.processes import start_process
+from benchmarks.quality.processes import rows_of, start_process
 from benchmarks.quality.results import read_rows, result_file, write_rows
 from benchmarks.quality.running import carry_out
 from benchmarks.quality.schedule import alone, ready, remaining
@@ -40,7 +41,11 @@ def _go_on(
 ) -> None:
     """Run until nothing is missing or the hours are over; every finished run is in the file at once."""
     end = perf_counter() + chosen.hours * 3600
-    running: dict[Future[dict[str, Any]], Run] = {}
+    choose = alone if chosen.alone else ready
+
+    def waiting() -> list[Run]:
+        return [run for run in choose(grid, rows, tasks, arms) if _is_wanted(run, chosen)]
+
     with (
         _progress() as progress,
         ProcessPoolExecutor(
@@ -48,24 +53,12 @@ def _go_on(
         ) as pool,
     ):
         bar = progress.add_task("", total=len(rows) + remaining(grid, rows, tasks, arms), completed=len(rows))
-        while True:
-            names = {run.key for run in running.values()}
-            choose = alone if chosen.alone else ready
-            waiting = [
-                run for run in choose(grid, rows, tasks, arms) if run.key not in names and _is_wanted(run, chosen)
-            ]
-            while perf_counter() < end and waiting and len(running) < chosen.processes:
-                run = waiting.pop(0)
-                running[pool.submit(carry_out, grid, run)] = run
-            if not running:
-                return
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(done)
-                rows[run.key] = row = done.result()
-                write_rows(list(rows.values()), chosen.output)
-                progress.update(bar, advance=1, description=f"{run.key}: {_summary(row)}")
-                if not progress.console.is_terminal:
-                    print(f"{run.key}: {_summary(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+        for row in rows_of(pool, partial(carry_out, grid), waiting, chosen.processes, end):
+            rows[row["key"]] = row
+            write_rows(list(rows.values()), chosen.output)
+            progress.update(bar, advance=1, description=f"{row['key']}: {_summary(row)}")
+            if not progress.console.is_terminal:
+                print(f"{row['key']}: {_summary(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
 
 
 def _repeat(grid: Grid, rows: dict[str, dict[str, Any]], key: str) -> int:

@@ -4,8 +4,6 @@ import math
 import os
 import resource
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +18,7 @@ from benchmarks.quality.fine_tuned import fine_tuned_minilm
 from benchmarks.quality.grid import BASELINES, Grid, Run
 from benchmarks.quality.items import packed
 from benchmarks.quality.problems import problem
-from benchmarks.quality.processes import start_process
+from benchmarks.quality.processes import in_a_fresh_process
 from benchmarks.quality.training import precision, trained
 
 
@@ -38,7 +36,7 @@ def carry_out(grid: Grid, run: Run) -> dict[str, Any]:
     }
     try:
         with quietly():
-            found = _in_a_fresh_process(grid, run) if run.stage == "alone" else _found(grid, run)
+            found = in_a_fresh_process(_found, grid, run) if run.stage == "alone" else _found(grid, run)
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}"}
     return {**head, **found, "seconds": round(perf_counter() - start, 2)}
@@ -81,12 +79,6 @@ def _found(grid: Grid, run: Run) -> dict[str, Any]:
             round_to_half(reader.backbone)
             row["test_in_half"] = _scores(task.evaluate(reader, "test"))
     return row
-
-
-def _in_a_fresh_process(grid: Grid, run: Run) -> dict[str, Any]:
-    """Run in a new process, because the peak memory of a used one may be an earlier run's."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process, initargs=(0,)) as alone:
-        return alone.submit(_found, grid, run).result()
 
 
 def _resident_with(model: nn.Module) -> int:

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from benchmarks.pictures import save
-from benchmarks.quality.processes import start_process
+from benchmarks.quality.processes import in_a_fresh_process, rows_of
 from benchmarks.quality.results import FOLDER, read_rows, write_rows
 from benchmarks.reinforcement.arms import ARMS
 from benchmarks.reinforcement.plan import missing
@@ -31,25 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     rows = read_rows(chosen.output)
     end = perf_counter() + chosen.hours * 3600
-    running: dict[Future[dict[str, Any]], str] = {}
-    with (
-        # A process that has trained keeps TRL's state, so each run gets a new one; a thread waits for it.
-        get_context("spawn").Pool(chosen.processes, start_process, (0,), maxtasksperchild=1) as pool,
-        ThreadPoolExecutor(chosen.processes) as threads,
-    ):
-        while True:
-            for plan in missing(rows, chosen.problem, chosen.arm):
-                if len(running) == chosen.processes or perf_counter() >= end:
-                    break
-                if plan.key not in running.values():
-                    running[threads.submit(pool.apply, carry_out, (plan,))] = plan.key
-            if not running:
-                break
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                row = done.result()
-                rows[running.pop(done)] = row
-                write_rows(list(rows.values()), chosen.output)
-                print(f"{row['key']}: {said(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+    # A process that has trained keeps TRL's state, so each run gets a new one; a thread waits for it.
+    carried_out = partial(in_a_fresh_process, carry_out)
+    with ThreadPoolExecutor(chosen.processes) as threads:
+        waiting = partial(missing, rows, chosen.problem, chosen.arm)
+        for row in rows_of(threads, carried_out, waiting, chosen.processes, end):
+            rows[row["key"]] = row
+            write_rows(list(rows.values()), chosen.output)
+            print(f"{row['key']}: {said(row)} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
     if shown(finished := list(rows.values())):
         save("reinforcement", lambda: picture(finished))
 
