@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,23 @@ from dvora.training import rate_search
 from tests.recipes.training.runs import TASKS, Run, assert_same, signal_after
 
 STEPS = 30
+WHOLE = {"dropout": 0.1, "max_steps": 45}
 
 
-@pytest.fixture(autouse=True)
-def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def short_trials() -> Iterator[None]:
     """Two steps are enough for a trial, so that a run of 30 steps has three of them."""
-    monkeypatch.setattr(rate_search, "LEAST_STEPS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate_search, "LEAST_STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose three trials have three steps, which nothing stopped; others are compared with it."""
+    run = Run(models, tmp_path_factory.mktemp("whole"))
+    assert train(auto(run, **WHOLE)).run is not None
+    return run.folder / "auto"
 
 
 def auto(run: Run, output: str = "auto", **changes: Any) -> Settings:
@@ -81,10 +93,8 @@ def test_whatever_else_is_set(models: dict[str, Path], tmp_path: Path, changes: 
     assert_is_the_run_by_hand(Run(models, tmp_path), **changes)
 
 
-def test_a_trial_is_a_short_run_from_the_same_start(models: dict[str, Path], tmp_path: Path) -> None:
-    run = Run(models, tmp_path)
-    train(auto(run, dropout=0.1))
-    search = search_in(tmp_path / "auto")
+def test_a_trial_is_a_short_run_from_the_same_start(models: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    run, search = Run(models, tmp_path), search_in(whole)
     for number, trial in enumerate(search["trials"]):
         changes = {"max_steps": search["steps"], "learning_rate": trial["rate"], "keep_best": False, "dropout": 0.1}
         alone = train(auto(run, f"alone {number}", **changes)).run
@@ -149,16 +159,14 @@ def test_what_it_costs_is_said_first_and_everything_is_on_record(models: dict[st
     assert steps[0][3] == first + 1
 
 
-def test_the_configuration_finds_the_rate_again(models: dict[str, Path], tmp_path: Path) -> None:
-    first = train(auto(Run(models, tmp_path))).run
-    assert first is not None
-    found = read_run(tmp_path / "auto")
-    assert found.settings == first.settings
-    assert found.settings.learning_rate == "auto"
-    assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["learning_rate"] == "auto"
-    train(read_settings(tmp_path / "auto" / "config.yaml", {"output": str(tmp_path / "again")}))
-    assert_same(tmp_path / "auto", tmp_path / "again")
-    assert search_in(tmp_path / "auto") == search_in(tmp_path / "again")
+def test_the_configuration_finds_the_rate_again(whole: Path, tmp_path: Path) -> None:
+    assert read_run(whole).settings.learning_rate == "auto"
+    assert yaml.safe_load((whole / "config.yaml").read_text())["learning_rate"] == "auto"
+    again = train(read_settings(whole / "config.yaml", {"output": str(tmp_path / "again")})).run
+    assert again is not None
+    assert read_run(tmp_path / "again").settings == again.settings
+    assert_same(whole, tmp_path / "again")
+    assert search_in(whole) == search_in(tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -171,62 +179,59 @@ def test_the_configuration_finds_the_rate_again(models: dict[str, Path], tmp_pat
     ],
 )
 def test_trials_that_are_stopped_go_on_with_those_that_lack(
-    models: dict[str, Path], tmp_path: Path, trial: int, step: int, number: signal.Signals, made: int
+    models: dict[str, Path], whole: Path, tmp_path: Path, trial: int, step: int, number: signal.Signals, made: int
 ) -> None:
-    run, changes = Run(models, tmp_path), {"dropout": 0.1, "max_steps": 45}
-    train(auto(run, **changes))
-    outcome = train(auto(run, "stopped", **changes), on_progress=signal_after(step, number, trial))
+    run = Run(models, tmp_path)
+    outcome = train(auto(run, "stopped", **WHOLE), on_progress=signal_after(step, number, trial))
     assert (outcome.run, outcome.stopped_at) == (None, 0)
     folder = tmp_path / "stopped"
-    assert search_in(folder)["trials"] == search_in(tmp_path / "auto")["trials"][:made]
+    assert search_in(folder)["trials"] == search_in(whole)["trials"][:made]
     assert not [*(folder / "checkpoints").iterdir()]
     with pytest.raises(ValueError, match="is not finished"):
         read_run(folder)
     with pytest.raises(InputError, match="holds an unfinished run; --resume goes on"):
-        train(auto(run, "stopped", **changes))
+        train(auto(run, "stopped", **WHOLE))
     seen: list[int] = []
     # As the command line does it: from the folder's own file.
     again = read_settings(folder / "config.yaml", {})
     assert train(again, resume=True, on_progress=lambda progress: seen.append(progress.trial)).run is not None
     assert sorted({*seen}) == [0, *range(made + 1, 4)]
-    assert_same(tmp_path / "auto", folder)
-    assert search_in(tmp_path / "auto") == search_in(folder)
+    assert_same(whole, folder)
+    assert search_in(whole) == search_in(folder)
 
 
-def test_trials_that_were_made_before_an_end_without_warning_are_kept(models: dict[str, Path], tmp_path: Path) -> None:
+def test_trials_that_were_made_before_an_end_without_warning_are_kept(
+    models: dict[str, Path], whole: Path, tmp_path: Path
+) -> None:
     run = Run(models, tmp_path)
-    train(auto(run))
 
     def end(progress: Progress) -> None:
         if progress.trial == 3:
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        train(auto(run, "ended"), on_progress=end)
-    assert search_in(tmp_path / "ended")["trials"] == search_in(tmp_path / "auto")["trials"][:2]
+        train(auto(run, "ended", **WHOLE), on_progress=end)
+    assert search_in(tmp_path / "ended")["trials"] == search_in(whole)["trials"][:2]
     seen: list[int] = []
-    train(auto(run, "ended"), resume=True, on_progress=lambda progress: seen.append(progress.trial))
+    train(auto(run, "ended", **WHOLE), resume=True, on_progress=lambda progress: seen.append(progress.trial))
     assert {*seen} == {0, 3}
-    assert_same(tmp_path / "auto", tmp_path / "ended")
+    assert_same(whole, tmp_path / "ended")
 
 
 @pytest.mark.parametrize(("trial", "step", "stopped_at"), [(3, 2, 1), (0, 7, 8)])
 def test_a_stopped_run_goes_on_with_the_rate_on_record(
-    models: dict[str, Path], tmp_path: Path, trial: int, step: int, stopped_at: int
+    models: dict[str, Path], whole: Path, tmp_path: Path, trial: int, step: int, stopped_at: int
 ) -> None:
-    run = Run(models, tmp_path)
-    train(auto(run))
-    assert train(auto(run, "stopped"), on_progress=signal_after(step, trial=trial)).stopped_at == stopped_at
+    settings = auto(Run(models, tmp_path), "stopped", **WHOLE)
+    assert train(settings, on_progress=signal_after(step, trial=trial)).stopped_at == stopped_at
     assert [path.name for path in checkpoints(tmp_path / "stopped" / "checkpoints")][-1] == f"checkpoint-{stopped_at}"
     seen: list[int] = []
     notes: list[str] = []
-    train(
-        auto(run, "stopped"), resume=True, on_progress=lambda progress: seen.append(progress.trial), note=notes.append
-    )
+    train(settings, resume=True, on_progress=lambda progress: seen.append(progress.trial), note=notes.append)
     assert {*seen} == {0}
-    assert f"learning rate: {search_in(tmp_path / 'auto')['rate']:g}, found when the run started" in notes
-    assert_same(tmp_path / "auto", tmp_path / "stopped")
-    assert search_in(tmp_path / "auto") == search_in(tmp_path / "stopped")
+    assert f"learning rate: {search_in(whole)['rate']:g}, found when the run started" in notes
+    assert_same(whole, tmp_path / "stopped")
+    assert search_in(whole) == search_in(tmp_path / "stopped")
 
 
 def test_a_rate_on_record_is_not_searched_again(models: dict[str, Path], tmp_path: Path) -> None:
@@ -258,6 +263,14 @@ def test_trials_of_another_length_are_made_again(models: dict[str, Path], tmp_pa
     assert {*seen} == {0, 1, 2, 3}
 
 
+@pytest.fixture(scope="module")
+def stopped(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Of a run that was stopped in its first trial."""
+    settings = auto(Run(models, tmp_path_factory.mktemp("stopped")))
+    assert train(settings, on_progress=signal_after(1, trial=1)).stopped_at == 0
+    return settings
+
+
 @pytest.mark.parametrize(
     "search",
     [
@@ -272,14 +285,13 @@ def test_trials_of_another_length_are_made_again(models: dict[str, Path], tmp_pa
         {"trials": [], "rate": 0.0},
     ],
 )
-def test_a_damaged_record_is_refused(models: dict[str, Path], tmp_path: Path, search: dict[str, Any]) -> None:
-    run = Run(models, tmp_path)
-    train(auto(run), on_progress=signal_after(1, trial=1))
-    record = read_record(tmp_path / "auto")
+def test_a_damaged_record_is_refused(stopped: Settings, search: dict[str, Any]) -> None:
+    folder = Path(stopped.output)
+    record = read_record(folder)
     assert record is not None
-    (tmp_path / "auto" / "run.json").write_text(json.dumps({**record, "rate_search": search}))
+    (folder / "run.json").write_text(json.dumps({**record, "rate_search": search}))
     with pytest.raises(InputError, match="the record of the run is damaged: rate_search is not what"):
-        train(auto(run), resume=True)
+        train(stopped, resume=True)
 
 
 @pytest.mark.parametrize(
