@@ -69,11 +69,9 @@ def reinforcement(content: Mapping[str, Any]) -> str:
     head = ["", "kB a synchronisation, float16, no seeded matrices", *heads]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [_line(rows, problems, BASE, "base")]
-    lines += [_line(rows, problems, arm, each.label) for arm, each in LABELS.items() if _has(rows, problems, arm)]
-    lines += [
-        "",
-        *(_verdict(rows, problems, arm) for arm in ("structured_r64", "dvora_r256") if _has(rows, problems, arm)),
-    ]
+    having = {arm: [problem for problem in problems if finals(rows, problem, arm)] for arm in LABELS}
+    lines += [_line(rows, problems, arm, LABELS[arm].label) for arm in LABELS if having[arm]]
+    lines += ["", *(_verdict(rows, having[arm], arm) for arm in ("structured_r64", "dvora_r256") if having[arm])]
     failed = sum("error" in row for row in rows)
     hours, seeds = sum(row["seconds"] for row in rows) / 3600, len(finals(rows, problems[0], YARDSTICK))
     count = len(finals(rows, problems[0], YARDSTICK)[0]["solved"])
@@ -119,10 +117,6 @@ def _draw(left: Axes, right: Axes, rows: Sequence[Row], problem: str, arm: str, 
     right.errorbar(
         [size], [score.mean], yerr=ends, fmt="o", markersize=4, capsize=2, color=color, label=LABELS[arm].label
     )
-
-
-def _has(rows: Sequence[Row], problems: Sequence[str], arm: str) -> bool:
-    return all(finals(rows, problem, arm) for problem in problems)
 
 
 def _line(rows: Sequence[Row], problems: Sequence[str], arm: str, label: str) -> str:
