@@ -86,9 +86,11 @@ class Case:
         assert found.shape == expected.shape
         if not found.numel():
             return
-        # Dense: every entry but for a few roundings of what is added up.
+        # Dense: every entry but for a few roundings of what is added up. They grow with the root of the number of terms
+        # where a processor's BLAS adds one after another (5.6 were seen at rank 70).
+        roundings = max(5.0, math.sqrt(len(self.lambda_d)))
         dense = self.kind == "dense"
-        bound = 5 * torch.finfo(self.dtype).eps * sizes if dense else TOLERANCE[self.dtype] * sizes.max()
+        bound = roundings * torch.finfo(self.dtype).eps * sizes if dense else TOLERANCE[self.dtype] * sizes.max()
         subnormal = 1e-5 if self.dtype == torch.float16 else 0.0
         assert ((found.double() - expected).abs() <= bound + subnormal).all()
 
