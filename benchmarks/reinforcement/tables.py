@@ -88,7 +88,7 @@ def picture(rows: Sequence[Row]) -> Figure:
     """For each problem: the reward by steps, and what is solved in the end against bytes of a synchronisation."""
     problems = shown(rows)
     size = (WIDTH, 2.6 * len(problems) + 0.4)
-    figure, grid = plt.subplots(len(problems), 2, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(len(problems), 2, sharex="col", figsize=size, layout="constrained", squeeze=False)
     for (left, right), problem in zip(grid, problems, strict=True):
         for arm in LABELS:
             if found := list(finals(rows, problem, arm).values()):
@@ -99,6 +99,8 @@ def picture(rows: Sequence[Row]) -> Figure:
         right.minorticks_off()
         for axes in (left, right):
             axes.grid(visible=True)
+            # An interval over few seeds may be wider than there is room.
+            axes.set_ylim(top=min(axes.get_ylim()[1], 101))
             axes.title.set_fontsize("medium")
     handles = {text: each for axes in grid.flat for each, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize="small")
