@@ -26,20 +26,18 @@ demo: $(DEMO_READY)  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds o
 	@$(PY) -m demo $(if $(SENTENCE),-- "$$SENTENCE")
 
 WORKERS := 2
-# Programs that tests start in several processes would have a thread for each core, in each of them.
-SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 test: setup  ## the whole suite, in two processes; WORKERS=8 for more
-	$(SUITE)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # The mathematics and the layers: no models, no compilers.
 CORE := ops matrices method weight training
 test-core: setup  ## what is fast: the mathematics and the layers
-	$(SUITE) $(CORE:%=tests/%)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(CORE:%=tests/%)
 
 # Compilers, groups of processes, browsers, the site, commands that are killed.
 SYSTEM := compiled engines docs hardening
 test-system: setup  ## what is slow: compilers, several processes, browsers, the site, commands that are killed
-	$(SUITE) $(SYSTEM:%=tests/%)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(SYSTEM:%=tests/%)
 
 # An environment of their own: Flower holds packages at older versions than the command line needs.
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
