@@ -87,7 +87,7 @@ class Case:
         if not found.numel():
             return
         # Dense: every entry but for a few roundings of what is added up. They grow with the root of the number of terms
-        # where a processor's BLAS adds one after another (5.6 were seen at rank 70).
+        # if a processor's BLAS adds one after another: 5.6 were seen at rank 70.
         roundings = max(5.0, math.sqrt(len(self.lambda_d)))
         dense = self.kind == "dense"
         bound = roundings * torch.finfo(self.dtype).eps * sizes if dense else TOLERANCE[self.dtype] * sizes.max()
