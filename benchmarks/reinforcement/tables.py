@@ -122,9 +122,8 @@ def _draw(left: Axes, right: Axes, rows: Sequence[Row], problem: str, arm: str, 
 
 
 def _line(rows: Sequence[Row], problems: Sequence[str], arm: str, label: str) -> str:
-    size = next(
-        (row["smallest_bytes"] for row in finals(rows, problems[0], arm).values() if "smallest_bytes" in row), None
-    )
+    every = (row for problem in problems for row in finals(rows, problem, arm).values())
+    size = next((row["smallest_bytes"] for row in every if "smallest_bytes" in row), None)
     cells = [label, "" if size is None else f"{size / 1e3:,.0f}"]
     for problem in problems:
         score = solved(rows, problem, arm)

@@ -104,9 +104,10 @@ def test_nothing_is_decided_where_the_interval_is_on_both_sides() -> None:
 
 def test_an_arm_that_one_problem_lacks_has_its_row_for_the_other() -> None:
     rows = evaluated({"lora_r1": [40], "dora_r8": [50], "dvora_r256": [45]}, ("sums",))
-    rows += evaluated({"lora_r1": [40]}, ("dates",))
+    rows += evaluated({"lora_r1": [40], "vera_r256": [30]}, ("dates",))
     text = reinforcement({"environment": {"torch": "2", "peft": "0"}, "rows": rows})
     assert re.search(r"^\| DoRA r=8 \| 90 \| 50\.0 \| \+10\.0: .* \|  \|  \|$", text, flags=re.MULTILINE)
+    assert "| VeRA r=256 | 90 |  |  | 30.0 | -10.0" in text
     assert "- DVoRA r=256, dense minus LoRA r=1, sums: +5.0" in text
 
 

@@ -96,7 +96,7 @@ def test_whatever_else_is_set(models: dict[str, Path], tmp_path: Path, changes: 
 def test_a_trial_is_a_short_run_from_the_same_start(models: dict[str, Path], whole: Path, tmp_path: Path) -> None:
     run, search = Run(models, tmp_path), search_in(whole)
     for number, trial in enumerate(search["trials"]):
-        changes = {"max_steps": search["steps"], "learning_rate": trial["rate"], "keep_best": False, "dropout": 0.1}
+        changes = WHOLE | {"max_steps": search["steps"], "learning_rate": trial["rate"], "keep_best": False}
         alone = train(auto(run, f"alone {number}", **changes)).run
         assert alone is not None
         assert trial["loss"] == alone.record["metrics"]["validation"]["loss"]
