@@ -18,6 +18,7 @@ from benchmarks.quality.equal_bytes_page import parts as equal_bytes_parts
 from benchmarks.quality.grid import FILE, read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
+from benchmarks.quality.short_trials import lines as short_trials
 from benchmarks.quality.summary import result_of
 from benchmarks.reinforcement.tables import reinforcement
 from benchmarks.speakers import table as speakers
@@ -192,6 +193,8 @@ def _load(name: str) -> dict[str, Any]:
 def _results() -> dict[str, str]:
     made = {"demo": demo(_load("demo")), "users": users(_load("users"))}
     made["reinforcement"] = reinforcement(_load("reinforcement"))
+    short = short_trials(_load("short_trials")["rows"], result_of(_load("equal_bytes")))
+    made["short-trials"] = "\n".join([*short, ""])
     for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
         content, grid = _load(name), read_grid(FILE.parent / f"{name}.yaml")
         missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))

@@ -5,7 +5,7 @@ The trials know nothing of models: a function trains a fresh copy at a rate, for
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil, inf, isfinite, sqrt
+from math import ceil, inf, isfinite
 from typing import Any
 
 from .optimizer_groups import LAMBDA_RATE
@@ -14,12 +14,12 @@ SHARE = 0.2
 """Of the run's steps, what all trials together take at most."""
 FIRST, MOST = 3, 5
 """Trials around the centre, which are always made, and trials in all."""
-LEAST_STEPS, ENOUGH_STEPS = 8, 25
+LEAST_STEPS, ENOUGH_STEPS = 8, 50
 """Steps of a trial, below which there is none, and below which longer trials are worth more than a fourth one."""
 SPACING = 3.0
-"""Factor between neighbouring rates, until the best one lies between two others."""
-FINEST = 1.5
-"""Factor between neighbouring rates below which none is tried between them."""
+"""Factor between neighbouring rates: closer ones cannot be told apart by short trials (benchmarks/LOG.md)."""
+CLEARLY = 0.1
+"""The centre stays unless a loss is lower by more than this share of the spread of all losses."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,12 @@ def shortest_run(share: float = SHARE) -> int:
 def find_rate(
     trial: Callable[[float, int], float], steps: int, *, center: float = LAMBDA_RATE, share: float = SHARE
 ) -> RateSearch:
-    """Find a learning rate by short trials: the centre, a third and three times of it, then where the best one points.
+    """Find a learning rate by short trials: the centre, a third and three times of it, and beyond the best at an edge.
 
-    That is beyond the best rate if it is the lowest or the highest so far, otherwise between it and its better
-    neighbour. `rate_plan` says beforehand what it costs. The loss of a trial has to depend on nothing but its rate:
-    give every trial the same fresh model, seed, batches and validation rows (and never the test rows). In several
-    processes return the same loss on each, so that all of them choose the same rate.
-
-    A trial is shorter than the run, and short runs prefer somewhat higher rates than long ones.
+    The centre stays unless another rate is clearly better: trials are short, and what tells near rates apart in a whole
+    run cannot be seen in them. `rate_plan` says beforehand what the search costs. The loss of a trial has to depend on
+    nothing but its rate: give every trial the same fresh model, seed, batches and validation rows (and never the test
+    rows). In several processes return the same loss on each, so that all of them choose the same rate.
 
     Args:
         trial: trains a fresh copy at a rate for a number of steps, its schedule fitted to them, and returns the
@@ -154,7 +152,7 @@ def find_rate(
 
 
 def _next_rate(losses: Mapping[float, float], center: float) -> float | None:
-    """The rate to try after these; None: the best one's neighbours are near."""
+    """The rate to try after these; None: the best one lies between two others."""
     for first in (_rounded(center / SPACING), center, _rounded(center * SPACING)):
         if first not in losses:
             return first
@@ -163,16 +161,15 @@ def _next_rate(losses: Mapping[float, float], center: float) -> float | None:
     place = rates.index(best)
     if place == 0 or losses[best] == inf:
         return _rounded(rates[0] / SPACING)
-    if place == len(rates) - 1:
-        return _rounded(best * SPACING)
-    neighbour = min(rates[place - 1], rates[place + 1], key=losses.__getitem__)
-    factor = max(best / neighbour, neighbour / best)
-    return _rounded(sqrt(best * neighbour)) if sqrt(factor) >= FINEST else None
+    return _rounded(best * SPACING) if place == len(rates) - 1 else None
 
 
 def _best(losses: Mapping[float, float], center: float) -> float:
-    """The rate of the lowest loss; of equal ones the nearest to the centre."""
-    return min(losses, key=lambda rate: (losses[rate], max(rate / center, center / rate)))
+    """The rate of the lowest loss, or the centre if that is not clearly worse."""
+    lowest = min(losses, key=losses.__getitem__)
+    highest = max((loss for loss in losses.values() if loss < inf), default=inf)
+    is_clear = losses[center] - losses[lowest] > CLEARLY * (highest - losses[lowest])
+    return lowest if is_clear else center
 
 
 def _rounded(rate: float) -> float:
