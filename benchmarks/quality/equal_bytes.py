@@ -126,16 +126,11 @@ def is_not_worse(interval: Interval) -> bool:
 
 
 def rate_excess(result: Result, tasks: Sequence[str], arm: str) -> dict[float, float]:
-    """By the adapter's rate, how much of what tuning gained is lost with it, a mean over tasks.
-
-    (loss - best loss) / (frozen loss - best loss) on validation rows, for the rates that were tried on every task.
-    """
+    """By the adapter's rate, how much of what tuning gained is lost with it: means, for rates tried on every task."""
     lost: dict[float, list[float]] = {}
     for task in tasks:
-        points, start = dict(result.trials(task, arm)), result.start_loss(task)
-        best = min(points.values(), default=start)
-        for rate, loss in points.items():
-            lost.setdefault(rate, []).append((loss - best) / (start - best))
+        for rate, share in result.lost(task, arm).items():
+            lost.setdefault(rate, []).append(share)
     return {rate: float(np.mean(each)) for rate, each in sorted(lost.items()) if len(each) == len(tasks)}
 
 

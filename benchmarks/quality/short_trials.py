@@ -74,14 +74,9 @@ def _missing(grid: Grid, rows: Mapping[str, Any]) -> list[Run]:
 
 def _row(label: str, rates: Mapping[tuple[str, str], Sequence[float]], whole: Result) -> str:
     """The mean of what is lost, by the rates of each task and arm, one for each of `USUAL`."""
-    lost = [[_lost(whole, *case, each[place]) for case, each in rates.items()] for place in range(len(USUAL))]
+    shares = {case: whole.lost(*case) for case in rates}
+    lost = [[min(shares[case][each[place]], MOST) for case, each in rates.items()] for place in range(len(USUAL))]
     return f"| {label} | {' | '.join(f'{float(np.mean(each)):.1%}' for each in lost)} |"
-
-
-def _lost(whole: Result, task: str, arm: str, rate: float) -> float:
-    losses, start = dict(whole.trials(task, arm)), whole.start_loss(task)
-    best = min(losses.values())
-    return min((losses[rate] - best) / (start - best), MOST)
 
 
 def _chosen(losses: Mapping[float, float], usual: float) -> float:

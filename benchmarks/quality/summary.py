@@ -218,6 +218,15 @@ class Result:
         """Validation loss of the frozen model with the best head, where every method starts."""
         return loss_of(self.finals(task, "frozen")[0])
 
+    def lost(self, task: str, arm: str) -> dict[float, float]:
+        """By the adapter's rate, the share of what tuning gained that is lost with it: 0 with the best, 1 at the start.
+
+        (loss - best loss) / (frozen loss - best loss) on validation rows.
+        """
+        losses, start = dict(self.trials(task, arm)), self.start_loss(task)
+        best = min(losses.values(), default=start)
+        return {rate: (loss - best) / (start - best) for rate, loss in losses.items()}
+
     def plateau(self, task: str, arm: str) -> tuple[float, bool] | None:
         """By which factor the adapter's rate may vary, and whether it was seen to end on both sides.
 

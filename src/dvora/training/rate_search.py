@@ -17,7 +17,7 @@ FIRST, MOST = 3, 5
 LEAST_STEPS, ENOUGH_STEPS = 8, 50
 """Steps of a trial, below which there is none, and below which longer trials are worth more than a fourth one."""
 SPACING = 3.0
-"""Factor between neighbouring rates: closer ones cannot be told apart by short trials (benchmarks/LOG.md)."""
+"""Factor between neighbouring rates: the losses of short trials do not rank closer ones (benchmarks/LOG.md)."""
 CLEARLY = 0.1
 """The centre stays unless a loss is lower by more than this share of the spread of all losses."""
 
