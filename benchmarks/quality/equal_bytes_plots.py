@@ -27,8 +27,9 @@ from benchmarks.quality.equal_bytes import (
 from benchmarks.quality.results import EQUAL_BYTES
 from benchmarks.quality.summary import Result, names_of, result_of
 
-TICKS = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000)
-"""Kilobytes."""
+TICKS = (20, 50, 100, 200, 500, 1000, 2000, 5000)
+DECADES = (10, 100, 1000, 10_000)
+"""Kilobytes, on an axis of less than two decades, and on a longer one."""
 
 
 def equal_bytes(result: Result) -> Figure:
@@ -36,11 +37,17 @@ def equal_bytes(result: Result) -> Figure:
     classified = [tasks for tasks in (tasks_of(result, MAIN), tasks_of(result, TWO)) if tasks]
     generated = tasks_of(result, GENERATION, generated=True)
     panels = [*classified, generated] if generated else classified
-    figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), layout="constrained", squeeze=False, sharex=True)
+    figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), layout="constrained", squeeze=False)
     for axes, tasks in zip(grid[0], panels, strict=True):
-        if tasks in classified:
-            axes.sharey(grid[0][0])
         _panel(axes, result, tasks)
+    for axes in grid[0][: len(classified)]:
+        axes.sharex(grid[0][len(classified) - 1])
+        axes.sharey(grid[0][len(classified) - 1])
+    for axes in grid[0]:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in (DECADES if high > 100 * low else TICKS) if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
     grid[0][0].set_ylabel("points above LoRA r=1 on test")
     known = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=5, fontsize="small")
@@ -73,12 +80,7 @@ def _panel(axes: Axes, result: Result, tasks: list[str]) -> None:
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.grid(visible=True)
     axes.set(xscale="log", xlabel="kB, float16, no seeded matrices")
-    low, high = axes.get_xlim()
-    ticks = [tick for tick in TICKS if low <= tick <= high]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    names = names_of(tasks)
-    axes.set_title(f"mean over {names}" if len(tasks) > 1 else names, fontsize="medium", wrap=True)
+    axes.set_title(f"mean over {len(tasks)} tasks" if len(tasks) > 1 else names_of(tasks), fontsize="medium")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ PATHS = ("data", "validation_data", "test_data")
 """Keys that take one path or several."""
 RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
-    "dvora": 2e-2, "vera": 3e-2, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 1e-3,
+    "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
 AUTO: Literal["auto"] = "auto"
 """The learning rate that short trials find; as the default of `Settings.learning_rate` it would be every run's."""
