@@ -28,21 +28,22 @@ def users(content: Mapping[str, Any]) -> str:
     hours, environment = sum(row["seconds"] for row in rows) / 3600, content["environment"]
     lines = [
         "| users, rows of each | adapter | kB for each, float16, no seeded matrices | nats a token below the base | "
-        "below LoRA r=1 |",
-        "|---|---|---|---|---|",
+        "below LoRA r=1 | users worse off than with the base |",
+        "|---|---|---|---|---|---|",
     ]
     for source, examples in settings(rows):
         for arm, each in LABELS.items():
-            gain = lower(rows, source, examples, arm, "base")
-            if gain is not None:
+            gains = differences(rows, source, examples, arm, "base")
+            if gains is not None:
                 against = None if arm == YARDSTICK else lower(rows, source, examples, arm, YARDSTICK)
                 size = next(row["smallest_bytes"] for row in _finals(rows, source, examples, arm).values())
                 cells = (
                     f"{SOURCES[source]}, {examples}",
                     each.label,
                     f"{size / 1e3:,.0f}",
-                    _shown(gain),
+                    _shown(over_seeds(gains)),
                     _shown(against),
+                    f"{(gains < 0).sum()}",
                 )
                 lines.append(f"| {' | '.join(cells)} |")
     counts = {len(row["losses"]) for row in rows if row["part"] == "test"}
@@ -63,10 +64,13 @@ def settings(rows: list[Row]) -> list[tuple[str, int]]:
 
 
 def lower(rows: list[Row], source: str, examples: int, arm: str, over: str) -> Interval | None:
-    """How much lower a user's loss is than with another arm, or with the base: the mean over users, its 95 % interval.
+    """How much lower a user's loss is than with another arm, or the base: the mean over users, its 95 % interval."""
+    each = differences(rows, source, examples, arm, over)
+    return None if each is None else over_seeds(each)
 
-    A user's losses are means over the seeds that both arms have.
-    """
+
+def differences(rows: list[Row], source: str, examples: int, arm: str, over: str) -> np.ndarray | None:
+    """How much lower each user's loss is than with another arm, or with the base, as a mean over the seeds of both."""
     ours = _finals(rows, source, examples, arm)
     theirs = _finals(rows, source, 0 if over == "base" else examples, over)
     if over == "base":
@@ -74,8 +78,8 @@ def lower(rows: list[Row], source: str, examples: int, arm: str, over: str) -> I
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return None
-    differences = [np.array(theirs[seed]["losses"]) - np.array(ours[seed]["losses"]) for seed in seeds]
-    return over_seeds(np.mean(differences, axis=0))
+    of_seeds = [np.array(theirs[seed]["losses"]) - np.array(ours[seed]["losses"]) for seed in seeds]
+    return np.asarray(np.mean(of_seeds, axis=0))
 
 
 def picture(content: Mapping[str, Any]) -> Figure:
@@ -98,7 +102,7 @@ def picture(content: Mapping[str, Any]) -> Figure:
         axes.set(xscale="log", xlabel="kB a user")
         axes.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
         axes.minorticks_off()
-        axes.set_title(f"{SOURCES[source]},\n{examples} rows each", fontsize="medium")
+        axes.set_title(f"{SOURCES[source]},\n{examples} rows each", fontsize="small")
         axes.grid(visible=True)
     grid[0][0].set_ylabel("nats a token below LoRA r=1")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")

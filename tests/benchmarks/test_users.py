@@ -102,15 +102,14 @@ def made_up(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def test_the_table_says_how_much_lower_a_loss_is() -> None:
-    losses = {"base": [4.0, 5.0, 4.5], **{arm: [3.8, 4.8, 4.3] for arm in LABELS}, "lora_r8": [3.5, 4.5, 4.0]}
+    losses = {"base": [4.0, 5.0, 4.5], **{arm: [3.8, 4.8, 4.6] for arm in LABELS}, "lora_r8": [3.5, 4.5, 4.3]}
     content = made_up(losses)
     found = lower(content["rows"], "speakers", 8, "lora_r8", "lora_r1")
     assert found is not None
     assert found.mean == pytest.approx(0.3)
     text = users(content)
-    assert (
-        "| programming languages, 8 | LoRA r=8 | 50 | +0.500 (+0.500 to +0.500) | +0.300 (+0.300 to +0.300) |" in text
-    )
+    assert "| LoRA r=8 | 50 | +0.400 (-0.030 to +0.830) | +0.300 (+0.300 to +0.300) | 0 |" in text
+    assert "| LoRA r=1 | 50 | +0.100 (-0.330 to +0.530) |  | 1 |" in text
     assert text.count("\n| ") == len(SOURCES) * len(LABELS)
     assert LABELS.keys() == ARMS.keys()
 
