@@ -38,11 +38,11 @@ def equal_bytes(result: Result) -> Figure:
     generated = tasks_of(result, GENERATION, generated=True)
     panels = [*classified, generated] if generated else classified
     figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), layout="constrained", squeeze=False)
+    for axes in grid[0][1 : len(classified)]:
+        axes.sharex(grid[0][0])
+        axes.sharey(grid[0][0])
     for axes, tasks in zip(grid[0], panels, strict=True):
         _panel(axes, result, tasks)
-    for axes in grid[0][: len(classified)]:
-        axes.sharex(grid[0][len(classified) - 1])
-        axes.sharey(grid[0][len(classified) - 1])
     for axes in grid[0]:
         low, high = axes.get_xlim()
         ticks = [tick for tick in (DECADES if high > 100 * low else TICKS) if low <= tick <= high]

@@ -108,8 +108,11 @@ def test_the_table_says_how_much_lower_a_loss_is() -> None:
     assert found is not None
     assert found.mean == pytest.approx(0.3)
     text = users(content)
-    assert "| LoRA r=8 | 50 | +0.400 (-0.030 to +0.830) | +0.300 (+0.300 to +0.300) | 0 |" in text
-    assert "| LoRA r=1 | 50 | +0.100 (-0.330 to +0.530) |  | 1 |" in text
+    assert (
+        "| programming languages, 8 | LoRA r=8 | 50 | +0.400 (-0.030 to +0.830) | +0.300 (+0.300 to +0.300) | 0 |"
+        in text
+    )
+    assert "| programming languages, 8 | LoRA r=1 | 50 | +0.100 (-0.330 to +0.530) |  | 1 |" in text
     assert text.count("\n| ") == len(SOURCES) * len(LABELS)
     assert LABELS.keys() == ARMS.keys()
 
