@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
-from benchmarks.quality.processes import rows_of, start_process
+from benchmarks.quality.processes import pool_of, rows_of
 from benchmarks.quality.results import read_rows, result_file, write_rows
 from benchmarks.quality.running import carry_out
 from benchmarks.quality.schedule import alone, ready, remaining
@@ -46,12 +44,7 @@ def _go_on(
     def waiting() -> list[Run]:
         return [run for run in choose(grid, rows, tasks, arms) if _is_wanted(run, chosen)]
 
-    with (
-        _progress() as progress,
-        ProcessPoolExecutor(
-            chosen.processes, multiprocessing.get_context("spawn"), initializer=start_process, initargs=(chosen.nice,)
-        ) as pool,
-    ):
+    with _progress() as progress, pool_of(chosen.processes, chosen.nice) as pool:
         bar = progress.add_task("", total=len(rows) + remaining(grid, rows, tasks, arms), completed=len(rows))
         for row in rows_of(pool, partial(carry_out, grid), waiting, chosen.processes, end):
             rows[row["key"]] = row

@@ -25,6 +25,11 @@ class Keyed(Protocol):
 Run = TypeVar("Run", bound=Keyed)
 
 
+def pool_of(processes: int, nice: int = 0) -> ProcessPoolExecutor:
+    """New processes for runs, with a priority that is lower by so much."""
+    return ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_process, initargs=(nice,))
+
+
 def start_process(nice: int) -> None:
     """Prepare a process for runs: one thread, so that several do not wait for each other; it ends with its parent."""
     torch.set_num_threads(1)
@@ -57,7 +62,7 @@ def rows_of(
 
 def in_a_fresh_process(function: Callable[..., Row], *arguments: Any) -> Row:
     """A row that is made in a new process, which keeps nothing of an earlier run: memory, state of libraries."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process, initargs=(0,)) as alone:
+    with pool_of(1) as alone:
         return alone.submit(function, *arguments).result()
 
 

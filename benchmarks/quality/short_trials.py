@@ -3,9 +3,7 @@
 Run from the repository's root: python -m benchmarks.quality.short_trials
 """
 
-import multiprocessing
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -15,7 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.quality.grid import FILE, Grid, Run, read_grid
-from benchmarks.quality.processes import rows_of, start_process
+from benchmarks.quality.processes import pool_of, rows_of
 from benchmarks.quality.results import FOLDER, read_rows, write_rows
 from benchmarks.quality.running import carry_out
 from benchmarks.quality.summary import Result
@@ -38,8 +36,7 @@ def main() -> None:
     """Carry out the trials that are missing."""
     grid = read_grid(FILE.parent / "equal_bytes.yaml")
     rows = read_rows(FILE_OF_ROWS)
-    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=start_process, initargs=(0,))
-    with pool:
+    with pool_of(2) as pool:
         found = rows_of(pool, partial(carry_out, grid), lambda: _missing(grid, rows), 2, inf)
         for row in track(found, "Short trials", total=len(_missing(grid, rows))):
             rows[row["key"]] = row
