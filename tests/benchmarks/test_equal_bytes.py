@@ -115,11 +115,33 @@ def test_the_table_has_a_row_for_each_arm_smallest_first() -> None:
 
 
 def test_the_picture_has_both_panels() -> None:
+    """Every adapter at its kilobytes, inside of both panels, which have the same axes."""
     generator = np.random.default_rng(0)
     counts = {arm: generator.integers(20, 40, 2).tolist() for arm in ARMS}
-    figure = picture(result(counts, TASKS[:2]))
+    third = result({arm: counts[arm] for arm in MAIN}, TASKS[2:3])
+    figure = picture(Result((*result(counts, TASKS[:2]).rows, *third.rows)))
     figure.canvas.draw()
-    assert len(figure.axes) == 2
+    main, two = figure.axes
+    assert [main.get_title(), two.get_title()] == ["mean over 3 tasks", "mean over 2 tasks"]
+    at = sorted(x for line in two.containers for x in line.lines[0].get_xdata())
+    assert at == pytest.approx(range(1, len(ARMS) + 1))
+    assert main.get_ylim() == two.get_ylim()
+    low, high = main.get_xlim()
+    assert low < at[0]
+    assert at[-1] < high
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("largest", "ticks"), [(200_000, ["20", "50", "100", "200"]), (40_000_000, ["100", "1,000", "10,000"])]
+)
+def test_a_long_axis_has_few_ticks(largest: int, ticks: list[str]) -> None:
+    rows = result({arm: [30, 31] for arm in MAIN}).rows
+    size = 20_000
+    found = [{**row, "smallest_bytes": largest if row["arm"] == YARDSTICK else size} for row in rows]
+    figure = picture(Result(tuple(found)))
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ticks
     plt.close(figure)
 
 
@@ -130,6 +152,7 @@ def test_generation_is_shown_for_itself() -> None:
     assert equal_bytes.tasks_of(found, GENERATION, generated=True) == ["cron_expressions"]
     figure = picture(found)
     assert [axes.get_title() for axes in figure.axes] == ["countries", "cron expressions"]
+    assert not figure.axes[0].get_shared_y_axes().joined(*figure.axes), "another model's points are other points"
     plt.close(figure)
     text = parts(found, {"torch": "2", "peft": "0", "cores": 2}, missing=0)["equal-bytes-generation"]
     assert "| cron expressions |" in text
