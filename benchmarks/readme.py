@@ -193,7 +193,8 @@ def _load(name: str) -> dict[str, Any]:
 def _results() -> dict[str, str]:
     made = {"demo": demo(_load("demo")), "users": users(_load("users"))}
     made["reinforcement"] = reinforcement(_load("reinforcement"))
-    short = short_trials(_load("short_trials")["rows"], result_of(_load("equal_bytes")))
+    whole = {name: result_of(_load(name)) for name in ("quality", "equal_bytes")}
+    short = short_trials(_load("short_trials")["rows"], whole)
     made["short-trials"] = "\n".join([*short, ""])
     for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
         content, grid = _load(name), read_grid(FILE.parent / f"{name}.yaml")
