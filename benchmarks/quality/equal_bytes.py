@@ -54,7 +54,6 @@ ARMS: Mapping[str, Shown] = {
     "dvora_r16": Shown("DVoRA", "DVoRA r=16, dense"),
     "dvora_r64": Shown("DVoRA", "DVoRA r=64, dense"),
     "dvora_r256": Shown("DVoRA", "DVoRA r=256, dense"),
-    "dvora_r1024": Shown("DVoRA", "DVoRA r=1024, dense"),
     "magnitude": Shown("magnitude only", "magnitude only"),
     "vera_r256": Shown("VeRA", "VeRA r=256"),
     "lora_r1": Shown("LoRA", "LoRA r=1"),

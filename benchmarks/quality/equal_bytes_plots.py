@@ -25,11 +25,14 @@ from benchmarks.quality.equal_bytes import (
     tasks_of,
 )
 from benchmarks.quality.results import EQUAL_BYTES
+from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import Result, names_of, result_of
 
 TICKS = (20, 50, 100, 200, 500, 1000, 2000, 5000)
 DECADES = (10, 100, 1000, 10_000)
 """Kilobytes, on an axis of less than two decades, and on a longer one."""
+WHOLE = "full"
+"""The arm that is no adapter."""
 
 
 def equal_bytes(result: Result) -> Figure:
@@ -62,7 +65,10 @@ def color_of(shown: Shown) -> str:
 def _panel(axes: Axes, result: Result, tasks: list[str]) -> None:
     of_method: dict[str, list[str]] = {}
     for arm in arms_of(result, tasks):
-        of_method.setdefault(ARMS[arm].method, []).append(arm)
+        if arm == WHOLE:
+            _level(axes, gain(result, tasks, arm), ARMS[arm].method)
+        else:
+            of_method.setdefault(ARMS[arm].method, []).append(arm)
     for method, arms in of_method.items():
         arms = sorted(arms, key=lambda arm: smallest_bytes(result, tasks[0], arm))
         found = [gain(result, tasks, arm) for arm in arms]
@@ -81,6 +87,13 @@ def _panel(axes: Axes, result: Result, tasks: list[str]) -> None:
     axes.grid(visible=True)
     axes.set(xscale="log", xlabel="kB, float16, no seeded matrices")
     axes.set_title(f"mean over {len(tasks)} tasks" if len(tasks) > 1 else names_of(tasks), fontsize="medium")
+
+
+def _level(axes: Axes, found: Interval | None, method: str) -> None:
+    """A line with its interval: at its bytes, hundreds of times an adapter's, it would press the others together."""
+    if found is not None:
+        axes.axhline(found.mean, color=METHODS[method], linewidth=1, linestyle="--", label=method)
+        axes.axhspan(found.low, found.high, color=METHODS[method], alpha=0.15, linewidth=0)
 
 
 def main() -> None:

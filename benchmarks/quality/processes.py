@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from benchmarks.environment import machine
+
 Row = dict[str, Any]
 
 
@@ -40,7 +42,7 @@ def start_process(nice: int) -> None:
 def rows_of(
     pool: Executor, carry_out: Callable[[Run], Row], waiting: Callable[[], Iterable[Run]], at_once: int, end: float
 ) -> Iterator[Row]:
-    """The rows of runs as they finish; the next run starts as soon as one has.
+    """The rows of runs as they finish, with the machine; the next run starts as soon as one has.
 
     Args:
         waiting: the runs that can start, the most important first; asked again after every row, and those that are
@@ -57,7 +59,7 @@ def rows_of(
             return
         for done in wait(running, return_when=FIRST_COMPLETED).done:
             del running[done]
-            yield done.result()
+            yield done.result() | {"machine": machine()}
 
 
 def in_a_fresh_process(function: Callable[..., Row], *arguments: Any) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import machine
 from benchmarks.pictures import save
 from benchmarks.quality.results import FOLDER, read_rows, write_rows
 from benchmarks.quality.tuning import one_more
@@ -87,8 +88,8 @@ def trials(rows: Rows, source: str, arm: str, examples: int) -> Mapping[float, f
 
 
 def keep(rows: Rows, row: dict[str, Any], file: Path) -> None:
-    """Add a row and write the file."""
-    rows[row["key"]] = row
+    """Add a row with the machine and write the file."""
+    rows[row["key"]] = row | {"machine": machine()}
     write_rows(list(rows.values()), file)
     print(f"{row['key']}: {mean(row['losses']):.4f} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
 

@@ -124,7 +124,8 @@ def test_the_picture_has_both_panels() -> None:
     main, two = figure.axes
     assert [main.get_title(), two.get_title()] == ["mean over 3 tasks", "mean over 2 tasks"]
     at = sorted(x for line in two.containers for x in line.lines[0].get_xdata())
-    assert at == pytest.approx(range(1, len(ARMS) + 1))
+    assert at == pytest.approx([1 + place for place, arm in enumerate(ARMS) if arm != "full"])
+    assert "full fine-tuning" in two.get_legend_handles_labels()[1], "a line, since it is far larger than the others"
     assert main.get_ylim() == two.get_ylim()
     low, high = main.get_xlim()
     assert low < at[0]

@@ -31,6 +31,7 @@ def test_a_run_starts_as_soon_as_another_has_ended() -> None:
     with ThreadPoolExecutor(2) as pool:
         for row in rows_of(pool, carry_out, lambda: [run for run in RUNS if run.key not in rows], 2, inf):
             assert row["key"] not in rows
+            assert row["machine"].endswith(f", {os.cpu_count()} cores")
             rows[row["key"]] = row
             if len(rows) == 4:
                 others_are_done.set()

@@ -84,6 +84,8 @@ def test_rows_are_kept_in_the_file(tmp_path: Path) -> None:
     keep(rows, row, file)
     keep(rows, {**row, "key": "b"}, file)
     assert read_rows(file) == rows
+    assert rows["a"].items() > row.items()
+    assert rows["a"]["machine"].endswith("cores")
     assert read_rows(tmp_path / "none.json") == {}
 
 
