@@ -194,14 +194,15 @@ def _load(name: str) -> dict[str, Any]:
 def _results() -> dict[str, str]:
     made = {"demo": demo(_load("demo")), "users": users(_load("users"))}
     made["reinforcement"] = reinforcement(_load("reinforcement"))
-    whole = {name: result_of(_load(name)) for name in ("quality", "equal_bytes")}
+    contents = {name: _load(name) for name in ("quality", "equal_bytes")}
+    whole = {name: result_of(content) for name, content in contents.items()}
     short = _load("short_trials")["rows"]
     made["short-trials"] = "\n".join([*short_trials(short, whole["equal_bytes"]), ""])
     made["short-trials-elsewhere"] = "\n".join([*other_models(short, whole), ""])
     for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
-        content, grid = _load(name), read_grid(FILE.parent / f"{name}.yaml")
+        content, grid = contents[name], read_grid(FILE.parent / f"{name}.yaml")
         missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
-        made |= parts(result_of(content), content["environment"], missing)
+        made |= parts(whole[name], content["environment"], missing)
     return made
 
 
