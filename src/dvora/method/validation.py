@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,15 +126,6 @@ def check_norms(w: Float[Tensor, "O"], name: str) -> None:
             f"{name}: {int((~w.isfinite()).sum())} of {len(w)} rows of the base weight have no finite norm "
             "(NaN, infinity or overflow); repair the base model before adapting it"
         )
-
-
-def checked_norm_cache(norm_cache: object) -> Literal["auto"] | bool:
-    """`norm_cache`, if it is "auto", True or False."""
-    if norm_cache == "auto":
-        return "auto"
-    if isinstance(norm_cache, bool):
-        return norm_cache
-    raise ValueError(f'norm_cache must be "auto", True or False, got {norm_cache!r}')
 
 
 def checked_rank(rank: int) -> int:

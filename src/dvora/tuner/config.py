@@ -20,7 +20,6 @@ from ..method.validation import (
     checked_alpha,
     checked_d_initial,
     checked_direction,
-    checked_norm_cache,
     checked_rank,
     checked_strength,
     fits_float32,
@@ -69,10 +68,6 @@ class DVoRAConfig(PeftConfig):
         projection_init: their distribution: "structured", or "kaiming_uniform", the papers' independent values, which
             train as well and are slower at high ranks in wide models. Adapters converted from PEFT's VeRA have
             "peft_vera(r=R, in=I, out=O)".
-        norm_cache: keep the constants of the norm, (out, r) values a layer, or compute them from the weight at the
-            start of every step; "auto" keeps them while they are small (see `cache_dtype`).
-        use_triton: run CUDA tensors through Triton kernels. Off by default, because they have never run on a GPU. A
-            setting of the machine, not of the adapter: files do not hold it.
         save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
             the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
@@ -112,8 +107,6 @@ class DVoRAConfig(PeftConfig):
     dvora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the update"})
     projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
     projection_init: str = field(default="structured", metadata={"help": "their distribution"})
-    norm_cache: bool | str = field(default="auto", metadata={"help": "keep the constants of the norm"})
-    use_triton: bool = field(default=False, metadata={"help": "run CUDA tensors through Triton kernels"})
     save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
@@ -217,7 +210,6 @@ class DVoRAConfig(PeftConfig):
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
         settings = super().to_dict()
         settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
-        del settings["use_triton"]
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def sizing(self) -> dict[str, Any]:
@@ -263,12 +255,11 @@ class DVoRAConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         checked_direction(self.direction)
-        checked_norm_cache(self.norm_cache)
         if self.bias not in BIASES:
             raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
         if not (all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
             raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {self.train!r}")
-        for name in ("detach_norm", "use_triton", "save_projection", "init_weights", "fan_in_fan_out"):
+        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -286,7 +277,7 @@ class DVoRAConfig(PeftConfig):
                 "load the adapter with the version that saved it"
             )
         checked_distribution(self.projection_init)
-        SharedProjections(self.projection_seed, self.projection_init, use_triton=self.use_triton)
+        SharedProjections(self.projection_seed, self.projection_init)
         # PEFT's VeRA draws whole matrices, which must wait until a model is known to need such sizes.
         if vera_sizes(self.projection_init) is None:
             self.check_fingerprint()
@@ -325,4 +316,5 @@ def _checked_method(settings: Any, file: str) -> dict[str, Any]:
     # PEFT passes them on as keyword arguments, where these two have another meaning.
     if reserved := {"cls", "self"}.intersection(settings):
         raise ValueError(f"{file}: {min(reserved)!r} is not a setting")
-    return settings
+    # Older versions wrote `norm_cache`, which changed no output; PEFT would warn of it as an unknown setting.
+    return settings if method != "DVORA" else {k: v for k, v in settings.items() if k != "norm_cache"}

@@ -29,7 +29,6 @@ from ..method.validation import (
     check_weight,
     checked_alpha,
     checked_direction,
-    checked_norm_cache,
     checked_rank,
 )
 from ..ops.annotations import Float
@@ -119,7 +118,7 @@ class AdaptedWeight(nn.Module):
         if self.rank:
             shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.readable = readable
-        self.norm_cache = checked_norm_cache(norm_cache)
+        self.norm_cache = norm_cache
         self._weight_version: WeightVersion | None = None
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""

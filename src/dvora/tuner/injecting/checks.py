@@ -65,7 +65,7 @@ def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
     check_model(config, model)
     check_ranks(config, {target.name: rank_of(target, config) for target in targets})
     check_projections(targets, config, model)
-    shared = shared_projections(model, config.projection_seed, config.projection_init, config.use_triton)
+    shared = shared_projections(model, config.projection_seed, config.projection_init)
     prepared = check_weights(targets, config, shared)
     sizes = {name: (each.adapted.out_features, each.adapted.rank) for name, each in prepared.items()}
     check_fits(config, sizes, _saved_whole(config, model))

@@ -11,7 +11,7 @@ import torch
 from ...matrices import philox
 from ...matrices.interface import SharedProjections
 from ...method.functional import Vectors
-from ...method.validation import check_bias, checked_direction, checked_norm_cache
+from ...method.validation import check_bias, checked_direction
 from ...weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of
@@ -55,7 +55,6 @@ def prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> P
         layout=target.layer_type.layout,
         padding_column=padding_column(target.base()),
         readable=target.is_readable(),
-        norm_cache=checked_norm_cache(config.norm_cache),
         name=target.name,
     )
     return PreparedTarget(adapted, fingerprint_of(target.layer_type.layout.matrix(weight), adapted.w))

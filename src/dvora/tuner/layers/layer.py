@@ -373,13 +373,12 @@ def layers_of(model: nn.Module, adapter_name: str) -> list[DVoRALayer]:
     return [layer for layer in layers_in(model) if adapter_name in layer.dvora_adapted]
 
 
-def shared_projections(model: nn.Module, seed: int, distribution: str, use_triton: bool) -> SharedProjections:
-    """The model's projections of this seed, distribution and way of running, or new ones."""
-    wanted = seed, distribution, use_triton
+def shared_projections(model: nn.Module, seed: int, distribution: str) -> SharedProjections:
+    """The model's projections of this seed and distribution, or new ones."""
     for module in model.modules():
-        if isinstance(module, SharedProjections) and (module.seed, module.distribution, module.use_triton) == wanted:
+        if isinstance(module, SharedProjections) and (module.seed, module.distribution) == (seed, distribution):
             return module
-    return SharedProjections(seed, checked_distribution(distribution), use_triton=use_triton)
+    return SharedProjections(seed, checked_distribution(distribution))
 
 
 def check_unmerged(model: nn.Module, adapter_name: str) -> None:

@@ -29,9 +29,7 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     renamed = _renamed(vectors, saved_names(model))
     if not config.save_projection:
         return renamed
-    matrices = shared_projections(
-        model, config.projection_seed, config.projection_init, config.use_triton
-    ).saved_tensors()
+    matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
     return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
 
 
@@ -51,7 +49,7 @@ def from_saved(
             the configuration, or not finite.
     """
     matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
-    projections = shared_projections(model, config.projection_seed, config.projection_init, config.use_triton)
+    projections = shared_projections(model, config.projection_seed, config.projection_init)
     check_matrices(matrices, projections)
     rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in saved_names(model).items()}
