@@ -32,7 +32,7 @@ def adapted_layers(model: nn.Module) -> list[DVoRALayer]:
 
 CASES: dict[str, dict[str, object]] = {
     "dense": {},
-    "structured": {"projection_init": "structured", "norm_cache": False},
+    "structured": {"projection_init": "structured"},
 }
 
 

@@ -60,7 +60,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("adapted first", {}),
     ("sharded first", {}),
     ("sharded first", {"projection_init": "structured"}),
-    ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS, "norm_cache": False}),
+    ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS}),
     # B is then a stack, and parts of 12 outputs split the blocks of its structured rows.
     ("sharded first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
     ("adapted first", {"detach_norm": True}),
@@ -232,7 +232,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "in turns": (in_turns, "supports weights of torch.nn.Linear sharded by"),
     "dropout": (lambda: sharded(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
     "a trained base": (trained_base, "cannot be trained"),
-    "constants from columns": (lambda: sharded(norm_cache=False)(input_ids=batch(0)), "its inputs are sharded"),
     "merge": (lambda: sharded().merge_and_unload(), "merge there"),
     "merge for a while": (lambda: sharded().merge_adapter(), "merge there"),
     "dense update": (

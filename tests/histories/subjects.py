@@ -38,7 +38,6 @@ class Settings:
     dtype: torch.dtype
     freeze_base: bool
     strength: float
-    norm_cache: bool | str
     width: int
     hidden: int
     outputs: int
@@ -65,7 +64,6 @@ class Settings:
             dtype=one_of(torch.float32, torch.float32, torch.bfloat16, torch.float64),
             freeze_base=one_of(True, True, False),
             strength=one_of(1.0, 0.5) if interface == "peft" else 1.0,
-            norm_cache=one_of("auto", True, False) if interface == "peft" else "auto",
             width=one_of(6, 8, 12),
             hidden=one_of(5, 9),
             outputs=one_of(4, 7),
@@ -126,7 +124,6 @@ def made(settings: Settings, shadow: Shadow) -> nn.Module:
             projection_seed=settings.seed,
             projection_init=settings.kind,
             strength=settings.strength,
-            norm_cache=settings.norm_cache,
             **hyper,
         )
         model = get_peft_model(Net(bases), config, adapter_name=ADAPTER)

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from dvora import DVoRAConfig, SharedProjections
-from dvora.matrices import interface
 from tests.tuner.models_compared import assert_unchanged, snapshot
 from tests.tuner.tiny import LAYERS, MODELS, same_bits
 
@@ -237,17 +236,16 @@ def test_a_config_changed_afterwards_is_checked_again_before_the_model_is_touche
     assert_unchanged(base, before)
 
 
-def test_triton_is_a_setting_of_the_machine_that_files_do_not_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", ["auto", True, False])
+@pytest.mark.parametrize("reader", [DVoRAConfig, PeftConfig])
+def test_a_file_of_an_older_version_with_norm_cache_is_read_without_a_warning(
+    reader: type[PeftConfig], value: bool | str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="use_triton=True needs"):
-        DVoRAConfig(use_triton=True)
-    monkeypatch.setattr(interface, "check_triton", lambda: None)
-    config = DVoRAConfig(r=4, target_modules=["lin0"], use_triton=True)
-    model = get_peft_model(MODELS["mlp"](), config)
-    model.add_adapter("without", DVoRAConfig(r=4, target_modules=["lin0"]))
-    assert {module.use_triton for module in model.modules() if isinstance(module, SharedProjections)} == {True, False}
+    config = DVoRAConfig(r=4)
     config.save_pretrained(tmp_path)
-    assert "use_triton" not in json.loads((tmp_path / "adapter_config.json").read_text())
-    assert not PeftConfig.from_pretrained(tmp_path).use_triton
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "norm_cache": value}))
+    assert reader.from_pretrained(tmp_path) == config
+    assert not recwarn.list
+    config.save_pretrained(tmp_path)
+    assert "norm_cache" not in json.loads(file.read_text())

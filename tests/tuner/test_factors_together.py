@@ -44,7 +44,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "one vector": {"train": ["magnitude"]},
     "magnitudes": {"target_modules": ["lin0", "lin2"], "magnitude_modules": ["lin1", "lin3"]},
     "a rank above the sizes": {"r": 20},
-    "C in every step": {"norm_cache": False},
 }
 
 
@@ -141,7 +140,6 @@ def step(model: torch.nn.Module) -> None:
         ({"target_modules": ["lin0", "lin2"], "magnitude_modules": ["lin1", "lin3"]}, {2: 1, 1: 2}),
         ({"target_modules": ["lin0", "lin2"]}, {2: 1}),
         ({"strength": {"lin0|lin1": 0.3, "lin2|lin3": 1.0}}, {4: 1}),
-        ({"norm_cache": False}, {4: 1}),
     ],
 )
 def test_one_stack_has_the_layers_of_one_shape_and_setting(

@@ -358,4 +358,4 @@ def test_a_weight_that_processes_divide_is_not_planned(style: type[ParallelStyle
 
 
 def config(**settings: object) -> DVoRAConfig:
-    return DVoRAConfig(r=3, target_modules=LAYERS, norm_cache=True, **settings)
+    return DVoRAConfig(r=3, target_modules=LAYERS, **settings)

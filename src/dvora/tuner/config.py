@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,11 @@ class DVoRAConfig(PeftConfig):
     base_probes: dict[str, list[float]] | None = field(
         default=None, metadata={"help": "norms and projections of the base"}
     )
+    # Taken and dropped: files of older versions hold it, and it changed no output. Removing it in `from_json_file`
+    # would not do: `PeftConfig.from_pretrained` reads files itself, and warns of what this constructor does not take.
+    norm_cache: InitVar[object] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, norm_cache: object) -> None:
         super().__post_init__()
         # A caller may use one configuration for several bases, so the field itself stays unchanged.
         self.fingerprints_to_save: dict[str, list[float]] | None = None
@@ -316,5 +319,4 @@ def _checked_method(settings: Any, file: str) -> dict[str, Any]:
     # PEFT passes them on as keyword arguments, where these two have another meaning.
     if reserved := {"cls", "self"}.intersection(settings):
         raise ValueError(f"{file}: {min(reserved)!r} is not a setting")
-    # Older versions wrote `norm_cache`, which changed no output; PEFT would warn of it as an unknown setting.
-    return settings if method != "DVORA" else {k: v for k, v in settings.items() if k != "norm_cache"}
+    return settings

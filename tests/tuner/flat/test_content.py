@@ -34,7 +34,7 @@ SAME_VECTORS: dict[str, dict[str, Any]] = {
     "starting values": {"d_initial": 0.3, "init_weights": False},
     "gradients": {"detach_norm": True, "dvora_dropout": 0.1, "train": ["magnitude"]},
     "strength": {"strength": 0.5},
-    "constants": {"norm_cache": False, "save_projection": True},
+    "matrices": {"save_projection": True},
 }
 
 

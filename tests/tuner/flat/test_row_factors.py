@@ -36,10 +36,9 @@ def agree(found: LayerFactors, expected: LayerFactors) -> bool:
     return all(a.dtype == b.dtype and worst_error(a, b.double()) <= 2 * 2**-23 for a, b in pairs)
 
 
-@pytest.mark.parametrize("norm_cache", ["auto", False])
 @pytest.mark.parametrize("name", SEVERAL)
-def test_they_are_the_layers_own(name: str, norm_cache: bool | str) -> None:
-    model = KINDS[name].trained(norm_cache=norm_cache)
+def test_they_are_the_layers_own(name: str) -> None:
+    model = KINDS[name].trained()
     layout = Layout.of(model)
     found = layout.factors(model, layout.to_vector(model))
     assert list(found) == sorted(layers(model))

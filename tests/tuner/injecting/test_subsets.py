@@ -36,7 +36,7 @@ SETTINGS = (
     *({"alpha": value} for value in (1e-320, 1e-46, 2**-10, 100)),
     *({"alpha": 1e-45, "train": ["magnitude"]}, {"alpha_pattern": {"lin0": 1e-45}}, {"rank_pattern": {"lin0": 9}}),
     *({"strength": value} for value in (0, 0.0, 0.5, -1, {"lin0": 0.0}, {"lin0": 0.5})),
-    *({"direction": "weight"}, {"detach_norm": True}, {"dvora_dropout": 0.5}, {"norm_cache": False}),
+    *({"direction": "weight"}, {"detach_norm": True}, {"dvora_dropout": 0.5}),
     *({"magnitude_modules": ["lin0"]}, {"projection_init": "structured"}),
 )
 

@@ -58,14 +58,6 @@ def test_a_plain_layer_does_not_measure_it_either() -> None:
     assert same_bits(layer(x), expected)
 
 
-def test_without_constants_the_message_says_which_setting_keeps_them() -> None:
-    model = adapted(norm_cache=False)
-    for _, layer in dvora_layers(model):
-        take_away(layer.base_layer, torch.empty(0))
-    with pytest.raises(RuntimeError, match=r"q_proj: the weight is not in memory .*adapt with norm_cache=True"):
-        outputs(model)
-
-
 def test_nothing_is_merged_into_a_weight_that_is_not_there() -> None:
     model = adapted()
     for _, layer in dvora_layers(model):
