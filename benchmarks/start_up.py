@@ -28,14 +28,14 @@ COMMANDS = {
     "import": ("import dvora", "dvora.DVoRAAdapter", "dvora.DVoRAConfig"),
     "start": (
         *("dvora inspect ABSENT", "dvora count ABSENT", "dvora merge ABSENT --output OUT", "dvora analyze ABSENT"),
-        *("dvora convert ABSENT --to dora --output OUT", "dvora bench ABSENT", "dvora doctor ABSENT"),
+        *("dvora convert ABSENT --to dora --output OUT", "dvora doctor ABSENT"),
         *("dvora report ABSENT", "dvora evaluate ABSENT", "dvora generate ABSENT", "dvora predict ABSENT ABSENT"),
         "dvora train --task text-classification --model ABSENT --data ABSENT.csv",
     ),
 }
 """By what they wait for: nothing; imports; everything that their work needs."""
 LARGE = (
-    *("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "matplotlib", "triton"),
+    *("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "matplotlib"),
     *("torchao", "bitsandbytes", "hqq", "deepspeed", "scipy", "sklearn"),
 )
 RUN = """

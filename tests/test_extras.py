@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from dvora.extras import how_to_install, missing
 
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
-EXTRAS = ("peft", "cli", "report", "triton")
+EXTRAS = ("peft", "cli", "report")
 WITHOUT = """
 import sys
 class Absent:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from dvora.matrices.dense import is_few, keeps_half_dq
-from dvora.matrices.kronecker import block_rows, factors_of_rows, factors_of_size, operations
-from dvora.method.norm import cache_dtype
+from dvora.matrices.kronecker import block_rows, operations
 from dvora.weight.updated_linear import pays
 
 
@@ -124,19 +123,8 @@ def structured_norm(product: Product, rank: int) -> float:
 
 
 def norm_cross(product: Product, rank: int) -> float:
-    """The norm's term `cross` and its gradient, once a step: from C, or from the rows of W where it is not kept."""
-    inputs, outputs, _, _ = product
-    if keeps_cross(product, rank):
-        return 4.0 * outputs * rank
-    # Each row of W meets one vector for every row of the right factor of B.
-    _, vectors = factors_of_rows(min(rank, outputs), *factors_of_size(outputs))
-    return 4.0 * outputs * inputs * vectors
-
-
-def keeps_cross(product: Product, rank: int) -> bool:
-    """Whether `norm_cache="auto"` keeps C of a structured float32 layer."""
-    weight = torch.empty(product.out_features, product.in_features, device="meta")
-    return cache_dtype(weight, rank, "auto") is not None
+    """The norm's term `cross` and its gradient, once a step, from C."""
+    return 4.0 * product.out_features * rank
 
 
 def fast_product(size: int, rank: int) -> float:

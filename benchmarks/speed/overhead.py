@@ -1,8 +1,7 @@
 """What a method adds to every layer whatever its size: kernels that it launches, and the time of the host to do so.
 
 Kernels are counted in the second pass (the first makes what later ones find), on two devices. "cpu" is what runs here.
-"meta" runs nothing and knows no values, but takes the branches that all devices but the CPU take: those of a GPU
-without kernels of its own. What asks for a CUDA device (`use_triton=True`) could be counted on one only.
+"meta" runs nothing and knows no values, but takes the branches that all devices but the CPU take.
 
 Run from the repository's root: python -m benchmarks.speed.overhead
 """
@@ -36,10 +35,6 @@ from dvora.ops.kernel_count import kernels
 RESULT = Path(__file__).parent.parent / "results" / "overhead.json"
 BLOCKS = 8
 ROUNDS = 15
-LEFT_OUT = (
-    "Triton kernels: nothing was counted on a CUDA device",
-    "dvora structured r=1024 off the CPU: its norm reads the weight, which is not there on the meta device",
-)
 
 
 class Route(NamedTuple):
@@ -59,9 +54,6 @@ class Route(NamedTuple):
 FEW, ONE = Route("training, few tokens", 8, training_step), Route("one token", 1, prefill_step)
 ROUTES = (Route("training", 512, training_step), FEW, ONE, Route("prefill", 512, prefill_step))
 ARMS = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), Arm("DoRA", 16), *at_rank(256), *at_rank(1024)]
-"""Structured matrices of rank 1,024 are the case in which C is not kept."""
-WITHOUT_WEIGHTS = [arm for arm in ARMS if arm != Arm("dvora structured", 1024)]
-"""Those that do not read weights in every step."""
 SMALL_ARMS = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), Arm("DoRA", 16), *at_rank(16)]
 """For hidden size 64: no rank may exceed it, or structured matrices come in several blocks."""
 
@@ -76,7 +68,7 @@ def measure(report: Report, quick: bool, rounds: int = ROUNDS) -> None:
             continue
         count(report, llama(1024, 2816, heads=16, blocks=BLOCKS), ARMS, dtype, "cpu")
         # A Llama model asks for the values of its mask, which a tensor on the meta device does not have.
-        count(report, linears(1024, 2816, blocks=BLOCKS), WITHOUT_WEIGHTS, dtype, "meta")
+        count(report, linears(1024, 2816, blocks=BLOCKS), ARMS, dtype, "meta")
         time_host(report, llama(64, 176, heads=4, blocks=BLOCKS), SMALL_ARMS, dtype, rounds)
 
 
@@ -211,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console().print(f"not measured: {miss['what']}: {miss['reason']}", markup=False)
     file: Path | None = chosen.output or (None if chosen.quick else RESULT)
     if file:
-        write(report, file, perf_counter() - start, LEFT_OUT)
+        write(report, file, perf_counter() - start, ())
     return 0
 
 

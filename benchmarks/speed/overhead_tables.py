@@ -32,7 +32,7 @@ def overhead(result: dict[str, Any]) -> dict[str, str]:
         "",
         *_kernels(rows, "cpu"),
         "",
-        "The same layers off the CPU, without kernels of dvora's own:",
+        "The same layers off the CPU:",
         "",
         *_kernels(rows, "meta"),
         "",

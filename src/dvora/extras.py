@@ -4,7 +4,6 @@ _BROUGHT = {
     "peft": ("accelerate", "peft", "transformers"),
     "cli": ("datasets", "filelock", "PIL", "pydantic", "rich", "typer", "yaml"),
     "report": ("jinja2", "matplotlib"),
-    "triton": ("triton",),
 }
 """Of each extra, the modules that are imported from what it installs."""
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from benchmarks.start_up import COMMANDS, LARGE, SOURCE
 
-# PEFT and transformers import the last five where they are installed, which no command that uses PEFT can prevent.
-FOR_PEFT = {"torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "hqq", "triton", "scipy"}
+# PEFT and transformers import the last four where they are installed, which no command that uses PEFT can prevent.
+FOR_PEFT = {"torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "hqq", "scipy"}
 FOR_DATA = FOR_PEFT | {"datasets", "pandas", "pyarrow"}
 FOR_PAGES = FOR_DATA | {"matplotlib"}
 ALLOWED = {
-    **dict.fromkeys(("inspect", "count", "merge", "analyze", "convert", "bench"), FOR_PEFT),
+    **dict.fromkeys(("inspect", "count", "merge", "analyze", "convert"), FOR_PEFT),
     **dict.fromkeys(("doctor", "evaluate", "predict", "generate", "train"), FOR_DATA),
     "report": FOR_PAGES,
 }

@@ -1,1 +1,1 @@
-"""Room of what knows torch only: dtypes, tracing, buffers, Triton."""
+"""Room of what knows torch only: dtypes, tracing, buffers."""
