@@ -1,0 +1,225 @@
+"""Makes the golden files: adapters as the library of commit 24ccd64 saved them, with what their models answered.
+
+The library may be rebuilt; a file that a user has must go on meaning the same. `test_golden_files.py` holds that. So
+these files are made once, by that commit, and are not to be made again because a test fails:
+
+    git worktree add /tmp/before 24ccd64
+    PYTHONPATH=/tmp/before/src:. python -c "from tests.golden.make import make; make()"
+
+A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
+`flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+GOLDEN = Path(__file__).parent
+ANSWERS = "answers.safetensors"
+VOCABULARY, HIDDEN = 40, 32
+TENANTS = ("ann", "bob", "eve")
+
+
+class MLP(nn.Module):
+    """Three linear layers, the last without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1, self.lin2 = nn.Linear(10, 24), nn.Linear(24, 24), nn.Linear(24, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(torch.tanh(self.lin1(torch.tanh(self.lin0(x)))))
+
+
+class Experts(nn.Module):
+    """Two matrices for each of three experts, as stacks; the experts are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(3, 12, 8)), nn.Parameter(torch.empty(3, 8, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.tanh(x @ self.up.mT) @ self.down.mT).mean(0)
+
+
+class Mixture(nn.Module):
+    """A block with experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x)
+
+
+def bert() -> nn.Module:
+    return BertModel(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=16,
+        ),
+        add_pooling_layer=False,
+    )
+
+
+def gpt2() -> nn.Module:
+    sizes = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    return GPT2Model(GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter: its base, and the settings of its configuration."""
+
+    make: Callable[[], nn.Module]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def base(self) -> nn.Module:
+        """The frozen model, whose values are drawn here, so that no other library's way to start matters."""
+        model, generator = self.make().eval().requires_grad_(False), torch.Generator().manual_seed(1)
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                # Biases are about zero, the weights of norms about one.
+                parameter.copy_(name.endswith("weight") + 0.1 * noise)
+        return model
+
+    def inputs(self, rows: int = 3) -> Tensor:
+        """Tokens for the transformers models, else numbers."""
+        generator = torch.Generator().manual_seed(2)
+        if self.make in (bert, gpt2):
+            return torch.randint(3, VOCABULARY, (rows, 5), generator=generator)
+        return torch.randn(rows, 8 if self.make is Mixture else 10, generator=generator)
+
+
+BERT_LAYERS, MLP_LAYERS = ["query", "key", "value", "dense"], ["lin0", "lin1", "lin2"]
+CASES = {
+    "structured": Case(bert, {"r": 16, "target_modules": BERT_LAYERS}),
+    "kaiming_uniform": Case(
+        bert,
+        {
+            "r": 8,
+            "target_modules": BERT_LAYERS,
+            "projection_init": "kaiming_uniform",
+            "projection_seed": 7,
+            "rank_pattern": {"query": 4},
+            "alpha": 12.0,
+            "alpha_pattern": {"value": 2.0},
+        },
+    ),
+    "direction_weight": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "direction": "weight"}),
+    "rank_above_width": Case(MLP, {"r": 40, "target_modules": MLP_LAYERS}),
+    "magnitude_modules": Case(MLP, {"r": 4, "target_modules": ["lin1"], "magnitude_modules": ["lin0", "lin2"]}),
+    "strength": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "strength": 0.5}),
+    "conv1d_and_embedding": Case(gpt2, {"r": 8, "target_modules": ["c_attn", "c_proj", "wte"]}),
+    "expert_stacks": Case(Mixture, {"r": 4, "target_parameters": ["experts.up", "experts.down"]}),
+    "save_projection": Case(
+        MLP,
+        {"r": 4, "target_modules": MLP_LAYERS, "projection_init": "kaiming_uniform", "save_projection": True},
+    ),
+    "peft_vera": Case(MLP, {"r": 4, "target_modules": ["lin1"], "projection_init": "peft_vera(r=4, in=24, out=24)"}),
+    "saved_whole": Case(
+        bert,
+        {
+            "r": 4,
+            "target_modules": ["query"],
+            "bias": "dvora_only",
+            "modules_to_save": ["1.output.LayerNorm"],
+            "trainable_token_indices": [3, 5],
+        },
+    ),
+}
+FLAT = "saved_whole"
+"""The case that is kept as a flat vector too."""
+PACKED = Case(bert, {"r": 4, "target_modules": ["query", "value"]})
+
+
+def trained(case: Case, seed: int = 0) -> PeftModel:
+    """The base with an adapter whose values are far from those that it starts with."""
+    from dvora import DVoRAConfig
+
+    model, generator = get_peft_model(case.base(), DVoRAConfig(**case.settings)).eval(), torch.Generator()
+    generator.manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                # Magnitudes are changed by tens of percent; rows turn by tens of degrees.
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * parameter * noise.flip(0) + 0.3 * noise)
+    return model
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """What `save_pretrained` writes, but for the model card."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Of any of the models, the last hidden state."""
+    y = model(x)
+    return y if isinstance(y, Tensor) else y.last_hidden_state
+
+
+def keep_answers(file: Path, case: Case, *models: nn.Module) -> None:
+    """Inputs, and the outputs of every model for them; they are not those of the base."""
+    x = case.inputs()
+    answers = torch.stack([outputs(model, x) for model in models])
+    assert (answers - outputs(case.base(), x)).abs().max() > 0.1
+    save_file({"inputs": x, "outputs": answers}, file)
+
+
+def write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def make() -> None:
+    from dvora import AdapterBank
+    from dvora.flat import Layout
+
+    for name, case in CASES.items():
+        model = trained(case)
+        save(model, GOLDEN / name)
+        keep_answers(GOLDEN / name / ANSWERS, case, model)
+    model, flat, packs = trained(CASES[FLAT]), GOLDEN / "flat", GOLDEN / "packs"
+    layout = Layout.of(model)
+    flat.mkdir(exist_ok=True)
+    write_json(flat / "layout.json", layout.to_dict())
+    save_file({"vector": layout.to_vector(model)}, flat / "vector.safetensors")
+    write_json(flat / "digests.json", {name: Layout.of(GOLDEN / name).digest for name in CASES})
+
+    packs.mkdir(exist_ok=True)
+    tenants = {name: trained(PACKED, seed) for seed, name in enumerate(TENANTS)}
+    keep_answers(packs / ANSWERS, PACKED, *tenants.values())
+    with TemporaryDirectory() as made:
+        base, folders = Path(made, "base"), Path(made, "adapters")
+        PACKED.base().save_pretrained(base)
+        for name, model in tenants.items():
+            save(model, folders / name)
+        pack = [sys.executable, "-m", "dvora.cli", "bank", "pack", str(folders), "--quiet", "--output"]
+        subprocess.run([*pack, str(packs / "adapters.dvora")], check=True)
+        # With the factors of the rows, which are of this base.
+        subprocess.run([*pack, str(packs / "with_factors.dvora"), "--model", base, "--dtype", "float32"], check=True)
+    with AdapterBank(PACKED.base()) as bank:
+        bank.add_pack(packs / "adapters.dvora")
+        write_json(packs / "digests.json", {name: bank.digest(name) for name in TENANTS})
