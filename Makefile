@@ -30,7 +30,7 @@ test: setup  ## the whole suite, in two processes; WORKERS=8 for more
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # The mathematics and the layers: no models, no compilers.
-CORE := ops matrices method weight training
+CORE := ops matrices method weight test_training.py
 test-core: setup  ## what is fast: the mathematics and the layers
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(CORE:%=tests/%)
 

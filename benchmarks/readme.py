@@ -18,8 +18,6 @@ from benchmarks.quality.equal_bytes_page import parts as equal_bytes_parts
 from benchmarks.quality.grid import FILE, read_grid
 from benchmarks.quality.page import parts as quality_parts
 from benchmarks.quality.schedule import remaining
-from benchmarks.quality.short_trials import lines as short_trials
-from benchmarks.quality.short_trials import other_models
 from benchmarks.quality.summary import result_of
 from benchmarks.reinforcement.tables import reinforcement
 from benchmarks.speakers import table as speakers
@@ -196,9 +194,6 @@ def _results() -> dict[str, str]:
     made["reinforcement"] = reinforcement(_load("reinforcement"))
     contents = {name: _load(name) for name in ("quality", "equal_bytes")}
     whole = {name: result_of(content) for name, content in contents.items()}
-    short = _load("short_trials")["rows"]
-    made["short-trials"] = "\n".join([*short_trials(short, whole["equal_bytes"]), ""])
-    made["short-trials-elsewhere"] = "\n".join([*other_models(short, whole), ""])
     for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
         content, grid = contents[name], read_grid(FILE.parent / f"{name}.yaml")
         missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))

@@ -33,7 +33,8 @@ COMMANDS = (
 )
 TOOLS = ("beartype", "hypothesis", "jaxtyping", "packaging", "psutil", "pytest", "scipy")
 TESTS = (
-    *("tests/ops", "tests/matrices", "tests/method", "tests/weight", "tests/training", "tests/test_peft_hook.py"),
+    *("tests/ops", "tests/matrices", "tests/method", "tests/weight"),
+    *("tests/test_training.py", "tests/test_peft_hook.py"),
     *("tests/tuner/test_config.py", "tests/tuner/test_registration.py", "tests/tuner/test_adapters.py"),
     *("tests/tuner/test_merged.py", "tests/tuner/test_mixed_batch.py", "tests/tuner/test_tasks.py"),
     *("tests/tuner/convert", "tests/tuner/injecting/test_targets.py", "tests/tuner/layers/test_dense_reference.py"),

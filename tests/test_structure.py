@@ -14,20 +14,22 @@ SOURCE = ROOT / "src" / "dvora"
 
 # The rooms, and what a file of each may import beside its own room.
 BELOW_TUNER = ["ops", "matrices", "method", "engines", "weight"]
+BELOW_BANK = [*BELOW_TUNER, "whole_files", "training", "tuner"]
 ROOMS = {
     "ops": [],
+    "whole_files": [],
     "matrices": ["ops"],
     "method": ["ops", "matrices"],
     "engines": ["ops", "matrices", "method"],
     "weight": ["ops", "matrices", "method", "engines"],
     "training": BELOW_TUNER,
     "tuner": BELOW_TUNER,
-    "bank": [*BELOW_TUNER, "training", "tuner"],
-    "tools": [*BELOW_TUNER, "training", "tuner"],
-    "recipes": [*BELOW_TUNER, "training", "tuner", "bank", "tools"],
-    "cli": [*BELOW_TUNER, "training", "tuner", "bank", "tools", "recipes"],
+    "bank": BELOW_BANK,
+    "tools": BELOW_BANK,
+    "recipes": [*BELOW_BANK, "bank", "tools"],
+    "cli": [*BELOW_BANK, "bank", "tools", "recipes"],
 }
-ADDRESSES = {"__init__.py", "extras.py", "peft_hook.py", "flat.py", "functional.py", "doctor.py", "analysis.py"}
+ADDRESSES = {"__init__", "extras", "peft_hook", "flat", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""
 PLAIN = {*BELOW_TUNER, "training"}
 """Rooms of the plain layer."""
@@ -65,8 +67,8 @@ def top_level_imports(path: Path) -> set[str]:
 
 
 def room(path: Path) -> str:
-    """The room of a file; of those of the package itself, their name."""
-    return path.relative_to(SOURCE).parts[0]
+    """The room of a file: a folder of the package, or a file in it."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 def test_every_file_is_in_a_room() -> None:

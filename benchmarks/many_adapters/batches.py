@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_count import kernels
 from benchmarks.many_adapters.arms import Chosen, ManyArm, Models
 from benchmarks.many_adapters.plan import Ground, Phase
 from benchmarks.speed.runner import DTYPES, Report
 from benchmarks.speed.steps import filled_cache, token_step
 from benchmarks.speed.timing import Step, interleaved
-from dvora.ops.kernel_count import kernels
 
 Pass = Callable[[Callable[..., Any]], object]
 """One pass of a model whose adapters are chosen."""

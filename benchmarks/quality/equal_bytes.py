@@ -23,8 +23,8 @@ GENERATION = ("structured_r64", "lora_r1", "lora_r8", "vera_r256", "magnitude")
 GENERATED = ("cron_expressions",)
 MARGIN = 0.3
 """Points by which a cheaper choice may be worse, at most, to become the default."""
-SEARCHED = ("structured_r64", "lora_r8")
-"""Arms that also run with the usual rate of their method, and with one that `find_rate` finds."""
+WITH_DEFAULTS = ("structured_r64", "lora_r8")
+"""Arms that also run with the default rate of their method."""
 LINEAR = "structured_r64_linear"
 SCHEDULES: Mapping[str, str] = {
     "cosine": "structured_r64",
@@ -183,26 +183,13 @@ def schedules(result: Result) -> list[str]:
     return lines
 
 
-def worth_of_search(result: Result) -> list[str]:
-    """What a rate that finds itself gains over the method's usual rate, and what four whole trials gain over it.
-
-    All methods have the same default, so the search would have to be better for each.
-    """
-    lines, is_better = [], []
-    for tuned in SEARCHED:
-        auto, usual = f"{tuned}_auto", f"{tuned}_default"
-        tasks = tasks_of(result, (tuned, auto, usual))
-        found = gain(result, tasks, auto, usual) if tasks else None
-        if found is not None:
-            is_better.append(found.low > 0)
-            lines.append(
-                f"- {ARMS[tuned].label}, a rate that finds itself minus the usual one over {len(tasks)} tasks: "
-                f"{difference(found, 2)}"
-            )
-            if more := gain(result, tasks, tuned, auto):
-                lines.append(f"- {ARMS[tuned].label}, four whole trials minus the search: {difference(more, 2)}")
-    if is_better:
-        lines.append(f"- so {'the search becomes' if all(is_better) else 'a fixed rate stays'} the default")
+def worth_of_tuning(result: Result) -> list[str]:
+    """What the four trials of tuning gain over the method's default rate."""
+    lines = []
+    for tuned in WITH_DEFAULTS:
+        tasks = tasks_of(result, (tuned, f"{tuned}_default"))
+        if tasks and (found := gain(result, tasks, tuned, f"{tuned}_default")) is not None:
+            lines.append(f"- {ARMS[tuned].label}, four trials minus the default rate: {difference(found, 2)}")
     return lines
 
 

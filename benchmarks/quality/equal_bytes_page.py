@@ -18,7 +18,7 @@ from benchmarks.quality.equal_bytes import (
     table,
     tasks_of,
     tuned_at_an_edge,
-    worth_of_search,
+    worth_of_tuning,
 )
 from benchmarks.quality.equal_bytes_settings import lines as settings
 from benchmarks.quality.summary import Result, names_of, result_of
@@ -135,7 +135,7 @@ def _decisions(result: Result) -> list[str]:
     tasks = tasks_of(result, MAIN)
     if not tasks:
         return ["Nothing is decided yet."]
-    lines = [*decisions(result, tasks), *schedules(result), *worth_of_search(result)]
+    lines = [*decisions(result, tasks), *schedules(result), *worth_of_tuning(result)]
     for arm in EVERYWHERE:
         lost = ", ".join(f"{rate:g}: {share:.0%}" for rate, share in rate_excess(result, tasks, arm).items())
         if lost:

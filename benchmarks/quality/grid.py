@@ -48,9 +48,8 @@ class Arm:
         magnitude: whether there is a magnitude with a rate of its own.
         rates: adapter rates that are tried first.
         tuned_as: the arm whose tuned rates this one takes.
-        rate_by: how the adapter's rate is chosen: by the trials of `tuning`; by `dvora.training.find_rate`, as `dvora
-            train --learning-rate auto` does it; or not at all: it is the `centre`.
-        centre: the method's usual rate, for the last two.
+        rate_by: how the adapter's rate is chosen: by the trials of `tuning`, or not at all: it is the `centre`.
+        centre: the method's usual rate.
         base: how the frozen weights are kept: float32, or quantised as nf4 or int8; or those of a base that was
             fine-tuned before.
         precision: dtype of the matrix products.
@@ -70,7 +69,7 @@ class Arm:
     magnitude: bool = False
     rates: tuple[float, ...] = ()
     tuned_as: str | None = None
-    rate_by: Literal["trials", "search", "centre"] = "trials"
+    rate_by: Literal["trials", "centre"] = "trials"
     centre: float = 0.0
     weight_decay: float = 0.0
     base: Literal["float32", "nf4", "int8", "fine_tuned"] = "float32"

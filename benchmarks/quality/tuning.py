@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality.grid import Arm, Grid, Rates, Run
-from dvora.training import find_rate, rate_plan
 
 Rows = Mapping[str, dict[str, Any]]
 """Finished rows by the key of their run."""
@@ -16,9 +15,8 @@ def trials(grid: Grid, task: str, name: str, rows: Rows) -> list[Run]:
 
     Later trials depend on the results of these.
     """
-    rate_by = grid.arms[name].rate_by
-    if rate_by != "trials":
-        return _search(grid, task, name, rows)[0] if rate_by == "search" else []
+    if grid.arms[name].rate_by == "centre":
+        return []
     runs = _first(grid, task, name)
     for following in grid.tuning["later_trials"]:
         if not _finished(runs, rows):
@@ -36,17 +34,14 @@ def chosen(grid: Grid, task: str, name: str, rows: Rows) -> Rates | None:
         return rates and _fitted(grid.arms[name], _scaled(rates, grid.arms[name].rate_factor))
     if grid.arms[name].rate_by == "centre":
         return _at_rate(grid, task, name, grid.arms[name].centre)
-    if grid.arms[name].rate_by == "search":
-        return _search(grid, task, name, rows)[1]
     runs = trials(grid, task, name, rows)
     return _best(runs, rows).rates if len(runs) == trial_count(grid, task, name) and _finished(runs, rows) else None
 
 
 def trial_count(grid: Grid, task: str, name: str) -> int:
     """How many trials a tuned arm gets on a task."""
-    rate_by = grid.arms[name].rate_by
-    if rate_by != "trials":
-        return rate_plan(grid.tasks[task].steps).trials if rate_by == "search" else 0
+    if grid.arms[name].rate_by == "centre":
+        return 0
     later = {
         "one_more": 1,
         "two_more": 2,
@@ -80,28 +75,6 @@ def one_more(losses: Mapping[float, float], between: float) -> float:
 def _first(grid: Grid, task: str, name: str) -> list[Run]:
     every = [_at_rate(grid, task, name, rate) for rate in grid.arms[name].rates]
     return [Run(task, name, "trial", grid.training["tuning_seed"], grid.tasks[task].steps, rates) for rates in every]
-
-
-class _WaitingError(Exception):
-    """A trial of a search has no row yet."""
-
-
-def _search(grid: Grid, task: str, name: str, rows: Rows) -> tuple[list[Run], Rates | None]:
-    """The short trials of a search that are determined by the finished ones, and what it finds once all are there."""
-    wanted: list[Run] = []
-
-    def loss(rate: float, steps: int) -> float:
-        rates = _at_rate(grid, task, name, rate)
-        wanted.append(Run(task, name, "trial", grid.training["tuning_seed"], steps, rates))
-        if wanted[-1].key not in rows:
-            raise _WaitingError
-        return loss_of(rows[wanted[-1].key])
-
-    try:
-        found = find_rate(loss, grid.tasks[task].steps, center=grid.arms[name].centre)
-    except _WaitingError:
-        return wanted, None
-    return wanted, _at_rate(grid, task, name, found.rate)
 
 
 def _at_rate(grid: Grid, task: str, name: str, rate: float) -> Rates:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.kernel_count import kernels
 from benchmarks.speed.arms import BASE, Arm, adapted
 from benchmarks.speed.metrics import Row, Rows, host_seconds, kernels_a_layer, row_of
 from benchmarks.speed.plan import at_rank, linears_64, llama_64
@@ -30,7 +31,6 @@ from benchmarks.speed.runner import DTYPES, Report
 from benchmarks.speed.steps import prefill_step, training_step
 from benchmarks.speed.timing import Step, interleaved, spread
 from benchmarks.speed.workloads import Workload, linears, llama
-from dvora.ops.kernel_count import kernels
 
 RESULT = Path(__file__).parent.parent / "results" / "overhead.json"
 BLOCKS = 8

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dvora.ops.kernel_count import launches
+from benchmarks.kernel_count import launches
 
 
 class Traffic(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.yardstick.tasks import EXPERIMENTS, METHOD
-from dvora.training.optimizer_groups import MAGNITUDE_SHARE
+from dvora.training import MAGNITUDE_SHARE
 
 RANK = 256
 ADAPTER_FILE = "adapter_config.json"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.yardstick.experiments import Experiment, of_task
 from benchmarks.yardstick.tasks import Task
-from dvora.training.optimizer_groups import MAGNITUDE_SHARE, magnitude_rate
+from dvora.training import MAGNITUDE_SHARE, magnitude_rate
 
 
 def describe(task: Task) -> str:

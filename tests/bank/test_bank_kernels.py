@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dvora
+from benchmarks.kernel_count import kernels
 from dvora.bank.hooks import LayerHook
-from dvora.ops.kernel_count import kernels
 from tests.bank.tenants import HEADED, LLAMA, Served, tenants, vectors_of
 from tests.tuner.flat.adapters import Kind, saved
 from tests.tuner.tiny import inputs

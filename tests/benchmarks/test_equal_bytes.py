@@ -65,13 +65,9 @@ def test_the_same_scores_decide_for_the_cheaper_kind_and_the_smaller_rank() -> N
     assert len(lines) == 2
 
 
-@pytest.mark.parametrize(("auto", "verdict"), [(40, "so the search becomes"), (30, "so a fixed rate stays")])
-def test_a_search_becomes_the_default_if_it_is_better_for_each_method(auto: int, verdict: str) -> None:
-    better = {"lora_r8": [45], "lora_r8_auto": [40], "lora_r8_default": [30]}
-    other = {"structured_r64": [45], "structured_r64_auto": [auto], "structured_r64_default": [30]}
-    lines = equal_bytes.worth_of_search(result({**better, **other}))
-    assert f"four whole trials minus the search: {2.0 * (45 - auto):+.2f}" in lines[1]
-    assert verdict in lines[-1]
+def test_tuning_is_compared_with_the_default_rate() -> None:
+    lines = equal_bytes.worth_of_tuning(result({"lora_r8": [45], "lora_r8_default": [30]}))
+    assert lines == ["- LoRA r=8, four trials minus the default rate: +30.00: +18.00 to +42.00"]
 
 
 @pytest.mark.parametrize(("cosine", "verdict"), [(40, "cosine becomes"), (30, "linear stays")])

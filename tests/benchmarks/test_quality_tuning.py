@@ -67,19 +67,6 @@ def test_the_one_more_is_between_the_best_and_the_better_of_its_neighbours(best:
     assert rates[3] == Rates(pytest.approx(0.02 * factor), pytest.approx(9e-3 * factor), 1e-3)
 
 
-def test_a_search_makes_short_trials_around_the_usual_rate_and_takes_the_best() -> None:
-    rows = carried_out("countries", "structured_r64_auto", best_near(0.06, magnitude=0.06 * 0.45), SECOND)
-    made = trials(SECOND, "countries", "structured_r64_auto", rows)
-    assert [run.rates.adapter for run in made if run.rates] == pytest.approx([0.0067, 0.02, 0.06])
-    assert {run.steps for run in made} == {33}
-    assert chosen(SECOND, "countries", "structured_r64_auto", rows) == Rates(
-        pytest.approx(0.06), pytest.approx(0.027), 1e-3
-    )
-    rows.pop(made[-1].key)
-    assert chosen(SECOND, "countries", "structured_r64_auto", rows) is None
-    assert remaining(SECOND, rows, ["countries"], ["structured_r64_auto"]) == 1 + 2
-
-
 def test_the_usual_rate_needs_no_trial() -> None:
     assert trials(SECOND, "countries", "lora_r8_default", {}) == []
     assert chosen(SECOND, "countries", "lora_r8_default", {}) == Rates(pytest.approx(0.001), None, 1e-3)
@@ -192,7 +179,7 @@ def test_every_row_of_the_result_file_is_of_the_grid() -> None:
         ({"tasks": ["chess"]}, ValueError, "names the task 'chess'"),
         ({"tuned_as": "frozen"}, ValueError, "tuned as 'frozen', which is no arm with rates"),
         ({"tuned_as": "nothing"}, ValueError, "tuned as 'nothing'"),
-        ({"rate_by": "search", "centre": 0.01}, ValueError, "needs a centre and rates"),
+        ({"rate_by": "centre", "centre": 0.01}, ValueError, "needs a centre and rates"),
         ({"one_rate": True, "rates": [0.1, 0.2, 0.3]}, ValueError, "give it tuned_as"),
         ({"colour": "red"}, TypeError, "colour"),
     ],

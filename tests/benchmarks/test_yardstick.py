@@ -37,8 +37,7 @@ from benchmarks.yardstick.tryout.cpu import _Posing
 from benchmarks.yardstick.tryout.prepare import SHORT
 from benchmarks.yardstick.tryout.text import write_text
 from dvora import DVoRAConfig
-from dvora.training import parameter_groups
-from dvora.training.optimizer_groups import Group
+from dvora.training import Group, parameter_groups
 
 ROOT = Path(__file__).parent.parent.parent
 WIDTH, INNER, KEYS, BLOCKS = 24, 40, 8, 2

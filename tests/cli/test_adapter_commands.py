@@ -1,4 +1,4 @@
-"""inspect, count, merge, convert and bench: their examples run, their errors are one line, their JSON is whole."""
+"""inspect, count, merge and convert: their examples run, their errors are one line, their JSON is whole."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dvora.cli import bench, convert, count, inspect, merge
+from dvora.cli import convert, count, inspect, merge
 from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
@@ -21,7 +21,6 @@ EXAMPLES = {
         "count": count,
         "merge": merge,
         "convert": convert,
-        "bench": bench,
     }.items()
 }
 
@@ -83,8 +82,6 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
         ("dvora convert adapter --to lora --output lora", 2, "is no LoRA"),
         ("dvora convert adapter --to ia3 --output ia3", 2, "unknown --to 'ia3', expected one of dora, dvora, dense"),
         ("dvora convert vera-adapter --to dora --output new", 1, "only adapters of dvora are converted to dora"),
-        ("dvora bench base --dtype int4", 2, "unknown --dtype 'int4'"),
-        ("dvora bench base --methods lorra", 1, "unknown method 'lorra'"),
     ],
 )
 def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:

@@ -45,15 +45,6 @@ def test_an_evaluation_names_its_part_and_metrics() -> None:
     assert line == "step 504 of 1000, validation: loss 0.5, macro f1 0.25 (best so far)"
 
 
-def test_the_steps_of_a_trial_are_none_of_the_run_s() -> None:
-    stderr = io.StringIO()
-    with redirect_stderr(stderr), shown_progress(quiet=False) as on_progress:
-        assert on_progress
-        on_progress(at(10, trial=1))
-        on_progress(at(1000, trial=2))
-    assert not stderr.getvalue()
-
-
 def test_nothing_is_said_quietly() -> None:
     with shown_progress(quiet=True) as on_progress:
         assert on_progress is None

@@ -17,7 +17,7 @@ from dvora.cli.app import app
 from dvora.cli.train import train as train_command
 from dvora.recipes.finished.evaluation import evaluate_run
 from dvora.recipes.run_folder import read_run
-from dvora.recipes.settings import LEARNING_RATES, options
+from dvora.recipes.settings import options
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -104,7 +104,7 @@ def test_a_run_as_json(desk: Path) -> None:
         (["--weight_decai", "1"], "did you mean --weight-decay"),
         (
             ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv", "--learning-rate", "fast"],
-            "learning_rate is 'fast': expected a number above zero, or auto",
+            "Invalid value for '--learning-rate': Input should be a valid number",
         ),
         (["--zzz"], "No such option --zzz; dvora train --help"),
         (["--learning-rates", "head: ["], "learning_rates is 'head: ['"),
@@ -185,63 +185,23 @@ def test_a_killed_run_goes_on_and_signals_stop_it_with_a_checkpoint(desk: Path) 
         assert max(int(path.name.partition("-")[2]) for path in folder.iterdir()) == int(last.split()[3].rstrip(";"))
 
 
-AUTO = [*TRAINED, "--learning-rate", "auto", "--batch-size", "4"]
+def test_a_search_for_the_rate_in_old_settings_is_refused_in_one_line(desk: Path) -> None:
+    (desk / "old.yaml").write_text("task: text-classification\nmodel: m\ndata: a.csv\nlearning_rate: auto\n")
+    result = typed("old.yaml", "-o", "never")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "old.yaml: learning_rate is 'auto': the search for a learning rate was removed" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (desk / "never").exists()
 
 
-def test_a_rate_that_finds_itself(desk: Path) -> None:
-    result = typed(*AUTO, "-o", "found", "--max-steps", "120")
-    assert result.exit_code == 0, result.output
-    assert "learning rate: up to 3 trials of 8 steps will find it, 20% of the run's 120 steps" in result.stderr
-    assert f"trial 3: learning rate {3 * LEARNING_RATES['dvora']:g}, validation loss" in result.stderr
-    # Trials are notes when they end, and no steps of the run.
-    assert "step 1 of 8" not in result.stderr
-    rate = json.loads((desk / "found" / "run.json").read_text())["rate_search"]["rate"]
-    assert " ".join(["learning", "rate", f"{rate:g}"]) in " ".join(result.stdout.split())
-    assert "learning_rate: auto\n" in typed("found", "--print-config").stdout
-    assert typed("found", "--learning-rate", "0.01", "--print-config").stdout.count("learning_rate: 0.01\n") == 1
-
-
-def test_trials_that_are_interrupted_go_on(desk: Path) -> None:
-    running = process(*AUTO, "-o", "interrupted", "--max-steps", "2500")
-    wait_for(running, "trial 1:")
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130, errors
-    again = ["dvora", "train", str(Path("interrupted") / "config.yaml"), "--resume"]
-    last = errors.splitlines()[-1]
-    assert last.startswith("stopped before the first step; go on with: ")
-    assert shlex.split(last.partition("go on with: ")[2]) == again
-    trials = json.loads((desk / "interrupted" / "run.json").read_text())["rate_search"]["trials"]
-    assert [trial["rate"] for trial in trials] == [float(f"{LEARNING_RATES['dvora'] / 3:.2g}")]
-    going = process("interrupted", "--resume")
-    assert going.stderr
-    assert (
-        next(line for line in going.stderr if line.startswith("trial 1:")).strip().endswith(f"{trials[0]['loss']:.4g}")
-    )
-    going.kill()
-    going.communicate()
-
-
-def test_two_processes_find_one_rate_and_train_as_one(desk: Path) -> None:
+def test_two_processes_train_as_one(desk: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    shown, rate = [], "auto"
-    for output in ("together", "by hand"):
-        length = ["--epochs", "10", "--json", "--seed", "3", "--learning-rate", rate]
-        running = process(*AUTO, *length, "-o", output, launcher=launcher)
-        results, errors = running.communicate(timeout=240)
-        assert running.returncode == 0, errors
-        # One of them writes.
-        shown += [json.loads(line) for line in results.splitlines()]
-        if rate == "auto":
-            rate = str(shown[0]["learning_rate"])
-            assert len([line for line in errors.splitlines() if line.startswith("trial ")]) == 3
-    # Two batches of 4 rows a step of 96 rows.
-    assert [each["steps"] for each in shown] == [120, 120]
-    assert shown[0]["metrics"] == shown[1]["metrics"]
-    first, second = (
-        (desk / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("together", "by hand")
-    )
-    assert first == second
+    options = ["-o", "together", "--epochs", "10", "--json", "--seed", "3", "--batch-size", "4"]
+    running = process(*TRAINED, *options, launcher=launcher)
+    results, errors = running.communicate(timeout=240)
+    assert running.returncode == 0, errors
+    # One of them writes. Two batches of 4 rows a step of 96 rows.
+    assert [json.loads(line)["steps"] for line in results.splitlines()] == [120]
     record = json.loads((desk / "together" / "run.json").read_text())
     assert record["processes"] == 2
     again, recorded = evaluate_run(read_run(desk / "together")).metrics["test"], record["metrics"]["test"]

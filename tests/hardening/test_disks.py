@@ -125,7 +125,6 @@ def test_a_folder_without_write_permission_is_reported(forks: Forks, strangers_d
         ("reviews.csv", f"{TRAIN} -o out"),
         ("base/model.safetensors", f"{TRAIN} -o out"),
         ("base/config.json", "count base"),
-        ("base/model.safetensors", "bench base"),
         ("base/model.safetensors", "merge adapter --model base -o out"),
         ("adapter/adapter_model.safetensors", "inspect adapter"),
         ("adapter/adapter_model.safetensors", "merge adapter --model base -o out"),

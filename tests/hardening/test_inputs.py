@@ -101,7 +101,6 @@ WRONG: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
     "another base": (nothing, "merge adapter --model language -o out", 1, ""),
     "a name on the hub": (nothing, f"{TRAIN} -m nobody/nothing", 2, "the hub cannot be reached"),
     "a name on the hub, counted": (nothing, "count nobody/nothing", 1, "give a folder, or set HF_HUB_OFFLINE=1"),
-    "a name on the hub, timed": (nothing, "bench nobody/nothing", 1, "the hub cannot be reached"),
     "a name on the hub, merged": (nothing, "merge adapter --model nobody/nothing -o out", 1, "hub cannot be reached"),
     "a folder that is full": (nothing, f"{TRAIN} -o base", 2, "is not empty (it holds"),
     "a file as output": (nothing, f"{TRAIN} -o reviews.csv", 1, "reviews.csv"),

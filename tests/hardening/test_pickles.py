@@ -62,7 +62,6 @@ def test_a_pickled_adapter_is_refused(forks: Forks, desk: Path, mark: Path, comm
         ("merge adapter --model base -o out", 1),
         ("inspect adapter --model base", 1),
         ("convert adapter --model base --to dense -o out", 1),
-        ("bench base", 1),
     ],
 )
 def test_a_pickled_model_is_refused(forks: Forks, desk: Path, mark: Path, command: str, code: int) -> None:
@@ -113,7 +112,6 @@ def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path,
     [
         (TRAIN, 2, "give --trust-remote-code"),
         ("count base", 1, "code that comes with it, which is not run"),
-        ("bench base", 1, "code that comes with it, which is not run"),
         ("merge adapter --model base -o out", 1, "code that comes with it, which is not run"),
         ("convert adapter --model base --to dora -o out", 1, "code that comes with it, which is not run"),
         ("inspect adapter --model base", 1, "code that comes with it, which is not run"),

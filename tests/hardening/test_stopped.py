@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dvora.ops.whole_files import new_folder
 from dvora.recipes.run_folder import locked
+from dvora.whole_files import new_folder
 from tests.hardening.errors import TRAIN, assert_error
 from tests.hardening.forks import Forks
 from tests.hardening.test_kills import contents, names
@@ -20,7 +20,6 @@ LONG = {
     "merge": "merge adapter -o out --json",
     "convert": "convert adapter --to dora -o out --json",
     "inspect": "inspect adapter --model base --json",
-    "bench": "bench base --rounds 50 --json",
 }
 
 

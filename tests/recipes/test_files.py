@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dvora.ops.whole_files import write_atomically
 from dvora.recipes.files import typed
+from dvora.whole_files import write_atomically
 
 
 def test_a_link_stays_a_link_where_somebody_typed_its_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dvora import training
 from dvora.recipes.settings import (
     HEAD_RATE,
     LEARNING_RATES,
@@ -15,7 +16,6 @@ from dvora.recipes.settings import (
     read_settings,
     resolved,
 )
-from dvora.training import optimizer_groups as training
 
 LEAST: dict[str, Any] = {"task": "regression", "model": "a/b", "data": "x.csv"}
 
@@ -41,11 +41,15 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rat": 1}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
         ({"task": "regresion"}, "task is 'regresion', did you mean 'regression'"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast': expected a number above zero, or auto"),
-        ({"learning_rate": 0}, "learning_rate is 0: expected a number above zero, or auto"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast': expected a number above zero"),
+        ({"learning_rate": 0}, "learning_rate is 0: expected a number above zero"),
         ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': expected"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: expected"),
         ({"learning_rate": float("inf")}, "learning_rate is inf: expected"),
+        (
+            {"learning_rate": "auto"},
+            "learning_rate is 'auto': the search for a learning rate was removed; write",
+        ),
         ({"learning_rate": [0.1]}, "learning_rate is .0.1.: expected"),
         ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
         ({"data": []}, "data is"),
@@ -79,8 +83,8 @@ def test_yaml_s_traps_are_read_as_they_are_meant(tmp_path: Path) -> None:
     assert (found.mixed_precision, found.learning_rate, found.model, found.data) == ("no", 1e-4, "other", ("x.csv",))
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("auto", "auto"), ("1e-4", 1e-4), ("3", 3.0), ("null", None)])
-def test_a_learning_rate_is_a_number_or_auto(tmp_path: Path, typed: str, meant: object) -> None:
+@pytest.mark.parametrize(("typed", "meant"), [("1e-4", 1e-4), ("3", 3.0), ("null", None)])
+def test_a_learning_rate_is_a_number_or_left_out(tmp_path: Path, typed: str, meant: object) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(f"task: regression\nmodel: m\ndata: x.csv\nlearning_rate: {typed}\n")
     found = read_settings(file, {})
@@ -90,9 +94,8 @@ def test_a_learning_rate_is_a_number_or_auto(tmp_path: Path, typed: str, meant: 
 
 def test_only_a_number_is_a_rate_to_train_with() -> None:
     assert checked_settings({**LEAST, "learning_rate": "0.02"}, "").rate == 0.02
-    for left_out in (None, "auto"):
-        with pytest.raises(ValueError, match="expected a number: resolve the settings first"):
-            assert checked_settings({**LEAST, "learning_rate": left_out}, "").rate
+    with pytest.raises(ValueError, match="expected a number: resolve the settings first"):
+        assert checked_settings(LEAST, "").rate
 
 
 @pytest.mark.parametrize("content", [b"- a\n", b"text", b"a: [", b"\xff\xfe\x00", b"a: 1\na\n"])
@@ -111,7 +114,6 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
     assert found.data == (str(tmp_path / "x.csv"),)
     assert found.output == str(tmp_path / "dvora-run")
     assert (found.model, found.rank, found.learning_rate) == ("a/b", 256, LEARNING_RATES["dvora"])
-    assert resolved(checked_settings({**LEAST, "learning_rate": "auto"}, "")).learning_rate == "auto"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,6 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
         ({"method": "full"}, {"head": HEAD_RATE}),
         ({"learning_rates": {"head": 0.5, "magnitude": 0.1}}, {"head": 0.5, "magnitude": 0.1}),
         ({"learning_rate": 0.01}, {}),
-        ({"learning_rate": "auto"}, {}),
         ({"method": "head"}, {}),
         ({"task": "causal-lm"}, {}),
     ],

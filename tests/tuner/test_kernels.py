@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import dvora
-from dvora.ops.kernel_count import beyond_base, kernels
+from benchmarks.kernel_count import beyond_base, kernels
 
 BLOCKS, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = BLOCKS * len(TARGETS)

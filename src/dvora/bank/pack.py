@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..ops.annotations import Float
-from ..ops.whole_files import claimed, new_folder
 from ..tuner.flat.content import Content
+from ..whole_files import claimed, new_folder
 from .pack_index import DTYPES, UNKNOWN, Entry, Index, RowFormat, check_name, checksum, read_index
 from .saved import SETTINGS, VALUES, AdapterFiles, described, file_sizes, header_length, told_of
 from .sources import AdapterValues, FolderSource, as_bytes, values_in

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..method.validation import checked_not_negative
 from ..ops.annotations import Float
-from ..training.optimizer_groups import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, magnitude_rate
+from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, magnitude_rate
 from .trainable import TrainableAdapters
 
 

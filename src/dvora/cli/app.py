@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bank, bench, convert, count, doctor, inspect, merge, report
+from . import analyze, bank, convert, count, doctor, inspect, merge, report
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
 from .generate import generate
@@ -50,7 +50,6 @@ app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert_command)
 app.add_typer(bank.app, name="bank")
-app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
 
 
 def main() -> None:

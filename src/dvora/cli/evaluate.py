@@ -67,11 +67,11 @@ def evaluate(
     with one_line(debug), wrong_input():
         if output is not None:
             check_writable(output)
-        from ..ops.whole_files import write_atomically
         from ..recipes.files import typed
         from ..recipes.finished.evaluation import evaluate_run
         from ..recipes.models.hub import Trust
         from ..recipes.run_folder import read_run
+        from ..whole_files import write_atomically
 
         found = read_run(run, Trust(own_code, download))
         evaluation = evaluate_run(found, data or [], columns, base)

@@ -120,9 +120,9 @@ def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output
 
 def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
     """Write a file of predictions; returns how many there are of what."""
-    from ..ops.whole_files import new_file
     from ..recipes.data.row_files import writer_for
     from ..recipes.files import typed
+    from ..whole_files import new_file
 
     counts: Counter[str] = Counter()
     rows = 0

@@ -31,9 +31,7 @@ def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
 
 
 def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -> None:
-    """An evaluation, the first estimate, or a tenth of the run; a trial of a learning rate is a note when it ends."""
-    if progress.trial:
-        return
+    """An evaluation, the first estimate, or a tenth of the run."""
     tenth = progress.step * 10 // progress.steps > (progress.step - 1) * 10 // progress.steps
     if progress.metrics is not None:
         say(evaluation_line(progress))
@@ -81,7 +79,6 @@ def _update(bar: Any, task: Any, progress: "Progress") -> None:
     _show(progress, lambda line: bar.console.print(visible(line), markup=False), every_tenth=False)
     if progress.metrics is None:
         said = [
-            f"trial {progress.trial} of a learning rate" if progress.trial else "",
             _loss(progress),
             "" if progress.seconds_left is None else f"{_clock(progress.seconds_left)} left",
             f"{progress.memory / 1e6:,.0f} MB of memory" if progress.memory else "",

@@ -139,8 +139,7 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         return
     if outcome.run is None:
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
-        where = f"after step {outcome.stopped_at}" if outcome.stopped_at else "before the first step"
-        print_line(f"stopped {where}; go on with: {again}")
+        print_line(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
     output.result(_shown(outcome.run, output.as_json), title=f"{settings.method} on {settings.task}")
     output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")
@@ -153,7 +152,6 @@ def shown_path(folder: Path) -> str:
 
 
 def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
-    from ..recipes.run_folder import SEARCH
     from ..recipes.tasks.metrics import metric_rows
     from ..recipes.tasks.task import Truncation
 
@@ -166,7 +164,6 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
         "trained_parameters": record["trained_parameters"],
         "best_step": record["best_step"],
         "steps": record["steps"],
-        **({"learning_rate": record[SEARCH].get("rate")} if SEARCH in record else {}),
         "seconds": round(record["seconds"], 1),
         "rows": record["data"]["rows"],
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),

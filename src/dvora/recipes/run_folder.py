@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..ops.whole_files import remove, write_atomically
+from ..whole_files import remove, write_atomically
 from .files import check_no_links, read_json
 from .models.adapter_folder import adapter_on, check_labels, checked_labels, read_adapter, shapes_in
 from .models.bases import Base, load_base, load_processor, quiet_transformers
@@ -16,8 +16,6 @@ from .models.hub import NOTHING, Trust
 from .settings import Settings, checked_settings, commented
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
-SEARCH = "rate_search"
-"""In the record of a run: the trials of learning rates and what they found, if the settings left the rate to them."""
 HEAD_FILE = "head.safetensors"
 """What the method "head" saves in the adapter's folder."""
 HEAD_ALONE = "head_alone.safetensors"
@@ -52,7 +50,7 @@ class Run:
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_parameters": int,
-    "seconds": (int, float), "truncation": dict, "max_length": int, SEARCH: dict,
+    "seconds": (int, float), "truncation": dict, "max_length": int,
 }  # fmt: skip
 """What the record of a finished run may have beside its state, settings and labels."""
 _DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}

@@ -29,8 +29,6 @@ RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
-AUTO: Literal["auto"] = "auto"
-"""The learning rate that short trials find; as the default of `Settings.learning_rate` it would be every run's."""
 OWN_CODE = "trust_remote_code"
 """Was a setting once; now only the caller can allow it."""
 LARGEST_CONFIG = 2**18
@@ -113,8 +111,8 @@ class Settings(BaseModel):
     projection_seed: int = _method("seed of the random matrices of dvora and vera", 0, ge=0, lt=2**32, rare=True)
     dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1, rare=True)
 
-    learning_rate: Literal["auto"] | float | None = _training(
-        f"learning rate, or {AUTO}: short trials before the run, in a fifth of its steps, find one",
+    learning_rate: float | None = _training(
+        "learning rate",
         None,
         null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}",
     )
@@ -171,7 +169,7 @@ class Settings(BaseModel):
         """The learning rate, of settings that have a number for it.
 
         Raises:
-            ValueError: it is left to the method, or to trials.
+            ValueError: it is left to the method.
         """
         if not isinstance(self.learning_rate, float):
             raise ValueError(f"learning_rate is {self.learning_rate!r}, expected a number: resolve the settings first")
@@ -184,15 +182,21 @@ class Settings(BaseModel):
 
     @field_validator("learning_rate", mode="before")
     @classmethod
-    def _a_rate_or_auto(cls, value: object) -> object:
-        if value is None or value == AUTO:
+    def _a_rate_above_zero(cls, value: object) -> object:
+        if value is None:
             return value
+        if value == "auto":
+            # A setting of earlier versions, in files of settings and in records of runs.
+            raise ValueError(
+                "the search for a learning rate was removed; write a number, or null for the method's default (a "
+                "finished run has the rate that it found in run.json, under rate_search)"
+            )
         try:
             rate = float(cast(Any, value))
         except (TypeError, ValueError, OverflowError):
             rate = 0.0
         if not (isfinite(rate) and rate > 0):
-            raise ValueError(f"expected a number above zero, or {AUTO}")
+            raise ValueError("expected a number above zero")
         return rate
 
     @field_validator("learning_rates", mode="before")

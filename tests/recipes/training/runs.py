@@ -46,11 +46,11 @@ class Run:
         )
 
 
-def signal_after(step: int, number: int = signal.SIGINT, trial: int = 0) -> OnProgress:
-    """Sends this process a signal after a step of the run, or of one of its trials of a learning rate."""
+def signal_after(step: int, number: int = signal.SIGINT) -> OnProgress:
+    """Sends this process a signal after a step."""
 
     def on_progress(progress: Progress) -> None:
-        if (progress.trial, progress.step) == (trial, step) and progress.metrics is None:
+        if progress.step == step and progress.metrics is None:
             os.kill(os.getpid(), number)
 
     return on_progress

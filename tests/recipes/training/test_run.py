@@ -16,7 +16,7 @@ from dvora.recipes.training.checkpoints import checkpoints
 from dvora.recipes.training.run import InputError, train
 from dvora.recipes.training.trainers import length_of_run
 from dvora.recipes.training.watching import Progress
-from dvora.training.optimizer_groups import MAGNITUDE_SHARE
+from dvora.training import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
 from tests.recipes.training.runs import TASKS, Run, assert_same, signal_after, trained_parameters
 

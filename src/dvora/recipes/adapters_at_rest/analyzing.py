@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...ops.whole_files import new_file
 from ...tools.analysis import Analysis, analyze
+from ...whole_files import new_file
 from ..models.adapter_folder import SETTINGS, read_adapter
 from ..models.adapters import load_adapted, with_another
 from ..run_folder import ADAPTER, RECORD

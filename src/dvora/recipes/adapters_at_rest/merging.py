@@ -11,10 +11,10 @@ from huggingface_hub import constants
 from peft import PeftModel
 from transformers.utils.hub import cached_file
 
-from ...ops.whole_files import check_new_folder, new_folder
 from ...tuner.merging import merge_model
 from ...tuner.model import DVoRAModel
 from ...weight.merge import MergePrecisionWarning
+from ...whole_files import check_new_folder, new_folder
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import base_class, load_adapted, of_base
 from ..models.architectures import config_of, load_base, quietly

@@ -10,15 +10,15 @@ from typing import Any
 from markupsafe import Markup, escape
 from peft import PeftModel
 
-from ...ops.whole_files import write_atomically
 from ...tools.analysis import analyze
 from ...tools.analysis.pictures import magnitude_and_direction
 from ...tools.doctor import Examination, examine
 from ...tools.pages.page import Section, Table, page
 from ...tools.pages.text import shown
+from ...whole_files import write_atomically
 from ..data.images import opened_image
 from ..models.hub import NOTHING, Trust, offline
-from ..run_folder import SEARCH, Run, load_trained, read_run
+from ..run_folder import Run, load_trained, read_run
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .comparison import Compared, compared, continuations
@@ -103,7 +103,7 @@ def _trained(run: Run) -> Section:
         "rows": ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items()),
         "method": settings.method,
         "rank": settings.rank,
-        "learning rate": _rate(run),
+        "learning rate": settings.learning_rate,
         "other rates": ", ".join(f"{name} {rate:.3g}" for name, rate in record.get("learning_rates", {}).items()),
         "steps": record["steps"],
         "kept step": record["best_step"],
@@ -115,16 +115,6 @@ def _trained(run: Run) -> Section:
     }
     rows = [{"": name, " ": shown(value)} for name, value in facts.items() if value not in (None, "")]
     return Section("What was trained", [], tables=[Table(rows)])
-
-
-def _rate(run: Run) -> float | str | None:
-    """The learning rate, and how it was found if trials did."""
-    search = run.record.get(SEARCH)
-    if search is None:
-        return run.settings.learning_rate
-    trials = search.get("trials")
-    how = f", found by {len(trials)} trials" if isinstance(trials, list) and trials else ""
-    return shown(search.get("rate")) + how
 
 
 def _cut(run: Run) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...ops.annotations import Float
-from ...ops.whole_files import write_atomically
+from ...whole_files import write_atomically
 from ..models.bases import computing, device_of
 from ..settings import Settings
 from .metrics import class_metrics, number_metrics

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...ops.whole_files import remove, write_atomically
+from ...whole_files import remove, write_atomically
 from ..files import read_json
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")

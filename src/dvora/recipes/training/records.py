@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.run_data import Data
-from ..run_folder import CONFIG, LOCK, SEARCH, is_leftover, world_size
+from ..run_folder import CONFIG, LOCK, is_leftover, world_size
 from ..settings import Settings
 
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -28,8 +28,6 @@ def start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None)
         "processes": world_size(),
         "seconds": earlier["seconds"] if earlier else 0.0,
     }
-    if earlier and SEARCH in earlier:
-        record[SEARCH] = earlier[SEARCH]
     if earlier and earlier["data"]["files"] != data.record["files"]:
         changed = [path for path, found in data.record["files"].items() if earlier["data"]["files"].get(path) != found]
         raise ValueError(f"{changed[0]} has changed since the run started; start another one, into another folder")

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...ops.whole_files import new_folder, remove
+from ...whole_files import new_folder, remove
 from ..data.run_data import Data, load_data
 from ..models.bases import load_base, load_processor, quiet_transformers
 from ..models.hub import NAMED, Trust
@@ -26,12 +26,11 @@ from ..run_folder import (
     write_record,
 )
 from ..settings import Settings, resolved
-from ..tasks.head_alone import HeadAlone, fitted_head, last_layer
+from ..tasks.head_alone import fitted_head, last_layer
 from ..tasks.task import Truncation, features, longest, task_parts
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
-from .rate_trials import Reports, StoppedError, check_trials, found, settled
 from .records import check_resumable, start_record
 from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
@@ -49,7 +48,7 @@ class Outcome:
 
     Args:
         run: finished, and as it lies in its folder; None if training was stopped.
-        stopped_at: the step whose checkpoint training goes on from, 0: from the beginning; None if it is finished.
+        stopped_at: the step whose checkpoint training goes on from; None if it is finished.
     """
 
     run: Run | None
@@ -70,8 +69,8 @@ def train(
     Args:
         settings: of the run; they are resolved first.
         resume: go on in a folder that holds an unfinished run; a finished one is returned as it is.
-        on_progress: called after every step and evaluation, and every step of a trial of a learning rate.
-        note: called with what was guessed, assumed, removed and cut, and with what trials cost and find.
+        on_progress: called after every step and evaluation.
+        note: called with what was guessed, assumed, removed and cut.
         trust: what is allowed to get the model, which the settings name.
 
     Raises:
@@ -93,7 +92,7 @@ def train(
             data = load_data(settings)
             started = start_record(settings, data, record)
             prepared = _prepared(settings, data, started, note, trust)
-        return _trained(prepared, started, on_progress, note)
+        return _trained(prepared, started, on_progress)
 
 
 @contextmanager
@@ -116,25 +115,22 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None, note: Note) -> Outcome:
-    # On record the learning rate stays as it was set, which may be "auto".
-    settings = prepared.settings
-    folder = Path(settings.output)
+def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None) -> Outcome:
+    folder = Path(prepared.settings.output)
     stop, begun = StopRequest(), time.monotonic()
-    try:
-        prepared = _with_a_rate(prepared, record, Reports(stop, on_progress, note, lambda: _save(folder, record)))
-    except StoppedError:
-        return _stopped(folder, record, begun, 0)
     last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
     with _input_errors():
         record["learning_rates"] = learning_rates(prepared.model, prepared.settings)
         trainer, watching = make_trainer(prepared, stop, on_progress, last)
-    _begin(folder, settings, record, prepared.head_alone)
+    if is_first():
+        _begin(folder, prepared, record)
     with stop.listening(), errors_of_damage(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if watching.was_stopped:
-        return _stopped(folder, record, begun, trainer.state.global_step)
     record["seconds"] += time.monotonic() - begun
+    if watching.was_stopped:
+        if is_first():
+            write_record(folder, record)
+        return Outcome(None, trainer.state.global_step)
     # Before the final evaluations, which the trainer logs as if they were of this step.
     history = _history(trainer.state.log_history)
     record |= {
@@ -148,48 +144,18 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
     }
     if is_first():
         _finish(folder, prepared, record)
-    return Outcome(Run(folder, settings, prepared.data.labels, folder / ADAPTER, record), None)
+    return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
 
 
-def _with_a_rate(prepared: Prepared, record: dict[str, Any], reports: Reports) -> Prepared:
-    """The run with a number for its learning rate, which trials find if it is left to them.
-
-    Raises:
-        StoppedError: somebody asked to stop during the trials.
-    """
-    with _input_errors():
-        settings = settled(prepared, record, reports.note)
-        if settings is None:
-            check_trials(prepared)
-    if settings is None:
-        _begin(Path(prepared.settings.output), prepared.settings, record, prepared.head_alone)
-        with reports.stop.listening():
-            settings = found(prepared, record, reports)
-    return replace(prepared, settings=settings)
-
-
-def _begin(folder: Path, settings: Settings, record: dict[str, Any], head_alone: tuple[HeadAlone, Any] | None) -> None:
+def _begin(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write what makes a folder that of a run, and remove what an earlier start left half-written."""
-    if not is_first():
-        return
     remove_leftovers(folder)
-    write_config(folder, settings)
+    write_config(folder, prepared.settings)
     # First: what it names is a run, which can be resumed if the disk is full now.
     write_record(folder, record)
-    if head_alone is not None:
-        head_alone[0].save(folder / HEAD_ALONE)
+    if prepared.head_alone is not None:
+        prepared.head_alone[0].save(folder / HEAD_ALONE)
     remove_incomplete(folder / CHECKPOINTS)
-
-
-def _stopped(folder: Path, record: dict[str, Any], begun: float, step: int) -> Outcome:
-    record["seconds"] += time.monotonic() - begun
-    _save(folder, record)
-    return Outcome(None, step)
-
-
-def _save(folder: Path, record: dict[str, Any]) -> None:
-    if is_first():
-        write_record(folder, record)
 
 
 def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note, trust: Trust) -> Prepared:

@@ -21,7 +21,7 @@ from ..tasks.head_alone import HeadAlone
 from ..tasks.task import Task, without_bytes
 from .checkpoints import step_of
 from .methods import optimizer
-from .watching import OnProgress, Patience, StopRequest, TrialWatching, Watching
+from .watching import OnProgress, Patience, StopRequest, Watching
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,8 @@ def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
     """
     if settings.epochs is not None or settings.max_steps is not None:
         return settings.epochs or EPOCHS, settings.max_steps
-    return EPOCHS, MOST_STEPS if EPOCHS * ceil(rows / rows_of_step(settings)) > MOST_STEPS else None
-
-
-def rows_of_step(settings: Settings) -> int:
-    """Training rows that a step reads, in all processes."""
-    return settings.batch_size * settings.accumulation * world_size()
-
-
-def steps_of_run(settings: Settings, rows: int) -> int:
-    """Steps of a run over so many training rows, if it does not stop early."""
-    epochs, max_steps = length_of_run(settings, rows)
-    return max_steps or ceil(epochs * ceil(rows / rows_of_step(settings)))
+    rows_of_step = settings.batch_size * settings.accumulation * world_size()
+    return EPOCHS, MOST_STEPS if EPOCHS * ceil(rows / rows_of_step) > MOST_STEPS else None
 
 
 def make_trainer(
@@ -83,40 +73,12 @@ def make_trainer(
         ValueError: a setting does not fit this machine, or processes hold different adapters.
     """
     settings, task = prepared.settings, prepared.task
-    arguments = TrainingArguments(**_arguments(settings, task, prepared.datasets))
+    arguments = _arguments(settings, task, prepared.datasets)
     patience = Patience(task.best, task.greater_is_better, settings.early_stopping)
     if last and patience.is_over(TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history):
         # It had stopped early, and was ended before that was on record: no step is left to be made.
         arguments.max_steps = step_of(last)
     watching = Watching(stop, on_progress, patience)
-    metrics = {"compute_metrics": task.compute_metrics, "preprocess_logits_for_metrics": task.reduce_logits}
-    trainer = _trainer(prepared, arguments, watching, prepared.datasets.get("validation"), **metrics)
-    if settings.tensorboard and is_first():
-        trainer.add_callback(_tensorboard(Path(settings.output)))
-    return trainer, watching
-
-
-def make_trial_trainer(prepared: Prepared, steps: int, validation: Any, watching: TrialWatching) -> Any:
-    """The trainer of a short trial: the run's, with its schedule fitted to fewer steps; it saves nothing.
-
-    Args:
-        prepared: what is trained, with a number for its learning rate.
-        steps: of the trial.
-        validation: the rows whose loss `evaluate` gives, once the trial is trained.
-        watching: reports its progress.
-
-    Raises:
-        ValueError: a setting does not fit this machine, or processes hold different adapters.
-    """
-    own = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    arguments = TrainingArguments(**_arguments(prepared.settings, prepared.task, prepared.datasets) | own)
-    return _trainer(prepared, arguments, watching, validation)
-
-
-def _trainer(
-    prepared: Prepared, arguments: TrainingArguments, watching: Watching, validation: Any, **metrics: Any
-) -> Any:
-    settings = prepared.settings
     if settings.method == "dvora" and world_size() > 1:
         check_ranks_agree(prepared.model)
     if settings.gradient_checkpointing:
@@ -127,18 +89,21 @@ def _trainer(
     trainer = Trainer(
         prepared.model,
         arguments,
-        data_collator=prepared.task.collator,
+        data_collator=task.collator,
         train_dataset=without_bytes(prepared.datasets["train"]),
-        eval_dataset=None if validation is None else without_bytes(validation),
+        eval_dataset=without_bytes(prepared.datasets["validation"]) if "validation" in prepared.datasets else None,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=[watching],
         optimizers=(optimizer(prepared.model, settings, prepared.base.heads), None),
-        **metrics,
     )
     # transformers takes a model whose forward has keyword arguments for one that divides its loss by the tokens of all
     # batches and processes. Classifiers do not, so their gradients would be multiplied by both.
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
-    return trainer
+    if settings.tensorboard and is_first():
+        trainer.add_callback(_tensorboard(Path(settings.output)))
+    return trainer, watching
 
 
 def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
@@ -169,37 +134,36 @@ def check_precision(settings: Settings) -> None:
         raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
 
 
-def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> dict[str, Any]:
-    """For `TrainingArguments`, by name."""
+def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> TrainingArguments:
     validates = "validation" in datasets
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     common = common_arguments(settings, Path(settings.output) / CHECKPOINTS)
     evaluates = ("steps" if settings.evaluate_every else "epoch") if validates else "no"
     saves = "steps" if settings.save_every or settings.evaluate_every else "epoch"
-    return {
+    return TrainingArguments(
         **common,
-        "num_train_epochs": epochs,
-        "max_steps": max_steps or -1,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
-        "learning_rate": settings.rate,
-        "weight_decay": settings.weight_decay,
-        "lr_scheduler_type": settings.schedule,
+        num_train_epochs=epochs,
+        max_steps=max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.schedule,
         # Below one it is a share of all steps.
-        "warmup_steps": settings.warmup_share,
-        "max_grad_norm": settings.max_gradient_norm,
-        "eval_strategy": evaluates,
-        "eval_steps": settings.evaluate_every,
-        "save_strategy": saves,
-        "save_steps": settings.save_every or settings.evaluate_every or 500,
-        "save_total_limit": 2,
-        "load_best_model_at_end": settings.keep_best and validates,
-        "metric_for_best_model": task.best if validates else None,
-        "greater_is_better": task.greater_is_better if validates else None,
-        "logging_steps": 1,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-    }
+        warmup_steps=settings.warmup_share,
+        max_grad_norm=settings.max_gradient_norm,
+        eval_strategy=evaluates,
+        eval_steps=settings.evaluate_every,
+        save_strategy=saves,
+        save_steps=settings.save_every or settings.evaluate_every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=settings.keep_best and validates,
+        metric_for_best_model=task.best if validates else None,
+        greater_is_better=task.greater_is_better if validates else None,
+        logging_steps=1,
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -27,7 +27,6 @@ class Progress:
         memory: bytes that the process (on a GPU: torch) has held at most.
         metrics: of an evaluation that just ended, else None.
         is_best: whether that evaluation is the best one so far.
-        trial: the number of a short trial of a learning rate, whose steps these are; 0: they are the run's own.
     """
 
     step: int
@@ -38,7 +37,6 @@ class Progress:
     memory: int
     metrics: dict[str, float] | None = None
     is_best: bool = False
-    trial: int = 0
 
     @property
     def seconds_left(self) -> float | None:
@@ -107,8 +105,6 @@ class Watching(TrainerCallback):
         patience: when to stop early.
     """
 
-    trial = 0
-
     def __init__(self, stop: StopRequest, on_progress: OnProgress | None, patience: Patience) -> None:
         self.stop, self.on_progress, self.patience = stop, on_progress, patience
         self.was_stopped = self.stopped_within_epoch = False
@@ -123,7 +119,7 @@ class Watching(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop with a checkpoint, if any process was asked to; an evaluation that is due at this step comes first."""
-        if self._is_stopping(args, state):
+        if _anywhere(self.stop.wanted, args.device) and state.global_step < state.max_steps:
             control.should_training_stop = self.was_stopped = True
             # That of an epoch comes after its last step, and the checkpoint after that.
             of_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
@@ -159,40 +155,13 @@ class Watching(TrainerCallback):
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def _is_stopping(self, args: Any, state: Any) -> bool:
-        return _anywhere(self.stop.wanted, args.device) and state.global_step < state.max_steps
-
     def _report(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
         if self.on_progress is None or not state.is_world_process_zero:
             return
         made = state.global_step - self.first_step
         pace = (time.monotonic() - self.started) / made if made else None
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        at = state.global_step, state.max_steps
-        self.on_progress(Progress(*at, made, loss, pace, memory(), metrics, is_best, self.trial))
-
-
-class TrialWatching(Watching):
-    """Reports the progress of a short trial of a learning rate, and ends it when asked to stop; it saves nothing.
-
-    Args:
-        stop: whether to stop after this step.
-        on_progress: called after every step, on the first process.
-        trial: its number, from 1.
-    """
-
-    def __init__(self, stop: StopRequest, on_progress: OnProgress | None, trial: int) -> None:
-        super().__init__(stop, on_progress, Patience("loss", greater_is_better=False, evaluations=None))
-        self.trial = trial
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop without a checkpoint, if any process was asked to."""
-        if self._is_stopping(args, state):
-            control.should_training_stop = self.was_stopped = True
-        self._report(state)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Nothing ends with an epoch."""
+        self.on_progress(Progress(state.global_step, state.max_steps, made, loss, pace, memory(), metrics, is_best))
 
 
 def _anywhere(wanted: bool, device: torch.device) -> bool:

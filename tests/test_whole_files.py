@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvora.ops.whole_files import new_file, new_folder, write_atomically
+from dvora.whole_files import new_file, new_folder, write_atomically
 
 
 def test_a_file_takes_the_other_s_place_when_it_is_complete(tmp_path: Path) -> None:

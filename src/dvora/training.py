@@ -1,16 +1,21 @@
-"""Parameter groups for any optimizer, each with its learning rate and weight decay."""
+"""For training loops: parameter groups with their learning rates, and checks that processes hold the same adapters."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..engines.tensor_parallel import is_dtensor
-from ..engines.zero3 import is_partitioned
-from ..method.functional import Vectors
-from ..method.validation import checked_not_negative
-from ..weight.adapter import DVoRAAdapter
+from .engines.tensor_parallel import is_dtensor
+from .engines.zero3 import is_partitioned
+from .method.functional import Vectors
+from .method.validation import checked_not_negative
+from .weight.adapted_weight import AdaptedWeight
+from .weight.adapter import DVoRAAdapter
+
+__all__ = ["AdapterSettings", "check_ranks_agree", "parameter_groups", "recommended_rates"]
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -21,6 +26,9 @@ MAGNITUDE_SHARE = 0.35
 """Learning rates of `recommended_rates`; the magnitude's is this share of the others' for rows of norm one."""
 USUAL_SHARE = 1e-2
 """Rows below this share of the magnitudes' root mean square are ignored for the magnitude's rate."""
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Names that engines insert into module paths."""
 
 
 def parameter_groups(
@@ -79,13 +87,13 @@ def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> d
     members = _trained(model)
     checked_not_negative(learning_rate, "learning_rate")
     rates: dict[Group, float] = {"lambda_b": learning_rate, "lambda_d": learning_rate, "head": HEAD_RATE}
-    if members["magnitude"]:
-        if any(is_dtensor(magnitude) or is_partitioned(magnitude) for magnitude in members["magnitude"]):
+    if magnitudes := members["magnitude"]:
+        if any(is_dtensor(magnitude) or is_partitioned(magnitude) for magnitude in magnitudes):
             raise ValueError(
                 "a magnitude is sharded over processes: call recommended_rates before the model is sharded"
             )
-        every = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in members["magnitude"]])
-        rates["magnitude"] = magnitude_rate(every, learning_rate)
+        rows = torch.cat([magnitude.detach().float().abs().flatten().cpu() for magnitude in magnitudes])
+        rates["magnitude"] = magnitude_rate(rows, learning_rate)
     return {name: rates[name] for name in GROUPS if members[name]}
 
 
@@ -94,6 +102,85 @@ def magnitude_rate(magnitudes: Tensor, learning_rate: float) -> float:
     # Rows of pruned outputs say nothing about the step size of the others.
     usual = magnitudes[magnitudes >= USUAL_SHARE * magnitudes.square().mean().sqrt()]
     return MAGNITUDE_SHARE * learning_rate * usual.median().item()
+
+
+def check_ranks_agree(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Compare the adapters of all ranks; call it on every rank after adapting, before wrapping the model.
+
+    Engines compare shapes at most, so ranks with different seeds or scales would train different adapters as one.
+
+    Args:
+        model: with `DVoRAAdapter` layers or adapted through PEFT.
+        group: of processes; None means all. Without a process group there is nothing to compare.
+
+    Raises:
+        ValueError: on every rank, if two of them differ, or if none has an adapter.
+    """
+    by_rank = [settings_of(model)]
+    if dist.is_initialized():
+        by_rank *= dist.get_world_size(group)
+        # Gather before raising: a rank that raised alone would leave the others waiting.
+        dist.all_gather_object(by_rank, by_rank[0], group=group)
+    if not any(by_rank):
+        raise ValueError("the model has no DVoRA adapters to compare between ranks: adapt it first")
+    for rank, settings in enumerate(by_rank):
+        if difference := _difference(by_rank[0], settings):
+            name, here, there = difference
+            raise ValueError(
+                f"the ranks hold different adapters: {name} has {here} on rank 0 and {there} on rank {rank}; adapt "
+                "with the same configuration, projection_seed included, on every rank"
+            )
+
+
+class AdapterSettings:
+    """Saves the adapters' settings in a training checkpoint and compares them when it is loaded.
+
+    Engines save vectors and compare their shapes at most; with another seed or scale the vectors mean something else.
+    Has the two methods that `torch.distributed.checkpoint` and `Accelerator.register_for_checkpointing` need.
+
+    Args:
+        model: with `DVoRAAdapter` layers or adapted through PEFT, wrapped or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, str]:
+        """The settings as one text, so that checkpoints of other layers have the same key."""
+        return {"settings": json.dumps(settings_of(self.model))}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Compare the settings of a checkpoint with those of the model.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if difference := _difference(settings_of(self.model), json.loads(state_dict["settings"])):
+            name, here, there = difference
+            raise ValueError(
+                f"the checkpoint is of other adapters: {name} has {here} in the model and {there} in the checkpoint; "
+                "adapt with the configuration that it was trained with, projection_seed included"
+            )
+
+
+def settings_of(model: nn.Module) -> dict[str, str]:
+    """The settings that must be equal on all ranks, by the name of the adapted weight's module."""
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): (
+            f"{module.extra_repr()}, projections={module.shared.distribution}/{module.shared.fingerprint()}"
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedWeight)
+    }
+
+
+def _difference(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """A name whose settings differ, and both."""
+    for name in sorted({*first, *second}):
+        here, there = first.get(name, "no adapter"), second.get(name, "no adapter")
+        if here != there:
+            return name, here, there
+    return None
 
 
 def _checked_groups(
@@ -114,7 +201,7 @@ def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
     Raises:
         ValueError: there are none.
     """
-    own = {
+    of_plain_layers = {
         id(vector): name
         for layer in model.modules()
         if isinstance(layer, DVoRAAdapter)
@@ -123,7 +210,7 @@ def _trained(model: nn.Module) -> dict[Group, list[Tensor]]:
     members: dict[Group, list[Tensor]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[cast(Group, own.get(id(parameter)) or _vector_of(name))].append(parameter)
+            members[cast(Group, of_plain_layers.get(id(parameter)) or _vector_of(name))].append(parameter)
     if not any(members.values()):
         raise ValueError(
             "the model trains nothing: adapt it first, and load adapters with is_trainable=True to go on training them"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvora.ops.kernel_count import beyond_base, kernels
+from benchmarks.kernel_count import beyond_base, kernels
 
 X = torch.randn(4, 6)
 
