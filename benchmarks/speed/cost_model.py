@@ -10,11 +10,15 @@ Dimensions: T tokens, I in, O out, R rank.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-
-from dvora.matrices.dense import is_few, keeps_half_dq
 from dvora.matrices.kronecker import block_rows, operations
-from dvora.weight.updated_linear import pays
+
+# The rules by which dense matrices chose between ways to compute, as they were when `results/speed.json` was measured.
+MOST_TOKENS_KEPT = 2
+"""Tokens for each rank up to which training keeps the update for its backward pass."""
+KEPT_BYTES, KEPT_BYTES_OF_ALL = 3 * 2**20, 2**26
+"""Of the norm's (rank, out) elements that are kept for the backward pass: of one layer, or of all of one shape."""
+WORTH_IT = 2.0
+"""How many times cheaper the updated weight has to be, to be formed."""
 
 
 class Product(NamedTuple):
@@ -96,16 +100,16 @@ def dvora_dense(product: Product, rank: int, tokens: int) -> float:
     """
     inputs, outputs, siblings, _ = product
     norm = dense_norm(product, rank) / tokens
-    if pays(tokens, outputs, inputs):
+    if tokens * (2 * outputs + inputs) > WORTH_IT * 2 * outputs * inputs:
         return 2 * rank * inputs / siblings + 2 * rank * outputs + 4 * outputs * inputs * rank / tokens + norm
-    kept = is_few(torch.empty(tokens, rank, device="meta"))
+    kept = tokens <= MOST_TOKENS_KEPT * rank
     return 4 * rank * inputs / siblings + (4 if kept else 6) * rank * outputs + norm
 
 
 def dense_norm(product: Product, rank: int) -> float:
     """`C lambda_d`, its gradient, and the product with `G = A A^T` (or A and its transpose), made twice if not kept."""
     inputs, outputs, _, alike = product
-    kept = keeps_half_dq(rank, outputs, torch.float32, alike)
+    kept = 4 * alike * rank * outputs <= (KEPT_BYTES if alike == 1 else KEPT_BYTES_OF_ALL)
     products = (1 if kept else 2) if rank <= inputs else (2 if kept else 3)
     return 4.0 * outputs * rank + 2.0 * products * outputs * min(rank, inputs) * rank
 
