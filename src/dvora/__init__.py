@@ -12,31 +12,31 @@ from .peft_hook import register_with_peft
 
 if TYPE_CHECKING:
     from . import flat, functional
-    from .bank.bank import AdapterBank
-    from .matrices.interface import SharedProjections
-    from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
-    from .weight.adapter import DVoRAAdapter
-    from .weight.default_projections import (
+    from .adapter import (
+        DVoRAAdapter,
         are_shared_matrices_initialized,
         initialize_shared_matrices,
         reset_shared_matrices,
     )
-    from .weight.merge import MergePrecisionWarning
+    from .bank.bank import AdapterBank
+    from .matrices.interface import SharedProjections
+    from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
+    from .weight import MergePrecisionWarning
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterBank": "bank.bank",
-    "DVoRAAdapter": "weight.adapter",
+    "DVoRAAdapter": "adapter",
     "DVoRAConfig": "tuner",
     "DVoRAModel": "tuner",
-    "MergePrecisionWarning": "weight.merge",
+    "MergePrecisionWarning": "weight",
     "SharedProjections": "matrices.interface",
-    "are_shared_matrices_initialized": "weight.default_projections",
+    "are_shared_matrices_initialized": "adapter",
     "hotswap_adapter": "tuner",
-    "initialize_shared_matrices": "weight.default_projections",
+    "initialize_shared_matrices": "adapter",
     "merged": "tuner",
-    "reset_shared_matrices": "weight.default_projections",
+    "reset_shared_matrices": "adapter",
 }
 """Where each name is."""
 _MODULES = ("flat", "functional")

@@ -1,30 +1,40 @@
-"""The method as pure functions: the public address of `dvora.method.functional`."""
+"""The method as pure functions: magnitude and direction of a weight (DoRA) adapted by shared random matrices (VeRA).
 
-from .method.functional import (
-    DIRECTIONS,
-    DenseTerms,
-    Direction,
-    NormTerms,
-    RowFactors,
-    Vectors,
-    combine,
-    delta_weight,
-    dvora_linear,
-    gain,
-    merged_weight,
-    norm_terms,
-    rescaled_delta,
-    row_angle,
-    row_factors,
-    row_norm,
-    row_scale,
-)
+    w  = ||W||_row
+    V' = W + diag(beta) B diag(lambda_d) A          beta = c w lambda_b ("unit") or c lambda_b ("weight")
+    n  = ||V'||_row,   g = m / n,   W' = diag(g) V'
+    y  = x W'^T + bias
+
+This is the definition: all else is tested against it, and what is compiled, exported or transformed runs it.
+
+W, A and B are frozen, so the norm needs no dense update. In units of the row norm, kappa = beta / w, s = n / w:
+
+    cross = rowsum(W / w * (B diag(lambda_d) A)) = (B * (W / w A^T)) lambda_d
+    q     = rowsum((B diag(lambda_d) A)**2) = rowsum((U G) * U),   U = B diag(lambda_d),   G = A A^T
+    s**2  = 1 + eps,   eps = kappa (2 cross + kappa q)
+
+    g - 1 = (m / w - 1 - eps / (1 + s)) / s        without cancellation: exactly zero where nothing was trained
+    scale = g beta = m kappa / s
+
+In these units nothing overflows or underflows for rows of any length, in float32 too.
+
+Dimensions: T tokens, I in, O out, R rank. lambda_b, lambda_d and their sizes are those of the VeRA paper
+(arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .tensors import Float, as_dtype, norm_dtype
+
+Direction = Literal["unit", "weight"]
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
 __all__ = [
     "DIRECTIONS",
-    "DenseTerms",
     "Direction",
-    "NormTerms",
     "RowFactors",
     "Vectors",
     "combine",
@@ -32,10 +42,240 @@ __all__ = [
     "dvora_linear",
     "gain",
     "merged_weight",
-    "norm_terms",
+    "relative_scale",
     "rescaled_delta",
     "row_angle",
     "row_factors",
     "row_norm",
-    "row_scale",
+    "unit_rows",
+    "update_terms",
 ]
+
+
+class Vectors(NamedTuple):
+    """The trained vectors of one adapted weight."""
+
+    magnitude: Float[Tensor, "*L O"]
+    lambda_b: Float[Tensor, "*L O"]
+    lambda_d: Float[Tensor, "*L R"]
+
+    def to(self, dtype: torch.dtype) -> "Vectors":
+        """The vectors in another dtype; unchanged where they have it already."""
+        return Vectors(*(as_dtype(vector, dtype) for vector in self))
+
+
+class RowFactors(NamedTuple):
+    """What rescales the out features of one adapted weight."""
+
+    gain_minus_one: Float[Tensor, "*L O"]
+    """`g - 1 = m / n - 1`."""
+    scale: Float[Tensor, "*L O"]
+    """`g beta`, of the low-rank product."""
+    gain: Float[Tensor, "*L O"]
+    """`g`, precise where it is far below one; a constant, since gradients go through `gain_minus_one`."""
+
+    def are_finite(self) -> bool:
+        """Whether all factors are finite."""
+        return all(bool(factor.isfinite().all()) for factor in self)
+
+
+def row_norm(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
+    """Euclidean norm of each row, in float32 (float64 for a float64 weight)."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=norm_dtype(weight.dtype))
+    return norms
+
+
+def unit_rows(weight: Float[Tensor, "O I"], w: Float[Tensor, "O"]) -> Float[Tensor, "O I"]:
+    """`W / w`, in the dtype of w; zero rows stay zero."""
+    return as_dtype(weight, w.dtype) / torch.where(w > 0, w, 1.0)[:, None]
+
+
+def update_terms(
+    weight: Float[Tensor, "O I"],
+    w: Float[Tensor, "O"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    lambda_d: Float[Tensor, "R"],
+) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
+    """`cross` and `q` of an update, from constants that do not change in training: `W A^T` and `A A^T`."""
+    U = B * lambda_d
+    cross = (B * (unit_rows(weight, w) @ A.T)) @ lambda_d
+    return cross, torch.linalg.vecdot(U @ (A @ A.T), U)
+
+
+def relative_scale(
+    lambda_b: Float[Tensor, "*L O"], w: Float[Tensor, "*L O"], scaling: float, direction: Direction
+) -> Float[Tensor, "*L O"]:
+    """`kappa = beta / w`: how large each row's update is beside it, for `||B diag(lambda_d) A|| = 1`; 0 for w = 0."""
+    live = w > 0
+    return scaling * lambda_b * (live if direction == "unit" else live / torch.where(live, w, 1.0))
+
+
+def row_factors(
+    vectors: Vectors,
+    w: Float[Tensor, "*L O"],
+    cross: Float[Tensor, "*L O"],
+    q: Float[Tensor, "*L O"],
+    *,
+    scaling: float = 1.0,
+    direction: Direction = "unit",
+    detach_norm: bool = False,
+) -> RowFactors:
+    """The factors of the rows, from the vectors and the terms of the norm; a zero row of W has g = 1.
+
+    Args:
+        vectors: magnitude, lambda_b, lambda_d; also of several layers at once.
+        w: row norms of W.
+        cross, q: of `update_terms`.
+        scaling: c = alpha / rank.
+        direction: what the update is added to, "unit" rows or the "weight".
+        detach_norm: leave the gradient through n out (DoRA, section 4.3).
+    """
+    magnitude, lambda_b, _ = vectors.to(w.dtype)
+    live = w > 0
+    divisor = torch.where(live, w, 1.0)
+    kappa = relative_scale(lambda_b, w, scaling, direction)
+    eps = kappa * (2 * cross + kappa * q)
+    # Rounding can make a squared norm negative; the floor keeps the gain of a vanishing row finite.
+    s = (1 + eps).clamp_min(torch.finfo(w.dtype).eps ** 2).sqrt()
+    if detach_norm:
+        eps, s, divisor = eps.detach(), s.detach(), divisor.detach()
+    mu = magnitude / divisor
+    gain_minus_one = torch.where(live, (mu - 1 - eps / (1 + s)) / s, 0.0)
+    scale = magnitude * kappa / s
+    if detach_norm and w.requires_grad:
+        # Of beta = kappa w only the norm below it is left out.
+        scale = scale * (w / divisor)
+    if direction == "weight":
+        scale = torch.where(live, scale, scaling * lambda_b)
+    return RowFactors(gain_minus_one, scale, torch.where(live, mu / s, 1.0).detach())
+
+
+def combine(
+    base_output: Float[Tensor, "*T O"],
+    low: Float[Tensor, "*T O"],
+    gain_minus_one: Float[Tensor, "*B O"],
+    scale: Float[Tensor, "*B O"] | None,
+    bias: Float[Tensor, "O"] | None,
+) -> Float[Tensor, "*T O"]:
+    """`g x W^T + scale low + bias` from a base output that already holds the bias; in the base output's dtype.
+
+    The gain enters as `g` on the outputs and as `g - 1` on the bias, so that `g = 1` returns the base's own bits.
+    Several adapters on one weight add up: pass the sums of their scaled low-rank products and of their `g - 1`.
+
+    Args:
+        base_output: `x W^T + bias`.
+        low: `((x A^T) lambda_d) B^T`.
+        gain_minus_one, scale: of the rows of W, in float32 or float64: for all tokens, or for each row of the batch
+            with ones in between. Without a scale, low is scaled already.
+        bias: the base's, or None.
+    """
+    y = torch.addcmul(low if scale is None else scale * low, base_output, 1 + gain_minus_one)
+    if bias is not None:
+        y = y - gain_minus_one * bias
+    return as_dtype(y, base_output.dtype)
+
+
+def rescaled_delta(
+    weight: Float[Tensor, "O I"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    lambda_d: Float[Tensor, "R"],
+    factors: RowFactors,
+) -> Float[Tensor, "O I"]:
+    """`W' - W = (g - 1) W + g beta B diag(lambda_d) A`, dense, in the dtype of the gain; exactly zero if untrained."""
+    scale = factors.scale[:, None]
+    return factors.gain_minus_one[:, None] * weight.to(scale.dtype) + (scale * B * lambda_d) @ A
+
+
+def row_angle(
+    kappa: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"]
+) -> Float[Tensor, "O"]:
+    """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
+    # atan2 of the components across and along the row: arccos would lose half the digits of a small angle.
+    across = kappa.abs() * (q - cross.square()).clamp_min(0).sqrt()
+    return torch.atan2(across, 1 + kappa * cross)
+
+
+def gain(
+    weight: Float[Tensor, "O I"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    vectors: Vectors,
+    *,
+    scaling: float = 1.0,
+    direction: Direction = "unit",
+    detach_norm: bool = False,
+) -> Float[Tensor, "O"]:
+    """`g = m / n` of every row; one for a zero row of W.
+
+    Args:
+        weight: W, (O, I).
+        A, B: shared matrices, in the dtype of the vectors.
+        vectors: magnitude, lambda_b, lambda_d.
+        scaling: c = alpha / rank.
+        direction: what the update is added to, "unit" rows or the "weight".
+        detach_norm: leave the gradient through n out (DoRA, section 4.3).
+    """
+    return 1 + _factors(weight, A, B, vectors, scaling, direction, detach_norm).gain_minus_one
+
+
+def dvora_linear(
+    x: Float[Tensor, "*T I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None,
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    vectors: Vectors,
+    *,
+    scaling: float = 1.0,
+    direction: Direction = "unit",
+    detach_norm: bool = False,
+) -> Float[Tensor, "*T O"]:
+    """`torch.nn.functional.linear(x, weight, bias)` with the weight adapted. Other arguments as for `gain`."""
+    factors = _factors(weight, A, B, vectors, scaling, direction, detach_norm)
+    low = ((x @ A.to(x.dtype).T) * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T
+    return combine(torch.nn.functional.linear(x, weight, bias), low, factors.gain_minus_one, factors.scale, bias)
+
+
+def delta_weight(
+    weight: Float[Tensor, "O I"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    vectors: Vectors,
+    *,
+    scaling: float = 1.0,
+    direction: Direction = "unit",
+) -> Float[Tensor, "O I"]:
+    """`W' - W`, dense, in the dtype of the vectors. Arguments as for `gain`."""
+    factors = _factors(weight, A, B, vectors, scaling, direction, detach_norm=False)
+    return rescaled_delta(weight, A, B, vectors.lambda_d, factors)
+
+
+def merged_weight(
+    weight: Float[Tensor, "O I"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    vectors: Vectors,
+    *,
+    scaling: float = 1.0,
+    direction: Direction = "unit",
+) -> Float[Tensor, "O I"]:
+    """`W'`, dense, in the dtype of the vectors; W to the last bit if untrained. Arguments as for `gain`."""
+    delta = delta_weight(weight, A, B, vectors, scaling=scaling, direction=direction)
+    return weight.to(delta.dtype) + delta
+
+
+def _factors(
+    weight: Float[Tensor, "O I"],
+    A: Float[Tensor, "R I"],
+    B: Float[Tensor, "O R"],
+    vectors: Vectors,
+    scaling: float,
+    direction: Direction,
+    detach_norm: bool,
+) -> RowFactors:
+    """The factors of the rows, from the whole layer, in the dtype of A and B."""
+    w = row_norm(as_dtype(weight, A.dtype))
+    terms = update_terms(weight, w, A, B, vectors.lambda_d)
+    return row_factors(vectors, w, *terms, scaling=scaling, direction=direction, detach_norm=detach_norm)

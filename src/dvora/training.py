@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .engines.tensor_parallel import is_dtensor
-from .engines.zero3 import is_partitioned
-from .method.functional import Vectors
-from .method.validation import checked_not_negative
-from .weight.adapted_weight import AdaptedWeight
-from .weight.adapter import DVoRAAdapter
+from .engines import is_dtensor
+from .engines import is_partitioned
+from .functional import Vectors
+from .checks import checked_not_negative
+from .weight import AdaptedWeight
+from .adapter import DVoRAAdapter
 
 __all__ = ["AdapterSettings", "check_ranks_agree", "parameter_groups", "recommended_rates"]
 

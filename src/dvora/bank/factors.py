@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..method.functional import Vectors
-from ..method.gain import row_factors_of_many
-from ..ops.annotations import Float
+from ..factors import StackConstants, stacked_factors
+from ..functional import Vectors
+from ..tensors import Float
 from ..tuner.config import DVoRAConfig
 from ..tuner.flat.content import Content, LayerSizes
 from ..tuner.flat.row_factors import with_zeros
@@ -174,10 +174,12 @@ class FactorRows:
             device = self.served.device
             own = [with_zeros(Vectors(*(v.to(device) for v in vectors[layer.name]))) for layer in layers]
             stacked = Vectors(*(torch.stack(of_kind)[:, None] for of_kind in zip(*own, strict=True)))
-            norms = [layer.norm() for layer in layers]
-            made = row_factors_of_many(stacked, norms, layers[0].adapted.settings)
+            constants = StackConstants.of([layer.refreshed() for layer in layers])
+            stacked = stacked.to(constants.w.dtype)
+            gain_minus_one, scale, _ = stacked_factors(stacked, constants)
+            trained = torch.cat([gain_minus_one, scale], 1).cpu()
             names = [layer.name for layer in layers]
-            found |= zip(names, zip(made.trained[:, 0].cpu(), made.lambda_d[:, 0].cpu(), strict=True), strict=True)
+            found |= zip(names, zip(trained, stacked.lambda_d[:, 0].cpu(), strict=True), strict=True)
         return found
 
     def _narrowed(self, row: Float[Tensor, "F"]) -> Float[Tensor, "F"]:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops.passes import current_pass
-from ..ops.tracing import runs_plainly
 from ..tuner.layers.base_layer import check_gradient
-from ..tuner.layers.low_rank import linear
 from ..tuner.layers.outputs import ActiveAdapter, adapted_outputs
 from .factors import LayerPlace
 from .rows import CurrentRows
@@ -31,20 +28,14 @@ class LayerHook:
 
     def __init__(self, layer: ServedLayer, place: LayerPlace, current: CurrentRows) -> None:
         self.layer, self.place, self.current = layer, place, current
-        self._is_linear = layer.layer_type.low_rank is linear and layer.adapted.rank > 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
-        layer, rows, bias = self.layer, self.current.known(), self.layer.bias()
+        layer, rows = self.layer, self.current.known()
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        running = current_pass() if self._is_linear and runs_plainly() else None
-        if running is not None and layer.adapted.small_rows(bias) is None:
-            prepared = rows.prepared(layer, self.place, x, base_output.dim())
-            if prepared is not None:
-                return prepared.outputs(x, base_output, bias, running)
         check_gradient(module, layer.layer_type, x, base_output, layer.name)
-        update = rows.update(layer, self.place, x.shape[0], base_output.dim())
-        adapter = ActiveAdapter(update, rows.dropout, is_whole=True)
-        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
+        factors = rows.factors(layer, self.place, x.shape[0], base_output.dim())
+        adapter = ActiveAdapter(layer.adapted, factors, rows.dropout)
+        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], layer.bias())
 
 
 class _Skeleton(threading.local):

@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.annotations import Float
+from ..tensors import Float
 from ..tuner.flat.content import Content
 from ..whole_files import claimed, new_folder
 from .pack_index import DTYPES, UNKNOWN, Entry, Index, RowFormat, check_name, checksum, read_index

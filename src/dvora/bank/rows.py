@@ -16,12 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..method.packed_factors import PackedFactors
-from ..ops.annotations import Float
-from ..ops.tracing import is_traced
+from ..factors import Factors
+from ..tensors import Float
+from ..tensors import is_traced
 from ..tuner.restoring import surely
-from ..weight.linear import Update
-from ..weight.prepared import PreparedUpdate
 from .factors import LayerPlace
 from .served import ServedHead, ServedLayer
 
@@ -29,14 +27,11 @@ from .served import ServedHead, ServedLayer
 class Rows(Protocol):
     """The adapters of one batch, as the hooks of layers and heads ask for them."""
 
-    dropout: nn.Module
-    """Of the inputs of updates."""
+    dropout: nn.Module | None
+    """Of the inputs of updates, where some are dropped."""
 
-    def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
-        """The update of a layer for a batch of so many rows, of tokens with so many dimensions."""
-
-    def prepared(self, layer: ServedLayer, place: LayerPlace, x: Tensor, dimensions: int) -> PreparedUpdate | None:
-        """The same for passes without gradients, made for inputs like these; None where that is not worth it."""
+    def factors(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Factors:
+        """The factors of a layer for a batch of so many rows, of tokens with so many dimensions."""
 
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head, each with one entry a row."""
@@ -129,38 +124,29 @@ class SlotRows:
         heads: the same of heads, (S, H).
     """
 
-    dropout: nn.Module = nn.Identity()
+    dropout = None
 
     def __init__(self, index: RowIndex, values: Float[Tensor, "S F"], heads: Float[Tensor, "S H"]) -> None:
         self.index, self.values, self.heads = index, values, heads
-        self._updates: dict[tuple[LayerPlace, int, int], Update] = {}
-        self._prepared: dict[tuple[LayerPlace, int, int, torch.dtype], PreparedUpdate] = {}
+        self._gathered: dict[int, Tensor] = {}
+        self._factors: dict[tuple[LayerPlace, int, int], Factors] = {}
 
-    def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
-        """The update of a layer; gathered and prepared once a batch."""
+    def factors(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Factors:
+        """The factors of a layer: a part of what is gathered once a batch, for the whole model."""
         if is_traced():
-            return self._gathered(layer, place, rows, dimensions)
+            values = self.values[:, place.start : place.stop].index_select(0, self.index.for_batch(rows, layer.name))
+            return Factors.of_rows(values.to(layer.adapted.w.dtype), place.rank, dimensions)
         key = place, rows, dimensions
-        known = self._updates.get(key)
+        known = self._factors.get(key)
         if known is None:
             # Inference tensors could not be used in a later pass with gradients.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._updates[key] = self._gathered(layer, *key)
+                if rows not in self._gathered:
+                    gathered = self.values.index_select(0, self.index.for_batch(rows, layer.name))
+                    self._gathered[rows] = gathered.to(layer.adapted.w.dtype)
+                own = self._gathered[rows][:, place.start : place.stop]
+                known = self._factors[key] = Factors.of_rows(own, place.rank, dimensions)
         return known
-
-    def prepared(self, layer: ServedLayer, place: LayerPlace, x: Tensor, dimensions: int) -> PreparedUpdate:
-        """The same for passes without gradients."""
-        key = place, x.shape[0], dimensions, x.dtype
-        known = self._prepared.get(key)
-        if known is None:
-            known = self._prepared[key] = PreparedUpdate(self.update(layer, *key[:3]), x)
-        return known
-
-    def _gathered(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
-        # By layer, so that factors are in the processor's cache when they are first used.
-        own = self.values[:, place.start : place.stop].index_select(0, self.index.for_batch(rows, layer.name))
-        packed = PackedFactors.of_rows(own.to(layer.adapted.w.dtype), place.rank, dimensions)
-        return Update.by_row(layer.adapted, packed)
 
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""

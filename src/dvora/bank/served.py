@@ -17,10 +17,9 @@ from torch import Tensor, device, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from ..engines.tensor_parallel import is_dtensor
-from ..engines.zero3 import is_partitioned, weight_in_memory
-from ..method.norm import FrozenNorm
-from ..ops.annotations import Float
+from ..engines import is_dtensor
+from ..engines import is_partitioned, weight_in_memory
+from ..tensors import Float
 from ..tuner.adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, plain_name
 from ..tuner.config import DVoRAConfig
 from ..tuner.flat.content import Content, LayerSizes, SavedWhole
@@ -29,9 +28,9 @@ from ..tuner.injecting.targets import Target, find_targets
 from ..tuner.layers.base_layer import bias_of, measured_bias
 from ..tuner.layers.layer_types import LayerType
 from ..tuner.state.checked_values import check_matrices, check_same_values
-from ..weight.adapted_weight import AdaptedWeight
-from ..weight.factor_pass import add_factor_pass, remove_factor_pass
-from ..weight.tensor_state import SameTensor
+from ..weight import AdaptedWeight
+from ..factors import add_factor_pass, remove_factor_pass
+from ..tensors import TensorVersion
 
 
 class ServedLayer(NamedTuple):
@@ -43,12 +42,14 @@ class ServedLayer(NamedTuple):
     adapted: AdaptedWeight
     measured_bias: Tensor | None
     fingerprint: tuple[float, ...]
-    frozen: tuple[SameTensor, ...]
+    frozen: tuple[TensorVersion, ...]
     """The weight as it was when the constants were computed, or what it is computed from; none of a quantised layer."""
 
-    def norm(self) -> FrozenNorm:
-        """The norm of its weight."""
-        return self.adapted.norm(self._weight())
+    def refreshed(self) -> AdaptedWeight:
+        """The frozen side, with the constants of the weight as it is now."""
+        if (weight := self._weight()) is not None:
+            self.adapted.refresh_if_stale(weight)
+        return self.adapted
 
     def bias(self) -> Tensor | None:
         """The base's."""
@@ -57,7 +58,7 @@ class ServedLayer(NamedTuple):
     def is_unchanged(self) -> bool:
         """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
         now = _frozen(self.module, self.layer_type)
-        return len(now) == len(self.frozen) and all(map(SameTensor.is_of, self.frozen, now))
+        return len(now) == len(self.frozen) and all(map(TensorVersion.is_of, self.frozen, now))
 
     def _weight(self) -> Tensor | None:
         return weight_in_memory(self.module, "weight") if self.layer_type.has_weight else None
@@ -137,7 +138,7 @@ class ServedModel(NamedTuple):
                     adapted,
                     measured_bias(base, target.layer_type),
                     tuple(prepared[sizes.name].fingerprint),
-                    tuple(map(SameTensor, _frozen(base, target.layer_type))),
+                    tuple(map(TensorVersion.of, _frozen(base, target.layer_type))),
                 )
             )
         # Those of the model as it is here, not of the base that the adapter was trained on.

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..method.functional import Vectors
-from ..ops.annotations import Float
+from ..functional import Vectors
+from ..tensors import Float
 from ..tuner.adapter_folder import VECTOR_PREFIX, Shape
 from ..tuner.config import DVoRAConfig
 from ..tuner.flat.content import Content

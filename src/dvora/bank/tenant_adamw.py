@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.validation import checked_not_negative
-from ..ops.annotations import Float
+from ..checks import checked_not_negative
+from ..tensors import Float
 from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, magnitude_rate
 from .trainable import TrainableAdapters
 

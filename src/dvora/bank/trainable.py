@@ -15,15 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..method.functional import Vectors
-from ..method.gain import row_factors_of_many, saved_here
-from ..method.packed_factors import PackedFactors
-from ..ops.annotations import Float
-from ..ops.passes import Pass, current_pass
-from ..ops.tracing import is_traced
+from ..functional import Vectors
+from ..factors import Factors, Pass, StackConstants, current_pass, saved_here, stacked_factors
+from ..tensors import Float
+from ..tensors import is_traced
 from ..tuner.flat.row_factors import with_zeros
 from ..tuner.layers.opaque_weight import keep_differentiable
-from ..weight.linear import Update
 from .factors import FactorRows, LayerPlace
 from .rows import CurrentRows, RowIndex, check_names
 from .served import ServedHead, ServedLayer
@@ -58,6 +55,7 @@ class TrainableAdapters:
         self.stepped: set[int] = set()
         """Places of the adapters that a gradient has come for since the last step."""
         self._place = {name: place for place, name in enumerate(self.names)}
+        self._constants: dict[str, StackConstants] = {}
         self._dropout = nn.Dropout(self.served.config.dvora_dropout)
         for module in self.served.model.modules():
             keep_differentiable(module)
@@ -79,7 +77,7 @@ class TrainableAdapters:
         position = {place: position for position, place in enumerate(present)}
         of_rows = torch.tensor([position[place] for place in places], device=device)
         self._dropout.train(self.served.model.training and self._dropout.p > 0)
-        dropout = self._dropout if self._dropout.training else nn.Identity()
+        dropout = self._dropout if self._dropout.training else None
         trained = TrainedRows(self, torch.tensor(present, device=device), RowIndex(of_rows, 1), dropout)
         with self._current.entered(trained):
             yield trained
@@ -141,18 +139,23 @@ class TrainableAdapters:
             rows.register_hook(lambda _: self.stepped.update(places.tolist()))
         return rows
 
-    def factors(self, present: Tensor) -> dict[str, PackedFactors]:
-        """The factors of the adapters of a batch, by layer: (2, n, O), (2, n, O) and (n, R), with a graph."""
+    def factors(self, present: Tensor) -> dict[str, Float[Tensor, "n F"]]:
+        """The factors of the adapters of a batch, by layer, as `Factors.of_rows` takes them, with a graph."""
         sizes = self.served.content.layers
         parts = iter(self.gathered(self.vectors, present).split([n for size in sizes for n in size.lengths], 1))
         vectors = {size.name: Vectors(next(parts), next(parts), next(parts)) for size in sizes}
-        found: dict[str, PackedFactors] = {}
+        found: dict[str, Tensor] = {}
         for stack in self._rows.stacks:
             own = [with_zeros(vectors[layer.name]) for layer in stack]
             stacked = Vectors(*(torch.stack(of_kind) for of_kind in zip(*own, strict=True)))
-            made = row_factors_of_many(stacked, [layer.norm() for layer in stack], stack[0].adapted.settings)
-            for layer, trained, lambda_d in zip(stack, made.trained.transpose(1, 2), made.lambda_d, strict=True):
-                found[layer.name] = PackedFactors(trained, None, lambda_d)
+            weights = [layer.refreshed() for layer in stack]
+            constants = self._constants.get(stack[0].name)
+            if constants is None or not constants.fit(weights):
+                constants = self._constants[stack[0].name] = StackConstants.of(weights)
+            stacked = stacked.to(constants.w.dtype)
+            gain_minus_one, scale, _ = stacked_factors(stacked, constants)
+            rows = torch.cat([gain_minus_one, scale, stacked.lambda_d], -1)
+            found |= zip((layer.name for layer in stack), rows, strict=True)
         return found
 
     def _start(self, name: str, values: AdapterValues | None) -> tuple[Tensor, Tensor]:
@@ -186,7 +189,7 @@ class TrainedRows:
         dropout: of the inputs of updates.
     """
 
-    def __init__(self, adapters: TrainableAdapters, present: Tensor, index: RowIndex, dropout: nn.Module) -> None:
+    def __init__(self, adapters: TrainableAdapters, present: Tensor, index: RowIndex, dropout: nn.Module | None) -> None:
         self.dropout = dropout
         self._adapters, self._present, self._index = adapters, present, index
         self._made: _Made | None = None
@@ -212,15 +215,12 @@ class TrainedRows:
         totals = torch.where(totals == 0, 1, totals)
         return (losses * weights / totals.index_select(0, index)).sum()
 
-    def update(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Update:
-        """The update of a layer."""
+    def factors(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Factors:
+        """The factors of a layer."""
         if is_traced():
             raise RuntimeError("adapters of a bank are trained without torch.compile; call the model itself")
-        packed = self._factors()[layer.name]
-        return Update.by_row(layer.adapted, packed.gathered(self._index.for_batch(rows, layer.name), dimensions))
-
-    def prepared(self, layer: ServedLayer, place: LayerPlace, x: Tensor, dimensions: int) -> None:
-        """The vectors change from pass to pass."""
+        values = self._factors()[layer.name].index_select(0, self._index.for_batch(rows, layer.name))
+        return Factors.of_rows(values, place.rank, dimensions)
 
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""
@@ -230,7 +230,7 @@ class TrainedRows:
     def of_base(self, rows: int, name: str) -> None:
         """Every row has an adapter."""
 
-    def _factors(self) -> Mapping[str, PackedFactors]:
+    def _factors(self) -> Mapping[str, Tensor]:
         """Of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
         running, made, version = current_pass(), self._made, self._adapters.vectors._version
         state = (version, torch.is_grad_enabled())
@@ -245,4 +245,4 @@ class _Made(NamedTuple):
     in_pass: Pass | None
     state: tuple[int, bool]
     """The version of the vectors, and whether gradients were recorded."""
-    factors: Mapping[str, PackedFactors]
+    factors: Mapping[str, Tensor]

@@ -1,6 +1,6 @@
 """Frozen matrices A and B that need no dense product: subsampled cosine transforms behind random signs.
 
-Dimensions: I in, O out, R rank; I = n1 n2 and O = m1 m2.
+Dimensions: *T tokens, I in, O out, R rank, N either of I and O; I = n1 n2, O = m1 m2.
 
     A (R, I) = sqrt(2) (C1 (x) C2) D            D random signs, C1 and C2 random rows of orthonormal DCT-II matrices
     B (O, R) = s D' (E1 (x) E2)^T               the same over the outputs, s = sqrt(2 O / R)
@@ -8,285 +8,147 @@ Dimensions: I in, O out, R rank; I = n1 n2 and O = m1 m2.
 Both are cut to R rows or columns and have the entry variance of Kaiming uniform, 2 / fan_in. A rank above a size stacks
 independent blocks of at most that size. Up to that rank the rows of A are orthogonal (`A A^T = 2`) and the squares of B
 are a Kronecker product without signs, so the row norms of `B diag(lambda_d) A` take two small products.
-
-A prime size has no other factors: its transform is the dense cosine matrix, with 2 size rank operations a token.
 """
 
-import copy
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.annotations import Float
-from ..ops.dtypes import as_dtype, norm_dtype
-from ..ops.tracing import is_traced
-from . import kronecker, philox, structured_norms, structured_update
-from .kronecker import Kronecker, Stack, apply, apply_transpose
-from .shard import Shard
-
-Side = Literal["A", "B"]
+from ..tensors import Float, as_dtype, full_precision, norm_dtype
+from . import kronecker, philox
+from .base import Constant, Matrices, Side
+from .dense import times
+from .kronecker import Kronecker, Stack
 
 _FIRST_STREAM: dict[Side, int] = {"A": 2**34, "B": 2**34 + 1}
 """Block k of a matrix draws from this stream plus 2 k; its rows are the signs and the orders of both factors."""
 
 _SIGNS, _LEFT, _RIGHT = 0, 1, 2
 
-_Array = NDArray[np.float64]
-_Key = tuple[Side, int, int, torch.dtype]
+_FEW_VALUES = 2**14
+
+_PRODUCT: dict[Side, str] = {"A": "A product", "B": "B product"}
+"""The constant that products with a side take: its factors, or where `is_dense` its values."""
+_SQUARED = "B squared"
 
 
-class StructuredMatrices(nn.Module):
-    """The structured `A` and `B` of one seed, for every layer size and rank, made on demand.
+def is_dense(rank: int, size: int) -> bool:
+    """Whether products take the values of a matrix rather than its factors: up to 16,384 values, and for a prime size.
 
-    They are a few small buffers for each size and rank, outside the state dict: buffers follow device moves, ignore
-    casts and are made again from the seed when the module leaves the meta device.
+    One dense product is one call where factors take four. Time of the factors' product by that of the dense one,
+    `x A^T` / `z A`, measured with PyTorch 2.13 in float32 on one core with AVX-512 (two cores give the same):
 
-    Args:
-        seed: names the matrices, 0 <= seed < 2**64.
-        use_triton: whether CUDA tensors are transformed and combined by the Triton kernels.
+    | size x rank         | 1 token   | 16 tokens | 128 tokens | 512 tokens |
+    |---------------------|-----------|-----------|------------|------------|
+    | 64 x 64 (4,096)     | 5.6 / 6.0 | 3.7 / 3.7 | 2.5 / 2.3  | 2.3 / 2.1  |
+    | 256 x 16 (4,096)    | 5.9 / 6.1 | 3.3 / 4.8 | 1.9 / 4.7  | 1.7 / 4.8  |
+    | 512 x 16 (8,192)    | 5.1 / 5.1 | 1.9 / 2.3 | 0.8 / 1.3  | 0.6 / 1.2  |
+    | 256 x 64 (16,384)   | 4.0 / 4.3 | 1.3 / 1.3 | 0.5 / 0.6  | 0.5 / 0.5  |
+    | 1024 x 16 (16,384)  | 4.1 / 4.2 | 1.2 / 1.6 | 0.6 / 0.9  | 0.5 / 0.8  |
+    | 512 x 64 (32,768)   | 3.0 / 3.2 | 0.8 / 0.8 | 0.4 / 0.4  | 0.3 / 0.4  |
+    | 256 x 256 (65,536)  | 1.8 / 2.1 | 0.5 / 0.5 | 0.3 / 0.3  | 0.2 / 0.2  |
+    | 1024 x 256 (262,144)| 0.6 / 0.6 | 0.2 / 0.1 | 0.2 / 0.1  | 0.2 / 0.1  |
+
+    So the dense product is ahead up to 8,192 values for many tokens, 32,768 for 16 and 200,000 for one. The rule lies
+    between and does not ask for the tokens, so that a token's output does not depend on how a batch is split. A size
+    with small factors, 2 x 503 say, is faster with them too (0.5 to 0.7); only a prime has no factors.
     """
+    return rank * size <= max(_FEW_VALUES, kronecker.operations(rank, size))
 
-    products_are_cheap = True
 
-    def __init__(self, seed: int, use_triton: bool = False) -> None:
-        super().__init__()
-        self.seed = seed
-        self.use_triton = use_triton
-        self._stacks: dict[_Key, Stack] = {}
-        self._copies: dict[tuple[_Key, torch.device], Stack] = {}
-        self._made: dict[_Key, list[tuple[tuple[str, str, str], int]]] = {}
-        self._shards: dict[Side, Shard | None] = {}
-
-    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "StructuredMatrices":
-        """The columns of A and the rows of B of one process; sizes are then those of its shard."""
-        # A shallow copy shares the buffers, those made later too.
-        shard = copy.copy(self)
-        shard._shards = {"A": inputs, "B": outputs}
-        return shard
-
-    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32) -> None:
-        """Make the matrices for a layer now, so that no forward pass has to."""
-        self._stack("A", rank, in_features, dtype)
-        self._stack("B", rank, out_features, dtype)
-
-    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
-        """`x A^T`, in the dtype of `x`."""
-        return apply_transpose(x, self._stack_for(x, "A", rank, x.shape[-1]), self.use_triton)
-
-    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
-        """`h A`, the transpose of `project`, in the dtype of `h`."""
-        return apply(h, self._stack_for(h, "A", h.shape[-1], in_features), self.use_triton)
-
-    def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
-        """`z B^T`, in the dtype of `z`."""
-        return apply(z, self._stack_for(z, "B", z.shape[-1], out_features), self.use_triton)
-
-    def expand_transpose(
-        self, d: Float[Tensor, "*T O"], rank: int, scale: Float[Tensor, "O"] | None = None
-    ) -> Float[Tensor, "*T R"]:
-        """`(d * scale) B`, the transpose of `expand`, in the dtype of `d`; not differentiable with a scale."""
-        stack = self._stack_for(d, "B", rank, d.shape[-1])
-        return apply_transpose(d, stack if scale is None else kronecker.scaled(stack, scale), self.use_triton)
-
-    def prepared_projection(
-        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
-    ) -> Callable[[Tensor], Tensor]:
-        """`project` for x of one width, dtype and device, without autocast and gradients; of one token it is (1, R)."""
-        stack = self._stack_for(torch.empty(0, dtype=dtype, device=device), "A", rank, in_features)
-        return kronecker.prepared_apply_transpose(stack, self.use_triton)
-
-    def prepared_update(
-        self, lambda_d: Float[Tensor, "*B R"], scale: Float[Tensor, "*B O"], dtype: torch.dtype
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """The function from z (*T, R) and outputs (*T, O) or None to the outputs plus `((z lambda_d) B^T) * scale`.
-
-        It is for z of one dtype, writes into the outputs, and is not differentiable.
-        """
-        like = scale.new_empty(0, dtype=dtype)
-        stack = kronecker.scaled(self._stack_for(like, "B", lambda_d.shape[-1], scale.shape[-1]), scale)
-        inner = as_dtype(lambda_d, dtype)
-        add = structured_update.prepared_add_product(stack, self.use_triton)
-        return lambda z, onto: add(z * inner, onto)
-
-    def update_gradients(
-        self,
-        d: Float[Tensor, "T O"],
-        z: Float[Tensor, "T R"],
-        lambda_d: Float[Tensor, "R"],
-        scale: Float[Tensor, "O"],
-        d_scale: Float[Tensor, "O"],
-    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "R"]]:
-        """The gradients of `(d * update(z)).sum()` with respect to z and lambda_d, for d in the dtype of z.
-
-        That with respect to the scale is written into `d_scale`.
-        """
-        stack = self._stack("B", len(lambda_d), len(scale), norm_dtype(d.dtype), d.device)
-        return structured_update.scaled_gradients(d, z, lambda_d, scale, stack, d_scale)
+class StructuredMatrices(Matrices):
+    """A and B as Kronecker products of cosines, kept for every size and rank as two small factors and signs."""
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
-        """`onehot(index) A^T`: columns of A by index, without reading the others."""
-        stack = self._stack("A", rank, in_features, norm_dtype(dtype), index.device)
-        return kronecker.columns(stack, index).to(dtype)
+        A: Stack | Tensor = self._constant(_PRODUCT["A"], rank, in_features, norm_dtype(dtype), index.device)
+        columns = A.columns(index) if isinstance(A, Stack) else A[:, index].movedim(0, -1)
+        return as_dtype(columns, dtype)
 
-    def A(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R I"]:
-        """The dense matrix `A`."""
-        return kronecker.dense(self._stack("A", rank, in_features, norm_dtype(dtype))).to(dtype)
+    def squares(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> Float[Tensor, "*L O"]:
+        rank = lambda_d.shape[-1]
+        if rank > self._total("A", in_features):
+            return super().squares(lambda_d, in_features, out_features)
+        squares = self._constant(_SQUARED, rank, out_features, lambda_d.dtype, lambda_d.device)
+        with full_precision(lambda_d.device):
+            return 2 * _widened(squares, lambda_d.square())
 
-    def B(self, rank: int, out_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O R"]:
-        """The dense matrix `B`."""
-        return kronecker.dense(self._stack("B", rank, out_features, norm_dtype(dtype))).T.to(dtype)
-
-    def gram(self, rank: int, in_features: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R R"]:
-        """`G = A A^T`; twice the identity up to rounding for a rank of at most `in_features`."""
-        A = self.A(rank, in_features, norm_dtype(dtype))
-        return self.project(A, rank).to(dtype)
-
-    def row_squares(
-        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "*L O"]:
-        """`q`, the squared norms of the rows of `B diag(lambda_d) A`."""
-        A, Bt = self._pair(lambda_d, lambda_d.shape[-1], in_features, out_features)
-        return structured_norms.row_squares(lambda_d, A, Bt)
-
-    def row_squares_half_gradient(
-        self, v: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
+    def squares_gradient(
+        self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
     ) -> Float[Tensor, "*L R"]:
-        """Half the gradient of `(v * q).sum()` with respect to lambda_d."""
-        A, Bt = self._pair(lambda_d, lambda_d.shape[-1], in_features, v.shape[-1])
-        return structured_norms.row_squares_half_gradient(v, lambda_d, A, Bt)
-
-    def half_dq(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> None:
-        """None: q is cheap, and its derivative would be as large as B."""
-
-    def row_dots(self, weight: Float[Tensor, "O I"], lambda_d: Float[Tensor, "R"]) -> Float[Tensor, "O"]:
-        """`cross`, the products of the rows of W with those of `B diag(lambda_d) A`."""
-        out_features, in_features = weight.shape
-        return structured_norms.row_dots(
-            weight, lambda_d, *self._pair(lambda_d, len(lambda_d), in_features, out_features)
-        )
-
-    def row_dots_gradient(self, weight: Float[Tensor, "O I"], v: Float[Tensor, "O"], rank: int) -> Float[Tensor, "R"]:
-        """The gradient of `(v * cross).sum()` with respect to lambda_d."""
-        out_features, in_features = weight.shape
-        return structured_norms.row_dots_gradient(weight, v, *self._pair(v, rank, in_features, out_features))
+        rank = lambda_d.shape[-1]
+        if rank > self._total("A", in_features):
+            return super().squares_gradient(d_q, lambda_d, in_features)
+        squares = self._constant(_SQUARED, rank, d_q.shape[-1], lambda_d.dtype, lambda_d.device)
+        with full_precision(lambda_d.device):
+            return 4 * lambda_d * _narrowed(squares, d_q)
 
     def fingerprint_values(self) -> np.ndarray:
         """Values that differ between seeds and formats, float32."""
-        sides: tuple[Side, Side] = ("A", "B")
-        blocks = [block for side in sides for block in _blocks(self.seed, side, 40, 35)]
+        blocks = [block for side in _FIRST_STREAM for block in _blocks(self.seed, side, 40, 35)]
         return np.concatenate([part.ravel() for block in blocks for part in block]).astype(np.float32)
 
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """What files hold of the matrices: nothing."""
-        return {}
+    def _narrow(self, side: Side, x: Float[Tensor, "*T N"], rank: int) -> Float[Tensor, "*T R"]:
+        M = self._constant(_PRODUCT[side], rank, x.shape[-1], _inner_dtype(x.dtype, x.device), x.device)
+        return as_dtype(_narrowed(M, x), x.dtype)
 
-    def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """None: files hold no such tensors."""
-        return None
+    def _widen(self, side: Side, z: Float[Tensor, "*T R"], size: int) -> Float[Tensor, "*T N"]:
+        M = self._constant(_PRODUCT[side], z.shape[-1], size, _inner_dtype(z.dtype, z.device), z.device)
+        return as_dtype(_widened(M, z), z.dtype)
 
-    def extra_repr(self) -> str:
-        return f"seed={self.seed}"
+    def _needed(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> Iterable[Constant]:
+        wide = norm_dtype(dtype)
+        for each in dict.fromkeys((wide, _inner_dtype(dtype, self._home))):
+            yield _PRODUCT["A"], rank, in_features, each
+            yield _PRODUCT["B"], rank, out_features, each
+        if rank <= self._total("A", in_features):
+            yield _SQUARED, rank, out_features, wide
+        else:
+            yield "G", rank, in_features, wide
+            yield "B", rank, out_features, wide
 
-    def _pair(self, like: Tensor, rank: int, in_features: int, out_features: int) -> tuple[Stack, Stack]:
-        dtype, device = norm_dtype(like.dtype), like.device
-        return self._stack("A", rank, in_features, dtype, device), self._stack("B", rank, out_features, dtype, device)
+    def _made(self, name: str, rank: int, size: int, dtype: torch.dtype) -> Stack | Tensor:
+        if name == _SQUARED:
+            B: Stack | Tensor = self._constant(_PRODUCT["B"], rank, size, dtype, torch.device("cpu"))
+            return B.squared() if isinstance(B, Stack) else B.square()
+        if name not in _PRODUCT.values():
+            values: Tensor = super()._made(name, rank, size, dtype)
+            return values
+        side: Side = "A" if name == _PRODUCT["A"] else "B"
+        stack, shard = self._stack(side, rank, self._total(side, size), dtype), self._shards[side]
+        part = stack if shard is None else stack.slice(shard.start, shard.stop)
+        return self._values(side, rank, size, dtype) if part is None or is_dense(rank, size) else part
 
-    def _stack_for(self, x: Tensor, side: Side, rank: int, size: int) -> Stack:
-        # A CPU multiplies small matrices faster in float32 than in half precision, and rounds once; the Triton kernel
-        # takes float32 too.
-        wide = x.is_cpu or (x.is_cuda and self.use_triton)
-        dtype = norm_dtype(x.dtype) if wide else x.dtype
-        return self._stack(side, rank, size, dtype, x.device)
+    def _whole(self, side: Side, rank: int, total: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+        return self._stack(side, rank, total, dtype).dense()
 
-    def _stack(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
-        shard = self._shards.get(side)
-        if shard is None:
-            return self._whole(side, rank, size, dtype, device)
-        return kronecker.column_slice(self._whole(side, rank, shard.total, dtype, device), shard.start, shard.stop)
-
-    def _whole(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Stack:
-        key = (side, rank, size, dtype)
-        stack = self._stacks.get(key)
-        if stack is None:
-            if key not in self._made:
-                if torch.compiler.is_compiling():
-                    return self._cast(key, device)
-                self._make(key, device)
-            stack = self._stacks[key] = self._of_buffers(key)
-        if device is None or stack[0].left.device == device:
-            return stack
-        there = self._copies.get((key, device))
-        if there is None:
-            with torch.inference_mode(False):
-                there = tuple(
-                    Kronecker(M.left.to(device), M.right.to(device), M.diagonal.to(device), M.rows) for M in stack
-                )
-            # A graph being traced holds its own copies.
-            if not is_traced():
-                self._copies[key, device] = there
-        return there
-
-    def _of_buffers(self, key: _Key) -> Stack:
-        return tuple(self._block(names, rows) for names, rows in self._made[key])
-
-    def _block(self, names: tuple[str, str, str], rows: int) -> Kronecker:
-        left, right, diagonal = (self._buffers[name] for name in names)
-        assert left is not None
-        assert right is not None
-        assert diagonal is not None
-        return Kronecker(left, right, diagonal, rows)
-
-    def _cast(self, key: _Key, device: torch.device | None) -> Stack:
-        """The matrices cast to a dtype that has no buffers yet: a traced graph cannot register any."""
-        side, rank, size, dtype = key
-        known = {made[3].itemsize: made[3] for made in self._made if made[:3] == key[:3]}
-        stack = self._whole(side, rank, size, known[max(known)], device)
-        return tuple(Kronecker(M.left.to(dtype), M.right.to(dtype), M.diagonal.to(dtype), M.rows) for M in stack)
-
-    def _make(self, key: _Key, device: torch.device | None) -> None:
-        side, rank, size, dtype = key
-        made = []
-        for index, (left, right, diagonal) in enumerate(_blocks(self.seed, side, rank, size)):
-            head = f"{side}_{rank}x{size}_{str(dtype).removeprefix('torch.')}_{index}"
-            names = (f"{head}_left", f"{head}_right", f"{head}_diagonal")
-            with torch.inference_mode(False):
-                for name, values in zip(names, (left, right, diagonal), strict=True):
-                    # Cast first: not every device has float64.
-                    tensor = torch.from_numpy(values).to(dtype).to(device)
-                    self.register_buffer(name, tensor, persistent=False)
-            made.append((names, kronecker.block_rows(rank, size)[index]))
-        self._made[key] = made
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StructuredMatrices":
-        # Follow only the device of `fn`, found with an empty tensor: a cast would round the matrices, and `to_empty`
-        # would leave them undefined.
-        for key, blocks in list(self._made.items()):
-            stack = self._whole(*key)
-            device = fn(stack[0].left.new_empty(0)).device
-            if stack[0].left.is_meta and device.type != "meta":
-                self._make(key, device)
-                continue
-            for names, _ in blocks:
-                for name in names:
-                    self._buffers[name] = self.get_buffer(name).to(device)
-        self._stacks.clear()
-        self._copies.clear()
-        # Not at the next pass: a graph that found nothing kept would add it, and be compiled a second time. Buffers on
-        # the meta device may be replaced one by one.
-        made = {key: self._of_buffers(key) for key in self._made}
-        self._stacks.update({key: stack for key, stack in made.items() if not stack[0].left.is_meta})
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": {}}
+    def _stack(self, side: Side, rank: int, total: int, dtype: torch.dtype) -> Stack:
+        blocks = []
+        for rows, factors in zip(kronecker.block_rows(rank, total), _blocks(self.seed, side, rank, total), strict=True):
+            left, right, signs = (torch.from_numpy(factor).to(dtype) for factor in factors)
+            blocks.append(Kronecker(left, right, signs, rows))
+        return Stack(tuple(blocks))
 
 
-def _blocks(seed: int, side: Side, rank: int, size: int) -> list[tuple[_Array, _Array, _Array]]:
-    """Left factor, right factor and signs of each block of a matrix, in float64; the left factor includes the scale."""
+def _narrowed(M: Stack | Tensor, x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
+    return M.narrow(x) if isinstance(M, Stack) else times(as_dtype(x, M.dtype), M.T)
+
+
+def _widened(M: Stack | Tensor, z: Float[Tensor, "*T R"]) -> Float[Tensor, "*T N"]:
+    return M.widen(z) if isinstance(M, Stack) else times(as_dtype(z, M.dtype), M)
+
+
+def _inner_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """A CPU multiplies small matrices faster in float32 than in half precision, and rounds once."""
+    return norm_dtype(dtype) if device.type == "cpu" else dtype
+
+
+def _blocks(
+    seed: int, side: Side, rank: int, size: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
+    """Left factor, right factor and signs of each block of a matrix; the left factor includes the scale."""
     n1, n2 = kronecker.factors_of_size(size)
     scale = np.sqrt(2.0 if side == "A" else 2.0 * size / rank)
     blocks = []

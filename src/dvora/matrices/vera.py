@@ -10,14 +10,15 @@ Dimensions: I in, O out, R rank, each of the largest layer.
 import hashlib
 import math
 import re
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.annotations import Float
+from ..tensors import Float
+from .base import SIDES, Side
 from .dense import DenseMatrices
 
 _NAME = re.compile(r"peft_vera\(r=([1-9]\d{0,4}), in=([1-9]\d{0,7}), out=([1-9]\d{0,7})\)")
@@ -41,9 +42,9 @@ class VeraSizes(NamedTuple):
 
 def vera_sizes(distribution: str) -> VeraSizes | None:
     """The sizes in the name of a distribution; None for any other distribution, and above `MAX_VALUES`."""
-    if (found := _NAME.fullmatch(distribution)) is None:
+    if (match := _NAME.fullmatch(distribution)) is None:
         return None
-    sizes = VeraSizes(*map(int, found.groups()))
+    sizes = VeraSizes(*map(int, match.groups()))
     return sizes if sizes.rank * (sizes.in_features + sizes.out_features) <= MAX_VALUES else None
 
 
@@ -60,11 +61,10 @@ class VeraMatrices(DenseMatrices):
     Args:
         seed: its `projection_prng_key`.
         sizes: of the matrices as drawn, and so the largest that a layer can have.
-        use_triton: as for `DenseMatrices`.
     """
 
-    def __init__(self, seed: int, sizes: VeraSizes, use_triton: bool = False) -> None:
-        super().__init__(seed, partial(_drawn_values, seed, sizes), use_triton)
+    def __init__(self, seed: int, sizes: VeraSizes) -> None:
+        super().__init__(seed)
         self.sizes = sizes
 
     def fingerprint_values(self) -> np.ndarray:
@@ -72,27 +72,25 @@ class VeraMatrices(DenseMatrices):
         return np.frombuffer(_digest(self.seed, self.sizes), dtype=np.uint8)
 
     def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """What a matrix of a file should be; None where there is no such matrix."""
-        stream = name.removeprefix("stream_")[:1]
-        return torch.from_numpy(_drawn_values(self.seed, self.sizes, int(stream))) if stream in ("0", "1") else None
+        of_drawn = any(tuple(saved.shape) in self._saved_sizes(side) for side in SIDES)
+        return super().remade(name, saved) if of_drawn else None
+
+    def _unscaled(self, side: Side, rank: int, size: int) -> np.ndarray:
+        ((most, largest),) = self._saved_sizes(side)
+        if rank > most or size > largest:
+            raise ValueError(
+                f"projection_init={self.sizes.distribution!r} has matrices of rank {most} for at most {largest} "
+                f"{'inputs' if side == 'A' else 'outputs'}; this layer needs rank {rank} and {size}"
+            )
+        A, B = drawn(self.seed, self.sizes)
+        return np.ascontiguousarray((A if side == "A" else B.T)[:rank, :size])
 
     def _scale(self, fan_in: int) -> float:
         return 1.0  # drawn with their scale
 
-    def _whole(self, stream: int, rank: int, size: int, device: torch.device | None) -> Tensor:
-        largest = self.sizes[1 + stream]
-        if rank > self.sizes.rank or size > largest:
-            raise ValueError(
-                f"projection_init={self.sizes.distribution!r} has matrices of rank {self.sizes.rank} for at most "
-                f"{largest} {('inputs', 'outputs')[stream]}; this layer needs rank {rank} and {size}"
-            )
-        return super()._whole(stream, self.sizes.rank, largest, device)[:rank, :size]
-
-
-def _drawn_values(seed: int, sizes: VeraSizes, stream: int, *_: int) -> np.ndarray:
-    """All values of a stream, however many are asked for."""
-    A, B = drawn(seed, sizes)
-    return (B.T.contiguous() if stream else A).numpy()
+    def _saved_sizes(self, side: Side) -> list[tuple[int, int]]:
+        rank, in_features, out_features = self.sizes
+        return [(rank, in_features if side == "A" else out_features)]
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

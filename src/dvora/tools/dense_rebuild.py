@@ -18,11 +18,11 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops.annotations import Float
+from ..tensors import Float
 from ..tuner.layers.layer import DVoRALayer
 from ..tuner.layers.layer_types import LAYER_TYPES
 from ..tuner.layers.opaque_weight import device_of, input_dtype
-from ..weight.layouts import Layout
+from ..weight import Layout
 
 Values = Mapping[str, Tensor]
 """Trained parameters by the name of their vector or matrix, in float64."""

@@ -9,9 +9,9 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..method.functional import Vectors
-from ..method.validation import checked_strength
-from ..weight.weighted_sum import WeightedAdapter, interpolated, weighted_sum
+from ..functional import Vectors
+from ..checks import checked_strength
+from .weighted_sum import WeightedAdapter, interpolated, weighted_sum
 from .config import DVoRAConfig
 from .layers.layer import DVoRALayer, check_unmerged, layers_of
 from .layers.vectors import strength_key

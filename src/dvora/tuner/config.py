@@ -15,8 +15,8 @@ from peft.utils import PeftType
 
 from ..matrices.interface import FORMAT_VERSION, SharedProjections, checked_distribution
 from ..matrices.vera import vera_sizes
-from ..method.functional import Vectors
-from ..method.validation import (
+from ..functional import Vectors
+from ..checks import (
     checked_alpha,
     checked_d_initial,
     checked_direction,

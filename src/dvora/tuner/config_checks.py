@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..method.validation import rounds_to_zero
+from ..checks import rounds_to_zero
 
 MAX_NAMES = 2**12
 """Entries of a list: PEFT compares each with every module of a model, and with every other."""

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from ..weight.merge import warn_of_losses
+from ..weight import warn_of_losses
 from .layers.layer import DVoRALayer, layers_in
 from .layers.mergeable import Intent
 from .restoring import surely

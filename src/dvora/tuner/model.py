@@ -18,11 +18,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..method.functional import Vectors
-from ..weight.factor_pass import add_factor_pass, remove_factor_pass
+from ..functional import Vectors
+from ..factors import add_factor_pass, remove_factor_pass
 from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
-from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype, warn_of_rows_left_alone
+from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype
 from .injecting.inject import PreparedTarget, add_adapter
 from .injecting.targets import find_targets, matches, names_found, wrap
 from .layers.layer import DVoRALayer, check_unmerged, layers_in, layers_of
@@ -96,7 +96,6 @@ class DVoRAModel(BaseTuner):
                 state_dict=state_dict,
             )
         self._prepared = {}
-        warn_of_rows_left_alone(layers_of(model, adapter_name), adapter_name)
         for module in model.modules():
             keep_differentiable(module)
         add_factor_pass(model)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from ...tuner.config import DVoRAConfig
 from ...tuner.layers.layer import layers_in
-from ...weight.diagnostics import diagnostics
+from ...adapter import diagnostics
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import config_of_adapter, load_adapted
 

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from ...tuner.merging import merge_model
 from ...tuner.model import DVoRAModel
-from ...weight.merge import MergePrecisionWarning
+from ...weight import MergePrecisionWarning
 from ...whole_files import check_new_folder, new_folder
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import base_class, load_adapted, of_base

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ...ops.annotations import Float
+from ...tensors import Float
 from ...whole_files import write_atomically
 from ..models.bases import computing, device_of
 from ..settings import Settings

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.annotations import Float
+from ...tensors import Float
 
 LARGEST = 1024
 """Sizes up to which all singular values are computed."""

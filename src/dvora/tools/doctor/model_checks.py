@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ...weight.merge import MergePrecisionWarning
+from ...weight import MergePrecisionWarning
 from ..dense_rebuild import Subject
 from .findings import Finding, within_limit
 from .layer_checks import TOLERANCES

@@ -14,9 +14,9 @@ from peft.tuners.vera import VeraLayer, VeraModel
 from torch import Tensor
 
 from ...matrices.vera import VeraSizes, drawn
-from ...method import functional as F
-from ...ops.annotations import Float
-from ...ops.dtypes import norm_dtype
+from ... import functional as F
+from ...tensors import Float
+from ...tensors import norm_dtype
 from ..adapter_folder import PEFT_PREFIX
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of

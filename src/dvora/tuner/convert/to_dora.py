@@ -17,9 +17,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...method import functional as F
-from ...method.functional import Vectors
-from ...ops.annotations import Float
+from ... import functional as F
+from ...functional import Vectors
+from ...tensors import Float
 from ..adapter_folder import PEFT_PREFIX
 from ..config import own_config
 from ..layers import low_rank

@@ -30,7 +30,7 @@ from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...method.functional import Vectors
+from ...functional import Vectors
 from ..adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX, Shape, layer_and_vector, plain_name
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import alike

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_dtensor
-from ...method.functional import FAR, Vectors
-from ...ops.annotations import Float
+from ...engines import is_dtensor
+from ...checks import FAR
+from ...functional import Vectors
+from ...tensors import Float
 from ..adapter_folder import VECTOR_PREFIX
 from ..layers.layer import check_unmerged
 from ..restoring import on_failure, values_as_they_are

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...engines.tensor_parallel import is_dtensor
-from ...engines.zero3 import weight_in_memory
-from ...method.functional import Vectors
-from ...method.gain import row_factors_of_many
-from ...method.norm import FrozenNorm
-from ...ops.annotations import Float
+from ...engines import is_dtensor, weight_in_memory
+from ...factors import StackConstants, stacked_factors
+from ...functional import Vectors
+from ...weight import AdaptedWeight
+from ...tensors import Float
 from ..layers.layer import DVoRALayer
 
 
@@ -55,11 +54,11 @@ def factors_of_layers(
 def _stack_factors(layers: Sequence[DVoRALayer], adapter_name: str, vectors: Sequence[Vectors]) -> list[LayerFactors]:
     """The factors of layers of one shape, as parts of one tensor."""
     stacked = Vectors(*(torch.stack(of_kind) for of_kind in zip(*map(with_zeros, vectors), strict=True)))
-    norms = [_norm(layer, adapter_name) for layer in layers]
-    made = row_factors_of_many(stacked, norms, layers[0].adapted(adapter_name).settings)
-    strengths = torch.stack([layer.strength(adapter_name) for layer in layers])[:, None, None, None]
-    by_layer = zip(made.trained * strengths, made.lambda_d, strict=True)
-    return [LayerFactors(rows[:, 0], rows[:, 1], lambda_d) for rows, lambda_d in by_layer]
+    constants = StackConstants.of([_adapted(layer, adapter_name) for layer in layers])
+    stacked = stacked.to(constants.w.dtype)
+    gain_minus_one, scale, _ = stacked_factors(stacked, constants)
+    strengths = torch.stack([layer.strength(adapter_name) for layer in layers])[:, None, None]
+    return list(map(LayerFactors, gain_minus_one * strengths, scale * strengths, stacked.lambda_d))
 
 
 def with_zeros(vectors: Vectors) -> Vectors:
@@ -68,11 +67,15 @@ def with_zeros(vectors: Vectors) -> Vectors:
     return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
 
 
-def _norm(layer: DVoRALayer, adapter_name: str) -> FrozenNorm:
+def _adapted(layer: DVoRALayer, adapter_name: str) -> AdaptedWeight:
+    """The frozen side of an adapter, with the constants of the weight as it is now."""
     weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
     if is_dtensor(weight):
         raise ValueError(
             f"model: the weight of {layer.name} is sharded over processes, and factors are of whole rows; make them "
             "of the model in one process, or let each layer make its own as it runs"
         )
-    return layer.adapted(adapter_name).norm(weight)
+    adapted = layer.adapted(adapter_name)
+    if weight is not None:
+        adapted.refresh_if_stale(weight)
+    return adapted

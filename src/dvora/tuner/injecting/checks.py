@@ -14,7 +14,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
-from ...engines.fsdp2 import is_fully_sharded
+from ...engines import is_fully_sharded
 from ...matrices.interface import SharedProjections
 from ...matrices.vera import vera_sizes
 from ..config import DVoRAConfig
@@ -178,19 +178,6 @@ def check_model(config: DVoRAConfig, model: nn.Module) -> None:
             "adapt the model first, then call fully_shard"
         )
     _check_tokens(config, model)
-
-
-def warn_of_rows_left_alone(layers: Iterable[DVoRALayer], adapter_name: str) -> None:
-    """Warn of rows that keep the base's outputs: rescaling would amplify the rounding error of their bias."""
-    rows = {layer.name: count for layer in layers if (count := layer.rows_left_alone(adapter_name))}
-    if rows:
-        most = max(rows, key=lambda name: rows[name])
-        warnings.warn(
-            f"rows whose norm is tiny compared to their bias keep the base's outputs where no pass can read the weight "
-            f"(it is quantised or offloaded): {sum(rows.values())} rows in {len(rows)} "
-            f"layers, most in {most} ({rows[most]})",
-            stacklevel=5,
-        )
 
 
 def warn_of_kept_dtype(layers: Iterable[DVoRALayer]) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from ...matrices import philox
 from ...matrices.interface import SharedProjections
-from ...method.functional import Vectors
-from ...method.validation import check_bias, checked_direction
-from ...weight.adapted_weight import MAGNITUDE_ONLY, AdaptedWeight
+from ...functional import Vectors
+from ...checks import check_bias, checked_direction
+from ...weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of
 from ..layers.base_layer import Fingerprinted, bias_of

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...matrices.philox import uniform_row
-from ...ops.annotations import Float
+from ...tensors import Float
 
 BASE_TOLERANCE = 0.3
 """Largest distance of a weight's fingerprint from that of the weight that an adapter was trained on.

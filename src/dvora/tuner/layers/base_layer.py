@@ -8,9 +8,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_dtensor, local
-from ...engines.zero3 import is_partitioned
-from ...weight.tensor_state import TensorVersion
+from ...engines import is_dtensor, local
+from ...engines import is_partitioned
+from ...tensors import TensorVersion
 from .layer_types import LayerType
 from .opaque_weight import read_bias, read_operating_weight
 

@@ -10,28 +10,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...engines.tensor_parallel import is_dtensor
-from ...engines.zero3 import is_in_memory, weight_in_memory
+from ...engines import is_dtensor, is_in_memory, weight_in_memory
+from ...factors import Source, delta_weight, factors_alone, factors_of
+from ...functional import Vectors, row_norm
+from ...layer import folded_outputs, folds
 from ...matrices.interface import SharedProjections, checked_distribution
-from ...method.functional import Vectors, row_norm
-from ...ops.annotations import Float
-from ...ops.passes import Pass, current_pass
-from ...ops.tracing import grad_recorded, is_traced
-from ...weight.adapted_weight import AdaptedWeight
-from ...weight.factors import EvaluatedEntry, factor_rows
-from ...weight.linear import Update
-from ...weight.plan import EvaluationPlan, Operands, TrainingPlan, is_held
+from ...tensors import Float, is_traced
+from ...weight import AdaptedWeight
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
 from .layer_types import LayerType, layer_type_of
-from .low_rank import linear
 from .mergeable import MergeableLayer, Merges
 from .mixed_rows import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
 from .opaque_weight import device_of, input_dtype, keep_differentiable
-from .outputs import ActiveAdapter, adapted_outputs, updated_outputs
-from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in, vectors_of_many
-
-_NO_DROPOUT = nn.Identity()
+from .outputs import ActiveAdapter, adapted_outputs
+from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in
 
 
 class DVoRALayer(nn.Module, MergeableLayer):
@@ -112,9 +105,6 @@ class DVoRALayer(nn.Module, MergeableLayer):
                     vector_dict.put(adapter_name, value)
                 elif adapter_name in vector_dict:
                     del vector_dict[adapter_name]
-        if self.layer_type.low_rank is not None:
-            # Now, since a compiled graph cannot look for them.
-            adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         # New modules start in training mode, where dropout is active.
         self.training = self.base_layer.training
@@ -153,37 +143,20 @@ class DVoRALayer(nn.Module, MergeableLayer):
             self.fingerprint = fingerprint_of(matrix, row_norm(matrix))
         return self.fingerprint
 
-    def rows_left_alone(self, adapter_name: str) -> int:
-        """How many rows keep the base's outputs: small compared to their bias, and the weight cannot be read."""
-        if self.layer_type.low_rank is None:
-            return 0
-        adapted = self.adapted(adapter_name)
-        rows = adapted.small_rows(bias_of(self.base_layer, self.measured_bias))
-        readable = self.layer_type.row_products is not None and adapted.readable
-        return 0 if rows is None or readable else len(rows)
-
     def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The base's output, adapted by the active adapters, or row by row by those in `adapter_names`."""
         if adapter_names is not None:
-            check_rows(adapter_names, x, self.merged_adapters, self.name)
-            base_output: Tensor = self.base_layer(x)
-            dimensions = base_output.dim()
-            make = partial(self._row_updates, adapter_names, dimensions)
-            return mixed_outputs(x, base_output, updates_in(self, adapter_names, dimensions, make), self._adapt_rows)
-        running = None if torch.compiler.is_compiling() else current_pass()
-        if running is not None and (planned := self._planned(x, running)) is not None:
-            return planned
-        if self.disable_adapters and self.merged:
+            return self._mixed(x, adapter_names)
+        if self._disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.serves_merged():
+        if self._disable_adapters or self.serves_merged():
             return cast(Tensor, self.base_layer(x))
         adapters = self._active(self.active_adapters)
-        outputs = updated_outputs(self.base_layer, x, adapters)
-        if outputs is None:
-            outputs = self._adapted(x, self.base_layer(x), adapters)
-        if running is not None:
-            self._plan_for_next(x, adapters, running)
-        return outputs
+        if len(adapters) == 1:
+            adapted, factors, dropout = adapters[0]
+            if dropout is None and folds(self.base_layer, x, adapted, factors):
+                return folded_outputs(self.base_layer, x, adapted, factors)
+        return self._adapted(x, self.base_layer(x), adapters)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -193,88 +166,43 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """The named adapters that this layer has, with their row factors."""
-        base = self.base_layer
-        weight = weight_in_memory(base, self.parameter_name) if self.layer_type.has_weight else None
-        active, all_adapted, strengths = [], self.dvora_adapted._modules, self.dvora_strength
-        dicts, dropouts, traced = self.vector_dicts(), self.dvora_dropout._modules, is_traced()
+        weight = self._weight_in_memory()
+        active, all_adapted, all_dropouts = [], self.dvora_adapted._modules, self.dvora_dropout._modules
         for name in adapter_names:
             if name in all_adapted:
-                adapted = cast(AdaptedWeight, all_adapted[name])
-                vectors = adapted.local(vectors_in(dicts, name), weight)
-                # A graph must see a change of the strength.
-                is_whole = not traced and strengths.number(name) == 1
-                update = Update.of(adapted, vectors, weight, None if is_whole else strengths.value(name))
-                active.append(ActiveAdapter(update, dropouts[name], is_whole))
+                source, dropout = self._source(name, weight), cast(nn.Module, all_dropouts[name])
+                drops = dropout.training and type(dropout) is not nn.Identity
+                factors = factors_of(source, weight)
+                active.append(ActiveAdapter(source.adapted, factors, dropout if drops else None))
         return active
 
-    def _planned(self, x: Tensor, running: Pass) -> Tensor | None:
-        """The outputs by the plan of an earlier pass, if the layer would still do the same in this one."""
-        names = self._active_adapter
-        # Not as attributes, which modules take as long to look up as a small product takes.
-        modules: Any = self._modules
-        if len(names) != 1 or self._disable_adapters or self.merges.last is not None:
-            return None
-        adapted = modules["dvora_adapted"]._modules.get(names[0])
-        if adapted is None:
-            return None
-        recorded, kept = grad_recorded(), adapted.kept
-        entry: EvaluatedEntry | None = kept.evaluated
-        plan: Any = kept.training_plan if recorded else None if entry is None else entry.plan
-        operands = None if plan is None else self._operands(names[0])
-        dropout = modules["dvora_dropout"]._modules[names[0]]
-        if operands is None or (dropout.training and type(dropout) is not nn.Identity):
-            return None
-        base: nn.Module = modules["base_layer"]
-        if recorded:
-            return plan.outputs(operands, x, base) if plan.serves(operands) else None
-        return plan.outputs(x, base, running) if plan.serves(entry, operands, x, running) else None
+    def _source(self, adapter_name: str, weight: Tensor | None) -> Source:
+        """What the row factors of an adapter are made from."""
+        adapted = cast(AdaptedWeight, self.dvora_adapted._modules[adapter_name])
+        vectors, strengths = vectors_in(self.vector_dicts(), adapter_name), self.dvora_strength
+        # A graph must see a change of the strength.
+        whole = not is_traced() and strengths.number(adapter_name) == 1
+        return Source(adapted, adapted.local(vectors, weight), None if whole else strengths.value(adapter_name))
 
-    def _operands(self, name: str) -> Operands | None:
-        """The tensors that the outputs of one adapter depend on; None unless they are where modules keep their own."""
-        modules: Any = self._modules
-        magnitude, lambda_b, lambda_d = (
-            modules["dvora_magnitude"]._parameters.get(name),
-            modules["dvora_lambda_b"]._parameters.get(name),
-            modules["dvora_lambda_d"]._parameters.get(name),
-        )
-        base = modules["base_layer"]._parameters
-        if magnitude is None or lambda_b is None or lambda_d is None or "bias" not in base:
-            return None
-        strength = modules["dvora_strength"]._buffers[name]
-        weight = base.get(self.parameter_name) if self.layer_type.has_weight else None
-        return Operands(magnitude, lambda_b, lambda_d, strength, weight, base["bias"])
-
-    def _plan_for_next(self, x: Tensor, adapters: Sequence[ActiveAdapter], running: Pass) -> None:
-        """Make a plan for later passes, where nothing but tensors in memory decides what the layer does."""
-        if is_traced() or len(adapters) != 1 or self.layer_type.low_rank is not linear:
-            return
-        adapted = adapters[0].update.adapted
-        # Not by the active names, which may have changed since.
-        name = next((name for name, own in self.dvora_adapted.items() if own is adapted), None)
-        operands = None if name is None else self._operands(name)
-        if name is None or operands is None or adapted.shard is not None:
-            return
-        if not all(tensor is None or is_held(tensor, adapted.w.device) for tensor in operands):
-            return
-        # The strength's number after the plan, so that a write in between is noticed.
-        if grad_recorded():
-            if self.layer_type.has_weight and adapters[0].is_whole:
-                training = TrainingPlan(adapted, operands)
-                training.keep(adapted, self.dvora_strength.number(name) == 1, operands)
-            return
-        entry: EvaluatedEntry | None = adapted.kept.evaluated
-        # A plan may be made and not followed, as under autocast.
-        if entry is not None and (entry.plan is None or not entry.plan.is_of(operands, x)):
-            plan = EvaluationPlan(adapted, entry, operands, x)
-            plan.keep(adapted, entry, self.dvora_strength.number(name) == 1, operands, running)
+    def _weight_in_memory(self) -> Tensor | None:
+        """The weight as stored, where it can be read in every pass."""
+        return weight_in_memory(self.base_layer, self.parameter_name) if self.layer_type.has_weight else None
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
+        """The outputs from those of the base."""
         check_gradient(self.base_layer, self.layer_type, x, base_output, self.name)
         if not adapters:
             return base_output
         # Only now: engines gather it for the base's forward.
         bias = bias_of(self.base_layer, self.measured_bias)
         return adapted_outputs(self.base_layer, self.layer_type, x, base_output, adapters, bias)
+
+    def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The outputs of a batch in which every row has an adapter of its own."""
+        check_rows(adapter_names, x, self.merged_adapters, self.name)
+        base_output: Tensor = self.base_layer(x)
+        make = partial(self._row_updates, adapter_names, base_output.dim())
+        return mixed_outputs(x, base_output, updates_in(self, adapter_names, base_output.dim(), make), self._adapted)
 
     def _row_updates(self, adapter_names: Sequence[str], dimensions: int) -> list[RowUpdate]:
         """The updates by row, of the adapters in the batch only: there may be thousands in the model."""
@@ -283,24 +211,13 @@ class DVoRALayer(nn.Module, MergeableLayer):
         return row_updates(own, self._factor_rows, adapter_names, dimensions)
 
     def _factor_rows(self, adapter_names: Sequence[str]) -> Float[Tensor, "N F"]:
-        """The factors of the named adapters, as rows of one matrix (`PackedFactors.row`)."""
-        weight = weight_in_memory(self.base_layer, self.parameter_name) if self.layer_type.has_weight else None
-        if is_traced() or grad_recorded() or is_dtensor(weight):
-            return torch.stack([adapter.update.factors.packed.row for adapter in self._active(adapter_names)])
-        all_adapted: Any = self.dvora_adapted._modules
-        inputs, strengths = vectors_of_many(self.vector_dicts(), adapter_names), self.dvora_strength
-        weakened = [
-            own if strengths.number(name) == 1 else (*own, strengths.value(name))
-            for name, own in zip(adapter_names, inputs, strict=True)
-        ]
-        return factor_rows([all_adapted[name] for name in adapter_names], weakened, weight)
-
-    def _adapt_rows(self, x: Tensor, base_output: Tensor, update: Update) -> Tensor:
-        return self._adapted(x, base_output, [ActiveAdapter(update, _NO_DROPOUT, is_whole=True)])
+        """The factors of the named adapters, as rows of one matrix (`Factors.row`)."""
+        weight = self._weight_in_memory()
+        return torch.stack([factors_alone(self._source(name, weight), weight).row for name in adapter_names])
 
     def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` of several adapters together, as a matrix."""
-        deltas = [self.strength(n) * self.adapted(n).delta(self.vectors(n), weight) for n in adapter_names]
+        deltas = [self.strength(n) * delta_weight(self.adapted(n), self.vectors(n), weight) for n in adapter_names]
         return sum(deltas[1:], deltas[0])
 
     def vector_dicts(self) -> tuple[VectorDict, VectorDict, VectorDict]:

@@ -11,17 +11,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ...engines.tensor_parallel import is_dtensor
-from ...method.validation import computes_as
-from ...weight.adapted_weight import AdaptedWeight
-from ...weight.layouts import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from ...engines import is_dtensor
+from ...checks import computes_as
+from ...weight import AdaptedWeight
+from ...weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
 from . import low_rank
 
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
 """Of an adapter, its base layer, the inputs, lambda_d and the dropout of the inputs."""
-
-RowProducts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""Of a base layer, the inputs, some rows of the weight, and their indices."""
 
 
 class LayerType(NamedTuple):
@@ -34,16 +31,14 @@ class LayerType(NamedTuple):
     """Number of dimensions of an output behind that of the output features."""
     has_weight: bool = True
     """False for quantised layers, whose weight is known through their forward pass only."""
-    row_products: RowProducts | None = None
-    """Inputs times some rows of the weight, without the bias; None where there is no bias, or no weight in memory."""
 
 
 LAYER_TYPES: dict[type[nn.Module], LayerType] = {
-    nn.Linear: LayerType(ROWS, low_rank.linear, row_products=low_rank.linear_rows),
-    Conv1D: LayerType(COLUMNS, low_rank.linear, row_products=low_rank.linear_rows),
-    nn.Conv1d: LayerType(KERNELS, low_rank.convolve, spatial=1, row_products=low_rank.convolved_rows),
-    nn.Conv2d: LayerType(KERNELS, low_rank.convolve, spatial=2, row_products=low_rank.convolved_rows),
-    nn.Conv3d: LayerType(KERNELS, low_rank.convolve, spatial=3, row_products=low_rank.convolved_rows),
+    nn.Linear: LayerType(ROWS, low_rank.linear),
+    Conv1D: LayerType(COLUMNS, low_rank.linear),
+    nn.Conv1d: LayerType(KERNELS, low_rank.convolve, spatial=1),
+    nn.Conv2d: LayerType(KERNELS, low_rank.convolve, spatial=2),
+    nn.Conv3d: LayerType(KERNELS, low_rank.convolve, spatial=3),
     nn.Embedding: LayerType(COLUMNS, low_rank.lookup),
 }
 FORWARD_ONLY = LayerType(ROWS, low_rank.linear, has_weight=False)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...ops.annotations import Float
-from ...weight.adapted_weight import AdaptedWeight
-from ...weight.linear import low_rank
+from ...layer import project
+from ...tensors import Float
+from ...weight import AdaptedWeight
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -23,7 +23,8 @@ def linear(
     adapted: AdaptedWeight, _: nn.Module, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "*B R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
     """`((x A^T) lambda_d) B^T`."""
-    return low_rank(adapted, dropout(x), lambda_d)
+    z = project(adapted, dropout(x))
+    return adapted.matrices.expand(z * lambda_d.to(z.dtype), len(adapted.w))
 
 
 def lookup(
@@ -69,27 +70,6 @@ def convolve(
         product = _convolution(layer, batch, ((B * lambda_d.to(B.dtype)) @ A).view(-1, *kernel), groups).movedim(1, -1)
     outputs: Tensor = product if x.dim() == spatial + 2 else product.squeeze(0)
     return outputs
-
-
-def linear_rows(
-    _: nn.Module, x: Float[Tensor, "*T I"], weights: Float[Tensor, "N I"], __: Tensor
-) -> Float[Tensor, "*T N"]:
-    """The inputs with some rows of the weight."""
-    products: Tensor = torch.nn.functional.linear(x, weights)
-    return products
-
-
-def convolved_rows(layer: nn.Module, x: Tensor, weights: Float[Tensor, "N I"], rows: Tensor) -> Float[Tensor, "*T N"]:
-    """The inputs with some of a convolution's kernels, features last."""
-    assert isinstance(layer, Convolution)
-    spatial = len(layer.kernel_size)
-    batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
-    if layer.groups == 1:
-        products = _convolution(layer, batch, weights.view(-1, *layer.weight.shape[1:]), groups=1)
-    else:
-        products = _convolution(layer, batch, layer.weight, layer.groups)[:, rows]
-    products = products.movedim(1, -1)
-    return products if x.dim() == spatial + 2 else products.squeeze(0)
 
 
 def _padded(layer: Convolution, x: Tensor) -> Tensor:

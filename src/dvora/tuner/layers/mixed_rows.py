@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...method.packed_factors import PackedFactors
-from ...ops.annotations import Float
-from ...ops.tracing import grad_recorded, is_traced
-from ...weight.adapted_weight import AdaptedWeight
-from ...weight.linear import Update
+from ...factors import Factors
+from ...tensors import Float, grad_recorded, is_traced
+from ...weight import AdaptedWeight
 from ..restoring import surely
+from .outputs import ActiveAdapter
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
@@ -42,7 +41,7 @@ class RowUpdate(NamedTuple):
 
     rows: list[int] | None
     """Their rows; None if they are all."""
-    update: Update
+    adapter: ActiveAdapter
 
 
 class _Thread(threading.local):
@@ -95,7 +94,10 @@ def is_in_progress(batch: Batch) -> bool:
 
 
 def mixed_outputs(
-    x: Tensor, base_output: Tensor, updates: Sequence[RowUpdate], adapt: Callable[[Tensor, Tensor, Update], Tensor]
+    x: Tensor,
+    base_output: Tensor,
+    updates: Sequence[RowUpdate],
+    adapt: Callable[[Tensor, Tensor, Sequence[ActiveAdapter]], Tensor],
 ) -> Tensor:
     """The outputs of a batch: of all rows at once, or for each A and B where there are several.
 
@@ -103,13 +105,15 @@ def mixed_outputs(
         x: inputs.
         base_output: of the base layer for all of them; rows without an update keep theirs.
         updates: of the layer.
-        adapt: maps inputs and base outputs to the outputs with an update by row.
+        adapt: maps inputs and base outputs to the outputs with adapters.
     """
     if len(updates) == 1 and updates[0].rows is None:
-        return adapt(x, base_output, updates[0].update)
+        return adapt(x, base_output, [updates[0].adapter])
     output = base_output.clone() if updates else base_output
-    for rows, update in updates:
-        output[rows] = adapt(x[rows], base_output[rows], update)
+    if not updates:
+        return adapt(x, base_output, [])
+    for rows, adapter in updates:
+        output[rows] = adapt(x[rows], base_output[rows], [adapter])
     return output
 
 
@@ -123,7 +127,7 @@ def row_updates(
 
     Args:
         adapted: the frozen sides of the adapters in the batch that the layer has, by name.
-        factor_rows: maps names of them to their factors, (N, F), as of `PackedFactors.row`.
+        factor_rows: maps names of them to their factors, (N, F), as of `Factors.row`.
         adapter_names: one a row.
         dimensions: of the layer's outputs.
     """
@@ -140,15 +144,15 @@ def row_updates(
 
 def _by_row(
     group: Mapping[str, AdaptedWeight], factor_rows: Float[Tensor, "N F"], adapter_names: Sequence[str], dimensions: int
-) -> Update:
-    """The update of adapters that share A and B, each for its rows of tokens with this many dimensions."""
+) -> ActiveAdapter:
+    """Adapters that share A and B, each for its rows of tokens with this many dimensions."""
     adapted = next(iter(group.values()))
     if list(group) != adapter_names:
         place = {name: place for place, name in enumerate(group)}
         # The row behind them is the base's.
         index = [place.get(name, len(group)) for name in adapter_names]
         factor_rows = pad(factor_rows, (0, 0, 0, 1))[torch.tensor(index, device=factor_rows.device)]
-    return Update.by_row(adapted, PackedFactors.of_rows(factor_rows, adapted.rank, dimensions))
+    return ActiveAdapter(adapted, Factors.of_rows(factor_rows, adapted.rank, dimensions), None)
 
 
 def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:

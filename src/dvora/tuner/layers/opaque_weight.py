@@ -16,8 +16,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...matrices import philox
-from ...ops.annotations import Float
-from ...ops.dtypes import full_precision
+from ...tensors import Float
+from ...tensors import full_precision
 from .layer_types import sizes_of
 
 CHUNK = 512

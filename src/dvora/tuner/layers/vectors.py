@@ -9,10 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...engines.fsdp2 import note_never_gathered
-from ...method.functional import Vectors
-from ...ops.dtypes import at_least_float32
-from ...ops.tracing import version_of
+from ...functional import Vectors
+from ...tensors import at_least_float32, version_of
 from ..expressions import first_match
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
@@ -36,8 +34,7 @@ class VectorDict(nn.ParameterDict):
 
     def put(self, adapter_name: str, value: Tensor, requires_grad: bool = True) -> None:
         """Keep a vector as a parameter."""
-        parameter = self[adapter_name] = nn.Parameter(value, requires_grad)
-        note_never_gathered(parameter)
+        self[adapter_name] = nn.Parameter(value, requires_grad)
 
 
 def warn_if_rounded(magnitude: Tensor) -> None:
@@ -70,18 +67,6 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
     if adapter_name not in lambdas_b:
         return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
     return Vectors(magnitude, _vector(lambdas_b, adapter_name), _vector(lambdas_d, adapter_name))
-
-
-def vectors_of_many(dicts: Sequence[VectorDict], adapter_names: Sequence[str]) -> list[Vectors]:
-    """`vectors_in` of many adapters, quickly where parameters are where modules keep their own."""
-    magnitudes, lambdas_b, lambdas_d = (cast(dict[str, Tensor], vectors._parameters) for vectors in dicts)
-    found = list[Vectors]()
-    for name in adapter_names:
-        if name in lambdas_d and (magnitude := magnitudes[name]).dtype not in _ROUNDED:
-            found.append(Vectors(magnitude, lambdas_b[name], lambdas_d[name]))
-        else:
-            found.append(vectors_in(dicts, name))
-    return found
 
 
 def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:

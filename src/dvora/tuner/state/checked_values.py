@@ -16,10 +16,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...engines.zero3 import weight_in_memory
+from ...engines import weight_in_memory
 from ...matrices.interface import SharedProjections
-from ...method.functional import FAR, Vectors, are_finite
-from ...method.validation import MAX_RANK
+from ...functional import Vectors
+from ...checks import FAR, MAX_RANK
 from ..adapter_folder import (
     MATRIX_PREFIX,
     PEFT_PREFIX,
@@ -298,7 +298,7 @@ def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) 
         return
     adapted = layer.adapted(adapter_name)
     weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
-    if not are_finite(adapted.factors(Vectors(*(vector.to(adapted.w) for vector in vectors)), weight)):
+    if not adapted.factors(Vectors(*(vector.to(adapted.w) for vector in vectors)), weight).are_finite():
         raise ValueError(
             f"{layer.name}: magnitude, lambda_b and lambda_d in the adapter are so large that outputs would not be "
             "finite; the values are damaged or training diverged"

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..method import functional as F
-from ..method.functional import Vectors
-from ..ops.annotations import Float
-from .adapted_weight import AdaptedWeight
+from .. import functional as F
+from ..factors import row_factors
+from ..functional import Vectors
+from ..tensors import Float, as_dtype
+from ..weight import AdaptedWeight
 
 TOLERANCE = 1e-5
 """Relative distance below which two lambda_d are the same up to a factor."""
@@ -56,11 +57,11 @@ def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: 
         raise ValueError(f"{into.name}: an update of rank {len(lambda_d)} does not fit an adapter of rank {into.rank}")
     c, b = torch.zeros_like(into.w), torch.zeros_like(into.w)
     for share, vectors, adapted in parts:
-        factors = adapted.factors(vectors, weight)
+        factors = row_factors(adapted, vectors, weight)
         c = c + share * factors.gain_minus_one
         if _turns(WeightedAdapter(share, vectors, adapted)):
             b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
-    return _vectors_of(1 + c, b, lambda_d, weight, into)
+    return _vectors_of(1 + c, b, lambda_d, into)
 
 
 def _turns(part: WeightedAdapter) -> bool:
@@ -84,16 +85,18 @@ def _vectors_of(
     g: Float[Tensor, "O"],
     b: Float[Tensor, "O"],
     lambda_d: Float[Tensor, "R"],
-    weight: Tensor | None,
     into: AdaptedWeight,
 ) -> Vectors:
     """The adapter with gain g whose update is b B diag(lambda_d) A."""
-    norm = into.norm(weight)
-    scale = F.row_scale(torch.ones_like(norm.w), norm.w, into.scaling, into.direction)
+    w = into.w
+    # kappa, and so beta / w, of a lambda_b of one.
+    scale = F.relative_scale(torch.ones_like(w), w, into.scaling, into.direction)
     moved = b != 0
     if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
         raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
-    beta = torch.where(moved, b / torch.where(moved, g, 1.0), 0.0)
-    s = F.relative_norm(norm, lambda_d, beta).ratio
-    lambda_b = torch.where(moved, beta / torch.where(moved, scale, 1.0), 0.0)
-    return Vectors(g * s * norm.w, lambda_b, lambda_d.clone())
+    kappa = torch.where(moved, b / torch.where(moved, g * w, 1.0), 0.0)
+    lambda_d = as_dtype(lambda_d, w.dtype)
+    cross, q = as_dtype(into.C, w.dtype) @ lambda_d, into.squares(lambda_d)
+    s = (1 + kappa * (2 * cross + kappa * q)).clamp_min(0).sqrt()
+    lambda_b = torch.where(moved, kappa / torch.where(moved, scale, 1.0), 0.0)
+    return Vectors(g * s * w, lambda_b, lambda_d.clone())

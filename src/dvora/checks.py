@@ -8,11 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.annotations import Float
 from .functional import DIRECTIONS, Direction, Vectors, row_norm
+from .tensors import Float
 
 MAX_RANK = 2**16
 """Far above any use, so that a damaged setting cannot allocate without end."""
+FAR = 1e12
+"""Vectors with larger values may give factors that are not finite."""
 
 
 def check_weight(weight: Tensor, name: str) -> None:

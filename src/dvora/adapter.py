@@ -1,19 +1,15 @@
-"""DVoRAAdapter: one linear layer adapted by DVoRA, for plain PyTorch."""
+"""DVoRAAdapter: one linear layer adapted by DVoRA, for plain PyTorch; and the process-wide matrices that it may use."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ..engines.fsdp2 import note_never_gathered
-from ..engines.tensor_parallel import local
-from ..engines.zero3 import weight_in_memory
-from ..matrices.interface import SharedProjections
-from ..method.functional import FAR, Direction, Vectors, are_finite
-from ..method.small_rows import SmallRows
-from ..method.validation import (
+from . import functional as F
+from .checks import (
+    FAR,
     check_bias,
     check_linear,
     checked_d_initial,
@@ -23,17 +19,23 @@ from ..method.validation import (
     checked_values,
     checked_vectors,
 )
-from ..ops.annotations import Float
-from ..ops.dtypes import at_least_float32
-from ..ops.tracing import is_traced
-from .adapted_weight import AdaptedWeight
-from .default_projections import default_projections
-from .diagnostics import diagnostics
-from .last_input import LastInput, add_gradients
-from .linear import Update, adapted_linear
-from .merge import check_can_be_set, merged_copy
-from .updated_linear import takes_updated_weight, updated_linear
-
+from .engines import local, weight_in_memory
+from .factors import Source, delta_weight, factors_of
+from .functional import Direction, Vectors
+from .layer import folded_outputs, folds, thin_outputs
+from .matrices.interface import SharedProjections
+from .tensors import (
+    Float,
+    as_dtype,
+    at_least_float32,
+    autocast_dtype,
+    full_precision,
+    grad_recorded,
+    is_traced,
+    saved_tensors_are_hooked,
+    version_of,
+)
+from .weight import AdaptedWeight, check_can_be_set, merged_copy
 
 class DVoRAAdapter(nn.Module):
     """A linear layer whose weight is adapted by three trained vectors; at the start it is its base, bit for bit.
@@ -95,13 +97,10 @@ class DVoRAAdapter(nn.Module):
         with torch.inference_mode(False):
             for name, value in self.adapted.initial_vectors(checked_d_initial(d_initial))._asdict().items():
                 self.register_parameter(name, nn.Parameter(value))
-                note_never_gathered(self.get_parameter(name))
-        # Now, since a traced graph of the layer cannot search for them.
-        self.adapted.small_rows(base_layer.bias)
         self.base_layer = base_layer
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
-        self._last_input: LastInput | None = None
+        self._last = _LastOfThread()
         self._before_load: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
@@ -142,15 +141,14 @@ class DVoRAAdapter(nn.Module):
             raise ValueError(
                 f"expected inputs of width {width} (the base layer's in_features), got shape {tuple(x.shape)}"
             )
-        if is_traced():
-            if self._last_input is not None:
-                self._last_input = None
-            return self._outputs(x)
-        last_input = self._last_input = self._last_input or LastInput()
-        last_input.forget()
         y = self._outputs(x)
-        if self.training:
-            last_input.keep(x, y, self._tensors())
+        if is_traced():
+            return y
+        self._last.kept = []
+        if self.training and not _saving_intercepted():
+            kept = self._last.kept = [_Last(x, autocast_dtype(x.device), self._state(x))]
+            if y.grad_fn is not None:
+                y.grad_fn.register_prehook(lambda _: kept.clear())
         return y
 
     def backward(self, output_gradient: Float[Tensor, "*T O"]) -> Float[Tensor, "*T I"]:
@@ -169,19 +167,30 @@ class DVoRAAdapter(nn.Module):
                 was written to since.
             TypeError, ValueError: `output_gradient` is no real tensor of the shape of the last outputs.
         """
-        last_input = self._last_input or LastInput()
-        last = last_input.of_this_thread(self._tensors())
-        expected = (*last.x.shape[:-1], self.adapted.out_features)
+        if not self._last.kept:
+            raise RuntimeError(
+                "no input is kept for backward: call the layer first, in training mode, neither compiled nor "
+                "checkpointed; one forward serves one backward, the explicit one or autograd's"
+            )
+        x, autocast, state = self._last.kept[0]
+        if self._state(x) != state:
+            raise RuntimeError("the input or a parameter was changed since the last forward: call the layer again")
+        expected = (*x.shape[:-1], self.adapted.out_features)
         if checked_real(output_gradient, "output_gradient").shape != expected:
             raise ValueError(
                 f"output_gradient has shape {tuple(output_gradient.shape)}, the last outputs had {expected}"
             )
         trained = [parameter for parameter in self._trained() if parameter.requires_grad]
-        inputs_gradient, *gradients = last.gradients(self._outputs, output_gradient, trained)
-        assert inputs_gradient is not None
-        add_gradients(trained, gradients)
-        last_input.forget()
-        return inputs_gradient
+        with torch.inference_mode(False), torch.enable_grad():
+            # Autograd cannot record inference tensors.
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                y = self._outputs(x)
+            with full_precision(x.device):
+                found = torch.autograd.grad(y, [x, *trained], output_gradient.to(y.dtype), allow_unused=True)
+        _add_gradients(trained, found[1:])
+        self._last.kept = []
+        return found[0]
 
     @torch.no_grad()
     def update_parameters(self, learning_rate: float) -> None:
@@ -219,7 +228,7 @@ class DVoRAAdapter(nn.Module):
 
     def reset_state(self) -> None:
         """Forget the last inputs and all gradients; the trained parameters stay."""
-        self._last_input = None
+        self._last = _LastOfThread()
         for parameter in self._trained():
             parameter.grad = None
 
@@ -236,7 +245,7 @@ class DVoRAAdapter(nn.Module):
         """
         base = self.base_layer
         check_can_be_set(base, "weight", self.adapted.name)
-        return merged_copy(base, self.adapted.delta(self.vectors, base.weight), self.adapted.name)
+        return merged_copy(base, delta_weight(self.adapted, self.vectors, base.weight), self.adapted.name)
 
     def diagnostics(self) -> dict[str, float | int | str]:
         """How far training has moved the weight, as plain numbers.
@@ -258,23 +267,20 @@ class DVoRAAdapter(nn.Module):
     def train(self, mode: bool = True) -> "DVoRAAdapter":
         """Switch to training mode, or to evaluation, which forgets the last input."""
         if not mode:
-            self._last_input = None
+            self._last = _LastOfThread()
         return super().train(mode)
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        base, weight = self.base_layer, weight_in_memory(self.base_layer, "weight")
-        vectors = self.adapted.local(self.vectors, weight)
-        update = Update.of(self.adapted, vectors, weight)
-        rows = self.adapted.small_rows(base.bias)
-        small = None if rows is None else SmallRows(rows, None if weight is None else linear(x, weight[rows]))
-        if small is None and takes_updated_weight(base, x, self.shared.impl):
-            return updated_linear(update, base, x)
-        return adapted_linear(update, base(x), x, base.bias, small)
+        weight = weight_in_memory(self.base_layer, "weight")
+        factors = factors_of(Source(self.adapted, self.adapted.local(self.vectors, weight)), weight)
+        if folds(self.base_layer, x, self.adapted, factors):
+            return folded_outputs(self.base_layer, x, self.adapted, factors)
+        return thin_outputs(self.base_layer(x), x, self.adapted, factors, self.base_layer.bias)
 
-    def _tensors(self) -> Iterator[Tensor]:
-        """All parameters; iterating `parameters()` would take as long as a small layer's forward."""
-        for module in (self, self.base_layer):
-            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    def _state(self, x: Tensor) -> list[tuple[int, int]]:
+        """The input and all parameters, and their versions; iterating `parameters()` would take long."""
+        tensors = [x, *self._parameters.values(), *self.base_layer._parameters.values()]
+        return [(id(tensor), version_of(tensor)) for tensor in tensors if tensor is not None]
 
     def _trained(self) -> list[nn.Parameter]:
         vectors = [self.magnitude, self.lambda_b, self.lambda_d]
@@ -308,7 +314,7 @@ class DVoRAAdapter(nn.Module):
         before, self._before_load = self._before_load, []
         weight = self.base_layer.weight
         self.adapted.refresh_after_load(weight)
-        if not before or are_finite(self.adapted.factors(self.vectors, weight)):
+        if not before or self.adapted.factors(self.vectors, weight).are_finite():
             return
         for module, name, parameter, values in before:
             parameter.copy_(values)
@@ -321,7 +327,7 @@ class DVoRAAdapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DVoRAAdapter":
         dtype = self.base_layer.weight.dtype
-        self._last_input = None
+        self._last = _LastOfThread()
         if recurse:
             for child in self.children():
                 child._apply(fn)
@@ -335,3 +341,135 @@ class DVoRAAdapter(nn.Module):
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRAAdapter)
     layer._finish_load()
+
+class _Last(NamedTuple):
+    """A forward pass, and the state that must be unchanged when its input is used again."""
+
+    x: Tensor
+    autocast: torch.dtype | None
+    state: list[tuple[int, int]]
+
+
+class _LastOfThread(threading.local):
+    """The last pass of a thread in training mode, until a backward pass reaches it."""
+
+    def __init__(self) -> None:
+        self.kept: list[_Last] = []
+
+    def __reduce__(self) -> "tuple[type[_LastOfThread], tuple[()]]":
+        return _LastOfThread, ()
+
+
+_adding = threading.Lock()
+
+
+def _add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add to `.grad`, under a lock, since other threads may do so too."""
+    with torch.inference_mode(False), _adding:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _saving_intercepted() -> bool:
+    """Whether surrounding code manages what is saved for a backward pass, or no backward pass will come.
+
+    Checkpointing and offloading intercept what autograd saves; an autograd function (reentrant checkpointing) runs its
+    forward pass unrecorded; both may run it again during a backward pass. In inference mode nothing is saved.
+    """
+    if grad_recorded():
+        return saved_tensors_are_hooked() or torch._C._current_graph_task_id() != -1
+    # An autograd function and inference mode switch forward-mode differentiation off; no_grad does not.
+    return not torch._C._is_fwd_grad_enabled()
+
+
+@torch.no_grad()
+def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> dict[str, float]:
+    """Norm ratios, angles (degrees) and gains of the adapted rows, shares of rows at risk, and bytes of constants.
+
+    Args:
+        adapted: the frozen side.
+        vectors: the trained vectors.
+        weight: as stored, or None.
+    """
+    if weight is not None:
+        adapted.refresh_if_stale(weight)
+    w = adapted.w
+    vectors = vectors.to(w.dtype)
+    with full_precision(w.device):
+        kappa = F.relative_scale(vectors.lambda_b, w, adapted.scaling, adapted.direction)
+        cross, q = as_dtype(adapted.C, w.dtype) @ vectors.lambda_d, adapted.squares(vectors.lambda_d)
+        s = (1 + kappa * (2 * cross + kappa * q)).clamp_min(0).sqrt()
+        angle = F.row_angle(kappa, cross, q).rad2deg()
+        g1 = factors_of(Source(adapted, vectors), weight).gain_minus_one.abs()
+    metrics = {
+        "norm_ratio_mean": s.mean(),
+        "norm_ratio_max": s.max(),
+        "angle_degrees_mean": angle.mean(),
+        "angle_degrees_max": angle.max(),
+        "gain_distance_mean": g1.mean(),
+        "gain_distance_max": g1.max(),
+        "near_cancellation_share": (s.square() < 1e-3).to(s.dtype).mean(),
+        "zero_row_share": (w == 0).to(s.dtype).mean(),
+    }
+    return {**{name: float(value) for name, value in metrics.items()}, "constant_bytes": w.nbytes + adapted.C.nbytes}
+
+
+_lock = threading.Lock()
+_default: SharedProjections | None = None
+
+
+def initialize_shared_matrices(input_size: int, output_size: int, rank: int, seed: int | None = None) -> None:
+    """Create the process-wide default `A` and `B`, used by every `DVoRAAdapter` that is given no `shared`.
+
+    They grow as larger layers come; existing layers keep the matrices they were created with.
+
+    Args:
+        input_size: largest number of input features expected.
+        output_size: largest number of output features expected.
+        rank: largest rank expected.
+        seed: names the matrices; None means 0.
+
+    Raises:
+        TypeError: a size or the seed is not an integer.
+        ValueError: a size is not positive or the seed is out of range.
+    """
+    global _default
+    for name, size in (("input_size", input_size), ("output_size", output_size)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be a positive integer, got {size!r} of type {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size}")
+    made = SharedProjections(seed=0 if seed is None else seed)
+    made.reserve(checked_rank(rank), input_size, output_size)
+    with _lock:
+        _default = made
+
+
+def are_shared_matrices_initialized() -> bool:
+    """Whether the process-wide default projections exist."""
+    with _lock:
+        return _default is not None
+
+
+def reset_shared_matrices() -> None:
+    """Forget the process-wide default projections; existing layers keep theirs."""
+    global _default
+    with _lock:
+        _default = None
+
+
+def default_projections(input_size: int, output_size: int, rank: int) -> SharedProjections:
+    """The process-wide default, for a layer of the given size.
+
+    Raises:
+        ValueError: it was not initialized.
+    """
+    with _lock:
+        if _default is None:
+            raise ValueError(
+                "the shared matrices are not initialized: call dvora.initialize_shared_matrices("
+                f"input_size={input_size}, output_size={output_size}, rank={rank}) first, "
+                "or pass shared=dvora.SharedProjections(seed=0)"
+            )
+        return _default

@@ -1,0 +1,701 @@
+"""The row factors `(g - 1, scale, lambda_d)` of layers: made for all layers of one shape at once, and when they are made.
+
+| where | made | used until |
+|---|---|---|
+| training, within a pass of a model | when the pass begins, for the layers that asked in the last pass | it ends |
+| evaluation, within a pass | as above | a vector or a weight changes |
+| a layer by itself | when it asks | the same |
+| compiled, exported or transformed; a trained or sharded weight | by `functional`, when asked | once |
+
+Whether something has changed is one question for a whole model, asked when a pass begins: the vectors are compared by
+identity, address and version, and on the CPU by value too, since writes through `tensor.data` or NumPy are not counted.
+On other devices a comparison would synchronise. An entry that does not fit is ignored: it can be missing, never wrong.
+
+Dimensions: L layers of one shape, N adapters of each, O out, R rank.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import functional as F
+from .engines import check_whole, gathers_uncounted, is_partitioned
+from .functional import RowFactors, Vectors
+from .tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, saved_tensors_are_hooked, without_autocast
+from .weight import AdaptedWeight
+
+NEAR_CANCELLATION = 0.1
+"""Below this share of its squared norm a row's norm is measured from the dense row: the terms have cancelled."""
+SMALLEST_GAIN = 1e-2
+"""Layers with smaller gains are not folded: what their gradient is divided by would have too few digits."""
+
+
+class Source(NamedTuple):
+    """What the row factors of one adapter in one layer are made from, besides the constants of the weight."""
+
+    adapted: AdaptedWeight
+    vectors: Vectors
+    strength: Tensor | None = None
+    """s of `W + s (W' - W)`, a tensor without dimensions; None means one."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All tensors that may change."""
+        return self.vectors if self.strength is None else (*self.vectors, self.strength)
+
+    def state(self) -> list[tuple[int, int]]:
+        """Version and address of each: `tensor.data` may be assigned without another version."""
+        return [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in self.inputs]
+
+    def is_same(self, other: "Source") -> bool:
+        """Whether both are of the same tensors, whatever is in them now."""
+        (m, b, d), (other_m, other_b, other_d) = self.vectors, other.vectors
+        return (
+            self.adapted is other.adapted
+            and m is other_m
+            and b is other_b
+            and d is other_d
+            and self.strength is other.strength
+        )
+
+
+class Factors(NamedTuple):
+    """What the tokens of one layer need of an adapter, for all of them or for each row of a batch."""
+
+    gain_minus_one: Float[Tensor, "*B O"]
+    scale: Float[Tensor, "*B O"]
+    lambda_d: Float[Tensor, "*B R"]
+    gain: Float[Tensor, "*B O"] | None = None
+    """`g`, without a gradient: precise where it is far below one. None for rows of a batch: it would be as large."""
+    folds: "Folds | None" = None
+    """The folded factors of all layers of the shape, in training."""
+    index: int = 0
+    """Of this layer among them."""
+
+    @classmethod
+    def of_rows(cls, values: Float[Tensor, "B F"], rank: int, dimensions: int) -> "Factors":
+        """Those of each row of a batch.
+
+        Args:
+            values: `g - 1` (O), scale (O) and lambda_d (R) of each row.
+            rank: R.
+            dimensions: of the tokens.
+        """
+        rows = values.view(len(values), *(1,) * (dimensions - 2), values.shape[1])
+        out_features = (values.shape[1] - rank) // 2
+        gain_minus_one, scale, lambda_d = rows.split([out_features, out_features, rank], -1)
+        return cls(gain_minus_one, scale, lambda_d)
+
+    def of_weight(self) -> RowFactors:
+        """Those of the rows of the weight, of one adapter."""
+        assert self.gain is not None
+        return RowFactors(self.gain_minus_one, self.scale, self.gain)
+
+    @property
+    def row(self) -> Float[Tensor, "F"]:
+        """The same of one adapter as one tensor."""
+        return torch.cat([self.gain_minus_one, self.scale, self.lambda_d])
+
+
+class StackConstants(NamedTuple):
+    """The constants of L weights of one shape as one tensor each."""
+
+    weights: list[AdaptedWeight]
+    norms: list[Tensor]
+    """w of each, by which a change is noticed."""
+    w: Float[Tensor, "L 1 O"]
+    """Row norms; one for zero rows."""
+    C: Float[Tensor, "L O R"] | None
+    """None where the layers keep it in half precision: widened one by one."""
+    unit: Float[Tensor, "L 1 O"] | float
+    """kappa of a lambda_b of one."""
+    dead: Tensor | None
+    """Which rows of W are zero; None: none."""
+    dense: list[Tensor]
+    """B, once it has been asked for."""
+
+    @classmethod
+    def of(cls, weights: Sequence[AdaptedWeight]) -> "StackConstants":
+        """Those of weights with one `stack_key`, whose C become parts of one tensor."""
+        norms, first = [weight.w for weight in weights], weights[0]
+        w = torch.stack(norms)[:, None]
+        dead = w == 0
+        has_dead = w.is_meta or bool(dead.any())
+        if has_dead:
+            w = torch.where(dead, 1.0, w)
+        unit: Tensor | float = first.scaling if first.direction == "unit" else first.scaling / w
+        if has_dead:
+            unit = unit * (~dead).to(w.dtype)
+        C = _joined([weight.C for weight in weights], w.dtype)
+        if C is not None and len(weights) > 1:
+            for weight, part in zip(weights, C.unbind(), strict=True):
+                weight.C = part
+        return cls(list(weights), norms, w, C, unit, dead if has_dead else None, [])
+
+    def fit(self, weights: Sequence[AdaptedWeight]) -> bool:
+        """Whether they are the constants of these weights as they are now."""
+        return len(weights) == len(self.weights) and all(
+            weight is known and weight.w is w
+            for weight, known, w in zip(weights, self.weights, self.norms, strict=True)
+        )
+
+    def B(self) -> Float[Tensor, "O R"]:
+        """The dense B, made once."""
+        if not self.dense:
+            with torch.inference_mode(False), torch.no_grad():
+                self.dense.append(self.weights[0].B(self.w))
+        return self.dense[0]
+
+    # As batches of one row, so that a layer gets the same bits alone as with others.
+    def cross(self, lambda_d: Float[Tensor, "L N R"]) -> Float[Tensor, "L N O"]:
+        """`C lambda_d`."""
+        if self.C is not None:
+            return lambda_d @ self.C.mT
+        return torch.stack([d @ weight.C.to(d.dtype).T for d, weight in zip(lambda_d, self.weights, strict=True)])
+
+    def cross_gradient(self, d_cross: Float[Tensor, "L N O"]) -> Float[Tensor, "L N R"]:
+        """The gradient of lambda_d."""
+        if self.C is not None:
+            return d_cross @ self.C
+        return torch.stack([d @ weight.C.to(d.dtype) for d, weight in zip(d_cross, self.weights, strict=True)])
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Constants as one tensor: the one whose parts they are already, or a new one."""
+    first, whole = parts[0], parts[0]._base
+    if first.dtype != dtype:
+        return None
+    if len(parts) == 1:
+        return first[None]
+    step = first.numel() * first.itemsize
+    places = [first.data_ptr() + step * index for index in range(len(parts))]
+    if whole is not None and len(whole) == len(parts) and [part.data_ptr() for part in parts] == places:
+        return whole
+    return torch.stack(list(parts))
+
+
+def stacked_factors(
+    vectors: Vectors, constants: StackConstants
+) -> tuple[Float[Tensor, "L N O"], Float[Tensor, "L N O"], Float[Tensor, "L N O"]]:
+    """`g - 1`, scale and `g` of N adapters in L layers; `g` has no gradient.
+
+    Args:
+        vectors: (L, N, O) and (L, N, R), in the dtype of the constants.
+        constants: of the layers.
+    """
+    with full_precision(constants.w.device):
+        made: tuple[Tensor, Tensor, Tensor] = _RowFactors.apply(*vectors, constants)
+        return made
+
+
+class _RowFactors(torch.autograd.Function):
+    """`functional.row_factors` of all layers at once, with few kernels and a gradient in closed form.
+
+        d_m     = (d_g / w + d_scale kappa) / s
+        d_eps   = -(d_g g + d_scale scale) / (2 s**2)
+        d_kappa = d_scale m / s + 2 d_eps (cross + kappa q)
+        d_cross = 2 d_eps kappa,   d_q = d_eps kappa**2
+
+    What is kept for the backward pass is computed here and never changes, so it is on the node, not among the saved
+    tensors: several backward passes may reach the factors, and a checkpoint does not count it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, lambda_b: Tensor, lambda_d: Tensor, constants: StackConstants) -> Any:
+        first, w, dead = constants.weights[0], constants.w, constants.dead
+        kappa = lambda_b * constants.unit
+        cross, q = constants.cross(lambda_d), first.squares(lambda_d)
+        inner = torch.addcmul(cross, kappa, q)
+        eps = (cross + inner).mul_(kappa)
+        _measure_cancelled_rows(eps, kappa, lambda_d, constants)
+        s = (1 + eps).clamp_min_(torch.finfo(w.dtype).eps ** 2).sqrt_()
+        mu = m / w
+        if dead is not None:
+            mu = torch.where(dead, 1.0, mu)
+        gain_minus_one = (mu - 1).sub_(eps / (1 + s)).div_(s)
+        scale, gain = (m * kappa).div_(s), mu.div_(s)
+        if dead is not None and first.direction == "weight":
+            scale = torch.where(dead, lambda_b * first.scaling, scale)
+        ctx.constants, ctx.inputs = constants, (m, lambda_b, lambda_d)
+        ctx.made = kappa, inner, s, gain, scale
+        ctx.mark_non_differentiable(gain)
+        ctx.set_materialize_grads(False)
+        return gain_minus_one, scale, gain
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, d_g: Tensor | None, d_scale: Tensor | None, _: None) -> Any:
+        constants: StackConstants = ctx.constants
+        m, lambda_b, lambda_d = ctx.inputs
+        kappa, inner, s, gain, scale = ctx.made
+        if d_g is None and d_scale is None:
+            return None, None, None, None
+        d_g = torch.zeros_like(gain) if d_g is None else d_g
+        d_scale = torch.zeros_like(gain) if d_scale is None else d_scale
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_g):
+            return *_gradients_of_definition(ctx.inputs, constants, d_g, d_scale), None
+        first, dead = constants.weights[0], constants.dead
+        d_m = torch.addcmul(d_g / constants.w, d_scale, kappa).div_(s)
+        if dead is not None:
+            d_m.masked_fill_(dead, 0.0)
+        d_kappa = (m / s).mul_(d_scale)
+        d_lambda_d = None
+        if not first.detach_norm:
+            minus_2_d_eps = torch.addcmul(d_g * gain, d_scale, scale).div_(s.square())
+            if dead is not None:
+                minus_2_d_eps.masked_fill_(dead, 0.0)
+            # A row that vanishes has its norm at the floor, where it is constant.
+            minus_2_d_eps.masked_fill_(s <= torch.finfo(s.dtype).eps, 0.0)
+            d_kappa.addcmul_(minus_2_d_eps, inner, value=-1)
+            minus_d_cross = minus_2_d_eps.mul_(kappa)
+            d_q = minus_d_cross * kappa
+            d_lambda_d = constants.cross_gradient(minus_d_cross).neg_()
+            d_lambda_d.sub_(first.squares_gradient(d_q, lambda_d), alpha=0.5)
+        d_lambda_b = d_kappa.mul_(constants.unit)
+        if dead is not None and first.direction == "weight":
+            d_lambda_b = torch.where(dead, d_scale * first.scaling, d_lambda_b)
+        return d_m, d_lambda_b, d_lambda_d, None
+
+
+def _gradients_of_definition(
+    inputs: Sequence[Tensor], constants: StackConstants, d_g: Tensor, d_scale: Tensor
+) -> list[Tensor | None]:
+    """The gradients as a graph, for derivatives of higher order, and for batches of them."""
+    first, create_graph = constants.weights[0], torch.is_grad_enabled()
+    w = constants.w if constants.dead is None else torch.where(constants.dead, 0.0, constants.w)
+    with torch.enable_grad():
+        # Aliases: gradients end at them, whatever the vectors were computed from.
+        vectors = Vectors(*(t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs))
+        factors = F.row_factors(
+            vectors,
+            w,
+            constants.cross(vectors.lambda_d),
+            first.squares(vectors.lambda_d),
+            scaling=first.scaling,
+            direction=first.direction,
+            detach_norm=first.detach_norm,
+        )
+        outputs = [factors.gain_minus_one, factors.scale]
+        return list(
+            torch.autograd.grad(outputs, vectors, [d_g, d_scale], create_graph=create_graph, allow_unused=True)
+        )
+
+
+def _measure_cancelled_rows(
+    eps: Float[Tensor, "L N O"],
+    kappa: Float[Tensor, "L N O"],
+    lambda_d: Float[Tensor, "L N R"],
+    constants: StackConstants,
+) -> None:
+    """Replace eps of rows that an update nearly cancels by what the dense rows say; on the CPU, if W is in memory.
+
+    Terms that cancel lose digits: without this the norm of a row at a hundredth of its length would be off by 1e-3.
+    """
+    # On other devices a look at the values would synchronise.
+    if not eps.is_cpu or not eps.numel() or eps.min() >= NEAR_CANCELLATION - 1:
+        return
+    near = eps < NEAR_CANCELLATION - 1
+    for layer, adapter in near.any(-1).nonzero().tolist():
+        adapted, rows = constants.weights[layer], near[layer, adapter].nonzero()[:, 0]
+        weight = adapted.weight()
+        if weight is not None:
+            updated = adapted.updated_rows(weight, rows, kappa[layer, adapter, rows], lambda_d[layer, adapter])
+            eps[layer, adapter, rows] = (updated.square().sum(1) - 1).to(eps.dtype)
+
+
+class Folds:
+    """What folding needs of all layers of one shape, made at once when the first of them folds.
+
+    Args:
+        made: `g - 1`, scale and `g`, (L, O), with their graph.
+        lambda_d: (L, R), with its graph.
+        constants: of the layers.
+    """
+
+    def __init__(
+        self, made: Sequence[Float[Tensor, "L O"]], lambda_d: Float[Tensor, "L R"], constants: StackConstants
+    ) -> None:
+        self._made, self._lambda_d, self._constants = made, lambda_d, constants
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    @cached_property
+    def precise(self) -> bool:
+        """Whether the gradient of g may be computed from the outputs, which divides by g."""
+        gain = self._made[2]
+        # On other devices a look at the values would synchronise: there a tiny gain costs digits of its own gradient.
+        return not gain.is_cpu or bool(gain.abs().min() > SMALLEST_GAIN)
+
+    def of(self, index: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "O"]]:
+        """`U = diag(scale) B diag(lambda_d)` of one layer, and a carrier.
+
+        A carrier has no values. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a gradient of g
+        for all layers at once.
+        """
+        if not self._parts:
+            with saved_here():
+                U, carrier = _Fold.apply(*self._made, self._lambda_d, self._constants.B())
+                self._parts = list(zip(U.unbind(), carrier.unbind(), strict=True))
+        return self._parts[index]
+
+
+class _Fold(torch.autograd.Function):
+    """The factors of L layers -> U (L, O, R) and the carriers (L, O).
+
+        d_scale = rowsum(d_U * B diag(lambda_d)),   d_lambda_d = scale (d_U * B)
+        d_g     = sum_t dy x W^T = (sum_t dy (y - bias) - scale d_scale) / g
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gain_minus_one: Tensor, scale: Tensor, gain: Tensor, lambda_d: Tensor, B: Tensor) -> Any:
+        ctx.inputs = gain_minus_one, scale, gain, lambda_d, B
+        return (B * lambda_d[:, None]).mul_(scale[..., None]), torch.empty_like(scale)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, d_U: Tensor, d_carrier: Tensor) -> Any:
+        gain_minus_one, scale, gain, lambda_d, B = ctx.inputs
+        if torch.is_grad_enabled():
+            gain = 1 + gain_minus_one
+        products = d_U * B
+        d_scale = (products @ lambda_d[..., None])[..., 0]
+        d_lambda_d = (scale[:, None] @ products)[:, 0]
+        # Elsewhere than on the CPU a gain may be zero: its own gradient is left out then.
+        d_g = (d_carrier - scale * d_scale) / torch.where(gain == 0, float("inf"), gain)
+        return d_g, d_scale, None, d_lambda_d, None
+
+
+def saved_here() -> AbstractContextManager[object]:
+    """Within it, keep what is saved for a backward pass from the hooks around it.
+
+    A checkpoint counts what is saved in both runs of its part, of which one may make factors and the other find them.
+    """
+    return saved_tensors_hooks(Tensor.detach, _itself) if saved_tensors_are_hooked() else nullcontext()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[Factors]:
+    """The factors of one adapter in each of several layers of one shape, with a graph where one is recorded.
+
+    Args:
+        sources: with one `stack_key`.
+        constants: of their weights.
+    """
+    dtype = constants.w.dtype
+    vectors = Vectors(*(torch.stack(of_kind) for of_kind in zip(*(s.vectors for s in sources), strict=True))).to(dtype)  # type: ignore[arg-type]
+    made = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
+    gain_minus_one, scale, gain = (factor[:, 0] for factor in made)
+    if any(source.strength is not None for source in sources):
+        one = constants.w.new_ones(())
+        s = torch.stack([one if source.strength is None else source.strength for source in sources])[:, None]
+        # For a strength of one exactly the gain.
+        gain = torch.lerp(torch.ones_like(gain), gain, s.detach())
+        gain_minus_one, scale = s * gain_minus_one, s * scale
+    trained = gain_minus_one.requires_grad and bool(vectors.lambda_d.shape[1])
+    folds = Folds((gain_minus_one, scale, gain), vectors.lambda_d, constants) if trained else None
+    parts = zip(gain_minus_one, scale, vectors.lambda_d, gain, strict=True)
+    return [Factors(*of_layer, folds, index) for index, of_layer in enumerate(parts)]
+
+
+def factors_of(source: Source, weight: Tensor | None) -> Factors:
+    """The factors of an adapter in a layer, now.
+
+    Args:
+        source: with the vectors of this process, of a sharded weight.
+        weight: the base's as stored, or None where only its constants are in memory.
+    """
+    adapted = source.adapted
+    if adapted.is_trained(weight) or adapted.shard is not None or torch.compiler.is_compiling():
+        return _by_definition(source, weight)
+    if weight is not None:
+        adapted.refresh_if_stale(weight)
+    if is_traced():
+        return _by_definition(source, weight)
+    running = current_pass()
+    if running is not None:
+        running.asked[id(adapted)] = source
+    return _found_or_made(source, running)
+
+
+def factors_alone(source: Source, weight: Tensor | None) -> Factors:
+    """The same, for one of many adapters in a batch: not to be made together with those of other layers next time."""
+    adapted = source.adapted
+    if weight is not None and not torch.compiler.is_compiling():
+        adapted.refresh_if_stale(weight)
+    if is_traced() or adapted.is_trained(weight) or adapted.shard is not None:
+        return _by_definition(source, weight)
+    return _found_or_made(source, None)
+
+
+def _found_or_made(source: Source, running: "Pass | None") -> Factors:
+    adapted = source.adapted
+    kept: _Kept | None = adapted.kept
+    if kept is None:
+        kept = adapted.kept = _Kept()
+    if grad_recorded() and any(tensor.requires_grad for tensor in source.inputs):
+        if kept.trained is not None and kept.trained.serves(source, running):
+            return kept.trained.factors
+        return layer_factors([source], StackConstants.of([adapted]))[0]
+    evaluated = kept.evaluated
+    if evaluated is None or not evaluated.serves(source, running):
+        evaluated = kept.evaluated = Evaluated([source])
+    return evaluated.factors[id(adapted)]
+
+
+def _by_definition(source: Source, weight: Tensor | None) -> Factors:
+    adapted, vectors, strength = source
+    gain_minus_one, scale, gain = adapted.factors(vectors, weight)
+    if strength is not None:
+        gain = torch.lerp(torch.ones_like(gain), gain, strength.detach())
+        gain_minus_one, scale = strength * gain_minus_one, strength * scale
+    return Factors(gain_minus_one, scale, as_dtype(vectors.lambda_d, scale.dtype), gain)
+
+
+@torch.no_grad()
+def row_factors(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> RowFactors:
+    """The factors of one adapter with the precision of its layer's forward, without gradients."""
+    factors = factors_of(Source(adapted, vectors), weight)
+    return factors.of_weight()
+
+
+def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
+    """`W' - W` as a dense matrix, in float32 or float64.
+
+    Raises:
+        ValueError: the weight is sharded over processes.
+    """
+    check_whole(weight, adapted.name)
+    factors = factors_of(Source(adapted, vectors), weight)
+    with full_precision(factors.scale.device):
+        matrix, lambda_d = adapted.layout.matrix(weight), as_dtype(vectors.lambda_d, factors.scale.dtype)
+        return F.rescaled_delta(matrix, adapted.A(lambda_d), adapted.B(lambda_d), lambda_d, factors.of_weight())
+
+
+class _Kept:
+    """The factors of the last passes of one weight."""
+
+    __slots__ = ("evaluated", "trained")
+
+    def __init__(self) -> None:
+        self.trained: Trained | None = None
+        self.evaluated: Evaluated | None = None
+
+
+class Trained(NamedTuple):
+    """The factors of one layer in one pass with gradients."""
+
+    source: Source
+    state: list[tuple[int, int]]
+    w: Tensor
+    factors: Factors
+    made_for: "Pass"
+
+    def serves(self, source: Source, running: "Pass | None") -> bool:
+        """Whether the layer may use them now."""
+        # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
+        repeated = torch._C._current_graph_task_id() != -1 and saved_tensors_are_hooked()
+        return (
+            (self.made_for is running or repeated)
+            and self.source.is_same(source)
+            and source.adapted.w is self.w
+            and source.state() == self.state
+        )
+
+
+class Evaluated:
+    """The factors of any number of layers without gradients, while nothing changes.
+
+    Args:
+        sources: what they are made from, one for each weight.
+    """
+
+    # Inference tensors could not be used in a later pass that trains something else.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = {id(source.adapted): source for source in sources}
+        self.checked_in: Pass | None = None
+        """The pass in which nothing had changed."""
+        self._inputs = [tensor for source in sources for tensor in source.inputs]
+        self._states = {id(source.adapted): source.state() for source in sources}
+        self._norms = {id(source.adapted): source.adapted.w for source in sources}
+        # Copied before computing, and computed from the copies: another thread may write to the vectors meanwhile.
+        self._copies = _joined_values(self._inputs)
+        copied = list(sources) if self._copies is None else _with_values(sources, self._copies)
+        self.factors: dict[int, Factors] = {}
+        for group in _by_shape(copied):
+            constants = StackConstants.of([source.adapted for source in group])
+            made = layer_factors(group, constants)
+            self.factors |= {id(source.adapted): own for source, own in zip(group, made, strict=True)}
+
+    def serves(self, source: Source, running: "Pass | None") -> bool:
+        """Whether the factors of this layer are still right."""
+        key = id(source.adapted)
+        known = self.sources.get(key)
+        if known is None or not known.is_same(source) or self._norms[key] is not source.adapted.w:
+            return False
+        if running is not None and self.checked_in is running:
+            return source.state() == self._states[key]
+        return self.is_unchanged()
+
+    def is_unchanged(self) -> bool:
+        """Whether all vectors have the values, and all weights the norms, that the factors were made from."""
+        for key, source in self.sources.items():
+            if source.adapted.w is not self._norms[key] or source.state() != self._states[key]:
+                return False
+        if self._copies is None:
+            # Gathered values have no versions, and inference tensors neither.
+            return not (gathers_uncounted() or any(tensor.is_inference() for tensor in self._inputs))
+        now = _joined_values(self._inputs)
+        return now is not None and now.dtype == self._copies.dtype and torch.equal(now, self._copies)
+
+
+def _joined_values(inputs: Sequence[Tensor]) -> Tensor | None:
+    """Vectors, and strengths, which have no dimension, as one tensor; None unless all are on the CPU."""
+    if not all(tensor.is_cpu for tensor in inputs):
+        return None
+    return torch.cat([tensor if tensor.dim() else tensor[None] for tensor in inputs]).detach()
+
+
+def _with_values(sources: Sequence[Source], copies: Tensor) -> list[Source]:
+    parts = iter(copies.split([tensor.numel() for source in sources for tensor in source.inputs]))
+    copied = []
+    for source in sources:
+        vectors = Vectors(next(parts), next(parts), next(parts))
+        copied.append(Source(source.adapted, vectors, None if source.strength is None else next(parts)[0]))
+    return copied
+
+
+def _by_shape(sources: Iterable[Source]) -> list[list[Source]]:
+    """Sources in groups whose factors are made at once."""
+    groups: dict[object, list[Source]] = {}
+    for source in sources:
+        groups.setdefault((*source.adapted.stack_key, source.vectors.magnitude.dtype), []).append(source)
+    return list(groups.values())
+
+
+class Pass:
+    """One forward pass of one model in one thread, compared by identity."""
+
+    def __init__(self) -> None:
+        self.asked: dict[int, Source] = {}
+        """What layers have asked for in it."""
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.passes: list[tuple[object, Pass]] = []
+        """Each with what began it."""
+
+
+_running = _Running()
+
+
+def current_pass() -> Pass | None:
+    """The pass that this thread is in; None outside a model with a `FactorPass`."""
+    return _running.passes[-1][1] if _running.passes else None
+
+
+class FactorPass:
+    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward.
+
+    It knows the layers from the pass before: those that asked for factors in the last one get theirs at the start of
+    the next. So nothing has to be said to it when layers are added, replaced, frozen, moved or deleted.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[bool, Pass] = {}
+        self._constants: dict[int, StackConstants] = {}
+        """Of the groups of the last training pass, by the first weight of each."""
+
+    def begin(self, *_: object) -> None:
+        """Enter a pass, in this thread, and make the factors for it."""
+        if is_traced():
+            return
+        recorded, begun = grad_recorded(), Pass()
+        last = self._last.get(recorded)
+        self._last[recorded] = begun
+        sources = [] if last is None else [s for s in last.asked.values() if _can_be_stacked(s)]
+        # FSDP2 has the values of this pass only when a layer runs.
+        if sources and not gathers_uncounted():
+            trained = [s for s in sources if recorded and any(tensor.requires_grad for tensor in s.inputs)]
+            self._make_trained(trained, begun)
+            known = {id(s) for s in trained}
+            self._make_evaluated([s for s in sources if id(s) not in known], begun)
+        _running.passes.append((self, begun))
+
+    def end(self, *_: object) -> None:
+        """Leave the pass, and those within it that an interruption has left open."""
+        for index, (owner, _) in enumerate(_running.passes):
+            if owner is self and not is_traced():
+                del _running.passes[index:]
+                return
+
+    def _make_trained(self, sources: list[Source], begun: Pass) -> None:
+        before, self._constants = self._constants, {}
+        for group in _by_shape(sources):
+            weights = [source.adapted for source in group]
+            constants = before.get(id(weights[0]))
+            if constants is None or not constants.fit(weights):
+                constants = StackConstants.of(weights)
+            self._constants[id(weights[0])] = constants
+            states = [source.state() for source in group]
+            made = layer_factors(group, constants)
+            for source, state, factors in zip(group, states, made, strict=True):
+                source.adapted.kept.trained = Trained(source, state, source.adapted.w, factors, begun)
+
+    def _make_evaluated(self, sources: list[Source], begun: Pass) -> None:
+        if not sources:
+            return
+        kept: Evaluated | None = sources[0].adapted.kept.evaluated
+        same = kept is not None and len(kept.sources) == len(sources)
+        same = same and all((own := kept.sources.get(id(s.adapted))) and own.is_same(s) for s in sources)  # type: ignore[union-attr]
+        if not same or not kept.is_unchanged():  # type: ignore[union-attr]
+            kept = Evaluated(sources)
+            for source in sources:
+                source.adapted.kept.evaluated = kept
+        assert kept is not None
+        kept.checked_in = begun
+
+    def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
+        return FactorPass, ()
+
+
+def _can_be_stacked(source: Source) -> bool:
+    """Whether the vectors are whole and where the weight is, and nothing has been lost since they were asked for."""
+    adapted = source.adapted
+    if adapted.kept is None:
+        adapted.kept = _Kept()
+    sizes = (adapted.out_features, adapted.out_features, adapted.rank)
+    return adapted.shard is None and all(
+        vector.shape == (size,) and vector.device == adapted.w.device and not is_partitioned(vector)
+        for vector, size in zip(source.vectors, sizes, strict=True)
+    )
+
+
+def add_factor_pass(model: nn.Module) -> None:
+    """Make the factors of a model's layers together from now on; once is enough."""
+    if not _own_hooks(model):
+        factors = FactorPass()
+        model.register_forward_pre_hook(factors.begin)
+        model.register_forward_hook(factors.end, always_call=True)
+
+
+def remove_factor_pass(model: nn.Module) -> None:
+    """Take back `add_factor_pass`."""
+    for key in _own_hooks(model):
+        for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
+            hooks.pop(key, None)
+
+
+def _own_hooks(model: nn.Module) -> list[int]:
+    hooks = [*model._forward_pre_hooks.items(), *model._forward_hooks.items()]
+    return [key for key, hook in hooks if isinstance(getattr(hook, "__self__", None), FactorPass)]

@@ -1,0 +1,244 @@
+"""What the frozen matrices A and B are to their callers: products, values and squares, whatever they are made of.
+
+Dimensions: *T any leading dimensions, I in, O out, N either, R rank, *L layers of one shape. M (R, N) is A on side "A"
+and the transpose of B on side "B", so that all four products are two, `x M^T` and `z M`.
+
+A kind of matrices is a pure function of its seed. All that products need is made once for each size, dtype and device
+and kept as a constant; it is no buffer, so no cast, state dict, broadcast or file touches it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..tensors import Float, full_precision, is_traced, norm_dtype
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, ...] = ("A", "B")
+Constant = tuple[str, int, int, torch.dtype]
+"""Name, rank, size and dtype of what is kept."""
+
+_CPU = torch.device("cpu")
+_AT_ONCE = 2**22
+"""Squares of several layers are taken together up to this many values: beyond, one product a layer keeps a CPU busy."""
+
+
+class Shard(NamedTuple):
+    """Which features of a weight one process holds under tensor parallelism: `start` to `stop` of `total`."""
+
+    start: int
+    stop: int
+    total: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This process's values along the last dimension, as a view."""
+        return tensor[..., self.start : self.stop]
+
+
+class Matrices(nn.Module):
+    """A and B of one seed for layers of every size and rank.
+
+    Products are plain operations on constants: differentiable any number of times, and nothing of a token is saved.
+
+    Args:
+        seed: names the matrices, 0 <= seed < 2**64.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self._shards: dict[Side, Shard | None] = {"A": None, "B": None}
+        self._parts: dict[tuple[Shard | None, Shard | None], Matrices] = {}
+        self._constants: dict[tuple[str, int, int, torch.dtype, torch.device], Any] = {}
+        self._reserved: dict[tuple[int, int, int, torch.dtype], None] = {}
+        """Arguments of `reserve`, in order."""
+        self._home = _CPU
+        """The device for which `reserve` makes constants: where the module was last moved to."""
+
+    def project(self, x: Float[Tensor, "*T I"], rank: int) -> Float[Tensor, "*T R"]:
+        """`x A^T`, in the dtype of `x`; a dense product under autocast in autocast's."""
+        return self._narrow("A", x, rank)
+
+    def project_transpose(self, h: Float[Tensor, "*T R"], in_features: int) -> Float[Tensor, "*T I"]:
+        """`h A`, in the dtype of `h`, as `project`."""
+        return self._widen("A", h, in_features)
+
+    def expand(self, z: Float[Tensor, "*T R"], out_features: int) -> Float[Tensor, "*T O"]:
+        """`z B^T`, in the dtype of `z`, as `project`."""
+        return self._widen("B", z, out_features)
+
+    def expand_transpose(self, d: Float[Tensor, "*T O"], rank: int) -> Float[Tensor, "*T R"]:
+        """`d B`, in the dtype of `d`, as `project`."""
+        return self._narrow("B", d, rank)
+
+    def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
+        """`onehot(index) A^T`, for `index` (*T): columns of A, without reading the others."""
+        raise NotImplementedError
+
+    def A(
+        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Float[Tensor, "R I"]:
+        """The dense matrix A, made now, on the CPU by default."""
+        return self._copied("A", rank, in_features, dtype).to(device)
+
+    def B(
+        self, rank: int, out_features: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Float[Tensor, "O R"]:
+        """The dense matrix B, made now, on the CPU by default."""
+        return self._copied("B", rank, out_features, dtype).to(device).T
+
+    def squares(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> Float[Tensor, "*L O"]:
+        """`q = ||B diag(lambda_d) A||_row**2`, for a lambda_d in float32 or float64 and in its dtype.
+
+        With a shard of the inputs, A is still the whole one: a norm is of whole rows.
+        """
+        if lambda_d.dim() > 1 and lambda_d.numel() * out_features > _AT_ONCE:
+            return torch.stack([self.squares(layer, in_features, out_features) for layer in lambda_d])
+        with full_precision(lambda_d.device):
+            return (self._half_jacobian(lambda_d, in_features, out_features) @ lambda_d.unsqueeze(-1)).squeeze(-1)
+
+    def squares_gradient(
+        self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
+    ) -> Float[Tensor, "*L R"]:
+        """The gradient of `(d_q * squares).sum()` with respect to lambda_d, exact."""
+        if lambda_d.dim() > 1 and lambda_d.shape[-1] * d_q.numel() > _AT_ONCE:
+            layers = zip(d_q, lambda_d, strict=True)
+            return torch.stack([self.squares_gradient(*layer, in_features) for layer in layers])
+        with full_precision(lambda_d.device):
+            J = self._half_jacobian(lambda_d, in_features, d_q.shape[-1])
+            return 2 * (d_q.unsqueeze(-2) @ J).squeeze(-2)
+
+    def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "Matrices":
+        """The columns of A and the rows of B of one process; sizes are then those of its shard."""
+        part = self._parts.get((inputs, outputs))
+        if part is None:
+            part = self._twin(_shards={"A": inputs, "B": outputs}, _constants={}, _reserved={}, _parts={})
+            self._parts[inputs, outputs] = part
+        return part
+
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Make now what passes in `dtype` and their norms need.
+
+        Required before tracing or compiling, since values are made outside a graph.
+        """
+        self._reserved[rank, in_features, out_features, dtype] = None
+        for constant in self._needed(rank, in_features, out_features, dtype):
+            self._constant(*constant, self._home)
+
+    def fingerprint_values(self) -> np.ndarray:
+        """Some values, for the fingerprint."""
+        raise NotImplementedError
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What files hold of the matrices of all reserved layers, by name."""
+        return {}
+
+    def remade(self, name: str, saved: Tensor) -> Tensor | None:
+        """What a tensor of a file, named as in `saved_tensors`, should be; None for an unknown name."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"seed={self.seed}"
+
+    def _narrow(self, side: Side, x: Float[Tensor, "*T N"], rank: int) -> Float[Tensor, "*T R"]:
+        """`x M^T`, for M of a side."""
+        raise NotImplementedError
+
+    def _widen(self, side: Side, z: Float[Tensor, "*T R"], size: int) -> Float[Tensor, "*T N"]:
+        """`z M`."""
+        raise NotImplementedError
+
+    def _whole(self, side: Side, rank: int, total: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+        """M of all processes together from the seed, in float32 or float64, on the CPU."""
+        raise NotImplementedError
+
+    def _needed(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> Iterable[Constant]:
+        """The constants for layers of one size."""
+        raise NotImplementedError
+
+    def _made(self, name: str, rank: int, size: int, dtype: torch.dtype) -> Any:
+        """A constant in float32 or float64, on the CPU, from the seed: M of a side, or G; it has a method `to`."""
+        if name == "G":
+            A = self._whole("A", rank, self._total("A", size), torch.float64)
+            G = A @ A.T
+            # A product need not be symmetric to the last bit.
+            return ((G + G.T) / 2).to(dtype)
+        return self._values("A" if name == "A" else "B", rank, size, dtype)
+
+    def _values(self, side: Side, rank: int, size: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+        """M of this process, new, on the CPU."""
+        M, shard = self._whole(side, rank, self._total(side, size), norm_dtype(dtype)), self._shards[side]
+        return (M if shard is None else shard.of(M).contiguous()).to(dtype)
+
+    def _copied(self, side: Side, rank: int, size: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+        """The same, copied where it is kept."""
+        kept: Tensor | None = self._constants.get((side, rank, size, dtype, _CPU))
+        return self._values(side, rank, size, dtype) if kept is None else kept.clone()
+
+    def _half_jacobian(
+        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*L O R"]:
+        """Half the derivative of q by lambda_d: `(U G) * B` for `U = B diag(lambda_d)`, `G = A A^T`."""
+        rank, dtype, device = lambda_d.shape[-1], lambda_d.dtype, lambda_d.device
+        G: Tensor = self._constant("G", rank, in_features, dtype, device)
+        B: Tensor = self._constant("B", rank, out_features, dtype, device).T
+        return ((B * lambda_d.unsqueeze(-2)) @ G) * B
+
+    def _constant(self, name: str, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """What is kept under a name, not to be written to."""
+        key = name, rank, size, dtype, device
+        constant = self._constants.get(key)
+        if constant is None:
+            with torch.inference_mode(False), torch.no_grad():
+                constant = self._new(*key)
+            # What is made while PyTorch traces belongs to that graph.
+            if not is_traced():
+                self._constants[key] = constant
+        return constant
+
+    def _new(self, name: str, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> Any:
+        if device.type != "cpu":
+            return self._constant(name, rank, size, dtype, _CPU).to(device)
+        if dtype != norm_dtype(dtype):
+            return self._constant(name, rank, size, norm_dtype(dtype), _CPU).to(dtype)
+        return self._made(name, rank, size, dtype)
+
+    def _total(self, side: Side, size: int) -> int:
+        """Of all processes together, where this one has `size`."""
+        shard = self._shards[side]
+        return size if shard is None else shard.total
+
+    def _twin(self, **changed: Any) -> "Matrices":
+        twin: Matrices = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, **changed)
+        return twin
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrices":
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self._home)).device
+        if device.type == "meta":
+            self._constants, self._parts = {}, {}
+        elif device != self._home or not self._constants:
+            self._home, self._parts = device, {}
+            self._constants = {key: constant for key, constant in self._constants.items() if key[-1] == _CPU}
+            # At once, so that a compiled pass finds them.
+            self._reserve_again()
+        return self
+
+    def _reserve_again(self) -> None:
+        for sizes in list(self._reserved):
+            self.reserve(*sizes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Matrices":
+        # Constants are never written to, so copies may share them.
+        return self._twin(_constants=dict(self._constants), _reserved=dict(self._reserved), _parts={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_constants": {}, "_parts": {}, "_home": _CPU}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reserve_again()

@@ -1,0 +1,160 @@
+"""Small questions to PyTorch: shape annotations, the dtype of norms, versions, whether code is traced or recorded.
+
+Trained vectors and norms stay in float32 or wider, whatever a model is cast to: gains differ from one by as little as
+1e-6, and bfloat16 would round them by up to 4e-3.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+else:
+    try:
+        from jaxtyping import Float
+    except ImportError:
+
+        class Float:
+            """Stands in for `jaxtyping.Float`, which only the tests install: `Float[Tensor, "O I"]` is just `Tensor`."""
+
+            def __class_getitem__(cls, item):
+                return item[0]
+
+
+__all__ = [
+    "Float",
+    "TensorVersion",
+    "as_dtype",
+    "at_least_float32",
+    "autocast_dtype",
+    "full_precision",
+    "grad_recorded",
+    "is_traced",
+    "norm_dtype",
+    "saved_tensors_are_hooked",
+    "version_of",
+    "without_autocast",
+]
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, gains and vectors for a weight of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, skipped where nothing changes: the call takes as long as a small product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wrap a function for `nn.Module._apply` so that it casts to float32 at the least; device moves are unchanged."""
+
+    def guarded(tensor: Tensor) -> Tensor:
+        changed = change(tensor)
+        if changed.is_floating_point() and changed.dtype.itemsize < 4:
+            return tensor.to(changed.device, torch.float32)
+        return changed
+
+    return guarded
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast is off for `device`: a norm is never computed in half precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def without_autocast(backward: Backward) -> Backward:
+    """Run the backward pass of an autograd function with autocast off, in the dtypes of its forward pass.
+
+    PyTorch does the same for its own operations.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *gradients: Any) -> Any:
+        device = next((gradient.device for gradient in gradients if gradient is not None), None)
+        if device is None or not torch.is_autocast_enabled(device.type):
+            # Entering a context takes as long as a small product.
+            return backward(ctx, *gradients)
+        with full_precision(device):
+            return backward(ctx, *gradients)
+
+    return cast(Backward, guarded)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on `device`; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def is_traced() -> bool:
+    """Whether the code is compiled, exported or traced, or runs under `torch.func` or forward-mode differentiation.
+
+    PyTorch must then see every operation, and nothing may be kept from one pass to the next.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+        or torch._C._get_dispatch_mode(_FAKE) is not None
+    )
+
+
+def grad_recorded() -> bool:
+    """Whether operations are recorded for a backward pass."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks take what autograd saves, as checkpointing that is not reentrant and offloading do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """PyTorch's version counter; -1 for inference tensors, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class TensorVersion(NamedTuple):
+    """One state of a tensor: equal versions mean equal values, but for writes that PyTorch does not count.
+
+    Not counted are writes through `tensor.data` or NumPy.
+    """
+
+    storage: StorageWeakRef
+    """A weak reference: it keeps no memory alive, but no other storage can get its identity."""
+    address: int
+    version: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorVersion":
+        """The present state of a tensor."""
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return cls(storage, tensor.data_ptr(), version_of(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether this is still the tensor's state. Inference tensors have no version: always stale."""
+        return (
+            not tensor.is_inference()
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+            and tensor.untyped_storage()._cdata == self.storage.cdata
+            and tensor.dtype == self.dtype
+            and tensor.shape == self.shape
+            and tensor.stride() == self.stride
+        )

@@ -1,0 +1,481 @@
+"""The frozen side of one adapted weight: how it is stored, its row norms and norm constants, and merging into it.
+
+The constants belong to one version of the base weight. They are computed again after the weight was replaced, written
+to, cast or moved; while the weight is trained, they are computed in every pass, with gradients.
+
+Dimensions: O out, I in, R rank, E experts.
+"""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
+from .engines import TensorParallelShard, check_whole, full_tensor, is_dtensor, is_in_memory, local, shard_of
+from .functional import Direction, RowFactors, Vectors
+from .matrices.interface import Matrices, SharedProjections
+from .tensors import Float, TensorVersion, as_dtype, at_least_float32, full_precision, norm_dtype
+
+MAGNITUDE_ONLY = 0
+"""The rank of a weight that gets a magnitude and no update."""
+SMALL_LOSS = 0.05
+"""Merges that lose no more than this share of their update give no warning."""
+_CHUNK_VALUES = 2**22
+"""Values of a weight that are widened at a time."""
+_SURE_NORM = 1e-15
+"""Below this norm, squares of a row's values may underflow in float32."""
+
+
+class Layout(NamedTuple):
+    """The conversion between a stored weight and its matrix (O, I)."""
+
+    matrix: Callable[[Tensor], Tensor]
+    """The matrix of a stored weight; a view where strides allow one."""
+    stored: Callable[[Tensor, torch.Size], Tensor]
+    """The stored weight, of the given shape, from a matrix."""
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _same_back(matrix: Tensor, _: torch.Size) -> Tensor:
+    return matrix
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.T
+
+
+def _transposed_back(matrix: Tensor, _: torch.Size) -> Tensor:
+    return matrix.T
+
+
+def _kernels(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def _viewed_back(matrix: Tensor, shape: torch.Size) -> Tensor:
+    return matrix.reshape(shape)
+
+
+def _experts(weight: Tensor) -> Tensor:
+    return weight.flatten(0, 1)
+
+
+def _experts_transposed(weight: Tensor) -> Tensor:
+    return weight.transpose(1, 2).flatten(0, 1)
+
+
+def _experts_transposed_back(matrix: Tensor, shape: torch.Size) -> Tensor:
+    experts, in_features, out_features = shape
+    return matrix.reshape(experts, out_features, in_features).transpose(1, 2)
+
+
+# Functions with names, since lambdas cannot be pickled with a model.
+ROWS = Layout(_same, _same_back)
+"""(O, I), as in `nn.Linear`."""
+COLUMNS = Layout(_transposed, _transposed_back)
+"""(I, O), as in transformers' `Conv1D`; an embedding table too, whose out features are its columns."""
+KERNELS = Layout(_kernels, _viewed_back)
+"""(O, in / groups, *kernel) of a convolution: I = in / groups * kernel elements."""
+EXPERTS = Layout(_experts, _viewed_back)
+"""(E, O, I): every expert brings out features of its own."""
+EXPERTS_TRANSPOSED = Layout(_experts_transposed, _experts_transposed_back)
+"""(E, I, O)."""
+
+
+class AdaptedWeight(nn.Module):
+    """The frozen side of one adapted weight.
+
+    Methods take the weight as the layer stores it, or None where only the constants are in memory (a quantised layer).
+    `w` (O,) are its row norms, `C` (O, R) is `B * (W / w A^T)`.
+
+    Args:
+        weight: the base's, as stored.
+        rank: R, or `MAGNITUDE_ONLY`.
+        shared: the frozen projections.
+        alpha: the update is scaled by `alpha / rank`; None means `rank`.
+        direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA).
+        detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
+        layout: how the weight is stored.
+        padding_column: a column of the weight's matrix that the update does not change: an embedding's padding entry.
+        readable: whether the weight can be read in every pass; that of a quantised layer cannot.
+        name: of the layer, for error messages.
+
+    Raises:
+        TypeError: the weight is not floating or `rank` is not an integer.
+        ValueError: the weight is on the meta device or not finite, or a hyperparameter is out of range.
+    """
+
+    w: Tensor
+    C: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rank: int,
+        *,
+        shared: SharedProjections,
+        alpha: float | None = None,
+        direction: Direction = "unit",
+        detach_norm: bool = False,
+        layout: Layout = ROWS,
+        padding_column: int | None = None,
+        readable: bool = True,
+        name: str = "layer",
+    ) -> None:
+        super().__init__()
+        check_weight(weight, name)
+        self.layout = layout
+        self.out_features, self.in_features = layout.matrix(weight).shape
+        self.rank = rank if rank == MAGNITUDE_ONLY else checked_rank(rank)
+        self.alpha = float(rank) if alpha is None else checked_alpha(alpha)
+        self.scaling = self.alpha / self.rank if self.rank else 0.0
+        self.direction = checked_direction(direction)
+        self.detach_norm = detach_norm
+        self.padding_column = padding_column
+        self.readable = readable
+        self.name = name
+        # A name that no model uses, since PEFT finds modules to save by the ends of their names.
+        self.dvora_projections = shared
+        self.update_key = shared.seed, shared.distribution, self.rank
+        """Adapters of equal keys have the same A and B in a layer."""
+        if self.rank:
+            shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
+        self.shard: TensorParallelShard | None = None
+        """The shard on this process, of a weight that is a DTensor."""
+        self.kept: Any = None
+        """Row factors of the last pass (`factors`)."""
+        self._version: TensorVersion | None = None
+        self._weight: weakref.ref[Tensor] | None = None
+        self.register_buffer("w", None, persistent=False)
+        self.register_buffer("C", None, persistent=False)
+        self.refresh(weight)
+
+    @property
+    def shared(self) -> SharedProjections:
+        """The frozen projections."""
+        return self.dvora_projections
+
+    @property
+    def matrices(self) -> Matrices:
+        """A and B for this process's shard of the weight."""
+        # Not as attributes, which modules take as long to look up as a small product takes.
+        kind: Matrices = self._modules["dvora_projections"]._modules["impl"]  # type: ignore[union-attr, assignment]
+        return kind if self.shard is None else kind.of_shard(self.shard.inputs, self.shard.outputs)
+
+    @property
+    def stack_key(self) -> tuple[object, ...]:
+        """What weights have in common whose row factors are made as one stack."""
+        sizes = self.out_features, self.in_features, self.rank, self.padding_column
+        settings = self.scaling, self.direction, self.detach_norm
+        return *sizes, *settings, id(self.shared.impl), self.w.dtype, self.w.device
+
+    def initial_vectors(self, d_initial: float) -> Vectors:
+        """The starting values, for which the layer equals its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
+        with torch.inference_mode(False):
+            return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), float(d_initial)))
+
+    def local(self, vectors: Vectors, weight: Tensor | None) -> Vectors:
+        """The vectors for this process's shard of the weight; all of them, if the weight is not sharded.
+
+        Raises:
+            ValueError: the weight is sharded in a way that is not supported, or trained.
+        """
+        if weight is None or not is_dtensor(weight):
+            return vectors
+        if weight.requires_grad:
+            raise ValueError(f"{self.name}: a base weight that is sharded over processes cannot be trained; freeze it")
+        self.refresh_if_stale(weight)
+        return vectors if self.shard is None else self.shard.vectors(vectors)
+
+    def weight(self) -> Tensor | None:
+        """The weight as stored, where it can be read; None for one that is opaque, sharded or no longer in memory."""
+        weight = self._weight() if self.readable and self.shard is None and self._weight is not None else None
+        return weight if weight is not None and is_in_memory(weight) else None
+
+    def is_trained(self, weight: Tensor | None) -> bool:
+        """Whether the constants are computed in this pass, from a weight that is trained or transformed."""
+        if weight is None:
+            return False
+        # A compiled graph cannot ask whether gradients are recorded.
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return (weight.requires_grad and recorded) or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+
+    def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
+        """The factors of the rows by the definition, differentiated by PyTorch, also with respect to the weight."""
+        with full_precision(self.w.device):
+            w, C = self.w, self.C
+            if self.is_trained(weight):
+                assert weight is not None
+                matrix = self.layout.matrix(weight)
+                w = F.row_norm(matrix)
+                C = self._cross(matrix, w)
+            vectors = vectors.to(w.dtype)
+            return F.row_factors(
+                vectors,
+                w,
+                as_dtype(C, w.dtype) @ vectors.lambda_d,
+                self.squares(vectors.lambda_d),
+                scaling=self.scaling,
+                direction=self.direction,
+                detach_norm=self.detach_norm,
+            )
+
+    def squares(self, lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L O"]:
+        """q, the squared row norms of `B diag(lambda_d) A`, of one layer or of several that differ in lambda_d only."""
+        if not self.rank:
+            return self.w.new_zeros(*lambda_d.shape[:-1], len(self.w))
+        matrices = self._row_matrices
+        q = matrices.squares(lambda_d, self.in_features, len(self.w))
+        if self.padding_column is None:
+            return q
+        return q - matrices.expand(lambda_d * self._padding_of_A(lambda_d), len(self.w)).square()
+
+    def squares_gradient(
+        self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"]
+    ) -> Float[Tensor, "*L R"]:
+        """The gradient of `(d_q * q).sum()` with respect to lambda_d."""
+        if not self.rank:
+            return torch.zeros_like(lambda_d)
+        matrices = self._row_matrices
+        gradient = matrices.squares_gradient(d_q, lambda_d, self.in_features)
+        if self.padding_column is None:
+            return gradient
+        a = self._padding_of_A(lambda_d)
+        skipped = matrices.expand(lambda_d * a, len(self.w))
+        return gradient - 2 * a * matrices.expand_transpose(d_q * skipped, self.rank)
+
+    def updated_rows(
+        self, weight: Tensor, rows: Tensor, kappa: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
+    ) -> Float[Tensor, "N I"]:
+        """Some rows of `V' / w`, dense, in float64."""
+        wide = lambda_d.double()
+        B = self.B(wide)[rows]
+        update = (kappa.double()[:, None] * B * wide) @ self.A(wide)
+        return self.layout.matrix(weight.detach())[rows].double() / self.w[rows].double()[:, None] + update
+
+    def refresh_if_stale(self, weight: Tensor) -> None:
+        """Compute the constants again if the weight has changed since, and is in memory."""
+        if is_in_memory(weight) and (self._version is None or not self._version.is_of(local(weight))):
+            self.refresh(weight)
+
+    def refresh_after_load(self, weight: Tensor) -> None:
+        """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
+        if is_dtensor(weight):
+            self._version = self.kept = None
+        else:
+            self.refresh_if_stale(weight)
+
+    def refresh(self, weight: Tensor) -> None:
+        """Compute the constants.
+
+        Raises:
+            ValueError: a row norm of the weight is not finite.
+        """
+        shard = shard_of(weight, self.name) if is_dtensor(weight) else None
+        if shard is not None and self.layout is not ROWS:
+            raise ValueError(
+                f"{self.name}: the weight is sharded over processes, which is supported for torch.nn.Linear only"
+            )
+        if any(buffer.is_meta for buffer in self.shared.buffers()):
+            # A load with assign=True restores values, but not buffers that no file holds.
+            self.shared.to_empty(device=weight.device)
+        # Before the weight is read, since another thread may write to it meanwhile.
+        version = TensorVersion.of(local(weight))
+        with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
+            matrix = self.layout.matrix(full_tensor(weight.detach()))
+            w = _row_norms(matrix)
+            check_norms(w, self.name)
+            C = self._cross(matrix, w).to(self._constant_dtype(matrix))
+            if shard is not None:
+                w, C = shard.of_rows(w), shard.of_rows(C)
+        self.w, self.C, self.shard, self._version, self.kept = w, C, shard, version, None
+        self._weight = weakref.ref(weight)
+
+    def A(self, like: Tensor) -> Float[Tensor, "R I"]:
+        """The dense A of this weight, in the dtype and on the device of `like`."""
+        if not self.rank:
+            return like.new_empty(0, self.in_features)
+        A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
+        return A if self.padding_column is None else _without_column(A, self.padding_column)
+
+    def B(self, like: Tensor) -> Float[Tensor, "O R"]:
+        """The dense B of this weight, in the dtype and on the device of `like`."""
+        if not self.rank:
+            return like.new_empty(self.out_features, 0)
+        return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
+        )
+
+    @property
+    def _row_matrices(self) -> Matrices:
+        """B for the rows of this process, and the whole of A: no process has the norms of parts of rows."""
+        return self.shared.impl if self.shard is None else self.shared.impl.of_shard(None, self.shard.outputs)
+
+    def _padding_of_A(self, like: Tensor) -> Float[Tensor, "R"]:
+        index = torch.tensor(self.padding_column, device=like.device)
+        return self.shared.impl.select(index, self.rank, self.in_features, like.dtype)
+
+    def _cross(self, matrix: Float[Tensor, "O I"], w: Float[Tensor, "O"]) -> Float[Tensor, "O R"]:
+        """`B * (W / w A^T)`, by chunks of rows; differentiable in the weight."""
+        if not self.rank:
+            return w.new_empty(len(w), 0)
+        B = self.shared.B(self.rank, len(w), w.dtype).to(w.device)
+        rows, parts = max(1, _CHUNK_VALUES // matrix.shape[1]), []
+        for part, of_w, of_B in zip(matrix.split(rows), w.split(rows), B.split(rows), strict=True):
+            unit = F.unit_rows(part, of_w)
+            updated = unit if self.padding_column is None else _without_column(unit, self.padding_column)
+            parts.append(of_B * self.shared.impl.project(updated, self.rank))
+        return torch.cat(parts)
+
+    def _constant_dtype(self, matrix: Tensor) -> torch.dtype:
+        """That of C: bfloat16 where it would take more than a quarter of a weight in half precision, else as w."""
+        # Opaque weights are read as float32, so their dtype is no guide.
+        narrow = matrix.dtype.itemsize == 2 or not self.readable
+        small = len(matrix) * self.rank * 4 <= max(2**20, matrix.numel() // 2)
+        return torch.bfloat16 if narrow and not small else norm_dtype(matrix.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
+        if recurse:
+            self.shared._apply(fn)
+        # C follows device moves only: its dtype was chosen by its size.
+        C, self.C = self.C, None  # type: ignore[assignment]
+        super()._apply(at_least_float32(fn), recurse=False)
+        device = fn(C.new_empty(0)).device
+        self.C = C.new_empty(C.shape, device=device) if C.is_meta else C.to(device)
+        self.kept = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
+        buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
+        return {**self.__dict__, "kept": None, "_version": None, "_weight": None, "shard": None, "_buffers": buffers}
+
+
+def _row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
+    """The norms of the rows of a frozen weight, correct also where squares underflow in float32."""
+    w = F.row_norm(matrix)
+    tiny = w < _SURE_NORM
+    if not w.is_meta and tiny.any():
+        # On the CPU, since not every device has float64.
+        w[tiny] = torch.linalg.vector_norm(matrix[tiny].cpu(), dim=1, dtype=torch.float64).to(w)
+    return w
+
+
+def _without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:
+    """The matrix with zeros in one column."""
+    return matrix.index_fill(1, torch.tensor([column], device=matrix.device), 0.0)
+
+
+class MergePrecisionWarning(UserWarning):
+    """Rounding to the weight's dtype lost more than a small part of the update."""
+
+
+class Merged(NamedTuple):
+    """A merged weight in the base's dtype, and the share of the update that rounding changed (0 .. 1)."""
+
+    weight: Tensor
+    lost: float
+
+
+@torch.no_grad()
+def merge(weight: Float[Tensor, "O I"], delta: Float[Tensor, "O I"]) -> Merged:
+    """`weight + delta` in the dtype of `weight`.
+
+    Args:
+        weight: W.
+        delta: `W' - W` in float32 or float64.
+
+    Returns:
+        The rounded weight and `||rounded - exact|| / ||delta||` (Frobenius norms), zero for a zero delta.
+    """
+    exact = weight.to(delta.dtype) + delta
+    rounded = exact.to(weight.dtype)
+    size = torch.linalg.vector_norm(delta)
+    lost = torch.linalg.vector_norm(rounded.to(delta.dtype) - exact) / torch.where(size > 0, size, 1.0)
+    return Merged(rounded, float(lost))
+
+
+def check_finite(merged: Tensor, what: str) -> None:
+    """Check that a merged weight is finite.
+
+    Args:
+        merged: in the dtype that it will be stored in.
+        what: the operation, for the message.
+
+    Raises:
+        ValueError: a value is not finite, or too large for the dtype.
+    """
+    # `isfinite` does not support eight bits.
+    if not merged.to(norm_dtype(merged.dtype)).isfinite().all():
+        raise ValueError(
+            f"{what} gives values that are not finite or too large for {merged.dtype}; nothing was merged. A strength "
+            "is too large, or training diverged: go back to an earlier checkpoint"
+        )
+
+
+def merged_copy(layer: nn.Linear, delta: Float[Tensor, "O I"], name: str) -> nn.Linear:
+    """A copy of a layer with the merged weight.
+
+    Args:
+        layer: the base, which is not changed.
+        delta: `W' - W`; the layer must have passed `check_can_be_set`.
+        name: for messages.
+
+    Raises:
+        ValueError: the merged weight is not finite in the layer's dtype.
+    """
+    weight, lost = merge(layer.weight, delta)
+    check_finite(weight, f"{name}: merging")
+    warn_of_losses({name: lost}, weight.dtype)
+    merged = copy.deepcopy(layer)
+    with torch.no_grad():
+        merged.weight.copy_(weight)
+    return merged
+
+
+def check_can_be_set(layer: nn.Module, parameter_name: str, name: str) -> None:
+    """Check that a merged weight can be assigned to a layer.
+
+    Raises:
+        TypeError: the weight is computed in every pass (a parametrization).
+        ValueError: it is sharded over processes.
+    """
+    check_whole(layer._parameters.get(parameter_name), name)
+    if parameter_name not in {**layer._parameters, **layer._buffers}:
+        raise TypeError(
+            f"{name} computes its weight in every pass (it is parametrized), so a merged weight cannot be set; remove "
+            "the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+
+
+def warn_of_losses(losses: dict[str, float], dtype: torch.dtype) -> None:
+    """One warning for all layers whose merge lost more than a small part of their update.
+
+    Args:
+        losses: share lost, by layer name.
+        dtype: of the merged weights.
+    """
+    large = {name: lost for name, lost in losses.items() if lost > SMALL_LOSS}
+    if not large:
+        return
+    worst = max(large, key=lambda name: large[name])
+    warnings.warn(
+        f"merging into {dtype} changed more than {SMALL_LOSS:.0%} of the update in {len(large)} of {len(losses)} "
+        f"layers, most in {worst}: {large[worst]:.1%}. The merged model is not the adapted model to that extent; "
+        "keep the adapter unmerged, or merge into a float32 copy of the base.",
+        MergePrecisionWarning,
+        stacklevel=3,
+    )

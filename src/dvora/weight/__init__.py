@@ -1,1 +1,0 @@
-"""Room of one adapted weight: its state between passes, merging, the plain layer."""
