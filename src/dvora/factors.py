@@ -334,7 +334,7 @@ class Folds:
     def of(self, index: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "O"]]:
         """`U = diag(scale) B diag(lambda_d)` of one layer, and a carrier.
 
-        A carrier has no values. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a gradient of g
+        A carrier is zero. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a gradient of g
         for all layers at once.
         """
         if not self._parts:
@@ -354,7 +354,7 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gain_minus_one: Tensor, scale: Tensor, gain: Tensor, lambda_d: Tensor, B: Tensor) -> Any:
         ctx.inputs = gain_minus_one, scale, gain, lambda_d, B
-        return (B * lambda_d[:, None]).mul_(scale[..., None]), torch.empty_like(scale)
+        return (B * lambda_d[:, None]).mul_(scale[..., None]), torch.zeros_like(scale)
 
     @staticmethod
     @without_autocast

@@ -131,16 +131,18 @@ class _Folded(torch.autograd.Function):
         ctx.adapted = adapted
         # Kept while it is no larger than the outputs.
         kept = whole if whole.numel() <= y.numel() else None
-        ctx.save_for_backward(z, U, y, gain_minus_one, gain, weight, bias, kept)
+        ctx.save_for_backward(z, U, carrier, y, gain_minus_one, gain, weight, bias, kept)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, U, y, gain_minus_one, gain, weight, bias, whole = _saved(ctx)
+        z, U, carrier, y, gain_minus_one, gain, weight, bias, whole = _saved(ctx)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
             gain, whole = 1 + gain_minus_one, None
+            # What U gets directly then is taken off the carrier again, which is zero.
+            U = U * (1 + carrier)[:, None]
         d_x = None
         if needed[0]:
             if whole is None:
