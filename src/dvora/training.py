@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .engines import is_dtensor
-from .engines import is_partitioned
-from .functional import Vectors
-from .checks import checked_not_negative
-from .weight import AdaptedWeight
 from .adapter import DVoRAAdapter
+from .checks import checked_not_negative
+from .engines import is_dtensor, is_partitioned
+from .functional import Vectors
+from .weight import AdaptedWeight
 
 __all__ = ["AdapterSettings", "check_ranks_agree", "parameter_groups", "recommended_rates"]
 
