@@ -1,4 +1,4 @@
-"""Both kinds of matrices from their definitions, in float64."""
+"""A and B of every kind from their definitions, in float64."""
 
 import math
 
@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from dvora.matrices import kronecker, philox
+from dvora.matrices.vera import drawn, vera_sizes
+
+VERA = "peft_vera(r=40, in=48, out=48)"
 
 
-def dense(seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A and B of independent uniform values."""
+def matrices(kind: str, seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A and B of a distribution."""
+    if kind == "structured":
+        return structured_side("A", rank, in_features, seed), structured_side("B", rank, out_features, seed).T
+    if (sizes := vera_sizes(kind)) is not None:
+        A, B = drawn(seed, sizes)
+        return A[:rank, :in_features].double(), B[:out_features, :rank].double()
     A = _unscaled(seed, 0, rank, in_features) * math.sqrt(2 / in_features)
-    B = _unscaled(seed, 1, rank, out_features).T * math.sqrt(2 / rank)
-    return A, B
+    return A, _unscaled(seed, 1, rank, out_features).T * math.sqrt(2 / rank)
 
 
-def structured(seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A and B of cosines behind signs."""
-    return structured_side("A", rank, in_features, seed), structured_side("B", rank, out_features, seed).T
-
-
-def structured_side(side: str, rank: int, size: int, seed: int = 3) -> Tensor:
-    """A, or the transpose of B."""
+def structured_side(side: str, rank: int, size: int, seed: int) -> Tensor:
+    """A, or the transpose of B, of cosines behind signs."""
     n1, n2 = kronecker.factors_of_size(size)
     blocks = []
     for index, rows in enumerate(kronecker.block_rows(rank, size)):
@@ -35,7 +37,7 @@ def structured_side(side: str, rank: int, size: int, seed: int = 3) -> Tensor:
 
 
 def _unscaled(seed: int, stream: int, rank: int, size: int) -> Tensor:
-    """Rows of unit variance, by the definition."""
+    """Rows of unit variance."""
     rows = [philox.uniform_row(seed, stream, row, size).astype(float) for row in range(rank)]
     return math.sqrt(3) * torch.from_numpy(np.stack(rows))
 

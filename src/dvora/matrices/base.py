@@ -8,6 +8,7 @@ and kept as a constant; it is no buffer, so no cast, state dict, broadcast or fi
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,6 +37,12 @@ class Shard(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """This process's values along the last dimension, as a view."""
         return tensor[..., self.start : self.stop]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context for squares: a norm is never computed in half precision."""
+    # Entering a context of autocast takes as long as a small product.
+    return full_precision(device) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 class Matrices(nn.Module):
@@ -97,8 +104,8 @@ class Matrices(nn.Module):
         """
         if lambda_d.dim() > 1 and lambda_d.numel() * out_features > _AT_ONCE:
             return torch.stack([self.squares(layer, in_features, out_features) for layer in lambda_d])
-        with full_precision(lambda_d.device):
-            return (self._half_jacobian(lambda_d, in_features, out_features) @ lambda_d.unsqueeze(-1)).squeeze(-1)
+        with without_autocast(lambda_d.device):
+            return (lambda_d.unsqueeze(-2) @ self._half_gradients(lambda_d, in_features, out_features)).squeeze(-2)
 
     def squares_gradient(
         self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
@@ -107,12 +114,14 @@ class Matrices(nn.Module):
         if lambda_d.dim() > 1 and lambda_d.shape[-1] * d_q.numel() > _AT_ONCE:
             layers = zip(d_q, lambda_d, strict=True)
             return torch.stack([self.squares_gradient(*layer, in_features) for layer in layers])
-        with full_precision(lambda_d.device):
-            J = self._half_jacobian(lambda_d, in_features, d_q.shape[-1])
-            return 2 * (d_q.unsqueeze(-2) @ J).squeeze(-2)
+        with without_autocast(lambda_d.device):
+            half = self._half_gradients(lambda_d, in_features, d_q.shape[-1])
+            return 2 * (half @ d_q.unsqueeze(-1)).squeeze(-1)
 
     def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "Matrices":
         """The columns of A and the rows of B of one process; sizes are then those of its shard."""
+        if inputs is None and outputs is None:
+            return self
         part = self._parts.get((inputs, outputs))
         if part is None:
             part = self._twin(_shards={"A": inputs, "B": outputs}, _constants={}, _reserved={}, _parts={})
@@ -178,14 +187,15 @@ class Matrices(nn.Module):
         kept: Tensor | None = self._constants.get((side, rank, size, dtype, _CPU))
         return self._values(side, rank, size, dtype) if kept is None else kept.clone()
 
-    def _half_jacobian(
+    def _half_gradients(
         self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "*L O R"]:
-        """Half the derivative of q by lambda_d: `(U G) * B` for `U = B diag(lambda_d)`, `G = A A^T`."""
+    ) -> Float[Tensor, "*L R O"]:
+        """Half the gradients of q by lambda_d, `(G diag(lambda_d) B^T) * B^T` for `G = A A^T`."""
         rank, dtype, device = lambda_d.shape[-1], lambda_d.dtype, lambda_d.device
         G: Tensor = self._constant("G", rank, in_features, dtype, device)
-        B: Tensor = self._constant("B", rank, out_features, dtype, device).T
-        return ((B * lambda_d.unsqueeze(-2)) @ G) * B
+        Bt: Tensor = self._constant("B", rank, out_features, dtype, device)
+        # In place: the product is as large as B for every layer, and fresh memory takes as long as the product.
+        return ((G * lambda_d.unsqueeze(-2)) @ Bt).mul_(Bt)
 
     def _constant(self, name: str, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> Any:
         """What is kept under a name, not to be written to."""

@@ -86,12 +86,9 @@ class DenseMatrices(Matrices):
 
     def _saved_sizes(self, side: Side) -> list[tuple[int, int]]:
         """Ranks and sizes of reserved layers, without those that are part of another."""
-        sizes = dict.fromkeys((rank, inputs if side == "A" else outputs) for rank, inputs, outputs, _ in self._reserved)
-        return [
-            own
-            for own in sizes
-            if not any(own != other and own[0] <= other[0] and own[1] <= other[1] for other in sizes)
-        ]
+        layers = list(self._reserved)  # another thread may add one
+        sizes = dict.fromkeys((rank, inputs if side == "A" else outputs) for rank, inputs, outputs, _ in layers)
+        return [(r, n) for r, n in sizes if not any(r <= R and n <= N and (r, n) != (R, N) for R, N in sizes)]
 
 
 def times(x: Float[Tensor, "*T N"], matrix: Float[Tensor, "N M"]) -> Float[Tensor, "*T M"]:
@@ -101,5 +98,7 @@ def times(x: Float[Tensor, "*T N"], matrix: Float[Tensor, "N M"]) -> Float[Tenso
 
 def _as_autocast(x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:
     """x in the dtype in which autocast multiplies, so that the matrix is taken in it and not cast in every pass."""
-    dtype = autocast_dtype(x.device)
-    return x if dtype is None or x.dtype == torch.float64 else as_dtype(x, dtype)
+    # The quick question first, which also suits devices without autocast.
+    if x.dtype == torch.float64 or not torch._C._is_any_autocast_enabled():
+        return x
+    return as_dtype(x, autocast_dtype(x.device) or x.dtype)

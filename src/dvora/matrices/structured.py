@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..tensors import Float, as_dtype, full_precision, norm_dtype
+from ..tensors import Float, as_dtype, norm_dtype
 from . import kronecker, philox
-from .base import Constant, Matrices, Side
+from .base import Constant, Matrices, Side, without_autocast
 from .dense import times
 from .kronecker import Kronecker, Stack
 
@@ -72,7 +72,7 @@ class StructuredMatrices(Matrices):
         if rank > self._total("A", in_features):
             return super().squares(lambda_d, in_features, out_features)
         squares = self._constant(_SQUARED, rank, out_features, lambda_d.dtype, lambda_d.device)
-        with full_precision(lambda_d.device):
+        with without_autocast(lambda_d.device):
             return 2 * _widened(squares, lambda_d.square())
 
     def squares_gradient(
@@ -82,7 +82,7 @@ class StructuredMatrices(Matrices):
         if rank > self._total("A", in_features):
             return super().squares_gradient(d_q, lambda_d, in_features)
         squares = self._constant(_SQUARED, rank, d_q.shape[-1], lambda_d.dtype, lambda_d.device)
-        with full_precision(lambda_d.device):
+        with without_autocast(lambda_d.device):
             return 4 * lambda_d * _narrowed(squares, d_q)
 
     def fingerprint_values(self) -> np.ndarray:

@@ -1,0 +1,342 @@
+"""Products, columns and squares of every kind of matrices against dense ones from the definition, in float64."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from dvora.matrices import base, structured
+from dvora.matrices.interface import DISTRIBUTIONS, Matrices, Shard, SharedProjections
+from tests.cases import DTYPES, randn
+from tests.checked import checked
+from tests.matrices import naive
+from tests.matrices.naive import VERA
+from tests.reference import worst_error
+
+SEED = 3
+KINDS = [*DISTRIBUTIONS, VERA]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Beside the largest sum of the absolute values that are added up."""
+
+every_kind = pytest.mark.parametrize("kind", DISTRIBUTIONS)
+SIZE = st.integers(1, 40) | st.sampled_from([48, 64, 97, 384])
+RANK = st.integers(1, 50) | st.sampled_from([128, 211])
+Product = Callable[[Matrices, Tensor], Tensor]
+
+
+def matrices(kind: str) -> Matrices:
+    """With shapes that are checked."""
+    return checked("matrices.interface").SharedProjections(SEED, kind).impl
+
+
+def fitting(kind: str, *sizes: int) -> list[int]:
+    """Sizes that matrices of PEFT's VeRA have."""
+    return [min(size, most) for size, most in zip(sizes, (40, 48, 48), strict=True)] if kind == VERA else list(sizes)
+
+
+@contextmanager
+def few_values(dense: int | None = None, at_once: int | None = None) -> Iterator[None]:
+    """With other limits for products with values, and for squares of several layers together."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (("structured", "_FEW_VALUES", dense), ("base", "_AT_ONCE", at_once)):
+            if value is not None:
+                patch.setattr(checked(f"matrices.{module}"), name, value)
+        yield
+
+
+def products(rank: int, in_features: int, out_features: int) -> dict[str, tuple[Product, int]]:
+    """All products by name, and the width of what each takes."""
+    return {
+        "project": (lambda m, x: m.project(x, rank), in_features),
+        "project_transpose": (lambda m, h: m.project_transpose(h, in_features), rank),
+        "expand": (lambda m, z: m.expand(z, out_features), rank),
+        "expand_transpose": (lambda m, d: m.expand_transpose(d, rank), out_features),
+    }
+
+
+def by_definition(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The matrix on the right of each product."""
+    return {"project": A.T, "project_transpose": A, "expand": B.T, "expand_transpose": B}
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    leading=st.lists(st.integers(0, 4), max_size=3),
+    sizes=st.tuples(RANK, SIZE, SIZE),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "strided", "permuted"]),
+    dense=st.sampled_from([0, 2**30]),
+)
+@example("structured", [1, 3], (128, 384, 60), torch.float32, "contiguous", 2**14)
+@example("structured", [1, 3], (100, 97, 64), torch.float16, "strided", 0)
+@example("structured", [0], (7, 48, 36), torch.float64, "contiguous", 0)
+@example("structured", [], (9, 4, 1), torch.bfloat16, "contiguous", 0)
+def test_products_are_those_with_the_dense_matrices(
+    kind: str, leading: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, layout: str, dense: int
+) -> None:
+    rank, in_features, out_features = fitting(kind, *sizes)
+    with few_values(dense):
+        ours, reference = matrices(kind), by_definition(*naive.matrices(kind, SEED, rank, in_features, out_features))
+        for name, (product, width) in products(rank, in_features, out_features).items():
+            x = randn(*leading, 2 * width, seed=width, dtype=dtype)[..., ::2]
+            x = {"contiguous": x.contiguous(), "strided": x, "permuted": x.mT.contiguous().mT if leading else x}[layout]
+            before, y, M = x.clone(), product(ours, x), reference[name]
+            assert y.dtype == dtype, name
+            assert y.shape == (*leading, M.shape[1]), name
+            assert torch.equal(x, before), name
+            terms = x.double().abs() @ M.abs()
+            error = (y.double() - x.double() @ M).abs()
+            assert not y.numel() or error.max() <= TOLERANCE[dtype] * terms.max() + 1e-7, name
+
+
+@given(
+    kind=st.sampled_from(KINDS), rank=RANK, size=SIZE, dtype=st.sampled_from(DTYPES), dense=st.sampled_from([0, 2**30])
+)
+def test_columns_of_A_are_selected(kind: str, rank: int, size: int, dtype: torch.dtype, dense: int) -> None:
+    rank, size, _ = fitting(kind, rank, size, 1)
+    A, _ = naive.matrices(kind, SEED, rank, size, 1)
+    with few_values(dense):
+        for index in (
+            torch.arange(size).flip(0)[:, None],
+            torch.tensor(size // 2),
+            torch.zeros(0, 2, dtype=torch.long),
+        ):
+            columns = matrices(kind).select(index, rank, size, dtype)
+            assert columns.dtype == dtype
+            assert columns.shape == (*index.shape, rank)
+            torch.testing.assert_close(columns.double(), A.T[index], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    layers=st.lists(st.integers(1, 3), max_size=2),
+    sizes=st.tuples(RANK, SIZE, SIZE),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    dense=st.sampled_from([0, 2**30]),
+    at_once=st.sampled_from([0, 2**22]),
+)
+@example("structured", [2], (64, 64, 64), torch.float64, 0, 0)
+@example("structured", [3], (211, 384, 36), torch.float32, 0, 2**22)  # the rank is above the outputs alone
+@example("structured", [3], (211, 36, 384), torch.float32, 0, 2**22)  # and above the inputs
+@example("kaiming_uniform", [2, 2], (211, 36, 384), torch.float32, 0, 0)
+def test_squares_and_their_gradient_are_those_of_the_dense_rows(
+    kind: str, layers: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, dense: int, at_once: int
+) -> None:
+    rank, in_features, out_features = fitting(kind, *sizes)
+    A, B = naive.matrices(kind, SEED, rank, in_features, out_features)
+    lambda_d, d_q = (randn(*layers, n, seed=n, dtype=dtype) for n in (rank, out_features))
+    wide = lambda_d.double().requires_grad_()
+    expected = ((B * wide.unsqueeze(-2)) @ A).square().sum(-1)
+    (gradient,) = torch.autograd.grad(expected, wide, d_q.double())
+    with few_values(dense, at_once):
+        ours = matrices(kind)
+        squares = ours.squares(lambda_d, in_features, out_features)
+        found = ours.squares_gradient(d_q, lambda_d, in_features)
+    assert squares.dtype == found.dtype == dtype
+    assert worst_error(squares, expected) < TOLERANCE[dtype]
+    assert worst_error(found, gradient) < TOLERANCE[dtype]
+
+
+def differentiable(kind: str, rank: int = 5) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """All that has derivatives, on inputs in float64: 6 inputs, 4 outputs, two tokens."""
+    ours = SharedProjections(SEED, kind).impl
+    ours.reserve(rank, 6, 4, torch.float64)
+    cases = {
+        name: (lambda x, product=product: product(ours, x), (randn(2, width, seed=width, dtype=torch.float64),))
+        for name, (product, width) in products(rank, 6, 4).items()
+    }
+    lambda_d, d_q = (randn(2, n, seed=n, dtype=torch.float64) for n in (rank, 4))
+    cases["squares"] = lambda lambda_d: ours.squares(lambda_d, 6, 4), (lambda_d,)
+    cases["squares_gradient"] = lambda d_q, lambda_d: ours.squares_gradient(d_q, lambda_d, 6), (d_q, lambda_d)
+    return cases
+
+
+@pytest.fixture(params=[0, 2**14], ids=["factors", "values"])
+def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Whether small structured matrices are multiplied by their factors or by their values."""
+    monkeypatch.setattr(structured, "_FEW_VALUES", request.param)
+    return request.param
+
+
+# PyTorch's own forward mode uses what PyTorch has deprecated.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+
+@forward_mode
+@every_kind
+@pytest.mark.parametrize("rank", [5, 9])
+@pytest.mark.usefixtures("limit")
+def test_derivatives_of_first_and_second_order(kind: str, rank: int) -> None:
+    for function, inputs in differentiable(kind, rank).values():
+        inputs = tuple(x.requires_grad_() for x in inputs)
+        assert gradcheck(function, inputs, check_forward_ad=True)
+        assert gradgradcheck(function, inputs)
+
+
+@forward_mode
+@every_kind
+@pytest.mark.parametrize("transform", ["compile", "export", "vmap", "jvp"])
+@pytest.mark.usefixtures("limit", "compiler")
+def test_what_pytorch_transforms_gives_the_same(kind: str, transform: str) -> None:
+    for name, (function, inputs) in differentiable(kind).items():
+        expected = function(*inputs)
+        if transform == "compile":
+            found = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+        elif transform == "export":
+            found = torch.export.export(_Module(function), inputs, strict=False).module()(*inputs)
+        elif transform == "vmap":
+            found = torch.vmap(function)(*inputs)
+        else:
+            # Of a linear function it is the function; of the others, a difference quotient.
+            _, found = torch.func.jvp(function, inputs, inputs)
+            longer, shorter = (function(*((1 + step) * x for x in inputs)) for step in (1e-5, -1e-5))
+            expected = (longer - shorter) / 2e-5
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8, msg=name)
+
+
+class _Module(torch.nn.Module):
+    """A function, for export."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("limit")
+def test_nothing_of_the_tokens_is_saved_for_the_backward_pass(kind: str, dtype: torch.dtype) -> None:
+    ours, tokens, saved = SharedProjections(SEED, kind).impl, 1000, []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    for product, width in products(16, 24, 32).values():
+        x = randn(2, tokens // 2, width, seed=0, dtype=dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            y = product(ours, x)
+        y.sum().backward()
+        assert x.grad.dtype == dtype
+    # A matrix that is expanded to all tokens is no memory.
+    assert saved
+    assert max(saved) <= 4 * 32 * 16
+
+
+@every_kind
+@pytest.mark.usefixtures("limit")
+def test_autocast_changes_the_products_no_more_than_those_of_a_linear_layer(kind: str) -> None:
+    ours = SharedProjections(SEED, kind).impl
+    A, B = naive.matrices(kind, SEED, 16, 24, 32)
+    x, d_y, lambda_d = randn(5, 24, seed=0).requires_grad_(), randn(5, 32, seed=1), randn(16, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours.expand(ours.project(x, 16), 32)
+        wide = ours.project(x.double(), 16)
+        squares = ours.squares(lambda_d, 24, 32)
+    assert y.dtype == (torch.float32 if kind == "structured" else torch.bfloat16)
+    y.float().backward(d_y)
+    assert x.grad.dtype == torch.float32
+    assert worst_error(y, x.double() @ A.T @ B.T) < 3e-2
+    assert worst_error(x.grad, d_y.double() @ B @ A) < 3e-2
+    assert worst_error(wide, x.double() @ A.T) < 1e-12, "nor are products of float64"
+    assert worst_error(squares, ours.squares(lambda_d.double(), 24, 32)) < 1e-6, "a norm is never of half precision"
+
+
+@every_kind
+def test_large_values_of_float16_do_not_overflow(kind: str) -> None:
+    ours, n = SharedProjections(SEED, kind).impl, 1024
+    A, B = ours.A(n, n, torch.float64), ours.B(n, n, torch.float64)
+    # The sums of unscaled values would be beyond float16.
+    for name, matrix in by_definition(A, B).items():
+        product, _ = products(n, n, n)[name]
+        x = 100 * matrix[:, 0].sign().half()
+        assert float(product(ours, x)[0]) == pytest.approx(100 * float(matrix[:, 0].abs().sum()), rel=3e-3)
+
+
+SIZES = [(24, 20, 6, 2), (24, 20, 30, 4), (48, 36, 16, 4), (14, 10, 5, 3)]
+"""Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks."""
+
+
+def shards(total: int, parts: int) -> list[Shard]:
+    size = -(-total // parts)
+    return [Shard(start, min(start + size, total), total) for start in range(0, total, size)]
+
+
+@every_kind
+@pytest.mark.parametrize(("out_features", "in_features", "rank", "parts"), SIZES)
+@pytest.mark.usefixtures("limit")
+def test_products_with_shards_of_the_outputs_make_up_the_whole(
+    kind: str, out_features: int, in_features: int, rank: int, parts: int
+) -> None:
+    whole, f64 = SharedProjections(SEED, kind).impl, torch.float64
+    z, d, x, d_q = (randn(5, n, seed=n, dtype=f64) for n in (rank, out_features, in_features, out_features))
+    lambda_d, found, back, gradient = randn(5, rank, seed=9, dtype=f64), [], 0, 0
+    for shard in shards(out_features, parts):
+        part, size = whole.of_shard(None, shard), shard.stop - shard.start
+        assert part is not whole
+        assert whole.of_shard(None, shard) is part
+        found.append((part.B(rank, size, f64).T, part.expand(z, size), part.squares(lambda_d, in_features, size)))
+        back = back + part.expand_transpose(shard.of(d), rank)
+        gradient = gradient + part.squares_gradient(shard.of(d_q), lambda_d, in_features)
+        assert torch.equal(part.project(x, rank), whole.project(x, rank))
+    B, expanded, squares = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    assert torch.equal(B.T, whole.B(rank, out_features, f64))
+    torch.testing.assert_close(expanded, whole.expand(z, out_features))
+    torch.testing.assert_close(squares, whole.squares(lambda_d, in_features, out_features))
+    torch.testing.assert_close(back, whole.expand_transpose(d, rank))
+    torch.testing.assert_close(gradient, whole.squares_gradient(d_q, lambda_d, in_features))
+
+
+@every_kind
+@pytest.mark.parametrize(("out_features", "in_features", "rank", "parts"), SIZES)
+@pytest.mark.usefixtures("limit")
+def test_products_with_shards_of_the_inputs_add_up_to_the_whole(
+    kind: str, out_features: int, in_features: int, rank: int, parts: int
+) -> None:
+    whole, f64 = SharedProjections(SEED, kind).impl, torch.float64
+    x, h, lambda_d = (randn(5, n, seed=n, dtype=f64) for n in (in_features, rank, rank))
+    A, z, back = whole.A(rank, in_features, f64), 0, []
+    for shard in shards(in_features, parts):
+        part, size = whole.of_shard(shard, None), shard.stop - shard.start
+        z = z + part.project(shard.of(x), rank)
+        back.append(part.project_transpose(h, size))
+        assert torch.equal(part.A(rank, size, f64), shard.of(A))
+        assert torch.equal(part.select(torch.arange(size), rank, size, f64), shard.of(A).T)
+        # A norm is of whole rows.
+        squares = whole.squares(lambda_d, in_features, out_features)
+        assert torch.equal(part.squares(lambda_d, size, out_features), squares)
+    torch.testing.assert_close(z, whole.project(x, rank))
+    torch.testing.assert_close(torch.cat(back, -1), whole.project_transpose(h, in_features))
+    assert whole.of_shard(None, None) is whole
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "dense"),
+    [(16, 1024, True), (17, 1024, False), (64, 256, True), (65, 256, False), (256, 2 * 503, False), (256, 1009, True)],
+)
+def test_small_and_prime_structured_matrices_are_multiplied_by_their_values(rank: int, size: int, dense: bool) -> None:
+    assert structured.is_dense(rank, size) is dense
+    ours = SharedProjections(SEED, "structured").impl
+    ours.reserve(rank, size, size, torch.float32)
+    constants = [constant for (name, *_), constant in ours._constants.items() if "product" in name]
+    assert [isinstance(constant, Tensor) for constant in constants] == [dense, dense]
+
+
+def test_squares_of_many_layers_need_no_more_memory_than_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, largest = SharedProjections(SEED).impl, []
+    half_gradients = ours._half_gradients
+    monkeypatch.setattr(
+        ours, "_half_gradients", lambda *sizes: largest.append((half := half_gradients(*sizes)).numel()) or half
+    )
+    lambda_d, d_q = torch.ones(40, 64), torch.ones(40, 2048)
+    ours.squares(lambda_d, 64, 2048)
+    ours.squares_gradient(d_q, lambda_d, 64)
+    assert max(largest) <= base._AT_ONCE < 40 * 64 * 2048
