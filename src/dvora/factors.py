@@ -159,11 +159,14 @@ class StackConstants(NamedTuple):
             return lambda_d @ self.C.mT
         return torch.stack([d @ weight.C.to(d.dtype).T for d, weight in zip(lambda_d, self.weights, strict=True)])
 
-    def cross_gradient(self, d_cross: Float[Tensor, "L N O"]) -> Float[Tensor, "L N R"]:
-        """The gradient of lambda_d."""
+    def minus_cross_gradient(
+        self, d_cross: Float[Tensor, "L N O"], twice: Float[Tensor, "L N R"]
+    ) -> Float[Tensor, "L N R"]:
+        """Minus the gradient of lambda_d, minus half of what is given."""
         if self.C is not None:
-            return d_cross @ self.C
-        return torch.stack([d @ weight.C.to(d.dtype) for d, weight in zip(d_cross, self.weights, strict=True)])
+            return torch.baddbmm(twice, d_cross, self.C, beta=-0.5, alpha=-1)
+        products = [d @ weight.C.to(d.dtype) for d, weight in zip(d_cross, self.weights, strict=True)]
+        return twice.mul(-0.5).sub_(torch.stack(products))
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
@@ -213,7 +216,10 @@ class _RowFactors(torch.autograd.Function):
         cross, q = constants.cross(lambda_d), first.squares(lambda_d)
         inner = torch.addcmul(cross, kappa, q)
         eps = (cross + inner).mul_(kappa)
-        _measure_cancelled_rows(eps, kappa, lambda_d, constants)
+        # On other devices than the CPU a look at the values would synchronise.
+        cancelled = not eps.is_cpu or (eps.numel() > 0 and float(eps.min()) < NEAR_CANCELLATION - 1)
+        if cancelled and eps.is_cpu:
+            _measure_cancelled_rows(eps, kappa, lambda_d, constants)
         s = (1 + eps).clamp_min_(torch.finfo(w.dtype).eps ** 2).sqrt_()
         mu = m / w
         if dead is not None:
@@ -224,6 +230,7 @@ class _RowFactors(torch.autograd.Function):
             scale = torch.where(dead, lambda_b * first.scaling, scale)
         ctx.constants, ctx.inputs = constants, (m, lambda_b, lambda_d)
         ctx.made = kappa, inner, s, gain, scale
+        ctx.cancelled = cancelled
         ctx.mark_non_differentiable(gain)
         ctx.set_materialize_grads(False)
         return gain_minus_one, scale, gain
@@ -250,13 +257,14 @@ class _RowFactors(torch.autograd.Function):
             minus_2_d_eps = torch.addcmul(d_g * gain, d_scale, scale).div_(s.square())
             if dead is not None:
                 minus_2_d_eps.masked_fill_(dead, 0.0)
-            # A row that vanishes has its norm at the floor, where it is constant.
-            minus_2_d_eps.masked_fill_(s <= torch.finfo(s.dtype).eps, 0.0)
+            if ctx.cancelled:
+                # A row that vanishes has its norm at the floor, where it is constant.
+                minus_2_d_eps.masked_fill_(s <= torch.finfo(s.dtype).eps, 0.0)
             d_kappa.addcmul_(minus_2_d_eps, inner, value=-1)
             minus_d_cross = minus_2_d_eps.mul_(kappa)
             d_q = minus_d_cross * kappa
-            d_lambda_d = constants.cross_gradient(minus_d_cross).neg_()
-            d_lambda_d.sub_(first.squares_gradient(d_q, lambda_d), alpha=0.5)
+            of_squares = first.squares_gradient(d_q, lambda_d)
+            d_lambda_d = constants.minus_cross_gradient(minus_d_cross, of_squares)
         d_lambda_b = d_kappa.mul_(constants.unit)
         if dead is not None and first.direction == "weight":
             d_lambda_b = torch.where(dead, d_scale * first.scaling, d_lambda_b)
@@ -293,13 +301,10 @@ def _measure_cancelled_rows(
     lambda_d: Float[Tensor, "L N R"],
     constants: StackConstants,
 ) -> None:
-    """Replace eps of rows that an update nearly cancels by what the dense rows say; on the CPU, if W is in memory.
+    """Replace eps of rows that an update nearly cancels by what the dense rows say, if W is in memory.
 
     Terms that cancel lose digits: without this the norm of a row at a hundredth of its length would be off by 1e-3.
     """
-    # On other devices a look at the values would synchronise.
-    if not eps.is_cpu or not eps.numel() or eps.min() >= NEAR_CANCELLATION - 1:
-        return
     near = eps < NEAR_CANCELLATION - 1
     for layer, adapter in near.any(-1).nonzero().tolist():
         adapted, rows = constants.weights[layer], near[layer, adapter].nonzero()[:, 0]
@@ -329,12 +334,12 @@ class Folds:
         """Whether the gradient of g may be computed from the outputs, which divides by g."""
         gain = self._made[2]
         # On other devices a look at the values would synchronise: there a tiny gain costs digits of its own gradient.
-        return not gain.is_cpu or bool(gain.abs().min() > SMALLEST_GAIN)
+        return not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN
 
     def of(self, index: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "O"]]:
         """`U = diag(scale) B diag(lambda_d)` of one layer, and a carrier.
 
-        A carrier is zero. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a gradient of g
+        The values of a carrier mean nothing. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a gradient of g
         for all layers at once.
         """
         if not self._parts:
@@ -354,7 +359,7 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gain_minus_one: Tensor, scale: Tensor, gain: Tensor, lambda_d: Tensor, B: Tensor) -> Any:
         ctx.inputs = gain_minus_one, scale, gain, lambda_d, B
-        return (B * lambda_d[:, None]).mul_(scale[..., None]), torch.zeros_like(scale)
+        return (B * lambda_d[:, None]).mul_(scale[..., None]), gain.view_as(gain)
 
     @staticmethod
     @without_autocast
@@ -365,8 +370,10 @@ class _Fold(torch.autograd.Function):
         products = d_U * B
         d_scale = (products @ lambda_d[..., None])[..., 0]
         d_lambda_d = (scale[:, None] @ products)[:, 0]
-        # Elsewhere than on the CPU a gain may be zero: its own gradient is left out then.
-        d_g = (d_carrier - scale * d_scale) / torch.where(gain == 0, float("inf"), gain)
+        if not gain.is_cpu:
+            # There a gain may be zero (`precise`): its own gradient is left out then.
+            gain = gain.masked_fill(gain == 0, float("inf"))
+        d_g = torch.addcmul(d_carrier, scale, d_scale, value=-1) / gain
         return d_g, d_scale, None, d_lambda_d, None
 
 
@@ -392,7 +399,7 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
     dtype = constants.w.dtype
     vectors = Vectors(*(torch.stack(of_kind) for of_kind in zip(*(s.vectors for s in sources), strict=True))).to(dtype)  # type: ignore[arg-type]
     made = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
-    gain_minus_one, scale, gain = (factor[:, 0] for factor in made)
+    gain_minus_one, scale, gain = (factor.squeeze(1) for factor in made)
     if any(source.strength is not None for source in sources):
         one = constants.w.new_ones(())
         s = torch.stack([one if source.strength is None else source.strength for source in sources])[:, None]

@@ -141,8 +141,8 @@ class _Folded(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
             gain, whole = 1 + gain_minus_one, None
-            # What U gets directly then is taken off the carrier again, which is zero.
-            U = U * (1 + carrier)[:, None]
+            # A factor of one, by which the carrier gets back what it is charged for the gradient that U gets now.
+            U = U * (1 + (carrier - carrier.detach()))[:, None]
         d_x = None
         if needed[0]:
             if whole is None:
