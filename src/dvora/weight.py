@@ -153,7 +153,7 @@ class AdaptedWeight(nn.Module):
         """The shard on this process, of a weight that is a DTensor."""
         self.kept: Any = None
         """Row factors of the last pass (`factors`)."""
-        self._version: TensorVersion | None = None
+        self._weight_version: TensorVersion | None = None
         self._weight: weakref.ref[Tensor] | None = None
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
@@ -264,13 +264,13 @@ class AdaptedWeight(nn.Module):
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
-        if is_in_memory(weight) and (self._version is None or not self._version.is_of(local(weight))):
+        if is_in_memory(weight) and (self._weight_version is None or not self._weight_version.is_of(local(weight))):
             self.refresh(weight)
 
     def refresh_after_load(self, weight: Tensor) -> None:
         """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
-            self._version = self.kept = None
+            self._weight_version = self.kept = None
         else:
             self.refresh_if_stale(weight)
 
@@ -297,7 +297,7 @@ class AdaptedWeight(nn.Module):
             C = self._cross(matrix, w).to(self._constant_dtype(matrix))
             if shard is not None:
                 w, C = shard.of_rows(w), shard.of_rows(C)
-        self.w, self.C, self.shard, self._version, self.kept = w, C, shard, version, None
+        self.w, self.C, self.shard, self._weight_version, self.kept = w, C, shard, version, None
         self._weight = weakref.ref(weight)
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
@@ -361,7 +361,8 @@ class AdaptedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
         buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
-        return {**self.__dict__, "kept": None, "_version": None, "_weight": None, "shard": None, "_buffers": buffers}
+        kept = {"kept": None, "_weight_version": None, "_weight": None, "shard": None}
+        return {**self.__dict__, **kept, "_buffers": buffers}
 
 
 def _row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:

@@ -110,7 +110,8 @@ def _dora_of_layer(layer: DVoRALayer, adapter_name: str) -> Dora:
     if not adapted.rank:
         # PEFT has no rank of zero.
         A, B, vectors = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1), vectors._replace(lambda_d=A.new_zeros(1))
-    beta = F.row_scale(vectors.lambda_b, F.row_norm(weight), adapted.scaling, adapted.direction)
+    w = F.row_norm(weight)
+    beta = adapted.scaling * vectors.lambda_b * (w if adapted.direction == "unit" else 1)
     dora = dora_of(weight, A, B, vectors, beta, strength)
     if not all(part.isfinite().all() for part in dora) or not F.row_norm(weight + dora.B @ dora.A).all():
         raise ValueError(
