@@ -1,0 +1,382 @@
+"""The frozen side of a weight: its constants follow it; and merging into a weight of any dtype."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dvora import DVoRAAdapter, SharedProjections
+from dvora import weight as weights
+from dvora.functional import Vectors
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.weight import (
+    COLUMNS,
+    EXPERTS,
+    EXPERTS_TRANSPOSED,
+    KERNELS,
+    MAGNITUDE_ONLY,
+    ROWS,
+    SMALL_LOSS,
+    AdaptedWeight,
+    Layout,
+    MergePrecisionWarning,
+    check_can_be_set,
+    check_finite,
+    merge,
+    merged_copy,
+    warn_of_losses,
+)
+from tests.cases import COPIES, DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
+
+IN, OUT, RANK = 6, 5, 3
+
+
+def adapted_weight(weight: Tensor, rank: int = RANK, **options: object) -> AdaptedWeight:
+    return AdaptedWeight(weight, rank, **{"shared": SHARED, **options})
+
+
+def assert_constants_of(adapted: AdaptedWeight, matrix: Tensor, tolerance: float = 1e-6) -> None:
+    """`w` and `C` as defined, from the dense matrix (O, I)."""
+    wide, rank = matrix.detach().double(), adapted.rank
+    w = wide.norm(dim=1)
+    unit = wide / torch.where(w > 0, w, 1.0)[:, None]
+    A, B = adapted.A(wide), adapted.B(wide)
+    assert worst_error(adapted.w, w) < tolerance
+    assert worst_error(adapted.C, B * (unit @ A.T)) < tolerance
+    assert adapted.C.shape == (len(matrix), rank)
+
+
+LAYOUTS = {
+    "rows": (ROWS, (5, 3), (5, 3)),
+    "columns": (COLUMNS, (3, 5), (5, 3)),
+    "1-d kernels": (KERNELS, (5, 2, 3), (5, 6)),
+    "3-d kernels": (KERNELS, (5, 2, 3, 4, 1), (5, 24)),
+    "experts": (EXPERTS, (2, 5, 3), (10, 3)),
+    "experts, transposed": (EXPERTS_TRANSPOSED, (2, 3, 5), (10, 3)),
+}
+
+
+@pytest.mark.parametrize(("layout", "stored", "matrix"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_leads_to_the_matrix_and_back(
+    layout: Layout, stored: tuple[int, ...], matrix: tuple[int, int]
+) -> None:
+    weight = randn(*stored, seed=0)
+    assert layout.matrix(weight).shape == matrix
+    assert torch.equal(layout.stored(layout.matrix(weight), weight.shape), weight)
+    assert_constants_of(adapted_weight(weight, layout=layout), layout.matrix(weight))
+
+
+def test_rows_of_experts_and_strides_of_kernels_are_those_of_the_stored_weight() -> None:
+    weight = randn(2, 5, 3, seed=0)
+    assert torch.equal(EXPERTS.matrix(weight)[5 + 2], weight[1, 2])
+    assert torch.equal(EXPERTS_TRANSPOSED.matrix(weight.mT)[5 + 2], weight[1, 2])
+    kernels = randn(4, 3, 2, 2, seed=0)
+    assert torch.equal(KERNELS.matrix(kernels.to(memory_format=torch.channels_last)), KERNELS.matrix(kernels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_constants_are_those_of_the_definition_and_never_below_float32(distribution: str, dtype: torch.dtype) -> None:
+    weight = linear(IN, OUT, dtype=dtype).weight.detach()
+    adapted = adapted_weight(weight, shared=SharedProjections(3, distribution))
+    assert_constants_of(adapted, weight, 1e-12 if dtype == torch.float64 else 1e-6)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {adapted.w.dtype, adapted.C.dtype, *(v.dtype for v in adapted.initial_vectors(0.1))} == {wide}
+
+
+@pytest.mark.parametrize("padding_column", [None, 2])
+def test_constants_made_in_chunks_equal_those_made_at_once(
+    padding_column: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = randn(OUT, IN, seed=1)
+    whole = adapted_weight(weight, padding_column=padding_column).C
+    monkeypatch.setattr(weights, "_CHUNK_VALUES", 2 * IN)
+    torch.testing.assert_close(adapted_weight(weight, padding_column=padding_column).C, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_constants_made_under_autocast_are_not_rounded() -> None:
+    weight = randn(OUT, IN, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted = adapted_weight(weight)
+    assert_constants_of(adapted, weight)
+
+
+@pytest.mark.parametrize("norm", [1e-12, 1e-20, 1e-30])
+def test_norms_whose_squares_underflow_are_measured(norm: float) -> None:
+    weight = randn(OUT, IN, seed=1)
+    weight[2] *= norm / weight[2].norm()
+    adapted = adapted_weight(weight)
+    assert float(adapted.w[2]) == pytest.approx(norm, rel=1e-5)
+    assert_constants_of(adapted, weight)
+
+
+@pytest.mark.parametrize(("dtype", "readable"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_large_C_beside_a_weight_in_half_precision_is_kept_in_bfloat16(dtype: torch.dtype, readable: bool) -> None:
+    weight = randn(2100, 40, seed=1, dtype=dtype)
+    large = adapted_weight(weight, 128, readable=readable)
+    assert large.C.dtype == torch.bfloat16
+    assert large.w.dtype == torch.float32
+    assert_constants_of(large, weight, 4e-3)
+    assert adapted_weight(weight, 16, readable=readable).C.dtype == torch.float32
+    assert adapted_weight(weight.float(), 128).C.dtype == torch.float32
+
+
+def test_the_starting_vectors_are_those_of_the_weight_itself() -> None:
+    weight = randn(OUT, IN, seed=1)
+    with torch.inference_mode():
+        vectors = adapted_weight(weight).initial_vectors(0.25)
+    torch.testing.assert_close(vectors.magnitude, weight.norm(dim=1))
+    assert vectors.lambda_b.tolist() == [0] * OUT
+    assert vectors.lambda_d.tolist() == [0.25] * RANK
+    assert not any(vector.is_inference() for vector in vectors)
+
+
+def test_the_magnitude_alone_has_no_update() -> None:
+    weight = randn(OUT, IN, seed=1)
+    adapted = adapted_weight(weight, MAGNITUDE_ONLY)
+    magnitude, lambda_b, lambda_d = adapted.initial_vectors(0.1)
+    assert lambda_d.numel() == adapted.C.numel() == 0
+    factors = adapted.factors(Vectors(2 * magnitude, lambda_b, lambda_d), weight)
+    torch.testing.assert_close(factors.gain, torch.full((OUT,), 2.0))
+    assert not factors.scale.any()
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distribution: str) -> None:
+    weight = randn(OUT, IN, seed=1, dtype=torch.float64)
+    adapted = adapted_weight(weight, shared=SharedProjections(3, distribution), padding_column=2)
+    vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2, dtype=torch.float64))
+    A = adapted.shared.A(RANK, IN, torch.float64)
+    A[:, 2] = 0
+    dense = DenseDVoRA(weight, None, A, adapted.B(weight), *vectors)
+    factors = adapted.factors(vectors, weight)
+    assert torch.equal(adapted.A(weight), A)
+    assert worst_error(factors.gain, dense.gain()) < 1e-12
+    assert worst_error(factors.scale, dense.scale()) < 1e-12
+    lambda_d, d_q = vectors.lambda_d.clone().requires_grad_(), randn(OUT, seed=3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(adapted.squares(lambda_d), lambda_d, d_q)
+    assert worst_error(adapted.squares_gradient(d_q, lambda_d.detach()), expected) < 1e-12
+
+
+def test_a_trained_weight_passes_its_gradient_through_the_constants() -> None:
+    weight = randn(OUT, IN, seed=1).requires_grad_()
+    adapted = adapted_weight(weight)
+    vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2))
+    assert adapted.factors(vectors, weight).gain_minus_one.requires_grad
+    with torch.no_grad():
+        assert not adapted.factors(vectors, weight).gain_minus_one.requires_grad
+    assert not adapted.w.requires_grad
+
+
+# The constants follow.
+
+
+def new_weight(layer: DVoRAAdapter, seed: int = 11) -> Tensor:
+    return 3 * randn(OUT, IN, seed=seed, dtype=layer.base_layer.weight.dtype)
+
+
+def assign_data_until_the_address_returns(layer: DVoRAAdapter) -> None:
+    # An address alone does not identify a weight: freed memory is allocated again.
+    weight = layer.base_layer.weight
+    address = weight.data_ptr()
+    for seed in range(11, 111):
+        weight.data = new_weight(layer, seed)
+        if weight.data_ptr() == address:
+            break
+
+
+def replace_the_base_layer(layer: DVoRAAdapter) -> None:
+    layer.base_layer = linear(IN, OUT).requires_grad_(False)
+    layer.base_layer.weight.mul_(3)
+
+
+def through_meta(layer: DVoRAAdapter) -> None:
+    values = {name: 2 * value for name, value in layer.state_dict().items()}
+    layer.to("meta").to_empty(device="cpu").load_state_dict(values)
+
+
+def assigned_from_meta(layer: DVoRAAdapter) -> None:
+    values = {name: nn.Parameter(2 * value, False) for name, value in layer.state_dict().items()}
+    layer.to("meta").load_state_dict(values, assign=True)
+
+
+def load(layer: nn.Module, assign: bool) -> None:
+    prefix = "" if isinstance(layer, nn.Linear) else "base_layer."
+    layer.load_state_dict({**layer.state_dict(), f"{prefix}weight": 3 * randn(OUT, IN, seed=11)}, assign=assign)
+
+
+FOLLOWED: dict[str, Callable[[DVoRAAdapter], object]] = {
+    "written in place": lambda layer: layer.base_layer.weight.copy_(new_weight(layer)),
+    "one row": lambda layer: layer.base_layer.weight[2].mul_(4),
+    "through a view": lambda layer: layer.base_layer.weight.view(-1)[3:9].zero_(),
+    "data assigned": lambda layer: setattr(layer.base_layer.weight, "data", new_weight(layer)),
+    "the address returns": assign_data_until_the_address_returns,
+    "parameter": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(new_weight(layer), False)),
+    "layer replaced": replace_the_base_layer,
+    "base loaded": lambda layer: load(layer.base_layer, assign=False),
+    "base loaded with assign": lambda layer: load(layer.base_layer, assign=True),
+    "all loaded": lambda layer: load(layer, assign=False),
+    "all loaded with assign": lambda layer: load(layer, assign=True),
+    "double": lambda layer: layer.double(),
+    "bfloat16": lambda layer: layer.bfloat16(),
+    "bfloat16 and back": lambda layer: layer.bfloat16().float(),
+    "meta and loaded": through_meta,
+    "meta and assigned": assigned_from_meta,
+    "refreshed after an uncounted write": lambda layer: (
+        layer.base_layer.weight.data.mul_(2),
+        layer.adapted.refresh(layer.base_layer.weight),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FOLLOWED)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_constants_follow(training: bool, change: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, shared=SharedProjections(3)).train(training)
+    with torch.no_grad():
+        layer(randn(1, IN, seed=0))
+        FOLLOWED[change](layer)
+    with torch.set_grad_enabled(training):
+        x, fresh = randn(4, IN, seed=8, dtype=layer.base_layer.weight.dtype), fresh_copy(layer)
+        assert torch.equal(layer(x), fresh(x))
+    assert_constants_of(layer.adapted, layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_follows_its_own_weight_only(copied: str) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    made = COPIES[copied](layer)
+    with torch.no_grad():
+        made.base_layer.weight.mul_(2)
+        for each in (layer, made):
+            each(randn(4, IN, seed=8))
+            assert_constants_of(each.adapted, each.base_layer.weight)
+
+
+def test_a_pickle_holds_its_own_part_of_joined_constants_only() -> None:
+    adapted = adapted_weight(randn(OUT, IN, seed=1))
+    size = len(pickle.dumps(adapted))
+    adapted.C = torch.stack([adapted.C] * 1000)[0]
+    assert len(pickle.dumps(adapted)) == size
+    assert torch.equal(copy.deepcopy(adapted).C, adapted.C)
+
+
+def test_constants_are_made_once_for_a_weight_that_does_not_change() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    w = layer.adapted.w
+    for _ in range(3):
+        layer(randn(2, IN, seed=0)).sum().backward()
+    layer.eval()(randn(2, IN, seed=0))
+    assert layer.adapted.w is w
+
+
+def test_a_cast_changes_the_dtype_of_norms_upwards_only_and_never_that_of_C() -> None:
+    adapted = adapted_weight(randn(OUT, IN, seed=1))
+    C = adapted.C
+    assert adapted.half().w.dtype == torch.float32
+    assert adapted.double().w.dtype == torch.float64
+    assert adapted.C.dtype == torch.float32
+    assert torch.equal(adapted.C, C)
+    assert adapted.to("meta").C.is_meta
+
+
+def test_a_weight_that_became_nan_is_refused_by_name_until_it_is_repaired() -> None:
+    layer, x = trained_layer(IN, OUT, RANK), randn(4, IN, seed=8)
+    expected, value = layer(x), float(layer.base_layer.weight[1, 2])
+    with torch.no_grad():
+        layer.base_layer.weight[1, 2] = torch.nan
+        with pytest.raises(ValueError, match=rf"Linear\({IN}, {OUT}\): 1 of {OUT} rows"):
+            layer(x)
+        layer.base_layer.weight[1, 2] = value
+    assert torch.equal(layer(x), expected)
+
+
+REFUSED = {
+    "meta": (lambda: torch.empty(OUT, IN, device="meta"), ValueError, "meta device; load the base"),
+    "integers": (lambda: torch.ones(OUT, IN, dtype=torch.int8), TypeError, r"has dtype torch\.int8"),
+    "eight bits": (lambda: torch.ones(OUT, IN).to(torch.float8_e4m3fn), TypeError, r"float8_e4m3fn.*16 bits"),
+    "complex": (lambda: torch.ones(OUT, IN, dtype=torch.complex64), TypeError, "has dtype"),
+    "one dimension": (lambda: torch.ones(IN), TypeError, r"shape \(6,\); DVoRA adapts matrices"),
+    "empty": (lambda: torch.ones(0, IN), ValueError, "nothing to adapt; leave the layer out"),
+    "NaN": (lambda: torch.full((OUT, IN), torch.nan), ValueError, "5 of 5 rows .* no finite norm"),
+    "overflow": (lambda: torch.full((OUT, IN), 3e38), ValueError, "repair the base"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_weight_that_cannot_be_adapted_is_refused_by_name(case: str) -> None:
+    make, error, message = REFUSED[case]
+    with pytest.raises(error, match=f"^here: .*{message}"):
+        adapted_weight(make(), name="here")
+
+
+def test_the_printed_form_names_the_sizes_and_hyperparameters() -> None:
+    adapted = adapted_weight(randn(OUT, IN, seed=1), alpha=2.5, direction="weight")
+    expected = "in_features=6, out_features=5, rank=3, alpha=2.5, direction='weight', detach_norm=False"
+    assert adapted.extra_repr() == expected
+
+
+# Merging.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_is_the_share_of_the_delta_that_the_merged_weight_lacks(dtype: torch.dtype) -> None:
+    weight, delta = randn(50, 60, seed=0, dtype=dtype), 1e-3 * randn(50, 60, seed=1)
+    merged = merge(weight, delta)
+    arrived = merged.weight.double() - weight.double()
+    expected = float((arrived - delta.double()).norm() / delta.double().norm())
+    assert merged.weight.dtype == dtype
+    assert merged.lost == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert torch.equal(weight, randn(50, 60, seed=0, dtype=dtype))
+
+
+def test_a_delta_below_the_rounding_of_the_weight_is_lost_whole_and_none_not_at_all() -> None:
+    ones = torch.ones(4, 4, dtype=torch.bfloat16)
+    swallowed, nothing = merge(ones, torch.full((4, 4), 1e-4)), merge(ones, torch.zeros(4, 4))
+    assert torch.equal(swallowed.weight, ones)
+    assert torch.equal(nothing.weight, ones)
+    assert swallowed.lost == pytest.approx(1, rel=1e-3)
+    assert nothing.lost == 0
+
+
+def test_one_warning_counts_the_layers_and_names_the_worst() -> None:
+    with pytest.warns(MergePrecisionWarning) as caught:
+        warn_of_losses({"a": 0.2, "b": 0.416, "c": 0.01}, torch.bfloat16)
+    assert len(caught) == 1
+    for part in ("torch.bfloat16", "2 of 3 layers", "most in b: 41.6%"):
+        assert part in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_losses({"first": SMALL_LOSS, "second": 0.0}, torch.bfloat16)
+
+
+def test_a_merged_copy_has_the_bases_class_and_warns_by_name() -> None:
+    base = linear(IN, OUT, dtype=torch.bfloat16)
+    base.calls = 7
+    with pytest.warns(MergePrecisionWarning, match=r"most in here: \d+\.\d%"):
+        merged = merged_copy(base, torch.full((OUT, IN), 1e-5), "here")
+    assert type(merged) is nn.Linear
+    assert merged.calls == 7
+    assert merged.weight.data_ptr() != base.weight.data_ptr()
+    assert not merge(base.weight, torch.zeros(OUT, IN)).weight.requires_grad
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, torch.nan), (torch.float16, 1e6)], ids=str)
+def test_a_merge_that_is_not_finite_in_the_weights_dtype_is_refused(dtype: torch.dtype, value: float) -> None:
+    base, delta = linear(IN, OUT, dtype=dtype), torch.zeros(OUT, IN)
+    delta[1, 2] = value
+    with pytest.raises(ValueError, match=rf"here: merging gives .* too large for {dtype}; nothing was merged"):
+        merged_copy(base, delta, "here")
+    check_finite(torch.ones(3).to(torch.float8_e4m3fn), "a merge")
+
+
+def test_a_weight_that_is_computed_in_every_pass_cannot_be_set() -> None:
+    base = linear(IN, OUT)
+    check_can_be_set(base, "weight", "here")
+    with pytest.raises(TypeError, match="here computes its weight in every pass .*remove_parametrizations"):
+        check_can_be_set(nn.utils.parametrizations.weight_norm(base), "weight", "here")
