@@ -35,34 +35,6 @@ def time_ratio(rows: Rows, arm: str, to: str, **setting: object) -> Spread | Non
     return spread(ratios(first["seconds"], second["seconds"]))
 
 
-CALIBRATION = "LoRA r=16"
-"""The method whose measured time tells what a byte costs beside an operation."""
-
-
-def expected_ratio(rows: Rows, arm: str, to: str, **setting: object) -> float | None:
-    """The time of one method in another's that operations and bytes alone would give; None if something is missing.
-
-    In units of the frozen base's, a step takes `(1 - s) operations + s bytes`; the share s is that of `CALIBRATION`.
-    With few tokens that says nothing: then a step takes what its kernels take to start.
-    """
-    expected = [_expected_time(rows, name, **setting) for name in (arm, to)]
-    if expected[0] is None or expected[1] is None:
-        return None
-    return expected[0] / expected[1]
-
-
-def _expected_time(rows: Rows, arm: str, **setting: object) -> float | None:
-    base, row, known = (row_of(rows, arm=name, **setting) for name in ("base", arm, CALIBRATION))
-    measured = time_ratio(rows, CALIBRATION, "base", **setting)
-    if base is None or row is None or known is None or measured is None or not {"operations", "bytes"} <= base.keys():
-        return None
-    (operations, moved), (known_operations, known_bytes) = (
-        (each["operations"] / base["operations"], each["bytes"] / base["bytes"]) for each in (row, known)
-    )
-    share_of_bytes = (measured.median - known_operations) / (known_bytes - known_operations)
-    return float((1 - share_of_bytes) * operations + share_of_bytes * moved)
-
-
 def share(row: Row | None, part: str, whole: str) -> Spread | None:
     """The spread of the ratio of two series in one row."""
     return None if row is None else spread(ratios(row[part], row[whole]))

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.speed.arms import BASE
-from benchmarks.speed.estimate import Assumptions, step
 from benchmarks.speed.metrics import Rows, host_ratio, host_seconds, kernels_a_layer, row_of
 from benchmarks.speed.tables import missing
 from benchmarks.speed.timing import spread
@@ -13,7 +12,6 @@ DTYPES = ("float32", "bfloat16")
 ROUTES = ("training", "training, few tokens", "one token", "prefill")
 PARTS = ("kernels", "host time")
 _HEADS = ("training, 512 tokens", "training, 8 tokens", "one token", "prefill, 512 tokens")
-_ESTIMATED = ("LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "dvora dense r=256", "dvora structured r=256")
 
 
 def with_overhead(speed: dict[str, Any], overhead: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +41,6 @@ def overhead(result: dict[str, Any]) -> dict[str, str]:
         "host": "\n".join(
             [f"Microseconds a layer beyond the frozen base's, medians ({source}, one thread):", "", *_host(rows), ""]
         ),
-        "estimate": "\n".join([*_estimate(rows, Assumptions()), ""]),
     }
 
 
@@ -70,46 +67,6 @@ def _host(rows: Rows) -> Iterator[str]:
             texts.append("" if row is None else f"{spread(host_seconds(row)).median * 1e6:.0f}")
             texts.append("" if ratio is None else f"{ratio.median:.2f}")
         yield _line(arm, texts)
-
-
-def _estimate(rows: Rows, given: Assumptions) -> Iterator[str]:
-    """A 7B model's step, from what is counted off the CPU; attention and the rest of the base as counted on it."""
-    setting = {"part": "kernels", "dtype": "bfloat16", "route": "training"}
-    of_base = row_of(rows, arm=BASE.name, device="cpu", **setting)
-    if of_base is None:
-        return
-    base_kernels = of_base["kernels"] / of_base["layers"]
-    yield (
-        f"An estimate, not a measurement: {given.layers} adapted layers with {given.weights / 1e9:.2f} billion weights "
-        f"(hidden size {given.hidden:,}, intermediate {given.intermediate:,}, {given.blocks} blocks), {given.tokens} "
-        f"tokens, bfloat16, eager mode. Assumed are {given.launch_seconds * 1e6:.0f} µs of the host for a launch and "
-        f"{given.operations / 1e12:.0f} TFLOP/s in matrix products: the base's step, 4 operations a weight and token, "
-        f"takes 4 x {given.weights / 1e9:.2f}e9 x {given.tokens} / {given.operations:.0e} = "
-        f"{given.base_seconds * 1e3:.0f} ms. The base launches {base_kernels:.1f} kernels for each adapted layer. "
-        f"{_of_a_kernel(rows)}"
-    )
-    yield ""
-    yield from _head(["kernels a layer", "launches a step", "host, ms", "products, ms", "step at least, ms"])
-    for arm in (BASE.name, *_ESTIMATED):
-        row = row_of(rows, arm=arm, device="meta", **setting)
-        found = kernels_a_layer(row)
-        if row is None or found is None:
-            yield _line(arm, ["not counted", "", "", "", ""])
-            continue
-        of_step = step(row["method"], row["rank"], found.median, base_kernels, given)
-        times = (of_step.host_seconds, of_step.compute_seconds, of_step.seconds)
-        yield _line(arm, [f"{found.median:.1f}", f"{of_step.launches:,.0f}", *(f"{time * 1e3:.0f}" for time in times)])
-
-
-def _of_a_kernel(rows: Rows) -> str:
-    """What the host took for a kernel where it was measured, beside what is assumed."""
-    setting, found = {"route": "training, few tokens", "dtype": "bfloat16"}, []
-    for arm in ("LoRA r=16", "DoRA r=16"):
-        count = kernels_a_layer(row_of(rows, part="kernels", device="cpu", arm=arm, **setting))
-        row = row_of(rows, part="host time", arm=arm, **setting)
-        if count is not None and row is not None:
-            found.append(f"{spread(host_seconds(row)).median / count.median * 1e6:.1f} µs a kernel in {arm}")
-    return f"(On the CPU the host took {' and '.join(found)}.)" if found else ""
 
 
 def _arms(rows: Rows, **setting: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures of the result file: ranks and tokens beside the cost model, decoding, memory.
+"""Pictures of the result file: ranks and tokens, decoding, memory.
 
 Run from the repository's root: python -m benchmarks.speed.plots [RESULT]
 """
@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.pictures import FAINT, METHODS, WIDTH, ink, save
-from benchmarks.speed.cost_model import llama_block, relative_cost
 from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.timing import Spread
 
@@ -25,7 +24,6 @@ RESULT = Path(__file__).parent.parent / "results" / "speed.json"
 RANKS = (1, 16, 64, 256, 1024)
 """Of LoRA; those of the others start with the second."""
 TOKENS = (128, 512, 2048, 4096)
-BLOCK = llama_block(1024, 2816)
 COLOURS = {
     "base": METHODS["frozen base"],
     "full fine-tuning": METHODS["full fine-tuning"],
@@ -48,7 +46,6 @@ def ranks(rows: Rows) -> Figure:
     for method in ("LoRA", "VeRA", "dvora dense", "dvora structured"):
         at = RANKS if method == "LoRA" else RANKS[1:]
         _sweep(axes, rows, method, method, at, [{"arm": f"{method} r={r}", "tokens": 512} for r in at])
-        _model_line(axes, method, at, [relative_cost(method, BLOCK, rank, 512) for rank in at])
     _finish(axes, "rank", RANKS, "512 tokens")
     return figure
 
@@ -59,7 +56,6 @@ def tokens(rows: Rows) -> Figure:
     for method, rank in (("LoRA", 1), ("DoRA", 16), ("VeRA", 256), ("dvora dense", 256), ("dvora structured", 256)):
         arm = f"{method} r={rank}"
         _sweep(axes, rows, _look(arm), arm, TOKENS, [{"arm": arm, "tokens": count} for count in TOKENS])
-        _model_line(axes, _look(arm), TOKENS, [relative_cost(method, BLOCK, rank, count) for count in TOKENS])
     _finish(axes, "tokens in a step", TOKENS, "rank 256, 16 for DoRA, 1 for LoRA")
     return figure
 
@@ -142,19 +138,15 @@ def _sweep(
         )
 
 
-def _model_line(axes: Axes, method: str, at: Sequence[int], costs: Sequence[float]) -> None:
-    axes.plot(at, costs, color=COLOURS[method], linestyle=":", marker=MARKERS[method], fillstyle="none", alpha=0.7)
-
-
 def _finish(axes: Axes, x_label: str, ticks: Sequence[int], what: str) -> None:
-    axes.plot([], [], color=FAINT, linestyle=":", label="operations (model)")
     axes.axhline(1, color=FAINT, linewidth=1)
     axes.set(xscale="log", yscale="log")
     label_axis(axes.xaxis, ticks)
     label_axis(axes.yaxis, (0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16))
     axes.set(xlabel=x_label, ylabel="training step, frozen base = 1 (logarithmic)")
     axes.set_title(f"Seven linear layers, hidden size 1,024, float32, {what}", fontsize="medium")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
 
 
 def label_axis(axis: Axis, ticks: Sequence[float]) -> None:

@@ -13,7 +13,6 @@ from benchmarks.speed.arms import MERGED, Arm, adapted
 from benchmarks.speed.plan import Run
 from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step
 from benchmarks.speed.timing import Step, interleaved
-from benchmarks.speed.traffic import traffic
 from benchmarks.speed.workloads import Workload
 
 Row = dict[str, Any]
@@ -54,7 +53,6 @@ def carry_out(run: Run, report: Report, on_round: Step = lambda: None) -> None:
     prompt = CACHED_TOKENS if run.part == "decode" else 0
     x = workload.inputs(run.batch, prompt + run.tokens, dtype)
     steps: dict[str, Step] = {}
-    counts: dict[str, dict[str, int]] = {}
 
     def prepare(arm: Arm) -> None:
         model = adapted(base, arm, workload.targets)
@@ -63,8 +61,6 @@ def carry_out(run: Run, report: Report, on_round: Step = lambda: None) -> None:
         step = STEPS[run.part](workload, model, x)
         # Also the warm-up.
         step()
-        # Nothing sees what a compiled model does.
-        counts[arm.name] = {} if run.part == "compile" else traffic(step)._asdict()
         steps[arm.name] = step
 
     with ExitStack() as contexts:
@@ -75,7 +71,7 @@ def carry_out(run: Run, report: Report, on_round: Step = lambda: None) -> None:
     for arm in run.arms:
         if arm.name in seconds:
             measured = {"repeats": repeats, "seconds": seconds[arm.name]}
-            report.add({**setting, "tokens": run.tokens, **arm.described(), **counts[arm.name], **measured})
+            report.add({**setting, "tokens": run.tokens, **arm.described(), **measured})
 
 
 def merged(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from benchmarks.speed.steps import training_step
 from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
-from dvora.method.gain import row_factors
+from dvora.factors import Source, StackConstants, layer_factors
 from dvora.tuner.layers.layer import DVoRALayer, layers_in
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
@@ -122,13 +122,14 @@ def norm_step(model: nn.Module) -> Step:
 def _gains(layers: Sequence[DVoRALayer]) -> Callable[[], object]:
     """Those of layers of one shape, which models make together."""
     (name,) = layers[0].active_adapters
-    vectors, adapted = [layer.vectors(name) for layer in layers], [layer.adapted(name) for layer in layers]
-    norms = [weight.norm(layer.unmerged()) for weight, layer in zip(adapted, layers, strict=True)]
-    leaves = [vector for of_layer in vectors for vector in of_layer]
+    sources = [Source(layer.adapted(name), layer.vectors(name)) for layer in layers]
+    constants = StackConstants.of([source.adapted for source in sources])
+    leaves = [vector for source in sources for vector in source.vectors]
 
     def step() -> object:
-        trained = [packed.trained for packed in row_factors(vectors, norms, adapted[0].settings).packed]
-        return torch.autograd.grad(trained, leaves, [torch.ones_like(each) for each in trained])
+        factors = layer_factors(sources, constants)
+        trained = [factor for of_layer in factors for factor in (of_layer.gain_minus_one, of_layer.scale)]
+        return torch.autograd.grad(trained, leaves, [torch.ones_like(factor) for factor in trained])
 
     return step
 

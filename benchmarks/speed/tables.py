@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.speed.metrics import CALIBRATION, Rows, expected_ratio, row_of, time_ratio
+from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.targets import Target, all_targets
 
 _TRAINING = {"part": "training", "dtype": "float32", "batch": 1}
@@ -53,7 +53,6 @@ def speed(result: dict[str, Any]) -> str:
         "|---|" + "---|" * len(FEW_ARMS),
         *(f"| {label} | " + " | ".join(_medians(rows, setting)) + " |" for label, setting in MORE.items()),
         "",
-        *explained(rows),
         *compiled(rows),
         *beside_adapterhub(rows),
         "Kept for backward: by the seven linear layers at 2,048 tokens. Resident: the growth of a process that adapts "
@@ -67,31 +66,11 @@ def speed(result: dict[str, Any]) -> str:
 def targets(result: dict[str, Any]) -> str:
     """The targets, and whether they are met."""
     lines = [
-        "| measure | target | median | quartiles | by operation count | by operations and bytes | met |",
-        "|---|---|---|---|---|---|---|",
+        "| measure | target | median | quartiles | met |",
+        "|---|---|---|---|---|",
         *(_target_line(target) for target in all_targets(result["rows"])),
     ]
     return "\n".join(lines) + "\n"
-
-
-def explained(rows: Rows) -> list[str]:
-    """What was counted of a training step, and the time that it would take by these counts alone."""
-    setting = {"part": "training", "workload": "linears-1024", "dtype": "float32", "tokens": 512}
-    base, lines = row_of(rows, arm="base", **setting), list[str]()
-    for arm in ARMS:
-        row, measured = row_of(rows, arm=arm, **setting), time_ratio(rows, arm, "base", **setting)
-        expected = expected_ratio(rows, arm, "base", **setting)
-        if base is not None and row is not None and measured is not None and expected is not None:
-            counts = (row[name] / base[name] for name in ("operations", "bytes"))
-            cells = (f"{value:.2f}" for value in (*counts, expected, measured.median))
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
-    sentence = (
-        "What a training step of the linear layers does at 512 tokens, in units of the frozen base's: operations of "
-        "products, bytes that kernels read and write, the time that these two numbers give if a byte costs what it "
-        f"costs in {CALIBRATION}, and the measured time:"
-    )
-    heads = ["| | operations | bytes | time by these | measured |", "|---|---|---|---|---|"]
-    return [sentence, "", *heads, *lines, ""] if lines else []
 
 
 def compiled(rows: Rows) -> list[str]:
@@ -139,11 +118,10 @@ def _megabytes(size: float) -> str:
 def _target_line(target: Target) -> str:
     limit = f"{'≥' if target.at_least else '≤'} {written(target.limit, target.unit)}"
     if target.measured is None:
-        return f"| {target.metric} | {limit} | not measured | | | | |"
+        return f"| {target.metric} | {limit} | not measured | | |"
     low, median, high = (written(value, target.unit) for value in target.measured)
     quartiles = f"{low} to {high}" if low != high else ""
-    models = ["" if value is None else written(value, target.unit) for value in (target.model, target.expected)]
-    cells = [target.metric, limit, median, quartiles, *models, "yes" if target.met else "no"]
+    cells = [target.metric, limit, median, quartiles, "yes" if target.met else "no"]
     return f"| {' | '.join(cells)} |"
 
 

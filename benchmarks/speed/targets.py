@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.speed.cost_model import llama_block, norm_share, relative_cost
 from benchmarks.speed.metrics import (
     Row,
     Rows,
     exactly,
-    expected_ratio,
     host_ratio,
     kernels_a_layer,
     row_of,
@@ -22,8 +20,6 @@ KINDS = ("dense", "structured")
 RANKS = (256, 1024)
 NORM_TOKENS = (512, 1024)
 """Tokens of the steps that the norm's time is compared with."""
-LAYERS = llama_block(1024, 2816)
-"""The shapes of which training is timed."""
 
 
 class Target(NamedTuple):
@@ -35,8 +31,6 @@ class Target(NamedTuple):
         measured: median and quartiles, or None if it was not measured.
         at_least: whether the limit is a lower bound instead of an upper one.
         unit: as `tables.written` knows them.
-        model: the value by operation count (`cost_model`), or None if it is not modelled.
-        expected: the value by the operations and bytes that were counted (`traffic`), or None if they were not.
     """
 
     metric: str
@@ -44,8 +38,6 @@ class Target(NamedTuple):
     measured: Spread | None
     at_least: bool = False
     unit: str = "times"
-    model: float | None = None
-    expected: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -80,22 +72,14 @@ def _training(rows: Rows) -> Iterator[Target]:
     ]
     for tokens, arm, to, limit in pairs:
         setting = {"part": "training", "workload": "linears-1024", "dtype": "float32", "tokens": tokens}
-        measured, model = time_ratio(rows, arm, to, **setting), _modelled(arm, tokens) / _modelled(to, tokens)
-        metric, expected = f"training, {tokens:,} tokens: {arm} to {to}", expected_ratio(rows, arm, to, **setting)
-        yield Target(metric, limit, measured, model=model, expected=expected)
-
-
-def _modelled(arm: str, tokens: int) -> float:
-    method, rank = arm.split(" r=")
-    return relative_cost(method, LAYERS, int(rank), tokens)
+        yield Target(f"training, {tokens:,} tokens: {arm} to {to}", limit, time_ratio(rows, arm, to, **setting))
 
 
 def _whole_models(rows: Rows) -> Iterator[Target]:
     arm, to = "dvora structured r=256", "LoRA r=16"
     for name, workload, size in (("MiniLM", "minilm", "16 x 32"), ("SmolLM2", "smollm2", "128")):
         setting = {"part": "training", "workload": workload, "dtype": "float32"}
-        measured, expected = time_ratio(rows, arm, to, **setting), expected_ratio(rows, arm, to, **setting)
-        yield Target(f"training, {name}, {size} tokens: {arm} to {to}", 1.2, measured, expected=expected)
+        yield Target(f"training, {name}, {size} tokens: {arm} to {to}", 1.2, time_ratio(rows, arm, to, **setting))
 
 
 def _overhead(rows: Rows) -> Iterator[Target]:
@@ -155,8 +139,7 @@ def _norm(rows: Rows) -> Iterator[Target]:
     for tokens, kind, rank, limit in [(few, "structured", 1024, 0.06), *shares]:
         row = row_of(rows, part="norm", workload="linears-1024", tokens=tokens, arm=f"dvora {kind} r={rank}")
         metric = f"the norm's share of a step of {tokens:,} tokens: dvora {kind} r={rank}"
-        model = norm_share(f"dvora {kind}", LAYERS, rank, tokens)
-        yield Target(metric, limit, share(row, "seconds", "step_seconds"), unit="share", model=model)
+        yield Target(metric, limit, share(row, "seconds", "step_seconds"), unit="share")
 
 
 def _set_up(rows: Rows) -> Iterator[Target]:
