@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import functional as F
 from .engines import check_whole, gathers_uncounted, is_partitioned
 from .functional import RowFactors, Vectors
-from .tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, saved_tensors_are_hooked, without_autocast
+from .tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, saved_tensors_are_hooked, version_of, without_autocast
 from .weight import AdaptedWeight
 
 NEAR_CANCELLATION = 0.1
@@ -49,9 +49,14 @@ class Source(NamedTuple):
         """All tensors that may change."""
         return self.vectors if self.strength is None else (*self.vectors, self.strength)
 
-    def state(self) -> list[tuple[int, int]]:
+    def state(self) -> tuple[int, ...]:
         """Version and address of each: `tensor.data` may be assigned without another version."""
-        return [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in self.inputs]
+        (m, b, d), s = self.vectors, self.strength
+        addresses = m.data_ptr(), b.data_ptr(), d.data_ptr()
+        if m.is_inference() or b.is_inference() or d.is_inference():
+            return addresses
+        versions = m._version, b._version, d._version
+        return versions + addresses if s is None else (*versions, *addresses, version_of(s), s.data_ptr())
 
     def is_same(self, other: "Source") -> bool:
         """Whether both are of the same tensors, whatever is in them now."""
@@ -500,18 +505,19 @@ class Trained(NamedTuple):
     """The factors of one layer in one pass with gradients."""
 
     source: Source
-    state: list[tuple[int, int]]
+    state: tuple[int, ...]
     w: Tensor
     factors: Factors
     made_for: "Pass"
 
     def serves(self, source: Source, running: "Pass | None") -> bool:
         """Whether the layer may use them now."""
-        # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
-        repeated = torch._C._current_graph_task_id() != -1 and saved_tensors_are_hooked()
+        if self.made_for is not running:
+            # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
+            if torch._C._current_graph_task_id() == -1 or not saved_tensors_are_hooked():
+                return False
         return (
-            (self.made_for is running or repeated)
-            and self.source.is_same(source)
+            self.source.is_same(source)
             and source.adapted.w is self.w
             and source.state() == self.state
         )

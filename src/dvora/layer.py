@@ -342,11 +342,10 @@ def _shared(x: Tensor, rank: int, matrices: Matrices, reader: int) -> Tensor:
     So query, key and value, or gate and up, share one product, and autograd adds up their gradients before the one with
     A. Not seen are writes to x in between that PyTorch does not count: for those, `SharedProjections.share_inputs`.
     """
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     graph = (x.requires_grad, x.grad_fn) if torch.is_grad_enabled() else None
-    key = matrices, rank, current_pass(), x._version, x.data_ptr(), x.stride(), graph, autocast, stream
+    key = matrices, rank, current_pass(), x._version, x.data_ptr(), graph, autocast, stream
     if _last.x is not None and _last.x() is x and _last.key == key and reader not in _last.readers:
         assert _last.z is not None
         if (z := _last.z()) is not None:

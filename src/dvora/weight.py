@@ -206,8 +206,9 @@ class AdaptedWeight(nn.Module):
         if weight is None:
             return False
         # A compiled graph cannot ask whether gradients are recorded.
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return (weight.requires_grad and recorded) or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        if weight.requires_grad and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return True
+        return torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """The factors of the rows by the definition, differentiated by PyTorch, also with respect to the weight."""

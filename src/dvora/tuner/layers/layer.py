@@ -149,14 +149,15 @@ class DVoRALayer(nn.Module, MergeableLayer):
             return self._mixed(x, adapter_names)
         if self._disable_adapters and self.merged:
             self.unmerge()
+        base: Any = self._modules["base_layer"]
         if self._disable_adapters or self.serves_merged():
-            return cast(Tensor, self.base_layer(x))
+            return cast(Tensor, base(x))
         adapters = self._active(self.active_adapters)
         if len(adapters) == 1:
             adapted, factors, dropout = adapters[0]
-            if dropout is None and folds(self.base_layer, x, adapted, factors):
-                return folded_outputs(self.base_layer, x, adapted, factors)
-        return self._adapted(x, self.base_layer(x), adapters)
+            if dropout is None and folds(base, x, adapted, factors):
+                return folded_outputs(base, x, adapted, factors)
+        return self._adapted(x, base(x), adapters)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -166,11 +167,12 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
         """The named adapters that this layer has, with their row factors."""
-        weight = self._weight_in_memory()
-        active, all_adapted, all_dropouts = [], self.dvora_adapted._modules, self.dvora_dropout._modules
+        # By `_modules`: attributes of modules take as long to look up as a small product takes.
+        modules: Any = self._modules
+        weight, active = self._weight_in_memory(), []
         for name in adapter_names:
-            if name in all_adapted:
-                source, dropout = self._source(name, weight), cast(nn.Module, all_dropouts[name])
+            if name in modules["dvora_adapted"]._modules:
+                source, dropout = self._source(name, weight), modules["dvora_dropout"]._modules[name]
                 drops = dropout.training and type(dropout) is not nn.Identity
                 factors = factors_of(source, weight)
                 active.append(ActiveAdapter(source.adapted, factors, dropout if drops else None))
@@ -178,15 +180,17 @@ class DVoRALayer(nn.Module, MergeableLayer):
 
     def _source(self, adapter_name: str, weight: Tensor | None) -> Source:
         """What the row factors of an adapter are made from."""
-        adapted = cast(AdaptedWeight, self.dvora_adapted._modules[adapter_name])
-        vectors, strengths = vectors_in(self.vector_dicts(), adapter_name), self.dvora_strength
+        modules: Any = self._modules
+        adapted: AdaptedWeight = modules["dvora_adapted"]._modules[adapter_name]
+        vectors, strengths = vectors_in([modules[kind] for kind in VECTORS], adapter_name), modules["dvora_strength"]
         # A graph must see a change of the strength.
-        whole = not is_traced() and strengths.number(adapter_name) == 1
+        whole = strengths.number(adapter_name) == 1 and not is_traced()
         return Source(adapted, adapted.local(vectors, weight), None if whole else strengths.value(adapter_name))
 
     def _weight_in_memory(self) -> Tensor | None:
         """The weight as stored, where it can be read in every pass."""
-        return weight_in_memory(self.base_layer, self.parameter_name) if self.layer_type.has_weight else None
+        base: Any = self._modules["base_layer"]
+        return weight_in_memory(base, self.parameter_name) if self.layer_type.has_weight else None
 
     def _adapted(self, x: Tensor, base_output: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         """The outputs from those of the base."""
