@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import functional as F
-from .engines import check_whole, gathers_uncounted, is_partitioned
+from .engines import check_whole, gathers_uncounted
 from .functional import RowFactors, Vectors
 from .tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, saved_tensors_are_hooked, version_of, without_autocast
 from .weight import AdaptedWeight
@@ -48,6 +48,11 @@ class Source(NamedTuple):
     def inputs(self) -> tuple[Tensor, ...]:
         """All tensors that may change."""
         return self.vectors if self.strength is None else (*self.vectors, self.strength)
+
+    def is_trained(self) -> bool:
+        """Whether some of them require a gradient."""
+        (m, b, d), s = self.vectors, self.strength
+        return m.requires_grad or b.requires_grad or d.requires_grad or (s is not None and s.requires_grad)
 
     def state(self) -> tuple[int, ...]:
         """Version and address of each: `tensor.data` may be assigned without another version."""
@@ -221,11 +226,12 @@ class _RowFactors(torch.autograd.Function):
         cross, q = constants.cross(lambda_d), first.squares(lambda_d)
         inner = torch.addcmul(cross, kappa, q)
         eps = (cross + inner).mul_(kappa)
+        square = 1 + eps
         # On other devices than the CPU a look at the values would synchronise.
         cancelled = not eps.is_cpu or (eps.numel() > 0 and float(eps.min()) < NEAR_CANCELLATION - 1)
         if cancelled and eps.is_cpu:
-            _measure_cancelled_rows(eps, kappa, lambda_d, constants)
-        s = (1 + eps).clamp_min_(torch.finfo(w.dtype).eps ** 2).sqrt_()
+            _measure_cancelled_rows(eps, square, kappa, lambda_d, constants)
+        s = square.clamp_min_(torch.finfo(w.dtype).eps ** 2).sqrt_()
         mu = m / w
         if dead is not None:
             mu = torch.where(dead, 1.0, mu)
@@ -250,7 +256,8 @@ class _RowFactors(torch.autograd.Function):
             return None, None, None, None
         d_g = torch.zeros_like(gain) if d_g is None else d_g
         d_scale = torch.zeros_like(gain) if d_scale is None else d_scale
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_g):
+        batched = any(map(torch._C._functorch.is_legacy_batchedtensor, (d_g, d_scale)))
+        if torch.is_grad_enabled() or batched:
             return *_gradients_of_definition(ctx.inputs, constants, d_g, d_scale), None
         first, dead = constants.weights[0], constants.dead
         d_m = torch.addcmul(d_g / constants.w, d_scale, kappa).div_(s)
@@ -302,11 +309,12 @@ def _gradients_of_definition(
 
 def _measure_cancelled_rows(
     eps: Float[Tensor, "L N O"],
+    square: Float[Tensor, "L N O"],
     kappa: Float[Tensor, "L N O"],
     lambda_d: Float[Tensor, "L N R"],
     constants: StackConstants,
 ) -> None:
-    """Replace eps of rows that an update nearly cancels by what the dense rows say, if W is in memory.
+    """Replace eps and 1 + eps of rows that an update nearly cancels by what the dense rows say, if W is in memory.
 
     Terms that cancel lose digits: without this the norm of a row at a hundredth of its length would be off by 1e-3.
     """
@@ -316,7 +324,10 @@ def _measure_cancelled_rows(
         weight = adapted.weight()
         if weight is not None:
             updated = adapted.updated_rows(weight, rows, kappa[layer, adapter, rows], lambda_d[layer, adapter])
-            eps[layer, adapter, rows] = (updated.square().sum(1) - 1).to(eps.dtype)
+            measured = updated.square().sum(1)
+            # Both, since 1 + eps in float32 would have lost digits again.
+            eps[layer, adapter, rows] = (measured - 1).to(eps.dtype)
+            square[layer, adapter, rows] = measured.to(square.dtype)
 
 
 class Folds:
@@ -452,7 +463,7 @@ def _found_or_made(source: Source, running: "Pass | None") -> Factors:
     kept: _Kept | None = adapted.kept
     if kept is None:
         kept = adapted.kept = _Kept()
-    if grad_recorded() and any(tensor.requires_grad for tensor in source.inputs):
+    if grad_recorded() and source.is_trained():
         if kept.trained is not None and kept.trained.serves(source, running):
             return kept.trained.factors
         return layer_factors([source], StackConstants.of([adapted]))[0]
@@ -639,10 +650,11 @@ class FactorPass:
         sources = [] if last is None else [s for s in last.asked.values() if _can_be_stacked(s)]
         # FSDP2 has the values of this pass only when a layer runs.
         if sources and not gathers_uncounted():
-            trained = [s for s in sources if recorded and any(tensor.requires_grad for tensor in s.inputs)]
+            trained, others = list[Source](), list[Source]()
+            for source in sources:
+                (trained if recorded and source.is_trained() else others).append(source)
             self._make_trained(trained, begun)
-            known = {id(s) for s in trained}
-            self._make_evaluated([s for s in sources if id(s) not in known], begun)
+            self._make_evaluated(others, begun)
         _running.passes.append((self, begun))
 
     def end(self, *_: object) -> None:
@@ -683,15 +695,12 @@ class FactorPass:
 
 
 def _can_be_stacked(source: Source) -> bool:
-    """Whether the vectors are whole and where the weight is, and nothing has been lost since they were asked for."""
-    adapted = source.adapted
+    """Whether the vectors are whole and where the weight is; what ZeRO-3 has partitioned is empty between passes."""
+    adapted, (m, b, d), _ = source
     if adapted.kept is None:
         adapted.kept = _Kept()
-    sizes = (adapted.out_features, adapted.out_features, adapted.rank)
-    return adapted.shard is None and all(
-        vector.shape == (size,) and vector.device == adapted.w.device and not is_partitioned(vector)
-        for vector, size in zip(source.vectors, sizes, strict=True)
-    )
+    whole = len(m) == len(b) == adapted.out_features and len(d) == adapted.rank
+    return adapted.shard is None and whole and m.device == b.device == d.device == adapted.w.device
 
 
 def add_factor_pass(model: nn.Module) -> None:
