@@ -184,7 +184,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         adapted: AdaptedWeight = modules["dvora_adapted"]._modules[adapter_name]
         vectors, strengths = vectors_in([modules[kind] for kind in VECTORS], adapter_name), modules["dvora_strength"]
         # A graph must see a change of the strength.
-        whole = strengths.number(adapter_name) == 1 and not is_traced()
+        whole = not is_traced() and strengths.number(adapter_name) == 1
         return Source(adapted, adapted.local(vectors, weight), None if whole else strengths.value(adapter_name))
 
     def _weight_in_memory(self) -> Tensor | None:
