@@ -170,6 +170,17 @@ def test_layers_on_a_second_device_share_one_copy(distribution: str) -> None:
 
 
 @every_distribution
+def test_a_move_frees_what_was_made_for_the_device_that_is_left(distribution: str) -> None:
+    shared = reserved(distribution)
+    constants = dict(shared.impl._constants)
+    passes(shared.impl, META)
+    shared.impl._home = META  # as if the module had been moved there
+    shared.to_empty(device="cpu")
+    assert shared.impl._constants.keys() == constants.keys()
+    assert all(shared.impl._constants[key] is constant for key, constant in constants.items())
+
+
+@every_distribution
 def test_a_shard_follows_to_another_device_and_back(distribution: str) -> None:
     shared = SharedProjections(3, distribution)
     z = randn(2, 4, seed=0)
