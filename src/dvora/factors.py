@@ -15,6 +15,7 @@ Dimensions: L layers of one shape, N adapters of each, O out, R rank.
 """
 
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -464,8 +465,9 @@ def _found_or_made(source: Source, running: "Pass | None") -> Factors:
     if kept is None:
         kept = adapted.kept = _Kept()
     if grad_recorded() and source.is_trained():
-        if kept.trained is not None and kept.trained.serves(source, running):
-            return kept.trained.factors
+        trained = kept.trained_now(source, running)
+        if trained is not None:
+            return trained
         return layer_factors([source], StackConstants.of([adapted]))[0]
     evaluated = kept.evaluated
     if evaluated is None or not evaluated.serves(source, running):
@@ -505,11 +507,24 @@ def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Fl
 class _Kept:
     """The factors of the last passes of one weight."""
 
-    __slots__ = ("evaluated", "trained")
+    __slots__ = ("evaluated", "trained_in")
 
     def __init__(self) -> None:
-        self.trained: Trained | None = None
+        # The pass has them, not the weight: their graph holds the weight, and no collector of garbage sees a graph.
+        self.trained_in: weakref.ref[Pass] | None = None
         self.evaluated: Evaluated | None = None
+
+    def trained_now(self, source: Source, running: "Pass | None") -> Factors | None:
+        """The factors that were made for the pass with gradients that this thread is in, if they are still right."""
+        made_for = None if self.trained_in is None else self.trained_in()
+        if made_for is None:
+            return None
+        if made_for is not running:
+            # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
+            if torch._C._current_graph_task_id() == -1 or not saved_tensors_are_hooked():
+                return None
+        trained = made_for.trained[id(source.adapted)]
+        return trained.factors if trained.serves(source) else None
 
 
 class Trained(NamedTuple):
@@ -519,19 +534,10 @@ class Trained(NamedTuple):
     state: tuple[int, ...]
     w: Tensor
     factors: Factors
-    made_for: "Pass"
 
-    def serves(self, source: Source, running: "Pass | None") -> bool:
-        """Whether the layer may use them now."""
-        if self.made_for is not running:
-            # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
-            if torch._C._current_graph_task_id() == -1 or not saved_tensors_are_hooked():
-                return False
-        return (
-            self.source.is_same(source)
-            and source.adapted.w is self.w
-            and source.state() == self.state
-        )
+    def serves(self, source: Source) -> bool:
+        """Whether they are still right."""
+        return self.source.is_same(source) and source.adapted.w is self.w and source.state() == self.state
 
 
 class Evaluated:
@@ -612,6 +618,8 @@ class Pass:
     def __init__(self) -> None:
         self.asked: dict[int, Source] = {}
         """What layers have asked for in it."""
+        self.trained: dict[int, Trained] = {}
+        """The factors that were made for it, with gradients."""
 
 
 class _Running(threading.local):
@@ -675,7 +683,9 @@ class FactorPass:
             states = [source.state() for source in group]
             made = layer_factors(group, constants)
             for source, state, factors in zip(group, states, made, strict=True):
-                source.adapted.kept.trained = Trained(source, state, source.adapted.w, factors, begun)
+                adapted = source.adapted
+                begun.trained[id(adapted)] = Trained(source, state, adapted.w, factors)
+                adapted.kept.trained_in = weakref.ref(begun)
 
     def _make_evaluated(self, sources: list[Source], begun: Pass) -> None:
         if not sources:

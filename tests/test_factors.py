@@ -1,0 +1,838 @@
+"""The row factors of layers made at once: those of the definition; and when a model's passes make them again."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from dvora import DVoRAAdapter, SharedProjections
+from dvora import factors as source
+from dvora import functional as F
+from dvora.factors import (
+    Evaluated,
+    FactorPass,
+    Factors,
+    Source,
+    StackConstants,
+    add_factor_pass,
+    current_pass,
+    delta_weight,
+    factors_alone,
+    factors_of,
+    remove_factor_pass,
+    row_factors,
+    stacked_factors,
+)
+from dvora.functional import Vectors
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.weight import AdaptedWeight
+from tests.cases import DIRECTIONS, SHARED, TOLERANCE, fresh_copy, nearly_cancelled, randn, trained_layer
+from tests.reference import DenseDVoRA, worst_error
+
+IN, OUT, RANK = 6, 9, 4
+WIDTH = 6
+
+directions = pytest.mark.parametrize("direction", DIRECTIONS)
+distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+settings = st.fixed_dictionaries(
+    {"direction": st.sampled_from(DIRECTIONS), "detach_norm": st.booleans(), "alpha": st.floats(0.1, 10)}
+)
+
+
+class Stack:
+    """L layers of one shape with N adapters each."""
+
+    def __init__(
+        self,
+        layers: int,
+        adapters: int = 1,
+        shape: tuple[int, int, int] = (IN, OUT, RANK),
+        dtype: torch.dtype = torch.float64,
+        distribution: str = "kaiming_uniform",
+        **options: object,
+    ) -> None:
+        in_features, out_features, rank = shape
+        shared = SharedProjections(3, distribution)
+        self.weights = [randn(out_features, in_features, seed=10 + i, dtype=dtype) for i in range(layers)]
+        self.adapted = [AdaptedWeight(weight, rank, shared=shared, **options) for weight in self.weights]
+        norms = torch.stack([weight.norm(dim=1) for weight in self.weights])[:, None]
+        sizes, low = (layers, adapters, out_features), (layers, adapters, rank)
+        self.vectors = Vectors(
+            norms * (0.5 + randn(*sizes, seed=4, dtype=dtype).abs()),
+            randn(*sizes, seed=5, dtype=dtype),
+            0.3 * randn(*low, seed=6, dtype=dtype),
+        )
+        self.gradient = randn(2, *sizes, seed=7, dtype=dtype)
+
+    def anew(self) -> None:
+        """The constants again, after a write to the weights."""
+        for adapted, weight in zip(self.adapted, self.weights, strict=True):
+            adapted.refresh(weight)
+
+    def made(self) -> tuple[Tensor, Tensor, Tensor]:
+        return stacked_factors(self.vectors, StackConstants.of(self.adapted))
+
+    def gradients(self, vectors: Vectors | None = None, **options: object) -> tuple[Tensor, ...]:
+        vectors = vectors or Vectors(*(v.detach().clone().requires_grad_() for v in self.vectors))
+        made = stacked_factors(vectors, StackConstants.of(self.adapted))
+        return torch.autograd.grad(made[:2], vectors, [*self.gradient], allow_unused=True, **options)
+
+    def one(self, layer: int, adapter: int) -> tuple[Vectors, DenseDVoRA]:
+        """One adapter of one layer by the dense method."""
+        vectors, adapted = Vectors(*(v[layer, adapter] for v in self.vectors)), self.adapted[layer]
+        wide = self.weights[layer].double()
+        dense = DenseDVoRA(
+            wide,
+            None,
+            adapted.A(wide),
+            adapted.B(wide),
+            *vectors,
+            scaling=adapted.scaling,
+            direction=adapted.direction,
+            detach_norm=adapted.detach_norm,
+        )
+        return vectors, dense
+
+    def dense_gradients(self, layer: int, adapter: int) -> tuple[Tensor, ...]:
+        _, dense = self.one(layer, adapter)
+        factors = torch.stack([dense.gain() - 1, dense.scale()])
+        wanted = [dense.magnitude, dense.lambda_b, dense.lambda_d]
+        gradient = self.gradient[:, layer, adapter].double()
+        if dense.detach_norm:
+            # Of the scale too, only the norm below it is left out: the definition says how.
+            return self._definition_gradients(layer, adapter)
+        found = torch.autograd.grad(factors, wanted, gradient, allow_unused=True)
+        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True))
+
+    def _definition_gradients(self, layer: int, adapter: int) -> tuple[Tensor, ...]:
+        vectors = Vectors(*(v[layer, adapter].detach().double().requires_grad_() for v in self.vectors))
+        adapted, weight = self.adapted[layer], self.weights[layer].double()
+        w = F.row_norm(weight)
+        terms = F.update_terms(weight, w, adapted.A(weight), adapted.B(weight), vectors.lambda_d)
+        options = {"scaling": adapted.scaling, "direction": adapted.direction, "detach_norm": adapted.detach_norm}
+        factors = F.row_factors(vectors, w, *terms, **options)
+        found = torch.autograd.grad(
+            factors[:2], vectors, [*self.gradient[:, layer, adapter].double()], allow_unused=True
+        )
+        return tuple(torch.zeros_like(v) if g is None else g for g, v in zip(found, vectors, strict=True))
+
+    def assert_equal_to_the_dense_method(self, tolerance: float) -> None:
+        made, gradients = self.made(), self.gradients()
+        for layer in range(len(self.weights)):
+            for adapter in range(self.vectors.magnitude.shape[1]):
+                gain_minus_one, scale, gain = (factor[layer, adapter] for factor in made)
+                _, dense = self.one(layer, adapter)
+                assert worst_error(gain_minus_one, dense.gain() - 1) < tolerance
+                assert worst_error(gain, dense.gain()) < tolerance
+                assert worst_error(scale, dense.scale()) < tolerance
+                expected = self.dense_gradients(layer, adapter)
+                for name, ours, theirs in zip(Vectors._fields, gradients, expected, strict=True):
+                    ours = torch.zeros_like(theirs) if ours is None else ours[layer, adapter]
+                    assert worst_error(ours, theirs) < 5 * tolerance, name
+
+
+@dtypes
+@distributions
+@given(layers=st.integers(1, 4), adapters=st.integers(1, 3), options=settings)
+def test_factors_and_their_gradients_equal_the_dense_method(
+    distribution: str, dtype: torch.dtype, layers: int, adapters: int, options: dict[str, object]
+) -> None:
+    stack = Stack(layers, adapters, dtype=dtype, distribution=distribution, **options)
+    stack.assert_equal_to_the_dense_method(4 * TOLERANCE[dtype])
+
+
+@distributions
+@given(shape=st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(1, 12)), options=settings)
+def test_factors_of_any_shape_equal_the_dense_method(
+    distribution: str, shape: tuple[int, int, int], options: dict[str, object]
+) -> None:
+    padding = {"padding_column": 1} if shape[0] > 2 else {}
+    Stack(2, 2, shape, distribution=distribution, **options, **padding).assert_equal_to_the_dense_method(1e-11)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(300, 500, 16), (40, 60, 300)], ids=str)
+def test_factors_of_large_layers_equal_the_dense_method(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    Stack(3, 1, shape, dtype).assert_equal_to_the_dense_method(TOLERANCE[dtype])
+
+
+@directions
+@pytest.mark.parametrize("detach_norm", [False, True])
+def test_zero_rows_of_one_layer_leave_the_others_alone(detach_norm: bool, direction: str) -> None:
+    stack = Stack(3, direction=direction, detach_norm=detach_norm, alpha=2.0)
+    before = stack.made()
+    stack.weights[1][[0, 3]] = 0
+    stack.anew()
+    stack.assert_equal_to_the_dense_method(1e-12)
+    after, gradients = stack.made(), stack.gradients()
+    for index in (0, 2):
+        assert all(torch.equal(now[index], then[index]) for now, then in zip(after, before, strict=True))
+    assert not after[0][1, 0, [0, 3]].any()
+    assert not gradients[0][1, 0, [0, 3]].any()
+
+
+@directions
+@distributions
+def test_second_derivatives_equal_finite_differences(distribution: str, direction: str) -> None:
+    stack = Stack(2, 1, (3, 4, 2), distribution=distribution, direction=direction)
+    stack.weights[0][1] = 0
+    stack.anew()
+    constants = StackConstants.of(stack.adapted)
+    vectors = tuple(v.requires_grad_() for v in stack.vectors)
+
+    def made(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return stacked_factors(Vectors(*vectors), constants)[:2]
+
+    assert torch.autograd.gradcheck(made, vectors, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(made, vectors)
+
+
+@directions
+def test_the_closed_form_gives_the_gradients_of_the_graph(direction: str) -> None:
+    stack = Stack(3, 2, direction=direction)
+    for ours, theirs in zip(stack.gradients(), stack.gradients(create_graph=True), strict=True):
+        assert not ours.requires_grad
+        assert theirs.requires_grad
+        assert worst_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_one_of_two_factors_may_have_no_gradient(missing: int) -> None:
+    stack = Stack(2)
+    stack.gradient[missing].zero_()
+    vectors = Vectors(*(v.requires_grad_() for v in stack.vectors))
+    made = stacked_factors(vectors, StackConstants.of(stack.adapted))
+    (given_,) = torch.autograd.grad(made[1 - missing], vectors[1], stack.gradient[1 - missing])
+    assert torch.equal(given_, stack.gradients()[1])
+
+
+@dtypes
+@directions
+def test_without_training_every_factor_is_exact(direction: str, dtype: torch.dtype) -> None:
+    stack = Stack(3, dtype=dtype, direction=direction)
+    w = torch.stack([adapted.w for adapted in stack.adapted])[:, None]
+    stack.vectors = Vectors(w, torch.zeros_like(w), stack.vectors.lambda_d)
+    gain_minus_one, scale, gain = stack.made()
+    assert not gain_minus_one.any()
+    assert not scale.any()
+    assert torch.equal(gain, torch.ones_like(gain))
+
+
+@distributions
+@pytest.mark.parametrize("shape", [(IN, OUT, RANK), (64, 64, 8), (120, 120, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_gets_alone_what_it_gets_in_a_stack(
+    dtype: torch.dtype, shape: tuple[int, int, int], distribution: str
+) -> None:
+    stack = Stack(5, 1, shape, torch.float32, distribution)
+    for adapted in stack.adapted:
+        adapted.C = adapted.C.to(dtype)
+    together, gradients = stack.made(), stack.gradients()
+    for layer in range(5):
+        alone = Stack(5, 1, shape, torch.float32, distribution)
+        alone.adapted = [stack.adapted[layer]]
+        alone.vectors = Vectors(*(v[layer : layer + 1] for v in stack.vectors))
+        alone.gradient = stack.gradient[:, layer : layer + 1]
+        for ours, theirs in zip(alone.made(), together, strict=True):
+            # Structured squares of several layers are one product of matrices, of one layer a product with a vector.
+            assert distribution == "structured" or torch.equal(ours[0], theirs[layer])
+            assert worst_error(ours[0], theirs[layer].double()) < 1e-6
+        for ours, theirs in zip(alone.gradients(), gradients, strict=True):
+            assert worst_error(ours[0], theirs[layer].double()) < 1e-5
+
+
+@directions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_C_is_widened_before_anything_is_summed(dtype: torch.dtype, direction: str) -> None:
+    stack = Stack(2, dtype=torch.float32, direction=direction)
+    for adapted in stack.adapted:
+        adapted.C = adapted.C.to(dtype)
+    narrow = stack.made()
+    for adapted in stack.adapted:
+        adapted.C = adapted.C.float()
+    for ours, theirs in zip(narrow, stack.made(), strict=True):
+        assert worst_error(ours, theirs.double()) < 1e-6
+
+
+def test_constants_are_joined_only_while_they_are_parts_of_one_tensor() -> None:
+    stack = Stack(3)
+    whole = StackConstants.of(stack.adapted)
+    assert whole.fit(stack.adapted)
+    assert StackConstants.of(stack.adapted).C is whole.C
+    for order in ([1, 0, 2], [0, 1], [1, 2], [0], [0, 0, 2]):
+        chosen = [stack.adapted[index] for index in order]
+        assert not whole.fit(chosen)
+        found = StackConstants.of(chosen).C
+        assert torch.equal(found, torch.stack([adapted.C for adapted in chosen])), order
+    stack.weights[1].mul_(2)
+    stack.adapted[1].refresh(stack.weights[1])
+    assert not whole.fit(stack.adapted)
+
+
+# Rows near cancellation.
+
+
+@directions
+@pytest.mark.parametrize("detach_norm", [False, True])
+def test_nearly_cancelled_rows_of_one_layer_are_measured_and_leave_the_others_alone(
+    detach_norm: bool, direction: str
+) -> None:
+    stack = Stack(3, 1, (16, 6, 4), torch.float32, direction=direction, detach_norm=detach_norm)
+    before, rows, adapted = stack.made(), [0, 2, 5], stack.adapted[1]
+    lambda_d = stack.vectors.lambda_d[1, 0]
+    update = (adapted.B(lambda_d) * lambda_d) @ adapted.A(lambda_d)
+    size = update.norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        stack.weights[1][rows] = (-update / size + 0.01 * torch.nn.functional.normalize(stack.weights[1]))[rows]
+        stack.vectors.lambda_b[1, 0, rows] = 1 / size[rows, 0]
+    stack.anew()
+    if direction == "unit":
+        stack.vectors.lambda_b[1, 0, rows] /= adapted.w[rows]
+    assert stack.one(1, 0)[1].norm_ratio()[rows].max() < 3e-2
+    after, (_, dense) = stack.made(), stack.one(1, 0)
+    assert worst_error(after[2][1, 0], dense.gain()) < 1e-5
+    assert worst_error(after[1][1, 0], dense.scale()) < 1e-5
+    for index in (0, 2):
+        assert all(torch.equal(now[index], then[index]) for now, then in zip(after, before, strict=True))
+
+
+@directions
+@pytest.mark.parametrize("tokens", [4, 600])
+@pytest.mark.parametrize("ratio", [0.3, 1e-1, 1e-2])
+def test_outputs_of_nearly_cancelled_layers_are_right_to_a_hundred_thousandth_or_two(
+    ratio: float, tokens: int, direction: str
+) -> None:
+    layer = nearly_cancelled(trained_layer(24, 10, 4, direction=direction), ratio)
+    assert DenseDVoRA.of(layer).norm_ratio().max() < 3 * ratio
+    x = randn(tokens, 24, seed=8)
+    expected = DenseDVoRA.of(layer)(x)
+    # The terms are g = w / n times larger than their sum, each with its rounding.
+    assert worst_error(layer(x), expected) < 2e-5
+    with torch.no_grad():
+        assert worst_error(layer.eval()(x), expected) < 2e-5
+
+
+def test_where_the_weight_is_not_in_memory_the_terms_have_to_do() -> None:
+    layer = nearly_cancelled(trained_layer(24, 10, 4, dtype=torch.float64), 1e-2)
+    adapted, weight = layer.adapted, layer.base_layer.weight
+    adapted.refresh_if_stale(weight)
+    measured = row_factors(adapted, layer.vectors, weight)
+    adapted.readable, adapted.kept = False, None
+    by_terms = row_factors(adapted, layer.vectors, None)
+    assert not torch.equal(by_terms.gain, measured.gain)
+    assert worst_error(by_terms.gain, measured.gain) < 1e-10
+
+
+@dtypes
+def test_a_row_that_vanishes_altogether_gives_finite_numbers(dtype: torch.dtype) -> None:
+    layer = nearly_cancelled(trained_layer(3, 4, 1, dtype=dtype), 0.0)
+    x = randn(5, 3, seed=8, dtype=dtype).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(leaf.grad.isfinite().all() for leaf in (x, *layer.vectors))
+
+
+# One adapter of one layer.
+
+
+def source_of(layer: DVoRAAdapter, strength: Tensor | None = None) -> tuple[Source, Tensor]:
+    return Source(layer.adapted, layer.vectors, strength), layer.base_layer.weight
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, -1.0])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_strength_scales_update_and_gain(trained: bool, strength: float) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with torch.set_grad_enabled(trained):
+        full = factors_of(*source_of(layer))
+        scaled = factors_of(*source_of(layer, torch.tensor(strength)))
+    torch.testing.assert_close(scaled.gain_minus_one, strength * full.gain_minus_one)
+    torch.testing.assert_close(scaled.scale, strength * full.scale)
+    torch.testing.assert_close(scaled.gain, 1 + strength * full.gain_minus_one)
+    if strength == 1:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(scaled[:4], full[:4], strict=True))
+
+
+def test_a_trained_strength_gets_its_gradient() -> None:
+    layer, strength = trained_layer(IN, OUT, RANK), torch.tensor(0.4, requires_grad=True)
+    factors = factors_of(*source_of(layer, strength))
+    (gradient,) = torch.autograd.grad(factors.gain_minus_one.sum() + factors.scale.sum(), strength)
+    full = factors_of(*source_of(layer))
+    torch.testing.assert_close(gradient, full.gain_minus_one.sum() + full.scale.sum())
+
+
+def test_factors_of_rows_are_those_of_their_adapters() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    own, other = factors_alone(*source_of(layer)), factors_alone(*source_of(trained_layer(IN, OUT, RANK, alpha=9.0)))
+    rows = Factors.of_rows(torch.stack([own.row, other.row]), RANK, dimensions=4)
+    assert rows.scale.shape == (2, 1, 1, OUT)
+    assert rows.lambda_d.shape == (2, 1, 1, RANK)
+    assert rows.gain is None
+    for index, factors in enumerate((own, other)):
+        assert torch.equal(rows.gain_minus_one[index, 0, 0], factors.gain_minus_one)
+        assert torch.equal(rows.scale[index, 0, 0], factors.scale)
+
+
+@directions
+def test_the_delta_has_the_precision_of_the_forward(direction: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, direction=direction)
+    with torch.autocast("cpu", torch.bfloat16):
+        delta = delta_weight(layer.adapted, layer.vectors, layer.base_layer.weight)
+    dense = DenseDVoRA.of(layer)
+    assert worst_error(delta, dense.merged_weight() - dense.weight) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_vectors_in_half_precision_are_not(dtype: torch.dtype) -> None:
+    layer, x = trained_layer(IN, OUT, RANK), randn(4, IN, seed=0)
+    for vector in layer.vectors:
+        vector.data = vector.data.to(dtype).float()
+    outputs, expected = layer(x), torch.autograd.grad(layer(x).square().sum(), layer.vectors)
+    for vector in layer.vectors:
+        vector.data = vector.data.to(dtype)
+    assert torch.equal(layer(x), outputs)
+    for ours, whole in zip(torch.autograd.grad(layer(x).square().sum(), layer.vectors), expected, strict=True):
+        assert ours.dtype == dtype
+        assert worst_error(ours, whole.double()) < 2 * torch.finfo(dtype).eps
+
+
+# Passes of a model.
+
+
+class Model(nn.Module):
+    """Layers of one shape, one after another."""
+
+    def __init__(self, count: int = 3, passes: bool = True, **options: object) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(trained_layer(WIDTH, WIDTH, RANK, **options) for _ in range(count))
+        with torch.no_grad():
+            for index, layer in enumerate(self.layers):
+                layer.lambda_d.mul_(1 + index)
+        self.seen: list[object] = []
+        if passes:
+            add_factor_pass(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            self.seen.append(current_pass())
+            x = torch.tanh(layer(x))
+        return x
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def alone(self) -> "Model":
+        """The same with fresh layers and no passes."""
+        made = Model(0, passes=False)
+        made.layers.extend(fresh_copy(layer).train(layer.training) for layer in self.layers)
+        return made
+
+
+def inputs(tokens: int = 4) -> Tensor:
+    return randn(tokens, WIDTH, seed=8)
+
+
+def step(model: nn.Module, tokens: int = 4) -> list[Tensor]:
+    """The gradients of one pass."""
+    model.zero_grad()
+    model(inputs(tokens)).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many layers factors are made for, one entry for each time."""
+    made: list[int] = []
+    make = source.layer_factors
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "layer_factors", lambda sources, c: made.append(len(sources)) or make(sources, c))
+        yield made
+
+
+FEW_AND_MANY = pytest.mark.parametrize("tokens", [4, 40], ids=["thin", "folded"])
+
+
+@FEW_AND_MANY
+def test_layers_are_learnt_from_the_last_pass_that_trained(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    model = Model()
+    with counted(monkeypatch) as made:
+        first = step(model, tokens)
+        assert made == [1, 1, 1]
+        second = step(model, tokens)
+        assert made[3:] == [3]
+        step(model, tokens)
+        assert made[4:] == [3]
+    assert all(map(torch.equal, first, second))
+    assert_equal(second, step(model.alone(), tokens))
+
+
+def test_evaluation_makes_factors_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model().eval()
+    with torch.no_grad(), counted(monkeypatch) as made:
+        outputs = [model(inputs()) for _ in range(4)]
+        assert made == [1, 1, 1, 3]
+        model.layers[1].lambda_b.mul_(2)
+        changed = model(inputs())
+        assert made[4:] == [3]
+        assert all(torch.equal(outputs[0], other) for other in outputs)
+        torch.testing.assert_close(changed, model.alone()(inputs()))
+    with torch.inference_mode(), counted(monkeypatch) as made:
+        assert torch.equal(model(inputs()), changed)
+        assert made == []
+
+
+def test_training_and_evaluation_remember_their_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    step(model)
+    with torch.no_grad():
+        model(inputs())
+        model(inputs())
+    with counted(monkeypatch) as made:
+        step(model)
+        with torch.no_grad():
+            model(inputs())
+    assert made == [3]
+
+
+def test_layers_that_are_added_used_no_more_or_gone_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    step(model)
+    model.layers.append(trained_layer(WIDTH, WIDTH, RANK))
+    step(model)
+    with counted(monkeypatch) as made:
+        step(model)
+        assert made == [4]
+    model.seen.clear()
+    gone = [weakref.ref(model.layers[1].adapted), weakref.ref(model.layers[1].magnitude)]
+    del model.layers[1]
+    model.zero_grad(set_to_none=True)
+    step(model)
+    model.seen.clear()
+    with counted(monkeypatch) as made:
+        found = step(model)
+    assert made == [3]
+    model.seen.clear()
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    assert_equal(found, step(model.alone()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"direction": "weight"}, {"detach_norm": True}, {"alpha": 7.0}, {"shared": SharedProjections(3)}, {"bias": False}],
+    ids=lambda options: next(iter(options)),
+)
+def test_layers_that_differ_are_stacks_of_their_own(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    model.layers.append(trained_layer(WIDTH, WIDTH, RANK, **options))
+    step(model)
+    with counted(monkeypatch) as made:
+        found = step(model)
+    assert made == ([4] if "bias" in options else [3, 1])
+    assert_equal(found, step(model.alone()))
+
+
+@FEW_AND_MANY
+def test_a_trained_model_can_be_freed(tokens: int) -> None:
+    model = Model()
+    for _ in range(3):
+        step(model, tokens)
+    with torch.no_grad():
+        model(inputs())
+    adapted = [weakref.ref(layer.adapted) for layer in model.layers]
+    del model
+    gc.collect()
+    assert [reference() for reference in adapted] == [None] * 3
+
+
+def test_a_trained_base_or_another_dtype_of_vectors_beside_the_others() -> None:
+    model = Model()
+    model.layers.append(trained_layer(WIDTH, WIDTH, RANK, freeze_base_layer=False))
+    for name in Vectors._fields:
+        setattr(model.layers[1], name, nn.Parameter(getattr(model.layers[1], name).detach().double()))
+    expected = step(model.alone())
+    for _ in range(3):
+        assert_equal([gradient.float() for gradient in step(model)], expected)
+    assert model.layers[1].lambda_b.grad.dtype == torch.float64
+
+
+@FEW_AND_MANY
+def test_accumulated_gradients_are_those_of_one_batch(tokens: int) -> None:
+    model, parts = Model(), [randn(tokens, WIDTH, seed=seed) for seed in range(3)]
+    alone = model.alone()
+    step(model)
+    model.zero_grad()
+    for part in parts:
+        model(part).square().sum().backward()
+    alone(torch.cat(parts)).square().sum().backward()
+    assert_equal([p.grad for p in model.trained()], [p.grad for p in alone.trained()])
+
+
+def test_several_passes_may_be_open_until_one_backward_pass_reaches_them() -> None:
+    model, alone = Model(), Model().alone()
+    step(model)
+    model.zero_grad()
+    for each in (model, alone):
+        sum(each(randn(tokens, WIDTH, seed=tokens)).square().sum() for tokens in (4, 40, 7)).backward()
+    assert_equal([p.grad for p in model.trained()], [p.grad for p in alone.trained()])
+
+
+@FEW_AND_MANY
+def test_a_graph_that_is_retained_gives_the_same_gradients_again(tokens: int) -> None:
+    model = Model()
+    step(model)
+    y = model(inputs(tokens)).square().sum()
+    first = torch.autograd.grad(y, model.trained(), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y, model.trained())))
+
+
+class Checkpointed(Model):
+    """Every layer checkpointed, or some, or all as one part."""
+
+    parts: Callable[[int], bool] | None = None
+    use_reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.parts is None:
+            return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
+        for index, layer in enumerate(self.layers):
+            run = (lambda x, layer=layer: torch.tanh(layer(x)))  # fmt: skip
+            x = checkpoint(run, x, use_reentrant=self.use_reentrant) if self.parts(index) else run(x)
+        return x
+
+
+@FEW_AND_MANY
+@pytest.mark.parametrize("parts", [None, lambda _: True, lambda index: index % 2], ids=["one part", "each", "some"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers_train_to_the_same_gradients(
+    use_reentrant: bool, parts: Callable[[int], bool] | None, tokens: int
+) -> None:
+    model = Checkpointed()
+    model.parts, model.use_reentrant = parts, use_reentrant
+    expected = step(model.alone(), tokens)
+    for _ in range(3):
+        model.zero_grad()
+        model(inputs(tokens).requires_grad_()).square().sum().backward()
+        assert_equal([p.grad for p in model.trained()], expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_model_within_a_model_trains_to_the_same_gradients(use_reentrant: bool) -> None:
+    model, x = Model(), inputs().requires_grad_()
+    expected = step(model.alone())
+    for _ in range(3):
+        model.zero_grad()
+        checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+        assert_equal([p.grad for p in model.trained()], expected)
+    assert current_pass() is None
+
+
+def test_vectors_that_were_stepped_between_two_passes_train_with_their_new_values() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.trained(), lr=0.05)
+    for _ in range(3):
+        assert_equal(step(model), step(model.alone()))
+        optimizer.step()
+
+
+def test_a_write_within_a_pass_is_seen_by_the_layers_that_come_after() -> None:
+    model = Model()
+
+    def write(*_: object) -> None:
+        with torch.no_grad():
+            model.layers[2].lambda_b.mul_(1.5)
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                model(inputs())
+            hook = model.layers[1].register_forward_hook(write)
+            y = model(inputs())
+            hook.remove()
+            torch.testing.assert_close(y, model.alone()(inputs()))
+
+
+def test_factors_of_another_pass_serve_nobody() -> None:
+    model = Model()
+    step(model)
+    step(model)
+    layer = model.layers[0]
+    with torch.no_grad():
+        made_for = layer.adapted.kept.trained_in()
+        made_for.trained[id(layer.adapted)].factors.scale.mul_(0)
+    torch.testing.assert_close(layer(inputs()), fresh_copy(layer)(inputs()))
+
+
+def test_a_pass_of_functional_call_trains_the_values_that_it_was_given() -> None:
+    model = Model()
+    step(model)
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    values = {n: (1.2 * p.detach()).requires_grad_() for n, p in own.items()}
+    found = torch.autograd.grad(functional_call(model, values, inputs()).sum(), list(values.values()))
+    fresh = Model(passes=False)
+    fresh.load_state_dict({**model.state_dict(), **values})
+    names = dict(fresh.named_parameters())
+    assert_equal(found, torch.autograd.grad(fresh(inputs()).sum(), [names[name] for name in values]))
+    assert_equal(step(model), step(model.alone()))
+
+
+# Passes begin and end.
+
+
+def hooks(model: nn.Module) -> int:
+    return len(model._forward_pre_hooks) + len(model._forward_hooks) + len(model._forward_hooks_always_called)
+
+
+def test_every_forward_is_a_pass_of_its_own_and_a_layer_by_itself_is_in_none() -> None:
+    model = Model()
+    for _ in range(2):
+        model(inputs())
+    first, second = set(model.seen[:3]), set(model.seen[3:])
+    assert len(first) == len(second) == 1
+    assert first != second
+    assert None not in first | second
+    assert current_pass() is None
+
+
+def test_hooks_are_added_once_and_taken_back_without_those_of_others() -> None:
+    model = Model(passes=False)
+    model.register_forward_pre_hook(lambda *_: None)
+    before = hooks(model)
+    add_factor_pass(model)
+    added = hooks(model)
+    add_factor_pass(model)
+    assert hooks(model) == added == before + 3
+    remove_factor_pass(model)
+    remove_factor_pass(model)
+    assert hooks(model) == before
+    model(inputs())
+    assert model.seen == [None] * 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_hooks_and_a_memory_of_its_own(copied: Callable[[nn.Module], Model]) -> None:
+    model = Model()
+    step(model)
+    model.seen.clear()
+    made = copied(model)
+    assert hooks(made) == hooks(model)
+    owners = [{h.__self__ for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())} for m in (model, made)]
+    assert [len(own) for own in owners] == [1, 1]
+    assert owners[0].isdisjoint(owners[1])
+    assert not owners[1].pop()._last
+    for _ in range(2):
+        assert_equal(step(made), step(model))
+
+
+def test_a_model_within_a_model_has_passes_of_its_own() -> None:
+    inner = Model()
+    outer = nn.Sequential(trained_layer(WIDTH, WIDTH, RANK), inner, trained_layer(WIDTH, WIDTH, RANK))
+    add_factor_pass(outer)
+    alone = nn.Sequential(fresh_copy(outer[0]), inner.alone(), fresh_copy(outer[2]))
+    for _ in range(3):
+        assert_equal(step(outer), step(alone))
+    assert current_pass() is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_pass_ends_with_an_error_and_those_within_it_that_an_interruption_left_open(
+    error: type[BaseException],
+) -> None:
+    inner, outer = Model(), Model(1)
+    outer.layers.append(inner)
+    step(outer)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    hook = inner.layers[1].register_forward_hook(fail)
+    with pytest.raises(error):
+        outer(inputs())
+    hook.remove()
+    # What a hook of PyTorch's could not end after Ctrl-C, the next pass does not mistake for its own.
+    expected = step(Model(1, passes=False))
+    fresh = Model(1)
+    assert_equal(step(fresh), expected)
+    outer(inputs())
+    FactorPass().end()
+    assert_equal(step(outer), step(outer))
+
+
+def test_passes_left_open_end_with_the_one_around_them() -> None:
+    outer, inner = FactorPass(), FactorPass()
+    outer.begin()
+    first = current_pass()
+    inner.begin()
+    inner.begin()
+    assert current_pass() is not first
+    outer.end()
+    assert current_pass() is None
+    outer.end()
+
+
+def test_threads_have_passes_of_their_own() -> None:
+    model, seen, inside = Model(), [], threading.Event()
+    step(model)
+
+    def look(*_: object) -> None:
+        thread = threading.Thread(target=lambda: (seen.append(current_pass()), inside.set()))
+        thread.start()
+        thread.join()
+
+    model.layers[1].register_forward_pre_hook(look)
+    model(inputs())
+    assert inside.is_set()
+    assert seen == [None]
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_threads_may_train_and_evaluate_one_model_at_once() -> None:
+    model = Model()
+    expected, evaluated = step(model), model(inputs()).detach()
+
+    def run(index: int) -> bool:
+        for _ in range(10):
+            if index % 2:
+                found = torch.autograd.grad(model(inputs()).square().sum(), model.trained())
+                good = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+            else:
+                with torch.no_grad():
+                    good = torch.equal(model(inputs()), evaluated)
+            if not good:
+                return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(run, range(6)))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_kept_factors_hold_no_graph_and_no_inference_tensors(many: bool) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    sources = [source_of(layer)[0]] + ([source_of(trained_layer(IN, OUT, RANK, shared=SHARED))[0]] if many else [])
+    with torch.inference_mode():
+        kept = Evaluated(sources)
+    for factors in kept.factors.values():
+        assert not any(t.requires_grad or t.is_inference() for t in factors[:4])
