@@ -52,7 +52,7 @@ from .weight import AdaptedWeight
 
 FOLD_TOKENS = 1.0
 """Folding begins at this many tokens for each of the layer's inputs."""
-FOLD_RANK = 0.5
+FOLD_RANK = 0.7
 """And ends above this rank for each of the layer's inputs: `dy^T z` costs as much as the base's own product then."""
 _FEW_VALUES = 2**17
 """Up to this many values, what launches an operation takes longer than what it computes: low is kept, not repeated."""
