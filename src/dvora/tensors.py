@@ -44,6 +44,9 @@ __all__ = [
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
+# Looked up once: every layer asks several times a pass.
+_is_tracing, _is_transforming = torch._C._is_tracing, torch._C._are_functorch_transforms_active
+_dispatch_modes, _dispatch_mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -104,11 +107,10 @@ def is_traced() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or _is_tracing()
+        or _is_transforming()
         or forward_ad._current_level >= 0
-        or torch._C._get_dispatch_mode(_PROXY) is not None
-        or torch._C._get_dispatch_mode(_FAKE) is not None
+        or (_dispatch_modes() > 0 and (_dispatch_mode(_PROXY) is not None or _dispatch_mode(_FAKE) is not None))
     )
 
 
