@@ -205,8 +205,10 @@ class AdaptedWeight(nn.Module):
         """Whether the constants are computed in this pass, from a weight that is trained or transformed."""
         if weight is None:
             return False
-        # A compiled graph cannot ask whether gradients are recorded.
-        if weight.requires_grad and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot ask whether gradients are recorded.
+            return weight.requires_grad
+        if weight.requires_grad and torch.is_grad_enabled():
             return True
         return torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
