@@ -65,11 +65,11 @@ class Kronecker(NamedTuple):
         product = sandwich(self.left, (x * self.diagonal).reshape(-1, n1, n2), self.right.T)
         return product.reshape(*x.shape[:-1], r1 * r2)[..., : self.rows]
 
-    def widen(self, z: Float[Tensor, "*T R"]) -> Float[Tensor, "*T N"]:
-        """`z M`, in the dtype of M."""
+    def widen(self, z: Float[Tensor, "*T R"], apart: bool = False) -> Float[Tensor, "*T N"]:
+        """`z M`, in the dtype of M. Arguments as for `sandwich`."""
         (r1, n1), (r2, n2) = self.left.shape, self.right.shape
         padded = pad(z, (0, r1 * r2 - self.rows)) if self.rows < r1 * r2 else z
-        product = sandwich(self.left.T, as_dtype(padded, self.left.dtype).reshape(-1, r1, r2), self.right)
+        product = sandwich(self.left.T, as_dtype(padded, self.left.dtype).reshape(-1, r1, r2), self.right, apart)
         return product.reshape(*z.shape[:-1], n1 * n2) * self.diagonal
 
     def dense(self) -> Float[Tensor, "R N"]:
@@ -93,12 +93,12 @@ class Stack(NamedTuple):
         parts = [M.narrow(x) for M in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def widen(self, z: Float[Tensor, "*T R"]) -> Float[Tensor, "*T N"]:
-        """`z M`, in the dtype of M."""
+    def widen(self, z: Float[Tensor, "*T R"], apart: bool = False) -> Float[Tensor, "*T N"]:
+        """`z M`, in the dtype of M. Arguments as for `sandwich`."""
         if len(self.blocks) == 1:
-            return self.blocks[0].widen(z)
+            return self.blocks[0].widen(z, apart)
         parts = z.split([M.rows for M in self.blocks], -1)
-        return torch.stack([M.widen(part) for M, part in zip(self.blocks, parts, strict=True)]).sum(0)
+        return torch.stack([M.widen(part, apart) for M, part in zip(self.blocks, parts, strict=True)]).sum(0)
 
     def dense(self) -> Float[Tensor, "R N"]:
         """M itself."""
@@ -130,15 +130,28 @@ class Stack(NamedTuple):
 
 
 def sandwich(
-    left: Float[Tensor, "a b"], X: Float[Tensor, "t b c"], right: Float[Tensor, "c d"]
+    left: Float[Tensor, "a b"], X: Float[Tensor, "t b c"], right: Float[Tensor, "c d"], apart: bool = False
 ) -> Float[Tensor, "t a d"]:
-    """`left X right` for every token, first the side that leaves fewer operations."""
+    """`left X right` for every token, first the side that leaves fewer operations.
+
+    Args:
+        left, X, right: the factors.
+        apart: multiply every token by itself, so that it gets the same bits alone as among others.
+    """
     (a, b), (c, d), tokens = left.shape, right.shape, len(X)
     of_left_first, of_right_first = _of_both_orders(a, b, c, d)
-    every_left = left.expand(tokens, a, b)
+    every_left, every_right = left.expand(tokens, a, b), right.expand(tokens, c, d) if apart else None
     if of_left_first <= of_right_first:
-        return (torch.bmm(every_left, X).view(-1, c) @ right).view(tokens, a, d)
-    return torch.bmm(every_left, (X.reshape(-1, c) @ right).view(tokens, b, d))
+        return _times_right(torch.bmm(every_left, X), right, every_right)
+    return torch.bmm(every_left, _times_right(X, right, every_right))
+
+
+def _times_right(
+    X: Float[Tensor, "t b c"], right: Float[Tensor, "c d"], every_right: Float[Tensor, "t c d"] | None
+) -> Float[Tensor, "t b d"]:
+    if every_right is not None:
+        return torch.bmm(X, every_right)
+    return (X.reshape(-1, X.shape[-1]) @ right).view(*X.shape[:-1], right.shape[1])
 
 
 def _of_both_orders(a: int, b: int, c: int, d: int) -> tuple[int, int]:

@@ -73,7 +73,13 @@ class StructuredMatrices(Matrices):
             return super().squares(lambda_d, in_features, out_features)
         squares = self._constant(_SQUARED, rank, out_features, lambda_d.dtype, lambda_d.device)
         with without_autocast(lambda_d.device):
-            return 2 * _widened(squares, lambda_d.square())
+            # As batches of one row, so that a layer gets the same bits alone as with others.
+            rows = lambda_d.square().reshape(-1, 1, rank)
+            if isinstance(squares, Stack):
+                q = squares.widen(rows, apart=True)
+            else:
+                q = torch.bmm(rows, squares.expand(len(rows), *squares.shape))
+            return 2 * q.view(*lambda_d.shape[:-1], -1)
 
     def squares_gradient(
         self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
