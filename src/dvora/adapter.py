@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .checks import (
-    FAR,
     check_bias,
     check_linear,
     checked_d_initial,
@@ -101,7 +100,6 @@ class DVoRAAdapter(nn.Module):
         self.freeze_base_layer = freeze_base_layer
         base_layer.requires_grad_(not freeze_base_layer)
         self._last = _LastOfThread()
-        self._before_load: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         self.register_load_state_dict_post_hook(_follow_loaded_base)
 
     @property
@@ -290,40 +288,7 @@ class DVoRAAdapter(nn.Module):
         # Check everything before anything is copied: PyTorch would stop half-way.
         vectors = checked_vectors(state_dict, prefix, self.named_parameters(), self.adapted.extra_repr())
         state_dict |= vectors
-        # Only then, since copies take as much memory as the layer; `_finish_load` runs once the base is loaded too.
-        far = any(not value.is_meta and value.abs().max() > FAR for value in vectors.values())
-        self._before_load = self._as_it_is() if far else []
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _as_it_is(self) -> list[tuple[nn.Module, str, nn.Parameter, Tensor]]:
-        """Every parameter with its module and name, and a copy of its values."""
-        return [
-            (module, name, parameter, parameter.detach().clone())
-            for module in (self, self.base_layer)
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-
-    @torch.no_grad()
-    def _finish_load(self) -> None:
-        """Recompute the constants of the loaded base, and undo the load if the factors are not finite.
-
-        Raises:
-            ValueError: they are not.
-        """
-        before, self._before_load = self._before_load, []
-        weight = self.base_layer.weight
-        self.adapted.refresh_after_load(weight)
-        if not before or self.adapted.factors(self.vectors, weight).are_finite():
-            return
-        for module, name, parameter, values in before:
-            parameter.copy_(values)
-            module._parameters[name] = parameter
-        self.adapted.refresh_after_load(self.base_layer.weight)
-        raise ValueError(
-            f"{self.adapted.name}: magnitude, lambda_b and lambda_d in the state dict are so large that outputs would "
-            "not be finite; their training diverged: go back to an earlier checkpoint"
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DVoRAAdapter":
         dtype = self.base_layer.weight.dtype
@@ -340,7 +305,7 @@ class DVoRAAdapter(nn.Module):
 
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRAAdapter)
-    layer._finish_load()
+    layer.adapted.refresh_after_load(layer.base_layer.weight)
 
 class _Last(NamedTuple):
     """A forward pass, and the state that must be unchanged when its input is used again."""

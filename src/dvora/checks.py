@@ -14,7 +14,7 @@ from .tensors import Float
 MAX_RANK = 2**16
 """Far above any use, so that a damaged setting cannot allocate without end."""
 FAR = 1e12
-"""Vectors with larger values may give factors that are not finite."""
+"""Vectors with larger values may give factors that are not finite: only training that diverged makes them."""
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -75,6 +75,11 @@ def checked_vectors(
         if name in Vectors._fields:
             if not value.is_meta and not value.isfinite().all():
                 raise ValueError(f"{prefix}{name} has values that are not finite in {own.dtype} in the state dict")
+            if not value.is_meta and value.numel() and value.abs().max() > FAR:
+                raise ValueError(
+                    f"{prefix}{name} has values up to {float(value.abs().max()):.3g} in the state dict, with which outputs "
+                    f"might not be finite (more than {FAR:g}); training diverged: go back to an earlier checkpoint"
+                )
             vectors[prefix + name] = value
         elif name == "base_layer.weight" and type(value) is Tensor and not value.is_meta:
             check_norms(row_norm(value), prefix + name)
