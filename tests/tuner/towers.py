@@ -1,21 +1,17 @@
 """A model with layers of one shape, whose factors are made together, and the same model with every layer by itself."""
 
-from collections import Counter
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.method import gain
+from dvora.factors import remove_factor_pass
 from dvora.tuner import DVoRALayer
-from dvora.weight import adapted_weight, factor_pass
-from dvora.weight.factor_pass import remove_factor_pass
-from tests.cached_layers import anew
 from tests.tuner.models_compared import worst_difference
 from tests.tuner.tiny import dvora_layers, train_vectors
 
@@ -68,8 +64,18 @@ def inputs(seed: int = 1, rows: int = 5) -> Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+def anew(model: nn.Module) -> nn.Module:
+    """A copy in which all constants are computed from the weights again, and layers share no projections."""
+    made = copy.deepcopy(model)
+    for _, layer in dvora_layers(made):
+        for adapted in map(layer.adapted, layer.dvora_adapted):
+            adapted.dvora_projections = copy.deepcopy(adapted.shared)
+            adapted.refresh(layer.unmerged())
+    return made
+
+
 def alone(model: PeftModel) -> PeftModel:
-    """A copy without a memory, in which every layer makes factors by itself."""
+    """A copy that has kept nothing, in which every layer makes its factors when it is called."""
     made = anew(model)
     remove_factor_pass(inner(made))
     return made
@@ -118,18 +124,3 @@ def in_the_middle(model: nn.Module, do: Callable[[nn.Module], object], once: boo
     yield
     handle.remove()
     assert done
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """How often factors were made, by the number of layers that they were made for."""
-    counts: Counter[int] = Counter()
-    make = gain.row_factors
-
-    def counting(vectors: Any, *args: Any) -> Any:
-        counts[len(vectors)] += 1
-        return make(vectors, *args)
-
-    for module in (adapted_weight, factor_pass):
-        monkeypatch.setattr(module, "row_factors", counting)
-    return counts

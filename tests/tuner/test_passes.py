@@ -1,4 +1,4 @@
-"""Passes that are interrupted, called within others or run in several threads: the next one is clean."""
+"""Passes that are interrupted, called within others, run again or run in several threads: the next one is clean."""
 
 import copy
 import threading
@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAConfig
-from dvora.ops.passes import current_pass
+from dvora.factors import current_pass, remove_factor_pass
 from dvora.tuner.layers.layer import layers_in
-from dvora.weight.factor_pass import remove_factor_pass
 from tests.tuner.tiny import train_vectors
 from tests.tuner.towers import (
+    CHANGED,
     LAYERS,
     Results,
     adapted,
@@ -50,7 +51,6 @@ def assert_clean(model: PeftModel) -> None:
         close(evaluated(layer_of(model), inputs()), evaluated(layer_of(alone(model)), inputs()))
         close(evaluated(model), evaluated(alone(model)))
         assert trained(model).differ(trained(alone(model))) < 1e-5
-        close(evaluated(layer_of(model), inputs()), evaluated(layer_of(alone(model)), inputs()))
 
 
 def raising(error: type[BaseException]) -> Callable[[object], None]:
@@ -60,40 +60,21 @@ def raising(error: type[BaseException]) -> Callable[[object], None]:
     return stop
 
 
-def run_until(model: PeftModel, error: type[BaseException], run: Callable[[PeftModel], object]) -> None:
-    with in_the_middle(model, raising(error)), pytest.raises(error):
-        run(model)
-
-
 @pytest.mark.parametrize("run", [trained, evaluated])
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, StopIteration])
+@pytest.mark.parametrize("error", [ValueError, StopIteration, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("before", [0, 2])
-def test_an_error_in_the_middle_leaves_nothing(
-    before: int, error: type[Exception], run: Callable[[PeftModel], object]
-) -> None:
-    model = adapted()
-    for _ in range(before):
-        run(model)
-    run_until(model, error, run)
-    assert current_pass() is None
-    assert_clean(model)
-
-
-@pytest.mark.parametrize("run", [trained, evaluated])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
-@pytest.mark.parametrize("before", [0, 2])
-def test_the_pass_after_an_interruption_is_clean(
+def test_the_pass_after_an_error_or_an_interruption_is_clean(
     before: int, error: type[BaseException], run: Callable[[PeftModel], object]
 ) -> None:
     model = adapted()
     for _ in range(before):
         run(model)
     for _ in range(2):
-        run_until(model, error, run)
+        with in_the_middle(model, raising(error)), pytest.raises(error):
+            run(model)
         for name in LAYERS:
             layer_of(model, name).vectors("default").lambda_b.data.mul_(1.2)
         close(evaluated(model), evaluated(alone(model)))
-        assert current_pass() is None
     assert_clean(model)
 
 
@@ -101,22 +82,52 @@ def test_an_error_while_factors_are_made_leaves_nothing(monkeypatch: pytest.Monk
     model = adapted()
     trained(model)
     with monkeypatch.context() as patched:
-        patched.setattr("dvora.weight.factor_pass.row_factors", lambda *_: (_ for _ in ()).throw(MemoryError()))
-        # Otherwise those of the last pass would do.
-        torch.autograd.graph.increment_version([p for p in model.parameters() if p.requires_grad])
+        patched.setattr("dvora.factors.layer_factors", lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             model(inputs())
     assert current_pass() is None
     assert_clean(model)
 
 
-# Calls within calls.
+# The hooks around an adapted model's forward.
 
-RUNS: dict[str, Callable[[PeftModel], object]] = {
-    "with gradients": lambda model: trained_within(model),
-    "without": evaluated,
-    "in inference mode": torch.inference_mode()(lambda model: model(inputs())),
-}
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks) + len(module._forward_hooks_always_called)
+        for module in model.modules()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_hooks_are_there_once_whatever_is_added_and_gone_after_unloading() -> None:
+    model = get_peft_model(tower(), DVoRAConfig(r=3, target_modules=LAYERS))
+    count = hooks_of(model)
+    assert count == 3
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0"]))
+    model.delete_adapter("default")
+    model.add_adapter("default", DVoRAConfig(r=5, target_modules=LAYERS))
+    assert hooks_of(model) == count
+    for unload in (lambda m: m.unload(), lambda m: m.merge_and_unload()):
+        made = copy.deepcopy(model)
+        trained(made)
+        assert hooks_of(unload(made)) == 0
+    assert hooks_of(model) == count
+    injected = inject_adapter_in_model(DVoRAConfig(r=3, target_modules=["lin0"]), tower())
+    inject_adapter_in_model(DVoRAConfig(r=3, target_modules=[CHANGED]), injected, adapter_name="second")
+    assert hooks_of(injected) == count
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["nothing"]}, {"alpha": -1.0}, {"r": -1}])
+def test_an_injection_that_fails_leaves_no_hook(settings: dict[str, object]) -> None:
+    base = tower()
+    with pytest.raises(ValueError, match=r"."):
+        get_peft_model(base, DVoRAConfig(**{"r": 3, "target_modules": LAYERS, **settings}))
+    assert hooks_of(base) == 0
+
+
+# Calls within calls.
 
 
 def trained_within(model: PeftModel) -> Tensor:
@@ -124,6 +135,13 @@ def trained_within(model: PeftModel) -> Tensor:
         y = model(inputs(seed=3))
         parameters = [p for p in model.parameters() if p.requires_grad]
         return torch.autograd.grad(loss_of(y), parameters, allow_unused=True)[0]
+
+
+RUNS: dict[str, Callable[[PeftModel], object]] = {
+    "with gradients": trained_within,
+    "without": evaluated,
+    "in inference mode": torch.inference_mode()(lambda model: model(inputs())),
+}
 
 
 @pytest.mark.parametrize("within", RUNS)
@@ -169,8 +187,40 @@ def test_a_model_that_calls_itself_deep_down_is_clean() -> None:
     assert_clean(model)
 
 
-class Distilled(nn.Module):
-    """A student that calls its teacher in the middle."""
+@pytest.mark.parametrize("teacher_trains", [True, False])
+def test_a_teacher_within_a_student(teacher_trains: bool) -> None:
+    student, teacher = adapted(), adapted()
+    train_vectors(teacher, seed=5)
+    teacher.requires_grad_(teacher_trains)
+    for layer in layers_in(teacher):
+        layer.base_layer.requires_grad_(False)
+    both = {"known": (student, teacher), "alone": (alone(student), alone(teacher))}
+    for _ in range(3):
+        results = {}
+        for name, (one, other) in both.items():
+            taught: list[Tensor] = []
+            hook = inner(one).middle.register_forward_hook(lambda _, __, y, o=other, f=taught: f.append(o(y)))
+            for each in (one, other):
+                each.zero_grad()
+            y = one(inputs())
+            (loss_of(y) + loss_of(taught[0])).backward()
+            hook.remove()
+            gradients = {
+                f"{i} {n}": p.grad.clone()
+                for i, m in enumerate((one, other))
+                for n, p in m.named_parameters()
+                if p.grad is not None
+            }
+            results[name] = Results(outputs=y.detach(), taught=taught[0].detach(), **gradients)
+        assert results["known"].differ(results["alone"]) < 1e-5
+        for model in (*both["known"], *both["alone"]):
+            for layer in layers_in(model):
+                layer.vectors("default").lambda_b.data.mul_(1.1)
+    assert_clean(student)
+
+
+class Pair(nn.Module):
+    """Two models beside each other."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
@@ -180,55 +230,91 @@ class Distilled(nn.Module):
         return self.student(x) - self.teacher(x)
 
 
-@pytest.mark.parametrize("teacher_trains", [True, False])
-def test_a_teacher_within_a_student(teacher_trains: bool) -> None:
-    student, teacher = adapted(), adapted()
-    train_vectors(teacher, seed=5)
-    teacher.requires_grad_(teacher_trains)
-    for layer in layers_in(teacher):
-        layer.base_layer.requires_grad_(False)
-    both = {
-        "known": (student, teacher),
-        "alone": (alone(student), alone(teacher)),
-    }
-    for _ in range(3):
-        results = {}
-        for name, (one, other) in both.items():
-            found: list[Tensor] = []
-            hook = inner(one).middle.register_forward_hook(lambda _, __, y, o=other, f=found: f.append(o(y)))
-            for each in (one, other):
-                each.zero_grad()
-            y = one(inputs())
-            (loss_of(y) + loss_of(found[0])).backward()
-            hook.remove()
-            gradients = {
-                f"{i} {n}": p.grad.clone()
-                for i, m in enumerate((one, other))
-                for n, p in m.named_parameters()
-                if p.grad is not None
-            }
-            results[name] = Results(outputs=y.detach(), taught=found[0].detach(), **gradients)
-        assert results["known"].differ(results["alone"]) < 1e-5
-        assert current_pass() is None
-        for one, other in both.values():
-            for model in (one, other):
-                for layer in layers_in(model):
-                    layer.vectors("default").lambda_b.data.mul_(1.1)
-    assert_clean(student)
-
-
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 def test_a_model_within_a_model_that_is_adapted_too() -> None:
-    """An adapter over a model with an adapter, as in pipelines of two methods."""
-    both = adapted()
-    outer = get_peft_model(Distilled(tower(), both), DVoRAConfig(r=3, target_modules=["student.lin0", "student.lin1"]))
+    outer = get_peft_model(Pair(tower(), adapted()), DVoRAConfig(r=3, target_modules=["student.lin0", "student.lin1"]))
     train_vectors(outer, seed=4)
     plain = copy.deepcopy(outer)
     for module in plain.modules():
         remove_factor_pass(module)
     for _ in range(3):
         assert trained(outer).differ(trained(plain)) < 1e-5
-    assert current_pass() is None
+
+
+# Parts that run again in the backward pass.
+
+
+def checkpointed(model: PeftModel, use_reentrant: bool) -> PeftModel:
+    """The same model with its second half checkpointed."""
+    base = inner(model)
+
+    def first(x: Tensor) -> Tensor:
+        return base.middle(torch.tanh(base.lin1(torch.tanh(base.lin0(x)))))
+
+    def second(x: Tensor) -> Tensor:
+        return base.lin3(torch.tanh(base.lin2(x)))
+
+    base.forward = lambda x: checkpoint(second, first(x), use_reentrant=use_reentrant)
+    return model
+
+
+both_checkpoints = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+both_ways = pytest.mark.parametrize("rows", [5, 40], ids=["thin", "folded"])
+
+
+# The evaluation's, of a checkpoint that is not needed there.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@both_checkpoints
+@both_ways
+def test_a_checkpointed_part_has_the_same_gradients(rows: int, use_reentrant: bool) -> None:
+    model, x = adapted(), inputs(rows=rows)
+    expected = trained(alone(model), x)
+    checkpointed(model, use_reentrant)
+    for evaluates in (False, False, True, True):
+        model.zero_grad()
+        y = model(x)
+        if evaluates:
+            evaluated(model, x)
+        loss_of(y).backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert Results(outputs=y.detach(), **found).differ(expected) < 1e-5
+
+
+@both_checkpoints
+@both_ways
+def test_the_whole_model_may_be_checkpointed(rows: int, use_reentrant: bool) -> None:
+    model = adapted()
+    x = inputs(rows=rows).requires_grad_()
+    for _ in range(3):
+        expected = trained(alone(model), x)
+        model.zero_grad()
+        y = checkpoint(model, x, use_reentrant=use_reentrant)
+        loss_of(y).backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert Results(outputs=y.detach(), **found).differ(expected) < 1e-5
+        for vector in layer_of(model).vectors("default"):
+            vector.data.mul_(1.1)
+
+
+@both_checkpoints
+@pytest.mark.parametrize("passes_before", [0, 1, 2])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_part_may_run_again_after_a_later_pass_began(
+    order: tuple[int, int], passes_before: int, use_reentrant: bool
+) -> None:
+    model = adapted()
+    plain = alone(model)
+    checkpointed(model, use_reentrant)
+    for _ in range(passes_before):
+        trained(model)
+    results = []
+    for each in (plain, model):
+        each.zero_grad()
+        losses = [loss_of(each(inputs(seed))) for seed in (1, 2)]
+        for index in order:
+            losses[index].backward()
+        results.append(Results({n: p.grad.clone() for n, p in each.named_parameters() if p.grad is not None}))
+    assert results[1].differ(results[0]) < 1e-5
 
 
 # Threads.
@@ -240,10 +326,8 @@ def each_in_a_thread(run: Callable[[int], object], count: int = 6) -> list[objec
 
 
 @pytest.mark.usefixtures("hasty_threads")
-@pytest.mark.parametrize("writes", [False, True])
-def test_threads_may_train_and_evaluate_one_model_at_a_time(writes: bool) -> None:
+def test_threads_may_train_and_evaluate_one_model_at_a_time() -> None:
     model = adapted().double()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     batches = [inputs(seed).double() for seed in range(6)]
 
     def gradients(of: PeftModel, x: Tensor) -> list[Tensor]:
@@ -266,19 +350,16 @@ def test_threads_may_train_and_evaluate_one_model_at_a_time(writes: bool) -> Non
             return True
 
         assert all(each_in_a_thread(run))
-        if writes:
-            for p in parameters:
+        for p in model.parameters():
+            if p.requires_grad:
                 p.data.mul_(1.05)
-            with torch.no_grad():
-                layer_of(model).base_layer.weight.mul_(1.05)
+        with torch.no_grad():
+            layer_of(model).base_layer.weight.mul_(1.05)
 
 
 def test_a_pass_that_ends_in_one_thread_goes_on_in_another() -> None:
     model, barrier, seen = adapted(), threading.Barrier(2, timeout=20), []
     trained(model)
-
-    def meet(_: object) -> None:
-        barrier.wait()
 
     def run(index: int) -> None:
         y = model(inputs()) if index else evaluated(model)
@@ -286,6 +367,6 @@ def test_a_pass_that_ends_in_one_thread_goes_on_in_another() -> None:
         close(y.detach(), expected)
 
     expected = evaluated(alone(model))
-    with in_the_middle(model, meet, once=False):
+    with in_the_middle(model, lambda _: barrier.wait(), once=False):
         each_in_a_thread(run, 2)
     assert seen == [None, None]
