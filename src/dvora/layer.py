@@ -301,7 +301,8 @@ class _Thin(torch.autograd.Function):
 def _sum_over_tokens(values: Float[Tensor, "*T N"], like: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
     """The sum over all tokens, or over those of each row of the batch."""
     if like.dim() == 1:
-        return values.sum(tuple(range(values.dim() - 1)))
+        # Of one token alone, a sum over no dimensions would be one over all.
+        return values.sum(tuple(range(values.dim() - 1))) if values.dim() > 1 else values
     inner = tuple(range(1, values.dim() - 1))
     return values.sum(inner, keepdim=True) if inner else values
 
