@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import factors as source
-from dvora import functional as F
 from dvora.factors import (
     Evaluated,
     FactorPass,
@@ -111,23 +111,8 @@ class Stack:
         factors = torch.stack([dense.gain() - 1, dense.scale()])
         wanted = [dense.magnitude, dense.lambda_b, dense.lambda_d]
         gradient = self.gradient[:, layer, adapter].double()
-        if dense.detach_norm:
-            # Of the scale too, only the norm below it is left out: the definition says how.
-            return self._definition_gradients(layer, adapter)
         found = torch.autograd.grad(factors, wanted, gradient, allow_unused=True)
         return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True))
-
-    def _definition_gradients(self, layer: int, adapter: int) -> tuple[Tensor, ...]:
-        vectors = Vectors(*(v[layer, adapter].detach().double().requires_grad_() for v in self.vectors))
-        adapted, weight = self.adapted[layer], self.weights[layer].double()
-        w = F.row_norm(weight)
-        terms = F.update_terms(weight, w, adapted.A(weight), adapted.B(weight), vectors.lambda_d)
-        options = {"scaling": adapted.scaling, "direction": adapted.direction, "detach_norm": adapted.detach_norm}
-        factors = F.row_factors(vectors, w, *terms, **options)
-        found = torch.autograd.grad(
-            factors[:2], vectors, [*self.gradient[:, layer, adapter].double()], allow_unused=True
-        )
-        return tuple(torch.zeros_like(v) if g is None else g for g, v in zip(found, vectors, strict=True))
 
     def assert_equal_to_the_dense_method(self, tolerance: float) -> None:
         made, gradients = self.made(), self.gradients()
@@ -618,8 +603,8 @@ class Checkpointed(Model):
         if self.parts is None:
             return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
         for index, layer in enumerate(self.layers):
-            run = (lambda x, layer=layer: torch.tanh(layer(x)))  # fmt: skip
-            x = checkpoint(run, x, use_reentrant=self.use_reentrant) if self.parts(index) else run(x)
+            wrapped = partial(checkpoint, layer, use_reentrant=self.use_reentrant) if self.parts(index) else layer
+            x = torch.tanh(wrapped(x))
         return x
 
 

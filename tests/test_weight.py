@@ -378,5 +378,5 @@ def test_a_merge_that_is_not_finite_in_the_weights_dtype_is_refused(dtype: torch
 def test_a_weight_that_is_computed_in_every_pass_cannot_be_set() -> None:
     base = linear(IN, OUT)
     check_can_be_set(base, "weight", "here")
-    with pytest.raises(TypeError, match="here computes its weight in every pass .*remove_parametrizations"):
+    with pytest.raises(TypeError, match=r"here computes its weight in every pass .*remove_parametrizations"):
         check_can_be_set(nn.utils.parametrizations.weight_norm(base), "weight", "here")

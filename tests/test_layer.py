@@ -1,0 +1,730 @@
+"""The forward of a layer, folded and thin, against the dense method: outputs, all gradients, what is kept for them."""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from dvora import DVoRAAdapter, SharedProjections
+from dvora import layer as forward
+from dvora.factors import FactorPass, Factors, Source, factors_of
+from dvora.layer import folds, project, thin_outputs
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.weight import MAGNITUDE_ONLY, AdaptedWeight
+from tests.cases import DIRECTIONS, DTYPES, SHARED, TOLERANCE, fresh_copy, linear, randn, train, trained_layer
+from tests.census import Census
+from tests.reference import DenseDVoRA, worst_error
+
+IN, OUT, RANK = 12, 10, 4
+THIN, FOLDED = 3, 40
+"""Tokens, by which training is thin or folded."""
+LARGEST = int(forward.FOLD_RANK * IN)
+"""The rank up to which it folds."""
+ROUNDING = {**TOLERANCE, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+both = pytest.mark.parametrize("tokens", [THIN, FOLDED], ids=["thin", "folded"])
+distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+directions = pytest.mark.parametrize("direction", DIRECTIONS)
+bias_or_not = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+both_checkpoints = pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+
+
+def is_folded(y: Tensor) -> bool:
+    return "_Folded" in type(y.grad_fn).__name__
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float32, width: int = IN) -> Tensor:
+    return randn(tokens, width, seed=8, dtype=dtype)
+
+
+def gradients(layer: DVoRAAdapter, y: Tensor, x: Tensor, d: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Those of the inputs and of everything trained, by the reference's names."""
+    trained = {n.removeprefix("base_layer."): p for n, p in layer.named_parameters() if p.requires_grad}
+    leaves = {"x": x, **trained} if x.requires_grad else trained
+    return dict(zip(leaves, torch.autograd.grad(y, [*leaves.values()], d, **options), strict=True))
+
+
+def assert_as_the_dense_method(layer: DVoRAAdapter, tokens: int, tolerance: float, x_trained: bool = True) -> Tensor:
+    dtype = layer.base_layer.weight.dtype
+    x = inputs(tokens, dtype, layer.base_layer.in_features).requires_grad_(x_trained)
+    d = randn(tokens, layer.base_layer.out_features, seed=9, dtype=dtype)
+    dense = DenseDVoRA.of(layer)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert worst_error(y, dense(x)) < tolerance
+    expected = dense.gradients(x, d)
+    for name, gradient in gradients(layer, y, x, d).items():
+        assert worst_error(gradient, expected[name]) < 5 * tolerance, name
+    return y
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    distribution=st.sampled_from(DISTRIBUTIONS),
+    direction=st.sampled_from(DIRECTIONS),
+    bias=st.booleans(),
+    detach_norm=st.booleans(),
+    alpha=st.floats(0.5, 9),
+    x_trained=st.booleans(),
+)
+def test_outputs_and_gradients_equal_the_dense_method(
+    tokens: int, dtype: torch.dtype, distribution: str, x_trained: bool, **options: object
+) -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=dtype, shared=SharedProjections(3, distribution), **options)
+    y = assert_as_the_dense_method(layer, tokens, 4 * ROUNDING[dtype], x_trained)
+    assert is_folded(y) == (tokens == FOLDED and dtype.itemsize >= 4)
+
+
+@given(
+    sizes=st.tuples(st.integers(2, 20), st.integers(1, 20), st.integers(1, 24)),
+    tokens=st.integers(1, 40),
+    direction=st.sampled_from(DIRECTIONS),
+    distribution=st.sampled_from(DISTRIBUTIONS),
+)
+def test_any_sizes_equal_the_dense_method(
+    sizes: tuple[int, int, int], tokens: int, distribution: str, **options: object
+) -> None:
+    layer = trained_layer(*sizes, dtype=torch.float64, shared=SharedProjections(3, distribution), **options)
+    y = assert_as_the_dense_method(layer, tokens, 1e-10)
+    assert is_folded(y) == (tokens >= sizes[0] and sizes[2] <= forward.FOLD_RANK * sizes[0])
+
+
+@both
+@pytest.mark.parametrize("trained", ["weight and bias", "weight", "bias"])
+@directions
+def test_a_trained_base_gets_its_gradients(direction: str, trained: str, tokens: int) -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=torch.float64, freeze_base_layer=False, direction=direction)
+    for name, parameter in layer.base_layer.named_parameters():
+        parameter.requires_grad_(name in trained)
+    y = assert_as_the_dense_method(layer, tokens, 1e-12)
+    assert is_folded(y) == (tokens == FOLDED and trained == "bias")
+
+
+@both
+@directions
+@pytest.mark.parametrize("zero", [[0, 3], [*range(OUT)]], ids=["two", "all"])
+def test_zero_rows_equal_the_dense_method(zero: list[int], direction: str, tokens: int) -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=torch.float64, direction=direction, alpha=2)
+    with torch.no_grad():
+        layer.base_layer.weight[zero] = 0
+    assert_as_the_dense_method(layer, tokens, 1e-12)
+
+
+@both
+@pytest.mark.parametrize("gain", [1e-3, 0.05, 30.0, -2.0])
+def test_gains_far_from_one_equal_the_dense_method(gain: float, tokens: int) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with torch.no_grad():
+        layer.magnitude[::2] *= gain
+    x, d, dense = inputs(tokens), randn(tokens, OUT, seed=9), DenseDVoRA.of(layer)
+    expected = dense.gradients(x, d)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        y = layer(x)
+        assert worst_error(y[:, rows], dense(x)[:, rows]) < 2e-5
+        ours = gradients(layer, y, x, d)
+        for name in ("magnitude", "lambda_b"):
+            assert worst_error(ours[name][rows], expected[name][rows]) < 2e-4, name
+
+
+@both
+@pytest.mark.parametrize("size", [1e-3, 1e2, 1e5])
+def test_updates_of_any_size_equal_the_dense_method(size: float, tokens: int) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with torch.no_grad():
+        layer.lambda_b[::2] *= size
+    x, dense = inputs(tokens), DenseDVoRA.of(layer)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert worst_error(layer(x)[:, rows], dense(x)[:, rows]) < 2e-5
+
+
+@distributions
+@bias_or_not
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@both
+def test_at_the_start_the_layer_is_its_base_bit_for_bit(
+    tokens: int, mode: type[AbstractContextManager[None]], dtype: torch.dtype, bias: bool, distribution: str
+) -> None:
+    base = linear(IN, OUT, bias=bias, dtype=dtype)
+    layer = DVoRAAdapter(base, RANK, shared=SharedProjections(3, distribution))
+    with mode():
+        assert torch.equal(layer(inputs(tokens, dtype)), base(inputs(tokens, dtype)))
+
+
+@both
+@distributions
+def test_every_call_gives_the_same_bits(distribution: str, tokens: int) -> None:
+    layer, x = trained_layer(IN, OUT, RANK, shared=SharedProjections(3, distribution)), inputs(tokens)
+    d = randn(tokens, OUT, seed=9)
+    first, again = ([layer(x), *gradients(layer, layer(x), x, d).values()] for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    with torch.no_grad():
+        evaluated = layer(x)
+        assert torch.equal(layer.eval()(x), evaluated)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), evaluated)
+    if tokens == THIN:
+        assert torch.equal(first[0], evaluated)
+    torch.testing.assert_close(first[0], evaluated)
+
+
+@both
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torch.dtype, tokens: int) -> None:
+    layer, d = trained_layer(IN, OUT, RANK), randn(tokens, OUT, seed=9)
+    expected, reference = DenseDVoRA.of(layer).gradients(inputs(tokens), d), DenseDVoRA.of(layer)(inputs(tokens))
+    found = []
+    for within in (True, False):
+        x = inputs(tokens).requires_grad_()
+        with torch.autocast("cpu", half):
+            y = layer(x)
+            assert is_folded(y) == (tokens == FOLDED)
+            assert y.dtype == half
+            if within:
+                found.append(gradients(layer, y, x, d.to(half)))
+        if not within:
+            found.append(gradients(layer, y, x, d.to(half)))
+    assert worst_error(y, reference) < ROUNDING[half]
+    for name, gradient in found[0].items():
+        assert gradient.dtype == torch.float32
+        assert worst_error(gradient, expected[name]) < 3 * ROUNDING[half], name
+        assert torch.equal(gradient, found[1][name]), name
+
+
+@both
+@bias_or_not
+def test_autocast_leaves_an_untrained_layer_its_base(bias: bool, tokens: int) -> None:
+    base = linear(IN, OUT, bias=bias)
+    layer, x = DVoRAAdapter(base, RANK, shared=SHARED), inputs(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_magnitude_alone_rescales_rows(bias: bool, dtype: torch.dtype) -> None:
+    base = linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
+    adapted = AdaptedWeight(base.weight, MAGNITUDE_ONLY, shared=SHARED)
+    vectors = adapted.initial_vectors(0.1)
+    magnitude = (1.3 * vectors.magnitude).requires_grad_()
+    factors = factors_of(Source(adapted, vectors._replace(magnitude=magnitude)), base.weight)
+    x = inputs(FOLDED, dtype)
+    assert not folds(base, x, adapted, factors)
+    y = thin_outputs(base(x), x, adapted, factors, base.bias)
+    products = x.double() @ base.weight.double().T
+    shift = 0 if base.bias is None else base.bias.double()
+    assert worst_error(y, 1.3 * products + shift) < ROUNDING[dtype]
+    (gradient,) = torch.autograd.grad(y.double().sum(), magnitude)
+    assert worst_error(gradient, products.sum(0) / base.weight.double().norm(dim=1)) < ROUNDING[dtype]
+
+
+# One computation or the other.
+
+
+class Subclass(nn.Linear):
+    """Another class with the same forward."""
+
+
+def with_global_hook(layer: DVoRAAdapter) -> Iterator[None]:
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    yield
+    hook.remove()
+
+
+def set_forward(base: nn.Linear) -> None:
+    plain = base.forward
+    base.forward = lambda x: plain(x)
+
+
+DECIDED: dict[str, tuple[bool, Callable[[DVoRAAdapter], object]]] = {
+    "nothing": (True, lambda layer: None),
+    "a trained bias": (True, lambda layer: layer.base_layer.bias.requires_grad_()),
+    "a frozen vector": (True, lambda layer: layer.magnitude.requires_grad_(False)),
+    "a hook of the adapter": (True, lambda layer: layer.register_forward_hook(lambda *_: None)),
+    "frozen vectors": (False, lambda layer: layer.requires_grad_(False)),
+    "a trained weight": (False, lambda layer: layer.base_layer.weight.requires_grad_()),
+    "a forward hook": (False, lambda layer: layer.base_layer.register_forward_hook(lambda *_: None)),
+    "a forward pre-hook": (False, lambda layer: layer.base_layer.register_forward_pre_hook(lambda *_: None)),
+    "a backward hook": (False, lambda layer: layer.base_layer.register_full_backward_hook(lambda *_: None)),
+    "a backward pre-hook": (False, lambda layer: layer.base_layer.register_full_backward_pre_hook(lambda *_: None)),
+    "a forward of its own": (False, lambda layer: set_forward(layer.base_layer)),
+    "a subclass": (False, lambda layer: setattr(layer.base_layer, "__class__", Subclass)),
+    "a parametrization": (False, lambda layer: nn.utils.parametrizations.weight_norm(layer.base_layer)),
+    "half precision": (False, lambda layer: layer.to(torch.bfloat16)),
+    "a gain near zero": (False, lambda layer: layer.magnitude.data[3].mul_(1e-3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("case", DECIDED)
+def test_a_layer_folds_where_its_weight_is_plain_and_frozen(case: str) -> None:
+    folded, change = DECIDED[case]
+    layer = trained_layer(IN, OUT, RANK)
+    change(layer)
+    x = inputs(FOLDED, layer.base_layer.weight.dtype).requires_grad_()
+    y = layer(x)
+    assert ("_Folded" in str(_nodes(y))) == folded
+    assert worst_error(y, DenseDVoRA.of(layer)(x)) < ROUNDING[y.dtype]
+
+
+def _nodes(y: Tensor) -> list[str]:
+    """The names of the last steps of a graph."""
+    names, node = [], y.grad_fn
+    while node is not None and len(names) < 4:
+        names.append(type(node).__name__)
+        node = node.next_functions[0][0] if node.next_functions else None
+    return names
+
+
+def test_a_hook_of_all_modules_sees_the_base() -> None:
+    seen: list[nn.Module] = []
+    layer = trained_layer(IN, OUT, RANK)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    layer(inputs(FOLDED))
+    hook.remove()
+    assert layer.base_layer in seen
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "folded"),
+    [(IN, RANK, True), (IN - 1, RANK, False), (FOLDED, LARGEST, True), (FOLDED, LARGEST + 1, False), (0, RANK, False)],
+)
+def test_a_layer_folds_with_enough_tokens_and_a_small_rank(tokens: int, rank: int, folded: bool) -> None:
+    assert is_folded(trained_layer(IN, OUT, rank)(inputs(tokens))) == folded
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_layer_folds_in_training_and_for_inputs_of_its_dtype_only(mode: Callable[[], Any]) -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    source = Source(layer.adapted, layer.vectors)
+    x, weight, factors = inputs(FOLDED), layer.base_layer.weight, factors_of(source, layer.base_layer.weight)
+    assert folds(layer.base_layer, x, layer.adapted, factors)
+    assert not folds(layer.base_layer, x.double(), layer.adapted, factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert folds(layer.base_layer, x.bfloat16(), layer.adapted, factors)
+    with mode():
+        assert not folds(layer.base_layer, x, layer.adapted, factors_of(source, weight))
+
+
+# Rows of a batch with an adapter each.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (5, 2, 3), (5, 0)], ids=str)
+@given(bias=st.booleans(), distribution=st.sampled_from(DISTRIBUTIONS))
+def test_each_row_of_a_batch_gets_what_it_gets_alone(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool, distribution: str
+) -> None:
+    base = linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
+    adapted = AdaptedWeight(base.weight, RANK, shared=SharedProjections(3, distribution))
+    wide, index = adapted.w.dtype, torch.tensor([2, 0, 2, 1, 2])
+    values = (0.3 * randn(3, 2 * OUT + RANK, seed=1, dtype=wide)).requires_grad_()
+    x = randn(*shape, IN, seed=8, dtype=dtype).requires_grad_()
+    d = randn(*shape, OUT, seed=9, dtype=dtype)
+
+    def outputs(x: Tensor, factors: Factors) -> Tensor:
+        return thin_outputs(base(x), x, adapted, factors, base.bias)
+
+    y = outputs(x, Factors.of_rows(values[index], RANK, x.dim()))
+    ours = torch.autograd.grad(y, [x, values], d)
+    gain_minus_one, scale, lambda_d = values.split([OUT, OUT, RANK], -1)
+    single = [
+        outputs(x[row], Factors(gain_minus_one[i], scale[i], lambda_d[i])) for row, i in enumerate(index.tolist())
+    ]
+    theirs = torch.autograd.grad(torch.stack(single), [x, values], d)
+    for one, other in zip((y, *ours), (torch.stack(single), *theirs), strict=True):
+        assert worst_error(one, other.double()) < max(10 * torch.finfo(one.dtype).eps, 1e-6 if wide != dtype else 0)
+    with torch.no_grad():
+        assert torch.equal(outputs(x, Factors.of_rows(values[index], RANK, x.dim())), y)
+
+
+# Derivatives.
+
+
+@distributions
+@bias_or_not
+@pytest.mark.parametrize("tokens", [2, 8], ids=["thin", "folded"])
+def test_derivatives_of_higher_order_equal_finite_differences(tokens: int, bias: bool, distribution: str) -> None:
+    layer = trained_layer(4, 3, 2, dtype=torch.float64, shared=SharedProjections(3, distribution), bias=bias)
+    if bias:
+        layer.base_layer.bias.requires_grad_()
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    x = inputs(tokens, torch.float64, 4).requires_grad_()
+    assert is_folded(layer(x)) == (tokens == 8)
+
+    def outputs(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(layer, dict(zip(trained, values, strict=True)), x)
+
+    leaves = x, *(p.detach().clone().requires_grad_() for p in trained.values())
+    assert torch.autograd.gradcheck(outputs, leaves)
+    assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+@directions
+@both
+def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(tokens: int, direction: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=torch.float64, detach_norm=True, direction=direction)
+    x, d = inputs(tokens, torch.float64), randn(tokens, OUT, seed=9, dtype=torch.float64)
+    dense, second = DenseDVoRA.of(layer), []
+    for module in (layer, dense):
+        leaves = [module.magnitude, module.lambda_b, module.lambda_d]
+        first = torch.autograd.grad(module(x), leaves, d, create_graph=True)
+        second.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves))
+    for ours, theirs in zip(*second, strict=True):
+        assert worst_error(ours, theirs) < 1e-12
+
+
+@distributions
+@both
+def test_a_graph_of_the_gradients_changes_no_gradient(tokens: int, distribution: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=torch.float64, shared=SharedProjections(3, distribution))
+    x, d = inputs(tokens, torch.float64).requires_grad_(), randn(tokens, OUT, seed=9, dtype=torch.float64)
+    plain = gradients(layer, layer(x), x, d)
+    for name, gradient in gradients(layer, layer(x), x, d, create_graph=True).items():
+        assert gradient.requires_grad
+        assert worst_error(gradient, plain[name]) < 1e-12, name
+
+
+@distributions
+@both
+@bias_or_not
+def test_gradients_may_be_asked_for_in_batches(bias: bool, tokens: int, distribution: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, bias=bias, shared=SharedProjections(3, distribution))
+    if bias:
+        layer.base_layer.bias.requires_grad_()
+    x, d = inputs(tokens).requires_grad_(), randn(3, tokens, OUT, seed=9)
+    y = layer(x)
+    assert is_folded(y) == (tokens == FOLDED)
+    batch = gradients(layer, y, x, d, is_grads_batched=True, retain_graph=True)
+    single = [gradients(layer, y, x, each, retain_graph=True) for each in d]
+    for name, found in batch.items():
+        assert worst_error(found, torch.stack([each[name] for each in single]).double()) < 1e-5, name
+
+
+# What is kept for the backward pass.
+
+
+def saved(layer: DVoRAAdapter, x: Tensor) -> list[Tensor]:
+    """What autograd saves of a pass, but for the constants: weights and matrices."""
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    matrices = {t.untyped_storage()._cdata for t in [*layer.base_layer.parameters(), *_constants(layer)]}
+    return [t for t in kept if t.untyped_storage()._cdata not in matrices or t.dim() == 1]
+
+
+def _constants(layer: DVoRAAdapter) -> Iterator[Tensor]:
+    for constant in layer.shared.impl._constants.values():
+        yield from (t for t in (constant if isinstance(constant, tuple) else (constant,)) if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("x_trained", [True, False])
+@bias_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thin_keeps_outputs_z_and_few_vectors(
+    dtype: torch.dtype, bias: bool, x_trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = trained_layer(IN, OUT, RANK, bias=bias, dtype=dtype), inputs(THIN, dtype).requires_grad_(x_trained)
+    vectors = [(RANK,), (OUT,), (OUT,), (OUT,), *([(OUT,)] if bias else [])]
+    for few, low in ((forward._FEW_VALUES, [(THIN, OUT)]), (0, [])):
+        monkeypatch.setattr(forward, "_FEW_VALUES", few)
+        kept = saved(layer, x)
+        assert sorted(tuple(t.shape) for t in kept) == sorted([(THIN, OUT), (THIN, RANK), *vectors, *low])
+        assert all(t.data_ptr() != x.data_ptr() for t in kept)
+
+
+@pytest.mark.parametrize("x_trained", [True, False])
+@bias_or_not
+@pytest.mark.parametrize("tokens", [12, 40])
+def test_folded_keeps_outputs_z_and_a_weight_no_larger_than_the_outputs(
+    tokens: int, bias: bool, x_trained: bool
+) -> None:
+    layer, x = trained_layer(10, 14, RANK, bias=bias), inputs(tokens, width=10).requires_grad_(x_trained)
+    kept = saved(layer, x)
+    large = [tuple(t.shape) for t in kept if t.dim() > 1]
+    folded = [(14, 10)] if tokens * 14 >= 140 else []
+    assert sorted(large) == sorted([(tokens, 14), (tokens, RANK), (14, RANK), *folded])
+    assert len(kept) - len(large) <= 4
+    assert all(t.data_ptr() != x.data_ptr() for t in kept)
+
+
+def test_a_folded_weight_larger_than_the_outputs_is_formed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "FOLD_TOKENS", 0.5)
+    layer, x = trained_layer(IN, OUT, RANK), inputs(IN - 2).requires_grad_()
+    assert (OUT, IN) not in [tuple(t.shape) for t in saved(layer, x)]
+    assert is_folded(assert_as_the_dense_method(layer, IN - 2, 1e-5))
+
+
+@distributions
+@both
+def test_nothing_of_a_pass_is_held_after_its_backward_pass(tokens: int, distribution: str) -> None:
+    tokens, width, out = 20 * tokens, 72, 96
+    layer = trained_layer(width, out, 8, shared=SharedProjections(3, distribution)).eval()
+
+    x = inputs(tokens, width=width).requires_grad_()
+
+    def loss() -> Tensor:
+        # A sum keeps nothing of the outputs, and nobody else the inputs.
+        return layer(1 * x).sum()
+
+    loss().backward()
+    with Census() as census:
+        made = loss()
+        held = sum(census.held())
+        made.backward()
+        del made
+        behind = sum(census.held())
+    of_tokens = tokens * (out + 8)
+    assert held <= 4 * (of_tokens + width * out + 6 * out * 8)
+    assert behind <= 4 * 8 * out * 8
+
+
+@pytest.mark.parametrize("write", [torch.relu_, lambda y: y.mul_(2), lambda y: y[:1].zero_()])
+@both
+def test_an_output_that_is_written_to_is_noticed_where_it_is_needed(
+    tokens: int, write: Callable[[Tensor], object]
+) -> None:
+    layer, x = trained_layer(IN, OUT, RANK), inputs(tokens).requires_grad_()
+    y = layer(x)
+    write(y)
+    if tokens == FOLDED:
+        with pytest.raises(RuntimeError, match=r"^Linear\(12, 10\): the layer's output was written to in place"):
+            y.sum().backward()
+        return
+    y.sum().backward()
+    other = x.detach().clone().requires_grad_()
+    made = 1 * layer(other)
+    write(made)
+    made.sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
+@pytest.mark.parametrize("hooks", [save_on_cpu, lambda: saved_tensors_hooks(Tensor.clone, Tensor.clone)])
+@both
+def test_saved_tensors_may_be_moved_away_and_back(tokens: int, hooks: Callable[[], Any]) -> None:
+    layer, d = trained_layer(IN, OUT, RANK), randn(tokens, OUT, seed=9)
+    x = inputs(tokens).requires_grad_()
+    expected = gradients(layer, layer(x), x, d)
+    with hooks():
+        y = layer(x)
+    assert all(map(torch.equal, gradients(layer, y, x, d).values(), expected.values()))
+
+
+# Siblings, which read the same inputs.
+
+
+class Siblings(nn.Module):
+    """Query, key and value."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        shared = SharedProjections(3)
+        self.layers = nn.ModuleList(trained_layer(IN, out, RANK, shared=shared, **options) for out in (5, 8, OUT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+@both_checkpoints
+@both
+@pytest.mark.parametrize("parts", ["the whole", "each layer"])
+def test_checkpointed_siblings_train_to_the_same_gradients(parts: str, tokens: int, use_reentrant: bool) -> None:
+    model, x = Siblings(), inputs(tokens).requires_grad_()
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in trained]
+    for _ in range(2):
+        for parameter in trained:
+            parameter.grad = None
+        if parts == "the whole":
+            y = checkpoint(model, x, use_reentrant=use_reentrant)
+        else:
+            y = torch.cat([checkpoint(layer, x, use_reentrant=use_reentrant) for layer in model.layers], -1)
+        y.square().sum().backward()
+        for parameter, gradient in zip(trained, expected, strict=True):
+            assert worst_error(parameter.grad, gradient.double()) < 1e-5
+
+
+@both
+@distributions
+def test_siblings_give_what_layers_with_matrices_of_their_own_do(distribution: str, tokens: int) -> None:
+    shared = SharedProjections(3, distribution)
+    layers = [trained_layer(IN, out, RANK, shared=shared) for out in (5, 8, OUT)]
+    alone = [trained_layer(IN, out, RANK, shared=SharedProjections(3, distribution)) for out in (5, 8, OUT)]
+    found = []
+    for group in (layers, alone):
+        x = inputs(tokens).requires_grad_()
+        y = torch.cat([layer(1 * x if group is alone else x) for layer in group], -1)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(v.grad for layer in group for v in layer.vectors)])
+    for ours, theirs in zip(*found, strict=True):
+        assert worst_error(ours, theirs.double()) < 1e-5
+
+
+def pair(rank: int = RANK, other_rank: int = RANK, **options: object) -> tuple[AdaptedWeight, AdaptedWeight]:
+    shared = SharedProjections(3, **options)
+    weight = randn(OUT, IN, seed=1)
+    return AdaptedWeight(weight, rank, shared=shared), AdaptedWeight(weight, other_rank, shared=shared)
+
+
+def assign_data(x: Tensor) -> None:
+    x.data = randn(*x.shape, seed=3)
+
+
+BETWEEN: dict[str, tuple[bool, Callable[[Tensor], Any]]] = {
+    "nothing": (True, lambda x: None),
+    "a read": (True, lambda x: x.sum()),
+    "a write": (False, lambda x: x.add_(1)),
+    "a write to a view": (False, lambda x: x.view(-1)[3:5].zero_()),
+    "a write to an alias": (False, lambda x: x.detach().mul_(2)),
+    "data assigned": (False, assign_data),
+    "set_": (False, lambda x: x.set_(randn(*x.shape, seed=3))),
+    "other strides": (False, lambda x: x.t_()),
+    "a gradient asked for": (False, lambda x: x.requires_grad_()),
+    "another pass": (False, lambda x: FactorPass().begin()),
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_siblings_share_z_while_their_inputs_are_the_same(case: str) -> None:
+    shared, between = BETWEEN[case]
+    first, second = pair()
+    x = randn(IN, IN, seed=8)
+    z = project(first, x)
+    owner = FactorPass()
+    if case == "another pass":
+        owner.begin()
+    else:
+        between(x)
+    again = project(second, x)
+    owner.end()
+    assert (again is z) == shared
+    torch.testing.assert_close(again, x @ second.A(x).T)
+
+
+READERS: dict[str, Callable[[AdaptedWeight, AdaptedWeight, Tensor], tuple[Tensor, Tensor]]] = {
+    "the same layer": lambda a, b, x: (project(a, x), project(a, x)),
+    "another view": lambda a, b, x: (project(a, x), project(b, x[:])),
+    "autocast": lambda a, b, x: (project(a, x), _within(torch.autocast("cpu", torch.bfloat16), b, x)),
+    "no_grad": lambda a, b, x: (project(a, x.requires_grad_()), _within(torch.no_grad(), b, x)),
+    "hooks": lambda a, b, x: (project(a, x), _within(saved_tensors_hooks(lambda t: t, lambda t: t), b, x)),
+    "both under hooks": lambda a, b, x: (
+        _within(save_on_cpu(), a, x),
+        _within(save_on_cpu(), b, x),
+    ),
+    "other matrices": lambda a, b, x: (project(a, x), project(pair()[1], x)),
+    "another rank": lambda a, b, x: (project(a, x), project(AdaptedWeight(x, RANK + 1, shared=a.shared), x)),
+    "another thread": lambda a, b, x: (project(a, x), _in_thread(b, x)),
+    "inference tensors": lambda a, b, x: tuple(project(each, _inference(x)) for each in (a, b)),
+    "vmap": lambda a, b, x: (project(a, x), torch.vmap(lambda row: project(b, row))(x)),
+    "not shared": lambda a, b, x: (setattr(a.shared, "share_inputs", False), project(a, x), project(b, x))[1:],
+}
+
+
+def _within(context: AbstractContextManager[object], adapted: AdaptedWeight, x: Tensor) -> Tensor:
+    with context:
+        return project(adapted, x)
+
+
+def _in_thread(adapted: AdaptedWeight, x: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(project, adapted, x).result()
+
+
+def _inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_z_is_shared_with_nobody_else(case: str) -> None:
+    first, second = READERS[case](*pair(), randn(IN, IN, seed=8))
+    assert first is not second
+    if first.shape == second.shape and case != "other matrices":
+        torch.testing.assert_close(first, second.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_layer_between_two_readers_of_other_inputs_ends_the_sharing() -> None:
+    first, second = pair()
+    x, other = randn(3, IN, seed=8), randn(3, IN, seed=9)
+    z = project(first, x)
+    project(first, other)
+    assert project(second, x) is not z
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_z_is_freed_with_its_inputs_or_its_graph(requires_grad: bool, leaf: bool) -> None:
+    first, _ = pair()
+    x = randn(3, IN, seed=8).requires_grad_(requires_grad)
+    x = x if leaf else 1 * x
+    z = project(first, x)
+    of_z, of_x = (StorageWeakRef(t.untyped_storage()) for t in (z, x))
+    del z
+    if leaf and requires_grad:
+        gc.collect()
+        assert of_z.expired()
+    del x
+    gc.collect()
+    assert of_z.expired()
+    assert of_x.expired()
+
+
+@pytest.mark.usefixtures("hasty_threads")
+@both
+def test_threads_do_not_disturb_one_another(tokens: int) -> None:
+    model, count = Siblings(), 4
+    given_ = [randn(tokens, IN, seed=seed) for seed in range(count)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = [[y := model(x), *torch.autograd.grad(y.square().sum(), trained)] for x in given_]
+    start = threading.Barrier(count)
+
+    def run(index: int) -> bool:
+        start.wait()
+        for _ in range(8):
+            y = model(given_[index])
+            found = y, *torch.autograd.grad(y.square().sum(), trained)
+            if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected[index], strict=True)):
+                return False
+        return True
+
+    with ThreadPoolExecutor(count) as pool:
+        assert all(pool.map(run, range(count)))
+
+
+def test_two_calls_of_one_layer_on_the_same_inputs_get_both_gradients() -> None:
+    layer, x = trained_layer(IN, OUT, RANK), inputs(THIN).requires_grad_()
+    once = gradients(layer, layer(x), x, torch.ones(THIN, OUT))
+    twice = gradients(layer, layer(x) + layer(x), x, torch.ones(THIN, OUT))
+    for name, gradient in twice.items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+
+
+@both
+@pytest.mark.parametrize("training", [True, False])
+def test_inputs_of_any_layout_give_the_same(tokens: int, training: bool) -> None:
+    layer = trained_layer(IN, OUT, RANK).train(training)
+    with torch.no_grad() if not training else nullcontext():
+        for x in (
+            randn(IN, tokens, seed=0).T,
+            randn(tokens, 2 * IN, seed=0)[:, ::2],
+            randn(IN, seed=0).expand(tokens, IN),
+        ):
+            assert not x.is_contiguous()
+            torch.testing.assert_close(layer(x), fresh_copy(layer)(x.contiguous()))
+            three = x.reshape(1, tokens, IN)
+            torch.testing.assert_close(layer(three)[0], layer(x))
+    assert train(layer) is layer
