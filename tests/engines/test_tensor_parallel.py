@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
-from dvora.matrices.shard import Shard as FeatureShard
+from dvora.matrices.interface import Shard as FeatureShard
 from tests.engines.processes import run
 from tests.engines.test_data_parallel import batch, train, vectors
 

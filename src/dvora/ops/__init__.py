@@ -1,1 +1,0 @@
-"""Room of what knows torch only: dtypes, tracing, buffers."""
