@@ -1,0 +1,390 @@
+"""After any change the outputs and gradients are those of a fresh layer: one table, for a layer and for a model.
+
+A row is something that a user can do between two passes. What a layer keeps from one pass to the next (constants of its
+weight, row factors, projected inputs) must not be seen in what comes after it.
+"""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dvora import DVoRAAdapter, SharedProjections
+from dvora.factors import Source, add_factor_pass, factors_of
+from tests.cases import COPIES, fresh_copy, linear, randn, trained_layer
+from tests.reference import worst_error
+
+WIDTH, RANK = 6, 3
+TOKENS = {"thin": 4, "folded": 30}
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "training": torch.enable_grad,
+    "evaluation": torch.no_grad,
+    "inference mode": torch.inference_mode,
+}
+
+
+class Chain(nn.Module):
+    """Layers one after another."""
+
+    def __init__(self, layers: list[DVoRAAdapter]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Subject:
+    """What is changed, and passed through in one mode."""
+
+    def __init__(self, kind: str, mode: str, tokens: int) -> None:
+        shared = SharedProjections(3)
+        self.model: nn.Module = trained_layer(WIDTH, WIDTH, RANK, shared=shared)
+        if kind == "in a model":
+            self.model = Chain([trained_layer(WIDTH, WIDTH, RANK, shared=shared), self.model])
+            add_factor_pass(self.model)
+        self.mode, self.tokens = mode, tokens
+        self.model.train(mode == "training")
+
+    @property
+    def layers(self) -> list[DVoRAAdapter]:
+        return [module for module in self.model.modules() if isinstance(module, DVoRAAdapter)]
+
+    @property
+    def layer(self) -> DVoRAAdapter:
+        """The one that is changed."""
+        return self.layers[-1]
+
+    @property
+    def base(self) -> nn.Linear:
+        return self.layer.base_layer
+
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        return list(self.layer.vectors)
+
+    def passed(self, model: nn.Module | None = None) -> list[Tensor]:
+        """The outputs, and in training the gradients of all that is trained."""
+        model = self.model if model is None else model
+        with MODES[self.mode]():
+            y = model(randn(self.tokens, WIDTH, seed=8, dtype=self.base.weight.dtype))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.mode != "training" or not y.requires_grad:
+            return [y]
+        return [y, *torch.autograd.grad(y.square().sum(), trained)]
+
+    def fresh(self) -> list[Tensor]:
+        """The same by new layers with nothing kept."""
+        layers = [fresh_copy(layer).train(layer.training) for layer in self.layers]
+        for new, layer in zip(layers, self.layers, strict=True):
+            for own, other in zip(new.parameters(), layer.parameters(), strict=True):
+                own.requires_grad_(other.requires_grad)
+        return self.passed(Chain(layers))
+
+
+def other(vector: Tensor, seed: int = 21) -> Tensor:
+    """Values like those of a vector, but different."""
+    return vector.detach() * (1.2 + 0.3 * randn(*vector.shape, seed=seed, dtype=vector.dtype).tanh())
+
+
+def new_weight(s: Subject) -> Tensor:
+    return 3 * randn(WIDTH, WIDTH, seed=11, dtype=s.base.weight.dtype)
+
+
+Change = Callable[[Subject], object]
+
+
+def of_vectors(change: Callable[[nn.Parameter], object], *indices: int) -> Change:
+    @torch.no_grad()
+    def on(s: Subject) -> None:
+        for index in indices or range(3):
+            change(s.vectors[index])
+
+    return on
+
+
+def step(make: Callable[..., torch.optim.Optimizer], of_base: bool = False, **settings: bool) -> Change:
+    """An optimizer's step along gradients from elsewhere, so that no pass comes in between."""
+
+    def change(s: Subject) -> None:
+        parameters = [s.base.weight] if of_base else s.vectors
+        optimizer = make(parameters, lr=0.1, **settings)
+        for parameter in parameters:
+            parameter.grad = randn(*parameter.shape, seed=5, dtype=parameter.dtype)
+        optimizer.step()
+        s.model.zero_grad()
+
+    return change
+
+
+def write_in_inference_mode(tensor: Tensor) -> None:
+    with torch.inference_mode():
+        tensor.mul_(1.3)
+
+
+def views_of_one_vector(s: Subject) -> Tensor:
+    whole = torch.cat([other(vector) for vector in s.vectors])
+    nn.utils.vector_to_parameters(whole, s.vectors)
+    return whole
+
+
+def write_the_vector_they_view(s: Subject) -> None:
+    whole = views_of_one_vector(s)
+    s.passed()
+    whole.mul_(1.1)
+
+
+def replace_parameters(s: Subject) -> None:
+    for name, vector in s.layer.vectors._asdict().items():
+        setattr(s.layer, name, nn.Parameter(other(vector)))
+
+
+def swap_parameters(s: Subject) -> None:
+    for vector in s.vectors:
+        torch.utils.swap_tensors(vector, nn.Parameter(other(vector)))
+
+
+def load(assign: bool) -> Change:
+    def change(s: Subject) -> None:
+        values = {name: other(value) for name, value in s.model.state_dict().items()}
+        s.model.load_state_dict(values, assign=assign)
+
+    return change
+
+
+def cast(*dtypes: torch.dtype) -> Change:
+    def change(s: Subject) -> None:
+        for dtype in dtypes:
+            s.model.to(dtype)
+            s.passed()
+
+    return change
+
+
+def train_a_step(s: Subject) -> None:
+    training = s.model.training
+    s.model.train()
+    s.model(randn(s.tokens, WIDTH, seed=9, dtype=s.base.weight.dtype)).square().sum().backward()
+    torch.optim.SGD(s.vectors, lr=1e-4).step()
+    s.model.zero_grad()
+    s.model.train(training)
+
+
+def evaluate_between_pass_and_step(s: Subject) -> None:
+    s.model(randn(s.tokens, WIDTH, seed=9)).square().sum().backward()
+    with torch.no_grad():
+        s.model(randn(s.tokens, WIDTH, seed=8))
+    torch.optim.AdamW(s.vectors, lr=0.01).step()
+    s.model.zero_grad()
+
+
+def train_the_base(s: Subject) -> None:
+    s.base.weight.requires_grad_()
+    s.model(randn(s.tokens, WIDTH, seed=9)).square().sum().backward()
+    torch.optim.SGD([s.base.weight], lr=0.001).step()
+    s.model.zero_grad()
+    s.base.weight.requires_grad_(False)
+
+
+def replace_the_base_layer(s: Subject) -> None:
+    s.layer.base_layer = linear(WIDTH, WIDTH).requires_grad_(False)
+    with torch.no_grad():
+        s.base.weight.copy_(new_weight(s))
+
+
+def in_a_thread(s: Subject) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(of_vectors(lambda v: v.mul_(1.2)), s).result()
+
+
+def explicit_step(s: Subject) -> None:
+    x = randn(s.tokens, WIDTH, seed=9)
+    s.layer.train()
+    s.layer.backward(s.layer(x).detach())
+    s.layer.update_parameters(0.01)
+    s.layer.train(s.mode == "training")
+
+
+def through(copied: Callable[[nn.Module], nn.Module]) -> Change:
+    """A copy, of which the original is changed after it was made."""
+
+    def change(s: Subject) -> None:
+        original, s.model = s.model, copied(s.model)
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.mul_(2)
+
+    return change
+
+
+def change_a_copy(s: Subject) -> None:
+    with torch.no_grad():
+        made = copy.deepcopy(s.model)
+        for parameter in made.parameters():
+            parameter.mul_(2)
+        made(randn(4, WIDTH, seed=0))
+
+
+def other_modes(s: Subject) -> None:
+    x = randn(s.tokens, WIDTH, seed=9)
+    for mode in MODES.values():
+        for training in (True, False):
+            s.model.train(training)
+            with mode():
+                s.model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        s.model(x)
+    s.model.train(s.mode == "training")
+
+
+def an_error_in_a_pass(s: Subject) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        s.model(randn(4, WIDTH, seed=0).long())
+    with pytest.raises(ValueError, match="width"):
+        s.model(randn(4, WIDTH + 1, seed=0))
+
+
+def values_for_one_call(s: Subject) -> None:
+    values = {name: 2 * parameter.detach() for name, parameter in s.model.named_parameters()}
+    functional_call(s.model, values, randn(s.tokens, WIDTH, seed=9))
+
+
+def toggle(*names: str) -> Change:
+    def change(s: Subject) -> None:
+        for parameter in map(s.layer.get_parameter, names):
+            parameter.requires_grad_(False)
+        s.passed()
+        for parameter in map(s.layer.get_parameter, names):
+            parameter.requires_grad_()
+
+    return change
+
+
+def freeze(*names: str) -> Change:
+    return lambda s: [s.layer.get_parameter(name).requires_grad_(False) for name in names]
+
+
+def move_the_layer(s: Subject) -> None:
+    values = {name: other(value) for name, value in s.model.state_dict().items()}
+    s.model.to("meta").to_empty(device="cpu").load_state_dict(values)
+
+
+OPTIMIZERS = {
+    f"{make.__name__} {way}": (make, settings)
+    for make in (torch.optim.SGD, torch.optim.AdamW)
+    for way, settings in {
+        "one by one": {"foreach": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }.items()
+}
+CHANGES: dict[str, Change] = {
+    **{f"{name} of vectors": step(make, **settings) for name, (make, settings) in OPTIMIZERS.items()},
+    **{f"{name} of the base": step(make, True, **settings) for name, (make, settings) in OPTIMIZERS.items()},
+    "magnitude": of_vectors(lambda v: v.copy_(other(v)), 0),
+    "lambda_b": of_vectors(lambda v: v.copy_(other(v)), 1),
+    "lambda_d": of_vectors(lambda v: v.copy_(other(v)), 2),
+    "one value": of_vectors(lambda v: v[2].mul_(1.01), 0),
+    "through detach": of_vectors(lambda v: v.detach().mul_(1.1)),
+    "in inference mode": of_vectors(write_in_inference_mode, 0),
+    "in a thread": in_a_thread,
+    "set_parameters": lambda s: s.layer.set_parameters(other(s.layer.get_parameters())),
+    "explicit step": explicit_step,
+    "magnitude's data in place": of_vectors(lambda v: v.data.copy_(other(v)), 0),
+    "lambda_b's data in place": of_vectors(lambda v: v.data.copy_(other(v)), 1),
+    "lambda_d's data in place": of_vectors(lambda v: v.data.copy_(other(v)), 2),
+    "NumPy": of_vectors(lambda v: v.detach().numpy().fill(0.7), 0),
+    "data assigned": of_vectors(lambda v: setattr(v, "data", other(v))),
+    "views of one vector": views_of_one_vector,
+    "the vector they view": write_the_vector_they_view,
+    "parameters replaced": replace_parameters,
+    "parameters swapped": swap_parameters,
+    "vectors in float64": of_vectors(lambda v: setattr(v, "data", other(v).double())),
+    "loaded": load(assign=False),
+    "loaded with assign": load(assign=True),
+    "through the meta device": move_the_layer,
+    "no change": lambda s: None,
+    "cast to double": cast(torch.float64),
+    "cast to bfloat16": cast(torch.bfloat16),
+    "cast to bfloat16 and back": cast(torch.bfloat16, torch.float32),
+    "trained a step": train_a_step,
+    "evaluated between pass and step": evaluate_between_pass_and_step,
+    "base in place": torch.no_grad()(lambda s: s.base.weight.copy_(new_weight(s))),
+    "bias in place": torch.no_grad()(lambda s: s.base.bias.mul_(2)),
+    "base's data assigned": lambda s: setattr(s.base.weight, "data", new_weight(s)),
+    "base replaced": lambda s: setattr(s.base, "weight", nn.Parameter(new_weight(s), False)),
+    "base layer replaced": replace_the_base_layer,
+    "base trained": train_the_base,
+    "bias trained": lambda s: s.base.bias.requires_grad_(),
+    "magnitude frozen": freeze("magnitude"),
+    "lambda_b and lambda_d frozen": freeze("lambda_b", "lambda_d"),
+    "all frozen": freeze("magnitude", "lambda_b", "lambda_d"),
+    "magnitude frozen and trained again": toggle("magnitude"),
+    "all frozen and trained again": toggle("magnitude", "lambda_b", "lambda_d"),
+    "other modes": other_modes,
+    "an error in a pass": an_error_in_a_pass,
+    "values for one call": values_for_one_call,
+    "a copy changed": change_a_copy,
+    **{name: through(copied) for name, copied in COPIES.items()},
+}
+SAME_OUTPUTS = {
+    *COPIES,
+    "no change",
+    "cast to double",
+    "a copy changed",
+    "an error in a pass",
+    "values for one call",
+    "other modes",
+    "bias trained",
+    "magnitude frozen",
+    "lambda_b and lambda_d frozen",
+    "all frozen",
+    "magnitude frozen and trained again",
+    "all frozen and trained again",
+}
+"""Changes that are none of the values."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["a layer", "in a model"])
+@pytest.mark.parametrize("mode", MODES)
+def test_after_a_change_the_pass_is_that_of_a_fresh_layer(mode: str, kind: str, change: str) -> None:
+    for tokens in TOKENS.values() if mode == "training" else (TOKENS["thin"],):
+        subject = Subject(kind, mode, tokens)
+        before, *_ = [subject.passed()[0] for _ in range(3)]
+        CHANGES[change](subject)
+        expected = subject.fresh()
+        assert torch.allclose(expected[0].to(before.dtype), before, 1e-4, 1e-5) == (change in SAME_OUTPUTS)
+        for _ in range(3):
+            found = subject.passed()
+            for ours, theirs in zip(found, expected, strict=True):
+                assert worst_error(ours, theirs.double()) < (1e-2 if ours.dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("write", ["counted", "uncounted", "data assigned", "another tensor"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_after_a_change_the_strength_is_the_new_one(trained: bool, write: str) -> None:
+    layer, strength = trained_layer(WIDTH, WIDTH, RANK), torch.tensor(0.5)
+
+    def scale() -> Tensor:
+        with torch.set_grad_enabled(trained):
+            return factors_of(Source(layer.adapted, layer.vectors, strength), layer.base_layer.weight).scale
+
+    full = 2 * scale()
+    scale()
+    if write == "counted":
+        strength.fill_(0.25)
+    elif write == "uncounted":
+        strength.numpy().fill(0.25)
+    elif write == "data assigned":
+        strength.data = torch.tensor(0.25)
+    else:
+        strength = torch.tensor(0.25)
+    torch.testing.assert_close(scale(), 0.25 * full)
