@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..tuner.layers.base_layer import check_gradient
-from ..tuner.layers.outputs import ActiveAdapter, adapted_outputs
+from ..tuner.layers.outputs import ActiveAdapter, adapted_outputs, check_gradient
 from .factors import LayerPlace
 from .rows import CurrentRows
 from .served import ServedHead, ServedLayer

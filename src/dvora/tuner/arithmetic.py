@@ -9,13 +9,13 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..functional import Vectors
 from ..checks import checked_strength
-from .weighted_sum import WeightedAdapter, interpolated, weighted_sum
+from ..functional import Vectors
 from .config import DVoRAConfig
 from .layers.layer import DVoRALayer, check_unmerged, layers_of
 from .layers.vectors import strength_key
 from .restoring import on_failure
+from .weighted_sum import WeightedAdapter, interpolated, weighted_sum
 
 INSTEAD = (
     "Activate them together instead, set_adapter([...]) with set_strength as their weights: outputs and merges are "

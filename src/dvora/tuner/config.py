@@ -13,9 +13,6 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from ..matrices.interface import FORMAT_VERSION, SharedProjections, checked_distribution
-from ..matrices.vera import vera_sizes
-from ..functional import Vectors
 from ..checks import (
     checked_alpha,
     checked_d_initial,
@@ -24,6 +21,9 @@ from ..checks import (
     checked_strength,
     fits_float32,
 )
+from ..functional import Vectors
+from ..matrices.interface import FORMAT_VERSION, SharedProjections, checked_distribution
+from ..matrices.vera import vera_sizes
 from .adapter_folder import AdapterFile, Shape, shapes_in
 from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -18,15 +19,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..functional import Vectors
 from ..factors import add_factor_pass, remove_factor_pass
+from ..functional import Vectors
 from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .config import DVoRAConfig, own_config
 from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype
 from .injecting.inject import PreparedTarget, add_adapter
 from .injecting.targets import find_targets, matches, names_found, wrap
 from .layers.layer import DVoRALayer, check_unmerged, layers_in, layers_of
-from .layers.mixed_rows import in_progress
+from .layers.mixed_rows import in_progress, this_thread
 from .layers.opaque_weight import keep_differentiable
 from .merging import merge_model, merging, unmerge_before_adding, unmerge_model
 from .mixed_batch import adapter_names_passed
@@ -297,7 +298,9 @@ class DVoRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` to every layer for the time of one forward pass; PEFT calls this."""
         if (names := kwargs.get("adapter_names")) is None:
-            with in_progress(None):
+            # A model within another whose rows have adapters of their own has no part in those.
+            alone = torch.compiler.is_compiling() or this_thread.batch is None
+            with nullcontext() if alone else in_progress(None):
                 yield
             return
         has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)

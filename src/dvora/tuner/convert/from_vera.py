@@ -13,10 +13,9 @@ from peft import PeftModel, VeraConfig
 from peft.tuners.vera import VeraLayer, VeraModel
 from torch import Tensor
 
-from ...matrices.vera import VeraSizes, drawn
 from ... import functional as F
-from ...tensors import Float
-from ...tensors import norm_dtype
+from ...matrices.vera import VeraSizes, drawn
+from ...tensors import Float, norm_dtype
 from ..adapter_folder import PEFT_PREFIX
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of

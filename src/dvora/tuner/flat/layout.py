@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engines import is_dtensor
 from ...checks import FAR
+from ...engines import is_dtensor
 from ...functional import Vectors
 from ...tensors import Float
 from ..adapter_folder import VECTOR_PREFIX

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...engines import is_dtensor, weight_in_memory
 from ...factors import StackConstants, stacked_factors
 from ...functional import Vectors
-from ...weight import AdaptedWeight
 from ...tensors import Float
+from ...weight import AdaptedWeight
 from ..layers.layer import DVoRALayer
 
 

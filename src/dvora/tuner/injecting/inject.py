@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import torch
 
+from ...checks import check_bias, checked_direction
+from ...functional import Vectors
 from ...matrices import philox
 from ...matrices.interface import SharedProjections
-from ...functional import Vectors
-from ...checks import check_bias, checked_direction
 from ...weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of
-from ..layers.base_layer import Fingerprinted, bias_of
+from ..layers.base_layer import Fingerprinted
 from ..layers.layer import DVoRALayer
 from ..layers.layer_types import padding_column
+from ..layers.outputs import bias_of
 from .targets import Target, matches
 
 _RANDOM_START_STREAM = 2**32

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...engines import full_tensor
-from ...engines import is_partitioned
 from ...checks import check_weight
+from ...engines import full_tensor, is_partitioned
 from ..config import DVoRAConfig
 from ..layers import low_rank
 from ..layers.base_layer import readable_weight, stored_weight

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...engines import is_dtensor, local
-from ...engines import is_partitioned
+from ...engines import is_dtensor, is_partitioned
 from ...tensors import TensorVersion
 from .layer_types import LayerType
 from .opaque_weight import read_bias, read_operating_weight
@@ -64,12 +62,6 @@ def readable_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str
         return stored
 
 
-def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
-    """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
-    bias = getattr(layer, "bias", None)
-    return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured
-
-
 def measured_bias(layer: nn.Module, layer_type: LayerType) -> Tensor | None:
     """The bias of a layer that hides it or is offloaded; None if every pass can read it from the layer."""
     bias = getattr(layer, "bias", None)
@@ -81,23 +73,3 @@ def measured_bias(layer: nn.Module, layer_type: LayerType) -> Tensor | None:
         loaded = layer.bias
         assert isinstance(loaded, Tensor)
         return None if loaded.is_meta else loaded.detach().clone()
-
-
-def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
-    """An update in the memory format of the base's output, so that their sum keeps it (channels_last)."""
-    if update.stride() == output.stride():
-        return update
-    return torch.empty_like(output, dtype=update.dtype).copy_(update)
-
-
-def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: Tensor, name: str) -> None:
-    """Refuse to train through a layer whose forward pass has no backward pass.
-
-    Raises:
-        RuntimeError: the input requires a gradient, and the output does not.
-    """
-    if not layer_type.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
-        raise RuntimeError(
-            f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
-            "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
-        )

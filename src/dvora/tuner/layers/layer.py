@@ -18,12 +18,12 @@ from ...matrices.interface import SharedProjections, checked_distribution
 from ...tensors import Float, is_traced
 from ...weight import AdaptedWeight
 from .base_fingerprint import fingerprint_of
-from .base_layer import Fingerprinted, bias_of, check_gradient, measured_bias
+from .base_layer import Fingerprinted, measured_bias
 from .layer_types import LayerType, layer_type_of
 from .mergeable import MergeableLayer, Merges
 from .mixed_rows import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
 from .opaque_weight import device_of, input_dtype, keep_differentiable
-from .outputs import ActiveAdapter, adapted_outputs
+from .outputs import ActiveAdapter, adapted_outputs, bias_of, check_gradient
 from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in
 
 
@@ -150,7 +150,7 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if self._disable_adapters and self.merged:
             self.unmerge()
         base: Any = self._modules["base_layer"]
-        if self._disable_adapters or self.serves_merged():
+        if self._disable_adapters or (self.merges.last is not None and self.serves_merged()):
             return cast(Tensor, base(x))
         adapters = self._active(self.active_adapters)
         if len(adapters) == 1:

@@ -11,10 +11,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
-from ...engines import is_dtensor
 from ...checks import computes_as
-from ...weight import AdaptedWeight
-from ...weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, Layout
+from ...engines import is_dtensor
+from ...weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, AdaptedWeight, Layout
 from . import low_rank
 
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]

@@ -48,7 +48,7 @@ class _Thread(threading.local):
     batch: Batch | None = None
 
 
-_thread = _Thread()
+this_thread = _Thread()
 
 
 @contextmanager
@@ -58,13 +58,13 @@ def in_progress(batch: Batch | None) -> Iterator[None]:
         # A compiled graph has no thread of its own.
         yield
         return
-    before = _thread.batch
+    before = this_thread.batch
 
     def back() -> None:
-        _thread.batch = before
+        this_thread.batch = before
 
     with surely(back):
-        _thread.batch = batch
+        this_thread.batch = batch
         yield
 
 
@@ -79,7 +79,7 @@ def updates_in(
         dimensions: of the layer's outputs.
         make: makes them.
     """
-    batch = None if is_traced() or grad_recorded() else _thread.batch
+    batch = None if is_traced() or grad_recorded() else this_thread.batch
     if batch is None or (adapter_names is not batch.names and adapter_names is not batch.in_encoder):
         return make()
     key = id(layer), id(adapter_names), dimensions
@@ -90,7 +90,7 @@ def updates_in(
 
 def is_in_progress(batch: Batch) -> bool:
     """Whether a batch is the current one of this thread."""
-    return _thread.batch is batch
+    return this_thread.batch is batch
 
 
 def mixed_outputs(

@@ -16,8 +16,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...matrices import philox
-from ...tensors import Float
-from ...tensors import full_precision
+from ...tensors import Float, full_precision
 from .layer_types import sizes_of
 
 CHUNK = 512

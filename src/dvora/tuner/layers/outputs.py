@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ... import functional as F
+from ...engines import local
 from ...factors import Factors
 from ...layer import thin_outputs
 from ...tensors import Float
 from ...weight import AdaptedWeight
-from .base_layer import laid_out_like
 from .layer_types import LayerType
 from .low_rank import linear
 
@@ -72,4 +73,30 @@ def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
     if adapter.dropout is not None:
         raise ValueError(
             f"{adapted.name}: every process would drop different inputs of a sharded weight; set dvora_dropout=0"
+        )
+
+
+def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
+    """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
+    bias = getattr(layer, "bias", None)
+    return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured
+
+
+def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
+    """An update in the memory format of the base's output, so that their sum keeps it (channels_last)."""
+    if update.stride() == output.stride():
+        return update
+    return torch.empty_like(output, dtype=update.dtype).copy_(update)
+
+
+def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: Tensor, name: str) -> None:
+    """Refuse to train through a layer whose forward pass has no backward pass.
+
+    Raises:
+        RuntimeError: the input requires a gradient, and the output does not.
+    """
+    if not layer_type.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
+        raise RuntimeError(
+            f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
+            "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
         )

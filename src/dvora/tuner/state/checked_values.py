@@ -16,10 +16,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...engines import weight_in_memory
-from ...matrices.interface import SharedProjections
-from ...functional import Vectors
 from ...checks import FAR, MAX_RANK
+from ...engines import weight_in_memory
+from ...functional import Vectors
+from ...matrices.interface import SharedProjections
 from ..adapter_folder import (
     MATRIX_PREFIX,
     PEFT_PREFIX,
