@@ -22,8 +22,8 @@ def own_factors(layer: DVoRALayer, adapter_name: str = "default") -> LayerFactor
     """What a layer makes for itself."""
     with torch.no_grad():
         (active,) = layer._active([adapter_name])
-    trained, lambda_d = active.update.factors.packed.trained, active.update.factors.packed.lambda_d
-    return LayerFactors(*trained, lambda_d)
+    gain_minus_one, scale, lambda_d, *_ = active.factors
+    return LayerFactors(gain_minus_one, scale, lambda_d)
 
 
 def layers(model: PeftModel) -> dict[str, DVoRALayer]:

@@ -39,13 +39,13 @@ def test_a_weight_that_is_not_at_hand_is_never_measured(left: tuple[int] | None)
     for _, layer in dvora_layers(model):
         weight = layer.base_layer.weight
         take_away(layer.base_layer, torch.full(weight.shape if left is None else left, 7.0))
-    constants = [layer.adapted("default").C for _, layer in dvora_layers(model)]
+    norms = [layer.adapted("default").w for _, layer in dvora_layers(model)]
     assert same_bits(outputs(model), expected)
     found = gradients(model)
     assert found.keys() == expected_gradients.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected_gradients[name])
-    assert all(layer.adapted("default").C is C for (_, layer), C in zip(dvora_layers(model), constants, strict=True))
+    assert all(layer.adapted("default").w is w for (_, layer), w in zip(dvora_layers(model), norms, strict=True))
 
 
 def test_a_plain_layer_does_not_measure_it_either() -> None:

@@ -1,0 +1,94 @@
+"""How many files a reader must follow: those of the library that run in a step, an evaluation, a bank's batch, a load.
+
+A file more on a walk is a reason to ask whether the code lives where it must; the numbers below may only fall.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import dvora
+from tests.tuner.tiny import train_vectors
+
+LIBRARY = Path(dvora.__file__).parent
+STEP, EVALUATION, BATCH, LOAD = 13, 12, 18, 35
+"""As they are; the aims are 8, 7, 9 and 12."""
+
+
+def base() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=64, **sizes)).eval()
+
+
+def adapted() -> PeftModel:
+    return get_peft_model(base(), dvora.DVoRAConfig(r=8, target_modules=["query", "value", "dense"]))
+
+
+def ids() -> torch.Tensor:
+    return torch.arange(4 * 16).view(4, 16) % 40
+
+
+def files_of(call: Callable[[], object]) -> set[str]:
+    """The files under `src/dvora` that run in a call that has run before."""
+    call()
+    call()
+    paths: set[str] = set()
+    sys.setprofile(lambda frame, event, _: paths.add(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return {str(Path(path).relative_to(LIBRARY)) for path in paths if path.startswith(f"{LIBRARY}/")}
+
+
+def check(what: str, files: set[str], limit: int) -> None:
+    walk = f"{what}: {len(files)} files\n    " + "\n    ".join(sorted(files))
+    print(f"\n{walk}")
+    assert len(files) <= limit, walk
+
+
+@pytest.mark.parametrize("tokens", [2, 64], ids=["few tokens", "many tokens"])
+def test_a_training_step(tokens: int) -> None:
+    model, batch = adapted().train(), ids()[:, :16].flatten()[:tokens].view(1, -1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def step() -> None:
+        model(input_ids=batch).logits.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    check(f"a training step of {tokens} tokens", files_of(step), STEP)
+
+
+def test_an_evaluation() -> None:
+    model = adapted().eval()
+    check("an evaluation", files_of(torch.no_grad()(lambda: model(input_ids=ids()))), EVALUATION)
+
+
+def test_a_batch_of_the_bank(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        model = adapted()
+        train_vectors(model, seed=seed)
+        model.save_pretrained(tmp_path / name)
+    model = base()
+
+    def batch() -> None:
+        with torch.no_grad(), bank.rows(["a", "b", None, "a"]):
+            model(input_ids=ids())
+
+    with dvora.AdapterBank(model) as bank:
+        bank.add_folder(tmp_path)
+        check("a batch of the bank", files_of(batch), BATCH)
+
+
+def test_a_load(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    check("a load", files_of(lambda: PeftModel.from_pretrained(base(), tmp_path)), LOAD)
