@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
-from .engines import TensorParallelShard, check_whole, full_tensor, is_dtensor, is_in_memory, local, shard_of
+from .engines import (
+    TensorParallelShard,
+    check_whole,
+    full_tensor,
+    gathers_uncounted,
+    is_dtensor,
+    is_in_memory,
+    local,
+    shard_of,
+)
 from .functional import Direction, RowFactors, Vectors
 from .matrices.interface import Matrices, SharedProjections
 from .tensors import Float, TensorVersion, as_dtype, at_least_float32, full_precision, norm_dtype
@@ -154,6 +163,8 @@ class AdaptedWeight(nn.Module):
         self.kept: Any = None
         """Row factors of the last pass (`factors`)."""
         self._weight_version: TensorVersion | None = None
+        self._sample: Tensor | None = None
+        """Of the weight's values, where FSDP2 gathers them into other memory in every pass."""
         self._weight: weakref.ref[Tensor] | None = None
         self.register_buffer("w", None, persistent=False)
         self.register_buffer("C", None, persistent=False)
@@ -202,15 +213,13 @@ class AdaptedWeight(nn.Module):
         return weight if weight is not None and is_in_memory(weight) else None
 
     def is_trained(self, weight: Tensor | None) -> bool:
-        """Whether the constants are computed in this pass, from a weight that is trained or transformed."""
-        if weight is None:
-            return False
-        if torch.compiler.is_compiling():
-            # A compiled graph cannot ask whether gradients are recorded.
-            return weight.requires_grad
-        if weight.requires_grad and torch.is_grad_enabled():
-            return True
-        return torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        """Whether the constants are computed in every pass, from a weight that is trained or transformed.
+
+        In evaluation too: not every optimizer's step is counted as a write.
+        """
+        if weight is None or weight.requires_grad:
+            return weight is not None
+        return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """The factors of the rows by the definition, differentiated by PyTorch, also with respect to the weight."""
@@ -242,9 +251,7 @@ class AdaptedWeight(nn.Module):
             return q
         return q - matrices.expand(lambda_d * self._padding_of_A(lambda_d), len(self.w)).square()
 
-    def squares_gradient(
-        self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"]
-    ) -> Float[Tensor, "*L R"]:
+    def squares_gradient(self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L R"]:
         """The gradient of `(d_q * q).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
@@ -267,13 +274,17 @@ class AdaptedWeight(nn.Module):
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
-        if is_in_memory(weight) and (self._weight_version is None or not self._weight_version.is_of(local(weight))):
+        if not is_in_memory(weight) or (self._weight_version is not None and self._weight_version.is_of(local(weight))):
+            return
+        if self._sample is not None and torch.equal(self._sample, _sample(local(weight))):
+            self._weight_version = TensorVersion.of(local(weight))
+        else:
             self.refresh(weight)
 
     def refresh_after_load(self, weight: Tensor) -> None:
         """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
-            self._weight_version = self.kept = None
+            self._weight_version = self._sample = self.kept = None
         else:
             self.refresh_if_stale(weight)
 
@@ -300,6 +311,7 @@ class AdaptedWeight(nn.Module):
             C = self._cross(matrix, w).to(self._constant_dtype(matrix))
             if shard is not None:
                 w, C = shard.of_rows(w), shard.of_rows(C)
+            self._sample = _sample(local(weight)) if gathers_uncounted() else None
         self.w, self.C, self.shard, self._weight_version, self.kept = w, C, shard, version, None
         self._weight = weakref.ref(weight)
 
@@ -364,7 +376,7 @@ class AdaptedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
         buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
-        kept = {"kept": None, "_weight_version": None, "_weight": None, "shard": None}
+        kept = {"kept": None, "_weight_version": None, "_sample": None, "_weight": None, "shard": None}
         return {**self.__dict__, **kept, "_buffers": buffers}
 
 
@@ -376,6 +388,16 @@ def _row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
         # On the CPU, since not every device has float64.
         w[tiny] = torch.linalg.vector_norm(matrix[tiny].cpu(), dim=1, dtype=torch.float64).to(w)
     return w
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> Float[Tensor, "2 O"]:
+    """The norm of every row, and its product with one fixed vector, which differs for other signs and places."""
+    rows = weight.detach().flatten(1)
+    # Multiples of an irrational number, so that no two columns get the same weight.
+    fixed = torch.frac(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) * 0.6180339887)
+    norms = F.row_norm(rows)
+    return torch.stack([norms, (rows @ (fixed - 0.5).to(rows.dtype)).to(norms.dtype)])
 
 
 def _without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:
