@@ -465,6 +465,8 @@ def _found_or_made(source: Source, running: "Pass | None") -> Factors:
     if kept is None:
         kept = adapted.kept = _Kept()
     if grad_recorded() and source.is_trained():
+        # Not every optimizer's step is counted as a write.
+        kept.evaluated = None
         trained = kept.trained_now(source, running)
         if trained is not None:
             return trained
@@ -582,8 +584,9 @@ class Evaluated:
             if source.adapted.w is not self._norms[key] or source.state() != self._states[key]:
                 return False
         if self._copies is None:
-            # Gathered values have no versions, and inference tensors neither.
-            return not (gathers_uncounted() or any(tensor.is_inference() for tensor in self._inputs))
+            # Gathered values have no versions, inference tensors neither, and a fused optimizer's step is not counted.
+            unsure = any(t.is_inference() or (t.is_leaf and t.grad is not None) for t in self._inputs)
+            return not (unsure or gathers_uncounted())
         now = _joined_values(self._inputs)
         return now is not None and now.dtype == self._copies.dtype and torch.equal(now, self._copies)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -128,16 +127,6 @@ def saved_tensors_are_hooked() -> bool:
 def version_of(tensor: Tensor) -> int:
     """PyTorch's version counter; -1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _count_step(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
-    """Count an optimizer's step as a write: fused optimizers, and those of other packages, do not."""
-    if not torch.compiler.is_compiling():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.autograd.graph.increment_version([p for p in parameters if p.grad is not None and not p.is_inference()])
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class TensorVersion(NamedTuple):

@@ -274,7 +274,9 @@ class AdaptedWeight(nn.Module):
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
-        if not is_in_memory(weight) or (self._weight_version is not None and self._weight_version.is_of(local(weight))):
+        known = self._weight_version
+        # A step of a fused optimizer is not counted as a write.
+        if not is_in_memory(weight) or (known and not weight.requires_grad and known.is_of(local(weight))):
             return
         if self._sample is not None and torch.equal(self._sample, _sample(local(weight))):
             self._weight_version = TensorVersion.of(local(weight))
