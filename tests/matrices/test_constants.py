@@ -143,6 +143,7 @@ def test_a_copy_shares_the_constants_and_a_file_holds_none(distribution: str) ->
     assert all(twin.impl._constants[key] is constant for key, constant in shared.impl._constants.items())
     twin.impl.reserve(2, 2, 2, torch.float32)
     assert twin.impl._constants.keys() != shared.impl._constants.keys()
+    assert twin.impl._reserved.keys() != shared.impl._reserved.keys()
     assert len(pickle.dumps(shared)) < 2000
 
 

@@ -158,7 +158,7 @@ def test_matrices_of_a_file_are_those_of_the_seed() -> None:
 
 def test_layers_that_are_part_of_others_add_nothing_to_a_file() -> None:
     shared = SharedProjections(5)
-    for sizes in ((3, 8, 4), (2, 8, 4), (3, 7, 4), (4, 8, 3)):
+    for sizes in ((3, 8, 4), (2, 8, 4), (3, 7, 4), (4, 8, 3), (4, 8, 2)):
         shared.reserve(*sizes)
         shared.reserve(*sizes, torch.bfloat16)
     saved = shared.saved_tensors()
@@ -184,6 +184,13 @@ def test_a_file_holds_nothing_of_structured_matrices() -> None:
 def test_a_matrix_of_a_file_with_an_unknown_name_is_refused(name: str, distribution: str) -> None:
     with pytest.raises(ValueError, match=f"matrix {name} differs"):
         SharedProjections(0, distribution).check_saved_tensors({name: torch.zeros(2, 3)})
+
+
+@every_distribution
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3, 4)], ids=str)
+def test_a_matrix_of_a_file_that_is_no_matrix_is_refused(shape: tuple[int, ...], distribution: str) -> None:
+    with pytest.raises(ValueError, match="matrix stream_0 differs"):
+        SharedProjections(0, distribution).check_saved_tensors({"stream_0": torch.zeros(shape)})
 
 
 def test_a_matrix_of_a_file_with_one_value_changed_is_refused() -> None:

@@ -172,9 +172,7 @@ class Matrices(nn.Module):
         """A constant in float32 or float64, on the CPU, from the seed: M of a side, or G; it has a method `to`."""
         if name == "G":
             A = self._whole("A", rank, self._total("A", size), torch.float64)
-            G = A @ A.T
-            # A product need not be symmetric to the last bit.
-            return ((G + G.T) / 2).to(dtype)
+            return (A @ A.T).to(dtype)
         return self._values("A" if name == "A" else "B", rank, size, dtype)
 
     def _values(self, side: Side, rank: int, size: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
