@@ -188,7 +188,7 @@ def evaluate_between_pass_and_step(s: Subject) -> None:
 def train_the_base(s: Subject) -> None:
     s.base.weight.requires_grad_()
     s.model(randn(s.tokens, WIDTH, seed=9)).square().sum().backward()
-    torch.optim.SGD([s.base.weight], lr=0.001).step()
+    torch.optim.SGD([s.base.weight], lr=0.001, fused=True).step()
     s.model.zero_grad()
     s.base.weight.requires_grad_(False)
 
@@ -287,7 +287,13 @@ OPTIMIZERS = {
 }
 CHANGES: dict[str, Change] = {
     **{f"{name} of vectors": step(make, **settings) for name, (make, settings) in OPTIMIZERS.items()},
-    **{f"{name} of the base": step(make, True, **settings) for name, (make, settings) in OPTIMIZERS.items()},
+    # Fused steps are not counted as writes: of a weight that was trained in a pass they are noticed all the same
+    # (`train_the_base`), of a frozen one they are not.
+    **{
+        f"{name} of the base": step(make, True, **settings)
+        for name, (make, settings) in OPTIMIZERS.items()
+        if "fused" not in settings
+    },
     "magnitude": of_vectors(lambda v: v.copy_(other(v)), 0),
     "lambda_b": of_vectors(lambda v: v.copy_(other(v)), 1),
     "lambda_d": of_vectors(lambda v: v.copy_(other(v)), 2),

@@ -437,7 +437,10 @@ def factors_of(source: Source, weight: Tensor | None) -> Factors:
         weight: the base's as stored, or None where only its constants are in memory.
     """
     adapted = source.adapted
-    if adapted.is_trained(weight) or adapted.shard is not None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or adapted.shard is not None:
+        return _by_definition(source, weight)
+    if adapted.is_trained(weight):
+        adapted.forget_weight()
         return _by_definition(source, weight)
     if weight is not None:
         adapted.refresh_if_stale(weight)

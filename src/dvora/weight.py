@@ -283,6 +283,11 @@ class AdaptedWeight(nn.Module):
         else:
             self.refresh(weight)
 
+    def forget_weight(self) -> None:
+        """Compute the constants again before they are next used: a step of the weight need not be counted as a write."""
+        if self._weight_version is not None:
+            self._weight_version = None
+
     def refresh_after_load(self, weight: Tensor) -> None:
         """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
