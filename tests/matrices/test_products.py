@@ -143,6 +143,16 @@ def test_squares_and_their_gradient_are_those_of_the_dense_rows(
     assert worst_error(found, gradient) < TOLERANCE[dtype]
 
 
+@every_kind
+@pytest.mark.parametrize("sizes", [(16, 64, 64), (64, 1024, 768), (300, 128, 100), (7, 97, 33)], ids=str)
+def test_a_layer_has_the_same_squares_alone_as_with_others(kind: str, sizes: tuple[int, int, int]) -> None:
+    ours, (rank, in_features, out_features) = SharedProjections(SEED, kind).impl, sizes
+    lambda_d = randn(5, rank, seed=0)
+    together = ours.squares(lambda_d, in_features, out_features)
+    for layer, squares in zip(lambda_d, together, strict=True):
+        assert torch.equal(ours.squares(layer, in_features, out_features), squares)
+
+
 def differentiable(kind: str, rank: int = 5) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     """All that has derivatives, on inputs in float64: 6 inputs, 4 outputs, two tokens."""
     ours = SharedProjections(SEED, kind).impl
