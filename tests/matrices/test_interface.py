@@ -99,10 +99,6 @@ def test_structured_blocks_are_independent() -> None:
     assert not torch.isclose(*blocks).all(1).any()
 
 
-def test_A_and_B_share_no_values() -> None:
-    assert not torch.isin(SharedProjections(0).A(8, 8), SharedProjections(0).B(8, 8)).any()
-
-
 @every_distribution
 def test_A_and_B_are_uncorrelated_and_so_are_those_of_two_seeds(distribution: str) -> None:
     shared, other = SharedProjections(0, distribution), SharedProjections(1, distribution)
@@ -114,13 +110,6 @@ def test_A_and_B_are_uncorrelated_and_so_are_those_of_two_seeds(distribution: st
 def test_fingerprints_tell_seeds_and_distributions_apart() -> None:
     prints = {SharedProjections(seed, name).fingerprint() for seed in (0, 1, 2**64 - 1) for name in DISTRIBUTIONS}
     assert len(prints) == 3 * len(DISTRIBUTIONS)
-
-
-@every_distribution
-def test_a_fingerprint_does_not_depend_on_what_was_made(distribution: str) -> None:
-    used = SharedProjections(3, distribution)
-    used.reserve(8, 100, 50)
-    assert used.fingerprint() == SharedProjections(3, distribution).fingerprint()
 
 
 @pytest.mark.parametrize("seed", [True, 1.0, "1", None])
@@ -154,6 +143,9 @@ def test_matrices_of_a_file_are_those_of_the_seed() -> None:
     SharedProjections(5).check_saved_tensors(saved)
     with pytest.raises(ValueError, match=r"stream_0.* seed 6"):
         SharedProjections(6).check_saved_tensors(saved)
+    saved["stream_1"][2, 3] += 1e-6
+    with pytest.raises(ValueError, match="matrix stream_1 differs"):
+        shared.check_saved_tensors(saved)
 
 
 def test_layers_that_are_part_of_others_add_nothing_to_a_file() -> None:
@@ -180,26 +172,11 @@ def test_a_file_holds_nothing_of_structured_matrices() -> None:
 
 
 @every_distribution
-@pytest.mark.parametrize("name", ["stream_2", "stream", "weight", "gram_3x8_float32", ""])
-def test_a_matrix_of_a_file_with_an_unknown_name_is_refused(name: str, distribution: str) -> None:
+@pytest.mark.parametrize("name", ["stream_0", "stream_2", "stream", "weight", "gram_3x8_float32", ""])
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3), (2, 3, 4)], ids=str)
+def test_what_is_no_matrix_of_the_seed_is_refused(shape: tuple[int, ...], name: str, distribution: str) -> None:
     with pytest.raises(ValueError, match=f"matrix {name} differs"):
-        SharedProjections(0, distribution).check_saved_tensors({name: torch.zeros(2, 3)})
-
-
-@every_distribution
-@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3, 4)], ids=str)
-def test_a_matrix_of_a_file_that_is_no_matrix_is_refused(shape: tuple[int, ...], distribution: str) -> None:
-    with pytest.raises(ValueError, match="matrix stream_0 differs"):
-        SharedProjections(0, distribution).check_saved_tensors({"stream_0": torch.zeros(shape)})
-
-
-def test_a_matrix_of_a_file_with_one_value_changed_is_refused() -> None:
-    shared = SharedProjections()
-    shared.reserve(3, 8, 4)
-    saved = {name: matrix.clone() for name, matrix in shared.saved_tensors().items()}
-    saved["stream_1"][2, 3] += 1e-6
-    with pytest.raises(ValueError, match="matrix stream_1 differs"):
-        shared.check_saved_tensors(saved)
+        SharedProjections(0, distribution).check_saved_tensors({name: torch.zeros(shape)})
 
 
 def test_the_printed_form_names_seed_and_distribution() -> None:
