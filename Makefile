@@ -30,7 +30,7 @@ test: setup  ## the whole suite, in two processes; WORKERS=8 for more
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # The mathematics and the layers: no models, no compilers.
-CORE := ops matrices method weight test_training.py
+CORE := matrices $(patsubst %,test_%.py,functional tensors weight factors layer adapter changes training)
 test-core: setup  ## what is fast: the mathematics and the layers
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(CORE:%=tests/%)
 
@@ -47,8 +47,8 @@ examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" f
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
 
-fuzz: setup  ## the long runs: histories of surgery, of state and of banks, every damaged adapter folder, 140 kills of commands
-	$(PY) -m pytest --fuzz tests/histories tests/bank tests/tuner/surgery tests/tuner/state/test_fuzzed_folders.py tests/hardening
+fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 140 kills of commands
+	$(PY) -m pytest --fuzz tests/histories tests/bank tests/tuner/state/test_fuzzed_folders.py tests/hardening
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,148 +1,681 @@
-"""A history: a seed names a model and a list of operations, after each of which everything is checked."""
+"""A state machine over PEFT models: adapted, trained, merged, cast, copied, saved, written to, compiled in any order.
 
-from __future__ import annotations
+After every step the model is compared with its reference: values to the last bit, outputs and updates with dense
+float64.
+"""
 
-import re
-import threading
-import traceback
-from collections.abc import Sequence
-from typing import NamedTuple
+import copy
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
+import pytest
 import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tests.histories import (  # noqa: F401  # they enter their operations
-    interruptions,
-    merges,
-    passes,
-    states,
-    threads,
-    writes,
+from dvora import MergePrecisionWarning
+from dvora.tuner.state.hotswap import hotswap_adapter
+from tests.cases import COPIES
+from tests.histories.checks import (
+    GRADIENTS,
+    OUTPUTS,
+    base_of,
+    check_close,
+    check_delta,
+    check_deltas,
+    check_gradients,
+    check_outputs,
+    check_state,
+    check_values,
+    forward,
+    take_over_merged,
+    vectors_of,
 )
-from tests.histories.checks import check
-from tests.histories.operations import OPERATIONS, Case
-from tests.histories.refusals import REFUSALS
-from tests.histories.shadow import Shadow
-from tests.histories.subjects import Settings, made
+from tests.histories.model import PARAMETERS, TARGETS, TIED, TOKENS, WEIGHTS, mixed
+from tests.histories.reference import VECTORS, Adapter, Place, Reference, Settings, vector_dtype
+from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.tuner.tiny import same_bits
 
-HANGS = 120
-"""Seconds after which a history is taken for one that waits for itself."""
-LENGTH = 40
-"""Operations that are drawn; those whose time has not come do nothing."""
+NAMES = ("first", "second", "third", "fourth")
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+WAYS: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
+    "in place": torch.no_grad()(lambda parameter, value: parameter.copy_(value)),
+    "data assigned": lambda parameter, value: setattr(parameter, "data", value),
+    "data in place": lambda parameter, value: parameter.data.copy_(value),
+    "in inference mode": torch.inference_mode()(lambda parameter, value: parameter.mul_(1.1)),
+}
+COUNTED = ["in place", "data assigned"]
+SHARES = [1.0, 0.5, -2.0, 0.0]
+BASE = "__base__"
+"""PEFT's name for "no adapter" in a batch."""
+MIXED = "called row by row|while adapters are merged"
+ROWS = len(TOKENS)
+LEARNING_RATE, DAMPING = 0.05, 0.1
 
-
-class Step(NamedTuple):
-    """An operation, and the seed of all that it draws."""
-
-    name: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.seed}"
-
-
-class Failure(NamedTuple):
-    """How a history ended."""
-
-    step: Step | None
-    """None: the model was wrong from the start."""
-    error: str
-    trace: str
-
-    @property
-    def kind(self) -> str:
-        """What two failures of one cause have in common: everything but numbers."""
-        words = re.sub(r"[-+]?\d[\d.e+-]*", "#", self.error)[:70]
-        return f"{self.step and self.step.name}: {words}"
-
-
-class History(NamedTuple):
-    """A seed for the model, and steps."""
-
-    seed: int
-    steps: tuple[Step, ...]
-    left_out: frozenset[str] = frozenset()
-
-    @classmethod
-    def drawn(cls, seed: int, left_out: frozenset[str] = frozenset(), length: int = LENGTH) -> History:
-        """The history of a seed."""
-        rng = np.random.default_rng([seed, 1])
-        weights = np.array([operation.weight for operation in OPERATIONS.values()])
-        drawn = rng.choice(len(weights), length, p=weights / weights.sum())
-        names = list(OPERATIONS)
-        steps = tuple(Step(names[index], int(rng.integers(10**6))) for index in drawn)
-        return cls(seed, tuple(step for step in steps if step.name not in left_out), left_out)
-
-    def settings(self) -> Settings:
-        """Of the model."""
-        return Settings.drawn(np.random.default_rng([self.seed, 0]), self.left_out)
-
-    def run(self) -> tuple[int, Failure | None]:
-        """The number of operations done, and the failure.
-
-        In a thread of its own, because memory that is spoilt for a thread must not spoil the next history.
-        """
-        ended: list[tuple[int, Failure | None]] = []
-        thread = threading.Thread(target=lambda: ended.append(self._run()), daemon=True)
-        thread.start()
-        thread.join(HANGS)
-        return ended[0] if ended else (0, Failure(None, f"the history has not ended after {HANGS} seconds", ""))
-
-    def shortened(self, failure: Failure) -> tuple[History, Failure]:
-        """The shortest list of steps that still fails in the same way, and how."""
-        steps = self.steps
-        if failure.step is not None:
-            steps = steps[: steps.index(failure.step) + 1]
-        size = max(1, len(steps) // 2)
-        while True:
-            for start in range(0, len(steps), size):
-                fewer = self._replace(steps=steps[:start] + steps[start + size :])
-                _, again = fewer.run()
-                if again is not None and again.kind == failure.kind:
-                    steps, failure = fewer.steps, again
-                    break
-            else:
-                if size == 1:
-                    return self._replace(steps=steps), failure
-                size //= 2
-
-    def __str__(self) -> str:
-        return f"--seed {self.seed} --steps {','.join(map(str, self.steps)) or 'none'}" + "".join(
-            f" --without {name}" for name in sorted(self.left_out)
-        )
-
-    def _run(self) -> tuple[int, Failure | None]:
-        settings, rng = self.settings(), np.random.default_rng([self.seed, 2])
-        done, step = 0, None
-        try:
-            shadow = Shadow.drawn(settings, rng)
-            x = torch.zeros(5, settings.width)
-            case = Case(settings, made(settings, shadow), shadow, x)
-            check(case, rng)
-            for step in self.steps:
-                if OPERATIONS[step.name].when(case):
-                    _apply(step, case)
-                    done += 1
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            return done, Failure(step, message, traceback.format_exc())
-        return done, None
+_modules = [target for target in TARGETS if target not in PARAMETERS]
+some_settings = st.builds(
+    Settings,
+    targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(lambda names: tuple(sorted(names))),
+    r=st.sampled_from([3, 1, 7]),
+    alpha=st.sampled_from([None, 2.0]),
+    direction=st.sampled_from(["unit", "weight"]),
+    detach_norm=st.booleans(),
+    seed=st.sampled_from([0, 1]),
+    projections=st.sampled_from(["structured", "kaiming_uniform"]),
+    random_start=st.booleans(),
+    train=st.sampled_from([VECTORS, VECTORS, ("magnitude",), ("lambda_b", "lambda_d")]),
+    magnitude_only=st.just(()) | st.sampled_from(_modules).map(lambda name: (name,)),
+    strength=st.sampled_from([1.0, 1.0, 0.5, 0.25]),
+)
 
 
-def _apply(step: Step, case: Case) -> None:
-    rng = np.random.default_rng([step.seed, 0])
-    refusals = [refusal for refusal in REFUSALS.get(step.name, ()) if refusal.when(case)]
-    try:
-        OPERATIONS[step.name].run(case, rng)
-    except tuple(refusal.error for refusal in refusals) as error:
-        if not any(isinstance(error, each.error) and re.search(each.says, str(error)) for each in refusals):
-            raise
-    check(case, np.random.default_rng([step.seed, 1]))
+def drawn(choices: Callable[["Histories"], Sequence[object]]) -> st.SearchStrategy:
+    """One of the choices that the machine has at this step."""
+    return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
 
 
-def shown(history: History, failure: Failure, done: Sequence[Step] = ()) -> str:
-    """A failure, and how to see it again."""
-    return (
-        f"\n{history.settings()}\n{failure.trace}\nafter {', '.join(map(str, history.steps))}\n"
-        f"again: python -m tests.histories {history}\n"
+def step(**strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A rule that does not follow itself at once: Hypothesis likes to copy steps, and most change nothing then."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def made(machine: "Histories", **values: object) -> None:
+            machine.previous = function.__name__
+            function(machine, **values)
+
+        return precondition(lambda machine: machine.previous != function.__name__)(rule(**strategies)(made))
+
+    return decorate
+
+
+present = drawn(lambda machine: sorted(machine.reference.adapters))
+several = st.runner().flatmap(
+    lambda m: st.lists(st.sampled_from(sorted(m.reference.adapters)), min_size=1, unique=True)
+)
+some_saved = drawn(lambda machine: machine.saved)
+
+has_adapters = precondition(lambda machine: bool(machine.reference.adapters))
+has_saved = precondition(lambda machine: bool(machine.saved))
+has_room = precondition(lambda machine: len(machine.reference.adapters) < len(NAMES))
+# PEFT's wrapper remembers one active adapter by name, also when that one was deleted and several or none are active.
+wrapper_is_usable = precondition(lambda machine: machine.model.active_adapter in machine.reference.adapters)
+
+
+class Saved:
+    """A folder, and the adapter that was saved in it."""
+
+    def __init__(self, folder: Path, adapter: Adapter) -> None:
+        self.folder, self.adapter = folder, adapter
+
+    def __repr__(self) -> str:
+        return f"<{self.folder.parent.name}/{self.folder.name}>"
+
+
+class Histories(RuleBasedStateMachine):
+    """`self.model` must always be what `self.reference` says."""
+
+    steps_of_histories: ClassVar[list[int]] = []
+    steps_by_rule: ClassVar[Counter[str]] = Counter()
+
+    model: PeftModel
+    reference: Reference
+    compiled_passes_left: int
+    """Compiling takes seconds, so that only some histories do it, and not for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.previous = ""
+        self.saved: list[Saved] = []
+        self.known: dict[Place, nn.Parameter] = {}
+        self.folder = tempfile.TemporaryDirectory()
+        self.compiled: Callable[[Tensor], Tensor] | None = None
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+        self.steps_of_histories.append(self.steps)
+
+    @invariant()
+    def model_is_what_the_reference_says(self) -> None:
+        if not self.steps:
+            return
+        self.reference.slack = self.reference.conditioning()
+        for _ in range(2):  # no check may change anything
+            check_state(self.model, self.reference)
+            check_values(self.model, self.reference)
+            check_outputs(self.model, self.reference)
+        check_deltas(self.model, self.reference)
+        self._check_optimizers_keep_working()
+        self._check_compiled()
+
+    def count(self, step: str) -> None:
+        """To be called by every rule."""
+        self.steps += 1
+        self.steps_by_rule[step] += 1
+
+    def free_name(self) -> str:
+        return next(name for name in NAMES if name not in self.reference.adapters)
+
+    def adopt(self, model: PeftModel) -> None:
+        """Go on with another model."""
+        self.model = model
+        self.known.clear()
+        self.compiled = None
+
+    def take_over_new(self, name: str, settings: Settings, trained: bool) -> None:
+        """Enter a new adapter, which starts as it has to, in the reference; move its vectors if `trained`."""
+        self.reference.add(name, settings)
+        generator = torch.Generator().manual_seed(NAMES.index(name))
+        for place, vector in vectors_of(self.model).items():
+            if place.adapter == name:
+                held = self.reference.adapters[name].vectors[place.weight]
+                start = held[place.vector]
+                assert vector.dtype == start.dtype
+                if not settings.random_start:
+                    torch.testing.assert_close(vector.detach(), start, rtol=1e-6, atol=0)
+                if trained:
+                    with torch.no_grad():
+                        vector.add_(0.3 * torch.randn(vector.shape, generator=generator))
+                held[place.vector] = vector.detach().clone()
+
+    def save_one(self, name: str) -> None:
+        """Save an adapter; the file has its vectors to the last bit, and nothing else."""
+        folder = f"{self.folder.name}/{len(self.saved)}"
+        self.model.save_pretrained(folder, selected_adapters=[name])
+        saved = Saved(Path(folder) / name, copy.deepcopy(self.reference.adapters[name]))
+        written = load_file(saved.folder / "adapter_model.safetensors")
+        expected = {
+            f"base_model.model.{weight.removesuffix('.weight')}.dvora_{vector}": value
+            for weight, vectors in saved.adapter.vectors.items()
+            for vector, value in vectors.items()
+        }
+        assert written.keys() == expected.keys()
+        assert all(same_bits(written[key], value) for key, value in expected.items())
+        self.saved.append(saved)
+
+    def enter_loaded(self, name: str, saved: Saved) -> None:
+        """The vectors of a file, in the dtype that they have to have here."""
+        dtype = vector_dtype(self.reference.dtype)
+        for weight, vectors in saved.adapter.vectors.items():
+            self.reference.adapters[name].vectors[weight] = {k: v.to(dtype) for k, v in vectors.items()}
+
+    def unmerges(self) -> AbstractContextManager[object]:
+        """The block takes merged adapters out, and says so."""
+        merged = bool(self.reference.merged)
+        return pytest.warns(UserWarning, match="Unmerging the model first") if merged else nullcontext()
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """The block may say that adapters are merged already, and what rounding took."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergePrecisionWarning)
+            for message in ("Already following adapters were merged", "All adapters are already merged"):
+                warnings.filterwarnings("ignore", message)
+            yield
+
+    @contextmanager
+    def refused(self, what: str, match: str) -> Iterator[None]:
+        """The block raises a ValueError, and nothing about the model has changed."""
+        self.count(f"refused: {what}")
+        before = snapshot(self.model)
+        with pytest.raises(ValueError, match=match):
+            yield
+        assert_unchanged(self.model, before)
+
+    def _check_optimizers_keep_working(self) -> None:
+        """The parameters of adapters stay the same objects, which is all that an optimizer knows of them."""
+        now = vectors_of(self.model)
+        assert not [place for place, parameter in self.known.items() if place in now and now[place] is not parameter]
+        self.known = now
+
+    def _check_compiled(self) -> None:
+        """Compiled code has to notice what the next steps change, too."""
+        if self.compiled is None or not self.compiled_passes_left:
+            return
+        self.compiled_passes_left -= 1
+        with torch.no_grad():
+            check_close(self.compiled(TOKENS), self.reference.outputs(), self.reference)
+
+    # Which adapters there are, and what they do to the base.
+
+    @initialize(
+        settings=some_settings,
+        dtype=st.sampled_from(DTYPES),
+        trained=st.booleans(),
+        tied=st.sampled_from([False, False, False, True]),
+        compiles=st.sampled_from([False] * 5 + [True]),
     )
+    def begin(self, settings: Settings, dtype: torch.dtype, trained: bool, tied: bool, compiles: bool) -> None:
+        self.count("begin")
+        self.compiled_passes_left = 3 if compiles else 0
+        self.reference = Reference.of_base(dtype, tied)
+        self.wrap(mixed(dtype, tied), settings, trained)
+
+    @has_room
+    @step(settings=some_settings, trained=st.booleans())
+    def add(self, settings: Settings, trained: bool) -> None:
+        self.count("add")
+        name = self.free_name()
+        with self.unmerges():
+            self.model.add_adapter(name, settings.config())
+        self.take_over_new(name, settings, trained)
+
+    @has_adapters
+    @step(names=several, trained=st.booleans())
+    def switch(self, names: list[str], trained: bool) -> None:
+        self.count(f"switch to {'one' if len(names) == 1 else 'several'}")
+        with self.unmerges():
+            if len(names) == 1:
+                self.model.set_adapter(names[0], inference_mode=not trained)
+            else:
+                self.model.base_model.set_adapter(names, inference_mode=not trained)
+        self.reference.activate(names, trained)
+
+    @has_adapters
+    @step(name=present)
+    def delete(self, name: str) -> None:
+        if any(name in merged for merged in self.reference.merged.values()):
+            with self.refused("delete a merged adapter", "while they are merged"):
+                self.model.delete_adapter(name)
+            return
+        self.count("delete")
+        replaced = self.reference.active == [name] and len(self.reference.adapters) > 1
+        with pytest.warns(UserWarning, match="which is now deleted") if replaced else nullcontext():
+            self.model.delete_adapter(name)
+        self.reference.delete(name)
+
+    @step(enabled=st.booleans())
+    def enable(self, enabled: bool) -> None:
+        self.count("enable" if enabled else "disable")
+        tuner = self.model.base_model
+        tuner.enable_adapter_layers() if enabled else tuner.disable_adapter_layers()
+        self.reference.enable(enabled)
+
+    @wrapper_is_usable
+    @step(runs=st.booleans(), fails=st.booleans())
+    def disable_for_a_while(self, runs: bool, fails: bool) -> None:
+        self.count("disable for a while")
+        was_enabled = self.reference.enabled
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), self.model.disable_adapter():
+            self.reference.enable(False)
+            if runs:
+                self.reference.unmerge()
+                with torch.no_grad():
+                    check_close(forward(self.model), self.reference.outputs(), self.reference)
+            if fails:
+                raise KeyboardInterrupt
+        if was_enabled:
+            self.reference.enable(True)
+
+    @has_adapters
+    @step()
+    def merge_active(self) -> None:
+        self.merge(None)
+
+    @has_adapters
+    @step(names=several, one_by_one=st.booleans())
+    def merge_some(self, names: list[str], one_by_one: bool) -> None:
+        for part in [[name] for name in names] if one_by_one else [names]:
+            self.merge(part)
+
+    @precondition(lambda machine: machine.reference.merged)
+    @step()
+    def unmerge(self) -> None:
+        self.count("unmerge")
+        self.model.unmerge_adapter()
+        self.reference.unmerge()
+
+    @step(merge=st.booleans(), settings=some_settings, trained=st.booleans())
+    def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
+        if merge and self.reference.adapts_tied(None):
+            with self.refused("merge into a tied weight and unload", "is tied"):
+                self.model.merge_and_unload()
+            return
+        self.count("merge and unload" if merge else "unload")
+        with self.merging():
+            base = self.model.merge_and_unload() if merge else self.model.unload()
+        if merge:
+            take_over_merged(dict(base.named_parameters()), self.reference.merge(None), self.reference)
+        self.reference = self.reference.of_its_base()
+        self.saved.clear()  # of another base, which may be taken for this one or not
+        self.wrap(base, settings, trained)
+
+    def merge(self, names: list[str] | None) -> None:
+        if self.reference.adapts_tied(names):
+            with self.refused("merge into a tied weight", "is tied"):
+                self.model.merge_adapter(names)
+            return
+        self.count("merge the active adapters" if names is None else "merge some adapters")
+        with self.merging():
+            self.model.merge_adapter(names)
+        take_over_merged(base_of(self.model), self.reference.merge(names), self.reference)
+
+    def wrap(self, base: torch.nn.Module, settings: Settings, trained: bool) -> None:
+        """Adapt a plain base."""
+        self.adopt(get_peft_model(base, settings.config(), adapter_name=NAMES[0]).train())
+        self.reference.training = True
+        self.take_over_new(NAMES[0], settings, trained)
+        self.reference.activate([NAMES[0]])
+        self.save_one(NAMES[0])
+
+    # What is made of the vectors of adapters.
+
+    @has_adapters
+    @step(name=present, strength=st.sampled_from([0.0, 0.5, 1.0, 1.5]), data=st.data())
+    def set_strength(self, name: str, strength: float, data: st.DataObject) -> None:
+        adapter = self.reference.adapters[name]
+        weight = data.draw(st.none() | st.sampled_from(sorted(adapter.vectors)), label="weight")
+        asked = strength if weight is None else {weight.removesuffix(".weight"): strength}
+        if any(name in merged for merged in self.reference.merged.values()):
+            with self.refused("scale a merged adapter", "is merged"):
+                self.model.base_model.set_strength(asked, name)
+            return
+        self.count("set strength" if weight is None else "set strength of a layer")
+        self.model.base_model.set_strength(asked, name)
+        adapter.strength |= dict.fromkeys(adapter.vectors if weight is None else [weight], strength)
+
+    @has_room
+    @has_adapters
+    @step(names=several, data=st.data())
+    def add_up(self, names: list[str], data: st.DataObject) -> None:
+        """A sum is what it says or it is refused; a copy of one adapter is possible where its rows have a gain."""
+        shares = data.draw(st.lists(st.sampled_from(SHARES), min_size=len(names), max_size=len(names)), label="shares")
+        name = self.free_name()
+        whole = shares == [1.0] and {*self.reference.adapters[names[0]].strength.values()} == {1.0}
+        must = whole and self.reference.smallest_gain(names[0]) > 0.02
+        if self.done_or_refused(must, names, shares, name):
+            self.enter_combined(name, names[0])
+            for weight in self.reference.adapters[name].vectors:
+                pairs = zip(shares, names, strict=True)
+                expected = sum(share * self.reference.delta(weight, each) for share, each in pairs)
+                check_delta(self.reference.delta(weight, name), expected, weight, self.reference, slack=10)
+
+    @has_saved
+    @has_adapters
+    @step(saved=some_saved, name=present)
+    def hot_swap(self, saved: Saved, name: str) -> None:
+        adapter, reference = self.reference.adapters[name], self.reference
+        merged = any(name in each for each in reference.merged.values())
+        if merged or not alike(adapter, saved.adapter):
+            with self.refused("hot swap", "merged|own instead|shape|not adapted here|lacks vectors"):
+                hotswap_adapter(self.model, saved.folder, name)
+            return
+        self.count("hot swap")
+        hotswap_adapter(self.model, saved.folder, name)
+        self.enter_loaded(name, saved)
+        adapter.strength = dict(saved.adapter.strength)
+
+    def done_or_refused(self, must: bool, *arguments: object) -> bool:
+        """Ask for a weighted sum, which may be refused unless it `must` not be."""
+        before = snapshot(self.model)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*Unmerging the model first")
+                self.model.base_model.add_weighted_adapter(*arguments)
+        except ValueError:
+            assert not must
+            self.count("refused: weighted sum")
+            assert_unchanged(self.model, before)
+            return False
+        self.count("weighted sum")
+        return True
+
+    def enter_combined(self, name: str, like: str) -> None:
+        """Enter the new adapter, with the vectors that it has, in the reference."""
+        settings = replace(self.reference.adapters[like].settings, strength=1.0)
+        self.reference.add(name, settings)
+        for place, vector in vectors_of(self.model).items():
+            if place.adapter == name:
+                self.reference.adapters[name].vectors[place.weight][place.vector] = vector.detach().clone()
+
+    # What leaves a model and comes back.
+
+    @wrapper_is_usable
+    @has_adapters
+    @step(name=present)
+    def save(self, name: str) -> None:
+        self.count("save")
+        self.save_one(name)
+
+    @wrapper_is_usable
+    @has_saved
+    @has_room
+    @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
+    def load(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
+        self.count("load")
+        name = self.free_name()
+        with self.unmerges():
+            self.model.load_adapter(saved.folder, name, is_trainable=trainable, low_cpu_mem_usage=meta_first)
+        self.reference.add(name, saved.adapter.settings)
+        self.enter_loaded(name, saved)
+        self.reference.adapters[name].strength = dict(saved.adapter.strength)
+        self.reference.adapters[name].trained = trainable
+        self.reference.training &= trainable
+
+    @has_saved
+    @has_adapters
+    @step(saved=some_saved, name=present, trainable=st.booleans())
+    def load_over(self, saved: Saved, name: str, trainable: bool) -> None:
+        if any(name in merged for merged in self.reference.merged.values()):
+            with self.refused("load over a merged adapter", "is merged into"):
+                self.model.load_adapter(saved.folder, name, is_trainable=trainable)
+            return
+        if self.reference.adapters[name].shapes() != saved.adapter.shapes():
+            with self.refused("load over another shape", "not adapted here|lacks vectors|has shape"):
+                self.model.load_adapter(saved.folder, name, is_trainable=trainable)
+            return
+        self.count("load over")
+        self.model.load_adapter(saved.folder, name, is_trainable=trainable)
+        self.enter_loaded(name, saved)
+        self.reference.training &= trainable
+
+    @has_saved
+    @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
+    def load_into_a_fresh_model(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
+        self.count("load into a fresh model")
+        self.reference.unmerge()
+        base = mixed(self.reference.dtype, self.reference.tied)
+        base.load_state_dict(self.reference.stored)
+        options = {"adapter_name": saved.folder.name, "is_trainable": trainable, "low_cpu_mem_usage": meta_first}
+        self.adopt(PeftModel.from_pretrained(base, saved.folder, **options))
+        self.reference = self.reference.of_its_base(trainable)
+        self.reference.add(saved.folder.name, saved.adapter.settings)
+        self.reference.activate([saved.folder.name], trainable)
+        self.enter_loaded(saved.folder.name, saved)
+        self.reference.adapters[saved.folder.name].strength = dict(saved.adapter.strength)
+
+    @step(way=st.sampled_from(sorted(COPIES)), go_on_with_copy=st.booleans())
+    def copy(self, way: str, go_on_with_copy: bool) -> None:
+        self.count(way)
+        original, copied = self.model, COPIES[way](self.model)
+        self.adopt(copied if go_on_with_copy else original)
+        spoil(original if go_on_with_copy else copied)
+
+    @step(assign=st.booleans())
+    def load_own_state_dict(self, assign: bool) -> None:
+        assign = assign and not self.reference.tied  # assigning, torch unties
+        if self.reference.merged:
+            with self.refused("load own state dict while merged", "call unmerge_adapter first"):
+                self.model.load_state_dict(self.model.state_dict(), assign=assign)
+            return
+        self.count("load own state dict")
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(1)
+        self.model.load_state_dict(state, assign=assign)
+        self.known.clear()
+
+    # What a model computes, forwards and backwards.
+
+    @has_adapters
+    @step(names=several, adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
+    def switch_and_train(self, names: list[str], adam: bool, decay: float) -> None:
+        with self.unmerges():
+            self.model.base_model.set_adapter(names)
+        self.reference.activate(names)
+        self.train(adam=adam, decay=decay)
+
+    @step(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
+    def train(self, adam: bool, decay: float) -> None:
+        if self.reference.training and self.reference.trains_merged():
+            self.count("refused: train what is merged")
+            before = snapshot(self.model)
+            with pytest.raises(RuntimeError, match="adapters are merged"):
+                forward(self.model)
+            assert_unchanged(self.model, before)
+            return
+        self.count("train")
+        of_vectors, of_weights = check_gradients(self.model, self.reference)
+        now, base = vectors_of(self.model), base_of(self.model)
+        trained = [(now[place], gradient) for place, gradient in of_vectors.items()]
+        # Merged weights are put back to what they were, so training them would be lost.
+        weights = {} if self.reference.merged else of_weights
+        trained += [(base[weight], gradient) for weight, gradient in weights.items()]
+        if not trained:
+            return
+        expected = [stepped(parameter, gradient, adam, decay) for parameter, gradient in trained]
+        # An eps of the gradients' size keeps Adam's first step a smooth function of them.
+        kind, options = (torch.optim.AdamW, {"eps": DAMPING}) if adam else (torch.optim.SGD, {})
+        parameters = [parameter for parameter, _ in trained]
+        kind(parameters, lr=LEARNING_RATE, weight_decay=decay, **options).step()
+        slack = LEARNING_RATE * GRADIENTS[self.reference.dtype] * self.reference.slack / (DAMPING if adam else 1)
+        slack *= sum(float(gradient.norm()) for _, gradient in trained)
+        for (parameter, _), value in zip(trained, expected, strict=True):
+            rounding = torch.finfo(parameter.dtype).eps * value.abs()
+            assert ((parameter.double() - value).abs() <= rounding + slack).all()
+        for place in of_vectors:
+            self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
+        if weights:
+            self.saved.clear()  # of another base, which may be taken for this one or not
+        for weight in weights:
+            self.reference.stored[weight] = base[weight].detach().clone()
+
+    @precondition(lambda machine: not machine.reference.tied)
+    @step(trained=st.booleans())
+    def train_the_base_too(self, trained: bool) -> None:
+        self.count("train the base too" if trained else "freeze the base")
+        base = base_of(self.model)
+        for weight in WEIGHTS:
+            base[weight].requires_grad_(trained)
+        self.reference.base_trained = trained
+
+    @step(dtype=drawn(lambda machine: [d for d in DTYPES if d != machine.reference.dtype]), device=st.booleans())
+    def cast(self, dtype: torch.dtype, device: bool) -> None:
+        self.count(f"cast to {dtype}" + (" while merged" if self.reference.merged else ""))
+        self.model.to("cpu", dtype) if device else self.model.to(dtype)
+        self.reference.cast(dtype)
+
+    @step(training=st.booleans())
+    def set_mode(self, training: bool) -> None:
+        self.count("train mode" if training else "eval mode")
+        self.model.train(training)
+        self.reference.training = training
+
+    @wrapper_is_usable
+    @step(data=st.data(), go_on=st.booleans())
+    def mixed_batch(self, data: st.DataObject, go_on: bool) -> None:
+        if go_on:
+            self.model.eval()
+            self.reference.training = False
+        available = st.sampled_from([BASE, *sorted(self.reference.adapters)])
+        names = data.draw(st.lists(available, min_size=ROWS, max_size=ROWS))
+        if self.reference.training:
+            with self.refused("mixed batch in training", "inference only"):
+                forward(self.model, adapter_names=names)
+        elif any(not WEIGHTS[weight].called for name in names if name != BASE for weight in self.weights(name)):
+            with self.refused("mixed batch of adapters of parameters", MIXED):
+                forward(self.model, adapter_names=names)
+        elif self.reference.merged:
+            with self.refused("mixed batch while merged", MIXED):
+                forward(self.model, adapter_names=names)
+        else:
+            self.count("mixed batch")
+            with torch.no_grad():
+                actual = forward(self.model, adapter_names=names)
+            rows = [self.reference.outputs([n] if self.reference.enabled else [])[k] for k, n in enumerate(names)]
+            check_close(actual, torch.stack(rows), self.reference)
+
+    def weights(self, name: str) -> list[str]:
+        return list(self.reference.adapters[name].vectors)
+
+    @has_adapters
+    @precondition(lambda machine: machine.compiled is None and machine.compiled_passes_left)
+    @step(backend=st.sampled_from(["eager", "aot_eager"]))
+    def compile(self, backend: str) -> None:
+        self.count("compile")
+        torch._dynamo.reset()
+        self.compiled = torch.compile(self.model.base_model.model, backend=backend, fullgraph=True)
+
+    # Writes, with or without PyTorch's knowledge, and passes in other circumstances.
+
+    @has_adapters
+    @step(name=present, vector=st.sampled_from(VECTORS), way=st.sampled_from(sorted(WAYS)))
+    def write_vectors(self, name: str, vector: str, way: str) -> None:
+        if any(name in merged for merged in self.reference.merged.values()):
+            return  # what is merged stays as it was
+        self.count(f"write vectors: {way}")
+        for place, parameter in vectors_of(self.model).items():
+            if place.adapter == name and place.vector == vector:
+                WAYS[way](parameter, 1.1 * parameter.detach() + 0.01)
+                self.reference.adapters[name].vectors[place.weight][vector] = parameter.detach().clone()
+
+    @precondition(lambda machine: not machine.reference.merged)
+    @step(weight=st.sampled_from(sorted(WEIGHTS)), way=st.sampled_from(COUNTED))
+    def write_a_weight(self, weight: str, way: str) -> None:
+        self.count(f"write a weight: {way}")
+        parameter = base_of(self.model)[weight]
+        WAYS[way](parameter, parameter.detach() * torch.linspace(0.9, 1.1, parameter.numel()).view_as(parameter))
+        for name in TIED if self.reference.tied and weight in TIED else [weight]:
+            self.reference.stored[name] = parameter.detach().clone()
+        self.saved.clear()  # of another base, which may be taken for this one or not
+
+    @step(half=st.booleans())
+    def run_in_inference_mode_or_autocast(self, half: bool) -> None:
+        self.count("run in autocast" if half else "run in inference mode")
+        mode = torch.autocast("cpu", torch.bfloat16) if half else torch.inference_mode()
+        with torch.no_grad(), mode:
+            actual = forward(self.model).clone()
+        if not self.reference.enabled:
+            self.reference.unmerge()
+        tolerance = max(OUTPUTS[self.reference.dtype], 0.06 if half else 0.0) * self.reference.slack
+        assert worst_difference(actual, self.reference.outputs()) < tolerance
+
+    @precondition(lambda machine: not (machine.reference.training and machine.reference.trains_merged()))
+    @step()
+    def run_checkpointed(self) -> None:
+        self.count("run checkpointed")
+        check_gradients(self.model, self.reference, lambda model: checkpoint(forward, model, use_reentrant=False))
+
+
+def alike(a: Adapter, b: Adapter) -> bool:
+    """Whether two adapters differ in nothing that decides what their vectors mean."""
+    one, other = a.settings, b.settings
+    of_one, of_other = ((s.seed, s.projections, s.r, s.alpha, s.direction) for s in (one, other))
+    return of_one == of_other and a.shapes() == b.shapes()
+
+
+@torch.no_grad()
+def spoil(model: nn.Module) -> None:
+    """Overwrite every tensor of a model that is not needed any more: nothing else may depend on it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.fill_(float("nan"))
+
+
+def stepped(parameter: Tensor, gradient: Tensor, adam: bool, decay: float) -> Tensor:
+    """The first step of AdamW (which decays apart from the gradient) or of SGD (which does not), from the formulas."""
+    before = parameter.detach().double()
+    if adam:
+        return before * (1 - LEARNING_RATE * decay) - LEARNING_RATE * gradient / (gradient.abs() + DAMPING)
+    return before - LEARNING_RATE * (gradient + decay * before)

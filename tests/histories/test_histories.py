@@ -1,37 +1,47 @@
-"""Random histories of single layers and small models, compared after every operation with a dense float64 shadow."""
+"""A small mixed model after any operations in any order, compared after every step with a dense float64 model."""
 
-import time
+import logging
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
 
-from tests.histories.machine import History, shown
+from tests.histories.machine import Histories
 
-SEEDS = 25
-"""In the suite; the long form goes on from there."""
-LEFT_OUT: frozenset[str] = frozenset()
-"""Operations to go on without, while a fault that they find hides others."""
-LONG, LONG_SECONDS = 1000, 900
-"""Histories with --fuzz at most, and seconds."""
+SHORT, LONG, STEPS = 25, 500, 20
+"""Histories in a short run, in a long one, and the steps of a history, of which 15 have to be made to count."""
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_after_every_operation_the_model_is_what_its_shadow_says(seed: int) -> None:
-    check(History.drawn(seed, LEFT_OUT))
+def run(histories: int, **options: object) -> None:
+    """Run histories; Hypothesis shortens some of them."""
+    health = list(HealthCheck)  # histories take longer and draw more than single examples
+    run_state_machine_as_test(
+        Histories,
+        settings=settings(
+            max_examples=histories,
+            stateful_step_count=STEPS,
+            suppress_health_check=health,
+            report_multiple_bugs=False,
+            **options,
+        ),
+    )
 
 
-def test_many_histories(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--fuzz"):
-        pytest.skip("with --fuzz")
-    end, seed, operations = time.monotonic() + LONG_SECONDS, SEEDS, 0
-    while seed < LONG and time.monotonic() < end:
-        operations += check(History.drawn(seed, LEFT_OUT))
-        seed += 1
-    print(f"\n{seed - SEEDS} histories, {operations} operations")
+def counted() -> int:
+    return sum(steps >= 15 for steps in Histories.steps_of_histories)
 
 
-def check(history: History) -> int:
-    """Run a history, and shorten it where it fails."""
-    done, failure = history.run()
-    if failure is not None:
-        pytest.fail(shown(*history.shortened(failure)), pytrace=False)
-    return done
+def test_after_every_step_the_model_is_what_the_dense_model_says(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "torch.__trace")  # the compiler's, of which pytest would keep every line
+    Histories.steps_of_histories.clear()
+    Histories.steps_by_rule.clear()
+    if request.config.getoption("--fuzz"):
+        while counted() < LONG:
+            run(100, derandomize=False)
+    else:
+        run(SHORT)
+    assert counted() >= SHORT // 2
+    print(f"\n{counted()} histories of 15 to {STEPS} steps, {sum(Histories.steps_by_rule.values())} steps:")
+    print(", ".join(f"{name} {times}" for name, times in sorted(Histories.steps_by_rule.items())))

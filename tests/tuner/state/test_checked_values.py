@@ -275,8 +275,7 @@ def test_finite_values_that_would_give_others_are_refused(folder: Path, vector: 
     refuse(folder, ValueError, "are so large that outputs would not be finite")
 
 
-@pytest.mark.parametrize("vector", ["magnitude", "lambda_b"])
-def test_large_values_that_give_finite_ones_are_loaded(folder: Path, vector: str) -> None:
-    edit_weights(folder, change(f"{QUERY}.dvora_{vector}", lambda values: 1e20 * values))
+def test_large_values_that_give_finite_ones_are_loaded(folder: Path) -> None:
+    edit_weights(folder, change(f"{QUERY}.dvora_magnitude", lambda values: 1e20 * values))
     model = PeftModel.from_pretrained(MODELS["bert"](), folder)
     assert outputs(model).isfinite().all()

@@ -1,4 +1,4 @@
-"""The small mixed model of the surgery histories, and the table of its weights that can be adapted.
+"""The small mixed model of the histories, and the table of its weights that can be adapted.
 
 A layer type more is a block in `BLOCKS` and a line for each of its weights in `WEIGHTS`.
 """
