@@ -78,13 +78,6 @@ def test_entries_have_mean_zero_and_the_variance_of_kaiming_uniform(distribution
         assert float(matrix.var()) == pytest.approx(2 / fan_in, rel=0.02)
 
 
-def test_uniform_entries_lie_within_the_bound_of_kaiming_uniform() -> None:
-    A, B = SharedProjections().A(64, 900), SharedProjections().B(64, 900)
-    for matrix, fan_in in [(A, 900), (B, 64)]:
-        bound = (6 / fan_in) ** 0.5
-        assert 0.999 * bound < float(matrix.abs().max()) <= bound
-
-
 @given(rank=st.integers(1, 70) | st.just(211), size=st.integers(1, 40) | st.sampled_from([64, 97]))
 def test_structured_rows_are_orthogonal_within_blocks_of_the_size(rank: int, size: int) -> None:
     shared, f64 = SharedProjections(3, "structured"), torch.float64
