@@ -337,7 +337,6 @@ CHANGED: dict[str, Callable[[DVoRAAdapter, Tensor], object]] = {
     "input": lambda layer, x: x.add_(1),
     "set_parameters": lambda layer, x: layer.set_parameters(2 * layer.get_parameters()),
     "optimizer": lambda layer, x: torch.optim.SGD([layer.lambda_d], lr=1).step(),
-    "fused optimizer": lambda layer, x: torch.optim.SGD([layer.lambda_d], lr=1, fused=True).step(),
     "load": lambda layer, x: layer.load_state_dict(trained_layer(IN, OUT, RANK).state_dict()),
     "base": lambda layer, x: layer.base_layer.weight.zero_(),
     "new base": lambda layer, x: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(OUT, IN))),

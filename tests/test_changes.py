@@ -111,15 +111,19 @@ def of_vectors(change: Callable[[nn.Parameter], object], *indices: int) -> Chang
 
 
 def step(make: Callable[..., torch.optim.Optimizer], of_base: bool = False, **settings: bool) -> Change:
-    """An optimizer's step along gradients from elsewhere, so that no pass comes in between."""
+    """An optimizer's step along gradients from elsewhere, so that no pass trains the vectors in between."""
 
     def change(s: Subject) -> None:
         parameters = [s.base.weight] if of_base else s.vectors
+        s.base.weight.requires_grad_(of_base)
+        if of_base:
+            s.passed()
         optimizer = make(parameters, lr=0.1, **settings)
         for parameter in parameters:
             parameter.grad = randn(*parameter.shape, seed=5, dtype=parameter.dtype)
         optimizer.step()
         s.model.zero_grad()
+        s.base.weight.requires_grad_(False)
 
     return change
 

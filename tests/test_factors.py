@@ -219,7 +219,7 @@ def test_without_training_every_factor_is_exact(direction: str, dtype: torch.dty
 @distributions
 @pytest.mark.parametrize("shape", [(IN, OUT, RANK), (64, 64, 8), (120, 120, 40)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_gets_alone_what_it_gets_in_a_stack(
+def test_a_layer_gets_the_same_bits_alone_as_in_a_stack(
     dtype: torch.dtype, shape: tuple[int, int, int], distribution: str
 ) -> None:
     stack = Stack(5, 1, shape, torch.float32, distribution)
@@ -232,9 +232,7 @@ def test_a_layer_gets_alone_what_it_gets_in_a_stack(
         alone.vectors = Vectors(*(v[layer : layer + 1] for v in stack.vectors))
         alone.gradient = stack.gradient[:, layer : layer + 1]
         for ours, theirs in zip(alone.made(), together, strict=True):
-            # Structured squares of several layers are one product of matrices, of one layer a product with a vector.
-            assert distribution == "structured" or torch.equal(ours[0], theirs[layer])
-            assert worst_error(ours[0], theirs[layer].double()) < 1e-6
+            assert torch.equal(ours[0], theirs[layer])
         for ours, theirs in zip(alone.gradients(), gradients, strict=True):
             assert worst_error(ours[0], theirs[layer].double()) < 1e-5
 
@@ -441,7 +439,7 @@ def step(model: nn.Module, tokens: int = 4) -> list[Tensor]:
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert worst_error(one, other.double()) < 1e-5
 
 
 @contextmanager
@@ -496,7 +494,8 @@ def test_training_and_evaluation_remember_their_own_layers(monkeypatch: pytest.M
         step(model)
         with torch.no_grad():
             model(inputs())
-    assert made == [3]
+    # Not every optimizer's step is counted as a write, so that what an evaluation kept ends with a training pass.
+    assert made == [3, 3]
 
 
 def test_layers_that_are_added_used_no_more_or_gone_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
