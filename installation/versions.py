@@ -33,7 +33,8 @@ COMMANDS = (
 )
 TOOLS = ("beartype", "hypothesis", "jaxtyping", "packaging", "psutil", "pytest", "scipy")
 TESTS = (
-    *("tests/ops", "tests/matrices", "tests/method", "tests/weight"),
+    *("tests/matrices", "tests/test_functional.py", "tests/test_tensors.py", "tests/test_weight.py"),
+    *("tests/test_factors.py", "tests/test_layer.py", "tests/test_adapter.py", "tests/test_changes.py"),
     *("tests/test_training.py", "tests/test_peft_hook.py"),
     *("tests/tuner/test_config.py", "tests/tuner/test_registration.py", "tests/tuner/test_adapters.py"),
     *("tests/tuner/test_merged.py", "tests/tuner/test_mixed_batch.py", "tests/tuner/test_tasks.py"),

@@ -22,7 +22,7 @@ def test_rows_are_repeated_one_after_another_and_an_encoder_s_are_not() -> None:
 
 def test_a_thread_is_in_its_own_batch_and_in_one_only() -> None:
     current = CurrentRows()
-    one, other = (SlotRows(RowIndex(torch.tensor([0]), 1), torch.zeros(1, 3), torch.zeros(1, 0)) for _ in range(2))
+    one, other = (SlotRows(RowIndex(torch.tensor([0]), 1), torch.zeros(1, 3), torch.zeros(1, 0), ()) for _ in range(2))
     with pytest.raises(ValueError, match=r"called outside of bank\.rows"):
         current.known()
     with current.entered(one):
@@ -42,7 +42,7 @@ def test_a_thread_is_in_its_own_batch_and_in_one_only() -> None:
 
 def test_a_batch_ends_with_an_error() -> None:
     current = CurrentRows()
-    rows = SlotRows(RowIndex(torch.tensor([0]), 1), torch.zeros(1, 3), torch.zeros(1, 0))
+    rows = SlotRows(RowIndex(torch.tensor([0]), 1), torch.zeros(1, 3), torch.zeros(1, 0), ())
     with pytest.raises(KeyboardInterrupt), current.entered(rows):
         raise KeyboardInterrupt
     assert current.rows is None

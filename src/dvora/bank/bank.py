@@ -242,7 +242,7 @@ class AdapterBank:
             base = fitted.slots.count
             taken = [base if name is None else place[name] for name in names]
             index = torch.tensor(taken, device=fitted.served.device)
-            rows = SlotRows(RowIndex(index, repeats), fitted.slots.values, fitted.slots.heads)
+            rows = SlotRows(RowIndex(index, repeats), fitted.slots.values, fitted.slots.heads, fitted.rows.places)
             with self._current.entered(rows):
                 yield
 

@@ -54,7 +54,12 @@ class LayerPlace(NamedTuple):
     @property
     def stop(self) -> int:
         """The first value behind it."""
-        return self.start + 2 * self.out_features + self.rank
+        return self.start + sum(self.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of `g - 1`, scale and lambda_d."""
+        return self.out_features, self.out_features, self.rank
 
 
 class FactorRows:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Factors
-from ..tensors import Float
-from ..tensors import is_traced
+from ..tensors import Float, is_traced
 from ..tuner.restoring import surely
 from .factors import LayerPlace
 from .served import ServedHead, ServedLayer
@@ -122,31 +121,36 @@ class SlotRows:
         index: the slot of each row.
         values: of all slots, (S, F).
         heads: the same of heads, (S, H).
+        places: of all layers in F.
     """
 
-    dropout = None
+    dropout: nn.Module | None = None
 
-    def __init__(self, index: RowIndex, values: Float[Tensor, "S F"], heads: Float[Tensor, "S H"]) -> None:
-        self.index, self.values, self.heads = index, values, heads
+    def __init__(
+        self, index: RowIndex, values: Float[Tensor, "S F"], heads: Float[Tensor, "S H"], places: Sequence[LayerPlace]
+    ) -> None:
+        self.index, self.values, self.heads, self.places = index, values, heads, places
         self._gathered: dict[int, Tensor] = {}
-        self._factors: dict[tuple[LayerPlace, int, int], Factors] = {}
+        self._factors: dict[tuple[int, int], dict[int, Factors]] = {}
 
     def factors(self, layer: ServedLayer, place: LayerPlace, rows: int, dimensions: int) -> Factors:
-        """The factors of a layer: a part of what is gathered once a batch, for the whole model."""
+        """The factors of a layer: a part of what is gathered and split once a batch, for the whole model."""
         if is_traced():
             values = self.values[:, place.start : place.stop].index_select(0, self.index.for_batch(rows, layer.name))
             return Factors.of_rows(values.to(layer.adapted.w.dtype), place.rank, dimensions)
-        key = place, rows, dimensions
-        known = self._factors.get(key)
-        if known is None:
+        key = rows, dimensions
+        if key not in self._factors:
             # Inference tensors could not be used in a later pass with gradients.
             with torch.inference_mode(False), torch.no_grad():
                 if rows not in self._gathered:
                     gathered = self.values.index_select(0, self.index.for_batch(rows, layer.name))
                     self._gathered[rows] = gathered.to(layer.adapted.w.dtype)
-                own = self._gathered[rows][:, place.start : place.stop]
-                known = self._factors[key] = Factors.of_rows(own, place.rank, dimensions)
-        return known
+                values = self._gathered[rows].view(rows, *(1,) * (dimensions - 2), -1)
+                parts = iter(values.split([n for each in self.places for n in each.lengths], -1))
+                self._factors[key] = {
+                    each.start: Factors(next(parts), next(parts), next(parts)) for each in self.places
+                }
+        return self._factors[key][place.start]
 
     def head(self, head: ServedHead, rows: int) -> dict[str, Tensor]:
         """The parameters of a head."""

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import Vectors
 from ..factors import Factors, Pass, StackConstants, current_pass, saved_here, stacked_factors
-from ..tensors import Float
-from ..tensors import is_traced
+from ..functional import Vectors
+from ..tensors import Float, is_traced
 from ..tuner.flat.row_factors import with_zeros
 from ..tuner.layers.opaque_weight import keep_differentiable
 from .factors import FactorRows, LayerPlace
@@ -189,7 +188,9 @@ class TrainedRows:
         dropout: of the inputs of updates.
     """
 
-    def __init__(self, adapters: TrainableAdapters, present: Tensor, index: RowIndex, dropout: nn.Module | None) -> None:
+    def __init__(
+        self, adapters: TrainableAdapters, present: Tensor, index: RowIndex, dropout: nn.Module | None
+    ) -> None:
         self.dropout = dropout
         self._adapters, self._present, self._index = adapters, present, index
         self._made: _Made | None = None

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ...adapter import diagnostics
 from ...tuner.config import DVoRAConfig
 from ...tuner.layers.layer import layers_in
-from ...adapter import diagnostics
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import config_of_adapter, load_adapted
 

@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from ..dense_rebuild import subjects
 from .findings import Examination, Finding
-from .layer_checks import constants, gradients, merge_losses, outputs, rows_left_alone, short_rows
+from .layer_checks import constants, gradients, merge_losses, outputs, short_rows, small_rows
 from .model_checks import calls, finite_parameters, merging, mixed_batch, received
 from .round_trip import round_trip
 from .training_checks import identity, movement, rates
@@ -63,7 +63,7 @@ def examine(
             gradients(some, seen),
             constants(some),
             short_rows(some),
-            rows_left_alone(some),
+            small_rows(some),
             calls(every, seen),
             received(model, inputs, every, loss),
             finite_parameters(model, every),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tuner.layers.layer import DVoRALayer
+from ...tuner.layers.outputs import bias_of
 from ..dense_rebuild import Subject, Term
 from .findings import Finding, within_limits
 from .watched import distance
@@ -15,6 +16,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, tor
 GRADIENT_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 QUANTISED_TOLERANCE = 2e-2
 SHORT_ROW = 0.1
+SMALL_ROW = 1e-3
 LOST = 0.05
 _STEP = 1e-5
 
@@ -101,20 +103,22 @@ def short_rows(every: tuple[Subject, ...]) -> Finding:
     )
 
 
-def rows_left_alone(every: tuple[Subject, ...]) -> Finding:
-    """Rows of DVoRA that keep the outputs of the base, because these hold their bias and next to nothing else."""
-    shares = {
-        subject.name: max(subject.layer.rows_left_alone(name) for name in adapters) / subject.layer.out_features
-        for subject in every
-        if isinstance(subject.layer, DVoRALayer)
-        and (adapters := [name for name in subject.layer.active_adapters if name in subject.layer.dvora_adapted])
-    }
+def small_rows(every: tuple[Subject, ...]) -> Finding:
+    """Rows of DVoRA that are tiny beside their bias, which is subtracted from the base's rounded outputs."""
+    shares = {}
+    for subject in every:
+        layer = subject.layer
+        if isinstance(layer, DVoRALayer):
+            w, bias = subject.weight().norm(dim=1), bias_of(layer.get_base_layer(), layer.measured_bias)
+            small = torch.zeros_like(w) if bias is None else (w > 0) & (w < SMALL_ROW * bias.detach().abs().to(w))
+            shares[subject.name] = float(small.double().mean())
     return within_limits(
-        "rows left alone",
+        "small rows",
         shares,
         0.0,
-        "share of rows that are tiny beside their bias, in a weight that no pass can read, and so are not adapted:",
-        "nothing has to be done if they are few; to adapt them, load the base unquantised, or keep it in memory",
+        f"share of rows whose norm is less than {SMALL_ROW:g} of their bias:",
+        "nothing has to be done if their magnitudes stay near their norms; outputs of others lose digits: leave the "
+        "layer out, or compute in float64",
         status="warn",
     )
 
