@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ...functional import unit_rows
 from ...tuner.layers.layer import DVoRALayer
 from ...tuner.layers.outputs import bias_of
 from ..dense_rebuild import Subject, Term
@@ -68,7 +69,7 @@ def constants(every: tuple[Subject, ...]) -> Finding:
                     adapted = subject.layer.adapted(adapter)
                     error = distance(adapted.w, weight.norm(dim=1))
                     if adapted.C is not None and adapted.rank:
-                        expected = adapted.B(weight) * (weight @ adapted.A(weight).T)
+                        expected = adapted.B(weight) * (unit_rows(weight, weight.norm(dim=1)) @ adapted.A(weight).T)
                         rounded = 1e-2 if adapted.C.dtype == torch.bfloat16 else 1.0
                         error = max(error, rounded * distance(adapted.C, expected))
                     errors[subject.name] = max(error, errors.get(subject.name, 0.0))
