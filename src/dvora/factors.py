@@ -422,7 +422,8 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
         s = torch.stack([one if source.strength is None else source.strength for source in sources])[:, None]
         # For a strength of one exactly the gain.
         gain = torch.lerp(torch.ones_like(gain), gain, s.detach())
-        gain_minus_one, scale = s * gain_minus_one, s * scale
+        with saved_here():
+            gain_minus_one, scale = s * gain_minus_one, s * scale
     trained = gain_minus_one.requires_grad and bool(vectors.lambda_d.shape[1])
     folds = Folds((gain_minus_one, scale, gain), vectors.lambda_d, constants) if trained else None
     parts = zip(gain_minus_one, scale, vectors.lambda_d, gain, strict=True)
@@ -661,7 +662,7 @@ class FactorPass:
         recorded, begun = grad_recorded(), Pass()
         last = self._last.get(recorded)
         self._last[recorded] = begun
-        sources = [] if last is None else [s for s in last.asked.values() if _can_be_stacked(s)]
+        sources = [] if last is None else [s for s in list(last.asked.values()) if _can_be_stacked(s)]
         # FSDP2 has the values of this pass only when a layer runs.
         if sources and not gathers_uncounted():
             trained, others = list[Source](), list[Source]()
