@@ -149,7 +149,7 @@ class _Folded(torch.autograd.Function):
                 whole = _folded_weight(weight, U, gain, ctx.adapted.matrices)
             d_x = dy @ as_dtype(whole, dy.dtype)
         rows = dy.reshape(-1, dy.shape[-1])
-        d_U = as_dtype(rows.T @ z.reshape(len(rows), -1), U.dtype)
+        d_U = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), U.dtype)
         wide = as_dtype(rows, U.dtype)
         d_carrier = (wide * y.reshape(rows.shape)).sum(0)
         d_bias = None
