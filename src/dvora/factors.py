@@ -28,7 +28,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import functional as F
 from .engines import check_whole, gathers_uncounted
 from .functional import RowFactors, Vectors
-from .tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, saved_tensors_are_hooked, version_of, without_autocast
+from .tensors import (
+    Float,
+    as_dtype,
+    full_precision,
+    grad_recorded,
+    is_traced,
+    saved_tensors_are_hooked,
+    version_of,
+    without_autocast,
+)
 from .weight import AdaptedWeight
 
 NEAR_CANCELLATION = 0.1
@@ -135,19 +144,18 @@ class StackConstants(NamedTuple):
     def of(cls, weights: Sequence[AdaptedWeight]) -> "StackConstants":
         """Those of weights with one `stack_key`, whose C become parts of one tensor."""
         norms, first = [weight.w for weight in weights], weights[0]
-        w = torch.stack(norms)[:, None]
-        dead = w == 0
-        has_dead = w.is_meta or bool(dead.any())
-        if has_dead:
+        w, dead = torch.stack(norms)[:, None], None
+        if any(weight.has_zero_rows for weight in weights):
+            dead = w == 0
             w = torch.where(dead, 1.0, w)
         unit: Tensor | float = first.scaling if first.direction == "unit" else first.scaling / w
-        if has_dead:
+        if dead is not None:
             unit = unit * (~dead).to(w.dtype)
         C = _joined([weight.C for weight in weights], w.dtype)
         if C is not None and len(weights) > 1:
             for weight, part in zip(weights, C.unbind(), strict=True):
                 weight.C = part
-        return cls(list(weights), norms, w, C, unit, dead if has_dead else None, [])
+        return cls(list(weights), norms, w, C, unit, dead, [])
 
     def fit(self, weights: Sequence[AdaptedWeight]) -> bool:
         """Whether they are the constants of these weights as they are now."""
@@ -303,9 +311,7 @@ def _gradients_of_definition(
             detach_norm=first.detach_norm,
         )
         outputs = [factors.gain_minus_one, factors.scale]
-        return list(
-            torch.autograd.grad(outputs, vectors, [d_g, d_scale], create_graph=create_graph, allow_unused=True)
-        )
+        return list(torch.autograd.grad(outputs, vectors, [d_g, d_scale], create_graph=create_graph, allow_unused=True))
 
 
 def _measure_cancelled_rows(
@@ -369,8 +375,8 @@ class Folds:
 class _Fold(torch.autograd.Function):
     """The factors of L layers -> U (L, O, R) and the carriers (L, O).
 
-        d_scale = rowsum(d_U * B diag(lambda_d)),   d_lambda_d = scale (d_U * B)
-        d_g     = sum_t dy x W^T = (sum_t dy (y - bias) - scale d_scale) / g
+    d_scale = rowsum(d_U * B diag(lambda_d)),   d_lambda_d = scale (d_U * B)
+    d_g     = sum_t dy x W^T = (sum_t dy (y - bias) - scale d_scale) / g
     """
 
     @staticmethod
@@ -420,10 +426,8 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
     if any(source.strength is not None for source in sources):
         one = constants.w.new_ones(())
         s = torch.stack([one if source.strength is None else source.strength for source in sources])[:, None]
-        # For a strength of one exactly the gain.
-        gain = torch.lerp(torch.ones_like(gain), gain, s.detach())
         with saved_here():
-            gain_minus_one, scale = s * gain_minus_one, s * scale
+            gain_minus_one, scale, gain = _weakened((gain_minus_one, scale, gain), s)
     trained = gain_minus_one.requires_grad and bool(vectors.lambda_d.shape[1])
     folds = Folds((gain_minus_one, scale, gain), vectors.lambda_d, constants) if trained else None
     parts = zip(gain_minus_one, scale, vectors.lambda_d, gain, strict=True)
@@ -474,7 +478,9 @@ def _found_or_made(source: Source, running: "Pass | None") -> Factors:
         trained = kept.trained_now(source, running)
         if trained is not None:
             return trained
-        return layer_factors([source], StackConstants.of([adapted]))[0]
+        if kept.constants is None:
+            kept.constants = StackConstants.of([adapted])
+        return layer_factors([source], kept.constants)[0]
     evaluated = kept.evaluated
     if evaluated is None or not evaluated.serves(source, running):
         evaluated = kept.evaluated = Evaluated([source])
@@ -483,11 +489,16 @@ def _found_or_made(source: Source, running: "Pass | None") -> Factors:
 
 def _by_definition(source: Source, weight: Tensor | None) -> Factors:
     adapted, vectors, strength = source
-    gain_minus_one, scale, gain = adapted.factors(vectors, weight)
-    if strength is not None:
-        gain = torch.lerp(torch.ones_like(gain), gain, strength.detach())
-        gain_minus_one, scale = strength * gain_minus_one, strength * scale
+    made = adapted.factors(vectors, weight)
+    gain_minus_one, scale, gain = made if strength is None else _weakened(made, strength)
     return Factors(gain_minus_one, scale, as_dtype(vectors.lambda_d, scale.dtype), gain)
+
+
+def _weakened(made: Sequence[Tensor], strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of `W + s (W' - W)`; for s = 1 these."""
+    gain_minus_one, scale, gain = made
+    weaker = torch.lerp(torch.ones_like(gain), gain, strength.detach().to(gain.dtype))
+    return strength * gain_minus_one, strength * scale, weaker
 
 
 @torch.no_grad()
@@ -513,12 +524,14 @@ def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Fl
 class _Kept:
     """The factors of the last passes of one weight."""
 
-    __slots__ = ("evaluated", "trained_in")
+    __slots__ = ("constants", "evaluated", "trained_in")
 
     def __init__(self) -> None:
         # The pass has them, not the weight: their graph holds the weight, and no collector of garbage sees a graph.
         self.trained_in: weakref.ref[Pass] | None = None
         self.evaluated: Evaluated | None = None
+        # Of this weight alone; where they change, all that is kept goes.
+        self.constants: StackConstants | None = None
 
     def trained_now(self, source: Source, running: "Pass | None") -> Factors | None:
         """The factors that were made for the pass with gradients that this thread is in, if they are still right."""

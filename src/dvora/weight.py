@@ -160,6 +160,7 @@ class AdaptedWeight(nn.Module):
             shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
+        self.has_zero_rows = True
         self.kept: Any = None
         """Row factors of the last pass (`factors`)."""
         self._weight_version: TensorVersion | None = None
@@ -319,6 +320,7 @@ class AdaptedWeight(nn.Module):
             if shard is not None:
                 w, C = shard.of_rows(w), shard.of_rows(C)
             self._sample = _sample(local(weight)) if gathers_uncounted() else None
+        self.has_zero_rows = w.is_meta or bool((w == 0).any())
         self.w, self.C, self.shard, self._weight_version, self.kept = w, C, shard, version, None
         self._weight = weakref.ref(weight)
 
