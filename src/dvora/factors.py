@@ -155,6 +155,9 @@ class StackConstants(NamedTuple):
         if C is not None and len(weights) > 1:
             for weight, part in zip(weights, C.unbind(), strict=True):
                 weight.C = part
+                if weight.kept is not None:
+                    # They would keep the matrix that it was.
+                    weight.kept.constants = None
         return cls(list(weights), norms, w, C, unit, dead, [])
 
     def fit(self, weights: Sequence[AdaptedWeight]) -> bool:
