@@ -116,6 +116,8 @@ class AdaptedWeight(nn.Module):
         layout: how the weight is stored.
         padding_column: a column of the weight's matrix that the update does not change: an embedding's padding entry.
         readable: whether the weight can be read in every pass; that of a quantised layer cannot.
+        reads_matrices: whether passes read the values of A and B: those of convolutions and of weights that are
+            read by their module do, others multiply by A and B.
         name: of the layer, for error messages.
 
     Raises:
@@ -138,6 +140,7 @@ class AdaptedWeight(nn.Module):
         layout: Layout = ROWS,
         padding_column: int | None = None,
         readable: bool = True,
+        reads_matrices: bool = False,
         name: str = "layer",
     ) -> None:
         super().__init__()
@@ -151,13 +154,17 @@ class AdaptedWeight(nn.Module):
         self.detach_norm = detach_norm
         self.padding_column = padding_column
         self.readable = readable
+        self.reads_matrices = reads_matrices
         self.name = name
         # A name that no model uses, since PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
         self.update_key = shared.seed, shared.distribution, self.rank
         """Adapters of equal keys have the same A and B in a layer."""
         if self.rank:
-            shared.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
+            sizes = rank, self.in_features, self.out_features, norm_dtype(weight.dtype)
+            shared.reserve(*sizes)
+            if reads_matrices:
+                shared.impl.reserve_values(*sizes)
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
@@ -328,13 +335,18 @@ class AdaptedWeight(nn.Module):
         """The dense A of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(0, self.in_features)
-        A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
+        if self.reads_matrices:
+            A = self.shared.impl.values("A", self.rank, self.in_features, like.dtype, like.device)
+        else:
+            A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
         return A if self.padding_column is None else _without_column(A, self.padding_column)
 
     def B(self, like: Tensor) -> Float[Tensor, "O R"]:
         """The dense B of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(self.out_features, 0)
+        if self.reads_matrices:
+            return self.shared.impl.values("B", self.rank, self.out_features, like.dtype, like.device).T
         return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
 
     def extra_repr(self) -> str:

@@ -62,6 +62,8 @@ class Matrices(nn.Module):
         self._constants: dict[tuple[str, int, int, torch.dtype, torch.device], Any] = {}
         self._reserved: dict[tuple[int, int, int, torch.dtype], None] = {}
         """Arguments of `reserve`, in order."""
+        self._reserved_values: dict[tuple[int, int, int, torch.dtype], None] = {}
+        """Those of `reserve_values`."""
         self._home = _CPU
         """The device for which `reserve` makes constants: where the module was last moved to."""
 
@@ -124,7 +126,8 @@ class Matrices(nn.Module):
             return self
         part = self._parts.get((inputs, outputs))
         if part is None:
-            part = self._twin(_shards={"A": inputs, "B": outputs}, _constants={}, _reserved={}, _parts={})
+            shards: dict[Side, Shard | None] = {"A": inputs, "B": outputs}
+            part = self._twin(_shards=shards, _constants={}, _reserved={}, _reserved_values={}, _parts={})
             self._parts[inputs, outputs] = part
         return part
 
@@ -136,6 +139,19 @@ class Matrices(nn.Module):
         self._reserved[rank, in_features, out_features, dtype] = None
         for constant in self._needed(rank, in_features, out_features, dtype):
             self._constant(*constant, self._home)
+
+    def reserve_values(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Make now the values of A and B, for layers whose passes read them (`values`)."""
+        self._reserved_values[rank, in_features, out_features, dtype] = None
+        self.values("A", rank, in_features, dtype, self._home)
+        self.values("B", rank, out_features, dtype, self._home)
+
+    def values(
+        self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> Float[Tensor, "R N"]:
+        """A, or B transposed: kept, and not to be written to."""
+        kept: Tensor = self._constant(side, rank, size, dtype, device)
+        return kept
 
     def fingerprint_values(self) -> np.ndarray:
         """Some values, for the fingerprint."""
@@ -239,10 +255,13 @@ class Matrices(nn.Module):
     def _reserve_again(self) -> None:
         for sizes in list(self._reserved):
             self.reserve(*sizes)
+        for sizes in list(self._reserved_values):
+            self.reserve_values(*sizes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Matrices":
         # Constants are never written to, so copies may share them.
-        return self._twin(_constants=dict(self._constants), _reserved=dict(self._reserved), _parts={})
+        reserved = {"_reserved": dict(self._reserved), "_reserved_values": dict(self._reserved_values)}
+        return self._twin(_constants=dict(self._constants), _parts={}, **reserved)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_constants": {}, "_parts": {}, "_home": _CPU}

@@ -18,6 +18,7 @@ from ..layers.base_fingerprint import fingerprint_of
 from ..layers.base_layer import Fingerprinted
 from ..layers.layer import DVoRALayer
 from ..layers.layer_types import padding_column
+from ..layers.low_rank import convolve
 from ..layers.outputs import bias_of
 from .targets import Target, matches
 
@@ -56,6 +57,7 @@ def prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> P
         layout=target.layer_type.layout,
         padding_column=padding_column(target.base()),
         readable=target.is_readable(),
+        reads_matrices=target.layer_type.low_rank in (None, convolve),
         name=target.name,
     )
     return PreparedTarget(adapted, fingerprint_of(target.layer_type.layout.matrix(weight), adapted.w))
