@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -148,12 +147,6 @@ def test_factors_of_any_shape_equal_the_dense_method(
     Stack(2, 2, shape, distribution=distribution, **options, **padding).assert_equal_to_the_dense_method(1e-11)
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(300, 500, 16), (40, 60, 300)], ids=str)
-def test_factors_of_large_layers_equal_the_dense_method(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    Stack(3, 1, shape, dtype).assert_equal_to_the_dense_method(TOLERANCE[dtype])
-
-
 @directions
 @pytest.mark.parametrize("detach_norm", [False, True])
 def test_zero_rows_of_one_layer_leave_the_others_alone(detach_norm: bool, direction: str) -> None:
@@ -183,15 +176,6 @@ def test_second_derivatives_equal_finite_differences(distribution: str, directio
 
     assert torch.autograd.gradcheck(made, vectors, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(made, vectors)
-
-
-@directions
-def test_the_closed_form_gives_the_gradients_of_the_graph(direction: str) -> None:
-    stack = Stack(3, 2, direction=direction)
-    for ours, theirs in zip(stack.gradients(), stack.gradients(create_graph=True), strict=True):
-        assert not ours.requires_grad
-        assert theirs.requires_grad
-        assert worst_error(ours, theirs) < 1e-12
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -622,25 +606,6 @@ def test_checkpointed_layers_train_to_the_same_gradients(
         assert_equal([p.grad for p in model.trained()], expected)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpointed_model_within_a_model_trains_to_the_same_gradients(use_reentrant: bool) -> None:
-    model, x = Model(), inputs().requires_grad_()
-    expected = step(model.alone())
-    for _ in range(3):
-        model.zero_grad()
-        checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
-        assert_equal([p.grad for p in model.trained()], expected)
-    assert current_pass() is None
-
-
-def test_vectors_that_were_stepped_between_two_passes_train_with_their_new_values() -> None:
-    model = Model()
-    optimizer = torch.optim.SGD(model.trained(), lr=0.05)
-    for _ in range(3):
-        assert_equal(step(model), step(model.alone()))
-        optimizer.step()
-
-
 def test_a_write_within_a_pass_is_seen_by_the_layers_that_come_after() -> None:
     model = Model()
 
@@ -755,13 +720,9 @@ def test_a_pass_ends_with_an_error_and_those_within_it_that_an_interruption_left
     with pytest.raises(error):
         outer(inputs())
     hook.remove()
-    # What a hook of PyTorch's could not end after Ctrl-C, the next pass does not mistake for its own.
-    expected = step(Model(1, passes=False))
-    fresh = Model(1)
-    assert_equal(step(fresh), expected)
-    outer(inputs())
-    FactorPass().end()
+    # What a hook of PyTorch's could not end after Ctrl-C, the next pass ends.
     assert_equal(step(outer), step(outer))
+    assert current_pass() is None
 
 
 def test_passes_left_open_end_with_the_one_around_them() -> None:
@@ -774,21 +735,6 @@ def test_passes_left_open_end_with_the_one_around_them() -> None:
     outer.end()
     assert current_pass() is None
     outer.end()
-
-
-def test_threads_have_passes_of_their_own() -> None:
-    model, seen, inside = Model(), [], threading.Event()
-    step(model)
-
-    def look(*_: object) -> None:
-        thread = threading.Thread(target=lambda: (seen.append(current_pass()), inside.set()))
-        thread.start()
-        thread.join()
-
-    model.layers[1].register_forward_pre_hook(look)
-    model(inputs())
-    assert inside.is_set()
-    assert seen == [None]
 
 
 @pytest.mark.usefixtures("hasty_threads")

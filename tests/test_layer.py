@@ -204,15 +204,6 @@ def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torc
         assert torch.equal(gradient, found[1][name]), name
 
 
-@both
-@bias_or_not
-def test_autocast_leaves_an_untrained_layer_its_base(bias: bool, tokens: int) -> None:
-    base = linear(IN, OUT, bias=bias)
-    layer, x = DVoRAAdapter(base, RANK, shared=SHARED), inputs(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), base(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_a_magnitude_alone_rescales_rows(bias: bool, dtype: torch.dtype) -> None:
@@ -236,12 +227,6 @@ def test_a_magnitude_alone_rescales_rows(bias: bool, dtype: torch.dtype) -> None
 
 class Subclass(nn.Linear):
     """Another class with the same forward."""
-
-
-def with_global_hook(layer: DVoRAAdapter) -> Iterator[None]:
-    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    yield
-    hook.remove()
 
 
 def set_forward(base: nn.Linear) -> None:
@@ -385,17 +370,6 @@ def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(t
         second.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves))
     for ours, theirs in zip(*second, strict=True):
         assert worst_error(ours, theirs) < 1e-12
-
-
-@distributions
-@both
-def test_a_graph_of_the_gradients_changes_no_gradient(tokens: int, distribution: str) -> None:
-    layer = trained_layer(IN, OUT, RANK, dtype=torch.float64, shared=SharedProjections(3, distribution))
-    x, d = inputs(tokens, torch.float64).requires_grad_(), randn(tokens, OUT, seed=9, dtype=torch.float64)
-    plain = gradients(layer, layer(x), x, d)
-    for name, gradient in gradients(layer, layer(x), x, d, create_graph=True).items():
-        assert gradient.requires_grad
-        assert worst_error(gradient, plain[name]) < 1e-12, name
 
 
 @distributions
@@ -621,10 +595,7 @@ READERS: dict[str, Callable[[AdaptedWeight, AdaptedWeight, Tensor], tuple[Tensor
     "autocast": lambda a, b, x: (project(a, x), _within(torch.autocast("cpu", torch.bfloat16), b, x)),
     "no_grad": lambda a, b, x: (project(a, x.requires_grad_()), _within(torch.no_grad(), b, x)),
     "hooks": lambda a, b, x: (project(a, x), _within(saved_tensors_hooks(lambda t: t, lambda t: t), b, x)),
-    "both under hooks": lambda a, b, x: (
-        _within(save_on_cpu(), a, x),
-        _within(save_on_cpu(), b, x),
-    ),
+    "both under hooks": lambda a, b, x: tuple(_within(save_on_cpu(), each, x) for each in (a, b)),
     "other matrices": lambda a, b, x: (project(a, x), project(pair()[1], x)),
     "another rank": lambda a, b, x: (project(a, x), project(AdaptedWeight(x, RANK + 1, shared=a.shared), x)),
     "another thread": lambda a, b, x: (project(a, x), _in_thread(b, x)),
@@ -655,14 +626,6 @@ def test_z_is_shared_with_nobody_else(case: str) -> None:
     assert first is not second
     if first.shape == second.shape and case != "other matrices":
         torch.testing.assert_close(first, second.float(), rtol=2e-2, atol=2e-2)
-
-
-def test_a_layer_between_two_readers_of_other_inputs_ends_the_sharing() -> None:
-    first, second = pair()
-    x, other = randn(3, IN, seed=8), randn(3, IN, seed=9)
-    z = project(first, x)
-    project(first, other)
-    assert project(second, x) is not z
 
 
 @pytest.mark.parametrize("leaf", [True, False])
@@ -703,14 +666,6 @@ def test_threads_do_not_disturb_one_another(tokens: int) -> None:
 
     with ThreadPoolExecutor(count) as pool:
         assert all(pool.map(run, range(count)))
-
-
-def test_two_calls_of_one_layer_on_the_same_inputs_get_both_gradients() -> None:
-    layer, x = trained_layer(IN, OUT, RANK), inputs(THIN).requires_grad_()
-    once = gradients(layer, layer(x), x, torch.ones(THIN, OUT))
-    twice = gradients(layer, layer(x) + layer(x), x, torch.ones(THIN, OUT))
-    for name, gradient in twice.items():
-        torch.testing.assert_close(gradient, 2 * once[name])
 
 
 @both

@@ -14,11 +14,8 @@ from dvora.tensors import (
     TensorVersion,
     as_dtype,
     at_least_float32,
-    autocast_dtype,
-    full_precision,
     is_traced,
     version_of,
-    without_autocast,
 )
 from tests.cases import randn
 
@@ -96,22 +93,6 @@ def test_a_guarded_cast_ends_at_float32(dtype: torch.dtype, expected: torch.dtyp
     assert at_least_float32(lambda t: t.to("meta", dtype))(torch.ones(2)).is_meta
     ones = torch.ones(2)
     assert as_dtype(ones, torch.float32) is ones
-
-
-def test_a_backward_pass_runs_without_autocast() -> None:
-    seen: list[object] = []
-
-    @without_autocast
-    def backward(_: object, *gradients: Tensor | None) -> None:
-        seen.append(autocast_dtype(torch.device("cpu")))
-
-    with torch.autocast("cpu", torch.bfloat16):
-        backward(None, None, torch.ones(2))
-        assert autocast_dtype(torch.device("cpu")) == torch.bfloat16
-        with full_precision(torch.device("cpu")):
-            assert autocast_dtype(torch.device("cpu")) is None
-    backward(None, torch.ones(2))
-    assert seen == [None, None]
 
 
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode, FakeTensorMode])

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import weight as weights
-from dvora.functional import Vectors
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import (
     COLUMNS,
     EXPERTS,
     EXPERTS_TRANSPOSED,
     KERNELS,
-    MAGNITUDE_ONLY,
     ROWS,
     SMALL_LOSS,
     AdaptedWeight,
@@ -30,7 +28,7 @@ from dvora.weight import (
     merged_copy,
     warn_of_losses,
 )
-from tests.cases import COPIES, DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
+from tests.cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 5, 3
@@ -126,26 +124,6 @@ def test_a_large_C_beside_a_weight_in_half_precision_is_kept_in_bfloat16(dtype: 
     assert adapted_weight(weight.float(), 128).C.dtype == torch.float32
 
 
-def test_the_starting_vectors_are_those_of_the_weight_itself() -> None:
-    weight = randn(OUT, IN, seed=1)
-    with torch.inference_mode():
-        vectors = adapted_weight(weight).initial_vectors(0.25)
-    torch.testing.assert_close(vectors.magnitude, weight.norm(dim=1))
-    assert vectors.lambda_b.tolist() == [0] * OUT
-    assert vectors.lambda_d.tolist() == [0.25] * RANK
-    assert not any(vector.is_inference() for vector in vectors)
-
-
-def test_the_magnitude_alone_has_no_update() -> None:
-    weight = randn(OUT, IN, seed=1)
-    adapted = adapted_weight(weight, MAGNITUDE_ONLY)
-    magnitude, lambda_b, lambda_d = adapted.initial_vectors(0.1)
-    assert lambda_d.numel() == adapted.C.numel() == 0
-    factors = adapted.factors(Vectors(2 * magnitude, lambda_b, lambda_d), weight)
-    torch.testing.assert_close(factors.gain, torch.full((OUT,), 2.0))
-    assert not factors.scale.any()
-
-
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distribution: str) -> None:
     weight = randn(OUT, IN, seed=1, dtype=torch.float64)
@@ -161,16 +139,6 @@ def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distri
     lambda_d, d_q = vectors.lambda_d.clone().requires_grad_(), randn(OUT, seed=3, dtype=torch.float64)
     (expected,) = torch.autograd.grad(adapted.squares(lambda_d), lambda_d, d_q)
     assert worst_error(adapted.squares_gradient(d_q, lambda_d.detach()), expected) < 1e-12
-
-
-def test_a_trained_weight_passes_its_gradient_through_the_constants() -> None:
-    weight = randn(OUT, IN, seed=1).requires_grad_()
-    adapted = adapted_weight(weight)
-    vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2))
-    assert adapted.factors(vectors, weight).gain_minus_one.requires_grad
-    with torch.no_grad():
-        assert not adapted.factors(vectors, weight).gain_minus_one.requires_grad
-    assert not adapted.w.requires_grad
 
 
 # The constants follow.
@@ -247,17 +215,6 @@ def test_constants_follow(training: bool, change: str) -> None:
     assert_constants_of(layer.adapted, layer.base_layer.weight)
 
 
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_follows_its_own_weight_only(copied: str) -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    made = COPIES[copied](layer)
-    with torch.no_grad():
-        made.base_layer.weight.mul_(2)
-        for each in (layer, made):
-            each(randn(4, IN, seed=8))
-            assert_constants_of(each.adapted, each.base_layer.weight)
-
-
 def test_a_pickle_holds_its_own_part_of_joined_constants_only() -> None:
     adapted = adapted_weight(randn(OUT, IN, seed=1))
     size = len(pickle.dumps(adapted))
@@ -313,12 +270,6 @@ def test_a_weight_that_cannot_be_adapted_is_refused_by_name(case: str) -> None:
     make, error, message = REFUSED[case]
     with pytest.raises(error, match=f"^here: .*{message}"):
         adapted_weight(make(), name="here")
-
-
-def test_the_printed_form_names_the_sizes_and_hyperparameters() -> None:
-    adapted = adapted_weight(randn(OUT, IN, seed=1), alpha=2.5, direction="weight")
-    expected = "in_features=6, out_features=5, rank=3, alpha=2.5, direction='weight', detach_norm=False"
-    assert adapted.extra_repr() == expected
 
 
 # Merging.
