@@ -204,9 +204,17 @@ def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torc
         assert torch.equal(gradient, found[1][name]), name
 
 
+@both
+def test_a_backward_pass_under_autocast_is_in_the_dtype_of_its_forward_pass(tokens: int) -> None:
+    layer, x, d = trained_layer(IN, OUT, RANK), inputs(tokens).requires_grad_(), randn(tokens, OUT, seed=9)
+    expected, y = gradients(layer, layer(x), x, d), layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, gradients(layer, y, x, d).values(), expected.values()))
+
+
+@bias_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_a_magnitude_alone_rescales_rows(bias: bool, dtype: torch.dtype) -> None:
+def test_a_magnitude_alone_rescales_rows(dtype: torch.dtype, bias: bool) -> None:
     base = linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
     adapted = AdaptedWeight(base.weight, MAGNITUDE_ONLY, shared=SHARED)
     vectors = adapted.initial_vectors(0.1)
