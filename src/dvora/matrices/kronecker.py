@@ -70,7 +70,9 @@ class Kronecker(NamedTuple):
         (r1, n1), (r2, n2) = self.left.shape, self.right.shape
         padded = pad(z, (0, r1 * r2 - self.rows)) if self.rows < r1 * r2 else z
         product = sandwich(self.left.T, as_dtype(padded, self.left.dtype).reshape(-1, r1, r2), self.right, apart)
-        return product.reshape(*z.shape[:-1], n1 * n2) * self.diagonal
+        product = product.reshape(*z.shape[:-1], n1 * n2)
+        # Autograd would record a write to a view, at the price of the copy that is saved here.
+        return product * self.diagonal if torch.is_grad_enabled() else product.mul_(self.diagonal)
 
     def dense(self) -> Float[Tensor, "R N"]:
         """M itself."""
