@@ -136,6 +136,13 @@ def test_the_starting_values_are_those_of_the_papers() -> None:
     assert torch.equal(train(new_layer(alpha=RANK))(X), train(new_layer())(X))
 
 
+def test_casting_the_model_leaves_the_vectors_unrounded() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    before = layer.get_parameters()
+    assert nn.Sequential(layer).half()[0].base_layer.weight.dtype == torch.float16
+    assert torch.equal(layer.get_parameters(), before)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_layer_made_without_gradients_can_be_trained(mode: Callable[[], Any]) -> None:
     base, shared = linear(IN, OUT), SharedProjections(SHARED.seed)

@@ -208,14 +208,6 @@ def in_a_thread(s: Subject) -> None:
         pool.submit(of_vectors(lambda v: v.mul_(1.2)), s).result()
 
 
-def explicit_step(s: Subject) -> None:
-    x = randn(s.tokens, WIDTH, seed=9)
-    s.layer.train()
-    s.layer.backward(s.layer(x).detach())
-    s.layer.update_parameters(0.01)
-    s.layer.train(s.mode == "training")
-
-
 def through(copied: Callable[[nn.Module], nn.Module]) -> Change:
     """A copy, of which the original is changed after it was made."""
 
@@ -306,7 +298,6 @@ CHANGES: dict[str, Change] = {
     "in inference mode": of_vectors(write_in_inference_mode, 0),
     "in a thread": in_a_thread,
     "set_parameters": lambda s: s.layer.set_parameters(other(s.layer.get_parameters())),
-    "explicit step": explicit_step,
     "magnitude's data in place": of_vectors(lambda v: v.data.copy_(other(v)), 0),
     "lambda_b's data in place": of_vectors(lambda v: v.data.copy_(other(v)), 1),
     "lambda_d's data in place": of_vectors(lambda v: v.data.copy_(other(v)), 2),
