@@ -1,4 +1,4 @@
-"""The factors of whole models, made for all layers of a shape at once: as by every layer alone, and as the dense method."""
+"""Factors of whole models, made for all layers of a shape at once: as by every layer alone, and as the dense method."""
 
 import pytest
 import torch

@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from tests.tuner.interrupting import interrupted_at, steps_of
 from tests.tuner.layer_cases import CASES
 from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
@@ -88,18 +87,6 @@ def test_a_parameter_that_is_silent_in_one_thread_serves_another() -> None:
         assert all(threads.map(many, [0, 1, 2, 2, 0]))
 
 
-@pytest.mark.usefixtures("hasty_threads")
-def test_hooks_that_come_and_go_disturb_no_other_thread() -> None:
-    model = adapted("mlp")
-    expected = [call(model, names) for names in BATCHES]
-
-    def many(which: int) -> bool:
-        return all(same_bits(call(model, BATCHES[which]), expected[which]) for _ in range(25))
-
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(many, range(4)))
-
-
 @pytest.mark.parametrize("inner", BATCHES, ids=str)
 def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None:
     model, found = adapted(), []
@@ -114,19 +101,3 @@ def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None
     assert same_bits(call(model, ["second"] * 4), outer)
     handle.remove()
     assert same_bits(found[0], expected)
-
-
-def test_an_interrupted_batch_leaves_no_names_behind(pytestconfig: pytest.Config) -> None:
-    fuzz = pytestconfig.getoption("--fuzz")
-    for model in (adapted("mlp"), attention()):
-        expected = call(model, None)
-
-        def act(model: PeftModel) -> None:
-            call(model, [BASE] * 4)
-
-        total = steps_of(act, model, fuzz)
-        for step in range(0, total, 1 if fuzz else max(1, total // 40)):
-            with pytest.raises(KeyboardInterrupt):
-                interrupted_at(step, act, model, fuzz)
-            assert same_bits(call(model, None), expected), step
-            assert same_bits(call(model.base_model, None), expected), step
