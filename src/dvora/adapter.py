@@ -1,7 +1,7 @@
 """DVoRAAdapter: one linear layer adapted by DVoRA, for plain PyTorch; and the process-wide matrices that it may use."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from .tensors import (
     version_of,
 )
 from .weight import AdaptedWeight, check_can_be_set, merged_copy
+
 
 class DVoRAAdapter(nn.Module):
     """A linear layer whose weight is adapted by three trained vectors; at the start it is its base, bit for bit.
@@ -306,6 +307,7 @@ class DVoRAAdapter(nn.Module):
 def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, DVoRAAdapter)
     layer.adapted.refresh_after_load(layer.base_layer.weight)
+
 
 class _Last(NamedTuple):
     """A forward pass, and the state that must be unchanged when its input is used again."""

@@ -77,8 +77,8 @@ def checked_vectors(
                 raise ValueError(f"{prefix}{name} has values that are not finite in {own.dtype} in the state dict")
             if not value.is_meta and value.numel() and value.abs().max() > FAR:
                 raise ValueError(
-                    f"{prefix}{name} has values up to {float(value.abs().max()):.3g} in the state dict, with which outputs "
-                    f"might not be finite (more than {FAR:g}); training diverged: go back to an earlier checkpoint"
+                    f"{prefix}{name} has values up to {float(value.abs().max()):.3g} in the state dict, with which "
+                    f"outputs might not be finite (above {FAR:g}); training diverged: go back to an earlier checkpoint"
                 )
             vectors[prefix + name] = value
         elif name == "base_layer.weight" and type(value) is Tensor and not value.is_meta:

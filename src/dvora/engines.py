@@ -25,6 +25,7 @@ from .functional import Vectors
 from .matrices.interface import Shard
 from .tensors import Float, grad_recorded
 
+
 class TensorParallelShard(NamedTuple):
     """The shard of one process: some of the outputs, or some of the inputs."""
 

@@ -1,4 +1,4 @@
-"""The row factors `(g - 1, scale, lambda_d)` of layers: made for all layers of one shape at once, and when they are made.
+"""The row factors `(g - 1, scale, lambda_d)`: made for all layers of one shape at once, and when they are made.
 
 | where | made | used until |
 |---|---|---|
@@ -95,7 +95,7 @@ class Factors(NamedTuple):
     """`g`, without a gradient: precise where it is far below one. None for rows of a batch: it would be as large."""
     folds: "Folds | None" = None
     """The folded factors of all layers of the shape, in training."""
-    index: int = 0
+    position: int = 0
     """Of this layer among them."""
 
     @classmethod
@@ -262,7 +262,7 @@ class _RowFactors(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, d_g: Tensor | None, d_scale: Tensor | None, _: None) -> Any:
         constants: StackConstants = ctx.constants
-        m, lambda_b, lambda_d = ctx.inputs
+        m, _lambda_b, lambda_d = ctx.inputs
         kappa, inner, s, gain, scale = ctx.made
         if d_g is None and d_scale is None:
             return None, None, None, None
@@ -365,8 +365,8 @@ class Folds:
     def of(self, index: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "O"]]:
         """`U = diag(scale) B diag(lambda_d)` of one layer, and a carrier.
 
-        The values of a carrier mean nothing. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a gradient of g
-        for all layers at once.
+        The values of a carrier mean nothing. What a layer returns as its gradient, `sum_t dy (y - bias)`, becomes a
+        gradient of g for all layers at once.
         """
         if not self._parts:
             with saved_here():
@@ -423,7 +423,7 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
         constants: of their weights.
     """
     dtype = constants.w.dtype
-    vectors = Vectors(*(torch.stack(of_kind) for of_kind in zip(*(s.vectors for s in sources), strict=True))).to(dtype)  # type: ignore[arg-type]
+    vectors = Vectors(*(torch.stack(of_kind) for of_kind in zip(*(s.vectors for s in sources), strict=True))).to(dtype)
     made = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
     gain_minus_one, scale, gain = (factor.squeeze(1) for factor in made)
     if any(source.strength is not None for source in sources):
@@ -541,10 +541,10 @@ class _Kept:
         made_for = None if self.trained_in is None else self.trained_in()
         if made_for is None:
             return None
-        if made_for is not running:
-            # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
-            if torch._C._current_graph_task_id() == -1 or not saved_tensors_are_hooked():
-                return None
+        # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
+        repeated = torch._C._current_graph_task_id() != -1 and saved_tensors_are_hooked()
+        if made_for is not running and not repeated:
+            return None
         trained = made_for.trained[id(source.adapted)]
         return trained.factors if trained.serves(source) else None
 
@@ -690,7 +690,7 @@ class FactorPass:
 
     def end(self, *_: object) -> None:
         """Leave the pass, and those within it that an interruption has left open."""
-        for index, (owner, _) in enumerate(_running.passes):
+        for index, (owner, _begun) in enumerate(_running.passes):
             if owner is self and not is_traced():
                 del _running.passes[index:]
                 return

@@ -188,9 +188,7 @@ def rescaled_delta(
     return factors.gain_minus_one[:, None] * weight.to(scale.dtype) + (scale * B * lambda_d) @ A
 
 
-def row_angle(
-    kappa: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"]
-) -> Float[Tensor, "O"]:
+def row_angle(kappa: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
     """Angle between each row of W and the same row of V', in radians; zero for a zero row of W."""
     # atan2 of the components across and along the row: arccos would lose half the digits of a small angle.
     across = kappa.abs() * (q - cross.square()).clamp_min(0).sqrt()

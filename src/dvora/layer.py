@@ -4,7 +4,7 @@ There are three computations. `functional` defines all of them; which one runs i
 
 | computation | when | passes over tokens beyond the base's, forward + backward | formed or kept |
 |---|---|---|---|
-| definition | compiled, exported, under `torch.func`; a trained base weight; a sharded one | - | PyTorch differentiates it |
+| definition | compiled, exported, under `torch.func`; a trained or sharded weight | - | PyTorch differentiates it |
 | folded | training, `folds`: enough tokens in a plain linear layer | 0 + 1 | W'', y, z |
 | thin | all else: evaluation, few tokens, half precision, each row of a batch its own adapter | 3 + 6 | y_b, z |
 
@@ -101,14 +101,14 @@ def folded_outputs(
         adapted, factors: of the adapter.
     """
     assert factors.folds is not None
-    z, (U, carrier) = project(adapted, x), factors.folds.of(factors.index)
+    z, (U, carrier) = project(adapted, x), factors.folds.of(factors.position)
     own = factors.gain_minus_one, factors.gain
     y: Tensor = _Folded.apply(x, z, U, carrier, *own, layer.weight, layer.bias, adapted)
     return y
 
 
 class _Folded(torch.autograd.Function):
-    """`x W''^T + bias`. Neither z nor `g - 1` gets a gradient here: x includes the path through z, the carrier that of g.
+    """`x W''^T + bias`. Neither z nor `g - 1` gets a gradient here: that of x includes z's, that of the carrier g's.
 
     Both are inputs for derivatives of higher order, to which the backward pass is differentiable in them.
     """
@@ -159,9 +159,9 @@ class _Folded(torch.autograd.Function):
         return d_x, None, d_U, d_carrier, None, None, None, d_bias if needed[7] else None, None
 
 
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
+def _saved(ctx: Any) -> tuple[Any, ...]:
     try:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise

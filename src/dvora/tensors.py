@@ -21,7 +21,7 @@ else:
     except ImportError:
 
         class Float:
-            """Stands in for `jaxtyping.Float`, which only the tests install: `Float[Tensor, "O I"]` is just `Tensor`."""
+            """Stands in for `jaxtyping.Float`, which only tests install: `Float[Tensor, "O I"]` is just `Tensor`."""
 
             def __class_getitem__(cls, item):
                 return item[0]

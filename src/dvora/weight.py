@@ -292,7 +292,7 @@ class AdaptedWeight(nn.Module):
             self.refresh(weight)
 
     def forget_weight(self) -> None:
-        """Compute the constants again before they are next used: a step of the weight need not be counted as a write."""
+        """Compute the constants again before they are used next: a step of the weight may not count as a write."""
         if self._weight_version is not None:
             self._weight_version = None
 
