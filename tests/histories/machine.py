@@ -636,7 +636,8 @@ class Histories(RuleBasedStateMachine):
     def write_a_weight(self, weight: str, way: str) -> None:
         self.count(f"write a weight: {way}")
         parameter = base_of(self.model)[weight]
-        WAYS[way](parameter, parameter.detach() * torch.linspace(0.9, 1.1, parameter.numel()).view_as(parameter))
+        factors = torch.linspace(0.9, 1.1, parameter.numel(), dtype=parameter.dtype).view_as(parameter)
+        WAYS[way](parameter, parameter.detach() * factors)
         for name in TIED if self.reference.tied and weight in TIED else [weight]:
             self.reference.stored[name] = parameter.detach().clone()
         self.saved.clear()  # of another base, which may be taken for this one or not
