@@ -62,19 +62,6 @@ def test_a_model_projects_every_tensor_once_and_changes_nothing_by_it(name: str)
     assert max(worst_difference(of_model[key], expected[key]) for key in expected) < 1e-5
 
 
-# transformers 5 has a new name for it, which the older versions that dvora allows do not know.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_blocks_have_the_same_gradients(use_reentrant: bool) -> None:
-    model = with_adapter("llama")
-    expected = gradients(anew(with_adapter("llama")))
-    model.train()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    found = gradients(model)
-    assert max(worst_difference(found[key], expected[key]) for key in expected) < 1e-5
-
-
 def test_two_adapters_of_one_rank_share_and_of_two_ranks_do_not() -> None:
     for rank, projections in ((6, INPUTS["bert"]), (7, 12)):
         model = with_adapter("bert")

@@ -145,22 +145,6 @@ def test_the_state_dict_holds_three_vectors_a_layer_and_the_base() -> None:
     assert own == vectors | base.keys()
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_a_copied_model_is_equal_and_independent(name: str, clone: Callable[[PeftModel], PeftModel]) -> None:
-    model = adapted(name)
-    train_vectors(model)
-    model.add_adapter("second", DVoRAConfig(r=3, target_modules=LAYERS[name][:1]))
-    before = outputs(model)
-    twin = clone(model)
-    assert same_bits(outputs(twin), before)
-    assert len(projections(twin)) == 1
-    assert projections(twin)[0] is not projections(model)[0]
-    train_vectors(twin, seed=9)
-    assert not same_bits(outputs(twin), before)
-    assert same_bits(outputs(model), before)
-
-
 def test_a_merged_model_can_be_copied_and_the_copy_unmerged() -> None:
     base = {k: v.clone() for k, v in MODELS["mlp"]().state_dict().items()}
     model = adapted("mlp")

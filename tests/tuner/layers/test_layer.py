@@ -117,21 +117,6 @@ def test_unmerging_an_unmerged_layer_warns() -> None:
         wrapped(linear(10, 7)).unmerge()
 
 
-def test_the_constants_follow_a_changed_base() -> None:
-    layer = wrapped(linear(10, 7))
-    layer(x(3, 10))
-    with torch.no_grad():
-        layer.base_layer.weight.mul_(3)
-    fresh = wrapped(linear(10, 7))
-    fresh.base_layer.load_state_dict(layer.base_layer.state_dict())
-    rebuilt = DVoRAAdapter(fresh.base_layer, 5, shared=SharedProjections(0, "structured"))
-    with torch.no_grad():
-        for own, other in zip(rebuilt.vectors, layer.vectors("default"), strict=True):
-            own.copy_(other)
-    assert same_bits(layer(x(3, 10)), rebuilt(x(3, 10)))
-    assert same_bits(fresh(x(3, 10)), rebuilt(x(3, 10)))
-
-
 def test_the_base_is_called_once_and_as_it_is() -> None:
     layer = wrapped(linear(10, 7))
     calls: list[torch.Tensor] = []

@@ -289,21 +289,3 @@ def test_an_adapter_of_the_magnitude_only_that_replaces_another_leaves_nothing_o
     fresh = inject_adapter_in_model(DVoRAConfig(r=4, **settings), MODELS["mlp"]())
     assert list(model.state_dict()) == list(fresh.state_dict())
     assert same_bits(outputs(model), outputs(fresh))
-
-
-def test_an_interrupted_strength_is_the_old_one_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted()
-    own, expected, given = model.peft_config["default"].strength, outputs(model), []
-    change = StrengthDict.set
-
-    def interrupted(strengths: StrengthDict, adapter_name: str, number: float) -> None:
-        given.append(number)
-        if len(given) == 2:
-            raise KeyboardInterrupt
-        change(strengths, adapter_name, number)
-
-    monkeypatch.setattr(StrengthDict, "set", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        model.set_strength(0.5)
-    assert same_bits(outputs(model), expected)
-    assert model.peft_config["default"].strength == own
