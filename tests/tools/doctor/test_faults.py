@@ -196,3 +196,11 @@ def test_peft_s_dora_on_a_four_bit_base_that_has_answered_once() -> None:
     assert "gemv_4bit" in examined.of("gradients received").found
     healthy = examine(adapted(four_bits(), "dvora", ["0", "2"]), batch, fresh_process=False)
     assert healthy.healthy, str(healthy)
+
+
+def test_rows_that_are_tiny_beside_their_bias() -> None:
+    base = tiny.mlp()
+    with torch.no_grad():
+        base.lin1.weight[::5] *= 1e-6
+    found = finding(adapted(base, "dvora", ["lin0", "lin1"]), "small rows")
+    assert (found.status, found.layers) == ("warn", ("lin1",))

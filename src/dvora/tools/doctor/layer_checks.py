@@ -17,7 +17,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, tor
 GRADIENT_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 QUANTISED_TOLERANCE = 2e-2
 SHORT_ROW = 0.1
-SMALL_ROW = 1e-3
+SMALL_ROW = 1e-2
 LOST = 0.05
 _STEP = 1e-5
 
