@@ -91,7 +91,7 @@ def _vectors_of(
     w = into.w
     # kappa, and so beta / w, of a lambda_b of one.
     scale = F.relative_scale(torch.ones_like(w), w, into.scaling, into.direction)
-    moved = b != 0
+    moved = (b != 0) & (w > 0)
     if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
         raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
     kappa = torch.where(moved, b / torch.where(moved, g * w, 1.0), 0.0)
@@ -99,4 +99,7 @@ def _vectors_of(
     cross, q = as_dtype(into.C, w.dtype) @ lambda_d, into.squares(lambda_d)
     s = (1 + kappa * (2 * cross + kappa * q)).clamp_min(0).sqrt()
     lambda_b = torch.where(moved, kappa / torch.where(moved, scale, 1.0), 0.0)
+    if into.direction == "weight" and into.rank:
+        # A zero row of W has g = 1 and beta = c lambda_b.
+        lambda_b = torch.where(w > 0, lambda_b, b / into.scaling)
     return Vectors(g * s * w, lambda_b, lambda_d.clone())

@@ -188,6 +188,18 @@ def test_a_weighted_sum_is_right_for_every_layer_type(layer: str) -> None:
         assert worst_difference(model(x), expected) < 1e-10
 
 
+@pytest.mark.parametrize("direction", ["unit", "weight"])
+def test_a_weighted_sum_is_right_for_zero_rows(direction: str) -> None:
+    base = MODELS["mlp"]()
+    with torch.no_grad():
+        base.lin1.weight[2] = 0
+    model = get_peft_model(base, DVoRAConfig(r=4, target_modules=MLP, direction=direction)).eval()
+    train_vectors(model)
+    model.add_weighted_adapter(["default"], [0.6], "sum")
+    model.set_strength(0.6, "default")
+    assert worst_difference(with_adapters(model, "sum"), with_adapters(model, "default")) < 1e-5
+
+
 def test_adapters_trained_with_one_lambda_d_can_be_added_up() -> None:
     model = adapted(train=["magnitude", "lambda_b"])
     with torch.no_grad():
