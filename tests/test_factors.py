@@ -28,7 +28,6 @@ from dvora.factors import (
     add_factor_pass,
     current_pass,
     delta_weight,
-    factors_alone,
     factors_of,
     remove_factor_pass,
     row_factors,
@@ -344,7 +343,10 @@ def test_a_trained_strength_gets_its_gradient() -> None:
 
 def test_factors_of_rows_are_those_of_their_adapters() -> None:
     layer = trained_layer(IN, OUT, RANK)
-    own, other = factors_alone(*source_of(layer)), factors_alone(*source_of(trained_layer(IN, OUT, RANK, alpha=9.0)))
+    own, other = (
+        factors_of(*source_of(layer), together=False),
+        factors_of(*source_of(trained_layer(IN, OUT, RANK, alpha=9.0))),
+    )
     rows = Factors.of_rows(torch.stack([own.row, other.row]), RANK, dimensions=4)
     assert rows.scale.shape == (2, 1, 1, OUT)
     assert rows.lambda_d.shape == (2, 1, 1, RANK)

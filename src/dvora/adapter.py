@@ -18,7 +18,6 @@ from .checks import (
     checked_values,
     checked_vectors,
 )
-from .engines import local, weight_in_memory
 from .factors import Source, delta_weight, factors_of
 from .functional import Direction, Vectors
 from .layer import folded_outputs, folds, thin_outputs
@@ -31,8 +30,10 @@ from .tensors import (
     full_precision,
     grad_recorded,
     is_traced,
+    local,
     saved_tensors_are_hooked,
     version_of,
+    weight_in_memory,
 )
 from .weight import AdaptedWeight, check_can_be_set, merged_copy
 

@@ -1,8 +1,6 @@
-"""Engines that shard parameters over processes: tensor parallelism (DTensor), FSDP2, DeepSpeed ZeRO-3.
+"""Tensor parallelism: the shard of a weight on this process, and its communication.
 
-Whatever asks whether an engine is there looks into `sys.modules`: importing one takes seconds.
-
-Tensor parallelism. Every process has the whole vectors, which are kilobytes, and saves them as a single process would.
+Every process has the whole vectors, which are kilobytes, and saves them as a single process would.
 
 | | outputs sharded (column-wise) | inputs sharded (row-wise) |
 |---|---|---|
@@ -14,16 +12,15 @@ Tensor parallelism. Every process has the whole vectors, which are kilobytes, an
 The whole weight is gathered when the constants are computed, one layer at a time, and never in a training step.
 """
 
-import sys
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .functional import Vectors
 from .matrices.interface import Shard
-from .tensors import Float, grad_recorded
+from .tensors import Float, grad_recorded, is_dtensor, local
 
 
 class TensorParallelShard(NamedTuple):
@@ -71,15 +68,6 @@ class TensorParallelShard(NamedTuple):
                 )
 
 
-def is_dtensor(weight: Tensor | None) -> bool:
-    """Whether the weight is a DTensor: every process holds a shard of it."""
-    if type(weight) in (Tensor, nn.Parameter, type(None)):
-        return False
-    # Without an import, which takes time that processes without DTensors should not spend.
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return dtensor is not None and isinstance(weight, dtensor)
-
-
 def shard_of(weight: Tensor, name: str) -> TensorParallelShard:
     """This process's shard of a weight (O, I) that is a DTensor.
 
@@ -118,15 +106,6 @@ def check_whole(weight: Tensor | None, name: str) -> None:
         )
 
 
-@overload
-def local(tensor: Tensor) -> Tensor: ...
-@overload
-def local(tensor: None) -> None: ...
-def local(tensor: Tensor | None) -> Tensor | None:
-    """This process's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[union-attr]
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, gathered from all processes; any other tensor itself."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
@@ -158,50 +137,3 @@ class _SumOfGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(gradient, ctx.group), None
-
-
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 has wrapped a module, whose parameters it gathers for each pass."""
-    fsdp_module = _fsdp_module()
-    return fsdp_module is not None and isinstance(module, fsdp_module)
-
-
-def gathers_uncounted() -> bool:
-    """Whether FSDP2 has wrapped any module: it gathers values into the same tensors without counting a version."""
-    fsdp_module = _fsdp_module()
-    # `fully_shard` derives a class from the type of every module that it wraps.
-    return fsdp_module is not None and bool(fsdp_module.__subclasses__())
-
-
-def _fsdp_module() -> type | None:
-    """FSDP2's class of wrapped modules; None where it was never imported."""
-    found: type | None = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return found
-
-
-def is_partitioned(weight: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 manages the weight, so that it is empty except while it is gathered."""
-    # Compilers cannot read attributes of a tensor.
-    return not torch.compiler.is_compiling() and "ds_id" in vars(weight)
-
-
-def is_in_memory(weight: Tensor) -> bool:
-    """Whether a weight can be read in every pass; a trained one can, since ZeRO-3 gathers it on access to the layer."""
-    return not weight.is_meta and (weight.requires_grad or not is_partitioned(weight))
-
-
-def weight_in_memory(layer: nn.Module, parameter_name: str) -> Tensor | None:
-    """The weight of a layer if it can be read in every pass.
-
-    It is looked up in the layer's parameters, since attribute access would make ZeRO-3 gather a frozen weight.
-
-    Args:
-        layer: the layer with the weight.
-        parameter_name: the weight's name in it.
-    """
-    kept = None if torch.compiler.is_compiling() else layer._parameters.get(parameter_name)
-    if kept is not None and not is_in_memory(kept):
-        return None
-    weight = getattr(layer, parameter_name)
-    assert isinstance(weight, Tensor), type(weight)
-    return weight

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import functional as F
-from .engines import check_whole, gathers_uncounted
+from .engines import check_whole
 from .functional import RowFactors, Vectors
 from .tensors import (
     Float,
     as_dtype,
     full_precision,
+    gathers_uncounted,
     grad_recorded,
     is_traced,
     saved_tensors_are_hooked,
@@ -437,37 +438,32 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
     return [Factors(*of_layer, folds, index) for index, of_layer in enumerate(parts)]
 
 
-def factors_of(source: Source, weight: Tensor | None) -> Factors:
+def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> Factors:
     """The factors of an adapter in a layer, now.
 
     Args:
         source: with the vectors of this process, of a sharded weight.
         weight: the base's as stored, or None where only its constants are in memory.
+        together: make them with those of other layers when the model's next pass begins; not for one of thousands.
     """
     adapted = source.adapted
     if torch.compiler.is_compiling() or adapted.shard is not None:
         return _by_definition(source, weight)
-    if adapted.is_trained(weight):
-        adapted.forget_weight()
+    if is_traced():
+        if weight is not None and not adapted.is_trained(weight):
+            adapted.refresh_if_stale(weight)
         return _by_definition(source, weight)
     if weight is not None:
-        adapted.refresh_if_stale(weight)
-    if is_traced():
-        return _by_definition(source, weight)
-    running = current_pass()
+        if weight.requires_grad:
+            adapted.forget_weight()
+            return _by_definition(source, weight)
+        known = adapted.weight_version
+        if known is None or not known.is_of(weight):
+            adapted.refresh_if_stale(weight)
+    running = current_pass() if together else None
     if running is not None:
         running.asked[id(adapted)] = source
     return _found_or_made(source, running)
-
-
-def factors_alone(source: Source, weight: Tensor | None) -> Factors:
-    """The same, for one of many adapters in a batch: not to be made together with those of other layers next time."""
-    adapted = source.adapted
-    if weight is not None and not torch.compiler.is_compiling():
-        adapted.refresh_if_stale(weight)
-    if is_traced() or adapted.is_trained(weight) or adapted.shard is not None:
-        return _by_definition(source, weight)
-    return _found_or_made(source, None)
 
 
 def _found_or_made(source: Source, running: "Pass | None") -> Factors:

@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from . import functional as F
-from .engines import local
 from .factors import Factors, current_pass
 from .matrices.interface import Matrices
 from .tensors import (
@@ -45,6 +44,7 @@ from .tensors import (
     full_precision,
     grad_recorded,
     is_traced,
+    local,
     saved_tensors_are_hooked,
     without_autocast,
 )
@@ -309,7 +309,7 @@ def _sum_over_tokens(values: Float[Tensor, "*T N"], like: Float[Tensor, "*B N"])
 
 def project(adapted: AdaptedWeight, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T R"]:
     """`z = x A^T`, computed once for layers that read the same inputs, one after another."""
-    shard, shared = adapted.shard, adapted.shared
+    shard, shared = adapted.shard, adapted.dvora_projections
     if shard is not None and shard.inputs is not None:
         return shard.z(adapted.matrices.project(x, adapted.rank))
     if shared.share_inputs and not (is_traced() or x.is_inference() or saved_tensors_are_hooked()):

@@ -1,15 +1,19 @@
-"""Small questions to PyTorch: shape annotations, the dtype of norms, versions, whether code is traced or recorded.
+"""Small questions to PyTorch and its engines: dtypes, versions, whether code is traced, what holds a tensor's values.
+
+Whatever asks whether an engine (DTensor, FSDP2, DeepSpeed ZeRO-3) is there looks into `sys.modules`: importing one
+takes seconds.
 
 Trained vectors and norms stay in float32 or wider, whatever a model is cast to: gains differ from one by as little as
 1e-6, and bfloat16 would round them by up to 4e-3.
 """
 
+import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -34,11 +38,19 @@ __all__ = [
     "at_least_float32",
     "autocast_dtype",
     "full_precision",
+    "gathers_uncounted",
     "grad_recorded",
+    "is_dtensor",
+    "is_fully_sharded",
+    "is_in_memory",
+    "is_partitioned",
     "is_traced",
+    "local",
     "norm_dtype",
     "saved_tensors_are_hooked",
+    "times",
     "version_of",
+    "weight_in_memory",
     "without_autocast",
 ]
 
@@ -58,6 +70,11 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)`, skipped where nothing changes: the call takes as long as a small product."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def times(x: Float[Tensor, "*T N"], matrix: Float[Tensor, "N M"]) -> Float[Tensor, "*T M"]:
+    """`x matrix` as one product of two matrices: of batches out of order, as attention has, PyTorch would make many."""
+    return (x.contiguous() if x.dim() > 2 else x) @ matrix
 
 
 def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -160,3 +177,68 @@ class TensorVersion(NamedTuple):
             and tensor.shape == self.shape
             and tensor.stride() == self.stride
         )
+
+
+def is_dtensor(weight: Tensor | None) -> bool:
+    """Whether the weight is a DTensor: every process holds a shard of it."""
+    if type(weight) in (Tensor, nn.Parameter, type(None)):
+        return False
+    # Without an import, which takes time that processes without DTensors should not spend.
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and isinstance(weight, dtensor)
+
+
+@overload
+def local(tensor: Tensor) -> Tensor: ...
+@overload
+def local(tensor: None) -> None: ...
+def local(tensor: Tensor | None) -> Tensor | None:
+    """This process's shard of a DTensor; any other tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[union-attr]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has wrapped a module, whose parameters it gathers for each pass."""
+    fsdp_module = _fsdp_module()
+    return fsdp_module is not None and isinstance(module, fsdp_module)
+
+
+def gathers_uncounted() -> bool:
+    """Whether FSDP2 has wrapped any module: it gathers values into the same tensors without counting a version."""
+    fsdp_module = _fsdp_module()
+    # `fully_shard` derives a class from the type of every module that it wraps.
+    return fsdp_module is not None and bool(fsdp_module.__subclasses__())
+
+
+def _fsdp_module() -> type | None:
+    """FSDP2's class of wrapped modules; None where it was never imported."""
+    found: type | None = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return found
+
+
+def is_partitioned(weight: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages the weight, so that it is empty except while it is gathered."""
+    # Compilers cannot read attributes of a tensor.
+    return not torch.compiler.is_compiling() and "ds_id" in vars(weight)
+
+
+def is_in_memory(weight: Tensor) -> bool:
+    """Whether a weight can be read in every pass; a trained one can, since ZeRO-3 gathers it on access to the layer."""
+    return not weight.is_meta and (weight.requires_grad or not is_partitioned(weight))
+
+
+def weight_in_memory(layer: nn.Module, parameter_name: str) -> Tensor | None:
+    """The weight of a layer if it can be read in every pass.
+
+    It is looked up in the layer's parameters, since attribute access would make ZeRO-3 gather a frozen weight.
+
+    Args:
+        layer: the layer with the weight.
+        parameter_name: the weight's name in it.
+    """
+    kept = None if torch.compiler.is_compiling() else layer._parameters.get(parameter_name)
+    if kept is not None and not is_in_memory(kept):
+        return None
+    weight = getattr(layer, parameter_name)
+    assert isinstance(weight, Tensor), type(weight)
+    return weight

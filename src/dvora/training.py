@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .adapter import DVoRAAdapter
 from .checks import checked_not_negative
-from .engines import is_dtensor, is_partitioned
 from .functional import Vectors
+from .tensors import is_dtensor, is_partitioned
 from .weight import AdaptedWeight
 
 __all__ = ["AdapterSettings", "check_ranks_agree", "parameter_groups", "recommended_rates"]

@@ -17,19 +17,21 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
-from .engines import (
-    TensorParallelShard,
-    check_whole,
-    full_tensor,
+from .engines import TensorParallelShard, check_whole, full_tensor, shard_of
+from .functional import Direction, RowFactors, Vectors
+from .matrices.interface import Matrices, SharedProjections
+from .tensors import (
+    Float,
+    TensorVersion,
+    as_dtype,
+    at_least_float32,
+    full_precision,
     gathers_uncounted,
     is_dtensor,
     is_in_memory,
     local,
-    shard_of,
+    norm_dtype,
 )
-from .functional import Direction, RowFactors, Vectors
-from .matrices.interface import Matrices, SharedProjections
-from .tensors import Float, TensorVersion, as_dtype, at_least_float32, full_precision, norm_dtype
 
 MAGNITUDE_ONLY = 0
 """The rank of a weight that gets a magnitude and no update."""
@@ -127,6 +129,8 @@ class AdaptedWeight(nn.Module):
 
     w: Tensor
     C: Tensor
+    matrices: Matrices
+    """A and B for this process's shard of the weight."""
 
     def __init__(
         self,
@@ -170,7 +174,8 @@ class AdaptedWeight(nn.Module):
         self.has_zero_rows = True
         self.kept: Any = None
         """Row factors of the last pass (`factors`)."""
-        self._weight_version: TensorVersion | None = None
+        self.weight_version: TensorVersion | None = None
+        """The state of the weight that the constants belong to; None: compute them again."""
         self._sample: Tensor | None = None
         """Of the weight's values, where FSDP2 gathers them into other memory in every pass."""
         self._weight: weakref.ref[Tensor] | None = None
@@ -182,13 +187,6 @@ class AdaptedWeight(nn.Module):
     def shared(self) -> SharedProjections:
         """The frozen projections."""
         return self.dvora_projections
-
-    @property
-    def matrices(self) -> Matrices:
-        """A and B for this process's shard of the weight."""
-        # Not as attributes, which modules take as long to look up as a small product takes.
-        kind: Matrices = self._modules["dvora_projections"]._modules["impl"]  # type: ignore[union-attr, assignment]
-        return kind if self.shard is None else kind.of_shard(self.shard.inputs, self.shard.outputs)
 
     @property
     def stack_key(self) -> tuple[object, ...]:
@@ -282,24 +280,24 @@ class AdaptedWeight(nn.Module):
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
-        known = self._weight_version
+        known = self.weight_version
         # A step of a fused optimizer is not counted as a write.
         if not is_in_memory(weight) or (known and not weight.requires_grad and known.is_of(local(weight))):
             return
         if self._sample is not None and torch.equal(self._sample, _sample(local(weight))):
-            self._weight_version = TensorVersion.of(local(weight))
+            self.weight_version = TensorVersion.of(local(weight))
         else:
             self.refresh(weight)
 
     def forget_weight(self) -> None:
         """Compute the constants again before they are used next: a step of the weight may not count as a write."""
-        if self._weight_version is not None:
-            self._weight_version = None
+        if self.weight_version is not None:
+            self.weight_version = None
 
     def refresh_after_load(self, weight: Tensor) -> None:
         """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
-            self._weight_version = self._sample = self.kept = None
+            self.weight_version = self._sample = self.kept = None
         else:
             self.refresh_if_stale(weight)
 
@@ -314,9 +312,6 @@ class AdaptedWeight(nn.Module):
             raise ValueError(
                 f"{self.name}: the weight is sharded over processes, which is supported for torch.nn.Linear only"
             )
-        if any(buffer.is_meta for buffer in self.shared.buffers()):
-            # A load with assign=True restores values, but not buffers that no file holds.
-            self.shared.to_empty(device=weight.device)
         # Before the weight is read, since another thread may write to it meanwhile.
         version = TensorVersion.of(local(weight))
         with torch.inference_mode(False), torch.no_grad(), full_precision(weight.device):
@@ -328,7 +323,10 @@ class AdaptedWeight(nn.Module):
                 w, C = shard.of_rows(w), shard.of_rows(C)
             self._sample = _sample(local(weight)) if gathers_uncounted() else None
         self.has_zero_rows = w.is_meta or bool((w == 0).any())
-        self.w, self.C, self.shard, self._weight_version, self.kept = w, C, shard, version, None
+        kind = self.shared.impl
+        # Past the registration of modules: it is looked up in every pass, and registered with the projections.
+        vars(self)["matrices"] = kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
+        self.w, self.C, self.shard, self.weight_version, self.kept = w, C, shard, version, None
         self._weight = weakref.ref(weight)
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
@@ -397,7 +395,7 @@ class AdaptedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
         buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
-        kept = {"kept": None, "_weight_version": None, "_sample": None, "_weight": None, "shard": None}
+        kept = {"kept": None, "weight_version": None, "_sample": None, "_weight": None, "shard": None}
         return {**self.__dict__, **kept, "_buffers": buffers}
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvora.matrices import kronecker, philox
+from dvora.matrices import philox
+from dvora.matrices import structured as kronecker
 from dvora.matrices.vera import drawn, vera_sizes
 
 VERA = "peft_vera(r=40, in=48, out=48)"

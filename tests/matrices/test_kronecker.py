@@ -13,7 +13,7 @@ from tests.cases import randn
 from tests.checked import checked
 from tests.reference import worst_error
 
-kronecker = checked("matrices.kronecker")
+kronecker = checked("matrices.structured")
 SIZES = st.integers(1, 40) | st.sampled_from([64, 97, 384])
 
 

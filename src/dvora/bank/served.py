@@ -17,9 +17,8 @@ from torch import Tensor, device, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from ..engines import is_dtensor, is_partitioned, weight_in_memory
 from ..factors import add_factor_pass, remove_factor_pass
-from ..tensors import Float, TensorVersion
+from ..tensors import Float, TensorVersion, is_dtensor, is_partitioned, weight_in_memory
 from ..tuner.adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, plain_name
 from ..tuner.config import DVoRAConfig
 from ..tuner.flat.content import Content, LayerSizes, SavedWhole

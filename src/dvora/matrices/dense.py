@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tensors import Float, as_dtype, autocast_dtype, norm_dtype
+from ..tensors import Float, as_dtype, autocast_dtype, norm_dtype, times
 from . import philox
 from .base import SIDES, Constant, Matrices, Side
 
@@ -89,11 +89,6 @@ class DenseMatrices(Matrices):
         layers = list(self._reserved)  # another thread may add one
         sizes = dict.fromkeys((rank, inputs if side == "A" else outputs) for rank, inputs, outputs, _ in layers)
         return [(r, n) for r, n in sizes if not any(r <= R and n <= N and (r, n) != (R, N) for R, N in sizes)]
-
-
-def times(x: Float[Tensor, "*T N"], matrix: Float[Tensor, "N M"]) -> Float[Tensor, "*T M"]:
-    """`x matrix` as one product of two matrices: of batches out of order, as attention has, PyTorch would make many."""
-    return (x.contiguous() if x.dim() > 2 else x) @ matrix
 
 
 def _as_autocast(x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:

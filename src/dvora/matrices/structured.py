@@ -8,31 +8,179 @@ Dimensions: *T tokens, I in, O out, R rank, N either of I and O; I = n1 n2, O = 
 Both are cut to R rows or columns and have the entry variance of Kaiming uniform, 2 / fan_in. A rank above a size stacks
 independent blocks of at most that size. Up to that rank the rows of A are orthogonal (`A A^T = 2`) and the squares of B
 are a Kronecker product without signs, so the row norms of `B diag(lambda_d) A` take two small products.
+
+A block M = (left (x) right) diag(diagonal), cut to its first rows, with left (r1, n1) and right (r2, n2), need not be
+formed (`is_dense`): a token of N values is an (n1, n2) matrix X, and `x M^T` is `left (X * diagonal) right^T`, which
+takes r1 n2 (n1 + r2) multiply-adds with left first and n1 r2 (n2 + r1) with right first, instead of N R.
 """
 
 from collections.abc import Iterable
+from math import ceil, isqrt
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..tensors import Float, as_dtype, norm_dtype
-from . import kronecker, philox
+from ..tensors import Float, as_dtype, norm_dtype, times
+from . import philox
 from .base import Constant, Matrices, Side, without_autocast
-from .dense import times
-from .kronecker import Kronecker, Stack
 
 _FIRST_STREAM: dict[Side, int] = {"A": 2**34, "B": 2**34 + 1}
 """Block k of a matrix draws from this stream plus 2 k; its rows are the signs and the orders of both factors."""
 
 _SIGNS, _LEFT, _RIGHT = 0, 1, 2
 
+_VECTOR = 16
+"""Width of a CPU's vector unit: a narrower inner product costs as much as one of this width."""
+
 _FEW_VALUES = 2**14
 
 _PRODUCT: dict[Side, str] = {"A": "A product", "B": "B product"}
 """The constant that products with a side take: its factors, or where `is_dense` its values."""
 _SQUARED = "B squared"
+
+
+def factors_of_size(size: int) -> tuple[int, int]:
+    """`n1 <= n2` with `n1 n2 = size`, as close to the square root as divisors allow; for a prime n1 = 1."""
+    n1 = next(divisor for divisor in range(isqrt(size), 0, -1) if size % divisor == 0)
+    return n1, size // n1
+
+
+def factors_of_rows(rows: int, n1: int, n2: int) -> tuple[int, int]:
+    """`r1 <= n1` and `r2 <= n2` with `rows <= r1 r2 < rows + r2`: the fewest operations with right first.
+
+    r2 is counted in whole vectors. The smallest has the fewest: n1 n2 r2 outweighs what a better fit of r1 r2 can save.
+    """
+    r2 = min(n2, rows, _VECTOR * ceil(rows / (_VECTOR * n1)))
+    return ceil(rows / r2), r2
+
+
+def block_rows(rows: int, size: int) -> list[int]:
+    """The rows of each matrix of a stack: at most `size`, since no more can be orthogonal."""
+    return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+def operations(rows: int, size: int) -> int:
+    """Multiply-adds of one product with a stack, or with its transpose, for each token, the diagonal included."""
+    n1, n2 = factors_of_size(size)
+    total = 0
+    for part in block_rows(rows, size):
+        r1, r2 = factors_of_rows(part, n1, n2)
+        total += size + min(_of_both_orders(r1, n1, n2, r2))
+    return total
+
+
+class Kronecker(NamedTuple):
+    """`(left (x) right) diag(diagonal)`, cut to its first `rows` rows."""
+
+    left: Float[Tensor, "r1 n1"]
+    right: Float[Tensor, "r2 n2"]
+    diagonal: Float[Tensor, "N"]
+    rows: int
+
+    def narrow(self, x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
+        """`x M^T`, in the wider dtype."""
+        (r1, n1), (r2, n2) = self.left.shape, self.right.shape
+        product = sandwich(self.left, (x * self.diagonal).reshape(-1, n1, n2), self.right.T)
+        return product.reshape(*x.shape[:-1], r1 * r2)[..., : self.rows]
+
+    def widen(self, z: Float[Tensor, "*T R"], apart: bool = False) -> Float[Tensor, "*T N"]:
+        """`z M`, in the dtype of M. Arguments as for `sandwich`."""
+        (r1, n1), (r2, n2) = self.left.shape, self.right.shape
+        padded = pad(z, (0, r1 * r2 - self.rows)) if self.rows < r1 * r2 else z
+        product = sandwich(self.left.T, as_dtype(padded, self.left.dtype).reshape(-1, r1, r2), self.right, apart)
+        product = product.reshape(*z.shape[:-1], n1 * n2)
+        # Autograd would record a write to a view, at the price of the copy that is saved here.
+        return product * self.diagonal if torch.is_grad_enabled() else product.mul_(self.diagonal)
+
+    def dense(self) -> Float[Tensor, "R N"]:
+        """M itself."""
+        return torch.kron(self.left, self.right)[: self.rows] * self.diagonal
+
+    def columns(self, index: Tensor) -> Float[Tensor, "*T R"]:
+        """Columns of M by an index (*T)."""
+        n2 = self.right.shape[1]
+        outer = self.left.T[index // n2].unsqueeze(-1) * self.right.T[index % n2].unsqueeze(-2)
+        return (outer.flatten(-2) * self.diagonal[index].unsqueeze(-1))[..., : self.rows]
+
+
+class Stack(NamedTuple):
+    """Matrices upon each other; R counts the rows of all."""
+
+    blocks: tuple[Kronecker, ...]
+
+    def narrow(self, x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
+        """`x M^T`, in the wider dtype."""
+        parts = [M.narrow(x) for M in self.blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def widen(self, z: Float[Tensor, "*T R"], apart: bool = False) -> Float[Tensor, "*T N"]:
+        """`z M`, in the dtype of M. Arguments as for `sandwich`."""
+        if len(self.blocks) == 1:
+            return self.blocks[0].widen(z, apart)
+        parts = z.split([M.rows for M in self.blocks], -1)
+        return torch.stack([M.widen(part, apart) for M, part in zip(self.blocks, parts, strict=True)]).sum(0)
+
+    def dense(self) -> Float[Tensor, "R N"]:
+        """M itself."""
+        return torch.cat([M.dense() for M in self.blocks])
+
+    def columns(self, index: Tensor) -> Float[Tensor, "*T R"]:
+        """Columns of M by an index (*T)."""
+        return torch.cat([M.columns(index) for M in self.blocks], -1)
+
+    def squared(self) -> "Stack":
+        """M with every entry squared: a Kronecker product of squares is one, and its signs vanish."""
+        return Stack(
+            tuple(Kronecker(M.left.square(), M.right.square(), M.diagonal.square(), M.rows) for M in self.blocks)
+        )
+
+    def to(self, where: torch.device | torch.dtype) -> "Stack":
+        """The same on a device or in a dtype."""
+        return Stack(
+            tuple(Kronecker(M.left.to(where), M.right.to(where), M.diagonal.to(where), M.rows) for M in self.blocks)
+        )
+
+    def slice(self, start: int, stop: int) -> "Stack | None":
+        """Columns `start` to `stop` of M, as views; None where they split a block of n2 columns."""
+        n2 = self.blocks[0].right.shape[1]
+        if start % n2 or stop % n2:
+            return None
+        of_left, own = slice(start // n2, stop // n2), slice(start, stop)
+        return Stack(tuple(M._replace(left=M.left[:, of_left], diagonal=M.diagonal[own]) for M in self.blocks))
+
+
+def sandwich(
+    left: Float[Tensor, "a b"], X: Float[Tensor, "t b c"], right: Float[Tensor, "c d"], apart: bool = False
+) -> Float[Tensor, "t a d"]:
+    """`left X right` for every token, first the side that leaves fewer operations.
+
+    Args:
+        left, X, right: the factors.
+        apart: multiply every token by itself, so that it gets the same bits alone as among others.
+    """
+    (a, b), (c, d), tokens = left.shape, right.shape, len(X)
+    of_left_first, of_right_first = _of_both_orders(a, b, c, d)
+    every_left, every_right = left.expand(tokens, a, b), right.expand(tokens, c, d) if apart else None
+    if of_left_first <= of_right_first:
+        return _times_right(torch.bmm(every_left, X), right, every_right)
+    return torch.bmm(every_left, _times_right(X, right, every_right))
+
+
+def _times_right(
+    X: Float[Tensor, "t b c"], right: Float[Tensor, "c d"], every_right: Float[Tensor, "t c d"] | None
+) -> Float[Tensor, "t b d"]:
+    if every_right is not None:
+        return torch.bmm(X, every_right)
+    return (X.reshape(-1, X.shape[-1]) @ right).view(*X.shape[:-1], right.shape[1])
+
+
+def _of_both_orders(a: int, b: int, c: int, d: int) -> tuple[int, int]:
+    """Multiply-adds of `sandwich` for each token, with left first and with right first."""
+    return a * c * (b + d), b * d * (a + c)
 
 
 def is_dense(rank: int, size: int) -> bool:
@@ -56,7 +204,7 @@ def is_dense(rank: int, size: int) -> bool:
     between and does not ask for the tokens, so that a token's output does not depend on how a batch is split. A size
     with small factors, 2 x 503 say, is faster with them too (0.5 to 0.7); only a prime has no factors.
     """
-    return rank * size <= max(_FEW_VALUES, kronecker.operations(rank, size))
+    return rank * size <= max(_FEW_VALUES, operations(rank, size))
 
 
 class StructuredMatrices(Matrices):
@@ -132,7 +280,7 @@ class StructuredMatrices(Matrices):
 
     def _stack(self, side: Side, rank: int, total: int, dtype: torch.dtype) -> Stack:
         blocks = []
-        for rows, factors in zip(kronecker.block_rows(rank, total), _blocks(self.seed, side, rank, total), strict=True):
+        for rows, factors in zip(block_rows(rank, total), _blocks(self.seed, side, rank, total), strict=True):
             left, right, signs = (torch.from_numpy(factor).to(dtype) for factor in factors)
             blocks.append(Kronecker(left, right, signs, rows))
         return Stack(tuple(blocks))
@@ -155,12 +303,12 @@ def _blocks(
     seed: int, side: Side, rank: int, size: int
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
     """Left factor, right factor and signs of each block of a matrix; the left factor includes the scale."""
-    n1, n2 = kronecker.factors_of_size(size)
+    n1, n2 = factors_of_size(size)
     scale = np.sqrt(2.0 if side == "A" else 2.0 * size / rank)
     blocks = []
-    for index, rows in enumerate(kronecker.block_rows(rank, size)):
+    for index, rows in enumerate(block_rows(rank, size)):
         stream = _FIRST_STREAM[side] + 2 * index
-        r1, r2 = kronecker.factors_of_rows(rows, n1, n2)
+        r1, r2 = factors_of_rows(rows, n1, n2)
         left = philox.cosine_rows(philox.permutation_row(seed, stream, _LEFT, n1)[:r1], n1) * scale
         right = philox.cosine_rows(philox.permutation_row(seed, stream, _RIGHT, n2)[:r2], n2)
         blocks.append((left, right, philox.sign_row(seed, stream, _SIGNS, size)))

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import FAR
-from ...engines import is_dtensor
 from ...functional import Vectors
-from ...tensors import Float
+from ...tensors import Float, is_dtensor
 from ..adapter_folder import VECTOR_PREFIX
 from ..layers.layer import check_unmerged
 from ..restoring import on_failure, values_as_they_are

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...engines import is_dtensor, weight_in_memory
 from ...factors import StackConstants, stacked_factors
 from ...functional import Vectors
-from ...tensors import Float
+from ...tensors import Float, is_dtensor, weight_in_memory
 from ...weight import AdaptedWeight
 from ..layers.layer import DVoRALayer
 

@@ -14,9 +14,9 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 
-from ...engines import is_fully_sharded
 from ...matrices.interface import SharedProjections
 from ...matrices.vera import vera_sizes
+from ...tensors import is_fully_sharded
 from ..config import DVoRAConfig
 from ..config_checks import check_adapter_name
 from ..expressions import check_expressions

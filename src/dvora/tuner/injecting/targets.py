@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...checks import check_weight
-from ...engines import full_tensor, is_partitioned
+from ...engines import full_tensor
+from ...tensors import is_partitioned
 from ..config import DVoRAConfig
 from ..layers import low_rank
 from ..layers.base_layer import readable_weight, stored_weight

@@ -7,8 +7,7 @@ import importlib
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...engines import is_dtensor, is_partitioned
-from ...tensors import TensorVersion
+from ...tensors import TensorVersion, is_dtensor, is_partitioned
 from .layer_types import LayerType
 from .opaque_weight import read_bias, read_operating_weight
 

@@ -10,12 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...engines import is_dtensor, is_in_memory, weight_in_memory
-from ...factors import Source, delta_weight, factors_alone, factors_of
+from ...factors import Source, delta_weight, factors_of
 from ...functional import Vectors, row_norm
 from ...layer import folded_outputs, folds
 from ...matrices.interface import SharedProjections, checked_distribution
-from ...tensors import Float, is_traced
+from ...tensors import Float, is_dtensor, is_in_memory, is_traced, weight_in_memory
 from ...weight import AdaptedWeight
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, measured_bias
@@ -217,7 +216,9 @@ class DVoRALayer(nn.Module, MergeableLayer):
     def _factor_rows(self, adapter_names: Sequence[str]) -> Float[Tensor, "N F"]:
         """The factors of the named adapters, as rows of one matrix (`Factors.row`)."""
         weight = self._weight_in_memory()
-        return torch.stack([factors_alone(self._source(name, weight), weight).row for name in adapter_names])
+        return torch.stack(
+            [factors_of(self._source(name, weight), weight, together=False).row for name in adapter_names]
+        )
 
     def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
         """`W' - W` of several adapters together, as a matrix."""

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
 from ...checks import computes_as
-from ...engines import is_dtensor
+from ...tensors import is_dtensor
 from ...weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, AdaptedWeight, Layout
 from . import low_rank
 

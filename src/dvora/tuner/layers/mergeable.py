@@ -16,8 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from ...engines import is_partitioned
-from ...tensors import Float
+from ...tensors import Float, is_partitioned
 from ...weight import check_can_be_set, check_finite, merge, warn_of_losses
 from ..restoring import surely
 from .base_layer import readable_weight, stored_weight

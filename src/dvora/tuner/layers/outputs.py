@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
-from ...engines import local
 from ...factors import Factors
 from ...layer import thin_outputs
-from ...tensors import Float
+from ...tensors import Float, local
 from ...weight import AdaptedWeight
 from .layer_types import LayerType
 from .low_rank import linear

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...engines import is_partitioned
+from ...tensors import is_partitioned
 from ..restoring import surely
 from .layer import DVoRALayer, DVoRALinear
 from .layer_types import READ_BY_ATTENTION, LayerType

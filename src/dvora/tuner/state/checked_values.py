@@ -17,9 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checks import FAR, MAX_RANK
-from ...engines import weight_in_memory
 from ...functional import Vectors
 from ...matrices.interface import SharedProjections
+from ...tensors import weight_in_memory
 from ..adapter_folder import (
     MATRIX_PREFIX,
     PEFT_PREFIX,
