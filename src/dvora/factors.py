@@ -423,8 +423,8 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
         sources: with one `stack_key`.
         constants: of their weights.
     """
-    dtype = constants.w.dtype
-    vectors = Vectors(*(torch.stack(of_kind) for of_kind in zip(*(s.vectors for s in sources), strict=True))).to(dtype)
+    by_kind = zip(*(source.vectors for source in sources), strict=True)
+    vectors = Vectors(*(as_dtype(torch.stack(of_kind), constants.w.dtype) for of_kind in by_kind))
     made = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
     gain_minus_one, scale, gain = (factor.squeeze(1) for factor in made)
     if any(source.strength is not None for source in sources):

@@ -25,8 +25,8 @@ from ..tuner.flat.content import Content, LayerSizes, SavedWhole
 from ..tuner.injecting.checks import check_adapter, check_settings
 from ..tuner.injecting.targets import Target, find_targets
 from ..tuner.layers.base_layer import measured_bias
+from ..tuner.layers.layer import bias_of
 from ..tuner.layers.layer_types import LayerType
-from ..tuner.layers.outputs import bias_of
 from ..tuner.state.checked_values import check_matrices, check_same_values
 from ..weight import AdaptedWeight
 

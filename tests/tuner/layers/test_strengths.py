@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.tuner.layers.vectors import StrengthDict
+from dvora.tuner.layers.layer import StrengthDict
 from tests.tuner.dense_weights import DenseModel
 from tests.tuner.layer_cases import CASES
 from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...functional import unit_rows
-from ...tuner.layers.layer import DVoRALayer
-from ...tuner.layers.outputs import bias_of
+from ...tuner.layers.layer import DVoRALayer, bias_of
 from ..dense_rebuild import Subject, Term
 from .findings import Finding, within_limits
 from .watched import distance

@@ -16,10 +16,9 @@ from ...weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of
 from ..layers.base_layer import Fingerprinted
-from ..layers.layer import DVoRALayer
+from ..layers.layer import DVoRALayer, bias_of
 from ..layers.layer_types import padding_column
 from ..layers.low_rank import convolve
-from ..layers.outputs import bias_of
 from .targets import Target, matches
 
 _RANDOM_START_STREAM = 2**32

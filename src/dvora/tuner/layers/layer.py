@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -10,20 +11,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ... import functional as F
 from ...factors import Source, delta_weight, factors_of
 from ...functional import Vectors, row_norm
-from ...layer import folded_outputs, folds
+from ...layer import folded_outputs, folds, thin_outputs
 from ...matrices.interface import SharedProjections, checked_distribution
-from ...tensors import Float, is_dtensor, is_in_memory, is_traced, weight_in_memory
+from ...tensors import Float, at_least_float32, is_dtensor, is_in_memory, is_traced, local, version_of, weight_in_memory
 from ...weight import AdaptedWeight
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, measured_bias
 from .layer_types import LayerType, layer_type_of
+from .low_rank import linear
 from .mergeable import MergeableLayer, Merges
-from .mixed_rows import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
+from .mixed_rows import ActiveAdapter, RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
 from .opaque_weight import device_of, input_dtype, keep_differentiable
-from .outputs import ActiveAdapter, adapted_outputs, bias_of, check_gradient
-from .vectors import VECTORS, StrengthDict, VectorDict, vectors_in
+from .vectors import VECTORS, VectorDict
+
+_ROUNDED = (torch.bfloat16, torch.float16)
 
 
 class DVoRALayer(nn.Module, MergeableLayer):
@@ -184,7 +188,8 @@ class DVoRALayer(nn.Module, MergeableLayer):
         vectors, strengths = vectors_in([modules[kind] for kind in VECTORS], adapter_name), modules["dvora_strength"]
         # A graph must see a change of the strength.
         whole = not is_traced() and strengths.number(adapter_name) == 1
-        return Source(adapted, adapted.local(vectors, weight), None if whole else strengths.value(adapter_name))
+        own = adapted.local(vectors, weight) if is_dtensor(weight) else vectors
+        return Source(adapted, own, None if whole else strengths.value(adapter_name))
 
     def _weight_in_memory(self) -> Tensor | None:
         """The weight as stored, where it can be read in every pass."""
@@ -319,3 +324,183 @@ def _follow_loaded_base(layer: nn.Module, _: object) -> None:
     if layer._base_loads:
         layer._follow_base()
         layer._base_loads = False
+
+
+def adapted_outputs(
+    base_layer: nn.Module,
+    layer_type: LayerType,
+    x: Tensor,
+    base_output: Tensor,
+    adapters: Sequence[ActiveAdapter],
+    bias: Tensor | None,
+) -> Tensor:
+    """The outputs of the base with the updates of all adapters added up, in the memory format of the base's output.
+
+    Raises:
+        TypeError, ValueError: the weight is sharded in a way that is not supported.
+    """
+    for adapter in adapters:
+        _check_part(adapter, x, base_output)
+    if len(adapters) == 1 and layer_type.low_rank is linear:
+        adapted, factors, dropout = adapters[0]
+        return thin_outputs(base_output, x if dropout is None else dropout(x), adapted, factors, bias)
+    features = -1 - layer_type.spatial
+    outputs = base_output.movedim(features, -1)
+    updates = [_update(base_layer, layer_type, x, outputs, adapter) for adapter in adapters]
+    gains = [adapter.factors.gain_minus_one for adapter in adapters]
+    summed = F.combine(outputs, sum(updates[1:], updates[0]), sum(gains[1:], gains[0]), None, bias)
+    return summed.movedim(-1, features)
+
+
+def _update(
+    base_layer: nn.Module, layer_type: LayerType, x: Tensor, outputs: Tensor, adapter: ActiveAdapter
+) -> Float[Tensor, "*T O"]:
+    """`scale low` of one adapter."""
+    assert layer_type.low_rank is not None
+    adapted, factors, dropout = adapter
+    if not adapted.rank:
+        return outputs.new_zeros(1).expand_as(outputs)
+    low = layer_type.low_rank(adapted, base_layer, x, factors.lambda_d, nn.Identity() if dropout is None else dropout)
+    return factors.scale * laid_out_like(outputs, low)
+
+
+def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
+    adapted = adapter.adapted
+    if adapted.shard is None:
+        return
+    adapted.shard.check_sizes(x, base_output, adapted.name)
+    if adapter.dropout is not None:
+        raise ValueError(
+            f"{adapted.name}: every process would drop different inputs of a sharded weight; set dvora_dropout=0"
+        )
+
+
+def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
+    """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
+    bias = getattr(layer, "bias", None)
+    return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured
+
+
+def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
+    """An update in the memory format of the base's output, so that their sum keeps it (channels_last)."""
+    if update.stride() == output.stride():
+        return update
+    return torch.empty_like(output, dtype=update.dtype).copy_(update)
+
+
+def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: Tensor, name: str) -> None:
+    """Refuse to train through a layer whose forward pass has no backward pass.
+
+    Raises:
+        RuntimeError: the input requires a gradient, and the output does not.
+    """
+    if not layer_type.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
+        raise RuntimeError(
+            f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "
+            "would get a wrong gradient; adapt the last layers only, or quantise the base in another way"
+        )
+
+
+def warn_if_rounded(magnitude: Tensor) -> None:
+    """Warn of a magnitude in half precision.
+
+    Warns:
+        UserWarning: it was cast below float32 through `parameter.data`, which no module can prevent.
+    """
+    if magnitude.dtype in _ROUNDED:
+        # Without the layer's name, so that Python shows it once instead of once a layer.
+        warnings.warn(
+            f"a DVoRA magnitude is in {magnitude.dtype}, which rounds it by up to 0.4 % and loses small steps; "
+            "keep the adapter's vectors in float32. TRL's trainers cast what is trained where the model is in 4 or 8 "
+            "bits: hand them a model adapted with DVoRAConfig(..., inference_mode=True), and call "
+            "model.set_adapter(...) when the trainer is made, before it trains",
+            stacklevel=2,
+        )
+
+
+def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
+    """The vectors of one adapter; lambda_b is zero and lambda_d empty where it has the magnitude only.
+
+    Args:
+        dicts: in the order of `VECTORS`.
+        adapter_name: in all of them, or in the first only.
+    """
+    magnitudes, lambdas_b, lambdas_d = dicts
+    magnitude = _vector(magnitudes, adapter_name)
+    warn_if_rounded(magnitude)
+    if adapter_name not in lambdas_b:
+        return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
+    return Vectors(magnitude, _vector(lambdas_b, adapter_name), _vector(lambdas_d, adapter_name))
+
+
+def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:
+    """One of them, quickly; FSDP keeps its views of parameters elsewhere."""
+    parameters = vectors._parameters
+    # By subscription, which makes ZeRO-3 gather it.
+    vector: Tensor | None = parameters[adapter_name] if adapter_name in parameters else vectors[adapter_name]
+    assert vector is not None
+    return vector
+
+
+class StrengthDict(nn.Module):
+    """s of `W + s (W' - W)` by adapter name: as tensors, so that a compiled model sees a change, and as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[str, tuple[float, int]] = {}
+        """Each number, and the version of its tensor."""
+
+    def put(self, adapter_name: str, number: float, like: Tensor) -> None:
+        """Keep a strength, as a tensor with the dtype and device of another."""
+        # They are in no state dict. Registered, no adapter could be named like an attribute.
+        self._non_persistent_buffers_set.add(adapter_name)
+        value = self._buffers[adapter_name] = like.new_full((), number)
+        self._known[adapter_name] = number, version_of(value)
+
+    def value(self, adapter_name: str) -> Tensor:
+        """s of one adapter, a tensor without dimensions."""
+        value = self._buffers[adapter_name]
+        assert value is not None
+        return value
+
+    def number(self, adapter_name: str) -> float:
+        """The same as a number, without a device synchronisation unless something else has written the tensor."""
+        number, known = self._known[adapter_name]
+        value = self.value(adapter_name)
+        # Before the value, since another thread may write to it meanwhile.
+        version = version_of(value)
+        if version != known:
+            number = float(value)
+            self._known[adapter_name] = number, version
+        return number
+
+    @torch.no_grad()
+    def set(self, adapter_name: str, number: float) -> None:
+        """Change one in place."""
+        value = self.value(adapter_name)
+        value.fill_(number)
+        self._known[adapter_name] = number, version_of(value)
+
+    def move(self, adapter_name: str, device: torch.device) -> None:
+        """Move one tensor."""
+        self._change(adapter_name, lambda value: value.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StrengthDict:
+        for adapter_name in self._buffers:
+            self._change(adapter_name, at_least_float32(fn))
+        return self
+
+    def _change(self, adapter_name: str, fn: Callable[[Tensor], Tensor]) -> None:
+        value, number = self.value(adapter_name), self.number(adapter_name)
+        moved = fn(value)
+        # It is in no state dict, so nothing would restore it from the meta device or fill it after `to_empty`.
+        if moved is not value and not moved.is_meta:
+            self._buffers[adapter_name] = moved
+            self.set(adapter_name, number)
+
+    def __contains__(self, adapter_name: object) -> bool:
+        return adapter_name in self._buffers
+
+    def __delitem__(self, adapter_name: str) -> None:
+        del self._buffers[adapter_name], self._known[adapter_name]
+        self._non_persistent_buffers_set.discard(adapter_name)

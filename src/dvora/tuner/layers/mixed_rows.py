@@ -8,17 +8,25 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...factors import Factors
 from ...tensors import Float, grad_recorded, is_traced
 from ...weight import AdaptedWeight
 from ..restoring import surely
-from .outputs import ActiveAdapter
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
+
+
+class ActiveAdapter(NamedTuple):
+    """One active adapter of a layer, or those of the rows of a batch, which share A and B."""
+
+    adapted: AdaptedWeight
+    factors: Factors
+    dropout: nn.Module | None
+    """Of the inputs of the update; None where nothing is dropped."""
 
 
 class Batch:
