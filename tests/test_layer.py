@@ -99,7 +99,8 @@ def test_any_sizes_equal_the_dense_method(
 ) -> None:
     layer = trained_layer(*sizes, dtype=torch.float64, shared=SharedProjections(3, distribution), **options)
     y = assert_as_the_dense_method(layer, tokens, 1e-10)
-    assert is_folded(y) == (tokens >= sizes[0] and sizes[2] <= forward.FOLD_RANK * sizes[0])
+    enough = tokens >= max(sizes[0], forward.FOLD_TOKENS * sizes[2])
+    assert is_folded(y) == (enough and sizes[2] <= forward.FOLD_RANK * sizes[0])
 
 
 @both
@@ -294,7 +295,15 @@ def test_a_hook_of_all_modules_sees_the_base() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "rank", "folded"),
-    [(IN, RANK, True), (IN - 1, RANK, False), (FOLDED, LARGEST, True), (FOLDED, LARGEST + 1, False), (0, RANK, False)],
+    [
+        (IN, 1, True),
+        (IN - 1, 1, False),
+        (forward.FOLD_TOKENS * RANK, RANK, True),
+        (forward.FOLD_TOKENS * RANK - 1, RANK, False),
+        (forward.FOLD_TOKENS * LARGEST, LARGEST, True),
+        (10 * forward.FOLD_TOKENS * LARGEST, LARGEST + 1, False),
+        (0, RANK, False),
+    ],
 )
 def test_a_layer_folds_with_enough_tokens_and_a_small_rank(tokens: int, rank: int, folded: bool) -> None:
     assert is_folded(trained_layer(IN, OUT, rank)(inputs(tokens))) == folded
@@ -352,7 +361,7 @@ def test_each_row_of_a_batch_gets_what_it_gets_alone(
 @bias_or_not
 @pytest.mark.parametrize("tokens", [2, 8], ids=["thin", "folded"])
 def test_derivatives_of_higher_order_equal_finite_differences(tokens: int, bias: bool, distribution: str) -> None:
-    layer = trained_layer(4, 3, 2, dtype=torch.float64, shared=SharedProjections(3, distribution), bias=bias)
+    layer = trained_layer(4, 3, 1, dtype=torch.float64, shared=SharedProjections(3, distribution), bias=bias)
     if bias:
         layer.base_layer.bias.requires_grad_()
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
@@ -431,24 +440,13 @@ def test_thin_keeps_outputs_z_and_few_vectors(
 
 @pytest.mark.parametrize("x_trained", [True, False])
 @bias_or_not
-@pytest.mark.parametrize("tokens", [12, 40])
-def test_folded_keeps_outputs_z_and_a_weight_no_larger_than_the_outputs(
-    tokens: int, bias: bool, x_trained: bool
-) -> None:
-    layer, x = trained_layer(10, 14, RANK, bias=bias), inputs(tokens, width=10).requires_grad_(x_trained)
+def test_folded_keeps_outputs_z_and_a_weight(bias: bool, x_trained: bool) -> None:
+    layer, x = trained_layer(10, 14, RANK, bias=bias), inputs(FOLDED, width=10).requires_grad_(x_trained)
     kept = saved(layer, x)
     large = [tuple(t.shape) for t in kept if t.dim() > 1]
-    folded = [(14, 10)] if tokens * 14 >= 140 else []
-    assert sorted(large) == sorted([(tokens, 14), (tokens, RANK), (14, RANK), *folded])
+    assert sorted(large) == sorted([(FOLDED, 14), (FOLDED, RANK), (14, RANK), (14, 10)])
     assert len(kept) - len(large) <= 4
     assert all(t.data_ptr() != x.data_ptr() for t in kept)
-
-
-def test_a_folded_weight_larger_than_the_outputs_is_formed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "FOLD_TOKENS", 0.5)
-    layer, x = trained_layer(IN, OUT, RANK), inputs(IN - 2).requires_grad_()
-    assert (OUT, IN) not in [tuple(t.shape) for t in saved(layer, x)]
-    assert is_folded(assert_as_the_dense_method(layer, IN - 2, 1e-5))
 
 
 @distributions
