@@ -66,6 +66,7 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.support
 	$(PY) -m benchmarks.speed
 	$(PY) -m benchmarks.speed.overhead
+	$(PY) -m benchmarks.gate
 	$(PY) -m benchmarks.speed.plots
 	$(PY) -m benchmarks.many_adapters
 	$(PY) -m benchmarks.many_adapters.plots

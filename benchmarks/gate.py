@@ -342,6 +342,21 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{measure:<82}{limit:<7}" + "".join(f"{cell(by_label.get((measure, label))):<45}" for label in LABELS))
 
 
+def page(content: dict[str, Any]) -> str:
+    """The same as a table of the documentation: what has a limit, before and after, medians."""
+    by_label = {(row["measure"], row["label"]): row for row in content["rows"]}
+    lines = ["| measure | at most | before | now |", "|---|---|---|---|"]
+    for row in content["rows"]:
+        if row["label"] == LABELS[1] and row["limit"] is not None:
+            before = by_label.get((row["measure"], LABELS[0]), {}).get("median")
+            lines.append(
+                f"| {row['measure']} | {row['limit']:g} | {'' if before is None else f'{before:.3g}'} | {row['median']:.3g} |"
+            )
+    found = content["environment"][LABELS[1]]
+    versions = f"torch {found['torch']}, PEFT {found['peft']}, CPU, {THREADS} threads"
+    return "\n".join([*lines, "", f"Medians of ratios in one run each (`benchmarks/results/gate.json`; {versions}).", ""])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, replace the rows of this label and these parts in the result file, and show all of them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=main.__doc__)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.examples.table import examples
+from benchmarks.gate import page as gate
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters_parts
 from benchmarks.quality.equal_bytes_page import at_a_glance
@@ -216,7 +217,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/many-adapters.md": lambda: many_adapters_parts(_load("many_adapters")),
     "docs/overhead.md": lambda: overhead(_load("overhead")),
     "docs/results.md": _results,
-    "docs/speed.md": lambda: {"speed": speed(_load("speed"))},
+    "docs/speed.md": lambda: {"gate": gate(_load("gate")), "speed": speed(_load("speed"))},
     "docs/versions.md": lambda: {"versions": versions(_load("versions")), "start-up": start_up(_load("start_up"))},
 }
 """The generated parts of every page, by the page's path and the part's name."""
