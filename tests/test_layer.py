@@ -438,14 +438,18 @@ def test_thin_keeps_outputs_z_and_few_vectors(
         assert all(t.data_ptr() != x.data_ptr() for t in kept)
 
 
+@pytest.mark.parametrize("out_features", [14, FOLDED + 1], ids=["kept", "formed again"])
 @pytest.mark.parametrize("x_trained", [True, False])
 @bias_or_not
-def test_folded_keeps_outputs_z_and_a_weight(bias: bool, x_trained: bool) -> None:
-    layer, x = trained_layer(10, 14, RANK, bias=bias), inputs(FOLDED, width=10).requires_grad_(x_trained)
+def test_folded_keeps_outputs_z_and_a_weight_no_larger_than_the_inputs(
+    bias: bool, x_trained: bool, out_features: int
+) -> None:
+    layer, x = trained_layer(10, out_features, RANK, bias=bias), inputs(FOLDED, width=10).requires_grad_(x_trained)
     kept = saved(layer, x)
     large = [tuple(t.shape) for t in kept if t.dim() > 1]
-    assert sorted(large) == sorted([(FOLDED, 14), (FOLDED, RANK), (14, RANK), (14, 10)])
-    assert len(kept) - len(large) <= 4
+    folded = [(out_features, 10)] if out_features <= FOLDED else []
+    assert sorted(large) == sorted([(FOLDED, out_features), (FOLDED, RANK), (out_features, RANK), *folded])
+    assert len(kept) - len(large) <= 5
     assert all(t.data_ptr() != x.data_ptr() for t in kept)
 
 

@@ -139,20 +139,23 @@ class _Folded(torch.autograd.Function):
         whole = _folded_weight(weight, U, gain, adapted.matrices)
         y = linear(x, whole, bias)
         ctx.adapted = adapted
-        # W'' is kept: where a layer folds it is no larger than the outputs.
-        ctx.save_for_backward(z, U, carrier, y, gain_minus_one, weight, bias, whole)
+        # Kept while it is no larger than the inputs, which need not be kept.
+        kept = whole if whole.numel() <= x.numel() else None
+        ctx.save_for_backward(z, U, carrier, y, gain_minus_one, gain, weight, bias, kept)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, U, carrier, y, gain_minus_one, weight, bias, whole = _saved(ctx)
+        z, U, carrier, y, gain_minus_one, gain, weight, bias, whole = _saved(ctx)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # A factor of one, by which the carrier gets back what it is charged for the gradient that U gets now.
-            U = U * (1 + (carrier - carrier.detach()))[:, None]
-            whole = _folded_weight(weight, U, 1 + gain_minus_one, ctx.adapted.matrices)
-        d_x = dy @ as_dtype(whole, dy.dtype) if needed[0] else None
+            U, gain, whole = U * (1 + (carrier - carrier.detach()))[:, None], 1 + gain_minus_one, None
+        d_x = None
+        if needed[0]:
+            whole = _folded_weight(weight, U, gain, ctx.adapted.matrices) if whole is None else whole
+            d_x = dy @ as_dtype(whole, dy.dtype)
         rows = dy.reshape(-1, dy.shape[-1])
         d_U = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), U.dtype)
         wide = as_dtype(rows, U.dtype)

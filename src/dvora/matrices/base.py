@@ -23,7 +23,7 @@ Constant = tuple[str, int, int, torch.dtype]
 """Name, rank, size and dtype of what is kept."""
 
 _CPU = torch.device("cpu")
-_AT_ONCE = 2**22
+_AT_ONCE = 2**24
 """Squares of several layers are taken together up to this many values: beyond, one product a layer keeps a CPU busy."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import functional as F
 from ..factors import row_factors
 from ..functional import Vectors
-from ..tensors import Float, as_dtype
+from ..tensors import Float
 from ..weight import AdaptedWeight
 
 TOLERANCE = 1e-5
@@ -51,6 +51,8 @@ def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: 
     Raises:
         ValueError: no adapter has that update; the message says why.
     """
+    if weight is not None:
+        into.refresh_if_stale(weight)
     directions = [part.vectors.lambda_d for part in parts if _turns(part)]
     lambda_d = max(directions, key=lambda d: float(d.norm())) if directions else into.initial_vectors(0.1).lambda_d
     if len(lambda_d) != into.rank:
@@ -61,7 +63,7 @@ def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: 
         c = c + share * factors.gain_minus_one
         if _turns(WeightedAdapter(share, vectors, adapted)):
             b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
-    return _vectors_of(1 + c, b, lambda_d, into)
+    return _vectors_of(1 + c, b, lambda_d, weight, into)
 
 
 def _turns(part: WeightedAdapter) -> bool:
@@ -85,6 +87,7 @@ def _vectors_of(
     g: Float[Tensor, "O"],
     b: Float[Tensor, "O"],
     lambda_d: Float[Tensor, "R"],
+    weight: Tensor | None,
     into: AdaptedWeight,
 ) -> Vectors:
     """The adapter with gain g whose update is b B diag(lambda_d) A."""
@@ -95,11 +98,10 @@ def _vectors_of(
     if (moved & ((g.abs() < SMALLEST_GAIN) | (scale == 0))).any():
         raise ValueError(f"{into.name}: some row of the sum has no gain that one adapter could express it with")
     kappa = torch.where(moved, b / torch.where(moved, g * w, 1.0), 0.0)
-    lambda_d = as_dtype(lambda_d, w.dtype)
-    cross, q = as_dtype(into.C, w.dtype) @ lambda_d, into.squares(lambda_d)
-    s = (1 + kappa * (2 * cross + kappa * q)).clamp_min(0).sqrt()
     lambda_b = torch.where(moved, kappa / torch.where(moved, scale, 1.0), 0.0)
     if into.direction == "weight" and into.rank:
         # A zero row of W has g = 1 and beta = c lambda_b.
         lambda_b = torch.where(w > 0, lambda_b, b / into.scaling)
-    return Vectors(g * s * w, lambda_b, lambda_d.clone())
+    # Of a magnitude of w the gain is w / n.
+    of_w = row_factors(into, Vectors(w, lambda_b, lambda_d), weight).gain
+    return Vectors(g * w / of_w, lambda_b, lambda_d.clone())
