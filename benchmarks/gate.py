@@ -366,8 +366,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     content: dict[str, Any] = {"environment": {}, "rows": []}
-    if RESULT.exists() and not chosen.quick:
-        content = json.loads(RESULT.read_text(encoding="utf-8"))
     for part in chosen.part:
         where = {"label": chosen.label, "part": part, "commit": commit(), "machine": machine()}
         rows = []
@@ -375,6 +373,9 @@ def main(arguments: list[str] | None = None) -> int:
             numbers = {name: value and float(f"{getattr(value, name):.4g}") for name in Spread._fields}
             rows.append({**where, "measure": measure, "limit": limit, **numbers, **(more or {})})
             print(f"{measure}: {cell(rows[-1])}", flush=True)
+        if RESULT.exists() and not chosen.quick:
+            # Only now: a run of the other label may have written meanwhile.
+            content = json.loads(RESULT.read_text(encoding="utf-8"))
         others = [row for row in content["rows"] if (row["label"], row["part"]) != (chosen.label, part)]
         content["rows"] = others + rows
         content["environment"][chosen.label] = environment()
