@@ -110,7 +110,7 @@ def steps(quick: bool) -> Figures:
         arms = list(dict.fromkeys(arm for first, second, _ in pairs for arm in (second, first)))
         workload = bert(width, 1 if quick else 6)
         calls = training_steps(workload, arms, batch, 32)
-        seconds, _ = interleaved(calls, 3 if quick else 15, warm_ups=2, at_least=0.1)
+        seconds, _ = interleaved(calls, 3 if quick else 9, warm_ups=1, at_least=0.1)
         for arm, beside, limit in [*((arm, BASE, None) for arm in arms), *pairs]:
             measure = f"{workload.name}, {batch} x 32 tokens: {arm.name} to {beside.name}"
             yield timed(measure, seconds[arm], seconds[beside], limit)
@@ -354,7 +354,9 @@ def page(content: dict[str, Any]) -> str:
             )
     found = content["environment"][LABELS[1]]
     versions = f"torch {found['torch']}, PEFT {found['peft']}, CPU, {THREADS} threads"
-    return "\n".join([*lines, "", f"Medians of ratios in one run each (`benchmarks/results/gate.json`; {versions}).", ""])
+    return "\n".join(
+        [*lines, "", f"Medians of ratios in one run each (`benchmarks/results/gate.json`; {versions}).", ""]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -429,12 +429,13 @@ def _constants(layer: DVoRAAdapter) -> Iterator[Tensor]:
 def test_thin_keeps_outputs_z_and_few_vectors(
     dtype: torch.dtype, bias: bool, x_trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = trained_layer(IN, OUT, RANK, bias=bias, dtype=dtype), inputs(THIN, dtype).requires_grad_(x_trained)
+    monkeypatch.setattr(forward, "_FEW_VALUES", 0)
+    layer = trained_layer(IN, OUT, RANK, bias=bias, dtype=dtype)
     vectors = [(RANK,), (OUT,), (OUT,), (OUT,), *([(OUT,)] if bias else [])]
-    for few, low in ((forward._FEW_VALUES, [(THIN, OUT)]), (0, [])):
-        monkeypatch.setattr(forward, "_FEW_VALUES", few)
+    for tokens, low in ((2 * RANK, [(2 * RANK, OUT)]), (2 * RANK + 1, [])):
+        x = inputs(tokens, dtype).requires_grad_(x_trained)
         kept = saved(layer, x)
-        assert sorted(tuple(t.shape) for t in kept) == sorted([(THIN, OUT), (THIN, RANK), *vectors, *low])
+        assert sorted(tuple(t.shape) for t in kept) == sorted([(tokens, OUT), (tokens, RANK), *vectors, *low])
         assert all(t.data_ptr() != x.data_ptr() for t in kept)
 
 

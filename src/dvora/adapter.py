@@ -20,7 +20,7 @@ from .checks import (
 )
 from .factors import Source, delta_weight, factors_of
 from .functional import Direction, Vectors
-from .layer import folded_outputs, folds, thin_outputs
+from .layer import adapted_linear
 from .matrices.interface import SharedProjections
 from .tensors import (
     Float,
@@ -273,9 +273,7 @@ class DVoRAAdapter(nn.Module):
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight = weight_in_memory(self.base_layer, "weight")
         factors = factors_of(Source(self.adapted, self.adapted.local(self.vectors, weight)), weight)
-        if folds(self.base_layer, x, self.adapted, factors):
-            return folded_outputs(self.base_layer, x, self.adapted, factors)
-        return thin_outputs(self.base_layer(x), x, self.adapted, factors, self.base_layer.bias)
+        return adapted_linear(self.base_layer, x, self.adapted, factors)
 
     def _state(self, x: Tensor) -> list[tuple[int, int]]:
         """The input and all parameters, and their versions; iterating `parameters()` would take long."""

@@ -41,6 +41,7 @@ from .tensors import (
     Float,
     as_dtype,
     autocast_dtype,
+    bias_of,
     full_precision,
     grad_recorded,
     is_traced,
@@ -56,6 +57,31 @@ FOLD_RANK = 0.7
 """Rank for each of the layer's inputs above which it does not: `dy^T z` costs about as much as the base's product."""
 _FEW_VALUES = 2**17
 """Up to this many values, what launches an operation takes longer than what it computes: low is kept, not repeated."""
+
+
+def adapted_linear(
+    layer: nn.Module,
+    x: Float[Tensor, "*T I"],
+    adapted: AdaptedWeight,
+    factors: Factors,
+    dropout: nn.Module | None = None,
+    measured_bias: Float[Tensor, "O"] | None = None,
+) -> Float[Tensor, "*T O"]:
+    """The outputs of a linear layer with one adapter.
+
+    Args:
+        layer: the base.
+        x: its inputs.
+        adapted, factors: of the adapter.
+        dropout: of the inputs of the update, where some are dropped.
+        measured_bias: of a layer that hides its own.
+    """
+    if dropout is None and folds(layer, x, adapted, factors):
+        return folded_outputs(layer, x, adapted, factors)
+    base_output = layer(x)
+    # Only now: engines gather it for the base's forward.
+    bias = bias_of(layer, measured_bias)
+    return thin_outputs(base_output, x if dropout is None else dropout(x), adapted, factors, bias)
 
 
 def folds(layer: nn.Module, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, factors: Factors) -> bool:
@@ -214,15 +240,15 @@ def thin_outputs(
         bias = local(bias)
     z = project(adapted, x) if adapted.rank else None
     matrices = adapted.matrices
-    if is_traced():
-        low = base_output.new_zeros(()) if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
-        return F.combine(base_output, low.expand_as(base_output), factors.gain_minus_one, factors.scale, bias)
-    operands = base_output, z, factors.lambda_d, factors.gain_minus_one, factors.scale, factors.gain, bias
-    if not grad_recorded():
-        low_or_none = None if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
-        return _combined(base_output, low_or_none, *operands[3:])
-    y: Tensor = _Thin.apply(*operands, matrices)
-    return y
+    if not is_traced():
+        operands = base_output, z, factors.lambda_d, factors.gain_minus_one, factors.scale, factors.gain, bias
+        if grad_recorded():
+            y: Tensor = _Thin.apply(*operands, matrices)
+            return y
+        product = None if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
+        return _combined(base_output, product, *operands[3:])
+    low = base_output.new_zeros(()) if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
+    return F.combine(base_output, low.expand_as(base_output), factors.gain_minus_one, factors.scale, bias)
 
 
 def low_rank(
@@ -273,7 +299,9 @@ class _Thin(torch.autograd.Function):
     ) -> Tensor:
         low = None if z is None else low_rank(z, lambda_d, base_output, matrices)
         ctx.matrices = matrices
-        kept = low if base_output.numel() <= _FEW_VALUES else None
+        # Repeated in the backward pass only where that saves more memory than two B have.
+        of_matrices = 0 if z is None else 2 * z.shape[-1] * base_output.shape[-1]
+        kept = low if base_output.numel() <= max(_FEW_VALUES, of_matrices) else None
         ctx.save_for_backward(base_output, z, lambda_d, gain_minus_one, scale, gain, bias, kept)
         return _combined(base_output, low, gain_minus_one, scale, gain, bias)
 

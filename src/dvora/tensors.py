@@ -37,6 +37,7 @@ __all__ = [
     "as_dtype",
     "at_least_float32",
     "autocast_dtype",
+    "bias_of",
     "full_precision",
     "gathers_uncounted",
     "grad_recorded",
@@ -242,3 +243,9 @@ def weight_in_memory(layer: nn.Module, parameter_name: str) -> Tensor | None:
     weight = getattr(layer, parameter_name)
     assert isinstance(weight, Tensor), type(weight)
     return weight
+
+
+def bias_of(layer: nn.Module, measured: Float[Tensor, "O"] | None) -> Float[Tensor, "O"] | None:
+    """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
+    bias = getattr(layer, "bias", None)
+    return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...functional import unit_rows
-from ...tuner.layers.layer import DVoRALayer, bias_of
+from ...tensors import bias_of
+from ...tuner.layers.layer import DVoRALayer
 from ..dense_rebuild import Subject, Term
 from .findings import Finding, within_limits
 from .watched import distance

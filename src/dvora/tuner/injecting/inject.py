@@ -12,11 +12,12 @@ from ...checks import check_bias, checked_direction
 from ...functional import Vectors
 from ...matrices import philox
 from ...matrices.interface import SharedProjections
+from ...tensors import bias_of
 from ...weight import MAGNITUDE_ONLY, AdaptedWeight
 from ..config import DVoRAConfig
 from ..layers.base_fingerprint import fingerprint_of
 from ..layers.base_layer import Fingerprinted
-from ..layers.layer import DVoRALayer, bias_of
+from ..layers.layer import DVoRALayer
 from ..layers.layer_types import padding_column
 from ..layers.low_rank import convolve
 from .targets import Target, matches

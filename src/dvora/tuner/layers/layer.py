@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...factors import Source, delta_weight, factors_of
 from ...functional import Vectors, row_norm
-from ...layer import folded_outputs, folds, thin_outputs
+from ...layer import adapted_linear, thin_outputs
 from ...matrices.interface import SharedProjections, checked_distribution
-from ...tensors import Float, at_least_float32, is_dtensor, is_in_memory, is_traced, local, version_of, weight_in_memory
+from ...tensors import (
+    Float,
+    at_least_float32,
+    bias_of,
+    is_dtensor,
+    is_in_memory,
+    is_traced,
+    version_of,
+    weight_in_memory,
+)
 from ...weight import AdaptedWeight
 from .base_fingerprint import fingerprint_of
 from .base_layer import Fingerprinted, measured_bias
@@ -156,10 +165,9 @@ class DVoRALayer(nn.Module, MergeableLayer):
         if self._disable_adapters or (self.merges.last is not None and self.serves_merged()):
             return cast(Tensor, base(x))
         adapters = self._active(self.active_adapters)
-        if len(adapters) == 1:
-            adapted, factors, dropout = adapters[0]
-            if dropout is None and folds(base, x, adapted, factors):
-                return folded_outputs(base, x, adapted, factors)
+        kind = self.layer_type
+        if len(adapters) == 1 and kind.low_rank is linear and kind.has_weight and adapters[0].adapted.shard is None:
+            return adapted_linear(base, x, *adapters[0], self.measured_bias)
         return self._adapted(x, base(x), adapters)
 
     @torch.no_grad()
@@ -373,12 +381,6 @@ def _check_part(adapter: ActiveAdapter, x: Tensor, base_output: Tensor) -> None:
         raise ValueError(
             f"{adapted.name}: every process would drop different inputs of a sharded weight; set dvora_dropout=0"
         )
-
-
-def bias_of(layer: nn.Module, measured: Tensor | None) -> Tensor | None:
-    """The bias of a layer: its own, or the one measured where the layer hides it or is offloaded."""
-    bias = getattr(layer, "bias", None)
-    return local(bias) if isinstance(bias, Tensor) and not bias.is_meta else measured
 
 
 def laid_out_like(output: Tensor, update: Tensor) -> Tensor:
