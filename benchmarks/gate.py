@@ -349,9 +349,8 @@ def page(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         if row["label"] == LABELS[1] and row["limit"] is not None:
             before = by_label.get((row["measure"], LABELS[0]), {}).get("median")
-            lines.append(
-                f"| {row['measure']} | {row['limit']:g} | {'' if before is None else f'{before:.3g}'} | {row['median']:.3g} |"
-            )
+            figures = ("" if value is None else f"{value:.3g}" for value in (before, row["median"]))
+            lines.append(f"| {row['measure']} | {row['limit']:g} | {' | '.join(figures)} |")
     found = content["environment"][LABELS[1]]
     versions = f"torch {found['torch']}, PEFT {found['peft']}, CPU, {THREADS} threads"
     return "\n".join(
