@@ -39,10 +39,8 @@ from .tensors import (
     version_of,
     without_autocast,
 )
-from .weight import AdaptedWeight
+from .weight import NEAR_CANCELLATION, AdaptedWeight
 
-NEAR_CANCELLATION = 0.1
-"""Below this share of its squared norm a row's norm is measured from the dense row: the terms have cancelled."""
 SMALLEST_GAIN = 1e-2
 """Layers with smaller gains are not folded: what their gradient is divided by would have too few digits."""
 
@@ -334,8 +332,8 @@ def _measure_cancelled_rows(
         adapted, rows = constants.weights[layer], near[layer, adapter].nonzero()[:, 0]
         weight = adapted.weight()
         if weight is not None:
-            updated = adapted.updated_rows(weight, rows, kappa[layer, adapter, rows], lambda_d[layer, adapter])
-            measured = updated.square().sum(1)
+            matrix, own = adapted.layout.matrix(weight.detach()), kappa[layer, adapter]
+            measured = adapted.updated_norms(matrix, rows, adapted.w, own, lambda_d[layer, adapter])
             # Both, since 1 + eps in float32 would have lost digits again.
             eps[layer, adapter, rows] = (measured - 1).to(eps.dtype)
             square[layer, adapter, rows] = measured.to(square.dtype)
@@ -348,12 +346,17 @@ class Folds:
         made: `g - 1`, scale and `g`, (L, O), with their graph.
         lambda_d: (L, R), with its graph.
         constants: of the layers.
+        used: the layers that get a gradient.
     """
 
     def __init__(
-        self, made: Sequence[Float[Tensor, "L O"]], lambda_d: Float[Tensor, "L R"], constants: StackConstants
+        self,
+        made: Sequence[Float[Tensor, "L O"]],
+        lambda_d: Float[Tensor, "L R"],
+        constants: StackConstants,
+        used: set[int],
     ) -> None:
-        self._made, self._lambda_d, self._constants = made, lambda_d, constants
+        self._made, self._lambda_d, self._constants, self._used = made, lambda_d, constants, used
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     @cached_property
@@ -372,7 +375,8 @@ class Folds:
         if not self._parts:
             with saved_here():
                 U, carrier = _Fold.apply(*self._made, self._lambda_d, self._constants.B())
-                self._parts = list(zip(U.unbind(), carrier.unbind(), strict=True))
+                parts = _Parts.apply(self._used, U, carrier)
+                self._parts = list(zip(parts[: len(U)], parts[len(U) :], strict=True))
         return self._parts[index]
 
 
@@ -423,8 +427,9 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
         sources: with one `stack_key`.
         constants: of their weights.
     """
-    by_kind = zip(*(source.vectors for source in sources), strict=True)
-    vectors = Vectors(*(as_dtype(torch.stack(of_kind), constants.w.dtype) for of_kind in by_kind))
+    used: set[int] = set()
+    leaves = [vector for of_kind in zip(*(source.vectors for source in sources), strict=True) for vector in of_kind]
+    vectors = Vectors(*(as_dtype(stack, constants.w.dtype) for stack in _Stacked.apply(used, *leaves)))
     made = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
     gain_minus_one, scale, gain = (factor.squeeze(1) for factor in made)
     if any(source.strength is not None for source in sources):
@@ -433,9 +438,55 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
         with saved_here():
             gain_minus_one, scale, gain = _weakened((gain_minus_one, scale, gain), s)
     trained = gain_minus_one.requires_grad and bool(vectors.lambda_d.shape[1])
-    folds = Folds((gain_minus_one, scale, gain), vectors.lambda_d, constants) if trained else None
-    parts = zip(gain_minus_one, scale, vectors.lambda_d, gain, strict=True)
-    return [Factors(*of_layer, folds, index) for index, of_layer in enumerate(parts)]
+    folds = Folds((gain_minus_one, scale, gain), vectors.lambda_d, constants, used) if trained else None
+    parts = _Parts.apply(used, gain_minus_one, scale, vectors.lambda_d)
+    count = len(sources)
+    of_layers = zip(parts[:count], parts[count : 2 * count], parts[2 * count :], gain.unbind(), strict=True)
+    return [Factors(*of_layer, folds, index) for index, of_layer in enumerate(of_layers)]
+
+
+class _Stacked(torch.autograd.Function):
+    """The leaves of L layers, all of one kind after the other, as three stacks; the way back from `_Parts`.
+
+    Layers that were not used get no gradient, as they would alone: weight decay leaves them as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, used: set[int], *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.used, count = used, len(leaves) // 3
+        ctx.set_materialize_grads(False)
+        return tuple(torch.stack(leaves[start : start + count]) for start in range(0, 3 * count, count))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = (len(ctx.needs_input_grad) - 1) // 3
+        found: list[Tensor | None] = [None]
+        for of_kind in gradients:
+            parts = [None] * count if of_kind is None else of_kind.unbind()
+            found += [part if layer in ctx.used else None for layer, part in enumerate(parts)]
+        return tuple(found)
+
+
+class _Parts(torch.autograd.Function):
+    """Stacks as one tensor a layer, all of one stack after the other; notes which layers get a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, used: set[int], *stacks: Tensor) -> tuple[Tensor, ...]:
+        ctx.used, ctx.count = used, len(stacks[0])
+        ctx.set_materialize_grads(False)
+        return tuple(part for stack in stacks for part in stack.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None]
+        for start in range(0, len(gradients), ctx.count):
+            parts = gradients[start : start + ctx.count]
+            known = {layer: part for layer, part in enumerate(parts) if part is not None}
+            ctx.used.update(known)
+            zero = torch.zeros_like(next(iter(known.values()))) if 0 < len(known) < ctx.count else None
+            whole = [known.get(layer, zero) for layer in range(ctx.count)] if known else []
+            found.append(torch.stack(whole) if whole else None)  # type: ignore[arg-type]
+        return tuple(found)
 
 
 def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> Factors:

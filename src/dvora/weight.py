@@ -29,6 +29,7 @@ from .tensors import (
     gathers_uncounted,
     is_dtensor,
     is_in_memory,
+    is_traced,
     local,
     norm_dtype,
 )
@@ -37,6 +38,8 @@ MAGNITUDE_ONLY = 0
 """The rank of a weight that gets a magnitude and no update."""
 SMALL_LOSS = 0.05
 """Merges that lose no more than this share of their update give no warning."""
+NEAR_CANCELLATION = 0.1
+"""Below this share of its squared norm a row's norm is measured from the dense row: the terms have cancelled."""
 _CHUNK_VALUES = 2**22
 """Values of a weight that are widened at a time."""
 _SURE_NORM = 1e-15
@@ -230,22 +233,40 @@ class AdaptedWeight(nn.Module):
     def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
         """The factors of the rows by the definition, differentiated by PyTorch, also with respect to the weight."""
         with full_precision(self.w.device):
-            w, C = self.w, self.C
-            if self.is_trained(weight):
-                assert weight is not None
-                matrix = self.layout.matrix(weight)
+            w, C, matrix = self.w, self.C, None if weight is None else self.layout.matrix(weight)
+            if matrix is not None and self.is_trained(weight):
                 w = F.row_norm(matrix)
                 C = self._cross(matrix, w)
             vectors = vectors.to(w.dtype)
-            return F.row_factors(
-                vectors,
-                w,
-                as_dtype(C, w.dtype) @ vectors.lambda_d,
-                self.squares(vectors.lambda_d),
-                scaling=self.scaling,
-                direction=self.direction,
-                detach_norm=self.detach_norm,
+            # As a stack of one layer, for the same bits.
+            alone = vectors.lambda_d[None, None]
+            cross, q = (alone @ as_dtype(C, w.dtype).T)[0, 0], self.squares(alone)[0, 0]
+            kappa = F.relative_scale(vectors.lambda_b, w, self.scaling, self.direction)
+            eps, square = F.relative_norm(kappa, cross, q)
+            if matrix is not None and self.shard is None and w.is_cpu and not is_traced():
+                rows = (eps < NEAR_CANCELLATION - 1).nonzero()[:, 0]
+                if len(rows):
+                    measured = self.updated_norms(matrix, rows, w, kappa, vectors.lambda_d)
+                    eps = eps.index_copy(0, rows, (measured - 1).to(w.dtype))
+                    square = square.index_copy(0, rows, measured.to(w.dtype))
+            scaling, direction, detach_norm = self.scaling, self.direction, self.detach_norm
+            return F.factors_of_norm(
+                vectors, w, kappa, eps, square, scaling=scaling, direction=direction, detach_norm=detach_norm
             )
+
+    def updated_norms(
+        self,
+        matrix: Float[Tensor, "O I"],
+        rows: Tensor,
+        w: Float[Tensor, "O"],
+        kappa: Float[Tensor, "O"],
+        lambda_d: Float[Tensor, "R"],
+    ) -> Float[Tensor, "N"]:
+        """The squared norms of some rows of `V' / w`, from the dense rows in float64."""
+        wide = lambda_d.double()
+        update = (self.B(wide)[rows] * wide) @ self.A(wide)
+        unit = matrix[rows].double() / w[rows].double()[:, None]
+        return (unit + kappa[rows].double()[:, None] * update).square().sum(1)
 
     def squares(self, lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L O"]:
         """q, the squared row norms of `B diag(lambda_d) A`, of one layer or of several that differ in lambda_d only."""
@@ -268,15 +289,6 @@ class AdaptedWeight(nn.Module):
         a = self._padding_of_A(lambda_d)
         skipped = matrices.expand(lambda_d * a, len(self.w))
         return gradient - 2 * a * matrices.expand_transpose(d_q * skipped, self.rank)
-
-    def updated_rows(
-        self, weight: Tensor, rows: Tensor, kappa: Float[Tensor, "N"], lambda_d: Float[Tensor, "R"]
-    ) -> Float[Tensor, "N I"]:
-        """Some rows of `V' / w`, dense, in float64."""
-        wide = lambda_d.double()
-        B = self.B(wide)[rows]
-        update = (kappa.double()[:, None] * B * wide) @ self.A(wide)
-        return self.layout.matrix(weight.detach())[rows].double() / self.w[rows].double()[:, None] + update
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
