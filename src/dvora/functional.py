@@ -143,7 +143,7 @@ def relative_norm(
 ) -> tuple[Float[Tensor, "*L O"], Float[Tensor, "*L O"]]:
     """`eps` and `1 + eps`, the square of the norm of each row of V' in units of that of W."""
     # In the order of `factors`, for the same bits.
-    eps = kappa * (cross + (cross + kappa * q))
+    eps = kappa * (cross + torch.addcmul(cross, kappa, q))
     return eps, 1 + eps
 
 
