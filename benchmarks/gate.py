@@ -104,7 +104,7 @@ def steps(quick: bool) -> Figures:
     limits = {(384, 16): 1.2, (384, 64): 1.08, (1024, 16): 1.12, (1024, 64): 1.08}
     for (width, batch), at_most in limits.items():
         pairs = [(structured(64), LORA, at_most), (dense(64), LORA, at_most)]
-        if width == 1024:
+        if (width, batch) == (1024, 16):
             pairs += [(structured(256), vera(256), 0.9), (dense(256), vera(256), 0.9)]
             pairs += [(structured(1024), vera(1024), 0.65)]
         arms = list(dict.fromkeys(arm for first, second, _ in pairs for arm in (second, first)))
