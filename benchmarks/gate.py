@@ -365,6 +365,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--label", choices=LABELS, default="after", help="of the rows")
     parser.add_argument("--quick", action="store_true", help="tiny models, few turns, no result file")
     chosen = parser.parse_args(arguments)
+    if (chosen.label == LABELS[0]) == PACKAGE.is_relative_to(Path(__file__).parent.parent):
+        # A worktree that is gone from PYTHONPATH leaves the installed library, without a word.
+        parser.error(f"--label {chosen.label} would measure {PACKAGE}")
     torch.set_num_threads(THREADS)
     content: dict[str, Any] = {"environment": {}, "rows": []}
     for part in chosen.part:
