@@ -34,9 +34,9 @@ CORE := matrices $(patsubst %,test_%.py,functional tensors weight factors layer 
 test-core: setup  ## what is fast: the mathematics and the layers
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(CORE:%=tests/%)
 
-# Compilers, groups of processes, browsers, the site, commands that are killed.
-SYSTEM := compiled engines docs hardening
-test-system: setup  ## what is slow: compilers, several processes, browsers, the site, commands that are killed
+# Groups of processes, browsers, the site, commands that are killed.
+SYSTEM := engines docs hardening
+test-system: setup  ## what is slow: several processes, browsers, the site, commands that are killed
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(SYSTEM:%=tests/%)
 
 # An environment of their own: Flower holds packages at older versions than the command line needs.

@@ -50,6 +50,7 @@ THREADS = 2
 COMPILE_SECONDS = 600
 LORA = Arm("LoRA", 1)
 vera, structured, dense = (partial(Arm, method) for method in ("VeRA", "dvora structured", "dvora dense"))
+COMPILED = (LORA, vera(256), structured(256), dense(256))
 GATHERS = {"index", "index_select", "gather", "embedding", "take", "take_along_dim"}
 
 
@@ -285,14 +286,15 @@ def _files_of(call: Step) -> list[str]:
 
 def compile_(quick: bool) -> Figures:
     """`torch.compile` beside eager, each method in a process of its own, with an empty cache and a time limit."""
-    for model, arm in product(("llama", "BERT"), (LORA, vera(256), structured(256), dense(256))):
+    for model, arm in product(("llama", "BERT"), COMPILED):
         measure = f"compiled to eager, {model}, 512 tokens, {arm.name}"
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            try:
-                figures = pool.apply_async(_compile_one, (measure, model, arm, quick)).get(COMPILE_SECONDS)
-            except Exception as error:
-                figures = [Figure(measure, None, None, {"failure": f"{type(error).__name__} {error!s:.300}"})]
-        yield from figures
+        for measured in (_compile_one, _compile_by_block):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                try:
+                    figures = pool.apply_async(measured, (measure, model, arm, quick)).get(COMPILE_SECONDS)
+                except Exception as error:
+                    figures = [Figure(measure, None, None, {"failure": f"{type(error).__name__} {error!s:.300}"})]
+            yield from figures
 
 
 def _compile_one(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure]:
@@ -313,6 +315,24 @@ def _compile_one(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure
     more = {"eager_seconds": spread(seconds["eager"]).median, "graph_breaks": breaks}
     in_seconds = Figure(measure.replace("compiled to eager", "seconds to compile"), to_compile, None, more)
     return [timed(measure, seconds["compiled"], seconds["eager"]), in_seconds]
+
+
+def _compile_by_block(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure]:
+    """The seconds if each block is compiled by itself, as PyTorch recommends for large models: all share one graph."""
+    torch.set_num_threads(THREADS)
+    workload = bert(384) if model == "BERT" else llama(64, 176, 4) if quick else llama(1024, 2816, 16)
+    base, x = workload.frozen(torch.float32), workload.inputs(16, 32, torch.float32)
+    adapted_model = adapted(base, arm, workload.targets)
+    blocks = next(module for module in adapted_model.modules() if isinstance(module, nn.ModuleList))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        start = perf_counter()
+        for block in blocks:
+            block.compile()
+        training_step(workload, adapted_model, x)()
+        seconds = exactly(perf_counter() - start)
+    more = {"blocks": len(blocks), "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+    return [Figure(measure.replace("compiled to eager", "seconds to compile by block"), seconds, None, more)]
 
 
 PARTS = {part.__name__.strip("_"): part for part in (steps, memory, kernels, host, bank, files, compile_)}
@@ -356,6 +376,23 @@ def page(content: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", f"Medians of ratios in one run each (`benchmarks/results/gate.json`; {versions}).", ""]
     )
+
+
+def compiling(content: dict[str, Any]) -> str:
+    """What `torch.compile` takes and gives, as a table of the documentation."""
+    medians = {row["measure"]: row["median"] for row in content["rows"] if row["label"] == LABELS[1]}
+    arms = [arm.name for arm in COMPILED]
+    lines = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    kinds = {
+        "seconds to compile the model": "seconds to compile",
+        "... block by block": "seconds to compile by block",
+        "a compiled step, eager = 1": "compiled to eager",
+    }
+    for model, name in {"BERT": "BERT of six blocks", "llama": "a Llama block"}.items():
+        for label, kind in kinds.items():
+            found = [medians.get(f"{kind}, {model}, 512 tokens, {arm}") for arm in arms]
+            lines.append(f"| {name}: {label} | " + " | ".join("" if v is None else f"{v:.3g}" for v in found) + " |")
+    return "\n".join([*lines, "", "Medians (`benchmarks/results/gate.json`), with an empty cache.", ""])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ WIDTH = 7.0
 METHODS = {
     "DVoRA": "#2378d6",
     "DVoRA, structured": "#9a5fd6",
+    "DVoRA, r=64": "#c43bb0",
     "DVoRA, merged": "#1c9bbd",
     "VeRA": "#de7b12",
     "LoRA": "#26985a",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.examples.table import examples
+from benchmarks.gate import compiling
 from benchmarks.gate import page as gate
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters_parts
@@ -213,6 +214,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(_load("examples")),
     },
     "docs/how-to/train-many-adapters.md": lambda: {"speakers": speakers(_load("speakers"))},
+    "docs/how-to/compile.md": lambda: {"compile": compiling(_load("gate"))},
     "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
     "docs/many-adapters.md": lambda: many_adapters_parts(_load("many_adapters")),
     "docs/overhead.md": lambda: overhead(_load("overhead")),

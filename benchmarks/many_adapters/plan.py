@@ -9,7 +9,7 @@ from benchmarks.speed import workloads
 from benchmarks.speed.arms import Arm
 from benchmarks.speed.workloads import Workload
 
-DENSE, STRUCTURED = Arm("dvora dense", 256), Arm("dvora structured", 256)
+DENSE, STRUCTURED, SMALL = Arm("dvora dense", 256), Arm("dvora structured", 256), Arm("dvora structured", 64)
 LORAS = (Arm("LoRA", 8), Arm("LoRA", 1))
 BASE, MERGED = ManyArm("base"), ManyArm("merged", DENSE)
 PASSES = 16
@@ -113,7 +113,7 @@ def whole_grounds() -> list[Ground]:
     """Every model, and what is timed on it."""
     linears, minilm, smollm2 = workloads.linears(1024, 2816, blocks=2), workloads.minilm(), workloads.smollm2()
     ten_thousand = bank_arm(STRUCTURED, ROWS, KNOWN[-1])
-    smollm2_arms = [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], ROWS), *by_names(LORAS[0]), *gathered()]
+    smollm2_arms = [BASE, MERGED, *bank_arms([SMALL, STRUCTURED, DENSE], ROWS), *by_names(LORAS[0]), *gathered()]
     return [
         Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 7, PASSES)]),
         Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 5, PASSES)]),
@@ -139,13 +139,13 @@ def quick_grounds() -> list[Ground]:
 def all_arms() -> list[ManyArm]:
     """Everything but ten thousand adapters."""
     banks = [bank_arm(adapter, distinct, MANY) for adapter in (STRUCTURED, DENSE) for distinct in (1, 16, ROWS)]
-    few = bank_arm(STRUCTURED, ROWS, ROWS)
-    return [BASE, MERGED, *banks, few, *by_names(STRUCTURED, DENSE, *LORAS), *gathered()]
+    few = [*bank_arms([SMALL], MANY), bank_arm(STRUCTURED, ROWS, ROWS)]
+    return [BASE, MERGED, *banks, *few, *by_names(SMALL, STRUCTURED, *LORAS), *gathered()]
 
 
 def few_arms() -> list[ManyArm]:
     """The least that shows what another adapter in every row costs."""
-    return [BASE, MERGED, *bank_arms([STRUCTURED, DENSE], MANY), *by_names(*LORAS), *gathered()]
+    return [BASE, MERGED, *bank_arms([SMALL, STRUCTURED, DENSE], MANY), *by_names(*LORAS), *gathered()]
 
 
 def bank_arm(adapter: Arm, distinct: int, known: int) -> ManyArm:

@@ -24,6 +24,7 @@ from benchmarks.speed.plots import label_axis
 from benchmarks.speed.timing import spread
 
 COLOURS = {
+    "dvora structured r=64": METHODS["DVoRA, r=64"],
     "dvora structured r=256": METHODS["DVoRA, structured"],
     "dvora dense r=256": METHODS["DVoRA"],
     "LoRA r=8": METHODS["LoRA"],

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.many_adapters.numbers import KNOWN, MANY, ROWS, SLOTS
-from benchmarks.many_adapters.targets import DECODED, KINDS, READ, TOKEN, all_targets, bank_arm
+from benchmarks.many_adapters.targets import DECODED, KINDS, READ, SMALL, TOKEN, all_targets, bank_arm
 from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.tables import missing, written
 from benchmarks.speed.timing import Spread, ratios, spread
@@ -19,8 +19,8 @@ COLUMNS: dict[str, dict[str, object]] = {
 }
 LORAS = ("LoRA r=8", "LoRA r=1")
 WAYS = {
-    **{f"bank, {kind}": ("bank", kind) for kind in KINDS},
-    **{f"`adapter_names`, {name}": ("adapter_names", name) for name in (*KINDS, *LORAS)},
+    **{f"bank, {kind}": ("bank", kind) for kind in (SMALL, *KINDS)},
+    **{f"`adapter_names`, {name}": ("adapter_names", name) for name in (SMALL, KINDS[0], *LORAS)},
     **{f"gathered, {name}": ("gathered", name) for name in LORAS},
 }
 MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
@@ -55,12 +55,12 @@ def in_short(rows: Rows) -> list[str]:
         _sentence("... through PEFT's `adapter_names`: dvora {}", _to_one(rows, "adapter_names")),
         _sentence("... through PEFT's `adapter_names`: LoRA {}", _to_one(rows, "adapter_names", LORAS)),
         _sentence(
-            "**Beside the frozen base**, 64 adapters and one token a row at width 1,024: the bank {} with structured "
-            "matrices and {} with dense ones, our own gathered LoRA {} with r=8 and {} with r=1",
+            "**Beside the frozen base**, 64 adapters and one token a row at width 1,024: the bank {} with r=64, {} "
+            "with r=256 and {} with dense matrices, our own gathered LoRA {} with r=8 and {} with r=1",
             [
                 time_ratio(rows, arm, "base", **DECODED)
                 for arm in (
-                    *(bank_arm(kind, ROWS, MANY) for kind in KINDS),
+                    *(bank_arm(kind, ROWS, MANY) for kind in (SMALL, *KINDS)),
                     *(f"gathered, {lora}, {ROWS} of {ROWS}" for lora in LORAS),
                 )
             ],
@@ -214,7 +214,7 @@ def _sentence(text: str, ratios: Sequence[Spread | None]) -> str:
     return text.format(f"{low} times" if low == high else f"{low} to {high} times")
 
 
-def _to_one(rows: Rows, way: str, adapters: Sequence[str] = KINDS) -> list[Spread | None]:
+def _to_one(rows: Rows, way: str, adapters: Sequence[str] = (SMALL, *KINDS)) -> list[Spread | None]:
     """Time with 64 adapters in that with one, in all settings."""
     return [
         time_ratio(rows, *(f"{way}, {adapter}, {distinct} of {known:,}" for distinct in (ROWS, 1)), **setting)

@@ -140,9 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--output", type=Path, help="result file; left out, only a whole run writes one")
-    parser.add_argument(
-        "--part", nargs="+", help="training, prefill, decode, compile, memory, set-up, overhead, adapterhub"
-    )
+    parser.add_argument("--part", nargs="+", help="training, prefill, decode, memory, set-up, overhead, adapterhub")
     parser.add_argument("--workload", nargs="+", help="linears-1024, llama-1024, minilm ...")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--batch", nargs="+", type=int)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.kernel_count import kernels
 from benchmarks.speed.arms import BASE, Arm, adapted
 from benchmarks.speed.metrics import Row, Rows, host_seconds, kernels_a_layer, row_of
-from benchmarks.speed.plan import at_rank, linears_64, llama_64
+from benchmarks.speed.plan import STRUCTURED_64, at_rank, linears_64, llama_64
 from benchmarks.speed.results import write
 from benchmarks.speed.runner import DTYPES, Report
 from benchmarks.speed.steps import prefill_step, training_step
@@ -53,7 +53,7 @@ class Route(NamedTuple):
 
 FEW, ONE = Route("training, few tokens", 8, training_step), Route("one token", 1, prefill_step)
 ROUTES = (Route("training", 512, training_step), FEW, ONE, Route("prefill", 512, prefill_step))
-ARMS = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), Arm("DoRA", 16), *at_rank(256), *at_rank(1024)]
+ARMS = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), Arm("DoRA", 16), STRUCTURED_64, *at_rank(256), *at_rank(1024)]
 SMALL_ARMS = [BASE, Arm("LoRA", 16), Arm("LoRA", 1), Arm("DoRA", 16), *at_rank(16)]
 """For hidden size 64: no rank may exceed it, or structured matrices come in several blocks."""
 

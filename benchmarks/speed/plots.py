@@ -33,10 +33,14 @@ COLOURS = {
     "VeRA": METHODS["VeRA"],
     "RandLoRA": METHODS["RandLoRA"],
     "dvora dense": METHODS["DVoRA"],
+    "dvora structured r=64": METHODS["DVoRA, r=64"],
     "dvora structured": METHODS["DVoRA, structured"],
     "dvora merged": METHODS["DVoRA, merged"],
 }
-MARKERS = {"LoRA": "s", "LoRA r=1": "s", "DoRA": "v", "VeRA": "D", "dvora dense": "o", "dvora structured": "P"}
+MARKERS = {
+    **{"LoRA": "s", "LoRA r=1": "s", "DoRA": "v", "VeRA": "D"},
+    **{"dvora dense": "o", "dvora structured": "P", "dvora structured r=64": "X"},
+}
 TRAINING = {"part": "training", "workload": "linears-1024", "dtype": "float32"}
 
 
@@ -51,12 +55,12 @@ def ranks(rows: Rows) -> Figure:
 
 
 def tokens(rows: Rows) -> Figure:
-    """Time of a training step against the number of tokens, at rank 256, DoRA's 16 and LoRA's 1."""
+    """Time of a training step against the number of tokens."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
-    for method, rank in (("LoRA", 1), ("DoRA", 16), ("VeRA", 256), ("dvora dense", 256), ("dvora structured", 256)):
-        arm = f"{method} r={rank}"
+    dvora = ("dvora structured r=64", "dvora structured r=256", "dvora dense r=256")
+    for arm in ("LoRA r=1", "DoRA r=16", "VeRA r=256", *dvora):
         _sweep(axes, rows, _look(arm), arm, TOKENS, [{"arm": arm, "tokens": count} for count in TOKENS])
-    _finish(axes, "tokens in a step", TOKENS, "rank 256, 16 for DoRA, 1 for LoRA")
+    _finish(axes, "tokens in a step", TOKENS, "by method and rank")
     return figure
 
 

@@ -18,18 +18,22 @@ COLUMNS: dict[str, dict[str, object]] = {
     "batch 16": {**_DECODING, "batch": 16},
 }
 ARMS = (
-    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "DoRA r=256", "VeRA r=256", "VeRA r=1024"),
-    *("RandLoRA r=32", "dvora dense r=256", "dvora structured r=256", "dvora dense r=1024", "dvora structured r=1024"),
-    "dvora merged r=256",
+    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "VeRA r=1024", "RandLoRA r=32"),
+    *("dvora structured r=64", "dvora structured r=256", "dvora structured r=1024", "dvora dense r=256"),
+    *("dvora dense r=1024", "dvora merged r=256"),
 )
 
 
-FEW_ARMS = ("LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "dvora dense r=256", "dvora structured r=256")
+FEW_ARMS = (
+    *("LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256"),
+    *("dvora structured r=64", "dvora structured r=256", "dvora dense r=256"),
+)
 MORE: dict[str, dict[str, object]] = {
     "seven linear layers, hidden 2,048": {**_TRAINING, "workload": "linears-2048", "tokens": 512},
     "a Llama block, hidden 2,048": {**_TRAINING, "workload": "llama-2048", "tokens": 512},
     "... at 2,048 tokens": {**_TRAINING, "workload": "llama-2048", "tokens": 2048},
     "MiniLM, 16 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 16},
+    "... 64 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 64},
     "SmolLM2-135M, 128 tokens": {**_TRAINING, "workload": "smollm2"},
 }
 
@@ -47,13 +51,12 @@ def speed(result: dict[str, Any]) -> str:
         "|---|" + "---|" * (len(COLUMNS) + 2),
         *(f"| {arm} | " + " | ".join(cells) + " |" for arm in ARMS if any(cells := _cells(rows, arm))),
         "",
-        "Training steps of larger and of whole models:",
+        "Training steps of larger and of whole models, in the same units:",
         "",
         "| | " + " | ".join(FEW_ARMS) + " |",
         "|---|" + "---|" * len(FEW_ARMS),
         *(f"| {label} | " + " | ".join(_medians(rows, setting)) + " |" for label, setting in MORE.items()),
         "",
-        *compiled(rows),
         *beside_adapterhub(rows),
         "Kept for backward: by the seven linear layers at 2,048 tokens. Resident: the growth of a process that adapts "
         "them and trains on 4,096 tokens, the base's own activations included.",
@@ -71,15 +74,6 @@ def targets(result: dict[str, Any]) -> str:
         *(_target_line(target) for target in all_targets(result["rows"])),
     ]
     return "\n".join(lines) + "\n"
-
-
-def compiled(rows: Rows) -> list[str]:
-    """Steps compiled by torch.compile, in units of the same in eager mode."""
-    setting = {"part": "compile", "workload": "llama-1024"}
-    found = {arm: time_ratio(rows, f"{arm} compiled", arm, **setting) for arm in ("base", *FEW_ARMS)}
-    parts = [f"{arm} {ratio.median:.2f}" for arm, ratio in found.items() if ratio is not None]
-    sentence = "`torch.compile`, forward and backward of a Llama block at 512 tokens, in units of eager mode: "
-    return [f"{sentence}{', '.join(parts)}.", ""] if parts else []
 
 
 def beside_adapterhub(rows: Rows) -> list[str]:

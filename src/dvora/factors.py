@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import functional as F
 from .engines import check_whole
-from .functional import RowFactors, Vectors
+from .functional import Vectors
 from .tensors import (
     Float,
     as_dtype,
@@ -110,11 +110,6 @@ class Factors(NamedTuple):
         out_features = (values.shape[1] - rank) // 2
         gain_minus_one, scale, lambda_d = rows.split([out_features, out_features, rank], -1)
         return cls(gain_minus_one, scale, lambda_d)
-
-    def of_weight(self) -> RowFactors:
-        """Those of the rows of the weight, of one adapter."""
-        assert self.gain is not None
-        return RowFactors(self.gain_minus_one, self.scale, self.gain)
 
     @property
     def row(self) -> Float[Tensor, "F"]:
@@ -373,10 +368,9 @@ class Folds:
         gradient of g for all layers at once.
         """
         if not self._parts:
-            with saved_here():
-                U, carrier = _Fold.apply(*self._made, self._lambda_d, self._constants.B())
-                parts = _Parts.apply(self._used, U, carrier)
-                self._parts = list(zip(parts[: len(U)], parts[len(U) :], strict=True))
+            U, carrier = _Fold.apply(*self._made, self._lambda_d, self._constants.B())
+            parts = _Parts.apply(self._used, U, carrier)
+            self._parts = list(zip(parts[: len(U)], parts[len(U) :], strict=True))
         return self._parts[index]
 
 
@@ -514,27 +508,17 @@ def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> 
     running = current_pass() if together else None
     if running is not None:
         running.asked[id(adapted)] = source
-    return _found_or_made(source, running)
-
-
-def _found_or_made(source: Source, running: "Pass | None") -> Factors:
-    adapted = source.adapted
-    kept: _Kept | None = adapted.kept
-    if kept is None:
-        kept = adapted.kept = _Kept()
-    if grad_recorded() and source.is_trained():
-        # Not every optimizer's step is counted as a write.
-        kept.evaluated = None
-        trained = kept.trained_now(source, running)
-        if trained is not None:
-            return trained
-        if kept.constants is None:
-            kept.constants = StackConstants.of([adapted])
-        return layer_factors([source], kept.constants)[0]
-    evaluated = kept.evaluated
-    if evaluated is None or not evaluated.serves(source, running):
-        evaluated = kept.evaluated = Evaluated([source])
-    return evaluated.factors[id(adapted)]
+    kept = _kept(adapted)
+    if not (grad_recorded() and source.is_trained()):
+        return kept.now(source, running)
+    # Not every optimizer's step is counted as a write.
+    kept.evaluated = None
+    trained = kept.trained_now(source, running)
+    if trained is not None:
+        return trained
+    if kept.constants is None:
+        kept.constants = StackConstants.of([adapted])
+    return layer_factors([source], kept.constants)[0]
 
 
 def _by_definition(source: Source, weight: Tensor | None) -> Factors:
@@ -551,13 +535,6 @@ def _weakened(made: Sequence[Tensor], strength: Tensor) -> tuple[Tensor, Tensor,
     return strength * gain_minus_one, strength * scale, weaker
 
 
-@torch.no_grad()
-def row_factors(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None) -> RowFactors:
-    """The factors of one adapter with the precision of its layer's forward, without gradients."""
-    factors = factors_of(Source(adapted, vectors), weight)
-    return factors.of_weight()
-
-
 def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Float[Tensor, "O I"]:
     """`W' - W` as a dense matrix, in float32 or float64.
 
@@ -568,94 +545,128 @@ def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Fl
     factors = factors_of(Source(adapted, vectors), weight)
     with full_precision(factors.scale.device):
         matrix, lambda_d = adapted.layout.matrix(weight), as_dtype(vectors.lambda_d, factors.scale.dtype)
-        return F.rescaled_delta(matrix, adapted.A(lambda_d), adapted.B(lambda_d), lambda_d, factors.of_weight())
+        A, B = adapted.A(lambda_d), adapted.B(lambda_d)
+        return F.rescaled_delta(matrix, A, B, lambda_d, factors.gain_minus_one, factors.scale)
 
 
 class _Kept:
-    """The factors of the last passes of one weight."""
+    """The factors of one weight that may be used again."""
 
-    __slots__ = ("constants", "evaluated", "trained_in")
+    __slots__ = ("constants", "evaluated", "trained")
 
     def __init__(self) -> None:
         # The pass has them, not the weight: their graph holds the weight, and no collector of garbage sees a graph.
-        self.trained_in: weakref.ref[Pass] | None = None
-        self.evaluated: Evaluated | None = None
+        self.trained: weakref.ref[Made] | None = None
+        self.evaluated: Made | None = None
         # Of this weight alone; where they change, all that is kept goes.
         self.constants: StackConstants | None = None
 
+    def now(self, source: Source, running: "Pass | None") -> Factors:
+        """Those without gradients."""
+        made = self.evaluated
+        if made is None or not made.is_of(source) or not (made.is_right_in(running) or made.is_unchanged()):
+            made = self.evaluated = Made([source], compared=True)
+        return made.factors[id(source.adapted)]
+
     def trained_now(self, source: Source, running: "Pass | None") -> Factors | None:
-        """The factors that were made for the pass with gradients that this thread is in, if they are still right."""
-        made_for = None if self.trained_in is None else self.trained_in()
-        if made_for is None:
+        """Those that were made for the pass with gradients that this thread is in, if they are still right."""
+        made = None if self.trained is None else self.trained()
+        if made is None:
             return None
         # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
         repeated = torch._C._current_graph_task_id() != -1 and saved_tensors_are_hooked()
-        if made_for is not running and not repeated:
-            return None
-        trained = made_for.trained[id(source.adapted)]
-        return trained.factors if trained.serves(source) else None
+        right = (made.is_right_in(running) or repeated) and made.is_of(source)
+        return made.factors[id(source.adapted)] if right else None
 
 
-class Trained(NamedTuple):
-    """The factors of one layer in one pass with gradients."""
-
-    source: Source
-    state: tuple[int, ...]
-    w: Tensor
-    factors: Factors
-
-    def serves(self, source: Source) -> bool:
-        """Whether they are still right."""
-        return self.source.is_same(source) and source.adapted.w is self.w and source.state() == self.state
+def _kept(adapted: AdaptedWeight) -> _Kept:
+    if adapted.kept is None:
+        adapted.kept = _Kept()
+    kept: _Kept = adapted.kept
+    return kept
 
 
-class Evaluated:
-    """The factors of any number of layers without gradients, while nothing changes.
+class Made:
+    """The factors of any number of layers, made at once, and the state of what they were made from.
 
     Args:
-        sources: what they are made from, one for each weight.
+        sources: one for each weight.
+        before: of an earlier pass, whose constants are used again.
+        compared: copy the vectors, to notice writes that PyTorch does not count; then there are no gradients.
     """
 
-    # Inference tensors could not be used in a later pass that trains something else.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = {id(source.adapted): source for source in sources}
-        self.checked_in: Pass | None = None
-        """The pass in which nothing had changed."""
+    def __init__(self, sources: Sequence[Source], before: "Made | None" = None, *, compared: bool) -> None:
+        # Weakly: a pass has graphs, which hold the weights that hold this.
+        self.right_in: weakref.ref[Pass] | None = None
+        """The pass that they were made for, or compared for."""
+        self._states = {id(s.adapted): (s, s.state(), s.adapted.w) for s in sources}
         self._inputs = [tensor for source in sources for tensor in source.inputs]
-        self._states = {id(source.adapted): source.state() for source in sources}
-        self._norms = {id(source.adapted): source.adapted.w for source in sources}
-        # Copied before computing, and computed from the copies: another thread may write to the vectors meanwhile.
-        self._copies = _joined_values(self._inputs)
-        copied = list(sources) if self._copies is None else _with_values(sources, self._copies)
+        self._copies: Tensor | None = None
+        self._constants: dict[int, StackConstants] = {}
+        """By the first weight."""
         self.factors: dict[int, Factors] = {}
-        for group in _by_shape(copied):
-            constants = StackConstants.of([source.adapted for source in group])
-            made = layer_factors(group, constants)
-            self.factors |= {id(source.adapted): own for source, own in zip(group, made, strict=True)}
+        known = {} if before is None else before._constants
+        if not compared:
+            self._make(sources, known)
+            return
+        # Inference tensors could not be used in a later pass that trains something else.
+        with torch.inference_mode(False), torch.no_grad():
+            # Copied before computing, and computed from the copies: another thread may write to the vectors meanwhile.
+            self._copies = _joined_values(self._inputs)
+            self.factors |= _still_right(sources)
+            copied = list(sources) if self._copies is None else _with_values(sources, self._copies)
+            self._make([source for source in copied if id(source.adapted) not in self.factors], known)
 
-    def serves(self, source: Source, running: "Pass | None") -> bool:
-        """Whether the factors of this layer are still right."""
-        key = id(source.adapted)
-        known = self.sources.get(key)
-        if known is None or not known.is_same(source) or self._norms[key] is not source.adapted.w:
-            return False
-        if running is not None and self.checked_in is running:
-            return source.state() == self._states[key]
-        return self.is_unchanged()
+    def _make(self, sources: Sequence[Source], known: dict[int, StackConstants]) -> None:
+        for group in _by_shape(sources):
+            weights = [source.adapted for source in group]
+            constants = known.get(id(weights[0]))
+            if constants is None or not constants.fit(weights):
+                constants = StackConstants.of(weights)
+            self._constants[id(weights[0])] = constants
+            self.factors |= zip(map(id, weights), layer_factors(group, constants), strict=True)
+
+    def is_of(self, source: Source) -> bool:
+        """Whether the factors of this layer are of its tensors, and of the versions that they have."""
+        known = self._states.get(id(source.adapted))
+        return (
+            known is not None
+            and known[0].is_same(source)
+            and known[2] is source.adapted.w
+            and known[1] == source.state()
+        )
+
+    def is_of_all(self, sources: Sequence[Source]) -> bool:
+        """Whether they are the factors of these layers and no others."""
+        return len(sources) == len(self._states) and all(map(self.is_of, sources))
+
+    def is_right_in(self, running: "Pass | None") -> bool:
+        """Whether they were made, or compared, when this pass began."""
+        return running is not None and self.right_in is not None and self.right_in() is running
 
     def is_unchanged(self) -> bool:
         """Whether all vectors have the values, and all weights the norms, that the factors were made from."""
-        for key, source in self.sources.items():
-            if source.adapted.w is not self._norms[key] or source.state() != self._states[key]:
-                return False
+        if not all(source.adapted.w is w and source.state() == state for source, state, w in self._states.values()):
+            return False
         if self._copies is None:
             # Gathered values have no versions, inference tensors neither, and a fused optimizer's step is not counted.
             unsure = any(t.is_inference() or (t.is_leaf and t.grad is not None) for t in self._inputs)
             return not (unsure or gathers_uncounted())
         now = _joined_values(self._inputs)
         return now is not None and now.dtype == self._copies.dtype and torch.equal(now, self._copies)
+
+
+def _still_right(sources: Sequence[Source]) -> dict[int, Factors]:
+    """Factors of earlier passes that nothing has changed since; in another stack the last bit could be another one."""
+    unchanged, found = dict[Made, bool](), dict[int, Factors]()
+    for source in sources:
+        made = _kept(source.adapted).evaluated
+        if made is not None and made.is_of(source):
+            if made not in unchanged:
+                unchanged[made] = made.is_unchanged()
+            if unchanged[made]:
+                found[id(source.adapted)] = made.factors[id(source.adapted)]
+    return found
 
 
 def _joined_values(inputs: Sequence[Tensor]) -> Tensor | None:
@@ -688,7 +699,7 @@ class Pass:
     def __init__(self) -> None:
         self.asked: dict[int, Source] = {}
         """What layers have asked for in it."""
-        self.trained: dict[int, Trained] = {}
+        self.trained: Made | None = None
         """The factors that were made for it, with gradients."""
 
 
@@ -715,8 +726,7 @@ class FactorPass:
 
     def __init__(self) -> None:
         self._last: dict[bool, Pass] = {}
-        self._constants: dict[int, StackConstants] = {}
-        """Of the groups of the last training pass, by the first weight of each."""
+        """The last pass without and with gradients."""
 
     def begin(self, *_: object) -> None:
         """Enter a pass, in this thread, and make the factors for it."""
@@ -725,14 +735,23 @@ class FactorPass:
         recorded, begun = grad_recorded(), Pass()
         last = self._last.get(recorded)
         self._last[recorded] = begun
-        sources = [] if last is None else [s for s in list(last.asked.values()) if _can_be_stacked(s)]
         # FSDP2 has the values of this pass only when a layer runs.
-        if sources and not gathers_uncounted():
+        if last is not None and not gathers_uncounted():
             trained, others = list[Source](), list[Source]()
-            for source in sources:
+            for source in filter(_can_be_stacked, list(last.asked.values())):
                 (trained if recorded and source.is_trained() else others).append(source)
-            self._make_trained(trained, begun)
-            self._make_evaluated(others, begun)
+            if trained:
+                begun.trained = Made(trained, last.trained, compared=False)
+                begun.trained.right_in = weakref.ref(begun)
+                for source in trained:
+                    _kept(source.adapted).trained = weakref.ref(begun.trained)
+            if others:
+                made = _kept(others[0].adapted).evaluated
+                if made is None or not (made.is_of_all(others) and made.is_unchanged()):
+                    made = Made(others, made, compared=True)
+                    for source in others:
+                        _kept(source.adapted).evaluated = made
+                made.right_in = weakref.ref(begun)
         _running.passes.append((self, begun))
 
     def end(self, *_: object) -> None:
@@ -742,34 +761,6 @@ class FactorPass:
                 del _running.passes[index:]
                 return
 
-    def _make_trained(self, sources: list[Source], begun: Pass) -> None:
-        before, self._constants = self._constants, {}
-        for group in _by_shape(sources):
-            weights = [source.adapted for source in group]
-            constants = before.get(id(weights[0]))
-            if constants is None or not constants.fit(weights):
-                constants = StackConstants.of(weights)
-            self._constants[id(weights[0])] = constants
-            states = [source.state() for source in group]
-            made = layer_factors(group, constants)
-            for source, state, factors in zip(group, states, made, strict=True):
-                adapted = source.adapted
-                begun.trained[id(adapted)] = Trained(source, state, adapted.w, factors)
-                adapted.kept.trained_in = weakref.ref(begun)
-
-    def _make_evaluated(self, sources: list[Source], begun: Pass) -> None:
-        if not sources:
-            return
-        kept: Evaluated | None = sources[0].adapted.kept.evaluated
-        same = kept is not None and len(kept.sources) == len(sources)
-        same = same and all((own := kept.sources.get(id(s.adapted))) and own.is_same(s) for s in sources)  # type: ignore[union-attr]
-        if not same or not kept.is_unchanged():  # type: ignore[union-attr]
-            kept = Evaluated(sources)
-            for source in sources:
-                source.adapted.kept.evaluated = kept
-        assert kept is not None
-        kept.checked_in = begun
-
     def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
         return FactorPass, ()
 
@@ -777,8 +768,6 @@ class FactorPass:
 def _can_be_stacked(source: Source) -> bool:
     """Whether the vectors are whole and where the weight is; what ZeRO-3 has partitioned is empty between passes."""
     adapted, (m, b, d), _ = source
-    if adapted.kept is None:
-        adapted.kept = _Kept()
     whole = len(m) == len(b) == adapted.out_features and len(d) == adapted.rank
     return adapted.shard is None and whole and m.device == b.device == d.device == adapted.w.device
 

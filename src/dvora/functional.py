@@ -143,7 +143,7 @@ def relative_norm(
 ) -> tuple[Float[Tensor, "*L O"], Float[Tensor, "*L O"]]:
     """`eps` and `1 + eps`, the square of the norm of each row of V' in units of that of W."""
     # In the order of `factors`, for the same bits.
-    eps = kappa * (cross + torch.addcmul(cross, kappa, q))
+    eps = kappa * (cross + (cross + kappa * q))
     return eps, 1 + eps
 
 
@@ -196,7 +196,7 @@ def combine(
             with ones in between. Without a scale, low is scaled already.
         bias: the base's, or None.
     """
-    y = torch.addcmul(low if scale is None else scale * low, base_output, 1 + gain_minus_one)
+    y = base_output * (1 + gain_minus_one) + (low if scale is None else scale * low)
     if bias is not None:
         y = y - gain_minus_one * bias
     return as_dtype(y, base_output.dtype)
@@ -207,11 +207,11 @@ def rescaled_delta(
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
     lambda_d: Float[Tensor, "R"],
-    factors: RowFactors,
+    gain_minus_one: Float[Tensor, "O"],
+    scale: Float[Tensor, "O"],
 ) -> Float[Tensor, "O I"]:
     """`W' - W = (g - 1) W + g beta B diag(lambda_d) A`, dense, in the dtype of the gain; exactly zero if untrained."""
-    scale = factors.scale[:, None]
-    return factors.gain_minus_one[:, None] * weight.to(scale.dtype) + (scale * B * lambda_d) @ A
+    return gain_minus_one[:, None] * weight.to(scale.dtype) + (scale[:, None] * B * lambda_d) @ A
 
 
 def row_angle(kappa: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
@@ -273,7 +273,7 @@ def delta_weight(
 ) -> Float[Tensor, "O I"]:
     """`W' - W`, dense, in the dtype of the vectors. Arguments as for `gain`."""
     factors = _factors(weight, A, B, vectors, scaling, direction, detach_norm=False)
-    return rescaled_delta(weight, A, B, vectors.lambda_d, factors)
+    return rescaled_delta(weight, A, B, vectors.lambda_d, factors.gain_minus_one, factors.scale)
 
 
 def merged_weight(

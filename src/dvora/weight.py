@@ -240,7 +240,7 @@ class AdaptedWeight(nn.Module):
             vectors = vectors.to(w.dtype)
             # As a stack of one layer, for the same bits.
             alone = vectors.lambda_d[None, None]
-            cross, q = (alone @ as_dtype(C, w.dtype)[None].mT)[0, 0], self.squares(alone)[0, 0]
+            cross, q = (alone @ as_dtype(C, w.dtype)[None].mT).flatten(), self.squares(alone).flatten()
             kappa = F.relative_scale(vectors.lambda_b, w, self.scaling, self.direction)
             eps, square = F.relative_norm(kappa, cross, q)
             if matrix is not None and self.shard is None and w.is_cpu and not is_traced():

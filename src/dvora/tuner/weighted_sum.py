@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..factors import row_factors
+from ..factors import Source, factors_of
 from ..functional import Vectors
 from ..tensors import Float
 from ..weight import AdaptedWeight
@@ -59,7 +59,7 @@ def weighted_sum(parts: Sequence[WeightedAdapter], weight: Tensor | None, into: 
         raise ValueError(f"{into.name}: an update of rank {len(lambda_d)} does not fit an adapter of rank {into.rank}")
     c, b = torch.zeros_like(into.w), torch.zeros_like(into.w)
     for share, vectors, adapted in parts:
-        factors = row_factors(adapted, vectors, weight)
+        factors = factors_of(Source(adapted, vectors), weight)
         c = c + share * factors.gain_minus_one
         if _turns(WeightedAdapter(share, vectors, adapted)):
             b = b + share * factors.scale * _factor(vectors.lambda_d, lambda_d, into.name)
@@ -103,5 +103,6 @@ def _vectors_of(
         # A zero row of W has g = 1 and beta = c lambda_b.
         lambda_b = torch.where(w > 0, lambda_b, b / into.scaling)
     # Of a magnitude of w the gain is w / n.
-    of_w = row_factors(into, Vectors(w, lambda_b, lambda_d), weight).gain
+    of_w = factors_of(Source(into, Vectors(w, lambda_b, lambda_d)), weight).gain
+    assert of_w is not None
     return Vectors(g * w / of_w, lambda_b, lambda_d.clone())
