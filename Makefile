@@ -25,19 +25,21 @@ DEMO_READY := $(firstword $(wildcard $(VENV)/ready-dev) $(VENV)/ready-demo)
 demo: $(DEMO_READY)  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds one of your own
 	@$(PY) -m demo $(if $(SENTENCE),-- "$$SENTENCE")
 
-WORKERS := 2
-test: setup  ## the whole suite, in two processes; WORKERS=8 for more
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+# More processes than two cores, since many tests wait for commands that they run.
+WORKERS := 3
+IN_PROCESSES = -n $(WORKERS) --dist loadfile
+test: setup  ## the whole suite, in three processes; WORKERS=8 for more
+	$(PY) -m pytest $(IN_PROCESSES)
 
 # The mathematics and the layers: no models, no compilers.
 CORE := matrices $(patsubst %,test_%.py,functional tensors weight factors layer adapter changes training)
 test-core: setup  ## what is fast: the mathematics and the layers
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(CORE:%=tests/%)
+	$(PY) -m pytest $(IN_PROCESSES) $(CORE:%=tests/%)
 
 # Groups of processes, browsers, the site, commands that are killed.
 SYSTEM := engines docs hardening
 test-system: setup  ## what is slow: several processes, browsers, the site, commands that are killed
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(SYSTEM:%=tests/%)
+	$(PY) -m pytest $(IN_PROCESSES) $(SYSTEM:%=tests/%)
 
 # An environment of their own: Flower holds packages at older versions than the command line needs.
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them

@@ -39,7 +39,7 @@ import dvora
 from benchmarks.environment import environment, machine
 from benchmarks.speed.arms import BASE, Arm, adapted, sharing_copy
 from benchmarks.speed.metrics import exactly
-from benchmarks.speed.steps import prefill_step, training_step
+from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step
 from benchmarks.speed.timing import Spread, Step, interleaved, ratios, spread
 from benchmarks.speed.workloads import NO_DROPOUT, Workload, last_hidden_state, llama, random
 
@@ -256,6 +256,23 @@ def _bank(workload: Workload, count: int) -> tuple[nn.Module, Callable[[Tensor],
     return base, step_of
 
 
+def accepted(quick: bool) -> Figures:
+    """What may be slower than before: a token without merging by 15 %, a step in bfloat16 by 30 %."""
+    workload = llama(64, 176, 4) if quick else llama(1024, 2816, 16)
+    for dtype, limits in ((torch.float32, (1.39, 1.61)), (torch.bfloat16, (1.94, 2.34))):
+        base = workload.frozen(dtype)
+        decodes = dtype == torch.float32
+        x = workload.inputs(1, CACHED_TOKENS + 1 if decodes else 512, dtype)
+        arms = {arm: adapted(base, arm, workload.targets) for arm in (BASE, structured(256), dense(256))}
+        calls = {
+            arm: decode_step(model, x) if decodes else training_step(workload, model, x) for arm, model in arms.items()
+        }
+        seconds, _ = interleaved(calls, 3 if quick else 15, warm_ups=2, at_least=0.1)
+        for arm, limit in zip(list(arms)[1:], limits, strict=True):
+            what = "one token" if decodes else "bfloat16, a step of 512 tokens"
+            yield timed(f"{workload.name}, {what}: {arm.name} to base", seconds[arm], seconds[BASE], limit)
+
+
 def files(quick: bool) -> Figures:
     """Files of the package in which some function runs, in calls that are warmed up."""
     workload = bert(64, 2)
@@ -335,7 +352,7 @@ def _compile_by_block(measure: str, model: str, arm: Arm, quick: bool) -> list[F
     return [Figure(measure.replace("compiled to eager", "seconds to compile by block"), seconds, None, more)]
 
 
-PARTS = {part.__name__.strip("_"): part for part in (steps, memory, kernels, host, bank, files, compile_)}
+PARTS = {part.__name__.strip("_"): part for part in (steps, memory, kernels, host, bank, accepted, files, compile_)}
 
 
 def commit() -> str:

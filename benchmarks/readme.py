@@ -204,10 +204,10 @@ def _results() -> dict[str, str]:
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
-    "README.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"))},
+    "README.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"), _load("speed")["rows"])},
     "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(_load("conformance"))},
     "benchmarks/README.md": lambda: {"targets": targets(with_overhead(_load("speed"), _load("overhead")))},
-    "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"))},
+    "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"), _load("speed")["rows"])},
     "docs/compatibility.md": lambda: {
         "support": support(_load("support")),
         "conformance": conformance(_load("conformance")),

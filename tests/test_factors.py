@@ -22,7 +22,7 @@ from dvora import factors as source
 from dvora.factors import (
     FactorPass,
     Factors,
-    Made,
+    Snapshot,
     Source,
     StackConstants,
     add_factor_pass,
@@ -297,7 +297,7 @@ def test_where_the_weight_is_not_in_memory_the_terms_have_to_do() -> None:
     source = Source(adapted, layer.vectors)
     with torch.no_grad():
         measured = factors_of(source, weight).gain
-        adapted.readable, adapted.kept = False, None
+        adapted.readable, adapted.cache = False, None
         by_terms = factors_of(source, None).gain
     assert measured is not None
     assert not torch.equal(by_terms, measured)
@@ -633,7 +633,7 @@ def test_factors_of_another_pass_serve_nobody() -> None:
     step(model)
     layer = model.layers[0]
     with torch.no_grad():
-        layer.adapted.kept.trained().factors[id(layer.adapted)].scale.mul_(0)
+        layer.adapted.cache.trained().factors[id(layer.adapted)].scale.mul_(0)
     torch.testing.assert_close(layer(inputs()), fresh_copy(layer)(inputs()))
 
 
@@ -776,10 +776,10 @@ def test_threads_may_train_and_evaluate_one_model_at_once() -> None:
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_kept_factors_hold_no_graph_and_no_inference_tensors(many: bool) -> None:
+def test_cached_factors_hold_no_graph_and_no_inference_tensors(many: bool) -> None:
     layer = trained_layer(IN, OUT, RANK)
     sources = [source_of(layer)[0]] + ([source_of(trained_layer(IN, OUT, RANK, shared=SHARED))[0]] if many else [])
     with torch.inference_mode():
-        kept = Made(sources, compared=True)
-    for factors in kept.factors.values():
+        cached = Snapshot(sources, compared=True)
+    for factors in cached.factors.values():
         assert not any(t.requires_grad or t.is_inference() for t in factors[:4])

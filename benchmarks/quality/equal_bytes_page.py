@@ -22,37 +22,45 @@ from benchmarks.quality.equal_bytes import (
 )
 from benchmarks.quality.equal_bytes_settings import lines as settings
 from benchmarks.quality.summary import Result, names_of, result_of
+from benchmarks.speed.metrics import Rows, time_ratio
 
 EVERYWHERE = ("structured_r256", "structured_r64", "dvora_r256")
 """Arms of which the rates' table is made."""
-GLANCE: Mapping[str, str] = {
-    "frozen": "frozen, best head",
-    "magnitude": "DVoRA, magnitude only",
-    "vera_r256": "VeRA r=256",
-    "lora_r1": "LoRA r=1",
-    "structured_r64": "**DVoRA r=64, structured**",
-    "structured_r256": "**DVoRA r=256, structured**",
-    "lora_r8": "LoRA r=8",
+GLANCE: Mapping[str, tuple[str, str]] = {
+    "frozen": ("frozen, best head", ""),
+    "magnitude": ("DVoRA, magnitude only", "dvora magnitude"),
+    "vera_r256": ("VeRA r=256", "VeRA r=256"),
+    "lora_r1": ("LoRA r=1", "LoRA r=1"),
+    "structured_r64": ("**DVoRA r=64, structured**", "dvora structured r=64"),
+    "structured_r256": ("**DVoRA r=256, structured**", "dvora structured r=256"),
+    "lora_r8": ("LoRA r=8", "LoRA r=8"),
 }
-"""The arms of the README's table."""
+"""The arms of the README's table: their labels there, and their names in the benchmark of speed."""
 
 
-def at_a_glance(content: Mapping[str, Any]) -> str:
-    """What the main methods store, how good they are on the tasks of all main arms, and what a step takes."""
+def at_a_glance(content: Mapping[str, Any], timed: Rows) -> str:
+    """What the main methods store, how good they are on the tasks of all main arms, and what a step takes.
+
+    Args:
+        content: of the result file of the grid.
+        timed: the rows of the benchmark of speed.
+    """
     result, environment = result_of(content), content["environment"]
     tasks = tasks_of(result, MAIN)
-    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "training step")
+    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "a training step")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [f"| {label} | {' | '.join(_glance_cells(result, tasks, arm))} |" for arm, label in GLANCE.items()]
+    for arm, (label, name) in GLANCE.items():
+        cells = [*_glance_cells(result, tasks, arm), _steps(timed, name)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(
         [
             *lines,
             "",
             f"MiniLM (22.7 million parameters): mean over {len(tasks)} tasks with 24 to 40 classes or a number to "
-            f"predict ({names_of(tasks)}), {_seeds(result, tasks)} seeds, differences with 95 % intervals, a step in "
-            "units of LoRA r=1's. Every method had four trials for its learning rate on each task; heads are not "
-            f"counted (`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT "
-            f"{environment['peft']}, CPU).",
+            f"predict ({names_of(tasks)}), {_seeds(result, tasks)} seeds, differences with 95 % intervals. Every method "
+            "had four trials for its learning rate on each task; heads are not counted. A step of 16 x 32 / 64 x 32 "
+            "tokens, timed in turns, LoRA r=1 = 1 (`benchmarks/results/equal_bytes.json` and `speed.json`; torch "
+            f"{environment['torch']}, PEFT {environment['peft']}, CPU).",
             "",
         ]
     )
@@ -108,16 +116,19 @@ def _glance_cells(result: Result, tasks: Sequence[str], arm: str) -> Sequence[st
     parameters, size = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
     scores = [score.mean for task in tasks if (score := result.score(task, arm))]
     found = None if arm == YARDSTICK else gain(result, tasks, arm)
-    steps = [
-        step / unit for task in tasks if (step := result.step(task, arm)) and (unit := result.step(task, YARDSTICK))
-    ]
     return (
         "" if parameters is None else f"{parameters:,}",
         "" if size is None else f"{size / 1e3:,.0f} kB",
         f"{sum(scores) / len(scores):.1f}",
         "" if found is None else f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})",
-        f"{steps[0]:.2f}" if steps else "",
     )
+
+
+def _steps(timed: Rows, arm: str) -> str:
+    """The time of a step of MiniLM in LoRA r=1's, with few tokens and with many."""
+    setting = {"part": "training", "workload": "minilm", "dtype": "float32"}
+    found = [time_ratio(timed, arm, "LoRA r=1", batch=batch, **setting) for batch in (16, 64)]
+    return " / ".join(f"{ratio.median:.2f}" for ratio in found if ratio is not None)
 
 
 def _seeds(result: Result, tasks: Sequence[str]) -> str:

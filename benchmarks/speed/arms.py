@@ -17,7 +17,7 @@ RANDLORA_RANK = 32
 
 
 class Arm(NamedTuple):
-    """One method with its rank; the frozen base and full fine-tuning have none."""
+    """One method with its rank; the frozen base, full fine-tuning and the magnitude alone have none."""
 
     method: str
     rank: int = 0
@@ -35,6 +35,7 @@ class Arm(NamedTuple):
 
 BASE = Arm("base")
 FULL = Arm("full fine-tuning")
+MAGNITUDE = Arm("dvora magnitude")
 MERGED = Arm("dvora merged", 256)
 
 
@@ -118,6 +119,12 @@ def _dvora_structured(rank: int, targets: list[str]) -> PeftConfig:
     return _dvora(rank, targets, "structured")
 
 
+def _magnitude(rank: int, targets: list[str]) -> PeftConfig:
+    from dvora import DVoRAConfig
+
+    return DVoRAConfig(r=1, target_modules=targets, magnitude_modules=targets)
+
+
 CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "LoRA": _lora,
     "DoRA": _dora,
@@ -125,5 +132,6 @@ CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "RandLoRA": _randlora,
     "dvora dense": _dvora_dense,
     "dvora structured": _dvora_structured,
+    MAGNITUDE.method: _magnitude,
     MERGED.method: _dvora_dense,
 }

@@ -1,8 +1,8 @@
 """The row factors `(g - 1, scale, lambda_d)`: made for all layers of one shape at once, and when they are made.
 
-| where | made | used until |
+| where | computed | used until |
 |---|---|---|
-| training, within a pass of a model | when the pass begins, for the layers that asked in the last pass | it ends |
+| training, within a pass of a model | when the pass begins, for the layers that ran in the last pass | it ends |
 | evaluation, within a pass | as above | a vector or a weight changes |
 | a layer by itself | when it asks | the same |
 | compiled, exported or transformed; a trained or sharded weight | by `functional`, when asked | once |
@@ -149,16 +149,15 @@ class StackConstants(NamedTuple):
         if C is not None and len(weights) > 1:
             for weight, part in zip(weights, C.unbind(), strict=True):
                 weight.C = part
-                if weight.kept is not None:
-                    # They would keep the matrix that it was.
-                    weight.kept.constants = None
+                if weight.cache is not None:
+                    # They would hold the matrix that it was.
+                    weight.cache.constants = None
         return cls(list(weights), norms, w, C, unit, dead, [])
 
     def fit(self, weights: Sequence[AdaptedWeight]) -> bool:
         """Whether they are the constants of these weights as they are now."""
         return len(weights) == len(self.weights) and all(
-            weight is known and weight.w is w
-            for weight, known, w in zip(weights, self.weights, self.norms, strict=True)
+            weight is own and weight.w is w for weight, own, w in zip(weights, self.weights, self.norms, strict=True)
         )
 
     def B(self) -> Float[Tensor, "O R"]:
@@ -187,15 +186,15 @@ class StackConstants(NamedTuple):
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     """Constants as one tensor: the one whose parts they are already, or a new one."""
-    first, whole = parts[0], parts[0]._base
+    first, base = parts[0], parts[0]._base
     if first.dtype != dtype:
         return None
     if len(parts) == 1:
         return first[None]
     step = first.numel() * first.itemsize
     places = [first.data_ptr() + step * index for index in range(len(parts))]
-    if whole is not None and len(whole) == len(parts) and [part.data_ptr() for part in parts] == places:
-        return whole
+    if base is not None and len(base) == len(parts) and [part.data_ptr() for part in parts] == places:
+        return base
     return torch.stack(list(parts))
 
 
@@ -209,8 +208,8 @@ def stacked_factors(
         constants: of the layers.
     """
     with full_precision(constants.w.device):
-        made: tuple[Tensor, Tensor, Tensor] = _RowFactors.apply(*vectors, constants)
-        return made
+        factors: tuple[Tensor, Tensor, Tensor] = _RowFactors.apply(*vectors, constants)
+        return factors
 
 
 class _RowFactors(torch.autograd.Function):
@@ -246,7 +245,7 @@ class _RowFactors(torch.autograd.Function):
         if dead is not None and first.direction == "weight":
             scale = torch.where(dead, lambda_b * first.scaling, scale)
         ctx.constants, ctx.inputs = constants, (m, lambda_b, lambda_d)
-        ctx.made = kappa, inner, s, gain, scale
+        ctx.intermediates = kappa, inner, s, gain, scale
         ctx.cancelled = cancelled
         ctx.mark_non_differentiable(gain)
         ctx.set_materialize_grads(False)
@@ -257,7 +256,7 @@ class _RowFactors(torch.autograd.Function):
     def backward(ctx: Any, d_g: Tensor | None, d_scale: Tensor | None, _: None) -> Any:
         constants: StackConstants = ctx.constants
         m, _lambda_b, lambda_d = ctx.inputs
-        kappa, inner, s, gain, scale = ctx.made
+        kappa, inner, s, gain, scale = ctx.intermediates
         if d_g is None and d_scale is None:
             return None, None, None, None
         d_g = torch.zeros_like(gain) if d_g is None else d_g
@@ -327,8 +326,8 @@ def _measure_cancelled_rows(
         adapted, rows = constants.weights[layer], near[layer, adapter].nonzero()[:, 0]
         weight = adapted.weight()
         if weight is not None:
-            matrix, own = adapted.layout.matrix(weight.detach()), kappa[layer, adapter]
-            measured = adapted.updated_norms(matrix, rows, adapted.w, own, lambda_d[layer, adapter])
+            matrix = adapted.layout.matrix(weight.detach())
+            measured = adapted.updated_norms(matrix, rows, adapted.w, kappa[layer, adapter], lambda_d[layer, adapter])
             # Both, since 1 + eps in float32 would have lost digits again.
             eps[layer, adapter, rows] = (measured - 1).to(eps.dtype)
             square[layer, adapter, rows] = measured.to(square.dtype)
@@ -338,7 +337,7 @@ class Folds:
     """What folding needs of all layers of one shape, made at once when the first of them folds.
 
     Args:
-        made: `g - 1`, scale and `g`, (L, O), with their graph.
+        factors: `g - 1`, scale and `g`, (L, O), with their graph.
         lambda_d: (L, R), with its graph.
         constants: of the layers.
         used: the layers that get a gradient.
@@ -346,18 +345,18 @@ class Folds:
 
     def __init__(
         self,
-        made: Sequence[Float[Tensor, "L O"]],
+        factors: Sequence[Float[Tensor, "L O"]],
         lambda_d: Float[Tensor, "L R"],
         constants: StackConstants,
         used: set[int],
     ) -> None:
-        self._made, self._lambda_d, self._constants, self._used = made, lambda_d, constants, used
+        self._factors, self._lambda_d, self._constants, self._used = factors, lambda_d, constants, used
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     @cached_property
     def precise(self) -> bool:
         """Whether the gradient of g may be computed from the outputs, which divides by g."""
-        gain = self._made[2]
+        gain = self._factors[2]
         # On other devices a look at the values would synchronise: there a tiny gain costs digits of its own gradient.
         return not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN
 
@@ -368,7 +367,7 @@ class Folds:
         gradient of g for all layers at once.
         """
         if not self._parts:
-            U, carrier = _Fold.apply(*self._made, self._lambda_d, self._constants.B())
+            U, carrier = _Fold.apply(*self._factors, self._lambda_d, self._constants.B())
             parts = _Parts.apply(self._used, U, carrier)
             self._parts = list(zip(parts[: len(U)], parts[len(U) :], strict=True))
         return self._parts[index]
@@ -424,8 +423,8 @@ def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[
     used: set[int] = set()
     leaves = [vector for of_kind in zip(*(source.vectors for source in sources), strict=True) for vector in of_kind]
     vectors = Vectors(*(as_dtype(stack, constants.w.dtype) for stack in _Stacked.apply(used, *leaves)))
-    made = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
-    gain_minus_one, scale, gain = (factor.squeeze(1) for factor in made)
+    stacks = stacked_factors(Vectors(*(of_kind[:, None] for of_kind in vectors)), constants)
+    gain_minus_one, scale, gain = (stack.squeeze(1) for stack in stacks)
     if any(source.strength is not None for source in sources):
         one = constants.w.new_ones(())
         s = torch.stack([one if source.strength is None else source.strength for source in sources])[:, None]
@@ -454,11 +453,11 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         count = (len(ctx.needs_input_grad) - 1) // 3
-        found: list[Tensor | None] = [None]
+        of_leaves: list[Tensor | None] = [None]
         for of_kind in gradients:
             parts = [None] * count if of_kind is None else of_kind.unbind()
-            found += [part if layer in ctx.used else None for layer, part in enumerate(parts)]
-        return tuple(found)
+            of_leaves += [part if layer in ctx.used else None for layer, part in enumerate(parts)]
+        return tuple(of_leaves)
 
 
 class _Parts(torch.autograd.Function):
@@ -472,15 +471,15 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None]
+        of_stacks: list[Tensor | None] = [None]
         for start in range(0, len(gradients), ctx.count):
             parts = gradients[start : start + ctx.count]
-            known = {layer: part for layer, part in enumerate(parts) if part is not None}
-            ctx.used.update(known)
-            zero = torch.zeros_like(next(iter(known.values()))) if 0 < len(known) < ctx.count else None
-            whole = [known.get(layer, zero) for layer in range(ctx.count)] if known else []
-            found.append(torch.stack(whole) if whole else None)  # type: ignore[arg-type]
-        return tuple(found)
+            present = {layer: part for layer, part in enumerate(parts) if part is not None}
+            ctx.used.update(present)
+            zero = torch.zeros_like(next(iter(present.values()))) if 0 < len(present) < ctx.count else None
+            complete = [present.get(layer, zero) for layer in range(ctx.count)] if present else []
+            of_stacks.append(torch.stack(complete) if complete else None)  # type: ignore[arg-type]
+        return tuple(of_stacks)
 
 
 def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> Factors:
@@ -502,35 +501,35 @@ def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> 
         if weight.requires_grad:
             adapted.forget_weight()
             return _by_definition(source, weight)
-        known = adapted.weight_version
-        if known is None or not known.is_of(weight):
+        version = adapted.weight_version
+        if version is None or not version.is_of(weight):
             adapted.refresh_if_stale(weight)
-    running = current_pass() if together else None
-    if running is not None:
-        running.asked[id(adapted)] = source
-    kept = _kept(adapted)
+    current = current_pass() if together else None
+    if current is not None:
+        current.sources[id(adapted)] = source
+    cache = _cache_of(adapted)
     if not (grad_recorded() and source.is_trained()):
-        return kept.now(source, running)
+        return cache.evaluated_now(source, current)
     # Not every optimizer's step is counted as a write.
-    kept.evaluated = None
-    trained = kept.trained_now(source, running)
+    cache.evaluated = None
+    trained = cache.trained_now(source, current)
     if trained is not None:
         return trained
-    if kept.constants is None:
-        kept.constants = StackConstants.of([adapted])
-    return layer_factors([source], kept.constants)[0]
+    if cache.constants is None:
+        cache.constants = StackConstants.of([adapted])
+    return layer_factors([source], cache.constants)[0]
 
 
 def _by_definition(source: Source, weight: Tensor | None) -> Factors:
     adapted, vectors, strength = source
-    made = adapted.factors(vectors, weight)
-    gain_minus_one, scale, gain = made if strength is None else _weakened(made, strength)
+    factors = adapted.factors(vectors, weight)
+    gain_minus_one, scale, gain = factors if strength is None else _weakened(factors, strength)
     return Factors(gain_minus_one, scale, as_dtype(vectors.lambda_d, scale.dtype), gain)
 
 
-def _weakened(made: Sequence[Tensor], strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _weakened(factors: Sequence[Tensor], strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The factors of `W + s (W' - W)`; for s = 1 these."""
-    gain_minus_one, scale, gain = made
+    gain_minus_one, scale, gain = factors
     weaker = torch.lerp(torch.ones_like(gain), gain, strength.detach().to(gain.dtype))
     return strength * gain_minus_one, strength * scale, weaker
 
@@ -549,45 +548,44 @@ def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Fl
         return F.rescaled_delta(matrix, A, B, lambda_d, factors.gain_minus_one, factors.scale)
 
 
-class _Kept:
+class _Cache:
     """The factors of one weight that may be used again."""
 
     __slots__ = ("constants", "evaluated", "trained")
 
     def __init__(self) -> None:
         # The pass has them, not the weight: their graph holds the weight, and no collector of garbage sees a graph.
-        self.trained: weakref.ref[Made] | None = None
-        self.evaluated: Made | None = None
-        # Of this weight alone; where they change, all that is kept goes.
+        self.trained: weakref.ref[Snapshot] | None = None
+        self.evaluated: Snapshot | None = None
+        # Of this weight alone; where they change, the whole cache goes.
         self.constants: StackConstants | None = None
 
-    def now(self, source: Source, running: "Pass | None") -> Factors:
-        """Those without gradients."""
-        made = self.evaluated
-        if made is None or not made.is_of(source) or not (made.is_right_in(running) or made.is_unchanged()):
-            made = self.evaluated = Made([source], compared=True)
-        return made.factors[id(source.adapted)]
+    def evaluated_now(self, source: Source, current: "Pass | None") -> Factors:
+        """Factors without gradients."""
+        cached = self.evaluated
+        if cached is None or not cached.is_of(source) or not (cached.is_valid_in(current) or cached.is_unchanged()):
+            cached = self.evaluated = Snapshot([source], compared=True)
+        return cached.factors[id(source.adapted)]
 
-    def trained_now(self, source: Source, running: "Pass | None") -> Factors | None:
-        """Those that were made for the pass with gradients that this thread is in, if they are still right."""
-        made = None if self.trained is None else self.trained()
-        if made is None:
+    def trained_now(self, source: Source, current: "Pass | None") -> Factors | None:
+        """Those that were computed for the pass with gradients that this thread is in, if they are still right."""
+        cached = None if self.trained is None else self.trained()
+        if cached is None or not cached.is_of(source):
             return None
         # Checkpointing that is not reentrant runs a part of a pass again in the backward pass, in any thread.
         repeated = torch._C._current_graph_task_id() != -1 and saved_tensors_are_hooked()
-        right = (made.is_right_in(running) or repeated) and made.is_of(source)
-        return made.factors[id(source.adapted)] if right else None
+        return cached.factors[id(source.adapted)] if repeated or cached.is_valid_in(current) else None
 
 
-def _kept(adapted: AdaptedWeight) -> _Kept:
-    if adapted.kept is None:
-        adapted.kept = _Kept()
-    kept: _Kept = adapted.kept
-    return kept
+def _cache_of(adapted: AdaptedWeight) -> _Cache:
+    if adapted.cache is None:
+        adapted.cache = _Cache()
+    cache: _Cache = adapted.cache
+    return cache
 
 
-class Made:
-    """The factors of any number of layers, made at once, and the state of what they were made from.
+class Snapshot:
+    """The factors of any number of layers, computed at once, and the state of what they were computed from.
 
     Args:
         sources: one for each weight.
@@ -595,32 +593,32 @@ class Made:
         compared: copy the vectors, to notice writes that PyTorch does not count; then there are no gradients.
     """
 
-    def __init__(self, sources: Sequence[Source], before: "Made | None" = None, *, compared: bool) -> None:
+    def __init__(self, sources: Sequence[Source], before: "Snapshot | None" = None, *, compared: bool) -> None:
         # Weakly: a pass has graphs, which hold the weights that hold this.
-        self.right_in: weakref.ref[Pass] | None = None
-        """The pass that they were made for, or compared for."""
+        self.valid_in: weakref.ref[Pass] | None = None
+        """The pass for which they were computed or compared."""
         self._states = {id(s.adapted): (s, s.state(), s.adapted.w) for s in sources}
         self._inputs = [tensor for source in sources for tensor in source.inputs]
         self._copies: Tensor | None = None
         self._constants: dict[int, StackConstants] = {}
         """By the first weight."""
         self.factors: dict[int, Factors] = {}
-        known = {} if before is None else before._constants
+        constants = {} if before is None else before._constants
         if not compared:
-            self._make(sources, known)
+            self._compute(sources, constants)
             return
         # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             # Copied before computing, and computed from the copies: another thread may write to the vectors meanwhile.
             self._copies = _joined_values(self._inputs)
-            self.factors |= _still_right(sources)
+            self.factors |= _unchanged_factors(sources)
             copied = list(sources) if self._copies is None else _with_values(sources, self._copies)
-            self._make([source for source in copied if id(source.adapted) not in self.factors], known)
+            self._compute([source for source in copied if id(source.adapted) not in self.factors], constants)
 
-    def _make(self, sources: Sequence[Source], known: dict[int, StackConstants]) -> None:
+    def _compute(self, sources: Sequence[Source], earlier: dict[int, StackConstants]) -> None:
         for group in _by_shape(sources):
             weights = [source.adapted for source in group]
-            constants = known.get(id(weights[0]))
+            constants = earlier.get(id(weights[0]))
             if constants is None or not constants.fit(weights):
                 constants = StackConstants.of(weights)
             self._constants[id(weights[0])] = constants
@@ -628,24 +626,24 @@ class Made:
 
     def is_of(self, source: Source) -> bool:
         """Whether the factors of this layer are of its tensors, and of the versions that they have."""
-        known = self._states.get(id(source.adapted))
-        return (
-            known is not None
-            and known[0].is_same(source)
-            and known[2] is source.adapted.w
-            and known[1] == source.state()
-        )
+        entry = self._states.get(id(source.adapted))
+        if entry is None:
+            return False
+        before, state, w = entry
+        return before.is_same(source) and source.adapted.w is w and source.state() == state
 
     def is_of_all(self, sources: Sequence[Source]) -> bool:
-        """Whether they are the factors of these layers and no others."""
-        return len(sources) == len(self._states) and all(map(self.is_of, sources))
+        """Whether they are the factors of the tensors of these layers and no others, whatever is in them now."""
+        entries = (self._states.get(id(source.adapted)) for source in sources)
+        same = (entry is not None and entry[0].is_same(source) for entry, source in zip(entries, sources, strict=True))
+        return len(sources) == len(self._states) and all(same)
 
-    def is_right_in(self, running: "Pass | None") -> bool:
-        """Whether they were made, or compared, when this pass began."""
-        return running is not None and self.right_in is not None and self.right_in() is running
+    def is_valid_in(self, current: "Pass | None") -> bool:
+        """Whether they were computed, or compared, when this pass began."""
+        return current is not None and self.valid_in is not None and self.valid_in() is current
 
     def is_unchanged(self) -> bool:
-        """Whether all vectors have the values, and all weights the norms, that the factors were made from."""
+        """Whether all vectors have the values, and all weights the norms, that the factors were computed from."""
         if not all(source.adapted.w is w and source.state() == state for source, state, w in self._states.values()):
             return False
         if self._copies is None:
@@ -656,17 +654,17 @@ class Made:
         return now is not None and now.dtype == self._copies.dtype and torch.equal(now, self._copies)
 
 
-def _still_right(sources: Sequence[Source]) -> dict[int, Factors]:
+def _unchanged_factors(sources: Sequence[Source]) -> dict[int, Factors]:
     """Factors of earlier passes that nothing has changed since; in another stack the last bit could be another one."""
-    unchanged, found = dict[Made, bool](), dict[int, Factors]()
+    unchanged, factors = dict[Snapshot, bool](), dict[int, Factors]()
     for source in sources:
-        made = _kept(source.adapted).evaluated
-        if made is not None and made.is_of(source):
-            if made not in unchanged:
-                unchanged[made] = made.is_unchanged()
-            if unchanged[made]:
-                found[id(source.adapted)] = made.factors[id(source.adapted)]
-    return found
+        cached = _cache_of(source.adapted).evaluated
+        if cached is not None and cached.is_of(source):
+            if cached not in unchanged:
+                unchanged[cached] = cached.is_unchanged()
+            if unchanged[cached]:
+                factors[id(source.adapted)] = cached.factors[id(source.adapted)]
+    return factors
 
 
 def _joined_values(inputs: Sequence[Tensor]) -> Tensor | None:
@@ -697,31 +695,31 @@ class Pass:
     """One forward pass of one model in one thread, compared by identity."""
 
     def __init__(self) -> None:
-        self.asked: dict[int, Source] = {}
-        """What layers have asked for in it."""
-        self.trained: Made | None = None
-        """The factors that were made for it, with gradients."""
+        self.sources: dict[int, Source] = {}
+        """Of the layers that have run in it."""
+        self.trained: Snapshot | None = None
+        """The factors that were computed for it, with gradients."""
 
 
-class _Running(threading.local):
+class _Passes(threading.local):
     def __init__(self) -> None:
-        self.passes: list[tuple[object, Pass]] = []
+        self.stack: list[tuple[object, Pass]] = []
         """Each with what began it."""
 
 
-_running = _Running()
+_passes = _Passes()
 
 
 def current_pass() -> Pass | None:
     """The pass that this thread is in; None outside a model with a `FactorPass`."""
-    return _running.passes[-1][1] if _running.passes else None
+    return _passes.stack[-1][1] if _passes.stack else None
 
 
 class FactorPass:
-    """Makes the factors of one model's layers; `begin` and `end` are hooks around its forward.
+    """Computes the factors of one model's layers; `begin` and `end` are hooks around its forward.
 
-    It knows the layers from the pass before: those that asked for factors in the last one get theirs at the start of
-    the next. So nothing has to be said to it when layers are added, replaced, frozen, moved or deleted.
+    It knows the layers from the pass before: those that ran in the last one get their factors at the start of the next.
+    So nothing has to be said to it when layers are added, replaced, frozen, moved or deleted.
     """
 
     def __init__(self) -> None:
@@ -729,36 +727,36 @@ class FactorPass:
         """The last pass without and with gradients."""
 
     def begin(self, *_: object) -> None:
-        """Enter a pass, in this thread, and make the factors for it."""
+        """Enter a pass, in this thread, and compute the factors for it."""
         if is_traced():
             return
-        recorded, begun = grad_recorded(), Pass()
+        recorded, current = grad_recorded(), Pass()
         last = self._last.get(recorded)
-        self._last[recorded] = begun
+        self._last[recorded] = current
         # FSDP2 has the values of this pass only when a layer runs.
         if last is not None and not gathers_uncounted():
             trained, others = list[Source](), list[Source]()
-            for source in filter(_can_be_stacked, list(last.asked.values())):
+            for source in filter(_can_be_stacked, list(last.sources.values())):
                 (trained if recorded and source.is_trained() else others).append(source)
             if trained:
-                begun.trained = Made(trained, last.trained, compared=False)
-                begun.trained.right_in = weakref.ref(begun)
+                current.trained = Snapshot(trained, last.trained, compared=False)
+                current.trained.valid_in = weakref.ref(current)
                 for source in trained:
-                    _kept(source.adapted).trained = weakref.ref(begun.trained)
+                    _cache_of(source.adapted).trained = weakref.ref(current.trained)
             if others:
-                made = _kept(others[0].adapted).evaluated
-                if made is None or not (made.is_of_all(others) and made.is_unchanged()):
-                    made = Made(others, made, compared=True)
+                cached = _cache_of(others[0].adapted).evaluated
+                if cached is None or not (cached.is_of_all(others) and cached.is_unchanged()):
+                    cached = Snapshot(others, cached, compared=True)
                     for source in others:
-                        _kept(source.adapted).evaluated = made
-                made.right_in = weakref.ref(begun)
-        _running.passes.append((self, begun))
+                        _cache_of(source.adapted).evaluated = cached
+                cached.valid_in = weakref.ref(current)
+        _passes.stack.append((self, current))
 
     def end(self, *_: object) -> None:
         """Leave the pass, and those within it that an interruption has left open."""
-        for index, (owner, _begun) in enumerate(_running.passes):
+        for index, (owner, _pass) in enumerate(_passes.stack):
             if owner is self and not is_traced():
-                del _running.passes[index:]
+                del _passes.stack[index:]
                 return
 
     def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
@@ -768,8 +766,8 @@ class FactorPass:
 def _can_be_stacked(source: Source) -> bool:
     """Whether the vectors are whole and where the weight is; what ZeRO-3 has partitioned is empty between passes."""
     adapted, (m, b, d), _ = source
-    whole = len(m) == len(b) == adapted.out_features and len(d) == adapted.rank
-    return adapted.shard is None and whole and m.device == b.device == d.device == adapted.w.device
+    complete = m.numel() == b.numel() == adapted.out_features and d.numel() == adapted.rank
+    return adapted.shard is None and complete and m.device == b.device == d.device == adapted.w.device
 
 
 def add_factor_pass(model: nn.Module) -> None:

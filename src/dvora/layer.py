@@ -138,8 +138,8 @@ def folded_outputs(
     """
     assert factors.folds is not None
     z, (U, carrier) = project(adapted, x), factors.folds.of(factors.position)
-    own = factors.gain_minus_one, factors.gain
-    y: Tensor = _Folded.apply(x, z, U, carrier, *own, layer.weight, layer.bias, adapted)
+    gains = factors.gain_minus_one, factors.gain
+    y: Tensor = _Folded.apply(x, z, U, carrier, *gains, layer.weight, layer.bias, adapted)
     return y
 
 
@@ -162,26 +162,26 @@ class _Folded(torch.autograd.Function):
         bias: Tensor | None,
         adapted: AdaptedWeight,
     ) -> Tensor:
-        whole = _folded_weight(weight, U, gain, adapted.matrices)
-        y = linear(x, whole, bias)
+        folded = _folded_weight(weight, U, gain, adapted.matrices)
+        y = linear(x, folded, bias)
         ctx.adapted = adapted
         # Kept while it is no larger than the inputs, which need not be kept.
-        kept = whole if whole.numel() <= x.numel() else None
-        ctx.save_for_backward(z, U, carrier, y, gain_minus_one, gain, weight, bias, kept)
+        saved = folded if folded.numel() <= x.numel() else None
+        ctx.save_for_backward(z, U, carrier, y, gain_minus_one, gain, weight, bias, saved)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, U, carrier, y, gain_minus_one, gain, weight, bias, whole = _saved(ctx)
+        z, U, carrier, y, gain_minus_one, gain, weight, bias, folded = _saved(ctx)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # A factor of one, by which the carrier gets back what it is charged for the gradient that U gets now.
-            U, gain, whole = U * (1 + (carrier - carrier.detach()))[:, None], 1 + gain_minus_one, None
+            U, gain, folded = U * (1 + (carrier - carrier.detach()))[:, None], 1 + gain_minus_one, None
         d_x = None
         if needed[0]:
-            whole = _folded_weight(weight, U, gain, ctx.adapted.matrices) if whole is None else whole
-            d_x = dy @ as_dtype(whole, dy.dtype)
+            folded = _folded_weight(weight, U, gain, ctx.adapted.matrices) if folded is None else folded
+            d_x = dy @ as_dtype(folded, dy.dtype)
         rows = dy.reshape(-1, dy.shape[-1])
         d_U = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), U.dtype)
         wide = as_dtype(rows, U.dtype)
@@ -301,8 +301,8 @@ class _Thin(torch.autograd.Function):
         ctx.matrices = matrices
         # Repeated in the backward pass only where that saves more memory than two B have.
         of_matrices = 0 if z is None else 2 * z.shape[-1] * base_output.shape[-1]
-        kept = low if base_output.numel() <= max(_FEW_VALUES, of_matrices) else None
-        ctx.save_for_backward(base_output, z, lambda_d, gain_minus_one, scale, gain, bias, kept)
+        saved = low if base_output.numel() <= max(_FEW_VALUES, of_matrices) else None
+        ctx.save_for_backward(base_output, z, lambda_d, gain_minus_one, scale, gain, bias, saved)
         return _combined(base_output, low, gain_minus_one, scale, gain, bias)
 
     @staticmethod

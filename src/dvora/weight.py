@@ -175,7 +175,7 @@ class AdaptedWeight(nn.Module):
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
-        self.kept: Any = None
+        self.cache: Any = None
         """Row factors of the last pass (`factors`)."""
         self.weight_version: TensorVersion | None = None
         """The state of the weight that the constants belong to; None: compute them again."""
@@ -292,9 +292,9 @@ class AdaptedWeight(nn.Module):
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
-        known = self.weight_version
+        version = self.weight_version
         # A step of a fused optimizer is not counted as a write.
-        if not is_in_memory(weight) or (known and not weight.requires_grad and known.is_of(local(weight))):
+        if not is_in_memory(weight) or (version and not weight.requires_grad and version.is_of(local(weight))):
             return
         if self._sample is not None and torch.equal(self._sample, _sample(local(weight))):
             self.weight_version = TensorVersion.of(local(weight))
@@ -309,7 +309,7 @@ class AdaptedWeight(nn.Module):
     def refresh_after_load(self, weight: Tensor) -> None:
         """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
-            self.weight_version = self._sample = self.kept = None
+            self.weight_version = self._sample = self.cache = None
         else:
             self.refresh_if_stale(weight)
 
@@ -338,7 +338,7 @@ class AdaptedWeight(nn.Module):
         kind = self.shared.impl
         # Past the registration of modules: it is looked up in every pass, and registered with the projections.
         vars(self)["matrices"] = kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
-        self.w, self.C, self.shard, self.weight_version, self.kept = w, C, shard, version, None
+        self.w, self.C, self.shard, self.weight_version, self.cache = w, C, shard, version, None
         self._weight = weakref.ref(weight)
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
@@ -401,14 +401,14 @@ class AdaptedWeight(nn.Module):
         super()._apply(at_least_float32(fn), recurse=False)
         device = fn(C.new_empty(0)).device
         self.C = C.new_empty(C.shape, device=device) if C.is_meta else C.to(device)
-        self.kept = None
+        self.cache = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
         buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
-        kept = {"kept": None, "weight_version": None, "_sample": None, "_weight": None, "shard": None}
-        return {**self.__dict__, **kept, "_buffers": buffers}
+        derived = {"cache": None, "weight_version": None, "_sample": None, "_weight": None, "shard": None}
+        return {**self.__dict__, **derived, "_buffers": buffers}
 
 
 def _row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:

@@ -211,13 +211,14 @@ def test_a_setting_without_all_its_runs_has_an_empty_cell() -> None:
 
 def test_the_readme_compares_the_main_methods() -> None:
     found = result({arm: [30 + place] * 2 for place, arm in enumerate(MAIN)}, TASKS[:2])
-    alone = {"stage": "alone", "peak_bytes": 1, "seconds_per_step": 0.1}
-    rows = [*found.rows, *({**row, **alone} for row in found.rows if row["steps"])]
-    text = at_a_glance({"rows": rows, "environment": {"torch": "2", "peft": "0"}})
+    setting = {"part": "training", "workload": "minilm", "dtype": "float32"}
+    times = {"LoRA r=1": 1.0, "LoRA r=8": 1.5}
+    timed = [{**setting, "batch": b, "arm": arm, "seconds": [s]} for b in (16, 64) for arm, s in times.items()]
+    text = at_a_glance({"rows": found.rows, "environment": {"torch": "2", "peft": "0"}}, timed)
     named = {cells[0]: cells[1:] for line in text.split("\n") if len(cells := line.strip("| ").split(" | ")) > 3}
     assert len(named) == 1 + len(GLANCE)
-    assert named["LoRA r=1"] == ["1,234", "8 kB", "66.0", "", "1.00"]
-    assert named["LoRA r=8"][2:] == ["68.0", "+2.0 (+0.0 to +6.0)", "1.00"]
+    assert named["LoRA r=1"] == ["1,234", "8 kB", "66.0", "", "1.00 / 1.00"]
+    assert named["LoRA r=8"][2:] == ["68.0", "+2.0 (+0.0 to +6.0)", "1.50 / 1.50"]
     assert "mean over 2 tasks" in text
     assert "2 seeds" in text
 
