@@ -1,6 +1,7 @@
 """How many files a reader must follow: those of the library that run in a step, an evaluation, a bank's batch, a load.
 
-A file more on a walk is a reason to ask whether the code lives where it must; the numbers below may only fall.
+A file more on a walk is a reason to ask whether the code lives where it must; the numbers below may only fall. What
+CONTRIBUTING tells of a step names every file of it.
 """
 
 import sys
@@ -55,6 +56,12 @@ def check(what: str, files: set[str], limit: int) -> None:
     assert len(files) <= limit, walk
 
 
+def told() -> str:
+    """What CONTRIBUTING tells of a training step."""
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return page.partition("A training step runs")[2].partition("A saved value")[0]
+
+
 @pytest.mark.parametrize("tokens", [2, 64], ids=["few tokens", "many tokens"])
 def test_a_training_step(tokens: int) -> None:
     model, batch = adapted().train(), ids()[:, :16].flatten()[:tokens].view(1, -1)
@@ -65,12 +72,16 @@ def test_a_training_step(tokens: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    check(f"a training step of {tokens} tokens", files_of(step), STEP)
+    files = files_of(step)
+    check(f"a training step of {tokens} tokens", files, STEP)
+    assert not [name for name in files if f"`{name}`" not in told()]
 
 
 def test_an_evaluation() -> None:
     model = adapted().eval()
-    check("an evaluation", files_of(torch.no_grad()(lambda: model(input_ids=ids()))), EVALUATION)
+    files = files_of(torch.no_grad()(lambda: model(input_ids=ids())))
+    check("an evaluation", files, EVALUATION)
+    assert not [name for name in files if f"`{name}`" not in told()]
 
 
 def test_a_batch_of_the_bank(tmp_path: Path) -> None:

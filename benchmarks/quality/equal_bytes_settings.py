@@ -89,7 +89,7 @@ def lines(result: Result) -> list[str]:
             for arm in SLOWER
             if (found := gain_in(result, USUAL, arm, over_in=TWICE)) is not None
         ]
-        rows += ["", f"In about equal time, with 500 steps above LoRA r=1 with 1,000: {'; '.join(equal)}."]
+        rows += ["", f"With half of the steps, 500 above LoRA r=1 with 1,000: {'; '.join(equal)}."]
     return rows
 
 

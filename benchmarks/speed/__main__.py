@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from benchmarks.speed import adapterhub, footprint, overhead, plan, set_up
+from benchmarks.speed import adapterhub, footprint, plan, set_up
 from benchmarks.speed.arms import BASE
 from benchmarks.speed.plan import Run
 from benchmarks.speed.results import show, write
@@ -27,8 +27,7 @@ def memory(report: Report, quick: bool) -> None:
     if quick:
         footprint.measure_models(report, [plan.linears_64()], arms=plan.TINY)
         return
-    footprint.measure_models(report, [plan.linears_1024(), plan.llama_1024()])
-    footprint.measure_models(report, [plan.llama_1024()], "bfloat16")
+    footprint.measure_models(report, [plan.linears_1024()])
     footprint.measure_layers(report, plan.COMPARED[2:])
     footprint.measure_resident(report, plan.FEW)
 
@@ -52,7 +51,6 @@ def beside_adapterhub(report: Report, quick: bool) -> None:
 SECTIONS: dict[str, Callable[[Report, bool], None]] = {
     "memory": memory,
     "set-up": setting_up,
-    "overhead": overhead.measure,
     "adapterhub": beside_adapterhub,
 }
 """Parts that are no timed run of the plan."""
@@ -77,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
             # What was measured until then, under another name: a result file is whole.
             write(report, file.with_suffix(".unfinished.json"), perf_counter() - start)
         raise
-    show(report)
     if file:
         write(report, file, perf_counter() - start)
+    show(report)
     return 0
 
 
@@ -140,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--output", type=Path, help="result file; left out, only a whole run writes one")
-    parser.add_argument("--part", nargs="+", help="training, prefill, decode, memory, set-up, overhead, adapterhub")
+    parser.add_argument("--part", nargs="+", help="training, prefill, decode, memory, set-up, adapterhub")
     parser.add_argument("--workload", nargs="+", help="linears-1024, llama-1024, minilm ...")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--batch", nargs="+", type=int)

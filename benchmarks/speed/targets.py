@@ -77,8 +77,8 @@ def _training(rows: Rows) -> Iterator[Target]:
 
 def _whole_models(rows: Rows) -> Iterator[Target]:
     arm, to = "dvora structured r=256", "LoRA r=16"
-    for name, workload, size in (("MiniLM", "minilm", "16 x 32"), ("SmolLM2", "smollm2", "128")):
-        setting = {"part": "training", "workload": workload, "dtype": "float32"}
+    for name, workload, size, batch in (("MiniLM", "minilm", "16 x 32", 16), ("SmolLM2", "smollm2", "128", 1)):
+        setting = {"part": "training", "workload": workload, "dtype": "float32", "batch": batch}
         yield Target(f"training, {name}, {size} tokens: {arm} to {to}", 1.2, time_ratio(rows, arm, to, **setting))
 
 

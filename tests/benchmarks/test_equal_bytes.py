@@ -193,9 +193,9 @@ def test_methods_change_places_if_both_intervals_say_so(usual: int, twice: int, 
     assert ("change places: " in lines(found)[-3]) == changed
 
 
-def test_in_equal_time_the_yardstick_has_twice_the_steps() -> None:
+def test_with_half_of_the_yardsticks_steps() -> None:
     found = in_settings(25, 33, 35, of=YARDSTICK)
-    assert lines(found)[-1].startswith("In about equal time")
+    assert lines(found)[-1].startswith("With half of the steps")
     gained = gain_in(found, USUAL, "dvora_r256", over_in=TWICE)
     assert gained is not None
     assert gained.mean == pytest.approx(100 * (30 - 35) / ITEMS)
