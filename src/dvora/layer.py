@@ -53,6 +53,8 @@ from .weight import AdaptedWeight
 
 FOLD_TOKENS = 8
 """Tokens for each rank from which on folding pays: `dy^T z` and `U A` cost more the higher the rank."""
+FOLD_TIMES = 64
+"""The same where thin products cost little whatever the rank: as many times the inputs as 64 is in the rank."""
 FOLD_RANK = 0.7
 """Rank for each of the layer's inputs above which it does not: `dy^T z` costs about as much as the base's product."""
 _FEW_VALUES = 2**17
@@ -89,22 +91,29 @@ def folds(layer: nn.Module, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, fa
 
     It does in training (else there are no `factors.folds`), for a plain `nn.Linear` with a frozen weight of float32 or
     float64 (in half precision a small update would be rounded away), where there are at least as many tokens as the
-    layer has inputs, and 8 for each rank.
+    layer has inputs; for a high rank more: 8 for each rank, or where structured matrices make thin products cheap,
+    `inputs * rank / 64`.
 
-    A training step of a BERT of width 384 and six layers in units of the frozen base's, measured on two cores with
-    PyTorch 2.13 (LoRA r=1: 1.14 to 1.20):
+    A training step of a BERT in units of the frozen base's, thin / folded, measured on two cores with PyTorch 2.13
+    (LoRA r=1: 1.05 to 1.20); what the rule takes has a star:
 
-    | tokens | r=64, thin | r=64, folded | r=256, thin | r=256, folded |
-    |--------|------------|--------------|-------------|---------------|
-    | 512    | 1.48       | 1.32         | 1.60        | 1.91          |
-    | 1,024  |            |              | 1.35        | 1.63          |
-    | 2,048  | 1.39       | 1.16         | 1.55        | 1.45          |
+    | width, matrices   | rank | 512 tokens    | 768 or 1,024  | 2,048         | 4,096         |
+    |-------------------|------|---------------|---------------|---------------|---------------|
+    | 384, structured   | 64   | 1.48 / 1.32*  |               | 1.39 / 1.16*  |               |
+    |                   | 128  |               | 1.56 / 1.40*  |               |               |
+    |                   | 256  | 1.60* / 1.91  | 1.35* / 1.63  | 1.58 / 1.44*  |               |
+    | 768, structured   | 128  |               |               | 1.30 / 1.17*  |               |
+    |                   | 256  |               |               | 1.35* / 1.46  |               |
+    | 1,024, structured | 128  |               |               | 1.27 / 1.22*  |               |
+    |                   | 256  |               |               | 1.29* / 1.34  | 1.27 / 1.22*  |
+    | 1,024, dense      | 256  |               |               | 1.61 / 1.41*  |               |
     """
     if factors.folds is None or type(layer) is not nn.Linear:
         return False
-    in_features = adapted.in_features
-    tokens = max(in_features, FOLD_TOKENS * adapted.rank)
-    if x.numel() < tokens * in_features or adapted.rank > FOLD_RANK * in_features:
+    rank, in_features = adapted.rank, adapted.in_features
+    dense = adapted.matrices.is_dense(rank, in_features)
+    tokens = max(in_features, FOLD_TOKENS * rank if dense else in_features * rank // FOLD_TIMES)
+    if x.numel() < tokens * in_features or rank > FOLD_RANK * in_features:
         return False
     weight = layer._parameters["weight"] if _is_plain(layer) else None
     if weight is None or weight.requires_grad or weight.dtype.itemsize < 4:

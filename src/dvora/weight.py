@@ -169,9 +169,7 @@ class AdaptedWeight(nn.Module):
         """Adapters of equal keys have the same A and B in a layer."""
         if self.rank:
             sizes = rank, self.in_features, self.out_features, norm_dtype(weight.dtype)
-            shared.reserve(*sizes)
-            if reads_matrices:
-                shared.impl.reserve_values(*sizes)
+            shared.impl.reserve(*sizes, values=reads_matrices)
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
@@ -345,19 +343,16 @@ class AdaptedWeight(nn.Module):
         """The dense A of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(0, self.in_features)
-        if self.reads_matrices:
-            A = self.shared.impl.values("A", self.rank, self.in_features, like.dtype, like.device)
-        else:
-            A = self.shared.A(self.rank, self.in_features, like.dtype).to(like.device)
+        sizes, where = (self.rank, self.in_features), (like.dtype, like.device)
+        A = self.shared.impl.values("A", *sizes, *where, keep=self.reads_matrices)
         return A if self.padding_column is None else _without_column(A, self.padding_column)
 
     def B(self, like: Tensor) -> Float[Tensor, "O R"]:
         """The dense B of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(self.out_features, 0)
-        if self.reads_matrices:
-            return self.shared.impl.values("B", self.rank, self.out_features, like.dtype, like.device).T
-        return self.shared.B(self.rank, self.out_features, like.dtype).to(like.device)
+        sizes, where = (self.rank, self.out_features), (like.dtype, like.device)
+        return self.shared.impl.values("B", *sizes, *where, keep=self.reads_matrices).T
 
     def extra_repr(self) -> str:
         return (

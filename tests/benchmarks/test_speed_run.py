@@ -81,8 +81,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "decode",
         "memory",
         "norm",
-        "kernels",
-        "host time",
     }
     assert result["environment"]["threads"] == 1
     assert "dvora dense r=16" in capsys.readouterr().out

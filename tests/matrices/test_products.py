@@ -290,7 +290,7 @@ def test_a_batch_out_of_order_is_one_product_and_autocast_casts_no_matrix(kind: 
 @every_kind
 def test_large_values_of_float16_do_not_overflow(kind: str) -> None:
     ours, n = SharedProjections(SEED, kind).impl, 1024
-    A, B = ours.A(n, n, torch.float64), ours.B(n, n, torch.float64)
+    A, B = ours.values("A", n, n, torch.float64), ours.values("B", n, n, torch.float64).T
     # The sums of unscaled values would be beyond float16.
     for name, matrix in by_definition(A, B).items():
         product, _ = products(n, n, n)[name]
@@ -329,12 +329,14 @@ def test_products_with_shards_of_the_outputs_make_up_the_whole(
         part, size = whole.of_shard(None, shard), shard.stop - shard.start
         assert part is not whole
         assert whole.of_shard(None, shard) is part
-        found.append((part.B(rank, size, f64).T, part.expand(z, size), part.squares(lambda_d, in_features, size)))
+        found.append(
+            (part.values("B", rank, size, f64), part.expand(z, size), part.squares(lambda_d, in_features, size))
+        )
         back = back + part.expand_transpose(shard.of(d), rank)
         gradient = gradient + part.squares_gradient(shard.of(d_q), lambda_d, in_features)
         assert torch.equal(part.project(x, rank), whole.project(x, rank))
-    B, expanded, squares = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
-    assert torch.equal(B.T, whole.B(rank, out_features, f64))
+    Bt, expanded, squares = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    assert torch.equal(Bt, whole.values("B", rank, out_features, f64))
     torch.testing.assert_close(expanded, whole.expand(z, out_features))
     torch.testing.assert_close(squares, whole.squares(lambda_d, in_features, out_features))
     torch.testing.assert_close(back, whole.expand_transpose(d, rank))
@@ -349,12 +351,12 @@ def test_products_with_shards_of_the_inputs_add_up_to_the_whole(
 ) -> None:
     whole, f64 = SharedProjections(SEED, kind).impl, torch.float64
     x, h, lambda_d = (randn(5, n, seed=n, dtype=f64) for n in (in_features, rank, rank))
-    A, z, back = whole.A(rank, in_features, f64), 0, []
+    A, z, back = whole.values("A", rank, in_features, f64), 0, []
     for shard in shards(in_features, parts):
         part, size = whole.of_shard(shard, None), shard.stop - shard.start
         z = z + part.project(shard.of(x), rank)
         back.append(part.project_transpose(h, size))
-        assert torch.equal(part.A(rank, size, f64), shard.of(A))
+        assert torch.equal(part.values("A", rank, size, f64), shard.of(A))
         assert torch.equal(part.select(torch.arange(size), rank, size, f64), shard.of(A).T)
         # A norm is of whole rows.
         squares = whole.squares(lambda_d, in_features, out_features)

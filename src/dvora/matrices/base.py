@@ -60,10 +60,8 @@ class Matrices(nn.Module):
         self._shards: dict[Side, Shard | None] = {"A": None, "B": None}
         self._parts: dict[tuple[Shard | None, Shard | None], Matrices] = {}
         self._constants: dict[tuple[str, int, int, torch.dtype, torch.device], Any] = {}
-        self._reserved: dict[tuple[int, int, int, torch.dtype], None] = {}
-        """Arguments of `reserve`, in order."""
-        self._reserved_values: dict[tuple[int, int, int, torch.dtype], None] = {}
-        """Those of `reserve_values`."""
+        self._reserved: dict[tuple[int, int, int, torch.dtype], bool] = {}
+        """Sizes of `reserve`, in order, and whether values were asked for."""
         self._home = _CPU
         """The device for which `reserve` makes constants: where the module was last moved to."""
 
@@ -87,17 +85,19 @@ class Matrices(nn.Module):
         """`onehot(index) A^T`, for `index` (*T): columns of A, without reading the others."""
         raise NotImplementedError
 
-    def A(
-        self, rank: int, in_features: int, dtype: torch.dtype, device: torch.device | None = None
-    ) -> Float[Tensor, "R I"]:
-        """The dense matrix A, made now, on the CPU by default."""
-        return self._copied("A", rank, in_features, dtype).to(device)
+    def values(
+        self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device = _CPU, *, keep: bool = False
+    ) -> Float[Tensor, "R N"]:
+        """A, or B transposed: made now, or kept as a constant, which is not to be written to."""
+        if keep:
+            constant: Tensor = self._constant(side, rank, size, dtype, device)
+            return constant
+        kept: Tensor | None = self._constants.get((side, rank, size, dtype, _CPU))
+        return (self._values(side, rank, size, dtype) if kept is None else kept.clone()).to(device)
 
-    def B(
-        self, rank: int, out_features: int, dtype: torch.dtype, device: torch.device | None = None
-    ) -> Float[Tensor, "O R"]:
-        """The dense matrix B, made now, on the CPU by default."""
-        return self._copied("B", rank, out_features, dtype).to(device).T
+    def is_dense(self, rank: int, size: int) -> bool:
+        """Whether a product takes as many operations as the matrix has values."""
+        return True
 
     def squares(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> Float[Tensor, "*L O"]:
         """`q = ||B diag(lambda_d) A||_row**2`, for a lambda_d in float32 or float64 and in its dtype.
@@ -127,31 +127,22 @@ class Matrices(nn.Module):
         part = self._parts.get((inputs, outputs))
         if part is None:
             shards: dict[Side, Shard | None] = {"A": inputs, "B": outputs}
-            part = self._twin(_shards=shards, _constants={}, _reserved={}, _reserved_values={}, _parts={})
+            part = self._twin(_shards=shards, _constants={}, _reserved={}, _parts={})
             self._parts[inputs, outputs] = part
         return part
 
-    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        """Make now what passes in `dtype` and their norms need.
+    def reserve(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype, values: bool = False) -> None:
+        """Make now what passes in `dtype` and their norms need, for some layers also the values of A and B.
 
         Required before tracing or compiling, since values are made outside a graph.
         """
-        self._reserved[rank, in_features, out_features, dtype] = None
-        for constant in self._needed(rank, in_features, out_features, dtype):
+        sizes = rank, in_features, out_features, dtype
+        self._reserved[sizes] = values = values or self._reserved.get(sizes, False)
+        constants: list[Constant] = list(self._needed(*sizes))
+        if values:
+            constants += [("A", rank, in_features, dtype), ("B", rank, out_features, dtype)]
+        for constant in constants:
             self._constant(*constant, self._home)
-
-    def reserve_values(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        """Make now the values of A and B, for layers whose passes read them (`values`)."""
-        self._reserved_values[rank, in_features, out_features, dtype] = None
-        self.values("A", rank, in_features, dtype, self._home)
-        self.values("B", rank, out_features, dtype, self._home)
-
-    def values(
-        self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device
-    ) -> Float[Tensor, "R N"]:
-        """A, or B transposed: kept, and not to be written to."""
-        kept: Tensor = self._constant(side, rank, size, dtype, device)
-        return kept
 
     def fingerprint_values(self) -> np.ndarray:
         """Some values, for the fingerprint."""
@@ -195,11 +186,6 @@ class Matrices(nn.Module):
         """M of this process, new, on the CPU."""
         M, shard = self._whole(side, rank, self._total(side, size), norm_dtype(dtype)), self._shards[side]
         return (M if shard is None else shard.of(M).contiguous()).to(dtype)
-
-    def _copied(self, side: Side, rank: int, size: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
-        """The same, copied where it is kept."""
-        kept: Tensor | None = self._constants.get((side, rank, size, dtype, _CPU))
-        return self._values(side, rank, size, dtype) if kept is None else kept.clone()
 
     def _half_gradients(
         self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
@@ -253,15 +239,12 @@ class Matrices(nn.Module):
         return self
 
     def _reserve_again(self) -> None:
-        for sizes in list(self._reserved):
-            self.reserve(*sizes)
-        for sizes in list(self._reserved_values):
-            self.reserve_values(*sizes)
+        for sizes, values in list(self._reserved.items()):
+            self.reserve(*sizes, values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Matrices":
         # Constants are never written to, so copies may share them.
-        reserved = {"_reserved": dict(self._reserved), "_reserved_values": dict(self._reserved_values)}
-        return self._twin(_constants=dict(self._constants), _parts={}, **reserved)
+        return self._twin(_constants=dict(self._constants), _parts={}, _reserved=dict(self._reserved))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_constants": {}, "_parts": {}, "_home": _CPU}

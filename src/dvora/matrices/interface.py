@@ -69,7 +69,7 @@ class SharedProjections(nn.Module):
         device: torch.device | None = None,
     ) -> Float[Tensor, "R I"]:
         """The dense matrix `A`, made now."""
-        return self.impl.A(rank, in_features, dtype, device)
+        return self.impl.values("A", rank, in_features, dtype, device or torch.device("cpu"))
 
     def B(
         self,
@@ -79,7 +79,7 @@ class SharedProjections(nn.Module):
         device: torch.device | None = None,
     ) -> Float[Tensor, "O R"]:
         """The dense matrix `B`, made now."""
-        return self.impl.B(rank, out_features, dtype, device)
+        return self.impl.values("B", rank, out_features, dtype, device or torch.device("cpu")).T
 
     def fingerprint(self) -> str:
         """A short hash of format version, distribution and some values; equal hashes mean equal matrices."""

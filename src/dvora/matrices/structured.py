@@ -15,6 +15,7 @@ takes r1 n2 (n1 + r2) multiply-adds with left first and n1 r2 (n2 + r1) with rig
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from math import ceil, isqrt
 from typing import NamedTuple
 
@@ -183,6 +184,7 @@ def _of_both_orders(a: int, b: int, c: int, d: int) -> tuple[int, int]:
     return a * c * (b + d), b * d * (a + c)
 
 
+@lru_cache(maxsize=1024)
 def is_dense(rank: int, size: int) -> bool:
     """Whether products take the values of a matrix rather than its factors: up to 16,384 values, and for a prime size.
 
@@ -209,6 +211,9 @@ def is_dense(rank: int, size: int) -> bool:
 
 class StructuredMatrices(Matrices):
     """A and B as Kronecker products of cosines, kept for every size and rank as two small factors and signs."""
+
+    def is_dense(self, rank: int, size: int) -> bool:
+        return is_dense(rank, size)
 
     def select(self, index: Tensor, rank: int, in_features: int, dtype: torch.dtype) -> Float[Tensor, "*T R"]:
         A: Stack | Tensor = self._constant(_PRODUCT["A"], rank, in_features, norm_dtype(dtype), index.device)
