@@ -1,6 +1,6 @@
 """What a method adds to every layer whatever its size: kernels that it launches, and the time of the host to do so.
 
-Kernels are counted in the third pass (the first two make what later ones find), on two devices. "cpu" is what runs here.
+Kernels are counted in the third pass (the first two make what later ones find), on two devices. "cpu" is what runs.
 "meta" runs nothing and knows no values, but takes the branches that all devices but the CPU take.
 
 Run from the repository's root: python -m benchmarks.speed.overhead

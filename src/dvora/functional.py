@@ -142,8 +142,8 @@ def relative_norm(
     kappa: Float[Tensor, "*L O"], cross: Float[Tensor, "*L O"], q: Float[Tensor, "*L O"]
 ) -> tuple[Float[Tensor, "*L O"], Float[Tensor, "*L O"]]:
     """`eps` and `1 + eps`, the square of the norm of each row of V' in units of that of W."""
-    # In the order of `factors`, for the same bits.
-    eps = kappa * (cross + (cross + kappa * q))
+    # In the order of `factors`, and with its fused multiply-add, for the same bits.
+    eps = kappa * (cross + torch.addcmul(cross, kappa, q))
     return eps, 1 + eps
 
 
