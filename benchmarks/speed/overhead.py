@@ -1,6 +1,6 @@
 """What a method adds to every layer whatever its size: kernels that it launches, and the time of the host to do so.
 
-Kernels are counted in the third pass (the first two make what later ones find), on two devices. "cpu" is what runs.
+Kernels are counted in the second pass (the first makes what later ones find), on two devices. "cpu" is what runs here.
 "meta" runs nothing and knows no values, but takes the branches that all devices but the CPU take.
 
 Run from the repository's root: python -m benchmarks.speed.overhead
@@ -88,8 +88,6 @@ def count(report: Report, workload: Workload, arms: Sequence[Arm], dtype: str, d
 
     def add(arm: Arm, model: nn.Module, route: Route) -> None:
         step = route.step(workload, model, workload.inputs(1, route.tokens, DTYPES[dtype]).to(device))
-        # Twice: the second pass takes over what the first made for each layer by itself.
-        step()
         step()
         found = kernels(step).total()
         of_base.setdefault(route.name, found)
