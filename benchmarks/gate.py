@@ -4,7 +4,7 @@ By public interfaces only, so that it runs on any version of the library. From t
 and on an earlier worktree; each run replaces the rows of its label and parts in the result file, and shows all:
 
     python -m benchmarks.gate --label after
-    PYTHONPATH=/tmp/before/src python -m benchmarks.gate --label before --part steps host
+    PYTHONPATH=../before/src python -m benchmarks.gate --label before --part steps host
 
 A step is a forward pass, then the gradients of the input and of all trained parameters, which count as written before
 every step. Times are ratios within a turn in which all methods run, medians with quartiles. Kernels are operations that
@@ -51,6 +51,7 @@ COMPILE_SECONDS = 600
 LORA = Arm("LoRA", 1)
 vera, structured, dense = (partial(Arm, method) for method in ("VeRA", "dvora structured", "dvora dense"))
 COMPILED = (LORA, vera(256), structured(256), dense(256))
+BY_BLOCK = "seconds to compile by block"
 GATHERS = {"index", "index_select", "gather", "embedding", "take", "take_along_dim"}
 
 
@@ -304,8 +305,9 @@ def _files_of(call: Step) -> list[str]:
 def compile_(quick: bool) -> Figures:
     """`torch.compile` beside eager, each method in a process of its own, with an empty cache and a time limit."""
     for model, arm in product(("llama", "BERT"), COMPILED):
-        measure = f"compiled to eager, {model}, 512 tokens, {arm.name}"
-        for measured in (_compile_one, _compile_by_block):
+        of = f"{model}, 512 tokens, {arm.name}"
+        for measured, what in ((_compile_whole, "compiled to eager"), (_compile_by_block, BY_BLOCK)):
+            measure = f"{what}, {of}"
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 try:
                     figures = pool.apply_async(measured, (measure, model, arm, quick)).get(COMPILE_SECONDS)
@@ -314,11 +316,16 @@ def compile_(quick: bool) -> Figures:
             yield from figures
 
 
-def _compile_one(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure]:
-    """In its own process. All of the first step is counted as compiling."""
+def _compile_workload(model: str, quick: bool) -> tuple[Workload, nn.Module, Tensor]:
+    """What is compiled, its base and its input, in a process of their own."""
     torch.set_num_threads(THREADS)
     workload = bert(384) if model == "BERT" else llama(64, 176, 4) if quick else llama(1024, 2816, 16)
-    base, x = workload.frozen(torch.float32), workload.inputs(16, 32, torch.float32)
+    return workload, workload.frozen(torch.float32), workload.inputs(16, 32, torch.float32)
+
+
+def _compile_whole(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure]:
+    """In its own process. All of the first step is counted as compiling."""
+    workload, base, x = _compile_workload(model, quick)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         eager = training_step(workload, adapted(base, arm, workload.targets), x)
@@ -336,9 +343,7 @@ def _compile_one(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure
 
 def _compile_by_block(measure: str, model: str, arm: Arm, quick: bool) -> list[Figure]:
     """The seconds if each block is compiled by itself, as PyTorch recommends for large models: all share one graph."""
-    torch.set_num_threads(THREADS)
-    workload = bert(384) if model == "BERT" else llama(64, 176, 4) if quick else llama(1024, 2816, 16)
-    base, x = workload.frozen(torch.float32), workload.inputs(16, 32, torch.float32)
+    workload, base, x = _compile_workload(model, quick)
     adapted_model = adapted(base, arm, workload.targets)
     blocks = next(module for module in adapted_model.modules() if isinstance(module, nn.ModuleList))
     with tempfile.TemporaryDirectory() as cache:
@@ -349,7 +354,7 @@ def _compile_by_block(measure: str, model: str, arm: Arm, quick: bool) -> list[F
         training_step(workload, adapted_model, x)()
         seconds = exactly(perf_counter() - start)
     more = {"blocks": len(blocks), "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
-    return [Figure(measure.replace("compiled to eager", "seconds to compile by block"), seconds, None, more)]
+    return [Figure(measure, seconds, None, more)]
 
 
 PARTS = {part.__name__.strip("_"): part for part in (steps, memory, kernels, host, bank, accepted, files, compile_)}
@@ -402,7 +407,7 @@ def compiling(content: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
     kinds = {
         "seconds to compile the model": "seconds to compile",
-        "... block by block": "seconds to compile by block",
+        "... block by block": BY_BLOCK,
         "a compiled step, eager = 1": "compiled to eager",
     }
     for model, name in {"BERT": "BERT of six blocks", "llama": "a Llama block"}.items():

@@ -219,6 +219,19 @@ def test_a_layer_gets_the_same_bits_alone_as_in_a_stack(
             assert worst_error(ours[0], theirs[layer].double()) < 1e-5
 
 
+@distributions
+@directions
+@pytest.mark.parametrize("shape", [(64, 64, 8), (10, 20, 40), (120, 360, 16)], ids=str)
+def test_the_definition_gives_the_bits_of_the_stack(
+    shape: tuple[int, int, int], direction: str, distribution: str
+) -> None:
+    stack = Stack(3, 1, shape, torch.float32, distribution, direction=direction)
+    together = stack.made()
+    for layer, (adapted, weight) in enumerate(zip(stack.adapted, stack.weights, strict=True)):
+        for ours, theirs in zip(adapted.factors(stack.one(layer, 0)[0], weight), together, strict=True):
+            assert torch.equal(ours, theirs[layer, 0])
+
+
 @directions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_narrow_C_is_widened_before_anything_is_summed(dtype: torch.dtype, direction: str) -> None:

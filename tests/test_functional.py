@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
@@ -89,9 +89,9 @@ def test_inputs_of_any_shape_equal_the_dense_method(
     p = Problem(*shape, **options)
     p.bias = p.bias if bias else None
     p.x = randn(*leading, shape[0], seed=8, dtype=torch.float64)
-    # The terms of the norm cancel where the update nearly does, with one input for example.
-    assume(p.dense().norm_ratio().min() > 0.05)
-    assert worst_error(p.outputs(), p.dense()(p.x)) < 1e-12
+    # Where the update nearly cancels a row, the terms of its norm do: the error grows like (w / n)**2.
+    lost = max(1.0, float(0.01 / p.dense().norm_ratio().min()) ** 2)
+    assert worst_error(p.outputs(), p.dense()(p.x)) < 1e-12 * lost
 
 
 @directions

@@ -474,12 +474,20 @@ class _Parts(torch.autograd.Function):
         of_stacks: list[Tensor | None] = [None]
         for start in range(0, len(gradients), ctx.count):
             parts = gradients[start : start + ctx.count]
-            present = {layer: part for layer, part in enumerate(parts) if part is not None}
-            ctx.used.update(present)
-            zero = torch.zeros_like(next(iter(present.values()))) if 0 < len(present) < ctx.count else None
-            complete = [present.get(layer, zero) for layer in range(ctx.count)] if present else []
-            of_stacks.append(torch.stack(complete) if complete else None)  # type: ignore[arg-type]
+            ctx.used.update(layer for layer, part in enumerate(parts) if part is not None)
+            of_stacks.append(_stacked(parts))
         return tuple(of_stacks)
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The parts as one tensor, with zeros for those that are missing; None where all are."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    if len(present) < len(parts):
+        zero = torch.zeros_like(present[0])
+        present = [zero if part is None else part for part in parts]
+    return torch.stack(present)
 
 
 def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> Factors:

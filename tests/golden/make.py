@@ -3,8 +3,8 @@
 The library may be rebuilt; a file that a user has must go on meaning the same. `test_golden_files.py` holds that. So
 these files are made once, by that commit, and are not to be made again because a test fails:
 
-    git worktree add /tmp/before 24ccd64
-    PYTHONPATH=/tmp/before/src:. python -c "from tests.golden.make import make; make()"
+    git worktree add ../before 24ccd64
+    PYTHONPATH=../before/src:. python -c "from tests.golden.make import make; make()"
 
 A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
 `flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
