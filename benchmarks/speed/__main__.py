@@ -25,9 +25,9 @@ RESULT = Path(__file__).parent.parent / "results" / "speed.json"
 def memory(report: Report, quick: bool) -> None:
     """Memory of models, of single layers and of whole processes."""
     if quick:
-        footprint.measure_models(report, [plan.linears_64()], arms=plan.TINY)
+        footprint.measure_model(report, plan.linears_64(), plan.TINY)
         return
-    footprint.measure_models(report, [plan.linears_1024()])
+    footprint.measure_model(report, plan.linears_1024(), plan.COMPARED)
     footprint.measure_layers(report, plan.COMPARED[2:])
     footprint.measure_resident(report, plan.FEW)
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.speed.arms import BASE, Arm, adapted
 from benchmarks.speed.memory import constants, live_memory, saved_for_backward
 from benchmarks.speed.plan import COMPARED
-from benchmarks.speed.runner import DTYPES, Report
+from benchmarks.speed.runner import Report
 from benchmarks.speed.set_up import LAYERS, frozen_layer
 from benchmarks.speed.steps import training_step
 from benchmarks.speed.workloads import Workload, linears, random
@@ -25,19 +25,16 @@ LAYER_TOKENS = 1000
 RESIDENT_TOKENS = 4096
 
 
-def measure_models(
-    report: Report, workloads: Iterable[Workload], dtype: str = "float32", arms: Sequence[Arm] = COMPARED
-) -> None:
-    """One training step of every method on every model."""
-    for workload in workloads:
-        base = workload.frozen(DTYPES[dtype])
-        x = workload.inputs(1, TOKENS, DTYPES[dtype]).requires_grad_()
-        for arm in arms:
-            what = f"memory, {workload.name}, {dtype}: {arm.name}"
-            report.attempt(what, partial(_measure_model, report, workload, base, arm, x, dtype))
+def measure_model(report: Report, workload: Workload, arms: Sequence[Arm]) -> None:
+    """One training step of every method."""
+    base = workload.frozen(torch.float32)
+    x = workload.inputs(1, TOKENS, torch.float32).requires_grad_()
+    for arm in arms:
+        what = f"memory, {workload.name}, float32: {arm.name}"
+        report.attempt(what, partial(_measure_model, report, workload, base, arm, x))
 
 
-def _measure_model(report: Report, workload: Workload, base: nn.Module, arm: Arm, x: Tensor, dtype: str) -> None:
+def _measure_model(report: Report, workload: Workload, base: nn.Module, arm: Arm, x: Tensor) -> None:
     model = adapted(base, arm, workload.targets)
     forward = partial(workload.output, model)
     # What is made at first use and kept is a constant.
@@ -50,7 +47,8 @@ def _measure_model(report: Report, workload: Workload, base: nn.Module, arm: Arm
     weights = [p for name, p in base.named_parameters() if name.removesuffix(".weight").endswith(workload.targets)]
     report.rows.append(
         {
-            **{"part": "memory", "workload": workload.name, "dtype": dtype, "tokens": x.shape[1], **arm.described()},
+            **{"part": "memory", "workload": workload.name, "dtype": "float32", "tokens": x.shape[1]},
+            **arm.described(),
             **{"saved_bytes": saved.bytes, "keeps_input": saved.keeps_input},
             **{"held_bytes": live.after_forward, "peak_bytes": live.at_most},
             **{"constant_bytes": kept.per_layer, "shared_bytes": kept.shared, "trained_bytes": kept.trained},

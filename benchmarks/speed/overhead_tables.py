@@ -10,14 +10,7 @@ from benchmarks.speed.timing import spread
 
 DTYPES = ("float32", "bfloat16")
 ROUTES = ("training", "training, few tokens", "one token", "prefill")
-PARTS = ("kernels", "host time")
 _HEADS = ("training, 512 tokens", "training, 8 tokens", "one token", "prefill, 512 tokens")
-
-
-def with_overhead(speed: dict[str, Any], overhead: dict[str, Any]) -> dict[str, Any]:
-    """The result of the speed benchmark with the rows of the overhead's own file in place of its own."""
-    rows = [row for row in speed["rows"] if row["part"] not in PARTS]
-    return {**speed, "rows": [*rows, *overhead["rows"]]}
 
 
 def overhead(result: dict[str, Any]) -> dict[str, str]:

@@ -66,12 +66,12 @@ def speed(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def targets(result: dict[str, Any]) -> str:
-    """The targets, and whether they are met."""
+def targets(rows: Rows) -> str:
+    """The targets, and whether they are met, from the rows of the speed and of the overhead."""
     lines = [
         "| measure | target | median | quartiles | met |",
         "|---|---|---|---|---|",
-        *(_target_line(target) for target in all_targets(result["rows"])),
+        *(_target_line(target) for target in all_targets(rows)),
     ]
     return "\n".join(lines) + "\n"
 

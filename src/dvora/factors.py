@@ -743,21 +743,13 @@ class FactorPass:
         self._last[recorded] = current
         # FSDP2 has the values of this pass only when a layer runs.
         if last is not None and not gathers_uncounted():
-            trained, others = list[Source](), list[Source]()
-            for source in filter(_can_be_stacked, list(last.sources.values())):
-                (trained if recorded and source.is_trained() else others).append(source)
+            stackable = [source for source in list(last.sources.values()) if _can_be_stacked(source)]
+            trained = [source for source in stackable if recorded and source.is_trained()]
             if trained:
-                current.trained = Snapshot(trained, last.trained, compared=False)
-                current.trained.valid_in = weakref.ref(current)
-                for source in trained:
-                    _cache_of(source.adapted).trained = weakref.ref(current.trained)
+                _compute_trained(trained, last, current)
+            others = [source for source in stackable if not (recorded and source.is_trained())]
             if others:
-                cached = _cache_of(others[0].adapted).evaluated
-                if cached is None or not (cached.is_of_all(others) and cached.is_unchanged()):
-                    cached = Snapshot(others, cached, compared=True)
-                    for source in others:
-                        _cache_of(source.adapted).evaluated = cached
-                cached.valid_in = weakref.ref(current)
+                _compute_evaluated(others, current)
         _passes.stack.append((self, current))
 
     def end(self, *_: object) -> None:
@@ -769,6 +761,24 @@ class FactorPass:
 
     def __reduce__(self) -> "tuple[type[FactorPass], tuple[()]]":
         return FactorPass, ()
+
+
+def _compute_trained(sources: list[Source], last: Pass, current: Pass) -> None:
+    """Compute the factors with gradients of these layers for a pass."""
+    current.trained = Snapshot(sources, last.trained, compared=False)
+    current.trained.valid_in = weakref.ref(current)
+    for source in sources:
+        _cache_of(source.adapted).trained = weakref.ref(current.trained)
+
+
+def _compute_evaluated(sources: list[Source], current: Pass) -> None:
+    """Have the factors without gradients of these layers for a pass: those of an earlier one, if nothing changed."""
+    cached = _cache_of(sources[0].adapted).evaluated
+    if cached is None or not (cached.is_of_all(sources) and cached.is_unchanged()):
+        cached = Snapshot(sources, cached, compared=True)
+        for source in sources:
+            _cache_of(source.adapted).evaluated = cached
+    cached.valid_in = weakref.ref(current)
 
 
 def _can_be_stacked(source: Source) -> bool:

@@ -172,7 +172,7 @@ def test_the_tables_of_a_result_file(tmp_path: Path) -> None:
     write(report, tmp_path / "speed.json", seconds=61.4)
     result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert (result["seconds"], len(result["rows"]), result["rows"][2]["seconds"]) == (61, 26, [1.8, 1.9, 2.2])
-    lines, rows = speed(result).splitlines(), targets(result).splitlines()
+    lines, rows = speed(result).splitlines(), targets(result["rows"]).splitlines()
     assert "| dvora dense r=256 | 1.90 |  |  |  |  | 1.50 | 1.50 | 3 | 1,100 |" in lines
     row = "| training, 512 tokens: dvora dense r=256 to VeRA r=256 | ≤ 1 | 0.95 | 0.925 to 1.02 | yes |"
     assert row in rows

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.speed.metrics import Row, kernels_a_layer, row_of
 from benchmarks.speed.overhead import main
-from benchmarks.speed.overhead_tables import overhead, with_overhead
+from benchmarks.speed.overhead_tables import overhead
 
 # transformers deprecates a property that PEFT still asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -50,9 +50,3 @@ def test_the_page_shows_counts_and_says_what_is_missing() -> None:
     assert parts["kernels"].count("| LoRA r=16 | - / 10.0 | - / - | - / - | - / - |") == 1
     assert "- kernels, linears-1024, meta: dvora dense r=256: RuntimeError: no" in parts["kernels"]
     assert "| LoRA r=1 |  |  | 5 | 0.50 |" in parts["host"]
-
-
-def test_the_overheads_own_file_goes_before_the_rows_of_the_whole_benchmark() -> None:
-    speed = {"rows": [{"part": "training"}, {"part": "kernels", "kernels": 1}], "environment": {}}
-    joined = with_overhead(speed, {"rows": [{"part": "kernels", "kernels": 2}], "environment": {}})
-    assert joined["rows"] == [{"part": "training"}, {"part": "kernels", "kernels": 2}]
