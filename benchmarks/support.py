@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from benchmarks.environment import environment
 
 ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "tests" / "tuner" / "test_support.py"
+TESTS = ROOT / "tests" / "peft" / "test_support.py"
 RESULT = ROOT / "benchmarks" / "results" / "support.json"
 COLUMNS = ("layer", "base", "operation", "outcome")
 

@@ -36,12 +36,12 @@ TESTS = (
     *("tests/matrices", "tests/test_functional.py", "tests/test_tensors.py", "tests/test_weight.py"),
     *("tests/test_factors.py", "tests/test_layer.py", "tests/test_adapter.py", "tests/test_changes.py"),
     *("tests/test_training.py", "tests/test_peft_hook.py"),
-    *("tests/tuner/test_config.py", "tests/tuner/test_registration.py", "tests/tuner/test_adapters.py"),
-    *("tests/tuner/test_merged.py", "tests/tuner/test_mixed_batch.py", "tests/tuner/test_tasks.py"),
-    *("tests/tuner/convert", "tests/tuner/injecting/test_targets.py", "tests/tuner/layers/test_dense_reference.py"),
-    *("tests/tuner/layers/test_identity.py", "tests/tuner/layers/test_layer.py"),
-    *("tests/tuner/layers/test_layer_type_of.py", "tests/tuner/state/test_checked_values.py"),
-    "tests/tuner/state/test_state_dict.py",
+    *("tests/peft/test_config.py", "tests/peft/test_registration.py", "tests/peft/test_adapters.py"),
+    *("tests/peft/test_merged.py", "tests/peft/test_mixed_batch.py", "tests/peft/test_tasks.py"),
+    *("tests/peft/convert", "tests/peft/injecting/test_targets.py", "tests/peft/layers/test_dense_reference.py"),
+    *("tests/peft/layers/test_identity.py", "tests/peft/layers/test_layer.py"),
+    *("tests/peft/layers/test_layer_type_of.py", "tests/peft/state/test_checked_values.py"),
+    "tests/peft/state/test_state_dict.py",
 )
 MOST_FAILURES = 20
 """Failed tests that are listed at most."""

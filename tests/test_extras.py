@@ -52,7 +52,7 @@ def test_a_module_of_no_extra_gives_no_advice() -> None:
 
 
 def test_a_version_mismatch_is_reported_as_it_is() -> None:
-    code = "import sys, dvora; sys.modules['dvora.tuner.config'] = None; dvora.DVoRAConfig"
+    code = "import sys, dvora; sys.modules['dvora.peft.config'] = None; dvora.DVoRAConfig"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "dvora.DVoRAConfig is not available" in ended.stderr.splitlines()[-1]
     assert how_to_install("peft") in ended.stderr.splitlines()[-1]

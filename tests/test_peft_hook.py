@@ -52,7 +52,7 @@ def test_without_peft_the_plain_layer_works_and_the_config_says_what_is_missing(
 def test_a_peft_that_does_not_fit_can_still_be_imported_and_warns() -> None:
     out = check(
         "import sys, warnings, dvora\n"
-        "sys.modules['dvora.tuner.config'] = None\n"
+        "sys.modules['dvora.peft.config'] = None\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    import peft\n"

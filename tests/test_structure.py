@@ -25,7 +25,7 @@ ORDER = [
     "layer",
     "adapter",
     "training",
-    "tuner",
+    "peft",
     "bank",
     "tools",
     "recipes",
@@ -39,7 +39,7 @@ for room_of_files in ("bank", "recipes", "cli"):
     ROOMS[room_of_files].add("whole_files")
 ADDRESSES = {"__init__", "extras", "peft_hook", "flat", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""
-PLAIN = set(ORDER[: ORDER.index("tuner")])
+PLAIN = set(ORDER[: ORDER.index("peft")])
 """Rooms of the plain layer."""
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -22,7 +22,7 @@ from dvora.training import (
 )
 from tests.cases import SHARED, linear, randn
 from tests.engines.processes import run
-from tests.tuner.tiny import LAYERS, MODELS, mlp
+from tests.peft.tiny import LAYERS, MODELS, mlp
 
 WITH_HEAD = {"modules_to_save": ["classifier"]}
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import dvora
-from tests.tuner.tiny import train_vectors
+from tests.peft.tiny import train_vectors
 
 LIBRARY = Path(dvora.__file__).parent
 STEP, EVALUATION, BATCH, LOAD = 8, 7, 15, 32

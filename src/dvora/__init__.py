@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from .bank.bank import AdapterBank
     from .matrices.interface import SharedProjections
-    from .tuner import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
+    from .peft import DVoRAConfig, DVoRAModel, hotswap_adapter, merged
     from .weight import MergePrecisionWarning
 
 __version__ = "0.1.0"
@@ -28,14 +28,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterBank": "bank.bank",
     "DVoRAAdapter": "adapter",
-    "DVoRAConfig": "tuner",
-    "DVoRAModel": "tuner",
+    "DVoRAConfig": "peft",
+    "DVoRAModel": "peft",
     "MergePrecisionWarning": "weight",
     "SharedProjections": "matrices.interface",
     "are_shared_matrices_initialized": "adapter",
-    "hotswap_adapter": "tuner",
+    "hotswap_adapter": "peft",
     "initialize_shared_matrices": "adapter",
-    "merged": "tuner",
+    "merged": "peft",
     "reset_shared_matrices": "adapter",
 }
 """Where each name is."""

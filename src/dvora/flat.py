@@ -1,6 +1,6 @@
-"""One flat vector is the adapter: the public address of `dvora.tuner.flat`."""
+"""One flat vector is the adapter: the public address of `dvora.peft.flat`."""
 
-from .tuner.flat.layout import Layout
-from .tuner.flat.row_factors import LayerFactors
+from .peft.flat.layout import Layout
+from .peft.flat.row_factors import LayerFactors
 
 __all__ = ["LayerFactors", "Layout"]

@@ -44,7 +44,7 @@ class _PeftFinder(MetaPathFinder):
 
 def _register() -> None:
     try:
-        importlib.import_module("dvora.tuner")
+        importlib.import_module("dvora.peft")
     except ImportError as error:
         # `import peft` must not fail because of dvora: the user may want the plain layer only.
         warnings.warn(

@@ -21,8 +21,8 @@ import dvora
 from dvora.bank.pack import write_pack
 from tests.bank.adapters import HEADED
 from tests.bank.versions import PATIENCE, Versions
-from tests.tuner.flat.adapters import saved
-from tests.tuner.tiny import MODELS, inputs
+from tests.peft.flat.adapters import saved
+from tests.peft.tiny import MODELS, inputs
 
 NAMES = ["ann", "bob", "cleo", "dora", "eve"]
 VERSIONS, SLOTS, HOST_ROWS = 6, 3, 2

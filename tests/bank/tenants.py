@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import dvora
 from dvora.bank.saved import VALUES
 from dvora.flat import Layout
-from tests.tuner.flat.adapters import Kind, saved
-from tests.tuner.tiny import LAYERS, MODELS, outputs
+from tests.peft.flat.adapters import Kind, saved
+from tests.peft.tiny import LAYERS, MODELS, outputs
 
 MLP = Kind(MODELS["mlp"], {"r": 4, "target_modules": LAYERS["mlp"]})
 HEADED = Kind(MODELS["mlp"], {"r": 4, "target_modules": ["lin0", "lin1"], "modules_to_save": ["lin2"]})

@@ -10,7 +10,7 @@ from torch import nn
 import dvora
 from tests.bank.refusals import NAMES, refused
 from tests.bank.tenants import Served, Tenants
-from tests.tuner.tiny import inputs, outputs
+from tests.peft.tiny import inputs, outputs
 
 WRONG_NAMES: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (["a", "customer", "b"], {}, ValueError, "names: there is no adapter 'customer' among the 3 of the bank"),

@@ -19,10 +19,10 @@ from dvora.flat import Layout
 from tests.bank.adapters import change_values
 from tests.bank.refusals import NAMES, refused
 from tests.bank.tenants import HEADED, MLP, Served, Tenants, row_by_row, tenants
-from tests.tuner.flat.adapters import Kind, saved
-from tests.tuner.layer_cases import CASES
-from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.tuner.tiny import MODELS, mlp, outputs, same_bits
+from tests.peft.flat.adapters import Kind, saved
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import MODELS, mlp, outputs, same_bits
 
 SETTINGS_OF_BANKS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"slots": 0}, ValueError, "slots must be a positive integer, got 0"),

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests.bank.tenants import BERT, HEADED, LLAMA, Served, row_by_row, tenants
 from tests.bank.versions import in_threads
-from tests.tuner.flat.adapters import Kind
-from tests.tuner.models_compared import worst_difference
-from tests.tuner.tiny import outputs
+from tests.peft.flat.adapters import Kind
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import outputs
 
 pytestmark = pytest.mark.usefixtures("compiler")
 MIXES: list[list[str | None]] = [["a", None, "b", "a"], ["c", "c", "d", None], [None] * 4, ["a", "b", "c", "d"]]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from tests.bank.tenants import Tenants, tenants
-from tests.tuner.flat.adapters import Kind
-from tests.tuner.tiny import LAYERS, MODELS
+from tests.peft.flat.adapters import Kind
+from tests.peft.tiny import LAYERS, MODELS
 
 NAMES = ["b", None, "c", "a", "b"]
 TEXTS = [[3, 4, 5, 6, 7], [30, 31], [12], [20, 19, 18, 17], [9, 8, 7]]

@@ -11,7 +11,7 @@ from torch import Tensor
 import dvora
 from tests.bank.tenants import HEADED, Served, Tenants, tenants
 from tests.interrupted import interrupted_at as at_any_line
-from tests.tuner.tiny import outputs, same_bits
+from tests.peft.tiny import outputs, same_bits
 
 # A file that was opened and not yet handed on is closed by Python, which says so.
 pytestmark = [

@@ -8,8 +8,8 @@ import torch
 import dvora
 from benchmarks.kernel_count import kernels
 from tests.bank.tenants import HEADED, LLAMA, Served, tenants, vectors_of
-from tests.tuner.flat.adapters import Kind, saved
-from tests.tuner.tiny import inputs
+from tests.peft.flat.adapters import Kind, saved
+from tests.peft.tiny import inputs
 
 ROWS, ADAPTERS = 16, 24
 LIMIT = {"kaiming_uniform": 12, "structured": 16}

@@ -9,9 +9,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import dvora
-from tests.tuner.bases import BASES, FAMILIES, dense_twin, quantised, wide
-from tests.tuner.models_compared import worst_difference
-from tests.tuner.tiny import same_bits, train_vectors
+from tests.peft.bases import BASES, FAMILIES, dense_twin, quantised, wide
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import same_bits, train_vectors
 
 TARGETS = ["lin0", "lin1", "lin2"]
 NAMES = ["a", None, "b", "a", None, "c"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import dvora
 from tests.bank.tenants import HEADED, LLAMA, MLP, tenants
 from tests.bank.versions import PATIENCE, Names, Versions, in_threads, until
-from tests.tuner.flat.adapters import saved
-from tests.tuner.tiny import MODELS, inputs, same_bits
+from tests.peft.flat.adapters import saved
+from tests.peft.tiny import MODELS, inputs, same_bits
 
 X = inputs(MODELS["mlp"](), 1)["x"][0]
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [0, 30, 31, 32, 33], [21, 20, 19, 18, 17]])

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dvora.bank.factors import DTYPES, FactorRows, Factors, LayerPlace, _balance
 from dvora.bank.sources import AdapterValues, FolderSource
 from tests.bank.tenants import HEADED, MLP, Tenants, tenants
+from tests.peft.dense import dense_layer
+from tests.peft.flat.adapters import Kind, saved
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, mlp
 from tests.reference import worst_error
-from tests.tuner.dense import dense_layer
-from tests.tuner.flat.adapters import Kind, saved
-from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, mlp
 
 SCALED = {"alpha": 3.5, "direction": "weight"}
 MAGNITUDES = {"target_modules": ["lin1"], "magnitude_modules": ["lin0", "lin2"]}

@@ -22,8 +22,8 @@ from tests.bank.trained import (
     save_all,
     together,
 )
-from tests.tuner.flat.adapters import Kind, mlp
-from tests.tuner.tiny import LAYERS, MODELS
+from tests.peft.flat.adapters import Kind, mlp
+from tests.peft.tiny import LAYERS, MODELS
 
 MLP = mlp()
 HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])

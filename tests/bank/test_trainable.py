@@ -14,10 +14,10 @@ import dvora
 from dvora.bank import TenantAdamW, TrainableAdapters
 from dvora.flat import Layout
 from tests.bank.trained import NAMES, Alone, Together, batch_of, row_losses, save_all, together
-from tests.tuner import tiny
-from tests.tuner.flat.adapters import Kind, mlp, saved
-from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.tuner.tiny import LAYERS, MODELS, inputs
+from tests.peft import tiny
+from tests.peft.flat.adapters import Kind, mlp, saved
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import LAYERS, MODELS, inputs
 
 MLP = mlp()
 HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])

@@ -15,9 +15,9 @@ import dvora
 from dvora.bank import TenantAdamW, TrainableAdapters
 from dvora.flat import Layout
 from dvora.training import parameter_groups
-from tests.tuner.flat.adapters import Kind, saved
-from tests.tuner.models_compared import worst_difference
-from tests.tuner.tiny import inputs
+from tests.peft.flat.adapters import Kind, saved
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import inputs
 
 RATES = {"magnitude": 0.003, "lambda_b": 0.01, "lambda_d": 0.02, "head": 0.005}
 EPS = 1e-4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dvora
 from dvora.flat import Layout
-from tests.tuner.flat.adapters import Kind
+from tests.peft.flat.adapters import Kind
 
 Expected = TypeVar("Expected")
 PATIENCE = 30.0

@@ -17,7 +17,7 @@ from dvora import DVoRAConfig
 from dvora.training import AdapterSettings, parameter_groups
 from tests.engines.processes import run
 from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
-from tests.tuner.tiny import LAYERS, MODELS
+from tests.peft.tiny import LAYERS, MODELS
 
 
 def accelerator(**options: object) -> Accelerator:

@@ -22,7 +22,7 @@ from dvora.training import AdapterSettings, parameter_groups
 from tests.engines.processes import refusal, run
 from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
 from tests.engines.test_fully_sharded import shard
-from tests.tuner.tiny import MODELS
+from tests.peft.tiny import MODELS
 
 ENGINES = {"one process": lambda model: model, "DDP": DistributedDataParallel, "FSDP2": shard}
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)

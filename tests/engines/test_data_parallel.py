@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dvora import DVoRAConfig
 from dvora.training import parameter_groups
 from tests.engines.processes import run
-from tests.tuner.tiny import LAYERS, MODELS
+from tests.peft.tiny import LAYERS, MODELS
 
 BATCH, TOKENS, STEPS = 8, 6, 5
 

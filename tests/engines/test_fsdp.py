@@ -5,9 +5,9 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from tests.tuner.layer_cases import CASES
-from tests.tuner.models_compared import worst_difference
-from tests.tuner.tiny import train_vectors
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import train_vectors
 
 
 @pytest.mark.usefixtures("one_process")

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dvora.tuner import DVoRALayer
+from dvora.peft import DVoRALayer
 from tests.engines.processes import run
 from tests.engines.test_data_parallel import adapted, batch, train, vectors
-from tests.tuner.tiny import LAYERS, MODELS
+from tests.peft.tiny import LAYERS, MODELS
 
 
 def shard(model: PeftModel) -> PeftModel:

@@ -18,9 +18,9 @@ from dvora.training import AdapterSettings
 from tests.engines import zero3
 from tests.engines.processes import refusal, run
 from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
-from tests.tuner.layer_cases import CASES as LAYER_CASES
-from tests.tuner.layer_cases import Case
-from tests.tuner.tiny import LAYERS, MODELS, dvora_layers, train_vectors
+from tests.peft.layer_cases import CASES as LAYER_CASES
+from tests.peft.layer_cases import Case
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, train_vectors
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (pip install deepspeed)", allow_module_level=True)

@@ -6,11 +6,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dvora.tuner import DVoRALayer
+from dvora.peft import DVoRALayer
 from tests.histories.model import TIED, TOKENS, WEIGHTS
 from tests.histories.reference import VECTORS, Adapter, Place, Reference, loss
-from tests.tuner.models_compared import worst_difference
-from tests.tuner.tiny import same_bits
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import same_bits
 
 OUTPUTS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.06}
 """Largest error of the outputs, relative to the largest output."""

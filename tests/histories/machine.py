@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dvora import MergePrecisionWarning
-from dvora.tuner.state.hotswap import hotswap_adapter
+from dvora.peft.state.hotswap import hotswap_adapter
 from tests.cases import COPIES
 from tests.histories.checks import (
     GRADIENTS,
@@ -44,8 +44,8 @@ from tests.histories.checks import (
 )
 from tests.histories.model import PARAMETERS, TARGETS, TIED, TOKENS, WEIGHTS, mixed
 from tests.histories.reference import VECTORS, Adapter, Place, Reference, Settings, vector_dtype
-from tests.tuner.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.tuner.tiny import same_bits
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import same_bits
 
 NAMES = ("first", "second", "third", "fourth")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from ..tuner.restoring import on_failure, surely
+from ..peft.restoring import on_failure, surely
 from .catalogue import Adapter, AdapterSource, Catalogue, as_path, source_of
 from .factors import FactorRows, check_dtype
 from .fitted import FittedModel, ModelSide

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..factors import StackConstants, stacked_factors
 from ..functional import Vectors
+from ..peft.config import DVoRAConfig
+from ..peft.flat.content import Content, LayerSizes
+from ..peft.flat.row_factors import with_zeros
 from ..tensors import Float
-from ..tuner.config import DVoRAConfig
-from ..tuner.flat.content import Content, LayerSizes
-from ..tuner.flat.row_factors import with_zeros
 from .served import ServedLayer, ServedModel
 from .sources import AdapterValues
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..tuner.restoring import on_failure
+from ..peft.restoring import on_failure
 from .factors import FactorRows
 from .hooks import HeadHook, LayerHook, check_without_bank
 from .rows import CurrentRows

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..tuner.layers.layer import adapted_outputs, check_gradient
-from ..tuner.layers.mixed_rows import ActiveAdapter
+from ..peft.layers.layer import adapted_outputs, check_gradient
+from ..peft.layers.mixed_rows import ActiveAdapter
 from .factors import LayerPlace
 from .rows import CurrentRows
 from .served import ServedHead, ServedLayer

@@ -16,8 +16,8 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
+from ..peft.flat.content import Content
 from ..tensors import Float
-from ..tuner.flat.content import Content
 from ..whole_files import claimed, new_folder
 from .pack_index import DTYPES, UNKNOWN, Entry, Index, RowFormat, check_name, checksum, read_index
 from .saved import SETTINGS, VALUES, AdapterFiles, described, file_sizes, header_length, told_of

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Factors
+from ..peft.restoring import surely
 from ..tensors import Float, is_traced
-from ..tuner.restoring import surely
 from .factors import LayerPlace
 from .served import ServedHead, ServedLayer
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..tuner.adapter_folder import PEFT_PREFIX, Shape, plain_name
-from ..tuner.config import DVoRAConfig
-from ..tuner.flat.content import Content, in_order
-from ..tuner.state.checked_values import check_file
+from ..peft.adapter_folder import PEFT_PREFIX, Shape, plain_name
+from ..peft.config import DVoRAConfig
+from ..peft.flat.content import Content, in_order
+from ..peft.state.checked_values import check_file
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000

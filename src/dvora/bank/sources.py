@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..functional import Vectors
+from ..peft.adapter_folder import VECTOR_PREFIX, Shape
+from ..peft.config import DVoRAConfig
+from ..peft.flat.content import Content
 from ..tensors import Float
-from ..tuner.adapter_folder import VECTOR_PREFIX, Shape
-from ..tuner.config import DVoRAConfig
-from ..tuner.flat.content import Content
 from .saved import SETTINGS, VALUES, AdapterFiles, described_in, told_of
 
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)

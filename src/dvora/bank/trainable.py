@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..factors import Factors, Pass, StackConstants, current_pass, saved_here, stacked_factors
 from ..functional import Vectors
+from ..peft.flat.row_factors import with_zeros
+from ..peft.layers.opaque_weight import keep_differentiable
 from ..tensors import Float, is_traced
-from ..tuner.flat.row_factors import with_zeros
-from ..tuner.layers.opaque_weight import keep_differentiable
 from .factors import FactorRows, LayerPlace
 from .rows import CurrentRows, RowIndex, check_names
 from .served import ServedHead, ServedLayer

@@ -18,10 +18,10 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..peft.layers.layer import DVoRALayer
+from ..peft.layers.layer_types import LAYER_TYPES
+from ..peft.layers.opaque_weight import device_of, input_dtype
 from ..tensors import Float
-from ..tuner.layers.layer import DVoRALayer
-from ..tuner.layers.layer_types import LAYER_TYPES
-from ..tuner.layers.opaque_weight import device_of, input_dtype
 from ..weight import Layout
 
 Values = Mapping[str, Tensor]

@@ -10,8 +10,8 @@ from peft import PeftModel
 from dvora.tools.analysis import analyze, layer_type
 from dvora.tools.analysis.measures import change
 from dvora.tools.analysis.pictures import log_limits
+from tests.peft import tiny
 from tests.tools.doctor.patients import METHODS, adapted, patient
-from tests.tuner import tiny
 
 LAYERS = ["lin0", "lin1", "lin2"]
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 import dvora
-from tests.tuner import tiny
+from tests.peft import tiny
 
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "dvora": lambda **more: dvora.DVoRAConfig(**{"r": 8, **more}),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dvora.tools.doctor import Finding, examine
 from dvora.training import parameter_groups, recommended_rates
+from tests.peft import tiny
 from tests.tools.doctor.patients import METHODS, adapted, four_bits, inputs, patient
-from tests.tuner import tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),

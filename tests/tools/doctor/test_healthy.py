@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import nn
 
 from dvora.tools.doctor import Examination, examine
+from tests.peft import tiny
 from tests.tools.doctor.patients import METHODS, Convolved, adapted, inputs, patient
-from tests.tuner import tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...tuner.convert.converted import Converted
-from ...tuner.convert.from_vera import from_vera
-from ...tuner.convert.to_dense import dense_updates
-from ...tuner.convert.to_dora import to_dora
+from ...peft.convert.converted import Converted
+from ...peft.convert.from_vera import from_vera
+from ...peft.convert.to_dense import dense_updates
+from ...peft.convert.to_dora import to_dora
 from ...whole_files import new_folder
 from ..models.adapter_folder import VALUES, read_adapter
 from ..models.adapters import load_adapted

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from ...adapter import diagnostics
-from ...tuner.config import DVoRAConfig
-from ...tuner.layers.layer import layers_in
+from ...peft.config import DVoRAConfig
+from ...peft.layers.layer import layers_in
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import config_of_adapter, load_adapted
 

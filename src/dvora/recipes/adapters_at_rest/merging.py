@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from peft import PeftModel
 from transformers.utils.hub import cached_file
 
-from ...tuner.merging import merge_model
-from ...tuner.model import DVoRAModel
+from ...peft.merging import merge_model
+from ...peft.model import DVoRAModel
 from ...weight import MergePrecisionWarning
 from ...whole_files import check_new_folder, new_folder
 from ..models.adapter_folder import Adapter, read_adapter

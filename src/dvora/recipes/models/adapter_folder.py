@@ -10,9 +10,9 @@ from typing import Any
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 
+from ...peft.adapter_folder import shapes_in_header
+from ...peft.expressions import check_expressions
 from ...tools.pages.text import did_you_mean
-from ...tuner.adapter_folder import shapes_in_header
-from ...tuner.expressions import check_expressions
 from ..files import check_readable, read_json
 from .hub import offline
 

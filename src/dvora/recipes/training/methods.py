@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from ...peft import DVoRAConfig
 from ...training import parameter_groups, recommended_rates
-from ...tuner import DVoRAConfig
 from ..models.bases import Base
 from ..run_folder import HEAD_FILE
 from ..settings import METHODS, Group, Method, Settings, Task

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...functional import unit_rows
+from ...peft.layers.layer import DVoRALayer
 from ...tensors import bias_of
-from ...tuner.layers.layer import DVoRALayer
 from ..dense_rebuild import Subject, Term
 from .findings import Finding, within_limits
 from .watched import distance

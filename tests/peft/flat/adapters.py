@@ -1,0 +1,68 @@
+"""Adapters of many kinds, in a model and as it saves them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from dvora import DVoRAConfig
+from tests.peft.layer_cases import CASES as LAYER_TYPES
+from tests.peft.tiny import LAYERS, MODELS, train_vectors
+
+
+class Kind(NamedTuple):
+    """A base and the settings of its adapter."""
+
+    base: Callable[[], nn.Module]
+    settings: dict[str, Any]
+
+    def fresh(self, **settings: Any) -> PeftModel:
+        """The base with an adapter that was not trained."""
+        return get_peft_model(self.base(), DVoRAConfig(**{**self.settings, **settings})).eval()
+
+    def trained(self, seed: int = 0, **settings: Any) -> PeftModel:
+        """The same with vectors, heads, biases and tokens as if trained."""
+        model = self.fresh(**settings)
+        train_vectors(model, seed=seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.add_(torch.linspace(-0.1, 0.1 + 0.1 * seed, parameter.numel()).view_as(parameter))
+        return model
+
+
+def saved(model: PeftModel, folder: Path, **options: Any) -> Path:
+    """The folder of a model's adapter."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def mlp(**settings: Any) -> Kind:
+    return Kind(MODELS["mlp"], {"r": 4, "target_modules": LAYERS["mlp"], **settings})
+
+
+KINDS = {
+    **{name: Kind(case.base, {"r": 5, **case.settings}) for name, case in LAYER_TYPES.items()},
+    **{f"{name} model": Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]}) for name in MODELS},
+    "patterns": mlp(alpha=3.5, rank_pattern={"lin1": 7}, alpha_pattern={"lin0": 2.0}, direction="weight"),
+    "scales in one shape": Kind(
+        MODELS["bert"],
+        {"r": 3, "target_modules": ["query"], "alpha_pattern": {"layer.0.attention.self.query": 2.0}},
+    ),
+    "structured": mlp(projection_init="structured", projection_seed=7, save_projection=True),
+    "magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"]),
+    "own biases": mlp(bias="dvora_only"),
+    "all biases": Kind(MODELS["bert"], {"r": 3, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
+    "head": mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"]),
+    "classifier": Kind(MODELS["bert"], {"r": 3, "target_modules": LAYERS["bert"][:2], "task_type": "SEQ_CLS"}),
+    "tokens": Kind(MODELS["llama"], {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
+    "embeddings": Kind(MODELS["llama"], {"r": 3, "target_modules": ["embed_tokens", "q_proj"]}),
+}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Of float32 values."""
+    return tensor.detach().contiguous().view(torch.int32)

@@ -1,0 +1,406 @@
+"""From an adapter to a vector and back: every value, at its place, or an error and no value at all."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from dvora import DVoRAConfig, flat
+from dvora.flat import Layout
+from tests.interrupted import interrupted_at
+from tests.peft.flat.adapters import KINDS, Kind, bits, mlp, saved
+from tests.peft.models_compared import assert_unchanged, snapshot
+from tests.peft.tiny import MODELS, gradients, outputs, same_bits, train_vectors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
+]
+NAN, INF = float("nan"), float("inf")
+
+
+def state(model: PeftModel) -> dict[str, Tensor]:
+    """What PEFT would save of the adapter, apart from what it repeats of the base."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_vector_takes_a_whole_adapter_to_another_model(name: str) -> None:
+    model, other = KINDS[name].trained(), KINDS[name].fresh()
+    layout = Layout.of(model)
+    layout.from_vector(layout.to_vector(model), other)
+    expected, found = state(model), state(other)
+    assert expected.keys() == found.keys()
+    trained = [key for key in expected if "original_module" not in key and "dvora_projections" not in key]
+    assert all(same_bits(found[key], expected[key]) for key in trained)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layout_and_vector_of_a_folder_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    model = KINDS[name].trained()
+    folder = saved(model, tmp_path)
+    layout, of_folder = Layout.of(model), Layout.of(folder)
+    assert of_folder == layout
+    assert of_folder.digest == layout.digest
+    assert hash(of_folder) == hash(layout)
+    assert torch.equal(bits(of_folder.to_vector(str(folder))), bits(layout.to_vector(model)))
+
+
+def test_a_folder_of_pickled_values_is_read_too(tmp_path: Path) -> None:
+    model = mlp().trained()
+    folder = saved(model, tmp_path, safe_serialization=False)
+    assert not list(folder.glob("*.safetensors"))
+    assert torch.equal(Layout.of(folder).to_vector(folder), Layout.of(model).to_vector(model))
+
+
+@given(data=st.data(), name=st.sampled_from(["patterns", "magnitudes", "head", "own biases", "tokens"]))
+def test_what_is_written_is_read_bit_for_bit(data: st.DataObject, name: str) -> None:
+    model = KINDS[name].fresh()
+    layout = Layout.of(model)
+    values = data.draw(st.lists(st.floats(-1e6, 1e6, width=32), min_size=layout.size, max_size=layout.size))
+    vector = torch.tensor(values)
+    layout.from_vector(vector, model)
+    assert torch.equal(bits(layout.to_vector(model)), bits(vector))
+
+
+def test_layers_come_by_name_and_then_what_is_saved_whole() -> None:
+    model = KINDS["head"].trained()
+    layout = Layout.of(model)
+    vector, own = layout.to_vector(model), state(model)
+    names = [f"{layer}.dvora_{v}" for layer in ("lin0", "lin1") for v in ("magnitude", "lambda_b", "lambda_d")]
+    expected = torch.cat([own[f"base_model.model.{key}"].flatten() for key in [*names, "lin2.weight"]])
+    assert torch.equal(vector, expected)
+    assert layout.size == len(expected)
+
+
+def test_a_vector_is_a_copy_in_float32() -> None:
+    model = mlp().trained()
+    layout = Layout.of(model)
+    vector = layout.to_vector(model)
+    assert (vector.dtype, vector.is_contiguous(), vector.requires_grad) == (torch.float32, True, False)
+    before = snapshot(model)
+    vector.zero_()
+    assert_unchanged(model, before)
+
+
+def test_of_several_adapters_the_named_one_is_read_and_written() -> None:
+    model = mlp().trained()
+    model.add_adapter("legal", DVoRAConfig(**mlp().settings))
+    train_vectors(model, "legal", seed=1)
+    first, second = Layout.of(model), Layout.of(model, "legal")
+    assert first == second
+    kept, vector = second.to_vector(model), first.to_vector(model)
+    assert not torch.equal(kept, vector)
+    first.from_vector(-vector, model)
+    assert torch.equal(first.to_vector(model), -vector)
+    assert torch.equal(second.to_vector(model), kept)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.Sequential], ids=["compiled", "in another module"])
+def test_a_model_may_be_wrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = KINDS["classifier"].trained()
+    layout, wrapped = Layout.of(model), wrap(model)
+    assert Layout.of(wrapped) == layout
+    vector = layout.to_vector(wrapped)
+    layout.from_vector(2 * vector, wrapped)
+    assert torch.equal(layout.to_vector(model), 2 * vector)
+
+
+def test_adapters_may_be_injected_without_a_peft_model() -> None:
+    kind = mlp()
+    injected = inject_adapter_in_model(DVoRAConfig(**kind.settings), kind.base())
+    layout = Layout.of(kind.fresh())
+    assert Layout.of(injected) == layout
+    vector = layout.to_vector(kind.trained())
+    layout.from_vector(vector, injected)
+    assert torch.equal(layout.to_vector(injected), vector)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_in_evaluation_uses_new_values_at_once(inference: bool) -> None:
+    model, other = KINDS["bert model"].trained(), KINDS["bert model"].trained(seed=1)
+    layout = Layout.of(model)
+    outputs(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    versions = [p._version for p in parameters]
+    with torch.inference_mode(inference):
+        layout.from_vector(layout.to_vector(other), model)
+    assert same_bits(outputs(model), outputs(other))
+    assert all(p._version > version for p, version in zip(parameters, versions, strict=True))
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in parameters]
+
+
+def test_gradients_stay_and_training_goes_on() -> None:
+    model, other = mlp().trained(), mlp().trained(seed=1)
+    layout = Layout.of(model)
+    before = gradients(model.train())
+    layout.from_vector(layout.to_vector(other), model)
+    assert all(same_bits(p.grad, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+    after, expected = gradients(model), gradients(other.train())
+    assert all(same_bits(after[name], expected[name]) for name in expected)
+
+
+def test_views_write_into_their_vector() -> None:
+    model = KINDS["magnitudes"].trained()
+    layout = Layout.of(model)
+    vector = layout.to_vector(model)
+    views = layout.views(vector)
+    assert {name: tuple(map(len, three)) for name, three in views.items()} == {
+        "lin0": (24, 0, 0),
+        "lin1": (24, 24, 4),
+        "lin2": (6, 0, 0),
+    }
+    views["lin1"].lambda_b.fill_(3)
+    layout.from_vector(vector, model)
+    assert torch.equal(model.base_model.model.lin1.vectors("default").lambda_b, torch.full((24,), 3.0))
+    assert layout.views(vector.repeat(5, 1))["lin1"].lambda_d.shape == (5, 4)
+
+
+def test_a_point_between_two_vectors_is_the_interpolated_adapter() -> None:
+    model = mlp().trained()
+    model.add_adapter("other", DVoRAConfig(**mlp().settings))
+    train_vectors(model, "other", seed=1)
+    model.interpolate_adapters("default", "other", 0.25, "between")
+    a, b, between = (Layout.of(model, name).to_vector(model) for name in ("default", "other", "between"))
+    assert torch.equal(torch.lerp(a, b, 0.25), between)
+
+
+def test_a_half_precision_head_is_widened_exactly_and_rounded_when_written() -> None:
+    kind = Kind(lambda: MODELS["mlp"]().bfloat16(), KINDS["head"].settings)
+    model = kind.fresh()
+    layout = Layout.of(model)
+    head = model.base_model.model.lin2.modules_to_save["default"].weight
+    assert head.dtype == torch.bfloat16
+    vector = layout.to_vector(model)
+    assert torch.equal(vector[-head.numel() :].bfloat16(), head.flatten())
+    layout.from_vector(vector + 1e-5, model)
+    assert torch.equal(head.flatten(), (vector + 1e-5)[-head.numel() :].bfloat16())
+    half = Kind(lambda: MODELS["mlp"]().half(), KINDS["head"].settings).fresh()
+    with pytest.raises(ValueError, match=r"lin2\.weight that are too large for its dtype, torch\.float16"):
+        layout.from_vector(torch.full((layout.size,), 1e5), half)
+
+
+def test_one_tensor_under_two_names_gets_one_value() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.heads = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+            self.heads[1].weight = self.heads[0].weight
+
+    model = get_peft_model(Tied(), DVoRAConfig(r=2, target_modules=["body"], modules_to_save=["heads"]))
+    layout = Layout.of(model)
+    vector = layout.to_vector(model)
+    layout.from_vector(2 * vector, model)
+    assert torch.equal(layout.to_vector(model), 2 * vector)
+    vector[-1] += 1
+    with pytest.raises(ValueError, match=r"heads\.0\.weight and heads\.1\.weight, which are one tensor"):
+        layout.from_vector(vector, model)
+    assert torch.equal(layout.to_vector(model)[:-1], 2 * vector[:-1])
+
+
+def test_an_interruption_leaves_all_of_the_old_values_or_all_of_the_new() -> None:
+    model = KINDS["head"].trained()
+    layout = Layout.of(model)
+    old = layout.to_vector(model)
+    new = 2 * old
+    moment, seen = 0, set()
+    while interrupted_at(moment, partial(layout.from_vector, new, model)):
+        now = layout.to_vector(model)
+        assert torch.equal(now, old) or torch.equal(now, new)
+        seen.add(torch.equal(now, new))
+        layout.from_vector(old, model)
+        moment += 1
+    assert False in seen
+    assert torch.equal(layout.to_vector(model), new)
+
+
+def test_an_error_within_the_write_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp().trained()
+    layout, before = Layout.of(model), snapshot(model)
+
+    def fails(own: list[Tensor], values: list[Tensor]) -> None:
+        own[0].copy_(values[0])
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layout.from_vector(torch.ones(layout.size), model)
+    assert_unchanged(model, before)
+
+
+def at(index: int, value: float) -> Callable[[Tensor], Tensor]:
+    """A vector with another value in one place."""
+    return lambda vector: vector.index_fill(0, torch.tensor([index]), value)
+
+
+BAD_VECTORS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "a list": (lambda v: v.tolist(), TypeError, r"vector must be a tensor of 120 values, got list"),
+    "too short": (lambda v: v[1:], ValueError, r"vector has shape \(119,\), expected \(120,\)"),
+    "a batch": (lambda v: v.repeat(2, 1), ValueError, r"vector has shape \(2, 120\), expected \(120,\)"),
+    "a number": (lambda v: v[0], ValueError, r"vector has shape \(\), expected \(120,\)"),
+    "half": (lambda v: v.half(), TypeError, r"vector is torch\.float16, expected torch\.float32: half precision"),
+    "double": (lambda v: v.double(), TypeError, r"vector is torch\.float64, expected torch\.float32"),
+    "complex": (lambda v: v.cfloat(), TypeError, r"vector is torch\.complex64, expected torch\.float32"),
+    "NaN": (at(30, NAN), ValueError, r"not finite, the first at index 30 \(lambda_b of lin0\)"),
+    "infinite": (at(-1, -INF), ValueError, r"not finite, the first at index 119 \(lambda_d of lin2\)"),
+    "far": (at(-1, 1e38), ValueError, r"lin2: magnitude, lambda_b and lambda_d in the adapter are so large"),
+    "without values": (lambda v: v.to("meta"), ValueError, r"on meta, expected a dense tensor"),
+    "sparse": (lambda v: v.to_sparse(), ValueError, r"layout torch\.sparse_coo on cpu, expected a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VECTORS)
+def test_a_bad_vector_is_refused_and_nothing_is_written(name: str) -> None:
+    damaged, error, message = BAD_VECTORS[name]
+    model = mlp().trained()
+    layout, before = Layout.of(model), snapshot(model)
+    with pytest.raises(error, match=message):
+        layout.from_vector(damaged(layout.to_vector(model)), model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", sorted(set(BAD_VECTORS) - {"a batch", "far"}))
+def test_factors_refuse_what_writing_refuses(name: str) -> None:
+    damaged, error, message = BAD_VECTORS[name]
+    model = mlp().trained()
+    layout = Layout.of(model)
+    with pytest.raises(error, match=message.replace(r"expected \(120,\)", r"expected \(120,\) or \(N, 120\)")):
+        layout.factors(model, damaged(layout.to_vector(model)))
+
+
+def test_factors_that_are_not_finite_are_refused() -> None:
+    model = mlp().trained()
+    layout = Layout.of(model)
+    vectors = layout.to_vector(model).repeat(2, 1)
+    vectors[1] = at(119, 1e38)(vectors[1])
+    with pytest.raises(ValueError, match=r"vector gives lin2 factors that are not finite"):
+        layout.factors(model, vectors)
+    vectors[1, 119] = 1e13
+    assert layout.factors(model, vectors)
+
+
+def test_a_vector_names_its_device_where_it_cannot_be_used() -> None:
+    model = mlp().trained()
+    layout = Layout.of(model)
+    model.base_model.model.lin1.dvora_adapted["default"].w = torch.empty(24, device="meta")
+    with pytest.raises(ValueError, match=r"vector is on cpu, and lin1 of the model on meta; pass vector\.to\('meta'\)"):
+        layout.factors(model, layout.to_vector(model))
+
+
+@pytest.mark.parametrize("use", ["to_vector", "from_vector", "factors"])
+def test_an_adapter_of_another_layout_is_refused(use: str) -> None:
+    model, layout = mlp().trained(), Layout.of(mlp(r=5).fresh())
+    before = snapshot(model)
+    vector = torch.ones(layout.size)
+    calls = {
+        "to_vector": lambda: layout.to_vector(model),
+        "from_vector": lambda: layout.from_vector(vector, model),
+        "factors": lambda: layout.factors(model, vector),
+    }
+    with pytest.raises(ValueError, match=r"not that of adapter 'default' of the model.*: lin0 is out_features"):
+        calls[use]()
+    assert_unchanged(model, before)
+
+
+def test_a_merged_adapter_is_read_and_not_written() -> None:
+    model = mlp().trained()
+    layout = Layout.of(model)
+    vector = layout.to_vector(model)
+    model.merge_adapter()
+    before = snapshot(model)
+    assert torch.equal(layout.to_vector(model), vector)
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged into lin0; call unmerge_adapter first"):
+        layout.from_vector(2 * vector, model)
+    with pytest.raises(ValueError, match=r"adapters are merged into lin0 \(default\).*call unmerge_adapter first"):
+        layout.factors(model, vector)
+    assert_unchanged(model, before)
+
+
+def test_double_and_half_vectors_are_refused(tmp_path: Path) -> None:
+    double = Kind(lambda: MODELS["mlp"]().double(), mlp().settings).trained()
+    layout = Layout.of(double)
+    for source in (double, saved(double, tmp_path)):
+        with pytest.raises(TypeError, match=r"lin0\.dvora_magnitude is torch\.float64, and a vector is float32"):
+            layout.to_vector(source)
+    with pytest.raises(TypeError, match=r"model: lin0\.dvora_magnitude is torch\.float64, expected torch\.float32"):
+        layout.from_vector(torch.ones(layout.size), double)
+    half = mlp().trained()
+    half.base_model.model.lin1.dvora_lambda_b["default"].data = torch.zeros(24, dtype=torch.half)
+    with pytest.raises(TypeError, match=r"model: lin1\.dvora_lambda_b is torch\.float16, expected torch\.float32"):
+        layout.from_vector(torch.ones(layout.size), half)
+
+
+def test_vectors_that_are_not_here_are_refused() -> None:
+    model = mlp().trained()
+    layout = Layout.of(model)
+    vectors = model.base_model.model.lin1.dvora_magnitude
+    vectors["default"] = nn.Parameter(vectors["default"].to("meta"))
+    for use in (layout.to_vector, partial(layout.from_vector, torch.ones(layout.size))):
+        with pytest.raises(ValueError, match=r"lin1\.dvora_magnitude is on the meta device and has no values yet"):
+            use(model)
+    vectors["default"] = nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError, match=r"lin1\.dvora_magnitude is sharded between the processes"):
+        layout.to_vector(model)
+
+
+def test_sources_without_an_adapter_are_named() -> None:
+    model = mlp().trained()
+    lora = get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"]))
+    with pytest.raises(ValueError, match=r"adapter_name: there is no adapter 'legal' in .*MLP, only \['default'\]"):
+        Layout.of(model, "legal")
+    with pytest.raises(ValueError, match=r"there is no adapter 'default' in the model of type MLP, only \[\]"):
+        Layout.of(MODELS["mlp"]())
+    with pytest.raises(TypeError, match=r"'default' in the model is an adapter of type .*LORA; only DVoRA"):
+        Layout.of(lora)
+    with pytest.raises(TypeError, match=r"source must be a model or the folder of an adapter, got dict"):
+        Layout.of({})
+
+
+def test_a_layout_survives_json_and_does_not_change() -> None:
+    model = KINDS["tokens"].trained()
+    layout = Layout.of(model)
+    again = Layout.from_dict(json.loads(json.dumps(layout.to_dict())), "legal")
+    assert again == layout
+    assert (again.content, again.digest, again.size) == (layout.content, layout.digest, layout.size)
+    assert again.adapter_name == "legal"
+    assert copy.deepcopy(layout) == layout
+    with pytest.raises(FrozenInstanceError):
+        layout.size = 3
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another version": (lambda d: {**d, "format_version": 2}, r"format_version 2, expected 1"),
+    "not a layout": (lambda d: [d], r"format_version None, expected 1"),
+    "something missing": (lambda d: {k: v for k, v in d.items() if k != "base"}, r"no layout can be read.*'base'"),
+    "a layer of two entries": (lambda d: {**d, "layers": [["lin0", 24]]}, r"no layout can be read"),
+    "an unknown setting": (lambda d: {**d, "settings": {**d["settings"], "x": 1}}, r"no layout can be read"),
+    "a changed size": (lambda d: {**d, "layers": [["lin0", 25, 4, 1.0], *d["layers"][1:]]}, r"was changed on the way"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_layout_is_refused(name: str) -> None:
+    damage, message = DAMAGES[name]
+    with pytest.raises(ValueError, match=message):
+        Layout.from_dict(damage(Layout.of(mlp().fresh()).to_dict()))
+
+
+def test_a_layout_says_what_it_is() -> None:
+    text = repr(Layout.of(KINDS["head"].fresh()))
+    assert text.startswith("Layout(")
+    assert text.endswith(": 248 values; layers: 2 of 24 x r4; 1 saved whole)")
+
+
+def test_the_public_names() -> None:
+    assert flat.__all__ == ["LayerFactors", "Layout"]

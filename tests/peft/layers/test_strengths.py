@@ -1,0 +1,303 @@
+"""Strength, interpolation and weighted sums of the adapters of a model."""
+
+import copy
+import sys
+from collections import OrderedDict
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+
+from dvora import DVoRAConfig
+from dvora.peft.layers.layer import StrengthDict
+from tests.peft.dense_weights import DenseModel
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.subjects import Subject, second
+from tests.peft.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
+
+MLP = ["lin0", "lin1", "lin2"]
+
+
+def adapted(**settings: object) -> PeftModel:
+    """The tiny MLP with adapters "default" and "second", as if trained."""
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=MLP, **settings)).eval()
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=MLP, **settings))
+    for seed, name in enumerate(("default", "second")):
+        train_vectors(model, name, seed)
+    return model
+
+
+def with_adapters(model: PeftModel, *names: str) -> Tensor:
+    model.base_model.set_adapter(list(names))
+    return outputs(model)
+
+
+def same_lambda_d(model: PeftModel, factor: float = 1.0) -> None:
+    with torch.no_grad():
+        for _, layer in dvora_layers(model):
+            layer.vectors("second").lambda_d.copy_(factor * layer.vectors("default").lambda_d)
+
+
+def test_strength_zero_is_the_base_and_one_the_adapter_to_the_last_bit() -> None:
+    model = adapted()
+    full = outputs(model)
+    model.set_strength(0.0)
+    with model.disable_adapter():
+        base = outputs(model)
+    assert same_bits(outputs(model), base)
+    model.set_strength(1.0)
+    assert same_bits(outputs(model), full)
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.7, -0.5])
+def test_strength_scales_the_difference_of_the_weights(strength: float) -> None:
+    model = adapted()
+    for _, layer in dvora_layers(model):
+        layer.full = layer.get_delta_weight("default")
+    model.set_strength(strength)
+    model.merge_adapter()
+    for name, layer in dvora_layers(model):
+        found = layer.stored() - layer.unmerged()
+        assert worst_difference(found, strength * layer.full) < 1e-5, name
+
+
+def test_strength_by_layer_name_leaves_the_others() -> None:
+    model = adapted()
+    model.set_strength({"lin1": 0.25})
+    assert {name: float(layer.strength("default")) for name, layer in dvora_layers(model)} == {
+        "lin0": 1.0,
+        "lin1": 0.25,
+        "lin2": 1.0,
+    }
+    assert float(next(dvora_layers(model))[1].strength("second")) == 1.0
+
+
+def test_a_strength_is_saved_with_the_adapter(tmp_path: Path) -> None:
+    model = adapted()
+    model.set_strength({"lin1": 0.25, "lin2": -1.0})
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path).eval()
+    assert same_bits(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize(
+    ("strength", "error", "message"),
+    [
+        (float("nan"), ValueError, "strength must be finite"),
+        ("0.5", TypeError, "strength must be a number, got '0.5'"),
+        (True, TypeError, "strength must be a number"),
+        ({"lin7": 0.5}, ValueError, "strength: no layer of adapter 'default' is named 'lin7'"),
+    ],
+)
+def test_a_bad_strength_changes_nothing(strength: object, error: type[Exception], message: str) -> None:
+    model = adapted()
+    before, expected = snapshot(model), outputs(model)
+    with pytest.raises(error, match=message):
+        model.set_strength(strength)
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+
+
+def test_the_strength_of_a_merged_adapter_is_not_changed() -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged into lin0; call unmerge_adapter first"):
+        model.set_strength(0.5)
+
+
+def test_the_strength_of_an_adapter_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"there is no adapter 'third', only \['default', 'second'\]"):
+        adapted().set_strength(0.5, "third")
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_interpolated_vectors_lie_between_those_of_the_ends(t: float) -> None:
+    model = adapted()
+    model.interpolate_adapters("default", "second", t, "between")
+    for _, layer in dvora_layers(model):
+        ends = zip(layer.vectors("default"), layer.vectors("second"), layer.vectors("between"), strict=True)
+        assert all(torch.equal(torch.lerp(a, b, t), found) for a, b, found in ends)
+    if t in (0.0, 1.0):
+        assert same_bits(with_adapters(model, "between"), with_adapters(model, "second" if t else "default"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 5}, "differ in rank: 4 and 5"),
+        ({"alpha": 2.0}, "differ in scaling"),
+        ({"direction": "weight"}, "differ in direction"),
+        ({"projection_seed": 1}, "different projection_seed"),
+        ({"projection_init": "kaiming_uniform"}, "different projection_init"),
+        ({"target_modules": ["lin0"]}, "has only one of the adapters|has one of the adapters"),
+        ({"bias": "dvora_only"}, "trains biases, tokens or whole modules"),
+    ],
+)
+def test_adapters_that_differ_in_more_than_values_are_not_interpolated(
+    settings: dict[str, object], message: str
+) -> None:
+    model = adapted()
+    model.add_adapter("other", DVoRAConfig(**{"r": 4, "target_modules": MLP, **settings}))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.interpolate_adapters("default", "other", 0.5, "between")
+    assert_unchanged(model, before)
+    assert "between" not in model.peft_config
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.1, True, "0.5", float("nan")])
+def test_interpolation_stays_between_the_ends(t: object) -> None:
+    with pytest.raises(ValueError, match="t must lie between 0"):
+        adapted().interpolate_adapters("default", "second", t, "between")
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.7])
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "one merged"])
+def test_a_weighted_sum_is_the_sum_of_the_updates(factor: float, merged: bool) -> None:
+    model = adapted()
+    same_lambda_d(model, factor)
+    model.set_strength(0.7, "default")
+    model.set_strength(-0.4, "second")
+    expected = with_adapters(model, "default", "second")
+    model.set_strength(1.0, "default")
+    model.set_strength(1.0, "second")
+    if merged:
+        model.merge_adapter(["default"])
+    # PEFT unmerges before it adds an adapter.
+    with pytest.warns(UserWarning, match="Unmerging the model first") if merged else nullcontext():
+        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
+    assert worst_difference(with_adapters(model, "sum"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("layer", [name for name in CASES if "weight_norm" not in name])
+def test_a_weighted_sum_is_right_for_every_layer_type(layer: str) -> None:
+    subject = Subject(layer, "float64")
+    model, x = subject.adapted(), subject.x()
+    second(model, subject)
+    same_lambda_d(model)
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
+    model.set_strength(0.7, "default")
+    model.set_strength(-0.4, "second")
+    with torch.no_grad():
+        model.base_model.set_adapter(["sum"])
+        expected = DenseModel(subject.base(), model, ("default", "second"))(x)
+        assert worst_difference(model(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize("direction", ["unit", "weight"])
+def test_a_weighted_sum_is_right_for_zero_rows(direction: str) -> None:
+    base = MODELS["mlp"]()
+    with torch.no_grad():
+        base.lin1.weight[2] = 0
+    model = get_peft_model(base, DVoRAConfig(r=4, target_modules=MLP, direction=direction)).eval()
+    train_vectors(model)
+    model.add_weighted_adapter(["default"], [0.6], "sum")
+    model.set_strength(0.6, "default")
+    assert worst_difference(with_adapters(model, "sum"), with_adapters(model, "default")) < 1e-5
+
+
+def test_adapters_trained_with_one_lambda_d_can_be_added_up() -> None:
+    model = adapted(train=["magnitude", "lambda_b"])
+    with torch.no_grad():
+        for _, layer in dvora_layers(model):
+            for name in ("default", "second"):
+                layer.vectors(name).lambda_d.fill_(0.1)
+    model.add_weighted_adapter(["default", "second"], [1, 1], "sum")
+    assert worst_difference(with_adapters(model, "sum"), with_adapters(model, "default", "second")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default", "second"], [1, 1], "sum"), "lin0: the adapters have different lambda_d.*Activate them together"),
+        ((["default"], [1], "second"), "there is an adapter 'second' already"),
+        ((["default", "third"], [1, 1], "sum"), r"\['third'\] given, the model has"),
+        (([], [], "sum"), "none given"),
+        ((["default"], [1, 2], "sum"), "weights has 2 entries for 1 adapters"),
+        ((["default"], [float("inf")], "sum"), "strength must be finite"),
+        ((["default"], [1], "sum", "svd"), "combination_type='svd' would only approximate"),
+    ],
+)
+def test_a_sum_that_is_not_exact_is_refused_and_changes_nothing(arguments: tuple[object, ...], message: str) -> None:
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert_unchanged(model, before)
+    assert set(model.peft_config) == {"default", "second"}
+
+
+@pytest.mark.parametrize("strength", [2**64, -(2**70)])
+def test_whole_numbers_of_any_size_are_strengths(strength: int) -> None:
+    model = adapted(strength=strength)
+    assert {float(layer.strength("default")) for _, layer in dvora_layers(model)} == {float(strength)}
+    model.set_strength(2 * strength)
+
+
+def test_a_whole_name_comes_before_the_end_of_another() -> None:
+    base = nn.Sequential(OrderedDict(layer=nn.Linear(4, 4), sub=nn.Sequential(OrderedDict(layer=nn.Linear(4, 4)))))
+    strengths = {"layer": 0.5, "sub.layer": 0.2}
+    for start in (1.0, strengths):
+        model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=2, target_modules=["layer"], strength=start))
+        model.set_strength(strengths)
+        assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)
+
+
+def test_a_strength_survives_the_meta_device() -> None:
+    model = adapted()
+    model.set_strength({"lin1": 0.4})
+    expected, values = outputs(model), copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu").load_state_dict(values)
+    assert same_bits(outputs(model), expected)
+    assert not any("strength" in key for key in values)
+
+
+def test_a_strength_is_known_without_asking_the_device() -> None:
+    strengths = StrengthDict()
+    strengths.put("default", 0.5, torch.zeros(3))
+
+    def known() -> tuple[float, float]:
+        return strengths.number("default"), float(strengths.value("default"))
+
+    strengths.to("meta")
+    assert strengths.number("default") == 0.5  # on "meta" there is nothing to ask
+    strengths.to_empty(device="cpu")
+    assert known() == (0.5, 0.5)
+    strengths.set("default", 2.0)
+    assert known() == (2.0, 2.0)
+    strengths.value("default").fill_(3.0)
+    assert strengths.number("default") == 3.0
+    strengths.double()
+    assert known() == (3.0, 3.0)
+
+
+def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted().train()
+    asked: list[str] = []
+
+    def ask(tensor: Tensor) -> bool:
+        asked.append(Path(sys._getframe(1).f_code.co_filename).name)
+        return tensor.item() != 0
+
+    monkeypatch.setattr(Tensor, "__bool__", ask)
+    x = torch.ones(600, 10)  # enough for the folded weight
+    for _ in range(2):  # the first makes factors layer by layer, the second all together
+        model(x).sum().backward()
+    # Of rows that nearly cancel, and of tiny gains; both on the CPU only.
+    assert set(asked) <= {"factors.py"}
+
+
+def test_an_adapter_of_the_magnitude_only_that_replaces_another_leaves_nothing_of_it() -> None:
+    model = inject_adapter_in_model(DVoRAConfig(r=4, target_modules=MLP), MODELS["mlp"]())
+    settings = {"target_modules": ["lin0"], "magnitude_modules": ["lin1", "lin2"]}
+    with pytest.warns(UserWarning, match="Already found"):
+        inject_adapter_in_model(DVoRAConfig(r=4, **settings), model)
+    fresh = inject_adapter_in_model(DVoRAConfig(r=4, **settings), MODELS["mlp"]())
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    assert same_bits(outputs(model), outputs(fresh))

@@ -1,0 +1,227 @@
+"""What is saved, and that loading it gives the same outputs bit for bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dvora import DVoRAConfig
+from tests.peft.convert.fresh_process import run_alone, run_fresh
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
+
+
+def adapted(name: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
+    config = DVoRAConfig(**{"r": 6, "target_modules": LAYERS[name], **options})
+    model = get_peft_model(MODELS[name]().to(dtype), config)
+    train_vectors(model)
+    return model.eval()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted(name, dtype)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS[name]().to(dtype), tmp_path)
+    assert same_bits(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution", "run"), [("bert", "structured", run_fresh), ("gpt2", "kaiming_uniform", run_alone)]
+)
+def test_a_fresh_process_gives_the_same_bits(
+    name: str, distribution: str, run: Callable[[str, Path, Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    model = adapted(name, projection_init=distribution)
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = run(name, tmp_path / "adapter", tmp_path)
+    assert same_bits(fresh["outputs"], outputs(model))
+    assert same_bits(fresh["merged"], outputs(model.merge_and_unload()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_path: Path) -> None:
+    model = adapted(name)
+    model.save_pretrained(tmp_path)
+    assert set(files(tmp_path)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    expected = {}
+    for layer_name, layer in dvora_layers(model):
+        for vector, size in (("magnitude", layer.out_features), ("lambda_b", layer.out_features), ("lambda_d", 6)):
+            expected[f"base_model.model.{layer_name}.dvora_{vector}"] = (size,)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: tuple(value.shape) for key, value in saved.items()} == expected
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        pytest.param({}, {}, id="vectors only"),
+        pytest.param({"bias": "all"}, {"bias": "all"}, id="all biases"),
+        pytest.param({"bias": "dvora_only"}, {"bias": "lora_only"}, id="biases of adapted layers"),
+        pytest.param({"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}, id="head"),
+    ],
+)
+def test_the_names_in_the_file_are_those_of_lora(ours: dict[str, object], theirs: dict[str, object]) -> None:
+    targets = ["query", "value"]
+    lora = get_peft_model(MODELS["bert"](), LoraConfig(target_modules=targets, **theirs))
+    names = {name.partition(".lora_")[0] for name in get_peft_model_state_dict(lora)}
+    model = adapted("bert", target_modules=targets, **ours)
+    assert {name.partition(".dvora_")[0] for name in get_peft_model_state_dict(model)} == names
+
+
+def test_the_config_holds_format_fingerprint_and_the_norms_of_the_base(tmp_path: Path) -> None:
+    model = adapted("bert")
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["projection_format"] == 1
+    assert len(saved["projection_fingerprint"]) == 16
+    norms = {n: float(layer.base_layer.weight.norm()) for n, layer in dvora_layers(model)}
+    assert {n: probes[0] for n, probes in saved["base_probes"].items()} == pytest.approx(norms, rel=1e-3)
+    assert saved["inference_mode"] is True
+
+
+def test_saving_twice_gives_equal_files(tmp_path: Path) -> None:
+    for folder, names in (("first", ["query", "value", "key"]), ("second", ["key", "value", "query"])):
+        model = adapted(
+            "bert", target_modules=names, exclude_modules=["1.attention.self.key", "0.attention.self.query"]
+        )
+        model.save_pretrained(tmp_path / folder)
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+def test_a_loaded_adapter_saves_equal_files(tmp_path: Path) -> None:
+    adapted("bert").save_pretrained(tmp_path / "first")
+    PeftModel.from_pretrained(MODELS["bert"](), tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+def test_saving_changes_nothing_and_works_while_merged(tmp_path: Path) -> None:
+    model = adapted("mlp")
+    model.save_pretrained(tmp_path / "unmerged")
+    model.merge_adapter()
+    before = outputs(model)
+    model.save_pretrained(tmp_path / "merged")
+    assert same_bits(outputs(model), before)
+    assert files(tmp_path / "unmerged") == files(tmp_path / "merged")
+
+
+def test_a_pickled_file_is_loaded_too(tmp_path: Path) -> None:
+    model = adapted("mlp")
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert same_bits(outputs(PeftModel.from_pretrained(MODELS["mlp"](), tmp_path)), outputs(model))
+
+
+def test_several_adapters_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
+    model = adapted("gpt2")
+    model.add_adapter("second", DVoRAConfig(r=9, target_modules=["c_proj"], projection_seed=4, direction="weight"))
+    train_vectors(model, "second", seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["gpt2"](), tmp_path / "second", adapter_name="other name")
+    loaded.load_adapter(tmp_path, "first")
+    for theirs, ours in (("second", "other name"), ("default", "first")):
+        model.set_adapter(theirs)
+        loaded.set_adapter(ours)
+        assert same_bits(outputs(loaded), outputs(model))
+
+
+def test_only_the_selected_adapter_is_saved(tmp_path: Path) -> None:
+    model = adapted("mlp")
+    model.add_adapter("second", DVoRAConfig(r=9, target_modules=["lin0"]))
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert set(files(tmp_path)) == {"README.md", "second/adapter_config.json", "second/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_loaded_adapter_trains_if_asked_to(is_trainable: bool, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    model = adapted("bert")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(tmp_path)
+    options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path, **options)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == (trainable if is_trainable else set())
+    assert not any(p.is_meta for p in loaded.parameters())
+    assert same_bits(outputs(loaded.eval()), outputs(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_adapter_is_loaded_with_low_cpu_mem_usage(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted("gpt2", dtype)
+    model.save_pretrained(tmp_path)
+    loaded = get_peft_model(MODELS["gpt2"]().to(dtype), DVoRAConfig(r=3, target_modules=["c_attn"]))
+    loaded.load_adapter(tmp_path, "trained", low_cpu_mem_usage=True)
+    loaded.set_adapter("trained")
+    assert same_bits(outputs(loaded.eval()), outputs(model))
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["classifier"]}, {"bias": "all"}, {"bias": "dvora_only"}], ids=str
+)
+def test_heads_and_biases_are_saved_and_loaded(options: dict[str, object], tmp_path: Path) -> None:
+    model = adapted("bert", target_modules=["query", "key"], **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".dvora_" not in name:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
+    assert same_bits(outputs(loaded), outputs(model))
+
+
+def test_each_kind_of_dtype_loads_onto_the_others(tmp_path: Path) -> None:
+    adapted("mlp", torch.float64).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["mlp"]().to(torch.bfloat16), tmp_path)
+    assert {v.dtype for _, layer in dvora_layers(loaded) for v in layer.vectors("default")} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "task_type"),
+    [
+        pytest.param("bert", AutoPeftModelForSequenceClassification, "SEQ_CLS", id="sequence classification"),
+        pytest.param("llama", AutoPeftModelForCausalLM, "CAUSAL_LM", id="causal"),
+        pytest.param("gpt2", AutoPeftModelForCausalLM, "CAUSAL_LM", id="causal, Conv1D"),
+        pytest.param("llama", AutoPeftModel, None, id="the class in the config"),
+    ],
+)
+def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: str | None, tmp_path: Path) -> None:
+    base = MODELS[name]()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, DVoRAConfig(r=4, target_modules=LAYERS[name], task_type=task_type))
+    train_vectors(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    options = {"num_labels": 3} if task_type == "SEQ_CLS" else {}
+    loaded = auto.from_pretrained(tmp_path / "adapter", **options)
+    assert type(loaded) is type(model)
+    assert same_bits(outputs(loaded), outputs(model))
+
+
+def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: Path) -> None:
+    model = adapted("bert", save_projection=True)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = "base_model.dvora_projections."
+    matrices = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+    shared = next(dvora_layers(model))[1].adapted("default").shared
+    assert matrices.keys() == shared.saved_tensors().keys()
+    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.saved_tensors().items())
+    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
+    assert same_bits(outputs(loaded), outputs(model))

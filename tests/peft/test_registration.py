@@ -1,0 +1,62 @@
+"""PEFT knows the method by name, once."""
+
+import copy
+import json
+import pickle
+from enum import Enum
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+
+from dvora import DVoRAConfig, DVoRAModel
+from dvora.peft.registration import extend_peft_type, register
+
+
+def test_peft_finds_config_model_and_prefix_by_the_type() -> None:
+    kind = PeftType["DVORA"]
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is DVoRAConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is DVoRAModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == "dvora_"
+
+
+def test_the_type_is_a_member_like_any_other() -> None:
+    kind = PeftType["DVORA"]
+    assert isinstance(kind, PeftType)
+    assert isinstance(kind, Enum)
+    assert PeftType("DVORA") is kind
+    assert PeftType.DVORA is kind
+    assert kind in list(PeftType)
+    assert kind in PeftType
+    assert kind == "DVORA"
+    assert (kind.name, kind.value) == ("DVORA", "DVORA")
+    assert repr(kind) == repr(PeftType.LORA).replace("LORA", "DVORA")
+    assert str(kind) == str(PeftType.LORA).replace("LORA", "DVORA")
+    assert len({PeftType.LORA, kind, PeftType["DVORA"]}) == 2
+    assert json.dumps(kind) == '"DVORA"'
+
+
+def test_the_type_survives_copies_and_pickles() -> None:
+    kind = PeftType["DVORA"]
+    assert copy.copy(kind) is kind
+    assert copy.deepcopy(kind) is kind
+    assert all(pickle.loads(pickle.dumps(kind, protocol)) is kind for protocol in range(pickle.HIGHEST_PROTOCOL + 1))
+
+
+def test_registering_twice_does_nothing() -> None:
+    members, mappings = list(PeftType), [dict(m) for m in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)]
+    register()
+    extend_peft_type()
+    assert list(PeftType) == members
+    assert mappings == [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING]
+
+
+def test_the_other_methods_are_left_alone() -> None:
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is peft.LoraConfig
+    assert [kind.name for kind in PeftType].count("DVORA") == 1
+
+
+def test_get_peft_config_makes_the_config_from_a_dictionary() -> None:
+    config = peft.get_peft_config({"peft_type": "DVORA", "r": 7, "target_modules": ["query"]})
+    assert isinstance(config, DVoRAConfig)
+    assert config.r == 7
