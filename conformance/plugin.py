@@ -21,8 +21,8 @@ from conformance.counterparts import METHODS, InPlaceOfLora, NoCounterpartError,
 from conformance.stand_ins import stand_ins
 from conformance.table import HERE, Table
 from dvora import DVoRAConfig
-from dvora.peft.layers.layer import DVoRALayer
-from dvora.peft.layers.param_wrapper import ParamWrapper
+from dvora.peft.layer import DVoRALayer
+from dvora.peft.parameters import ParamWrapper
 
 IN_PLACE_OF = {"LoraConfig": InPlaceOfLora, "LoraLayer": DVoRALayer, "ParamWrapper": ParamWrapper}
 # Functions of theirs that skip a test for methods that they know by name, and for all others.

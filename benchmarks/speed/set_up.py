@@ -17,7 +17,7 @@ from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
 from dvora.factors import Source, StackConstants, layer_factors
-from dvora.peft.layers.layer import DVoRALayer, layers_in
+from dvora.peft.layer import DVoRALayer, layers_in
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
 """in_features, out_features."""

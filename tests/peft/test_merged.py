@@ -7,7 +7,7 @@ from torch import nn
 
 import dvora
 from dvora import DVoRAConfig
-from dvora.peft.layers.layer import DVoRALayer, layers_in
+from dvora.peft.layer import DVoRALayer, layers_in
 from tests.peft.tiny import MODELS
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAConfig
 from dvora.factors import current_pass, remove_factor_pass
-from dvora.peft.layers.layer import layers_in
+from dvora.peft.layer import layers_in
 from tests.peft.tiny import train_vectors
 from tests.peft.towers import (
     CHANGED,

@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType
 
 from dvora import DVoRAConfig, DVoRAModel
-from dvora.peft.registration import extend_peft_type, register
+from dvora.peft import register
 
 
 def test_peft_finds_config_model_and_prefix_by_the_type() -> None:
@@ -46,7 +46,7 @@ def test_the_type_survives_copies_and_pickles() -> None:
 def test_registering_twice_does_nothing() -> None:
     members, mappings = list(PeftType), [dict(m) for m in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)]
     register()
-    extend_peft_type()
+    register()
     assert list(PeftType) == members
     assert mappings == [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..peft.layers.layer import adapted_outputs, check_gradient
-from ..peft.layers.mixed_rows import ActiveAdapter
+from ..peft.layer_types import ActiveAdapter, adapted_outputs, check_gradient
 from .factors import LayerPlace
 from .rows import CurrentRows
 from .served import ServedHead, ServedLayer

@@ -27,7 +27,6 @@ from ..matrices.vera import vera_sizes
 from .adapter_folder import AdapterFile, Shape, shapes_in
 from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match
-from .layers.vectors import strength_key
 
 _SIZING = (
     *("r", "rank_pattern", "target_modules", "target_parameters", "magnitude_modules", "exclude_modules"),
@@ -234,7 +233,8 @@ class DVoRAConfig(PeftConfig):
     def strength_of(self, layer_name: str) -> float:
         """The strength of a layer: `strength`, or its entry there, else 1."""
         if isinstance(self.strength, dict):
-            return self.strength.get(strength_key(self.strength, layer_name), 1.0)
+            exact = layer_name in self.strength
+            return self.strength.get(layer_name if exact else first_match(self.strength, layer_name), 1.0)
         return self.strength
 
     def _check_numbers(self) -> None:

@@ -1,79 +1,106 @@
-"""Passes the adapter names of a batch to every layer, for one call of the model and in its thread only."""
+"""A batch in which every row has an adapter of its own: PEFT's `adapter_names`, for one call of the model.
+
+PEFT enters `names_passed` within one function call of the model and leaves it there, so that no generator or task of a
+user can be suspended in between. Other threads and tasks may run the same modules meanwhile, so names are passed only
+where this batch is the current one of the context.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from .layers.layer import DVoRALayer
-from .layers.mixed_rows import BASE, Batch, in_progress, is_in_progress
-from .layers.param_wrapper import ParamWrapper
-from .restoring import surely
+from ..factors import Factors
+from ..tensors import Float, grad_recorded, is_traced
+from ..weight import AdaptedWeight
+from .layer_types import ActiveAdapter
+
+BASE = "__base__"
+"""PEFT's name for "no adapter" in a batch of adapter names."""
+
+
+class RowUpdate(NamedTuple):
+    """What adapters that share A and B do to the outputs of one layer."""
+
+    rows: list[int] | None
+    """Their rows; None if they are all."""
+    adapter: ActiveAdapter
+
+
+class Batch:
+    """One call of a model with an adapter for each row; compared by identity.
+
+    Args:
+        names: one a row.
+        in_encoder: the names for the encoder, whose rows beam search does not repeat.
+        silent: modules whose adapters rest: those of parameters, which would change every row.
+    """
+
+    def __init__(self, names: Sequence[str], in_encoder: Sequence[str], silent: Collection[nn.Module]) -> None:
+        self.names = names
+        self.in_encoder = in_encoder
+        self.silent = silent
+        self.updates: dict[tuple[int, int, int], list[RowUpdate]] = {}
+        """Without gradients, of every layer: generation asks for them with each token, and goes on as it began."""
+
+
+current_batch: ContextVar[Batch | None] = ContextVar("dvora_adapter_names", default=None)
+"""That of the call of a model that this context is in."""
+
+
+def is_silent(module: nn.Module) -> bool:
+    """Whether the adapters of a module rest in the current call."""
+    if torch.compiler.is_compiling():
+        return False
+    batch = current_batch.get()
+    return batch is not None and module in batch.silent
 
 
 @contextmanager
-def adapter_names_passed(model: nn.Module, names: Sequence[str], beams: int, encoder: set[nn.Module]) -> Iterator[None]:
-    """Pass `adapter_names` to the adapted layers.
+def in_call(batch: Batch | None) -> Iterator[None]:
+    """Make a batch, or None, that of this call; a model within another has no part in the rows of the outer one."""
+    if torch.compiler.is_compiling():
+        # A compiled graph has no context.
+        yield
+        return
+    before = current_batch.get()
+    current_batch.set(batch)
+    try:
+        yield
+    finally:
+        current_batch.set(before)
+
+
+@contextmanager
+def names_passed(batch: Batch, called: Collection[nn.Module], encoder: Collection[nn.Module]) -> Iterator[None]:
+    """Pass the names of a batch to modules that take `adapter_names`.
 
     Args:
-        model: with adapters.
-        names: one a row of the batch, or `BASE`.
-        beams: beam search repeats every row that often in all modules but the encoder's.
+        batch: the names.
+        called: the modules.
         encoder: the modules of the encoder.
-
-    Raises:
-        ValueError: a name is unknown, a row asks for an adapter of a parameter, or the model is in training mode.
     """
-    if model.training:
-        raise ValueError("adapter_names works for inference only; call model.eval() first")
-    # A layer may be in several places.
-    called = list(dict.fromkeys(_called_in(model)))
-    layers = [module for module in called if isinstance(module, DVoRALayer)]
-    known = {name for layer in layers for name in layer.dvora_adapted}
-    unknown = sorted(set(names) - known - {BASE})
-    if unknown:
-        raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(known)}")
-    parameters = [layer for layer in layers if isinstance(layer, ParamWrapper)]
-    for layer in parameters:
-        layer.check_serves_all_rows(names)
-    batch = Batch([name for name in names for _ in range(beams)], list(names))
-    handles: list[RemovableHandle] = []
-
-    def leave() -> None:
+    handles = []
+    try:
+        for module in called:
+            names = batch.in_encoder if module in encoder else batch.names
+            hook = partial(_with_names, batch=batch, names=names)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with in_call(batch):
+            yield
+    finally:
         for handle in handles:
             handle.remove()
-        for layer in parameters:
-            if batch in layer.silent_in:
-                layer.silent_in.remove(batch)
-
-    with surely(leave):
-        # Otherwise their active adapters would change every row.
-        for layer in parameters:
-            layer.silent_in.append(batch)
-        for module in called:
-            if isinstance(module, ParamWrapper):
-                continue
-            passing = partial(_pass, batch=batch, names=batch.in_encoder if module in encoder else batch.names)
-            handles.append(module.register_forward_pre_hook(passing, with_kwargs=True))
-        with in_progress(batch):
-            yield
 
 
-def _called_in(module: nn.Module) -> Iterator[nn.Module]:
-    """Adapted layers, and modules that are saved whole, without what adapters have in them: that may be thousands."""
-    if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper):
-        yield module
-    for child in [module.base_layer] if isinstance(module, DVoRALayer) else module.children():
-        yield from _called_in(child)
-
-
-def _pass(
+def _with_names(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
@@ -82,6 +109,100 @@ def _pass(
     names: Sequence[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     # Another thread may run a hook that is only half registered or removed: then without `kwargs`.
-    if kwargs is None or not is_in_progress(batch):
+    if kwargs is None or current_batch.get() is not batch:
         return None
     return args, {**kwargs, "adapter_names": names}
+
+
+def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:
+    """Refuse adapter names that do not fit the batch, or any while adapters are merged.
+
+    Raises:
+        ValueError: there is not one name a row, or an adapter is merged.
+    """
+    if len(adapter_names) != len(x):
+        raise ValueError(
+            f"{name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; pass one name a row"
+        )
+    if merged:
+        raise ValueError(
+            f"{name}: adapter_names cannot be used while adapters are merged ({', '.join(merged)}); call "
+            "unmerge_adapter first"
+        )
+
+
+def updates_in(
+    layer: object,
+    adapter_names: Sequence[str],
+    dimensions: int,
+    make: Callable[[Sequence[str], int], list[RowUpdate]],
+) -> list[RowUpdate]:
+    """The updates of a layer, made once in a call of the model that is not differentiated.
+
+    Args:
+        layer: compared by identity.
+        adapter_names: one a row.
+        dimensions: of the layer's outputs.
+        make: makes them from the names and the number of dimensions.
+    """
+    batch = None if is_traced() or grad_recorded() else current_batch.get()
+    if batch is None or (adapter_names is not batch.names and adapter_names is not batch.in_encoder):
+        return make(adapter_names, dimensions)
+    key = id(layer), id(adapter_names), dimensions
+    if key not in batch.updates:
+        batch.updates[key] = make(adapter_names, dimensions)
+    return batch.updates[key]
+
+
+def row_updates(
+    adapted: Mapping[str, AdaptedWeight],
+    factors: Mapping[str, Float[Tensor, "F"]],
+    adapter_names: Sequence[str],
+    dimensions: int,
+) -> list[RowUpdate]:
+    """The updates of a layer by row: one for all adapters that share A and B.
+
+    Args:
+        adapted: the frozen sides of the adapters in the batch that the layer has, by name.
+        factors: `Factors.row` of each.
+        adapter_names: one a row.
+        dimensions: of the layer's outputs.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, weight in adapted.items():
+        groups.setdefault(weight.update_key, []).append(name)
+    updates = []
+    for group in groups.values():
+        rows = None if len(groups) == 1 else [row for row, name in enumerate(adapter_names) if name in group]
+        names = list(adapter_names) if rows is None else [adapter_names[row] for row in rows]
+        values = torch.stack([factors[name] for name in group])
+        if group != names:
+            place = {name: place for place, name in enumerate(group)}
+            # The row of zeros behind them is the base's.
+            index = torch.tensor([place.get(name, len(group)) for name in names], device=values.device)
+            values = pad(values, (0, 0, 0, 1))[index]
+        first = adapted[group[0]]
+        updates.append(RowUpdate(rows, ActiveAdapter(first, Factors.of_rows(values, first.rank, dimensions), None)))
+    return updates
+
+
+def mixed_outputs(
+    x: Tensor,
+    base_output: Tensor,
+    updates: Sequence[RowUpdate],
+    adapt: Callable[[Tensor, Tensor, Sequence[ActiveAdapter]], Tensor],
+) -> Tensor:
+    """The outputs of a batch: of all rows at once, or for each A and B where there are several.
+
+    Args:
+        x: inputs.
+        base_output: of the base layer for all of them; rows without an update keep theirs.
+        updates: of the layer.
+        adapt: maps inputs and base outputs to the outputs with adapters.
+    """
+    if all(rows is None for rows, _ in updates):
+        return adapt(x, base_output, [adapter for _, adapter in updates])
+    output = base_output.clone()
+    for rows, adapter in updates:
+        output[rows] = adapt(x[rows], base_output[rows], [adapter])
+    return output

@@ -17,21 +17,30 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..factors import add_factor_pass, remove_factor_pass
 from ..functional import Vectors
 from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
+from .base_weight import keep_differentiable
 from .config import DVoRAConfig, own_config
-from .injecting.checks import check_adapter, check_settings, check_targets, warn_of_kept_dtype
-from .injecting.inject import PreparedTarget, add_adapter
-from .injecting.targets import find_targets, matches, names_found, wrap
-from .layers.layer import DVoRALayer, check_unmerged, layers_in, layers_of
-from .layers.mixed_rows import in_progress, this_thread
-from .layers.opaque_weight import keep_differentiable
-from .merging import merge_model, merging, unmerge_before_adding, unmerge_model
-from .mixed_batch import adapter_names_passed
-from .restoring import modules_as_they_are, on_failure
+from .injecting import (
+    PreparedTarget,
+    add_adapter,
+    check_adapter,
+    check_settings,
+    check_targets,
+    find_targets,
+    matches,
+    names_found,
+    restored_on_error,
+    wrap,
+)
+from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
+from .merging import merge_model, merged_or_restored, unmerge_model
+from .mixed_batch import BASE, Batch, current_batch, in_call, names_passed
+from .parameters import ParamWrapper
 from .state.checked_values import check_load, vectors_among
 from .state.state_dict import as_saved, from_saved
 from .state.withdrawal import withdrawal
@@ -46,14 +55,15 @@ class DVoRAModel(BaseTuner):
     """
 
     uses_shared_state = False
-    _prepared: dict[str, PreparedTarget]
+    _prepared: dict[str, list[PreparedTarget]]
+    """While an adapter is added, by the name of the module that PEFT finds."""
     prefix = "dvora_"
     tuner_layer_cls = DVoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # some are str
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # PEFT adds the new configuration to those of the model before anything is checked.
-        with on_failure(modules_as_they_are(model)):
+        with restored_on_error(model):
             super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -82,13 +92,24 @@ class DVoRAModel(BaseTuner):
             check_targets(targets, filled, model)
         else:
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(_COMPILED) for key in state_dict}
-            found = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
-            targets = [target._replace(name=target.name.removeprefix(_COMPILED)) for target in found]
-        self._prepared = check_adapter(targets, filled, model)
+            matched = find_targets(model, lambda name: name.removeprefix(_COMPILED) in named, config)
+            targets = [
+                target._replace(
+                    name=target.name.removeprefix(_COMPILED), module_name=target.module_name.removeprefix(_COMPILED)
+                )
+                for target in matched
+            ]
+        prepared = check_adapter(targets, filled, model)
         # PEFT keeps the caller's object and writes into it.
         config.target_modules, config.projection_fingerprint = filled.target_modules, filled.projection_fingerprint
-        unmerge_before_adding(model)
-        with on_failure(modules_as_they_are(self)):
+        if any(layer.merged for layer in layers_in(model)):
+            # As PEFT does, but all layers at once and before anything is changed.
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            unmerge_model(model)
+        self._prepared = {}
+        for one in prepared.values():
+            self._prepared.setdefault(one.target.module_name, []).append(one)
+        with restored_on_error(self):
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -168,7 +189,7 @@ class DVoRAModel(BaseTuner):
         return {name: own_config(config) for name, config in self.peft_config.items()}
 
     def _add_combined(self, adapter_name: str, config: DVoRAConfig, vectors: dict[str, Vectors]) -> None:
-        with on_failure(modules_as_they_are(self)):
+        with restored_on_error(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             set_vectors(self.model, adapter_name, vectors)
@@ -200,11 +221,15 @@ class DVoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if not merge:
+            return self._unload(progressbar)
+        self._check_merge_allowed()
         # Copies of all adapted weights stay on the CPU until the last layer is merged, to undo a failure.
-        if merge:
-            self._check_merge_allowed()
-        undo = modules_as_they_are(self)
-        with merging(self.model, adapter_names, safe_merge, undo) if merge else on_failure(undo):
+        with merged_or_restored(self.model, adapter_names, safe_merge):
+            return self._unload(progressbar)
+
+    def _unload(self, progressbar: bool) -> nn.Module:
+        with restored_on_error(self):
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         remove_factor_pass(self.model)
         return cast(nn.Module, self.model)
@@ -241,14 +266,14 @@ class DVoRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = own_config(peft_config)
-        wrapper, layers = wrap(target, current_key, parameter_name, parent)
-        for layer in layers:
-            add_adapter(layer, adapter_name, config, self._prepared[layer.name], self.active_adapters)
-        if wrapper is not target and any(other.disable_adapters for other in layers_in(self.model)):
-            for layer in layers:
-                layer.enable_adapters(False)
+        config, prepared = own_config(peft_config), self._prepared.get(current_key, [])
+        wrapper, layers = wrap(target, [one.target for one in prepared], parent)
+        for layer, one in zip(layers, prepared, strict=True):
+            add_adapter(layer, adapter_name, config, one, self.active_adapters)
         if wrapper is not target:
+            if any(other.disable_adapters for other in layers_in(self.model)):
+                for layer in layers:
+                    layer.enable_adapters(False)
             self._replace_module(parent, target_name, wrapper, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -257,14 +282,23 @@ class DVoRAModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing is cast: the vectors are kept in float32 whatever the base's dtype."""
-        if not autocast_adapter_dtype:
-            warn_of_kept_dtype(layers_of(self.model, adapter_name))
+        stored = [] if autocast_adapter_dtype else [layer.stored() for layer in layers_of(self.model, adapter_name)]
+        if any(weight is not None and weight.dtype.itemsize < 4 for weight in stored):
+            warnings.warn(
+                "autocast_adapter_dtype=False is ignored: the vectors stay in float32, because half precision would "
+                "round a magnitude by up to 0.4 %; they are kilobytes",
+                stacklevel=3,
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         names = vectors_among(state_dict) & self.peft_config.keys()
-        with on_failure(withdrawal(self, names)):
+        withdraw = withdrawal(self, names)
+        try:
             # One that ignores mismatched sizes has dropped them by now.
             check_load(self, state_dict, prefix)
+        except BaseException:
+            withdraw()
+            raise
         for name in names:
             own_config(self.peft_config[name]).awaited = None
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -288,22 +322,49 @@ class DVoRAModel(BaseTuner):
         check_unmerged(model, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, DVoRAModel)), None)
         # Without a tuner, as after `inject_adapter_in_model`, the adapter cannot be removed again.
-        with on_failure(*([withdrawal(tuner, [adapter_name])] if tuner else [])):
+        withdraw = withdrawal(tuner, [adapter_name]) if tuner else None
+        try:
             values = from_saved(model, own_config(config), adapter_name, state_dict)
             if tuner is None:
                 check_load(model, values)
             return values
+        except BaseException:
+            if withdraw is not None:
+                withdraw()
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` to every layer for the time of one forward pass; PEFT calls this."""
         if (names := kwargs.get("adapter_names")) is None:
             # A model within another whose rows have adapters of their own has no part in those.
-            alone = torch.compiler.is_compiling() or this_thread.batch is None
-            with nullcontext() if alone else in_progress(None):
+            alone = torch.compiler.is_compiling() or current_batch.get() is None
+            with nullcontext() if alone else in_call(None):
                 yield
             return
+        if self.training:
+            raise ValueError("adapter_names works for inference only; call model.eval() first")
+        # A layer may be in several places.
+        called = list(dict.fromkeys(_called_in(self)))
+        layers = [module for module in called if isinstance(module, DVoRALayer)]
+        available = {name for layer in layers for name in layer.dvora_adapted}
+        if unknown := sorted(set(names) - available - {BASE}):
+            raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(available)}")
+        parameters = {layer for layer in layers if isinstance(layer, ParamWrapper)}
+        for layer in parameters:
+            layer.check_serves_all_rows(names)
         has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)
         encoder = set(self.model.get_encoder().modules()) if has_encoder else set()
-        with adapter_names_passed(self, names, kwargs.get("num_beams") or 1, encoder):
+        # Beam search repeats every row in all modules but the encoder's.
+        repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        batch = Batch(repeated, list(names), silent=parameters)
+        with names_passed(batch, [module for module in called if module not in parameters], encoder):
             yield
+
+
+def _called_in(module: nn.Module) -> Iterator[nn.Module]:
+    """Adapted layers, and modules that are saved whole, without what adapters have in them: that may be thousands."""
+    if isinstance(module, DVoRALayer | AuxiliaryTrainingWrapper):
+        yield module
+    for child in [module.base_layer] if isinstance(module, DVoRALayer) else module.children():
+        yield from _called_in(child)

@@ -18,9 +18,9 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..peft.layers.layer import DVoRALayer
-from ..peft.layers.layer_types import LAYER_TYPES
-from ..peft.layers.opaque_weight import device_of, input_dtype
+from ..peft.base_weight import device_of, input_dtype
+from ..peft.layer import DVoRALayer
+from ..peft.layer_types import LAYER_TYPES
 from ..tensors import Float
 from ..weight import Layout
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 
 import dvora
-from dvora.peft.layers import base_fingerprint
-from dvora.peft.layers.layer import layers_in
+from dvora.peft import base_weight
+from dvora.peft.layer import layers_in
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.state.adapter_files import edit_config, save_bert
 from tests.peft.tiny import MODELS
@@ -111,7 +111,7 @@ def test_probes_are_taken_anew_when_memory_is_used_again(folder: Path) -> None:
             break
     else:
         pytest.skip("the allocator did not use the memory again")
-    expected = base_fingerprint.fingerprint_of(values, values.norm(dim=1))
+    expected = base_weight.fingerprint_of(values, values.norm(dim=1))
     assert layer.present_fingerprint() == expected
 
 

@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
-from dvora.peft.layers.layer_types import FORWARD_ONLY, LAYER_TYPES, layer_type_of, padding_column, parameter_type
+from dvora.peft.layer_types import FORWARD_ONLY, LAYER_TYPES, layer_type_of, padding_column, parameter_type
 
 LAYERS = {
     nn.Linear: lambda: nn.Linear(3, 5),

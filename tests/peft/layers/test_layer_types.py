@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvora import DVoRAConfig
-from dvora.peft.layers.layer import layers_in
+from dvora.peft.layer import layers_in
 from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES, Convolution
 from tests.peft.models_compared import worst_difference

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvora.peft.layers.opaque_weight import CHUNK, device_of, input_dtype, read_bias, read_operating_weight
+from dvora.peft.base_weight import CHUNK, device_of, input_dtype, read_bias, read_operating_weight
 
 
 class Recording(nn.Module):

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.peft.layers.layer import StrengthDict
+from dvora.peft.layer import StrengthDict
 from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import dvora
 from dvora import DVoRAConfig
-from dvora.peft.layers.layer import layers_in
+from dvora.peft.layer import layers_in
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.state.adapter_files import edit_config, edit_weights
 from tests.peft.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors

@@ -12,7 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, contiguous_format, nn
 
-from ..injecting.targets import matches
+from ..injecting import matches
 
 
 class Converted(NamedTuple):

@@ -17,10 +17,9 @@ from ... import functional as F
 from ...matrices.vera import VeraSizes, drawn
 from ...tensors import Float, norm_dtype
 from ..adapter_folder import PEFT_PREFIX
+from ..base_weight import fingerprint_of, readable_weight
 from ..config import DVoRAConfig
-from ..layers.base_fingerprint import fingerprint_of
-from ..layers.base_layer import readable_weight
-from ..layers.layer_types import layer_type_of
+from ..layer_types import layer_type_of
 from .converted import Converted, exact_targets, kept_settings, other_entries
 
 

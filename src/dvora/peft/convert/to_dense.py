@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers.layer import DVoRALayer, layers_of
-from ..layers.param_wrapper import ParamWrapper, is_read
+from ..layer import DVoRALayer, layers_of
+from ..layer_types import is_read
+from ..parameters import ParamWrapper
 
 
 def weight_name(layer: DVoRALayer) -> str:

@@ -22,8 +22,8 @@ from ...functional import Vectors
 from ...tensors import Float
 from ..adapter_folder import PEFT_PREFIX
 from ..config import own_config
-from ..layers import low_rank
-from ..layers.layer import DVoRALayer, layers_of
+from ..layer import DVoRALayer, layers_of
+from ..layer_types import lookup
 from .converted import Converted, exact_pattern, exact_targets, kept_settings, other_entries
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
@@ -123,7 +123,7 @@ def _dora_of_layer(layer: DVoRALayer, adapter_name: str) -> Dora:
 
 def _entries(layer: DVoRALayer, dora: Dora) -> dict[str, Tensor]:
     """The layer's entries of a file, by the last parts of their names."""
-    if layer.layer_type.low_rank is low_rank.lookup:
+    if layer.layer_type.low_rank is lookup:
         return {"lora_embedding_A": dora.A, "lora_embedding_B": dora.B, "lora_magnitude_vector": dora.magnitude}
     A, B, magnitude = dora
     if layer.layer_type.spatial:

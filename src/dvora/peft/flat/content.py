@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from ...functional import Vectors
 from ..adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX, Shape, layer_and_vector, plain_name
+from ..base_weight import alike
 from ..config import DVoRAConfig
-from ..layers.base_fingerprint import alike
-from ..layers.layer import DVoRALayer, layers_of
+from ..layer import DVoRALayer, layers_of
 from ..state.checked_values import OF_SAVED_MODULES, check_file, outside_saved_modules
 
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ from ...checks import FAR
 from ...functional import Vectors
 from ...tensors import Float, is_dtensor
 from ..adapter_folder import VECTOR_PREFIX
-from ..layers.layer import check_unmerged
+from ..layer import check_unmerged
 from ..restoring import on_failure, values_as_they_are
 from ..state.checked_values import check_layer_factors, check_whole
 from .content import FORMAT_VERSION, Content, LayerSizes, ModelAdapter, SavedWhole, Settings, tensors_of

@@ -15,7 +15,7 @@ from ...factors import StackConstants, stacked_factors
 from ...functional import Vectors
 from ...tensors import Float, is_dtensor, weight_in_memory
 from ...weight import AdaptedWeight
-from ..layers.layer import DVoRALayer
+from ..layer import DVoRALayer
 
 
 class LayerFactors(NamedTuple):

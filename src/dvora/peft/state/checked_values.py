@@ -32,8 +32,7 @@ from ..adapter_folder import (
 )
 from ..config import DVoRAConfig
 from ..expressions import check_expressions
-from ..layers.layer import DVoRALayer, layers_in
-from ..layers.vectors import VECTORS
+from ..layer import VECTORS, DVoRALayer, layers_in
 
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")

@@ -8,10 +8,10 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from ..arithmetic import strengths_as_they_are
+from ..base_weight import alike, change, warn_of_changes
 from ..config import DVoRAConfig, own_config
 from ..expressions import check_expressions
-from ..layers.base_fingerprint import alike, change, warn_of_changes
-from ..layers.layer import DVoRALayer, check_unmerged, layers_of
+from ..layer import DVoRALayer, check_unmerged, layers_of
 from ..restoring import on_failure, values_as_they_are
 from .checked_values import check_file
 

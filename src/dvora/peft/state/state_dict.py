@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX
 from ..config import DVoRAConfig
-from ..layers.layer import layers_of, shared_projections
-from ..layers.param_wrapper import saved_names
+from ..layer import layers_of, shared_projections
+from ..parameters import saved_names
 from .checked_values import check_matrices, check_whole, checked_values, outside_saved_modules
 
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..config import own_config
-from ..layers.layer import DVoRALayer, layers_of
+from ..layer import DVoRALayer, layers_of
 
 
 def withdrawal(tuner: BaseTuner, names: Collection[str]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from ...peft.layers.layer_types import LAYER_TYPES
+from ...peft.layer_types import LAYER_TYPES
 from ..models.architectures import config_of, heads_of, model_class, quietly, without_memory
 
 METHODS = ("dvora", "vera", "lora", "dora", "head", "full")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from ...adapter import diagnostics
 from ...peft.config import DVoRAConfig
-from ...peft.layers.layer import layers_in
+from ...peft.layer import layers_in
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import config_of_adapter, load_adapted
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...functional import unit_rows
-from ...peft.layers.layer import DVoRALayer
+from ...peft.layer import DVoRALayer
 from ...tensors import bias_of
 from ..dense_rebuild import Subject, Term
 from .findings import Finding, within_limits

@@ -1,4 +1,4 @@
-"""ParamWrapper: adapters on a parameter that its module reads itself, such as attention's projections and experts.
+"""Adapters on a parameter that its module reads itself, such as attention's projections and experts.
 
 No layer is called whose output could be changed, so the module gets the adapted weight in every pass. So does all code
 that reads the parameter from outside, such as torch's fused transformer layers.
@@ -7,7 +7,6 @@ that reads the parameter from outside, such as torch's fused transformer layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...tensors import is_partitioned
-from ..restoring import surely
+from ..tensors import is_partitioned
 from .layer import DVoRALayer, DVoRALinear
-from .layer_types import READ_BY_ATTENTION, LayerType
-from .mixed_rows import Batch, is_in_progress
+from .layer_types import LayerType, is_read
+from .mixed_batch import is_silent
 
 # Attributes of attention that torch's fused layers ask for by a private name.
 _PRIVATE = ("_qkv_same_embed_dim",)
@@ -37,14 +35,13 @@ class ParamWrapper(DVoRALayer):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, layer_type: LayerType) -> None:
         super().__init__(base_layer, name, layer_type, parameter_name)
-        self.silent_in: list[Batch] = []
-        self._turn = _Turn()
+        self._lock = _Lock()
 
     def adapted_weight(self) -> Tensor:
         """The parameter with the active adapters, in its own dtype; the parameter itself where there are none."""
         if torch.compiler.is_compiling():
             return self._adapted_weight()
-        with self._turn:
+        with self._lock:
             return self._adapted_weight()
 
     def _adapted_weight(self) -> Tensor:
@@ -57,9 +54,7 @@ class ParamWrapper(DVoRALayer):
                 f"{self.name} is offloaded, and its module would put the unadapted weight back as it loads it; keep "
                 "the module in memory, or merge its adapters first"
             )
-        names = [name for name in self.active_adapters if name in self.dvora_adapted]
-        if any(map(is_in_progress, self.silent_in)):
-            names = []
+        names = [] if is_silent(self) else [name for name in self.active_adapters if name in self.dvora_adapted]
         if self.disable_adapters or self.serves_merged() or not names:
             return weight
         if is_partitioned(weight):
@@ -82,18 +77,20 @@ class ParamWrapper(DVoRALayer):
         if torch.compiler.is_compiling():
             replaced = {self.path_from_base(): self.adapted_weight()}
             return functional_call(self.base_layer, replaced, args, kwargs, tie_weights=False)
-        # All threads share the module.
-        with self._turn:
-            weight = self.adapted_weight()
+        # All threads share the module. No parametrization, which would change the module's class and its state dict.
+        with self._lock:
+            weight = self._adapted_weight()
             if weight is self.stored():
                 return self.base_layer(*args, **kwargs)
             module = self.get_base_layer()
             # FSDP keeps its view of a parameter as a plain attribute, which would hide a parameter set in its place.
-            kept: dict[str, Any] = vars(module) if self.parameter_name in vars(module) else module._parameters
-            own = kept[self.parameter_name]
-            with surely(partial(kept.__setitem__, self.parameter_name, own)):
-                kept[self.parameter_name] = weight
+            holder: dict[str, Any] = vars(module) if self.parameter_name in vars(module) else module._parameters
+            stored = holder[self.parameter_name]
+            holder[self.parameter_name] = weight
+            try:
                 return self.base_layer(*args, **kwargs)
+            finally:
+                holder[self.parameter_name] = stored
 
     def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
         """Refuse adapter names with which some row would need another weight than the others.
@@ -111,9 +108,7 @@ class ParamWrapper(DVoRALayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without its wrappers, that of attention's output projection included; PEFT calls this."""
-        for layer in self.modules():
-            if isinstance(layer, ParamWrapper) and merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        assert not merge, "the tuner merges all layers before it unloads any"
         module: nn.Module = self.get_base_layer()
         for name, child in module.named_children():
             if isinstance(child, ParamWrapper):
@@ -168,7 +163,7 @@ class UnfusedLinear(DVoRALinear):
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
-class _Turn:
+class _Lock:
     """A lock of one module; a copy of the module has a lock of its own."""
 
     def __init__(self) -> None:
@@ -180,13 +175,8 @@ class _Turn:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
-        return _Turn, ()
-
-
-def is_read(layer: nn.Module) -> bool:
-    """Whether a layer is read by the module around it instead of called."""
-    return isinstance(layer, READ_BY_ATTENTION)
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
 
 
 def wrapped(module: nn.Module, parameter_name: str) -> ParamWrapper | None:

@@ -1,0 +1,238 @@
+"""The weight and the bias of a base layer: how they are read, however they are held, and how files recognise them.
+
+A quantised layer is read by passing an identity matrix through its forward. That works for every format without knowing
+it, and gives the weight that the layer really multiplies by: bitsandbytes repacks its 4-bit weights on a CPU, after
+which its own dequantisation returns garbage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..matrices.philox import uniform_row
+from ..tensors import Float, full_precision, is_partitioned
+from .layer_types import LayerType
+
+CHUNK = 512
+"""Rows of the identity matrix in one forward pass."""
+TOLERANCE = 0.1
+"""Largest relative deviation from a linear layer; eight-bit activations deviate by 0.02."""
+BASE_TOLERANCE = 0.3
+"""Largest distance of a weight's fingerprint from that of the weight that an adapter was trained on.
+
+Unrelated weights are about 1.4 apart. Casts to half precision move them by 0.002, eight bits by
+0.006, four bits by 0.1."""
+NORM_TOLERANCE = 0.05
+"""Largest relative difference of the weights' norms."""
+CHANGE_WARNED = 0.02
+"""Distance above which an accepted base gives a warning: far above casts and eight bits, below four bits."""
+
+_SEED, _ROW_STREAM, _COLUMN_STREAM, _LINEARITY_STREAM = 0, 2**33, 2**33 + 1, 2**33 + 2
+_PROBES, _LINEARITY_PROBES = 8, 4
+
+
+def stored_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str) -> Tensor | None:
+    """The weight as it is stored now; None for a quantised layer."""
+    if not layer_type.has_weight:
+        return None
+    weight = getattr(layer, parameter_name)
+    assert isinstance(weight, Tensor), type(weight)
+    return weight
+
+
+def readable_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str, name: str) -> Tensor:
+    """The weight's values, also while it is offloaded; in float32 for a quantised layer.
+
+    A weight that ZeRO-3 has partitioned is gathered, so all processes must call this.
+
+    Args:
+        layer: the base layer.
+        layer_type: of it.
+        parameter_name: of the weight in it.
+        name: of the weight in the model, for messages.
+
+    Raises:
+        TypeError: a quantised layer is not linear.
+    """
+    stored = stored_weight(layer, layer_type, parameter_name)
+    if stored is None:
+        return read_operating_weight(layer, name)
+    if is_partitioned(stored) and not stored.numel():
+        with importlib.import_module("deepspeed").zero.GatheredParameters([stored]):
+            return stored.detach().clone()
+    if not stored.is_meta:
+        return stored
+    with align_module_device(layer):
+        return cast(Tensor, stored_weight(layer, layer_type, parameter_name))
+
+
+def measured_bias(layer: nn.Module, layer_type: LayerType) -> Float[Tensor, "O"] | None:
+    """The bias of a layer that hides it (in float32) or is offloaded; None if every pass can read it from the layer."""
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, Tensor):
+        return None if layer_type.has_weight else read_bias(layer)
+    if not bias.is_meta:
+        return None
+    with align_module_device(layer):
+        loaded = layer.bias
+        assert isinstance(loaded, Tensor)
+        return None if loaded.is_meta else loaded.detach().clone()
+
+
+def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
+    """The weight W of a layer that computes `x W^T + bias`, in float32.
+
+    Args:
+        layer: with `in_features` and `out_features`.
+        name: for messages.
+
+    Raises:
+        TypeError: the layer does not take vectors of its input features, or is not linear in them.
+    """
+    width: Any = layer.in_features
+    with _full_forward(layer) as forward:
+        try:
+            zero = forward(torch.zeros(1, width))
+        except Exception as error:  # a layer of another library may raise anything
+            raise TypeError(
+                f"{name} of type {type(layer).__name__} does not take vectors of its {width} input features "
+                f"({type(error).__name__}: {error}); leave it out with exclude_modules"
+            ) from error
+        # Scaled up, so that a large bias does not round the products away in half precision.
+        length = 2.0**8 if input_dtype(layer) == torch.float16 else 2.0**12
+
+        def products(x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+            return (forward(length * x) - zero) / length
+
+        chunks = [products(_units(start, width)) for start in range(0, width, CHUNK)]
+        weight = torch.cat(chunks).T
+        x = _uniform_rows(_LINEARITY_STREAM, _LINEARITY_PROBES, width)
+        expected = x.to(weight) @ weight.T
+        distance = (products(x) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+    if not distance <= TOLERANCE:
+        raise TypeError(
+            f"{name} of type {type(layer).__name__} is not linear in its inputs (off by {float(distance):.1%}), so it "
+            "has no weight to adapt; leave it out with exclude_modules, or target the linear layers inside it"
+        )
+    return weight
+
+
+def read_bias(layer: nn.Module) -> Float[Tensor, "O"] | None:
+    """The bias in float32: the layer's output for an input of zeros; None if that is zero."""
+    width: Any = layer.in_features
+    with _full_forward(layer) as forward:
+        zero = forward(torch.zeros(1, width))[0]
+    return zero if zero.any() else None
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """The device of a layer's tensors."""
+    return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))
+
+
+def input_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a layer expects its inputs in."""
+    declared = getattr(layer, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    tensors = chain(layer.parameters(), layer.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)
+
+
+def keep_differentiable(layer: nn.Module) -> None:
+    """Keep bitsandbytes from packing a 4-bit weight in its first evaluation pass on a CPU, and unpack a packed one.
+
+    The product with a packed weight has no backward pass, so no training could follow an evaluation.
+    """
+    if "support_avx512bf16_for_cpu" in vars(layer):
+        vars(layer)["support_avx512bf16_for_cpu"] = False
+        layer.state_dict()
+
+
+@torch.no_grad()
+def fingerprint_of(matrix: Float[Tensor, "O I"], norms: Float[Tensor, "O"]) -> list[float]:
+    """The norm of W and eight products `u^T W v` with random vectors, each of the size of the norm.
+
+    Args:
+        matrix: W.
+        norms: of its rows.
+    """
+    u = _uniform_rows(_ROW_STREAM, _PROBES, len(matrix)).to(norms)
+    v = _uniform_rows(_COLUMN_STREAM, _PROBES, matrix.shape[1]).to(norms)
+    products = 3 * ((u @ matrix.to(u.dtype)) * v).sum(1)
+    return [float(f"{value:.4g}") for value in (float(norms.norm()), *products.tolist())]
+
+
+def alike(fingerprint: list[float], expected: list[float]) -> bool:
+    """Whether two fingerprints can be of one weight, cast or quantised."""
+    return (
+        len(fingerprint) == len(expected)
+        and abs(fingerprint[0] - expected[0]) <= NORM_TOLERANCE * expected[0]
+        and math.dist(fingerprint[1:], expected[1:]) <= BASE_TOLERANCE * math.sqrt(_PROBES) * expected[0]
+    )
+
+
+def change(fingerprint: list[float], expected: list[float]) -> float:
+    """About how far apart two weights are by their fingerprints, relative to the norm of the second."""
+    distance = math.dist(fingerprint[1:], expected[1:]) / math.sqrt(_PROBES)
+    return max(distance, abs(fingerprint[0] - expected[0])) / (expected[0] or 1.0)
+
+
+def warn_of_changes(changes: Mapping[str, float], stacklevel: int = 2) -> None:
+    """Warn how far a base is from the one that an adapter was trained on, if that is more than a cast explains.
+
+    Args:
+        changes: of each adapted weight, as `change` computes them.
+        stacklevel: as of `warnings.warn`.
+
+    Warns:
+        UserWarning: some weights are another quantisation's, or were trained a little.
+    """
+    changed = {name: size for name, size in changes.items() if size > CHANGE_WARNED}
+    if changed:
+        most = max(changed, key=lambda name: changed[name])
+        warnings.warn(
+            f"the base is not exactly the one that the adapter was made for: {len(changed)} of {len(changes)} adapted "
+            f"weights differ, {most} by about {changed[most]:.0%} of its norm, as after another "
+            "quantisation or a little training. The adapter is loaded; its outputs will differ accordingly",
+            stacklevel=stacklevel + 1,
+        )
+
+
+@contextmanager
+def _full_forward(layer: nn.Module) -> Iterator[Callable[[Float[Tensor, "T I"]], Float[Tensor, "T O"]]]:
+    """A layer's forward in full precision, with outputs in float32; the layer's settings are restored afterwards."""
+    settings = {key: value for key, value in vars(layer).items() if not key.startswith("_")}
+    try:
+        # In evaluation mode bitsandbytes rounds its inputs to eight bits, or packs its weight.
+        layer.training = True
+        with torch.inference_mode(False), torch.no_grad(), align_module_device(layer):
+            device, dtype = device_of(layer), input_dtype(layer)
+            with full_precision(device):
+                yield lambda x: layer(x.to(device, dtype)).float()
+    finally:
+        # Some layers also remember the dtype of their first input.
+        vars(layer).update(settings)
+
+
+def _units(start: int, width: int) -> Float[Tensor, "T I"]:
+    """Rows `start` and following of the identity matrix."""
+    count = min(CHUNK, width - start)
+    units = torch.zeros(count, width)
+    units[range(count), range(start, start + count)] = 1
+    return units
+
+
+def _uniform_rows(stream: int, count: int, size: int) -> Float[Tensor, "N I"]:
+    return torch.from_numpy(np.stack([uniform_row(_SEED, stream, row, size) for row in range(count)]))

@@ -1,1 +1,0 @@
-"""The layers that PEFT sees: how each type of layer is adapted."""
