@@ -38,17 +38,7 @@ SMALLEST_GAIN = 1e-2
 
 @torch.no_grad()
 def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, strength: float | dict[str, float]) -> None:
-    """Scale an adapter in place: s of `W + s (W' - W)`.
-
-    Args:
-        model: with the adapter.
-        config: the model's own, which keeps the strength.
-        adapter_name: of the adapter.
-        strength: a number, or numbers by layer name or regular expression; layers that it does not name keep theirs.
-
-    Raises:
-        TypeError, ValueError: a strength is not a finite number, a name matches no layer, or the adapter is merged.
-    """
+    """Scale an adapter, and its configuration, in place: `DVoRAModel.set_strength`."""
     layers = layers_of(model, adapter_name)
     by_layer = strength if isinstance(strength, dict) else {".*": strength}
     for pattern, value in by_layer.items():
@@ -82,13 +72,7 @@ def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, ada
 
 
 def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Sequence[str], new: str) -> DVoRAConfig:
-    """The configuration of an adapter that other adapters are combined into.
-
-    Args:
-        model: with the adapters.
-        configs: of all its adapters.
-        names: of those to combine.
-        new: name of the combination.
+    """The configuration of a new adapter that adapters of a model, of these configurations, are combined into.
 
     Raises:
         ValueError: a name is unknown or taken, or the adapters differ in more than their vectors.

@@ -52,18 +52,9 @@ def stored_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str) 
 
 
 def readable_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str, name: str) -> Tensor:
-    """The weight's values, also while it is offloaded; in float32 for a quantised layer.
+    """The weight's values, also while it is offloaded; in float32 for a quantised layer, which must be linear.
 
     A weight that ZeRO-3 has partitioned is gathered, so all processes must call this.
-
-    Args:
-        layer: the base layer.
-        layer_type: of it.
-        parameter_name: of the weight in it.
-        name: of the weight in the model, for messages.
-
-    Raises:
-        TypeError: a quantised layer is not linear.
     """
     stored = stored_weight(layer, layer_type, parameter_name)
     if stored is None:
@@ -91,11 +82,7 @@ def measured_bias(layer: nn.Module, layer_type: LayerType) -> Float[Tensor, "O"]
 
 
 def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
-    """The weight W of a layer that computes `x W^T + bias`, in float32.
-
-    Args:
-        layer: with `in_features` and `out_features`.
-        name: for messages.
+    """The weight W of a layer that computes `x W^T + bias` and states its `in_features`, in float32.
 
     Raises:
         TypeError: the layer does not take vectors of its input features, or is not linear in them.
@@ -162,12 +149,7 @@ def keep_differentiable(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def fingerprint_of(matrix: Float[Tensor, "O I"], norms: Float[Tensor, "O"]) -> list[float]:
-    """The norm of W and eight products `u^T W v` with random vectors, each of the size of the norm.
-
-    Args:
-        matrix: W.
-        norms: of its rows.
-    """
+    """The norm of W, from those of its rows, and eight products `u^T W v` with random vectors, each of its size."""
     u = _uniform_rows(_ROW_STREAM, _PROBES, len(matrix)).to(norms)
     v = _uniform_rows(_COLUMN_STREAM, _PROBES, matrix.shape[1]).to(norms)
     products = 3 * ((u @ matrix.to(u.dtype)) * v).sum(1)
@@ -192,12 +174,7 @@ def change(fingerprint: list[float], expected: list[float]) -> float:
 def warn_of_changes(changes: Mapping[str, float], stacklevel: int = 2) -> None:
     """Warn how far a base is from the one that an adapter was trained on, if that is more than a cast explains.
 
-    Args:
-        changes: of each adapted weight, as `change` computes them.
-        stacklevel: as of `warnings.warn`.
-
-    Warns:
-        UserWarning: some weights are another quantisation's, or were trained a little.
+    `changes` are those of each adapted weight, by `change`.
     """
     changed = {name: size for name, size in changes.items() if size > CHANGE_WARNED}
     if changed:

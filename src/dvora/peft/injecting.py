@@ -81,11 +81,7 @@ class Target(NamedTuple):
         return stored is not None and not stored.is_meta and not is_partitioned(stored)
 
     def weight(self) -> Tensor:
-        """The base's own weight, as stored; gathered where it is sharded.
-
-        Raises:
-            TypeError, ValueError: it cannot be adapted.
-        """
+        """The base's own weight, as stored; gathered where it is sharded, refused if it cannot be adapted."""
         if isinstance(self.layer, DVoRALayer):
             return full_tensor(self.layer.unmerged())
         if self.layer_type.low_rank is None:
@@ -127,12 +123,7 @@ def find_targets(model: nn.Module, is_targeted: Callable[[str], bool], config: D
 
 
 def _targets_in(module: nn.Module, name: str) -> list[Target]:
-    """The weights of a targeted module: one, or all projections of an attention.
-
-    Raises:
-        TypeError: the module cannot be adapted, or carries an adapter of another method.
-        ValueError: it changes its weight while it runs.
-    """
+    """The weights of a targeted module: one, or all projections of an attention."""
     base = _base_of(module, name)
     if isinstance(base, nn.MultiheadAttention):
         inputs = [_parameter_target(module, p, f"{name}.{p}") for p in projections_of(base)]
@@ -146,11 +137,7 @@ def _targets_in(module: nn.Module, name: str) -> list[Target]:
 
 
 def _parameter_target(module: nn.Module, parameter_name: str, name: str) -> Target:
-    """A parameter of a module, or the wrapper that it has already.
-
-    Raises:
-        TypeError: it has neither two nor three dimensions, or the module carries an adapter of another method.
-    """
+    """A parameter of a module, or the wrapper that it has already."""
     base, wrapper = _base_of(module, name), wrapped(module, parameter_name)
     if wrapper is not None:
         return Target(name, wrapper, wrapper.layer_type, parameter_name, name)
@@ -160,12 +147,7 @@ def _parameter_target(module: nn.Module, parameter_name: str, name: str) -> Targ
 
 
 def _parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Target]:
-    """The parameters that `target_parameters` names, wrapped or not.
-
-    Raises:
-        TypeError: one has neither two nor three dimensions.
-        ValueError: one belongs to the model itself instead of a module in it, or to a layer that is adapted as a whole.
-    """
+    """The parameters that `target_parameters` names, wrapped or not."""
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
@@ -232,11 +214,7 @@ class PreparedTarget(NamedTuple):
 
 
 def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) -> None:
-    """Refuse invalid settings, expressions that would match for too long, and invalid names of an adapter.
-
-    Raises:
-        TypeError, ValueError: a setting or the name is of the wrong type or out of range.
-    """
+    """Refuse invalid settings, expressions that would match for too long, and invalid names of an adapter."""
     if config.file is not None and config.sizing() != config.file.settings:
         config.forget_file()
     if config.awaited is not None:
@@ -260,49 +238,34 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) nothing matches.
-
-    Warns:
-        UserWarning: some names match nothing; as with generic lists for several architectures.
     """
-    unmatched = [
-        *_unmatched("target_modules", config.target_modules, model, matched=bool(targets)),
-        *_unmatched("magnitude_modules", config.magnitude_modules, model, matched=bool(targets)),
-        *_unmatched_parameters(config.target_parameters or [], model),
-    ]
-    if unmatched and targets:
-        warnings.warn(f"{'; '.join(unmatched)}. Only the {len(targets)} weights that match are adapted", stacklevel=4)
-    elif unmatched:
-        raise NoMatchingPeftModuleError("; ".join(unmatched))
+    modules = _endings(name for name, _ in model.named_modules())
+    parameters = _endings(name.replace(".base_layer", "") for name, _ in model.named_parameters())
+    messages = []
+    for setting, present in (
+        ("target_modules", modules),
+        ("magnitude_modules", modules),
+        ("target_parameters", parameters),
+    ):
+        names = getattr(config, setting)
+        unmatched = ([] if targets else [names]) if isinstance(names, str) else sorted(set(names or ()) - present)
+        if unmatched:
+            # The search for close names is slow, and generic lists for many architectures are long.
+            close = "; ".join(f"{name[:_SHOWN]!r}{_closest(name[:_SHOWN], model)}" for name in unmatched[:_NAMES_SHOWN])
+            more = f" and {len(unmatched) - _NAMES_SHOWN} others" if len(unmatched) > _NAMES_SHOWN else ""
+            hint = " (a parametrized weight is no parameter; name its layer in target_modules)"
+            hint = hint if setting == "target_parameters" else ""
+            messages.append(f"{setting}: nothing in the model is named {close}{more}{hint}")
+    if messages and targets:
+        warnings.warn(f"{'; '.join(messages)}. Only the {len(targets)} weights that match are adapted", stacklevel=4)
+    elif messages:
+        raise NoMatchingPeftModuleError("; ".join(messages))
     elif not targets:
         raise NoMatchingPeftModuleError(
             f"no layer is left to adapt: target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r} and modules_to_save="
             f"{config.modules_to_save!r} match none of the model's layers"
         )
-
-
-def _unmatched(setting: str, names: set[str] | list[str] | str | None, model: nn.Module, matched: bool) -> list[str]:
-    """The message about names that no module has."""
-    if isinstance(names, str):
-        unmatched = [] if matched else [names]
-    else:
-        unmatched = sorted(set(names or ()) - names_found(names or (), model))
-    if not unmatched:
-        return []
-    # The search for close names is slow, and generic lists for many architectures are long.
-    close = "; ".join(f"{name[:_SHOWN]!r}{_closest(name[:_SHOWN], model)}" for name in unmatched[:_NAMES_SHOWN])
-    more = f" and {len(unmatched) - _NAMES_SHOWN} others" if len(unmatched) > _NAMES_SHOWN else ""
-    return [f"{setting}: nothing in the model is named {close}{more}"]
-
-
-def _unmatched_parameters(names: list[str], model: nn.Module) -> list[str]:
-    present = _endings(name.replace(".base_layer", "") for name, _ in model.named_parameters())
-    if not (unmatched := sorted(set(names) - present)):
-        return []
-    return [
-        f"target_parameters: no parameter is named {', '.join(unmatched[:_NAMES_SHOWN])} (a parametrized weight is no "
-        "parameter; name its layer in target_modules)"
-    ]
 
 
 def _closest(name: str, model: nn.Module) -> str:
@@ -354,21 +317,14 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
     if tokens is None:
         return
     embeddings = _get_input_embeddings_name(model, "embed_tokens") or "embed_tokens"
-    by_layer = tokens if isinstance(tokens, dict) else {embeddings: tokens}
-    for name, indices in by_layer.items():
-        tables = [layer for path, layer in outside_adapters(model) if matches([name], path)]
-        if not (tables and indices):
+    for name, indices in (tokens if isinstance(tokens, dict) else {embeddings: tokens}).items():
+        tables = [getattr(layer, "weight", ()) for path, layer in outside_adapters(model) if matches([name], path)]
+        rows = min(map(len, tables), default=0)
+        if not indices or len(set(indices)) < len(indices) or not all(0 <= index < rows for index in indices):
             raise ValueError(
-                f"trainable_token_indices: {indices} of {name!r}; the model must have a layer of that name, and the "
-                "list at least one index"
+                f"trainable_token_indices: {indices!r:.200} of {name!r}, expected different rows of a layer of that "
+                f"name, which has {rows} here"
             )
-        for table in tables:
-            weight = getattr(table, "weight", None)
-            rows = len(weight) if isinstance(weight, Tensor) else 0
-            if outside := [index for index in indices if not 0 <= index < rows]:
-                raise ValueError(f"trainable_token_indices: {outside[0]} is no row of {name}, which has {rows}")
-        if len(set(indices)) < len(indices):
-            raise ValueError(f"trainable_token_indices of {name!r} has some of its {len(indices)} indices twice")
 
 
 def _check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
@@ -421,19 +377,19 @@ def _prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> 
 
 def _check_base(prepared: dict[str, PreparedTarget], config: DVoRAConfig) -> None:
     """Refuse a base model that the adapter was not made for."""
-    pairs = {
-        name: (prepared[name].fingerprint, expected)
-        for name, expected in (config.base_probes or {}).items()
-        if name in prepared
-    }
-    for name, (here, there) in pairs.items():
+    changes = {}
+    for name, there in (config.base_probes or {}).items():
+        if name not in prepared:
+            continue
+        here = prepared[name].fingerprint
         if not alike(here, there):
             raise ValueError(
                 f"{name}: the adapter was made for another base model: norm and random projections of the layer's "
                 f"weight are {here} here and were {there} there, too far for a cast or a "
                 "quantisation. To use it all the same, set base_probes=None in its configuration"
             )
-    warn_of_changes({name: change(*pair) for name, pair in pairs.items()}, stacklevel=5)
+        changes[name] = change(here, there)
+    warn_of_changes(changes, stacklevel=5)
 
 
 def _saved_whole(config: DVoRAConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -482,15 +438,7 @@ def _wrapper(module: nn.Module, target: Target, parent: nn.Module) -> DVoRALayer
 def add_adapter(
     layer: DVoRALayer, adapter_name: str, config: DVoRAConfig, prepared: PreparedTarget, active_adapters: Sequence[str]
 ) -> None:
-    """Add an adapter with its starting values to a layer.
-
-    Args:
-        layer: the wrapped weight.
-        adapter_name: of the adapter.
-        config: of the adapter.
-        prepared: what is known of the weight.
-        active_adapters: of the model.
-    """
+    """Add an adapter with its starting values to a layer; `active_adapters` are the model's."""
     vectors = prepared.adapted.initial_vectors(config.d_initial)
     if not config.init_weights:
         others = len(set(layer.dvora_adapted) - {adapter_name})
@@ -504,7 +452,7 @@ def add_adapter(
         dropout=config.dvora_dropout,
         inference_mode=config.inference_mode,
     )
-    layer.set_fingerprint(prepared.fingerprint)
+    layer.fingerprint, layer.fingerprint_version = prepared.fingerprint, prepared.adapted.weight_version
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
 

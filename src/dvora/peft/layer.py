@@ -46,12 +46,12 @@ VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 
 
 class MergeState(NamedTuple):
-    """What a merge changes in a layer."""
+    """What a merge changes in a layer; weights are copies on the CPU."""
 
     adapters: list[str]
     original: Tensor | None
     weight: Tensor
-    """As it is stored, merged or not, on the CPU."""
+    """As it is stored, merged or not."""
 
 
 class DVoRALayer(nn.Module, BaseTunerLayer):
@@ -96,7 +96,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.original: Tensor | None = None
         self._base_loads = False
         self.fingerprint: list[float] = []
-        self._fingerprint_version: TensorVersion | None = None
+        self.fingerprint_version: TensorVersion | None = None
         if not self.layer_type.has_weight:
             keep_differentiable(base_layer)
         self.measured_bias = measured_bias(base_layer, self.layer_type)
@@ -196,13 +196,12 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.dvora_strength.put(adapter_name, float(strength), adapted.w)
-        self.frozen_peft_weight_names[adapter_name] = tuple(
-            f"dvora_{vector}" for vector in Vectors._fields if vector not in trained
-        )
+        frozen = tuple(f"dvora_{vector}" for vector in Vectors._fields if vector not in trained)
+        self.frozen_peft_weight_names[adapter_name] = frozen
         with torch.inference_mode(False):
             for field, vector_dict, value in zip(Vectors._fields, self.vector_dicts(), vectors, strict=True):
                 if adapted.rank or field == "magnitude":
-                    vector_dict.put(adapter_name, value)
+                    vector_dict[adapter_name] = nn.Parameter(value)
                 elif adapter_name in vector_dict:
                     del vector_dict[adapter_name]
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -256,29 +255,19 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             ValueError: adapters were merged permanently.
         """
         weight = readable_weight(self.get_base_layer(), self.layer_type, self.parameter_name, self.name)
-        return self._checked_original().to(weight.device) if self.merged_adapters else weight
+        return self.checked_original().to(weight.device) if self.merged_adapters else weight
 
     def present_fingerprint(self) -> list[float]:
-        """The fingerprint of the base weight as it is now; it may have been trained since it was adapted.
-
-        A sharded weight keeps the fingerprint from when it was adapted.
-        """
+        """That of the base weight as it is now: it may have been trained. A sharded weight keeps the one it had."""
         stored = self.stored()
         if stored is None or not is_in_memory(stored) or is_dtensor(stored):
             return self.fingerprint
-        if self._fingerprint_version is None or not self._fingerprint_version.is_of(stored):
-            # The version first, so that a write in between is noticed the next time.
-            version = TensorVersion.of(stored)
+        if self.fingerprint_version is None or not self.fingerprint_version.is_of(stored):
+            # The version before the values, so that a write in between is noticed the next time.
+            self.fingerprint_version = TensorVersion.of(stored)
             matrix = self.layer_type.layout.matrix(self.unmerged())
-            self.set_fingerprint(fingerprint_of(matrix, row_norm(matrix)), version)
+            self.fingerprint = fingerprint_of(matrix, row_norm(matrix))
         return self.fingerprint
-
-    def set_fingerprint(self, fingerprint: list[float], version: TensorVersion | None = None) -> None:
-        """Keep the fingerprint of the base weight in this version of it, or as it is now."""
-        stored = self.stored()
-        if version is None and stored is not None and not is_dtensor(stored):
-            version = TensorVersion.of(stored)
-        self.fingerprint, self._fingerprint_version = fingerprint, version
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base's weight; `unmerge` restores it bit for bit from a copy kept on the CPU.
@@ -299,12 +288,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 warn_of_losses(losses, self.unmerged().dtype)
 
     def check_mergeable(self) -> None:
-        """Refuse to merge into a weight that cannot be set.
-
-        Raises:
-            TypeError: it is quantised or computed in every pass.
-            ValueError: ZeRO-3 has partitioned it.
-        """
+        """Refuse to merge into a weight that cannot be set: quantised, computed in every pass or sharded."""
         base = self.get_base_layer()
         if not self.layer_type.has_weight:
             raise TypeError(
@@ -321,15 +305,6 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
             )
 
-    def check_unmergeable(self) -> None:
-        """Refuse to unmerge what cannot be.
-
-        Raises:
-            TypeError, ValueError: the weight cannot be set now, or adapters were merged permanently.
-        """
-        self.check_mergeable()
-        self._checked_original()
-
     def unmerge(self) -> None:
         """Restore the base's own weight bit for bit.
 
@@ -339,26 +314,32 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.check_unmergeable()
-        self.restore(MergeState([], None, self._checked_original()))
+        self.check_mergeable()
+        self.restore(MergeState([], None, self.checked_original()))
+
+    def checked_original(self) -> Tensor:
+        """The base's own weight while adapters are merged into it, on the CPU.
+
+        Raises:
+            ValueError: adapters were merged permanently.
+        """
+        if self.original is None:
+            names = ", ".join(self.merged_adapters)
+            raise ValueError(f"{names} were merged permanently: no copy of the weight was kept")
+        return self.original
 
     @torch.no_grad()
     def restore(self, state: MergeState) -> None:
-        """Put the weight and what is known of it back."""
+        """Put the weight and what is merged into it back."""
         with onload_layer(self):
             cast(Tensor, self.stored()).copy_(state.weight)
         self.merged_adapters, self.original = state.adapters, state.original
 
     @torch.no_grad()
-    def merge_unsafely(self, adapter_names: Sequence[str], before: list[tuple[DVoRALayer, MergeState]]) -> float:
-        """Merge adapters that are not merged yet.
+    def merge_quietly(self, adapter_names: Sequence[str], before: list[tuple[DVoRALayer, MergeState]]) -> float:
+        """Merge further adapters, and give the share of the update that rounding changed.
 
-        Args:
-            adapter_names: which; one at least.
-            before: gets this layer with its state before, just before it changes.
-
-        Returns:
-            The share of the update that rounding changed.
+        `before` gets the layer and its state just before it changes, for `restore`.
         """
         with onload_layer(self):
             self.check_mergeable()
@@ -390,11 +371,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return bool(names)
 
     def check_loadable(self, keys: Container[str], prefix: str) -> None:
-        """Refuse values for a weight with merged adapters, and for the vectors of these.
-
-        Args:
-            keys: of a state dict.
-            prefix: of this layer's keys there.
+        """Refuse keys of a state dict, after `prefix`, of a weight with merged adapters, or of the vectors of these.
 
         Raises:
             ValueError: there are such values.
@@ -413,13 +390,6 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """The weight's name as seen from the base layer."""
         return self.parameter_name
 
-    def _checked_original(self) -> Tensor:
-        if self.original is None:
-            raise ValueError(
-                f"{', '.join(self.merged_adapters)} were merged permanently: no copy of the weight was kept"
-            )
-        return self.original
-
     # ---- what PyTorch and PEFT ask of a module
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -431,8 +401,10 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             return
         self.dvora_adapted[adapter_name].to(device)
         self.dvora_strength.change(adapter_name, lambda value: value.to(device))
-        for vector_dict in self.vector_dicts():
-            vector_dict.move(adapter_name, device)
+        for vectors in self.vector_dicts():
+            vector = vectors.get(adapter_name)
+            if vector is not None and not vector.is_meta:
+                vectors[adapter_name] = nn.Parameter(vector.detach().to(device), vector.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DVoRALayer:
         dtype = self._base_dtype()
@@ -467,7 +439,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Of the tensor here, which a copy does not share.
-        return {**self.__dict__, "_fingerprint_version": None}
+        return {**self.__dict__, "fingerprint_version": None}
 
     def __repr__(self) -> str:
         return "dvora." + super().__repr__()
@@ -496,11 +468,7 @@ def shared_projections(model: nn.Module, seed: int, distribution: str) -> Shared
 
 
 def check_unmerged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to change an adapter that is merged, since the merged weights would not change with it.
-
-    Raises:
-        ValueError: it is merged into some layer.
-    """
+    """Refuse to change an adapter that is merged, since the merged weights would not change with it."""
     for layer in layers_of(model, adapter_name):
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged into {layer.name}; call unmerge_adapter first")
@@ -508,16 +476,10 @@ def check_unmerged(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def merging(layers: Sequence[DVoRALayer], adapter_names: list[str] | None) -> Iterator[dict[str, float]]:
-    """Merge adapters into the weights of all layers; if anything is raised, also within the block, into none.
+    """Merge adapters (None: the active ones) into the weights of all layers; if anything is raised, into none.
 
-    Copies of the weights wait on the CPU until the end of the block.
-
-    Args:
-        layers: to merge into.
-        adapter_names: which adapters; None means those that are active in each layer.
-
-    Yields:
-        The share of the update that rounding changed, by layer name.
+    Also if it is raised within the block: copies of the weights wait on the CPU until its end. Yields the share of the
+    update that rounding changed, by layer name.
     """
     before: list[tuple[DVoRALayer, MergeState]] = []
     losses: dict[str, float] = {}
@@ -525,7 +487,7 @@ def merging(layers: Sequence[DVoRALayer], adapter_names: list[str] | None) -> It
         for layer in layers:
             new = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.dvora_adapted]
             if new:
-                losses[layer.name] = layer.merge_unsafely(new, before)
+                losses[layer.name] = layer.merge_quietly(new, before)
         yield losses
     except BaseException:
         for layer, state in reversed(before):
@@ -534,12 +496,7 @@ def merging(layers: Sequence[DVoRALayer], adapter_names: list[str] | None) -> It
 
 
 def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
-    """The vectors of one adapter; lambda_b is zero and lambda_d empty where it has the magnitude only.
-
-    Args:
-        dicts: in the order of `VECTORS`.
-        adapter_name: in all of them, or in the first only.
-    """
+    """The vectors of one adapter; lambda_b is zero and lambda_d empty where it has the magnitude only."""
     magnitudes, lambdas_b, lambdas_d = dicts
     magnitude = _vector(magnitudes, adapter_name)
     if magnitude.dtype.itemsize < 4:
@@ -555,16 +512,6 @@ class VectorDict(nn.ParameterDict):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
         super()._apply(at_least_float32(fn), recurse)
         return self
-
-    def move(self, adapter_name: str, device: torch.device) -> None:
-        """Move one vector, unless there is none or it is on the meta device."""
-        vector = self.get(adapter_name)
-        if vector is not None and not vector.is_meta:
-            self.put(adapter_name, vector.detach().to(device), vector.requires_grad)
-
-    def put(self, adapter_name: str, value: Tensor, requires_grad: bool = True) -> None:
-        """Keep a vector as a parameter."""
-        self[adapter_name] = nn.Parameter(value, requires_grad)
 
 
 class StrengthDict(nn.Module):

@@ -235,11 +235,7 @@ def adapted_outputs(
     adapters: Sequence[ActiveAdapter],
     bias: Tensor | None,
 ) -> Tensor:
-    """The outputs of the base with the updates of all adapters added up, in the memory format of the base's output.
-
-    Raises:
-        TypeError, ValueError: the weight is sharded in a way that is not supported.
-    """
+    """The outputs of the base with the updates of all adapters added up, in the memory format of the base's output."""
     for adapted, _, dropout in adapters:
         if adapted.shard is not None:
             adapted.shard.check_sizes(x, base_output, adapted.name)
@@ -275,11 +271,7 @@ def _update(
 
 
 def check_gradient(layer: nn.Module, layer_type: LayerType, x: Tensor, output: Tensor, name: str) -> None:
-    """Refuse to train through a layer whose forward pass has no backward pass.
-
-    Raises:
-        RuntimeError: the input requires a gradient, and the output does not.
-    """
+    """Refuse to train through a layer whose forward pass has no backward pass, as of some quantised layers."""
     if not layer_type.has_weight and torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
         raise RuntimeError(
             f"{name}: the base layer of type {type(layer).__name__} has no backward pass, so the layers before it "

@@ -17,16 +17,13 @@ from .layer import DVoRALayer, layers_in, merging
 def merge_model(
     model: nn.Module, adapter_names: list[str] | None, keep_original: bool, safe_merge: bool
 ) -> dict[str, float]:
-    """Merge adapters into the weights of all layers, and tokens that PEFT trains whole into theirs.
-
-    All layers or none: after an error or an interruption the weights are restored bit for bit, from copies of every
-    adapted weight on the CPU.
+    """Merge adapters into the weights of all layers, and tokens that PEFT trains whole into theirs; all or none.
 
     Args:
         model: with the adapters.
         adapter_names: which of them; None means those that are active in each layer.
-        keep_original: keep the copies, so that it can be unmerged. False copies one weight at a time, for a model that
-            is thrown away if merging fails: layers merged until then stay so.
+        keep_original: keep copies of all adapted weights on the CPU, so that it can be unmerged. False copies one
+            weight at a time, for a model that is thrown away if merging fails: layers merged until then stay so.
         safe_merge: PEFT's switch for its own layers.
 
     Returns:
@@ -56,14 +53,7 @@ def merge_model(
 def merged_or_restored(
     model: nn.Module, adapter_names: list[str] | None, safe_merge: bool
 ) -> Iterator[dict[str, float]]:
-    """Merge as `merge_model` does; if anything is raised, also within the block, all weights are restored.
-
-    Args:
-        model, adapter_names, safe_merge: as there.
-
-    Yields:
-        The share of the update that rounding changed, by layer name.
-    """
+    """Merge as `merge_model` does; if anything is raised, also within the block, all weights are restored."""
     _check_mergeable(model, adapter_names)
     with merging(layers_in(model), adapter_names) as losses, _others_merged(model, adapter_names, safe_merge):
         warn_of_losses(losses, _dtype_of(model))
@@ -76,13 +66,14 @@ def unmerge_model(model: nn.Module) -> None:
     Raises:
         TypeError, ValueError: some weight cannot be set now; none is then.
     """
-    merged_layers = [layer for layer in layers_in(model) if layer.merged]
+    layers = [layer for layer in layers_in(model) if layer.merged]
     others = [layer for layer in _others_in(model) if layer.merged]
-    if not merged_layers and not others:
+    if not layers and not others:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-    for layer in merged_layers:
-        layer.check_unmergeable()
-    for layer in merged_layers:
+    for layer in layers:
+        layer.check_mergeable()
+        layer.checked_original()
+    for layer in layers:
         layer.unmerge()
     for other in others:
         with onload_layer(other):
@@ -149,12 +140,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Refuse a merge that cannot be done whole, before any layer is merged.
-
-    Raises:
-        TypeError: a layer is quantised or computes its weight in every pass.
-        ValueError: a layer's weight belongs to another module too, such as an embedding tied to the head.
-    """
+    """Refuse a merge that cannot be done whole, before any layer is merged; also into a weight tied to another's."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))

@@ -80,13 +80,7 @@ def in_call(batch: Batch | None) -> Iterator[None]:
 
 @contextmanager
 def names_passed(batch: Batch, called: Collection[nn.Module], encoder: Collection[nn.Module]) -> Iterator[None]:
-    """Pass the names of a batch to modules that take `adapter_names`.
-
-    Args:
-        batch: the names.
-        called: the modules.
-        encoder: the modules of the encoder.
-    """
+    """Pass the names of a batch to the modules that are called with them; those of the encoder get their own."""
     handles = []
     try:
         for module in called:
@@ -115,11 +109,7 @@ def _with_names(
 
 
 def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], name: str) -> None:
-    """Refuse adapter names that do not fit the batch, or any while adapters are merged.
-
-    Raises:
-        ValueError: there is not one name a row, or an adapter is merged.
-    """
+    """Refuse adapter names that do not fit the batch, or any while adapters are merged."""
     if len(adapter_names) != len(x):
         raise ValueError(
             f"{name}: adapter_names has {len(adapter_names)} entries, the batch has {len(x)} rows; pass one name a row"
@@ -132,19 +122,9 @@ def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], n
 
 
 def updates_in(
-    layer: object,
-    adapter_names: Sequence[str],
-    dimensions: int,
-    make: Callable[[Sequence[str], int], list[RowUpdate]],
+    layer: object, adapter_names: Sequence[str], dimensions: int, make: Callable[[Sequence[str], int], list[RowUpdate]]
 ) -> list[RowUpdate]:
-    """The updates of a layer, made once in a call of the model that is not differentiated.
-
-    Args:
-        layer: compared by identity.
-        adapter_names: one a row.
-        dimensions: of the layer's outputs.
-        make: makes them from the names and the number of dimensions.
-    """
+    """The updates of a layer, made from names and dimensions of outputs once in a call that is not differentiated."""
     batch = None if is_traced() or grad_recorded() else current_batch.get()
     if batch is None or (adapter_names is not batch.names and adapter_names is not batch.in_encoder):
         return make(adapter_names, dimensions)
@@ -192,13 +172,9 @@ def mixed_outputs(
     updates: Sequence[RowUpdate],
     adapt: Callable[[Tensor, Tensor, Sequence[ActiveAdapter]], Tensor],
 ) -> Tensor:
-    """The outputs of a batch: of all rows at once, or for each A and B where there are several.
+    """The outputs of a batch: `adapt` all rows at once, or those of each A and B where there are several.
 
-    Args:
-        x: inputs.
-        base_output: of the base layer for all of them; rows without an update keep theirs.
-        updates: of the layer.
-        adapt: maps inputs and base outputs to the outputs with adapters.
+    Rows without an update keep the base's output.
     """
     if all(rows is None for rows, _ in updates):
         return adapt(x, base_output, [adapter for _, adapter in updates])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -221,17 +221,14 @@ class DVoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if not merge:
-            return self._unload(progressbar)
-        self._check_merge_allowed()
-        # Copies of all adapted weights stay on the CPU until the last layer is merged, to undo a failure.
-        with merged_or_restored(self.model, adapter_names, safe_merge):
-            return self._unload(progressbar)
-
-    def _unload(self, progressbar: bool) -> nn.Module:
-        with restored_on_error(self):
+        with ExitStack() as stack:
+            stack.enter_context(restored_on_error(self))
+            if merge:
+                self._check_merge_allowed()
+                # Copies of all adapted weights stay on the CPU until the last layer is unloaded, to undo a failure.
+                stack.enter_context(merged_or_restored(self.model, adapter_names, safe_merge))
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-        remove_factor_pass(self.model)
+            remove_factor_pass(self.model)
         return cast(nn.Module, self.model)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:

@@ -24,14 +24,7 @@ _PRIVATE = ("_qkv_same_embed_dim",)
 
 
 class ParamWrapper(DVoRALayer):
-    """Wraps a module, or a wrapper of it, and adapts one of its parameters. PEFT knows the class by its name.
-
-    Args:
-        base_layer: the module, or another wrapper for another of its parameters.
-        parameter_name: of the parameter.
-        name: of the parameter in the model, for messages.
-        layer_type: how it is held.
-    """
+    """Wraps a module, or a wrapper of it, and adapts one of its parameters. PEFT knows the class by its name."""
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, layer_type: LayerType) -> None:
         super().__init__(base_layer, name, layer_type, parameter_name)
@@ -93,11 +86,7 @@ class ParamWrapper(DVoRALayer):
                 holder[self.parameter_name] = stored
 
     def check_serves_all_rows(self, adapter_names: Sequence[str]) -> None:
-        """Refuse adapter names with which some row would need another weight than the others.
-
-        Raises:
-            ValueError: a row asks for an adapter of this parameter, or one is merged into it.
-        """
+        """Refuse adapter names with which some row would need another weight than the others."""
         if self.merged or not set(adapter_names).isdisjoint(self.dvora_adapted):
             raise ValueError(
                 f"{self.name}: adapter_names needs a layer that is called row by row, and this is a parameter that "
