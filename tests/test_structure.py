@@ -26,6 +26,7 @@ ORDER = [
     "adapter",
     "training",
     "peft",
+    "flat",
     "bank",
     "tools",
     "recipes",
@@ -37,7 +38,7 @@ ROOMS = {room: set(ORDER[:index]) - NOT_BELOW.get(room, set()) for index, room i
 ROOMS["whole_files"] = set()
 for room_of_files in ("bank", "recipes", "cli"):
     ROOMS[room_of_files].add("whole_files")
-ADDRESSES = {"__init__", "extras", "peft_hook", "flat", "functional", "doctor", "analysis"}
+ADDRESSES = {"__init__", "extras", "peft_hook", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""
 PLAIN = set(ORDER[: ORDER.index("peft")])
 """Rooms of the plain layer."""

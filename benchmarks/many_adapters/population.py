@@ -14,7 +14,7 @@ from dvora import DVoRAConfig
 from dvora.bank.factors import FactorRows
 from dvora.bank.pack import write_pack
 from dvora.flat import Layout
-from dvora.peft.adapter_folder import PEFT_PREFIX, VECTOR_PREFIX
+from dvora.peft.saving import PEFT_PREFIX, VECTOR_PREFIX
 
 NOISE = 0.01
 

@@ -1,6 +1,394 @@
-"""One flat vector is the adapter: the public address of `dvora.peft.flat`."""
+"""One flat float32 vector is the adapter: where each value stands, the ways there and back, and what rows get from it.
 
-from .peft.flat.layout import Layout
-from .peft.flat.row_factors import LayerFactors
+Dimensions: N vectors, S values, L layers of one shape, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import FAR
+from .factors import StackConstants, stacked_factors
+from .functional import Vectors
+from .peft.content import (
+    FORMAT_VERSION,
+    Content,
+    LayerSizes,
+    ModelAdapter,
+    SavedWhole,
+    Settings,
+    restored_on_error,
+    tensors_of,
+)
+from .peft.layer import DVoRALayer, check_unmerged
+from .peft.saving import VECTOR_PREFIX, check_layer_factors, check_whole
+from .tensors import Float, is_dtensor, weight_in_memory
+from .weight import AdaptedWeight
 
 __all__ = ["LayerFactors", "Layout"]
+
+Source = nn.Module | str | os.PathLike[str]
+"""A model with the adapter, or the folder of a saved one."""
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes whose values float32 holds exactly."""
+_SHOWN = 4
+"""Sizes of layers, where a layout is printed."""
+
+
+class LayerFactors(NamedTuple):
+    """All that tokens need of an adapter in one layer; N is absent for a single vector."""
+
+    gain_minus_one: Float[Tensor, "*N O"]
+    """`g - 1`, of the base's output."""
+    scale: Float[Tensor, "*N O"]
+    """`g beta`, of the low-rank product."""
+    lambda_d: Float[Tensor, "*N R"]
+    """Of the projected inputs; empty for a layer that has the magnitude only."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Layout:
+    """Where each value of an adapter stands in one flat float32 vector; made by `Layout.of`.
+
+    Layers come in the order of their names, each with magnitude, lambda_b and lambda_d; then whatever else the adapter
+    trains and saves whole (heads, biases, tokens). Two layouts are equal if a vector of one adapter means the same in
+    the other; that of a model equals that of its saved folder. The name of the adapter is no part of that.
+
+    Args:
+        content: what the adapter consists of.
+        adapter_name: of the adapter in the models that the layout is used with.
+    """
+
+    content: Content
+    adapter_name: str = "default"
+    digest: str = field(init=False)
+    """A short hash of everything but the base's fingerprints: send it along with a vector."""
+    size: int = field(init=False)
+    """How many values a vector has."""
+
+    def __post_init__(self) -> None:
+        if not self.content.layers:
+            raise ValueError(f"source: adapter {self.adapter_name!r} has no vectors of any layer; it is damaged")
+        object.__setattr__(self, "digest", self.content.digest)
+        object.__setattr__(self, "size", sum(self._parts().values()))
+
+    @classmethod
+    def of(cls, source: Source, adapter_name: str = "default") -> Layout:
+        """The layout of an adapter in a model, or of a saved one, of which only the headers are read.
+
+        Args:
+            source: a model, wrapped or not, or the folder of an adapter.
+            adapter_name: of the adapter in the model; of a folder, the name it is to have in models.
+
+        Raises:
+            TypeError, ValueError: there is no DVoRA adapter, or it is damaged or of another format.
+        """
+        return cls(_content(source, adapter_name), adapter_name)
+
+    @torch.no_grad()
+    def to_vector(self, source: Source) -> Float[Tensor, "S"]:
+        """The values of an adapter as a new vector: on its own device from a model, on the CPU from a folder.
+
+        Raises:
+            TypeError, ValueError: the adapter is of another layout, its values are not all in this process, or float32
+                would round some of them.
+        """
+        if isinstance(source, nn.Module):
+            tensors = _tensors_in(self._adapter_in(source))
+        else:
+            self._check_same(_content(source, self.adapter_name), str(source))
+            tensors = tensors_of(Path(source))
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _NARROW:
+                raise TypeError(
+                    f"source: {name} is {tensor.dtype}, and a vector is float32, which would round it. Adapters "
+                    "on bases of float32 and below have flat vectors; keep this one in files"
+                )
+        device = next(iter(tensors.values())).device
+        return torch.cat([tensor.reshape(-1).to(device, torch.float32) for tensor in tensors.values()])
+
+    @torch.no_grad()
+    def from_vector(self, vector: Float[Tensor, "S"], model: nn.Module) -> None:
+        """Copy a vector into an adapter of a model: all of it, or after an error nothing.
+
+        Parameters stay the same objects, so optimizers and compiled models keep working; gradients are not touched.
+        What is saved whole in half precision (a head of such a model) is rounded to it.
+
+        Raises:
+            TypeError, ValueError: the vector or the model is not of this layout, the adapter is merged, or the values
+                would give outputs that are not finite; nothing is written then.
+        """
+        self._check_vector(vector, dimensions=1)
+        adapter = self._adapter_in(model)
+        check_unmerged(model, self.adapter_name)
+        tensors = _tensors_in(adapter)
+        if vector.abs().max() > FAR:
+            views = self.views(vector)
+            for name, layer in adapter.layers.items():
+                check_layer_factors(layer, self.adapter_name, with_zeros(views[name]))
+        first = next(iter(tensors.values()))
+        # In one piece: most models are on one device.
+        parts = vector.detach().to(first.device).split(list(self._parts().values()))
+        values = [
+            part.view(tensor.shape).to(tensor.device, tensor.dtype)
+            for part, tensor in zip(parts, tensors.values(), strict=True)
+        ]
+        _check_writable(tensors, values)
+        with restored_on_error(list(tensors.values())):
+            torch._foreach_copy_(list(tensors.values()), values)
+
+    def factors(self, model: nn.Module, vectors: Float[Tensor, "*N S"]) -> dict[str, LayerFactors]:
+        """What serving needs of every layer, by name, for one vector or a batch: as its layers would use it.
+
+        Nothing of the model is changed. The results are views of one tensor for each shape of layers, without
+        gradients; those of a batch (N, size) have N rows. They include the strength that the adapter has in the model.
+
+        Raises:
+            TypeError, ValueError: vectors or model are not of this layout, factors would not be finite, adapters are
+                merged, or a weight is sharded.
+        """
+        self._check_vector(vectors, dimensions=2)
+        layers = self._adapter_in(model).layers
+        for layer in layers.values():
+            if layer.merged:
+                raise ValueError(
+                    f"model: adapters are merged into {layer.name} ({', '.join(layer.merged_adapters)}), and factors "
+                    "are of its own weight; call unmerge_adapter first"
+                )
+            if (device := layer.adapted(self.adapter_name).w.device) != vectors.device:
+                raise ValueError(
+                    f"vector is on {vectors.device}, and {layer.name} of the model on {device}; pass "
+                    f"vector.to({str(device)!r})"
+                )
+        made = factors_of_layers(layers, self.adapter_name, self.views(torch.atleast_2d(vectors)))
+        far = vectors.abs().max() > FAR
+        for name, factors in made.items():
+            if far and not all(factor.isfinite().all() for factor in factors):
+                raise ValueError(
+                    f"vector gives {name} factors that are not finite: magnitude, lambda_b and lambda_d are too large; "
+                    "training has diverged or the vector was damaged, so use an earlier one"
+                )
+        if vectors.dim() == 2:
+            return made
+        return {name: LayerFactors(*(factor[0] for factor in factors)) for name, factors in made.items()}
+
+    def views(self, vector: Float[Tensor, "*N S"]) -> dict[str, Vectors]:
+        """The three vectors of every layer, by name, as views: writing into them writes into the vector.
+
+        lambda_b and lambda_d are empty for a layer that has the magnitude only.
+
+        Raises:
+            TypeError, ValueError: it is no tensor, or has another size.
+        """
+        self._check_size(vector, dimensions=2)
+        parts = iter(vector.split(list(self._parts().values()), dim=-1))
+        empty = vector[..., :0]
+        return {
+            layer.name: Vectors(*(next(parts) if length else empty for length in layer.lengths))
+            for layer in self.content.layers
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as what JSON has types for."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "digest": self.digest,
+            "settings": self.content.settings._asdict(),
+            "layers": [list(layer) for layer in self.content.layers],
+            "whole": [[whole.name, list(whole.shape)] for whole in self.content.whole],
+            "base": {name: list(fingerprint) for name, fingerprint in self.content.base},
+        }
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], adapter_name: str = "default") -> Layout:
+        """The layout that `to_dict` has written.
+
+        Raises:
+            ValueError: it is of another format version, or damaged.
+        """
+        version = settings.get("format_version") if isinstance(settings, Mapping) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"settings: a layout of format_version {version!r:.100}, expected {FORMAT_VERSION}; make it again with "
+                "Layout.of, with this version of dvora on both sides"
+            )
+        try:
+            common = dict(settings["settings"])
+            common["tokens"] = tuple((name, tuple(indices)) for name, indices in common["tokens"])
+            content = Content(
+                Settings(**common),
+                tuple(LayerSizes(*layer) for layer in settings["layers"]),
+                tuple(SavedWhole(name, tuple(shape)) for name, shape in settings["whole"]),
+                tuple((name, tuple(fingerprint)) for name, fingerprint in settings["base"].items()),
+            )
+            layout, digest = cls(content, adapter_name), settings["digest"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"settings: no layout can be read from it ({error!r:.200}); make it again") from error
+        if layout.digest != digest:
+            raise ValueError(
+                f"settings: its digest is {digest!r:.100} and that of its entries {layout.digest!r}; it was changed on "
+                "the way, make it again with Layout.of"
+            )
+        return layout
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return self.content.difference(other.content) is None
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        sizes = Counter((layer.out_features, layer.rank) for layer in self.content.layers)
+        shown = [f"{count} of {out:,} x r{rank}" for (out, rank), count in sizes.most_common(_SHOWN)]
+        more = [f"{len(sizes) - _SHOWN} other sizes"] if len(sizes) > _SHOWN else []
+        whole = f"; {len(self.content.whole)} saved whole" if self.content.whole else ""
+        return f"Layout({self.digest}: {self.size:,} values; layers: {', '.join(shown + more)}{whole})"
+
+    def _parts(self) -> dict[str, int]:
+        """The lengths of all parts of a vector, in their order, by what they are."""
+        vectors = {
+            f"{vector} of {layer.name}": length
+            for layer in self.content.layers
+            for vector, length in zip(Vectors._fields, layer.lengths, strict=True)
+            if length
+        }
+        return vectors | {whole.name: prod(whole.shape) for whole in self.content.whole}
+
+    def _adapter_in(self, model: nn.Module) -> ModelAdapter:
+        """The adapter in a model, if the layout is its."""
+        adapter = ModelAdapter.of(model, self.adapter_name)
+        self._check_same(adapter.content(), "the model")
+        return adapter
+
+    def _check_same(self, content: Content, of: str) -> None:
+        """Refuse another adapter than the layout is of, or another base."""
+        if difference := self.content.difference(content):
+            raise ValueError(
+                f"this layout ({self.digest}) is not that of adapter {self.adapter_name!r} of {of} ({content.digest}): "
+                f"{difference}. Use Layout.of(...) of that adapter, and vectors that were made with an equal layout"
+            )
+
+    def _check_size(self, vector: Tensor, dimensions: int) -> None:
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"vector must be a tensor of {self.size} values, got {type(vector).__name__}")
+        if not 1 <= vector.dim() <= dimensions or vector.shape[-1] != self.size or not vector.numel():
+            batch = f" or (N, {self.size})" if dimensions == 2 else ""
+            raise ValueError(
+                f"vector has shape {tuple(vector.shape)}, expected ({self.size},){batch} as {self!r} says; was it made "
+                "with another layout?"
+            )
+
+    def _check_vector(self, vector: Tensor, dimensions: int) -> None:
+        """Refuse what is not one vector, or not some, of finite float32 values."""
+        self._check_size(vector, dimensions)
+        if vector.dtype != torch.float32:
+            raise TypeError(
+                f"vector is {vector.dtype}, expected torch.float32: half precision rounds a magnitude by up to 0.4 %. "
+                "Keep vectors in float32 where they are made, sent and averaged"
+            )
+        if vector.is_meta or is_dtensor(vector) or vector.layout != torch.strided:
+            raise ValueError(
+                f"vector is a {type(vector).__name__} of layout {vector.layout} on {vector.device}, expected a dense "
+                "tensor with all its values in this process; gather or load them first"
+            )
+        if not vector.isfinite().all():
+            at = int((~vector.isfinite()).nonzero()[0, -1])
+            part = [name for name, length in self._parts().items() for _ in range(length)][at]
+            raise ValueError(
+                f"vector has values that are not finite, the first at index {at} ({part}); training has diverged or "
+                "the vector was damaged, so use an earlier one"
+            )
+
+
+@torch.no_grad()
+def factors_of_layers(
+    layers: Mapping[str, DVoRALayer], adapter_name: str, vectors: Mapping[str, Vectors]
+) -> dict[str, LayerFactors]:
+    """The factors of N vectors, by layer: one batched computation for each shape of layers.
+
+    Args:
+        layers: of the adapter, by name.
+        adapter_name: whose frozen side and strength are used.
+        vectors: each (N, O) or (N, R), by name; lambda_b and lambda_d are (N, 0) where there is the magnitude only.
+    """
+    stacks: dict[object, list[str]] = {}
+    for name, layer in layers.items():
+        stacks.setdefault(layer.adapted(adapter_name).stack_key, []).append(name)
+    made: dict[str, LayerFactors] = {}
+    for names in stacks.values():
+        constants = StackConstants.of([_adapted(layers[name], adapter_name) for name in names])
+        by_kind = zip(*(with_zeros(vectors[name]) for name in names), strict=True)
+        stacked = Vectors(*map(torch.stack, by_kind)).to(constants.w.dtype)
+        gain_minus_one, scale, _ = stacked_factors(stacked, constants)
+        strengths = torch.stack([layers[name].strength(adapter_name) for name in names])[:, None, None]
+        factors = map(LayerFactors, gain_minus_one * strengths, scale * strengths, stacked.lambda_d)
+        made |= zip(names, factors, strict=True)
+    return {name: made[name] for name in layers}
+
+
+def with_zeros(vectors: Vectors) -> Vectors:
+    """The vectors with zeros for a lambda_b that the layer does not have."""
+    magnitude, lambda_b, lambda_d = vectors
+    return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
+
+
+def _adapted(layer: DVoRALayer, adapter_name: str) -> AdaptedWeight:
+    """The frozen side of an adapter, with the constants of the weight as it is now."""
+    weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
+    if is_dtensor(weight):
+        raise ValueError(
+            f"model: the weight of {layer.name} is sharded over processes, and factors are of whole rows; make them "
+            "of the model in one process, or let each layer make its own as it runs"
+        )
+    adapted = layer.adapted(adapter_name)
+    if weight is not None:
+        adapted.refresh_if_stale(weight)
+    return adapted
+
+
+def _content(source: Source, adapter_name: str) -> Content:
+    if isinstance(source, nn.Module):
+        return ModelAdapter.of(source, adapter_name).content()
+    if isinstance(source, str | os.PathLike):
+        return Content.of_folder(Path(source))
+    raise TypeError(f"source must be a model or the folder of an adapter, got {type(source).__name__}")
+
+
+def _tensors_in(adapter: ModelAdapter) -> dict[str, Tensor]:
+    """The tensors of an adapter in a model, if this process has all their values."""
+    tensors = adapter.tensors()
+    check_whole(tensors)
+    if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
+    return tensors
+
+
+def _check_writable(tensors: Mapping[str, Tensor], values: Sequence[Tensor]) -> None:
+    """Refuse parameters that could not hold the values, and two values for one tensor."""
+    written: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+    for (name, tensor), value in zip(tensors.items(), values, strict=True):
+        if tensor.dtype != torch.float32 and (VECTOR_PREFIX in name or tensor.dtype not in _NARROW):
+            raise TypeError(
+                f"model: {name} is {tensor.dtype}, expected torch.float32, in which the layer keeps it unless it was "
+                "cast through parameter.data or is on a float64 base; nothing was written"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"vector has values for {name} that are too large for its dtype, {tensor.dtype}")
+        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
+        first, other = written.setdefault(place, (name, value))
+        if not torch.equal(other, value):
+            raise ValueError(
+                f"vector has different values for {first} and {name}, which are one tensor in the model (tied); give "
+                "both the same"
+            )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dvora.bank.saved import SETTINGS, VALUES
 from dvora.bank.sources import AdapterValues
-from dvora.peft.flat.content import Content
+from dvora.peft.content import Content
 from tests.peft.flat.adapters import Kind, mlp, saved
 
 HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dvora import MergePrecisionWarning
-from dvora.peft.state.hotswap import hotswap_adapter
+from dvora.peft.content import hotswap_adapter
 from tests.cases import COPIES
 from tests.histories.checks import (
     GRADIENTS,

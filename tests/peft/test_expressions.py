@@ -28,6 +28,12 @@ ENDLESS = (
     "(x+x+)+y|(?:(?:.?)*)*!",
     r"([\w.]|[\w.][\w.])*!",
     "(?:){4294967294}",
+    "(a+)+$",
+    "(a|aa)+$",
+    r"(\w+\w+)+\1$",
+    "x?" * 40,
+    "(.|.)" * 30,
+    r"((?:\w+\.)*)q_proj",
 )
 
 
@@ -46,7 +52,7 @@ def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         r"model\.language_model\.layers\.(\d|1\d)\.(self_attn|mlp)\.(q|k|v|up|down)_proj",
         r"^(?!.*vision).*(?:q_proj|v_proj).*$",
         r"(?:.*)(?P<name>q)_proj",
-        r"((?:\w+\.)*)q_proj",
+        r"^((?!vision|audio).)*_proj$",
         "|".join(name.replace(".", r"\.") for name in NAMES),
     ],
 )
@@ -57,11 +63,10 @@ def test_ordinary_expressions_are_let_through(expression: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "expression"), [*((setting, "(.+)+!") for setting in NONE), *(("exclude_modules", e) for e in ENDLESS)]
 )
-@pytest.mark.usefixtures("short_limit")
 def test_an_expression_without_end_is_refused_by_its_setting(setting: str, expression: str) -> None:
     one = setting in ("target_modules", "magnitude_modules", "exclude_modules")
     value = expression if one else [expression] if NONE[setting] is None else {expression: 1}
-    with pytest.raises(ValueError, match=f"{setting}: .* cannot be matched against 160 names in"):
+    with pytest.raises(ValueError, match=f"{setting}: .* could take more than 100,000,000 steps"):
         check_expressions({**NONE, setting: value}, [f"{name}{'a' * 30}" for name in NAMES])
 
 
@@ -74,6 +79,7 @@ def test_an_expression_without_end_is_refused_by_its_setting(setting: str, expre
         ({"rank_pattern": {"(?i)query": 3}}, r"rank_pattern: '\(\?i\)query' is not a regular expression: global flags"),
         ({"rank_pattern": {"a)|(b": 3}}, r"rank_pattern: .* is not a regular expression: unbalanced parenthesis"),
         ({"layers_pattern": "(?P<idx>h)"}, "layers_pattern: .* redefinition of group name"),
+        ({"exclude_modules": "[Ā-退]" * 20_000}, "exclude_modules has 1 expressions .* and 20000 sets .* and 256"),
         ({"target_modules": "(" * 5000}, "target_modules: .* is not a regular expression"),
         ({"exclude_modules": "(?<=a*)b"}, "exclude_modules: .* look-behind requires fixed-width pattern"),
     ],
@@ -83,10 +89,9 @@ def test_what_cannot_be_read_is_refused(settings: dict[str, object], message: st
         check_expressions({**NONE, **settings})
 
 
-@pytest.mark.usefixtures("short_limit")
-def test_compiling_has_the_limit_too() -> None:
-    with pytest.raises(ValueError, match=r"exclude_modules: .* cannot be matched against 0 names"):
-        check_expressions({**NONE, "exclude_modules": "[Ā-退]" * 20_000})
+def test_matching_all_names_has_a_limit_too(short_limit: None) -> None:
+    with pytest.raises(ValueError, match=r"exclude_modules: .* cannot be matched against 160 names in 0.15 s"):
+        check_expressions({**NONE, "exclude_modules": ".*.*.*.*.*x"}, NAMES)
 
 
 def test_the_first_pattern_that_ends_a_name_is_taken() -> None:
@@ -112,12 +117,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("setting", ENDLESS_SETTINGS)
-@pytest.mark.usefixtures("short_limit")
 def test_neither_loading_nor_swapping_nor_adapting_hangs(setting: str, sound: Path, tmp_path: Path) -> None:
     settings = {"target_modules": LAYERS["bert"], setting: ENDLESS_SETTINGS[setting]}
     base = MODELS["bert"]()
     before = snapshot(base)
-    message = f"{setting}: .* cannot be matched against"
+    message = f"{setting}: .* could take more than"
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, DVoRAConfig(r=6, **settings))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -136,6 +140,8 @@ def test_neither_loading_nor_swapping_nor_adapting_hangs(setting: str, sound: Pa
     assert_unchanged(model, before)
 
 
-def test_a_configuration_alone_is_read_within_the_limit(tmp_path: Path) -> None:
+def test_a_configuration_alone_is_refused_before_there_is_a_model(tmp_path: Path) -> None:
+    """For some models PEFT matches expressions before it asks any method."""
     (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "DVORA", "target_modules": "(.+)+!"}))
-    assert DVoRAConfig.from_pretrained(str(tmp_path)).target_modules == "(.+)+!"
+    with pytest.raises(ValueError, match=r"target_modules: .* could take more than"):
+        DVoRAConfig.from_pretrained(str(tmp_path))

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import StackConstants, stacked_factors
+from ..flat import with_zeros
 from ..functional import Vectors
 from ..peft.config import DVoRAConfig
-from ..peft.flat.content import Content, LayerSizes
-from ..peft.flat.row_factors import with_zeros
+from ..peft.content import Content, LayerSizes
 from ..tensors import Float
 from .served import ServedLayer, ServedModel
 from .sources import AdapterValues

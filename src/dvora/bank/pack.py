@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from ..peft.flat.content import Content
+from ..peft.content import Content
 from ..tensors import Float
 from ..whole_files import claimed, new_folder
 from .pack_index import DTYPES, UNKNOWN, Entry, Index, RowFormat, check_name, checksum, read_index

@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..peft.adapter_folder import PEFT_PREFIX, Shape, plain_name
-from ..peft.config import DVoRAConfig
-from ..peft.flat.content import Content, in_order
-from ..peft.state.checked_values import check_file
+from ..peft.config import DVoRAConfig, Shape
+from ..peft.content import Content, in_order
+from ..peft.saving import PEFT_PREFIX, check_file, plain_name
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000

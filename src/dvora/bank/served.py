@@ -18,13 +18,12 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ..factors import add_factor_pass, remove_factor_pass
-from ..peft.adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, plain_name
 from ..peft.base_weight import measured_bias
 from ..peft.config import DVoRAConfig
-from ..peft.flat.content import Content, LayerSizes, SavedWhole
+from ..peft.content import Content, LayerSizes, SavedWhole
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.layer_types import LayerType
-from ..peft.state.checked_values import check_matrices, check_same_values
+from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_name
 from ..tensors import Float, TensorVersion, bias_of, is_dtensor, is_partitioned, weight_in_memory
 from ..weight import AdaptedWeight
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..functional import Vectors
-from ..peft.adapter_folder import VECTOR_PREFIX, Shape
-from ..peft.config import DVoRAConfig
-from ..peft.flat.content import Content
+from ..peft.config import DVoRAConfig, Shape
+from ..peft.content import Content
+from ..peft.saving import VECTOR_PREFIX
 from ..tensors import Float
 from .saved import SETTINGS, VALUES, AdapterFiles, described_in, told_of
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Factors, Pass, StackConstants, current_pass, saved_here, stacked_factors
+from ..flat import with_zeros
 from ..functional import Vectors
 from ..peft.base_weight import keep_differentiable
-from ..peft.flat.row_factors import with_zeros
 from ..tensors import Float, is_traced
 from .factors import FactorRows, LayerPlace
 from .rows import CurrentRows, RowIndex, check_names

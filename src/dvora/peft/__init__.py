@@ -5,10 +5,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from .config import DVoRAConfig
+from .content import hotswap_adapter
 from .layer import DVoRALayer
 from .merging import merged
 from .model import DVoRAModel
-from .state.hotswap import hotswap_adapter
 
 __all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel", "hotswap_adapter", "merged"]
 

@@ -1,17 +1,19 @@
-"""DVoRAConfig: the settings of one adapter, as PEFT stores them."""
+"""DVoRAConfig: the settings of one adapter, as PEFT stores them, and the checks of settings by themselves."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
+from torch import nn
 
 from ..checks import (
     checked_alpha,
@@ -20,19 +22,38 @@ from ..checks import (
     checked_rank,
     checked_strength,
     fits_float32,
+    rounds_to_zero,
 )
 from ..functional import Vectors
 from ..matrices.interface import FORMAT_VERSION, SharedProjections, checked_distribution
 from ..matrices.vera import vera_sizes
-from .adapter_folder import AdapterFile, Shape, shapes_in
-from .config_checks import all_of, check_training, check_types
 from .expressions import check_expressions, first_match
 
+Shape = tuple[int, ...]
+BIASES = ("none", "all", "dvora_only")
+MAX_NAMES = 2**12
+"""Entries of a list: PEFT compares each with every module of a model, and with every other."""
+MAX_PROBES = 64
+"""Numbers in the fingerprint of a layer; far more than this version writes."""
+MAX_NAME = 200
+"""Characters of an adapter's name, which is a folder's name where several adapters are saved."""
 _SIZING = (
     *("r", "rank_pattern", "target_modules", "target_parameters", "magnitude_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "base_probes"),
 )
-BIASES = ("none", "all", "dvora_only")
+_HOLDERS = nn.ModuleDict(), nn.ParameterDict()
+_OWN_NAMES = {"weight", "bias", "base_layer"}
+
+
+class AdapterFile(NamedTuple):
+    """The file of values that belongs to a configuration which was read, not made."""
+
+    sizing: dict[str, Any]
+    """The settings on which names and shapes depend, as they were read."""
+    folder: Path | None = None
+    """Where the file is, if it is on this machine."""
+    shapes: Mapping[str, Shape] | None = None
+    """By name, where they were handed over with the settings."""
 
 
 @dataclass
@@ -88,41 +109,33 @@ class DVoRAConfig(PeftConfig):
         TypeError, ValueError: a value is of the wrong type or out of range.
     """
 
-    r: int = field(default=256, metadata={"help": "rank of the update"})
-    alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / r; None means r"})
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "parameters to adapt"})
-    magnitude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "layers that get the magnitude only"}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
-    train: list[str] | tuple[str, ...] = field(
-        default=Vectors._fields, metadata={"help": "which of the three vectors are trained"}
-    )
-    strength: float | dict[str, float] = field(default=1.0, metadata={"help": "s of W + s (W' - W)"})
-    direction: str = field(default="unit", metadata={"help": "'unit' or 'weight'"})
-    d_initial: float = field(default=0.1, metadata={"help": "starting value of lambda_d"})
-    detach_norm: bool = field(default=False, metadata={"help": "leave the gradient through the norm out"})
-    dvora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the update"})
-    projection_seed: int = field(default=0, metadata={"help": "names the shared random matrices"})
-    projection_init: str = field(default="structured", metadata={"help": "their distribution"})
-    save_projection: bool = field(default=False, metadata={"help": "also save the shared matrices"})
-    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'dvora_only'"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "tokens whose embeddings are trained whole"}
-    )
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks by layer name"})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "alphas by layer name"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of their module list"})
-    init_weights: bool = field(default=True, metadata={"help": "start as the identity"})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "follows from the layer's type"})
-    projection_format: int = field(default=FORMAT_VERSION, metadata={"help": "version of the projections' format"})
-    projection_fingerprint: str | None = field(default=None, metadata={"help": "hash of the projections"})
-    base_probes: dict[str, list[float]] | None = field(
-        default=None, metadata={"help": "norms and projections of the base"}
-    )
+    r: int = 256
+    alpha: float | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
+    magnitude_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    train: list[str] | tuple[str, ...] = Vectors._fields
+    strength: float | dict[str, float] = 1.0
+    direction: str = "unit"
+    d_initial: float = 0.1
+    detach_norm: bool = False
+    dvora_dropout: float = 0.0
+    projection_seed: int = 0
+    projection_init: str = "structured"
+    save_projection: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    projection_format: int = FORMAT_VERSION
+    projection_fingerprint: str | None = None
+    base_probes: dict[str, list[float]] | None = None
     # Taken and dropped: files of older versions hold it, and it changed no output. Removing it in `from_json_file`
     # would not do: `PeftConfig.from_pretrained` reads files itself, and warns of what this constructor does not take.
     norm_cache: InitVar[object] = None
@@ -131,12 +144,9 @@ class DVoRAConfig(PeftConfig):
         super().__post_init__()
         # A caller may use one configuration for several bases, so the field itself stays unchanged.
         self.fingerprints_to_save: dict[str, list[float]] | None = None
-        # The file of values in the same folder, if the configuration was read from one.
         self.file: AdapterFile | None = None
-        # Until those values are loaded: the parameters that were trained before the adapter was added.
-        self.awaited: set[str] | None = None
         self.peft_type = PeftType["DVORA"]
-        check_types(vars(self))
+        _check_types(vars(self))
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -148,17 +158,15 @@ class DVoRAConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read a configuration, of any method, and names and shapes from the header of its file of values.
-
-        They are compared before a model gets an adapter from it.
+        """Read a configuration, of any method; the file of values beside it is compared when a model gets the adapter.
 
         Raises:
-            TypeError, ValueError: a setting is of the wrong type or out of range, or a file is damaged.
+            TypeError, ValueError: a setting is of the wrong type or out of range, or the file is damaged.
         """
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        shapes = shapes_in(Path(pretrained_model_name_or_path, subfolder or ""))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
         if isinstance(config, DVoRAConfig):
-            config.file, config.awaited = AdapterFile(shapes, config.sizing()), set()
+            config.file = AdapterFile(config.sizing(), folder if folder.is_dir() else None)
         return config
 
     @classmethod
@@ -186,12 +194,12 @@ class DVoRAConfig(PeftConfig):
             TypeError, ValueError: a setting is of the wrong type or out of range, or the content is damaged.
         """
         try:
-            found = json.loads(settings)
+            read = json.loads(settings)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"adapter_config.json cannot be read as JSON: {error}") from error
-        config: PeftConfig = cls.from_peft_type(**_checked_method(found, "adapter_config.json"))
+        config: PeftConfig = cls.from_peft_type(**_checked_method(read, "adapter_config.json"))
         if isinstance(config, DVoRAConfig):
-            config.file, config.awaited = AdapterFile(shapes, config.sizing()), set()
+            config.file = AdapterFile(config.sizing(), shapes=shapes)
         return config
 
     def check(self) -> None:
@@ -200,80 +208,11 @@ class DVoRAConfig(PeftConfig):
         Raises:
             TypeError, ValueError: a value is of the wrong type or out of range.
         """
-        check_types(vars(self))
+        _check_types(vars(self))
         check_expressions(vars(self))
-        self._check_numbers()
-        self._check_choices()
+        _check_values(self)
         if not self.inference_mode and self.file is None:
-            check_training(vars(self))
-        self._check_projections()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
-        settings = super().to_dict()
-        settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-
-    def sizing(self) -> dict[str, Any]:
-        """The settings that say which vectors there are, and for which base."""
-        return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
-
-    def forget_file(self) -> None:
-        """Make the configuration that of a new adapter, no longer tied to the file it was read with."""
-        self.file = self.awaited = None
-
-    def rank_of(self, layer_name: str) -> int:
-        """The rank of a layer: its entry in `rank_pattern`, else `r`."""
-        return self.rank_pattern.get(first_match(self.rank_pattern, layer_name), self.r)
-
-    def alpha_of(self, layer_name: str) -> float | None:
-        """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
-        return self.alpha_pattern.get(first_match(self.alpha_pattern, layer_name), self.alpha)
-
-    def strength_of(self, layer_name: str) -> float:
-        """The strength of a layer: `strength`, or its entry there, else 1."""
-        if isinstance(self.strength, dict):
-            exact = layer_name in self.strength
-            return self.strength.get(layer_name if exact else first_match(self.strength, layer_name), 1.0)
-        return self.strength
-
-    def _check_numbers(self) -> None:
-        for rank in (self.r, *self.rank_pattern.values()):
-            checked_rank(rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if alpha is not None:
-                checked_alpha(alpha)
-        checked_d_initial(self.d_initial)
-        strengths = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
-        for strength in strengths:
-            checked_strength(strength)
-        dropout = self.dvora_dropout
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dvora_dropout must be a number, got {dropout!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dvora_dropout must lie in 0 <= p < 1, got {dropout}")
-        for layer, probes in (self.base_probes or {}).items():
-            if not all(map(fits_float32, probes)):
-                raise ValueError(f"base_probes of {layer} are not finite: {probes!r}")
-
-    def _check_choices(self) -> None:
-        checked_direction(self.direction)
-        if self.bias not in BIASES:
-            raise ValueError(f"unknown bias {self.bias!r}, expected one of {', '.join(BIASES)}")
-        if not (all_of(self.train, str) and self.train and set(self.train) <= set(Vectors._fields)):
-            raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {self.train!r}")
-        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is set but layers_to_transform is not; set both or neither")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                f"layers_to_transform works with a list of target_modules only, got target_modules="
-                f"{self.target_modules!r}; put the indices into the expression instead"
-            )
-
-    def _check_projections(self) -> None:
+            _check_training(self)
         if self.projection_format != FORMAT_VERSION:
             raise ValueError(
                 f"projection_format is {self.projection_format!r}, this version makes format {FORMAT_VERSION}; "
@@ -302,11 +241,204 @@ class DVoRAConfig(PeftConfig):
             )
         self.projection_fingerprint = fingerprint
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
+        settings = super().to_dict()
+        settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+
+    def sizing(self) -> dict[str, Any]:
+        """The settings that say which vectors there are, and for which base."""
+        return copy.deepcopy({name: getattr(self, name) for name in _SIZING})
+
+    def forget_file(self) -> None:
+        """Make the configuration that of a new adapter, no longer tied to the file it was read with."""
+        self.file = None
+
+    def rank_of(self, layer_name: str) -> int:
+        """The rank of a layer: its entry in `rank_pattern`, else `r`."""
+        return self.rank_pattern.get(first_match(self.rank_pattern, layer_name), self.r)
+
+    def alpha_of(self, layer_name: str) -> float | None:
+        """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
+        return self.alpha_pattern.get(first_match(self.alpha_pattern, layer_name), self.alpha)
+
+    def strength_of(self, layer_name: str) -> float:
+        """The strength of a layer: `strength`, or its entry there, else 1."""
+        if isinstance(self.strength, dict):
+            exact = layer_name in self.strength
+            return self.strength.get(layer_name if exact else first_match(self.strength, layer_name), 1.0)
+        return self.strength
+
 
 def own_config(config: PeftConfig) -> DVoRAConfig:
     """A configuration from PEFT, asserted to be this method's."""
     assert isinstance(config, DVoRAConfig), type(config)
     return config
+
+
+def check_adapter_name(name: object, taken: Collection[str] = ()) -> None:
+    """Refuse a name under which torch or PEFT could not store an adapter, or not find its values again.
+
+    Args:
+        name: of the adapter.
+        taken: names of the model's own parameters and buffers, without their modules': PEFT cuts an adapter's name off
+            the end of all of them.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is empty or too long, part of a path, or has a meaning of its own.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r:.100} of type {type(name).__name__}")
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise ValueError(f"adapter_name must have 1 to {MAX_NAME} characters, all printable, got {name!r:.300}")
+    if "." in name or "\\" in name or name.startswith("/"):
+        raise ValueError(
+            f"adapter_name {name!r} has a dot or is a path; parameters and folders are named by it, so use another"
+        )
+    if name in _OWN_NAMES or name in taken or any(hasattr(holder, name) for holder in _HOLDERS):
+        raise ValueError(f"adapter_name {name!r} has a meaning of its own in a torch or PEFT model; use another")
+
+
+def _all(values: object, *types: type) -> bool:
+    """Whether it is a collection of values of these very types."""
+    return isinstance(values, list | tuple | set) and all(type(value) in types for value in values)
+
+
+def _by_layer(value: Any, *types: type) -> bool:
+    """Whether it is a dictionary from names to lists of values of these very types."""
+    return isinstance(value, dict) and all(_all(values, *types) for values in value.values())
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a string or None": (
+        lambda value: isinstance(value, str | os.PathLike | None),
+        ("base_model_name_or_path", "revision"),
+    ),
+    "a string or a list of strings": (
+        lambda value: value is None or isinstance(value, str) or _all(value, str),
+        ("target_modules", "magnitude_modules", "exclude_modules", "layers_pattern"),
+    ),
+    "a list of names": (lambda value: value is None or _all(value, str), ("modules_to_save", "target_parameters")),
+    "a dictionary from layer names to numbers": (
+        lambda value: isinstance(value, dict) and _all(set(value), str),
+        ("rank_pattern", "alpha_pattern"),
+    ),
+    "a number, or a dictionary from layer names to numbers": (
+        lambda value: not isinstance(value, dict) or _all(set(value), str),
+        ("strength",),
+    ),
+    "an index or a list of indices": (
+        lambda value: value is None or _all(value if isinstance(value, list) else [value], int),
+        ("layers_to_transform",),
+    ),
+    "lists of indices": (
+        lambda value: value is None or _all(value, int) or _by_layer(value, int),
+        ("trainable_token_indices",),
+    ),
+    "a dictionary from layer names to lists of numbers": (
+        lambda value: value is None or _by_layer(value, float, int),
+        ("base_probes",),
+    ),
+    "True or False": (
+        lambda value: isinstance(value, bool),
+        ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"),
+    ),
+    "a number": (
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+        ("dvora_dropout",),
+    ),
+}
+"""What settings must be; those that are ranks, alphas or choices are checked by their values."""
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of the wrong type, and lists that are too long.
+
+    Raises:
+        TypeError: a setting is of the wrong type.
+        ValueError: a list is too long, or `modules_to_save` holds an empty name.
+    """
+    for words, (is_valid, names) in _TYPES.items():
+        for name in names:
+            if not is_valid(settings[name]):
+                raise TypeError(f"{name} must be {words}, got {settings[name]!r:.500}")
+    for name in ("target_modules", "magnitude_modules", "exclude_modules", "target_parameters", "layers_to_transform"):
+        if isinstance(settings[name], list | tuple | set) and len(settings[name]) > MAX_NAMES:
+            raise ValueError(f"{name} has {len(settings[name])} entries, expected at most {MAX_NAMES}")
+    if "" in (settings["modules_to_save"] or ()):
+        # PEFT compares ends of names, so this one is every module's, the model's own included.
+        raise ValueError(f"modules_to_save must not hold an empty name, got {settings['modules_to_save']!r}")
+    for layer, probes in (settings["base_probes"] or {}).items():
+        if len(probes) > MAX_PROBES:
+            raise ValueError(f"base_probes of {layer!r:.100} has {len(probes)} numbers, expected {MAX_PROBES} at most")
+        if not all(map(fits_float32, probes)):
+            raise ValueError(f"base_probes of {layer} are not finite: {probes!r}")
+
+
+def _strengths(config: DVoRAConfig) -> list[float]:
+    return list(config.strength.values()) if isinstance(config.strength, dict) else [config.strength]
+
+
+def _check_values(config: DVoRAConfig) -> None:
+    """Refuse numbers out of range, unknown choices, and settings that exclude each other.
+
+    Raises:
+        TypeError, ValueError: one is.
+    """
+    for rank in (config.r, *config.rank_pattern.values()):
+        checked_rank(rank)
+    for alpha in (config.alpha, *config.alpha_pattern.values()):
+        if alpha is not None:
+            checked_alpha(alpha)
+    checked_d_initial(config.d_initial)
+    for strength in _strengths(config):
+        checked_strength(strength)
+    if not 0 <= config.dvora_dropout < 1:
+        raise ValueError(f"dvora_dropout must lie in 0 <= p < 1, got {config.dvora_dropout}")
+    checked_direction(config.direction)
+    if config.bias not in BIASES:
+        raise ValueError(f"unknown bias {config.bias!r}, expected one of {', '.join(BIASES)}")
+    if not (_all(config.train, str) and config.train and set(config.train) <= set(Vectors._fields)):
+        raise ValueError(f"train must name at least one of {', '.join(Vectors._fields)}, got {config.train!r}")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern is set but layers_to_transform is not; set both or neither")
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ValueError(
+            f"layers_to_transform works with a list of target_modules only, got target_modules="
+            f"{config.target_modules!r}; put the indices into the expression instead"
+        )
+
+
+def _check_training(config: DVoRAConfig) -> None:
+    """Refuse settings with which a vector that is to be trained would never change.
+
+    Raises:
+        ValueError: its gradient is zero and stays so.
+    """
+    rows = {"lambda_b", "lambda_d"}.intersection(config.train)
+    if config.init_weights and rows == {"lambda_d"}:
+        raise ValueError(
+            f"train={config.train!r} would never move lambda_d: its gradient is zero while lambda_b is, which starts "
+            "there and would stay; train lambda_b too, or leave lambda_d out"
+        )
+    if config.init_weights and rows and rounds_to_zero(config.d_initial):
+        raise ValueError(
+            f"d_initial={config.d_initial} would never move lambda_b and lambda_d, which are both zero then: "
+            "start with another value, or train the magnitude only"
+        )
+    largest = max((config.r, *config.rank_pattern.values()))
+    for name, alphas in (("alpha", [config.alpha]), ("alpha_pattern", config.alpha_pattern.values())):
+        if rows and any(alpha is not None and rounds_to_zero(alpha / largest) for alpha in alphas):
+            raise ValueError(
+                f"{name}={vars(config)[name]!r} gives a scale alpha / r of zero in float32: trains nothing"
+            )
+    if any(map(rounds_to_zero, _strengths(config))):
+        raise ValueError(
+            f"strength={config.strength!r} trains nothing where it is zero; leave such layers out with "
+            "exclude_modules, or call set_strength once the adapter is trained"
+        )
 
 
 def _checked_method(settings: Any, file: str) -> dict[str, Any]:

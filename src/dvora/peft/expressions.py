@@ -1,77 +1,55 @@
-"""Regular expressions of a configuration: none is compiled or matched before it is known to take little time.
+r"""Regular expressions of a configuration: none is matched before it is known to take little time.
 
-Python's `re` has no time limit, and PEFT matches these settings against every name in a model. So an upper
-bound of the steps is computed first; above a limit the expression is tried in a process of its own, with limits.
+PEFT matches them against every name in a model with `re`, which has no time limit, also where no method is asked. So
+an upper bound of the steps is read off the parsed expression: repeats within repeats, as in `(.+)+!`, have none. A
+matcher with a time limit would prove nothing: the package `regex` answers at once in most cases where `re` never ends.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
-import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-TIME_LIMIT = 3.0
-"""Seconds that all expressions of a setting may take for all names."""
-MEMORY_LIMIT = 2**30
-MAX_CHARACTERS, MAX_EXPRESSIONS = 2**18, 2**12
+MOST_CHARACTERS, MOST_EXPRESSIONS = 2**18, 2**12
 """Of a setting: more than a model with an entry for each of its layers has."""
-
-_FREE = 10**6
-"""Steps that need no trial: a fraction of a second."""
-_STEPS_OF_A_SET = 1000
-"""What compiling a set of characters costs."""
-_NAME = re.compile(r"[\w.-]*")
-"""A plain name, which matches in one way only."""
-
-_TRIAL = f"""
-import json, re, sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_LIMIT}, {MEMORY_LIMIT}))
-except ImportError:
-    pass
-expressions, whole, names = json.load(sys.stdin)
-for expression in expressions:
-    compiled = re.compile(expression)
-    match = compiled.fullmatch if whole else compiled.match
-    for name in names:
-        match(name)
-"""
+MOST_SETS = 256
+"""Of characters, in the expressions of a setting; compiling one takes up to 4 ms."""
+MOST_STEPS = 10**8
+"""For one name; so many take seconds."""
+TIME_LIMIT = 3.0
+"""Seconds for all names and settings together."""
+USUAL_LENGTH = 64
+"""Of a layer's name."""
 
 
 class _Form(NamedTuple):
     """How PEFT matches the names of a setting."""
 
-    around: Callable[[str], str]
-    """The expression that is matched."""
-    whole: bool
-    at_most: int = MAX_EXPRESSIONS
-    """Expressions of the setting."""
+    around: str
+    whole: bool = False
+    at_most: int = MOST_EXPRESSIONS
 
 
-def ending(name: str) -> str:
-    """The expression with which PEFT matches a name in a pattern of ranks or alphas."""
-    return rf"(.*\.)?({name})$"
-
-
-_WHOLE, _ENDING = _Form(str, whole=True), _Form(ending, whole=False)
+_WHOLE, _ENDING = _Form("{}", whole=True), _Form(r"(.*\.)?({})$")
 # PEFT compiles the last two again for every module, except for the few hundred that `re` caches.
 _FORMS = {
-    "target_modules": _WHOLE,
-    "magnitude_modules": _WHOLE,
-    "exclude_modules": _WHOLE,
-    "rank_pattern": _ENDING,
-    "alpha_pattern": _ENDING,
-    "strength": _ENDING,
-    "modules_to_save": _Form(lambda name: rf"(^|.*\.){name}($|\..*)", whole=False, at_most=256),
-    "layers_pattern": _Form(lambda name: rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", whole=False, at_most=256),
+    **dict.fromkeys(("target_modules", "magnitude_modules", "exclude_modules"), _WHOLE),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "strength"), _ENDING),
+    "modules_to_save": _Form(r"(^|.*\.){}($|\..*)", at_most=256),
+    "layers_pattern": _Form(r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", at_most=256),
 }
+
+
+def first_match(patterns: Iterable[str], name: str) -> str:
+    """The first of the patterns that PEFT finds at the end of a name; the name itself if there is none."""
+    return next((pattern for pattern in patterns if _matcher(_ENDING, pattern)(name)), name)
 
 
 def check_expressions(settings: Mapping[str, Any], names: Collection[str] = ()) -> None:
@@ -84,115 +62,92 @@ def check_expressions(settings: Mapping[str, Any], names: Collection[str] = ()) 
     Raises:
         ValueError: an expression cannot be compiled, or matching it takes more than the limits.
     """
+    longest, start = max(map(len, names), default=USUAL_LENGTH), time.monotonic()
     for setting, form in _FORMS.items():
-        written = [each for each in _expressions(setting, settings.get(setting)) if isinstance(each, str)]
-        characters = sum(map(len, written))
-        if len(written) > form.at_most or characters > MAX_CHARACTERS:
-            raise ValueError(
-                f"{setting} has {len(written)} expressions of {characters} characters together, expected at most "
-                f"{form.at_most} and {MAX_CHARACTERS}"
-            )
-        longest = max(map(len, names), default=0)
-        written = [each for each in written if _NAME.fullmatch(each) is None]
-        steps = sum(_steps(setting, form.around(each), each, longest, max(1, len(names))) for each in written)
-        if steps > _FREE:
-            try:
-                _try(tuple(map(form.around, written)), form.whole, tuple(sorted(names)))
-            except (subprocess.SubprocessError, OSError) as error:
-                raise ValueError(
-                    f"{setting}: {_shown(written)} cannot be matched against {len(names)} names in {TIME_LIMIT:.0f} s "
-                    f"and {MEMORY_LIMIT >> 20} MiB ({type(error).__name__}); write it with fewer repeats within each "
-                    "other or behind each other"
-                ) from error
-        for each in written:
-            _check_compiles(setting, form.around(each), each)
+        expressions = _expressions(setting, form, settings.get(setting))
+        for expression in expressions:
+            match = _checked(setting, form, expression, longest)
+            for name in names:
+                match(name)
+                if time.monotonic() - start > TIME_LIMIT:
+                    raise ValueError(
+                        f"{setting}: {_shown(expression)} cannot be matched against {len(names)} names in "
+                        f"{TIME_LIMIT:g} s; write it with fewer repeats behind each other"
+                    )
 
 
-def first_match(patterns: Iterable[str], name: str) -> str:
-    """The first of the patterns that PEFT finds at the end of a name; the name itself if there is none."""
-    return next((pattern for pattern in patterns if _ends(pattern)(name)), name)
+def _expressions(setting: str, form: _Form, value: Any) -> list[str]:
+    """The expressions of a setting; lists of whole names have none."""
+    several = value if isinstance(value, list | tuple | set | dict) and not form.whole else ()
+    expressions = [value] if isinstance(value, str) else [each for each in several if isinstance(each, str)]
+    characters, sets = (sum(count(each) for each in expressions) for count in (len, lambda each: each.count("[")))
+    if len(expressions) > form.at_most or characters > MOST_CHARACTERS or sets > MOST_SETS:
+        raise ValueError(
+            f"{setting} has {len(expressions)} expressions of {characters} characters and {sets} sets together, "
+            f"expected at most {form.at_most}, {MOST_CHARACTERS} and {MOST_SETS}"
+        )
+    return expressions
 
 
-def _expressions(setting: str, value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        return [value]
-    several = setting not in ("target_modules", "magnitude_modules", "exclude_modules")
-    return value if several and isinstance(value, list | tuple | set | dict) else ()
+@lru_cache(maxsize=2 * MOST_EXPRESSIONS)
+def _matcher(form: _Form, expression: str) -> Callable[[str], object]:
+    compiled = re.compile(form.around.format(expression))
+    return compiled.fullmatch if form.whole else compiled.match
 
 
-@lru_cache(maxsize=2 * MAX_EXPRESSIONS)
-def _ends(pattern: str) -> Callable[[str], object]:
-    return re.compile(ending(pattern)).match
-
-
-def _check_compiles(setting: str, expression: str, written: str) -> None:
-    try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{setting}: {_shown([written])} is not a regular expression: {error}") from error
-
-
-def _steps(setting: str, expression: str, written: str, longest: int, names: int) -> float:
-    """An upper bound for compiling an expression and matching it with so many names of so many characters."""
+def _checked(setting: str, form: _Form, expression: str, longest: int) -> Callable[[str], object]:
+    """What matches names; if it is an expression, and needs few steps for a name of so many characters."""
     parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
     try:
         # Without the form around it, too: it could close a bracket of the form's.
-        parser.parse(written)
-        parsed = parser.parse(expression)
-        if parsed.state.flags & re.IGNORECASE:
-            return math.inf
-        return len(expression) + _STEPS_OF_A_SET * expression.count("[") + names * _ways(parsed, longest)
+        parser.parse(expression)
+        ways, repeats = _ways(parser.parse(form.around.format(expression)))
+        match = _matcher(form, expression)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{setting}: {_shown([written])} is not a regular expression: {error}") from error
+        raise ValueError(f"{setting}: {_shown(expression)} is not a regular expression: {error}") from error
+    # Repeats behind each other divide a name between them.
+    if ways * math.comb(longest + repeats, repeats) > MOST_STEPS:
+        raise ValueError(
+            f"{setting}: {_shown(expression)} could take more than {MOST_STEPS:,} steps for a name of {longest} "
+            "characters; write it without repeats or alternatives within a repeat, and with few repeats"
+        )
+    return match
 
 
-def _ways(parsed: Any, longest: int) -> float:
-    """An upper bound of the ways in which an expression could match the beginning of a name."""
-    return math.prod(_ways_of(str(code), argument, longest) for code, argument in parsed)
+def _ways(parsed: Any) -> tuple[float, int]:
+    """In how many ways an expression goes through its alternatives, and the repeats behind each other in it."""
+    ways, repeats = zip((1.0, 0), *(_ways_of(str(code), argument) for code, argument in parsed), strict=True)
+    return math.prod(ways), sum(repeats)
 
 
-def _ways_of(code: str, argument: Any, longest: int) -> float:
+def _ways_of(code: str, argument: Any) -> tuple[float, int]:
     match code:
         case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN" | "AT" | "GROUPREF":
-            return 1
-        case "BRANCH":
-            return sum(_ways(each, longest) for each in argument[1])
+            return 1, 0
         case "SUBPATTERN":
-            return _ways(argument[3], longest) if not argument[1] else math.inf
+            return _ways(argument[3])
         case "ASSERT" | "ASSERT_NOT":
-            return _ways(argument[1], longest)
+            return _ways(argument[1])
         case "ATOMIC_GROUP":
-            return _ways(argument, longest)
+            return _ways(argument)
+        case "BRANCH":
+            # Alternatives that begin with different characters exclude each other.
+            by_first: Counter[object] = Counter()
+            for alternative in argument[1]:
+                plain = alternative and str(alternative[0][0]) == "LITERAL"
+                first = chr(alternative[0][1]).casefold() if plain else None
+                by_first[first] += _ways(alternative)[0]  # type: ignore[assignment]  # may be infinite
+            return by_first.pop(None, 0) + max(by_first.values(), default=0), max(_ways(a)[1] for a in argument[1])
         case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
-            low, high, repeated = argument
-            return _ways_of_repeat(low, high, repeated, longest)
-    return math.inf
+            low, high, body = argument
+            ways, repeats = _ways(body)
+            if high <= 1:
+                return ways * (1 + high - low), repeats
+            # What may be empty can be repeated for ever.
+            simple = ways == 1 and not repeats and body.getwidth()[0] > 0
+            return 1 if simple else math.inf, int(high > low)
+    return math.inf, 0
 
 
-def _ways_of_repeat(low: int, high: int, repeated: Any, longest: int) -> float:
-    if high > 1 and repeated.getwidth()[0] == 0:
-        return math.inf  # nothing may be repeated for ever
-    once, times = _ways(repeated, longest), min(high, longest)
-    if once <= 1:
-        return max(1, times - low + 1)
-    return (times + 1) * once**times if times * math.log(once) < 100 else math.inf
-
-
-@lru_cache(maxsize=16)
-def _try(expressions: tuple[str, ...], whole: bool, names: tuple[str, ...]) -> None:
-    """Compile and match in a separate process that can be killed.
-
-    Raises:
-        SubprocessError, OSError: it did not finish.
-    """
-    subprocess.run(
-        [sys.executable, "-I", "-S", "-c", _TRIAL],
-        input=json.dumps([expressions, whole, names]).encode(),
-        timeout=TIME_LIMIT,
-        capture_output=True,
-        check=True,
-    )
-
-
-def _shown(written: list[str]) -> str:
-    return ", ".join(f"{each[:100]!r}{'...' if len(each) > 100 else ''}" for each in written[:3])
+def _shown(expression: str) -> str:
+    return f"{expression[:100]!r}{'...' if len(expression) > 100 else ''}"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import ModulesToSaveWrapper, _get_input_embeddings_name
+from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
 from ..checks import check_bias, check_weight, checked_direction
@@ -30,8 +30,7 @@ from ..matrices.vera import vera_sizes
 from ..tensors import bias_of, is_fully_sharded, is_partitioned
 from ..weight import MAGNITUDE_ONLY, AdaptedWeight
 from .base_weight import alike, change, fingerprint_of, readable_weight, stored_weight, warn_of_changes
-from .config import DVoRAConfig
-from .config_checks import check_adapter_name
+from .config import DVoRAConfig, check_adapter_name
 from .expressions import check_expressions
 from .layer import DVoRALayer, DVoRALinear, shared_projections
 from .layer_types import (
@@ -49,7 +48,7 @@ from .layer_types import (
     sizes_of,
 )
 from .parameters import ParamWrapper, ReadLinear, UnfusedLinear, projections_of, wrapped
-from .state.checked_values import check_file, check_fits, check_ranks
+from .saving import check_file, check_ranks
 
 _NAMES_SHOWN, _SHOWN = 20, 100
 """Names, and characters of one, that a message repeats."""
@@ -215,10 +214,8 @@ class PreparedTarget(NamedTuple):
 
 def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) -> None:
     """Refuse invalid settings, expressions that would match for too long, and invalid names of an adapter."""
-    if config.file is not None and config.sizing() != config.file.settings:
+    if config.file is not None and config.sizing() != config.file.sizing:
         config.forget_file()
-    if config.awaited is not None:
-        config.awaited = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     holders = [module for _, module in outside_adapters(model)]
     check_adapter_name(adapter_name, {name for holder in holders for name in (*holder._parameters, *holder._buffers)})
     config.check()
@@ -306,8 +303,6 @@ def check_adapter(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
     shared = shared_projections(model, config.projection_seed, config.projection_init)
     prepared = {target.name: _prepare(target, config, shared) for target in targets}
     _check_base(prepared, config)
-    sizes = {name: (one.adapted.out_features, one.adapted.rank) for name, one in prepared.items()}
-    check_fits(config, sizes, _saved_whole(config, model))
     return prepared
 
 
@@ -390,16 +385,6 @@ def _check_base(prepared: dict[str, PreparedTarget], config: DVoRAConfig) -> Non
             )
         changes[name] = change(here, there)
     warn_of_changes(changes, stacklevel=5)
-
-
-def _saved_whole(config: DVoRAConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that PEFT is going to train and save whole, by name."""
-    whole: dict[str, nn.Module] = {}
-    for path, module in outside_adapters(model):
-        ends = any(path.endswith(name) for name in config.modules_to_save or ())
-        if ends and not path.startswith(tuple(f"{outer}." for outer in whole)):
-            whole[path] = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-    return whole
 
 
 # ---- the change

@@ -41,9 +41,7 @@ from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
 from .mixed_batch import BASE, Batch, current_batch, in_call, names_passed
 from .parameters import ParamWrapper
-from .state.checked_values import check_load, vectors_among
-from .state.state_dict import as_saved, from_saved
-from .state.withdrawal import withdrawal
+from .saving import as_saved, check_folder, check_load, from_saved
 
 _COMPILED = "_orig_mod."
 
@@ -117,6 +115,7 @@ class DVoRAModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            check_folder(model, config, adapter_name)
         self._prepared = {}
         for module in model.modules():
             keep_differentiable(module)
@@ -288,16 +287,8 @@ class DVoRAModel(BaseTuner):
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        names = vectors_among(state_dict) & self.peft_config.keys()
-        withdraw = withdrawal(self, names)
-        try:
-            # One that ignores mismatched sizes has dropped them by now.
-            check_load(self, state_dict, prefix)
-        except BaseException:
-            withdraw()
-            raise
-        for name in names:
-            own_config(self.peft_config[name]).awaited = None
+        # One that ignores mismatched sizes has dropped them by now.
+        check_load(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -317,18 +308,11 @@ class DVoRAModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         check_unmerged(model, adapter_name)
-        tuner = next((module for module in model.modules() if isinstance(module, DVoRAModel)), None)
-        # Without a tuner, as after `inject_adapter_in_model`, the adapter cannot be removed again.
-        withdraw = withdrawal(tuner, [adapter_name]) if tuner else None
-        try:
-            values = from_saved(model, own_config(config), adapter_name, state_dict)
-            if tuner is None:
-                check_load(model, values)
-            return values
-        except BaseException:
-            if withdraw is not None:
-                withdraw()
-            raise
+        values = from_saved(model, own_config(config), adapter_name, state_dict)
+        # A tuner checks shapes where torch hands it the values: by then PEFT may have dropped some.
+        if not any(isinstance(module, DVoRAModel) for module in model.modules()):
+            check_load(model, values)
+        return values
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

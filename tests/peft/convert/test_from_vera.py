@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig, SharedProjections
-from dvora.peft.convert.from_vera import from_vera
+from dvora.peft.conversion import from_vera
 from tests.peft.convert.fresh_process import run_fresh
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs
 

@@ -9,7 +9,7 @@ from packaging.version import Version
 from peft import get_peft_model
 
 from dvora import DVoRAConfig
-from dvora.peft.convert.to_dense import dense_updates
+from dvora.peft.conversion import dense_updates
 from tests.peft.layer_cases import CASES
 from tests.peft.tiny import MODELS, train_vectors
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.peft.convert.to_dora import to_dora
+from dvora.peft.conversion import to_dora
 from tests.peft.convert.fresh_process import run_fresh
 from tests.peft.layer_cases import CASES, Case
 from tests.peft.tiny import LAYERS, MODELS, outputs, train_vectors

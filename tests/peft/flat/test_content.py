@@ -120,7 +120,7 @@ def test_without_fingerprints_any_base_will_do(tmp_path: Path) -> None:
 
 def test_only_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(KINDS["head"].trained(), tmp_path)
-    monkeypatch.setattr("dvora.peft.flat.content.load_peft_weights", None)
+    monkeypatch.setattr("dvora.peft.content.load_peft_weights", None)
     assert Layout.of(folder).size == 248
 
 
@@ -207,7 +207,7 @@ def test_half_precision_in_a_file_is_widened(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
     get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"is an adapter of type .*LORA; only DVoRA adapters have flat vectors"):
+    with pytest.raises(TypeError, match=r"is an adapter of type .*LORA; only DVoRA adapters are read here"):
         Layout.of(tmp_path)
 
 

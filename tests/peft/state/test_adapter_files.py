@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from dvora import DVoRAConfig
-from dvora.peft.adapter_folder import shapes_in
+from dvora.peft.saving import open_values
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.state.adapter_files import edit_config, edit_weights
 from tests.peft.tiny import MODELS, outputs, same_bits, train_vectors
@@ -25,8 +25,8 @@ def saved(folder: Path, bias: str) -> PeftModel:
 def test_the_keys_are_those_of_the_file(tmp_path: Path) -> None:
     saved(tmp_path, "dvora_only")
     vectors = {f"base_model.model.lin0.dvora_{vector}" for vector in ("magnitude", "lambda_b", "lambda_d")}
-    assert set(shapes_in(tmp_path)) == {BIAS, *vectors}
-    assert shapes_in(tmp_path / "elsewhere") is None
+    with open_values(tmp_path) as (shapes, _):
+        assert set(shapes) == {BIAS, *vectors}
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_statistics_of_the_base_are_not_read(tmp_path: Path) -> None:
     saved(tmp_path, Normalised(), target_modules=["lin0"])
     edit_config(tmp_path, base_probes=None)
     edit_weights(tmp_path, lambda t: t.update({"base_model.model.norm.running_mean": torch.full((6,), 1e3)}))
-    refuse(tmp_path, Normalised(), r"does not train: 'base_model\.model\.norm\.running_mean'")
+    refuse(tmp_path, Normalised(), r"does not train: 'norm\.running_mean'")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_matrices_of_vera_are_not_larger_than_the_model(sizes: str, message: str
     with small_tensors_only():
         refuse(folder, MODELS["llama"](), message)
         assert DVoRAConfig.from_pretrained(str(folder)).projection_fingerprint == "0" * 16
-        with pytest.raises(ValueError, match=r"projection_init is '\w+' in the model"):
+        with pytest.raises(ValueError, match=r"projection_init is '\w+' here"):
             dvora.hotswap_adapter(adapted_llama(), folder)
 
 
@@ -267,7 +267,7 @@ def test_a_head_that_is_missing_is_named_before_the_model_changes(tmp_path: Path
     edit_weights(tmp_path, lambda tensors: tensors.pop("base_model.model.classifier.weight"))
     base = MODELS["bert"]()
     before = snapshot(base)
-    with pytest.raises(ValueError, match=r"file lacks classifier\.weight, which modules_to_save=\['classifier'\]"):
+    with pytest.raises(ValueError, match=r"file lacks classifier\.weight, which its configuration trains"):
         PeftModel.from_pretrained(base, tmp_path)
     assert_unchanged(base, before)
     refuse(tmp_path, base, r"file lacks classifier\.weight")

@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...peft.convert.converted import Converted
-from ...peft.convert.from_vera import from_vera
-from ...peft.convert.to_dense import dense_updates
-from ...peft.convert.to_dora import to_dora
+from ...peft.conversion import Converted, dense_updates, from_vera, to_dora
 from ...whole_files import new_folder
 from ..models.adapter_folder import VALUES, read_adapter
 from ..models.adapters import load_adapted

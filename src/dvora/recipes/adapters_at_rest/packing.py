@@ -12,7 +12,7 @@ from ...bank.pack import OnProgress, Pack, Rows, write_pack
 from ...bank.pack_index import FORMAT_VERSION
 from ...bank.saved import described_in, told_of
 from ...bank.sources import adapters_in
-from ...peft.flat.content import Content
+from ...peft.content import Content
 from ..models.adapter_folder import read_adapter
 from ..models.adapters import base_class, of_base
 from ..models.architectures import load_base

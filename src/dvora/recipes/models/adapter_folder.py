@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 
-from ...peft.adapter_folder import shapes_in_header
 from ...peft.expressions import check_expressions
+from ...peft.saving import open_values
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
 from .hub import offline
@@ -155,7 +155,8 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """
     check_readable([file])
     try:
-        shapes = shapes_in_header(file)
+        with open_values(file.parent) as (held, _):
+            shapes = held
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 
 import dvora
 
-from ...peft.state.checked_values import check_file
+from ...peft.saving import check_file
 from .adapter_folder import Adapter, adapter_on, check_targets
 from .architectures import config_of, load_base, model_class, quietly
 from .hub import NOTHING, Trust, offline

@@ -19,27 +19,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import load_peft_weights
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ...functional import Vectors
-from ..adapter_folder import MATRIX_PREFIX, PEFT_PREFIX, VECTOR_PREFIX, Shape, layer_and_vector, plain_name
-from ..base_weight import alike
-from ..config import DVoRAConfig
-from ..layer import DVoRALayer, layers_of
-from ..state.checked_values import OF_SAVED_MODULES, check_file, outside_saved_modules
+from ..functional import Vectors
+from .arithmetic import strengths_as_they_are
+from .base_weight import alike, change, warn_of_changes
+from .config import DVoRAConfig, Shape
+from .layer import DVoRALayer, check_unmerged, layers_of
+from .saving import (
+    MATRIX_PREFIX,
+    OF_SAVED_MODULES,
+    VECTOR_PREFIX,
+    check_file,
+    is_vector,
+    layer_and_vector,
+    plain_key,
+    plain_name,
+    shapes_of,
+    trained_whole,
+)
 
 FORMAT_VERSION = 1
 """Of the order of a vector's entries and of what the digest covers."""
-_Named = TypeVar("_Named")
+_Value = TypeVar("_Value")
 
 
 class LayerSizes(NamedTuple):
@@ -105,8 +117,11 @@ class Content(NamedTuple):
         Raises:
             TypeError, ValueError: there is no DVoRA adapter, or it is damaged or of another format.
         """
-        config = _config_of(folder)
-        return cls.of_saved(config, _shapes_of(config, folder))
+        config = config_in_folder(folder)
+        if not (shapes := shapes_of(config)):
+            raise ValueError(f"source: {folder} has a configuration and no file of values; save the adapter again")
+        check_file(config)
+        return cls.of_saved(config, shapes)
 
     @classmethod
     def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
@@ -116,11 +131,10 @@ class Content(NamedTuple):
             ValueError: the values are not those of a DVoRA adapter.
         """
         vectors: dict[str, dict[str, Shape]] = {}
-        for key, shape in shapes.items():
-            if _is_vector(key):
-                layer, vector = layer_and_vector(key)
-                vectors.setdefault(plain_name(layer), {})[vector] = shape
-        whole = {_plain(key): shape for key, shape in shapes.items() if _is_trained_whole(key, config)}
+        for key in filter(is_vector, shapes):
+            layer, vector = layer_and_vector(key)
+            vectors.setdefault(plain_name(layer), {})[vector] = shapes[key]
+        whole = {plain_key(key): shapes[key] for key in shapes if _is_trained_whole(key, config)}
         return cls(
             Settings.of(config),
             tuple(_sizes(name, vectors[name], config) for name in sorted(vectors)),
@@ -136,14 +150,13 @@ class Content(NamedTuple):
 
     def difference(self, other: Content) -> str | None:
         """Why a vector of one is none of the other, in words; None if it is one."""
-        ours, theirs = self.settings._asdict(), other.settings._asdict()
-        for setting in ours:
-            if ours[setting] != theirs[setting]:
-                return f"{setting} is {ours[setting]!r:.200} here and {theirs[setting]!r:.200} there"
-        own, others = self._by_name(), other._by_name()
-        for name in sorted(own.keys() | others.keys()):
-            if own.get(name) != others.get(name):
-                return f"{name} is {_in_words(own.get(name))} here and {_in_words(others.get(name))} there"
+        for setting, ours, theirs in zip(Settings._fields, self.settings, other.settings, strict=True):
+            if ours != theirs:
+                return f"{setting} is {ours!r:.200} here and {theirs!r:.200} there"
+        here, there = self._by_name(), other._by_name()
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                return f"{name} is {_in_words(here.get(name))} here and {_in_words(there.get(name))} there"
         base = dict(other.base)
         for name, fingerprint in self.base:
             if name in base and not alike(list(base[name]), list(fingerprint)):
@@ -154,7 +167,7 @@ class Content(NamedTuple):
         return None
 
     def _by_name(self) -> dict[str, LayerSizes | SavedWhole]:
-        return {**{layer.name: layer for layer in self.layers}, **{each.name: each for each in self.whole}}
+        return {**{layer.name: layer for layer in self.layers}, **{whole.name: whole for whole in self.whole}}
 
 
 class ModelAdapter(NamedTuple):
@@ -174,11 +187,19 @@ class ModelAdapter(NamedTuple):
         Raises:
             TypeError, ValueError: there is no such adapter, or it is of another method.
         """
-        base = _adapted_base(model)
-        config = _config_in(base, adapter_name)
+        # Names in files are relative to the model that PEFT has put adapters into, within whatever is around it.
+        holder = next((module for module in model.modules() if vars(module).get("peft_config")), model)
+        base: nn.Module = holder.model if isinstance(holder, BaseTuner) else holder
+        configs: Any = vars(base).get("peft_config", {})
+        if adapter_name not in configs:
+            raise ValueError(
+                f"adapter_name: there is no adapter {adapter_name!r} in the model of type {type(base).__name__}, only "
+                f"{sorted(configs)}; pass the name of one of these, or adapt the model first"
+            )
+        config = _of_dvora(configs[adapter_name], f"adapter_name: {adapter_name!r} in the model")
         layers = {plain_name(layer.name): layer for layer in layers_of(base, adapter_name)}
-        whole = _whole_in(base, adapter_name, config)
-        return cls(adapter_name, config, _by_name(layers), _by_name(whole))
+        whole = {plain_key(key): value for key, value in trained_whole(base, config, adapter_name, saved=True).items()}
+        return cls(adapter_name, config, dict(sorted(layers.items())), {name: whole[name] for name in sorted(whole)})
 
     def content(self) -> Content:
         """What it consists of."""
@@ -203,55 +224,88 @@ class ModelAdapter(NamedTuple):
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """The values in a folder, on the CPU, by name in the order of a vector."""
-    return in_order(load_peft_weights(str(folder), device="cpu"), _config_of(folder))
+    return in_order(load_peft_weights(str(folder), device="cpu"), config_in_folder(folder))
 
 
-def in_order(saved: Mapping[str, Tensor], config: DVoRAConfig) -> dict[str, Tensor]:
+def in_order(saved: Mapping[str, _Value], config: DVoRAConfig) -> dict[str, _Value]:
     """The values in a file that are the adapter's own, by name in the order of a vector."""
-    vectors = {_plain(key): tensor for key, tensor in saved.items() if _is_vector(key)}
+    vectors = {plain_key(key): value for key, value in saved.items() if is_vector(key)}
     layers = sorted({name.rpartition(VECTOR_PREFIX)[0] for name in vectors})
     names = [f"{layer}{VECTOR_PREFIX}{vector}" for layer in layers for vector in Vectors._fields]
-    whole = {_plain(key): tensor for key, tensor in saved.items() if _is_trained_whole(key, config)}
-    return {name: vectors[name] for name in names if name in vectors} | _by_name(whole)
+    whole = {plain_key(key): value for key, value in saved.items() if _is_trained_whole(key, config)}
+    return {name: vectors[name] for name in names if name in vectors} | {name: whole[name] for name in sorted(whole)}
 
 
-def _adapted_base(model: nn.Module) -> nn.Module:
-    """The model that PEFT has put adapters into, within whatever is around it; names in files are relative to it."""
-    holder = next((module for module in model.modules() if vars(module).get("peft_config")), model)
-    return holder.model if isinstance(holder, BaseTuner) else holder
+def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
+    """Copy the values of a saved adapter over those of a loaded one, in place.
 
+    Parameters stay the same objects, so optimizers and compiled models keep working.
 
-def _config_in(base: nn.Module, adapter_name: str) -> DVoRAConfig:
-    configs: Any = vars(base).get("peft_config", {})
-    if adapter_name not in configs:
+    Args:
+        model: a PEFT model, compiled or not, or a model with injected adapters.
+        folder: of the saved adapter, which must be made for the same layers with the same ranks, scales, direction and
+            projections.
+        adapter_name: of the adapter to overwrite.
+
+    Raises:
+        TypeError: the folder holds an adapter of another method.
+        ValueError: the adapters differ in more than their values, the adapter is merged, it is for another base, or the
+            folder is damaged; nothing is changed.
+    """
+    model = getattr(model, "_orig_mod", model)  # a compiled model's own
+    adapter = ModelAdapter.of(model, adapter_name)
+    config = config_in_folder(Path(folder))
+    if difference := adapter.content().difference(Content.of_folder(Path(folder))):
         raise ValueError(
-            f"adapter_name: there is no adapter {adapter_name!r} in the model of type {type(base).__name__}, only "
-            f"{sorted(configs)}; pass the name of one of these, or adapt the model first"
+            f"adapter {adapter_name!r} of the model cannot take the values in {folder}: {difference}. Load them under "
+            "a name of their own instead"
         )
-    return _own(configs[adapter_name], f"adapter_name: {adapter_name!r} in the model")
+    check_unmerged(model, adapter_name)
+    layers, probes = list(adapter.layers.values()), config.base_probes or {}
+    warn_of_changes({each.name: change(each.fingerprint, probes[each.name]) for each in layers if each.name in probes})
+    values = load_peft_weights(str(folder), device="cpu")
+    restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
+    try:
+        with restored_on_error(list(adapter.tensors().values())):
+            set_peft_model_state_dict(model, values, adapter_name)
+            for layer in layers:
+                layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
+            adapter.config.strength = config.strength
+    except BaseException:
+        restore_strengths()
+        raise
 
 
-def _config_of(folder: Path) -> DVoRAConfig:
+@contextmanager
+def restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """If anything is raised in the block, give the tensors the values back that they have now."""
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            torch._foreach_copy_(list(tensors), values)
+        raise
+
+
+def config_in_folder(folder: Path) -> DVoRAConfig:
+    """The configuration of a saved adapter.
+
+    Raises:
+        TypeError, ValueError: there is no DVoRA adapter.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"source: {folder} is no folder with a saved adapter: it has no adapter_config.json. Pass what "
             "save_pretrained wrote (a folder for each adapter that is not named 'default'), downloaded first"
         )
-    return _own(DVoRAConfig.from_pretrained(str(folder)), f"source: {folder}")
+    return _of_dvora(DVoRAConfig.from_pretrained(str(folder)), f"source: {folder}")
 
 
-def _own(config: PeftConfig, what: str) -> DVoRAConfig:
+def _of_dvora(config: PeftConfig, what: str) -> DVoRAConfig:
     if not isinstance(config, DVoRAConfig):
-        raise TypeError(f"{what} is an adapter of type {config.peft_type}; only DVoRA adapters have flat vectors")
+        raise TypeError(f"{what} is an adapter of type {config.peft_type}; only DVoRA adapters are read here")
     return config
-
-
-def _shapes_of(config: DVoRAConfig, folder: Path) -> Mapping[str, Shape]:
-    shapes = None if config.file is None else config.file.shapes
-    if not shapes:
-        raise ValueError(f"source: {folder} has a configuration and no file of values; save the adapter again")
-    check_file(config)
-    return shapes
 
 
 def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> LayerSizes:
@@ -267,27 +321,9 @@ def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> Layer
     return sizes
 
 
-def _whole_in(base: nn.Module, adapter_name: str, config: DVoRAConfig) -> dict[str, Tensor]:
-    """What an adapter in a model has beside its vectors, by the names in files without prefixes."""
-    found: dict[str, Tensor] = {}
-    if config.bias != "none":
-        found |= BaseTuner._get_learnable_bias_state_dict(base, outside_saved_modules(base), config)
-    if config.modules_to_save or config.trainable_token_indices:
-        values = base.state_dict()
-        for path, module in base.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                keys = module.adapter_state_dict_load_map(adapter_name)
-                found |= {f"{path}.{saved}": values[f"{path}.{own}"] for saved, own in keys.items()}
-    return {_plain(key): value for key, value in found.items()}
-
-
-def _is_vector(key: str) -> bool:
-    return VECTOR_PREFIX in key and not key.startswith(MATRIX_PREFIX)
-
-
 def _is_trained_whole(key: str, config: DVoRAConfig) -> bool:
     """Whether a key of a file is of something trained whole; files may also have tables and biases of the base."""
-    if _is_vector(key) or key.startswith(MATRIX_PREFIX) or OF_SAVED_MODULES.search(key):
+    if VECTOR_PREFIX in key or key.startswith(MATRIX_PREFIX) or OF_SAVED_MODULES.search(key):
         return False
     return (
         ".trainable_tokens_delta" in key
@@ -296,15 +332,7 @@ def _is_trained_whole(key: str, config: DVoRAConfig) -> bool:
     )
 
 
-def _plain(key: str) -> str:
-    return plain_name(key.removeprefix(PEFT_PREFIX))
-
-
-def _by_name(named: Mapping[str, _Named]) -> dict[str, _Named]:
-    return {name: named[name] for name in sorted(named)}
-
-
-def _in_words(each: LayerSizes | SavedWhole | None) -> str:
-    if each is None:
+def _in_words(part: LayerSizes | SavedWhole | None) -> str:
+    if part is None:
         return "absent"
-    return ", ".join(f"{field} {value}" for field, value in each._asdict().items() if field != "name")
+    return ", ".join(f"{field} {value}" for field, value in part._asdict().items() if field != "name")

@@ -1,1 +1,0 @@
-"""Conversion to and from other methods."""

@@ -1,0 +1,474 @@
+"""Saved adapters: the names in their files, what is refused, and the way from a file into a model and back.
+
+`from_saved` is the one check of values, where they arrive and whoever hands them over. For a folder it runs before,
+too: `check_folder`, when a model has been given the adapter and can still be restored. Only what would make something
+large, or never end, is refused before that: `check_file` compares a file with its settings, from the header alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..checks import FAR, MAX_RANK
+from ..functional import Vectors
+from ..matrices.interface import SharedProjections
+from ..tensors import weight_in_memory
+from .config import DVoRAConfig, Shape
+from .expressions import check_expressions
+from .layer import VECTORS, DVoRALayer, layers_in, layers_of, shared_projections
+from .parameters import saved_names
+
+PEFT_PREFIX = "base_model.model."
+VECTOR_PREFIX = ".dvora_"
+MATRIX_PREFIX = "base_model.dvora_projections."
+OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
+_SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
+_VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
+
+
+def layer_and_vector(key: str) -> tuple[str, str]:
+    """A key of a file as the name of the layer in it, and that of the vector without its prefix."""
+    layer, _, vector = key.removeprefix(PEFT_PREFIX).rpartition(VECTOR_PREFIX)
+    return layer, vector
+
+
+def plain_name(name: str) -> str:
+    """A layer's name without the modules that some models have around their layers."""
+    for around in ("_orig_mod.", "_fsdp_wrapped_module.", "base_layer."):
+        name = name.replace(around, "")
+    return name
+
+
+def plain_key(key: str) -> str:
+    """A key of a file by the name that its value would have in the bare base model."""
+    return plain_name(key.removeprefix(PEFT_PREFIX))
+
+
+def is_vector(key: str) -> bool:
+    """Whether an entry of a file is a vector of a layer."""
+    return VECTOR_PREFIX in key and not key.startswith(MATRIX_PREFIX)
+
+
+@contextmanager
+def open_values(folder: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
+    """The shapes in a folder's file of values by name, from its header alone, and what reads one value.
+
+    Raises:
+        SafetensorError: the file is damaged.
+        ValueError: there is something else in its place, or no value at all.
+    """
+    file, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if not file.exists() and pickled.exists():
+        tensors = _unpickled(pickled)
+        yield {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
+        return
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not a file")
+    try:
+        values = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise SafetensorError(f"{file} cannot be read: {error}") from error
+    with values:
+        yield {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}, values.get_tensor  # noqa: SIM118
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors in a file that `torch.save` has written; nothing else in it is made, and no code is run."""
+    try:
+        if (
+            zipfile.is_zipfile(file)
+            and sum(e.file_size for e in zipfile.ZipFile(file).infolist()) > file.stat().st_size
+        ):
+            raise ValueError(f"{file} is compressed; it could hold any amount of values")
+        tensors = torch.load(file, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read as tensors: {error}") from error
+    if not (isinstance(tensors, dict) and all(type(tensor) is Tensor for tensor in tensors.values())):
+        raise ValueError(f"{file} does not hold tensors by name")
+    for name, tensor in tensors.items():
+        check_dense(str(name), tensor)
+    return {str(name): tensor for name, tensor in tensors.items()}
+
+
+def shapes_of(config: DVoRAConfig) -> Mapping[str, Shape] | None:
+    """The shapes in the file of a configuration that was read; None if there is no such file on this machine."""
+    file = config.file
+    if file is None or file.folder is None:
+        return None if file is None else file.shapes
+    if not any((file.folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        return None
+    with open_values(file.folder) as (shapes, _):
+        return shapes
+
+
+def check_file(config: DVoRAConfig) -> None:
+    """Refuse a file of other values than its configuration says; does nothing without a file.
+
+    Ranks are compared before anything of that rank is made. PEFT would notice missing tokens after it has changed the
+    model, and superfluous biases not at all.
+
+    Raises:
+        ValueError: values are missing, not trained, or of another rank.
+    """
+    if not (shapes := shapes_of(config)):
+        return
+    layers = {key: layer_and_vector(key)[0] for key in shapes if is_vector(key)}
+    trained = {f"{PEFT_PREFIX}{layer}.base_layer.bias" for layer in layers.values()}
+    for key in () if config.bias == "all" else shapes:
+        saved_whole = any(f".{module}." in key for module in config.modules_to_save or ())
+        if key.endswith(".bias") and not saved_whole and not (config.bias == "dvora_only" and key in trained):
+            raise ValueError(
+                f"the adapter's file has {key!r}, which its configuration does not train (bias={config.bias!r})"
+            )
+    tokens = config.trainable_token_indices
+    if tokens is not None and not any(".trainable_tokens_delta" in key for key in shapes):
+        raise ValueError(
+            f"the adapter's file lacks the tokens that trainable_token_indices={tokens!r:.200} says it trains"
+        )
+    check_expressions(vars(config), {*layers.values(), *map(plain_name, layers.values())})
+    for key, layer in layers.items():
+        rank = config.rank_of(plain_name(layer))
+        if key.endswith("lambda_d") and shapes[key] not in ((rank,), (config.rank_of(layer),)):
+            raise ValueError(
+                f"{key} has shape {shapes[key]} in the adapter and {(rank,)} in its configuration: another rank than "
+                "the configuration says, in its r or rank_pattern"
+            )
+
+
+def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
+    """Refuse ranks that no vector in the configuration's file has, before anything of that rank is made.
+
+    Args:
+        config: of the adapter.
+        ranks: of the weights to adapt, by name.
+
+    Raises:
+        ValueError: a rank is larger.
+    """
+    if (shapes := shapes_of(config)) is None:
+        return
+    longest = max(chain((0,), *(shape for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
+    for name, rank in ranks.items():
+        if rank > longest:
+            raise ValueError(
+                f"the adapter lacks vectors of adapted layers: {name} has rank {rank} in its configuration, and no "
+                f"lambda_d in its file has more than {longest} values"
+            )
+
+
+def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjections) -> None:
+    """Refuse the projections of a file if they are not those that a model makes from their seed.
+
+    Args:
+        matrices: of the file, by name.
+        projections: of the model.
+
+    Raises:
+        ValueError: they differ, or are larger than any that could be used.
+    """
+    for name, matrix in matrices.items():
+        check_dense(name, matrix)
+        if matrix.dim() and len(matrix) > MAX_RANK:
+            raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
+    projections.check_saved_tensors(dict(matrices))
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a plain tensor that claims more values than it has, or stores them in another format.
+
+    Raises:
+        ValueError: it is expanded from fewer values, sparse, quantised or without values.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return
+    dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+    if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has not as many values of its own in the adapter")
+
+
+def check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:
+    """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings.
+
+    Raises:
+        ValueError: they differ.
+    """
+    # Where this process does not have them, they cannot be compared, and are left alone all the same.
+    at_hand = type(own) in (Tensor, nn.Parameter) and not own.is_meta
+    # To the last bit, as a table may hold what is not finite.
+    if at_hand and not (loaded.shape == own.shape and torch.equal(_bytes(loaded.to(own)), _bytes(own))):
+        raise ValueError(
+            f"the adapter's file has values that its configuration does not train: {key!r}, which differs from the "
+            "model's own. Save a base that was changed (with further tokens, say) itself, and load the adapter onto "
+            "that; or name the layer in modules_to_save or trainable_token_indices before training; or save the "
+            "adapter with save_embedding_layers=False"
+        )
+
+
+@torch.no_grad()
+def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) -> None:
+    """Refuse finite vectors that give some row of a layer no finite factors.
+
+    Raises:
+        ValueError: they do.
+    """
+    if not any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in vectors):
+        return
+    adapted = layer.adapted(adapter_name)
+    weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
+    if not adapted.factors(Vectors(*(vector.to(adapted.w) for vector in vectors)), weight).are_finite():
+        raise ValueError(
+            f"{layer.name}: magnitude, lambda_b and lambda_d in the adapter are so large that outputs would not be "
+            "finite; the values are damaged or training diverged"
+        )
+
+
+def check_whole(vectors: Mapping[str, Tensor]) -> None:
+    """Refuse to save the shards of vectors: gathering them here would never end where one process saves alone.
+
+    Raises:
+        ValueError: this process has a shard of a vector only.
+    """
+    for key, vector in vectors.items():
+        if not vector.numel() or type(vector) not in (Tensor, nn.Parameter):
+            raise ValueError(
+                f"{key} is sharded between the processes ({type(vector).__name__}, {tuple(vector.shape)}). Gather on "
+                "every rank first: under FSDP pass state_dict=get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)) of torch.distributed.checkpoint.state_dict; under DeepSpeed ZeRO-3 save within "
+                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+
+
+def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a file: vectors by the names of their weights, and the projections where the configuration asks.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter; the fingerprints of this base are set, to be saved with it.
+        adapter_name: of the adapter.
+        vectors: by their keys in the model's state dict.
+
+    Raises:
+        ValueError: this process has only a shard of a vector.
+    """
+    check_whole(vectors)
+    config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
+    renamed = _renamed(vectors, saved_names(model))
+    if not config.save_projection:
+        return renamed
+    matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
+    return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+
+
+def from_saved(
+    model: nn.Module, config: DVoRAConfig, adapter_name: str, entries: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The entries of a file or a state dict by their keys in the model's own, checked but for their shapes.
+
+    Only what the adapter's configuration trains is returned: what else there is of the model must be what the model has
+    already. Biases of a state dict that does not come from a folder are taken, as by PEFT.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        adapter_name: of the adapter.
+        entries: of the file, those of modules trained whole by their keys in the model.
+
+    Raises:
+        ValueError: the projections are not those of the configuration's seed, or a value is missing, belongs to nothing
+            that the adapter trains, is not finite, or vectors give some row no finite factors.
+    """
+    matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
+    check_matrices(matrices, shared_projections(model, config.projection_seed, config.projection_init))
+    rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
+    paths = {name: path for path, name in saved_names(model).items()}
+    # Files carry PEFT's prefix, a model that was adapted in place does not.
+    paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
+    values = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, _renamed(rest, paths))
+    own, handed_over = model.state_dict(), config.file is None
+    needed = {key: own[key] for key in own if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
+    needed |= trained_whole(model, config, adapter_name)
+    biases = {key: own[key] for key in own if key.endswith(".bias") and not _SECOND_BIAS.search(key)}
+    keys = {key: key if key in own else key.removeprefix(PEFT_PREFIX) for key in values}
+    if config.bias == "all" or handed_over:
+        # PEFT saves those of modules_to_save a second time, under names that loading has no use for.
+        keys = {key: name for key, name in keys.items() if name in needed or not _SECOND_BIAS.search(name)}
+    trained = {**biases, **needed} if handed_over else needed
+    _check_names(keys.values(), needed, trained, own)
+    checked = dict(_checked_values(keys, values.__getitem__, trained, own))
+    for path, layer in model.named_modules():
+        if isinstance(layer, DVoRALayer) and adapter_name in layer.dvora_adapted:
+            arriving = (f"{path}.{vector}.{adapter_name}" for vector in VECTORS)
+            vectors = zip(arriving, layer.vectors(adapter_name), strict=True)
+            check_layer_factors(layer, adapter_name, Vectors(*(checked.get(key, vector) for key, vector in vectors)))
+    return checked
+
+
+def check_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str) -> None:
+    """Refuse values in the folder of a configuration that could not be loaded, as `from_saved` will when they arrive.
+
+    PEFT loads them when the adapter is complete, and knows no way back.
+
+    Args:
+        model: the base, with the adapter and whatever that trains whole.
+        config: of the adapter; without a folder, or if PEFT converts the names in it, nothing is checked.
+        adapter_name: of the adapter.
+
+    Raises:
+        ValueError: see `from_saved`; or a value has another shape.
+    """
+    if config.file is None or config.file.folder is None or (held := shapes_of(config)) is None:
+        return
+    layers = {plain_name(layer_and_vector(key)[0]) for key in held if is_vector(key)}
+    if layers and layers.isdisjoint(plain_name(layer.name) for layer in layers_of(model, adapter_name)):
+        return
+    with open_values(config.file.folder) as (shapes, read):
+        entries = {key.removeprefix(PEFT_PREFIX): read(key) for key in shapes}
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for saved, key in module.adapter_state_dict_load_map(adapter_name).items():
+                if f"{path}.{saved}" not in entries:
+                    raise ValueError(
+                        f"the adapter's file lacks {path}.{saved}, which its configuration trains "
+                        f"(modules_to_save={config.modules_to_save!r:.200})"
+                    )
+                entries[f"{path}.{key}"] = entries.pop(f"{path}.{saved}")
+    check_load(model, from_saved(model, config, adapter_name, entries))
+
+
+def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse a state dict before any of it is copied: at a wrong shape torch would stop after copying a part.
+
+    Args:
+        model: with the adapters injected.
+        state_dict: keys as in the model's own state dict, each after `prefix`.
+        prefix: of the model's keys.
+
+    Raises:
+        ValueError: a value has another shape, or belongs to a weight with merged adapters, or to these.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DVoRALayer):
+            module.check_loadable(state_dict, f"{prefix}{name}.")
+    # Base weights may be packed, and are loaded by their layers in ways of their own.
+    packed = {id(tensor) for layer in layers_in(model) for tensor in layer.get_base_layer().parameters()}
+    for name, own in chain(model.named_parameters(), model.named_buffers()):
+        loaded = state_dict.get(prefix + name)
+        if loaded is not None and (id(own) not in packed or name.endswith(".bias")):
+            _check_shape(prefix + name, loaded.shape, own.shape)
+
+
+def trained_whole(model: nn.Module, config: DVoRAConfig, adapter_name: str, saved: bool = False) -> dict[str, Tensor]:
+    """What an adapter in a model trains beside its vectors: heads, biases, tokens.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        adapter_name: of the adapter.
+        saved: by the names in files, not by the keys of the model's state dict.
+    """
+    state = model.state_dict()
+    # Those of `modules_to_save` are saved under names of their own.
+    outside = {key: value for key, value in state.items() if not OF_SAVED_MODULES.search(key)}
+    trained: dict[str, Tensor] = BaseTuner._get_learnable_bias_state_dict(model, outside, config)
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            names = module.adapter_state_dict_load_map(adapter_name)
+            trained |= {f"{path}.{n if saved else key}": state[f"{path}.{key}"] for n, key in names.items()}
+    return trained
+
+
+def _check_names(
+    names: Collection[str], needed: Collection[str], trained: Collection[str], own: Collection[str]
+) -> None:
+    """Refuse entries that are missing, or that neither the adapter nor the model has.
+
+    Args:
+        names: of the entries.
+        needed: names that must be among them.
+        trained: names that may be.
+        own: names of the model, whose values are compared.
+    """
+    vectors = {name for name in names if VECTOR_PREFIX in name and (name in trained or name not in own)}
+    needed_vectors = {name for name in needed if VECTOR_PREFIX in name}
+    if others := vectors - needed_vectors:
+        raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(others)}")
+    if missing := needed_vectors - vectors:
+        raise ValueError(f"the adapter lacks vectors of adapted layers: {_some(missing)}")
+    if missing := set(needed) - set(names):
+        raise ValueError(f"the adapter lacks biases, heads or tokens that its configuration trains: {_some(missing)}")
+    if unknown := set(names) - set(trained) - set(own):
+        raise ValueError(
+            f"the adapter's file has values that its configuration does not train: {_some(map(repr, unknown))}"
+        )
+
+
+def _checked_values(
+    keys: Mapping[str, str], read: Callable[[str], Tensor], trained: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The values that an adapter trains, by name and in the model's dtypes; all others are compared with the model's.
+
+    Args:
+        keys: the name of every entry.
+        read: what gives the value of one.
+        trained: what the adapter trains, by name.
+        own: what the model has, by name.
+
+    Raises:
+        ValueError: a value is not floating or not finite, or another than the model's.
+    """
+    for key, name in keys.items():
+        value = read(key)
+        check_dense(key, value)
+        if name not in trained:
+            check_same_values(key, value, own[name])
+            continue
+        if trained[name].is_floating_point() and not value.is_floating_point():
+            raise ValueError(f"{key} has dtype {value.dtype} in the adapter, expected a floating-point vector")
+        # Cast first: a finite float64 may be infinite in the model, and there is no `isfinite` for eight bits.
+        value = value.to(trained[name].dtype)
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{key} has values that are not finite in the adapter; the file is damaged or training diverged"
+            )
+        yield name, value
+
+
+def _check_shape(key: str, shape: Shape, expected: Shape) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ValueError(
+            f"{key} has shape {tuple(shape)} in the adapter and {tuple(expected)} in the model: another base model, or "
+            "another rank than the configuration says; neither can be changed by loading"
+        )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state dict with the layers in its keys under other names."""
+
+    def renamed(key: str) -> str:
+        layer, found, rest = key.rpartition(VECTOR_PREFIX)
+        return f"{names[layer]}{found}{rest}" if layer in names else key
+
+    return {renamed(key): value for key, value in state_dict.items()}
+
+
+def _some(keys: Iterable[str]) -> str:
+    first, *others = sorted(keys)
+    shown = ", ".join([first, *others[:2]])
+    return shown if len(others) <= 2 else f"{shown} and {len(others) - 2} more"
