@@ -1,0 +1,430 @@
+"""Merging into the base's weights, of all layers or of none, and taking it back bit for bit."""
+
+import copy
+import itertools
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
+
+import dvora
+from dvora import DVoRAConfig, MergePrecisionWarning
+from dvora.peft.merging import merge_model
+from tests.peft.dense import dense_model
+from tests.peft.interruptions import interrupted
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ADAPTERS = ["default", "second", "third"]
+# These adapters do so much that half precision keeps their updates, up to its own rounding.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+# PEFT says so at every merge that follows another, here on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+
+
+def adapted(name: str = "mlp", dtype: torch.dtype = torch.float32, adapters: int = 3) -> PeftModel:
+    """A model with trained adapters of several ranks and seeds, the first active."""
+    model = get_peft_model(MODELS[name]().to(dtype), DVoRAConfig(r=6, target_modules=LAYERS[name]))
+    for seed, adapter in enumerate(ADAPTERS[1:adapters], start=1):
+        model.add_adapter(adapter, DVoRAConfig(r=3 * seed, target_modules=LAYERS[name], projection_seed=seed))
+    for seed, adapter in enumerate(ADAPTERS[:adapters]):
+        train_vectors(model, adapter, seed)
+    return model.eval()
+
+
+def merged_adapters(model: nn.Module) -> set[tuple[str, ...]]:
+    return {tuple(layer.merged_adapters) for _, layer in dvora_layers(model)}
+
+
+# What a merge computes.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_outputs_equal_unmerged_ones_and_unmerge_restores_every_bit(name: str, dtype: torch.dtype) -> None:
+    # Llama and T5 normalise in float32 even in a float64 model.
+    tolerance = max(TOLERANCE[dtype], 1e-6 if name in ("llama", "t5") else 0)
+    model = adapted(name, dtype)
+    before, expected = snapshot(model), outputs(model)
+    model.merge_adapter()
+    assert merged_adapters(model) == {("default",)}
+    assert worst_difference(outputs(model), expected) < tolerance
+    model.unmerge_adapter()
+    assert merged_adapters(model) == {()}
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ADAPTERS)), ids="-".join)
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+def test_adapters_merged_one_by_one_in_any_order_are_the_dense_sum(name: str, order: tuple[str, ...]) -> None:
+    model = adapted(name, torch.float64)
+    before, rebuilt = snapshot(model), dense_model(model, ADAPTERS)
+    for adapter in order:
+        model.merge_adapter([adapter])
+    assert merged_adapters(model) == {order}
+    for layer_name, layer in dvora_layers(model):
+        expected = rebuilt.get_submodule(layer_name).weight()
+        merged = layer.layer_type.layout.matrix(layer.base_layer.weight)
+        assert worst_difference(merged.detach(), expected.detach()) < 1e-12
+    model.unmerge_adapter()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_and_unload_returns_a_plain_base_with_the_adapted_outputs(name: str) -> None:
+    base, model = MODELS[name](), adapted(name)
+    expected = outputs(model)
+    merged = model.merge_and_unload()
+    assert {n: type(m) for n, m in merged.named_modules()} == {n: type(m) for n, m in base.named_modules()}
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert worst_difference(outputs(merged), expected) < 1e-5
+
+
+def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once() -> None:
+    model = adapted("gpt2", torch.float64)
+    expected = outputs(dense_model(model, ["second", "third"]))
+    model.merge_adapter(["second"])
+    assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
+
+
+def test_an_adapter_is_merged_where_it_is() -> None:
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"]))
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin1"]))
+    model.merge_adapter(["second"])
+    assert {name: layer.merged_adapters for name, layer in dvora_layers(model)} == {"lin0": [], "lin1": ["second"]}
+
+
+def test_merging_or_unmerging_twice_warns_and_does_nothing_more_as_with_lora() -> None:
+    model = adapted()
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+    assert_unchanged(model, before)
+    model.merge_adapter()
+    once = snapshot(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter()
+    assert_unchanged(model, once)
+
+
+def test_adding_an_adapter_to_a_merged_model_unmerges_it_as_with_lora() -> None:
+    model, unmerged = adapted(adapters=1), adapted(adapters=1)
+    model.merge_adapter()
+    config = DVoRAConfig(r=5, target_modules=LAYERS["mlp"])
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("late", config)
+    unmerged.add_adapter("late", config)
+    assert_unchanged(model, snapshot(unmerged))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_original_follows_a_cast_a_copy_and_a_pickle(dtype: torch.dtype) -> None:
+    model, cast = adapted(), adapted().to(dtype)
+    model.merge_adapter()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).to(dtype)
+    twin.unmerge_adapter()
+    assert_unchanged(twin, snapshot(cast))
+
+
+def test_merged_for_good_is_said_where_it_matters() -> None:
+    model = adapted()
+    expected = outputs(model)
+    merge_model(model, None, keep_original=False, safe_merge=False)
+    for refused in (model.unmerge_adapter, next(dvora_layers(model))[1].unmerge, next(dvora_layers(model))[1].unmerged):
+        with pytest.raises(ValueError, match="default were merged permanently"):
+            refused()
+    assert torch.allclose(outputs(model), expected, atol=1e-6)
+
+
+# What rounding takes.
+
+
+@torch.no_grad()
+def nudge(model: nn.Module) -> PeftModel:
+    """Updates far below the rounding of bfloat16, in every row of every layer."""
+    for _, layer in dvora_layers(model):
+        layer.dvora_magnitude["default"].mul_(1 + 1e-4)
+    return model
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_that_is_lost_to_rounding_warns_once_with_the_figure(dtype: torch.dtype, method: str) -> None:
+    model = nudge(get_peft_model(MODELS["bert"]().to(dtype), DVoRAConfig(r=4, target_modules=LAYERS["bert"])))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(model, method)()
+    (warning,) = [each for each in caught if issubclass(each.category, MergePrecisionWarning)]
+    assert re.search(rf"{dtype}.*11 of 11 layers, most in bert\.[\w.]+: \d+\.\d%", str(warning.message))
+
+
+def test_a_merge_that_loses_nothing_does_not_warn() -> None:
+    nudge(get_peft_model(MODELS["bert"](), DVoRAConfig(r=4, target_modules=LAYERS["bert"]))).merge_adapter()
+    get_peft_model(MODELS["bert"]().bfloat16(), DVoRAConfig(r=4, target_modules=LAYERS["bert"])).merge_adapter()
+
+
+# Errors: all layers or none.
+
+
+def one_layer(model: PeftModel) -> object:
+    return next(dvora_layers(model))[1].merge()
+
+
+MERGES: dict[str, Callable[[PeftModel], object]] = {
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "one layer": one_layer,
+}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_warning_that_is_an_error_leaves_nothing_merged(merge: str) -> None:
+    model = nudge(get_peft_model(MODELS["mlp"]().bfloat16(), DVoRAConfig(r=4, target_modules=LAYERS["mlp"])).eval())
+    before = snapshot(model)
+    with pytest.raises(MergePrecisionWarning):
+        MERGES[merge](model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(
+    ("dtype", "value", "strength"),
+    [
+        pytest.param(torch.float32, float("inf"), 1.0, id="a vector is not finite"),
+        pytest.param(torch.float16, 1e30, 1.0, id="the merged weight overflows"),
+        pytest.param(torch.float16, None, 1e6, id="a strength is too large"),
+    ],
+)
+def test_a_merge_that_is_not_finite_is_refused_and_leaves_all_layers_as_they_were(
+    dtype: torch.dtype, value: float | None, strength: float, method: str
+) -> None:
+    model = adapted("mlp", dtype)
+    if value is not None:
+        with torch.no_grad():
+            model.get_submodule("base_model.model.lin2").dvora_magnitude["second"][0] = value
+    model.set_strength({"lin2": strength}, "second")
+    model.merge_adapter(["default"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"lin2: merging default, second gives values that are not finite"):
+        getattr(model, method)(adapter_names=["second"])
+    assert_unchanged(model, before)
+    assert merged_adapters(model) == {("default",)}
+
+
+def test_a_large_magnitude_with_a_small_strength_merges() -> None:
+    model = adapted("mlp", torch.float16, adapters=1)
+    with torch.no_grad():
+        for _, layer in dvora_layers(model):
+            layer.vectors("default").magnitude.mul_(1e6)
+    model.set_strength(1e-5)
+    expected = outputs(model)
+    model.merge_adapter()
+    assert torch.allclose(outputs(model).float(), expected.float(), rtol=0.01, atol=0.05)
+
+
+def tied(base: nn.Module) -> None:
+    base.twin = nn.Linear(24, 24)
+    base.twin.weight = base.lin1.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (tied, ValueError, r"lin1: its weight is tied \(.*lin1.weight and twin.weight are one tensor"),
+        (lambda base: nn.utils.parametrizations.weight_norm(base.lin1), TypeError, "lin1.* parametrized"),
+    ],
+    ids=["tied", "parametrized"],
+)
+def test_a_weight_that_cannot_be_set_keeps_all_layers_from_being_merged(
+    change: Callable[[nn.Module], object], error: type[Exception], message: str
+) -> None:
+    base = MODELS["mlp"]()
+    change(base)
+    model = get_peft_model(base, DVoRAConfig(r=4, target_modules=["lin0", "lin1"]))
+    train_vectors(model)
+    before = snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(error, match=message):
+            merge()
+    assert_unchanged(model, before)
+
+
+def within_merged(model: PeftModel) -> None:
+    with dvora.merged(model):
+        pass
+
+
+INTERRUPTED: dict[str, tuple[list[str], Callable[[PeftModel], object]]] = {
+    "merge another than the active one": ([], lambda model: model.merge_adapter(["second"])),
+    "merge on top of another": (["default"], lambda model: model.merge_adapter(["second"])),
+    "unmerge two merges": (["default", "second"], lambda model: model.unmerge_adapter()),
+    "merged": ([], within_merged),
+    "one layer": ([], one_layer),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupted_merge_is_as_before_or_as_after_and_can_be_unmerged(
+    name: str, pytestconfig: pytest.Config
+) -> None:
+    merged_before, act = INTERRUPTED[name]
+    model, prepared = adapted(adapters=2), adapted(adapters=2)
+    for adapter in merged_before:
+        prepared.merge_adapter([adapter])
+    unmerged, own, after = outputs(model), snapshot(model), copy.deepcopy(prepared)
+    act(after)
+    ends = [outputs(prepared), outputs(after)]
+    for stopped in interrupted(act, prepared, pytestconfig):
+        # What restores weights is not tried again: there a second call ends it.
+        if "merge" in name and "unmerge" not in name and name != "merged":
+            assert any(worst_difference(outputs(stopped), end) < 1e-6 for end in ends)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stopped.unmerge_adapter()
+        assert_unchanged(stopped, own)
+        assert same_bits(outputs(stopped), unmerged)
+
+
+def test_an_interrupted_merge_and_unload_is_as_before_or_unloaded(pytestconfig: pytest.Config) -> None:
+    model = adapted(adapters=2)
+    before, own = outputs(model), snapshot(model)
+    expected = outputs(copy.deepcopy(model).merge_and_unload(adapter_names=["second"]))
+    for stopped in interrupted(lambda of: of.merge_and_unload(adapter_names=["second"]), model, pytestconfig):
+        if any(True for _ in dvora_layers(stopped)):
+            assert same_bits(outputs(stopped), before)
+            assert_unchanged(stopped, own)
+        else:
+            assert same_bits(outputs(stopped.base_model.model), expected)
+
+
+# What happens to a merged model.
+
+
+def other_base() -> dict[str, Tensor]:
+    """A state dict of the adapted model with other base weights."""
+    model = adapted()
+    with torch.no_grad():
+        for _, layer in dvora_layers(model):
+            layer.base_layer.weight.mul_(1.5)
+    return model.state_dict()
+
+
+def only(state_dict: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state_dict.items() if part in key}
+
+
+LOADS: dict[str, Callable[[PeftModel, Path], object]] = {
+    "load_adapter over the name": lambda model, folder: model.load_adapter(folder, "default"),
+    "a state dict of the adapter": lambda model, _: set_peft_model_state_dict(
+        model, get_peft_model_state_dict(adapted()), "default"
+    ),
+    "a merged state dict": lambda model, _: model.load_state_dict(model.state_dict()),
+    "another base, assigned": lambda model, _: model.load_state_dict(other_base(), assign=True),
+    "one layer of another base": lambda model, _: model.load_state_dict(
+        only(other_base(), "lin1.base_layer.weight"), strict=False
+    ),
+    "vectors alone": lambda model, _: model.load_state_dict(only(adapted().state_dict(), "default"), strict=False),
+    "from within": lambda model, _: model.get_base_model().load_state_dict(
+        {k.removeprefix("base_model.model."): v for k, v in other_base().items()}
+    ),
+    "hot swap": lambda model, folder: dvora.hotswap_adapter(model, folder),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_load_over_what_is_merged_is_refused_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    other = adapted(adapters=1)
+    train_vectors(other, "default", 5)
+    other.save_pretrained(tmp_path)
+    model = adapted()
+    own = snapshot(model)
+    model.merge_adapter()
+    before, expected = snapshot(model), outputs(model)
+    with pytest.raises(ValueError, match="call unmerge_adapter first"):
+        LOADS[name](model, tmp_path)
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+    model.unmerge_adapter()
+    assert_unchanged(model, own)
+    LOADS[name](model, tmp_path)  # as the message says
+
+
+def test_a_layer_injected_in_place_refuses_loads_too() -> None:
+    model = inject_adapter_in_model(DVoRAConfig(r=4, target_modules=LAYERS["mlp"]), MODELS["mlp"]())
+    state_dict = copy.deepcopy(model.state_dict())
+    for _, layer in dvora_layers(model):
+        layer.merge()
+    with pytest.raises(ValueError, match=r"lin0\.base_layer\.weight cannot be loaded while adapters are merged"):
+        model.load_state_dict(state_dict)
+
+
+def test_training_what_is_merged_is_refused() -> None:
+    model = adapted()
+    model.merge_adapter()
+    model.train()
+    with pytest.raises(RuntimeError, match=r"lin0: adapters are merged \(default\).*call unmerge_adapter first"):
+        model(torch.zeros(2, 10))
+    with torch.no_grad():
+        model(torch.zeros(2, 10))
+    for _, layer in dvora_layers(model):
+        layer.set_requires_grad(["default"], False)
+    model(torch.zeros(2, 10))
+
+
+# `dvora.merged`.
+
+
+def test_within_merged_the_base_runs_with_the_active_adapters() -> None:
+    model = adapted()
+    model.set_adapter("second")
+    before, own = outputs(model), snapshot(model)
+
+    def fail() -> None:
+        with dvora.merged(model):
+            assert merged_adapters(model) == {("second",)}
+            assert worst_difference(outputs(model), before) < 1e-5
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert_unchanged(model, own)
+    with dvora.merged(model):
+        model.unmerge_adapter()  # which may be done within
+    assert_unchanged(model, own)
+
+
+def merged_model() -> nn.Module:
+    model = adapted()
+    model.merge_adapter()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adapted().train(), r"call model.eval\(\) first"),
+        (merged_model, "merged already"),
+        (lambda: nn.Sequential().eval(), "Sequential has no DVoRA layers"),
+    ],
+)
+def test_what_cannot_be_merged_for_a_while_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    model = make()
+    before = merged_adapters(model)
+    with pytest.raises(ValueError, match=message), dvora.merged(model):
+        pass
+    assert merged_adapters(model) == before
