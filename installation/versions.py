@@ -36,11 +36,10 @@ TESTS = (
     *("tests/matrices", "tests/test_functional.py", "tests/test_tensors.py", "tests/test_weight.py"),
     *("tests/test_factors.py", "tests/test_layer.py", "tests/test_adapter.py", "tests/test_changes.py"),
     *("tests/test_training.py", "tests/test_peft_hook.py"),
-    *("tests/peft/test_config.py", "tests/peft/test_registration.py", "tests/peft/test_adapters.py"),
-    *("tests/peft/test_merged.py", "tests/peft/test_mixed_batch.py", "tests/peft/test_tasks.py"),
-    *("tests/peft/convert", "tests/peft/injecting/test_targets.py", "tests/peft/layers/test_dense_reference.py"),
-    *("tests/peft/layers/test_identity.py", "tests/peft/layers/test_layer.py"),
-    *("tests/peft/layers/test_layer_type_of.py", "tests/peft/state/test_checked_values.py"),
+    *("tests/peft/test_config.py", "tests/peft/test_registration.py", "tests/peft/test_model.py"),
+    *("tests/peft/test_merging.py", "tests/peft/test_mixed_batch.py", "tests/peft/test_tasks.py"),
+    *("tests/peft/convert", "tests/peft/test_injecting.py", "tests/peft/test_layer.py"),
+    *("tests/peft/test_layer_types.py", "tests/peft/state/test_checked_values.py"),
     "tests/peft/state/test_state_dict.py",
 )
 MOST_FAILURES = 20

@@ -1,16 +1,23 @@
-"""One batch in which every row names its adapter."""
+"""One batch in which every row names its adapter, also in several threads and in calls within calls."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvora import DVoRAConfig
 from tests.peft.layer_cases import CASES
-from tests.peft.models_compared import worst_difference
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
 
 BASE = "__base__"
+
+
 NAMES = ["default", BASE, "second", "default", "partial", "second"]
 
 
@@ -109,20 +116,31 @@ def test_the_adapters_of_the_generation_test_do_not_all_generate_the_same(name: 
     assert len(texts) == 3
 
 
-def test_a_name_that_no_adapter_has_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no adapter is named nobody; there are \['default', 'partial', 'second'\]"):
-        outputs(adapted("bert"), adapter_names=["default", "nobody", BASE, "second"])
+REFUSED: dict[str, tuple[Callable[[PeftModel], object], str]] = {
+    "an unknown name": (
+        lambda m: outputs(m, adapter_names=["default", "nobody", BASE, "second"]),
+        r"no adapter is named nobody; there are \['default', 'partial', 'second'\]",
+    ),
+    "fewer names than rows": (
+        lambda m: outputs(m, adapter_names=["default"] * 3),
+        "adapter_names has 3 entries, the batch has 4 rows; pass one name a row",
+    ),
+    "training": (
+        lambda m: outputs(m.train(), adapter_names=["default"] * 4),
+        r"adapter_names works for inference only; call model\.eval\(\) first",
+    ),
+}
 
 
-@pytest.mark.parametrize("count", [3, 5])
-def test_another_number_of_names_than_rows_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"adapter_names has {count} entries, the batch has 4 rows"):
-        outputs(adapted("bert"), adapter_names=["default"] * count)
-
-
-def test_training_on_a_mixed_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"inference only; call model.eval\(\) first"):
-        outputs(adapted("bert").train(), adapter_names=["default"] * 4)
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_batch_leaves_the_model_alone(case: str) -> None:
+    act, message = REFUSED[case]
+    model = adapted("bert")
+    before, expected = snapshot(model), outputs(model)
+    with pytest.raises(ValueError, match=message):
+        act(model)
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model.eval()), expected)
 
 
 def test_a_mixed_batch_on_a_merged_model_is_refused() -> None:
@@ -156,3 +174,100 @@ def test_active_adapters_of_parameters_serve_no_row_of_a_mixed_batch() -> None:
         model.merge_adapter()
         with pytest.raises(ValueError, match=r"attn\.in_proj_weight: adapter_names needs a layer"):
             model(x, adapter_names=["__base__"] * 4)
+
+
+# Threads, and calls within calls: every call has its own names.
+
+
+BATCHES: list[list[str] | None] = [["default"] * 4, ["second", BASE, "second", BASE], [BASE] * 4, None]
+
+
+"""Of adapter names; None is a plain call."""
+
+
+X = CASES["MultiheadAttention"].inputs()
+
+
+def two_adapters(name: str = "bert", **settings: object) -> PeftModel:
+    model = get_peft_model(MODELS[name](), DVoRAConfig(r=4, target_modules=LAYERS[name], **settings)).eval()
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=LAYERS[name], **settings))
+    for seed, adapter in enumerate(model.peft_config):
+        train_vectors(model, adapter, seed)
+        if settings:
+            with torch.no_grad():
+                model.base_model.model.classifier.modules_to_save[adapter].weight.add_(seed)
+    return model
+
+
+def attention() -> PeftModel:
+    """A parameter that its module reads, and layers that are called."""
+    case = CASES["MultiheadAttention"]
+    model = get_peft_model(case.base(), case.config()).eval()
+    train_vectors(model)
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["keys"]))
+    train_vectors(model, "second", 1)
+    return model
+
+
+def call(model: nn.Module, names: list[str] | None) -> Tensor:
+    options = {} if names is None else {"adapter_names": names}
+    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return outputs(model, **options)
+    with torch.no_grad():
+        return model(X, **options)
+
+
+@contextmanager
+def meeting_in(model: PeftModel, parties: int) -> Iterator[None]:
+    """All threads wait for each other in the first layer of the base model."""
+    barrier = threading.Barrier(parties, timeout=20)
+    first = next(m for m in model.get_base_model().modules() if not list(m.children()))
+
+    def meet(*_: object) -> None:
+        barrier.wait()
+
+    handle = first.register_forward_pre_hook(meet)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "make", [two_adapters, lambda: two_adapters(modules_to_save=["classifier"])], ids=["bert", "heads"]
+)
+def test_threads_get_the_adapters_that_they_name(make: Callable[[], PeftModel]) -> None:
+    model = make()
+    expected = [call(model, names) for names in BATCHES]
+    with meeting_in(model, len(BATCHES)), ThreadPoolExecutor(len(BATCHES)) as threads:
+        for _ in range(3):
+            for found, own in zip(threads.map(lambda names: call(model, names), BATCHES), expected, strict=True):
+                assert same_bits(found, own)
+    assert not any(layer._forward_pre_hooks for _, layer in dvora_layers(model))
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_a_parameter_that_is_silent_in_one_thread_serves_another() -> None:
+    model, batches = attention(), [[BASE] * 4, [BASE, "second"] * 2, None]
+    expected = [call(model, names) for names in batches]
+    assert not torch.equal(expected[0], expected[2])
+
+    def many(which: int) -> bool:
+        return all(same_bits(call(model, batches[which]), expected[which]) for _ in range(40))
+
+    with ThreadPoolExecutor(5) as threads:
+        assert all(threads.map(many, [0, 1, 2, 2, 0]))
+
+
+@pytest.mark.parametrize("inner", BATCHES, ids=str)
+def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None:
+    model, found = two_adapters(), []
+    expected, outer = call(model, inner), call(model, ["second"] * 4)
+
+    def within(*_: object) -> None:
+        if not found:
+            found.append(None)
+            found[0] = call(model, inner)
+
+    handle = model.get_base_model().bert.embeddings.register_forward_hook(within)
+    assert same_bits(call(model, ["second"] * 4), outer)
+    handle.remove()
+    assert same_bits(found[0], expected)

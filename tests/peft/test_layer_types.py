@@ -1,22 +1,88 @@
-"""What is particular to single layer types, beside what the table of what works tries on all of them."""
+"""Layer types: which one a layer is of, and what is particular to single ones."""
 
 import copy
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
 
 from dvora import DVoRAConfig
-from dvora.peft.layer import layers_in
+from dvora.peft.layer_types import FORWARD_ONLY, LAYER_TYPES, layer_type_of
 from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES, Convolution
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
+
+LAYERS = {
+    nn.Linear: lambda: nn.Linear(3, 5),
+    Conv1D: lambda: Conv1D(5, 3),
+    nn.Conv1d: lambda: nn.Conv1d(4, 6, 3, groups=2),
+    nn.Conv2d: lambda: nn.Conv2d(4, 6, 3, groups=2),
+    nn.Conv3d: lambda: nn.Conv3d(4, 6, 3, groups=2),
+    nn.Embedding: lambda: nn.Embedding(9, 4),
+}
+
+
+class Halved(nn.Linear):
+    """A linear layer that computes something else than its type does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def test_every_row_of_the_table_is_tried_here() -> None:
+    assert LAYERS.keys() == LAYER_TYPES.keys()
+
+
+@pytest.mark.parametrize("layer_type", LAYERS, ids=lambda t: t.__name__)
+def test_a_layer_is_of_the_kind_of_its_type(layer_type: type[nn.Module]) -> None:
+    assert layer_type_of(LAYERS[layer_type](), "layer") is LAYER_TYPES[layer_type]
+
+
+def test_a_subclass_that_computes_the_same_is_of_its_parents_kind() -> None:
+    class Named(nn.Linear):
+        pass
+
+    assert layer_type_of(Named(3, 5), "layer") is LAYER_TYPES[nn.Linear]
+    assert layer_type_of(parametrizations.weight_norm(nn.Linear(3, 5)), "layer") is LAYER_TYPES[nn.Linear]
+
+
+def test_a_subclass_that_computes_something_else_is_read_through_its_forward() -> None:
+    assert layer_type_of(Halved(3, 5), "layer") is FORWARD_ONLY
+
+
+def test_a_forward_that_was_replaced_is_read_as_it_is() -> None:
+    layer = nn.Linear(3, 5)
+    layer.forward = Halved(3, 5).forward
+    assert layer_type_of(layer, "layer") is FORWARD_ONLY
+    assert layer_type_of(add_hook_to_module(nn.Linear(3, 5), ModelHook()), "layer") is LAYER_TYPES[nn.Linear]
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
+def test_a_layer_without_values_is_refused_by_name(sizes: tuple[int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of initializing nothing
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(*sizes))
+    with pytest.raises(ValueError, match=r"1: the base weight has shape \(\d, \d\): there is nothing to adapt"):
+        get_peft_model(model, DVoRAConfig(r=2, target_modules=["0", "1"]))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_a_scaled_embedding_is_an_embedding() -> None:
+    assert (
+        layer_type_of(BartScaledWordEmbedding(9, 4, padding_idx=0, embed_scale=2.0), "layer")
+        is LAYER_TYPES[nn.Embedding]
+    )
+
 
 LAYER = {"target_modules": ["layer"]}
 
@@ -164,49 +230,6 @@ def test_dropout_of_an_embedding_drops_the_update_of_whole_tokens() -> None:
     assert 0 < int(moved.sum()) < 20
 
 
-def test_experts_have_a_magnitude_for_each_output_of_each_expert() -> None:
-    case = CASES["experts (E, out, in)"]
-    model = get_peft_model(case.base(), case.config())
-    shapes = {layer.name: layer.vectors("default").magnitude.shape for layer in layers_in(model)}
-    assert shapes == {"experts.up": (3 * 12,), "experts.down": (3 * 8,)}
-
-
-def test_adapters_on_different_parameters_of_a_module_are_saved_and_loaded_apart(tmp_path: Path) -> None:
-    case = CASES["experts (E, out, in)"]
-    model = get_peft_model(case.base(), case.config(target_parameters=["experts.up"])).eval()
-    model.add_adapter("second", case.config(target_parameters=["experts.down"]))
-    for seed, name in enumerate(("default", "second")):
-        train_vectors(model, name, seed)
-    model.save_pretrained(tmp_path)
-    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
-        model.base_model.set_adapter(name)
-        loaded = PeftModel.from_pretrained(case.base(), folder).eval()
-        assert same_bits(loaded(case.inputs()), model(case.inputs()))
-
-
-def test_attention_reads_adapted_weights_from_outside_too() -> None:
-    case = CASES["MultiheadAttention"]
-    model = get_peft_model(case.base(), case.config()).eval()
-    train_vectors(model)
-    attention = model.base_model.model.attn
-    assert attention.embed_dim == 16
-    assert not torch.equal(attention.in_proj_weight, attention.base_layer.in_proj_weight)
-    assert not torch.equal(attention.out_proj.weight, attention.out_proj.base_layer.weight)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        attention.no_such_name  # noqa: B018
-
-
-def test_all_linear_adapts_attentions_output_projection_to_effect() -> None:
-    base, x = CASES["MultiheadAttention"].base(), CASES["MultiheadAttention"].inputs()
-    model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=4, target_modules="all-linear")).eval()
-    train_vectors(model)
-    assert "attn.out_proj" in {layer.name for layer in layers_in(model)}
-    with torch.no_grad():
-        assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
-        model.base_model.model.attn.out_proj.dvora_lambda_b["default"].zero_()
-        assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
-
-
 def test_a_layer_that_was_compiled_before_is_adapted_through_its_forward() -> None:
     base = MODELS["mlp"]()
     base.lin1 = torch.compile(base.lin1, backend="eager")
@@ -216,16 +239,3 @@ def test_a_layer_that_was_compiled_before_is_adapted_through_its_forward() -> No
     plain = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin1"])).eval()
     train_vectors(plain)
     assert worst_difference(outputs(model), outputs(plain)) < 1e-4
-
-
-def test_a_saved_adapter_is_loaded_under_other_layer_names_as_peft_maps_them(tmp_path: Path) -> None:
-    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"])).eval()
-    train_vectors(model)
-    model.save_pretrained(tmp_path)
-    renamed = nn.Sequential()
-    renamed.add_module("first", MODELS["mlp"]().lin0)
-    config = DVoRAConfig.from_pretrained(tmp_path)
-    config.target_modules = {"first"}
-    loaded = PeftModel.from_pretrained(renamed, tmp_path, config=config, key_mapping={"lin0": "first"})
-    x = torch.randn(3, 10)
-    assert same_bits(loaded(x), model.base_model.model.lin0(x))

@@ -1,4 +1,4 @@
-"""Adapters on quantised layers: start, outputs, gradients, training, saving, and adapters among adapters."""
+"""Adapters on quantised layers, beside what the table of what works tries on each."""
 
 import copy
 from pathlib import Path
@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
 from tests.peft.bases import BASES, FAMILIES, QUANTISED, TRAINABLE, Base, dense_twin, operating_weight, quantised, wide
-from tests.peft.dense import DenseSum
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 TARGETS = ["lin0", "lin1", "lin2"]
-REPACKED_IN_EVAL = [kind for kind in QUANTISED if kind.startswith(("bnb_nf4", "bnb_fp4"))]
 
 
 def inputs(base: Base, rows: int = 5) -> Tensor:
@@ -63,19 +60,6 @@ def test_a_bias_far_above_the_weights_does_not_blur_the_norms(kind: str) -> None
     assert norm_error(model, plain, kind) < 2 * BASES[kind].norm_tolerance
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_a_fresh_adapter_is_the_base_to_the_last_bit(kind: str) -> None:
-    model, base = adapted(kind), quantised(wide(), kind).train()
-    assert same_bits(output(model, kind), output(base, kind))
-    model.eval(), base.eval()
-    with model.disable_adapter():
-        disabled = output(model, kind)
-    assert same_bits(output(model, kind), disabled)
-    # bitsandbytes chooses other kernels in eval mode that cannot be trained through; an adapted layer may avoid them.
-    if kind not in REPACKED_IN_EVAL:
-        assert same_bits(disabled, output(base, kind))
-
-
 @pytest.mark.parametrize("mode", ["training", "eval"])
 @pytest.mark.parametrize(
     ("kind", "direction"), [*((kind, "unit") for kind in BASES), *((kind, "weight") for kind in FAMILIES)]
@@ -98,25 +82,6 @@ def test_the_bias_may_change(kind: str) -> None:
     assert worst_difference(output(model, kind), expected) < 3 * BASES[kind].tolerance
 
 
-@pytest.mark.parametrize("detach_norm", [False, True])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_gradients_are_those_of_the_dense_reference(kind: str, detach_norm: bool) -> None:
-    base, model = BASES[kind], trained(kind, detach_norm=detach_norm)
-    twin = dense_twin(model, wide(), kind)
-    x = inputs(base).requires_grad_()
-    x_twin = x.detach().double().requires_grad_()
-    weights = torch.linspace(-1, 2, 5 * 32, dtype=torch.float64).view(5, 32)
-    (model(x) * weights.to(base.dtype)).sum().backward()
-    (twin(x_twin) * weights).sum().backward()
-    assert worst_difference(x.grad, x_twin.grad) < 5 * base.tolerance
-    for name, layer in dvora_layers(model):
-        dense = twin.get_submodule(name)
-        assert isinstance(dense, DenseSum)
-        for vector, value in layer.vectors("default")._asdict().items():
-            error = worst_difference(value.grad, getattr(dense.adapters[0], vector).grad)
-            assert error < 5 * base.tolerance, (name, vector)
-
-
 @pytest.mark.parametrize("kind", TRAINABLE)
 def test_training_lowers_the_loss_and_leaves_the_base_alone(kind: str) -> None:
     model = adapted(kind)
@@ -132,27 +97,6 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(kind: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
     with model.disable_adapter():
         assert same_bits(output(model, kind), output(quantised(wide(), kind).train(), kind))
-
-
-@pytest.mark.parametrize("kind", [kind for kind in BASES if kind not in TRAINABLE])
-def test_training_through_a_base_without_a_backward_is_refused(kind: str) -> None:
-    """Its layers would train, with gradients in which every layer above counts through its update only."""
-    model = adapted(kind)
-    with pytest.raises(RuntimeError, match=r"lin1.*(backward|gradient)"):
-        model(inputs(BASES[kind]))
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_saved_and_loaded_onto_a_freshly_quantised_base_it_gives_the_same_bits(
-    kind: str, low_cpu_mem_usage: bool, tmp_path: Path
-) -> None:
-    model = trained(kind)
-    model.save_pretrained(tmp_path)
-    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 3 * len(TARGETS)
-    loaded = PeftModel.from_pretrained(quantised(wide(), kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    for mode in (True, False):
-        assert same_bits(output(loaded.train(mode), kind), output(model.train(mode), kind))
 
 
 @pytest.mark.filterwarnings("ignore:the base is not exactly the one that the adapter was made for")
@@ -174,36 +118,6 @@ def test_another_quantised_base_is_refused(kind: str, tmp_path: Path) -> None:
         PeftModel.from_pretrained(other, tmp_path)
     assert same_bits(output(other, kind), before)
     assert not list(dvora_layers(other))
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_rows_of_one_batch_can_name_their_adapters(kind: str) -> None:
-    model = trained(kind)
-    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0", "lin2"], projection_seed=3))
-    train_vectors(model, "second", seed=1)
-    model.eval()
-    names = ["second", "__base__", "default", "second", "default"]
-    rows = {}
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        rows[name] = output(model, kind)
-    with model.disable_adapter():
-        rows["__base__"] = output(model, kind)
-    expected = torch.stack([rows[name][row] for row, name in enumerate(names)])
-    mixed = output(model, kind, adapter_names=names)
-    assert worst_difference(mixed, expected) < 3 * BASES[kind].eval_tolerance
-    assert same_bits(mixed[1], rows["__base__"][1])
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_deep_copy_is_a_model_of_its_own(kind: str) -> None:
-    model = trained(kind)
-    before = output(model, kind)
-    copied = copy.deepcopy(model)
-    assert same_bits(output(copied, kind), before)
-    train_vectors(copied, seed=1)
-    assert not same_bits(output(copied, kind), before)
-    assert same_bits(output(model, kind), before)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -251,19 +165,6 @@ def test_a_transformer_of_quantised_layers_equals_its_dense_reference(kind: str)
     assert worst_difference(outputs(model), expected) < 3 * BASES[kind].eval_tolerance
 
 
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_merging_is_refused_by_layer_with_a_way_out_and_nothing_changes(kind: str, merge: str) -> None:
-    model = trained(kind)
-    before = output(model, kind)
-    types = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(TypeError, match=r"^lin0\b.*(quantis|forward).*(keep|load|instead)"):
-        getattr(model, merge)()
-    assert same_bits(output(model, kind), before)
-    assert {name: type(module) for name, module in model.named_modules()} == types
-    assert not any(layer.merged for _, layer in dvora_layers(model))
-
-
 def test_one_quantised_layer_keeps_all_layers_from_being_merged() -> None:
     plain = wide()
     plain.lin2 = quantised(wide(), "forward_only").lin2
@@ -284,3 +185,120 @@ def test_an_adapter_of_another_quantisation_says_so(trained_on: str, loaded_onto
     get_peft_model(based_on(trained_on), DVoRAConfig(r=8, target_modules=TARGETS)).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"3 of 3 adapted weights differ, lin\d by about \d+% of its norm"):
         PeftModel.from_pretrained(based_on(loaded_onto), tmp_path)
+
+
+# bitsandbytes rewrites a 4-bit weight in its first eval pass on some CPUs. After that its own dequantisation returns
+# garbage, and the layer has no backward any more; on other CPUs these tests check the same outputs and gradients.
+
+
+KINDS = ["bnb_nf4", "bnb_fp4", "bnb_nf4_bfloat16"]
+
+
+REPACKED = 8e-3
+
+
+"""Rewriting rounds the scales of a weight to bfloat16, and what is read back has been quantised once more."""
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    (model(x) * torch.linspace(-1, 2, 5 * 32).to(x.dtype).view(5, 32)).sum().backward()
+    return {"x": x.grad, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def worst_gradient(model: PeftModel, kind: str) -> float:
+    """Distance of the gradients of the vectors and of the input to the dense reference's."""
+    found = gradients(model, inputs(BASES[kind]))
+    twin = dense_twin(model, wide(), kind)
+    dense = gradients(twin, inputs(BASES[kind]).double())
+    errors = [worst_difference(found["x"], dense["x"])]
+    for name, _ in dvora_layers(model):
+        for vector in ("magnitude", "lambda_b", "lambda_d"):
+            ours = found[f"base_model.model.{name}.dvora_{vector}.default"]
+            errors.append(worst_difference(ours, dense[f"{name}.adapters.0.{vector}"]))
+    return max(errors)
+
+
+def eval_passes(model: nn.Module, kind: str) -> None:
+    model.eval()
+    for _ in range(2):
+        output(model, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constants_are_right_on_a_base_that_ran_before(kind: str) -> None:
+    base = quantised(wide(), kind)
+    eval_passes(base, kind)
+    model = get_peft_model(base, DVoRAConfig(r=8, target_modules=TARGETS))
+    assert norm_error(model, wide(), kind) < REPACKED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eval_passes_change_neither_outputs_nor_gradients_of_training(kind: str) -> None:
+    model = trained(kind)
+    expected, expected_gradients = output(model, kind), gradients(model, inputs(BASES[kind]))
+    eval_passes(model, kind)
+    model.train()
+    assert same_bits(output(model, kind), expected)
+    again = gradients(model, inputs(BASES[kind]))
+    assert again.keys() == expected_gradients.keys()
+    assert all(same_bits(value, expected_gradients[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_can_be_trained_in_eval_mode(kind: str) -> None:
+    model = trained(kind)
+    eval_passes(model, kind)
+    assert worst_gradient(model, kind) < max(0.02, 5 * BASES[kind].tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pass_through_layers_that_are_not_adapted_after_an_eval_pass(kind: str) -> None:
+    model = get_peft_model(quantised(wide(), kind), DVoRAConfig(r=8, target_modules=["lin0"]))
+    train_vectors(model)
+    expected = gradients(model.train(), inputs(BASES[kind]))
+    eval_passes(model, kind)
+    again = gradients(model.train(), inputs(BASES[kind]))
+    assert again.keys() == expected.keys()
+    assert all(same_bits(value, expected[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_copy_of_a_model_that_ran_before_is_the_same(kind: str) -> None:
+    model = trained(kind)
+    eval_passes(model, kind)
+    copied = copy.deepcopy(model)
+    for mode in (False, True):
+        assert same_bits(output(copied.train(mode), kind), output(model.train(mode), kind))
+
+
+# The quantised layers of `bases.py` are what the tests take them for.
+
+
+@pytest.mark.parametrize("mode", ["training", "eval"])
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_multiplies_by_its_operating_weight(kind: str, mode: str) -> None:
+    base, linear, x = BASES[kind], wide().lin0, inputs(BASES[kind])
+    layer = quantised(wide(), kind).lin0.train(mode == "training")
+    expected = x.double() @ operating_weight(linear, kind).T + linear.bias.to(base.dtype).double()
+    tolerance = base.tolerance if mode == "training" else base.eval_tolerance
+    assert worst_difference(layer(x), expected) < tolerance
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_weight_is_near_the_original_and_not_the_original(kind: str) -> None:
+    weight = wide().lin0.weight.double()
+    distance = float((operating_weight(wide().lin0, kind) - weight).norm() / weight.norm())
+    assert 1e-4 < distance < 0.15
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_the_input_gets_its_gradient_where_the_base_is_said_to_be_differentiable(kind: str) -> None:
+    layer, x = quantised(wide(), kind).lin0.train(), inputs(BASES[kind]).requires_grad_()
+    y = layer(x)
+    assert y.requires_grad == (kind in TRAINABLE)
+    if y.requires_grad:
+        y.sum().backward()
+        expected = operating_weight(wide().lin0, kind).sum(0).expand(5, -1)
+        assert worst_difference(x.grad, expected) < BASES[kind].tolerance

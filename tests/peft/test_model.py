@@ -1,0 +1,308 @@
+"""Several adapters in one model, which vectors are trained, and DVoRA beside other methods."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from dvora import DVoRAConfig
+from tests.peft.dense import dense_model
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, loss, outputs, same_bits, train_vectors
+
+CONFIGS = {
+    "default": {"r": 6},
+    "wide": {"r": 40, "projection_seed": 3, "direction": "weight", "alpha": 20},
+    "structured": {"r": 2, "projection_init": "structured"},
+    "same seed": {"r": 11},
+}
+
+
+"""Adapters of different ranks, seeds, distributions and directions."""
+
+
+def config(name: str, adapter: str) -> DVoRAConfig:
+    return DVoRAConfig(target_modules=LAYERS[name], **CONFIGS[adapter])
+
+
+def with_adapters(
+    name: str, adapters: tuple[str, ...] = tuple(CONFIGS), dtype: torch.dtype = torch.float32
+) -> PeftModel:
+    """A model with trained adapters, added in this order; the first is active. Vectors depend on the name only."""
+    model = get_peft_model(MODELS[name]().to(dtype), config(name, adapters[0]), adapter_name=adapters[0])
+    for adapter in adapters[1:]:
+        model.add_adapter(adapter, config(name, adapter))
+    for seed, adapter in enumerate(CONFIGS):
+        train_vectors(model, adapter, seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["default", "wide", "structured"])), ids="-".join)
+def test_the_order_of_adding_adapters_changes_no_bit_of_their_outputs(order: tuple[str, ...]) -> None:
+    model = with_adapters("bert", order)
+    for adapter in order:
+        alone = with_adapters("bert", (adapter,))
+        model.set_adapter(adapter)
+        assert same_bits(outputs(model), outputs(alone))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("mlp", torch.float64, 1e-12),
+        ("gpt2", torch.float64, 1e-12),
+        ("bert", torch.float32, 1e-5),
+    ],
+)
+def test_active_adapters_add_up(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    model = with_adapters(name, dtype=dtype)
+    names = ["default", "wide", "structured"]
+    model.base_model.set_adapter(names)
+    assert worst_difference(outputs(model), outputs(dense_model(model, names))) < tolerance
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_disable_adapter_returns_the_bits_of_the_base(name: str) -> None:
+    model = with_adapters(name)
+    adapted = outputs(model)
+    with model.disable_adapter():
+        assert same_bits(outputs(model), outputs(MODELS[name]()))
+    assert same_bits(outputs(model), adapted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unload_returns_the_base_as_it_was(name: str) -> None:
+    base = MODELS[name]()
+    before = snapshot(base)
+    model = with_adapters(name)
+    unloaded = model.unload()
+    assert type(unloaded) is type(base)
+    assert_unchanged(unloaded, before, trainable=False)
+    assert same_bits(outputs(unloaded), outputs(base))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_deleted_adapter_is_gone_and_the_others_are_not_changed(name: str) -> None:
+    model, without = with_adapters(name), with_adapters(name, ("default", "structured", "same seed"))
+    model.delete_adapter("wide")
+    assert "wide" not in model.peft_config
+    assert not [key for key in model.state_dict() if ".wide" in key]
+    for adapter in without.peft_config:
+        model.set_adapter(adapter)
+        without.set_adapter(adapter)
+        assert same_bits(outputs(model), outputs(without))
+
+
+def test_deleting_the_active_adapter_activates_another_with_a_warning_as_with_lora() -> None:
+    model = with_adapters("mlp", ("default", "wide"))
+    with pytest.warns(UserWarning, match="default was active which is now deleted"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["wide"]
+    assert same_bits(outputs(model), outputs(with_adapters("mlp", ("wide",))))
+
+
+def test_an_adapter_can_be_injected_by_the_names_in_its_state_dict() -> None:
+    model = with_adapters("bert", ("default",))
+    vectors = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(model).items()}
+    bare = inject_adapter_in_model(config("bert", "default"), MODELS["bert"](), state_dict=vectors)
+    set_peft_model_state_dict(bare, vectors)
+    assert same_bits(outputs(bare), outputs(model))
+
+
+def test_layer_and_model_status_are_those_of_lora() -> None:
+    ours = with_adapters("bert", ("default",)).get_model_status()
+    theirs = get_peft_model(MODELS["bert"](), LoraConfig(target_modules=LAYERS["bert"])).get_model_status()
+    for field in (
+        "num_adapter_layers",
+        "enabled",
+        "active_adapters",
+        "merged_adapters",
+        "requires_grad",
+        "available_adapters",
+        "devices",
+    ):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.peft_types == {"default": "DVORA"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_that_is_added_takes_the_mode_of_its_layers(training: bool) -> None:
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"])).train(training)
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0", "lin1"], dvora_dropout=0.5))
+    train_vectors(model, "second")
+    model.set_adapter("second")
+    assert {module.training for module in model.base_model.model.modules()} == {training}
+    assert same_bits(outputs(model), outputs(model)) is not training
+
+
+# Which vectors are trained, and what beside them.
+
+
+VECTORS = ("magnitude", "lambda_b", "lambda_d")
+
+
+SUBSETS = [VECTORS[:1], VECTORS[1:2], VECTORS[2:], VECTORS[:2], VECTORS[::2], VECTORS[1:], VECTORS]
+
+
+@pytest.mark.parametrize("train", SUBSETS, ids="+".join)
+def test_only_the_named_vectors_are_trained(train: tuple[str, ...]) -> None:
+    settings = {"r": 4, "target_modules": LAYERS["mlp"], "init_weights": False}
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(**settings, train=list(train)))
+    train_vectors(model)
+    every = get_peft_model(MODELS["mlp"](), DVoRAConfig(**settings))
+    train_vectors(every)
+    found, expected = gradients(model), gradients(every)
+    assert {name.split(".dvora_")[1].split(".")[0] for name in found} == set(train)
+    assert all(same_bits(value, expected[name]) for name, value in found.items())
+    assert len(found) == 3 * len(train)
+
+
+SETTINGS = (
+    *({"train": list(names)} for names in SUBSETS),
+    *({"train": list(names), "init_weights": False} for names in SUBSETS),
+    *({"d_initial": value, **more} for value in (0, 0.0, 1e-320, -1.0, 10) for more in ({}, {"train": ["magnitude"]})),
+    *({"d_initial": 0, "init_weights": False}, {"d_initial": 0, "train": ["lambda_b"]}),
+    *({"alpha": value} for value in (1e-320, 1e-46, 2**-10, 100)),
+    *({"alpha": 1e-45, "train": ["magnitude"]}, {"alpha_pattern": {"lin0": 1e-45}}, {"rank_pattern": {"lin0": 9}}),
+    *({"strength": value} for value in (0, 0.0, 0.5, -1, {"lin0": 0.0}, {"lin0": 0.5})),
+    *({"direction": "weight"}, {"detach_norm": True}, {"dvora_dropout": 0.5}),
+    *({"magnitude_modules": ["lin0"]}, {"projection_init": "structured"}),
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_accepted_setting_moves_all_that_it_says_it_trains(settings: dict[str, object]) -> None:
+    try:
+        config = DVoRAConfig(**{"r": 4, "target_modules": LAYERS["mlp"], **settings})
+    except ValueError:
+        return
+    model = get_peft_model(MODELS["mlp"](), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for _ in range(3):
+        for name, gradient in gradients(model).items():
+            # Steps of one size, as Adam takes them, as far as there is a direction.
+            model.get_parameter(name).data.sub_(1e-2 * gradient.sign())
+    assert {name.split(".dvora_")[1].split(".")[0] for name in before} == set(config.train)
+    assert not [name for name, value in before.items() if torch.equal(value, model.get_parameter(name))]
+
+
+REFUSED = [
+    ("train", {"train": ["lambda_d"]}),
+    ("train", {"train": ["magnitude", "lambda_d"]}),
+    ("d_initial", {"d_initial": 0}),
+    ("d_initial", {"d_initial": 1e-320}),
+    ("d_initial", {"d_initial": 0, "train": ["lambda_b"]}),
+    ("alpha", {"alpha": 1e-320}),
+    ("alpha_pattern", {"alpha_pattern": {"lin0": 1e-45}}),
+    ("strength", {"strength": 0.0}),
+    ("strength", {"strength": {"lin0": 0.0}}),
+]
+
+
+@pytest.mark.parametrize(("named", "settings"), REFUSED, ids=str)
+def test_what_would_train_nothing_is_refused_and_may_be_loaded(
+    named: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^{named}="):
+        DVoRAConfig(r=4, target_modules=["lin0"], **settings)
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"], inference_mode=True, **settings))
+    train_vectors(model)
+    model.save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path, is_trainable=is_trainable).eval()
+        assert same_bits(outputs(loaded), outputs(model.eval()))
+
+
+def test_the_subset_survives_switching_freezing_and_loading(tmp_path: Path) -> None:
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=LAYERS["mlp"], train=["lambda_b"]))
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=LAYERS["mlp"]))
+    model.set_adapter("second")
+    model.set_adapter("default")
+    model.base_model.set_requires_grad("default", False)
+    model.base_model.set_requires_grad("default", True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"base_model.model.lin{k}.dvora_lambda_b.default" for k in range(3)}
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path, is_trainable=True)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_layers_with_the_magnitude_only_have_one_vector(tmp_path: Path) -> None:
+    config = DVoRAConfig(r=4, target_modules=["lin0"], magnitude_modules=["lin1", "lin2"])
+    model = get_peft_model(MODELS["mlp"](), config).eval()
+    assert same_bits(outputs(model), outputs(MODELS["mlp"]()))
+    assert model.get_nb_trainable_parameters()[0] == (2 * 24 + 4) + 24 + 6
+    train_vectors(model)
+    for name, layer in dvora_layers(model):
+        if name != "lin0":
+            gain = layer.vectors("default").magnitude / layer.stored().norm(dim=1)
+            expected = (gain[:, None] - 1) * layer.stored()
+            assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 3 + 1 + 1
+    loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path).eval()
+    assert same_bits(outputs(loaded), outputs(model))
+
+
+def test_a_layer_that_is_targeted_both_ways_gets_the_magnitude_only() -> None:
+    config = DVoRAConfig(r=4, target_modules="all-linear", magnitude_modules=r"lin[12]")
+    model = get_peft_model(MODELS["mlp"](), config)
+    assert {name: layer.adapted("default").rank for name, layer in dvora_layers(model)} == {
+        "lin0": 4,
+        "lin1": 0,
+        "lin2": 0,
+    }
+
+
+def test_tokens_are_trained_saved_and_merged_beside_an_adapter(tmp_path: Path) -> None:
+    config = DVoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 7])
+    model = get_peft_model(MODELS["llama"](), config).eval()
+    train_vectors(model)
+    tokens = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
+    with torch.no_grad():
+        tokens[0].add_(0.5)
+    expected = outputs(model)
+    assert not torch.allclose(expected, outputs(MODELS["llama"]()), atol=1e-3)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval()
+    assert same_bits(outputs(loaded), expected)
+    assert torch.allclose(outputs(model.merge_and_unload()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "indices", [[40], [5, 6, 5], [-1], [10**30], [], {"wte": [1]}, {"embed_tokens": [5, 50]}], ids=str
+)
+def test_tokens_that_no_layer_has_are_refused_before_the_model_is_touched(indices: object) -> None:
+    base = MODELS["llama"]()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"trainable_token_indices: .* expected different rows of a layer"):
+        get_peft_model(base, DVoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices))
+    assert_unchanged(base, before)
+
+
+# Other methods.
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_other_methods_on_other_layers_train_together() -> None:
+    lora = LoraConfig(r=4, target_modules=["query"], init_lora_weights=False)
+    model = inject_adapter_in_model(lora, MODELS["bert"]())
+    model = inject_adapter_in_model(DVoRAConfig(r=4, target_modules=["value"]), model).eval()
+    train_vectors(model)
+    loss(model).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all("query.lora_" in name or "value.dvora_" in name for name in trained)
+    assert len(trained) == 2 * (2 + 3)
+
+
+@pytest.mark.parametrize("other", [LoraConfig(target_modules=["query"]), VeraConfig(target_modules=["query"])])
+def test_a_peft_model_takes_adapters_of_one_method(other: object) -> None:
+    model = get_peft_model(MODELS["bert"](), DVoRAConfig(r=4, target_modules=["query"])).eval()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("other", other)
+    assert_unchanged(model, before)

@@ -1,0 +1,117 @@
+"""Parameters that their modules read: experts, attention, torch's fused transformer layers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from dvora import DVoRAConfig
+from dvora.peft.layer import layers_in
+from tests.peft.dense_weights import DenseModel
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import same_bits, train_vectors
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, dim_feedforward=24, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+def encoder() -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Encoder().eval().requires_grad_(False)
+
+
+def inputs() -> Tensor:
+    return torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def adapted(*names: str) -> PeftModel:
+    model = get_peft_model(encoder(), DVoRAConfig(r=4, target_modules=list(names))).eval()
+    train_vectors(model)
+    return model
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize(
+    "names",
+    [("linear1",), ("linear2",), ("out_proj",), ("self_attn",), ("self_attn", "linear1", "linear2")],
+    ids="+".join,
+)
+def test_no_evaluation_passes_an_adapter_by(names: tuple[str, ...], gradients: bool) -> None:
+    model = adapted(*names)
+    with torch.set_grad_enabled(gradients):
+        found = model(inputs())
+        assert worst_difference(found, DenseModel(encoder(), model)(inputs())) < 1e-5
+        assert worst_difference(found, encoder()(inputs())) > 1e-3
+
+
+def test_peft_lora_is_passed_by_there() -> None:
+    """Why this is tested: LoRA on the same layer trains, and evaluates as if it were not there."""
+    lora = get_peft_model(encoder(), LoraConfig(r=4, target_modules=["linear1"], init_lora_weights=False))
+    assert worst_difference(lora.train()(inputs()), encoder()(inputs())) > 1e-3
+    assert worst_difference(lora.eval()(inputs()), encoder()(inputs())) < 1e-5
+
+
+@torch.no_grad()
+def test_merged_disabled_and_unloaded_layers_are_fused_again() -> None:
+    model = adapted("linear1")
+    expected, base = model(inputs()), encoder()(inputs())
+    with model.disable_adapter():
+        assert torch.equal(model(inputs()), base)
+    model.merge_adapter()
+    assert worst_difference(model(inputs()), expected) < 1e-5
+    assert not model.base_model.model.encoder.layers[0].linear1.weight.is_meta
+
+
+def test_experts_have_a_magnitude_for_each_output_of_each_expert() -> None:
+    case = CASES["experts (E, out, in)"]
+    model = get_peft_model(case.base(), case.config())
+    shapes = {layer.name: layer.vectors("default").magnitude.shape for layer in layers_in(model)}
+    assert shapes == {"experts.up": (3 * 12,), "experts.down": (3 * 8,)}
+
+
+def test_adapters_on_different_parameters_of_a_module_are_saved_and_loaded_apart(tmp_path: Path) -> None:
+    case = CASES["experts (E, out, in)"]
+    model = get_peft_model(case.base(), case.config(target_parameters=["experts.up"])).eval()
+    model.add_adapter("second", case.config(target_parameters=["experts.down"]))
+    for seed, name in enumerate(("default", "second")):
+        train_vectors(model, name, seed)
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        model.base_model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(case.base(), folder).eval()
+        assert same_bits(loaded(case.inputs()), model(case.inputs()))
+
+
+def test_attention_reads_adapted_weights_from_outside_too() -> None:
+    case = CASES["MultiheadAttention"]
+    model = get_peft_model(case.base(), case.config()).eval()
+    train_vectors(model)
+    attention = model.base_model.model.attn
+    assert attention.embed_dim == 16
+    assert not torch.equal(attention.in_proj_weight, attention.base_layer.in_proj_weight)
+    assert not torch.equal(attention.out_proj.weight, attention.out_proj.base_layer.weight)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        attention.no_such_name  # noqa: B018
+
+
+def test_all_linear_adapts_attentions_output_projection_to_effect() -> None:
+    base, x = CASES["MultiheadAttention"].base(), CASES["MultiheadAttention"].inputs()
+    model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=4, target_modules="all-linear")).eval()
+    train_vectors(model)
+    assert "attn.out_proj" in {layer.name for layer in layers_in(model)}
+    with torch.no_grad():
+        assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
+        model.base_model.model.attn.out_proj.dvora_lambda_b["default"].zero_()
+        assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
