@@ -1,20 +1,34 @@
-"""Passes that are interrupted, called within others, run again or run in several threads: the next one is clean."""
+"""Passes of PEFT models: factors of all layers at once, and whatever is done to a model between or within passes."""
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+import dvora
 from dvora import DVoRAConfig
 from dvora.factors import current_pass, remove_factor_pass
-from dvora.peft.layer import layers_in
-from tests.peft.tiny import train_vectors
+from dvora.functional import Vectors
+from dvora.matrices.interface import DISTRIBUTIONS
+from dvora.peft import DVoRALayer
+from tests.cases import COPIES
+from tests.peft import tiny
+from tests.peft.dense_weights import DenseModel, gradients_by_parameter
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import worst_difference
+from tests.peft.subjects import Subject
+from tests.peft.tiny import MODELS, dvora_layers, gradients, same_bits, train_vectors
 from tests.peft.towers import (
     CHANGED,
     LAYERS,
@@ -31,62 +45,448 @@ from tests.peft.towers import (
     trained,
 )
 
+# Factors of whole models: as by every layer alone, and as the dense method.
 
-@pytest.fixture(autouse=True)
-def no_pass_is_left() -> Iterator[None]:
-    yield
-    assert current_pass() is None
+
+SCALINGS = {"lin1": 1.0, "lin2": 1 / 5, "lin3": 2 / 3}
+
+
+"""alpha / r of "patterns"."""
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "defaults": {},
+    "weight": {"direction": "weight"},
+    "detach_norm": {"detach_norm": True},
+    "alpha": {"alpha": 7.5},
+    "patterns": {"rank_pattern": {"lin1": 5, "lin2": 5}, "alpha_pattern": {"lin3": 2.0, "lin2": 1.0}},
+    "strength": {"strength": 0.4},
+    "strengths": {"strength": {"lin1": 0.4, "lin2": -1.5, "lin0|lin3": 1.0}},
+    "biases": {"bias": "dvora_only"},
+    "some vectors": {"train": ["lambda_b", "lambda_d"]},
+    "one vector": {"train": ["magnitude"]},
+    "magnitudes": {"target_modules": ["lin0", "lin2"], "magnitude_modules": ["lin1", "lin3"]},
+    "a rank above the sizes": {"r": 20},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_pass_gives_what_layers_give_by_themselves_and_the_dense_method(
+    settings: str, distribution: str, dtype: torch.dtype
+) -> None:
+    model = adapted(projection_init=distribution, **SETTINGS[settings]).to(dtype)
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    expected = trained(alone(model), x)
+    dense = DenseModel(tower(), model)
+    for name, scaling in SCALINGS.items() if settings == "patterns" else ():
+        dense.weights[f"{name}.weight"].adapters[0].scaling = scaling
+    y = dense(x)
+    loss_of(y).backward()
+    for _ in range(3):
+        found = trained(model, x)
+        assert found.differ(expected) < TOLERANCE[dtype]
+        assert worst_difference(found["outputs"], y) < TOLERANCE[dtype]
+        for name, gradient in gradients_by_parameter(model).items():
+            assert worst_difference(gradient, dense.gradients()[name]) < 2 * TOLERANCE[dtype], name
+        assert worst_difference(evaluated(model, x), y) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layer", ["Linear", "Conv2d, groups, reflect", "Embedding, padding", "Conv1d"])
+def test_two_active_adapters_of_every_kind_of_layer(layer: str) -> None:
+    subject = Subject(layer, "float64")
+    model = subject.adapted()
+    model.add_adapter("second", subject.config(r=7, projection_seed=3, direction="weight", detach_norm=True))
+    train_vectors(model, "second", seed=1)
+    model.base_model.set_adapter(["default", "second"])
+    expected = gradients_of(alone(model), subject)
+    dense = subject.dense(model, ("default", "second"))
+    for _ in range(2):
+        assert gradients_of(model, subject).differ(expected) < 1e-11
+        with torch.no_grad():
+            assert subject.close(model(subject.x()), dense(subject.x()))
+    for vector in (p for n, p in model.named_parameters() if n.endswith(".default")):
+        vector.requires_grad_(False)
+    expected = gradients_of(alone(model), subject)
+    for _ in range(2):
+        assert gradients_of(model, subject).differ(expected) < 1e-11
+
+
+def gradients_of(model: PeftModel, subject: Subject) -> Results:
+    model.zero_grad()
+    loss_of(model(subject.x())).backward()
+    return Results({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_whole_models_of_mixed_shapes(name: str, distribution: str) -> None:
+    target = tiny.LAYERS[name]
+    config = DVoRAConfig(r=6, target_modules=target, projection_init=distribution, rank_pattern={target[0]: 4})
+    model = get_peft_model(MODELS[name]().double(), config)
+    train_vectors(model)
+    model.add_adapter("second", DVoRAConfig(r=6, target_modules=target[1:], projection_init=distribution))
+    train_vectors(model, "second", seed=1)
+    model.base_model.set_adapter(["default", "second"])
+    expected = gradients(alone(model))
+    for _ in range(3):
+        found = gradients(model)
+        assert found.keys() == expected.keys()
+        assert max(worst_difference(found[key], expected[key]) for key in expected) < 1e-11
+
+
+def step(model: torch.nn.Module) -> None:
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+
+
+def call_twice(model: PeftModel) -> None:
+    inner(model).middle = layer_of(model, "lin0")
+
+
+def freeze_most(model: PeftModel) -> None:
+    for name in ("lin0", "lin1", "lin3"):
+        for vector in layer_of(model, name).vectors("default"):
+            vector.requires_grad_(False)
+
+
+def train_a_base(model: PeftModel) -> None:
+    layer_of(model).base_layer.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("arrange", [call_twice, freeze_most, train_a_base])
+def test_layers_that_are_called_twice_frozen_or_trained_with_their_base(arrange: object) -> None:
+    model = adapted()
+    arrange(model)
+    for _ in range(3):
+        assert trained(model).differ(trained(alone(model))) < 1e-5
+        step(model)
+
+
+@pytest.mark.parametrize("rows", [5, 40], ids=["thin", "folded"])
+def test_second_derivatives_are_those_of_the_dense_method(rows: int) -> None:
+    model = adapted().double()
+    x = torch.randn(rows, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    dense = DenseModel(tower(), model)
+    vectors = [getattr(w.adapters[0], name) for w in dense.weights.values() for name in Vectors._fields]
+    expected = second_derivatives(dense(x), vectors)
+    own = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(3):
+        for found, value in zip(second_derivatives(model(x), own), expected, strict=True):
+            assert worst_difference(found, value) < 1e-10
+
+
+def second_derivatives(y: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    first = torch.autograd.grad(loss_of(y), of, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), of)
+
+
+MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
+
+
+def other(values: Tensor, seed: int = 9) -> Tensor:
+    """Other values of the same size."""
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed), dtype=values.dtype)
+    return values.detach() * (1.3 + 0.4 * noise.tanh())
 
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def assert_clean(model: PeftModel) -> None:
-    """After values were written that nothing counts, the next passes are those of a model that was made with them."""
-    for write in (lambda v: v.data.mul_(1.2), lambda v: v.data.add_(0.1)):
-        for name in LAYERS:
-            for vector in layer_of(model, name).vectors("default"):
-                write(vector)
-        close(evaluated(layer_of(model), inputs()), evaluated(layer_of(alone(model)), inputs()))
-        close(evaluated(model), evaluated(alone(model)))
-        assert trained(model).differ(trained(alone(model))) < 1e-5
+# Between two passes.
 
 
-def raising(error: type[BaseException]) -> Callable[[object], None]:
-    def stop(_: object) -> None:
-        raise error
-
-    return stop
+def load_state(model: PeftModel) -> None:
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict({n: other(v) if n in names else v for n, v in model.state_dict().items()})
 
 
-@pytest.mark.parametrize("run", [trained, evaluated])
-@pytest.mark.parametrize("error", [ValueError, StopIteration, KeyboardInterrupt, GeneratorExit])
-@pytest.mark.parametrize("before", [0, 2])
-def test_the_pass_after_an_error_or_an_interruption_is_clean(
-    before: int, error: type[BaseException], run: Callable[[PeftModel], object]
-) -> None:
-    model = adapted()
-    for _ in range(before):
-        run(model)
-    for _ in range(2):
-        with in_the_middle(model, raising(error)), pytest.raises(error):
-            run(model)
-        for name in LAYERS:
-            layer_of(model, name).vectors("default").lambda_b.data.mul_(1.2)
-        close(evaluated(model), evaluated(alone(model)))
-    assert_clean(model)
+def load_adapter_state(model: PeftModel) -> None:
+    set_peft_model_state_dict(model, {n: other(v) for n, v in get_peft_model_state_dict(model).items()})
 
 
-def test_an_error_while_factors_are_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted()
+def load_base(model: PeftModel) -> None:
+    layer_of(model).base_layer.load_state_dict({"weight": torch.eye(8), "bias": torch.ones(8)})
+
+
+def second_and_back(model: PeftModel) -> None:
+    model.set_adapter("second")
+    evaluated(model)
+    layer_of(model).vectors("default").magnitude.data.mul_(1.4)
+    model.set_adapter("default")
+
+
+def delete_first(model: PeftModel) -> None:
+    model.set_adapter("second")
+    model.delete_adapter("default")
+
+
+def replace_first(model: PeftModel) -> None:
+    delete_first(model)
+    evaluated(model)
+    config = dvora.DVoRAConfig(r=3, target_modules=["lin0", "lin1", "lin2", "lin3"], direction="weight")
+    model.add_adapter("default", config)
+    train_vectors(model, "default", seed=6)
+    model.set_adapter("default")
+
+
+def merge_there_and_back(model: PeftModel) -> None:
+    model.merge_adapter()
+    evaluated(model)
+    model.unmerge_adapter()
+    train_vectors(model, seed=8)
+
+
+def merge_the_second(model: PeftModel) -> None:
+    model.merge_adapter(["second"])
+    evaluated(model)
+    model.unmerge_adapter()
+    model.set_adapter("second")
+
+
+def disable_for_a_while(model: PeftModel) -> None:
+    with model.disable_adapter():
+        evaluated(model)
+        layer_of(model).vectors("default").lambda_d.data.mul_(1.4)
+
+
+def use_a_weighted_adapter(model: PeftModel) -> None:
+    with torch.no_grad():
+        for _, layer in dvora_layers(model):
+            layer.vectors("second").lambda_d.copy_(layer.vectors("default").lambda_d)
+    model.add_weighted_adapter(["default", "second"], [0.4, 0.9], "third", combination_type="linear")
+    model.set_adapter("third")
+
+
+def use_an_interpolated_adapter(model: PeftModel) -> None:
+    model.base_model.interpolate_adapters("default", "second", 0.3, "third")
+    model.set_adapter("third")
+
+
+OPERATIONS: dict[str, Callable[[PeftModel], object]] = {
+    **{f.__name__: f for f in (load_state, load_adapter_state, load_base, second_and_back, delete_first)},
+    **{f.__name__: f for f in (replace_first, merge_there_and_back, merge_the_second)},
+    **{f.__name__: f for f in (disable_for_a_while, use_a_weighted_adapter, use_an_interpolated_adapter)},
+    "set_adapter": lambda model: model.set_adapter("second"),
+    "set_adapter of both": lambda model: model.base_model.set_adapter(["default", "second"]),
+    "strength": lambda model: model.set_strength(0.3),
+    "strength of one layer": lambda model: model.set_strength({CHANGED: -0.5}),
+    "strength twice": lambda model: (model.set_strength(0.3), evaluated(model), model.set_strength(0.7)),
+    "strength there and back": lambda model: (
+        model.set_strength(0.3),
+        evaluated(model),
+        model.set_strength(1.0),
+        train_vectors(model, seed=4),
+    ),
+    "strength's data": lambda model: (
+        model.set_strength(0.3),
+        evaluated(model),
+        layer_of(model).strength("default").data.fill_(0.6),
+    ),
+    "bias": torch.no_grad()(lambda model: layer_of(model).base_layer.bias.add_(1)),
+    "no bias": lambda model: setattr(layer_of(model).base_layer, "bias", None),
+    "a layer replaced": lambda model: setattr(inner(model), CHANGED, copy.deepcopy(layer_of(model, "lin0"))),
+    "a layer deleted": lambda model: setattr(inner(model), CHANGED, nn.Identity()),
+    "a layer called twice": lambda model: setattr(inner(model), CHANGED, layer_of(model, "lin0")),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+def test_an_operation_between_passes_is_followed(operation: str) -> None:
+    for mode in MODES:
+        model = adapted(("default", "second")).eval()
+        with mode():
+            before = [model(inputs()).clone() for _ in range(3)]
+        OPERATIONS[operation](model)
+        expected = evaluated(alone(model))
+        with mode():
+            for _ in range(2):
+                close(model(inputs()).clone(), expected)
+        assert not torch.allclose(before[2], expected, atol=1e-5)
+    assert trained(model).differ(trained(alone(model))) < 1e-5
+
+
+def load_as_third(model: PeftModel, folder: Path) -> None:
+    model.load_adapter(str(folder), "third")
+    model.set_adapter("third")
+
+
+def load_over_the_first(model: PeftModel, folder: Path) -> None:
+    model.load_adapter(str(folder), "default")
+    model.set_strength(0.7)
+
+
+@pytest.mark.parametrize("load", [dvora.hotswap_adapter, load_as_third, load_over_the_first])
+def test_values_from_a_file_are_followed(load: Callable[[PeftModel, Path], object], tmp_path: Path) -> None:
+    source, model = adapted(strength=0.7), adapted().eval()
+    train_vectors(source, seed=5)
+    source.save_pretrained(tmp_path)
+    before = [evaluated(model) for _ in range(3)]
+    load(model, tmp_path)
+    assert not torch.allclose(before[2], evaluated(model), atol=1e-5)
+    close(evaluated(model.eval()), evaluated(source.eval()))
+
+
+@pytest.mark.parametrize("layer", CASES)
+def test_every_layer_type_follows_writes_that_are_not_counted(layer: str) -> None:
+    subject = Subject(layer, "float64")
+    model = subject.adapted()
+    for _ in range(3):
+        with torch.no_grad():
+            before = model(subject.x())
+            for name, parameter in model.named_parameters():
+                if ".dvora_" in name:
+                    parameter.data.mul_(1.3)
+            found, expected = model(subject.x()), alone(model)(subject.x())
+        assert subject.close(found, expected)
+        assert not subject.close(found, before)
+
+
+def test_rows_with_adapters_of_their_own_follow_each() -> None:
+    model, names = adapted(("default", "second")).eval(), ["second", "default", "__base__", "second", "second"]
+    before = [evaluated(partial(model, adapter_names=names)) for _ in range(2)][1]
+    train_vectors(model, "second", seed=4)
+    found = evaluated(partial(model, adapter_names=names))
+    close(found, evaluated(partial(alone(model), adapter_names=names)))
+    assert [same_bits(*rows) for rows in zip(before, found, strict=True)] == [name != "second" for name in names]
+
+
+# In the middle of a pass, after the factors of all layers were made and before the last layer runs.
+
+Change = Callable[[DVoRALayer], object]
+
+
+@torch.no_grad()
+def write_weight(layer: DVoRALayer) -> None:
+    layer.base_layer.weight.copy_(other(layer.base_layer.weight))
+
+
+def replace_base(layer: DVoRALayer) -> None:
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    write_weight(layer)
+
+
+@torch.no_grad()
+def write_lambda_b(layer: DVoRALayer) -> None:
+    vector = layer.vectors("default").lambda_b
+    vector.copy_(other(vector))
+
+
+CHANGES: dict[str, Change] = {
+    "lambda_b": write_lambda_b,
+    "base replaced": replace_base,
+    "strength": lambda layer: layer.set_strength("default", 0.3),
+    "adapter switched": lambda layer: layer.set_adapter(["second"]),
+    "both adapters": lambda layer: layer.set_adapter(["default", "second"]),
+    "adapter deleted": lambda layer: (layer.set_adapter(["second"]), layer.delete_adapter("default")),
+    "adapter disabled": lambda layer: layer.enable_adapters(False),
+    "weight trained": lambda layer: layer.base_layer.weight.requires_grad_(),
+}
+
+
+def warm() -> PeftModel:
+    """A model with two adapters, whose next pass makes the factors of all layers at once."""
+    model = adapted(("default", "second"))
     trained(model)
-    with monkeypatch.context() as patched:
-        patched.setattr("dvora.factors.layer_factors", lambda *_: (_ for _ in ()).throw(MemoryError()))
-        with pytest.raises(MemoryError):
-            model(inputs())
+    trained(model)
+    return model
+
+
+def changed_in_the_middle(change: Callable[[PeftModel], object], model: PeftModel) -> Results:
+    with in_the_middle(model, lambda _: change(model)):
+        return trained(model)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_follows_a_change_in_its_middle(change: str) -> None:
+    model = warm()
+    found = changed_in_the_middle(lambda of: CHANGES[change](layer_of(of)), model)
+    expected = trained(alone(model))
+    assert found.differ(expected) < 1e-5
+    assert trained(model).differ(expected) < 1e-5
+    model = warm().eval()
+    evaluated(model), evaluated(model)
+    with in_the_middle(model, lambda of: CHANGES[change](layer_of(of))):
+        y = evaluated(model)
+    for _ in range(2):
+        close(y, expected["outputs"])
+        y = evaluated(model)
+
+
+# What the middle of a pass does to the model, not to one layer; the same hook runs in the model that is compared with.
+
+
+def of_later_layers(change: Change) -> Callable[[nn.Module], None]:
+    return lambda model: [change(layer_of(model, name)) for name in ("lin2", "lin3")]
+
+
+def put(name: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model, name, make(getattr(model, name)))
+
+
+def other_layer(layer: nn.Module) -> nn.Module:
+    made = copy.deepcopy(layer)
+    write_lambda_b(made)
+    return made
+
+
+def exchange(model: nn.Module) -> None:
+    model.lin2, model.lin3 = model.lin3, model.lin2
+
+
+MODEL_CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "adapters switched": of_later_layers(CHANGES["adapter switched"]),
+    "adapters disabled": of_later_layers(CHANGES["adapter disabled"]),
+    "a layer replaced by its base": put(CHANGED, lambda layer: copy.deepcopy(layer.base_layer)),
+    "a layer replaced by another": put(CHANGED, other_layer),
+    "a layer deleted": put(CHANGED, lambda _: nn.Identity()),
+    "two layers exchanged": exchange,
+    "gradients off": lambda _: torch.set_grad_enabled(False),
+}
+
+
+@pytest.mark.parametrize("change", MODEL_CHANGES)
+def test_a_model_that_changes_in_the_middle_of_a_pass(change: str) -> None:
+    model = warm()
+    results = []
+    for each in (alone(model), model):
+        with in_the_middle(each, lambda of: MODEL_CHANGES[change](inner(of))), torch.enable_grad():
+            results.append(trained(each))
+    expected, found = results
+    assert found.differ(expected) < 1e-5
+    assert trained(model).differ(trained(alone(model))) < 1e-5
+
+
+# Copies.
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_is_independent(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, made = adapted(), []
+    expected = trained(model)
+    trained(model), evaluated(model), evaluated(model)
+    made.append(copied(model))
+    handle = inner(model).middle.register_forward_pre_hook(lambda *_: made.append(copy.deepcopy(model)))
+    trained(model)
+    handle.remove()
+    inner(made[1]).middle._forward_pre_hooks.clear()
+    for each in made:
+        train_vectors(each, seed=3)
+    for each in (*made, model):
+        assert trained(each).differ(trained(alone(each))) < 1e-5
+        close(evaluated(each), evaluated(alone(each)))
+    assert trained(model).differ(expected) < 1e-5
+
+
+@pytest.fixture(autouse=True)
+def no_pass_is_left() -> Iterator[None]:
+    yield
     assert current_pass() is None
-    assert_clean(model)
 
 
 # The hooks around an adapted model's forward.
@@ -127,98 +527,6 @@ def test_an_injection_that_fails_leaves_no_hook(settings: dict[str, object]) -> 
     assert hooks_of(base) == 0
 
 
-# Calls within calls.
-
-
-def trained_within(model: PeftModel) -> Tensor:
-    with torch.enable_grad():
-        y = model(inputs(seed=3))
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return torch.autograd.grad(loss_of(y), parameters, allow_unused=True)[0]
-
-
-RUNS: dict[str, Callable[[PeftModel], object]] = {
-    "with gradients": trained_within,
-    "without": evaluated,
-    "in inference mode": torch.inference_mode()(lambda model: model(inputs())),
-}
-
-
-@pytest.mark.parametrize("within", RUNS)
-@pytest.mark.parametrize("writes", [False, True])
-def test_a_hook_may_call_the_model_again(within: str, writes: bool) -> None:
-    model = adapted()
-    plain = alone(model)
-
-    def again(of: nn.Module) -> None:
-        if writes:
-            layer_of(of).vectors("default").lambda_b.data.mul_(1.1)
-        RUNS[within](of)
-        if writes:
-            layer_of(of).vectors("default").magnitude.data.mul_(1.1)
-
-    for run in (trained, evaluated, trained):
-        results = []
-        for each in (plain, model):
-            with in_the_middle(each, again):
-                results.append(run(each))
-        expected, found = results
-        if run is trained:
-            assert found.differ(expected) < 1e-5
-        else:
-            close(found, expected)
-        assert current_pass() is None
-    assert_clean(model)
-
-
-def test_a_model_that_calls_itself_deep_down_is_clean() -> None:
-    model, depth = adapted(), []
-
-    def deeper(of: nn.Module) -> None:
-        if len(depth) < 4:
-            depth.append(None)
-            evaluated(of)
-
-    expected = trained(alone(model))
-    for _ in range(2):
-        depth.clear()
-        with in_the_middle(model, deeper, once=False):
-            assert trained(model).differ(expected) < 1e-5
-    assert_clean(model)
-
-
-@pytest.mark.parametrize("teacher_trains", [True, False])
-def test_a_teacher_within_a_student(teacher_trains: bool) -> None:
-    student, teacher = adapted(), adapted()
-    train_vectors(teacher, seed=5)
-    teacher.requires_grad_(teacher_trains)
-    for layer in layers_in(teacher):
-        layer.base_layer.requires_grad_(False)
-    both = {"known": (student, teacher), "alone": (alone(student), alone(teacher))}
-    for _ in range(3):
-        results = {}
-        for name, (one, other) in both.items():
-            taught: list[Tensor] = []
-            hook = inner(one).middle.register_forward_hook(lambda _, __, y, o=other, f=taught: f.append(o(y)))
-            for each in (one, other):
-                each.zero_grad()
-            y = one(inputs())
-            (loss_of(y) + loss_of(taught[0])).backward()
-            hook.remove()
-            gradients = {
-                f"{i} {n}": p.grad.clone()
-                for i, m in enumerate((one, other))
-                for n, p in m.named_parameters()
-                if p.grad is not None
-            }
-            results[name] = Results(outputs=y.detach(), taught=taught[0].detach(), **gradients)
-        assert results["known"].differ(results["alone"]) < 1e-5
-        for model in (*both["known"], *both["alone"]):
-            for layer in layers_in(model):
-                layer.vectors("default").lambda_b.data.mul_(1.1)
-    assert_clean(student)
-
-
 class Pair(nn.Module):
     """Two models beside each other."""
 
@@ -239,134 +547,3 @@ def test_a_model_within_a_model_that_is_adapted_too() -> None:
         remove_factor_pass(module)
     for _ in range(3):
         assert trained(outer).differ(trained(plain)) < 1e-5
-
-
-# Parts that run again in the backward pass.
-
-
-def checkpointed(model: PeftModel, use_reentrant: bool) -> PeftModel:
-    """The same model with its second half checkpointed."""
-    base = inner(model)
-
-    def first(x: Tensor) -> Tensor:
-        return base.middle(torch.tanh(base.lin1(torch.tanh(base.lin0(x)))))
-
-    def second(x: Tensor) -> Tensor:
-        return base.lin3(torch.tanh(base.lin2(x)))
-
-    base.forward = lambda x: checkpoint(second, first(x), use_reentrant=use_reentrant)
-    return model
-
-
-both_checkpoints = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-both_ways = pytest.mark.parametrize("rows", [5, 40], ids=["thin", "folded"])
-
-
-# The evaluation's, of a checkpoint that is not needed there.
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@both_checkpoints
-@both_ways
-def test_a_checkpointed_part_has_the_same_gradients(rows: int, use_reentrant: bool) -> None:
-    model, x = adapted(), inputs(rows=rows)
-    expected = trained(alone(model), x)
-    checkpointed(model, use_reentrant)
-    for evaluates in (False, False, True, True):
-        model.zero_grad()
-        y = model(x)
-        if evaluates:
-            evaluated(model, x)
-        loss_of(y).backward()
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        assert Results(outputs=y.detach(), **found).differ(expected) < 1e-5
-
-
-@both_checkpoints
-@both_ways
-def test_the_whole_model_may_be_checkpointed(rows: int, use_reentrant: bool) -> None:
-    model = adapted()
-    x = inputs(rows=rows).requires_grad_()
-    for _ in range(3):
-        expected = trained(alone(model), x)
-        model.zero_grad()
-        y = checkpoint(model, x, use_reentrant=use_reentrant)
-        loss_of(y).backward()
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        assert Results(outputs=y.detach(), **found).differ(expected) < 1e-5
-        for vector in layer_of(model).vectors("default"):
-            vector.data.mul_(1.1)
-
-
-@both_checkpoints
-@pytest.mark.parametrize("passes_before", [0, 1, 2])
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_part_may_run_again_after_a_later_pass_began(
-    order: tuple[int, int], passes_before: int, use_reentrant: bool
-) -> None:
-    model = adapted()
-    plain = alone(model)
-    checkpointed(model, use_reentrant)
-    for _ in range(passes_before):
-        trained(model)
-    results = []
-    for each in (plain, model):
-        each.zero_grad()
-        losses = [loss_of(each(inputs(seed))) for seed in (1, 2)]
-        for index in order:
-            losses[index].backward()
-        results.append(Results({n: p.grad.clone() for n, p in each.named_parameters() if p.grad is not None}))
-    assert results[1].differ(results[0]) < 1e-5
-
-
-# Threads.
-
-
-def each_in_a_thread(run: Callable[[int], object], count: int = 6) -> list[object]:
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
-
-
-@pytest.mark.usefixtures("hasty_threads")
-def test_threads_may_train_and_evaluate_one_model_at_a_time() -> None:
-    model = adapted().double()
-    batches = [inputs(seed).double() for seed in range(6)]
-
-    def gradients(of: PeftModel, x: Tensor) -> list[Tensor]:
-        own = [p for p in of.parameters() if p.requires_grad]
-        return list(torch.autograd.grad(loss_of(of(x)), own))
-
-    for _ in range(3):
-        plain = alone(model)
-        expected = [(gradients(plain, x), evaluated(plain, x)) for x in batches]
-
-        def run(index: int, expected: list[tuple[list[Tensor], Tensor]] = expected) -> bool:
-            x, (grads, y) = batches[index], expected[index]
-            for turn in range(12):
-                if (turn + index) % 2:
-                    torch.testing.assert_close(evaluated(model, x), y)
-                else:
-                    for found, own in zip(gradients(model, x), grads, strict=True):
-                        torch.testing.assert_close(found, own)
-                assert current_pass() is None
-            return True
-
-        assert all(each_in_a_thread(run))
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data.mul_(1.05)
-        with torch.no_grad():
-            layer_of(model).base_layer.weight.mul_(1.05)
-
-
-def test_a_pass_that_ends_in_one_thread_goes_on_in_another() -> None:
-    model, barrier, seen = adapted(), threading.Barrier(2, timeout=20), []
-    trained(model)
-
-    def run(index: int) -> None:
-        y = model(inputs()) if index else evaluated(model)
-        seen.append(current_pass())
-        close(y.detach(), expected)
-
-    expected = evaluated(alone(model))
-    with in_the_middle(model, lambda _: barrier.wait(), once=False):
-        each_in_a_thread(run, 2)
-    assert seen == [None, None]
