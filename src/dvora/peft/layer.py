@@ -249,11 +249,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return stored_weight(self.get_base_layer(), self.layer_type, self.parameter_name)
 
     def unmerged(self) -> Tensor:
-        """The base's own weight, also while adapters are merged into it or it is offloaded.
-
-        Raises:
-            ValueError: adapters were merged permanently.
-        """
+        """The base's own weight, also while adapters are merged into it (unless permanently) or it is offloaded."""
         weight = readable_weight(self.get_base_layer(), self.layer_type, self.parameter_name, self.name)
         return self.checked_original().to(weight.device) if self.merged_adapters else weight
 
@@ -270,19 +266,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return self.fingerprint
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base's weight; `unmerge` restores it bit for bit from a copy kept on the CPU.
-
-        Args:
-            safe_merge: PEFT's switch for refusing values that are not finite; here they always are refused.
-            adapter_names: which; None means the active ones.
-
-        Raises:
-            TypeError: the base has no weight that could be set.
-            ValueError: a merged value would not be finite; the weight is left as it was.
-
-        Warns:
-            MergePrecisionWarning: rounding to the weight's dtype removes a considerable part of the update.
-        """
+        """Merge adapters into the base's weight, as `DVoRAModel.merge_adapter` does for all layers."""
         with merging([self], adapter_names) as losses:
             if losses:
                 warn_of_losses(losses, self.unmerged().dtype)
@@ -306,11 +290,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Restore the base's own weight bit for bit.
-
-        Raises:
-            TypeError, ValueError: the weight cannot be set now, or adapters were merged permanently.
-        """
+        """Restore the base's own weight bit for bit, from a copy that is on the CPU until then."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -318,11 +298,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.restore(MergeState([], None, self.checked_original()))
 
     def checked_original(self) -> Tensor:
-        """The base's own weight while adapters are merged into it, on the CPU.
-
-        Raises:
-            ValueError: adapters were merged permanently.
-        """
+        """The base's own weight while adapters are merged into it, on the CPU, if a copy was kept."""
         if self.original is None:
             names = ", ".join(self.merged_adapters)
             raise ValueError(f"{names} were merged permanently: no copy of the weight was kept")
@@ -337,7 +313,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge_quietly(self, adapter_names: Sequence[str], before: list[tuple[DVoRALayer, MergeState]]) -> float:
-        """Merge further adapters, and give the share of the update that rounding changed.
+        """Merge further adapters; the share of the update that rounding changed.
 
         `before` gets the layer and its state just before it changes, for `restore`.
         """
@@ -356,11 +332,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return merged.lost
 
     def serves_merged(self) -> bool:
-        """Whether the base's weight has the adapters merged into it.
-
-        Raises:
-            RuntimeError: they are to be trained, and would get no gradients.
-        """
+        """Whether the base's weight has adapters merged into it; refused if these are to be trained."""
         names = self.merged_adapters
         vectors = (vectors[name] for vectors in self.vector_dicts() for name in names if name in vectors)
         if self.training and torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors):
@@ -371,11 +343,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         return bool(names)
 
     def check_loadable(self, keys: Container[str], prefix: str) -> None:
-        """Refuse keys of a state dict, after `prefix`, of a weight with merged adapters, or of the vectors of these.
-
-        Raises:
-            ValueError: there are such values.
-        """
+        """Refuse keys of a state dict, after `prefix`, of a weight with merged adapters, or of the vectors of these."""
         names = self.merged_adapters
         refused = [f"base_layer.{self.path_from_base()}", *(f"{vector}.{name}" for vector in VECTORS for name in names)]
         present = [prefix + key for key in refused if prefix + key in keys]

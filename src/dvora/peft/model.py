@@ -331,7 +331,7 @@ class DVoRAModel(BaseTuner):
         available = {name for layer in layers for name in layer.dvora_adapted}
         if unknown := sorted(set(names) - available - {BASE}):
             raise ValueError(f"adapter_names: no adapter is named {', '.join(unknown)}; there are {sorted(available)}")
-        parameters = {layer for layer in layers if isinstance(layer, ParamWrapper)}
+        parameters = [layer for layer in layers if isinstance(layer, ParamWrapper)]
         for layer in parameters:
             layer.check_serves_all_rows(names)
         has_encoder = self.get_model_config(self.model).get("is_encoder_decoder", False)

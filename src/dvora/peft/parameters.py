@@ -28,7 +28,7 @@ class ParamWrapper(DVoRALayer):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, name: str, layer_type: LayerType) -> None:
         super().__init__(base_layer, name, layer_type, parameter_name)
-        self._lock = _Lock()
+        self._lock = RLock()
 
     def adapted_weight(self) -> Tensor:
         """The parameter with the active adapters, in its own dtype; the parameter itself where there are none."""
@@ -123,6 +123,14 @@ class ParamWrapper(DVoRALayer):
             depth, module = depth + 1, module.base_layer
         return "base_layer." * depth + self.parameter_name
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a lock of its own.
+        return {key: value for key, value in super().__getstate__().items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = RLock()
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -150,22 +158,6 @@ class UnfusedLinear(DVoRALinear):
         if self.disable_adapters or self.merged or not active:
             return weight
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-
-
-class _Lock:
-    """A lock of one module; a copy of the module has a lock of its own."""
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
-        return _Lock, ()
 
 
 def wrapped(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
