@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from ..tensors import is_partitioned
 from .layer import DVoRALayer, DVoRALinear
-from .layer_types import LayerType, is_read
+from .layer_types import LayerType
 from .mixed_batch import is_silent
 
 # Attributes of attention that torch's fused layers ask for by a private name.
@@ -173,20 +173,3 @@ def projections_of(attention: nn.MultiheadAttention) -> list[str]:
     """The names of the parameters that attention projects its inputs with."""
     names = ["in_proj_weight"] if attention._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     return [name for name in names if isinstance(getattr(attention, name), Tensor)]
-
-
-def saved_names(model: nn.Module) -> dict[str, str]:
-    """How files call the wrappers of parameters, by their paths in the model.
-
-    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
-    """
-    wrappers = {
-        # FSDP's own modules are in no key of a state dict.
-        path.replace("_fsdp_wrapped_module.", ""): module
-        for path, module in model.named_modules()
-        if isinstance(module, ParamWrapper)
-    }
-    return {
-        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
-        for path, module in wrappers.items()
-    }

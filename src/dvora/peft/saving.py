@@ -29,7 +29,8 @@ from ..tensors import weight_in_memory
 from .config import DVoRAConfig, Shape
 from .expressions import check_expressions
 from .layer import VECTORS, DVoRALayer, layers_in, layers_of, shared_projections
-from .parameters import saved_names
+from .layer_types import is_read
+from .parameters import ParamWrapper
 
 PEFT_PREFIX = "base_model.model."
 VECTOR_PREFIX = ".dvora_"
@@ -265,7 +266,7 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     """
     check_whole(vectors)
     config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
-    renamed = _renamed(vectors, saved_names(model))
+    renamed = _renamed(vectors, _saved_names(model))
     if not config.save_projection:
         return renamed
     matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
@@ -293,7 +294,7 @@ def from_saved(
     matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
     check_matrices(matrices, shared_projections(model, config.projection_seed, config.projection_init))
     rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
-    paths = {name: path for path, name in saved_names(model).items()}
+    paths = {name: path for path, name in _saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.
     paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
     values = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, _renamed(rest, paths))
@@ -472,3 +473,20 @@ def _some(keys: Iterable[str]) -> str:
     first, *others = sorted(keys)
     shown = ", ".join([first, *others[:2]])
     return shown if len(others) <= 2 else f"{shown} and {len(others) - 2} more"
+
+
+def _saved_names(model: nn.Module) -> dict[str, str]:
+    """How files call the wrappers of parameters, by their paths in the model.
+
+    A wrapper's path depends on what else is wrapped; the name of its parameter does not.
+    """
+    wrappers = {
+        # FSDP's own modules are in no key of a state dict.
+        path.replace("_fsdp_wrapped_module.", ""): module
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    return {
+        path: path.replace(".base_layer", "") + ("" if is_read(module.base_layer) else f".{module.parameter_name}")
+        for path, module in wrappers.items()
+    }
