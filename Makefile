@@ -50,7 +50,7 @@ conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle
 	$(PY) -m conformance $(ARGS)
 
 fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 140 kills of commands
-	$(PY) -m pytest --fuzz tests/histories tests/bank tests/peft/state/test_damaged_folders.py tests/hardening
+	$(PY) -m pytest --fuzz tests/histories tests/bank tests/peft/test_hostile_folders.py tests/hardening
 
 lint: setup
 	$(PY) -m ruff check .

@@ -38,9 +38,8 @@ TESTS = (
     *("tests/test_training.py", "tests/test_peft_hook.py"),
     *("tests/peft/test_config.py", "tests/peft/test_registration.py", "tests/peft/test_model.py"),
     *("tests/peft/test_merging.py", "tests/peft/test_mixed_batch.py", "tests/peft/test_tasks.py"),
-    *("tests/peft/convert", "tests/peft/test_injecting.py", "tests/peft/test_layer.py"),
-    *("tests/peft/test_layer_types.py", "tests/peft/state/test_checked_values.py"),
-    "tests/peft/state/test_state_dict.py",
+    *("tests/peft/test_conversion.py", "tests/peft/test_injecting.py", "tests/peft/test_layer.py"),
+    *("tests/peft/test_layer_types.py", "tests/peft/test_saving.py"),
 )
 MOST_FAILURES = 20
 """Failed tests that are listed at most."""

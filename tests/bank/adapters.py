@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dvora.bank.saved import SETTINGS, VALUES
 from dvora.bank.sources import AdapterValues
 from dvora.peft.content import Content
-from tests.peft.flat.adapters import Kind, mlp, saved
+from tests.peft.kinds import Kind, mlp, saved
 
 HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])
 WIDE = Kind(lambda: nn.Sequential(nn.Linear(4, 8192)), {"r": 2, "target_modules": ["0"]})

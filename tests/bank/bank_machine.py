@@ -21,7 +21,7 @@ import dvora
 from dvora.bank.pack import write_pack
 from tests.bank.adapters import HEADED
 from tests.bank.versions import PATIENCE, Versions
-from tests.peft.flat.adapters import saved
+from tests.peft.kinds import saved
 from tests.peft.tiny import MODELS, inputs
 
 NAMES = ["ann", "bob", "cleo", "dora", "eve"]

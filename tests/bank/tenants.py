@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dvora
 from dvora.bank.saved import VALUES
 from dvora.flat import Layout
-from tests.peft.flat.adapters import Kind, saved
+from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS, outputs
 
 MLP = Kind(MODELS["mlp"], {"r": 4, "target_modules": LAYERS["mlp"]})

@@ -19,7 +19,7 @@ from dvora.flat import Layout
 from tests.bank.adapters import change_values
 from tests.bank.refusals import NAMES, refused
 from tests.bank.tenants import HEADED, MLP, Served, Tenants, row_by_row, tenants
-from tests.peft.flat.adapters import Kind, saved
+from tests.peft.kinds import Kind, saved
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import MODELS, mlp, outputs, same_bits

@@ -15,7 +15,7 @@ from dvora.bank.pack import write_pack
 from dvora.bank.saved import SETTINGS
 from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Tenants, row_by_row, tenants
-from tests.peft.flat.adapters import Kind, saved
+from tests.peft.kinds import Kind, saved
 from tests.peft.layer_cases import CASES, READ
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, inputs, outputs, same_bits

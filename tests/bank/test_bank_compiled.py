@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.bank.tenants import BERT, HEADED, LLAMA, Served, row_by_row, tenants
 from tests.bank.versions import in_threads
-from tests.peft.flat.adapters import Kind
+from tests.peft.kinds import Kind
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import outputs
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from tests.bank.tenants import Tenants, tenants
-from tests.peft.flat.adapters import Kind
+from tests.peft.kinds import Kind
 from tests.peft.tiny import LAYERS, MODELS
 
 NAMES = ["b", None, "c", "a", "b"]

@@ -8,7 +8,7 @@ import torch
 import dvora
 from benchmarks.kernel_count import kernels
 from tests.bank.tenants import HEADED, LLAMA, Served, tenants, vectors_of
-from tests.peft.flat.adapters import Kind, saved
+from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import inputs
 
 ROWS, ADAPTERS = 16, 24

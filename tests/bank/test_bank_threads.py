@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dvora
 from tests.bank.tenants import HEADED, LLAMA, MLP, tenants
 from tests.bank.versions import PATIENCE, Names, Versions, in_threads, until
-from tests.peft.flat.adapters import saved
+from tests.peft.kinds import saved
 from tests.peft.tiny import MODELS, inputs, same_bits
 
 X = inputs(MODELS["mlp"](), 1)["x"][0]

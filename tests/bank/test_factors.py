@@ -13,7 +13,7 @@ from dvora.bank.factors import DTYPES, FactorRows, Factors, LayerPlace, _balance
 from dvora.bank.sources import AdapterValues, FolderSource
 from tests.bank.tenants import HEADED, MLP, Tenants, tenants
 from tests.peft.dense import dense_layer
-from tests.peft.flat.adapters import Kind, saved
+from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, mlp
 from tests.reference import worst_error
 

@@ -24,7 +24,7 @@ from dvora.bank.pack_index import Entry, Index, RowFormat, check_name, checksum
 from dvora.bank.saved import SETTINGS, VALUES
 from dvora.bank.sources import AdapterValues, FolderSource
 from tests.bank.adapters import HEADED, WIDE, HalfRows, change_values, contents, many
-from tests.peft.flat.adapters import mlp, saved
+from tests.peft.kinds import mlp, saved
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dvora.bank.saved import SETTINGS, VALUES
 from dvora.bank.sources import AdapterValues, FolderSource, VectorSource, adapters_in
 from dvora.flat import Layout
 from tests.bank.adapters import HEADED, change_values, many
-from tests.peft.flat.adapters import KINDS, bits, mlp, saved
+from tests.peft.kinds import KINDS, bits, mlp, saved
 from tests.peft.tiny import MODELS
 
 # What PEFT says of an adapter on embeddings.

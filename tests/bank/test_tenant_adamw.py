@@ -22,7 +22,7 @@ from tests.bank.trained import (
     save_all,
     together,
 )
-from tests.peft.flat.adapters import Kind, mlp
+from tests.peft.kinds import Kind, mlp
 from tests.peft.tiny import LAYERS, MODELS
 
 MLP = mlp()

@@ -15,7 +15,7 @@ from dvora.bank import TenantAdamW, TrainableAdapters
 from dvora.flat import Layout
 from tests.bank.trained import NAMES, Alone, Together, batch_of, row_losses, save_all, together
 from tests.peft import tiny
-from tests.peft.flat.adapters import Kind, mlp, saved
+from tests.peft.kinds import Kind, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, inputs
 

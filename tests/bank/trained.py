@@ -15,7 +15,7 @@ import dvora
 from dvora.bank import TenantAdamW, TrainableAdapters
 from dvora.flat import Layout
 from dvora.training import parameter_groups
-from tests.peft.flat.adapters import Kind, saved
+from tests.peft.kinds import Kind, saved
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import inputs
 

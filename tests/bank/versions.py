@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dvora
 from dvora.flat import Layout
-from tests.peft.flat.adapters import Kind
+from tests.peft.kinds import Kind
 
 Expected = TypeVar("Expected")
 PATIENCE = 30.0

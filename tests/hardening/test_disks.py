@@ -16,9 +16,10 @@ from tests.hardening.forks import Forks
 WRITES = {
     "merge": ["merge", "adapter", "--model", "base", "-o", "disk/out"],
     "convert to dora": ["convert", "adapter", "--model", "base", "--to", "dora", "-o", "disk/out"],
-    "convert to dense": ["convert", "adapter", "--model", "base", "--to", "dense", "-o", "disk/out"],
 }
+
 TRAIN_THERE = [*TRAIN.split(), "-o", "disk/out", "--epochs", "2", "--quiet", "--json"]
+
 NOBODY = 65534
 
 
@@ -60,7 +61,7 @@ def test_a_full_disk_is_reported_and_nothing_is_left_on_it(
     assert forks.run(desk, *command).code == 0
 
 
-@pytest.mark.parametrize("size", [8, 40, 76])
+@pytest.mark.parametrize("size", [8, 76])
 def test_a_run_goes_on_when_a_full_disk_has_space_again(
     forks: Forks, desk: Path, disk: Callable[[str], None], metrics: object, size: int
 ) -> None:
@@ -69,21 +70,6 @@ def test_a_run_goes_on_when_a_full_disk_has_space_again(
     assert_error(ended, 1, "no space left")
     disk("size=4m")
     ended = forks.run(desk, *TRAIN_THERE, "--resume")
-    assert ended.code == 0, ended.stderr
-    assert json.loads(ended.stdout)["metrics"] == metrics
-
-
-@pytest.mark.parametrize("command", WRITES.values(), ids=WRITES)
-def test_a_file_that_is_too_large_is_reported(forks: Forks, desk: Path, command: list[str]) -> None:
-    assert_fails(forks, desk, [*command[:-1], "out"], 1, "file too large", largest_file=4000)
-
-
-@pytest.mark.parametrize("largest", [1000, 6000, 9000])
-def test_a_run_goes_on_when_large_files_are_allowed(forks: Forks, desk: Path, metrics: object, largest: int) -> None:
-    ended = forks.run(desk, *TRAIN_THERE, "-o", "out", largest_file=largest)
-    # torch does not say why its file is incomplete.
-    assert_error(ended, 1, "choose", "folder")
-    ended = forks.run(desk, *TRAIN_THERE, "-o", "out", "--resume")
     assert ended.code == 0, ended.stderr
     assert json.loads(ended.stdout)["metrics"] == metrics
 
@@ -123,10 +109,7 @@ def test_a_folder_without_write_permission_is_reported(forks: Forks, strangers_d
     ("file", "command"),
     [
         ("reviews.csv", f"{TRAIN} -o out"),
-        ("base/model.safetensors", f"{TRAIN} -o out"),
-        ("base/config.json", "count base"),
         ("base/model.safetensors", "merge adapter --model base -o out"),
-        ("adapter/adapter_model.safetensors", "inspect adapter"),
         ("adapter/adapter_model.safetensors", "merge adapter --model base -o out"),
         ("adapter/adapter_config.json", "convert adapter --to dora -o out"),
     ],
@@ -138,17 +121,3 @@ def test_a_file_without_read_permission_is_reported(
     # Its runs and models go elsewhere.
     strangers_desk.chmod(0o777)
     assert_fails(forks, strangers_desk, command.split(), 1, file, "permission denied", **STRANGER)
-
-
-def test_what_is_written_may_be_read_by_others(forks: Forks, desk: Path) -> None:
-    """safetensors makes files for their owner only."""
-    mask = os.umask(0o022)
-    try:
-        for command in (*([*command[:-1], "o"] for command in list(WRITES.values())[:1]), TRAIN.split()):
-            assert forks.run(desk, *command).code == 0
-    finally:
-        os.umask(mask)
-    files = [path for name in ("o", "out") for path in (desk / name).rglob("*") if path.name != ".lock"]
-    assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors", "run.json"}
-    for path in files:
-        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path

@@ -12,15 +12,15 @@ import pytest
 from tests.hardening.forks import Forks
 
 QUICK, FULL, SEED = 2, 20, 20261126
+
 """Kills of each command in the normal suite, and with --fuzz; the seed of their moments."""
+
 TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu --dropout 0.1"
+
 COMMANDS = {
     "train": f"{TRAIN} --epochs 2 --quiet --json",
-    "train all": f"{TRAIN} --epochs 2 --method full --learning-rate 0.001 --quiet --json",
-    "merge": "merge adapter -o out --json",
     "merge into shards": "merge adapter -o out --shard-size 8KB --json",
     "convert to dora": "convert adapter --to dora -o out --json",
-    "convert to dense": "convert adapter --to dense -o out --json",
 }
 
 

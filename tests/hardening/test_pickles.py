@@ -1,6 +1,5 @@
 """What could run code when it is loaded is not loaded: pickled weights, pickled checkpoints, models with code."""
 
-import json
 import pickle
 import shutil
 import signal
@@ -58,9 +57,7 @@ def test_a_pickled_adapter_is_refused(forks: Forks, desk: Path, mark: Path, comm
     ("command", "code"),
     [
         (TRAIN, 2),
-        (f"{TRAIN} --method full", 2),
         ("merge adapter --model base -o out", 1),
-        ("inspect adapter --model base", 1),
         ("convert adapter --model base --to dense -o out", 1),
     ],
 )
@@ -105,34 +102,3 @@ def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path,
     mark_complete(checkpoint)
     assert_error(forks.run(desk, *command, "--resume"), 1, "checkpoint", "remove")
     assert not mark.exists()
-
-
-@pytest.mark.parametrize(
-    ("command", "code", "message"),
-    [
-        (TRAIN, 2, "give --trust-remote-code"),
-        ("count base", 1, "code that comes with it, which is not run"),
-        ("merge adapter --model base -o out", 1, "code that comes with it, which is not run"),
-        ("convert adapter --model base --to dora -o out", 1, "code that comes with it, which is not run"),
-        ("inspect adapter --model base", 1, "code that comes with it, which is not run"),
-    ],
-)
-def test_code_of_a_model_is_not_run_unless_asked_for(
-    forks: Forks, desk: Path, tmp_path: Path, command: str, code: int, message: str
-) -> None:
-    mark, path = tmp_path / "made-by-code", desk / "base" / "config.json"
-    kinds = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoModel": "evil.Model"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "evil", "auto_map": kinds}))
-    (desk / "base" / "evil.py").write_text(
-        f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n"
-        "from transformers import BertForSequenceClassification as Model\n"
-    )
-    assert_fails(forks, desk, command.split(), code, message)
-    assert not mark.exists()
-    if command == TRAIN:
-        (desk / "own.yaml").write_text("trust_remote_code: true\n")
-        ended = forks.run(desk, *command.split(), "own.yaml")
-        assert_error(ended, 2, "no file can allow that code is run", "--trust-remote-code")
-        assert not mark.exists()
-        forks.run(desk, *command.split(), "--trust-remote-code")
-        assert mark.exists()

@@ -15,7 +15,9 @@ from tests.hardening.forks import Forks
 from tests.hardening.test_kills import contents, names
 
 TRIES = 20
+
 """Moments with --fuzz."""
+
 LONG = {
     "merge": "merge adapter -o out --json",
     "convert": "convert adapter --to dora -o out --json",
@@ -67,7 +69,7 @@ def test_ctrl_c_stops_training_at_any_moment_and_it_goes_on(
 
 @pytest.mark.parametrize(
     "command",
-    ["inspect adapter", "inspect adapter --json", "count base", "train --print-config", "--help", "inspect --help"],
+    ["inspect adapter", "count base", "train --print-config", "--help"],
 )
 def test_a_reader_that_has_gone_is_no_reason_to_complain(forks: Forks, desk: Path, command: str) -> None:
     ended = forks.run(desk, *command.split(), unread=True)

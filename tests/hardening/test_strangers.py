@@ -1,10 +1,8 @@
 """What comes from elsewhere runs nothing, fetches nothing, fills nothing up and reaches nothing but what it is."""
 
-import json
 import os
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +13,13 @@ from tests.hardening.forks import ROOT, Forks
 from tests.hardening.strangers import CASES, MEMORY, SOON, of_adapter, of_run, settings
 
 RUN = "train --task text-classification -m base --data reviews.csv -o run --rank 4 --cpu --epochs 1 --quiet"
+
 OF_RUNS = ("predict run reviews.csv -o new.csv", "evaluate run", "report run", "doctor run")
+
 OF_ADAPTERS = ("merge adapter -o out", "convert adapter --to dora -o out", "analyze adapter", "doctor adapter")
+
 QUICK = 18
+
 """Changes of single bytes of a record in the normal suite."""
 
 
@@ -63,28 +65,20 @@ def with_code(desk: Path, mark: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", OF_RUNS)
-def test_a_run_cannot_have_code_run(forks: Forks, desk: Path, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "code"), [*((command, 2) for command in (*OF_RUNS, TRAIN)), (f"{OF_ADAPTERS[0]} --model base", 1)]
+)
+def test_no_code_is_run_that_nobody_asked_for(
+    forks: Forks, desk: Path, tmp_path: Path, command: str, code: int
+) -> None:
     mark = tmp_path / "made-by-code"
     with_code(desk, mark)
     of_run(trust_remote_code=True)(desk)
-    assert_error(forks.run(desk, *command.split()), 2, "code that comes with it", "give --trust-remote-code")
+    assert_error(forks.run(desk, *command.split()), code, "trust-remote-code" if code == 2 else "which is not run")
     assert not mark.exists()
-
-
-def test_whoever_calls_can(forks: Forks, desk: Path, tmp_path: Path) -> None:
-    with_code(desk, tmp_path / "made-by-code")
-    forks.run(desk, *OF_RUNS[0].split(), "--trust-remote-code")
-    assert (tmp_path / "made-by-code").exists()
-
-
-def test_a_run_of_an_earlier_version_is_read(forks: Forks, desk: Path) -> None:
-    of_run(trust_remote_code=True)(desk)
-    with (desk / "run" / "config.yaml").open("a") as config:
-        config.write("trust_remote_code: false\n")
-    for command in (OF_RUNS[0], "train run --resume --quiet"):
-        ended = forks.run(desk, *command.split())
-        assert (ended.code, ended.asked) == (0, 0), ended
+    if command == OF_RUNS[0]:
+        forks.run(desk, *command.split(), "--trust-remote-code")
+        assert mark.exists()
 
 
 @pytest.mark.parametrize("command", OF_RUNS)
@@ -123,18 +117,6 @@ def test_what_is_in_the_hub_s_cache_is_taken_from_there(forks: Forks, desk: Path
         ended = forks.run(desk, *command.split())
         assert (ended.code, ended.asked) == (0, 0), ended
     assert (desk / "out" / "tokenizer.json").exists()
-
-
-@pytest.mark.parametrize("command", OF_ADAPTERS)
-def test_with_a_base_at_hand_nobody_asks_the_hub(
-    forks: Forks, desk: Path, command: str, request: pytest.FixtureRequest
-) -> None:
-    """PEFT asks for the base that an adapter names whenever an adapter is saved."""
-    if command.startswith("doctor") and not request.config.getoption("--fuzz"):
-        pytest.skip("a fresh process takes long; run with --fuzz")
-    of_adapter(base_model_name_or_path="nobody/nothing")(desk)
-    ended = forks.run(desk, *command.split(), "--model", "base")
-    assert (ended.code, ended.asked) == (0, 0), ended
 
 
 @pytest.fixture
@@ -205,55 +187,11 @@ def test_no_run_starts_through_a_link_that_nobody_typed(forks: Forks, desk: Path
     assert (theirs / "run.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "names"),
-    [("report run --no-doctor", ["run.html"]), ("analyze adapter", ["analysis.html", "analysis.json"])],
-)
-def test_no_page_is_written_through_a_link_that_nobody_typed(
-    forks: Forks, desk: Path, theirs: Path, command: str, names: list[str]
-) -> None:
-    for name in names:
-        (desk / name).symlink_to(theirs / "letter")
-    ended = forks.run(desk, *command.split())
-    assert ended.code == 0, ended.stderr
-    assert untouched(theirs)
-    assert all((desk / name).stat().st_size > 1000 for name in names)
-
-
 @pytest.mark.parametrize("folder", ["adapter", "base"])
 def test_no_secret_is_copied_beside_a_merged_model(forks: Forks, desk: Path, theirs: Path, folder: str) -> None:
     (desk / folder / "tokenizer_extra.json").symlink_to(theirs / "letter")
     assert_error(forks.run(desk, *OF_ADAPTERS[0].split()), 1, "tokenizer_extra.json is a link out of its folder")
     assert not (desk / "out").exists()
-
-
-def test_a_run_that_was_copied_stays_where_it_is(forks: Forks, desk: Path, theirs: Path) -> None:
-    config = (desk / "run" / "config.yaml").read_text()
-    (desk / "run" / "config.yaml").write_text(config.replace(str(desk / "run"), str(theirs / "new")))
-    ended = forks.run(desk, "train", "run", "--quiet")
-    assert_error(ended, 2, "name the folder of the new one with --output")
-    settings(desk / "run" / "run.json", state="started")
-    ended = forks.run(desk, "train", "run/config.yaml", "--resume", "--quiet", "--json")
-    assert ended.code == 0, ended.stderr
-    assert json.loads(ended.stdout)["run"] == str(desk / "run")
-    assert untouched(theirs)
-
-
-def test_a_run_that_was_moved_ends_with_its_own_best_step(forks: Forks, desk: Path) -> None:
-    """Its checkpoints say where the best one lay."""
-    command = [*RUN.split(), "--epochs", "3", "--learning-rate", "0.03", "--evaluate-every", "2", "--json"]
-    whole = forks.run(desk, *command, "-o", "whole")
-    assert whole.code == 0, whole.stderr
-    expected = json.loads(whole.stdout)
-    assert expected["best_step"] < expected["steps"]
-    assert forks.run(desk, *command, "-o", "moved", kill_at=whole.changes * 3 // 4).code == -signal.SIGKILL
-    (desk / "moved").rename(desk / "here")
-    # Something else lies there now.
-    shutil.copytree(desk / "run" / "adapter", desk / "moved" / "checkpoints" / f"checkpoint-{expected['best_step']}")
-    ended = forks.run(desk, "train", "here", "--resume", "--json")
-    assert ended.code == 0, ended.stderr
-    found = json.loads(ended.stdout)
-    assert (found["best_step"], found["metrics"]) == (expected["best_step"], expected["metrics"])
 
 
 def test_the_corpus_is_hostile(desk: Path) -> None:

@@ -14,7 +14,7 @@ from dvora import DVoRAConfig
 from dvora.peft import base_weight
 from dvora.peft.base_weight import CHUNK, device_of, input_dtype, read_bias, read_operating_weight
 from dvora.peft.layer import layers_in
-from tests.peft.state.adapter_files import edit_config, save_bert
+from tests.peft.adapter_files import edit_config, save_bert
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
 
 

@@ -10,8 +10,8 @@ import dvora
 from dvora import DVoRAConfig
 from dvora.peft import expressions
 from dvora.peft.expressions import check_expressions, first_match
+from tests.peft.adapter_files import CONFIG, edit_config, save_bert
 from tests.peft.models_compared import assert_unchanged, snapshot
-from tests.peft.state.adapter_files import CONFIG, edit_config, save_bert
 from tests.peft.tiny import LAYERS, MODELS
 
 NONE = {

@@ -1,19 +1,22 @@
-"""When vectors of two adapters are interchangeable: the digest, the base's fingerprints, and what folders say."""
+"""What an adapter consists of: when two are interchangeable, and one in the place of another."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import dvora
+from dvora import DVoRAConfig
 from dvora.flat import Layout
-from tests.peft.flat.adapters import KINDS, Kind, mlp, saved
-from tests.peft.tiny import MODELS
+from dvora.peft.layer import layers_in
+from tests.peft.adapter_files import edit_config, edit_weights
+from tests.peft.kinds import KINDS, Kind, mlp, saved
+from tests.peft.models_compared import assert_unchanged, snapshot
+from tests.peft.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
 OTHER_VECTORS: dict[str, dict[str, Any]] = {
     "rank": {"r": 5},
@@ -28,6 +31,7 @@ OTHER_VECTORS: dict[str, dict[str, Any]] = {
     "biases": {"bias": "dvora_only"},
     "a head": {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin2"]},
 }
+
 SAME_VECTORS: dict[str, dict[str, Any]] = {
     "alpha that is the rank": {"alpha": 4},
     "names of layers": {"target_modules": "lin[012]"},
@@ -75,13 +79,6 @@ def test_the_first_difference_is_named(name: str, words: str) -> None:
     assert difference.startswith(words)
 
 
-def test_other_tokens_are_another_layout() -> None:
-    tokens = KINDS["tokens"]
-    layout = Layout.of(tokens.fresh())
-    for indices in ([3, 5], [5, 4], {"embed_tokens": [5, 3]}):
-        assert Layout.of(tokens.fresh(trainable_token_indices=indices)).digest != layout.digest
-
-
 def test_another_base_has_the_digest_and_not_the_layout(tmp_path: Path) -> None:
     def another() -> nn.Module:
         model = MODELS["mlp"]()
@@ -113,8 +110,7 @@ def test_a_base_that_was_trained_since_is_seen_as_it_is_now() -> None:
 
 def test_without_fingerprints_any_base_will_do(tmp_path: Path) -> None:
     folder = saved(mlp().trained(), tmp_path)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_probes": None}), encoding="utf-8")
+    edit_config(folder, base_probes=None)
     assert Layout.of(folder) == Layout.of(mlp().fresh())
 
 
@@ -126,26 +122,16 @@ def test_only_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def rewritten(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
     """Change the values in a folder."""
-
-    def damage(folder: Path) -> None:
-        values = load_file(folder / "adapter_model.safetensors")
-        change(values)
-        save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    return damage
+    return lambda folder: edit_weights(folder, change)
 
 
 def setting(name: str, value: object) -> Callable[[Path], object]:
     """Change a setting in a folder."""
-
-    def damage(folder: Path) -> None:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        (folder / "adapter_config.json").write_text(json.dumps({**settings, name: value}), encoding="utf-8")
-
-    return damage
+    return lambda folder: edit_config(folder, **{name: value})
 
 
 PREFIX = "base_model.model.lin1.dvora_"
+
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no configuration": (
         lambda folder: (folder / "adapter_config.json").unlink(),
@@ -221,3 +207,110 @@ def test_integers_are_refused(tmp_path: Path) -> None:
     for source in (model, saved(model, tmp_path)):
         with pytest.raises(TypeError, match=r"head\.num_batches_tracked is torch\.int64, and a vector is float32"):
             Layout.of(source).to_vector(source)
+
+
+def trained(seed: int, **settings: object) -> PeftModel:
+    config = DVoRAConfig(**{"r": 6, "target_modules": LAYERS["llama"], **settings})
+    model = get_peft_model(MODELS["llama"](), config).eval()
+    train_vectors(model, seed=seed)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    trained(1, strength={"v_proj": 0.5}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_model_answers_as_the_adapter_that_was_swapped_in(folder: Path) -> None:
+    model = trained(2)
+    parameters = dict(model.named_parameters())
+    dvora.hotswap_adapter(model, folder)
+    assert same_bits(outputs(model), outputs(PeftModel.from_pretrained(MODELS["llama"](), folder).eval()))
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("matrices", ["structured", "kaiming_uniform"])
+def test_a_compiled_model_is_not_compiled_again(matrices: str, tmp_path: Path) -> None:
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        trained(seed, strength=1 - 0.1 * seed, projection_init=matrices).save_pretrained(folder)
+    compilations = []
+
+    def counting(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compilations.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    model = trained(9, projection_init=matrices)
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    outputs(compiled)
+    assert len(compilations) == 1
+    for folder in folders:
+        dvora.hotswap_adapter(compiled, folder)
+        expected = outputs(PeftModel.from_pretrained(MODELS["llama"](), folder).eval())
+        assert torch.allclose(outputs(compiled), expected, atol=1e-5)
+    model.set_strength(0.0)
+    with model.disable_adapter():
+        base = outputs(model)
+    assert torch.allclose(outputs(compiled), base, atol=1e-6)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 5}, "rank 5, scaling 1.0 here and out_features 32, rank 6"),
+        ({"alpha": 3.0}, "scaling 0.5 here and out_features 32, rank 6, scaling 1.0 there"),
+        ({"direction": "weight"}, "direction is 'weight' here and 'unit' there"),
+        ({"projection_seed": 5}, "projection_seed is 5 here and 0 there"),
+        ({"projection_init": "kaiming_uniform"}, "projection_init is 'kaiming_uniform'"),
+        ({"target_modules": ["q_proj"]}, "down_proj is absent here"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is shape .* here and absent there"),
+    ],
+)
+def test_an_adapter_that_differs_in_more_than_values_is_refused(
+    settings: dict[str, object], message: str, folder: Path
+) -> None:
+    model = trained(2, **settings)
+    before, expected = snapshot(model), outputs(model)
+    with pytest.raises(ValueError, match=message):
+        dvora.hotswap_adapter(model, folder)
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+
+
+def test_a_damaged_adapter_is_refused_whole(folder: Path) -> None:
+    model = trained(2)
+    before = snapshot(model)
+    edit_weights(folder, lambda tensors: tensors.popitem())
+    with pytest.raises(ValueError, match=r"has vectors .* in the adapter's file, expected magnitude"):
+        dvora.hotswap_adapter(model, folder)
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
+    model = trained(2)
+    before = snapshot(model)
+    edit_config(folder, base_probes={layer.name: [1.0] * 9 for layer in layers_in(model)})
+    with pytest.raises(ValueError, match="the base models differ"):
+        dvora.hotswap_adapter(model, folder)
+    assert_unchanged(model, before)
+
+
+def test_a_merged_adapter_is_not_overwritten(folder: Path) -> None:
+    model = trained(2)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged into .*; call unmerge_adapter first"):
+        dvora.hotswap_adapter(model, folder)
+
+
+def test_an_adapter_of_another_method_is_refused(tmp_path: Path) -> None:
+    get_peft_model(MODELS["llama"](), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"is an adapter of type .*LORA; only DVoRA"):
+        dvora.hotswap_adapter(trained(2), tmp_path)
+
+
+def test_a_name_that_is_not_loaded_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no adapter 'other' in the model of type \w+, only \['default'\]"):
+        dvora.hotswap_adapter(trained(2), folder, "other")

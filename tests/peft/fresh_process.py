@@ -1,6 +1,6 @@
 """What an adapter gives in a process of its own, which loads it onto a tiny model.
 
-python -m tests.peft.convert.fresh_process MODEL FOLDER OUTPUTS
+python -m tests.peft.fresh_process MODEL FOLDER OUTPUTS
 """
 
 import os
@@ -32,7 +32,7 @@ def run_alone(name: str, adapter: Path, folder: Path) -> dict[str, Tensor]:
     file = folder / "outputs.safetensors"
     command = [sys.executable, "-m", __spec__.name, name, adapter, file]
     environment = {**os.environ, "PYTHONHASHSEED": "2", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
     return load_file(file)
 
 

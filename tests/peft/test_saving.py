@@ -1,7 +1,8 @@
-"""What is saved, and that loading it gives the same outputs bit for bit."""
+"""Saved adapters: what a file has, that loading it gives the same bits, and what state dicts are refused."""
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dvora import DVoRAConfig
-from tests.peft.convert.fresh_process import run_alone, run_fresh
+from tests.peft.adapter_files import WEIGHTS, edit_weights, save_bert
+from tests.peft.fresh_process import run_alone, run_fresh
+from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 
@@ -142,13 +146,6 @@ def test_several_adapters_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
         assert same_bits(outputs(loaded), outputs(model))
 
 
-def test_only_the_selected_adapter_is_saved(tmp_path: Path) -> None:
-    model = adapted("mlp")
-    model.add_adapter("second", DVoRAConfig(r=9, target_modules=["lin0"]))
-    model.save_pretrained(tmp_path, selected_adapters=["second"])
-    assert set(files(tmp_path)) == {"README.md", "second/adapter_config.json", "second/adapter_model.safetensors"}
-
-
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_a_loaded_adapter_trains_if_asked_to(is_trainable: bool, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
@@ -159,16 +156,6 @@ def test_a_loaded_adapter_trains_if_asked_to(is_trainable: bool, low_cpu_mem_usa
     loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path, **options)
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == (trainable if is_trainable else set())
     assert not any(p.is_meta for p in loaded.parameters())
-    assert same_bits(outputs(loaded.eval()), outputs(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_second_adapter_is_loaded_with_low_cpu_mem_usage(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = adapted("gpt2", dtype)
-    model.save_pretrained(tmp_path)
-    loaded = get_peft_model(MODELS["gpt2"]().to(dtype), DVoRAConfig(r=3, target_modules=["c_attn"]))
-    loaded.load_adapter(tmp_path, "trained", low_cpu_mem_usage=True)
-    loaded.set_adapter("trained")
     assert same_bits(outputs(loaded.eval()), outputs(model))
 
 
@@ -184,12 +171,6 @@ def test_heads_and_biases_are_saved_and_loaded(options: dict[str, object], tmp_p
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
     assert same_bits(outputs(loaded), outputs(model))
-
-
-def test_each_kind_of_dtype_loads_onto_the_others(tmp_path: Path) -> None:
-    adapted("mlp", torch.float64).save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS["mlp"]().to(torch.bfloat16), tmp_path)
-    assert {v.dtype for _, layer in dvora_layers(loaded) for v in layer.vectors("default")} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -225,3 +206,73 @@ def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: P
     assert all(same_bits(matrices[name], matrix) for name, matrix in shared.saved_tensors().items())
     loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
     assert same_bits(outputs(loaded), outputs(model))
+
+
+def test_biases_in_a_state_dict_at_hand_are_taken_as_by_peft() -> None:
+    source = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"], bias="all")).eval()
+    with torch.no_grad():
+        source.base_model.model.lin1.bias.add_(1)
+    target = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"])).eval()
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    assert same_bits(outputs(target), outputs(source))
+
+
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_bert(tmp_path)
+
+
+def dense(**settings: object) -> DVoRAConfig:
+    """For the layers of the saved adapter, with matrices of its kind."""
+    return DVoRAConfig(target_modules=LAYERS["bert"], projection_init="kaiming_uniform", **settings)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_vectors_saved_in_another_dtype_are_loaded_in_the_layers_own(
+    folder: Path, dtype: torch.dtype, low_cpu_mem_usage: bool
+) -> None:
+    edit_weights(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items() if "projections" not in k}))
+    loaded = PeftModel.from_pretrained(MODELS["bert"](), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {p.dtype for name, p in loaded.named_parameters() if ".dvora_" in name} == {torch.float32}
+
+
+def test_loading_over_an_adapter_of_another_rank_is_refused_and_changes_nothing(folder: Path) -> None:
+    model = get_peft_model(MODELS["bert"](), dense(r=5))
+    train_vectors(model)
+    before, expected = snapshot(model.eval()), outputs(model)
+    with pytest.raises(ValueError, match=r"shape \(6,\) in the adapter and \(5,\) in the model"):
+        model.load_adapter(folder, "default")
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+
+
+def test_ignore_mismatched_sizes_leaves_the_vectors_of_another_shape_and_says_which(folder: Path) -> None:
+    model = get_peft_model(MODELS["bert"](), dense(r=5))
+    saved = load_file(folder / WEIGHTS)
+    with pytest.warns(UserWarning, match=r"lambda_d\.default: found shape .*6.* in the checkpoint and .*5"):
+        model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
+    for name, layer in dvora_layers(model):
+        magnitude, lambda_b, lambda_d = layer.vectors("default")
+        assert same_bits(magnitude, saved[f"base_model.model.{name}.dvora_magnitude"])
+        assert same_bits(lambda_b, saved[f"base_model.model.{name}.dvora_lambda_b"])
+        assert torch.equal(lambda_d, torch.full((5,), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_vectors_stay_in_float32_and_a_wish_for_less_is_answered(folder: Path, dtype: torch.dtype) -> None:
+    base = MODELS["bert"]().to(dtype)
+    half = pytest.warns(UserWarning, match="autocast_adapter_dtype=False is ignored: the vectors stay in float32")
+    with half if dtype == torch.bfloat16 else nullcontext():
+        model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+    assert {vector.dtype for _, layer in dvora_layers(model) for vector in layer.vectors("default")} == {torch.float32}
+
+
+def test_large_values_that_give_finite_ones_are_loaded(folder: Path) -> None:
+    key = f"{QUERY}.dvora_magnitude"
+    edit_weights(folder, lambda tensors: tensors.update({key: 1e20 * tensors[key]}))
+    model = PeftModel.from_pretrained(MODELS["bert"](), folder)
+    assert outputs(model).isfinite().all()

@@ -1,0 +1,643 @@
+"""Folders that must not be loaded: each is refused with an error that says why, and the model goes on as it was.
+
+Damaged, edited, of another base, or made by a stranger: one table, `FOLDERS`. What would take time or memory is loaded
+in a process with limits of both (`BOMBS`). Random damage (`--fuzz`: far more) loads what it holds, or nothing.
+"""
+
+import contextlib
+import copy
+import json
+import random
+import resource
+import shutil
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import dvora
+from dvora import DVoRAConfig
+from dvora.peft import expressions, saving
+from tests.census import Census
+from tests.fresh import FRESH
+from tests.peft.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights
+from tests.peft.models_compared import assert_unchanged, snapshot
+from tests.peft.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
+
+Edit = Callable[[Path], object]
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+TABLE = "base_model.model.model.embed_tokens.weight"
+CLASSIFIER = "base_model.model.classifier"
+MATRICES = "base_model.dvora_projections."
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+class Normalised(nn.Module):
+    """With statistics that are no parameters, and projections with wrappers around each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.lin0, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+            self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6)
+
+
+class Kind(NamedTuple):
+    """A base, and the settings of the adapter that is saved for it."""
+
+    base: Callable[[], nn.Module]
+    settings: dict[str, Any]
+
+
+def bert(**settings: Any) -> Kind:
+    return Kind(MODELS["bert"], {"r": 6, "target_modules": LAYERS["bert"], **settings})
+
+
+BERT = bert(projection_init="kaiming_uniform", save_projection=True)
+HEAD = bert(target_modules=["query"], modules_to_save=["classifier"])
+BIASES = bert(target_modules=["query"], bias="dvora_only")
+LLAMA = Kind(MODELS["llama"], {"r": 6, "target_modules": LAYERS["llama"]})
+TOKENS = Kind(MODELS["llama"], {"r": 6, "target_modules": ["q_proj"], "trainable_token_indices": [3, 5]})
+NORMALISED = Kind(Normalised, {"r": 4, "target_modules": ["lin0"]})
+ATTENTION = Kind(Normalised, {"r": 4, "target_modules": ["attention"]})
+
+
+def weights(change: Callable[[dict[str, Tensor]], object]) -> Edit:
+    return lambda folder: edit_weights(folder, change)
+
+
+def value(key: str, change: Callable[[Tensor], Tensor]) -> Edit:
+    return weights(lambda tensors: tensors.update({key: change(tensors[key])}))
+
+
+def added(key: str, make: Callable[[], Tensor]) -> Edit:
+    return weights(lambda tensors: tensors.update({key: make()}))
+
+
+def renamed(old: str, new: str) -> Edit:
+    return weights(lambda tensors: tensors.update({new: tensors.pop(old)}))
+
+
+def settings(**values: object) -> Edit:
+    return lambda folder: edit_config(folder, **values)
+
+
+def text(content: str) -> Edit:
+    return lambda folder: (folder / CONFIG).write_text(content)
+
+
+def data(change: Callable[[bytes], bytes]) -> Edit:
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
+def several(*edits: Edit) -> Edit:
+    return lambda folder: [edit(folder) for edit in edits]
+
+
+def pickled(change: Callable[[dict[str, Tensor]], object], compressed: bool = False) -> Edit:
+    """The values as `torch.save` writes them."""
+
+    def edit(folder: Path) -> None:
+        tensors, file = load_file(folder / WEIGHTS), folder / "adapter_model.bin"
+        (folder / WEIGHTS).unlink()
+        torch.save(change(tensors), file)
+        if compressed:
+            with zipfile.ZipFile(file) as old:
+                entries = [(entry.filename, old.read(entry)) for entry in old.infolist()]
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+                for name, content in entries:
+                    new.writestr(name, content)
+
+    return edit
+
+
+def poisoned(number: float) -> Callable[[Tensor], Tensor]:
+    return lambda vector: vector.index_fill(0, torch.tensor([1]), number)
+
+
+def doubled(tensors: dict[str, Tensor]) -> None:
+    tensors.update({key: vector.repeat(2) for key, vector in tensors.items() if "lambda_d" in key})
+
+
+def flipped(matrix: Tensor) -> Tensor:
+    """With one bit changed."""
+    matrix = matrix.clone()
+    matrix.view(torch.int32)[3, 5] ^= 1
+    return matrix
+
+
+class Evil:
+    """Makes a file when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.mark), "w")
+
+
+def evil(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    torch.save({"weight": Evil(folder / "mark")}, folder / "adapter_model.bin")
+
+
+FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
+    "a missing vector": (BERT, weights(lambda t: t.pop(f"{QUERY}.dvora_magnitude")), r"lacks .*query\.dvora_magnitude"),
+    "no value": (BERT, weights(dict.clear), "lacks vectors of adapted layers: bert"),
+    "a renamed vector": (BERT, renamed(f"{QUERY}.dvora_lambda_b", f"{QUERY}.dvora_lambda_c"), r"query\.dvora_lambda_"),
+    "a renamed layer": (BERT, renamed(f"{QUERY}.dvora_lambda_b", f"{QUERY[:-5]}quary.dvora_lambda_b"), "quary"),
+    "a vector more": (BERT, added(f"{QUERY[:-5]}key.dvora_magnitude", lambda: torch.ones(32)),
+        "not adapted here: .*key"),
+    "another rank": (BERT, value(f"{QUERY}.dvora_lambda_d", lambda v: v.repeat(2)),
+        r"lambda_d.* shape \(12,\).*\(6,\)"),
+    "another rank everywhere": (BERT, weights(doubled),
+                                r"shape \(12,\) in the adapter and \(6,\) in its configuration"),
+    "a matrix": (BERT, value(f"{QUERY}.dvora_magnitude", lambda v: v[:, None]), r"query\.dvora_magnitude.* \(32, 1\)"),
+    "an empty vector": (BERT, value(f"{QUERY}.dvora_magnitude", lambda v: v[:0]), r"query\.dvora_magnitude.* \(0,\)"),
+    "a short vector": (LLAMA, value(f"{Q_PROJ}.dvora_magnitude", lambda v: v[:31].clone()),
+        r"shape \(31,\) .* \(32,\)"),
+    "integers": (BERT, value(f"{QUERY}.dvora_lambda_b", Tensor.long), r"query\.dvora_lambda_b.* torch\.int64"),
+    "NaN": (BERT, value(f"{QUERY}.dvora_lambda_d", poisoned(torch.nan)), r"query\.dvora_lambda_d.* not finite"),
+    "infinity": (BERT, value(f"{QUERY}.dvora_magnitude", poisoned(torch.inf)), r"dvora_magnitude.* not finite"),
+    "infinite in float32": (BERT, value(f"{QUERY}.dvora_magnitude", lambda v: v.double() * 1e300), "not finite"),
+    "NaN in attention": (ATTENTION, weights(lambda t: [v.fill_(torch.nan) for v in t.values()]), "not finite"),
+    "NaN in a head": (HEAD, value(f"{CLASSIFIER}.weight", lambda v: v * torch.nan), "not finite"),
+    "NaN in a bias": (BIASES, value(f"{QUERY}.base_layer.bias", lambda v: v * torch.nan),
+        "bias has values that are not"),
+    "NaN in tokens": (TOKENS, weights(lambda t: [v.fill_(torch.nan) for k, v in t.items() if "delta" in k]),
+        "not finite"),
+    "far magnitudes": (BERT, several(value(f"{QUERY}.dvora_magnitude", lambda v: torch.full_like(v, 3e38)),
+                                     value(f"{QUERY}.dvora_lambda_d", lambda v: torch.full_like(v, 1e30))),
+                       "so large that outputs would not be finite"),
+    "far rows": (BERT, value(f"{QUERY}.dvora_lambda_d", lambda v: torch.full_like(v, 3e38)), "so large that outputs"),
+    "another projection": (BERT, value(f"{MATRICES}stream_1", lambda m: m.roll(1, 0)),
+        "stream_1 differs"),
+    "a changed bit": (BERT, value(f"{MATRICES}stream_0", flipped), "matrix stream_0 differs"),
+    "a renamed projection": (BERT, renamed(f"{MATRICES}stream_0", f"{MATRICES}stream_7"),
+                             "projection matrix stream_7"),
+    "an empty file": (BERT, data(lambda _: b""), "(?i)header"),
+    "half a file": (BERT, data(lambda content: content[:-7]), "(?i)incomplete|header"),
+    "half a header": (BERT, data(lambda content: content[:100]), "(?i)header"),
+    "another header": (BERT, data(lambda content: b"\xff" * 64 + content[64:]), "(?i)header"),
+    "a folder as file": (BERT, lambda f: [(f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()], "is not a file"),
+    "another fingerprint": (BERT, settings(projection_fingerprint="0123456789abcdef"),
+        "fingerprint is '0123456789abcdef'"),
+    "another seed": (BERT, settings(projection_seed=1), "projection_seed=1 .* trained with other shared matrices"),
+    "another distribution": (BERT, settings(projection_init="structured"), "'structured' .* other shared matrices"),
+    "another format": (BERT, settings(projection_format=99), "projection_format is 99, this version makes format 1"),
+    "another rank in the settings": (BERT, settings(r=7),
+        r"shape \(6,\) in the adapter and \(7,\) in its configuration"),
+    "a rank twice": (LLAMA, lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().rstrip()[:-1] + ', "r": 65536}'),
+                     r"\(65536,\) in its configuration"),
+    "a rank for one layer": (BERT, settings(rank_pattern={"query": 5}),
+        r"query.*shape \(6,\) in the adapter and \(5,\)"),
+    "a rank of other layers": (LLAMA, settings(r=65536, rank_pattern={".*_proj": 6}, target_modules=["lm_head"]),
+                               r"has rank 65536 in its configuration, and no lambda_d .* more than 6 values"),
+    "fewer targets": (BERT, settings(target_modules=["query"]), "not adapted here: .*dense"),
+    "more targets": (BERT, settings(target_modules=[*LAYERS["bert"], "key"]), "lacks vectors of adapted layers: .*key"),
+    "no JSON": (BERT, text("{not json"), "(?i)expecting|json"),
+    "a method of no one": (LLAMA, text('{"peft_type": "NOPE"}'), "NOPE"),
+    "probes of another base": (BERT, settings(base_probes={QUERY.removeprefix("base_model.model."): [1.0] * 9}),
+                               "made for another base model"),
+    "a table": (LLAMA, added(TABLE, lambda: torch.ones(40, 32)), r"does not train: .*embed_tokens\.weight"),
+    "a longer table": (LLAMA, added(TABLE, lambda: torch.ones(50, 32)), r"does not train: .*embed_tokens\.weight"),
+    "a normalisation": (LLAMA, added("base_model.model.model.norm.weight", lambda: torch.full((32,), 2.0)),
+        "does not train"),
+    "a weight": (LLAMA, added(f"{Q_PROJ}.base_layer.weight", lambda: torch.ones(32, 32)), "does not train"),
+    "a statistic": (NORMALISED, added("base_model.model.norm.running_mean", lambda: torch.ones(8)),
+        "does not train: .*mean"),
+    "a bias": (bert(), added(f"{QUERY}.base_layer.bias", lambda: torch.ones(32)),
+        "bias', which its configuration does not"),
+    "a bias of others": (BIASES, added("base_model.model.classifier.bias", lambda: torch.ones(3)),
+        "bias', which its conf"),
+    "a missing bias": (BIASES, weights(lambda t: t.pop(f"{QUERY}.base_layer.bias")),
+        r"lacks biases.*query\.base_layer\.bias"),
+    "something unknown": (LLAMA, added("base_model.model.elsewhere", lambda: torch.ones(3)),
+        "does not train: .*elsewhere"),
+    "a missing head": (HEAD, weights(lambda t: t.pop(f"{CLASSIFIER}.weight")),
+        r"lacks classifier\.weight, which"),
+    "a head without columns": (HEAD, added(f"{CLASSIFIER}.weight", lambda: torch.ones(300_000, 0)),
+                               r"classifier\S* has shape \(300000, 0\) in the adapter and \(3, 32\) in the model"),
+    "another adapter's head": (HEAD, added(f"{CLASSIFIER}.modules_to_save.other.weight", lambda: torch.ones(3, 32)),
+                               "does not train|classifier"),
+    "tokens that are missing": (LLAMA, settings(trainable_token_indices=[6]),
+        r"lacks the tokens that .*=\[6\] says it trains"),
+    "fewer tokens": (TOKENS, weights(lambda t: [t.update({k: v[:1].clone()}) for k, v in [*t.items()] if "delta" in k]),
+                     r"delta\S* has shape \(1, 32\) in the adapter and \(2, 32\)"),
+    "an expanded tensor": (LLAMA, pickled(lambda t: t | {f"{Q_PROJ}.dvora_lambda_d": torch.ones(1).expand(2**30)}),
+                           "has not as many values"),
+    "a sparse tensor": (LLAMA, pickled(lambda t: t | {f"{Q_PROJ}.dvora_lambda_d": torch.ones(6).to_sparse()}),
+        "many|cannot be read"),
+    "a tensor without values": (LLAMA, pickled(lambda t: t | {TABLE: torch.empty(6, device="meta")}),
+        "many|cannot be read"),
+    "a compressed pickle": (LLAMA, pickled(lambda t: t | {TABLE: torch.zeros(2**22)}, compressed=True),
+        "bin is compressed"),
+    "a pickle of no tensors": (LLAMA, pickled(list), "does not hold tensors by name"),
+    "a pickle that runs code": (LLAMA, evil, "cannot be read as tensors"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
+    """Folders of trained adapters."""
+    made: dict[int, Path] = {}
+
+    def saved(kind: Kind) -> Path:
+        if id(kind) not in made:
+            model = get_peft_model(kind.base(), DVoRAConfig(**kind.settings))
+            train_vectors(model)
+            made[id(kind)] = tmp_path_factory.mktemp("sound")
+            model.save_pretrained(made[id(kind)], save_embedding_layers=False)
+        return made[id(kind)]
+
+    return saved
+
+
+@contextlib.contextmanager
+def small_tensors_only() -> Iterator[None]:
+    """Nothing is made that is larger than the tiny models' weights."""
+    with Census() as made:
+        yield
+    assert made.largest() <= 2**18
+
+
+def refused(kind: Kind, folder: Path, message: str) -> None:
+    """Neither a fresh model nor one that has an adapter takes the folder; both go on as they were."""
+    fresh = kind.base().eval()
+    before, names = snapshot(fresh), [(name, type(module)) for name, module in fresh.named_modules()]
+    with pytest.raises((ValueError, TypeError, SafetensorError, KeyError), match=message):
+        PeftModel.from_pretrained(fresh, folder)
+    assert_unchanged(fresh, before)
+    assert [(name, type(module)) for name, module in fresh.named_modules()] == names
+    assert "peft_config" not in vars(fresh)
+    first = next(name for name, module in fresh.named_modules() if isinstance(module, nn.Linear))
+    model = get_peft_model(kind.base(), DVoRAConfig(r=3, target_modules=[first]), "own").eval()
+    train_vectors(model, "own")
+    before, names = snapshot(model), [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises((ValueError, TypeError, SafetensorError, KeyError), match=message):
+        model.load_adapter(folder, "stranger")
+    assert_unchanged(model, before)
+    assert [(name, type(module)) for name, module in model.named_modules()] == names
+    assert model.active_adapters == list(model.peft_config) == ["own"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_refused_and_changes_nothing(name: str, sound: Callable[[Kind], Path], tmp_path: Path) -> None:
+    kind, edit, message = FOLDERS[name]
+    folder = Path(shutil.copytree(sound(kind), tmp_path / "folder"))
+    edit(folder)
+    with small_tensors_only():
+        refused(kind, folder, message)
+    assert not (folder / "mark").exists()
+
+
+def test_the_folders_that_are_edited_are_sound(sound: Callable[[Kind], Path]) -> None:
+    for kind in {id(kind): kind for kind, _, _ in FOLDERS.values()}.values():
+        PeftModel.from_pretrained(kind.base(), sound(kind))
+
+
+@pytest.mark.parametrize("sizes", ["r=6, in=22369600, out=22369600", "r=60000, in=2000, out=2000"])
+def test_matrices_of_vera_are_not_larger_than_the_model(
+    sizes: str, sound: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sound(LLAMA), tmp_path / "folder"))
+    edit_config(folder, projection_init=f"peft_vera({sizes})", projection_fingerprint="0" * 16)
+    model = get_peft_model(MODELS["llama"](), DVoRAConfig(r=6, target_modules=LAYERS["llama"]))
+    with small_tensors_only():
+        refused(LLAMA, folder, "projection_init=.* is larger than any layer here: .* 48 features and rank 6")
+        assert DVoRAConfig.from_pretrained(str(folder)).projection_fingerprint == "0" * 16
+        with pytest.raises(ValueError, match="projection_init is 'structured' here"):
+            dvora.hotswap_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"peft_type": ["DVORA"]}', r"peft_type is \['DVORA'\], which is no method"),
+        ("[1]", "holds a list, expected settings by name"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"r": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+        ('{"self": 1}', "'self' is not a setting"),
+    ],
+)
+def test_our_own_door_says_what_is_wrong_with_a_configuration(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(ValueError, match=f"{CONFIG}.*{message}"):
+        DVoRAConfig.from_pretrained(str(tmp_path))
+
+
+def test_what_arrives_over_a_loaded_adapter_is_checked_as_a_folder_is(
+    sound: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    model = PeftModel.from_pretrained(MODELS["llama"](), sound(LLAMA))
+    before, state = snapshot(model), get_peft_model_state_dict(model)
+    for change, message in (
+        ({f"{Q_PROJ}.dvora_lambda_d": torch.full((6,), torch.nan)}, "not finite"),
+        ({f"{Q_PROJ}.dvora_lambda_d": torch.ones(1).expand(2**30)}, "has not as many values of its own"),
+        ({f"{Q_PROJ}.dvora_lambda_d": torch.ones(7)}, r"shape \(7,\) in the adapter and \(6,\) in the model"),
+        ({f"{Q_PROJ}.base_layer.weight": torch.ones(32, 32)}, "does not train"),
+        ({TABLE: torch.ones(40, 32)}, "does not train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            set_peft_model_state_dict(model, {**state, **change})
+        assert_unchanged(model, before)
+        folder = Path(shutil.copytree(sound(LLAMA), tmp_path / message[:9] / str(len(change)), dirs_exist_ok=True))
+        edit_weights(folder, lambda tensors, c=change: tensors.update({k: v.contiguous()[:40] for k, v in c.items()}))
+        with pytest.raises(ValueError, match=r"not finite|has shape|does not train"):
+            model.load_adapter(folder, "default")
+        assert_unchanged(model, before)
+
+
+def test_a_file_that_changes_during_the_load_is_refused_where_its_values_arrive(
+    sound: Callable[[Kind], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has the adapter then, with its starting values, which change nothing."""
+    folder = Path(shutil.copytree(sound(LLAMA), tmp_path / "folder"))
+    base, check = MODELS["llama"]().eval(), saving.check_folder
+    expected = outputs(base)
+    model = get_peft_model(base, DVoRAConfig(r=3, target_modules=["q_proj"]), "own")
+
+    def then_changed(*arguments: Any) -> None:
+        check(*arguments)
+        edit_weights(folder, lambda t: t.update({f"{Q_PROJ}.dvora_lambda_d": torch.full((6,), torch.nan)}))
+
+    monkeypatch.setattr("dvora.peft.model.check_folder", then_changed)
+    with pytest.raises(ValueError, match="not finite"):
+        model.load_adapter(folder, "late")
+    model.set_adapter("late")
+    assert torch.equal(outputs(model), expected)
+
+
+BAD_NAMES = (
+    "a.b",
+    ".",
+    "..",
+    "keys",
+    "forward",
+    "_modules",
+    "weight",
+    "base_layer",
+    "/etc",
+    "a\\b",
+    "x" * 201,
+    "a\nb",
+    "\0",
+)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_no_model_could_keep_is_refused(name: str, sound: Callable[[Kind], Path]) -> None:
+    base = MODELS["llama"]()
+    before, config = snapshot(base), DVoRAConfig(r=3, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="adapter_name"):
+        get_peft_model(base, config, adapter_name=name)
+    with pytest.raises(ValueError, match="adapter_name"):
+        PeftModel.from_pretrained(base, sound(LLAMA), adapter_name=name)
+    assert_unchanged(base, before)
+    model = get_peft_model(base, config)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter_name"):
+        model.load_adapter(sound(LLAMA), name)
+    with pytest.raises(ValueError, match="adapter_name"):
+        model.base_model.add_weighted_adapter(["default"], [0.5], name)
+    assert list(model.peft_config) == ["default"]
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "é", "0", "lin0", "(", "org/name", "dvora_lambda_b", "modules_to_save", "x" * 200]
+)
+def test_a_name_that_is_accepted_keeps_everything(name: str, tmp_path: Path) -> None:
+    config = DVoRAConfig(r=4, target_modules=["lin0", "lin1"], bias="all", modules_to_save=["lin2"])
+    model = get_peft_model(MODELS["mlp"](), config, name).eval()
+    train_vectors(model, name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    for other in (name, "default"):
+        loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path / name, other)
+        assert same_bits(outputs(loaded.eval()), outputs(model))
+
+
+MEMORY, SECONDS = 3 * 2**28, 5.0
+"""Bytes that one load may add, and seconds of the processor that it may take."""
+LAMBDA_D = "base_model.model.wide.dvora_lambda_d"
+NAMES = [f"name{number}" for number in range(40_000)]
+BOMBS: dict[str, Edit] = {
+    "rank": settings(r=65536),
+    "rank of a pattern": settings(rank_pattern={".*": 65536}),
+    "rank of another layer": settings(r=65536, rank_pattern={"wide": 4}, target_modules=["wide", "other"]),
+    "rank and no vectors": several(settings(r=65536), weights(dict.clear)),
+    "expanded rank": several(settings(r=65536), pickled(lambda t: t | {LAMBDA_D: torch.ones(1).expand(65536)})),
+    "expanded projections": pickled(
+        lambda t: t | {f"{MATRICES}stream_0": torch.ones(1, 1).expand(65536, 65536)}
+    ),
+    "tall projections": added(f"{MATRICES}stream_0", lambda: torch.ones(500_000, 1)),
+    "matrices of VeRA, inputs": settings(projection_init="peft_vera(r=4, in=33000000, out=33000000)"),
+    "matrices of VeRA, rank": settings(projection_init="peft_vera(r=60000, in=2048, out=2048)"),
+    "a head without columns": added("base_model.model.head.weight", lambda: torch.ones(30_000_000, 0)),
+    "an expression": settings(exclude_modules="(.*)*x"),
+    "a slow expression": settings(exclude_modules=".*.*.*.*.*x"),
+    "an expression in a pattern": settings(rank_pattern={"(.+)+!": 4}),
+    "an expression for a long name": several(
+        settings(rank_pattern={".*a.*a.*a.*a!": 4}),
+        added(f"base_model.model.{'a' * 9999}.dvora_lambda_d", lambda: torch.ones(4)),
+    ),
+    "sets of characters": settings(exclude_modules="[Ā-退]" * 40_000),
+    "some sets of characters": settings(exclude_modules="(?i)" + "[Ā-退]" * 250),
+    "4,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES[:4000], 1.0)),
+    "40,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES, 1.0)),
+    "40,000 targets": settings(target_modules=[*NAMES, "wide"]),
+    "4,000 targets": settings(target_modules=[*NAMES[:4000], "wide"]),
+    "long targets": settings(target_modules=["q" * 2**20, "wide"]),
+    "probes without end": settings(base_probes={"wide": [1.0] * 10**6}),
+    "one token a million times": settings(trainable_token_indices={"head": [0] * 10**6}),
+    "deep JSON": text('{"a":' * 10**6),
+    "digits": text('{"r": ' + "9" * 10**6 + "}"),
+}  # fmt: skip
+
+
+class Wide(nn.Module):
+    """Wide enough that a rank of thousands takes gigabytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(2048, 2048)
+        self.other = nn.Linear(2048, 8)
+        self.head = nn.Linear(2048, 3)
+        # Expressions take long for long names.
+        self.a_name_of_forty_characters_and_some_more = nn.Identity()
+
+
+def wide() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Wide()
+
+
+def load_bombs(folder: str, results: Any) -> None:
+    """Load each in this process, which has a limit of its memory."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    expressions.TIME_LIMIT = 0.3
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    model = wide()
+    for name, edit in BOMBS.items():
+        hostile = Path(folder, "hostile")
+        shutil.copytree(Path(folder, "sound"), hostile)
+        edit(hostile)
+        start = time.process_time()
+        try:
+            PeftModel.from_pretrained(copy.deepcopy(model), str(hostile))
+            ended = "loaded"
+        except Exception as error:
+            ended = f"{type(error).__name__}: {error}"
+        results.put((name, ended[:2000], len(ended), time.process_time() - start))
+        shutil.rmtree(hostile)
+    results.put(None)
+
+
+def test_none_takes_much_time_or_memory(tmp_path: Path) -> None:
+    model = get_peft_model(wide(), DVoRAConfig(r=4, target_modules=["wide"], modules_to_save=["head"]))
+    train_vectors(model)
+    model.save_pretrained(tmp_path / "sound")
+    results = FRESH.Queue()
+    process = FRESH.Process(target=load_bombs, args=(str(tmp_path), results), daemon=True)
+    process.start()
+    found = {}
+    try:
+        while (result := results.get(timeout=60)) is not None:
+            found[result[0]] = result[1:]
+    finally:
+        process.kill()
+    assert found.keys() == BOMBS.keys()
+    refusals = ("loaded", "ValueError", "TypeError", "RecursionError", "JSONDecodeError", "NoMatchingPeftModuleError")
+    assert not {name: ended for name, (ended, _, _) in found.items() if not ended.startswith(refusals)}
+    assert not {name: length for name, (_, length, _) in found.items() if length > 3000}
+    assert not {name: seconds for name, (_, _, seconds) in found.items() if seconds > SECONDS}
+    loaded = {name for name, (ended, _, _) in found.items() if ended == "loaded"}
+    assert loaded - {"a slow expression", "some sets of characters"} == {
+        "4,000 patterns",
+        "4,000 targets",
+        "long targets",
+    }
+
+
+SHORT, LONG = 30, 2000
+"""Folders of each kind of damage."""
+ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError, SafetensorError, RecursionError)
+"""KeyError and RecursionError are PEFT's, which reads the configuration before dvora."""
+VALUES: tuple[object, ...] = (
+    *(None, True, 0, -1, 1, 7, 2**31, 10**400, 0.5, 1e308, float("nan"), float("inf")),
+    *("", "x", "6", "(", "[", "*", "\0", "all-linear", "unit", "CAUSAL_LM", "é" * 3000),
+    *([], [None], [[]], ["("], ["x"], [10**400], {}, {"": 1}, {"(": 5}, {"lin0": 2**31}, {"lin0": -1}, {"x": None}),
+    *({"lin0": [10**400] * 9}, {"lin0": [float("nan")] * 9}, {"lin0": 10**400}),
+)
+
+
+def bits(folder: Path, rng: random.Random) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    # Half of them in the header.
+    limit = 8 + int.from_bytes(content[:8], "little") if rng.random() < 0.5 else len(content)
+    content[rng.randrange(limit)] ^= 1 << rng.randrange(8)
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def one_tensor(folder: Path, rng: random.Random) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        key, other = rng.sample(sorted(tensors), 2)
+        tensor = tensors.pop(key)
+        changed = {
+            key: rng.choice([tensors[other], torch.cat([tensor, tensor]), tensor[: len(tensor) // 2], tensor.half()]),
+            key + rng.choice([".default", "_", ".0"]): tensor,
+            key.replace("dvora_lambda_b", "base_layer.weight"): torch.ones(24, 24),
+        }
+        name = rng.choice(["", *changed])
+        tensors.update({name: changed[name].clone()} if name else {})
+
+    edit_weights(folder, edit)
+
+
+def one_setting(folder: Path, rng: random.Random) -> None:
+    names = json.loads((folder / CONFIG).read_text())
+    edit_config(folder, **{rng.choice([*names, "unknown"]): rng.choice(VALUES)})
+
+
+def no_setting(folder: Path, rng: random.Random) -> None:
+    names = json.loads((folder / CONFIG).read_text())
+    del names[rng.choice(list(names))]
+    (folder / CONFIG).write_text(json.dumps(names))
+
+
+def files(folder: Path, rng: random.Random) -> None:
+    path = folder / rng.choice([WEIGHTS, CONFIG])
+    content, cut = path.read_bytes(), rng.randrange(100)
+    path.unlink()
+    changed = rng.choice([content[:cut], content[::-1], content[:cut] + rng.randbytes(8) + content[cut:], b"", None])
+    path.write_bytes(changed) if changed is not None else rng.choice([path.mkdir, lambda: None])()
+
+
+@pytest.mark.parametrize("damage", [bits, one_tensor, one_setting, no_setting, files])
+def test_a_damaged_folder_gives_what_it_holds_or_is_refused(
+    damage: Callable[[Path, random.Random], object],
+    sound: Callable[[Kind], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
+) -> None:
+    # PEFT looks on the hub for a file that it does not find.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    own = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=3, target_modules=["lin0"]), "mine").eval()
+    train_vectors(own, "mine")
+    before, expected, refusals = snapshot(own), outputs(own), 0
+    for seed in range(LONG if pytestconfig.getoption("--fuzz") else SHORT):
+        folder, model = Path(shutil.copytree(sound(MLP), tmp_path / str(seed))), copy.deepcopy(own)
+        damage(folder, random.Random(f"{seed}"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model.load_adapter(str(folder), "loaded")
+            except HFValidationError:
+                # PEFT looks for the file of values when the adapter is complete, and knows no way back.
+                assert not (folder / WEIGHTS).is_file(), seed
+            except ERRORS:
+                refusals += 1
+                assert list(model.peft_config) == ["mine"], seed
+                assert_unchanged(model, before)
+            else:
+                check_loaded(model, folder, seed)
+        assert model.active_adapters == ["mine"]
+        assert same_bits(outputs(model), expected)
+        shutil.rmtree(folder)
+    assert refusals
+
+
+MLP = Kind(
+    MODELS["mlp"],
+    {"r": 5, "target_modules": LAYERS["mlp"][:2], "rank_pattern": {"lin1": 4}, "modules_to_save": ["lin2"]},
+)
+
+
+def check_loaded(model: PeftModel, folder: Path, seed: int) -> None:
+    """All vectors of the adapter are those of the file, and finite."""
+    file = load_file(folder / WEIGHTS)
+    loaded = {name: p for name, p in model.named_parameters() if ".dvora_" in name and name.endswith(".loaded")}
+    assert loaded
+    for name, parameter in loaded.items():
+        assert parameter.isfinite().all(), (seed, name)
+        assert torch.equal(parameter, file[name.removesuffix(".loaded")].to(parameter.dtype)), (seed, name)
