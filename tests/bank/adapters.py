@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from dvora.bank.saved import SETTINGS, VALUES
-from dvora.bank.sources import AdapterValues
-from dvora.peft.content import Content
+from dvora.bank.adapters import SETTINGS, VALUES
 from tests.peft.kinds import Kind, mlp, saved
 
 HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])
@@ -42,21 +40,3 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.name in (SETTINGS, VALUES)
     }
-
-
-class HalfRows:
-    """Rows that are the vectors themselves, in half precision, and what is saved whole."""
-
-    key, dtype, head_dtype = "halves", torch.float16, torch.float32
-
-    def __init__(self, values: AdapterValues) -> None:
-        self.content = values.content
-        self.width, self.head_width = len(values.vector), sum(each.numel() for each in values.whole.values())
-
-    def check(self, content: Content) -> None:
-        if difference := self.content.difference(content):
-            raise ValueError(difference)
-
-    def of(self, values: AdapterValues) -> tuple[Tensor, Tensor]:
-        heads = [each.flatten() for each in values.whole.values()]
-        return values.vector.half(), torch.cat([torch.empty(0), *heads])

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank.pack import write_pack
+from dvora.bank.packs import write_pack
 from tests.bank.adapters import HEADED
 from tests.bank.versions import PATIENCE, Versions
 from tests.peft.kinds import saved

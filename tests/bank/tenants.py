@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank.saved import VALUES
+from dvora.bank.adapters import VALUES
 from dvora.flat import Layout
 from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS, outputs

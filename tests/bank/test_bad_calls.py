@@ -36,7 +36,7 @@ def test_wrong_rows(names: Any, options: dict[str, Any], error: type[Exception],
 
 @pytest.mark.parametrize("count", [1, 3, 5, 8])
 def test_another_number_of_names_than_rows(count: int, served: Served) -> None:
-    message = f"lin0: bank.rows got {count} names, and the layer a batch of 4 rows; give one name a row"
+    message = f"bank.rows got {count} names, and the layer a batch of 4 rows; give one name a row"
     with refused(ValueError, message), served.bank.rows(["a"] * count):
         served.model(inputs(served.model)["x"])
     with (
@@ -93,7 +93,7 @@ def test_outside_of_rows_the_model_raises(served: Served) -> None:
 
 def test_a_batch_within_a_batch(served: Served) -> None:
     with served.bank.rows(["a"] * 4):
-        with refused(ValueError, "this thread is in a batch of the bank already"), served.bank.rows(["b"] * 4):
+        with refused(ValueError, "this call is in a batch of the bank already"), served.bank.rows(["b"] * 4):
             raise AssertionError
         outputs(served.model)
 
@@ -162,7 +162,7 @@ def test_a_closed_bank(these: Tenants) -> None:
     bank = dvora.AdapterBank(model)
     bank.add("a", these.path("a"))
     with bank.rows(["a"] * 4):
-        with refused(ValueError, "this thread is in a batch of the bank; leave its `with` block before it is closed"):
+        with refused(ValueError, "1 batches are in the bank, .* leave their `with` blocks before it is closed"):
             bank.close()
         outputs(model)
     bank.close()

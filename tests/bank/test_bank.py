@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaForTokenClassification
 
 import dvora
-from dvora.bank.pack import write_pack
-from dvora.bank.saved import SETTINGS
+from dvora.bank.adapters import SETTINGS
+from dvora.bank.packs import write_pack
 from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Tenants, row_by_row, tenants
 from tests.peft.kinds import Kind, saved

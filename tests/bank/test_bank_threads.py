@@ -288,7 +288,7 @@ def test_a_bank_is_not_closed_while_batches_run(served: tuple[nn.Module, dvora.A
         def closes(entered: threading.Event = entered, leave: threading.Event = leave) -> None:
             entered.wait()
             try:
-                with pytest.raises(ValueError, match="1 batches are in the bank; leave their"):
+                with pytest.raises(ValueError, match="1 batches are in the bank, which would have the base.s outputs; leave their"):
                     bank.close()
             finally:
                 leave.set()
@@ -312,7 +312,7 @@ def test_first_adapters_may_come_from_several_threads(tmp_path: Path) -> None:
 
             in_threads(refused, *(lambda n=n, bank=bank: bank.add(n, these.path(n)) for n in these.names), refused)
             assert sorted(bank) == these.names
-            assert sum(len(module._forward_hooks) for module in model.modules()) == 3 + 1
+            assert sum(len(module._forward_hooks) for module in model.modules()) == 3 + 2
             with bank.rows(these.names), torch.no_grad():
                 model(X.expand(4, -1))
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dvora.bank.factors import DTYPES, FactorRows, Factors, LayerPlace, _balance
-from dvora.bank.sources import AdapterValues, FolderSource
+from dvora.bank.adapters import AdapterValues, FolderSource
+from dvora.bank.factor_rows import DTYPES, FactorRows, Factors, LayerPlace, _balance
 from tests.bank.tenants import HEADED, MLP, Tenants, tenants
 from tests.peft.dense import dense_layer
 from tests.peft.kinds import Kind, saved

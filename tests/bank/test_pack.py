@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from dvora.bank.pack_index import Entry, Index, RowFormat, check_name, checksum
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from dvora.bank.pack import Pack, unpack, write_pack
-from dvora.bank.pack_index import Entry, Index, RowFormat, check_name, checksum
-from dvora.bank.saved import SETTINGS, VALUES
-from dvora.bank.sources import AdapterValues, FolderSource
+from dvora.bank.adapters import SETTINGS, VALUES, AdapterValues, FolderSource
+from dvora.bank.packs import Pack, unpack, write_pack
 from tests.bank.adapters import HEADED, WIDE, HalfRows, change_values, contents, many
 from tests.peft.kinds import mlp, saved
 

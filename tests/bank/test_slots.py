@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.bank.factors import Factors
+from dvora.bank.factor_rows import Factors
 from dvora.bank.slots import Slots
 from tests.bank.versions import in_threads, until
 from tests.interrupted import interrupted_at

@@ -17,8 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import dvora
-from dvora.bank.saved import SETTINGS, VALUES
-from dvora.bank.sources import AdapterValues, FolderSource, VectorSource, adapters_in
+from dvora.bank.adapters import SETTINGS, VALUES, AdapterValues, FolderSource, VectorSource, adapters_in
 from dvora.flat import Layout
 from tests.bank.adapters import HEADED, change_values, many
 from tests.peft.kinds import KINDS, bits, mlp, saved

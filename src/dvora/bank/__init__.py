@@ -1,8 +1,8 @@
 """Many adapters over one base model: held in slots, gathered by row, served and trained together."""
 
-from .bank import AdapterBank
-from .stats import BankStats
+from .bank import AdapterBank, BankStats
+from .hooks import Batch
 from .tenant_adamw import TenantAdamW
-from .trainable import TrainableAdapters, TrainedRows
+from .training import TrainableAdapters, TrainedRows
 
-__all__ = ["AdapterBank", "BankStats", "TenantAdamW", "TrainableAdapters", "TrainedRows"]
+__all__ = ["AdapterBank", "BankStats", "Batch", "TenantAdamW", "TrainableAdapters", "TrainedRows"]

@@ -2,29 +2,79 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..peft.restoring import on_failure, surely
-from .catalogue import Adapter, AdapterSource, Catalogue, as_path, source_of
-from .factors import FactorRows, check_dtype
-from .fitted import FittedModel, ModelSide
-from .hooks import check_without_bank
-from .pack import Pack
-from .rows import CurrentRows, RowIndex, SlotRows, check_names
-from .sources import FolderSource, Source, adapters_in
-from .stats import BankStats
-from .trainable import TrainableAdapters
+from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
+from .factor_rows import AdapterRow, FactorRows, check_dtype
+from .hooks import Batch, Batches, check_without_bank
+from .packs import Pack
+from .served import ServedModel
+from .slots import HostRows, RowIndex, SlotRows, Slots, check_names
+from .training import TrainableAdapters
 
-OnProgress = Callable[[int, int], None]
+AdapterSource = str | os.PathLike[str] | Tensor
+"""The folder of an adapter, its file of values, or a flat vector in the order of `dvora.flat.Layout`."""
+OnProgress = Callable[[int, int], object]
 """Called with what is done and how much there is."""
+_log = logging.getLogger("dvora.bank")
+
+
+class BankStats(NamedTuple):
+    """Counts and bytes of a bank, as they are at one moment."""
+
+    adapters: int
+    slots: int
+    slots_filled: int
+    slots_in_use: int
+    """By batches that run now."""
+    pinned: int
+    device_bytes: int
+    host_adapters: int
+    host_bytes: int
+    hits: int
+    """Adapters of batches that were in their slots already."""
+    loads: int
+    """Those that had to be put into one."""
+    reads: int
+    """Adapters whose rows came from their source: a folder, a pack or a vector."""
+    evictions: int
+    """Adapters that left their slot for another one."""
+
+
+@dataclass(eq=False)
+class _Adapter:
+    """One version of an adapter under a name; a batch keeps the version that it began with."""
+
+    name: str
+    source: Source
+    allow_unchanged: bool
+    pinned: bool = False
+    digest: str | None = None
+    """Of its content; None until it is read."""
+
+
+class _Fitted(NamedTuple):
+    """What is known once the layers are: from the first adapter on."""
+
+    served: ServedModel
+    rows: FactorRows
+    slots: Slots
+    handles: list[RemovableHandle]
 
 
 class AdapterBank:
@@ -62,17 +112,25 @@ class AdapterBank:
             raise TypeError(f"model must be a torch module, got {model!r:.200}")
         check_dtype(dtype)
         check_without_bank(model)
-        self._slot_count = slots
-        self._catalogue = Catalogue(host_bytes)
-        self._packs: list[Pack] = []
-        self._current = CurrentRows()
-        self._side = ModelSide(
-            lambda first: FittedModel.of(model, first, dtype, slots, host_bytes, self._current), self._current
-        )
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="dvora-bank")
+        self._model, self._slot_count, self._dtype = model, slots, dtype
+        self._host, self._reads = HostRows(host_bytes), 0
+        self._batches = Batches()
+        self._fitted: _Fitted | None = None
+        self._adapters: dict[str, _Adapter] = {}
+        self._lock = threading.RLock()
+        """Held while names change."""
+        self._reading = threading.RLock()
+        """Held while adapters are read, so that none is read twice."""
+        self._closed = self._has_warned = False
         if like is not None:
-            with _first_adapter(as_path(like, "like")) as first:
-                self._side.fit(first)
+            path = _as_path(like, "like")
+            source: Source
+            if path.is_dir():
+                source = FolderSource(path)
+            else:
+                pack = Pack.open(path)
+                source = pack.source(next(iter(pack.entries)))
+            self._fitted = self._fit(source)
 
     def add(
         self,
@@ -87,7 +145,7 @@ class AdapterBank:
 
         Args:
             name: under which rows ask for it.
-            source: a folder, its file of values, or a flat vector.
+            source: a folder, its file of values, or a flat vector, whose strength is one.
             allow_partial: layers and heads that the adapter lacks are the base's.
             allow_unchanged: the adapter may change nothing.
             pinned: never leaves its slot.
@@ -96,14 +154,9 @@ class AdapterBank:
             TypeError, ValueError: the name is taken, or the adapter is not one of the bank's kind, is damaged, lacks
                 layers, or changes nothing; nothing is added then.
         """
-        with self._side.adding(lambda: len(self) > 0):
-            self._catalogue.check_new([name])
-            adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
-            self._catalogue.read(adapter, self._side.known().rows)
-            with self._changing(adapter):
-                if pinned:
-                    self._pin([adapter])
-                self._catalogue.add([adapter])
+        self._check_new([name])
+        adapter = _Adapter(name, self._source(source), allow_unchanged, pinned)
+        self._add([adapter], allow_partial, read=True)
         if pinned:
             self._load([adapter])
 
@@ -122,15 +175,14 @@ class AdapterBank:
         Raises:
             TypeError, ValueError: as for `add`, with the name of the folder.
         """
-        found = adapters_in(as_path(folder, "folder"))
-        with self._side.adding(lambda: len(self) > 0):
-            self._catalogue.check_new(found)
-            adapters = []
-            for count, (name, path) in enumerate(found.items(), start=1):
-                adapters.append(self._fitting(name, FolderSource(path), allow_partial, allow_unchanged))
-                if on_progress is not None:
-                    on_progress(count, len(found))
-            return self._catalogue.add(adapters)
+        found = adapters_in(_as_path(folder, "folder"))
+        self._check_new(found)
+        adapters = []
+        for count, (name, path) in enumerate(found.items(), start=1):
+            adapters.append(_Adapter(name, FolderSource(path), allow_unchanged))
+            if on_progress is not None:
+                on_progress(count, len(found))
+        return self._add(adapters, allow_partial)
 
     def add_pack(
         self, file: str | os.PathLike[str], *, allow_partial: bool = False, allow_unchanged: bool = False
@@ -140,35 +192,25 @@ class AdapterBank:
         Raises:
             TypeError, ValueError: as for `add`, or the file is no pack, or truncated.
         """
-        pack = Pack.open(as_path(file, "file"))
-        with on_failure(pack.close), self._side.adding(lambda: len(self) > 0):
-            self._catalogue.check_new(pack.names)
-            adapters = []
-            for name in pack.names:
-                source = pack.source(name)
-                adapters.append(self._fitting(name, source, allow_partial, allow_unchanged))
-            self._packs.append(pack)
-            return self._catalogue.add(adapters)
+        pack = Pack.open(_as_path(file, "file"))
+        self._check_new(pack.entries)
+        return self._add([_Adapter(name, pack.source(name), allow_unchanged) for name in pack.entries], allow_partial)
 
     def replace(
         self, name: str, source: AdapterSource, *, allow_partial: bool = False, allow_unchanged: bool = False
     ) -> None:
         """Give a name another adapter, read and checked now; batches that run go on with the one they began with.
 
+        Args:
+            name: of the adapter.
+            source: as for `add`; a vector has the strength and the heads of the adapter that it replaces.
+            allow_partial, allow_unchanged: as for `add`.
+
         Raises:
             TypeError, ValueError: there is no such name, or as for `add`; the old one stays then.
         """
-        self._catalogue.named([name])
-        adapter = self._fitting(name, source_of(source, self._rows), allow_partial, allow_unchanged)
-        self._catalogue.read(adapter, self._side.known().rows)
-        with self._catalogue.lock:
-            (before,) = self._catalogue.named([name])
-            with self._changing(before, adapter):
-                if before.pinned:
-                    self._pin([adapter], instead_of=before)
-                self._catalogue.put(adapter)
-        if before.pinned:
-            self._load([adapter])
+        (before,) = self._named([name])
+        self._replace(before, self._source(source, before), allow_partial, allow_unchanged)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; batches that run go on with it.
@@ -176,8 +218,10 @@ class AdapterBank:
         Raises:
             ValueError: there is no such name.
         """
-        with self._catalogue.lock, self._changing(*self._catalogue.named([name])):
-            self._catalogue.remove(name)
+        with self._lock:
+            (adapter,) = self._named([name])
+            del self._adapters[name]
+            self._forget(adapter)
 
     def pin(self, names: Collection[str]) -> None:
         """Put adapters into slots, now or, where batches hold all of them, when they are first used; they stay there.
@@ -186,12 +230,13 @@ class AdapterBank:
             TypeError, ValueError: a name is unknown, or no slot would be left.
         """
         # Read before names are kept from changing, since other batches go on meanwhile.
-        for adapter in self._catalogue.named(names):
-            self._catalogue.digest(adapter, self._side.known().rows)
-        with self._catalogue.lock:
-            adapters = self._catalogue.named(names)
-            with self._changing(*adapters):
-                self._pin(adapters)
+        self._rows_of(self._named(names))
+        with self._lock:
+            adapters = self._named(names)
+            self._check_pins(adapters)
+            for adapter in adapters:
+                adapter.pinned = True
+            self._pin()
         self._load(adapters)
 
     def unpin(self, names: Collection[str]) -> None:
@@ -200,9 +245,10 @@ class AdapterBank:
         Raises:
             ValueError: a name is unknown.
         """
-        with self._catalogue.lock, self._changing(*self._catalogue.named(names)):
-            for adapter in self._catalogue.named(names):
+        with self._lock:
+            for adapter in self._named(names):
                 adapter.pinned = False
+            self._pin()
 
     def prefetch(self, names: Collection[str]) -> Future[None]:
         """Read adapters beside the batches that run, and put them into slots that none of these holds.
@@ -213,54 +259,84 @@ class AdapterBank:
         Raises:
             ValueError: a name is unknown.
         """
-        adapters = self._catalogue.named(names)
-        self._side.known()
-        return self._loader.submit(self._load, adapters)
+        adapters, done = self._named(names), Future[None]()
+        self._known()
+
+        def load() -> None:
+            try:
+                self._load(adapters)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        # A thread of its own: one that waits for work is not there after a fork.
+        threading.Thread(target=load, name="dvora-bank", daemon=True).start()
+        return done
 
     @contextmanager
-    def rows(self, names: Sequence[str | None], repeats: int = 1) -> Iterator[None]:
-        """Within it, in this thread, the rows of a batch have these adapters.
+    def rows(self, names: Sequence[str | None], repeats: int = 1) -> Iterator[Batch]:
+        """Within it, called from here, the rows of a batch have these adapters.
 
+        The batch is of the thread, asyncio task and generator that enters it: calls from elsewhere are refused.
         Adapters that are not in a slot are put into one first, waiting while other threads' batches hold too many.
 
         Args:
             names: one a row, in the order of the batch; None is the base.
             repeats: how often generation repeats each row (num_beams, num_return_sequences).
 
+        Yields:
+            The batch, whose `split` gives the outputs of heads with different numbers of them, row by row.
+
         Raises:
-            TypeError, ValueError: a name is unknown, there are more different ones than slots, the thread is in a batch
+            TypeError, ValueError: a name is unknown, there are more different ones than slots, this call is in a batch
                 already, an adapter is damaged, or the base has changed. In the pass: there is not one name a row.
+
+        Warns:
+            UserWarning: once, if rows are the base's and adapters bring heads: the model's own may be random.
         """
         check_names(names, repeats)
-        self._current.check_free()
-        fitted = self._side.known()
-        fitted.served.check_unchanged()
+        self._batches.check_free()
+        served, _, slots, _ = self._known()
+        for layer in served.layers:
+            if not layer.is_unchanged():
+                raise ValueError(
+                    f"{layer.name}: its weight was written to, cast or moved since the bank was made, and what the "
+                    "bank holds belongs to the weight as it was; close the bank and make a new one"
+                )
         distinct = list(dict.fromkeys(name for name in names if name is not None))
-        adapters = self._catalogue.named(distinct)
-        with self._slots_of(adapters) as slots:
-            place = dict(zip(distinct, slots, strict=True))
-            base = fitted.slots.count
-            taken = [base if name is None else place[name] for name in names]
-            index = torch.tensor(taken, device=fitted.served.device)
-            rows = SlotRows(RowIndex(index, repeats), fitted.slots.values, fitted.slots.heads, fitted.rows.places)
-            with self._current.entered(rows):
-                yield
+        adapters = self._named(distinct)
+        if served.heads and None in names:
+            self._warn_of_own_heads(served)
+        # Those that were never read get their digests.
+        self._rows_of([adapter for adapter in adapters if adapter.digest is None])
+        by_digest = {str(adapter.digest): adapter for adapter in adapters}
+        batch = object()
+        try:
+            taken = slots.take(batch, list(by_digest), lambda digests: self._rows_of([by_digest[d] for d in digests]))
+            place = {adapter.name: taken[str(adapter.digest)] for adapter in adapters}
+            index = RowIndex([slots.count if name is None else place[name] for name in names], repeats, served.device)
+            with self._batches.entered(SlotRows(slots, index, served.layers[0].adapted.w.dtype)) as entered:
+                yield entered
+        finally:
+            slots.leave(batch)
 
     def trainable(self, names: Collection[str] = (), *, new: Collection[str] = ()) -> TrainableAdapters:
         """Adapters to train together, in one step a batch; the bank serves the old ones until `publish`.
 
         Args:
-            names: adapters of the bank, which start with the values that they have.
-            new: names that the bank does not have, which start as the base.
+            names: adapters of the bank, which start with the values that they have; their settings of training
+                (`train`, dropout, `detach_norm`) are the same.
+            new: names that the bank does not have, which start as the base with those settings.
 
         Raises:
             TypeError, ValueError: a name is unknown, or taken, the base is not frozen, or an adapter has a strength
-                other than one or lacks layers.
+                other than one, other settings than the others, or lacks layers.
         """
-        rows, adapters = self._side.known().rows, self._catalogue.named(names)
-        self._catalogue.check_new(new)
+        rows, adapters = self._known().rows, self._named(names)
+        self._check_new(new)
         values = {adapter.name: adapter.source.read() for adapter in adapters}
-        return TrainableAdapters(rows, self._current, {**values, **dict.fromkeys(new)})
+        return TrainableAdapters(rows, self._batches, {**values, **dict.fromkeys(new)})
 
     def publish(self, trained: TrainableAdapters, names: Collection[str] | None = None) -> None:
         """Serve trained adapters as they are now, under their names: new ones are added, others replaced.
@@ -272,25 +348,33 @@ class AdapterBank:
         Raises:
             ValueError: a name is not trained there, or an adapter is not finite; those before it are published then.
         """
+        own = self._known().served.content
         for name in trained.names if names is None else names:
-            change = self.replace if name in self else self.add
-            change(name, trained.flat_vector(name), allow_unchanged=True)
+            shapes = trained.head_shapes[trained.place(name)]
+            whole = tuple(part._replace(shape=shapes.get(part.name, part.shape)) for part in own.whole)
+            source = VectorSource(
+                own._replace(whole=whole), trained.config, (1.0,) * len(own.layers), trained.flat_vector(name)
+            )
+            if name in self:
+                self._replace(self._named([name])[0], source, allow_unchanged=True)
+            else:
+                self._add([_Adapter(name, source, allow_unchanged=True)], read=True)
 
     def stats(self) -> BankStats:
         """Counts and bytes as they are now."""
-        slots = None if self._side.fitted is None else self._side.fitted.slots
+        slots = None if self._fitted is None else self._fitted.slots
         return BankStats(
-            adapters=len(self._catalogue),
+            adapters=len(self),
             slots=self._slot_count,
             slots_filled=0 if slots is None else slots.used(),
             slots_in_use=0 if slots is None else slots.in_use(),
-            pinned=0 if slots is None else slots.pinned(),
+            pinned=len(self._pins()),
             device_bytes=0 if slots is None else slots.nbytes,
-            host_adapters=len(self._catalogue.host),
-            host_bytes=self._catalogue.host.nbytes,
+            host_adapters=len(self._host),
+            host_bytes=self._host.nbytes,
             hits=0 if slots is None else slots.hits,
             loads=0 if slots is None else slots.loads,
-            reads=self._catalogue.reads,
+            reads=self._reads,
             evictions=0 if slots is None else slots.evictions,
         )
 
@@ -300,8 +384,11 @@ class AdapterBank:
         Raises:
             ValueError: there is no such name, or its source is damaged.
         """
-        (adapter,) = self._catalogue.named([name])
-        return self._catalogue.digest(adapter, self._side.known().rows)
+        (adapter,) = self._named([name])
+        self._known()
+        if adapter.digest is None:
+            self._rows_of([adapter])
+        return str(adapter.digest)
 
     def close(self) -> None:
         """Free the model: its layers are the base's again, and the bank cannot be used any longer.
@@ -309,10 +396,12 @@ class AdapterBank:
         Raises:
             ValueError: batches run, which would have the base's outputs; nothing is closed then.
         """
-        self._side.close()
-        self._loader.shutdown(cancel_futures=True)
-        for pack in self._packs:
-            pack.close()
+        with self._lock:
+            self._batches.close()
+            if self._fitted is not None:
+                self._fitted.served.unhook(self._fitted.handles)
+            self._closed, self._fitted = True, None
+            self._adapters.clear()
 
     def __enter__(self) -> AdapterBank:
         return self
@@ -323,77 +412,211 @@ class AdapterBank:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._catalogue)
+        return len(self._adapters)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._catalogue
+        return name in self._adapters
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._catalogue)
+        return iter(list(self._adapters))
 
-    @contextmanager
-    def _slots_of(self, adapters: Sequence[Adapter]) -> Iterator[list[int]]:
-        """The slots of a batch's adapters, which stay theirs within."""
-        (_, rows, slots, _), catalogue = self._side.known(), self._catalogue
-        by_digest = {catalogue.digest(adapter, rows): adapter for adapter in adapters}
-        batch = object()
-        with surely(lambda: slots.leave(batch)):
-            found = slots.take(batch, by_digest, lambda digest: catalogue.factors(by_digest[digest], rows))
-            yield [found[catalogue.digest(adapter, rows)] for adapter in adapters]
-
-    def _load(self, adapters: Sequence[Adapter]) -> None:
-        """Read adapters, and put them into slots that no batch holds."""
-        fitted = self._side.known()
-        for adapter in adapters:
-            factors = self._catalogue.factors(adapter, fitted.rows)
-            fitted.slots.load_if_free(self._catalogue.digest(adapter, fitted.rows), factors)
-
-    @contextmanager
-    def _changing(self, *adapters: Adapter) -> Iterator[None]:
-        """Around what changes names or pins: at its end, whatever came, slots and memory are as these say."""
-
-        def settle() -> None:
-            digests = {adapter.digest for adapter in adapters if adapter.digest is not None}
-            pinned = digests & self._catalogue.pinned()
-            for digest in digests - self._catalogue.digests():
-                self._catalogue.host.remove(digest)
-            if self._side.fitted is not None:
-                self._side.fitted.slots.unpin(digests - pinned)
-                self._side.fitted.slots.pin(pinned)
-
-        with self._catalogue.lock, surely(settle):
-            yield
-
-    def _pin(self, adapters: Sequence[Adapter], instead_of: Adapter | None = None) -> None:
-        """Mark adapters that were read as pinned, if that leaves a slot; called within `_changing`."""
-        slots = self._side.known().slots
-        digests = {adapter.digest for adapter in adapters if adapter.digest is not None}
-        kept = self._catalogue.pinned(besides=instead_of) | digests
-        if len(kept) >= slots.count:
+    def _known(self) -> _Fitted:
+        """What the first adapter said of the model."""
+        self._check_open()
+        if self._fitted is None:
             raise ValueError(
-                f"names: {len(kept)} pinned adapters would leave none of the {slots.count} slots for others"
+                "the bank does not know yet which layers it serves; add the folder of an adapter first, or pass like="
             )
-        for adapter in adapters:
-            adapter.pinned = True
+        return self._fitted
 
-    def _fitting(self, name: str, source: Source, allow_partial: bool, allow_unchanged: bool) -> Adapter:
-        """An adapter whose content is the bank's."""
-        try:
-            self._side.fit(source).rows.check(source.content, allow_partial)
-        except ValueError as error:
-            raise ValueError(f"adapter {name!r}: {error}") from error
-        return Adapter(name, source, allow_unchanged)
+    def _fit(self, source: Source) -> _Fitted:
+        """Find and hook the layers that the first adapter names."""
+        served = ServedModel(self._model, source.read().config, source.content)
+        rows = FactorRows(served, self._dtype)
+        base = rows.base()
+        if base.nbytes > self._host.limit:
+            raise ValueError(f"host_bytes={self._host.limit} cannot hold one adapter, which takes {base.nbytes} bytes")
+        slots = Slots(self._slot_count, base, rows.places, served.device)
+        return _Fitted(served, rows, slots, served.hook(self._batches, slots))
 
-    @property
-    def _rows(self) -> FactorRows | None:
-        return None if self._side.fitted is None else self._side.fitted.rows
+    def _add(self, adapters: Sequence[_Adapter], allow_partial: bool = False, *, read: bool = False) -> list[str]:
+        """Add adapters of new names: all or none. If the first ones are refused, no layer stays hooked."""
+        # The first adapters come one after another, for they say which layers there are.
+        with self._lock if self._fitted is None else nullcontext():
+            self._check_open()
+            first = self._fitted is None
+            try:
+                if self._fitted is None:
+                    with _of_adapter(adapters[0]):
+                        self._fitted = self._fit(adapters[0].source)
+                for adapter in adapters:
+                    self._check_fits(adapter, allow_partial)
+                if read:
+                    self._rows_of(adapters)
+                with self._lock:
+                    self._check_new([adapter.name for adapter in adapters])
+                    self._check_pins([adapter for adapter in adapters if adapter.pinned])
+                    self._adapters |= {adapter.name: adapter for adapter in adapters}
+                    self._pin()
+            except BaseException:
+                if first and self._fitted is not None and not self._adapters:
+                    self._fitted.served.unhook(self._fitted.handles)
+                    self._fitted = None
+                raise
+        return [adapter.name for adapter in adapters]
+
+    def _replace(
+        self, before: _Adapter, source: Source, allow_partial: bool = False, allow_unchanged: bool = False
+    ) -> None:
+        adapter = _Adapter(before.name, source, allow_unchanged, before.pinned)
+        self._check_fits(adapter, allow_partial)
+        self._rows_of([adapter])
+        with self._lock:
+            (before,) = self._named([before.name])
+            if before.pinned:
+                self._check_pins([adapter], besides=before)
+            adapter.pinned = before.pinned
+            self._adapters[adapter.name] = adapter
+            self._forget(before)
+        if adapter.pinned:
+            self._load([adapter])
+
+    def _forget(self, adapter: _Adapter) -> None:
+        """Let go of the rows of a version that is no longer named, unless another name has the same content."""
+        if adapter.digest is not None and adapter.digest not in {each.digest for each in self._adapters.values()}:
+            self._host.remove(adapter.digest)
+        self._pin()
+
+    def _source(self, given: AdapterSource, like: _Adapter | None = None) -> Source:
+        """Where an adapter can be read.
+
+        Args:
+            given: by the caller.
+            like: of whose kind a vector is; None is the bank's first, with a strength of one.
+        """
+        if not isinstance(given, Tensor):
+            path = _as_path(given, "source")
+            return FolderSource(path.parent if path.name == VALUES else path)
+        self._check_open()
+        if self._fitted is None:
+            raise ValueError(
+                "the bank does not know yet what a vector is of; add the folder of an adapter first, or pass like="
+            )
+        if like is not None:
+            values = like.source.read()
+            return VectorSource(values.content, values.config, values.strengths, given)
+        served = self._fitted.served
+        return VectorSource(served.content, served.config, (1.0,) * len(served.layers), given)
+
+    def _check_fits(self, adapter: _Adapter, allow_partial: bool) -> None:
+        with _of_adapter(adapter):
+            self._known().served.check_fits(adapter.source.content, allow_partial)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the bank was closed; make a new one")
+
+    def _check_new(self, names: Collection[str]) -> None:
+        self._check_open()
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"name must be a string that is not empty, got {name!r}")
+            if name in self._adapters:
+                raise ValueError(f"name: there is an adapter {name!r} already; use bank.replace, or remove it first")
+
+    def _named(self, names: Collection[str]) -> list[_Adapter]:
+        """The adapters of some names as they are now."""
+        if isinstance(names, str):
+            raise TypeError(f"names must be a list of names, got {names!r}")
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"names must be strings, got {wrong[0]!r}")
+        self._check_open()
+        with self._lock:
+            if missing := [name for name in names if name not in self._adapters]:
+                near = difflib.get_close_matches(missing[0], list(self._adapters), 1)
+                hint = f"; the nearest is {near[0]!r}" if near else ""
+                raise ValueError(f"names: there is no adapter {missing[0]!r} among the {len(self)} of the bank{hint}")
+            return [self._adapters[name] for name in names]
+
+    def _rows_of(self, adapters: Sequence[_Adapter]) -> dict[str, AdapterRow]:
+        """The rows of adapters by digest: from memory, or made together from their sources.
+
+        Raises:
+            ValueError: one is damaged, has changed since it was first read, or changes nothing.
+        """
+        _, rows, _, _ = self._known()
+        with self._reading:
+            found = {each.digest: row for each in adapters if (row := self._host.get(each.digest)) is not None}
+            missing = [adapter for adapter in adapters if adapter.digest not in found]
+            if not missing:
+                return {str(digest): row for digest, row in found.items()}
+            read = [self._read(adapter, rows) for adapter in missing]
+            factors = rows.of([values for _, values in read])
+            for adapter, (digest, values), of_adapter in zip(missing, read, factors, strict=True):
+                with _of_adapter(adapter):
+                    row = rows.row(values, of_adapter)
+                    if not adapter.allow_unchanged and rows.is_of_base(row):
+                        raise ValueError("it changes nothing; pass allow_unchanged=True if that is meant")
+                adapter.digest = digest
+                found[digest] = row
+                self._host.put(digest, row)
+                self._reads += 1
+                _log.debug("read %s as %s", adapter.name, digest)
+        return {str(digest): row for digest, row in found.items()}
+
+    def _read(self, adapter: _Adapter, rows: FactorRows) -> tuple[str, AdapterValues]:
+        """The values of an adapter, and what names them."""
+        with _of_adapter(adapter):
+            values = adapter.source.read()
+            digest = rows.identity(values)
+            if adapter.digest not in (None, digest):
+                raise ValueError("it has other values than when it was first used; call bank.replace")
+        return digest, values
+
+    def _load(self, adapters: Sequence[_Adapter]) -> None:
+        """Read adapters, and put them into slots that no batch holds."""
+        slots = self._known().slots
+        for digest, row in self._rows_of(adapters).items():
+            slots.load_if_free(digest, row)
+
+    def _pins(self, besides: _Adapter | None = None) -> set[str]:
+        with self._lock:
+            pinned = [each for each in self._adapters.values() if each.pinned and each is not besides]
+        return {each.digest for each in pinned if each.digest is not None}
+
+    def _pin(self) -> None:
+        """Tell the slots which adapters are pinned now."""
+        if self._fitted is not None:
+            self._fitted.slots.pin(self._pins())
+
+    def _check_pins(self, adapters: Sequence[_Adapter], besides: _Adapter | None = None) -> None:
+        pins = self._pins(besides) | {str(adapter.digest) for adapter in adapters}
+        if adapters and len(pins) >= self._slot_count:
+            raise ValueError(
+                f"names: {len(pins)} pinned adapters would leave none of the {self._slot_count} slots for others"
+            )
+
+    def _warn_of_own_heads(self, served: ServedModel) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"rows of None get the model's own {' and '.join(head.name for head in served.heads)}, whose "
+                "values are random unless the base was trained with that head",
+                stacklevel=4,
+            )
 
 
 @contextmanager
-def _first_adapter(path: Path) -> Iterator[Source]:
-    """An adapter that is a folder, or the first of a pack."""
-    if path.is_dir():
-        yield FolderSource(path)
-        return
-    with Pack.open(path) as pack:
-        yield pack.source(pack.names[0])
+def _of_adapter(adapter: _Adapter) -> Iterator[None]:
+    """Around what concerns one adapter: errors begin with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"adapter {adapter.name!r}: {error}") from error
+
+
+def _as_path(given: str | os.PathLike[str], argument: str) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        expected = "a path or a flat vector" if argument == "source" else "a path"
+        raise TypeError(f"{argument} must be {expected}, got {given!r:.200}")
+    return Path(given)

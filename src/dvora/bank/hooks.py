@@ -1,40 +1,368 @@
-"""What a bank does in a pass of its model: hooks that give a layer's outputs, and a head's, to each row's adapter."""
+"""Which batch a call of the model is in, and what hooks on its layers and heads do for each row of that batch.
+
+A batch belongs to whoever entered it: a thread, within it an asyncio task, and a generator while it runs. A call from
+anywhere else is refused, since it would get the adapters of somebody else's rows: a generator's next step may run in
+another thread, in which another batch has begun. An ended batch serves nobody, wherever it was ended.
+
+The backward pass may repeat a checkpointed layer, on a GPU in a thread of its own. There the batch is known by the
+backward pass: its first step is a hook on the model's outputs, which the batch has put there.
+
+Dimensions: B rows of a batch, O out, R rank.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
+import inspect
+import sys
 import threading
-from typing import Any
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
-from ..peft.layer_types import ActiveAdapter, adapted_outputs, check_gradient
-from .factors import LayerPlace
-from .rows import CurrentRows
-from .served import ServedHead, ServedLayer
+from ..factors import Factors
+from ..peft.content import SavedWhole
+from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
+from ..tensors import TensorVersion, bias_of, is_traced, weight_in_memory
+from ..weight import AdaptedWeight
+
+_ENTER = {
+    contextlib._GeneratorContextManager.__enter__.__code__,
+    contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
+}
+"""What runs a generator as the beginning of a `with` block: the block is not in the generator, but around its yield."""
 
 
-class LayerHook:
+class Rows(Protocol):
+    """The adapters of one batch, as the hooks of layers and heads ask for them."""
+
+    dropout: nn.Module | None
+    """Of the inputs of updates, where some are dropped."""
+
+    def factors(self, layer: int, rows: int, dimensions: int) -> Factors:
+        """The factors of a layer for a batch of so many rows, of tokens with so many dimensions."""
+
+    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
+        """The parameters of a head, for rows whose heads have the same shapes at once."""
+
+    def of_base(self, rows: int) -> Tensor | None:
+        """Which rows of a batch are the base's, (B,); None where none can be."""
+
+    def index(self, rows: int) -> Tensor:
+        """The slot of each row, (B,), for a compiled graph."""
+
+
+class HeadGroup(NamedTuple):
+    """Rows of a batch whose heads have the same shapes."""
+
+    rows: Tensor | None
+    """None: all."""
+    parameters: dict[str, Tensor]
+    """By their names in the head, each with one entry a row."""
+
+
+class Batch:
+    """One batch of a bank, compared by identity.
+
+    Args:
+        rows: its adapters.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.backward_passes: set[int] = set()
+        """By autograd's number: those that began at outputs of this batch."""
+        self.widths: dict[str, list[int]] = {}
+        """Outputs of each row, by head, once it has run."""
+        self._owner, self._generators = _owner(), _generators(sys._getframe(1))
+
+    def is_running(self) -> bool:
+        """Whether this call comes from where the batch was entered."""
+        if self._owner != _owner():
+            return False
+        return not self._generators or self._generators <= set(_frames(sys._getframe(1)))
+
+    def forget_frames(self) -> None:
+        """Let go of what the batch was entered from."""
+        self._generators = frozenset()
+
+    def split(self, outputs: Tensor, head: str | None = None) -> list[Tensor]:
+        """The outputs of a head by row, each without what was filled up for adapters with more outputs.
+
+        Args:
+            outputs: of the model in this batch, (B, ..., O).
+            head: its name, if the model has several.
+
+        Raises:
+            ValueError: no such head has run in this batch, or the outputs are of other rows.
+        """
+        if (head is None and len(self.widths) != 1) or (head is not None and head not in self.widths):
+            raise ValueError(f"head: {head!r} is none that has run in this batch: {sorted(self.widths)}")
+        widths = next(iter(self.widths.values())) if head is None else self.widths[head]
+        if len(outputs) != len(widths):
+            raise ValueError(f"outputs has {len(outputs)} rows, and the batch {len(widths)}")
+        return [row[..., :width] for row, width in zip(outputs, widths, strict=True)]
+
+
+class Batches:
+    """The batches of one bank that run now, and which of them a call belongs to."""
+
+    def __init__(self) -> None:
+        self._running: set[Batch] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self.key = _keys.new(self)
+
+    @contextmanager
+    def entered(self, rows: Rows) -> Iterator[Batch]:
+        """Make a batch that of the calls from here.
+
+        Raises:
+            ValueError: they are in another one, or the bank was closed.
+        """
+        self.check_free()
+        batch = Batch(rows)
+        with self._lock:
+            if self._closed:
+                raise ValueError("the bank was closed; make a new one")
+            self._running.add(batch)
+        _entered.set((*_entered.get(), batch))
+        try:
+            yield batch
+        finally:
+            # Here for all; below for this context, which may be another one than the batch was entered in.
+            self._running.discard(batch)
+            batch.forget_frames()
+            _entered.set(tuple(other for other in _entered.get() if other is not batch))
+
+    def close(self) -> None:
+        """Take no more batches.
+
+        Raises:
+            ValueError: some run; nothing has changed then.
+        """
+        with self._lock:
+            if self._running:
+                raise ValueError(
+                    f"{len(self._running)} batches are in the bank, which would have the base's outputs; leave their "
+                    "`with` blocks before it is closed"
+                )
+            self._closed = True
+
+    def check_free(self) -> None:
+        """Refuse a second batch here.
+
+        Raises:
+            ValueError: this call is in one.
+        """
+        if self.current() is not None:
+            raise ValueError("this call is in a batch of the bank already; leave its `with` block first")
+
+    def current(self) -> Batch | None:
+        """The batch that this call is in."""
+        entered = [batch for batch in _entered.get() if batch in self._running and batch.is_running()]
+        if not entered and (number := torch._C._current_graph_task_id()) != -1:
+            entered = [batch for batch in list(self._running) if number in batch.backward_passes]
+        if len(entered) > 1:
+            raise ValueError("this call is in two batches of the bank, one of a generator; take one at a time")
+        return entered[0] if entered else None
+
+    def known(self) -> Batch:
+        """The batch that this call is in.
+
+        Raises:
+            ValueError: it is in none.
+        """
+        batch = self.current()
+        if batch is None:
+            self._refuse()
+        return batch
+
+    def _refuse(self) -> NoReturn:
+        advice = "call it within `with bank.rows(names):`, where None names the base, or close the bank"
+        if any(batch in self._running for batch in _entered.get()):
+            raise ValueError(
+                "the model was called outside of bank.rows(...), from another thread, task or generator than the one "
+                f"that entered a batch here; a batch serves only the code that entered it: {advice}"
+            )
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "the backward pass repeats a checkpointed layer of a bank's model and is in no batch: call backward() "
+                "within `with tenants.rows(names):`, on what was computed from the model's outputs there"
+            )
+        raise ValueError(
+            "the model is in an AdapterBank and was called outside of bank.rows(...), so nobody said which adapter "
+            f"each row has; {advice}. A batch is of the thread, the task and the generator that entered it"
+        )
+
+
+_entered: ContextVar[tuple[Batch, ...]] = ContextVar("dvora_batches", default=())
+"""Batches that were entered in this context, ended ones perhaps among them."""
+
+
+def _owner() -> tuple[int, object]:
+    """This thread, and its asyncio task: a task that another one starts gets a copy of its context."""
+    try:
+        return threading.get_ident(), asyncio.current_task()
+    except RuntimeError:
+        return threading.get_ident(), None
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _generators(frame: FrameType) -> frozenset[FrameType]:
+    """The generators that a call runs in. One may stop in the middle of a batch, and go on anywhere."""
+    kinds = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+    return frozenset(
+        each
+        for each in _frames(frame)
+        if each.f_code.co_flags & kinds and not (each.f_back is not None and each.f_back.f_code in _ENTER)
+    )
+
+
+class _Keys:
+    """Numbers by which a compiled graph, which holds no other objects, names the batches of a bank."""
+
+    def __init__(self) -> None:
+        self._batches: weakref.WeakValueDictionary[int, Batches] = weakref.WeakValueDictionary()
+        self._last = 0
+        self._lock = threading.Lock()
+
+    def new(self, batches: Batches) -> int:
+        """A number that no other bank of this process has had."""
+        with self._lock:
+            self._last += 1
+            self._batches[self._last] = batches
+            return self._last
+
+    def batches(self, key: int) -> Batches:
+        """Those of a number."""
+        return self._batches[key]
+
+
+_keys = _Keys()
+
+
+@torch.library.custom_op("dvora::slots_of_rows", mutates_args=())
+def slots_of_rows(key: int, rows: int, device: torch.device) -> Tensor:
+    """The slot of each row of the batch that a compiled graph runs in, asked for when it runs."""
+    return _keys.batches(key).known().rows.index(rows).clone()
+
+
+@slots_of_rows.register_fake
+def _(key: int, rows: int, device: torch.device) -> Tensor:
+    return torch.empty(rows, dtype=torch.long, device=device)
+
+
+class ServedLayer(NamedTuple):
+    """One layer, with the frozen side of all adapters."""
+
+    name: str
+    module: nn.Module
+    layer_type: LayerType
+    adapted: AdaptedWeight
+    measured_bias: Tensor | None
+    fingerprint: tuple[float, ...]
+    frozen: tuple[TensorVersion, ...]
+    """The weight as it was when the constants were computed, or what it is computed from; none of a quantised layer."""
+
+    def refreshed(self) -> AdaptedWeight:
+        """The frozen side, with the constants of the weight as it is now."""
+        weight = weight_in_memory(self.module, "weight") if self.layer_type.has_weight else None
+        if weight is not None:
+            self.adapted.refresh_if_stale(weight)
+        return self.adapted
+
+    def is_unchanged(self) -> bool:
+        """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
+        now = frozen_tensors(self.module, self.layer_type)
+        return len(now) == len(self.frozen) and all(map(TensorVersion.is_of, self.frozen, now))
+
+
+def frozen_tensors(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:
+    """The tensors that a layer's weight is, or is computed from in every pass."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return list(layer.get_submodule("parametrizations.weight").parameters())
+    weight = weight_in_memory(layer, "weight") if layer_type.has_weight else None
+    return [] if weight is None else [weight]
+
+
+class ServedHead(NamedTuple):
+    """One module that every adapter has as a whole, such as a classifier."""
+
+    name: str
+    module: nn.Module
+    skeleton: nn.Module
+    """A copy without hooks, which never runs itself."""
+    parts: tuple[SavedWhole, ...]
+    """Its parameters and buffers that adapters save, by their full names."""
+
+
+class SlotMatrices(Protocol):
+    """What compiled graphs read of the slots."""
+
+    factors: Tensor
+    heads: dict[str, Tensor]
+    are_alike: bool
+    """Whether all heads have the base's shapes."""
+    places: Any
+
+
+class _Hook:
+    """What hooks have in common: they hold a running bank, which cannot be copied with the model."""
+
+    def __init__(self, batches: Batches, slots: SlotMatrices) -> None:
+        self.batches, self.slots = batches, slots
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an AdapterBank serves this model, so it cannot be copied or saved as a whole; close the bank")
+
+
+class LayerHook(_Hook):
     """The forward hook of a layer: from the base's outputs to those of each row's adapter.
 
     Args:
         layer: the layer.
-        place: in a factor row.
-        current: tells the batch that a thread is in.
+        position: among the layers of the bank.
+        batches, slots: of the bank.
     """
 
-    def __init__(self, layer: ServedLayer, place: LayerPlace, current: CurrentRows) -> None:
-        self.layer, self.place, self.current = layer, place, current
+    def __init__(self, layer: ServedLayer, position: int, batches: Batches, slots: SlotMatrices) -> None:
+        super().__init__(batches, slots)
+        self.layer, self.position = layer, position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
-        layer, rows = self.layer, self.current.known()
+        layer = self.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         check_gradient(module, layer.layer_type, x, base_output, layer.name)
-        factors = rows.factors(layer, self.place, x.shape[0], base_output.dim())
-        adapter = ActiveAdapter(layer.adapted, factors, rows.dropout)
-        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], layer.bias())
+        if is_traced():
+            factors, dropout = self._traced(len(x), base_output), None
+        else:
+            rows = self.batches.known().rows
+            factors, dropout = rows.factors(self.position, len(x), base_output.dim()), rows.dropout
+        adapter = ActiveAdapter(layer.adapted, factors, dropout)
+        bias = bias_of(module, layer.measured_bias)
+        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
+
+    def _traced(self, rows: int, base_output: Tensor) -> Factors:
+        place, factors = self.slots.places[self.position], self.slots.factors
+        index = torch.ops.dvora.slots_of_rows(self.batches.key, rows, factors.device)
+        values = factors[:, place.start : place.stop].index_select(0, index)
+        return Factors.of_rows(values.to(self.layer.adapted.w.dtype), place.rank, base_output.dim())
 
 
 class _Skeleton(threading.local):
@@ -44,20 +372,23 @@ class _Skeleton(threading.local):
         self.module = copy.deepcopy(head)
 
 
-class HeadHook:
+class HeadHook(_Hook):
     """The forward hook of a head: the outputs of each row by the head of its adapter, as if it was alone.
+
+    Rows whose heads have fewer outputs than others are filled up with minus infinity, which no class is chosen by.
 
     Args:
         head: the head.
-        current: tells the batch that a thread is in.
+        batches, slots: of the bank.
     """
 
-    def __init__(self, head: ServedHead, current: CurrentRows) -> None:
-        self.head, self.current = head, current
+    def __init__(self, head: ServedHead, batches: Batches, slots: SlotMatrices) -> None:
+        super().__init__(batches, slots)
+        self.head = head
         self._own = _Skeleton(head.skeleton)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Any) -> Tensor:
-        head, rows = self.head, self.current.known()
+        head = self.head
         if kwargs or not all(isinstance(each, Tensor) for each in (*args, base_output)):
             got = [type(each).__name__ for each in (*args, *kwargs.values())]
             raise TypeError(
@@ -66,17 +397,90 @@ class HeadHook:
             )
         self._own.module.train(module.training)
         count = len(args[0])
-        outputs: Tensor = torch.vmap(self._alone, randomness="different")(rows.head(head, count), *args)
-        of_base = rows.of_base(count, head.name)
+        if is_traced():
+            return self._traced(args, base_output)
+        batch = self.batches.known()
+        groups = batch.rows.heads(head, count)
+        parts = [self._outputs(group, args) for group in groups]
+        of_base = batch.rows.of_base(count)
+        batch.widths[head.name] = _widths(groups, parts, count)
+        outputs = _filled(groups, parts, count)
         if of_base is None:
             return outputs
         # To the bits, which batched products need not have.
-        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), base_output, outputs)
+        own = _padded(base_output, outputs.shape[-1])
+        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), own, outputs)
+
+    def _outputs(self, group: HeadGroup, args: tuple[Tensor, ...]) -> Tensor:
+        if group.rows is not None:
+            args = tuple(each.index_select(0, group.rows) for each in args)
+        outputs: Tensor = torch.vmap(self._alone, randomness="different")(group.parameters, *args)
+        return outputs
 
     def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         inputs = tuple(each.unsqueeze(0) for each in inputs)
         output: Tensor = functional_call(self._own.module, parameters, inputs)
         return output.squeeze(0)
+
+    def _traced(self, args: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
+        if not self.slots.are_alike:
+            raise ValueError(f"{self.head.name}: heads of several numbers of outputs run without torch.compile only")
+        factors = self.slots.factors
+        index = torch.ops.dvora.slots_of_rows(self.batches.key, len(args[0]), factors.device)
+        parameters = {
+            part.name.removeprefix(f"{self.head.name}."): self.slots.heads[part.name].index_select(0, index)
+            for part in self.head.parts
+        }
+        outputs = self._outputs(HeadGroup(None, parameters), args)
+        of_base = index == len(factors) - 1
+        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), base_output, outputs)
+
+
+def _padded(outputs: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(outputs, (0, width - outputs.shape[-1]), value=-torch.inf)
+
+
+def _widths(groups: list[HeadGroup], parts: list[Tensor], count: int) -> list[int]:
+    """The number of outputs of each row."""
+    widths = [0] * count
+    for group, part in zip(groups, parts, strict=True):
+        for row in range(count) if group.rows is None else group.rows.tolist():
+            widths[row] = part.shape[-1]
+    return widths
+
+
+def _filled(groups: list[HeadGroup], parts: list[Tensor], count: int) -> Tensor:
+    """The outputs of all rows, filled up to the largest number of them."""
+    if len(groups) == 1 and groups[0].rows is None:
+        return parts[0]
+    width = max(part.shape[-1] for part in parts)
+    rows = torch.cat([group.rows for group in groups if group.rows is not None])
+    return torch.cat([_padded(part, width) for part in parts])[rows.argsort()]
+
+
+class OutputHook(_Hook):
+    """The forward hook of the model: a backward pass that begins at its outputs is the batch's."""
+
+    def __call__(self, _module: nn.Module, _args: object, outputs: object) -> None:
+        if is_traced() or not torch.is_grad_enabled() or (batch := self.batches.current()) is None:
+            return
+        running = weakref.ref(batch)
+
+        def begin(_: Tensor) -> None:
+            if (of_outputs := running()) is not None:
+                of_outputs.backward_passes.add(torch._C._current_graph_task_id())
+
+        for tensor in _tensors(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(begin)
+
+
+def _tensors(outputs: object) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, dict | list | tuple):
+        for each in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _tensors(each)
 
 
 def check_without_bank(model: nn.Module) -> None:
@@ -86,5 +490,5 @@ def check_without_bank(model: nn.Module) -> None:
         ValueError: it does.
     """
     for name, module in model.named_modules():
-        if any(isinstance(hook, LayerHook | HeadHook) for hook in module._forward_hooks.values()):
+        if any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
             raise ValueError(f"model: {name} is served by another bank; close that one first")

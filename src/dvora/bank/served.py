@@ -1,4 +1,4 @@
-"""Which layers and heads of a base model a bank serves: found from an adapter's settings, checked, hooked.
+"""The layers and heads of a base model that a bank serves: found from an adapter's settings, checked, hooked.
 
 A layer is hooked rather than wrapped, so that the model keeps its modules and their names; what is never called,
 because the module around it reads its weight, cannot be served.
@@ -7,155 +7,81 @@ because the module around it reads its weight, cannot be served.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, device, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..factors import add_factor_pass, remove_factor_pass
 from ..peft.base_weight import measured_bias
-from ..peft.config import DVoRAConfig
+from ..peft.config import DVoRAConfig, Shape
 from ..peft.content import Content, LayerSizes, SavedWhole
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
-from ..peft.layer_types import LayerType
 from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_name
-from ..tensors import Float, TensorVersion, bias_of, is_dtensor, is_partitioned, weight_in_memory
+from ..tensors import TensorVersion, is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
+from .hooks import (
+    Batches,
+    HeadHook,
+    LayerHook,
+    OutputHook,
+    ServedHead,
+    ServedLayer,
+    SlotMatrices,
+    check_without_bank,
+    frozen_tensors,
+)
 
 
-class ServedLayer(NamedTuple):
-    """One layer, with the frozen side of all adapters."""
+class ServedModel:
+    """The layers and heads of a model that a bank serves. Nothing of the model is changed before `hook`.
 
-    name: str
-    module: nn.Module
-    layer_type: LayerType
-    adapted: AdaptedWeight
-    measured_bias: Tensor | None
-    fingerprint: tuple[float, ...]
-    frozen: tuple[TensorVersion, ...]
-    """The weight as it was when the constants were computed, or what it is computed from; none of a quantised layer."""
+    Args:
+        model: the base, without adapters.
+        config: of an adapter, whose settings all share; it is not written to.
+        content: of that adapter.
 
-    def refreshed(self) -> AdaptedWeight:
-        """The frozen side, with the constants of the weight as it is now."""
-        if (weight := self._weight()) is not None:
-            self.adapted.refresh_if_stale(weight)
-        return self.adapted
+    Raises:
+        TypeError, ValueError: the model has adapters, is another base, is spread over devices or processes, or has a
+            layer that no bank can serve; the message names it.
+    """
 
-    def bias(self) -> Tensor | None:
-        """The base's."""
-        return bias_of(self.module, self.measured_bias)
-
-    def is_unchanged(self) -> bool:
-        """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
-        now = _frozen(self.module, self.layer_type)
-        return len(now) == len(self.frozen) and all(map(TensorVersion.is_of, self.frozen, now))
-
-    def _weight(self) -> Tensor | None:
-        return weight_in_memory(self.module, "weight") if self.layer_type.has_weight else None
-
-
-class ServedHead(NamedTuple):
-    """One module that every adapter has as a whole, such as a classifier."""
-
-    name: str
-    module: nn.Module
-    skeleton: nn.Module
-    """A copy without hooks, which never runs itself."""
-    parts: tuple[SavedWhole, ...]
-    """Its parameters and buffers that adapters save, by their full names."""
-    start: int
-    """Of its values in a head row."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many values each part has."""
-        return [prod(part.shape) for part in self.parts]
-
-    def of_rows(self, heads: Float[Tensor, "B H"]) -> dict[str, Tensor]:
-        """Its parts by their names in the module, each with one entry a row, from head rows."""
-        lengths = self.lengths
-        parts = heads[:, self.start : self.start + sum(lengths)].split(lengths, 1)
-        return {
-            part.name.removeprefix(f"{self.name}."): values.unflatten(1, part.shape) if part.shape else values[:, 0]
-            for part, values in zip(self.parts, parts, strict=True)
-        }
-
-
-class ServedModel(NamedTuple):
-    """The layers and heads of a model that a bank serves."""
-
-    model: nn.Module
-    config: DVoRAConfig
-    """Settings that all adapters of the bank share; a copy."""
-    content: Content
-    layers: tuple[ServedLayer, ...]
-    """In the order of the content."""
-    heads: tuple[ServedHead, ...]
-    device: device
-
-    @classmethod
-    def of(cls, model: nn.Module, config: DVoRAConfig, content: Content) -> ServedModel:
-        """Find what an adapter's content names; nothing of the model is changed.
-
-        Args:
-            model: the base, without adapters.
-            config: of the adapter; it is not written to.
-            content: of the adapter.
-
-        Raises:
-            TypeError, ValueError: the model has adapters, is another base, is spread over devices or processes, or has
-                a layer that no bank can serve; the message names it.
-        """
+    def __init__(self, model: nn.Module, config: DVoRAConfig, content: Content) -> None:
+        check_without_bank(model)
         _check_plain(model)
-        _check_content(content)
-        config = copy.deepcopy(config)
-        check_settings(config, "bank", model)
-        names = {layer.name for layer in content.layers}
-        targets = find_targets(model, lambda name: name in names, config)
-        _check_called(targets, names, model)
-        prepared = check_adapter(targets, config, model)
-        by_name = {target.name: target for target in targets}
-        layers = []
-        for sizes in content.layers:
-            target, adapted = by_name[sizes.name], prepared[sizes.name].adapted
-            _check_sizes(sizes, adapted)
-            base = target.base()
-            layers.append(
-                ServedLayer(
-                    sizes.name,
-                    base,
-                    target.layer_type,
-                    adapted,
-                    measured_bias(base, target.layer_type),
-                    tuple(prepared[sizes.name].fingerprint),
-                    tuple(map(TensorVersion.of, _frozen(base, target.layer_type))),
-                )
+        if content.settings.tokens:
+            raise ValueError(
+                "the adapter trains tokens (trainable_token_indices), which a bank does not hold; merge it"
             )
-        # Those of the model as it is here, not of the base that the adapter was trained on.
-        base_here = tuple((layer.name, layer.fingerprint) for layer in layers)
-        return cls(
-            model,
-            config,
-            content._replace(base=base_here),
-            tuple(layers),
-            _heads(model, config, content),
-            _one_device(layers),
-        )
+        self.model, self.config = model, copy.deepcopy(config)
+        self.layers = _layers(model, self.config, content)
+        """In the order of the content."""
+        self.heads = _heads(model, self.config, content)
+        # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
+        self.content = content._replace(base=tuple((layer.name, layer.fingerprint) for layer in self.layers))
+        devices = {layer.adapted.w.device: layer.name for layer in self.layers}
+        if len(devices) > 1:
+            raise ValueError(f"model: its layers are on several devices ({devices}), a bank is on one")
+        self.device = next(iter(devices))
+        values = model.state_dict() if self.heads else {}
+        parts = [part.name for head in self.heads for part in head.parts]
+        self.own_heads = {name: values[name].detach().to("cpu", copy=True) for name in parts}
+        """The model's own heads, by name."""
+        if len({value.dtype for value in self.own_heads.values()}) > 1:
+            raise ValueError("model: its heads have several dtypes; cast them to one")
 
-    def hook(
-        self,
-        layer_hook: Callable[[ServedLayer], Callable[..., Any]],
-        head_hook: Callable[[ServedHead], Callable[..., Any]],
-    ) -> list[RemovableHandle]:
+    def hook(self, batches: Batches, slots: SlotMatrices) -> list[RemovableHandle]:
         """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
         add_factor_pass(self.model)
-        handles = [layer.module.register_forward_hook(layer_hook(layer), with_kwargs=True) for layer in self.layers]
-        return handles + [head.module.register_forward_hook(head_hook(head), with_kwargs=True) for head in self.heads]
+        hooks: list[tuple[nn.Module, LayerHook | HeadHook]] = [
+            (layer.module, LayerHook(layer, position, batches, slots)) for position, layer in enumerate(self.layers)
+        ]
+        hooks += [(head.module, HeadHook(head, batches, slots)) for head in self.heads]
+        # First of all hooks: those that were there see the adapters' outputs, as they would those of a merged model.
+        handles = [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks]
+        return [*handles, self.model.register_forward_hook(OutputHook(batches, slots))]
 
     def unhook(self, handles: Sequence[RemovableHandle]) -> None:
         """Take the hooks back."""
@@ -163,18 +89,28 @@ class ServedModel(NamedTuple):
             handle.remove()
         remove_factor_pass(self.model)
 
-    def check_unchanged(self) -> None:
-        """Refuse to serve over a base that was written to, cast or moved since: factors are of its rows.
+    def check_fits(self, content: Content, allow_partial: bool = False) -> None:
+        """Refuse an adapter of another content or base.
+
+        Args:
+            content: of the adapter. Its heads may have other numbers of outputs than the model's.
+            allow_partial: whether layers and heads may be missing, which are then the base's.
 
         Raises:
-            ValueError: a layer has another weight.
+            ValueError: what differs.
         """
-        for layer in self.layers:
-            if not layer.is_unchanged():
-                raise ValueError(
-                    f"{layer.name}: its weight was written to, cast or moved since the bank was made, and what the "
-                    "bank holds belongs to the weight as it was; close the bank and make a new one"
-                )
+        own, names = self.content, _names(content)
+        absent = sorted(_names(own) - names)
+        if absent and not allow_partial:
+            raise ValueError(
+                f"the adapter lacks {absent[0]}, and {len(absent)} of the bank's layers and heads in all; pass "
+                "allow_partial=True to serve the base's there"
+            )
+        layers = tuple(layer for layer in own.layers if layer.name in names)
+        whole = tuple(part for part in own.whole if part.name in names)
+        alike = content._replace(whole=self._with_own_outputs(content.whole))
+        if difference := own._replace(layers=layers, whole=whole).difference(alike):
+            raise ValueError(f"the adapter is another one than the bank is for: {difference}")
 
     def check_beside(self, entries: Mapping[str, Tensor]) -> None:
         """Refuse what a file has besides the adapter, unless the model has the same: tables, biases, projections.
@@ -192,18 +128,90 @@ class ServedModel(NamedTuple):
                 raise ValueError(f"the adapter's file has {key!r}, of which the model has nothing")
             check_same_values(key, value, own[name])
 
-    def head_values(self) -> Mapping[str, Tensor]:
-        """The model's own heads, by name."""
-        values = self.model.state_dict() if self.heads else {}
-        return {part.name: values[part.name] for head in self.heads for part in head.parts}
+    def heads_of(self, content: Content, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The heads of an adapter in the model's dtype; the model's own where it has none.
+
+        Raises:
+            ValueError: the dtype cannot hold them.
+        """
+        found = {name: whole[name].to(own.dtype) if name in whole else own for name, own in self.own_heads.items()}
+        for name, values in found.items():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"the adapter has values in its head, {name}, that {values.dtype}, the base's, cannot hold"
+                )
+        return found
+
+    def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
+        """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""
+        own: dict[str, Shape] = {part.name: part.shape for part in self.content.whole}
+        numbers: dict[str, set[tuple[int, int]]] = {}
+        alike = {}
+        for part in whole:
+            here = own.get(part.name, part.shape)
+            if here and part.shape and here != part.shape and here[1:] == part.shape[1:]:
+                numbers.setdefault(self._head_of(part.name), set()).add((here[0], part.shape[0]))
+                alike[part.name] = here
+        for head, found in numbers.items():
+            if len(found) > 1:
+                raise ValueError(
+                    f"{head} has {sorted(found)} outputs in the model and in the adapter, of which one was expected"
+                )
+        return tuple(part._replace(shape=alike.get(part.name, part.shape)) for part in whole)
+
+    def _head_of(self, part: str) -> str:
+        return next(head.name for head in self.heads if any(each.name == part for each in head.parts))
 
 
-def _frozen(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:
-    """The tensors that a layer's weight is, or is computed from in every pass."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return list(layer.get_submodule("parametrizations.weight").parameters())
-    weight = weight_in_memory(layer, "weight") if layer_type.has_weight else None
-    return [] if weight is None else [weight]
+def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedLayer]:
+    """The layers that an adapter has vectors of."""
+    check_settings(config, "bank", model)
+    names = {layer.name for layer in content.layers}
+    targets = find_targets(model, lambda name: name in names, config)
+    _check_called(targets, names, model)
+    prepared = check_adapter(targets, config, model)
+    by_name = {target.name: target for target in targets}
+    layers = []
+    for sizes in content.layers:
+        target, adapted = by_name[sizes.name], prepared[sizes.name].adapted
+        _check_sizes(sizes, adapted)
+        base = target.base()
+        layers.append(
+            ServedLayer(
+                sizes.name,
+                base,
+                target.layer_type,
+                adapted,
+                measured_bias(base, target.layer_type),
+                tuple(prepared[sizes.name].fingerprint),
+                tuple(map(TensorVersion.of, frozen_tensors(base, target.layer_type))),
+            )
+        )
+    return layers
+
+
+def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedHead]:
+    """The modules that an adapter saves whole."""
+    found: dict[str, list[SavedWhole]] = {}
+    values = model.state_dict() if content.whole else {}
+    for part in content.whole:
+        path = part.name.split(".")
+        modules = [".".join(path[:end]) for end in range(1, len(path))]
+        head = next((m for m in modules if any(m.endswith(n) for n in config.modules_to_save or ())), None)
+        if head is None:
+            raise ValueError(
+                f"the adapter saves {part.name} (bias={config.bias!r}), and a bank holds vectors and heads "
+                "(modules_to_save) only; merge it, or train with bias='none'"
+            )
+        if part.name not in values or tuple(values[part.name].shape)[1:] != part.shape[1:]:
+            shape = tuple(values[part.name].shape) if part.name in values else None
+            raise ValueError(f"{part.name} has shape {part.shape} in the adapter and {shape} in the model")
+        # As the model has it: adapters may have other numbers of outputs.
+        found.setdefault(head, []).append(part._replace(shape=tuple(values[part.name].shape)))
+    return [
+        ServedHead(name, module := model.get_submodule(name), copy.deepcopy(module), tuple(parts))
+        for name, parts in found.items()
+    ]
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -218,11 +226,6 @@ def _check_plain(model: nn.Module) -> None:
                 f"model: {name} is not whole and in the memory of this process (it is sharded, offloaded or on the "
                 "meta device); a bank serves models that are"
             )
-
-
-def _check_content(content: Content) -> None:
-    if content.settings.tokens:
-        raise ValueError("the adapter trains tokens (trainable_token_indices), which a bank does not hold; merge it")
 
 
 def _check_called(targets: Sequence[Target], names: set[str], model: nn.Module) -> None:
@@ -247,32 +250,5 @@ def _check_sizes(sizes: LayerSizes, adapted: AdaptedWeight) -> None:
         )
 
 
-def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> tuple[ServedHead, ...]:
-    found: dict[str, list[SavedWhole]] = {}
-    for part in content.whole:
-        path = part.name.split(".")
-        modules = [".".join(path[:end]) for end in range(1, len(path))]
-        head = next((m for m in modules if any(m.endswith(n) for n in config.modules_to_save or ())), None)
-        if head is None:
-            raise ValueError(
-                f"the adapter saves {part.name} (bias={config.bias!r}), and a bank holds vectors and heads "
-                "(modules_to_save) only; merge it, or train with bias='none'"
-            )
-        found.setdefault(head, []).append(part)
-    values, heads, start = model.state_dict(), list[ServedHead](), 0
-    for name, parts in found.items():
-        for part in parts:
-            if part.name not in values or tuple(values[part.name].shape) != part.shape:
-                shape = tuple(values[part.name].shape) if part.name in values else None
-                raise ValueError(f"{part.name} has shape {part.shape} in the adapter and {shape} in the model")
-        module = model.get_submodule(name)
-        heads.append(ServedHead(name, module, copy.deepcopy(module), tuple(parts), start))
-        start += sum(heads[-1].lengths)
-    return tuple(heads)
-
-
-def _one_device(layers: Sequence[ServedLayer]) -> device:
-    devices = {layer.adapted.w.device: layer.name for layer in layers}
-    if len(devices) > 1:
-        raise ValueError(f"model: its layers are on several devices ({devices}), a bank is on one")
-    return next(iter(devices))
+def _names(content: Content) -> set[str]:
+    return {layer.name for layer in content.layers} | {part.name for part in content.whole}

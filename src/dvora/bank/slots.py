@@ -1,6 +1,8 @@
-"""The slots of a bank on the device: which adapter is in which, least recently used out first, none that is in use.
+"""Where the rows of adapters are: in memory up to a number of bytes, and in slots on the device, for those of a batch.
 
-Dimensions: S slots, F values of a factor row, H of a head row.
+In both, what was used least recently goes first; from the slots none that a running batch has, and none that is pinned.
+
+Dimensions: S slots, B rows of a batch, F values of a factor row.
 """
 
 from __future__ import annotations
@@ -11,9 +13,51 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .factors import Factors
+from ..factors import Factors
+from ..peft.config import Shape
+from .factor_rows import AdapterRow, LayerPlace
+from .hooks import HeadGroup, ServedHead
+
+
+class HostRows:
+    """Rows on the CPU by digest, safe under threads.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.nbytes = limit, 0
+        self._lock = threading.Lock()
+        self._rows: OrderedDict[str, AdapterRow] = OrderedDict()
+
+    def get(self, digest: str | None) -> AdapterRow | None:
+        """The row of an adapter, if it is here; it is then the most recently used."""
+        with self._lock:
+            if digest is None or digest not in self._rows:
+                return None
+            self._rows.move_to_end(digest)
+            return self._rows[digest]
+
+    def put(self, digest: str, row: AdapterRow) -> None:
+        """Keep the row of an adapter, in the place of others."""
+        self.remove(digest)
+        with self._lock:
+            while self._rows and self.nbytes + row.nbytes > self.limit:
+                self.nbytes -= self._rows.popitem(last=False)[1].nbytes
+            self._rows[digest] = row
+            self.nbytes += row.nbytes
+
+    def remove(self, digest: str) -> None:
+        """Forget an adapter, if it is here."""
+        with self._lock:
+            if digest in self._rows:
+                self.nbytes -= self._rows.pop(digest).nbytes
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 class Slots:
@@ -24,112 +68,96 @@ class Slots:
 
     Args:
         count: S.
-        base: the rows of the base.
+        base: the row of the base.
+        places: of the layers in a factor row.
         device: of the slots.
     """
 
-    def __init__(self, count: int, base: Factors, device: torch.device) -> None:
-        self.count = count
+    def __init__(self, count: int, base: AdapterRow, places: Sequence[LayerPlace], device: torch.device) -> None:
+        self.count, self.places = count, places
         # Not within inference mode, whose tensors no later pass may write to.
         with torch.inference_mode(False):
-            self.values = base.row.new_zeros(count + 1, len(base.row), device=device)
-            self.heads = base.heads.new_zeros(count + 1, len(base.heads), device=device)
-        self._put(count, base)
-        self._freed = threading.Condition()
+            self.factors = base.factors.new_zeros(count + 1, len(base.factors), device=device)
+            self.heads = {name: own.new_zeros(count + 1, *own.shape, device=device) for name, own in base.heads.items()}
+        self.are_alike = True
+        """Whether all heads so far have the base's shapes."""
+        self.shapes: list[Mapping[str, Shape]] = [{}] * (count + 1)
+        """Of the heads in each slot."""
+        self._changed = threading.Condition()
         self._slot_of: OrderedDict[str, int] = OrderedDict()
         """By digest; the least recently used first."""
         self._unused = list(reversed(range(count)))
-        self._batches: dict[object, Collection[str]] = {}
-        """What each batch that runs holds."""
+        self._held: dict[object, tuple[int, Collection[str]]] = {}
+        """The thread of each running batch, and what it holds."""
         self._waiting: deque[object] = deque()
-        """Batches that have no slots yet; the first in turn first."""
-        self._closed = False
         self._pinned: set[str] = set()
         self._left: dict[str, torch.cuda.Event] = {}
         """On CUDA: when the last batch that used a slot is through."""
         self.hits = self.loads = self.evictions = 0
+        self._put(count, base)
 
-    def take(self, batch: object, digests: Collection[str], load: Callable[[str], Factors]) -> dict[str, int]:
+    def take(
+        self, batch: object, digests: Collection[str], load: Callable[[Sequence[str]], Mapping[str, AdapterRow]]
+    ) -> dict[str, int]:
         """Slots for a batch until it leaves; waits while other batches hold too many.
 
         Args:
             batch: compared by identity.
             digests: of its adapters.
-            load: gives the rows of one that has no slot.
+            load: gives the rows of those that have no slot.
 
         Returns:
             The slot of each.
 
         Raises:
-            ValueError: the slots that are not pinned for others are too few, now or after a while.
+            ValueError: the slots that are not pinned for others are too few, now or after a while, or batches of this
+                very thread hold them.
         """
         self._check_count(digests)
-        rows = self._loaded(digests, load)
-        with self._freed:
+        # Outside of the lock, since other batches go on meanwhile.
+        rows = load([digest for digest in digests if digest not in self._slot_of])
+        with self._changed:
             self._waiting.append(batch)
-            self._freed.wait_for(lambda: not digests or (self._waiting[0] is batch and self._has_room(digests)))
-            self._batches[batch] = digests
-            missing = [digest for digest in digests if digest not in self._slot_of]
-            for digest in missing:
-                # Evicted while the batch waited: its rows were not asked for.
-                self._assign(digest, rows.get(digest) or load(digest))
+            try:
+                self._changed.wait_for(lambda: not digests or (self._waiting[0] is batch and self._has_room(digests)))
+                missing = [digest for digest in digests if digest not in self._slot_of]
+                # Those that were evicted while the batch waited were not asked for.
+                rows = {**rows, **load([digest for digest in missing if digest not in rows])}
+                self._held[batch] = threading.get_ident(), digests
+                for digest in missing:
+                    self._assign(digest, rows[digest])
+            except BaseException:
+                self._held.pop(batch, None)
+                raise
+            finally:
+                self._waiting.remove(batch)
+                self._changed.notify_all()
             for digest in digests:
                 self._slot_of.move_to_end(digest)
             self.loads += len(missing)
             self.hits += len(digests) - len(missing)
-            self._go_on(batch)
             return {digest: self._slot_of[digest] for digest in digests}
 
     def leave(self, batch: object) -> None:
-        """Give the slots of a batch back, if it has any, or let it wait no longer."""
-        with self._freed:
-            self._go_on(batch)
-            for digest in self._batches.pop(batch, ()):
-                if self.values.is_cuda:
+        """Give the slots of a batch back, if it has any."""
+        with self._changed:
+            for digest in self._held.pop(batch, (0, ()))[1]:
+                if self.factors.is_cuda:
                     self._left[digest] = torch.cuda.Event()
                     self._left[digest].record()
-            self._freed.notify_all()
+            self._changed.notify_all()
 
-    def load_if_free(self, digest: str, factors: Factors) -> bool:
+    def load_if_free(self, digest: str, row: AdapterRow) -> None:
         """Put an adapter into a slot that no batch holds, if there is one."""
-        with self._freed:
-            if digest in self._slot_of or self._closed or not self._has_room([digest]):
-                return digest in self._slot_of
-            self._assign(digest, factors)
-            return True
+        with self._changed:
+            if digest not in self._slot_of and self._fit([digest]):
+                self._assign(digest, row)
 
     def pin(self, digests: Collection[str]) -> None:
-        """Never evict these, from now on."""
-        with self._freed:
-            self._pinned |= set(digests)
-            self._freed.notify_all()
-
-    def unpin(self, digests: Collection[str]) -> None:
-        """Let these be evicted."""
-        with self._freed:
-            self._pinned -= set(digests)
-            self._freed.notify_all()
-
-    def close(self) -> None:
-        """Take no more batches.
-
-        Raises:
-            ValueError: some run, or wait; nothing has changed then.
-        """
-        with self._freed:
-            if self._batches or self._waiting:
-                raise ValueError(
-                    f"{len(self._batches) + len(self._waiting)} batches are in the bank; leave their "
-                    "`with bank.rows(...)` blocks before it is closed"
-                )
-            self._closed = True
-
-    def pinned(self) -> int:
-        """How many are pinned."""
-        return len(self._pinned)
-
-    def __contains__(self, digest: object) -> bool:
-        return digest in self._slot_of
+        """Never evict these, and none but these."""
+        with self._changed:
+            self._pinned = set(digests)
+            self._changed.notify_all()
 
     def used(self) -> int:
         """How many slots hold an adapter."""
@@ -137,31 +165,23 @@ class Slots:
 
     def in_use(self) -> int:
         """How many slots batches hold now."""
-        with self._freed:
-            return len(self._held())
+        with self._changed:
+            return len(self._in_use())
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.values.nbytes + self.heads.nbytes
+        return self.factors.nbytes + sum(heads.nbytes for heads in self.heads.values())
 
-    def _loaded(self, digests: Collection[str], load: Callable[[str], Factors]) -> Mapping[str, Factors]:
-        """Rows of those without a slot, read outside of the lock, since other batches go on meanwhile."""
-        with self._freed:
-            missing: Sequence[str] = [digest for digest in digests if digest not in self._slot_of]
-        return {digest: load(digest) for digest in missing}
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._slot_of
 
-    def _held(self) -> set[str]:
-        return set(chain.from_iterable(self._batches.values()))
-
-    def _go_on(self, batch: object) -> None:
-        if batch in self._waiting:
-            self._waiting.remove(batch)
-            self._freed.notify_all()
+    def _in_use(self, thread: int | None = None) -> set[str]:
+        """What batches hold: all, or those of a thread."""
+        held = (digests for holder, digests in self._held.values() if thread in (None, holder))
+        return set(chain.from_iterable(held))
 
     def _check_count(self, digests: Collection[str]) -> None:
-        if self._closed:
-            raise ValueError("the bank was closed; make a new one")
         if len(digests) + (pinned := len(self._pinned.difference(digests))) > self.count:
             raise ValueError(
                 f"names: a batch has {len(digests)} different adapters, and the bank {self.count} slots, {pinned} of "
@@ -171,29 +191,196 @@ class Slots:
     def _has_room(self, digests: Collection[str]) -> bool:
         # What was pinned while the batch waited may leave too few, for ever.
         self._check_count(digests)
-        held = self._held().union(self._pinned, digests)
-        free = len(self._unused) + sum(digest not in held for digest in self._slot_of)
-        return sum(digest not in self._slot_of for digest in digests) <= free
+        own = self._in_use(threading.get_ident())
+        if len(own.union(self._pinned, digests)) > self.count:
+            raise ValueError(
+                f"names: batches that this thread is in hold {len(own)} of the {self.count} slots, so that this one "
+                "would wait for ever; leave them first, or make a bank with more slots"
+            )
+        return self._fit(digests)
 
-    def _assign(self, digest: str, factors: Factors) -> None:
+    def _fit(self, digests: Collection[str]) -> bool:
+        """Whether there are slots for these now."""
+        return len(self._in_use().union(self._pinned.intersection(self._slot_of), digests)) <= self.count
+
+    def _assign(self, digest: str, row: AdapterRow) -> None:
         if not self._unused:
-            held = self._held() | self._pinned
-            oldest = next(other for other in self._slot_of if other not in held)
+            kept = self._in_use() | self._pinned
+            oldest = next(other for other in self._slot_of if other not in kept)
             self._unused.append(self._slot_of.pop(oldest))
             self.evictions += 1
             if (left := self._left.pop(oldest, None)) is not None:
                 left.wait()
-        # Unused until it is whole: what fails or is interrupted loses no slot.
-        self._put(self._unused[-1], factors)
+        # Unused until it is whole: what fails loses no slot.
+        self._put(self._unused[-1], row)
         self._slot_of[digest] = self._unused.pop()
 
     @torch.no_grad()
-    def _put(self, slot: int, factors: Factors) -> None:
+    def _put(self, slot: int, row: AdapterRow) -> None:
         with torch.inference_mode(False):
-            _copy(self.values, slot, factors.row)
-            _copy(self.heads, slot, factors.heads)
+            self.factors[slot].copy_(row.factors)
+            for name, values in row.heads.items():
+                self._make_room(name, values.shape)
+                self.heads[name][slot][within(values.shape)].copy_(values)
+            self.shapes[slot] = {name: tuple(values.shape) for name, values in row.heads.items()}
+            self.are_alike = self.are_alike and self.shapes[slot] == self.shapes[-1]
+
+    def _make_room(self, name: str, shape: torch.Size) -> None:
+        """A larger matrix for a part of a head, if one is needed; running batches keep the one before."""
+        before = self.heads[name]
+        largest = [max(sizes) for sizes in zip(before.shape[1:], shape, strict=True)]
+        if largest != list(before.shape[1:]):
+            self.heads[name] = before.new_zeros(self.count + 1, *largest)
+            self.heads[name][within(before.shape)] = before
 
 
-def _copy(into: Tensor, slot: int, row: Tensor) -> None:
-    if row.numel():
-        into[slot].copy_(row)
+def within(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Where a tensor of this shape stands in one that is filled up."""
+    return tuple(slice(size) for size in shape)
+
+
+class RowIndex:
+    """The place of each row's adapter in a matrix of all, also where generation repeats rows.
+
+    Args:
+        places: one a row.
+        repeats: how often generation repeats each row, one after another.
+        device: of the matrix.
+    """
+
+    def __init__(self, places: Sequence[int], repeats: int, device: torch.device) -> None:
+        self.places, self.repeats = list(places), repeats
+        self.once = torch.tensor(self.places, device=device)
+        self.repeated = self.once.repeat_interleave(repeats) if repeats > 1 else self.once
+
+    def of(self, rows: int) -> Tensor:
+        """The index for a batch as a layer has it: an encoder's rows are not repeated.
+
+        Raises:
+            ValueError: there is not one name a row.
+        """
+        if rows == len(self.repeated):
+            return self.repeated
+        if rows == len(self.once):
+            return self.once
+        given = f"{len(self.once)} names" + (f", each repeated {self.repeats} times" if self.repeats > 1 else "")
+        raise ValueError(
+            f"bank.rows got {given}, and the layer a batch of {rows} rows; give one name a row, with repeats=num_beams "
+            "(or num_return_sequences) where generation repeats rows. A layer that gets tokens without their rows (an "
+            "expert's) cannot have an adapter for each row"
+        )
+
+
+def check_names(names: Sequence[str | None], repeats: int) -> None:
+    """Refuse what cannot name the rows of a batch.
+
+    Raises:
+        TypeError, ValueError: it is no list of names, or a number is out of range.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names must be a list with one name a row, got {names!r}")
+    if wrong := [name for name in names if not (name is None or isinstance(name, str))]:
+        raise TypeError(f"names must be strings, or None for the base, got {wrong[0]!r}")
+    if not names:
+        raise ValueError("names is empty; give one name a row of the batch")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be a positive integer, got {repeats!r}")
+
+
+class GatheredRows:
+    """Factors and heads of adapters in one matrix each, gathered by the rows of a batch: once for the whole model.
+
+    Args:
+        rows: the place of each row's adapter.
+        places: of the layers in a factor row.
+        dropout: of the inputs of updates.
+    """
+
+    def __init__(self, rows: RowIndex, places: Sequence[LayerPlace], dropout: nn.Module | None = None) -> None:
+        self.rows, self.places, self.dropout = rows, places, dropout
+        self._matrix: Tensor | None = None
+        self._gathered: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, int], list[Factors]] = {}
+
+    def factors(self, matrix: Tensor, dtype: torch.dtype, layer: int, rows: int, dimensions: int) -> Factors:
+        """The factors of a layer: a part of what is gathered and split once a batch.
+
+        Args:
+            matrix: of the adapters, (S, F).
+            dtype: of the factors.
+            layer: its position.
+            rows, dimensions: of the layer's outputs.
+        """
+        if matrix is not self._matrix:
+            self._matrix, self._gathered, self._factors = matrix, {}, {}
+        if (rows, dimensions) not in self._factors:
+            if rows not in self._gathered:
+                self._gathered[rows] = matrix.index_select(0, self.rows.of(rows)).to(dtype)
+            values = self._gathered[rows].view(rows, *(1,) * (dimensions - 2), -1)
+            parts = iter(values.split([n for place in self.places for n in place.lengths], -1))
+            self._factors[rows, dimensions] = [Factors(next(parts), next(parts), next(parts)) for _ in self.places]
+        return self._factors[rows, dimensions][layer]
+
+    def heads(
+        self, matrices: Mapping[str, Tensor], shapes: Sequence[Mapping[str, Shape]], head: ServedHead, rows: int
+    ) -> list[HeadGroup]:
+        """The parameters of a head, by groups of rows with heads of the same shapes.
+
+        Args:
+            matrices: of each part of heads, (S, ...).
+            shapes: of the parts of each adapter.
+            head: of the model.
+            rows: of the batch.
+        """
+        index = self.rows.of(rows)
+        of_shapes: dict[tuple[Shape, ...], list[int]] = {}
+        places = self.rows.places if index is self.rows.once else index.tolist()
+        for row, place in enumerate(places):
+            of_shapes.setdefault(tuple(shapes[place][part.name] for part in head.parts), []).append(row)
+        groups = []
+        for own, members in of_shapes.items():
+            who = None if len(of_shapes) == 1 else torch.tensor(members, device=index.device)
+            chosen = index if who is None else index.index_select(0, who)
+            parameters = {
+                part.name.removeprefix(f"{head.name}."): matrices[part.name].index_select(0, chosen)[
+                    within((len(chosen), *shape))
+                ]
+                for part, shape in zip(head.parts, own, strict=True)
+            }
+            groups.append(HeadGroup(who, parameters))
+        return groups
+
+
+class SlotRows:
+    """Rows of adapters in slots, as they were when the batch began.
+
+    Args:
+        slots: of the bank.
+        rows: the slot of each row.
+        dtype: of the factors.
+    """
+
+    dropout: nn.Module | None = None
+
+    def __init__(self, slots: Slots, rows: RowIndex, dtype: torch.dtype) -> None:
+        self._gathered = GatheredRows(rows, slots.places)
+        self._factors, self._heads, self._shapes = slots.factors, dict(slots.heads), list(slots.shapes)
+        self._base, self._dtype = slots.count, dtype
+
+    def factors(self, layer: int, rows: int, dimensions: int) -> Factors:
+        """The factors of a layer."""
+        # Inference tensors could not be used in a later pass with gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._gathered.factors(self._factors, self._dtype, layer, rows, dimensions)
+
+    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
+        """The parameters of a head."""
+        return self._gathered.heads(self._heads, self._shapes, head, rows)
+
+    def of_base(self, rows: int) -> Tensor:
+        """Which rows are the base's, which has the last slot."""
+        return self.index(rows) == self._base
+
+    def index(self, rows: int) -> Tensor:
+        """The slot of each row."""
+        return self._gathered.rows.of(rows)

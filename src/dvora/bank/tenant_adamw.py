@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checks import checked_not_negative
 from ..tensors import Float
 from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, magnitude_rate
-from .trainable import TrainableAdapters
+from .training import TrainableAdapters
 
 
 class TenantAdamW(torch.optim.Optimizer):
@@ -68,7 +68,7 @@ class TenantAdamW(torch.optim.Optimizer):
         super().__init__(adapters.parameters(), {**defaults, "max_grad_norm": max_grad_norm, "stopped": {}})
         relative = torch.zeros_like(adapters.vectors[0])
         trained = torch.zeros_like(relative, dtype=torch.bool)
-        for vector in adapters.served.config.train:
+        for vector in adapters.config.train:
             trained |= adapters.values_of(vector)
             relative[adapters.values_of(vector)] = rates[vector] / learning_rate
         decays = torch.where(adapters.values_of("magnitude"), 0.0, 1.0)

@@ -10,14 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError, check_writable, one_line
+from .errors import check_writable, one_line
 from .output import Debug, Json, Output, Quiet, print_line
 
 PACK_EXAMPLES = """[bold]Examples[/bold]
 
     dvora bank pack adapters --output adapters.dvora
-
-    dvora bank pack adapters --output served.dvora --model base --dtype float16
 """
 UNPACK_EXAMPLES = """[bold]Examples[/bold]
 
@@ -41,29 +39,22 @@ app = typer.Typer(no_args_is_help=True, help="Pack thousands of adapters into on
 def pack_command(
     adapters: Annotated[Path, typer.Argument(help="Folder with a folder for each adapter in it.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; replaced if it is there.")],
-    model: Annotated[
-        str | None, typer.Option(help="The base: put in what serving needs on it.", show_default="none of it")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of that: float32, float16 or bfloat16.")] = "float16",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Pack all adapters of a folder into one file, from which a bank loads each when it is first used.
 
-    The file holds each adapter byte for byte. With --model also its factors on
-    that base: nothing is computed at the first use then. Equal adapters make
-    equal files; a file of that name is replaced when the new one is complete.
+    The file holds each adapter byte for byte. Equal adapters make equal files;
+    a file of that name is replaced when the new one is complete.
     """
     with one_line(debug):
         check_writable(output)
-        from ..recipes.adapters_at_rest.packing import DTYPES, pack
+        from ..recipes.adapters_at_rest.packing import pack
         from ..recipes.files import typed
 
-        if dtype not in DTYPES:
-            raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         with _progress("packed", quiet) as on_progress:
-            done = pack(adapters, typed(output), model, dtype, on_progress)
+            done = pack(adapters, typed(output), on_progress)
         shown = Output(as_json, quiet)
         values = asdict(done)
         shown.result(values if as_json else _fitting(values), f"Packed adapters in {output}")
@@ -80,7 +71,7 @@ def unpack_command(
 ) -> None:
     """Write the adapters of a packed file into a new folder: a folder for each, byte for byte what was packed."""
     with one_line(debug):
-        from ..bank.pack import unpack
+        from ..bank.packs import unpack
 
         count = 0
 
@@ -117,9 +108,7 @@ def inspect_command(
 
 def _fitting(values: dict[str, Any]) -> dict[str, Any]:
     """What fits a terminal: the first adapters."""
-    factors = values["factors"]
-    shown = "none" if factors is None else ", ".join(f"{name} {value}" for name, value in factors.items())
-    return {**values, "factors": shown, "adapters": values["adapters"][:MANY]}
+    return {**values, "adapters": values["adapters"][:MANY]}
 
 
 @contextmanager

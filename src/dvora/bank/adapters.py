@@ -1,0 +1,359 @@
+"""Adapters for a bank: where each can be read (a folder, a pack, a vector), and its values, checked when they are read.
+
+An adapter is two files: its settings (JSON), and its values (safetensors: a header, then the data). Adapters of one
+recipe have the same settings and header, which are parsed once; reading one more is reading its data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..functional import Vectors
+from ..peft.config import DVoRAConfig, Shape
+from ..peft.content import Content, in_order
+from ..peft.saving import PEFT_PREFIX, VECTOR_PREFIX, check_file, plain_name
+from ..tensors import Float
+
+SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
+"""Bytes; the second is safetensors' own limit."""
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+_EXACT = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes whose values float32 holds exactly."""
+
+
+class Description(NamedTuple):
+    """What settings and the header of the values say of an adapter."""
+
+    settings: bytes
+    header: bytes
+    config: DVoRAConfig
+    content: Content
+    entries: Mapping[str, tuple[torch.dtype, Shape]]
+    """Of the data, by name in the file, as they follow one another."""
+    own: Mapping[str, str]
+    """Names in the file of what is the adapter's own, by its name, in the order of a vector."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bytes of every entry."""
+        return [dtype.itemsize * prod(shape) for dtype, shape in self.entries.values()]
+
+    @property
+    def size(self) -> int:
+        """Bytes of both files."""
+        return len(self.settings) + len(self.header) + sum(self.lengths)
+
+
+class AdapterValues(NamedTuple):
+    """The values of one adapter, on the CPU, checked; nobody writes to them."""
+
+    content: Content
+    vector: Float[Tensor, "S"]
+    """float32: magnitude, lambda_b and lambda_d of the layers in the order of `content.layers`."""
+    strengths: tuple[float, ...]
+    """One a layer."""
+    whole: Mapping[str, Tensor]
+    """What is saved whole (heads, biases, tokens), in its own dtype, by the names of `content.whole`."""
+    config: DVoRAConfig
+    """Shared by adapters with equal settings."""
+    beside: Mapping[str, Tensor]
+    """What a file has that is not the adapter's (tables and biases of the base, projections), by the names in it."""
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
+        found = hashlib.sha256(json.dumps([self.content.digest, self.strengths]).encode())
+        found.update(as_bytes(self.vector))
+        for name, tensor in self.whole.items():
+            found.update(f"{name} {tensor.dtype} ".encode())
+            found.update(as_bytes(tensor))
+        return found.hexdigest()[:32]
+
+
+class Source(Protocol):
+    """Where the values of one adapter can be read."""
+
+    @property
+    def content(self) -> Content:
+        """What the adapter consists of, known before its values are read."""
+
+    def read(self) -> AdapterValues:
+        """The values as they are now.
+
+        Raises:
+            ValueError: they are damaged, not finite, or of another content.
+        """
+
+
+class FolderSource:
+    """An adapter in a folder, as `save_pretrained` writes it; at first only settings and the header are read.
+
+    Raises:
+        ValueError: there is no adapter of DVoRA in it, or a damaged one.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with errors_of(folder):
+            _, size = _file_sizes(folder)
+            settings = (folder / SETTINGS).read_bytes()
+            with (folder / VALUES).open("rb") as file:
+                first = file.read(8)
+                header = first + file.read(header_length(first, size) - 8)
+            self.description = described(settings, header)
+            _check_size(len(header) + sum(self.description.lengths), size)
+        self.content = self.description.content
+
+    def read(self) -> AdapterValues:
+        """The values as they are now, from one reading of the files.
+
+        Raises:
+            ValueError: the folder has other settings, names or shapes than at first, changed while it was read, is
+                gone, damaged, or has values that are not finite.
+        """
+        data = self.data()
+        with errors_of(self.folder):
+            return values_of(self.description, data)
+
+    def data(self) -> bytes:
+        """The data of the values, as they are now.
+
+        Raises:
+            ValueError: see `read`.
+        """
+        with errors_of(self.folder):
+            before = _state(self.folder)
+            _file_sizes(self.folder)
+            settings, values = ((self.folder / name).read_bytes() for name in (SETTINGS, VALUES))
+            if _state(self.folder) != before:
+                raise ValueError("it changed while it was read; read it again when whoever writes to it is done")
+            if settings != self.description.settings or not values.startswith(self.description.header):
+                raise ValueError(
+                    "it is another adapter than when it was added: its settings or entries differ; add it again"
+                )
+        return values[len(self.description.header) :]
+
+
+class VectorSource:
+    """An adapter as one flat vector, of which a copy is kept.
+
+    Args:
+        content: what the vector is of.
+        config: of an adapter with this content.
+        strengths: one a layer.
+        vector: float32, in the order of `dvora.flat.Layout`, so also what is saved whole is in it.
+
+    Raises:
+        TypeError, ValueError: it is of another size or dtype, or not finite.
+    """
+
+    def __init__(
+        self, content: Content, config: DVoRAConfig, strengths: tuple[float, ...], vector: Float[Tensor, "S"]
+    ) -> None:
+        self.content = content
+        if not isinstance(vector, Tensor) or vector.dtype != torch.float32:
+            got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"vector is {got}, expected a tensor of torch.float32: half precision rounds a magnitude")
+        shapes = _shapes(content)
+        lengths = [prod(shape) for shape in shapes.values()]
+        if vector.shape != (sum(lengths),):
+            raise ValueError(
+                f"vector has shape {tuple(vector.shape)}, expected ({sum(lengths)},); was it made with another layout?"
+            )
+        parts = vector.detach().to("cpu", copy=True).split(lengths)
+        entries = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        self._values = _checked(content, config, strengths, entries, {})
+
+    def read(self) -> AdapterValues:
+        """The values of the vector as it was given."""
+        return self._values
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """The folders in a folder that hold an adapter, sorted by name; hidden ones, which are unfinished, are left out.
+
+    Raises:
+        ValueError: there is none.
+        OSError: it cannot be read.
+    """
+    found = [each for each in sorted(folder.iterdir()) if (each / SETTINGS).is_file() and not each.name.startswith(".")]
+    if not found:
+        advice = (
+            "it is an adapter itself, name the folder around it" if (folder / SETTINGS).is_file() else "name another"
+        )
+        raise ValueError(f"{folder} has no folders with adapters in it ({SETTINGS} and {VALUES}); {advice}")
+    return {each.name: each for each in found}
+
+
+@lru_cache(maxsize=64)
+def described(settings: bytes, header: bytes) -> Description:
+    """What an adapter is, parsed once for all adapters with the same settings and header.
+
+    Args:
+        settings: the file of settings.
+        header: the beginning of the file of values, with its length.
+
+    Raises:
+        TypeError, ValueError: it is no adapter of DVoRA, or damaged.
+    """
+    entries = header_entries(header)
+    shapes = {name: shape for name, (_, shape) in entries.items()}
+    config = DVoRAConfig.from_bytes(settings, shapes)
+    if not isinstance(config, DVoRAConfig):
+        raise TypeError(f"it is an adapter of type {config.peft_type}; only adapters of DVoRA share their matrices")
+    check_file(config)
+    content = Content.of_saved(config, shapes)
+    if not content.layers:
+        raise ValueError(f"{VALUES} has no vectors of any layer; save the adapter again")
+    own = in_order({name: name for name in entries}, config)
+    beside = [name for name in entries if plain_name(name.removeprefix(PEFT_PREFIX)) not in own]
+    if len(own) + len(beside) != len(entries):
+        raise ValueError(f"{VALUES} has two entries of one name, with and without a compiler's prefixes; keep one")
+    return Description(settings, header, config, content, entries, own)
+
+
+def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Dtypes and shapes in the header of a safetensors file, in the order of the data, which they cover.
+
+    Raises:
+        ValueError: it is damaged, or a dtype is none of an adapter.
+    """
+    try:
+        saved = json.loads(header[8:])
+        saved.pop("__metadata__", None)
+        entries, end = dict[str, tuple[torch.dtype, Shape]](), 0
+        for name, entry in sorted(saved.items(), key=lambda each: each[1]["data_offsets"]):
+            dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            if min(shape, default=0) < 0 or start != end or stop - start != _DTYPES[dtype].itemsize * prod(shape):
+                raise ValueError(f"{name} has {stop - start} bytes at {start}")
+            entries[name], end = (_DTYPES[dtype], shape), stop
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{VALUES} is damaged: its header cannot be read ({error!r:.200})") from error
+    return entries
+
+
+def header_length(first: bytes, size: int) -> int:
+    """Bytes of the header of a safetensors file, with the eight that have its length.
+
+    Args:
+        first: the first eight bytes of the file, or more.
+        size: of the file.
+
+    Raises:
+        ValueError: the file is too short, or is none.
+    """
+    length = 8 + int.from_bytes(first[:8], "little")
+    if len(first) < 8 or not 8 < length <= min(size, LARGEST_HEADER):
+        raise ValueError(f"{VALUES} is truncated, or no safetensors file: it has {size:,} bytes and no whole header")
+    return length
+
+
+def values_of(description: Description, data: bytes) -> AdapterValues:
+    """The values of an adapter, checked.
+
+    Args:
+        description: of its settings and header.
+        data: behind the header.
+
+    Raises:
+        TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
+    """
+    _, header, config, content, entries, own = description
+    _check_size(len(header) + sum(description.lengths), len(header) + len(data))
+    parts = torch.frombuffer(bytearray(data), dtype=torch.uint8).split(description.lengths)
+    tensors = {
+        name: part.view(dtype).view(shape) for (name, (dtype, shape)), part in zip(entries.items(), parts, strict=True)
+    }
+    beside = {name: tensors[name] for name in tensors.keys() - own.values()}
+    strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
+    return _checked(content, config, strengths, {name: tensors[key] for name, key in own.items()}, beside)
+
+
+@contextmanager
+def errors_of(where: object) -> Iterator[None]:
+    """Around what reads an adapter: its errors become ValueErrors that begin with where it was."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{where}: {error.filename} is no longer there") from error
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('source: ')}") from error
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied if it is contiguous."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _checked(
+    content: Content,
+    config: DVoRAConfig,
+    strengths: tuple[float, ...],
+    entries: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor],
+) -> AdapterValues:
+    """Values whose every entry is what it is to be."""
+    if {name: tuple(tensor.shape) for name, tensor in entries.items()} != _shapes(content):
+        raise ValueError(f"{VALUES} is damaged: its tensors are not those of its header; save the adapter again")
+    for name, tensor in entries.items():
+        if tensor.dtype not in _EXACT:
+            raise TypeError(f"{name} is {tensor.dtype}, expected torch.float32 or half precision; save it as that")
+    whole = {each.name: entries[each.name] for each in content.whole}
+    vectors = {name: tensor for name, tensor in entries.items() if name not in whole}
+    vector = torch.cat([tensor.float() for tensor in vectors.values()])
+    if not (vector.isfinite().all() and all(tensor.isfinite().all() for tensor in whole.values())):
+        name = next(name for name, tensor in entries.items() if not tensor.isfinite().all())
+        raise ValueError(f"{name} has values that are not finite; they are damaged, or training diverged")
+    return AdapterValues(content, vector, strengths, whole, config, beside)
+
+
+@lru_cache(maxsize=64)
+def _shapes(content: Content) -> dict[str, Shape]:
+    """Of all entries by name, in the order of a vector."""
+    vectors: dict[str, Shape] = {
+        f"{layer.name}{VECTOR_PREFIX}{vector}": (length,)
+        for layer in content.layers
+        for vector, length in zip(Vectors._fields, layer.lengths, strict=True)
+        if length
+    }
+    return {**vectors, **{each.name: each.shape for each in content.whole}}
+
+
+def _check_size(expected: int, size: int) -> None:
+    if size != expected:
+        raise ValueError(f"{VALUES} has {size:,} bytes, and {expected:,} by its header: it is truncated or damaged")
+
+
+def _file_sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of both files of an adapter, which are there and not too large."""
+    for name in (SETTINGS, VALUES):
+        if not (folder / name).is_file():
+            advice = "; a pickled adapter_model.bin is not read, save it again" if name == VALUES else ""
+            raise ValueError(f"there is no file {name}, so it is no folder with a saved adapter{advice}")
+    settings, values = ((folder / name).stat().st_size for name in (SETTINGS, VALUES))
+    if settings > LARGEST_SETTINGS:
+        raise ValueError(f"{SETTINGS} has {settings:,} bytes, expected at most {LARGEST_SETTINGS:,}")
+    return settings, values
+
+
+def _state(folder: Path) -> list[tuple[int, int, int]]:
+    """What changes when one of the files is written, or another takes its place."""
+    states: list[os.stat_result] = [(folder / name).stat() for name in (SETTINGS, VALUES)]
+    return [(state.st_size, state.st_mtime_ns, state.st_ino) for state in states]

@@ -1,0 +1,196 @@
+"""An adapter as serving needs it: one row of numbers, `g - 1`, scale and lambda_d of every layer, and its heads.
+
+A factor row has the layers in the order of the content, each with `g - 1` (O), `g beta` (O) and lambda_d (R). The
+magnitude itself never is in half precision: `g - 1` lies near zero and survives it. In half precision, scale and
+lambda_d of a layer, of which only the product is used, are balanced by a power of two, so that neither is too small for
+the dtype.
+
+Dimensions: N adapters, S values of a vector, F values of a factor row, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..factors import StackConstants, stacked_factors
+from ..functional import Vectors
+from ..peft.content import LayerSizes
+from ..tensors import Float
+from .adapters import AdapterValues
+from .served import ServedModel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdapterRow(NamedTuple):
+    """One adapter as a bank holds it."""
+
+    factors: Float[Tensor, "F"]
+    heads: Mapping[str, Tensor]
+    """Parameters and buffers of heads, by their full names."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.factors.nbytes + sum(tensor.nbytes for tensor in self.heads.values())
+
+
+class LayerPlace(NamedTuple):
+    """Where a layer stands in a factor row."""
+
+    start: int
+    out_features: int
+    rank: int
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of `g - 1`, scale and lambda_d."""
+        return self.out_features, self.out_features, self.rank
+
+    @property
+    def stop(self) -> int:
+        """The first value behind it."""
+        return self.start + sum(self.lengths)
+
+
+class FactorRows:
+    """How adapters become factor rows on one base model.
+
+    Args:
+        served: the layers and heads of the model.
+        dtype: of the rows: float32, or half precision.
+    """
+
+    def __init__(self, served: ServedModel, dtype: torch.dtype) -> None:
+        self.served, self.dtype = served, dtype
+        self.places: list[LayerPlace] = []
+        for layer in served.content.layers:
+            start = self.places[-1].stop if self.places else 0
+            self.places.append(LayerPlace(start, layer.out_features, layer.rank))
+        self.width = self.places[-1].stop
+        self.lengths = [length for layer in served.content.layers for length in layer.lengths]
+        stacks: dict[object, list[int]] = {}
+        for position, served_layer in enumerate(served.layers):
+            stacks.setdefault(served_layer.adapted.stack_key, []).append(position)
+        self._stacks = list(stacks.values())
+        """Positions of layers of one shape, whose factors are made at once."""
+        self._constants: dict[int, StackConstants] = {}
+        own = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
+        parts = [part for vectors in own for part in vectors]
+        self.start = torch.cat([part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)])
+        """The vector of the base, (S,)."""
+
+    def identity(self, values: AdapterValues) -> str:
+        """What names an adapter on this base, whatever it is called."""
+        return hashlib.sha256(json.dumps([self.served.content.base, values.digest]).encode()).hexdigest()[:32]
+
+    def base(self) -> AdapterRow:
+        """The row of the base itself."""
+        return AdapterRow(torch.zeros(self.width, dtype=self.dtype), self.served.own_heads)
+
+    def is_of_base(self, row: AdapterRow) -> bool:
+        """Whether an adapter changes nothing."""
+        own = self.served.own_heads
+        parts = row.factors.split([length for place in self.places for length in place.lengths])
+        gains, scales, lambdas = parts[::3], parts[1::3], parts[2::3]
+        changed = any(gain.any() for gain in gains) or any(
+            scale.any() and lambda_d.any() for scale, lambda_d in zip(scales, lambdas, strict=True)
+        )
+        return not changed and all(torch.equal(row.heads[name], own[name]) for name in own)
+
+    @torch.no_grad()
+    def of(self, adapters: Sequence[AdapterValues]) -> Float[Tensor, "N F"]:
+        """The factors of adapters, without their strengths, in float32 on the CPU."""
+        vectors = torch.stack([self.vector(values) for values in adapters])
+        return self.of_vectors(vectors.to(self.served.device)).to("cpu", torch.float32)
+
+    @torch.no_grad()
+    def row(self, values: AdapterValues, factors: Float[Tensor, "F"]) -> AdapterRow:
+        """An adapter as the bank holds it.
+
+        Args:
+            values: of the adapter.
+            factors: what `of` has made of them; written to.
+
+        Raises:
+            ValueError: the dtype cannot hold them, or a file has other values besides, which are not the model's.
+        """
+        self.served.check_beside(values.beside)
+        strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
+        if len(strengths) < len(self.places) or set(strengths.values()) != {1.0}:
+            # Layers that it does not have are the base's.
+            for layer, place in zip(self.served.content.layers, self.places, strict=True):
+                factors[place.start : place.stop - place.rank] *= strengths.get(layer.name, 0.0)
+        return AdapterRow(self._narrowed(factors), self.served.heads_of(values.content, values.whole))
+
+    def vector(self, values: AdapterValues) -> Float[Tensor, "S"]:
+        """The vectors of an adapter; the base's for layers that it does not have."""
+        own, layers = values.content.layers, self.served.content.layers
+        if own == layers:
+            return values.vector
+        parts = dict(zip((layer.name for layer in layers), self._by_layer(self.start, layers), strict=True))
+        parts |= zip((layer.name for layer in own), self._by_layer(values.vector, own), strict=True)
+        return torch.cat([parts[layer.name] for layer in layers])
+
+    def of_vectors(self, vectors: Float[Tensor, "N S"]) -> Float[Tensor, "N F"]:
+        """The factor rows of N adapters, in the dtype of the constants, with a graph where one is recorded."""
+        parts = vectors.split(self.lengths, -1)
+        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for stack in self._stacks:
+            weights = [self.served.layers[position].refreshed() for position in stack]
+            constants = self._constants.get(stack[0])
+            if constants is None or not constants.fit(weights):
+                constants = self._constants[stack[0]] = StackConstants.of(weights)
+            m, lambda_b, lambda_d = (
+                torch.stack([parts[3 * position + kind] for position in stack]) for kind in range(3)
+            )
+            if not weights[0].rank:
+                lambda_b = torch.zeros_like(m)
+            stacked = Vectors(m, lambda_b, lambda_d).to(constants.w.dtype)
+            gain_minus_one, scale, _ = stacked_factors(stacked, constants)
+            made |= zip(stack, zip(gain_minus_one, scale, stacked.lambda_d, strict=True), strict=True)
+        return torch.cat([part for position in range(len(made)) for part in made[position]], -1)
+
+    @staticmethod
+    def _by_layer(vector: Float[Tensor, "S"], layers: Sequence[LayerSizes]) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = vector.split([sum(layer.lengths) for layer in layers])
+        return parts
+
+    def _narrowed(self, row: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
+        """The row in the bank's dtype."""
+        if self.dtype != torch.float32:
+            for place in self.places:
+                _balance(row[place.start + place.out_features : place.stop], place)
+        narrow = row.to(self.dtype)
+        if not narrow.isfinite().all():
+            raise ValueError(
+                f"the adapter has factors up to {float(row.abs().max()):.3g}, which {self.dtype} cannot hold; make the "
+                "bank with dtype=torch.float32, or look whether its training diverged"
+            )
+        return narrow
+
+
+def _balance(parts: Float[Tensor, "OR"], place: LayerPlace) -> None:
+    """Make the largest scale and the largest lambda_d of one layer alike, by a power of two, which rounds nothing."""
+    scale, lambda_d = parts[: place.out_features], parts[place.out_features :]
+    if not (place.rank and scale.any() and lambda_d.any()):
+        return
+    exponent = torch.round((lambda_d.abs().max().log2() - scale.abs().max().log2()) / 2)
+    scale.mul_(torch.exp2(exponent))
+    lambda_d.mul_(torch.exp2(-exponent))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that factor rows cannot have.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
