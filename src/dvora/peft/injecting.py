@@ -80,15 +80,13 @@ class Target(NamedTuple):
         return stored is not None and not stored.is_meta and not is_partitioned(stored)
 
     def weight(self) -> Tensor:
-        """The base's own weight, as stored; gathered where it is sharded, refused if it cannot be adapted."""
+        """The base's own weight, as stored; gathered where it is sharded."""
         if isinstance(self.layer, DVoRALayer):
             return full_tensor(self.layer.unmerged())
         if self.layer_type.low_rank is None:
             # Offloaded, it could be read here, but not when its module reads it.
             check_weight(self.layer.get_parameter(self.parameter_name), self.name)
-        weight = full_tensor(readable_weight(self.layer, self.layer_type, self.parameter_name, self.name))
-        check_weight(weight, self.name)
-        return weight
+        return full_tensor(readable_weight(self.layer, self.layer_type, self.parameter_name, self.name))
 
     def rank(self, config: DVoRAConfig) -> int:
         """The rank that it gets; `MAGNITUDE_ONLY` where the configuration says so."""

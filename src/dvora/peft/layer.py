@@ -318,7 +318,6 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         `before` gets the layer and its state just before it changes, for `restore`.
         """
         with onload_layer(self):
-            self.check_mergeable()
             names, original = [*self.merged_adapters, *adapter_names], self.unmerged()
             merged = merge(self.layer_type.layout.matrix(original), self.summed_delta(names, original))
             check_finite(merged.weight, f"{self.name}: merging {', '.join(names)}")
@@ -451,11 +450,14 @@ def merging(layers: Sequence[DVoRALayer], adapter_names: list[str] | None) -> It
     """
     before: list[tuple[DVoRALayer, MergeState]] = []
     losses: dict[str, float] = {}
+    new = [[n for n in check_adapters_to_merge(layer, adapter_names) if n in layer.dvora_adapted] for layer in layers]
+    for layer, names in zip(layers, new, strict=True):
+        if names:
+            layer.check_mergeable()
     try:
-        for layer in layers:
-            new = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.dvora_adapted]
-            if new:
-                losses[layer.name] = layer.merge_quietly(new, before)
+        for layer, names in zip(layers, new, strict=True):
+            if names:
+                losses[layer.name] = layer.merge_quietly(names, before)
         yield losses
     except BaseException:
         for layer, state in reversed(before):

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..weight import warn_of_losses
-from .layer import DVoRALayer, layers_in, merging
+from .layer import DVoRALayer, MergeState, layers_in, merging
 
 
 def merge_model(
@@ -74,7 +74,7 @@ def unmerge_model(model: nn.Module) -> None:
         layer.check_mergeable()
         layer.checked_original()
     for layer in layers:
-        layer.unmerge()
+        layer.restore(MergeState([], None, layer.checked_original()))
     for other in others:
         with onload_layer(other):
             other.unmerge()
@@ -140,7 +140,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def _check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Refuse a merge that cannot be done whole, before any layer is merged; also into a weight tied to another's."""
+    """Refuse to merge into a weight that cannot be set, or is tied to another's, before any layer is merged."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
