@@ -202,6 +202,17 @@ def test_a_warning_that_is_an_error_leaves_nothing_merged(merge: str) -> None:
     assert_unchanged(model, before)
 
 
+def test_tokens_that_peft_merges_are_taken_back_too() -> None:
+    config = DVoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 7])
+    model = nudge(get_peft_model(MODELS["llama"]().bfloat16(), config).eval())
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name).add_(0.5)
+    before = snapshot(model)
+    with pytest.raises(MergePrecisionWarning):
+        model.merge_adapter()
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize(
     ("dtype", "value", "strength"),
@@ -258,8 +269,8 @@ def test_a_weight_that_cannot_be_set_keeps_all_layers_from_being_merged(
     change(base)
     model = get_peft_model(base, DVoRAConfig(r=4, target_modules=["lin0", "lin1"]))
     train_vectors(model)
-    before = snapshot(model)
-    for merge in (model.merge_adapter, model.merge_and_unload, lambda: merge_model(model, None, False, False)):
+    before, inner = snapshot(model), model.base_model.model
+    for merge in (model.merge_adapter, model.merge_and_unload, lambda: merge_model(inner, None, False, False)):
         with pytest.raises(error, match=message):
             merge()
         assert_unchanged(model, before)
