@@ -152,6 +152,17 @@ def test_merged_for_good_is_said_where_it_matters() -> None:
     assert torch.allclose(outputs(model), expected, atol=1e-6)
 
 
+def test_unmerging_is_refused_whole() -> None:
+    model = adapted()
+    model.merge_adapter()
+    model.base_model.model.lin2.original = None
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="default were merged permanently"):
+        model.unmerge_adapter()
+    assert_unchanged(model, before)
+    assert merged_adapters(model) == {("default",)}
+
+
 # What rounding takes.
 
 
