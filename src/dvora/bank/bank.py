@@ -24,7 +24,7 @@ from .factor_rows import AdapterRow, FactorRows, check_dtype
 from .hooks import Batch, Batches, check_without_bank
 from .packs import Pack
 from .served import ServedModel
-from .slots import HostRows, RowIndex, SlotRows, Slots, check_names
+from .slots import HostRows, RowIndex, Slots, check_names
 from .training import TrainableAdapters
 
 AdapterSource = str | os.PathLike[str] | Tensor
@@ -316,7 +316,7 @@ class AdapterBank:
             taken = slots.take(batch, list(by_digest), lambda digests: self._rows_of([by_digest[d] for d in digests]))
             place = {adapter.name: taken[str(adapter.digest)] for adapter in adapters}
             index = RowIndex([slots.count if name is None else place[name] for name in names], repeats, served.device)
-            with self._batches.entered(SlotRows(slots, index, served.layers[0].adapted.w.dtype)) as entered:
+            with self._batches.entered(slots.rows(index)) as entered:
                 yield entered
         finally:
             slots.leave(batch)

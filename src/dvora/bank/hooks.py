@@ -22,8 +22,9 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,30 +37,14 @@ from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_
 from ..tensors import TensorVersion, bias_of, is_traced, weight_in_memory
 from ..weight import AdaptedWeight
 
+if TYPE_CHECKING:
+    from .slots import GatheredRows, Slots
+
 _ENTER = {
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
 }
 """What runs a generator as the beginning of a `with` block: the block is not in the generator, but around its yield."""
-
-
-class Rows(Protocol):
-    """The adapters of one batch, as the hooks of layers and heads ask for them."""
-
-    dropout: nn.Module | None
-    """Of the inputs of updates, where some are dropped."""
-
-    def factors(self, layer: int, rows: int, dimensions: int) -> Factors:
-        """The factors of a layer for a batch of so many rows, of tokens with so many dimensions."""
-
-    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
-        """The parameters of a head, for rows whose heads have the same shapes at once."""
-
-    def of_base(self, rows: int) -> Tensor | None:
-        """Which rows of a batch are the base's, (B,); None where none can be."""
-
-    def index(self, rows: int) -> Tensor:
-        """The slot of each row, (B,), for a compiled graph."""
 
 
 class HeadGroup(NamedTuple):
@@ -78,7 +63,7 @@ class Batch:
         rows: its adapters.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: GatheredRows) -> None:
         self.rows = rows
         self.backward_passes: set[int] = set()
         """By autograd's number: those that began at outputs of this batch."""
@@ -121,10 +106,11 @@ class Batches:
         self._running: set[Batch] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self.key = _keys.new(self)
+        self.key = next(_keys)
+        _of_key[self.key] = self
 
     @contextmanager
-    def entered(self, rows: Rows) -> Iterator[Batch]:
+    def entered(self, rows: GatheredRows) -> Iterator[Batch]:
         """Make a batch that of the calls from here.
 
         Raises:
@@ -170,9 +156,11 @@ class Batches:
 
     def current(self) -> Batch | None:
         """The batch that this call is in."""
-        entered = [batch for batch in _entered.get() if batch in self._running and batch.is_running()]
-        if not entered and (number := torch._C._current_graph_task_id()) != -1:
+        if (number := torch._C._current_graph_task_id()) != -1:
+            # Whatever thread it runs in, and whatever batch that is in.
             entered = [batch for batch in list(self._running) if number in batch.backward_passes]
+        else:
+            entered = [batch for batch in _entered.get() if batch in self._running and batch.is_running()]
         if len(entered) > 1:
             raise ValueError("this call is in two batches of the bank, one of a generator; take one at a time")
         return entered[0] if entered else None
@@ -190,15 +178,15 @@ class Batches:
 
     def _refuse(self) -> NoReturn:
         advice = "call it within `with bank.rows(names):`, where None names the base, or close the bank"
-        if any(batch in self._running for batch in _entered.get()):
-            raise ValueError(
-                "the model was called outside of bank.rows(...), from another thread, task or generator than the one "
-                f"that entered a batch here; a batch serves only the code that entered it: {advice}"
-            )
         if torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 "the backward pass repeats a checkpointed layer of a bank's model and is in no batch: call backward() "
                 "within `with tenants.rows(names):`, on what was computed from the model's outputs there"
+            )
+        if any(batch in self._running for batch in _entered.get()):
+            raise ValueError(
+                "the model was called outside of bank.rows(...), from another thread, task or generator than the one "
+                f"that entered a batch here; a batch serves only the code that entered it: {advice}"
             )
         raise ValueError(
             "the model is in an AdapterBank and was called outside of bank.rows(...), so nobody said which adapter "
@@ -234,33 +222,15 @@ def _generators(frame: FrameType) -> frozenset[FrameType]:
     )
 
 
-class _Keys:
-    """Numbers by which a compiled graph, which holds no other objects, names the batches of a bank."""
-
-    def __init__(self) -> None:
-        self._batches: weakref.WeakValueDictionary[int, Batches] = weakref.WeakValueDictionary()
-        self._last = 0
-        self._lock = threading.Lock()
-
-    def new(self, batches: Batches) -> int:
-        """A number that no other bank of this process has had."""
-        with self._lock:
-            self._last += 1
-            self._batches[self._last] = batches
-            return self._last
-
-    def batches(self, key: int) -> Batches:
-        """Those of a number."""
-        return self._batches[key]
-
-
-_keys = _Keys()
+_of_key: weakref.WeakValueDictionary[int, Batches] = weakref.WeakValueDictionary()
+"""The batches of each bank by a number, since a compiled graph holds no other objects."""
+_keys = count()
 
 
 @torch.library.custom_op("dvora::slots_of_rows", mutates_args=())
 def slots_of_rows(key: int, rows: int, device: torch.device) -> Tensor:
     """The slot of each row of the batch that a compiled graph runs in, asked for when it runs."""
-    return _keys.batches(key).known().rows.index(rows).clone()
+    return _of_key[key].known().rows.index(rows).clone()
 
 
 @slots_of_rows.register_fake
@@ -312,20 +282,10 @@ class ServedHead(NamedTuple):
     """Its parameters and buffers that adapters save, by their full names."""
 
 
-class SlotMatrices(Protocol):
-    """What compiled graphs read of the slots."""
-
-    factors: Tensor
-    heads: dict[str, Tensor]
-    are_alike: bool
-    """Whether all heads have the base's shapes."""
-    places: Any
-
-
 class _Hook:
     """What hooks have in common: they hold a running bank, which cannot be copied with the model."""
 
-    def __init__(self, batches: Batches, slots: SlotMatrices) -> None:
+    def __init__(self, batches: Batches, slots: Slots) -> None:
         self.batches, self.slots = batches, slots
 
     def __reduce__(self) -> NoReturn:
@@ -341,9 +301,9 @@ class LayerHook(_Hook):
         batches, slots: of the bank.
     """
 
-    def __init__(self, layer: ServedLayer, position: int, batches: Batches, slots: SlotMatrices) -> None:
+    def __init__(self, layer: ServedLayer, position: int, batches: Batches, slots: Slots) -> None:
         super().__init__(batches, slots)
-        self.layer, self.position = layer, position
+        self.layer, self.position, self.place = layer, position, slots.places[position]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         layer = self.layer
@@ -353,13 +313,14 @@ class LayerHook(_Hook):
             factors, dropout = self._traced(len(x), base_output), None
         else:
             rows = self.batches.known().rows
-            factors, dropout = rows.factors(self.position, len(x), base_output.dim()), rows.dropout
+            dtype = layer.adapted.w.dtype
+            factors, dropout = rows.factors(self.position, len(x), base_output.dim(), dtype), rows.dropout
         adapter = ActiveAdapter(layer.adapted, factors, dropout)
         bias = bias_of(module, layer.measured_bias)
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
 
     def _traced(self, rows: int, base_output: Tensor) -> Factors:
-        place, factors = self.slots.places[self.position], self.slots.factors
+        place, factors = self.place, self.slots.factors
         index = torch.ops.dvora.slots_of_rows(self.batches.key, rows, factors.device)
         values = factors[:, place.start : place.stop].index_select(0, index)
         return Factors.of_rows(values.to(self.layer.adapted.w.dtype), place.rank, base_output.dim())
@@ -382,7 +343,7 @@ class HeadHook(_Hook):
         batches, slots: of the bank.
     """
 
-    def __init__(self, head: ServedHead, batches: Batches, slots: SlotMatrices) -> None:
+    def __init__(self, head: ServedHead, batches: Batches, slots: Slots) -> None:
         super().__init__(batches, slots)
         self.head = head
         self._own = _Skeleton(head.skeleton)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -29,10 +30,12 @@ from .hooks import (
     OutputHook,
     ServedHead,
     ServedLayer,
-    SlotMatrices,
     check_without_bank,
     frozen_tensors,
 )
+
+if TYPE_CHECKING:
+    from .slots import Slots
 
 
 class ServedModel:
@@ -72,7 +75,7 @@ class ServedModel:
         if len({value.dtype for value in self.own_heads.values()}) > 1:
             raise ValueError("model: its heads have several dtypes; cast them to one")
 
-    def hook(self, batches: Batches, slots: SlotMatrices) -> list[RemovableHandle]:
+    def hook(self, batches: Batches, slots: Slots) -> list[RemovableHandle]:
         """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
         add_factor_pass(self.model)
         hooks: list[tuple[nn.Module, LayerHook | HeadHook]] = [

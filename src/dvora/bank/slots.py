@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from ..factors import Factors
+from ..factors import Factors, saved_here
 from ..peft.config import Shape
 from .factor_rows import AdapterRow, LayerPlace
 from .hooks import HeadGroup, ServedHead
@@ -75,6 +76,7 @@ class Slots:
 
     def __init__(self, count: int, base: AdapterRow, places: Sequence[LayerPlace], device: torch.device) -> None:
         self.count, self.places = count, places
+        self._lengths = [length for place in places for length in place.lengths]
         # Not within inference mode, whose tensors no later pass may write to.
         with torch.inference_mode(False):
             self.factors = base.factors.new_zeros(count + 1, len(base.factors), device=device)
@@ -137,6 +139,11 @@ class Slots:
             self.loads += len(missing)
             self.hits += len(digests) - len(missing)
             return {digest: self._slot_of[digest] for digest in digests}
+
+    def rows(self, index: RowIndex) -> GatheredRows:
+        """The rows of a batch, as the slots are now: larger heads that come later go into other matrices."""
+        factors, heads = self.factors, (dict(self.heads), list(self.shapes))
+        return GatheredRows(index, self._lengths, lambda: factors, lambda: heads, base=self.count)
 
     def leave(self, batch: object) -> None:
         """Give the slots of a batch back, if it has any."""
@@ -288,53 +295,58 @@ def check_names(names: Sequence[str | None], repeats: int) -> None:
 
 
 class GatheredRows:
-    """Factors and heads of adapters in one matrix each, gathered by the rows of a batch: once for the whole model.
+    """The adapters of a batch: factors and heads of all in one matrix each, gathered by its rows once for all layers.
 
     Args:
         rows: the place of each row's adapter.
-        places: of the layers in a factor row.
+        lengths: of `g - 1`, scale and lambda_d of every layer.
+        factors: gives the factor rows of all, (S, F); gathered anew when that is another tensor.
+        heads: gives the parts of heads of all, each (S, ...), and their shapes by adapter.
+        base: the place of the base, or None where no row can be its.
         dropout: of the inputs of updates.
     """
 
-    def __init__(self, rows: RowIndex, places: Sequence[LayerPlace], dropout: nn.Module | None = None) -> None:
-        self.rows, self.places, self.dropout = rows, places, dropout
-        self._matrix: Tensor | None = None
+    def __init__(
+        self,
+        rows: RowIndex,
+        lengths: Sequence[int],
+        factors: Callable[[], Tensor],
+        heads: Callable[[], tuple[Mapping[str, Tensor], Sequence[Mapping[str, Shape]]]],
+        base: int | None = None,
+        dropout: nn.Module | None = None,
+    ) -> None:
+        self.rows, self.dropout = rows, dropout
+        self._lengths, self._matrix, self._parts, self._base = lengths, factors, heads, base
+        self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
 
-    def factors(self, matrix: Tensor, dtype: torch.dtype, layer: int, rows: int, dimensions: int) -> Factors:
-        """The factors of a layer: a part of what is gathered and split once a batch.
+    def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
+        """The factors of a layer: a part of what is gathered and split once.
 
         Args:
-            matrix: of the adapters, (S, F).
-            dtype: of the factors.
             layer: its position.
-            rows, dimensions: of the layer's outputs.
+            rows, dimensions: of its outputs.
+            dtype: of the factors.
         """
-        if matrix is not self._matrix:
-            self._matrix, self._gathered, self._factors = matrix, {}, {}
+        matrix = self._matrix()
+        if matrix is not self._of:
+            self._of, self._gathered, self._factors = matrix, {}, {}
         if (rows, dimensions) not in self._factors:
-            if rows not in self._gathered:
-                self._gathered[rows] = matrix.index_select(0, self.rows.of(rows)).to(dtype)
-            values = self._gathered[rows].view(rows, *(1,) * (dimensions - 2), -1)
-            parts = iter(values.split([n for place in self.places for n in place.lengths], -1))
-            self._factors[rows, dimensions] = [Factors(next(parts), next(parts), next(parts)) for _ in self.places]
+            # Slots have no gradient, and inference tensors could not be used in a later pass with gradients.
+            with nullcontext() if matrix.requires_grad else torch.inference_mode(False), saved_here():
+                if rows not in self._gathered:
+                    self._gathered[rows] = matrix.index_select(0, self.rows.of(rows)).to(dtype)
+                values = self._gathered[rows].view(rows, *(1,) * (dimensions - 2), -1)
+                parts = iter(values.split(self._lengths, -1))
+                self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
         return self._factors[rows, dimensions][layer]
 
-    def heads(
-        self, matrices: Mapping[str, Tensor], shapes: Sequence[Mapping[str, Shape]], head: ServedHead, rows: int
-    ) -> list[HeadGroup]:
-        """The parameters of a head, by groups of rows with heads of the same shapes.
-
-        Args:
-            matrices: of each part of heads, (S, ...).
-            shapes: of the parts of each adapter.
-            head: of the model.
-            rows: of the batch.
-        """
-        index = self.rows.of(rows)
-        of_shapes: dict[tuple[Shape, ...], list[int]] = {}
+    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
+        """The parameters of a head, by groups of rows with heads of the same shapes."""
+        (matrices, shapes), index = self._parts(), self.rows.of(rows)
         places = self.rows.places if index is self.rows.once else index.tolist()
+        of_shapes: dict[tuple[Shape, ...], list[int]] = {}
         for row, place in enumerate(places):
             of_shapes.setdefault(tuple(shapes[place][part.name] for part in head.parts), []).append(row)
         groups = []
@@ -350,37 +362,16 @@ class GatheredRows:
             groups.append(HeadGroup(who, parameters))
         return groups
 
-
-class SlotRows:
-    """Rows of adapters in slots, as they were when the batch began.
-
-    Args:
-        slots: of the bank.
-        rows: the slot of each row.
-        dtype: of the factors.
-    """
-
-    dropout: nn.Module | None = None
-
-    def __init__(self, slots: Slots, rows: RowIndex, dtype: torch.dtype) -> None:
-        self._gathered = GatheredRows(rows, slots.places)
-        self._factors, self._heads, self._shapes = slots.factors, dict(slots.heads), list(slots.shapes)
-        self._base, self._dtype = slots.count, dtype
-
-    def factors(self, layer: int, rows: int, dimensions: int) -> Factors:
-        """The factors of a layer."""
-        # Inference tensors could not be used in a later pass with gradients.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._gathered.factors(self._factors, self._dtype, layer, rows, dimensions)
-
-    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
-        """The parameters of a head."""
-        return self._gathered.heads(self._heads, self._shapes, head, rows)
-
-    def of_base(self, rows: int) -> Tensor:
-        """Which rows are the base's, which has the last slot."""
-        return self.index(rows) == self._base
+    def of_base(self, rows: int) -> Tensor | None:
+        """Which rows are the base's; None where none can be."""
+        return None if self._base is None else self.rows.of(rows) == self._base
 
     def index(self, rows: int) -> Tensor:
-        """The slot of each row."""
-        return self._gathered.rows.of(rows)
+        """The slot of each row, for a compiled graph, which cannot train.
+
+        Raises:
+            RuntimeError: the rows have no slots, since they are trained.
+        """
+        if self._base is None:
+            raise RuntimeError("adapters of a bank are trained without torch.compile; call the model itself")
+        return self.rows.of(rows)

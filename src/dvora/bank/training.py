@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..factors import Factors, Pass, current_pass, saved_here
+from ..factors import Pass, current_pass, saved_here
 from ..functional import Vectors
 from ..peft.base_weight import keep_differentiable
+from ..peft.config import Shape
 from ..tensors import Float
 from .adapters import AdapterValues
 from .factor_rows import FactorRows
-from .hooks import Batches, HeadGroup, ServedHead
+from .hooks import Batches
 from .slots import GatheredRows, RowIndex, check_names, within
 
 _SHARED = ("train", "dvora_dropout", "detach_norm")
@@ -90,7 +91,7 @@ class TrainableAdapters:
         self._dropout.train(self.served.model.training and self._dropout.p > 0)
         index = RowIndex([position[place] for place in places], 1, self.vectors.device)
         trained = TrainedRows(self, present, index, self._dropout if self._dropout.training else None)
-        with self._batches.entered(trained):
+        with self._batches.entered(trained.gathered):
             yield trained
 
     def place(self, name: str) -> int:
@@ -219,9 +220,9 @@ class TrainedRows:
     def __init__(
         self, adapters: TrainableAdapters, present: Sequence[int], rows: RowIndex, dropout: nn.Module | None
     ) -> None:
-        self.dropout = dropout
         self._adapters, self._present, self._rows = adapters, present, rows
-        self._gathered = GatheredRows(rows, adapters.places)
+        lengths = [length for place in adapters.places for length in place.lengths]
+        self.gathered = GatheredRows(rows, lengths, self._matrix, self._heads, dropout=dropout)
         self._made: _Made | None = None
 
     def loss(self, losses: Float[Tensor, "B"], weights: Float[Tensor, "B"] | None = None) -> Float[Tensor, ""]:
@@ -245,37 +246,19 @@ class TrainedRows:
         totals = torch.where(totals == 0, 1, totals)
         return (losses * weights / totals.index_select(0, index)).sum()
 
-    def factors(self, layer: int, rows: int, dimensions: int) -> Factors:
-        """The factors of a layer."""
-        # A checkpointed layer may be the first to ask for them, and does not make them when it is repeated.
-        with saved_here():
-            matrix = self._matrix()
-            return self._gathered.factors(matrix, matrix.dtype, layer, rows, dimensions)
-
-    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
-        """The parameters of a head."""
+    def _heads(self) -> tuple[dict[str, Tensor], list[dict[str, Shape]]]:
         adapters = self._adapters
-        matrices = adapters.split_heads(adapters.gathered(adapters.heads, self._present))
-        shapes = [adapters.head_shapes[place] for place in self._present]
-        return self._gathered.heads(matrices, shapes, head, rows)
-
-    def of_base(self, rows: int) -> None:
-        """Every row has an adapter."""
-
-    def index(self, rows: int) -> Tensor:
-        """For a compiled graph, which cannot train.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("adapters of a bank are trained without torch.compile; call the model itself")
+        heads = adapters.split_heads(adapters.gathered(adapters.heads, self._present))
+        return heads, [adapters.head_shapes[place] for place in self._present]
 
     def _matrix(self) -> Tensor:
         """The factor rows of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
         running, made, version = current_pass(), self._made, self._adapters.vectors._version
         state = (version, torch.is_grad_enabled())
         if made is None or made.state != state or (running is not None and made.in_pass is not running):
-            made = self._made = _Made(running, state, self._adapters.factors(self._present))
+            # A checkpointed layer may be the first to ask for them, and does not make them when it is repeated.
+            with saved_here():
+                made = self._made = _Made(running, state, self._adapters.factors(self._present))
         return made.factors
 
 

@@ -1,0 +1,331 @@
+"""Whose batch a call is in: nobody gets the adapters of somebody else's rows, whatever runs where; heads, row by row."""
+
+import asyncio
+import copy
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dvora
+from tests.bank.tenants import MLP, Served, Tenants, tenants
+from tests.bank.trained import NAMES, Alone, batch_of, row_losses, save_all, together
+from tests.peft.kinds import Kind, mlp
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import MODELS, inputs
+
+ELSEWHERE = r"from another thread, task or generator than the one that entered"
+OUTSIDE = r"called outside of bank\.rows"
+
+
+@pytest.fixture(scope="module")
+def these(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
+    return tenants(MLP, tmp_path_factory.mktemp("tenants"), 2)
+
+
+@pytest.fixture
+def served(these: Tenants) -> Iterator[Served]:
+    with these.bank() as served:
+        yield served
+
+
+@pytest.fixture
+def x(these: Tenants) -> Tensor:
+    return inputs(these.base(), 1)["x"]
+
+
+@pytest.fixture
+def expected(served: Served, x: Tensor) -> dict[str, Tensor]:
+    found = {name: served([name], x) for name in ("a", "b")}
+    assert not torch.allclose(found["a"], found["b"])
+    return found
+
+
+class Thread:
+    """A thread that runs one call after another."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+
+    def __call__(self, call: Callable[[], object]) -> object:
+        return self._pool.submit(torch.no_grad()(call)).result(30)
+
+
+def steps(served: Served, name: str, x: Tensor) -> Iterator[Tensor]:
+    """A request whose answer is streamed: two steps in one batch."""
+    with served.bank.rows([name]):
+        yield served.model(x)
+        yield served.model(x)
+
+
+# Whose batch it is
+
+
+def test_generators_whose_steps_change_threads_get_their_own_adapter_or_an_error(
+    served: Served, x: Tensor, expected: dict[str, Tensor]
+) -> None:
+    first, second = Thread(), Thread()
+    of_a, of_b = steps(served, "a", x), steps(served, "b", x)
+    assert torch.equal(first(lambda: next(of_a)), expected["a"])
+    assert torch.equal(second(lambda: next(of_b)), expected["b"])
+    # Each in the other's thread, where the other's batch is.
+    with pytest.raises(ValueError, match=ELSEWHERE):
+        second(lambda: next(of_a))
+    with pytest.raises(ValueError, match=OUTSIDE):
+        first(lambda: next(of_b))
+    # Their batches ended in other threads than they began in; neither thread stays in them.
+    for thread in (first, second):
+        with pytest.raises(ValueError, match=OUTSIDE):
+            thread(lambda: served.model(x))
+        assert torch.equal(thread(lambda: served(["b"], x)), expected["b"])
+    assert served.bank.stats().slots_in_use == 0
+
+
+def test_a_generator_that_stays_in_its_thread_is_served_between_other_batches(
+    served: Served, x: Tensor, expected: dict[str, Tensor]
+) -> None:
+    with torch.no_grad():
+        of_a = steps(served, "a", x)
+        assert torch.equal(next(of_a), expected["a"])
+        # It has stopped in its batch, which serves nobody else.
+        with pytest.raises(ValueError, match=ELSEWHERE):
+            served.model(x)
+        assert torch.equal(served(["b"], x), expected["b"])
+        with served.bank.rows(["b"]):
+            with pytest.raises(ValueError, match="in two batches of the bank"):
+                next(of_a)
+            assert torch.equal(served.model(x), expected["b"])
+
+
+def test_helpers_that_enter_a_batch_for_their_caller_work(
+    served: Served, x: Tensor, expected: dict[str, Tensor]
+) -> None:
+    @contextmanager
+    def of(name: str) -> Iterator[None]:
+        with served.bank.rows([name]):
+            yield
+
+    @asynccontextmanager
+    async def of_task(name: str) -> AsyncIterator[None]:
+        with served.bank.rows([name]):
+            yield
+
+    async def task() -> Tensor:
+        async with of_task("b"):
+            return served.model(x)
+
+    with torch.no_grad():
+        with of("a"):
+            assert torch.equal(served.model(x), expected["a"])
+        with ExitStack() as stack:
+            stack.enter_context(served.bank.rows(["b"]))
+            assert torch.equal(served.model(x), expected["b"])
+        assert torch.equal(asyncio.run(task()), expected["b"])
+
+
+def test_asyncio_tasks_have_their_own_batches_and_one_without_is_refused(
+    served: Served, x: Tensor, expected: dict[str, Tensor]
+) -> None:
+    async def request(name: str, turns: int) -> list[Tensor]:
+        found = []
+        with served.bank.rows([name]):
+            for _ in range(turns):
+                found.append(served.model(x))
+                await asyncio.sleep(0)
+        return found
+
+    async def without() -> None:
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match=OUTSIDE):
+            served.model(x)
+
+    async def inherits() -> None:
+        # A task that a batch starts has a copy of its context, and named no rows.
+        with served.bank.rows(["a"]):
+            for call in (without(), asyncio.to_thread(served.model, x)):
+                with pytest.raises(ValueError, match=ELSEWHERE):
+                    await asyncio.create_task(refused(call))
+
+    async def refused(call: object) -> None:
+        if asyncio.iscoroutine(call) and call.__name__ == "without":
+            call.close()
+            served.model(x)
+        else:
+            await call  # type: ignore[misc]
+
+    async def main() -> None:
+        a, b, _ = await asyncio.gather(request("a", 3), request("b", 3), without())
+        assert all(torch.equal(each, expected["a"]) for each in a)
+        assert all(torch.equal(each, expected["b"]) for each in b)
+        await inherits()
+
+    with torch.no_grad():
+        asyncio.run(main())
+
+
+def test_another_thread_is_not_in_the_batch(served: Served, x: Tensor) -> None:
+    other = Thread()
+    with served.bank.rows(["a"]), pytest.raises(ValueError, match=OUTSIDE):
+        other(lambda: served.model(x))
+
+
+def test_two_batches_of_one_thread_never_wait_for_each_other(these: Tenants, x: Tensor) -> None:
+    async def first(served: Served, ready: asyncio.Event) -> None:
+        with served.bank.rows(["a"]):
+            ready.set()
+            await asyncio.sleep(0.01)
+
+    async def second(served: Served, ready: asyncio.Event) -> None:
+        await ready.wait()
+        with pytest.raises(ValueError, match="would wait for ever"), served.bank.rows(["b"]):
+            pass
+
+    async def main(served: Served) -> None:
+        ready = asyncio.Event()
+        await asyncio.gather(first(served, ready), second(served, ready))
+
+    with these.bank(slots=1) as served:
+        asyncio.run(main(served))
+        assert served.bank.stats().slots_in_use == 0
+
+
+def test_a_bank_is_not_closed_while_tenants_are_trained_in_another_thread(tmp_path: Path) -> None:
+    save_all(MLP, tmp_path)
+    with together(MLP, tmp_path) as both:
+        entered, leave = threading.Event(), threading.Event()
+
+        def train() -> None:
+            with both.adapters.rows(["a"]):
+                entered.set()
+                leave.wait(30)
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(train)
+            entered.wait(30)
+            with pytest.raises(ValueError, match="1 batches are in the bank, which would have the base's outputs"):
+                both.bank.close()
+            leave.set()
+            running.result(30)
+
+
+# What the hooks do
+
+
+def test_hooks_that_were_there_see_the_outputs_of_the_adapters(these: Tenants, x: Tensor) -> None:
+    model, seen = these.base(), list[Tensor]()
+    model.lin1.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    with dvora.AdapterBank(model) as bank:
+        bank.add_folder(these.folder)
+        with torch.no_grad(), bank.rows(["a"]):
+            model(x)
+    alone, of_alone = these.alone("a").float(), list[Tensor]()
+    alone.lin1.register_forward_hook(lambda _module, _args, output: of_alone.append(output))
+    with torch.no_grad():
+        alone(x)
+    assert worst_difference(seen[0], of_alone[0]) < 1e-5
+
+
+def test_a_served_model_is_not_copied_or_saved_as_a_whole(served: Served, tmp_path: Path) -> None:
+    for call in (lambda: copy.deepcopy(served.model), lambda: torch.save(served.model, tmp_path / "model.pt")):
+        with pytest.raises(TypeError, match="an AdapterBank serves this model, so it cannot be copied"):
+            call()
+
+
+def test_a_batch_that_has_ended_holds_no_frames(served: Served, x: Tensor) -> None:
+    batches = []
+
+    def run() -> Iterator[None]:
+        big = nn.Linear(2, 2)
+        with served.bank.rows(["a"]) as batch:
+            batches.append(batch)
+            yield
+        del big
+
+    list(run())
+    gc.collect()
+    assert not batches[0]._generators
+
+
+# Checkpoints, whose layers run again in the backward pass
+
+
+class Checkpointed(type(MODELS["mlp"]())):  # type: ignore[misc]
+    """Its layers run again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda x: self.lin1(torch.tanh(self.lin0(x))), x, use_reentrant=False)
+        output: Tensor = self.lin2(torch.tanh(hidden))
+        return output
+
+
+def checkpointed() -> nn.Module:
+    model = Checkpointed()
+    model.load_state_dict(MODELS["mlp"]().state_dict())
+    return model
+
+
+KIND = Kind(checkpointed, mlp().settings)
+MIXED = ["c", "a", "b", "b"]
+
+
+def test_a_checkpoint_is_repeated_in_its_batch_in_whichever_thread_the_backward_pass_runs(tmp_path: Path) -> None:
+    save_all(KIND, tmp_path)
+    with together(KIND, tmp_path) as both:
+        alone, batch = Alone(tmp_path, checkpointed), batch_of(both.model, MIXED)
+        with both.adapters.rows(MIXED) as rows:
+            loss = rows.loss(row_losses(both.model, batch.inputs))
+            # As on a GPU, whose backward pass has a thread of its own.
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result(30)
+        alone.backward(batch)
+        for name in NAMES:
+            own = both.adapters.vectors.grad[both.adapters.place(name)]
+            model = alone.models[name]
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(parameter.grad)
+            assert own.any()
+            assert worst_difference(own, alone.layout.to_vector(model)) < 1e-6
+
+
+def test_a_checkpoint_of_an_ended_batch_is_not_repeated_in_another_one(tmp_path: Path) -> None:
+    save_all(KIND, tmp_path)
+    with together(KIND, tmp_path) as both:
+        batch = batch_of(both.model, MIXED)
+        with both.adapters.rows(MIXED) as rows:
+            loss = rows.loss(row_losses(both.model, batch.inputs))
+        with pytest.raises(ValueError, match="repeats a checkpointed layer of a bank's model"):
+            loss.backward()
+        with both.adapters.rows(MIXED) as rows:
+            loss = rows.loss(row_losses(both.model, batch.inputs))
+        with both.adapters.rows(MIXED[::-1]), pytest.raises(ValueError, match="repeats a checkpointed layer"):
+            loss.backward()
+
+
+# Compiled
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_graph_asks_whose_batch_it_runs_in(served: Served, x: Tensor, expected: dict[str, Tensor]) -> None:
+    model = torch.compile(served.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    other = Served(model, served.bank)
+    with torch.no_grad():
+        for name in ("a", "b"):
+            assert worst_difference(other([name], x), expected[name]) < 1e-6
+        of_a = steps(other, "a", x)
+        assert worst_difference(next(of_a), expected["a"]) < 1e-6
+        with pytest.raises(ValueError, match=ELSEWHERE):
+            model(x)
+        assert worst_difference(other(["b"], x), expected["b"]) < 1e-6
+        assert worst_difference(next(of_a), expected["a"]) < 1e-6
+        of_a.close()
+        with pytest.raises(ValueError, match=OUTSIDE):
+            model(x)
