@@ -5,10 +5,10 @@ Dimensions: N vectors, S values, L layers of one shape, O out, R rank.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,29 +19,16 @@ from torch import Tensor, nn
 from .checks import FAR
 from .factors import StackConstants, stacked_factors
 from .functional import Vectors
-from .peft.content import (
-    FORMAT_VERSION,
-    Content,
-    LayerSizes,
-    ModelAdapter,
-    SavedWhole,
-    Settings,
-    restored_on_error,
-    tensors_of,
-)
+from .peft.content import Content, ModelAdapter, Source, restored_on_error, tensors_of
 from .peft.layer import DVoRALayer, check_unmerged
-from .peft.saving import VECTOR_PREFIX, check_layer_factors, check_whole
+from .peft.saving import VECTOR_PREFIX, check_layer_factors
 from .tensors import Float, is_dtensor, weight_in_memory
 from .weight import AdaptedWeight
 
 __all__ = ["LayerFactors", "Layout"]
 
-Source = nn.Module | str | os.PathLike[str]
-"""A model with the adapter, or the folder of a saved one."""
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values float32 holds exactly."""
-_SHOWN = 4
-"""Sizes of layers, where a layout is printed."""
 
 
 class LayerFactors(NamedTuple):
@@ -70,16 +57,20 @@ class Layout:
 
     content: Content
     adapter_name: str = "default"
-    digest: str = field(init=False)
-    """A short hash of everything but the base's fingerprints: send it along with a vector."""
-    size: int = field(init=False)
-    """How many values a vector has."""
 
     def __post_init__(self) -> None:
         if not self.content.layers:
             raise ValueError(f"source: adapter {self.adapter_name!r} has no vectors of any layer; it is damaged")
-        object.__setattr__(self, "digest", self.content.digest)
-        object.__setattr__(self, "size", sum(self._parts().values()))
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of everything but the base's fingerprints: send it along with a vector."""
+        return self.content.digest
+
+    @cached_property
+    def size(self) -> int:
+        """How many values a vector has."""
+        return sum(self._parts.values())
 
     @classmethod
     def of(cls, source: Source, adapter_name: str = "default") -> Layout:
@@ -92,7 +83,7 @@ class Layout:
         Raises:
             TypeError, ValueError: there is no DVoRA adapter, or it is damaged or of another format.
         """
-        return cls(_content(source, adapter_name), adapter_name)
+        return cls(Content.of(source, adapter_name), adapter_name)
 
     @torch.no_grad()
     def to_vector(self, source: Source) -> Float[Tensor, "S"]:
@@ -103,9 +94,9 @@ class Layout:
                 would round some of them.
         """
         if isinstance(source, nn.Module):
-            tensors = _tensors_in(self._adapter_in(source))
+            tensors = self._adapter_in(source).tensors()
         else:
-            self._check_same(_content(source, self.adapter_name), str(source))
+            self._check_same(Content.of(source, self.adapter_name), source)
             tensors = tensors_of(Path(source))
         for name, tensor in tensors.items():
             if tensor.dtype not in _NARROW:
@@ -130,56 +121,51 @@ class Layout:
         self._check_vector(vector, dimensions=1)
         adapter = self._adapter_in(model)
         check_unmerged(model, self.adapter_name)
-        tensors = _tensors_in(adapter)
+        by_name = adapter.tensors()
         if vector.abs().max() > FAR:
-            views = self.views(vector)
-            for name, layer in adapter.layers.items():
-                check_layer_factors(layer, self.adapter_name, with_zeros(views[name]))
-        first = next(iter(tensors.values()))
+            for name, views in self.views(vector).items():
+                check_layer_factors(adapter.layers[name], self.adapter_name, with_zeros(views))
+        tensors = list(by_name.values())
         # In one piece: most models are on one device.
-        parts = vector.detach().to(first.device).split(list(self._parts().values()))
-        values = [
-            part.view(tensor.shape).to(tensor.device, tensor.dtype)
-            for part, tensor in zip(parts, tensors.values(), strict=True)
-        ]
-        _check_writable(tensors, values)
-        with restored_on_error(list(tensors.values())):
-            torch._foreach_copy_(list(tensors.values()), values)
+        parts = vector.detach().to(tensors[0].device).split(list(self._parts.values()))
+        values = [part.view(own.shape).to(own.device, own.dtype) for part, own in zip(parts, tensors, strict=True)]
+        _check_writable(by_name, values)
+        with restored_on_error(tensors):
+            torch._foreach_copy_(tensors, values)
 
+    @torch.no_grad()
     def factors(self, model: nn.Module, vectors: Float[Tensor, "*N S"]) -> dict[str, LayerFactors]:
         """What serving needs of every layer, by name, for one vector or a batch: as its layers would use it.
 
-        Nothing of the model is changed. The results are views of one tensor for each shape of layers, without
-        gradients; those of a batch (N, size) have N rows. They include the strength that the adapter has in the model.
+        Nothing of the model is changed. The results have no gradients; those of a batch (N, size) have N rows. They
+        include the strength that the adapter has in the model.
 
         Raises:
             TypeError, ValueError: vectors or model are not of this layout, factors would not be finite, adapters are
                 merged, or a weight is sharded.
         """
         self._check_vector(vectors, dimensions=2)
+        views, stacks = self.views(torch.atleast_2d(vectors)), dict[object, list[str]]()
         layers = self._adapter_in(model).layers
-        for layer in layers.values():
-            if layer.merged:
+        for name, layer in layers.items():
+            stacks.setdefault(_adapted(layer, self.adapter_name, vectors.device).stack_key, []).append(name)
+        made: dict[str, LayerFactors] = {}
+        for names in stacks.values():
+            constants = StackConstants.of([layers[name].adapted(self.adapter_name) for name in names])
+            by_kind = zip(*(with_zeros(views[name]) for name in names), strict=True)
+            stacked = Vectors(*map(torch.stack, by_kind)).to(constants.w.dtype)
+            gain_minus_one, scale, _ = stacked_factors(stacked, constants)
+            strengths = torch.stack([layers[name].strength(self.adapter_name) for name in names])[:, None, None]
+            made |= zip(
+                names, map(LayerFactors, gain_minus_one * strengths, scale * strengths, stacked.lambda_d), strict=True
+            )
+        for name in layers if vectors.abs().max() > FAR else ():
+            if not all(factor.isfinite().all() for factor in made[name]):
                 raise ValueError(
-                    f"model: adapters are merged into {layer.name} ({', '.join(layer.merged_adapters)}), and factors "
-                    "are of its own weight; call unmerge_adapter first"
+                    f"vector gives {name} factors that are not finite: its values are too large; use another"
                 )
-            if (device := layer.adapted(self.adapter_name).w.device) != vectors.device:
-                raise ValueError(
-                    f"vector is on {vectors.device}, and {layer.name} of the model on {device}; pass "
-                    f"vector.to({str(device)!r})"
-                )
-        made = factors_of_layers(layers, self.adapter_name, self.views(torch.atleast_2d(vectors)))
-        far = vectors.abs().max() > FAR
-        for name, factors in made.items():
-            if far and not all(factor.isfinite().all() for factor in factors):
-                raise ValueError(
-                    f"vector gives {name} factors that are not finite: magnitude, lambda_b and lambda_d are too large; "
-                    "training has diverged or the vector was damaged, so use an earlier one"
-                )
-        if vectors.dim() == 2:
-            return made
-        return {name: LayerFactors(*(factor[0] for factor in factors)) for name, factors in made.items()}
+        rows = 0 if vectors.dim() == 1 else slice(None)
+        return {name: LayerFactors(*(factor[rows] for factor in made[name])) for name in layers}
 
     def views(self, vector: Float[Tensor, "*N S"]) -> dict[str, Vectors]:
         """The three vectors of every layer, by name, as views: writing into them writes into the vector.
@@ -190,7 +176,7 @@ class Layout:
             TypeError, ValueError: it is no tensor, or has another size.
         """
         self._check_size(vector, dimensions=2)
-        parts = iter(vector.split(list(self._parts().values()), dim=-1))
+        parts = iter(vector.split(list(self._parts.values()), dim=-1))
         empty = vector[..., :0]
         return {
             layer.name: Vectors(*(next(parts) if length else empty for length in layer.lengths))
@@ -199,14 +185,7 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """The layout as what JSON has types for."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "digest": self.digest,
-            "settings": self.content.settings._asdict(),
-            "layers": [list(layer) for layer in self.content.layers],
-            "whole": [[whole.name, list(whole.shape)] for whole in self.content.whole],
-            "base": {name: list(fingerprint) for name, fingerprint in self.content.base},
-        }
+        return self.content.to_dict()
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], adapter_name: str = "default") -> Layout:
@@ -215,30 +194,7 @@ class Layout:
         Raises:
             ValueError: it is of another format version, or damaged.
         """
-        version = settings.get("format_version") if isinstance(settings, Mapping) else None
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"settings: a layout of format_version {version!r:.100}, expected {FORMAT_VERSION}; make it again with "
-                "Layout.of, with this version of dvora on both sides"
-            )
-        try:
-            common = dict(settings["settings"])
-            common["tokens"] = tuple((name, tuple(indices)) for name, indices in common["tokens"])
-            content = Content(
-                Settings(**common),
-                tuple(LayerSizes(*layer) for layer in settings["layers"]),
-                tuple(SavedWhole(name, tuple(shape)) for name, shape in settings["whole"]),
-                tuple((name, tuple(fingerprint)) for name, fingerprint in settings["base"].items()),
-            )
-            layout, digest = cls(content, adapter_name), settings["digest"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"settings: no layout can be read from it ({error!r:.200}); make it again") from error
-        if layout.digest != digest:
-            raise ValueError(
-                f"settings: its digest is {digest!r:.100} and that of its entries {layout.digest!r}; it was changed on "
-                "the way, make it again with Layout.of"
-            )
-        return layout
+        return cls(Content.from_dict(settings), adapter_name)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
@@ -249,12 +205,12 @@ class Layout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        sizes = Counter((layer.out_features, layer.rank) for layer in self.content.layers)
-        shown = [f"{count} of {out:,} x r{rank}" for (out, rank), count in sizes.most_common(_SHOWN)]
-        more = [f"{len(sizes) - _SHOWN} other sizes"] if len(sizes) > _SHOWN else []
+        sizes = Counter(f"{layer.out_features:,} x r{layer.rank}" for layer in self.content.layers).most_common()
+        layers = ", ".join(f"{count} of {size}" for size, count in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
         whole = f"; {len(self.content.whole)} saved whole" if self.content.whole else ""
-        return f"Layout({self.digest}: {self.size:,} values; layers: {', '.join(shown + more)}{whole})"
+        return f"Layout({self.digest}: {self.size:,} values; layers: {layers}{whole})"
 
+    @cached_property
     def _parts(self) -> dict[str, int]:
         """The lengths of all parts of a vector, in their order, by what they are."""
         vectors = {
@@ -271,7 +227,7 @@ class Layout:
         self._check_same(adapter.content(), "the model")
         return adapter
 
-    def _check_same(self, content: Content, of: str) -> None:
+    def _check_same(self, content: Content, of: object) -> None:
         """Refuse another adapter than the layout is of, or another base."""
         if difference := self.content.difference(content):
             raise ValueError(
@@ -284,10 +240,7 @@ class Layout:
             raise TypeError(f"vector must be a tensor of {self.size} values, got {type(vector).__name__}")
         if not 1 <= vector.dim() <= dimensions or vector.shape[-1] != self.size or not vector.numel():
             batch = f" or (N, {self.size})" if dimensions == 2 else ""
-            raise ValueError(
-                f"vector has shape {tuple(vector.shape)}, expected ({self.size},){batch} as {self!r} says; was it made "
-                "with another layout?"
-            )
+            raise ValueError(f"vector has shape {tuple(vector.shape)}, expected ({self.size},){batch} as {self!r} says")
 
     def _check_vector(self, vector: Tensor, dimensions: int) -> None:
         """Refuse what is not one vector, or not some, of finite float32 values."""
@@ -304,37 +257,8 @@ class Layout:
             )
         if not vector.isfinite().all():
             at = int((~vector.isfinite()).nonzero()[0, -1])
-            part = [name for name, length in self._parts().items() for _ in range(length)][at]
-            raise ValueError(
-                f"vector has values that are not finite, the first at index {at} ({part}); training has diverged or "
-                "the vector was damaged, so use an earlier one"
-            )
-
-
-@torch.no_grad()
-def factors_of_layers(
-    layers: Mapping[str, DVoRALayer], adapter_name: str, vectors: Mapping[str, Vectors]
-) -> dict[str, LayerFactors]:
-    """The factors of N vectors, by layer: one batched computation for each shape of layers.
-
-    Args:
-        layers: of the adapter, by name.
-        adapter_name: whose frozen side and strength are used.
-        vectors: each (N, O) or (N, R), by name; lambda_b and lambda_d are (N, 0) where there is the magnitude only.
-    """
-    stacks: dict[object, list[str]] = {}
-    for name, layer in layers.items():
-        stacks.setdefault(layer.adapted(adapter_name).stack_key, []).append(name)
-    made: dict[str, LayerFactors] = {}
-    for names in stacks.values():
-        constants = StackConstants.of([_adapted(layers[name], adapter_name) for name in names])
-        by_kind = zip(*(with_zeros(vectors[name]) for name in names), strict=True)
-        stacked = Vectors(*map(torch.stack, by_kind)).to(constants.w.dtype)
-        gain_minus_one, scale, _ = stacked_factors(stacked, constants)
-        strengths = torch.stack([layers[name].strength(adapter_name) for name in names])[:, None, None]
-        factors = map(LayerFactors, gain_minus_one * strengths, scale * strengths, stacked.lambda_d)
-        made |= zip(names, factors, strict=True)
-    return {name: made[name] for name in layers}
+            part = [name for name, length in self._parts.items() for _ in range(length)][at]
+            raise ValueError(f"vector has values that are not finite, the first at index {at} ({part}); use another")
 
 
 def with_zeros(vectors: Vectors) -> Vectors:
@@ -343,40 +267,26 @@ def with_zeros(vectors: Vectors) -> Vectors:
     return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
 
 
-def _adapted(layer: DVoRALayer, adapter_name: str) -> AdaptedWeight:
-    """The frozen side of an adapter, with the constants of the weight as it is now."""
+def _adapted(layer: DVoRALayer, adapter_name: str, device: torch.device) -> AdaptedWeight:
+    """The frozen side of an adapter, with the constants of the weight as it is now, if factors can be made of it."""
+    adapted, name = layer.adapted(adapter_name), layer.name
+    if layer.merged:
+        raise ValueError(
+            f"model: adapters are merged into {name} ({', '.join(layer.merged_adapters)}); call unmerge_adapter first"
+        )
+    if (own := adapted.w.device) != device:
+        raise ValueError(f"vector is on {device}, and {name} of the model on {own}; pass vector.to({str(own)!r})")
     weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
     if is_dtensor(weight):
-        raise ValueError(
-            f"model: the weight of {layer.name} is sharded over processes, and factors are of whole rows; make them "
-            "of the model in one process, or let each layer make its own as it runs"
-        )
-    adapted = layer.adapted(adapter_name)
+        raise ValueError(f"model: the weight of {name} is sharded, and factors are of whole rows; make them unsharded")
     if weight is not None:
         adapted.refresh_if_stale(weight)
     return adapted
 
 
-def _content(source: Source, adapter_name: str) -> Content:
-    if isinstance(source, nn.Module):
-        return ModelAdapter.of(source, adapter_name).content()
-    if isinstance(source, str | os.PathLike):
-        return Content.of_folder(Path(source))
-    raise TypeError(f"source must be a model or the folder of an adapter, got {type(source).__name__}")
-
-
-def _tensors_in(adapter: ModelAdapter) -> dict[str, Tensor]:
-    """The tensors of an adapter in a model, if this process has all their values."""
-    tensors = adapter.tensors()
-    check_whole(tensors)
-    if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
-    return tensors
-
-
 def _check_writable(tensors: Mapping[str, Tensor], values: Sequence[Tensor]) -> None:
     """Refuse parameters that could not hold the values, and two values for one tensor."""
-    written: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+    written: dict[object, tuple[str, Tensor]] = {}
     for (name, tensor), value in zip(tensors.items(), values, strict=True):
         if tensor.dtype != torch.float32 and (VECTOR_PREFIX in name or tensor.dtype not in _NARROW):
             raise TypeError(
@@ -385,10 +295,6 @@ def _check_writable(tensors: Mapping[str, Tensor], values: Sequence[Tensor]) -> 
             )
         if not value.isfinite().all():
             raise ValueError(f"vector has values for {name} that are too large for its dtype, {tensor.dtype}")
-        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
-        first, other = written.setdefault(place, (name, value))
+        first, other = written.setdefault((tensor.data_ptr(), tensor.shape, tensor.device), (name, value))
         if not torch.equal(other, value):
-            raise ValueError(
-                f"vector has different values for {first} and {name}, which are one tensor in the model (tied); give "
-                "both the same"
-            )
+            raise ValueError(f"vector has different values for {first} and {name}, which are one tensor (tied)")

@@ -171,11 +171,7 @@ class DVoRAConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The settings in a file.
-
-        Raises:
-            ValueError: it is damaged, holds something else, or is of no method that PEFT knows.
-        """
+        """The settings in a file."""
         try:
             settings = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, RecursionError) as error:
@@ -203,11 +199,7 @@ class DVoRAConfig(PeftConfig):
         return config
 
     def check(self) -> None:
-        """Check every setting; done when the configuration is made, and again before it changes a model.
-
-        Raises:
-            TypeError, ValueError: a value is of the wrong type or out of range.
-        """
+        """Check every setting; done when the configuration is made, and again before it changes a model."""
         _check_types(vars(self))
         check_expressions(vars(self))
         _check_values(self)
@@ -225,11 +217,7 @@ class DVoRAConfig(PeftConfig):
             self.check_fingerprint()
 
     def check_fingerprint(self) -> None:
-        """Fill in the fingerprint of the projections, or compare it.
-
-        Raises:
-            ValueError: it is that of other matrices.
-        """
+        """Fill in the fingerprint of the projections, or compare it."""
         fingerprint = SharedProjections(self.projection_seed, self.projection_init).fingerprint()
         if self.projection_fingerprint not in (None, fingerprint):
             raise ValueError(
@@ -278,17 +266,7 @@ def own_config(config: PeftConfig) -> DVoRAConfig:
 
 
 def check_adapter_name(name: object, taken: Collection[str] = ()) -> None:
-    """Refuse a name under which torch or PEFT could not store an adapter, or not find its values again.
-
-    Args:
-        name: of the adapter.
-        taken: names of the model's own parameters and buffers, without their modules': PEFT cuts an adapter's name off
-            the end of all of them.
-
-    Raises:
-        TypeError: it is not a string.
-        ValueError: it is empty or too long, part of a path, or has a meaning of its own.
-    """
+    """Refuse a name under which torch or PEFT could not store an adapter, or not find its values again."""
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a string, got {name!r:.100} of type {type(name).__name__}")
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
@@ -354,12 +332,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 
 
 def _check_types(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the wrong type, and lists that are too long.
-
-    Raises:
-        TypeError: a setting is of the wrong type.
-        ValueError: a list is too long, or `modules_to_save` holds an empty name.
-    """
+    """Refuse settings of the wrong type, and lists that are too long."""
     for words, (is_valid, names) in _TYPES.items():
         for name in names:
             if not is_valid(settings[name]):
@@ -382,11 +355,7 @@ def _strengths(config: DVoRAConfig) -> list[float]:
 
 
 def _check_values(config: DVoRAConfig) -> None:
-    """Refuse numbers out of range, unknown choices, and settings that exclude each other.
-
-    Raises:
-        TypeError, ValueError: one is.
-    """
+    """Refuse numbers out of range, unknown choices, and settings that exclude each other."""
     for rank in (config.r, *config.rank_pattern.values()):
         checked_rank(rank)
     for alpha in (config.alpha, *config.alpha_pattern.values()):
@@ -412,11 +381,7 @@ def _check_values(config: DVoRAConfig) -> None:
 
 
 def _check_training(config: DVoRAConfig) -> None:
-    """Refuse settings with which a vector that is to be trained would never change.
-
-    Raises:
-        ValueError: its gradient is zero and stays so.
-    """
+    """Refuse settings with which a vector that is to be trained would never change."""
     rows = {"lambda_b", "lambda_d"}.intersection(config.train)
     if config.init_weights and rows == {"lambda_d"}:
         raise ValueError(

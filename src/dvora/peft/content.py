@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -41,6 +42,7 @@ from .saving import (
     OF_SAVED_MODULES,
     VECTOR_PREFIX,
     check_file,
+    check_whole,
     is_vector,
     layer_and_vector,
     plain_key,
@@ -51,6 +53,8 @@ from .saving import (
 
 FORMAT_VERSION = 1
 """Of the order of a vector's entries and of what the digest covers."""
+Source = nn.Module | str | os.PathLike[str]
+"""A model with the adapter, or the folder of a saved one."""
 _Value = TypeVar("_Value")
 
 
@@ -111,12 +115,17 @@ class Content(NamedTuple):
     """Fingerprints of the base weights by layer, where they are known."""
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Content:
-        """That of a saved adapter: its configuration, and names and shapes of its values; no value is read.
+    def of(cls, source: Source, adapter_name: str) -> Content:
+        """That of an adapter in a model, or of the one in a folder."""
+        if isinstance(source, nn.Module):
+            return ModelAdapter.of(source, adapter_name).content()
+        if isinstance(source, str | os.PathLike):
+            return cls.of_folder(Path(source))
+        raise TypeError(f"source must be a model or the folder of an adapter, got {type(source).__name__}")
 
-        Raises:
-            TypeError, ValueError: there is no DVoRA adapter, or it is damaged or of another format.
-        """
+    @classmethod
+    def of_folder(cls, folder: Path) -> Content:
+        """That of a saved adapter: its configuration, and names and shapes of its values; no value is read."""
         config = config_in_folder(folder)
         if not (shapes := shapes_of(config)):
             raise ValueError(f"source: {folder} has a configuration and no file of values; save the adapter again")
@@ -125,11 +134,7 @@ class Content(NamedTuple):
 
     @classmethod
     def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
-        """That of a saved adapter with this configuration and values of these shapes.
-
-        Raises:
-            ValueError: the values are not those of a DVoRA adapter.
-        """
+        """That of a saved adapter with this configuration and values of these shapes."""
         vectors: dict[str, dict[str, Shape]] = {}
         for key in filter(is_vector, shapes):
             layer, vector = layer_and_vector(key)
@@ -166,6 +171,44 @@ class Content(NamedTuple):
                 )
         return None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The content as what JSON has types for."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "digest": self.digest,
+            "settings": self.settings._asdict(),
+            "layers": [list(layer) for layer in self.layers],
+            "whole": [[whole.name, list(whole.shape)] for whole in self.whole],
+            "base": {name: list(fingerprint) for name, fingerprint in self.base},
+        }
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Content:
+        """The content that `to_dict` has written."""
+        version = entries.get("format_version") if isinstance(entries, Mapping) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"settings: a layout of format_version {version!r:.100}, expected {FORMAT_VERSION}; make it again with "
+                "Layout.of, with this version of dvora on both sides"
+            )
+        try:
+            tokens = tuple((name, tuple(indices)) for name, indices in entries["settings"]["tokens"])
+            content = cls(
+                Settings(**{**entries["settings"], "tokens": tokens}),
+                tuple(LayerSizes(*layer) for layer in entries["layers"]),
+                tuple(SavedWhole(name, tuple(shape)) for name, shape in entries["whole"]),
+                tuple((name, tuple(fingerprint)) for name, fingerprint in entries["base"].items()),
+            )
+            digest = entries["digest"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"settings: no layout can be read from it ({error!r:.200}); make it again") from error
+        if content.digest != digest:
+            raise ValueError(
+                f"settings: its digest is {digest!r:.100}, and that of its entries {content.digest!r}; it was changed "
+                "on the way, make it again with Layout.of"
+            )
+        return content
+
     def _by_name(self) -> dict[str, LayerSizes | SavedWhole]:
         return {**{layer.name: layer for layer in self.layers}, **{whole.name: whole for whole in self.whole}}
 
@@ -182,11 +225,7 @@ class ModelAdapter(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module, adapter_name: str) -> ModelAdapter:
-        """Look an adapter up, also in a model that is compiled or wrapped.
-
-        Raises:
-            TypeError, ValueError: there is no such adapter, or it is of another method.
-        """
+        """Look an adapter up, also in a model that is compiled or wrapped."""
         # Names in files are relative to the model that PEFT has put adapters into, within whatever is around it.
         holder = next((module for module in model.modules() if vars(module).get("peft_config")), model)
         base: nn.Module = holder.model if isinstance(holder, BaseTuner) else holder
@@ -212,14 +251,18 @@ class ModelAdapter(NamedTuple):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its values, detached and not copied, by name in the order of a vector."""
+        """Its values, detached and not copied, by name in the order of a vector, if this process has all of them."""
         vectors = {
             f"{name}{VECTOR_PREFIX}{vector}": by_adapter[self.name].detach()
             for name, layer in self.layers.items()
             for vector, by_adapter in zip(Vectors._fields, layer.vector_dicts(), strict=True)
             if self.name in by_adapter
         }
-        return {**vectors, **self.whole}
+        tensors = {**vectors, **self.whole}
+        check_whole(tensors)
+        if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
+        return tensors
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -289,11 +332,7 @@ def restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def config_in_folder(folder: Path) -> DVoRAConfig:
-    """The configuration of a saved adapter.
-
-    Raises:
-        TypeError, ValueError: there is no DVoRA adapter.
-    """
+    """The configuration of a saved adapter."""
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"source: {folder} is no folder with a saved adapter: it has no adapter_config.json. Pass what "

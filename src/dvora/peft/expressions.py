@@ -27,6 +27,8 @@ TIME_LIMIT = 3.0
 """Seconds for all names and settings together."""
 USUAL_LENGTH = 64
 """Of a layer's name."""
+_NAME = re.compile(r"[\w.-]*")
+"""A plain name, which matches in one way only."""
 
 
 class _Form(NamedTuple):
@@ -97,6 +99,8 @@ def _matcher(form: _Form, expression: str) -> Callable[[str], object]:
 
 def _checked(setting: str, form: _Form, expression: str, longest: int) -> Callable[[str], object]:
     """What matches names; if it is an expression, and needs few steps for a name of so many characters."""
+    if _NAME.fullmatch(expression):
+        return _matcher(form, expression)
     parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
     try:
         # Without the form around it, too: it could close a bracket of the form's.

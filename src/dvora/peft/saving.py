@@ -65,12 +65,7 @@ def is_vector(key: str) -> bool:
 
 @contextmanager
 def open_values(folder: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
-    """The shapes in a folder's file of values by name, from its header alone, and what reads one value.
-
-    Raises:
-        SafetensorError: the file is damaged.
-        ValueError: there is something else in its place, or no value at all.
-    """
+    """The shapes in a folder's file of values by name, from its header alone, and what reads one value."""
     file, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
     if not file.exists() and pickled.exists():
         tensors = _unpickled(pickled)
@@ -89,10 +84,8 @@ def open_values(folder: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str]
 def _unpickled(file: Path) -> dict[str, Tensor]:
     """The tensors in a file that `torch.save` has written; nothing else in it is made, and no code is run."""
     try:
-        if (
-            zipfile.is_zipfile(file)
-            and sum(e.file_size for e in zipfile.ZipFile(file).infolist()) > file.stat().st_size
-        ):
+        entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+        if sum(entry.file_size for entry in entries) > file.stat().st_size:
             raise ValueError(f"{file} is compressed; it could hold any amount of values")
         tensors = torch.load(file, "cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
@@ -116,49 +109,27 @@ def shapes_of(config: DVoRAConfig) -> Mapping[str, Shape] | None:
 
 
 def check_file(config: DVoRAConfig) -> None:
-    """Refuse a file of other values than its configuration says; does nothing without a file.
+    """Refuse a file of other ranks than its configuration says, before anything of that rank is made.
 
-    Ranks are compared before anything of that rank is made. PEFT would notice missing tokens after it has changed the
-    model, and superfluous biases not at all.
+    Without a file nothing is checked.
 
     Raises:
-        ValueError: values are missing, not trained, or of another rank.
+        ValueError: a rank differs, or finding it out takes too long.
     """
-    if not (shapes := shapes_of(config)):
-        return
-    layers = {key: layer_and_vector(key)[0] for key in shapes if is_vector(key)}
-    trained = {f"{PEFT_PREFIX}{layer}.base_layer.bias" for layer in layers.values()}
-    for key in () if config.bias == "all" else shapes:
-        saved_whole = any(f".{module}." in key for module in config.modules_to_save or ())
-        if key.endswith(".bias") and not saved_whole and not (config.bias == "dvora_only" and key in trained):
-            raise ValueError(
-                f"the adapter's file has {key!r}, which its configuration does not train (bias={config.bias!r})"
-            )
-    tokens = config.trainable_token_indices
-    if tokens is not None and not any(".trainable_tokens_delta" in key for key in shapes):
-        raise ValueError(
-            f"the adapter's file lacks the tokens that trainable_token_indices={tokens!r:.200} says it trains"
-        )
+    shapes = shapes_of(config) or {}
+    layers = {key: layer_and_vector(key)[0] for key in shapes if key.endswith(f"{VECTOR_PREFIX}lambda_d")}
     check_expressions(vars(config), {*layers.values(), *map(plain_name, layers.values())})
     for key, layer in layers.items():
-        rank = config.rank_of(plain_name(layer))
-        if key.endswith("lambda_d") and shapes[key] not in ((rank,), (config.rank_of(layer),)):
+        shape, rank = shapes[key], config.rank_of(plain_name(layer))
+        if shape not in ((rank,), (config.rank_of(layer),)):
             raise ValueError(
-                f"{key} has shape {shapes[key]} in the adapter and {(rank,)} in its configuration: another rank than "
-                "the configuration says, in its r or rank_pattern"
+                f"{key} has shape {shape} in the adapter and {(rank,)} in its configuration: another rank than the "
+                "configuration says, in its r or rank_pattern"
             )
 
 
 def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
-    """Refuse ranks that no vector in the configuration's file has, before anything of that rank is made.
-
-    Args:
-        config: of the adapter.
-        ranks: of the weights to adapt, by name.
-
-    Raises:
-        ValueError: a rank is larger.
-    """
+    """Refuse ranks that no vector in the configuration's file has, before anything of that rank is made."""
     if (shapes := shapes_of(config)) is None:
         return
     longest = max(chain((0,), *(shape for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
@@ -171,15 +142,7 @@ def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
 
 
 def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjections) -> None:
-    """Refuse the projections of a file if they are not those that a model makes from their seed.
-
-    Args:
-        matrices: of the file, by name.
-        projections: of the model.
-
-    Raises:
-        ValueError: they differ, or are larger than any that could be used.
-    """
+    """Refuse the projections of a file if they are not those that a model makes from their seed."""
     for name, matrix in matrices.items():
         check_dense(name, matrix)
         if matrix.dim() and len(matrix) > MAX_RANK:
@@ -188,11 +151,7 @@ def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjection
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse a plain tensor that claims more values than it has, or stores them in another format.
-
-    Raises:
-        ValueError: it is expanded from fewer values, sparse, quantised or without values.
-    """
+    """Refuse a plain tensor that claims more values than it has, or stores them in another format."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return
     dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
@@ -201,11 +160,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:
-    """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings."""
     # Where this process does not have them, they cannot be compared, and are left alone all the same.
     at_hand = type(own) in (Tensor, nn.Parameter) and not own.is_meta
     # To the last bit, as a table may hold what is not finite.
@@ -220,11 +175,7 @@ def check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:
 
 @torch.no_grad()
 def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) -> None:
-    """Refuse finite vectors that give some row of a layer no finite factors.
-
-    Raises:
-        ValueError: they do.
-    """
+    """Refuse finite vectors that give some row of a layer no finite factors."""
     if not any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in vectors):
         return
     adapted = layer.adapted(adapter_name)
@@ -237,11 +188,7 @@ def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) 
 
 
 def check_whole(vectors: Mapping[str, Tensor]) -> None:
-    """Refuse to save the shards of vectors: gathering them here would never end where one process saves alone.
-
-    Raises:
-        ValueError: this process has a shard of a vector only.
-    """
+    """Refuse to save the shards of vectors: gathering them here would never end where one process saves alone."""
     for key, vector in vectors.items():
         if not vector.numel() or type(vector) not in (Tensor, nn.Parameter):
             raise ValueError(
@@ -253,17 +200,7 @@ def check_whole(vectors: Mapping[str, Tensor]) -> None:
 
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a file: vectors by the names of their weights, and the projections where the configuration asks.
-
-    Args:
-        model: with the adapter.
-        config: of the adapter; the fingerprints of this base are set, to be saved with it.
-        adapter_name: of the adapter.
-        vectors: by their keys in the model's state dict.
-
-    Raises:
-        ValueError: this process has only a shard of a vector.
-    """
+    """The entries of a file: vectors by the names of their weights, and the projections if the configuration asks."""
     check_whole(vectors)
     config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, _saved_names(model))
@@ -350,16 +287,7 @@ def check_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str) -> No
 
 
 def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuse a state dict before any of it is copied: at a wrong shape torch would stop after copying a part.
-
-    Args:
-        model: with the adapters injected.
-        state_dict: keys as in the model's own state dict, each after `prefix`.
-        prefix: of the model's keys.
-
-    Raises:
-        ValueError: a value has another shape, or belongs to a weight with merged adapters, or to these.
-    """
+    """Refuse a state dict before any of it is copied: at a wrong shape torch would stop after copying a part."""
     for name, module in model.named_modules():
         if isinstance(module, DVoRALayer):
             module.check_loadable(state_dict, f"{prefix}{name}.")
@@ -372,14 +300,7 @@ def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str =
 
 
 def trained_whole(model: nn.Module, config: DVoRAConfig, adapter_name: str, saved: bool = False) -> dict[str, Tensor]:
-    """What an adapter in a model trains beside its vectors: heads, biases, tokens.
-
-    Args:
-        model: with the adapter.
-        config: of the adapter.
-        adapter_name: of the adapter.
-        saved: by the names in files, not by the keys of the model's state dict.
-    """
+    """What an adapter in a model trains beside its vectors: heads, biases, tokens."""
     state = model.state_dict()
     # Those of `modules_to_save` are saved under names of their own.
     outside = {key: value for key, value in state.items() if not OF_SAVED_MODULES.search(key)}
@@ -394,14 +315,7 @@ def trained_whole(model: nn.Module, config: DVoRAConfig, adapter_name: str, save
 def _check_names(
     names: Collection[str], needed: Collection[str], trained: Collection[str], own: Collection[str]
 ) -> None:
-    """Refuse entries that are missing, or that neither the adapter nor the model has.
-
-    Args:
-        names: of the entries.
-        needed: names that must be among them.
-        trained: names that may be.
-        own: names of the model, whose values are compared.
-    """
+    """Refuse entries that are missing, or that neither the adapter nor the model has."""
     vectors = {name for name in names if VECTOR_PREFIX in name and (name in trained or name not in own)}
     needed_vectors = {name for name in needed if VECTOR_PREFIX in name}
     if others := vectors - needed_vectors:
@@ -419,17 +333,7 @@ def _check_names(
 def _checked_values(
     keys: Mapping[str, str], read: Callable[[str], Tensor], trained: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The values that an adapter trains, by name and in the model's dtypes; all others are compared with the model's.
-
-    Args:
-        keys: the name of every entry.
-        read: what gives the value of one.
-        trained: what the adapter trains, by name.
-        own: what the model has, by name.
-
-    Raises:
-        ValueError: a value is not floating or not finite, or another than the model's.
-    """
+    """The values that an adapter trains, by name, in the model's dtypes; others are compared with the model's own."""
     for key, name in keys.items():
         value = read(key)
         check_dense(key, value)
