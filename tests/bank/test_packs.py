@@ -1,0 +1,558 @@
+"""A pack is every adapter byte for byte, never half of anything, and what a stranger puts in one stays that one's own.
+
+A bank serves under a name what the vectors of that entry say, whatever else the file claims.
+"""
+
+import gc
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load, save, save_file
+
+import dvora
+from dvora.bank import packs
+from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
+from dvora.bank.packs import FORMAT, Pack, check_names, unpack, write_pack
+from tests.bank.adapters import HEADED, WIDE, change_values, contents, many
+from tests.bank.tenants import Served
+from tests.peft.kinds import mlp, saved
+
+SPARSE = 2_000_000_000
+"""Bytes that a file of a few kilobytes claims to have."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three adapters; never written to."""
+    return many(tmp_path_factory.mktemp("adapters"), 3)
+
+
+@pytest.fixture
+def pack(folders: dict[str, Path], tmp_path: Path) -> Path:
+    write_pack(tmp_path / "pack", folders)
+    return tmp_path / "pack"
+
+
+class Parts(NamedTuple):
+    """What is in a pack: bytes of its tensors, and entries."""
+
+    tensors: dict[str, bytes]
+    entries: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, path: Path) -> "Parts":
+        with safe_open(path, "pt") as opened:
+            tensors = {name: opened.get_tensor(name).view(torch.uint8).numpy().tobytes() for name in opened.keys()}  # noqa: SIM118
+            return cls(tensors, json.loads(opened.metadata()["adapters"]))
+
+    def write(self, path: Path, form: str = FORMAT) -> None:
+        """A pack that safetensors itself writes."""
+        tensors = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self.tensors.items()}
+        save_file(tensors, path, {"format": form, "adapters": json.dumps(self.entries)})
+
+    def with_values(self, name: str, data: bytes) -> None:
+        """Give an adapter other values, with their digest."""
+        settings, header, _ = self.entries[name]
+        description = packs.described(self.tensors[f".settings.{settings}"], self.tensors[f".header.{header}"])
+        self.tensors[name] = data
+        self.entries[name][2] = packs.values_of(description, data).digest
+
+
+def digests(folders: Mapping[str, Path]) -> dict[str, str]:
+    return {name: FolderSource(folder).read().digest for name, folder in folders.items()}
+
+
+def served_by(folders: Mapping[str, Path], pack: Path | None = None) -> dict[str, torch.Tensor]:
+    """What a bank serves under each name of a pack, or of folders."""
+    model = HEADED.base().requires_grad_(False)
+    with dvora.AdapterBank(model, like=folders["0000"]) as bank:
+        if pack is not None:
+            bank.add_pack(pack)
+        else:
+            for name, folder in folders.items():
+                bank.add(name, folder)
+        return {name: Served(model, bank)([name] * 4) for name in bank}
+
+
+@contextmanager
+def peak_of_memory() -> Iterator[Callable[[], int]]:
+    """The most bytes that Python held within it."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        peak = 0
+        yield lambda: peak
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pack_gives_what_the_folders_give(folders: dict[str, Path], pack: Path) -> None:
+    with Pack.open(pack) as opened:
+        assert list(opened.entries) == list(folders)
+        for name, folder in folders.items():
+            source, expected = opened.source(name), FolderSource(folder).read()
+            values = source.read()
+            assert source.content == values.content == expected.content
+            assert source.digest == values.digest == expected.digest
+            assert torch.equal(values.vector, expected.vector)
+            assert all(torch.equal(values.whole[part], expected.whole[part]) for part in expected.whole)
+
+
+def test_it_is_a_safetensors_file_with_one_tensor_an_adapter(folders: dict[str, Path], pack: Path) -> None:
+    tensors = Parts.of(pack).tensors
+    assert tensors.keys() == {*folders, ".settings.0", ".header.0"}
+    for name, folder in folders.items():
+        assert tensors[".settings.0"] == (folder / SETTINGS).read_bytes()
+        assert tensors[".header.0"] + tensors[name] == (folder / VALUES).read_bytes()
+
+
+def test_what_safetensors_writes_anew_is_the_same_pack(folders: dict[str, Path], pack: Path) -> None:
+    Parts.of(pack).write(pack)
+    with Pack.open(pack) as opened:
+        assert {name: opened.source(name).read().digest for name in folders} == digests(folders)
+
+
+def test_equal_adapters_make_equal_files_whatever_their_order(
+    folders: dict[str, Path], pack: Path, tmp_path: Path
+) -> None:
+    backwards = dict(reversed(folders.items()))
+    copies = {name: Path(shutil.copytree(folder, tmp_path / "copies" / name)) for name, folder in backwards.items()}
+    write_pack(tmp_path / "second", copies)
+    assert (tmp_path / "second").read_bytes() == pack.read_bytes()
+
+
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20)
+NO_NAMES = [
+    "",
+    ".",
+    "..",
+    "a/b",
+    "/a",
+    "a\\b",
+    "C:a",
+    "a\0",
+    "a\nb",
+    "\ud800",
+    "x" * 201,
+    "CON",
+    "nul.txt",
+    "Lpt1",
+    "a.",
+]
+NO_NAMES += ["a ", ".hid", "a|b", "a?"]
+
+
+def are_names(names: set[str]) -> bool:
+    try:
+        check_names(dict.fromkeys(names))
+    except ValueError:
+        return False
+    return True
+
+
+@given(names=st.sets(NAMES, min_size=1, max_size=4).filter(are_names), which=st.randoms(use_true_random=False))
+def test_unpacked_is_byte_for_byte_what_was_packed_under_any_names(
+    names: set[str], which: random.Random, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    desk = tmp_path_factory.mktemp("desk")
+    packed = {name: which.choice([*folders.values()]) for name in names}
+    write_pack(desk / "pack", packed)
+    unpack(desk / "pack", desk / "out")
+    expected = {f"{name}/{file}": (packed[name] / file).read_bytes() for name in names for file in (SETTINGS, VALUES)}
+    assert contents(desk / "out") == expected
+    shutil.rmtree(desk)
+
+
+@pytest.mark.parametrize("names", [*([name] for name in NO_NAMES), ["Ann", "ann"], ["straße", "STRASSE"]], ids=ascii)
+def test_names_that_some_system_cannot_give_to_folders_are_refused_in_writing_and_reading(
+    names: list[str], folders: dict[str, Path], pack: Path, tmp_path: Path
+) -> None:
+    message = "one folder where case does not count" if len(names) > 1 else "an adapter's name must|cannot be that of a"
+    with pytest.raises(ValueError, match=message):
+        write_pack(tmp_path / "new", {**folders, **dict.fromkeys(names, folders["0000"])})
+    forged = Parts.of(pack)
+    for name in names:
+        forged.entries[name], forged.tensors[name] = forged.entries["0000"], forged.tensors["0000"]
+    if "\ud800" in names or "\0" in names[0]:
+        return  # No header of safetensors can have it.
+    forged.write(pack)
+    for read in (Pack.open, lambda path: unpack(path, tmp_path / "out")):
+        with pytest.raises(ValueError, match=message):
+            read(pack)
+    assert [path.name for path in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_truncated_pack_is_refused_wherever_it_ends(pack: Path) -> None:
+    whole = pack.read_bytes()
+    for length in reversed(range(0, len(whole), 3)):
+        os.truncate(pack, length)
+        with pytest.raises(ValueError, match=r"pack: .*(truncated|is no pack)"):
+            Pack.open(pack)
+    pack.write_bytes(whole + b"\0")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        Pack.open(pack)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_damaged_bit_is_refused_or_changes_nothing_that_is_served(
+    place: float, bit: int, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "pack"
+    write_pack(path, folders)
+    damaged = bytearray(path.read_bytes())
+    damaged[int(place * len(damaged))] ^= 1 << bit
+    path.write_bytes(damaged)
+    expected = digests(folders)
+    try:
+        with Pack.open(path) as opened:
+            assert opened.entries.keys() == folders.keys()
+            for name in folders:
+                assert opened.source(name).read().digest == expected[name]
+    except ValueError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017
+
+
+def test_every_damaged_bit_of_the_values_is_noticed(pack: Path) -> None:
+    whole = pack.read_bytes()
+    for place in range(len(whole) - len(Parts.of(pack).tensors["0002"]), len(whole), 101):
+        pack.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with Pack.open(pack) as opened, pytest.raises(ValueError, match=r"adapter '0002': .*(damaged|not finite)"):
+            opened.source("0002").read()
+
+
+def entry(field: int, value: object) -> Callable[[Parts], object]:
+    return lambda parts: parts.entries["0001"].__setitem__(field, value)
+
+
+def tensor(name: str, data: Callable[[bytes], bytes]) -> Callable[[Parts], object]:
+    return lambda parts: parts.tensors.update({name: data(parts.tensors[name])})
+
+
+HOSTILE: dict[str, tuple[Callable[[Parts], object], str]] = {
+    "settings that are not there": (entry(0, 7), "its index is damaged"),
+    "a negative number": (entry(1, -1), "its index is damaged"),
+    "a number that is none": (entry(1, "x"), "pack: "),
+    "an entry with another length": (lambda parts: parts.entries.update({"0001": [0, 0]}), "pack: "),
+    "entries that are a list": (lambda parts: parts.entries.update({"0001": None}), "its index is damaged"),
+    "no entries": (lambda parts: parts.entries.clear(), "its index is damaged"),
+    "an adapter without an entry": (lambda parts: parts.entries.pop("0001"), "its index is damaged"),
+    "an entry without an adapter": (lambda parts: parts.tensors.pop("0001"), "its index is damaged"),
+    "a tensor of nobody": (lambda parts: parts.tensors.update(more=b"1234"), "its index is damaged"),
+    "a digest of nothing": (entry(2, "digest"), "adapter '0001': it is damaged"),
+    "the digest of another one": (
+        lambda parts: parts.entries.update({"0001": parts.entries["0000"]}),
+        "adapter '0001': it is damaged: its values are not those that were packed",
+    ),
+    "values with a byte more": (tensor("0001", lambda data: data + b"\0"), "adapter '0001': .*it is damaged"),
+    "values with a byte less": (tensor("0001", lambda data: data[:-1]), "adapter '0001': .*it is damaged"),
+    "values that are not finite": (tensor("0001", lambda data: b"\xff" * len(data)), "adapter '0001': .*not finite"),
+    "settings of nothing": (tensor(".settings.0", lambda _: b"{"), "adapter '0000': .*cannot be read"),
+    "deep settings": (tensor(".settings.0", lambda _: b"[" * 10**5), "adapter '0000': .*cannot be read"),
+    "a header of nothing": (tensor(".header.0", lambda _: b"12345678[]"), "adapter '0000': .*damaged"),
+    "a deep header": (tensor(".header.0", lambda _: b"[" * 10**5), "adapter '0000': .*damaged"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_forged_pack_is_refused(name: str, folders: dict[str, Path], pack: Path) -> None:
+    change, message = HOSTILE[name]
+    change(forged := Parts.of(pack))
+    forged.write(pack)
+    with pytest.raises(ValueError, match=message):
+        served_by(folders, pack)
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"{}", b"[" * 10**5, b"\xff\xfe", b'{"__metadata__":3}', b'{"a":{}}'], ids=repr
+)
+def test_an_index_that_is_none_is_refused(header: bytes, pack: Path) -> None:
+    pack.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="pack: "):
+        Pack.open(pack)
+
+
+@pytest.mark.parametrize("name", [".settings.0", ".header.0", "0001"])
+def test_a_small_file_that_claims_gigabytes_is_refused_in_little_memory(
+    name: str, folders: dict[str, Path], pack: Path
+) -> None:
+    tensors, header, start = Parts.of(pack).tensors, {}, 0
+    for key in (".settings.0", ".header.0", *folders):
+        size = SPARSE if key == name else len(tensors[key])
+        header[key] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start := start + size]}
+    text = json.dumps({"__metadata__": {"format": FORMAT, "adapters": json.dumps(Parts.of(pack).entries)}, **header})
+    with pack.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text.encode())
+        for key, part in header.items():
+            file.seek(8 + len(text) + part["data_offsets"][0])
+            file.write(tensors[key])
+        file.truncate(8 + len(text) + start)
+    with peak_of_memory() as peak, pytest.raises(ValueError, match="2,000,000,000 bytes"):
+        served_by(folders, pack)
+    assert peak() < 2e7
+
+
+def test_an_entry_that_claims_the_digest_of_another_one_is_never_served_under_its_name(
+    folders: dict[str, Path], pack: Path
+) -> None:
+    forged = Parts.of(pack)
+    forged.entries["0001"][2] = forged.entries["0000"][2]
+    forged.write(pack)
+    expected, model = served_by(folders), HEADED.base().requires_grad_(False)
+    for order in (["0001", "0000"], ["0000", "0001"]):
+        with dvora.AdapterBank(model) as bank:
+            bank.add_pack(pack)
+            for name in order:
+                if name == "0001":
+                    with pytest.raises(ValueError, match="its values are not those that were packed"):
+                        Served(model, bank)(["0001"] * 4)
+                else:
+                    assert torch.equal(Served(model, bank)(["0000"] * 4), expected["0000"])
+
+
+def test_an_entry_with_the_values_of_another_one_serves_what_they_say(folders: dict[str, Path], pack: Path) -> None:
+    forged, expected = Parts.of(pack), served_by(folders)
+    forged.with_values("0001", forged.tensors["0002"])
+    forged.write(pack)
+    found = served_by(folders, pack)
+    assert [torch.equal(found[name], expected[of]) for name, of in zip(folders, ["0000", "0002", "0002"], strict=True)]
+    unpack(pack, pack.parent / "out")
+    assert (pack.parent / "out" / "0001" / VALUES).read_bytes() == (folders["0002"] / VALUES).read_bytes()
+
+
+def test_other_files_are_no_packs(folders: dict[str, Path], pack: Path, tmp_path: Path) -> None:
+    Parts.of(pack).write(tmp_path / "old", "dvora pack 1")
+    (tmp_path / "text").write_text("name,value\n" * 100)
+    for path, message in (
+        (tmp_path / "old", r"another safetensors file than a pack of this version \(dvora pack 2\); pack again"),
+        (folders["0000"] / VALUES, "another safetensors file than a pack"),
+        (tmp_path / "text", "is no pack"),
+        (tmp_path, "is not a file"),
+        (tmp_path / "absent", "is not a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pack.open(path)
+
+
+def test_an_open_pack_stays_what_it_was(folders: dict[str, Path], pack: Path) -> None:
+    with Pack.open(pack) as opened:
+        write_pack(pack, {"0000": folders["0001"]})
+        assert opened.source("0000").read().digest == digests(folders)["0000"]
+        source = opened.source("0002")
+    with pytest.raises(ValueError, match="was closed; open it again"):
+        source.read()
+    with Pack.open(pack) as opened:
+        assert list(opened.entries) == ["0000"]
+        # Written over in place, which no writer of packs does.
+        pack.write_bytes(b"\0" * pack.stat().st_size)
+        with pytest.raises(ValueError, match="adapter '0000': "):
+            opened.source("0000").read()
+
+
+def test_a_pack_that_is_cut_off_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    # Larger than what reading the index reads ahead.
+    write_pack(tmp_path / "pack", many(tmp_path / "adapters", 3, WIDE))
+    with Pack.open(tmp_path / "pack") as opened:
+        source = opened.source("0002")
+        os.truncate(tmp_path / "pack", (tmp_path / "pack").stat().st_size - 1)
+        with pytest.raises(ValueError, match="pack was cut off while it was open"):
+            source.read()
+        assert opened.source("0000").read()
+
+
+def test_the_file_is_closed_with_the_last_adapter_that_is_in_it(folders: dict[str, Path], pack: Path) -> None:
+    def is_open() -> bool:
+        gc.collect()
+        return any(each.resolve() == pack for each in Path("/proc/self/fd").iterdir())
+
+    model = HEADED.base().requires_grad_(False)
+    with dvora.AdapterBank(model, like=pack) as bank:
+        assert not is_open()
+        bank.add("0001", folders["0001"])
+        with pytest.raises(ValueError, match="there is an adapter '0001' already"):
+            bank.add_pack(pack)
+        assert not is_open()
+        bank.remove("0001")
+        bank.add_pack(pack)
+        for name in folders:
+            Served(model, bank)([name] * 4)
+            assert is_open()
+            bank.remove(name)
+        assert not is_open()
+        pack.write_bytes(pack.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="truncated"):
+            bank.add_pack(pack)
+        assert not is_open()
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_threads_read_one_pack_at_once(folders: dict[str, Path], pack: Path) -> None:
+    wrong, expected = list[str](), digests(folders)
+
+    def read(name: str) -> None:
+        wrong.extend(name for _ in range(50) if opened.source(name).read().digest != expected[name])
+
+    with Pack.open(pack) as opened:
+        threads = [threading.Thread(target=read, args=(name,)) for name in [*folders] * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+FORKED = """
+    import os, sys, torch, dvora
+    from tests.bank.adapters import HEADED
+    from tests.bank.tenants import Served
+    torch.set_num_threads(1)
+    model = HEADED.base().requires_grad_(False)
+    bank = dvora.AdapterBank(model)
+    bank.add_pack(sys.argv[1])
+    served = Served(model, bank)
+    bank.prefetch(["0000"]).result(60)
+    before = served(["0000", "0000", "0000", "0000"])
+    child = os.fork()
+    bank.prefetch(["0001", "0002"]).result(60)
+    served(["0001", "0002", "0001", "0002"])
+    assert bank.stats().reads == 3
+    assert torch.equal(served(["0000"] * 4), before)
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os._exit(0)
+"""
+
+
+def test_a_forked_child_reads_the_pack_beside_its_parent(pack: Path) -> None:
+    program = [sys.executable, "-c", textwrap.dedent(FORKED), str(pack)]
+    done = subprocess.run(program, timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_thousand_adapters_are_never_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = many(tmp_path / "adapters", 1000, WIDE)
+    total = sum(map(len, contents(tmp_path / "adapters").values()))
+    alive, most, told = weakref.WeakSet[torch.Tensor](), 0, []
+    read = packs.values_of
+
+    def watched(*args: Any) -> Any:
+        nonlocal most
+        alive.add((values := read(*args)).vector)
+        most = max(most, len(alive))
+        return values
+
+    monkeypatch.setattr(packs, "values_of", watched)
+    for call in (
+        lambda: write_pack(tmp_path / "pack", folders, lambda done, of: told.append((done, of))),
+        lambda: unpack(tmp_path / "pack", tmp_path / "out"),
+    ):
+        with peak_of_memory() as peak:
+            call()
+        assert peak() < total / 20
+    assert most <= 2
+    assert told == [(number, 1000) for number in range(1, 1001)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "adapters")
+
+
+def cut_off(folder: Path) -> None:
+    os.truncate(folder / VALUES, 100)
+
+
+def not_finite(folder: Path) -> None:
+    values = load((folder / VALUES).read_bytes())
+    (folder / VALUES).write_bytes(save({name: value / 0 for name, value in values.items()}, {"format": "pt"}))
+
+
+@pytest.mark.parametrize("damage", [cut_off, not_finite, lambda folder: (folder / SETTINGS).unlink()])
+def test_a_damaged_adapter_leaves_the_old_pack(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    folders = many(tmp_path / "adapters", 3)
+    write_pack(tmp_path / "pack", folders)
+    before = (tmp_path / "pack").read_bytes()
+    damage(folders["0002"])
+    with pytest.raises(ValueError, match="0002: "):
+        write_pack(tmp_path / "pack", folders)
+    assert (tmp_path / "pack").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "pack"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_pack_does_not_take_the_place_of_what_is_packed(link: bool, tmp_path: Path) -> None:
+    folders = many(tmp_path / "adapters", 2)
+    before, path = contents(tmp_path), folders["0001"] / VALUES
+    if link:
+        (tmp_path / "pack").hardlink_to(path)
+        path = tmp_path / "pack"
+    with pytest.raises(ValueError, match=r"is a file of the adapter in .*0001, which is to be packed; name another"):
+        write_pack(path, folders)
+    assert contents(tmp_path) == before
+
+
+def test_adapters_of_several_kinds_are_one_pack(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = saved(mlp(alpha=2).trained(), tmp_path / "other")
+    write_pack(tmp_path / "pack", {**folders, "other": other})
+    with Pack.open(tmp_path / "pack") as opened:
+        assert opened.source("other").content == FolderSource(other).content
+        assert opened.source("0002").read().digest == FolderSource(folders["0002"]).read().digest
+
+
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.25}], ids=["the same settings", "others"])
+def test_a_folder_that_changes_while_it_is_packed_is_whole_or_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    folders = many(tmp_path / "adapters", 2)
+    new = saved(HEADED.trained(**settings), tmp_path / "new")
+    change_values(new, 7)
+
+    def change(done: int, of: int) -> None:
+        for name in (SETTINGS, VALUES):
+            shutil.copyfile(new / name, folders["0001"] / "coming")
+            (folders["0001"] / "coming").replace(folders["0001"] / name)
+
+    if settings:
+        with pytest.raises(ValueError, match="0001: it is another adapter than when it was added"):
+            write_pack(tmp_path / "pack", folders, change)
+        assert not (tmp_path / "pack").exists()
+    else:
+        write_pack(tmp_path / "pack", folders, change)
+        with Pack.open(tmp_path / "pack") as opened:
+            assert opened.source("0001").read().digest == FolderSource(new).read().digest
+
+
+def test_what_cannot_be_packed_is_refused_before_anything_is_written(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="there are no adapters to pack"):
+        write_pack(tmp_path / "pack", {})
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="is a folder, a pipe or a device"):
+            write_pack(path, folders)
+    with pytest.raises(FileNotFoundError):
+        write_pack(tmp_path / "absent" / "pack", folders)
+    monkeypatch.setattr(packs, "LARGEST_INDEX", 100)
+    with pytest.raises(ValueError, match="3 adapters are more than a pack can index"):
+        write_pack(tmp_path / "pack", folders)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_damaged_pack_is_not_unpacked_in_part(pack: Path, tmp_path: Path) -> None:
+    pack.write_bytes(pack.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ValueError, match="adapter '0002': it is damaged"):
+        unpack(pack, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["pack"]
