@@ -78,7 +78,7 @@ class AdapterValues(NamedTuple):
     @property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
-        found = hashlib.sha256(json.dumps([self.content.digest, self.strengths]).encode())
+        found = hashlib.sha256(json.dumps([_digest(self.content), self.strengths]).encode())
         found.update(as_bytes(self.vector))
         for name, tensor in self.whole.items():
             found.update(f"{name} {tensor.dtype} ".encode())
@@ -322,6 +322,11 @@ def _checked(
         name = next(name for name, tensor in entries.items() if not tensor.isfinite().all())
         raise ValueError(f"{name} has values that are not finite; they are damaged, or training diverged")
     return AdapterValues(content, vector, strengths, whole, config, beside)
+
+
+@lru_cache(maxsize=64)
+def _digest(content: Content) -> str:
+    return content.digest
 
 
 @lru_cache(maxsize=64)

@@ -81,6 +81,7 @@ class FactorRows:
         self._stacks = list(stacks.values())
         """Positions of layers of one shape, whose factors are made at once."""
         self._constants: dict[int, StackConstants] = {}
+        self._base = json.dumps(served.content.base)
         own = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
         parts = [part for vectors in own for part in vectors]
         self.start = torch.cat([part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)])
@@ -88,7 +89,7 @@ class FactorRows:
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
-        return hashlib.sha256(json.dumps([self.served.content.base, values.digest]).encode()).hexdigest()[:32]
+        return hashlib.sha256(f'[{self._base}, "{values.digest}"]'.encode()).hexdigest()[:32]
 
     def base(self) -> AdapterRow:
         """The row of the base itself."""
