@@ -1,0 +1,231 @@
+"""What is read of adapters: equal to what Layout reads, checked, and never a mixture of two."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+import dvora
+from dvora.bank.adapters import SETTINGS, VALUES, FolderSource, VectorSource, adapters_in
+from dvora.flat import Layout
+from tests.bank.adapters import HEADED, change_values, many
+from tests.peft.adapter_files import edit_config, edit_weights
+from tests.peft.kinds import KINDS, bits, mlp, saved
+from tests.peft.tiny import MODELS
+
+# What PEFT says of an adapter on embeddings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
+]
+LAYER = "base_model.model.lin1.dvora_"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(HEADED.trained(), tmp_path / "customer-17")
+
+
+def of_vector(vector: Any, layout: Layout | None = None) -> VectorSource:
+    content = (layout or Layout.of(HEADED.fresh())).content
+    config = dvora.DVoRAConfig(target_modules=["lin0", "lin1"], r=4)
+    return VectorSource(content, config, (1.0,) * len(content.layers), vector)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_gives_what_layout_reads(kind: str, tmp_path: Path) -> None:
+    folder = saved(KINDS[kind].trained(), tmp_path)
+    layout, source = Layout.of(folder), FolderSource(folder)
+    values, expected = source.read(), layout.to_vector(folder)
+    assert source.content == values.content == layout.content
+    assert list(values.whole) == [part.name for part in layout.content.whole]
+    flat = torch.cat([values.vector, *(part.flatten().float() for part in values.whole.values())])
+    assert torch.equal(bits(flat), bits(expected))
+    assert of_vector(expected, layout).read().digest == values.digest
+
+
+def test_what_is_not_the_adapter_s_own_is_kept_beside_it(tmp_path: Path) -> None:
+    values = FolderSource(saved(KINDS["embeddings"].trained(), tmp_path)).read()
+    (name,) = values.beside
+    assert name.endswith("embed_tokens.base_layer.weight")
+    assert not values.whole
+
+
+def test_strengths_are_those_of_the_layers_and_part_of_the_digest(tmp_path: Path) -> None:
+    weak = FolderSource(saved(mlp(strength={"lin1": 0.5}).trained(), tmp_path / "weak")).read()
+    plain = FolderSource(saved(mlp().trained(), tmp_path / "plain")).read()
+    assert weak.strengths == (1.0, 0.5, 1.0)
+    assert torch.equal(weak.vector, plain.vector)
+    assert weak.digest != plain.digest
+
+
+@given(index=st.integers(0, 10**6), bit=st.integers(0, 22))
+def test_every_bit_of_every_value_is_in_the_digest(index: int, bit: int) -> None:
+    vector = torch.linspace(0.5, 2, Layout.of(HEADED.fresh()).size)
+    changed = vector.clone()
+    bits(changed)[index % len(vector)] ^= 1 << bit
+    digests = [of_vector(each).read().digest for each in (vector, vector.clone(), changed)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_vector_is_copied() -> None:
+    source = of_vector(vector := torch.ones(Layout.of(HEADED.fresh()).size))
+    before = source.read().digest
+    vector.zero_()
+    assert source.read().digest == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda vector: vector.double(), TypeError, "torch.float64, expected a tensor of torch.float32"),
+        (lambda vector: vector.tolist(), TypeError, "vector is list"),
+        (lambda vector: vector[1:], ValueError, r"vector has shape \(\d+,\), expected"),
+        (lambda vector: vector[None], ValueError, r"vector has shape \(1, "),
+        (lambda vector: vector.index_fill(0, torch.tensor([30]), torch.nan), ValueError, "lin0.dvora_lambda_b has"),
+    ],
+)
+def test_a_wrong_vector_is_refused(wrong: Callable[[Any], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        of_vector(wrong(torch.ones(Layout.of(HEADED.fresh()).size)))
+
+
+def values(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    return lambda folder: edit_weights(folder, change)
+
+
+def written(content: bytes, file: str = VALUES) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def another_dtype(dtype: torch.dtype) -> Callable[[Path], object]:
+    return values(lambda tensors: tensors.update({f"{LAYER}magnitude": tensors[f"{LAYER}magnitude"].to(dtype)}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no settings": (lambda folder: (folder / SETTINGS).unlink(), "there is no file adapter_config.json"),
+    "no values": (lambda folder: (folder / VALUES).unlink(), "there is no file adapter_model.safetensors"),
+    "a pipe": (lambda folder: ((folder / VALUES).unlink(), os.mkfifo(folder / VALUES)), "there is no file"),
+    "settings that are none": (written(b"[1]", SETTINGS), "holds a list"),
+    "settings of nothing": (written(b"\xff{", SETTINGS), "cannot be read as JSON"),
+    "deep settings": (written(b"[" * 10**5, SETTINGS), "cannot be read as JSON"),
+    "endless settings": (lambda folder: os.truncate(folder / SETTINGS, 2**25), "expected at most"),
+    "no method": (lambda folder: edit_config(folder, peft_type="NONE"), "which is no method that PEFT knows"),
+    "another method": (
+        lambda folder: get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"])).save_pretrained(folder),
+        "LORA; only adapters of DVoRA",
+    ),
+    "an empty file": (written(b""), "truncated, or no safetensors"),
+    "an endless header": (written(b"\xff" * 64), "truncated, or no safetensors"),
+    "a header that is none": (written(b"\2" + b"\0" * 7 + b"[]"), "is damaged"),
+    "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),
+    "another rank": (lambda folder: edit_config(folder, r=5), "another rank"),
+    "a vector less": (values(lambda tensors: tensors.pop(f"{LAYER}lambda_b")), "lin1 has vec"),
+    "not finite": (values(lambda tensors: tensors[f"{LAYER}lambda_b"].fill_(torch.inf)), "lambda_b has values that ar"),
+    "a head that is not finite": (
+        values(lambda tensors: tensors["base_model.model.lin2.weight"].fill_(torch.nan)),
+        "lin2.weight has values that are not finite",
+    ),
+    "wide": (another_dtype(torch.float64), "lin1.dvora_magnitude is torch.float64"),
+    "whole numbers": (another_dtype(torch.int32), "lin1.dvora_magnitude is torch.int32"),
+    "twice": (
+        values(lambda tensors: tensors.update({LAYER.replace("lin1", "_orig_mod.lin1") + "magnitude": torch.ones(24)})),
+        "two entries of one name",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused_with_its_name(name: str, folder: Path) -> None:
+    damage, message = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as refused:
+        FolderSource(folder).read()
+    assert str(refused.value).startswith(f"{folder}: ")
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(folder: Path) -> None:
+    whole = (folder / VALUES).read_bytes()
+    for length in range(0, len(whole), 7):
+        (folder / VALUES).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="truncated"):
+            FolderSource(folder)
+
+
+def test_half_precision_is_read_exactly_and_heads_keep_it(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({key: value.bfloat16() for key, value in tensors.items()}))
+    found = FolderSource(folder).read()
+    assert found.vector.dtype == torch.float32
+    assert {part.dtype for part in found.whole.values()} == {torch.bfloat16}
+    exact = torch.cat([value.flatten().float() for value in load_file(folder / VALUES).values()])
+    assert torch.isin(found.vector, exact).all()
+
+
+def test_values_that_were_saved_anew_are_read_as_they_are_now(folder: Path) -> None:
+    source = FolderSource(folder)
+    before = source.read()
+    change_values(folder, 1)
+    assert source.read().digest == FolderSource(folder).read().digest != before.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: saved(HEADED.trained(projection_seed=1), folder), "its settings or entries differ; add it"),
+        (lambda folder: edit_config(folder, strength=0.5), "its settings or entries differ; add it again"),
+        (lambda folder: saved(mlp().trained(), folder), "its settings or entries differ; add it again"),
+        (shutil.rmtree, "there is no file|no longer there"),
+    ],
+    ids=["another seed", "another strength", "other layers", "gone"],
+)
+def test_a_folder_of_something_else_is_refused(change: Callable[[Path], object], message: str, folder: Path) -> None:
+    source = FolderSource(folder)
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        source.read()
+
+
+class Changing(type(Path())):  # type: ignore[misc]
+    """A folder whose files are those of another one as soon as its settings were read."""
+
+    new: Path
+
+    def read_bytes(self) -> bytes:
+        read = super().read_bytes()
+        if self.name == SETTINGS:
+            for name in (SETTINGS, VALUES):
+                shutil.copyfile(self.new / name, self.parent / "coming")
+                (self.parent / "coming").replace(self.parent / name)
+        return bytes(read)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_folder_that_changes_while_it_is_read_is_no_mixture(strength: float, tmp_path: Path) -> None:
+    folders = many(tmp_path, 2, mlp(strength=0.5))
+    edit_config(folders["0001"], strength=strength)
+    Changing.new = folders["0001"]
+    source = FolderSource(folders["0000"])
+    source.folder = Changing(source.folder)
+    with pytest.raises(ValueError, match="0000: it changed while it was read; read it again"):
+        source.read()
+    assert FolderSource(folders["0000"]).read().digest == FolderSource(folders["0001"]).read().digest
+
+
+def test_the_adapters_of_a_folder_are_those_with_settings(tmp_path: Path) -> None:
+    folders = many(tmp_path, 3)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.txt").touch()
+    shutil.copytree(folders["0000"], tmp_path / ".0003.unfinished")
+    assert adapters_in(tmp_path) == folders
+    with pytest.raises(ValueError, match="it is an adapter itself, name the folder around it"):
+        adapters_in(folders["0000"])
+    with pytest.raises(ValueError, match="has no folders with adapters in it"):
+        adapters_in(tmp_path / "notes")
