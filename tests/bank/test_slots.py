@@ -1,43 +1,48 @@
-"""Which adapter leaves its slot for another: the least recently used, never one in use or pinned; batches in turn."""
+"""Where rows are: the least recently used leave first, never those in use or pinned; batches go in turn."""
 
-import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.bank.factor_rows import Factors
-from dvora.bank.slots import Slots
+from dvora.bank.factor_rows import AdapterRow, LayerPlace
+from dvora.bank.slots import HostRows, Slots
 from tests.bank.versions import in_threads, until
-from tests.interrupted import interrupted_at
 
-BASE = Factors(torch.full((3,), -1.0), torch.full((2,), -2.0))
+PLACES = [LayerPlace(0, 1, 1)]
 
 
-def factors(digest: str) -> Factors:
-    """Rows that name their adapter."""
-    return Factors(torch.full((3,), float(ord(digest))), torch.full((2,), float(ord(digest)) + 0.5))
+def row_of(value: float, outputs: int = 2) -> AdapterRow:
+    return AdapterRow(torch.full((3,), value), {"head": torch.full((outputs,), value + 0.5)})
+
+
+def rows(digests: Sequence[str]) -> dict[str, AdapterRow]:
+    """That name their adapter; those of capital letters have larger heads."""
+    return {digest: row_of(ord(digest), 4 if digest.isupper() else 2) for digest in digests}
+
+
+BASE = row_of(-1.0)
 
 
 def slots(count: int) -> Slots:
-    return Slots(count, BASE, torch.device("cpu"))
+    return Slots(count, BASE, PLACES, torch.device("cpu"))
 
 
 def check_values(held: Slots, place: dict[str, int]) -> None:
-    for digest, slot in place.items():
-        assert torch.equal(held.values[slot], factors(digest).row)
-        assert torch.equal(held.heads[slot], factors(digest).heads)
-    assert torch.equal(held.values[-1], BASE.row)
-    assert torch.equal(held.heads[-1], BASE.heads)
+    for slot, row in [(held.count, BASE), *((slot, rows([digest])[digest]) for digest, slot in place.items())]:
+        assert torch.equal(held.factors[slot], row.factors)
+        (outputs,) = held.shapes[slot]["head"]
+        assert torch.equal(held.heads["head"][slot][:outputs], row.heads["head"])
 
 
 def served(held: Slots, digests: Collection[str]) -> dict[str, int]:
     batch = object()
     try:
-        place = held.take(batch, digests, factors)
+        place = held.take(batch, digests, rows)
         check_values(held, place)
         assert len(set(place.values())) == len(place) == len(digests)
         return place
@@ -49,149 +54,129 @@ def test_the_least_recently_used_leaves_first() -> None:
     held = slots(2)
     served(held, "a"), served(held, "b"), served(held, "a"), served(held, "c")
     assert [digest in held for digest in "abc"] == [True, False, True]
-    assert (held.hits, held.loads, held.evictions) == (1, 3, 1)
-    assert held.used() == 2
-
-
-def test_what_is_in_use_stays() -> None:
-    held = slots(2)
-    first = object()
-    place = held.take(first, "a", factors)
-    for digest in "bcd":
-        served(held, digest)
-        assert "a" in held
-        check_values(held, place)
-    held.leave(first)
-    assert held.in_use() == 0
+    assert (held.hits, held.loads, held.evictions, held.used()) == (1, 3, 1, 2)
 
 
 def test_what_is_pinned_stays_also_if_it_was_not_there_yet() -> None:
     held = slots(2)
-    served(held, "a")
     held.pin("a")
-    for digest in "bcd":
+    for digest in "abcd":
         served(held, digest)
         assert "a" in held
-    held.unpin("a")
+    held.pin("")
     served(held, "e"), served(held, "f")
     assert "a" not in held
-    held.pin("g")
-    assert "g" not in held
-    served(held, "g"), served(held, "h"), served(held, "i")
-    assert "g" in held
-    assert held.pinned() == 1
 
 
 def test_more_than_there_are_is_refused_and_takes_nothing() -> None:
     held = slots(2)
     served(held, "ab")
-    for digests, pinned, message in (
-        ("abc", "", "3 different adapters, and the bank 2 slots, 0"),
-        ("ab", "c", "1 of them"),
-    ):
+    for digests, pinned, message in (("abc", "", "3 different adapters, and the bank 2 slots, 0"), ("ab", "c", "1 of")):
         held.pin(pinned)
         with pytest.raises(ValueError, match=message):
-            held.take(batch := object(), digests, factors)
-        held.leave(batch)
-        held.unpin(pinned)
+            held.take(object(), digests, rows)
     assert held.in_use() == 0
     assert [digest in held for digest in "abc"] == [True, True, False]
 
 
-@given(
-    count=st.integers(1, 4),
-    steps=st.lists(
-        st.one_of(
-            st.tuples(st.just("take"), st.sets(st.sampled_from("abcdef"), max_size=4)),
-            st.tuples(st.just("leave"), st.integers(0, 5)),
-            st.tuples(st.just("pin"), st.sampled_from("abcdef")),
-            st.tuples(st.just("unpin"), st.sampled_from("abcdef")),
-            st.tuples(st.just("load"), st.sampled_from("abcdef")),
-        ),
-        max_size=40,
-    ),
+class Listed:
+    """What slots are to do, written as plainly as can be.
+
+    Args:
+        count: of the slots.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.known = count, OrderedDict[str, None]()
+        self.pinned, self.batches = set[str](), list[tuple[object, set[str]]]()
+        self.evictions = 0
+
+    def kept(self) -> set[str]:
+        return self.pinned.union(*(digests for _, digests in self.batches))
+
+    def fits(self, digests: set[str]) -> bool:
+        stay = (self.kept() & self.known.keys()) | set().union(*(own for _, own in self.batches)) | digests
+        return len(self.pinned | digests) <= self.count and len(stay) <= self.count
+
+    def load(self, digests: set[str]) -> None:
+        for digest in sorted(digests - self.known.keys()):
+            if len(self.known) == self.count:
+                del self.known[next(other for other in self.known if other not in self.kept() | digests)]
+                self.evictions += 1
+            self.known[digest] = None
+
+
+letters_ = st.sampled_from("abcDEF")
+steps_ = st.one_of(
+    st.tuples(st.just("take"), st.sets(letters_, max_size=4)),
+    st.tuples(st.just("leave"), st.integers(0, 5)),
+    st.tuples(st.just("pin"), st.sets(letters_, max_size=2)),
+    st.tuples(st.just("load"), letters_),
 )
-def test_any_history_is_that_of_a_plain_list(count: int, steps: list[tuple[str, object]]) -> None:
-    held, known = slots(count), OrderedDict[str, None]()
-    pinned, batches, evictions = set[str](), list[tuple[object, set[str]]](), 0
 
-    def fits(digests: set[str]) -> bool:
-        kept = pinned.union(digests, *(own for _, own in batches))
-        free = count - len(known) + sum(digest not in kept for digest in known)
-        return len(digests - known.keys()) <= free
 
-    def load(digests: list[str]) -> None:
-        nonlocal evictions
-        kept = pinned.union(digests, *(own for _, own in batches))
-        for digest in digests:
-            if digest in known:
-                continue
-            if len(known) == count:
-                del known[next(each for each in known if each not in kept)]
-                evictions += 1
-            known[digest] = None
-
+@given(count=st.integers(1, 4), steps=st.lists(steps_, max_size=40))
+def test_any_history_is_that_of_a_plain_list(count: int, steps: list[tuple[str, Any]]) -> None:
+    held, listed = slots(count), Listed(count)
     for step, what in steps:
-        if step == "take" and len(what | pinned) <= count and fits(what):
-            digests = sorted(what)
-            place = held.take(batch := object(), digests, factors)
+        if step == "take" and listed.fits(what):
+            batch = object()
+            place = held.take(batch, sorted(what), rows)
             check_values(held, place)
-            load(digests)
-            for digest in digests:
-                known.move_to_end(digest)
-            batches.append((batch, what))
-        elif step == "leave" and batches:
-            held.leave(batches.pop(what % len(batches))[0])
-        elif step == "pin" and len(pinned | {what}) < count:
-            pinned.add(what)
+            listed.batches.append((batch, what))
+            listed.load(what)
+            for digest in sorted(what):
+                listed.known.move_to_end(digest)
+        elif step == "leave" and listed.batches:
+            held.leave(listed.batches.pop(what % len(listed.batches))[0])
+        elif step == "pin" and len(what) < count:
+            listed.pinned = what
             held.pin(what)
-        elif step == "unpin":
-            pinned.discard(what)
-            held.unpin(what)
-        elif step == "load" and len(pinned | {what}) <= count:
-            is_there = what in known or fits({what})
-            if is_there:
-                load([what])
-            assert held.load_if_free(what, factors(what)) == is_there
-        assert [digest in held for digest in "abcdef"] == [digest in known for digest in "abcdef"]
-        assert held.evictions == evictions
-        assert held.used() == len(known)
-        assert held.in_use() == len(set().union(*(own for _, own in batches)))
+        elif step == "load":
+            stay = (listed.kept() & listed.known.keys()) | set().union(*(own for _, own in listed.batches)) | {what}
+            if len(stay) <= count:
+                listed.load({what})
+            held.load_if_free(what, rows([what])[what])
+        assert {digest for digest in "abcDEF" if digest in held} == listed.known.keys()
+        assert (held.evictions, held.used()) == (listed.evictions, len(listed.known))
+        assert held.in_use() == len(set().union(*(digests for _, digests in listed.batches)))
+
+
+def test_a_running_batch_keeps_its_heads_when_larger_ones_come() -> None:
+    held = slots(2)
+    (slot,) = held.take(batch := object(), "a", rows).values()
+    before, shapes = dict(held.heads), list(held.shapes)
+    served(held, "B"), served(held, "C")
+    assert torch.equal(before["head"][slot], row_of(ord("a")).heads["head"])
+    assert shapes[slot] == {"head": (2,)}
+    assert held.heads["head"].shape == (3, 4)
+    assert not held.are_alike
+    held.leave(batch)
 
 
 def test_a_batch_takes_all_its_slots_or_none_while_it_waits() -> None:
-    held = slots(3)
-    first, second, third = object(), object(), object()
-    held.take(first, "ab", factors)
-    taken = threading.Event()
-
-    def waits() -> dict[str, int]:
-        place = held.take(second, "cd", factors)
-        taken.set()
-        return place
+    held, first, second = slots(3), object(), object()
+    held.take(first, "ab", rows)
 
     def watches() -> None:
         until(lambda: len(held._waiting) == 1)
         assert held.in_use() == 2
         assert "c" not in held
         # The base needs no slot, and no turn.
-        held.take(third, "", factors)
-        held.leave(third)
+        served(held, "")
         held.leave(first)
 
-    found = in_threads(waits, watches)
-    assert taken.is_set()
-    check_values(held, found[0])
+    place, _ = in_threads(lambda: held.take(second, "cd", rows), watches)
+    check_values(held, place)
 
 
 def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_one_out() -> None:
     held, first, order = slots(2), object(), list[str]()
-    held.take(first, "a", factors)
+    held.take(first, "a", rows)
 
     def take(name: str, digests: str, turn: int) -> None:
         until(lambda: len(held._waiting) == turn)
-        batch = object()
-        held.take(batch, digests, factors)
+        held.take(batch := object(), digests, rows)
         order.append(name)
         held.leave(batch)
 
@@ -205,18 +190,28 @@ def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_o
     assert held.in_use() == 0
 
 
-def test_a_batch_whose_rows_cannot_be_read_takes_nothing_and_loses_nothing() -> None:
+def test_a_thread_never_waits_for_itself() -> None:
+    held, first = slots(2), object()
+    held.take(first, "ab", rows)
+    with pytest.raises(ValueError, match="this thread is in hold 2 of the 2 slots, so that this one would wait for ev"):
+        held.take(object(), "c", rows)
+    assert held.in_use() == 2
+    held.leave(first)
+    served(held, "cd")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_batch_whose_rows_cannot_be_read_takes_nothing_and_loses_nothing(error: type[BaseException]) -> None:
     held = slots(2)
     served(held, "a")
 
-    def load(digest: str) -> Factors:
-        if digest == "c":
-            raise ValueError("damaged")
-        return factors(digest)
+    def load(digests: Sequence[str]) -> dict[str, AdapterRow]:
+        if "c" in digests:
+            raise error("damaged")
+        return rows(digests)
 
-    with pytest.raises(ValueError, match="damaged"):
-        held.take(batch := object(), "bc", load)
-    held.leave(batch)
+    with pytest.raises(error, match="damaged"):
+        held.take(object(), "bc", load)
     assert held.in_use() == 0
     served(held, "bd")
     assert held.used() == 2
@@ -227,47 +222,30 @@ def test_rows_that_do_not_fit_lose_no_slot() -> None:
     served(held, "a")
     for _ in range(3):
         with pytest.raises(RuntimeError):
-            held.take(batch := object(), "b", lambda _: Factors(torch.zeros(7), torch.zeros(2)))
-        held.leave(batch)
-    assert held.used() == 0
+            held.take(object(), "b", lambda _: {"b": BASE._replace(factors=torch.zeros(7))})
+    assert (held.used(), held.in_use()) == (0, 0)
     served(held, "a"), served(held, "b")
 
 
-def test_evicted_while_a_batch_waits_rows_are_loaded_again() -> None:
-    held, loaded = slots(2), list[str]()
+def test_rows_that_were_evicted_while_a_batch_waits_are_loaded_then() -> None:
+    held, loaded, first, second = slots(2), list[str](), object(), object()
     served(held, "a")
-    first, second, third = object(), object(), object()
-    held.take(first, "bc", factors)
+    held.take(first, "b", rows)
 
-    def load(digest: str) -> Factors:
-        loaded.append(digest)
-        return factors(digest)
-
-    def waits() -> None:
-        check_values(held, held.take(second, "bd", load))
+    def load(digests: Sequence[str]) -> dict[str, AdapterRow]:
+        loaded.extend(digests)
+        return rows(digests)
 
     def watches() -> None:
         until(lambda: len(held._waiting) == 1)
-        assert loaded == ["d"]
+        assert loaded == ["c"]
+        held.load_if_free("d", rows("d")["d"])
+        assert "a" not in held
         held.leave(first)
 
-    in_threads(waits, watches)
-    held.leave(second)
-    held.leave(third)
-    assert loaded == ["d"]
-    assert held.in_use() == 0
-
-
-def test_closed_slots_take_no_batch() -> None:
-    held = slots(1)
-    held.take(batch := object(), "", factors)
-    with pytest.raises(ValueError, match="1 batches are in the bank"):
-        held.close()
-    held.leave(batch)
-    held.close()
-    with pytest.raises(ValueError, match="the bank was closed"):
-        held.take(object(), "a", factors)
-    assert not held.load_if_free("a", factors("a"))
+    place, _ = in_threads(lambda: held.take(second, "ac", load), watches)
+    check_values(held, place)
+    assert sorted(loaded) == ["a", "c"]
 
 
 def test_slots_made_in_inference_mode_can_be_written_later() -> None:
@@ -275,37 +253,26 @@ def test_slots_made_in_inference_mode_can_be_written_later() -> None:
         held = slots(1)
         served(held, "a")
     served(held, "b")
-    assert not held.values.is_inference()
+    assert not held.factors.is_inference()
 
 
-def test_rows_without_heads_and_bytes() -> None:
-    held = Slots(2, Factors(torch.zeros(3, dtype=torch.float16), torch.empty(0)), torch.device("cpu"))
-    assert held.heads.shape == (3, 0)
-    held.take(batch := object(), "a", lambda _: Factors(torch.ones(3, dtype=torch.float16), torch.empty(0)))
-    held.leave(batch)
-    assert held.nbytes == 3 * 3 * 2
-
-
-def test_an_interruption_loses_no_slot_and_serves_nothing_wrong() -> None:
-    for moment in range(400):
-        held = slots(2)
-        served(held, "a"), served(held, "b")
-
-        def run(held: Slots = held) -> None:
-            batch = object()
-            try:
-                held.take(batch, "bc", factors)
-            finally:
-                held.leave(batch)
-
-        was_interrupted = interrupted_at(moment, run, passing_over="with ")
-        if held._batches or held._waiting:
-            # Interrupted as it left: the bank's `surely` calls it again.
-            for batch in [*held._batches, *held._waiting]:
-                held.leave(batch)
-        served(held, "ad"), served(held, "bc")
-        assert (held.used(), held.in_use()) == (2, 0)
-        if not was_interrupted:
-            break
-    else:
-        raise AssertionError("more lines than expected")
+@given(st.lists(st.tuples(st.sampled_from("abcdE"), st.sampled_from(["put", "get", "remove"])), max_size=40))
+def test_on_the_host_are_the_last_used_within_a_number_of_bytes(steps: list[tuple[str, str]]) -> None:
+    # A row has 20 bytes, one with a larger head 28.
+    held, kept = HostRows(60), OrderedDict[str, int]()
+    for digest, step in steps:
+        row = rows([digest])[digest]
+        if step == "put":
+            held.put(digest, row)
+            kept.pop(digest, None)
+            while kept and sum(kept.values()) + row.nbytes > 60:
+                kept.popitem(last=False)
+            kept[digest] = row.nbytes
+        elif step == "get":
+            assert (held.get(digest) is not None) == (digest in kept)
+            if digest in kept:
+                kept.move_to_end(digest)
+        else:
+            held.remove(digest)
+            kept.pop(digest, None)
+        assert (len(held), held.nbytes) == (len(kept), sum(kept.values()))
