@@ -55,6 +55,23 @@ class Description(NamedTuple):
         return [dtype.itemsize * prod(shape) for dtype, shape in self.entries.values()]
 
     @property
+    def beside(self) -> dict[str, Shape]:
+        """Shapes of what the file has besides the adapter, by the names in it."""
+        own = set(self.own.values())
+        return {name: shape for name, (_, shape) in self.entries.items() if name not in own}
+
+    def digest(self, data: bytes) -> str:
+        """32 hexadecimal digits that name both files, byte for byte.
+
+        Args:
+            data: behind the header.
+        """
+        found = hashlib.sha256(self.settings)
+        found.update(self.header)
+        found.update(data)
+        return found.hexdigest()[:32]
+
+    @property
     def size(self) -> int:
         """Bytes of both files."""
         return len(self.settings) + len(self.header) + sum(self.lengths)
@@ -93,6 +110,10 @@ class Source(Protocol):
     def content(self) -> Content:
         """What the adapter consists of, known before its values are read."""
 
+    @property
+    def beside(self) -> Mapping[str, Shape]:
+        """Shapes of what its file has besides the adapter."""
+
     def read(self) -> AdapterValues:
         """The values as they are now.
 
@@ -119,7 +140,7 @@ class FolderSource:
                 header = first + file.read(header_length(first, size) - 8)
             self.description = described(settings, header)
             _check_size(len(header) + sum(self.description.lengths), size)
-        self.content = self.description.content
+        self.content, self.beside = self.description.content, self.description.beside
 
     def read(self) -> AdapterValues:
         """The values as they are now, from one reading of the files.
@@ -167,7 +188,7 @@ class VectorSource:
     def __init__(
         self, content: Content, config: DVoRAConfig, strengths: tuple[float, ...], vector: Float[Tensor, "S"]
     ) -> None:
-        self.content = content
+        self.content, self.beside = content, dict[str, Shape]()
         if not isinstance(vector, Tensor) or vector.dtype != torch.float32:
             got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"vector is {got}, expected a tensor of torch.float32: half precision rounds a magnitude")
@@ -236,6 +257,8 @@ def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
         ValueError: it is damaged, or a dtype is none of an adapter.
     """
     try:
+        if header_length(header, LARGEST_HEADER) != len(header):
+            raise ValueError("its length is another one")
         saved = json.loads(header[8:])
         saved.pop("__metadata__", None)
         entries, end = dict[str, tuple[torch.dtype, Shape]](), 0
@@ -244,7 +267,7 @@ def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
             if min(shape, default=0) < 0 or start != end or stop - start != _DTYPES[dtype].itemsize * prod(shape):
                 raise ValueError(f"{name} has {stop - start} bytes at {start}")
             entries[name], end = (_DTYPES[dtype], shape), stop
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{VALUES} is damaged: its header cannot be read ({error!r:.200})") from error
     return entries
 
@@ -275,7 +298,7 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     Raises:
         TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
     """
-    _, header, config, content, entries, own = description
+    header, config, content, entries, own = description[1:]
     _check_size(len(header) + sum(description.lengths), len(header) + len(data))
     parts = torch.frombuffer(bytearray(data), dtype=torch.uint8).split(description.lengths)
     tensors = {

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
-from .factor_rows import AdapterRow, FactorRows, check_dtype
+from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_without_bank
 from .packs import Pack
 from .served import ServedModel
-from .slots import HostRows, RowIndex, Slots, check_names
+from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
 from .training import TrainableAdapters
 
 AdapterSource = str | os.PathLike[str] | Tensor
@@ -510,7 +510,7 @@ class AdapterBank:
 
     def _check_fits(self, adapter: _Adapter, allow_partial: bool) -> None:
         with _of_adapter(adapter):
-            self._known().served.check_fits(adapter.source.content, allow_partial)
+            self._known().served.check_fits(adapter.source.content, adapter.source.beside, allow_partial)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,39 +23,9 @@ from ..peft.content import LayerSizes
 from ..tensors import Float
 from .adapters import AdapterValues
 from .served import ServedModel
+from .slots import AdapterRow, LayerPlace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class AdapterRow(NamedTuple):
-    """One adapter as a bank holds it."""
-
-    factors: Float[Tensor, "F"]
-    heads: Mapping[str, Tensor]
-    """Parameters and buffers of heads, by their full names."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self.factors.nbytes + sum(tensor.nbytes for tensor in self.heads.values())
-
-
-class LayerPlace(NamedTuple):
-    """Where a layer stands in a factor row."""
-
-    start: int
-    out_features: int
-    rank: int
-
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        """Of `g - 1`, scale and lambda_d."""
-        return self.out_features, self.out_features, self.rank
-
-    @property
-    def stop(self) -> int:
-        """The first value behind it."""
-        return self.start + sum(self.lengths)
 
 
 class FactorRows:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -32,28 +32,16 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from ..factors import Factors
-from ..peft.content import SavedWhole
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..tensors import TensorVersion, bias_of, is_traced, weight_in_memory
 from ..weight import AdaptedWeight
-
-if TYPE_CHECKING:
-    from .slots import GatheredRows, Slots
+from .slots import GatheredRows, HeadGroup, ServedHead, Slots
 
 _ENTER = {
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
 }
 """What runs a generator as the beginning of a `with` block: the block is not in the generator, but around its yield."""
-
-
-class HeadGroup(NamedTuple):
-    """Rows of a batch whose heads have the same shapes."""
-
-    rows: Tensor | None
-    """None: all."""
-    parameters: dict[str, Tensor]
-    """By their names in the head, each with one entry a row."""
 
 
 class Batch:
@@ -269,17 +257,6 @@ def frozen_tensors(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:
         return list(layer.get_submodule("parametrizations.weight").parameters())
     weight = weight_in_memory(layer, "weight") if layer_type.has_weight else None
     return [] if weight is None else [weight]
-
-
-class ServedHead(NamedTuple):
-    """One module that every adapter has as a whole, such as a classifier."""
-
-    name: str
-    module: nn.Module
-    skeleton: nn.Module
-    """A copy without hooks, which never runs itself."""
-    parts: tuple[SavedWhole, ...]
-    """Its parameters and buffers that adapters save, by their full names."""
 
 
 class _Hook:

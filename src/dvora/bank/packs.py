@@ -6,8 +6,8 @@
 | `.header.0`, ... | the header of an `adapter_model.safetensors`; equal ones once |
 | the name of an adapter | the data behind that header: all its values, in one tensor |
 
-The metadata says which settings, which header and which digest (`AdapterValues.digest`) an adapter has. A digest tells
-damage; what is served under a name follows from the values alone. Equal adapters make equal packs, byte for byte,
+The metadata says which settings, which header and which digest of both files an adapter has. A digest tells damage;
+what is served under a name follows from the values alone. Equal adapters make equal packs, byte for byte,
 whatever the order in which they are named.
 """
 
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import threading
+import unicodedata
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from ..peft.config import Shape
 from ..peft.content import Content
 from ..whole_files import claimed, new_folder
 from .adapters import (
@@ -42,8 +44,8 @@ from .adapters import (
 FORMAT = "dvora pack 2"
 LARGEST_INDEX = 2**25
 """Bytes of a pack's header: those of about 200,000 adapters."""
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""Names that Windows has for devices."""
+_RESERVED = re.compile(r"((con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³])(\..*)?|__metadata__)", re.IGNORECASE)
+"""Names that Windows has for devices, and safetensors for what is no tensor."""
 OnProgress = Callable[[int, int], object]
 """Called with how many adapters are done, of how many."""
 
@@ -143,6 +145,11 @@ class PackedSource(NamedTuple):
         """What it consists of."""
         return self.description.content
 
+    @property
+    def beside(self) -> dict[str, Shape]:
+        """Shapes of what its file has besides the adapter."""
+        return self.description.beside
+
     def read(self) -> AdapterValues:
         """The values.
 
@@ -150,10 +157,18 @@ class PackedSource(NamedTuple):
             ValueError: they are damaged, not finite, or others than were packed.
         """
         with errors_of(f"{self.pack.path}: adapter {self.name!r}"):
-            values = values_of(self.description, self.pack.read(self.name))
-            if values.digest != self.digest:
-                raise ValueError("it is damaged: its values are not those that were packed; pack the adapters again")
-        return values
+            return values_of(self.description, self.data())
+
+    def data(self) -> bytes:
+        """The data of the values.
+
+        Raises:
+            ValueError: settings, header or data are not those that were packed.
+        """
+        data = self.pack.read(self.name)
+        if self.description.digest(data) != self.digest:
+            raise ValueError("it is damaged: its files are not those that were packed; pack the adapters again")
+        return data
 
 
 def write_pack(path: Path, folders: Mapping[str, Path], on_progress: OnProgress | None = None) -> None:
@@ -206,7 +221,7 @@ def unpack(path: Path, output: Path, on_progress: OnProgress | None = None) -> N
             source.read()
             (filling / name).mkdir()
             (filling / name / SETTINGS).write_bytes(source.description.settings)
-            (filling / name / VALUES).write_bytes(source.description.header + pack.read(name))
+            (filling / name / VALUES).write_bytes(source.description.header + source.data())
             if on_progress is not None:
                 on_progress(number, len(pack.entries))
 
@@ -219,15 +234,15 @@ def check_names(names: Mapping[str, object]) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
-        if not (isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()):
-            raise ValueError(f"an adapter's name must have 1 to 200 printable characters, got {name!r:.300}")
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= 200):
+            raise ValueError(f"an adapter's name must have 1 to 200 bytes of printable characters, got {name!r:.300}")
         if set(name) & set('/\\:*?"<>|') or name[0] == "." or name[-1] in ". " or _RESERVED.fullmatch(name):
             raise ValueError(
                 f"the name {name!r} cannot be that of a folder everywhere: no path, no name of a device such as 'con', "
                 "no dot in front, neither dot nor space at the end; rename the adapter"
             )
-        if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise ValueError(f"{other!r} and {name!r} are one folder where case does not count; rename one of them")
+        if (other := seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are one folder on some systems; rename one of them")
 
 
 def _write(
@@ -245,7 +260,8 @@ def _write(
         data = source.data()
         file.write(data)
         with errors_of(source.folder):
-            entries[name] = entries[name]._replace(digest=values_of(source.description, data).digest)
+            values_of(source.description, data)
+        entries[name] = entries[name]._replace(digest=source.description.digest(data))
         if on_progress is not None:
             on_progress(number, len(sources))
     file.seek(0)
@@ -300,7 +316,7 @@ def _read_index(file: BinaryIO) -> tuple[dict[str, range], dict[str, Entry]]:
             raise ValueError(f"it is another safetensors file than a pack of this version ({FORMAT}); pack again")
         offsets = {name: tuple(map(int, entry["data_offsets"])) for name, entry in saved.items()}
         entries = {name: Entry(int(s), int(h), str(d)) for name, (s, h, d) in json.loads(metadata["adapters"]).items()}
-    except (TypeError, LookupError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"its index is damaged ({error!r:.200}); pack the adapters again") from error
     places = {name: range(length + start, length + stop) for name, (start, stop) in offsets.items()}
     end = length

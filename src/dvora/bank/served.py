@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,14 +27,11 @@ from .hooks import (
     HeadHook,
     LayerHook,
     OutputHook,
-    ServedHead,
     ServedLayer,
     check_without_bank,
     frozen_tensors,
 )
-
-if TYPE_CHECKING:
-    from .slots import Slots
+from .slots import ServedHead, Slots
 
 
 class ServedModel:
@@ -92,11 +88,12 @@ class ServedModel:
             handle.remove()
         remove_factor_pass(self.model)
 
-    def check_fits(self, content: Content, allow_partial: bool = False) -> None:
-        """Refuse an adapter of another content or base.
+    def check_fits(self, content: Content, beside: Mapping[str, Shape], allow_partial: bool = False) -> None:
+        """Refuse an adapter of another content or base, before its values are read.
 
         Args:
             content: of the adapter. Its heads may have other numbers of outputs than the model's.
+            beside: shapes of what its file has besides the adapter.
             allow_partial: whether layers and heads may be missing, which are then the base's.
 
         Raises:
@@ -114,22 +111,26 @@ class ServedModel:
         alike = content._replace(whole=self._with_own_outputs(content.whole))
         if difference := own._replace(layers=layers, whole=whole).difference(alike):
             raise ValueError(f"the adapter is another one than the bank is for: {difference}")
+        here = self._shapes() if beside else {}
+        for key, shape in beside.items():
+            if here.get(name := plain_name(key.removeprefix(PEFT_PREFIX))) != shape:
+                raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
 
     def check_beside(self, entries: Mapping[str, Tensor]) -> None:
         """Refuse what a file has besides the adapter, unless the model has the same: tables, biases, projections.
 
+        Args:
+            entries: of shapes that `check_fits` has seen.
+
         Raises:
-            ValueError: an entry differs, or the model has none of that name.
+            ValueError: an entry differs.
         """
         matrices = {key.removeprefix(MATRIX_PREFIX): entries[key] for key in entries if key.startswith(MATRIX_PREFIX)}
         check_matrices(matrices, self.layers[0].adapted.shared)
         rest = {key: value for key, value in entries.items() if not key.startswith(MATRIX_PREFIX)}
         own = self.model.state_dict() if rest else {}
         for key, value in rest.items():
-            name = plain_name(key.removeprefix(PEFT_PREFIX))
-            if name not in own:
-                raise ValueError(f"the adapter's file has {key!r}, of which the model has nothing")
-            check_same_values(key, value, own[name])
+            check_same_values(key, value, own[plain_name(key.removeprefix(PEFT_PREFIX))])
 
     def heads_of(self, content: Content, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The heads of an adapter in the model's dtype; the model's own where it has none.
@@ -144,6 +145,12 @@ class ServedModel:
                     f"the adapter has values in its head, {name}, that {values.dtype}, the base's, cannot hold"
                 )
         return found
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Shapes of all that a file may have of the model, by the names in it."""
+        projections = self.layers[0].adapted.shared.saved_tensors()
+        own = {f"{MATRIX_PREFIX.removeprefix(PEFT_PREFIX)}{name}": matrix for name, matrix in projections.items()}
+        return {name: tuple(tensor.shape) for name, tensor in {**self.model.state_dict(), **own}.items()}
 
     def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
         """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""

@@ -12,14 +12,66 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..factors import Factors, saved_here
 from ..peft.config import Shape
-from .factor_rows import AdapterRow, LayerPlace
-from .hooks import HeadGroup, ServedHead
+from ..peft.content import SavedWhole
+from ..tensors import Float
+
+
+class AdapterRow(NamedTuple):
+    """One adapter as a bank holds it."""
+
+    factors: Float[Tensor, "F"]
+    heads: Mapping[str, Tensor]
+    """Parameters and buffers of heads, by their full names."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.factors.nbytes + sum(tensor.nbytes for tensor in self.heads.values())
+
+
+class LayerPlace(NamedTuple):
+    """Where a layer stands in a factor row."""
+
+    start: int
+    out_features: int
+    rank: int
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of `g - 1`, scale and lambda_d."""
+        return self.out_features, self.out_features, self.rank
+
+    @property
+    def stop(self) -> int:
+        """The first value behind it."""
+        return self.start + sum(self.lengths)
+
+
+class ServedHead(NamedTuple):
+    """One module that every adapter has as a whole, such as a classifier."""
+
+    name: str
+    module: nn.Module
+    skeleton: nn.Module
+    """A copy without hooks, which never runs itself."""
+    parts: tuple[SavedWhole, ...]
+    """Its parameters and buffers that adapters save, by their full names."""
+
+
+class HeadGroup(NamedTuple):
+    """Rows of a batch whose heads have the same shapes."""
+
+    rows: Tensor | None
+    """None: all."""
+    parameters: dict[str, Tensor]
+    """By their names in the head, each with one entry a row."""
 
 
 class HostRows:

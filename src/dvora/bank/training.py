@@ -194,7 +194,7 @@ class TrainableAdapters:
 
     def _check_start(self, name: str, start: AdapterValues | None) -> None:
         if start is not None:
-            self.served.check_fits(start.content)
+            self.served.check_fits(start.content, {})
             if any(strength != 1 for strength in start.strengths):
                 raise ValueError(f"names: {name!r} has a strength other than one in its configuration; train it at one")
 
