@@ -1,0 +1,507 @@
+"""What a bank refuses: one clear error each that names the argument; nothing is half added, nothing is lost."""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import dvora
+from dvora.bank.adapters import VALUES, FolderSource
+from dvora.bank.packs import write_pack
+from dvora.flat import Layout
+from tests.bank.adapters import change_values
+from tests.bank.tenants import HEADED, MLP, Served, Tenants, row_by_row, tenants
+from tests.peft.adapter_files import edit_config, edit_weights
+from tests.peft.kinds import Kind, saved
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import MODELS, inputs, mlp, outputs, same_bits
+
+NAMES = ["a", None, "b", "a"]
+ANY = (ValueError, TypeError)
+
+
+@pytest.fixture(scope="module")
+def these(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
+    return tenants(HEADED, tmp_path_factory.mktemp("tenants"))
+
+
+@pytest.fixture
+def served(these: Tenants) -> Iterator[Served]:
+    """A bank with three adapters of which two were read, and that serves as before at the end."""
+    with these.bank(slots=2) as served:
+        before, held = served(NAMES), list(served.bank)
+        yield served
+        assert list(served.bank) == held
+        assert served.bank.stats().slots_in_use == 0
+        assert torch.equal(served(NAMES), before)
+
+
+# Settings and models
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"slots": 0}, ValueError, "slots must be a positive integer, got 0"),
+        ({"slots": True}, ValueError, "slots must be a positive integer, got True"),
+        ({"slots": 2.5}, ValueError, r"slots must be a positive integer, got 2\.5"),
+        ({"host_bytes": -1}, ValueError, "host_bytes must be a positive integer, got -1"),
+        ({"dtype": torch.int8}, ValueError, r"dtype must be one of torch\.float32, .* got torch\.int8"),
+        ({"dtype": "float16"}, ValueError, "dtype must be one of"),
+        ({"like": 3}, TypeError, "like must be a path, got 3"),
+        ({"like": "/no/such/place"}, ValueError, "/no/such/place is not a file; a pack is"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_a_bank(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        dvora.AdapterBank(model, **settings)
+    assert_unchanged(model, before)
+    outputs(model)
+
+
+def test_what_is_no_model_of_a_bank(these: Tenants) -> None:
+    with pytest.raises(TypeError, match="model must be a torch module, got 'mlp'"):
+        dvora.AdapterBank("mlp")
+    with pytest.raises(ValueError, match=r"model: .*lin.* has an adapter already; pass the base model itself"):
+        dvora.AdapterBank(MLP.fresh(), like=these.path("a"))
+    with pytest.raises(ValueError, match=r"model: lin0\.weight is not whole and in the memory of this process"):
+        dvora.AdapterBank(these.base().to("meta"), like=these.path("a"))
+
+
+def test_host_bytes_that_cannot_hold_one_adapter(these: Tenants) -> None:
+    bank = dvora.AdapterBank(model := these.base(), host_bytes=100)
+    with pytest.raises(ValueError, match=r"adapter 'a': host_bytes=100 cannot hold one adapter, which takes \d+ bytes"):
+        bank.add("a", these.path("a"))
+    assert len(bank) == 0
+    outputs(model)
+
+
+def test_a_model_of_another_bank(these: Tenants) -> None:
+    second = dvora.AdapterBank(model := these.base())
+    with dvora.AdapterBank(model, like=these.path("a")) as bank:
+        with pytest.raises(ValueError, match=r"model: .* is served by another bank; close that one first"):
+            dvora.AdapterBank(model)
+        with pytest.raises(ValueError, match=r"adapter 'a': model: .* is served by another bank"):
+            second.add("a", these.path("a"))
+        bank.add("a", these.path("a"))
+        assert Served(model, bank)(["a"] * 4).isfinite().all()
+    second.add("a", these.path("a"))
+
+
+@pytest.mark.parametrize(
+    "name", ["MultiheadAttention", "TransformerEncoderLayer", "experts (E, out, in)", "transformers Mixtral experts"]
+)
+def test_weights_that_the_module_around_them_reads(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    saved(Kind(case.base, {"r": 3, **case.settings}).trained(), tmp_path / "a")
+    bank = dvora.AdapterBank(model := case.base())
+    with pytest.raises(ValueError, match=r"adapter 'a': .* is a weight that the module around it reads.*leave it out"):
+        bank.add("a", tmp_path / "a")
+    model(case.inputs())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Kind(MLP.base, {**MLP.settings, "bias": "dvora_only"}), r"the adapter saves lin0\.bias \(bias='dvora_only'\)"),
+        (
+            Kind(MODELS["llama"], {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
+            r"the adapter trains tokens \(trainable_token_indices\)",
+        ),
+    ],
+    ids=["biases", "tokens"],
+)
+def test_what_a_bank_does_not_hold(kind: Kind, message: str, tmp_path: Path) -> None:
+    saved(kind.trained(), tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        dvora.AdapterBank(kind.base(), like=tmp_path / "a")
+
+
+def test_a_base_that_was_written_to(these: Tenants) -> None:
+    for change in (
+        lambda model: model.lin1.weight.mul_(2),
+        lambda model: model.half(),
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
+        lambda model: setattr(model.lin1, "weight", nn.Parameter(model.lin1.weight.clone())),
+    ):
+        with these.bank() as served:
+            served(NAMES)
+            with torch.no_grad():
+                change(served.model)
+            with pytest.raises(ValueError, match=r"lin\d: its weight was written to, cast or moved since the bank"):
+                served(NAMES)
+
+
+# Names, rows and pins
+
+
+@pytest.mark.parametrize(
+    ("names", "repeats", "error", "message"),
+    [
+        (["a", "customer", "b"], 1, ValueError, "names: there is no adapter 'customer' among the 3 of the bank"),
+        (["a", "bb"], 1, ValueError, "there is no adapter 'bb' among the 3 of the bank; the nearest is 'b'"),
+        ("a", 1, TypeError, "names must be a list with one name a row, got 'a'"),
+        ({"a"}, 1, TypeError, "names must be a list with one name a row"),
+        (None, 1, TypeError, "names must be a list with one name a row, got None"),
+        ([], 1, ValueError, "names is empty"),
+        (["a", 3], 1, TypeError, "names must be strings, or None for the base, got 3"),
+        (["a", ["b"]], 1, TypeError, r"names must be strings, or None for the base, got \['b'\]"),
+        (["a"], 0, ValueError, "repeats must be a positive integer, got 0"),
+        (["a"], 1.5, ValueError, r"repeats must be a positive integer, got 1\.5"),
+        (["a"], True, ValueError, "repeats must be a positive integer, got True"),
+        (["a", "b", "c"], 1, ValueError, "a batch has 3 different adapters, and the bank 2 slots, 0 of them pinned"),
+    ],
+    ids=str,
+)
+def test_wrong_rows(names: Any, repeats: Any, error: type[Exception], message: str, served: Served) -> None:
+    with pytest.raises(error, match=message), served.bank.rows(names, repeats):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("count", "repeats"), [(1, 1), (3, 1), (5, 1), (8, 1), (2, 3)])
+def test_another_number_of_names_than_rows(count: int, repeats: int, served: Served) -> None:
+    message = rf"bank.rows got {count} names(, each repeated 3 times)?, and the layer a batch of 4 rows; give one name"
+    with pytest.raises(ValueError, match=message), served.bank.rows(["a"] * count, repeats):
+        served.model(inputs(served.model)["x"])
+
+
+def test_wrong_names(served: Served, these: Tenants) -> None:
+    bank = served.bank
+    for of_many in (bank.pin, bank.unpin, bank.prefetch):
+        with pytest.raises(TypeError, match="names must be a list of names, got 'a'"):
+            of_many("a")
+        with pytest.raises(TypeError, match="names must be strings, got None"):
+            of_many(["a", None])
+        with pytest.raises(ValueError, match=r"names: there is no adapter 'cc' .*; the nearest is 'c'"):
+            of_many(["a", "cc"])
+    for of_one in (bank.remove, bank.digest, lambda name: bank.replace(name, these.path("a"))):
+        with pytest.raises(ValueError, match="there is no adapter 'aa' among the 3 of the bank; the nearest is 'a'"):
+            of_one("aa")
+        with pytest.raises(TypeError, match="names must be strings, got 3"):
+            of_one(3)
+    for name in ("", None, 3, ["a"]):
+        with pytest.raises(TypeError, match="name must be a string that is not empty"):
+            bank.add(name, these.path("a"))
+    with pytest.raises(ValueError, match=r"name: there is an adapter 'a' already; use bank\.replace, or remove it"):
+        bank.add("a", these.path("b"))
+    assert bank.stats().pinned == 0
+
+
+def test_before_the_first_adapter(these: Tenants) -> None:
+    bank = dvora.AdapterBank(model := these.base())
+    with pytest.raises(ValueError, match="does not know yet which layers it serves; add the folder of an adapter"):
+        bank.rows([None]).__enter__()
+    with pytest.raises(ValueError, match="does not know yet what a vector is of; add the folder of an adapter first"):
+        bank.add("a", torch.zeros(3))
+    outputs(model)
+
+
+def test_outside_of_rows_and_in_a_second_batch(served: Served) -> None:
+    outside = r"called outside of bank.rows\(...\), so nobody said which adapter each row has"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=outside):
+            outputs(served.model)
+        with served.bank.rows(["a"] * 4):
+            with pytest.raises(ValueError, match="this call is in a batch of the bank"), served.bank.rows(["b"] * 4):
+                raise AssertionError
+            outputs(served.model)
+
+
+def test_pins_that_would_leave_no_slot(served: Served, these: Tenants) -> None:
+    bank = served.bank
+    for names in (["a", "b"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=f"names: {len(names)} pinned adapters would leave none of the 2 slots"):
+            bank.pin(names)
+    assert bank.stats().pinned == 0
+    bank.pin(["a"])
+    with pytest.raises(ValueError, match="2 pinned adapters would leave none"):
+        bank.add("new", these.path("c"), pinned=True)
+    with pytest.raises(ValueError, match="a batch has 2 different adapters, and the bank 2 slots, 1 of them pinned"):
+        served(["b", "c", None, None])
+    bank.unpin(["a"])
+    served(["b", "c", None, None])
+
+
+def test_a_replacement_whose_pin_has_no_place_changes_nothing(these: Tenants) -> None:
+    with dvora.AdapterBank(these.base(), slots=3) as bank:
+        for name, path in (("x", "a"), ("y", "a"), ("z", "b")):
+            bank.add(name, these.path(path), pinned=True)
+        with pytest.raises(ValueError, match="3 pinned adapters would leave none of the 3 slots"):
+            bank.replace("y", these.path("c"))
+        assert bank.digest("y") == bank.digest("x")
+        bank.replace("z", these.path("c"))
+        assert bank.stats().pinned == 2
+
+
+def test_a_closed_bank(these: Tenants) -> None:
+    bank = dvora.AdapterBank(model := these.base())
+    bank.add("a", these.path("a"))
+    with bank.rows(["a"] * 4):
+        with pytest.raises(
+            ValueError, match=r"1 batches are in the bank, .* leave their `with` blocks before it is cl"
+        ):
+            bank.close()
+        outputs(model)
+    bank.close()
+    for call in (
+        lambda: bank.rows(["a"]).__enter__(),
+        lambda: bank.add("b", these.path("b")),
+        lambda: bank.prefetch(["a"]),
+        lambda: bank.replace("a", these.path("b")),
+        lambda: bank.pin(["a"]),
+        lambda: bank.digest("a"),
+    ):
+        with pytest.raises(ValueError, match="the bank was closed; make a new one"):
+            call()
+    outputs(model)
+    assert bank.stats().slots_in_use == 0
+
+
+# Adapters
+
+
+def of_other_base() -> Kind:
+    def other() -> nn.Module:
+        model = mlp()
+        with torch.no_grad():
+            model.lin0.weight.mul_(1.5)
+        return model
+
+    return HEADED._replace(base=other)
+
+
+def adapter(**settings: Any) -> Callable[[Path], object]:
+    return lambda folder: saved(HEADED.trained(**settings), folder)
+
+
+def with_values(change: Callable[[str, Tensor], object], fresh: bool = False) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        saved(HEADED.fresh() if fresh else HEADED.trained(), folder)
+        edit_weights(folder, lambda tensors: [change(name, tensor) for name, tensor in tensors.items()])
+
+    return make
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another seed": (adapter(projection_seed=1), "projection_seed is 0 here and 1 there"),
+    "other matrices": (adapter(projection_init="kaiming_uniform"), "is 'structured' here and 'kaiming_uniform' there"),
+    "another direction": (adapter(direction="weight"), "direction is 'unit' here"),
+    "another rank": (adapter(r=5), r"lin0 is .*rank 4.* here and .*rank 5.* there"),
+    "another scaling": (adapter(alpha=2.0), r"lin0 is .*scaling 1\.0 here"),
+    "a layer with magnitudes only": (adapter(magnitude_modules=["lin0"]), r"lin0 is .*rank 4.*rank 0.* there"),
+    "fewer layers": (adapter(target_modules=["lin1"]), "lacks lin0, and 1 of the bank's"),
+    "no head": (adapter(modules_to_save=None), r"lacks lin2\.weight, and 1 of the bank's"),
+    "a layer for a head": (lambda folder: saved(MLP.trained(), folder), r"lacks lin2\.weight"),
+    "another base": (lambda folder: saved(of_other_base().trained(), folder), r"the base models differ: .* of lin0"),
+    "another method": (
+        lambda folder: get_peft_model(mlp(), LoraConfig(target_modules=["lin0"])).save_pretrained(folder),
+        "only adapters of DVoRA",
+    ),
+    "untrained": (lambda folder: saved(HEADED.fresh(), folder), "it changes nothing; pass allow_unchanged=True"),
+    "without a direction": (
+        with_values(lambda name, v: v.fill_(1.0) if "lambda_b" in name else v.mul_("lambda_d" not in name), fresh=True),
+        "it changes nothing",
+    ),
+    "not finite": (with_values(lambda name, v: v.fill_(torch.nan) if "lin1" in name else v), "lin1.* are not finite"),
+    "a head that is not finite": (
+        with_values(lambda name, v: v.fill_(torch.inf) if "lin2" in name else v),
+        r"lin2\.weight has values that are not finite",
+    ),
+    "truncated": (
+        lambda f: (saved(HEADED.trained(), f) / VALUES).write_bytes((f / VALUES).read_bytes()[:-9]),
+        "truncated or damaged",
+    ),
+    "no folder": (lambda folder: None, r"there is no file adapter_config\.json"),
+    "a fingerprint of other matrices": (
+        lambda folder: edit_config(saved(HEADED.trained(), folder), projection_fingerprint="0" * 16),
+        "projection_fingerprint is '0000000000000000', but projection_seed=0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_adapter_is_refused_by_name_and_reason(name: str, served: Served, tmp_path: Path) -> None:
+    make, message = WRONG[name]
+    make(tmp_path / "wrong")
+    bank, before = served.bank, served.bank.stats()
+    for call in (lambda: bank.add("new", tmp_path / "wrong"), lambda: bank.replace("a", tmp_path / "wrong")):
+        with pytest.raises(ANY, match=message):
+            call()
+    assert bank.stats() == before
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_first_adapter_leaves_the_model_alone(name: str, these: Tenants, tmp_path: Path) -> None:
+    make, _ = WRONG[name]
+    make(tmp_path / "wrong")
+    model = these.base()
+    with dvora.AdapterBank(model) as bank:
+        try:
+            bank.add("x", tmp_path / "wrong")
+        except ANY:
+            # Whatever it was, neither the model nor the bank remember it.
+            assert same_bits(outputs(model), outputs(these.base()))
+            bank.add_folder(these.folder)
+            alone = row_by_row(lambda each: outputs(these.alone(each)), NAMES)
+            assert worst_difference(Served(model, bank)(NAMES), alone) < 1e-5
+
+
+def test_a_wrong_adapter_among_many_adds_none(these: Tenants, served: Served, tmp_path: Path) -> None:
+    for name in ("d", "e", "f"):
+        shutil.copytree(these.path("a"), tmp_path / name)
+    saved(HEADED.trained(projection_seed=1), tmp_path / "e")
+    with pytest.raises(ValueError, match=r"adapter 'e': .*projection_seed is 0 here and 1 there"):
+        served.bank.add_folder(tmp_path)
+    write_pack(tmp_path / "pack", {name: tmp_path / name for name in ("d", "e", "f")})
+    with pytest.raises(ValueError, match=r"adapter 'e': .*projection_seed is 0 here and 1 there"):
+        served.bank.add_pack(tmp_path / "pack")
+    shutil.rmtree(tmp_path / "e")
+    shutil.copytree(these.path("a"), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"name: there is an adapter 'a' already; use bank\.replace"):
+        served.bank.add_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("not finite", "has values that are not finite"), ("untrained", "it changes nothing")]
+)
+@pytest.mark.parametrize("how", ["folder", "pack"])
+def test_a_wrong_value_among_many_is_found_at_the_first_use(
+    name: str, message: str, how: str, these: Tenants, served: Served, tmp_path: Path
+) -> None:
+    make, bank = WRONG[name][0], served.bank
+    make(tmp_path / "folder" / "bad")
+    if how == "folder":
+        bank.add_folder(tmp_path / "folder")
+    elif name == "untrained":
+        write_pack(tmp_path / "pack", {"bad": tmp_path / "folder" / "bad"})
+        bank.add_pack(tmp_path / "pack")
+    else:
+        with pytest.raises(ValueError, match=message):
+            write_pack(tmp_path / "pack", {"bad": tmp_path / "folder" / "bad"})
+        return
+    for use in (
+        lambda: served(["bad", "a", None, None]),
+        lambda: bank.prefetch(["a", "bad"]).result(),
+        lambda: bank.pin(["bad"]),
+        lambda: bank.digest("bad"),
+    ):
+        with pytest.raises(ValueError, match=f"adapter 'bad': .*{message}"):
+            use()
+    assert bank.stats().pinned == 0
+    bank.remove("bad")
+
+
+def test_a_folder_that_changes_is_refused_until_it_is_replaced(these: Tenants, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(these.path(name), tmp_path / name)
+    one = 4 * (2 * 24 + 4) * 2 + 4 * 24 * 6
+    with dvora.AdapterBank(model := these.base(), slots=1, host_bytes=one) as bank:
+        bank.add_folder(tmp_path)
+        served = Served(model, bank)
+        before = served(["a"] * 4)
+        change_values(tmp_path / "a", 3)
+        assert torch.equal(served(["a"] * 4), before)
+        served(["b"] * 4)
+        with pytest.raises(ValueError, match="adapter 'a': it has other values than when it was first used; call bank"):
+            served(["a"] * 4)
+        bank.replace("a", tmp_path / "a")
+        assert not torch.equal(served(["a"] * 4), before)
+        shutil.rmtree(tmp_path / "a")
+        served(["b"] * 4)
+        with pytest.raises(ValueError, match=r"adapter 'a': .*(no longer there|there is no file)"):
+            served(["a"] * 4)
+        assert bank.stats().slots_in_use == 0
+
+
+def test_wrong_sources(served: Served, these: Tenants, tmp_path: Path) -> None:
+    bank, vector = served.bank, Layout.of(these.path("a")).to_vector(these.path("a"))
+    for source, error, message in [
+        (None, TypeError, "source must be a path or a flat vector, got None"),
+        (vector.tolist(), TypeError, "source must be a path or a flat vector"),
+        (vector[1:], ValueError, r"vector has shape \(\d+,\), expected"),
+        (vector.double(), TypeError, r"vector is torch\.float64, expected a tensor of torch\.float32"),
+        (vector.index_fill(0, torch.tensor([0]), torch.nan), ValueError, r"lin0\.dvora_magnitude has values"),
+    ]:
+        for call in (lambda source=source: bank.add("new", source), lambda source=source: bank.replace("a", source)):
+            with pytest.raises(error, match=message):
+                call()
+    for call, error, message in [
+        (lambda: bank.add_folder(tmp_path), ValueError, "has no folders with adapters in it"),
+        (lambda: bank.add_folder(these.path("a")), ValueError, "it is an adapter itself, name the folder around it"),
+        (lambda: bank.add_folder(tmp_path / "nowhere"), OSError, "nowhere"),
+        (lambda: bank.add_folder(3), TypeError, "folder must be a path, got 3"),
+        (lambda: bank.add_pack(tmp_path), ValueError, "is not a file"),
+        (lambda: bank.add_pack(None), TypeError, "file must be a path, got None"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_what_half_precision_cannot_hold(these: Tenants, tmp_path: Path) -> None:
+    with_values(lambda name, v: v.mul_(1e7 if "lin1.dvora_magnitude" in name else 1))(tmp_path / "a")
+    bank = dvora.AdapterBank(these.base(), dtype=torch.float16, like=these.path("a"))
+    with pytest.raises(ValueError, match=r"'a': the adapter has factors up to .*, which torch\.float16 cannot hold"):
+        bank.add("a", tmp_path / "a")
+    with dvora.AdapterBank(these.base(), dtype=torch.bfloat16, like=these.path("a")) as bank:
+        bank.add("a", tmp_path / "a")
+
+
+def test_heads_that_the_dtype_of_the_base_cannot_hold(tmp_path: Path) -> None:
+    half = tenants(HEADED, tmp_path, 1, torch.float16)
+    values = {name: value.float() for name, value in load_file(half.path("a") / VALUES).items()}
+    values["base_model.model.lin2.weight"] *= 1e6
+    edit_weights(half.path("a"), lambda tensors: tensors.update(values))
+    message = r"adapter 'a': the adapter has values in its head, lin2\.weight, that torch\.float16, .* cannot hold"
+    with pytest.raises(ValueError, match=message):
+        dvora.AdapterBank(half.base()).add("a", half.path("a"))
+
+
+def test_heads_of_several_dtypes(tmp_path: Path) -> None:
+    kind = Kind(MODELS["mlp"], {"r": 3, "target_modules": ["lin1"], "modules_to_save": ["lin2", "lin0"]})
+    base = kind.base()
+    base.lin2.double()
+    with pytest.raises(ValueError, match="model: its heads have several dtypes; cast them to one"):
+        dvora.AdapterBank(base, like=saved(kind.trained(), tmp_path))
+
+
+class Interrupted(FolderSource):
+    """An adapter whose reading ends with Ctrl-C."""
+
+    def read(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def leave_by_ctrl_c(bank: dvora.AdapterBank) -> None:
+    with bank.rows(NAMES):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "call",
+    [leave_by_ctrl_c, lambda bank: bank.rows(["c", "a"]).__enter__(), lambda bank: bank.prefetch(["c"]).result()],
+    ids=["in a batch", "reading for a batch", "reading beside it"],
+)
+def test_after_ctrl_c_slots_are_free_and_names_as_before(
+    call: Callable[[dvora.AdapterBank], object], these: Tenants, served: Served
+) -> None:
+    bank = served.bank
+    # "c" has not been read yet.
+    bank._adapters["c"].source = Interrupted(these.path("c"))
+    with pytest.raises(KeyboardInterrupt):
+        call(bank)
+    bank._adapters["c"].source = FolderSource(these.path("c"))
+    assert bank.stats().slots_in_use == 0
+    assert list(bank) == ["a", "b", "c"]
+    alone = row_by_row(lambda each: outputs(these.alone(each)), ["c", "a", None, "c"])
+    assert worst_difference(served(["c", "a", None, "c"]), alone) < 1e-5
