@@ -112,7 +112,7 @@ def check_outputs(model: PeftModel, reference: Reference) -> None:
         actual = forward(model)
     if not reference.enabled:
         reference.unmerge()
-    check_close(actual, reference.outputs(), reference)
+    check_close(actual, reference.outputs(model), reference)
 
 
 def check_close(actual: Tensor, expected: Tensor, reference: Reference) -> None:
@@ -123,9 +123,10 @@ def check_close(actual: Tensor, expected: Tensor, reference: Reference) -> None:
 
 def check_deltas(model: PeftModel, reference: Reference) -> None:
     """`W' - W` of every adapter of every weight; this one is as accurate for a bfloat16 base."""
-    for weight, layer in layers_of(model).items():
-        for name in reference.at(weight):
-            check_delta(layer.get_delta_weight(name), reference.delta(weight, name), weight, reference)
+    layers = layers_of(model)
+    for name in reference.adapters:
+        for weight, expected in reference.deltas(model, name).items():
+            check_delta(layers[weight].get_delta_weight(name), expected, weight, reference)
 
 
 def check_delta(actual: Tensor, expected: Tensor, weight: str, reference: Reference, slack: float = 1.0) -> None:
@@ -138,7 +139,7 @@ def check_gradients(
     model: PeftModel, reference: Reference, run: Callable[[PeftModel], Tensor] = forward
 ) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
     """A backward pass; returns the reference's gradients of what is trained: vectors, weights of the base."""
-    of_vectors, of_weights = reference.gradients()
+    of_vectors, of_weights = reference.gradients(model)
     of_vectors = {place: g for place, g in of_vectors.items() if reference.adapters[place.adapter].trains(place.vector)}
     model.zero_grad()
     value = loss(run(model))
@@ -167,11 +168,11 @@ def _check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
         assert error <= tolerance * size, (key, error / size)
 
 
-def take_over_merged(base: Mapping[str, Tensor], changed: list[str], reference: Reference) -> None:
+def take_over_merged(base: Mapping[str, Tensor], exact: Mapping[str, Tensor], reference: Reference) -> None:
     """Merged weights are exact up to the rounding of their dtype; their bits are the reference's from here on."""
-    for weight in changed:
-        actual, exact = base[weight].detach(), reference.merged_weight(weight)
-        rounding = torch.finfo(reference.dtype).eps * exact.abs()
-        arithmetic = DELTAS[reference.dtype] * reference.slack * exact.abs().max()
-        assert ((actual.double() - exact).abs() <= rounding + arithmetic).all(), weight
+    for weight, expected in exact.items():
+        actual = base[weight].detach()
+        rounding = torch.finfo(reference.dtype).eps * expected.abs()
+        arithmetic = DELTAS[reference.dtype] * reference.slack * expected.abs().max()
+        assert ((actual.double() - expected).abs() <= rounding + arithmetic).all(), weight
         reference.stored[weight] = actual.clone()

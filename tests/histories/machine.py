@@ -150,7 +150,7 @@ class Histories(RuleBasedStateMachine):
     def model_is_what_the_reference_says(self) -> None:
         if not self.steps:
             return
-        self.reference.slack = self.reference.conditioning()
+        self.reference.slack = self.reference.conditioning(self.model)
         for _ in range(2):  # no check may change anything
             check_state(self.model, self.reference)
             check_values(self.model, self.reference)
@@ -175,7 +175,7 @@ class Histories(RuleBasedStateMachine):
 
     def take_over_new(self, name: str, settings: Settings, trained: bool) -> None:
         """Enter a new adapter, which starts as it has to, in the reference; move its vectors if `trained`."""
-        self.reference.add(name, settings)
+        self.reference.add(name, settings, self.model)
         generator = torch.Generator().manual_seed(NAMES.index(name))
         for place, vector in vectors_of(self.model).items():
             if place.adapter == name:
@@ -245,7 +245,7 @@ class Histories(RuleBasedStateMachine):
             return
         self.compiled_passes_left -= 1
         with torch.no_grad():
-            check_close(self.compiled(TOKENS), self.reference.outputs(), self.reference)
+            check_close(self.compiled(TOKENS), self.reference.outputs(self.model), self.reference)
 
     # Which adapters there are, and what they do to the base.
 
@@ -312,7 +312,7 @@ class Histories(RuleBasedStateMachine):
             if runs:
                 self.reference.unmerge()
                 with torch.no_grad():
-                    check_close(forward(self.model), self.reference.outputs(), self.reference)
+                    check_close(forward(self.model), self.reference.outputs(self.model), self.reference)
             if fails:
                 raise KeyboardInterrupt
         if was_enabled:
@@ -343,10 +343,12 @@ class Histories(RuleBasedStateMachine):
                 self.model.merge_and_unload()
             return
         self.count("merge and unload" if merge else "unload")
+        if merge:
+            self.reference.merge(None)
+        exact = self.reference.merged_weights(self.model) if merge else {}
         with self.merging():
             base = self.model.merge_and_unload() if merge else self.model.unload()
-        if merge:
-            take_over_merged(dict(base.named_parameters()), self.reference.merge(None), self.reference)
+        take_over_merged(dict(base.named_parameters()), exact, self.reference)
         self.reference = self.reference.of_its_base()
         self.saved.clear()  # of another base, which may be taken for this one or not
         self.wrap(base, settings, trained)
@@ -357,9 +359,11 @@ class Histories(RuleBasedStateMachine):
                 self.model.merge_adapter(names)
             return
         self.count("merge the active adapters" if names is None else "merge some adapters")
+        self.reference.merge(names)
+        exact = self.reference.merged_weights(self.model)
         with self.merging():
             self.model.merge_adapter(names)
-        take_over_merged(base_of(self.model), self.reference.merge(names), self.reference)
+        take_over_merged(base_of(self.model), exact, self.reference)
 
     def wrap(self, base: torch.nn.Module, settings: Settings, trained: bool) -> None:
         """Adapt a plain base."""
@@ -393,13 +397,13 @@ class Histories(RuleBasedStateMachine):
         shares = data.draw(st.lists(st.sampled_from(SHARES), min_size=len(names), max_size=len(names)), label="shares")
         name = self.free_name()
         whole = shares == [1.0] and {*self.reference.adapters[names[0]].strength.values()} == {1.0}
-        must = whole and self.reference.smallest_gain(names[0]) > 0.02
+        must = whole and self.reference.smallest_gain(self.model, names[0]) > 0.02
         if self.done_or_refused(must, names, shares, name):
             self.enter_combined(name, names[0])
-            for weight in self.reference.adapters[name].vectors:
-                pairs = zip(shares, names, strict=True)
-                expected = sum(share * self.reference.delta(weight, each) for share, each in pairs)
-                check_delta(self.reference.delta(weight, name), expected, weight, self.reference, slack=10)
+            deltas = {each: self.reference.deltas(self.model, each) for each in self.reference.adapters}
+            for weight, found in deltas[name].items():
+                expected = sum(share * deltas[each][weight] for share, each in zip(shares, names, strict=True))
+                check_delta(found, expected, weight, self.reference, slack=10)
 
     @has_saved
     @has_adapters
@@ -434,7 +438,7 @@ class Histories(RuleBasedStateMachine):
     def enter_combined(self, name: str, like: str) -> None:
         """Enter the new adapter, with the vectors that it has, in the reference."""
         settings = replace(self.reference.adapters[like].settings, strength=1.0)
-        self.reference.add(name, settings)
+        self.reference.add(name, settings, self.model)
         for place, vector in vectors_of(self.model).items():
             if place.adapter == name:
                 self.reference.adapters[name].vectors[place.weight][place.vector] = vector.detach().clone()
@@ -457,7 +461,7 @@ class Histories(RuleBasedStateMachine):
         name = self.free_name()
         with self.unmerges():
             self.model.load_adapter(saved.folder, name, is_trainable=trainable, low_cpu_mem_usage=meta_first)
-        self.reference.add(name, saved.adapter.settings)
+        self.reference.add(name, saved.adapter.settings, self.model)
         self.enter_loaded(name, saved)
         self.reference.adapters[name].strength = dict(saved.adapter.strength)
         self.reference.adapters[name].trained = trainable
@@ -490,7 +494,7 @@ class Histories(RuleBasedStateMachine):
         options = {"adapter_name": saved.folder.name, "is_trainable": trainable, "low_cpu_mem_usage": meta_first}
         self.adopt(PeftModel.from_pretrained(base, saved.folder, **options))
         self.reference = self.reference.of_its_base(trainable)
-        self.reference.add(saved.folder.name, saved.adapter.settings)
+        self.reference.add(saved.folder.name, saved.adapter.settings, self.model)
         self.reference.activate([saved.folder.name], trainable)
         self.enter_loaded(saved.folder.name, saved)
         self.reference.adapters[saved.folder.name].strength = dict(saved.adapter.strength)
@@ -604,7 +608,10 @@ class Histories(RuleBasedStateMachine):
             self.count("mixed batch")
             with torch.no_grad():
                 actual = forward(self.model, adapter_names=names)
-            rows = [self.reference.outputs([n] if self.reference.enabled else [])[k] for k, n in enumerate(names)]
+            rows = [
+                self.reference.outputs(self.model, [n] if self.reference.enabled else [])[k]
+                for k, n in enumerate(names)
+            ]
             check_close(actual, torch.stack(rows), self.reference)
 
     def weights(self, name: str) -> list[str]:
@@ -651,7 +658,7 @@ class Histories(RuleBasedStateMachine):
         if not self.reference.enabled:
             self.reference.unmerge()
         tolerance = max(OUTPUTS[self.reference.dtype], 0.06 if half else 0.0) * self.reference.slack
-        assert worst_difference(actual, self.reference.outputs()) < tolerance
+        assert worst_difference(actual, self.reference.outputs(self.model)) < tolerance
 
     @precondition(lambda machine: not (machine.reference.training and machine.reference.trains_merged()))
     @step()

@@ -82,45 +82,29 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 """Modules from (batch, length, width) to the same, applied one after the other, each beside a residual connection."""
 
 
-class View(NamedTuple):
-    """How a stored weight is seen as a matrix (rows, columns), and back."""
-
-    matrix: Callable[[Tensor], Tensor]
-    stored: Callable[[Tensor, torch.Size], Tensor]
-
-
-AS_IT_IS = View(lambda weight: weight, lambda matrix, shape: matrix)
-TRANSPOSED = View(lambda weight: weight.T, lambda matrix, shape: matrix.T)
-KERNELS = View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
-STACK = View(lambda weight: weight.flatten(0, 1), lambda matrix, shape: matrix.reshape(shape))
-
-
 class Weight(NamedTuple):
     """A weight that can be adapted."""
 
-    view: View
     target: str
     """What a configuration calls it: the name of its layer, or of a parameter."""
     by_name: bool = False
     """The target is a parameter."""
     called: bool = True
     """Its layer is called, so that rows of a batch can use different adapters."""
-    padding_column: int | None = None
-    """Of the matrix: no update reaches it."""
 
 
 WEIGHTS: dict[str, Weight] = {
-    "blocks.plain.up.weight": Weight(AS_IT_IS, "plain.up"),
-    "blocks.plain.down.weight": Weight(AS_IT_IS, "plain.down"),
-    "blocks.transposed.up.weight": Weight(TRANSPOSED, "transposed.up"),
-    "blocks.transposed.down.weight": Weight(TRANSPOSED, "transposed.down"),
-    "blocks.convolved.line.weight": Weight(KERNELS, "convolved.line"),
-    "blocks.convolved.plane.weight": Weight(KERNELS, "convolved.plane"),
-    "blocks.attention.inner.in_proj_weight": Weight(AS_IT_IS, "attention.inner", called=False),
-    "blocks.attention.inner.out_proj.weight": Weight(AS_IT_IS, "attention.inner", called=False),
-    "blocks.experts.stack": Weight(STACK, "experts.stack", by_name=True, called=False),
-    "embed.weight": Weight(TRANSPOSED, "embed", padding_column=0),
-    "head.weight": Weight(AS_IT_IS, "head"),
+    "blocks.plain.up.weight": Weight("plain.up"),
+    "blocks.plain.down.weight": Weight("plain.down"),
+    "blocks.transposed.up.weight": Weight("transposed.up"),
+    "blocks.transposed.down.weight": Weight("transposed.down"),
+    "blocks.convolved.line.weight": Weight("convolved.line"),
+    "blocks.convolved.plane.weight": Weight("convolved.plane"),
+    "blocks.attention.inner.in_proj_weight": Weight("attention.inner", called=False),
+    "blocks.attention.inner.out_proj.weight": Weight("attention.inner", called=False),
+    "blocks.experts.stack": Weight("experts.stack", by_name=True, called=False),
+    "embed.weight": Weight("embed"),
+    "head.weight": Weight("head"),
 }
 """By the name of the parameter in the base model."""
 

@@ -1,20 +1,20 @@
 """What the model of a history must be: its adapters and weights as plain tensors, and the dense float64 method on them.
 
-Nothing is computed by the model under test. What rounding leaves open (a merged weight, a trained vector) is checked
-against float64 and then taken over to the last bit, so that everything else can be compared bit for bit.
+Nothing is computed by the model under test; of its vectors every bit was compared. What rounding leaves open (a merged
+weight, a trained vector) is checked against float64 and then taken over to the last bit, so that everything else can be
+compared bit for bit.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from torch.func import functional_call
 
-from dvora import DVoRAConfig, SharedProjections
+from dvora import DVoRAConfig
 from tests.histories.model import COEFFICIENTS, PARAMETERS, TIED, TOKENS, WEIGHTS, mixed
-from tests.reference import DenseDVoRA
+from tests.peft.dense_weights import DenseModel
 
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
 
@@ -145,16 +145,17 @@ class Reference:
 
     # ---- what operations do
 
-    def add(self, name: str, settings: Settings) -> None:
-        """Add an adapter that changes nothing yet."""
+    def add(self, name: str, settings: Settings, model: PeftModel) -> None:
+        """Enter an adapter that the model has got, as it has to start: it changes nothing yet."""
         self.unmerge()
         dtype = vector_dtype(self.dtype)
         self.adapters[name] = Adapter(settings, {}, strength=dict.fromkeys(settings.weights(), settings.strength))
+        dense = self.dense(model, [name]).weights
         for weight in settings.weights():
-            matrix = WEIGHTS[weight].view.matrix(self.stored[weight])
-            vectors = {"magnitude": matrix.double().norm(dim=1).to(dtype)}
+            magnitude = dense[weight].adapters[0].weight.detach().norm(dim=1).to(dtype)
+            vectors = {"magnitude": magnitude}
             if WEIGHTS[weight].target not in settings.magnitude_only:
-                vectors["lambda_b"] = torch.zeros(len(matrix), dtype=dtype)
+                vectors["lambda_b"] = torch.zeros(len(magnitude), dtype=dtype)
                 vectors["lambda_d"] = torch.full((settings.r,), 0.1, dtype=dtype)
             self.adapters[name].vectors[weight] = vectors
 
@@ -181,17 +182,14 @@ class Reference:
         self.enabled = enabled
         self.train(self.active if enabled else [])
 
-    def merge(self, names: list[str] | None) -> list[str]:
-        """Enter adapters as merged; returns the weights that change. `merged_weight` is what they become."""
-        changed = []
+    def merge(self, names: list[str] | None) -> None:
+        """Enter adapters as merged; `merged_weights` is what the weights become."""
         for weight in WEIGHTS:
-            new = [n for n in (self.active if names is None else names) if n in self.at(weight)]
-            new = [n for n in new if n not in self.merged.get(weight, [])]
+            merged = self.merged.get(weight, [])
+            new = [n for n in (self.active if names is None else names) if n in self.at(weight) and n not in merged]
             if new:
                 self.original.setdefault(weight, self.stored[weight].clone())
-                self.merged[weight] = self.merged.get(weight, []) + new
-                changed.append(weight)
-        return changed
+                self.merged[weight] = [*merged, *new]
 
     def unmerge(self) -> None:
         """Put the base's own weights back."""
@@ -209,102 +207,67 @@ class Reference:
             for vectors in adapter.vectors.values():
                 vectors.update({name: value.to(vector_dtype(dtype)) for name, value in vectors.items()})
 
-    # ---- what it computes, densely in float64
+    # ---- what it computes, densely in float64, from vectors that were compared bit for bit
 
-    def dense(self, weight: str, name: str, settings: Settings | None = None) -> DenseDVoRA:
-        """One adapter of one weight; with other settings than its own, if they are given."""
-        adapter, matrix = self.adapters[name], WEIGHTS[weight].view.matrix(self.base(weight))
-        settings = adapter.settings if settings is None else settings
-        vectors = adapter.vectors[weight]
-        shared = _shared(settings.seed, settings.projections)
-        A = shared.A(settings.r, matrix.shape[1], torch.float64)
-        if WEIGHTS[weight].padding_column is not None:
-            A[:, WEIGHTS[weight].padding_column] = 0
-        return DenseDVoRA(
-            matrix,
-            None,
-            A,
-            shared.B(settings.r, len(matrix), torch.float64),
-            vectors["magnitude"],
-            vectors.get("lambda_b", torch.zeros(len(matrix))),
-            vectors.get("lambda_d", torch.zeros(settings.r)),
-            scaling=1.0 if settings.alpha is None else settings.alpha / settings.r,
-            direction=settings.direction,
-            detach_norm=settings.detach_norm,
-        )
+    def dense(self, model: PeftModel, names: list[str] | None = None) -> DenseModel:
+        """With the adapters in effect on the weights as they are; or with exactly these on the base's own weights."""
+        base = mixed(torch.float64)
+        for name, parameter in base.named_parameters():
+            parameter.data = (self.stored[name] if names is None else self.base(name)).double().clone()
+        dense = DenseModel(base, model, self.active if names is None else names)
+        if names is None:
+            dense.weights = {weight: one for weight, one in dense.weights.items() if self.in_effect(weight)}
+        return dense
 
     @torch.no_grad()
-    def conditioning(self) -> float:
+    def conditioning(self, model: PeftModel) -> float:
         """By how much float32 may be worse than usual: where updates nearly cancel rows, or dwarf them.
 
         The first no implementation can help, the second comes of keeping a gain as its distance to one.
         """
         worst = 1.0
-        for weight in WEIGHTS:
-            for dense in (self.dense(weight, name) for name in self.at(weight)):
+        for name in self.adapters:
+            for dense in (one.adapters[0] for one in self.dense(model, [name]).weights.values()):
                 ratio = dense.norm_ratio()[dense.weight.norm(dim=1) > 0]
                 worst = max(worst, 0.03 * float(torch.maximum(ratio, 1 / ratio).max()))
         return worst
 
     @torch.no_grad()
-    def smallest_gain(self, name: str) -> float:
+    def smallest_gain(self, model: PeftModel, name: str) -> float:
         """Of an adapter's rows, how little the one is scaled that is scaled least."""
-        return min(float(self.dense(weight, name).gain().abs().min()) for weight in self.adapters[name].vectors)
-
-    def delta(self, weight: str, name: str, settings: Settings | None = None) -> Tensor:
-        """s (W' - W) of one adapter of one weight, as stored."""
-        dense = self.dense(weight, name, settings)
-        with torch.no_grad():
-            change = self.adapters[name].strength[weight] * (dense.merged_weight() - dense.weight)
-        return WEIGHTS[weight].view.stored(change, self.stored[weight].shape)
-
-    def merged_weight(self, weight: str) -> Tensor:
-        """The weight with its merged adapters, in exact arithmetic."""
-        deltas = [self.delta(weight, name) for name in self.merged.get(weight, [])]
-        return self.base(weight).double() + sum(deltas)
+        weights = self.dense(model, [name]).weights.values()
+        return min(float(one.adapters[0].gain().abs().min()) for one in weights)
 
     @torch.no_grad()
-    def outputs(self, names: list[str] | None = None) -> Tensor:
+    def deltas(self, model: PeftModel, name: str) -> dict[str, Tensor]:
+        """s (W' - W) of one adapter, as stored, by weight."""
+        parameters = self.dense(model, [name]).parameters()
+        return {weight: value - self.base(weight).double() for weight, value in parameters.items()}
+
+    def merged_weights(self, model: PeftModel) -> dict[str, Tensor]:
+        """The weights with their merged adapters, in exact arithmetic."""
+        deltas = {name: self.deltas(model, name) for name in self.adapters}
+        return {w: self.base(w).double() + sum(deltas[name][w] for name in names) for w, names in self.merged.items()}
+
+    @torch.no_grad()
+    def outputs(self, model: PeftModel, names: list[str] | None = None) -> Tensor:
         """What the model returns; or what it returns with exactly these adapters instead, unmerged."""
-        parameters = {name: value.double() for name, value in self.stored.items()}
-        for weight in WEIGHTS:
-            wanted = self.in_effect(weight) if names is None else [n for n in names if n in self.at(weight)]
-            if names is not None:
-                parameters[weight] = self.base(weight).double()
-            parameters[weight] = parameters[weight] + sum(self.delta(weight, name) for name in wanted)
-        return functional_call(_SKELETON, parameters, (TOKENS,))
+        return self.dense(model, names)(TOKENS)
 
-    def gradients(self) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
+    def gradients(self, model: PeftModel) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
         """The gradients of the loss: of the vectors in effect, and of all adaptable base weights."""
-        parameters = {name: value.double() for name, value in self.stored.items()}
-        leaves = {weight: parameters[weight].clone().requires_grad_() for weight in WEIGHTS}
-        layers: dict[tuple[str, str], DenseDVoRA] = {}
-        for weight, leaf in leaves.items():
-            changed = leaf
-            for name in self.in_effect(weight):
-                dense = layers[weight, name] = self.dense(weight, name)
-                change = self.adapters[name].strength[weight] * (dense.merged_weight() - dense.weight)
-                changed = changed + WEIGHTS[weight].view.stored(change, leaf.shape)
-            parameters[weight] = changed
-        loss(functional_call(_SKELETON, parameters, (TOKENS,))).backward()
-        of_weights = {weight: leaf.grad for weight, leaf in leaves.items()}
-        of_vectors = {}
-        for (weight, name), dense in layers.items():
-            held = self.adapters[name].vectors[weight]
-            of_vectors |= {Place(weight, name, vector): getattr(dense, vector).grad for vector in held}
-            through_norm = WEIGHTS[weight].view.stored(dense.weight.grad, leaves[weight].shape)
-            of_weights[weight] = of_weights[weight] + through_norm
+        dense = self.dense(model)
+        loss(dense(TOKENS)).backward()
+        of_vectors, of_weights = {}, {weight: dense.base.get_parameter(weight).grad for weight in WEIGHTS}
+        for weight, one in dense.weights.items():
+            for name, adapter in zip(self.in_effect(weight), one.adapters, strict=True):
+                held = self.adapters[name].vectors[weight]
+                of_vectors |= {Place(weight, name, vector): getattr(adapter, vector).grad for vector in held}
+            # Each adapter has a copy of the weight.
+            of_weights[weight] = one.stored(sum(adapter.weight.grad for adapter in one.adapters))
         return of_vectors, of_weights
-
-
-@cache
-def _shared(seed: int, distribution: str) -> SharedProjections:
-    return SharedProjections(seed, distribution)
 
 
 def loss(outputs: Tensor) -> Tensor:
     """A scalar that every output matters to."""
     return (outputs * COEFFICIENTS.to(outputs.dtype)).sum()
-
-
-_SKELETON = mixed(torch.float64)

@@ -34,6 +34,10 @@ class Dense(NamedTuple):
         matrix = self.adapters[0].weight
         for adapter, strength in zip(self.adapters, self.strengths, strict=True):
             matrix = matrix + strength * (adapter.merged_weight() - self.adapters[0].weight)
+        return self.stored(matrix)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (O, I) in the layout of the parameter."""
         if not self.turned:
             return matrix.reshape(self.shape)
         *experts, in_features, out_features = self.shape
