@@ -56,7 +56,7 @@ def alone(folder: Path, name: str) -> nn.Module:
 
 
 def test_every_row_has_the_outputs_of_its_own_head(served: Served, folder: Path) -> None:
-    names: list[str] = ["more", "two", "five", "two"]
+    names = ["two", "more", "five", "two"]
     x = inputs(served.model, len(names))["x"]
     with torch.no_grad(), served.bank.rows(names) as batch:
         outputs = served.model(x)
@@ -74,9 +74,11 @@ def test_rows_of_one_number_are_not_filled_up_and_the_base_has_its_own(served: S
     with torch.no_grad():
         with served.bank.rows(["two", "two"]) as batch:
             assert served.model(x).shape == (2, 2)
-        with pytest.warns(UserWarning, match="rows of None get the model's own lin2, whose values are random unless"):
-            with served.bank.rows([None, "more"]) as batch:
-                outputs = served.model(x)
+        warned = pytest.warns(
+            UserWarning, match="rows of None get the model's own lin2, whose values are random unless"
+        )
+        with warned, served.bank.rows([None, "more"]) as batch:
+            outputs = served.model(x)
         assert [len(row) for row in batch.split(outputs)] == [2, 25]
         served.bank.close()
         assert torch.equal(outputs[0, :2], served.model(x)[0])

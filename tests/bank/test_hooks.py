@@ -1,4 +1,4 @@
-"""Whose batch a call is in: nobody gets the adapters of somebody else's rows, whatever runs where; heads, row by row."""
+"""Whose batch a call is in: nobody gets the adapters of somebody else's rows, whatever runs where."""
 
 import asyncio
 import copy
@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -172,8 +173,13 @@ def test_asyncio_tasks_have_their_own_batches_and_one_without_is_refused(
 
 def test_another_thread_is_not_in_the_batch(served: Served, x: Tensor) -> None:
     other = Thread()
-    with served.bank.rows(["a"]), pytest.raises(ValueError, match=OUTSIDE):
-        other(lambda: served.model(x))
+    with served.bank.rows(["a"]):
+        with pytest.raises(ValueError, match=OUTSIDE):
+            other(lambda: served.model(x))
+        # Not with this thread's context either.
+        context = copy_context()
+        with pytest.raises(ValueError, match=ELSEWHERE):
+            other(lambda: context.run(served.model, x))
 
 
 def test_two_batches_of_one_thread_never_wait_for_each_other(these: Tenants, x: Tensor) -> None:
