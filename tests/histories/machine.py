@@ -343,9 +343,8 @@ class Histories(RuleBasedStateMachine):
                 self.model.merge_and_unload()
             return
         self.count("merge and unload" if merge else "unload")
-        if merge:
-            self.reference.merge(None)
-        exact = self.reference.merged_weights(self.model) if merge else {}
+        changed = self.reference.merge(None) if merge else []
+        exact = self.reference.merged_weights(self.model, changed)
         with self.merging():
             base = self.model.merge_and_unload() if merge else self.model.unload()
         take_over_merged(dict(base.named_parameters()), exact, self.reference)
@@ -359,8 +358,7 @@ class Histories(RuleBasedStateMachine):
                 self.model.merge_adapter(names)
             return
         self.count("merge the active adapters" if names is None else "merge some adapters")
-        self.reference.merge(names)
-        exact = self.reference.merged_weights(self.model)
+        exact = self.reference.merged_weights(self.model, self.reference.merge(names))
         with self.merging():
             self.model.merge_adapter(names)
         take_over_merged(base_of(self.model), exact, self.reference)

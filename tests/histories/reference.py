@@ -182,14 +182,17 @@ class Reference:
         self.enabled = enabled
         self.train(self.active if enabled else [])
 
-    def merge(self, names: list[str] | None) -> None:
-        """Enter adapters as merged; `merged_weights` is what the weights become."""
+    def merge(self, names: list[str] | None) -> list[str]:
+        """Enter adapters as merged; returns the weights that change. `merged_weights` is what they become."""
+        changed = []
         for weight in WEIGHTS:
             merged = self.merged.get(weight, [])
             new = [n for n in (self.active if names is None else names) if n in self.at(weight) and n not in merged]
             if new:
                 self.original.setdefault(weight, self.stored[weight].clone())
                 self.merged[weight] = [*merged, *new]
+                changed.append(weight)
+        return changed
 
     def unmerge(self) -> None:
         """Put the base's own weights back."""
@@ -244,10 +247,10 @@ class Reference:
         parameters = self.dense(model, [name]).parameters()
         return {weight: value - self.base(weight).double() for weight, value in parameters.items()}
 
-    def merged_weights(self, model: PeftModel) -> dict[str, Tensor]:
-        """The weights with their merged adapters, in exact arithmetic."""
+    def merged_weights(self, model: PeftModel, changed: list[str]) -> dict[str, Tensor]:
+        """These weights with their merged adapters, in exact arithmetic."""
         deltas = {name: self.deltas(model, name) for name in self.adapters}
-        return {w: self.base(w).double() + sum(deltas[name][w] for name in names) for w, names in self.merged.items()}
+        return {w: self.base(w).double() + sum(deltas[name][w] for name in self.merged[w]) for w in changed}
 
     @torch.no_grad()
     def outputs(self, model: PeftModel, names: list[str] | None = None) -> Tensor:
