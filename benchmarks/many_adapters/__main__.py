@@ -4,7 +4,7 @@ import argparse
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +18,7 @@ from benchmarks.many_adapters.population import Population, packed
 from benchmarks.many_adapters.results import RESULT, check_environment, merge
 from benchmarks.many_adapters.targets import all_targets
 from benchmarks.speed.__main__ import quieten
+from benchmarks.speed.arms import Arm
 from benchmarks.speed.results import show
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload
@@ -37,12 +38,12 @@ class Measured:
     @cached_property
     def population(self) -> Population:
         """Adapters of the encoder."""
-        return self._population(self.plan.encoder)
+        return self._populations(self.plan.encoder, [self.plan.adapter])[0]
 
     @cached_property
     def pack(self) -> Path:
-        """Adapters of the encoder, with rows of factors."""
-        return packed(self.population, max(self.plan.asked), self._new_folder("pack"), torch.float16)
+        """Adapters of the encoder."""
+        return packed(self.population, max(self.plan.asked), self._new_folder("pack"))
 
     def batches(self, report: Report) -> Iterator[str]:
         """Batches with one adapter and with many."""
@@ -52,16 +53,18 @@ class Measured:
 
     def storage(self, report: Report) -> Iterator[str]:
         """Bytes of an adapter, where it can be."""
-        for workload, _ in self.plan.loaded:
+        for workload, arms, _ in self.plan.loaded:
             yield f"storage: {workload.name}"
-            storage.measure(report, workload, self._population(workload), self._new_folder(f"storage-{workload.name}"))
+            storage.measure(
+                report, workload, self._populations(workload, arms), self._new_folder(f"storage-{workload.name}")
+            )
 
     def loading(self, report: Report) -> Iterator[str]:
         """First uses, and adapters that have left their slots."""
-        for workload, count in self.plan.loaded:
+        for workload, arms, count in self.plan.loaded:
             yield f"loading: {workload.name}"
             folder = self._new_folder(f"loading-{workload.name}")
-            loading.measure(report, workload, self._population(workload), folder, count)
+            loading.measure(report, workload, self._populations(workload, arms), folder, count)
 
     def stream(self, report: Report) -> Iterator[str]:
         """Requests for more adapters than slots."""
@@ -85,8 +88,11 @@ class Measured:
         yield "training"
         training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
 
-    def _population(self, workload: Workload) -> Population:
-        return Population(workload.frozen(torch.float32).eval(), self.plan.adapter, workload.targets)
+    @staticmethod
+    def _populations(workload: Workload, arms: Sequence[Arm]) -> list[Population]:
+        """One of each arm, over one base."""
+        base = workload.frozen(torch.float32).eval()
+        return [Population(base, arm, workload.targets) for arm in arms]
 
     def _new_folder(self, name: str) -> Path:
         found = self.folder / name

@@ -16,27 +16,30 @@ from torch import Tensor
 
 import dvora
 from benchmarks.many_adapters.plan import LORAS
-from benchmarks.many_adapters.population import Population
+from benchmarks.many_adapters.population import Population, name_of
 from benchmarks.speed.arms import Arm, adapted, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload
+from dvora.bank.packs import write_pack
 
 SLOTS = 4
 """Fewer than adapters, so that each of them needs a slot anew when all are used in turns."""
 SWITCHES = 20
+AT_ONCE = 5
+"""Banks whose first batch needs all adapters."""
 Add = Callable[[str, list[float]], None]
 """Adds a row: what was done, and its seconds."""
 
 
-def measure(report: Report, workload: Workload, population: Population, folder: Path, count: int) -> None:
+def measure(report: Report, workload: Workload, populations: Sequence[Population], folder: Path, count: int) -> None:
     """Add rows of a bank's times, then of PEFT's, one number for each adapter.
 
     Args:
         report: gets the rows.
         workload: the model.
-        population: adapters of its base.
+        populations: adapters of its base, which they share.
         folder: an empty one for them.
-        count: how many are read.
+        count: how many of each are read.
     """
 
     def add(way: str, arm: Arm, what: str, seconds: list[float]) -> None:
@@ -44,26 +47,35 @@ def measure(report: Report, workload: Workload, population: Population, folder: 
         setting = {"part": "loading", "workload": workload.name, "dtype": "float32"}
         report.add({**setting, **described, "what": what, "seconds": seconds})
 
-    parent = folder / "adapters"
-    folders = population.save(parent, count)
-    with ExitStack() as banks:
-        add_ours = partial(add, "bank", population.arm)
-        _of_vectors(add_ours, _bank(population, folders, banks), [population.vector(n) for n in range(count)])
-        _of_folders(add_ours, [_bank(population, folders, banks) for _ in range(2)], parent, folders)
-        for what, dtype in (("pack", torch.float16), ("pack without factors", None)):
-            pack = population.pack(folder / f"{what}.dvora", folders, dtype)
-            _of_pack(add_ours, _bank(population, folders, banks), pack, what)
+    for population in populations:
+        _of_bank(partial(add, "bank", population.arm), population, folder / population.arm.name, count)
+    names = [name_of(number) for number in range(count)]
     for arm in LORAS:
-        model = adapted(population.base, arm, workload.targets)
+        model = adapted(populations[0].base, arm, workload.targets)
         model.save_pretrained(str(folder / arm.name))
-        _of_peft(partial(add, "PEFT", arm), model, dict.fromkeys(folders, folder / arm.name))
-    _of_peft(partial(add, "PEFT", population.arm), population.model, folders)
+        _of_peft(partial(add, "PEFT", arm), model, dict.fromkeys(names, folder / arm.name))
+    for population in populations:
+        folders = {name: folder / population.arm.name / "adapters" / name for name in names}
+        _of_peft(partial(add, "PEFT", population.arm), population.model, folders)
 
 
-def _bank(population: Population, folders: Mapping[str, Path], banks: ExitStack) -> dvora.AdapterBank:
+def _of_bank(add: Add, population: Population, folder: Path, count: int) -> None:
+    parent, pack = folder / "adapters", folder / "adapters.dvora"
+    folders = population.save(parent, count)
+    write_pack(pack, folders)
+    with ExitStack() as banks:
+        _of_vectors(add, _bank(population, folders, banks), [population.vector(n) for n in range(count)])
+        _of_folders(add, [_bank(population, folders, banks) for _ in range(2)], parent, folders)
+        _of_pack(add, _bank(population, folders, banks), pack)
+        _at_once(add, [_bank(population, folders, banks, slots=count + 1) for _ in range(AT_ONCE)], pack)
+
+
+def _bank(
+    population: Population, folders: Mapping[str, Path], banks: ExitStack, slots: int = SLOTS
+) -> dvora.AdapterBank:
     """A bank that has computed what all adapters share, and holds another one than the folders'."""
     some = next(iter(folders.values()))
-    bank = dvora.AdapterBank(sharing_copy(population.base), slots=SLOTS, dtype=torch.float16, like=some)
+    bank = dvora.AdapterBank(sharing_copy(population.base), slots=slots, dtype=torch.float16, like=some)
     banks.callback(bank.close)
     bank.add("other", population.vector(len(folders)))
     _use(bank, "other")
@@ -85,11 +97,18 @@ def _of_folders(add: Add, banks: Sequence[dvora.AdapterBank], parent: Path, fold
     add("in a slot", _uses(later, [last] * SWITCHES))
 
 
-def _of_pack(add: Add, bank: dvora.AdapterBank, pack: Path, what: str) -> None:
+def _of_pack(add: Add, bank: dvora.AdapterBank, pack: Path) -> None:
     start = perf_counter()
     names = bank.add_pack(pack)
-    add(f"add_pack, each, {what}", [(perf_counter() - start) / len(names)])
-    add(f"first use, {what}", _uses(bank, names))
+    add("add_pack, each", [(perf_counter() - start) / len(names)])
+    add("first use, pack", _uses(bank, names))
+
+
+def _at_once(add: Add, banks: Sequence[dvora.AdapterBank], pack: Path) -> None:
+    """Of each adapter in a batch in which all are new."""
+    *_, names = (bank.add_pack(pack) for bank in banks)
+    seconds = [_seconds(_use, bank, *names) / len(names) for bank in banks]
+    add(f"first use, {len(names)} at once, pack", seconds)
 
 
 def _of_peft(add: Add, model: Any, folders: Mapping[str, Path]) -> None:
@@ -102,8 +121,8 @@ def _uses(bank: dvora.AdapterBank, names: Iterable[str]) -> list[float]:
     return [_seconds(_use, bank, name) for name in names]
 
 
-def _use(bank: dvora.AdapterBank, name: str) -> None:
-    with bank.rows([name]):
+def _use(bank: dvora.AdapterBank, *names: str) -> None:
+    with bank.rows(names):
         pass
 
 

@@ -63,11 +63,11 @@ class Plan:
     Args:
         grounds: of batches.
         encoder: of the stream, of training, and of what thousands of adapters take in memory.
-        adapter: of the encoder, and of models whose adapters are loaded.
+        adapter: of the encoder.
         asked: for how many adapters the requests of the stream ask.
         requests, rounds: of the stream; so many requests in each round.
         resident: slots, and bytes of the host's tier, of banks that use all adapters of the stream.
-        loaded: models whose adapters are loaded and weighed, and how many of them are loaded.
+        loaded: models whose adapters are loaded and weighed, which adapters these are, and how many are loaded.
     """
 
     grounds: Sequence[Ground]
@@ -77,7 +77,7 @@ class Plan:
     requests: int
     rounds: int
     resident: Sequence[tuple[int, int]]
-    loaded: Sequence[tuple[Workload, int]]
+    loaded: Sequence[tuple[Workload, Sequence[Arm], int]]
 
 
 def whole() -> Plan:
@@ -90,7 +90,7 @@ def whole() -> Plan:
         requests=200,
         rounds=5,
         resident=[(SLOTS, 2**30), (64, 2**26)],
-        loaded=[(workloads.minilm(), 16), (workloads.smollm2(), 8)],
+        loaded=[(model, (STRUCTURED, SMALL), 16) for model in (workloads.minilm(), workloads.smollm2())],
     )
 
 
@@ -105,7 +105,7 @@ def quick() -> Plan:
         requests=40,
         rounds=2,
         resident=[(SLOTS, 2**30)],
-        loaded=[(tiny, 6)],
+        loaded=[(tiny, [Arm("dvora structured", rank) for rank in (16, 4)], 6)],
     )
 
 

@@ -38,7 +38,7 @@ MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
 PLACES = {
     "float16": ("in a slot or on the host, float16", 1.0),
     "folder": ("in a folder, float32", 0.65),
-    "pack": ("in a pack, both", 0.35),
+    "pack": ("in a pack", 0.35),
 }
 """Where an adapter can be, and how opaque its bar is."""
 

@@ -1,7 +1,7 @@
 """Adapters by the thousand: one vector, and noise of another seed for each; as vectors, as folders, as a pack."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.arms import Arm, adapted
 from dvora import DVoRAConfig
-from dvora.bank.factors import FactorRows
-from dvora.bank.pack import write_pack
+from dvora.bank.packs import write_pack
 from dvora.flat import Layout
 from dvora.peft.saving import PEFT_PREFIX, VECTOR_PREFIX
 
@@ -57,19 +56,6 @@ class Population:
         shutil.rmtree(first)
         return folders
 
-    def pack(self, file: Path, folders: Mapping[str, Path], dtype: torch.dtype | None) -> Path:
-        """The adapters of some folders in one file.
-
-        Args:
-            file: of the pack, which is also returned.
-            folders: by name.
-            dtype: of the rows of factors in it; None leaves these to the first use.
-        """
-        content = self.layout.content
-        rows = None if dtype is None else FactorRows.of_model(self.base, self.config, content, dtype)
-        write_pack(file, folders, rows)
-        return file
-
     def _named(self, vector: Tensor) -> dict[str, Tensor]:
         """The values by their names in files."""
         return {
@@ -84,14 +70,15 @@ def name_of(number: int) -> str:
     return f"adapter-{number:05d}"
 
 
-def packed(population: Population, count: int, folder: Path, dtype: torch.dtype | None = None) -> Path:
+def packed(population: Population, count: int, folder: Path) -> Path:
     """A pack of the first so many adapters, whose own folders are gone afterwards.
 
     Args:
         population: of which the adapters are.
         count: how many.
         folder: for the pack.
-        dtype: of the rows of factors in it, if there are to be any.
     """
+    file = folder / "adapters.dvora"
     with TemporaryDirectory(dir=folder) as unpacked:
-        return population.pack(folder / "adapters.dvora", population.save(Path(unpacked) / "adapters", count), dtype)
+        write_pack(file, population.save(Path(unpacked) / "adapters", count))
+    return file

@@ -165,13 +165,13 @@ def storage(rows: Rows) -> list[str]:
     """Bytes of an adapter, and of a process with ten thousand."""
     lines = [
         "Kilobytes an adapter. In a slot of the device and on the host it is the same rows; a pack holds both files of "
-        "an adapter, and its row in float16 if it was packed for a base:",
+        "an adapter, what is equal in many only once:",
         "",
-        "| | values | device or host, float16 | float32 | folder | pack | pack without rows |",
-        "|---|---|---|---|---|---|---|",
+        "| | values | device or host, float16 | float32 | folder | pack |",
+        "|---|---|---|---|---|---|",
     ]
     for row in (row for row in rows if row["part"] == "storage"):
-        sizes = (row.get(name) for name in ("float16", "float32", "folder", "pack", "pack_without_factors"))
+        sizes = (row.get(name) for name in ("float16", "float32", "folder", "pack"))
         cells = ("" if size is None else f"{size / 1e3:,.0f}" for size in sizes)
         model = MODELS.get(row["workload"], row["workload"])
         lines.append(f"| {model}, {row['arm']} | {row['values']:,} | {' | '.join(cells)} |")

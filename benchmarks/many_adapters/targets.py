@@ -80,10 +80,11 @@ def _first_use(rows: Rows) -> Iterator[Target]:
         ("smollm2", "pack", 0.05),
         ("minilm", "folder", 0.05),
     ):
-        row = row_of(rows, part="loading", workload=workload, way="bank", what=f"first use, {source}")
-        measured = None if row is None else spread(row["seconds"])
-        name = {"minilm": "MiniLM", "smollm2": "SmolLM2"}[workload]
-        yield Target(f"first use from a {source}, {name}", limit, measured, unit="milliseconds")
+        for rank in (64, 256):
+            row = row_of(rows, part="loading", workload=workload, way="bank", rank=rank, what=f"first use, {source}")
+            measured = None if row is None else spread(row["seconds"])
+            name = {"minilm": "MiniLM", "smollm2": "SmolLM2"}[workload]
+            yield Target(f"first use from a {source}, {name}, r={rank}", limit, measured, unit="milliseconds")
 
 
 def _kernels(rows: Rows) -> Iterator[Target]:
