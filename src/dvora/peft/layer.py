@@ -39,7 +39,7 @@ from .base_weight import (
     stored_weight,
 )
 from .layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient, layer_type_of, linear
-from .mixed_batch import RowUpdate, check_rows, mixed_outputs, row_updates, updates_in
+from .mixed_batch import check_rows, row_updates, updates_in
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 """Attributes of a layer, in the order of `functional.Vectors`."""
@@ -161,9 +161,9 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         check_rows(adapter_names, x, self.merged_adapters, self.name)
         base_output: Tensor = self.base_layer(x)
         updates = updates_in(self, adapter_names, base_output.dim(), self._row_updates)
-        return mixed_outputs(x, base_output, updates, self._adapted)
+        return self._adapted(x, base_output, updates)
 
-    def _row_updates(self, adapter_names: Sequence[str], dimensions: int) -> list[RowUpdate]:
+    def _row_updates(self, adapter_names: Sequence[str], dimensions: int) -> list[ActiveAdapter]:
         """The updates by row, of the adapters in the batch only: there may be thousands in the model."""
         here: Any = {} if self.disable_adapters else self.dvora_adapted._modules
         adapted = {name: here[name] for name in dict.fromkeys(adapter_names) if name in here}

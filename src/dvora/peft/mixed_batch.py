@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,6 @@ from .layer_types import ActiveAdapter
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
-
-
-class RowUpdate(NamedTuple):
-    """What adapters that share A and B do to the outputs of one layer."""
-
-    rows: list[int] | None
-    """Their rows; None if they are all."""
-    adapter: ActiveAdapter
 
 
 class Batch:
@@ -47,7 +39,7 @@ class Batch:
         self.names = names
         self.in_encoder = in_encoder
         self.silent = silent
-        self.updates: dict[tuple[int, int, int], list[RowUpdate]] = {}
+        self.updates: dict[tuple[int, int, int], list[ActiveAdapter]] = {}
         """Without gradients, of every layer: generation asks for them with each token, and goes on as it began."""
 
 
@@ -122,8 +114,11 @@ def check_rows(adapter_names: Sequence[str], x: Tensor, merged: Sequence[str], n
 
 
 def updates_in(
-    layer: object, adapter_names: Sequence[str], dimensions: int, make: Callable[[Sequence[str], int], list[RowUpdate]]
-) -> list[RowUpdate]:
+    layer: object,
+    adapter_names: Sequence[str],
+    dimensions: int,
+    make: Callable[[Sequence[str], int], list[ActiveAdapter]],
+) -> list[ActiveAdapter]:
     """The updates of a layer, made from names and dimensions of outputs once in a call that is not differentiated."""
     batch = None if is_traced() or grad_recorded() else current_batch.get()
     if batch is None or (adapter_names is not batch.names and adapter_names is not batch.in_encoder):
@@ -139,7 +134,7 @@ def row_updates(
     factors: Mapping[str, Float[Tensor, "F"]],
     adapter_names: Sequence[str],
     dimensions: int,
-) -> list[RowUpdate]:
+) -> list[ActiveAdapter]:
     """The updates of a layer by row: one for all adapters that share A and B.
 
     Args:
@@ -153,32 +148,12 @@ def row_updates(
         groups.setdefault(weight.update_key, []).append(name)
     updates = []
     for group in groups.values():
-        rows = None if len(groups) == 1 else [row for row, name in enumerate(adapter_names) if name in group]
-        names = list(adapter_names) if rows is None else [adapter_names[row] for row in rows]
         values = torch.stack([factors[name] for name in group])
-        if group != names:
+        if group != list(adapter_names):
+            # The row of zeros behind them is the base's, and that of adapters in other groups.
             place = {name: place for place, name in enumerate(group)}
-            # The row of zeros behind them is the base's.
-            index = torch.tensor([place.get(name, len(group)) for name in names], device=values.device)
+            index = torch.tensor([place.get(name, len(group)) for name in adapter_names], device=values.device)
             values = pad(values, (0, 0, 0, 1))[index]
         first = adapted[group[0]]
-        updates.append(RowUpdate(rows, ActiveAdapter(first, Factors.of_rows(values, first.rank, dimensions), None)))
+        updates.append(ActiveAdapter(first, Factors.of_rows(values, first.rank, dimensions), None))
     return updates
-
-
-def mixed_outputs(
-    x: Tensor,
-    base_output: Tensor,
-    updates: Sequence[RowUpdate],
-    adapt: Callable[[Tensor, Tensor, Sequence[ActiveAdapter]], Tensor],
-) -> Tensor:
-    """The outputs of a batch: `adapt` all rows at once, or those of each A and B where there are several.
-
-    Rows without an update keep the base's output.
-    """
-    if all(rows is None for rows, _ in updates):
-        return adapt(x, base_output, [adapter for _, adapter in updates])
-    output = base_output.clone()
-    for rows, adapter in updates:
-        output[rows] = adapt(x[rows], base_output[rows], [adapter])
-    return output
