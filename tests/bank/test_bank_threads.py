@@ -4,30 +4,26 @@ import gc
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dvora
-from tests.bank.tenants import HEADED, LLAMA, MLP, tenants
+from tests.bank.bank_machine import X, of_x
+from tests.bank.tenants import HEADED, LLAMA, MLP, Served, tenants
 from tests.bank.versions import PATIENCE, Names, Versions, in_threads, until
 from tests.peft.kinds import saved
-from tests.peft.tiny import MODELS, inputs, same_bits
+from tests.peft.tiny import MODELS
 
-X = inputs(MODELS["mlp"](), 1)["x"][0]
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [0, 30, 31, 32, 33], [21, 20, 19, 18, 17]])
 """Some with padding on the left."""
 LONG = 1200.0
 """Seconds until a test at its full length counts as stuck."""
-HAS_TOKEN = (PROMPTS != 0).long()
-
-
-@torch.no_grad()
-def of_x(model: nn.Module) -> Tensor:
-    return model(X.double()[None])[0]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +37,52 @@ def first(tmp_path: Path) -> Path:
     return saved(HEADED.trained(), tmp_path / "first")
 
 
-def is_one_of(row: Tensor, possible: list[Tensor]) -> bool:
-    return min(float((row.double() - each).abs().max()) for each in possible) < 2e-5
+def wrong_rows(
+    names: Names[Any], rounds: Sequence[int], rows_of: Callable[[random.Random, int, list[list[Any]]], Iterator[bool]]
+) -> list[object]:
+    """Rows that no version gives that their names had, of batches in a thread each while names change in another one.
 
+    Args:
+        names: of a bank, with versions.
+        rounds: how many batches each thread has.
+        rows_of: calls the model on a batch of so many rows; whether each is one of those that it may be.
+    """
+    wrong, stop = list[object](), threading.Event()
 
-def test_versions_differ(versions: Versions[Tensor]) -> None:
-    every = [versions.base, *versions.expected]
-    distances = [float((a - b).abs().max()) for i, a in enumerate(every) for b in every[:i]]
-    assert min(distances) > 1e-3
+    def serve(seed: int, count: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(count):
+            batch = [rng.choice([None, *names.begun]) for _ in range(4)]
+            before = names.before(batch)
+            with torch.no_grad(), names.bank.rows(batch):
+                possible = names.possible(batch, before)
+                right = rows_of(rng, len(batch), possible)
+                wrong.extend(name for name, is_right in zip(batch, right, strict=True) if not is_right)
+
+    def change() -> None:
+        rng = random.Random(10)
+        while not stop.wait(0.001):
+            names.replace(rng.choice(list(names.begun)), rng.randrange(len(names.versions.vectors)))
+
+    def disturb() -> None:
+        bank, rng = names.bank, random.Random(11)
+        while not stop.is_set():
+            bank.add("other", rng.choice(names.versions.vectors))
+            bank.pin(["other"])
+            bank.prefetch([rng.choice(list(names.begun)), "other"]).result()
+            bank.stats()
+            bank.unpin(["other"])
+            bank.remove("other")
+
+    def readers() -> None:
+        try:
+            in_threads(*(partial(serve, seed, count) for seed, count in enumerate(rounds)), patience=LONG)
+        finally:
+            stop.set()
+
+    in_threads(readers, change, disturb, patience=LONG)
+    assert sum(names.ended.values()) > 5
+    return wrong
 
 
 @pytest.mark.usefixtures("hasty_threads")
@@ -59,162 +93,59 @@ def test_rows_are_the_version_that_they_began_with(
     rounds = 1500 if request.config.getoption("--fuzz") else 80
     model = HEADED.base().requires_grad_(False)
     one = 4 * (2 * (2 * 24 + 4) + 6 * 24)
+
+    def rows_of(_: random.Random, count: int, possible: list[list[Tensor]]) -> Iterator[bool]:
+        found, again = model(X.expand(count, -1)), model(X.expand(count, -1))
+        assert torch.equal(found, again)
+        for row, of_row in zip(found, possible, strict=True):
+            yield min(float((row.double() - each).abs().max()) for each in of_row) < 2e-5
+
     with dvora.AdapterBank(model, slots=5, host_bytes=one * host_rows, like=first) as bank:
         names = Names(bank, versions)
         for number in range(7):
             names.add(f"n{number}", number)
-        wrong, stop = list[object](), threading.Event()
-
-        def serve(seed: int) -> None:
-            rng = random.Random(seed)
-            for _ in range(rounds):
-                batch = [rng.choice([None, *names.begun]) for _ in range(4)]
-                before = names.before(batch)
-                with torch.no_grad(), bank.rows(batch):
-                    possible = names.possible(batch, before)
-                    found = model(X.expand(4, -1))
-                    again = model(X.expand(4, -1))
-                if not torch.equal(found, again):
-                    wrong.append((batch, "changed within a batch"))
-                wrong.extend(
-                    (name, row)
-                    for name, row, each in zip(batch, found, possible, strict=True)
-                    if not is_one_of(row, each)
-                )
-
-        def change() -> None:
-            rng = random.Random(10)
-            while not stop.is_set():
-                names.replace(rng.choice(list(names.begun)), rng.randrange(12))
-
-        def disturb() -> None:
-            rng = random.Random(11)
-            while not stop.is_set():
-                bank.add("other", versions.vectors[rng.randrange(12)])
-                bank.pin(["other"])
-                bank.prefetch([rng.choice(list(names.begun)), "other"]).result()
-                bank.stats()
-                bank.unpin(["other"])
-                bank.remove("other")
-
-        def readers() -> None:
-            try:
-                in_threads(*(lambda seed=seed: serve(seed) for seed in range(3)), patience=LONG)
-            finally:
-                stop.set()
-
-        in_threads(readers, change, disturb, patience=LONG)
-        assert not wrong
+        assert not wrong_rows(names, [rounds] * 3, rows_of)
         stats = bank.stats()
         assert (stats.slots_in_use, stats.pinned, stats.adapters) == (0, 0, 7)
         assert stats.evictions > 0
         assert stats.host_bytes <= one * host_rows
 
 
-def greedy(model: nn.Module) -> list[list[int]]:
-    return tokens(model)
-
-
 @torch.no_grad()
-def tokens(model: nn.Module, prompts: Tensor | None = None) -> list[list[int]]:
+def tokens(model: nn.Module, prompts: Tensor = PROMPTS) -> list[list[int]]:
     """What comes after each prompt, by greedy decoding."""
-    which = torch.arange(len(PROMPTS)) if prompts is None else prompts
-    found = model.generate(
-        input_ids=PROMPTS[which], attention_mask=HAS_TOKEN[which], max_new_tokens=4, min_new_tokens=4, do_sample=False
-    )
+    counts = {"max_new_tokens": 4, "min_new_tokens": 4}
+    found = model.generate(input_ids=prompts, attention_mask=(prompts != 0).long(), do_sample=False, **counts)
     return found[:, PROMPTS.shape[1] :].tolist()
 
 
 def test_no_greedy_request_is_wrong_while_adapters_are_replaced(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    requests = 10_000 if request.config.getoption("--fuzz") else 192
-    kind = LLAMA._replace(base=lambda: MODELS["llama"]().double())
-    versions = Versions(LLAMA, 10, greedy)
+    rounds = 1200 if request.config.getoption("--fuzz") else 24
+    versions = Versions(LLAMA, 10, tokens)
     assert len({str(each) for each in [versions.base, *versions.expected]}) > 8
-    model = kind.base().requires_grad_(False)
+    model = MODELS["llama"]().double().requires_grad_(False)
+
+    def rows_of(rng: random.Random, count: int, possible: list[list[Any]]) -> Iterator[bool]:
+        which = [rng.randrange(len(PROMPTS)) for _ in range(count)]
+        for row, prompt, of_row in zip(tokens(model, PROMPTS[which]), which, possible, strict=True):
+            yield row in [each[prompt] for each in of_row]
+
     with dvora.AdapterBank(model, slots=9, like=saved(LLAMA.trained(), tmp_path / "first")) as bank:
         names = Names(bank, versions)
         for number in range(12):
             names.add(f"n{number}", number % 10)
-        wrong, stop, done = list[object](), threading.Event(), [0, 0]
-
-        def serve(seed: int) -> None:
-            rng = random.Random(seed)
-            while done[seed] < requests // 2:
-                batch = [rng.choice([None, *names.begun]) for _ in range(8)]
-                prompts = torch.tensor([rng.randrange(len(PROMPTS)) for _ in batch])
-                before = names.before(batch)
-                with bank.rows(batch):
-                    possible = names.possible(batch, before)
-                    found = tokens(model, prompts)
-                every = zip(batch, found, prompts.tolist(), possible, strict=True)
-                wrong.extend((name, row) for name, row, prompt, of in every if row not in [each[prompt] for each in of])
-                done[seed] += len(batch)
-
-        def change() -> None:
-            rng = random.Random(10)
-            while not stop.wait(0.002):
-                names.replace(rng.choice(list(names.begun)), rng.randrange(10))
-
-        def readers() -> None:
-            try:
-                in_threads(lambda: serve(0), lambda: serve(1), patience=LONG)
-            finally:
-                stop.set()
-
-        in_threads(readers, change, patience=LONG)
-        assert not wrong
-        assert sum(names.ended.values()) > 5
+        assert not wrong_rows(names, [rounds] * 2, rows_of)
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[nn.Module, dvora.AdapterBank]]:
+def served(tmp_path: Path) -> Iterator[Served]:
     """Six adapters, two slots."""
-    these = tenants(MLP, tmp_path, 6)
-    model = these.base()
-    with dvora.AdapterBank(model, slots=2) as bank:
-        bank.add_folder(tmp_path)
-        yield model, bank
+    with tenants(MLP, tmp_path, 6).bank(slots=2) as served:
+        yield served
 
 
-def test_batches_wait_for_each_other_s_slots(served: tuple[nn.Module, dvora.AdapterBank]) -> None:
-    _model, bank = served
-    entered, leave, second = threading.Event(), threading.Event(), threading.Event()
-
-    def holds() -> None:
-        with bank.rows(["a", "b"]):
-            entered.set()
-            leave.wait()
-
-    def waits() -> None:
-        entered.wait()
-        with bank.rows(["c", "a"]):
-            second.set()
-
-    def watches() -> None:
-        entered.wait()
-        with bank.rows([None, None]), torch.no_grad():
-            pass
-        until(lambda: bank.stats().host_adapters == 3)
-        assert not second.wait(0.05)
-        leave.set()
-
-    in_threads(holds, waits, watches)
-    assert second.is_set()
-
-
-def test_a_name_that_is_removed_ends_with_its_batch(served: tuple[nn.Module, dvora.AdapterBank]) -> None:
-    model, bank = served
-    with bank.rows(["a"] * 4), torch.no_grad():
-        before = model(X.expand(4, -1))
-        in_threads(lambda: bank.remove("a"))
-        assert same_bits(model(X.expand(4, -1)), before)
-        assert bank.stats().slots_in_use == 1
-    with pytest.raises(ValueError, match="there is no adapter 'a'"), bank.rows(["a"]):
-        pass
-
-
-def test_prefetched_adapters_need_no_read_and_no_load(served: tuple[nn.Module, dvora.AdapterBank]) -> None:
-    _, bank = served
+def test_prefetched_adapters_need_no_read_and_no_load(served: Served) -> None:
+    bank = served.bank
     with bank.rows(["a"]):
         bank.prefetch(["b", "c"]).result()
         before = bank.stats()
@@ -227,75 +158,61 @@ def test_prefetched_adapters_need_no_read_and_no_load(served: tuple[nn.Module, d
         assert bank.stats().host_adapters == 4
 
 
-def test_what_is_pinned_while_a_batch_waits_for_slots_ends_its_waiting(
-    served: tuple[nn.Module, dvora.AdapterBank],
-) -> None:
-    _, bank = served
-    entered, leave = threading.Event(), threading.Event()
+def test_what_is_pinned_while_a_batch_waits_for_slots_ends_its_waiting(served: Served) -> None:
+    bank, entered, leave = served.bank, threading.Event(), threading.Event()
 
     def holds() -> None:
         with bank.rows(["a", "b"]):
             entered.set()
             leave.wait()
 
-    def waits() -> str:
+    def waits() -> None:
         entered.wait()
-        try:
-            with bank.rows(["c", "d"]):
-                return "served"
-        except ValueError as error:
-            return str(error)
+        with pytest.raises(ValueError, match="1 of them pinned for others"), bank.rows(["c", "d"]):
+            pass
 
     def pins() -> None:
         until(lambda: bank.stats().host_adapters == 4)
         bank.pin(["e"])
         leave.set()
 
-    found = in_threads(holds, waits, pins)
-    assert "1 of them pinned for others" in found[1]
+    in_threads(holds, waits, pins)
     with bank.rows(["e", "a"]):
         assert bank.stats().slots_in_use == 2
 
 
-def test_a_pin_within_a_batch_does_not_wait_for_it(served: tuple[nn.Module, dvora.AdapterBank]) -> None:
-    _, bank = served
+def test_a_pin_does_not_wait_for_a_batch_and_holds_from_the_first_use_on(served: Served) -> None:
+    bank = served.bank
     with bank.rows(["a", "b"]):
-        in_threads(lambda: bank.pin(["c"]))
-        bank.unpin(["c"])
-        bank.pin(["d"])
+        in_threads(lambda: bank.pin(["d"]))
+        assert bank.stats().evictions == 0
+    for names in (["d"], ["a"], ["b"], ["c"]):
+        with bank.rows(names):
+            loads = bank.stats().loads
     with bank.rows(["d"]):
-        loads = bank.stats().loads
-    for name in ("a", "b", "c"):
-        with bank.rows([name]):
-            pass
-    with bank.rows(["d"]):
-        assert bank.stats().loads == loads + 3
+        assert bank.stats().loads == loads
 
 
-def test_a_bank_is_not_closed_while_batches_run(served: tuple[nn.Module, dvora.AdapterBank]) -> None:
-    model, bank = served
-    for names in (["a", "b"], [None, None]):
-        entered, leave = threading.Event(), threading.Event()
+@pytest.mark.parametrize("names", [["a", "b"], [None, None]], ids=["adapters", "the base"])
+def test_a_bank_is_not_closed_while_batches_run_in_other_threads(names: list[str | None], served: Served) -> None:
+    entered, leave = threading.Event(), threading.Event()
 
-        def holds(
-            names: list[str | None] = names, entered: threading.Event = entered, leave: threading.Event = leave
-        ) -> Tensor:
-            with bank.rows(names), torch.no_grad():
-                entered.set()
-                leave.wait()
-                return model(X.expand(2, -1))
+    def holds() -> Tensor:
+        with served.bank.rows(names), torch.no_grad():
+            entered.set()
+            leave.wait()
+            return served.model(X.expand(2, -1))
 
-        def closes(entered: threading.Event = entered, leave: threading.Event = leave) -> None:
-            entered.wait()
-            try:
-                with pytest.raises(ValueError, match="1 batches are in the bank, which would"):
-                    bank.close()
-            finally:
-                leave.set()
+    def closes() -> None:
+        entered.wait()
+        try:
+            with pytest.raises(ValueError, match="1 batches are in the bank, which would have the base's outputs"):
+                served.bank.close()
+        finally:
+            leave.set()
 
-        assert in_threads(holds, closes)[0].isfinite().all()
-    with bank.rows(["a", "b"]), torch.no_grad():
-        model(X.expand(2, -1))
+    found, _ = in_threads(holds, closes)
+    assert torch.equal(found, served(names, X.expand(2, -1)))
 
 
 @pytest.mark.usefixtures("hasty_threads")
@@ -310,11 +227,10 @@ def test_first_adapters_may_come_from_several_threads(tmp_path: Path) -> None:
                 with pytest.raises(ValueError, match="it changes nothing"):
                     bank.add("bad", tmp_path / "bad")
 
-            in_threads(refused, *(lambda n=n, bank=bank: bank.add(n, these.path(n)) for n in these.names), refused)
+            in_threads(refused, *(partial(bank.add, name, these.path(name)) for name in these.names), refused)
             assert sorted(bank) == these.names
             assert sum(len(module._forward_hooks) for module in model.modules()) == 3 + 2
-            with bank.rows(these.names), torch.no_grad():
-                model(X.expand(4, -1))
+            assert Served(model, bank)(these.names).isfinite().all()
 
 
 class Meeting(nn.Linear):
@@ -380,8 +296,7 @@ def test_memory_is_flat_over_a_long_run(
             return bytes_of_tensors(), resident_bytes()
 
         run(20)
-        before = run(500 if is_long else 60)
-        after = run(1500 if is_long else 60)
+        before, after = run(500 if is_long else 60), run(1500 if is_long else 60)
         assert after[0] == before[0]
         assert not is_long or after[1] - before[1] < 8e6
         stats = bank.stats()
