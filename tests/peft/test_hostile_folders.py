@@ -446,7 +446,10 @@ BOMBS: dict[str, Edit] = {
     "expanded projections": pickled(
         lambda t: t | {f"{MATRICES}stream_0": torch.ones(1, 1).expand(65536, 65536)}
     ),
-    "tall projections": added(f"{MATRICES}stream_0", lambda: torch.ones(500_000, 1)),
+    "tall projections": several(
+        settings(projection_init="kaiming_uniform", projection_fingerprint=None),
+        added(f"{MATRICES}stream_0", lambda: torch.ones(2_000_000, 1)),
+    ),
     "matrices of VeRA, inputs": settings(projection_init="peft_vera(r=4, in=33000000, out=33000000)"),
     "matrices of VeRA, rank": settings(projection_init="peft_vera(r=60000, in=2048, out=2048)"),
     "a head without columns": added("base_model.model.head.weight", lambda: torch.ones(30_000_000, 0)),
