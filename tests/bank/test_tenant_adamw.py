@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from dvora.bank import TenantAdamW
 from dvora.training import recommended_rates
@@ -37,19 +36,19 @@ def run(both: Together, alone: Alone) -> None:
         alone.step(batch)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"weight_decay": 0.3},
-        {"max_grad_norm": 0.05},
-        {"shares": {"b": 0.25, "c": 0.0}},
-        {"weight_decay": 0.3, "max_grad_norm": 0.05, "shares": {"a": 3.0}},
-    ],
-    ids=["plain", "weight decay", "clipping", "shares", "all"],
-)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight decay": {"weight_decay": 0.3},
+    "clipping": {"max_grad_norm": 0.05},
+    "shares": {"shares": {"b": 0.25, "c": 0.0}},
+    "all": {"weight_decay": 0.3, "max_grad_norm": 0.05, "shares": {"a": 3.0}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", [MLP, HEADED], ids=["vectors", "with a head"])
-def test_steps_are_those_of_each_alone(kind: Kind, options: dict[str, Any], tmp_path: Path) -> None:
+def test_steps_are_those_of_each_alone(kind: Kind, name: str, tmp_path: Path) -> None:
+    options = OPTIONS[name]
     save_all(kind, tmp_path)
     with together(kind, tmp_path, **options) as both:
         alone = Alone(tmp_path, kind.base, **options)
@@ -78,16 +77,6 @@ def test_what_an_adapter_does_not_train_neither_moves_nor_counts_in_its_norm(
         alone = Alone(tmp_path, kind.base, max_grad_norm=0.02, weight_decay=0.3)
         run(both, alone)
         assert largest_difference(both, alone) < 1e-5
-
-
-def test_a_step_moves_the_adapters_of_its_batches_only(tmp_path: Path) -> None:
-    save_all(HEADED, tmp_path)
-    with together(HEADED, tmp_path) as both:
-        both.step(batch_of(both.model, ["a", "b", "c"]))
-        before = [parameter.detach().clone() for parameter in both.adapters.parameters()]
-        both.step(batch_of(both.model, ["c", "c"]))
-        for old, new in zip(before, both.adapters.parameters(), strict=True):
-            assert (old != new).any(1).tolist() == [False, False, True]
 
 
 def test_what_only_ran_is_not_stepped(tmp_path: Path) -> None:
@@ -122,27 +111,26 @@ def test_several_steps_within_one_rows(tmp_path: Path) -> None:
         assert torch.equal(one.adapters.vectors, other.adapters.vectors)
 
 
-@pytest.mark.parametrize("passes", ["one rows", "two rows"])
-def test_gradients_accumulate(passes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_one_batch", [True, False])
+def test_gradients_accumulate(is_one_batch: bool, tmp_path: Path) -> None:
     save_all(HEADED, tmp_path)
     with together(HEADED, tmp_path, max_grad_norm=0.05) as both:
         alone = Alone(tmp_path, HEADED.base, max_grad_norm=0.05)
         for number in range(3):
             first = batch_of(both.model, ["a", "b", "a"], number)
-            second = batch_of(both.model, first.names if passes == "one rows" else ["c", "a"], number + 7)
-            if passes == "one rows":
+            second = batch_of(both.model, first.names if is_one_batch else ["c", "a"], number + 7)
+            if is_one_batch:
                 with both.adapters.rows(first.names) as rows:
                     found = [rows.loss(row_losses(both.model, batch.inputs)) for batch in (first, second)]
                     # In the order of training loops, and in the other one.
                     for loss in found if number else reversed(found):
                         (loss / 2).backward()
-            else:
-                both.backward(first, 0.5)
-                both.backward(second, 0.5)
+            for batch in (first, second):
+                if not is_one_batch:
+                    both.backward(batch, 0.5)
+                alone.backward(batch, 0.5)
             both.optimizer.step()
             both.optimizer.zero_grad()
-            alone.backward(first, 0.5)
-            alone.backward(second, 0.5)
             alone.update([*first.names, *second.names])
         assert largest_difference(both, alone) < 1e-5
 
@@ -274,11 +262,3 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
     save_all(MLP, tmp_path)
     with together(MLP, tmp_path) as both, pytest.raises(ValueError, match=message):
         TenantAdamW(both.adapters, **options)
-
-
-def test_clipping_is_not_that_of_the_sum(tmp_path: Path) -> None:
-    save_all(MLP, tmp_path)
-    with together(MLP, tmp_path) as both:
-        both.backward(batch_of(both.model, ["a", "b", "c"]))
-        norms = both.adapters.vectors.grad.norm(dim=1)
-        assert clip_grad_norm_(both.adapters.parameters(), 1.0) > norms.max()
