@@ -200,7 +200,8 @@ class VectorSource:
             )
         parts = vector.detach().to("cpu", copy=True).split(lengths)
         entries = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        self._values = _checked(content, config, strengths, entries, {})
+        whole = {each.name: entries.pop(each.name) for each in content.whole}
+        self._values = _finite(AdapterValues(content, torch.cat([*entries.values()]), strengths, whole, config, {}))
 
     def read(self) -> AdapterValues:
         """The values of the vector as it was given."""
@@ -247,6 +248,11 @@ def described(settings: bytes, header: bytes) -> Description:
     beside = [name for name in entries if plain_name(name.removeprefix(PEFT_PREFIX)) not in own]
     if len(own) + len(beside) != len(entries):
         raise ValueError(f"{VALUES} has two entries of one name, with and without a compiler's prefixes; keep one")
+    if {name: entries[key][1] for name, key in own.items()} != _shapes(content):
+        raise ValueError(f"{VALUES} is damaged: its tensors are not those of its settings; save the adapter again")
+    for name, key in own.items():
+        if entries[key][0] not in _EXACT:
+            raise TypeError(f"{name} is {entries[key][0]}, expected torch.float32 or half precision; save it as that")
     return Description(settings, header, config, content, entries, own)
 
 
@@ -300,13 +306,19 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     """
     header, config, content, entries, own = description[1:]
     _check_size(len(header) + sum(description.lengths), len(header) + len(data))
-    parts = torch.frombuffer(bytearray(data), dtype=torch.uint8).split(description.lengths)
-    tensors = {
-        name: part.view(dtype).view(shape) for (name, (dtype, shape)), part in zip(entries.items(), parts, strict=True)
-    }
-    beside = {name: tensors[name] for name in tensors.keys() - own.values()}
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    parts: dict[str, Tensor] = dict(zip(entries, buffer.split(description.lengths), strict=True))
+
+    def typed(key: str) -> Tensor:
+        dtype, shape = entries[key]
+        return parts[key].view(dtype).view(shape)
+
+    whole = {each.name: typed(own[each.name]) for each in content.whole}
+    # Without a view of each vector as what it is already, since there are hundreds.
+    vector = torch.cat([parts[key].view(entries[key][0]).float() for name, key in own.items() if name not in whole])
+    beside = {key: typed(key) for key in description.beside}
     strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
-    return _checked(content, config, strengths, {name: tensors[key] for name, key in own.items()}, beside)
+    return _finite(AdapterValues(content, vector, strengths, whole, config, beside))
 
 
 @contextmanager
@@ -325,26 +337,15 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _checked(
-    content: Content,
-    config: DVoRAConfig,
-    strengths: tuple[float, ...],
-    entries: Mapping[str, Tensor],
-    beside: Mapping[str, Tensor],
-) -> AdapterValues:
-    """Values whose every entry is what it is to be."""
-    if {name: tuple(tensor.shape) for name, tensor in entries.items()} != _shapes(content):
-        raise ValueError(f"{VALUES} is damaged: its tensors are not those of its header; save the adapter again")
-    for name, tensor in entries.items():
-        if tensor.dtype not in _EXACT:
-            raise TypeError(f"{name} is {tensor.dtype}, expected torch.float32 or half precision; save it as that")
-    whole = {each.name: entries[each.name] for each in content.whole}
-    vectors = {name: tensor for name, tensor in entries.items() if name not in whole}
-    vector = torch.cat([tensor.float() for tensor in vectors.values()])
-    if not (vector.isfinite().all() and all(tensor.isfinite().all() for tensor in whole.values())):
-        name = next(name for name, tensor in entries.items() if not tensor.isfinite().all())
+def _finite(values: AdapterValues) -> AdapterValues:
+    """Values that are all finite."""
+    if not (values.vector.isfinite().all() and all(tensor.isfinite().all() for tensor in values.whole.values())):
+        shapes = _shapes(values.content)
+        vectors = [name for name in shapes if name not in values.whole]
+        parts = dict(zip(vectors, values.vector.split([prod(shapes[name]) for name in vectors]), strict=True))
+        name = next(name for name, tensor in {**parts, **values.whole}.items() if not tensor.isfinite().all())
         raise ValueError(f"{name} has values that are not finite; they are damaged, or training diverged")
-    return AdapterValues(content, vector, strengths, whole, config, beside)
+    return values
 
 
 @lru_cache(maxsize=64)

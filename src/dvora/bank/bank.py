@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
-from .hooks import Batch, Batches, check_without_bank
+from .hooks import Batch, Batches, check_unchanged, check_without_bank
 from .packs import Pack
 from .served import ServedModel
 from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
@@ -298,12 +298,7 @@ class AdapterBank:
         check_names(names, repeats)
         self._batches.check_free()
         served, _, slots, _ = self._known()
-        for layer in served.layers:
-            if not layer.is_unchanged():
-                raise ValueError(
-                    f"{layer.name}: its weight was written to, cast or moved since the bank was made, and what the "
-                    "bank holds belongs to the weight as it was; close the bank and make a new one"
-                )
+        check_unchanged(served.layers)
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         adapters = self._named(distinct)
         if served.heads and None in names:

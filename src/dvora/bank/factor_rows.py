@@ -109,11 +109,14 @@ class FactorRows:
         return torch.cat([parts[layer.name] for layer in layers])
 
     def of_vectors(self, vectors: Float[Tensor, "N S"]) -> Float[Tensor, "N F"]:
-        """The factor rows of N adapters, in the dtype of the constants, with a graph where one is recorded."""
+        """The factor rows of N adapters, in the dtype of the constants, with a graph where one is recorded.
+
+        The base is as it was when it was hooked: a batch is refused where it is not.
+        """
         parts = vectors.split(self.lengths, -1)
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for stack in self._stacks:
-            weights = [self.served.layers[position].refreshed() for position in stack]
+            weights = [self.served.layers[position].adapted for position in stack]
             constants = self._constants.get(stack[0])
             if constants is None or not constants.fit(weights):
                 constants = self._constants[stack[0]] = StackConstants.of(weights)

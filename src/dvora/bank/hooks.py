@@ -19,7 +19,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -238,17 +238,24 @@ class ServedLayer(NamedTuple):
     frozen: tuple[TensorVersion, ...]
     """The weight as it was when the constants were computed, or what it is computed from; none of a quantised layer."""
 
-    def refreshed(self) -> AdaptedWeight:
-        """The frozen side, with the constants of the weight as it is now."""
-        weight = weight_in_memory(self.module, "weight") if self.layer_type.has_weight else None
-        if weight is not None:
-            self.adapted.refresh_if_stale(weight)
-        return self.adapted
-
     def is_unchanged(self) -> bool:
         """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
         now = frozen_tensors(self.module, self.layer_type)
         return len(now) == len(self.frozen) and all(map(TensorVersion.is_of, self.frozen, now))
+
+
+def check_unchanged(layers: Sequence[ServedLayer]) -> None:
+    """Refuse to serve over a base that was written to, cast or moved since: factors are of its rows.
+
+    Raises:
+        ValueError: a layer has another weight.
+    """
+    for layer in layers:
+        if not layer.is_unchanged():
+            raise ValueError(
+                f"{layer.name}: its weight was written to, cast or moved since the bank was made, and what the bank "
+                "holds belongs to the weight as it was; close the bank and make a new one"
+            )
 
 
 def frozen_tensors(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:

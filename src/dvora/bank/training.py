@@ -23,7 +23,7 @@ from ..peft.config import Shape
 from ..tensors import Float
 from .adapters import AdapterValues
 from .factor_rows import FactorRows
-from .hooks import Batches
+from .hooks import Batches, check_unchanged
 from .slots import GatheredRows, RowIndex, check_names, within
 
 _SHARED = ("train", "dvora_dropout", "detach_norm")
@@ -85,6 +85,7 @@ class TrainableAdapters:
                 is not one name a row.
         """
         check_names(names, repeats=1)
+        check_unchanged(self.served.layers)
         places = [self.place(name) for name in names]
         present = sorted(set(places))
         position = {place: position for position, place in enumerate(present)}
