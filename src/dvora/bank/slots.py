@@ -78,7 +78,7 @@ class HostRows:
     """Rows on the CPU by digest, safe under threads.
 
     Args:
-        limit: bytes.
+        limit: bytes; one row that is larger is kept alone.
     """
 
     def __init__(self, limit: int) -> None:
@@ -164,8 +164,8 @@ class Slots:
             The slot of each.
 
         Raises:
-            ValueError: the slots that are not pinned for others are too few, now or after a while, or batches of this
-                very thread hold them.
+            ValueError: the slots that are not pinned for others are too few, now or after a while, or this thread is
+                in a batch already and there is no room for another one.
         """
         self._check_count(digests)
         # Outside of the lock, since other batches go on meanwhile.
@@ -173,7 +173,7 @@ class Slots:
         with self._changed:
             self._waiting.append(batch)
             try:
-                self._changed.wait_for(lambda: not digests or (self._waiting[0] is batch and self._has_room(digests)))
+                self._changed.wait_for(lambda: not digests or self._is_next(batch, digests))
                 missing = [digest for digest in digests if digest not in self._slot_of]
                 # Those that were evicted while the batch waited were not asked for.
                 rows = {**rows, **load([digest for digest in missing if digest not in rows])}
@@ -247,16 +247,19 @@ class Slots:
                 "them pinned for others; make smaller batches, or a bank with more slots"
             )
 
-    def _has_room(self, digests: Collection[str]) -> bool:
+    def _is_next(self, batch: object, digests: Collection[str]) -> bool:
+        """Whether a batch that waits may take its slots. In a thread that holds some already none waits."""
         # What was pinned while the batch waited may leave too few, for ever.
         self._check_count(digests)
-        own = self._in_use(threading.get_ident())
-        if len(own.union(self._pinned, digests)) > self.count:
+        fit = self._fit(digests)
+        if not (own := self._in_use(threading.get_ident())):
+            return fit and self._waiting[0] is batch
+        if not fit:
             raise ValueError(
-                f"names: batches that this thread is in hold {len(own)} of the {self.count} slots, so that this one "
-                "would wait for ever; leave them first, or make a bank with more slots"
+                f"names: batches that this thread is in hold {len(own)} of the {self.count} slots, and there is no room "
+                "for another one, which might wait for ever; leave them first, or make a bank with more slots"
             )
-        return self._fit(digests)
+        return True
 
     def _fit(self, digests: Collection[str]) -> bool:
         """Whether there are slots for these now."""
