@@ -193,7 +193,7 @@ def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_o
 def test_a_thread_never_waits_for_itself() -> None:
     held, first = slots(2), object()
     held.take(first, "ab", rows)
-    with pytest.raises(ValueError, match="this thread is in hold 2 of the 2 slots, so that this one would wait for ev"):
+    with pytest.raises(ValueError, match="this thread is in hold 2 of the 2 slots, and there is no room for another"):
         held.take(object(), "c", rows)
     assert held.in_use() == 2
     held.leave(first)

@@ -256,8 +256,8 @@ class Slots:
             return fit and self._waiting[0] is batch
         if not fit:
             raise ValueError(
-                f"names: batches that this thread is in hold {len(own)} of the {self.count} slots, and there is no room "
-                "for another one, which might wait for ever; leave them first, or make a bank with more slots"
+                f"names: batches that this thread is in hold {len(own)} of the {self.count} slots, and there is no "
+                "room for another one, which might wait for ever; leave them first, or make a bank with more slots"
             )
         return True
 
