@@ -96,8 +96,9 @@ def test_matching_all_names_has_a_limit_too(short_limit: None) -> None:
 
 def test_the_first_pattern_that_ends_a_name_is_taken() -> None:
     patterns = {"lin1": 1, r"layers\.\d+\.query": 2, "query": 3}
-    found = [first_match(patterns, name) for name in ("lin1", "a.lin1", "lin11", "x.layers.3.query", "a.query")]
-    assert found == ["lin1", "lin1", "lin11", r"layers\.\d+\.query", "query"]
+    names = ("lin1", "a.lin1", "lin11", "olin1", "x.layers.3.query", "a.query")
+    found = [first_match(patterns, name) for name in names]
+    assert found == ["lin1", "lin1", "lin11", "olin1", r"layers\.\d+\.query", "query"]
 
 
 ENDLESS_SETTINGS = {

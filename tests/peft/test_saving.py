@@ -276,3 +276,11 @@ def test_large_values_that_give_finite_ones_are_loaded(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({key: 1e20 * tensors[key]}))
     model = PeftModel.from_pretrained(MODELS["bert"](), folder)
     assert outputs(model).isfinite().all()
+
+
+def test_a_configuration_that_was_read_serves_for_a_new_adapter_of_another_rank(folder: Path) -> None:
+    config = DVoRAConfig.from_pretrained(str(folder))
+    config.r, config.inference_mode = 4, False
+    model = get_peft_model(MODELS["bert"](), config)
+    assert {len(p) for name, p in model.named_parameters() if "lambda_d" in name} == {4}
+    assert not any(layer.vectors("default").lambda_b.any() for _, layer in dvora_layers(model))
