@@ -200,11 +200,15 @@ def test_a_whole_name_comes_before_the_end_of_another() -> None:
         assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)
 
 
-def test_a_strength_survives_the_meta_device() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_strength_survives_the_meta_device(assign: bool) -> None:
     model = adapted()
     model.set_strength({"lin1": 0.4})
     expected, values = outputs(model), copy.deepcopy(model.state_dict())
-    model.to("meta").to_empty(device="cpu").load_state_dict(values)
+    model.to("meta")
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(values, assign=assign)
     assert same_bits(outputs(model), expected)
     assert not any("strength" in key for key in values)
 

@@ -149,7 +149,10 @@ def test_channels_last_stays_channels_last_and_starts_as_the_base() -> None:
     assert same_bits(adapted(x), layer(x))
     assert adapted(x).stride() == layer(x).stride()
     measured = adapted.adapted("default").w
-    model(x)
+    train_vectors(model)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert adapted(x).stride() == layer(x).stride()
     assert adapted.adapted("default").w is measured
 
 

@@ -264,9 +264,6 @@ def _update(
     if not adapted.rank:
         return outputs.new_zeros(1).expand_as(outputs)
     low = layer_type.low_rank(adapted, base_layer, x, factors.lambda_d, nn.Identity() if dropout is None else dropout)
-    if low.stride() != outputs.stride():
-        # In the memory format of the base's output, so that their sum keeps it (channels_last).
-        low = torch.empty_like(outputs, dtype=low.dtype).copy_(low)
     return factors.scale * low
 
 
