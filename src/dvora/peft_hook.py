@@ -29,7 +29,7 @@ class _PeftFinder(MetaPathFinder):
         if fullname != "peft":
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((found for found in others if found is not None), None)
+        spec = next((spec for spec in others if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = partial(self._execute_and_register, spec.loader.exec_module)
             spec.loader.exec_module = execute  # type: ignore[method-assign]

@@ -457,27 +457,27 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     Values of tensors are not restored.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    values = [value for _, kept in attributes for value in kept.values()]
+    values = [value for _, before in attributes for value in before.values()]
     containers = [(value, value.copy()) for value in values if isinstance(value, dict | list | set)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for changed, kept in [*attributes, *containers]:
-            _put_back(changed, kept)
+        for now, before in [*attributes, *containers]:
+            _put_back(now, before)
         for parameter, requires_grad in trained:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
         raise
 
 
-def _put_back(changed: Any, kept: Any) -> None:
+def _put_back(now: Any, before: Any) -> None:
     """Restore the contents of a container; an unchanged one is not written, as other threads may be reading it."""
-    if isinstance(changed, list):
-        if [id(value) for value in changed] != [id(value) for value in kept]:
-            changed[:] = kept
-    elif list(changed) != list(kept) or (
-        isinstance(changed, dict) and any(changed[key] is not value for key, value in kept.items())
+    if isinstance(now, list):
+        if [id(value) for value in now] != [id(value) for value in before]:
+            now[:] = before
+    elif list(now) != list(before) or (
+        isinstance(now, dict) and any(now[key] is not value for key, value in before.items())
     ):
-        changed.clear()
-        changed.update(kept)
+        now.clear()
+        now.update(before)

@@ -43,8 +43,8 @@ def lookup(
     """The same for one-hot inputs: columns of A by index, so that no table of the vocabulary's size is made."""
     assert isinstance(layer, nn.Embedding)
     z = adapted.shared.impl.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
-    kept = torch.ones_like(ids) if adapted.padding_column is None else ids != adapted.padding_column
-    z = z * dropout(kept.to(z.dtype)).unsqueeze(-1)
+    mask = torch.ones_like(ids) if adapted.padding_column is None else ids != adapted.padding_column
+    z = z * dropout(mask.to(z.dtype)).unsqueeze(-1)
     return output_scale(layer) * adapted.shared.impl.expand(z * lambda_d.to(z.dtype), adapted.out_features)
 
 

@@ -247,9 +247,9 @@ class DVoRAModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         """Whether a layer is targeted, with its direction or with its magnitude only; PEFT asks for every module."""
-        found = BaseTuner._check_target_module_exists(peft_config, key)
-        if found or isinstance(found, _ExcludedModule):
-            return found
+        targeted = BaseTuner._check_target_module_exists(peft_config, key)
+        if targeted or isinstance(targeted, _ExcludedModule):
+            return targeted
         return matches(own_config(peft_config).magnitude_modules, key)
 
     def _create_and_replace(
