@@ -61,19 +61,6 @@ def test_rows_are_those_of_the_dense_reference(kind: str, held: torch.dtype, tmp
         assert same_bits(model(x), expected[None])
 
 
-@pytest.mark.parametrize(
-    "kind", ["bnb_nf4_bfloat16", "hqq_4bit_bfloat16", "torchao_int8_bfloat16", "forward_only_float16"]
-)
-def test_rows_of_a_base_that_computes_in_half_precision(kind: str, tmp_path: Path) -> None:
-    made, x = adapters(kind, tmp_path, projection_init="structured"), x_of(kind)
-    model = quantised(wide(), kind).eval()
-    with dvora.AdapterBank(model) as bank:
-        bank.add_folder(tmp_path)
-        found = served(model, bank, kind, ["a", "b", "c"] * 2)
-    rows = [dense_twin(made[name], wide(), kind)(x.double())[row] for row, name in enumerate(["a", "b", "c"] * 2)]
-    assert worst_difference(found, torch.stack(rows)) < 3 * BASES[kind].eval_tolerance
-
-
 def test_an_adapter_of_the_plain_base_is_refused_where_the_bases_differ_much(tmp_path: Path) -> None:
     plain = wide()
     with torch.no_grad():

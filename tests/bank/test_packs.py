@@ -13,7 +13,6 @@ import sys
 import textwrap
 import threading
 import tracemalloc
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,12 +122,6 @@ def test_it_is_a_safetensors_file_with_one_tensor_an_adapter(folders: dict[str, 
     for name, folder in folders.items():
         assert tensors[".settings.0"] == (folder / SETTINGS).read_bytes()
         assert tensors[".header.0"] + tensors[name] == (folder / VALUES).read_bytes()
-
-
-def test_what_safetensors_writes_anew_is_the_same_pack(folders: dict[str, Path], pack: Path) -> None:
-    Parts.of(pack).write(pack)
-    with Pack.open(pack) as opened:
-        assert {name: opened.source(name).read().digest for name in folders} == digests(folders)
 
 
 def test_equal_adapters_make_equal_files_whatever_their_order(
@@ -497,29 +490,16 @@ def test_a_forked_child_reads_the_pack_beside_its_parent(pack: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_thousand_adapters_are_never_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = many(tmp_path / "adapters", 1000, WIDE)
-    total = sum(map(len, contents(tmp_path / "adapters").values()))
-    alive, most, told = weakref.WeakSet[torch.Tensor](), 0, []
-    read = packs.values_of
-
-    def watched(*args: Any) -> Any:
-        nonlocal most
-        alive.add((values := read(*args)).vector)
-        most = max(most, len(alive))
-        return values
-
-    monkeypatch.setattr(packs, "values_of", watched)
-    for call in (
-        lambda: write_pack(tmp_path / "pack", folders, lambda done, of: told.append((done, of))),
-        lambda: unpack(tmp_path / "pack", tmp_path / "out"),
-    ):
-        with peak_of_memory() as peak:
-            call()
-        assert peak() < total / 20
-    assert most <= 2
+def test_a_thousand_adapters_are_never_held_together(tmp_path: Path) -> None:
+    folders, told = many(tmp_path / "adapters", 1000, WIDE), []
+    before = contents(tmp_path / "adapters")
+    with peak_of_memory() as written:
+        write_pack(tmp_path / "pack", folders, lambda done, of: told.append((done, of)))
+    with peak_of_memory() as read:
+        unpack(tmp_path / "pack", tmp_path / "out")
+    assert max(written(), read()) < sum(map(len, before.values())) / 20
     assert told == [(number, 1000) for number in range(1, 1001)]
-    assert contents(tmp_path / "out") == contents(tmp_path / "adapters")
+    assert contents(tmp_path / "out") == before
 
 
 def cut_off(folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -295,33 +294,17 @@ def with_values(change: Callable[[str, Tensor], object], fresh: bool = False) ->
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (adapter(projection_seed=1), "projection_seed is 0 here and 1 there"),
-    "other matrices": (adapter(projection_init="kaiming_uniform"), "is 'structured' here and 'kaiming_uniform' there"),
     "another direction": (adapter(direction="weight"), "direction is 'unit' here"),
     "another rank": (adapter(r=5), r"lin0 is .*rank 4.* here and .*rank 5.* there"),
-    "another scaling": (adapter(alpha=2.0), r"lin0 is .*scaling 1\.0 here"),
-    "a layer with magnitudes only": (adapter(magnitude_modules=["lin0"]), r"lin0 is .*rank 4.*rank 0.* there"),
     "fewer layers": (adapter(target_modules=["lin1"]), "lacks lin0, and 1 of the bank's"),
     "no head": (adapter(modules_to_save=None), r"lacks lin2\.weight, and 1 of the bank's"),
-    "a layer for a head": (lambda folder: saved(MLP.trained(), folder), r"lacks lin2\.weight"),
     "another base": (lambda folder: saved(of_other_base().trained(), folder), r"the base models differ: .* of lin0"),
-    "another method": (
-        lambda folder: get_peft_model(mlp(), LoraConfig(target_modules=["lin0"])).save_pretrained(folder),
-        "only adapters of DVoRA",
-    ),
     "untrained": (lambda folder: saved(HEADED.fresh(), folder), "it changes nothing; pass allow_unchanged=True"),
     "without a direction": (
         with_values(lambda name, v: v.fill_(1.0) if "lambda_b" in name else v.mul_("lambda_d" not in name), fresh=True),
         "it changes nothing",
     ),
     "not finite": (with_values(lambda name, v: v.fill_(torch.nan) if "lin1" in name else v), "lin1.* are not finite"),
-    "a head that is not finite": (
-        with_values(lambda name, v: v.fill_(torch.inf) if "lin2" in name else v),
-        r"lin2\.weight has values that are not finite",
-    ),
-    "truncated": (
-        lambda f: (saved(HEADED.trained(), f) / VALUES).write_bytes((f / VALUES).read_bytes()[:-9]),
-        "truncated or damaged",
-    ),
     "no folder": (lambda folder: None, r"there is no file adapter_config\.json"),
     "a fingerprint of other matrices": (
         lambda folder: edit_config(saved(HEADED.trained(), folder), projection_fingerprint="0" * 16),
@@ -373,23 +356,23 @@ def test_a_wrong_adapter_among_many_adds_none(these: Tenants, served: Served, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("not finite", "has values that are not finite"), ("untrained", "it changes nothing")]
+    ("name", "how", "message"),
+    [
+        ("not finite", "folder", "has values that are not finite"),
+        ("untrained", "folder", "it changes nothing"),
+        ("untrained", "pack", "it changes nothing"),
+    ],
 )
-@pytest.mark.parametrize("how", ["folder", "pack"])
 def test_a_wrong_value_among_many_is_found_at_the_first_use(
-    name: str, message: str, how: str, these: Tenants, served: Served, tmp_path: Path
+    name: str, how: str, message: str, served: Served, tmp_path: Path
 ) -> None:
-    make, bank = WRONG[name][0], served.bank
-    make(tmp_path / "folder" / "bad")
+    bank = served.bank
+    WRONG[name][0](tmp_path / "folder" / "bad")
     if how == "folder":
         bank.add_folder(tmp_path / "folder")
-    elif name == "untrained":
+    else:
         write_pack(tmp_path / "pack", {"bad": tmp_path / "folder" / "bad"})
         bank.add_pack(tmp_path / "pack")
-    else:
-        with pytest.raises(ValueError, match=message):
-            write_pack(tmp_path / "pack", {"bad": tmp_path / "folder" / "bad"})
-        return
     for use in (
         lambda: served(["bad", "a", None, None]),
         lambda: bank.prefetch(["a", "bad"]).result(),

@@ -50,24 +50,6 @@ def served(held: Slots, digests: Collection[str]) -> dict[str, int]:
         held.leave(batch)
 
 
-def test_the_least_recently_used_leaves_first() -> None:
-    held = slots(2)
-    served(held, "a"), served(held, "b"), served(held, "a"), served(held, "c")
-    assert [digest in held for digest in "abc"] == [True, False, True]
-    assert (held.hits, held.loads, held.evictions, held.used()) == (1, 3, 1, 2)
-
-
-def test_what_is_pinned_stays_also_if_it_was_not_there_yet() -> None:
-    held = slots(2)
-    held.pin("a")
-    for digest in "abcd":
-        served(held, digest)
-        assert "a" in held
-    held.pin("")
-    served(held, "e"), served(held, "f")
-    assert "a" not in held
-
-
 def test_more_than_there_are_is_refused_and_takes_nothing() -> None:
     held = slots(2)
     served(held, "ab")
@@ -116,7 +98,9 @@ steps_ = st.one_of(
 
 
 @given(count=st.integers(1, 4), steps=st.lists(steps_, max_size=40))
-def test_any_history_is_that_of_a_plain_list(count: int, steps: list[tuple[str, Any]]) -> None:
+def test_the_least_recently_used_leave_and_nothing_else_in_any_history(
+    count: int, steps: list[tuple[str, Any]]
+) -> None:
     held, listed = slots(count), Listed(count)
     for step, what in steps:
         if step == "take" and listed.fits(what):
