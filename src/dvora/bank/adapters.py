@@ -46,8 +46,8 @@ class Description(NamedTuple):
     content: Content
     entries: Mapping[str, tuple[torch.dtype, Shape]]
     """Of the data, by name in the file, as they follow one another."""
-    own: Mapping[str, str]
-    """Names in the file of what is the adapter's own, by its name, in the order of a vector."""
+    names: Mapping[str, str]
+    """Names in the file of what is the adapter's, by its name there, in the order of a vector."""
 
     @property
     def lengths(self) -> list[int]:
@@ -57,8 +57,8 @@ class Description(NamedTuple):
     @property
     def beside(self) -> dict[str, Shape]:
         """Shapes of what the file has besides the adapter, by the names in it."""
-        own = set(self.own.values())
-        return {name: shape for name, (_, shape) in self.entries.items() if name not in own}
+        names = set(self.names.values())
+        return {name: shape for name, (_, shape) in self.entries.items() if name not in names}
 
     def digest(self, data: bytes) -> str:
         """32 hexadecimal digits that name both files, byte for byte.
@@ -66,10 +66,10 @@ class Description(NamedTuple):
         Args:
             data: behind the header.
         """
-        found = hashlib.sha256(self.settings)
-        found.update(self.header)
-        found.update(data)
-        return found.hexdigest()[:32]
+        digest = hashlib.sha256(self.settings)
+        digest.update(self.header)
+        digest.update(data)
+        return digest.hexdigest()[:32]
 
     @property
     def size(self) -> int:
@@ -95,12 +95,12 @@ class AdapterValues(NamedTuple):
     @property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
-        found = hashlib.sha256(json.dumps([_digest(self.content), self.strengths]).encode())
-        found.update(as_bytes(self.vector))
+        digest = hashlib.sha256(json.dumps([_digest(self.content), self.strengths]).encode())
+        digest.update(as_bytes(self.vector))
         for name, tensor in self.whole.items():
-            found.update(f"{name} {tensor.dtype} ".encode())
-            found.update(as_bytes(tensor))
-        return found.hexdigest()[:32]
+            digest.update(f"{name} {tensor.dtype} ".encode())
+            digest.update(as_bytes(tensor))
+        return digest.hexdigest()[:32]
 
 
 class Source(Protocol):
@@ -200,8 +200,8 @@ class VectorSource:
             )
         parts = vector.detach().to("cpu", copy=True).split(lengths)
         entries = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        whole = {each.name: entries.pop(each.name) for each in content.whole}
-        self._values = _finite(AdapterValues(content, torch.cat([*entries.values()]), strengths, whole, config, {}))
+        heads = {part.name: entries.pop(part.name) for part in content.whole}
+        self._values = _finite(AdapterValues(content, torch.cat([*entries.values()]), strengths, heads, config, {}))
 
     def read(self) -> AdapterValues:
         """The values of the vector as it was given."""
@@ -215,13 +215,13 @@ def adapters_in(folder: Path) -> dict[str, Path]:
         ValueError: there is none.
         OSError: it cannot be read.
     """
-    found = [each for each in sorted(folder.iterdir()) if (each / SETTINGS).is_file() and not each.name.startswith(".")]
-    if not found:
+    folders = [path for path in sorted(folder.iterdir()) if (path / SETTINGS).is_file() and path.name[0] != "."]
+    if not folders:
         advice = (
             "it is an adapter itself, name the folder around it" if (folder / SETTINGS).is_file() else "name another"
         )
         raise ValueError(f"{folder} has no folders with adapters in it ({SETTINGS} and {VALUES}); {advice}")
-    return {each.name: each for each in found}
+    return {path.name: path for path in folders}
 
 
 @lru_cache(maxsize=64)
@@ -244,16 +244,16 @@ def described(settings: bytes, header: bytes) -> Description:
     content = Content.of_saved(config, shapes)
     if not content.layers:
         raise ValueError(f"{VALUES} has no vectors of any layer; save the adapter again")
-    own = in_order({name: name for name in entries}, config)
-    beside = [name for name in entries if plain_name(name.removeprefix(PEFT_PREFIX)) not in own]
-    if len(own) + len(beside) != len(entries):
+    names = in_order({name: name for name in entries}, config)
+    beside = [name for name in entries if plain_name(name.removeprefix(PEFT_PREFIX)) not in names]
+    if len(names) + len(beside) != len(entries):
         raise ValueError(f"{VALUES} has two entries of one name, with and without a compiler's prefixes; keep one")
-    if {name: entries[key][1] for name, key in own.items()} != _shapes(content):
+    if {name: entries[key][1] for name, key in names.items()} != _shapes(content):
         raise ValueError(f"{VALUES} is damaged: its tensors are not those of its settings; save the adapter again")
-    for name, key in own.items():
+    for name, key in names.items():
         if entries[key][0] not in _EXACT:
             raise TypeError(f"{name} is {entries[key][0]}, expected torch.float32 or half precision; save it as that")
-    return Description(settings, header, config, content, entries, own)
+    return Description(settings, header, config, content, entries, names)
 
 
 def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
@@ -268,7 +268,7 @@ def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
         saved = json.loads(header[8:])
         saved.pop("__metadata__", None)
         entries, end = dict[str, tuple[torch.dtype, Shape]](), 0
-        for name, entry in sorted(saved.items(), key=lambda each: each[1]["data_offsets"]):
+        for name, entry in sorted(saved.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
             if min(shape, default=0) < 0 or start != end or stop - start != _DTYPES[dtype].itemsize * prod(shape):
                 raise ValueError(f"{name} has {stop - start} bytes at {start}")
@@ -304,7 +304,7 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     Raises:
         TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
     """
-    header, config, content, entries, own = description[1:]
+    header, config, content, entries, names = description[1:]
     _check_size(len(header) + sum(description.lengths), len(header) + len(data))
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     parts: dict[str, Tensor] = dict(zip(entries, buffer.split(description.lengths), strict=True))
@@ -313,12 +313,12 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
         dtype, shape = entries[key]
         return parts[key].view(dtype).view(shape)
 
-    whole = {each.name: typed(own[each.name]) for each in content.whole}
+    heads = {part.name: typed(names[part.name]) for part in content.whole}
     # Without a view of each vector as what it is already, since there are hundreds.
-    vector = torch.cat([parts[key].view(entries[key][0]).float() for name, key in own.items() if name not in whole])
+    vector = torch.cat([parts[key].view(entries[key][0]).float() for name, key in names.items() if name not in heads])
     beside = {key: typed(key) for key in description.beside}
     strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
-    return _finite(AdapterValues(content, vector, strengths, whole, config, beside))
+    return _finite(AdapterValues(content, vector, strengths, heads, config, beside))
 
 
 @contextmanager
@@ -362,7 +362,7 @@ def _shapes(content: Content) -> dict[str, Shape]:
         for vector, length in zip(Vectors._fields, layer.lengths, strict=True)
         if length
     }
-    return {**vectors, **{each.name: each.shape for each in content.whole}}
+    return {**vectors, **{part.name: part.shape for part in content.whole}}
 
 
 def _check_size(expected: int, size: int) -> None:

@@ -175,13 +175,13 @@ class AdapterBank:
         Raises:
             TypeError, ValueError: as for `add`, with the name of the folder.
         """
-        found = adapters_in(_as_path(folder, "folder"))
-        self._check_new(found)
+        folders = adapters_in(_as_path(folder, "folder"))
+        self._check_new(folders)
         adapters = []
-        for count, (name, path) in enumerate(found.items(), start=1):
+        for count, (name, path) in enumerate(folders.items(), start=1):
             adapters.append(_Adapter(name, FolderSource(path), allow_unchanged))
             if on_progress is not None:
-                on_progress(count, len(found))
+                on_progress(count, len(folders))
         return self._add(adapters, allow_partial)
 
     def add_pack(
@@ -343,12 +343,12 @@ class AdapterBank:
         Raises:
             ValueError: a name is not trained there, or an adapter is not finite; those before it are published then.
         """
-        own = self._known().served.content
+        content = self._known().served.content
         for name in trained.names if names is None else names:
             shapes = trained.head_shapes[trained.place(name)]
-            whole = tuple(part._replace(shape=shapes.get(part.name, part.shape)) for part in own.whole)
+            parts = tuple(part._replace(shape=shapes.get(part.name, part.shape)) for part in content.whole)
             source = VectorSource(
-                own._replace(whole=whole), trained.config, (1.0,) * len(own.layers), trained.flat_vector(name)
+                content._replace(whole=parts), trained.config, (1.0,) * len(content.layers), trained.flat_vector(name)
             )
             if name in self:
                 self._replace(self._named([name])[0], source, allow_unchanged=True)
@@ -436,8 +436,8 @@ class AdapterBank:
 
     def _add(self, adapters: Sequence[_Adapter], allow_partial: bool = False, *, read: bool = False) -> list[str]:
         """Add adapters of new names: all or none. If the first ones are refused, no layer stays hooked."""
-        # The first adapters come one after another, for they say which layers there are.
-        with self._lock if self._fitted is None else nullcontext():
+        # The first ones come one after another: each says which layers there are, and may be refused.
+        with nullcontext() if self._adapters else self._lock:
             self._check_open()
             first = self._fitted is None
             try:
@@ -478,7 +478,7 @@ class AdapterBank:
 
     def _forget(self, adapter: _Adapter) -> None:
         """Let go of the rows of a version that is no longer named, unless another name has the same content."""
-        if adapter.digest is not None and adapter.digest not in {each.digest for each in self._adapters.values()}:
+        if adapter.digest is not None and adapter.digest not in {other.digest for other in self._adapters.values()}:
             self._host.remove(adapter.digest)
         self._pin()
 
@@ -541,10 +541,10 @@ class AdapterBank:
         """
         _, rows, _, _ = self._known()
         with self._reading:
-            found = {each.digest: row for each in adapters if (row := self._host.get(each.digest)) is not None}
-            missing = [adapter for adapter in adapters if adapter.digest not in found]
+            by_digest = {a.digest: row for a in adapters if (row := self._host.get(a.digest)) is not None}
+            missing = [adapter for adapter in adapters if adapter.digest not in by_digest]
             if not missing:
-                return {str(digest): row for digest, row in found.items()}
+                return {str(digest): row for digest, row in by_digest.items()}
             read = [self._read(adapter, rows) for adapter in missing]
             factors = rows.of([values for _, values in read])
             for adapter, (digest, values), of_adapter in zip(missing, read, factors, strict=True):
@@ -553,11 +553,11 @@ class AdapterBank:
                     if not adapter.allow_unchanged and rows.is_of_base(row):
                         raise ValueError("it changes nothing; pass allow_unchanged=True if that is meant")
                 adapter.digest = digest
-                found[digest] = row
+                by_digest[digest] = row
                 self._host.put(digest, row)
                 self._reads += 1
                 _log.debug("read %s as %s", adapter.name, digest)
-        return {str(digest): row for digest, row in found.items()}
+        return {str(digest): row for digest, row in by_digest.items()}
 
     def _read(self, adapter: _Adapter, rows: FactorRows) -> tuple[str, AdapterValues]:
         """The values of an adapter, and what names them."""
@@ -576,8 +576,8 @@ class AdapterBank:
 
     def _pins(self, besides: _Adapter | None = None) -> set[str]:
         with self._lock:
-            pinned = [each for each in self._adapters.values() if each.pinned and each is not besides]
-        return {each.digest for each in pinned if each.digest is not None}
+            pinned = [adapter for adapter in self._adapters.values() if adapter.pinned and adapter is not besides]
+        return {adapter.digest for adapter in pinned if adapter.digest is not None}
 
     def _pin(self) -> None:
         """Tell the slots which adapters are pinned now."""

@@ -51,8 +51,8 @@ class FactorRows:
         """Positions of layers of one shape, whose factors are made at once."""
         self._constants: dict[int, StackConstants] = {}
         self._base = json.dumps(served.content.base)
-        own = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
-        parts = [part for vectors in own for part in vectors]
+        starts = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
+        parts = [part for vectors in starts for part in vectors]
         self.start = torch.cat([part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)])
         """The vector of the base, (S,)."""
 
@@ -66,13 +66,13 @@ class FactorRows:
 
     def is_of_base(self, row: AdapterRow) -> bool:
         """Whether an adapter changes nothing."""
-        own = self.served.own_heads
+        heads = self.served.own_heads
         parts = row.factors.split([length for place in self.places for length in place.lengths])
         gains, scales, lambdas = parts[::3], parts[1::3], parts[2::3]
         changed = any(gain.any() for gain in gains) or any(
             scale.any() and lambda_d.any() for scale, lambda_d in zip(scales, lambdas, strict=True)
         )
-        return not changed and all(torch.equal(row.heads[name], own[name]) for name in own)
+        return not changed and all(torch.equal(row.heads[name], heads[name]) for name in heads)
 
     @torch.no_grad()
     def of(self, adapters: Sequence[AdapterValues]) -> Float[Tensor, "N F"]:
@@ -101,11 +101,11 @@ class FactorRows:
 
     def vector(self, values: AdapterValues) -> Float[Tensor, "S"]:
         """The vectors of an adapter; the base's for layers that it does not have."""
-        own, layers = values.content.layers, self.served.content.layers
-        if own == layers:
+        present, layers = values.content.layers, self.served.content.layers
+        if present == layers:
             return values.vector
         parts = dict(zip((layer.name for layer in layers), self._by_layer(self.start, layers), strict=True))
-        parts |= zip((layer.name for layer in own), self._by_layer(values.vector, own), strict=True)
+        parts |= zip((layer.name for layer in present), self._by_layer(values.vector, present), strict=True)
         return torch.cat([parts[layer.name] for layer in layers])
 
     def of_vectors(self, vectors: Float[Tensor, "N S"]) -> Float[Tensor, "N F"]:
@@ -114,7 +114,7 @@ class FactorRows:
         The base is as it was when it was hooked: a batch is refused where it is not.
         """
         parts = vectors.split(self.lengths, -1)
-        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for stack in self._stacks:
             weights = [self.served.layers[position].adapted for position in stack]
             constants = self._constants.get(stack[0])
@@ -127,8 +127,8 @@ class FactorRows:
                 lambda_b = torch.zeros_like(m)
             stacked = Vectors(m, lambda_b, lambda_d).to(constants.w.dtype)
             gain_minus_one, scale, _ = stacked_factors(stacked, constants)
-            made |= zip(stack, zip(gain_minus_one, scale, stacked.lambda_d, strict=True), strict=True)
-        return torch.cat([part for position in range(len(made)) for part in made[position]], -1)
+            factors |= zip(stack, zip(gain_minus_one, scale, stacked.lambda_d, strict=True), strict=True)
+        return torch.cat([part for position in range(len(factors)) for part in factors[position]], -1)
 
     @staticmethod
     def _by_layer(vector: Float[Tensor, "S"], layers: Sequence[LayerSizes]) -> tuple[Tensor, ...]:

@@ -204,9 +204,9 @@ def _generators(frame: FrameType) -> frozenset[FrameType]:
     """The generators that a call runs in. One may stop in the middle of a batch, and go on anywhere."""
     kinds = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
     return frozenset(
-        each
-        for each in _frames(frame)
-        if each.f_code.co_flags & kinds and not (each.f_back is not None and each.f_back.f_code in _ENTER)
+        caller
+        for caller in _frames(frame)
+        if caller.f_code.co_flags & kinds and not (caller.f_back is not None and caller.f_back.f_code in _ENTER)
     )
 
 
@@ -330,17 +330,17 @@ class HeadHook(_Hook):
     def __init__(self, head: ServedHead, batches: Batches, slots: Slots) -> None:
         super().__init__(batches, slots)
         self.head = head
-        self._own = _Skeleton(head.skeleton)
+        self._skeleton = _Skeleton(head.skeleton)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Any) -> Tensor:
         head = self.head
-        if kwargs or not all(isinstance(each, Tensor) for each in (*args, base_output)):
-            got = [type(each).__name__ for each in (*args, *kwargs.values())]
+        if kwargs or not all(isinstance(value, Tensor) for value in (*args, base_output)):
+            got = [type(value).__name__ for value in (*args, *kwargs.values())]
             raise TypeError(
                 f"{head.name}: a head of a bank takes tensors, without keywords, and returns one; it got {got} and "
                 f"returned {type(base_output).__name__}"
             )
-        self._own.module.train(module.training)
+        self._skeleton.module.train(module.training)
         count = len(args[0])
         if is_traced():
             return self._traced(args, base_output)
@@ -353,18 +353,18 @@ class HeadHook(_Hook):
         if of_base is None:
             return outputs
         # To the bits, which batched products need not have.
-        own = _padded(base_output, outputs.shape[-1])
-        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), own, outputs)
+        padded = _padded(base_output, outputs.shape[-1])
+        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), padded, outputs)
 
     def _outputs(self, group: HeadGroup, args: tuple[Tensor, ...]) -> Tensor:
         if group.rows is not None:
-            args = tuple(each.index_select(0, group.rows) for each in args)
+            args = tuple(x.index_select(0, group.rows) for x in args)
         outputs: Tensor = torch.vmap(self._alone, randomness="different")(group.parameters, *args)
         return outputs
 
     def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        inputs = tuple(each.unsqueeze(0) for each in inputs)
-        output: Tensor = functional_call(self._own.module, parameters, inputs)
+        inputs = tuple(x.unsqueeze(0) for x in inputs)
+        output: Tensor = functional_call(self._skeleton.module, parameters, inputs)
         return output.squeeze(0)
 
     def _traced(self, args: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
@@ -424,8 +424,8 @@ def _tensors(outputs: object) -> Iterator[Tensor]:
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, dict | list | tuple):
-        for each in outputs.values() if isinstance(outputs, dict) else outputs:
-            yield from _tensors(each)
+        for value in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _tensors(value)
 
 
 def check_without_bank(model: nn.Module) -> None:

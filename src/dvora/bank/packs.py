@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import threading
 import unicodedata
 import weakref
@@ -121,12 +122,12 @@ class Pack:
         if not self.close.alive:
             raise ValueError(f"{self.path} was closed; open it again with Pack.open")
         with self._lock:
-            # Not by its position, which a forked process shares, where the system can do without.
-            if hasattr(os, "pread"):
-                data = os.pread(self._descriptor, len(place), place.start)
-            else:
+            if sys.platform == "win32":
                 os.lseek(self._descriptor, place.start, os.SEEK_SET)
                 data = os.read(self._descriptor, len(place))
+            else:
+                # By no position, which a forked process would share.
+                data = os.pread(self._descriptor, len(place), place.start)
         if len(data) != len(place):
             raise ValueError(f"{self.path} was cut off while it was open; pack the adapters again")
         return data

@@ -99,17 +99,17 @@ class ServedModel:
         Raises:
             ValueError: what differs.
         """
-        own, names = self.content, _names(content)
-        absent = sorted(_names(own) - names)
+        expected, names = self.content, _names(content)
+        absent = sorted(_names(expected) - names)
         if absent and not allow_partial:
             raise ValueError(
                 f"the adapter lacks {absent[0]}, and {len(absent)} of the bank's layers and heads in all; pass "
                 "allow_partial=True to serve the base's there"
             )
-        layers = tuple(layer for layer in own.layers if layer.name in names)
-        whole = tuple(part for part in own.whole if part.name in names)
-        alike = content._replace(whole=self._with_own_outputs(content.whole))
-        if difference := own._replace(layers=layers, whole=whole).difference(alike):
+        layers = tuple(layer for layer in expected.layers if layer.name in names)
+        heads = tuple(part for part in expected.whole if part.name in names)
+        comparable = content._replace(whole=self._with_own_outputs(content.whole))
+        if difference := expected._replace(layers=layers, whole=heads).difference(comparable):
             raise ValueError(f"the adapter is another one than the bank is for: {difference}")
         here = self._shapes() if beside else {}
         for key, shape in beside.items():
@@ -128,9 +128,9 @@ class ServedModel:
         matrices = {key.removeprefix(MATRIX_PREFIX): entries[key] for key in entries if key.startswith(MATRIX_PREFIX)}
         check_matrices(matrices, self.layers[0].adapted.shared)
         rest = {key: value for key, value in entries.items() if not key.startswith(MATRIX_PREFIX)}
-        own = self.model.state_dict() if rest else {}
+        state = self.model.state_dict() if rest else {}
         for key, value in rest.items():
-            check_same_values(key, value, own[plain_name(key.removeprefix(PEFT_PREFIX))])
+            check_same_values(key, value, state[plain_name(key.removeprefix(PEFT_PREFIX))])
 
     def heads_of(self, content: Content, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The heads of an adapter in the model's dtype; the model's own where it has none.
@@ -138,39 +138,39 @@ class ServedModel:
         Raises:
             ValueError: the dtype cannot hold them.
         """
-        found = {name: whole[name].to(own.dtype) if name in whole else own for name, own in self.own_heads.items()}
-        for name, values in found.items():
+        heads = {name: whole.get(name, values).to(values.dtype) for name, values in self.own_heads.items()}
+        for name, values in heads.items():
             if not values.isfinite().all():
                 raise ValueError(
                     f"the adapter has values in its head, {name}, that {values.dtype}, the base's, cannot hold"
                 )
-        return found
+        return heads
 
     def _shapes(self) -> dict[str, Shape]:
         """Shapes of all that a file may have of the model, by the names in it."""
         projections = self.layers[0].adapted.shared.saved_tensors()
-        own = {f"{MATRIX_PREFIX.removeprefix(PEFT_PREFIX)}{name}": matrix for name, matrix in projections.items()}
-        return {name: tuple(tensor.shape) for name, tensor in {**self.model.state_dict(), **own}.items()}
+        saved = {f"{MATRIX_PREFIX.removeprefix(PEFT_PREFIX)}{name}": matrix for name, matrix in projections.items()}
+        return {name: tuple(tensor.shape) for name, tensor in {**self.model.state_dict(), **saved}.items()}
 
     def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
         """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""
-        own: dict[str, Shape] = {part.name: part.shape for part in self.content.whole}
+        shapes: dict[str, Shape] = {part.name: part.shape for part in self.content.whole}
         numbers: dict[str, set[tuple[int, int]]] = {}
         alike = {}
         for part in whole:
-            here = own.get(part.name, part.shape)
+            here = shapes.get(part.name, part.shape)
             if here and part.shape and here != part.shape and here[1:] == part.shape[1:]:
                 numbers.setdefault(self._head_of(part.name), set()).add((here[0], part.shape[0]))
                 alike[part.name] = here
-        for head, found in numbers.items():
-            if len(found) > 1:
+        for head, pairs in numbers.items():
+            if len(pairs) > 1:
                 raise ValueError(
-                    f"{head} has {sorted(found)} outputs in the model and in the adapter, of which one was expected"
+                    f"{head} has {sorted(pairs)} outputs in the model and in the adapter, of which one was expected"
                 )
         return tuple(part._replace(shape=alike.get(part.name, part.shape)) for part in whole)
 
     def _head_of(self, part: str) -> str:
-        return next(head.name for head in self.heads if any(each.name == part for each in head.parts))
+        return next(head.name for head in self.heads if any(own_part.name == part for own_part in head.parts))
 
 
 def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedLayer]:
@@ -202,7 +202,7 @@ def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[Ser
 
 def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedHead]:
     """The modules that an adapter saves whole."""
-    found: dict[str, list[SavedWhole]] = {}
+    by_head: dict[str, list[SavedWhole]] = {}
     values = model.state_dict() if content.whole else {}
     for part in content.whole:
         path = part.name.split(".")
@@ -217,10 +217,10 @@ def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> list[Serv
             shape = tuple(values[part.name].shape) if part.name in values else None
             raise ValueError(f"{part.name} has shape {part.shape} in the adapter and {shape} in the model")
         # As the model has it: adapters may have other numbers of outputs.
-        found.setdefault(head, []).append(part._replace(shape=tuple(values[part.name].shape)))
+        by_head.setdefault(head, []).append(part._replace(shape=tuple(values[part.name].shape)))
     return [
         ServedHead(name, module := model.get_submodule(name), copy.deepcopy(module), tuple(parts))
-        for name, parts in found.items()
+        for name, parts in by_head.items()
     ]
 
 
@@ -240,15 +240,15 @@ def _check_plain(model: nn.Module) -> None:
 
 def _check_called(targets: Sequence[Target], names: set[str], model: nn.Module) -> None:
     """Refuse weights that the module around them reads, and layers that are not there."""
-    found = {target.name for target in targets}
+    targeted = {target.name for target in targets}
     read = sorted(target.name for target in targets if target.layer_type.low_rank is None)
-    read += sorted((names - found) & {name for name, _ in model.named_parameters()})
+    read += sorted((names - targeted) & {name for name, _ in model.named_parameters()})
     if read:
         raise ValueError(
             f"{read[0]} is a weight that the module around it reads (a parameter, or of an attention), so its outputs "
             "cannot have an adapter for each row; leave it out of target_modules"
         )
-    if missing := sorted(names - found):
+    if missing := sorted(names - targeted):
         raise ValueError(f"the adapter has vectors of {missing[0]}, which is no layer of the model: another base")
 
 

@@ -132,7 +132,9 @@ class Slots:
         # Not within inference mode, whose tensors no later pass may write to.
         with torch.inference_mode(False):
             self.factors = base.factors.new_zeros(count + 1, len(base.factors), device=device)
-            self.heads = {name: own.new_zeros(count + 1, *own.shape, device=device) for name, own in base.heads.items()}
+            self.heads = {
+                name: part.new_zeros(count + 1, *part.shape, device=device) for name, part in base.heads.items()
+            }
         self.are_alike = True
         """Whether all heads so far have the base's shapes."""
         self.shapes: list[Mapping[str, Shape]] = [{}] * (count + 1)
@@ -252,11 +254,11 @@ class Slots:
         # What was pinned while the batch waited may leave too few, for ever.
         self._check_count(digests)
         fit = self._fit(digests)
-        if not (own := self._in_use(threading.get_ident())):
+        if not (held := self._in_use(threading.get_ident())):
             return fit and self._waiting[0] is batch
         if not fit:
             raise ValueError(
-                f"names: batches that this thread is in hold {len(own)} of the {self.count} slots, and there is no "
+                f"names: batches that this thread is in hold {len(held)} of the {self.count} slots, and there is no "
                 "room for another one, which might wait for ever; leave them first, or make a bank with more slots"
             )
         return True
@@ -267,8 +269,8 @@ class Slots:
 
     def _assign(self, digest: str, row: AdapterRow) -> None:
         if not self._unused:
-            kept = self._in_use() | self._pinned
-            oldest = next(other for other in self._slot_of if other not in kept)
+            in_use = self._in_use() | self._pinned
+            oldest = next(other for other in self._slot_of if other not in in_use)
             self._unused.append(self._slot_of.pop(oldest))
             self.evictions += 1
             if (left := self._left.pop(oldest, None)) is not None:
@@ -405,14 +407,14 @@ class GatheredRows:
         for row, place in enumerate(places):
             of_shapes.setdefault(tuple(shapes[place][part.name] for part in head.parts), []).append(row)
         groups = []
-        for own, members in of_shapes.items():
+        for head_shapes, members in of_shapes.items():
             who = None if len(of_shapes) == 1 else torch.tensor(members, device=index.device)
             chosen = index if who is None else index.index_select(0, who)
             parameters = {
                 part.name.removeprefix(f"{head.name}."): matrices[part.name].index_select(0, chosen)[
                     within((len(chosen), *shape))
                 ]
-                for part, shape in zip(head.parts, own, strict=True)
+                for part, shape in zip(head.parts, head_shapes, strict=True)
             }
             groups.append(HeadGroup(who, parameters))
         return groups

@@ -137,9 +137,9 @@ class TenantAdamW(torch.optim.Optimizer):
         parameter[places] = (decayed - rates / (1 - beta1**steps) * mean / root).to(parameter.dtype)
 
     def _stop(self, places: list[int]) -> None:
-        own, (group,) = self.state[self.adapters.vectors], self.param_groups
+        state, (group,) = self.state[self.adapters.vectors], self.param_groups
         for place in places:
-            name, steps = self.adapters.names[place], int(own["step"][place]) if own else 0
+            name, steps = self.adapters.names[place], int(state["step"][place]) if state else 0
             # Another dictionary: a checkpoint may hold the one before.
             group["stopped"] = {**group["stopped"], name: steps}
             warnings.warn(

@@ -55,13 +55,14 @@ class TrainableAdapters:
         self.config = self._common_config(values)
         for name, start in values.items():
             self._check_start(name, start)
-        device, own = self.served.device, self.served.own_heads
+        device, own_heads = self.served.device, self.served.own_heads
         started = [
-            own if start is None else self.served.heads_of(start.content, start.whole) for start in values.values()
+            own_heads if start is None else self.served.heads_of(start.content, start.whole)
+            for start in values.values()
         ]
         self.head_shapes = [{name: tuple(values.shape) for name, values in heads.items()} for heads in started]
         self._largest = {
-            name: [max(sizes) for sizes in zip(*(h[name].shape for h in started), strict=True)] for name in own
+            name: [max(sizes) for sizes in zip(*(h[name].shape for h in started), strict=True)] for name in own_heads
         }
         vectors = [rows.start if start is None else rows.vector(start) for start in values.values()]
         self.vectors = nn.Parameter(torch.stack(vectors).to(device))
@@ -111,8 +112,8 @@ class TrainableAdapters:
         """An adapter as a flat vector in the order of `dvora.flat.Layout`, on the CPU: its vectors, then its heads."""
         place = self.place(name)
         heads = self.split_heads(self.heads[place])
-        own = [heads[part][within(shape)].flatten() for part, shape in self.head_shapes[place].items()]
-        return torch.cat([self.vectors[place].cpu(), *(values.to("cpu", torch.float32) for values in own)])
+        parts = [heads[part][within(shape)].flatten() for part, shape in self.head_shapes[place].items()]
+        return torch.cat([self.vectors[place].cpu(), *(values.to("cpu", torch.float32) for values in parts)])
 
     def parameters(self) -> list[nn.Parameter]:
         """Both parameters, of which heads may be empty."""
@@ -130,11 +131,11 @@ class TrainableAdapters:
             ValueError: it is of other adapters, or of these in another order.
         """
         shapes = [tuple(state[part].shape) for part in ("vectors", "heads")]
-        own = [tuple(parameter.shape) for parameter in self.parameters()]
-        if tuple(state["names"]) != self.names or shapes != own:
+        expected = [tuple(parameter.shape) for parameter in self.parameters()]
+        if tuple(state["names"]) != self.names or shapes != expected:
             raise ValueError(
                 f"the checkpoint has {len(state['names'])} adapters ({', '.join(state['names'][:5])}, ...) of shapes "
-                f"{shapes}, and here are {len(self.names)} ({', '.join(self.names[:5])}, ...) of {own}; call "
+                f"{shapes}, and here are {len(self.names)} ({', '.join(self.names[:5])}, ...) of {expected}; call "
                 "bank.trainable with the same names in the same order"
             )
         self.vectors.copy_(state["vectors"])
@@ -224,7 +225,7 @@ class TrainedRows:
         self._adapters, self._present, self._rows = adapters, present, rows
         lengths = [length for place in adapters.places for length in place.lengths]
         self.gathered = GatheredRows(rows, lengths, self._matrix, self._heads, dropout=dropout)
-        self._made: _Made | None = None
+        self._cached: _OfPass | None = None
 
     def loss(self, losses: Float[Tensor, "B"], weights: Float[Tensor, "B"] | None = None) -> Float[Tensor, ""]:
         """The sum of every adapter's own mean loss, so that each gets the gradient that it would get alone.
@@ -254,16 +255,16 @@ class TrainedRows:
 
     def _matrix(self) -> Tensor:
         """The factor rows of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
-        running, made, version = current_pass(), self._made, self._adapters.vectors._version
+        current, cached, version = current_pass(), self._cached, self._adapters.vectors._version
         state = (version, torch.is_grad_enabled())
-        if made is None or made.state != state or (running is not None and made.in_pass is not running):
+        if cached is None or cached.state != state or (current is not None and cached.in_pass is not current):
             # A checkpointed layer may be the first to ask for them, and does not make them when it is repeated.
             with saved_here():
-                made = self._made = _Made(running, state, self._adapters.factors(self._present))
-        return made.factors
+                cached = self._cached = _OfPass(current, state, self._adapters.factors(self._present))
+        return cached.factors
 
 
-class _Made(NamedTuple):
+class _OfPass(NamedTuple):
     in_pass: Pass | None
     state: tuple[int, bool]
     """The version of the vectors, and whether gradients were recorded."""
