@@ -97,7 +97,7 @@ class FactorRows:
             # Layers that it does not have are the base's.
             for layer, place in zip(self.served.content.layers, self.places, strict=True):
                 factors[place.start : place.stop - place.rank] *= strengths.get(layer.name, 0.0)
-        return AdapterRow(self._narrowed(factors), self.served.heads_of(values.content, values.whole))
+        return AdapterRow(self._narrowed(factors), self.served.heads_of(values.whole))
 
     def vector(self, values: AdapterValues) -> Float[Tensor, "S"]:
         """The vectors of an adapter; the base's for layers that it does not have."""

@@ -132,7 +132,7 @@ class ServedModel:
         for key, value in rest.items():
             check_same_values(key, value, state[plain_name(key.removeprefix(PEFT_PREFIX))])
 
-    def heads_of(self, content: Content, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def heads_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The heads of an adapter in the model's dtype; the model's own where it has none.
 
         Raises:

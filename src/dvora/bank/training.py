@@ -56,10 +56,7 @@ class TrainableAdapters:
         for name, start in values.items():
             self._check_start(name, start)
         device, own_heads = self.served.device, self.served.own_heads
-        started = [
-            own_heads if start is None else self.served.heads_of(start.content, start.whole)
-            for start in values.values()
-        ]
+        started = [own_heads if start is None else self.served.heads_of(start.whole) for start in values.values()]
         self.head_shapes = [{name: tuple(values.shape) for name, values in heads.items()} for heads in started]
         self._largest = {
             name: [max(sizes) for sizes in zip(*(h[name].shape for h in started), strict=True)] for name in own_heads
