@@ -58,26 +58,6 @@ def test_rows_are_those_of_the_dense_method(name: str, settings: dict[str, Any],
         assert torch.equal(lambda_d, dense.lambda_d)
 
 
-@pytest.mark.parametrize("strength", [0.25, {"lin1": 0.5}], ids=str)
-def test_strengths_weaken_what_changes(strength: Any, tmp_path: Path) -> None:
-    whole, weak = (values_of(saved(MLP.trained(strength=s), tmp_path / str(i))) for i, s in enumerate((1.0, strength)))
-    rows = rows_for(mlp(), whole)
-    weakened = parts(rows, row_of(rows, weak))
-    for layer, (g, scale, lambda_d) in parts(rows, row_of(rows, whole)).items():
-        own = strength if isinstance(strength, float) else strength.get(layer, 1.0)
-        torch.testing.assert_close(weakened[layer], (own * g, own * scale, lambda_d))
-
-
-def test_magnitudes_only_have_no_lambda_d(tmp_path: Path) -> None:
-    settings = {"target_modules": ["lin1"], "magnitude_modules": ["lin0", "lin2"]}
-    values = values_of(saved(MLP.trained(**settings), tmp_path))
-    rows = rows_for(mlp(), values)
-    found = parts(rows, row_of(rows, values))
-    assert [len(lambda_d) for _, _, lambda_d in found.values()] == [0, 4, 0]
-    assert [bool(g.any()) for g, _, _ in found.values()] == [True] * 3
-    assert [bool(scale.any()) for _, scale, _ in found.values()] == [False, True, False]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_roundings_of_a_dtype_are_those_of_its_format(dtype: torch.dtype, tmp_path: Path) -> None:
     values = values_of(saved(MLP.trained(), tmp_path))
@@ -165,16 +145,6 @@ def test_rows_do_not_depend_on_other_adapters_or_the_way_they_are_made(two: Tena
     with torch.inference_mode():
         assert torch.equal(rows.of([a])[0], first)
     assert torch.equal(rows_for(two.base(), b).of([a])[0], first)
-
-
-def test_a_layer_that_an_adapter_lacks_is_the_base_s(two: Tenants, tmp_path: Path) -> None:
-    rows = rows_for(two.base(), values_of(two.path("a")))
-    part = values_of(saved(Kind(MODELS["mlp"], {"r": 4, "target_modules": ["lin1"]}).trained(), tmp_path))
-    row = row_of(rows, part)
-    found = parts(rows, row)
-    assert [bool(factor.any()) for factor in found["lin0"][:2]] == [False, False]
-    assert all(factor.any() for factor in found["lin1"])
-    assert torch.equal(row.heads["lin2.weight"], rows.base().heads["lin2.weight"])
 
 
 def test_what_names_an_adapter_is_base_content_and_values(two: Tenants, tmp_path: Path) -> None:

@@ -111,28 +111,20 @@ def test_gradient_checkpointing(tmp_path: Path) -> None:
         check_gradients(both, alone, NAMES)
 
 
-@pytest.mark.parametrize("name", ["mlp", "llama", "classifier"])
-def test_autocast(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["autocast", torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "classifier"])
+def test_half_precision(name: str, how: str | torch.dtype, tmp_path: Path) -> None:
     kind = KINDS[name]
-    save_all(kind, tmp_path)
-    with together(kind, tmp_path) as both:
-        alone, batch = Alone(tmp_path, kind.base), batch_of(both.model, MIXED)
-        with torch.autocast("cpu", torch.bfloat16):
-            both.backward(batch)
-        alone.backward(batch)
-        assert both.adapters.vectors.grad.dtype == torch.float32
-        check_gradients(both, alone, NAMES, 0.05)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_base_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    kind = Kind(lambda: MODELS["llama"]().to(dtype), {"r": 6, "target_modules": LAYERS["llama"]})
+    if isinstance(how, torch.dtype):
+        kind = Kind(lambda: KINDS[name].base().to(how), KINDS[name].settings)
     save_all(kind, tmp_path)
     with together(kind, tmp_path) as both:
         alone, batch = Alone(tmp_path, lambda: kind.base().float()), batch_of(both.model, MIXED)
-        both.backward(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            both.backward(batch)
         alone.backward(batch)
-        check_gradients(both, alone, NAMES, 0.1 if dtype == torch.bfloat16 else 0.02)
+        assert both.adapters.vectors.grad.dtype == torch.float32
+        check_gradients(both, alone, NAMES, 0.02 if how == torch.float16 else 0.1)
 
 
 def test_dropout_is_of_a_model_in_training(tmp_path: Path) -> None:
