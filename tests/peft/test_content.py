@@ -280,13 +280,24 @@ def test_an_adapter_that_differs_in_more_than_values_is_refused(
     assert same_bits(outputs(model), expected)
 
 
-def test_a_damaged_adapter_is_refused_whole(folder: Path) -> None:
-    model = trained(2)
-    before = snapshot(model)
-    edit_weights(folder, lambda tensors: tensors.popitem())
-    with pytest.raises(ValueError, match=r"has vectors .* in the adapter's file, expected magnitude"):
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.popitem(), r"has vectors .* in the adapter's file, expected magnitude"),
+        (lambda tensors: [value.fill_(torch.nan) for value in tensors.values()], "not finite"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_whole(
+    edit: Callable[[dict[str, Tensor]], object], message: str, folder: Path
+) -> None:
+    model = trained(2, strength=0.25)
+    before, expected = snapshot(model), outputs(model)
+    edit_weights(folder, edit)
+    with pytest.raises(ValueError, match=message):
         dvora.hotswap_adapter(model, folder)
     assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+    assert model.peft_config["default"].strength == 0.25
 
 
 def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
