@@ -53,21 +53,6 @@ def test_every_row_is_adapted_by_the_adapter_it_names(name: str) -> None:
     assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_mixed_batch_works_in_half_precision(dtype: torch.dtype) -> None:
-    model = adapted("llama", dtype)
-    mixed = outputs(model, len(NAMES), adapter_names=NAMES)
-    assert mixed.dtype == dtype
-    assert worst_difference(mixed, row_by_row(model, NAMES)) < 0.05
-
-
-def test_the_active_adapter_does_not_matter_to_a_mixed_batch() -> None:
-    model = adapted("bert")
-    first = outputs(model, len(NAMES), adapter_names=NAMES)
-    model.set_adapter("second")
-    assert same_bits(outputs(model, len(NAMES), adapter_names=NAMES), first)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_of_the_base_are_those_of_the_base(name: str) -> None:
     model = adapted(name)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import dvora
 from dvora import DVoRAConfig
 from dvora.factors import current_pass, remove_factor_pass
-from dvora.functional import Vectors
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.peft import DVoRALayer
 from tests.cases import COPIES
@@ -137,51 +136,6 @@ def test_whole_models_of_mixed_shapes(name: str, distribution: str) -> None:
         found = gradients(model)
         assert found.keys() == expected.keys()
         assert max(worst_difference(found[key], expected[key]) for key in expected) < 1e-11
-
-
-def step(model: torch.nn.Module) -> None:
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
-
-
-def call_twice(model: PeftModel) -> None:
-    inner(model).middle = layer_of(model, "lin0")
-
-
-def freeze_most(model: PeftModel) -> None:
-    for name in ("lin0", "lin1", "lin3"):
-        for vector in layer_of(model, name).vectors("default"):
-            vector.requires_grad_(False)
-
-
-def train_a_base(model: PeftModel) -> None:
-    layer_of(model).base_layer.weight.requires_grad_()
-
-
-@pytest.mark.parametrize("arrange", [call_twice, freeze_most, train_a_base])
-def test_layers_that_are_called_twice_frozen_or_trained_with_their_base(arrange: object) -> None:
-    model = adapted()
-    arrange(model)
-    for _ in range(3):
-        assert trained(model).differ(trained(alone(model))) < 1e-5
-        step(model)
-
-
-@pytest.mark.parametrize("rows", [5, 40], ids=["thin", "folded"])
-def test_second_derivatives_are_those_of_the_dense_method(rows: int) -> None:
-    model = adapted().double()
-    x = torch.randn(rows, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    dense = DenseModel(tower(), model)
-    vectors = [getattr(w.adapters[0], name) for w in dense.weights.values() for name in Vectors._fields]
-    expected = second_derivatives(dense(x), vectors)
-    own = [p for p in model.parameters() if p.requires_grad]
-    for _ in range(3):
-        for found, value in zip(second_derivatives(model(x), own), expected, strict=True):
-            assert worst_difference(found, value) < 1e-10
-
-
-def second_derivatives(y: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    first = torch.autograd.grad(loss_of(y), of, create_graph=True)
-    return torch.autograd.grad(sum(g.square().sum() for g in first), of)
 
 
 MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
@@ -416,50 +370,6 @@ def test_a_pass_follows_a_change_in_its_middle(change: str) -> None:
     for _ in range(2):
         close(y, expected["outputs"])
         y = evaluated(model)
-
-
-# What the middle of a pass does to the model, not to one layer; the same hook runs in the model that is compared with.
-
-
-def of_later_layers(change: Change) -> Callable[[nn.Module], None]:
-    return lambda model: [change(layer_of(model, name)) for name in ("lin2", "lin3")]
-
-
-def put(name: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
-    return lambda model: setattr(model, name, make(getattr(model, name)))
-
-
-def other_layer(layer: nn.Module) -> nn.Module:
-    made = copy.deepcopy(layer)
-    write_lambda_b(made)
-    return made
-
-
-def exchange(model: nn.Module) -> None:
-    model.lin2, model.lin3 = model.lin3, model.lin2
-
-
-MODEL_CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "adapters switched": of_later_layers(CHANGES["adapter switched"]),
-    "adapters disabled": of_later_layers(CHANGES["adapter disabled"]),
-    "a layer replaced by its base": put(CHANGED, lambda layer: copy.deepcopy(layer.base_layer)),
-    "a layer replaced by another": put(CHANGED, other_layer),
-    "a layer deleted": put(CHANGED, lambda _: nn.Identity()),
-    "two layers exchanged": exchange,
-    "gradients off": lambda _: torch.set_grad_enabled(False),
-}
-
-
-@pytest.mark.parametrize("change", MODEL_CHANGES)
-def test_a_model_that_changes_in_the_middle_of_a_pass(change: str) -> None:
-    model = warm()
-    results = []
-    for each in (alone(model), model):
-        with in_the_middle(each, lambda of: MODEL_CHANGES[change](inner(of))), torch.enable_grad():
-            results.append(trained(each))
-    expected, found = results
-    assert found.differ(expected) < 1e-5
-    assert trained(model).differ(trained(alone(model))) < 1e-5
 
 
 # Copies.

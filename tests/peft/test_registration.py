@@ -54,9 +54,3 @@ def test_registering_twice_does_nothing() -> None:
 def test_the_other_methods_are_left_alone() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is peft.LoraConfig
     assert [kind.name for kind in PeftType].count("DVORA") == 1
-
-
-def test_get_peft_config_makes_the_config_from_a_dictionary() -> None:
-    config = peft.get_peft_config({"peft_type": "DVORA", "r": 7, "target_modules": ["query"]})
-    assert isinstance(config, DVoRAConfig)
-    assert config.r == 7
