@@ -40,14 +40,11 @@ def check_rows(found: Tensor, these: Tenants, names: list[str | None], tolerance
     assert worst_difference(found, alone) < tolerance
 
 
-def of_case(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Tenants:
-    return tenants(Kind(CASES[name].base, {"r": 5, **CASES[name].settings}), folder, 2, dtype, **settings)
-
-
 @both_kinds
 @pytest.mark.parametrize("name", CALLED)
 def test_rows_of_every_layer_type_are_those_of_the_merged_models(name: str, matrices: str, tmp_path: Path) -> None:
-    these, x = of_case(name, tmp_path, projection_init=matrices), CASES[name].inputs()
+    kind = Kind(CASES[name].base, {"r": 5, **CASES[name].settings})
+    these, x = tenants(kind, tmp_path, 2, projection_init=matrices), CASES[name].inputs()
     with these.bank() as served:
         found = served(NAMES, x)
         base = served([None] * 4, x)
@@ -55,18 +52,6 @@ def test_rows_of_every_layer_type_are_those_of_the_merged_models(name: str, matr
     assert worst_difference(found, alone) < 1e-5
     assert same_bits(base, these.base()(x))
     assert same_bits(found[1], base[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["Conv2d, depthwise", "Embedding, padding"])
-def test_rows_of_a_layer_in_another_dtype(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    these, x = of_case(name, tmp_path, dtype), CASES[name].inputs(dtype)
-    with these.bank() as served:
-        found = served(NAMES, x)
-    alone = row_by_row(lambda each: these.alone(each)(doubled(x)).detach(), NAMES)
-    assert found.dtype == dtype
-    assert worst_difference(found, alone) < OF_BASE[dtype] + OF_BANK[torch.float32]
-    assert same_bits(found[1], these.base()(x)[1])
 
 
 def doubled(x: Tensor) -> Tensor:
