@@ -47,6 +47,7 @@ BAD_VALUES = [
     pytest.param({"dvora_dropout": 1.0}, ValueError, "dvora_dropout.*1.0", id="dropout 1"),
     pytest.param({"dvora_dropout": -0.1}, ValueError, "dvora_dropout.*-0.1", id="dropout -0.1"),
     pytest.param({"dvora_dropout": "0"}, TypeError, "dvora_dropout.*'0'", id="dropout '0'"),
+    pytest.param({"dvora_dropout": False}, TypeError, "dvora_dropout.*False", id="dropout False"),
     *[
         pytest.param({name: 1}, TypeError, f"{name}.*1", id=f"{name} 1")
         for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out")

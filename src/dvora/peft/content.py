@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..functional import Vectors
 from .base_weight import alike, change, warn_of_changes
 from .config import DVoRAConfig, Shape
-from .layer import DVoRALayer, check_unmerged, layers_of
+from .layer import DVoRALayer, layers_of
 from .saving import (
     MATRIX_PREFIX,
     OF_SAVED_MODULES,
@@ -302,7 +302,6 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
             f"adapter {adapter_name!r} of the model cannot take the values in {folder}: {difference}. Load them under "
             "a name of their own instead"
         )
-    check_unmerged(model, adapter_name)
     layers, probes = list(adapter.layers.values()), config.base_probes or {}
     warn_of_changes({each.name: change(each.fingerprint, probes[each.name]) for each in layers if each.name in probes})
     values = load_peft_weights(str(folder), device="cpu")
