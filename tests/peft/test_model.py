@@ -105,6 +105,16 @@ def test_deleting_the_active_adapter_activates_another_with_a_warning_as_with_lo
     assert same_bits(outputs(model), outputs(with_adapters("mlp", ("wide",))))
 
 
+def test_all_layers_activate_the_same_adapter_when_the_active_one_is_deleted() -> None:
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=LAYERS["mlp"]))
+    for adapter, layer in (("second", "lin0"), ("first", "lin1")):
+        model.add_adapter(adapter, DVoRAConfig(r=4, target_modules=[layer]))
+    with pytest.warns(UserWarning, match="Setting active adapter to first"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["first"]
+    assert [layer.active_adapters for _, layer in dvora_layers(model)] == 3 * [["first"]]
+
+
 def test_an_adapter_can_be_injected_by_the_names_in_its_state_dict() -> None:
     model = with_adapters("bert", ("default",))
     vectors = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(model).items()}
