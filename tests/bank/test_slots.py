@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvora.bank.factor_rows import AdapterRow, LayerPlace
@@ -90,27 +90,29 @@ class Listed:
 
 letters_ = st.sampled_from("abcDEF")
 steps_ = st.one_of(
-    st.tuples(st.just("take"), st.sets(letters_, max_size=4)),
+    st.tuples(st.sampled_from(["take", "use", "use"]), st.sets(letters_, max_size=3)),
     st.tuples(st.just("leave"), st.integers(0, 5)),
     st.tuples(st.just("pin"), st.sets(letters_, max_size=2)),
     st.tuples(st.just("load"), letters_),
 )
 
 
-@given(count=st.integers(1, 4), steps=st.lists(steps_, max_size=40))
+@settings(max_examples=300)
+@given(count=st.integers(1, 4), steps=st.lists(steps_, min_size=10, max_size=40))
 def test_the_least_recently_used_leave_and_nothing_else_in_any_history(
     count: int, steps: list[tuple[str, Any]]
 ) -> None:
     held, listed = slots(count), Listed(count)
     for step, what in steps:
-        if step == "take" and listed.fits(what):
+        if step in ("take", "use") and listed.fits(what):
             batch = object()
-            place = held.take(batch, sorted(what), rows)
-            check_values(held, place)
+            check_values(held, held.take(batch, sorted(what), rows))
             listed.batches.append((batch, what))
             listed.load(what)
             for digest in sorted(what):
                 listed.known.move_to_end(digest)
+            if step == "use":
+                held.leave(listed.batches.pop()[0])
         elif step == "leave" and listed.batches:
             held.leave(listed.batches.pop(what % len(listed.batches))[0])
         elif step == "pin" and len(what) < count:
