@@ -89,6 +89,10 @@ class BankMachine(RuleBasedStateMachine):
         self.pinned: set[str] = set()
         self.open: list[Open] = []
         self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
+        for version, name in enumerate(NAMES[:3]):
+            # Or short histories would find nothing to replace, pin or remove.
+            self._add(name, version, "vector", False)
+            self.held[name] = version
         self.count("begin")
 
     def count(self, step: str) -> None:
