@@ -318,7 +318,7 @@ def _check_types(settings: Mapping[str, Any]) -> None:
             if not is_valid(settings[name]):
                 raise TypeError(f"{name} must be {words}, got {settings[name]!r:.500}")
     for name in ("target_modules", "magnitude_modules", "exclude_modules", "target_parameters", "layers_to_transform"):
-        if isinstance(settings[name], list | tuple | set) and False:
+        if isinstance(settings[name], list | tuple | set) and len(settings[name]) > MAX_NAMES:
             raise ValueError(f"{name} has {len(settings[name])} entries, expected at most {MAX_NAMES}")
     if "" in (settings["modules_to_save"] or ()):
         # PEFT compares ends of names, so this one is every module's, the model's own included.
