@@ -33,6 +33,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..functional import Vectors
+from .arithmetic import strengths_as_they_are
 from .base_weight import alike, change, warn_of_changes
 from .config import DVoRAConfig, Shape
 from .layer import DVoRALayer, layers_of
@@ -305,12 +306,16 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     layers, probes = list(adapter.layers.values()), config.base_probes or {}
     warn_of_changes({each.name: change(each.fingerprint, probes[each.name]) for each in layers if each.name in probes})
     values = load_peft_weights(str(folder), device="cpu")
-    with restored_on_error(list(adapter.tensors().values())):
-        set_peft_model_state_dict(model, values, adapter_name)
-    # Numbers that were checked with the settings.
-    for layer in layers:
-        layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
-    adapter.config.strength = config.strength
+    restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
+    try:
+        with restored_on_error(list(adapter.tensors().values())):
+            set_peft_model_state_dict(model, values, adapter_name)
+            for layer in layers:
+                layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
+            adapter.config.strength = config.strength
+    except BaseException:
+        restore_strengths()
+        raise
 
 
 @contextmanager
