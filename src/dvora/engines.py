@@ -106,11 +106,6 @@ def check_whole(weight: Tensor | None, name: str) -> None:
         )
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, gathered from all processes; any other tensor itself."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
 class _Sum(torch.autograd.Function):
     """The sum over all processes; its gradient is the same on all of them."""
 

@@ -189,6 +189,11 @@ def is_dtensor(weight: Tensor | None) -> bool:
     return dtensor is not None and isinstance(weight, dtensor)
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, gathered from all processes; any other tensor itself."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 @overload
 def local(tensor: Tensor) -> Tensor: ...
 @overload

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
-from .engines import TensorParallelShard, check_whole, full_tensor, shard_of
+from .engines import TensorParallelShard, check_whole, shard_of
 from .functional import Direction, RowFactors, Vectors
 from .matrices.interface import Matrices, SharedProjections
 from .tensors import (
@@ -26,6 +26,7 @@ from .tensors import (
     as_dtype,
     at_least_float32,
     full_precision,
+    full_tensor,
     gathers_uncounted,
     is_dtensor,
     is_in_memory,

@@ -123,9 +123,11 @@ def checked_distribution(distribution: str) -> str:
 
 
 def _matrices(seed: int, distribution: str) -> Matrices:
-    if (sizes := vera_sizes(distribution)) is not None:
-        return VeraMatrices(seed, sizes)
-    return (StructuredMatrices if distribution == "structured" else DenseMatrices)(seed)
+    if distribution in DISTRIBUTIONS:
+        return (StructuredMatrices if distribution == "structured" else DenseMatrices)(seed)
+    sizes = vera_sizes(distribution)
+    assert sizes is not None, distribution
+    return VeraMatrices(seed, sizes)
 
 
 def _checked_seed(seed: int) -> int:

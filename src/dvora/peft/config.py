@@ -25,8 +25,7 @@ from ..checks import (
     rounds_to_zero,
 )
 from ..functional import Vectors
-from ..matrices.interface import FORMAT_VERSION, SharedProjections, checked_distribution
-from ..matrices.vera import vera_sizes
+from ..matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections, checked_distribution
 from .expressions import check_expressions, first_match
 
 Shape = tuple[int, ...]
@@ -207,7 +206,7 @@ class DVoRAConfig(PeftConfig):
         checked_distribution(self.projection_init)
         SharedProjections(self.projection_seed, self.projection_init)
         # PEFT's VeRA draws whole matrices, which must wait until a model is known to need such sizes.
-        if vera_sizes(self.projection_init) is None:
+        if self.projection_init in DISTRIBUTIONS:
             self.check_fingerprint()
 
     def check_fingerprint(self) -> None:

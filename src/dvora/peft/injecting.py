@@ -22,12 +22,11 @@ from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
 from ..checks import check_bias, check_weight, checked_direction
-from ..engines import full_tensor
 from ..functional import Vectors
 from ..matrices import philox
-from ..matrices.interface import SharedProjections
+from ..matrices.interface import DISTRIBUTIONS, SharedProjections
 from ..matrices.vera import vera_sizes
-from ..tensors import bias_of, is_fully_sharded, is_partitioned
+from ..tensors import bias_of, full_tensor, is_fully_sharded, is_partitioned
 from ..weight import MAGNITUDE_ONLY, AdaptedWeight
 from .base_weight import alike, change, fingerprint_of, readable_weight, stored_weight, warn_of_changes
 from .config import DVoRAConfig, check_adapter_name
@@ -322,7 +321,7 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
 
 def _check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
     """Refuse matrices of PEFT's VeRA that are larger than any layer before they are drawn, or of other values."""
-    if (sizes := vera_sizes(config.projection_init)) is None:
+    if config.projection_init in DISTRIBUTIONS or (sizes := vera_sizes(config.projection_init)) is None:
         return
     rank = max((config.rank_of(target.name) for target in targets), default=0)
     shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1]
