@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from ...peft.expressions import check_expressions
-from ...peft.saving import open_values
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
 from .hub import offline
@@ -155,8 +154,8 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """
     check_readable([file])
     try:
-        with open_values(file.parent) as (held, _):
-            shapes = held
+        with safe_open(file, "pt") as values:
+            shapes = {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:
