@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dvora.bank.adapters import AdapterValues, FolderSource
-from dvora.bank.factor_rows import DTYPES, AdapterRow, FactorRows, LayerPlace, _balance
+from dvora.bank.factor_rows import DTYPES, AdapterRow, FactorRows, balanced
 from dvora.bank.served import ServedModel
 from tests.bank.tenants import HEADED, MLP, Tenants, tenants
 from tests.peft.dense import dense_layer
@@ -100,8 +100,14 @@ def test_balancing_is_exact_and_its_own_inverse(scale: float, lambda_d: float, z
     row = torch.cat([scale * torch.linspace(-1, 0.3, 5), lambda_d * torch.linspace(-0.2, 1, 3)[:rank]])
     if zero:
         row[slice(5) if zero == "scale" else slice(5, None)] = 0
-    before = row.clone()
-    _balance(row, LayerPlace(0, 5, rank))
+    before = row
+    # A magnitude, which stays, in front; and another layer behind.
+    gains, other = torch.tensor([0.3, -2.0]), torch.tensor([0.5, 3.0, 0.0, 0.0])
+    part = torch.tensor([0] * 2 + [1] * 5 + [2] * rank + [3, 4, 4, 5])
+    found = balanced(torch.cat([gains, row, other]), part)
+    assert torch.equal(found[:2], gains)
+    assert torch.equal(found[-4:], other)
+    row = found[2:-4]
     assert torch.equal(row[:5, None].double() * row[5:].double(), before[:5, None].double() * before[5:].double())
     if not zero and rank and bool(before[5:].any()):
         assert 0.5 <= float(row[:5].abs().max() / row[5:].abs().max()) <= 2

@@ -306,15 +306,18 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     """
     header, config, content, entries, names = description[1:]
     _check_size(len(header) + sum(description.lengths), len(header) + len(data))
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    parts: dict[str, Tensor] = dict(zip(entries, buffer.split(description.lengths), strict=True))
+    # Most files have one dtype, and hundreds of entries, which need no view each then.
+    dtypes = {dtype for dtype, _ in entries.values()}
+    common = dtypes.pop() if len(dtypes) == 1 else torch.uint8
+    lengths = [length // common.itemsize for length in description.lengths]
+    buffer = torch.frombuffer(bytearray(data), dtype=common)
+    parts: dict[str, Tensor] = dict(zip(entries, buffer.split(lengths), strict=True))
 
     def typed(key: str) -> Tensor:
         dtype, shape = entries[key]
         return parts[key].view(dtype).view(shape)
 
     heads = {part.name: typed(names[part.name]) for part in content.whole}
-    # Without a view of each vector as what it is already, since there are hundreds.
     vector = torch.cat([parts[key].view(entries[key][0]).float() for name, key in names.items() if name not in heads])
     beside = {key: typed(key) for key in description.beside}
     strengths = tuple(config.strength_of(layer.name) for layer in content.layers)

@@ -43,6 +43,9 @@ class FactorRows:
             start = self.places[-1].stop if self.places else 0
             self.places.append(LayerPlace(start, layer.out_features, layer.rank))
         self.width = self.places[-1].stop
+        lengths = [length for place in self.places for length in place.lengths]
+        self._part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        """Which `g - 1`, scale or lambda_d a value of a row belongs to."""
         self.lengths = [length for layer in served.content.layers for length in layer.lengths]
         stacks: dict[object, list[int]] = {}
         for position, served_layer in enumerate(served.layers):
@@ -138,8 +141,7 @@ class FactorRows:
     def _narrowed(self, row: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
         """The row in the bank's dtype."""
         if self.dtype != torch.float32:
-            for place in self.places:
-                _balance(row[place.start + place.out_features : place.stop], place)
+            row = balanced(row, self._part)
         narrow = row.to(self.dtype)
         if not narrow.isfinite().all():
             raise ValueError(
@@ -149,14 +151,17 @@ class FactorRows:
         return narrow
 
 
-def _balance(parts: Float[Tensor, "OR"], place: LayerPlace) -> None:
-    """Make the largest scale and the largest lambda_d of one layer alike, by a power of two, which rounds nothing."""
-    scale, lambda_d = parts[: place.out_features], parts[place.out_features :]
-    if not (place.rank and scale.any() and lambda_d.any()):
-        return
-    exponent = torch.round((lambda_d.abs().max().log2() - scale.abs().max().log2()) / 2)
-    scale.mul_(torch.exp2(exponent))
-    lambda_d.mul_(torch.exp2(-exponent))
+def balanced(row: Float[Tensor, "F"], part: Tensor) -> Float[Tensor, "F"]:
+    """The largest scale and the largest lambda_d of each layer made alike, by a power of two, which rounds nothing.
+
+    Args:
+        row: `g - 1`, scale and lambda_d of every layer.
+        part: which of these a value belongs to, three a layer, (F,).
+    """
+    largest = row.new_zeros(int(part[-1]) // 3 * 3 + 3).scatter_reduce_(0, part, row.abs(), "amax")
+    _, scale, lambda_d = largest.view(-1, 3).unbind(1)
+    exponent = torch.where((scale > 0) & (lambda_d > 0), torch.round((lambda_d.log2() - scale.log2()) / 2), 0.0)
+    return row * torch.stack([torch.zeros_like(exponent), exponent, -exponent], 1).exp2().flatten()[part]
 
 
 def check_dtype(dtype: torch.dtype) -> None:
