@@ -12,7 +12,7 @@ from dvora.peft import expressions
 from dvora.peft.expressions import check_expressions, first_match
 from tests.peft.adapter_files import CONFIG, edit_config, save_bert
 from tests.peft.models_compared import assert_unchanged, snapshot
-from tests.peft.tiny import LAYERS, MODELS
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers
 
 NONE = {
     **dict.fromkeys(("target_modules", "magnitude_modules", "exclude_modules", "modules_to_save", "layers_pattern")),
@@ -101,6 +101,13 @@ def test_the_first_pattern_that_ends_a_name_is_taken() -> None:
     assert found == ["lin1", "lin1", "lin11", "olin1", r"layers\.\d+\.query", "query"]
 
 
+def test_expressions_of_one_s_own_need_no_bound() -> None:
+    own = DVoRAConfig(r=6, target_modules=r"((?:\w+\.)*)query")
+    names = [name for name, _ in dvora_layers(get_peft_model(MODELS["bert"](), own))]
+    assert names
+    assert all(name.endswith("query") for name in names)
+
+
 ENDLESS_SETTINGS = {
     "target_modules": "(.+)+!|.*query|.*value|.*dense",
     "magnitude_modules": "(.+)+!",
@@ -118,13 +125,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("setting", ENDLESS_SETTINGS)
-def test_neither_loading_nor_swapping_nor_adapting_hangs(setting: str, sound: Path, tmp_path: Path) -> None:
+def test_neither_loading_nor_swapping_hangs(setting: str, sound: Path, tmp_path: Path) -> None:
     settings = {"target_modules": LAYERS["bert"], setting: ENDLESS_SETTINGS[setting]}
     base = MODELS["bert"]()
     before = snapshot(base)
     message = f"{setting}: .* could take more than"
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(base, DVoRAConfig(r=6, **settings))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((sound / name).read_bytes())
     edit_config(tmp_path, **settings)

@@ -166,6 +166,8 @@ class DVoRAConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if isinstance(config, DVoRAConfig):
             config.file = AdapterFile(config.sizing(), folder if folder.is_dir() else None)
+            # At once, since PEFT may match them before it asks for the method.
+            check_expressions(vars(config))
         return config
 
     @classmethod
@@ -189,12 +191,14 @@ class DVoRAConfig(PeftConfig):
         config: PeftConfig = cls.from_peft_type(**read)
         if isinstance(config, DVoRAConfig):
             config.file = AdapterFile(config.sizing(), shapes=shapes)
+            check_expressions(vars(config))
         return config
 
     def check(self) -> None:
         """Check every setting; done when the configuration is made, and again before it changes a model."""
         _check_types(vars(self))
-        check_expressions(vars(self))
+        # Those of files, which this may be made from, are bounded before they are matched.
+        check_expressions(vars(self), bounded=False)
         _check_values(self)
         if not self.inference_mode and self.file is None:
             _check_training(self)

@@ -54,12 +54,13 @@ def first_match(patterns: Iterable[str], name: str) -> str:
     return next((pattern for pattern in patterns if _matcher(_ENDING, pattern)(name)), name)
 
 
-def check_expressions(settings: Mapping[str, Any], names: Collection[str] = ()) -> None:
+def check_expressions(settings: Mapping[str, Any], names: Collection[str] = (), *, bounded: bool = True) -> None:
     """Refuse settings that should be regular expressions and are not, or that take too long.
 
     Args:
         settings: of a configuration of any method; what is no expression is ignored.
         names: what they will be matched against, if that is known.
+        bounded: whether their steps must have a bound, as those of files must.
 
     Raises:
         ValueError: an expression cannot be compiled, or matching it takes more than the limits.
@@ -68,7 +69,7 @@ def check_expressions(settings: Mapping[str, Any], names: Collection[str] = ()) 
     for setting, form in _FORMS.items():
         expressions = _expressions(setting, form, settings.get(setting))
         for expression in expressions:
-            match = _checked(setting, form, expression, longest)
+            match = _checked(setting, form, expression, longest, bounded)
             for name in names:
                 match(name)
                 if time.monotonic() - start > TIME_LIMIT:
@@ -97,7 +98,7 @@ def _matcher(form: _Form, expression: str) -> Callable[[str], object]:
     return compiled.fullmatch if form.whole else compiled.match
 
 
-def _checked(setting: str, form: _Form, expression: str, longest: int) -> Callable[[str], object]:
+def _checked(setting: str, form: _Form, expression: str, longest: int, bounded: bool) -> Callable[[str], object]:
     """What matches names; if it is an expression, and needs few steps for a name of so many characters."""
     if _NAME.fullmatch(expression):
         return _matcher(form, expression)
@@ -110,7 +111,7 @@ def _checked(setting: str, form: _Form, expression: str, longest: int) -> Callab
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{setting}: {_shown(expression)} is not a regular expression: {error}") from error
     # Repeats behind each other divide a name between them.
-    if ways * math.comb(longest + repeats, repeats) > MOST_STEPS:
+    if bounded and ways * math.comb(longest + repeats, repeats) > MOST_STEPS:
         raise ValueError(
             f"{setting}: {_shown(expression)} could take more than {MOST_STEPS:,} steps for a name of {longest} "
             "characters; write it without repeats or alternatives within a repeat, and with few repeats"

@@ -218,7 +218,7 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
     config.check()
     # All names that settings are matched against: parameters may be adapted by themselves.
     names = {name for name, _ in chain(model.named_modules(), model.named_parameters())}
-    check_expressions(vars(config), names)
+    check_expressions(vars(config), names, bounded=config.file is not None)
     check_file(config)
 
 

@@ -116,7 +116,8 @@ def check_file(config: DVoRAConfig) -> None:
     Raises:
         ValueError: a rank differs, or finding it out takes too long.
     """
-    shapes = shapes_of(config) or {}
+    if not (shapes := shapes_of(config)):
+        return
     layers = {key: layer_and_vector(key)[0] for key in shapes if key.endswith(f"{VECTOR_PREFIX}lambda_d")}
     check_expressions(vars(config), {*layers.values(), *map(plain_name, layers.values())})
     for key, layer in layers.items():

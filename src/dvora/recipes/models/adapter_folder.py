@@ -157,7 +157,7 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as values:
             shapes = {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{file} cannot be read: {error}") from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:
         raise ValueError(f"{file}: {empty[0]!r} has the shape {shapes[empty[0]]}, which holds no values")
     return shapes
