@@ -198,6 +198,40 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     return torch.stack(list(parts))
 
 
+def with_zeros(vectors: Vectors) -> Vectors:
+    """The vectors with zeros for a lambda_b that the layer does not have."""
+    magnitude, lambda_b, lambda_d = vectors
+    return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
+
+
+def factors_of_vectors(
+    weights: Sequence[AdaptedWeight], vectors: Sequence[Vectors], constants: dict[object, StackConstants] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`g - 1`, scale and lambda_d of N adapters in every layer, made for all layers of one shape at once.
+
+    Args:
+        weights: of the layers.
+        vectors: of each, (N, O) and (N, R); lambda_b is (N, 0) where there is the magnitude only.
+        constants: by shape, kept for the next call.
+    """
+    stacks: dict[object, list[int]] = {}
+    for position, weight in enumerate(weights):
+        stacks.setdefault(weight.stack_key, []).append(position)
+    factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for key, positions in stacks.items():
+        own = [weights[position] for position in positions]
+        stack = None if constants is None else constants.get(key)
+        if stack is None or not stack.fit(own):
+            stack = StackConstants.of(own)
+            if constants is not None:
+                constants[key] = stack
+        by_kind = zip(*(with_zeros(vectors[position]) for position in positions), strict=True)
+        stacked = Vectors(*map(torch.stack, by_kind)).to(stack.w.dtype)
+        gain_minus_one, scale, _ = stacked_factors(stacked, stack)
+        factors |= zip(positions, zip(gain_minus_one, scale, stacked.lambda_d, strict=True), strict=True)
+    return [factors[position] for position in range(len(weights))]
+
+
 def stacked_factors(
     vectors: Vectors, constants: StackConstants
 ) -> tuple[Float[Tensor, "L N O"], Float[Tensor, "L N O"], Float[Tensor, "L N O"]]:
@@ -743,11 +777,11 @@ class FactorPass:
         self._last[recorded] = current
         # FSDP2 has the values of this pass only when a layer runs.
         if last is not None and not gathers_uncounted():
-            stackable = [source for source in list(last.sources.values()) if _can_be_stacked(source)]
-            trained = [source for source in stackable if recorded and source.is_trained()]
+            trained, others = list[Source](), list[Source]()
+            for source in filter(_can_be_stacked, list(last.sources.values())):
+                (trained if recorded and source.is_trained() else others).append(source)
             if trained:
                 _compute_trained(trained, last, current)
-            others = [source for source in stackable if not (recorded and source.is_trained())]
             if others:
                 _compute_evaluated(others, current)
         _passes.stack.append((self, current))

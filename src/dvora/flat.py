@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FAR
-from .factors import StackConstants, stacked_factors
+from .factors import factors_of_vectors, with_zeros
 from .functional import Vectors
 from .peft.content import Content, ModelAdapter, Source, restored_on_error, tensors_of
 from .peft.layer import DVoRALayer, check_unmerged
@@ -145,20 +145,12 @@ class Layout:
                 merged, or a weight is sharded.
         """
         self._check_vector(vectors, dimensions=2)
-        views, stacks = self.views(torch.atleast_2d(vectors)), dict[object, list[str]]()
-        layers = self._adapter_in(model).layers
-        for name, layer in layers.items():
-            stacks.setdefault(_adapted(layer, self.adapter_name, vectors.device).stack_key, []).append(name)
+        layers, views = self._adapter_in(model).layers, self.views(torch.atleast_2d(vectors))
+        weights = [_adapted(layer, self.adapter_name, vectors.device) for layer in layers.values()]
         made: dict[str, LayerFactors] = {}
-        for names in stacks.values():
-            constants = StackConstants.of([layers[name].adapted(self.adapter_name) for name in names])
-            by_kind = zip(*(with_zeros(views[name]) for name in names), strict=True)
-            stacked = Vectors(*map(torch.stack, by_kind)).to(constants.w.dtype)
-            gain_minus_one, scale, _ = stacked_factors(stacked, constants)
-            strengths = torch.stack([layers[name].strength(self.adapter_name) for name in names])[:, None, None]
-            made |= zip(
-                names, map(LayerFactors, gain_minus_one * strengths, scale * strengths, stacked.lambda_d), strict=True
-            )
+        for name, factors in zip(layers, factors_of_vectors(weights, [views[name] for name in layers]), strict=True):
+            (gain_minus_one, scale, lambda_d), strength = factors, layers[name].strength(self.adapter_name)
+            made[name] = LayerFactors(gain_minus_one * strength, scale * strength, lambda_d)
         for name in layers if vectors.abs().max() > FAR else ():
             if not all(factor.isfinite().all() for factor in made[name]):
                 raise ValueError(
@@ -259,12 +251,6 @@ class Layout:
             at = int((~vector.isfinite()).nonzero()[0, -1])
             part = [name for name, length in self._parts.items() for _ in range(length)][at]
             raise ValueError(f"vector has values that are not finite, the first at index {at} ({part}); use another")
-
-
-def with_zeros(vectors: Vectors) -> Vectors:
-    """The vectors with zeros for a lambda_b that the layer does not have."""
-    magnitude, lambda_b, lambda_d = vectors
-    return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
 
 
 def _adapted(layer: DVoRALayer, adapter_name: str, device: torch.device) -> AdaptedWeight:

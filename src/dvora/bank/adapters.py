@@ -23,7 +23,7 @@ from torch import Tensor
 from ..functional import Vectors
 from ..peft.config import DVoRAConfig, Shape
 from ..peft.content import Content, in_order
-from ..peft.saving import PEFT_PREFIX, VECTOR_PREFIX, check_file, plain_name
+from ..peft.saving import VECTOR_PREFIX, check_file, plain_key
 from ..tensors import Float
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
@@ -48,17 +48,12 @@ class Description(NamedTuple):
     """Of the data, by name in the file, as they follow one another."""
     names: Mapping[str, str]
     """Names in the file of what is the adapter's, by its name there, in the order of a vector."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Bytes of every entry."""
-        return [dtype.itemsize * prod(shape) for dtype, shape in self.entries.values()]
-
-    @property
-    def beside(self) -> dict[str, Shape]:
-        """Shapes of what the file has besides the adapter, by the names in it."""
-        names = set(self.names.values())
-        return {name: shape for name, (_, shape) in self.entries.items() if name not in names}
+    beside: Mapping[str, Shape]
+    """Shapes of what the file has besides the adapter, by the names in it."""
+    dtype: torch.dtype
+    """Of all entries; bytes where they have several."""
+    lengths: list[int]
+    """Values of this dtype in every entry."""
 
     def digest(self, data: bytes) -> str:
         """32 hexadecimal digits that name both files, byte for byte.
@@ -74,7 +69,12 @@ class Description(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of both files."""
-        return len(self.settings) + len(self.header) + sum(self.lengths)
+        return len(self.settings) + len(self.header) + self.data_size
+
+    @property
+    def data_size(self) -> int:
+        """Bytes behind the header."""
+        return sum(self.lengths) * self.dtype.itemsize
 
 
 class AdapterValues(NamedTuple):
@@ -139,7 +139,7 @@ class FolderSource:
                 first = file.read(8)
                 header = first + file.read(header_length(first, size) - 8)
             self.description = described(settings, header)
-            _check_size(len(header) + sum(self.description.lengths), size)
+            _check_size(len(header) + self.description.data_size, size)
         self.content, self.beside = self.description.content, self.description.beside
 
     def read(self) -> AdapterValues:
@@ -245,7 +245,7 @@ def described(settings: bytes, header: bytes) -> Description:
     if not content.layers:
         raise ValueError(f"{VALUES} has no vectors of any layer; save the adapter again")
     names = in_order({name: name for name in entries}, config)
-    beside = [name for name in entries if plain_name(name.removeprefix(PEFT_PREFIX)) not in names]
+    beside = {name: shape for name, shape in shapes.items() if plain_key(name) not in names}
     if len(names) + len(beside) != len(entries):
         raise ValueError(f"{VALUES} has two entries of one name, with and without a compiler's prefixes; keep one")
     if {name: entries[key][1] for name, key in names.items()} != _shapes(content):
@@ -253,7 +253,11 @@ def described(settings: bytes, header: bytes) -> Description:
     for name, key in names.items():
         if entries[key][0] not in _EXACT:
             raise TypeError(f"{name} is {entries[key][0]}, expected torch.float32 or half precision; save it as that")
-    return Description(settings, header, config, content, entries, names)
+    # Most files have one dtype, and hundreds of entries, which need no view each then.
+    dtypes = {dtype for dtype, _ in entries.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
+    lengths = [own.itemsize * prod(shape) // dtype.itemsize for own, shape in entries.values()]
+    return Description(settings, header, config, content, entries, names, beside, dtype, lengths)
 
 
 def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
@@ -304,14 +308,10 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     Raises:
         TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
     """
-    header, config, content, entries, names = description[1:]
-    _check_size(len(header) + sum(description.lengths), len(header) + len(data))
-    # Most files have one dtype, and hundreds of entries, which need no view each then.
-    dtypes = {dtype for dtype, _ in entries.values()}
-    common = dtypes.pop() if len(dtypes) == 1 else torch.uint8
-    lengths = [length // common.itemsize for length in description.lengths]
-    buffer = torch.frombuffer(bytearray(data), dtype=common)
-    parts: dict[str, Tensor] = dict(zip(entries, buffer.split(lengths), strict=True))
+    header, config, content, entries, names = description[1:6]
+    _check_size(len(header) + description.data_size, len(header) + len(data))
+    buffer = torch.frombuffer(bytearray(data), dtype=description.dtype)
+    parts: dict[str, Tensor] = dict(zip(entries, buffer.split(description.lengths), strict=True))
 
     def typed(key: str) -> Tensor:
         dtype, shape = entries[key]

@@ -121,7 +121,7 @@ class AdapterBank:
         """Held while names change."""
         self._reading = threading.RLock()
         """Held while adapters are read, so that none is read twice."""
-        self._closed = self._has_warned = False
+        self._has_warned = False
         if like is not None:
             path = _as_path(like, "like")
             source: Source
@@ -395,7 +395,7 @@ class AdapterBank:
             self._batches.close()
             if self._fitted is not None:
                 self._fitted.served.unhook(self._fitted.handles)
-            self._closed, self._fitted = True, None
+            self._fitted = None
             self._adapters.clear()
 
     def __enter__(self) -> AdapterBank:
@@ -417,7 +417,7 @@ class AdapterBank:
 
     def _known(self) -> _Fitted:
         """What the first adapter said of the model."""
-        self._check_open()
+        self._batches.check_open()
         if self._fitted is None:
             raise ValueError(
                 "the bank does not know yet which layers it serves; add the folder of an adapter first, or pass like="
@@ -438,7 +438,7 @@ class AdapterBank:
         """Add adapters of new names: all or none. If the first ones are refused, no layer stays hooked."""
         # The first ones come one after another: each says which layers there are, and may be refused.
         with nullcontext() if self._adapters else self._lock:
-            self._check_open()
+            self._batches.check_open()
             first = self._fitted is None
             try:
                 if self._fitted is None:
@@ -492,7 +492,7 @@ class AdapterBank:
         if not isinstance(given, Tensor):
             path = _as_path(given, "source")
             return FolderSource(path.parent if path.name == VALUES else path)
-        self._check_open()
+        self._batches.check_open()
         if self._fitted is None:
             raise ValueError(
                 "the bank does not know yet what a vector is of; add the folder of an adapter first, or pass like="
@@ -507,12 +507,8 @@ class AdapterBank:
         with _of_adapter(adapter):
             self._known().served.check_fits(adapter.source.content, adapter.source.beside, allow_partial)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the bank was closed; make a new one")
-
     def _check_new(self, names: Collection[str]) -> None:
-        self._check_open()
+        self._batches.check_open()
         for name in names:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"name must be a string that is not empty, got {name!r}")
@@ -525,7 +521,7 @@ class AdapterBank:
             raise TypeError(f"names must be a list of names, got {names!r}")
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"names must be strings, got {wrong[0]!r}")
-        self._check_open()
+        self._batches.check_open()
         with self._lock:
             if missing := [name for name in names if name not in self._adapters]:
                 near = difflib.get_close_matches(missing[0], list(self._adapters), 1)
@@ -539,7 +535,7 @@ class AdapterBank:
         Raises:
             ValueError: one is damaged, has changed since it was first read, or changes nothing.
         """
-        _, rows, _, _ = self._known()
+        rows = self._known().rows
         with self._reading:
             by_digest = {a.digest: row for a in adapters if (row := self._host.get(a.digest)) is not None}
             missing = [adapter for adapter in adapters if adapter.digest not in by_digest]

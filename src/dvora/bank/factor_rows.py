@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..factors import StackConstants, stacked_factors
+from ..factors import StackConstants, factors_of_vectors
 from ..functional import Vectors
 from ..peft.content import LayerSizes
 from ..tensors import Float
@@ -43,16 +43,11 @@ class FactorRows:
             start = self.places[-1].stop if self.places else 0
             self.places.append(LayerPlace(start, layer.out_features, layer.rank))
         self.width = self.places[-1].stop
-        lengths = [length for place in self.places for length in place.lengths]
-        self._part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        self.row_lengths = [length for place in self.places for length in place.lengths]
+        self._part = torch.arange(len(self.row_lengths)).repeat_interleave(torch.tensor(self.row_lengths))
         """Which `g - 1`, scale or lambda_d a value of a row belongs to."""
         self.lengths = [length for layer in served.content.layers for length in layer.lengths]
-        stacks: dict[object, list[int]] = {}
-        for position, served_layer in enumerate(served.layers):
-            stacks.setdefault(served_layer.adapted.stack_key, []).append(position)
-        self._stacks = list(stacks.values())
-        """Positions of layers of one shape, whose factors are made at once."""
-        self._constants: dict[int, StackConstants] = {}
+        self._constants: dict[object, StackConstants] = {}
         self._base = json.dumps(served.content.base)
         starts = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
         parts = [part for vectors in starts for part in vectors]
@@ -70,7 +65,7 @@ class FactorRows:
     def is_of_base(self, row: AdapterRow) -> bool:
         """Whether an adapter changes nothing."""
         heads = self.served.own_heads
-        parts = row.factors.split([length for place in self.places for length in place.lengths])
+        parts = row.factors.split(self.row_lengths)
         gains, scales, lambdas = parts[::3], parts[1::3], parts[2::3]
         changed = any(gain.any() for gain in gains) or any(
             scale.any() and lambda_d.any() for scale, lambda_d in zip(scales, lambdas, strict=True)
@@ -116,22 +111,12 @@ class FactorRows:
 
         The base is as it was when it was hooked: a batch is refused where it is not.
         """
-        parts = vectors.split(self.lengths, -1)
-        factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for stack in self._stacks:
-            weights = [self.served.layers[position].adapted for position in stack]
-            constants = self._constants.get(stack[0])
-            if constants is None or not constants.fit(weights):
-                constants = self._constants[stack[0]] = StackConstants.of(weights)
-            m, lambda_b, lambda_d = (
-                torch.stack([parts[3 * position + kind] for position in stack]) for kind in range(3)
-            )
-            if not weights[0].rank:
-                lambda_b = torch.zeros_like(m)
-            stacked = Vectors(m, lambda_b, lambda_d).to(constants.w.dtype)
-            gain_minus_one, scale, _ = stacked_factors(stacked, constants)
-            factors |= zip(stack, zip(gain_minus_one, scale, stacked.lambda_d, strict=True), strict=True)
-        return torch.cat([part for position in range(len(factors)) for part in factors[position]], -1)
+        parts = iter(vectors.split(self.lengths, -1))
+        by_layer = [Vectors(*three) for three in zip(parts, parts, parts, strict=True)]
+        weights = [layer.adapted for layer in self.served.layers]
+        return torch.cat(
+            [f for of_layer in factors_of_vectors(weights, by_layer, self._constants) for f in of_layer], -1
+        )
 
     @staticmethod
     def _by_layer(vector: Float[Tensor, "S"], layers: Sequence[LayerSizes]) -> tuple[Tensor, ...]:

@@ -107,8 +107,7 @@ class Batches:
         self.check_free()
         batch = Batch(rows)
         with self._lock:
-            if self._closed:
-                raise ValueError("the bank was closed; make a new one")
+            self.check_open()
             self._running.add(batch)
         _entered.set((*_entered.get(), batch))
         try:
@@ -132,6 +131,15 @@ class Batches:
                     "`with` blocks before it is closed"
                 )
             self._closed = True
+
+    def check_open(self) -> None:
+        """Refuse what comes after the end.
+
+        Raises:
+            ValueError: the bank was closed.
+        """
+        if self._closed:
+            raise ValueError("the bank was closed; make a new one")
 
     def check_free(self) -> None:
         """Refuse a second batch here.

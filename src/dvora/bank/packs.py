@@ -21,6 +21,7 @@ import threading
 import unicodedata
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -108,7 +109,7 @@ class Pack:
                 settings, header = self.read(f".settings.{entry.settings}"), self.read(f".header.{entry.header}")
                 self._descriptions[kind] = described(settings, header)
             description = self._descriptions[kind]
-            if sum(description.lengths) != len(self._places[name]):
+            if description.data_size != len(self._places[name]):
                 raise ValueError(f"it has {len(self._places[name]):,} bytes, and others by its header: it is damaged")
         return PackedSource(self, name, description, entry.digest)
 
@@ -147,7 +148,7 @@ class PackedSource(NamedTuple):
         return self.description.content
 
     @property
-    def beside(self) -> dict[str, Shape]:
+    def beside(self) -> Mapping[str, Shape]:
         """Shapes of what its file has besides the adapter."""
         return self.description.beside
 
@@ -157,8 +158,12 @@ class PackedSource(NamedTuple):
         Raises:
             ValueError: they are damaged, not finite, or others than were packed.
         """
-        with errors_of(f"{self.pack.path}: adapter {self.name!r}"):
+        with self.errors():
             return values_of(self.description, self.data())
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Around what reads it: errors begin with where it was."""
+        return errors_of(f"{self.pack.path}: adapter {self.name!r}")
 
     def data(self) -> bytes:
         """The data of the values.
@@ -218,11 +223,13 @@ def unpack(path: Path, output: Path, on_progress: OnProgress | None = None) -> N
     """
     with Pack.open(path) as pack, new_folder(output) as filling:
         for number, name in enumerate(pack.entries, start=1):
-            source = pack.source(name)
-            source.read()
+            description = (source := pack.source(name)).description
+            with source.errors():
+                data = source.data()
+                values_of(description, data)
             (filling / name).mkdir()
-            (filling / name / SETTINGS).write_bytes(source.description.settings)
-            (filling / name / VALUES).write_bytes(source.description.header + source.data())
+            (filling / name / SETTINGS).write_bytes(description.settings)
+            (filling / name / VALUES).write_bytes(description.header + data)
             if on_progress is not None:
                 on_progress(number, len(pack.entries))
 
@@ -282,11 +289,11 @@ def _header(sources: Mapping[str, FolderSource], kinds: list[dict[bytes, None]],
     settings, headers = kinds
     parts = [(f".settings.{number}", len(text)) for number, text in enumerate(settings)]
     parts += [(f".header.{number}", len(text)) for number, text in enumerate(headers)]
-    parts += [(name, sum(source.description.lengths)) for name, source in sources.items()]
+    parts += [(name, source.description.data_size) for name, source in sources.items()]
     saved: dict[str, object] = {"__metadata__": {"format": FORMAT, "adapters": json.dumps(entries)}}
     start = 0
     for name, length in parts:
-        floats = name in sources and _is_float32(sources[name].description)
+        floats = name in sources and sources[name].description.dtype == torch.float32
         dtype, count = ("F32", length // 4) if floats else ("U8", length)
         saved[name] = {"dtype": dtype, "shape": [count], "data_offsets": [start, start := start + length]}
     text = json.dumps(saved, separators=(",", ":")).encode()
@@ -294,10 +301,6 @@ def _header(sources: Mapping[str, FolderSource], kinds: list[dict[bytes, None]],
     if len(text) > LARGEST_INDEX:
         raise ValueError(f"folders: {len(sources):,} adapters are more than a pack can index; make several packs")
     return len(text).to_bytes(8, "little") + text
-
-
-def _is_float32(description: Description) -> bool:
-    return all(dtype == torch.float32 for dtype, _ in description.entries.values())
 
 
 def _read_index(file: BinaryIO) -> tuple[dict[str, range], dict[str, Entry]]:

@@ -19,7 +19,7 @@ from ..peft.base_weight import measured_bias
 from ..peft.config import DVoRAConfig, Shape
 from ..peft.content import Content, LayerSizes, SavedWhole
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
-from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_name
+from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_key
 from ..tensors import TensorVersion, is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
@@ -113,7 +113,7 @@ class ServedModel:
             raise ValueError(f"the adapter is another one than the bank is for: {difference}")
         here = self._shapes() if beside else {}
         for key, shape in beside.items():
-            if here.get(name := plain_name(key.removeprefix(PEFT_PREFIX))) != shape:
+            if here.get(name := plain_key(key)) != shape:
                 raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
 
     def check_beside(self, entries: Mapping[str, Tensor]) -> None:
@@ -130,7 +130,7 @@ class ServedModel:
         rest = {key: value for key, value in entries.items() if not key.startswith(MATRIX_PREFIX)}
         state = self.model.state_dict() if rest else {}
         for key, value in rest.items():
-            check_same_values(key, value, state[plain_name(key.removeprefix(PEFT_PREFIX))])
+            check_same_values(key, value, state[plain_key(key)])
 
     def heads_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The heads of an adapter in the model's dtype; the model's own where it has none.

@@ -294,8 +294,10 @@ class Slots:
         before = self.heads[name]
         largest = [max(sizes) for sizes in zip(before.shape[1:], shape, strict=True)]
         if largest != list(before.shape[1:]):
-            self.heads[name] = before.new_zeros(self.count + 1, *largest)
-            self.heads[name][within(before.shape)] = before
+            after = before.new_zeros(self.count + 1, *largest)
+            after[within(before.shape)] = before
+            # Only now: a batch that begins in another thread may take it at once.
+            self.heads[name] = after
 
 
 def within(shape: Sequence[int]) -> tuple[slice, ...]:

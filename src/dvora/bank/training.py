@@ -50,7 +50,7 @@ class TrainableAdapters:
         if not values:
             raise ValueError("names and new are empty; name the adapters to train")
         self.names, self.served = tuple(values), rows.served
-        self._rows, self._batches, self.places = rows, batches, rows.places
+        self._rows, self._batches, self.row_lengths = rows, batches, rows.row_lengths
         self._check_frozen()
         self.config = self._common_config(values)
         for name, start in values.items():
@@ -220,8 +220,7 @@ class TrainedRows:
         self, adapters: TrainableAdapters, present: Sequence[int], rows: RowIndex, dropout: nn.Module | None
     ) -> None:
         self._adapters, self._present, self._rows = adapters, present, rows
-        lengths = [length for place in adapters.places for length in place.lengths]
-        self.gathered = GatheredRows(rows, lengths, self._matrix, self._heads, dropout=dropout)
+        self.gathered = GatheredRows(rows, adapters.row_lengths, self._matrix, self._heads, dropout=dropout)
         self._cached: _OfPass | None = None
 
     def loss(self, losses: Float[Tensor, "B"], weights: Float[Tensor, "B"] | None = None) -> Float[Tensor, ""]:

@@ -194,11 +194,14 @@ class DVoRAConfig(PeftConfig):
             check_expressions(vars(config))
         return config
 
-    def check(self) -> None:
-        """Check every setting; done when the configuration is made, and again before it changes a model."""
+    def check(self, names: Collection[str] = (), *, bounded: bool = False) -> None:
+        """Check every setting; done when the configuration is made, and again before it changes a model.
+
+        Args:
+            names, bounded: of expressions; those of files are bounded before they are matched.
+        """
         _check_types(vars(self))
-        # Those of files, which this may be made from, are bounded before they are matched.
-        check_expressions(vars(self), bounded=False)
+        check_expressions(vars(self), names, bounded=bounded)
         _check_values(self)
         if not self.inference_mode and self.file is None:
             _check_training(self)

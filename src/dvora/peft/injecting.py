@@ -30,7 +30,6 @@ from ..tensors import bias_of, full_tensor, is_fully_sharded, is_partitioned
 from ..weight import MAGNITUDE_ONLY, AdaptedWeight
 from .base_weight import alike, change, fingerprint_of, readable_weight, stored_weight, warn_of_changes
 from .config import DVoRAConfig, check_adapter_name
-from .expressions import check_expressions
 from .layer import DVoRALayer, DVoRALinear, shared_projections
 from .layer_types import (
     LAYER_TYPES,
@@ -215,10 +214,9 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
         config.forget_file()
     holders = [module for _, module in outside_adapters(model)]
     check_adapter_name(adapter_name, {name for holder in holders for name in (*holder._parameters, *holder._buffers)})
-    config.check()
     # All names that settings are matched against: parameters may be adapted by themselves.
     names = {name for name, _ in chain(model.named_modules(), model.named_parameters())}
-    check_expressions(vars(config), names, bounded=config.file is not None)
+    config.check(names, bounded=config.file is not None)
     check_file(config)
 
 

@@ -73,6 +73,17 @@ def open_values(folder: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str]
         return
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is not a file")
+    with opened(file) as found:
+        yield found
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
+    """The shapes in a safetensors file by name, from its header alone, and what reads one value.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
     try:
         values = safe_open(file, "pt")
     except SafetensorError as error:

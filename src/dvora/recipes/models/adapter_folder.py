@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ...peft.expressions import check_expressions
+from ...peft.saving import opened
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
 from .hub import offline
@@ -154,10 +155,10 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """
     check_readable([file])
     try:
-        with safe_open(file, "pt") as values:
-            shapes = {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}  # noqa: SIM118
+        with opened(file) as (shapes, _):
+            pass
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(str(error)) from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:
         raise ValueError(f"{file}: {empty[0]!r} has the shape {shapes[empty[0]]}, which holds no values")
     return shapes
