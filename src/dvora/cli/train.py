@@ -1,5 +1,6 @@
 """dvora train: from data and a model to a trained one in a folder of its own."""
 
+import gc
 import shlex
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -135,6 +136,7 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
             outcome = train_recipe(settings, resume, on_progress, note, Trust(own_code, download=True))
     except InputError as error:
         raise UsageError(str(error)) from error
+    _leave_group()
     if not is_first():
         return
     if outcome.run is None:
@@ -143,6 +145,16 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         raise typer.Exit(INTERRUPTED)
     output.result(_shown(outcome.run, output.as_json), title=f"{settings.method} on {settings.task}")
     output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")
+
+
+def _leave_group() -> None:
+    """Leave the group of processes while Python is whole: gloo's threads let go of tensors, and abort what ends."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        # The wrapped model, in a cycle with its trainer, holds the group, and with it the threads.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def shown_path(folder: Path) -> str:
