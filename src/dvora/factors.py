@@ -198,38 +198,73 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     return torch.stack(list(parts))
 
 
-def with_zeros(vectors: Vectors) -> Vectors:
-    """The vectors with zeros for a lambda_b that the layer does not have."""
-    magnitude, lambda_b, lambda_d = vectors
-    return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
+class FactorStacks:
+    """From flat vectors of adapters to their factor rows, for all layers of one shape at once.
 
-
-def factors_of_vectors(
-    weights: Sequence[AdaptedWeight], vectors: Sequence[Vectors], constants: dict[object, StackConstants] | None = None
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`g - 1`, scale and lambda_d of N adapters in every layer, made for all layers of one shape at once.
+    A vector has magnitude, lambda_b and lambda_d of every layer, lambda_b only where there is a rank; a row has `g - 1`,
+    scale and lambda_d. One gather brings the vectors into the order of the stacks, and one the factors back.
 
     Args:
-        weights: of the layers.
-        vectors: of each, (N, O) and (N, R); lambda_b is (N, 0) where there is the magnitude only.
-        constants: by shape, kept for the next call.
+        weights: of the layers, with the constants that they have now.
     """
-    stacks: dict[object, list[int]] = {}
-    for position, weight in enumerate(weights):
-        stacks.setdefault(weight.stack_key, []).append(position)
-    factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for key, positions in stacks.items():
-        own = [weights[position] for position in positions]
-        stack = None if constants is None else constants.get(key)
-        if stack is None or not stack.fit(own):
-            stack = StackConstants.of(own)
-            if constants is not None:
-                constants[key] = stack
-        by_kind = zip(*(with_zeros(vectors[position]) for position in positions), strict=True)
-        stacked = Vectors(*map(torch.stack, by_kind)).to(stack.w.dtype)
-        gain_minus_one, scale, _ = stacked_factors(stacked, stack)
-        factors |= zip(positions, zip(gain_minus_one, scale, stacked.lambda_d, strict=True), strict=True)
-    return [factors[position] for position in range(len(weights))]
+
+    def __init__(self, weights: Sequence[AdaptedWeight]) -> None:
+        stacks: dict[object, list[int]] = {}
+        for position, weight in enumerate(weights):
+            stacks.setdefault(weight.stack_key, []).append(position)
+        self._constants = [StackConstants.of([weights[p] for p in positions]) for positions in stacks.values()]
+        device, groups = weights[0].w.device, list(stacks.values())
+        vectors = [(w.out_features, w.out_features if w.rank else 0, w.rank) for w in weights]
+        self._vectors = _StackOrder.of(vectors, groups, device)
+        self._rows = _StackOrder.of([(w.out_features, w.out_features, w.rank) for w in weights], groups, device)
+
+    def rows(self, vectors: Float[Tensor, "N S"]) -> Float[Tensor, "N F"]:
+        """The factor rows of N adapters, in the dtype of the constants, with a graph where one is recorded."""
+        order, back, factors = self._vectors, self._rows, list[Tensor]()
+        parts = iter(_Reordered.apply(vectors, order.index, order.inverse).split(order.lengths, -1))
+        for constants in self._constants:
+            m, b, d = (_by_layer(next(parts), len(constants.weights)).to(constants.w.dtype) for _ in range(3))
+            b = b if b.shape == m.shape else torch.zeros_like(m)
+            gain_minus_one, scale, _ = stacked_factors(Vectors(m, b, d), constants)
+            factors += [factor.transpose(0, 1).flatten(1) for factor in (gain_minus_one, scale, d)]
+        rows: Tensor = _Reordered.apply(torch.cat(factors, -1), back.inverse, back.index)
+        return rows
+
+
+def _by_layer(values: Float[Tensor, "N LO"], layers: int) -> Float[Tensor, "L N O"]:
+    return values.view(len(values), layers, values.shape[-1] // layers).transpose(0, 1).contiguous()
+
+
+class _StackOrder(NamedTuple):
+    """Parts of layers, three each, in the order of the stacks: all first ones of a stack, all second, all third."""
+
+    index: Tensor
+    """Where each value stands among the layers."""
+    inverse: Tensor
+    lengths: list[int]
+    """Of the parts of all stacks."""
+
+    @classmethod
+    def of(
+        cls, lengths: Sequence[tuple[int, int, int]], stacks: Sequence[Sequence[int]], device: torch.device
+    ) -> "_StackOrder":
+        places = torch.arange(sum(map(sum, lengths)), dtype=torch.int32).split([n for three in lengths for n in three])
+        parts = [torch.cat([places[3 * layer + k] for layer in stack]) for stack in stacks for k in range(3)]
+        index = torch.cat(parts)
+        return cls(index.to(device), index.argsort().int().to(device), [len(part) for part in parts])
+
+
+class _Reordered(torch.autograd.Function):
+    """The last dimension in another order; the way back is a gather too, not a sum of what might be repeated."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.orders = inverse, index
+        return values.index_select(-1, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Reordered.apply(gradient, *ctx.orders), None, None
 
 
 def stacked_factors(

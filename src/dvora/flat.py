@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FAR
-from .factors import factors_of_vectors, with_zeros
+from .factors import FactorStacks
 from .functional import Vectors
 from .peft.content import Content, ModelAdapter, Source, restored_on_error, tensors_of
 from .peft.layer import DVoRALayer, check_unmerged
@@ -124,7 +124,7 @@ class Layout:
         by_name = adapter.tensors()
         if vector.abs().max() > FAR:
             for name, views in self.views(vector).items():
-                check_layer_factors(adapter.layers[name], self.adapter_name, with_zeros(views))
+                check_layer_factors(adapter.layers[name], self.adapter_name, _with_zeros(views))
         tensors = list(by_name.values())
         # In one piece: most models are on one device.
         parts = vector.detach().to(tensors[0].device).split(list(self._parts.values()))
@@ -145,19 +145,22 @@ class Layout:
                 merged, or a weight is sharded.
         """
         self._check_vector(vectors, dimensions=2)
-        layers, views = self._adapter_in(model).layers, self.views(torch.atleast_2d(vectors))
-        weights = [_adapted(layer, self.adapter_name, vectors.device) for layer in layers.values()]
+        layers = self._adapter_in(model).layers
+        weights = [_adapted(layers[layer.name], self.adapter_name, vectors.device) for layer in self.content.layers]
+        of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
+        rows = FactorStacks(weights).rows(torch.atleast_2d(vectors)[:, :of_layers])
+        parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.rank)], -1))
         made: dict[str, LayerFactors] = {}
-        for name, factors in zip(layers, factors_of_vectors(weights, [views[name] for name in layers]), strict=True):
-            (gain_minus_one, scale, lambda_d), strength = factors, layers[name].strength(self.adapter_name)
-            made[name] = LayerFactors(gain_minus_one * strength, scale * strength, lambda_d)
+        for layer in self.content.layers:
+            strength = layers[layer.name].strength(self.adapter_name)
+            made[layer.name] = LayerFactors(next(parts) * strength, next(parts) * strength, next(parts))
         for name in layers if vectors.abs().max() > FAR else ():
             if not all(factor.isfinite().all() for factor in made[name]):
                 raise ValueError(
                     f"vector gives {name} factors that are not finite: its values are too large; use another"
                 )
-        rows = 0 if vectors.dim() == 1 else slice(None)
-        return {name: LayerFactors(*(factor[rows] for factor in made[name])) for name in layers}
+        row = 0 if vectors.dim() == 1 else slice(None)
+        return {name: LayerFactors(*(factor[row] for factor in made[name])) for name in layers}
 
     def views(self, vector: Float[Tensor, "*N S"]) -> dict[str, Vectors]:
         """The three vectors of every layer, by name, as views: writing into them writes into the vector.
@@ -251,6 +254,12 @@ class Layout:
             at = int((~vector.isfinite()).nonzero()[0, -1])
             part = [name for name, length in self._parts.items() for _ in range(length)][at]
             raise ValueError(f"vector has values that are not finite, the first at index {at} ({part}); use another")
+
+
+def _with_zeros(vectors: Vectors) -> Vectors:
+    """The vectors with zeros for a lambda_b that the layer does not have."""
+    magnitude, lambda_b, lambda_d = vectors
+    return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
 
 
 def _adapted(layer: DVoRALayer, adapter_name: str, device: torch.device) -> AdaptedWeight:

@@ -38,5 +38,5 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.name in (SETTINGS, VALUES)
+        if path.is_file() and path.name in (SETTINGS, VALUES)
     }

@@ -11,7 +11,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -54,16 +55,18 @@ class Description(NamedTuple):
     """Of all entries; bytes where they have several."""
     lengths: list[int]
     """Values of this dtype in every entry."""
+    order: Tensor
+    """Where each value of the flat vector stands among all values of the file, (S,)."""
+    strengths: tuple[float, ...]
+    """One a layer."""
 
-    def digest(self, data: bytes) -> str:
-        """32 hexadecimal digits that name both files, byte for byte.
-
-        Args:
-            data: behind the header.
-        """
+    def digest(self, values: AdapterValues) -> str:
+        """32 hexadecimal digits that name both files, byte for byte: the values have all that the data has."""
         digest = hashlib.sha256(self.settings)
         digest.update(self.header)
-        digest.update(data)
+        digest.update(values.digest.encode())
+        for tensor in values.beside.values():
+            digest.update(as_bytes(tensor))
         return digest.hexdigest()[:32]
 
     @property
@@ -77,7 +80,8 @@ class Description(NamedTuple):
         return sum(self.lengths) * self.dtype.itemsize
 
 
-class AdapterValues(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AdapterValues:
     """The values of one adapter, on the CPU, checked; nobody writes to them."""
 
     content: Content
@@ -92,7 +96,7 @@ class AdapterValues(NamedTuple):
     beside: Mapping[str, Tensor]
     """What a file has that is not the adapter's (tables and biases of the base, projections), by the names in it."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
         digest = hashlib.sha256(json.dumps([_digest(self.content), self.strengths]).encode())
@@ -257,7 +261,11 @@ def described(settings: bytes, header: bytes) -> Description:
     dtypes = {dtype for dtype, _ in entries.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
     lengths = [own.itemsize * prod(shape) // dtype.itemsize for own, shape in entries.values()]
-    return Description(settings, header, config, content, entries, names, beside, dtype, lengths)
+    counts = [prod(shape) for _, shape in entries.values()]
+    places = dict(zip(entries, torch.arange(sum(counts)).split(counts), strict=True))
+    order = torch.cat([places[key] for name, key in names.items() if VECTOR_PREFIX in name])
+    strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
+    return Description(settings, header, config, content, entries, names, beside, dtype, lengths, order, strengths)
 
 
 def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
@@ -308,20 +316,18 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     Raises:
         TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
     """
-    header, config, content, entries, names = description[1:6]
-    _check_size(len(header) + description.data_size, len(header) + len(data))
-    buffer = torch.frombuffer(bytearray(data), dtype=description.dtype)
-    parts: dict[str, Tensor] = dict(zip(entries, buffer.split(description.lengths), strict=True))
-
-    def typed(key: str) -> Tensor:
-        dtype, shape = entries[key]
-        return parts[key].view(dtype).view(shape)
-
-    heads = {part.name: typed(names[part.name]) for part in content.whole}
-    vector = torch.cat([parts[key].view(entries[key][0]).float() for name, key in names.items() if name not in heads])
-    beside = {key: typed(key) for key in description.beside}
-    strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
-    return _finite(AdapterValues(content, vector, strengths, heads, config, beside))
+    _check_size(len(description.header) + description.data_size, len(description.header) + len(data))
+    content, entries, names = description.content, description.entries, description.names
+    buffer, parts = torch.frombuffer(bytearray(data), dtype=description.dtype), dict[str, Tensor]()
+    if content.whole or description.beside or description.dtype == torch.uint8:
+        pairs = zip(entries.items(), buffer.split(description.lengths), strict=True)
+        parts = {key: part.view(dtype).view(shape) for (key, (dtype, shape)), part in pairs}
+    if description.dtype == torch.uint8:
+        buffer = torch.cat([part.float().view(-1) for part in parts.values()])
+    vector = buffer.float().index_select(0, description.order)
+    heads = {part.name: parts[names[part.name]] for part in content.whole}
+    beside = {key: parts[key] for key in description.beside}
+    return _finite(AdapterValues(content, vector, description.strengths, heads, description.config, beside))
 
 
 @contextmanager
@@ -340,9 +346,14 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: the extremes are, in one pass; NaN is both of them."""
+    return not tensor.numel() or all(extreme.isfinite() for extreme in tensor.aminmax())
+
+
 def _finite(values: AdapterValues) -> AdapterValues:
     """Values that are all finite."""
-    if not (values.vector.isfinite().all() and all(tensor.isfinite().all() for tensor in values.whole.values())):
+    if not all(map(is_finite, (values.vector, *values.whole.values()))):
         shapes = _shapes(values.content)
         vectors = [name for name in shapes if name not in values.whole]
         parts = dict(zip(vectors, values.vector.split([prod(shapes[name]) for name in vectors]), strict=True))

@@ -13,15 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..factors import StackConstants, factors_of_vectors
-from ..functional import Vectors
+from ..factors import FactorStacks
 from ..peft.content import LayerSizes
 from ..tensors import Float
-from .adapters import AdapterValues
+from .adapters import AdapterValues, is_finite
 from .served import ServedModel
 from .slots import AdapterRow, LayerPlace
 
@@ -44,15 +44,18 @@ class FactorRows:
             self.places.append(LayerPlace(start, layer.out_features, layer.rank))
         self.width = self.places[-1].stop
         self.row_lengths = [length for place in self.places for length in place.lengths]
-        self._part = torch.arange(len(self.row_lengths)).repeat_interleave(torch.tensor(self.row_lengths))
-        """Which `g - 1`, scale or lambda_d a value of a row belongs to."""
+        self._segments = torch.tensor(self.row_lengths)
         self.lengths = [length for layer in served.content.layers for length in layer.lengths]
-        self._constants: dict[object, StackConstants] = {}
         self._base = json.dumps(served.content.base)
         starts = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
         parts = [part for vectors in starts for part in vectors]
         self.start = torch.cat([part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)])
         """The vector of the base, (S,)."""
+
+    @cached_property
+    def _stacks(self) -> FactorStacks:
+        """Their constants stay right: batches are refused where the base has changed."""
+        return FactorStacks([layer.adapted for layer in self.served.layers])
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
@@ -64,13 +67,11 @@ class FactorRows:
 
     def is_of_base(self, row: AdapterRow) -> bool:
         """Whether an adapter changes nothing."""
-        heads = self.served.own_heads
-        parts = row.factors.split(self.row_lengths)
-        gains, scales, lambdas = parts[::3], parts[1::3], parts[2::3]
-        changed = any(gain.any() for gain in gains) or any(
-            scale.any() and lambda_d.any() for scale, lambda_d in zip(scales, lambdas, strict=True)
-        )
-        return not changed and all(torch.equal(row.heads[name], heads[name]) for name in heads)
+        for place in self.places:
+            gain_minus_one, scale, lambda_d = row.factors[place.start : place.stop].split(place.lengths)
+            if gain_minus_one.any() or (scale.any() and lambda_d.any()):
+                return False
+        return all(torch.equal(row.heads[name], values) for name, values in self.served.own_heads.items())
 
     @torch.no_grad()
     def of(self, adapters: Sequence[AdapterValues]) -> Float[Tensor, "N F"]:
@@ -89,9 +90,10 @@ class FactorRows:
         Raises:
             ValueError: the dtype cannot hold them, or a file has other values besides, which are not the model's.
         """
-        self.served.check_beside(values.beside)
-        strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
-        if len(strengths) < len(self.places) or set(strengths.values()) != {1.0}:
+        if values.beside:
+            self.served.check_beside(values.beside)
+        if len(values.strengths) < len(self.places) or set(values.strengths) != {1.0}:
+            strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
             # Layers that it does not have are the base's.
             for layer, place in zip(self.served.content.layers, self.places, strict=True):
                 factors[place.start : place.stop - place.rank] *= strengths.get(layer.name, 0.0)
@@ -111,12 +113,7 @@ class FactorRows:
 
         The base is as it was when it was hooked: a batch is refused where it is not.
         """
-        parts = iter(vectors.split(self.lengths, -1))
-        by_layer = [Vectors(*three) for three in zip(parts, parts, parts, strict=True)]
-        weights = [layer.adapted for layer in self.served.layers]
-        return torch.cat(
-            [f for of_layer in factors_of_vectors(weights, by_layer, self._constants) for f in of_layer], -1
-        )
+        return self._stacks.rows(vectors)
 
     @staticmethod
     def _by_layer(vector: Float[Tensor, "S"], layers: Sequence[LayerSizes]) -> tuple[Tensor, ...]:
@@ -126,9 +123,9 @@ class FactorRows:
     def _narrowed(self, row: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
         """The row in the bank's dtype."""
         if self.dtype != torch.float32:
-            row = balanced(row, self._part)
+            row = balanced(row, self._segments)
         narrow = row.to(self.dtype)
-        if not narrow.isfinite().all():
+        if not is_finite(narrow):
             raise ValueError(
                 f"the adapter has factors up to {float(row.abs().max()):.3g}, which {self.dtype} cannot hold; make the "
                 "bank with dtype=torch.float32, or look whether its training diverged"
@@ -136,17 +133,18 @@ class FactorRows:
         return narrow
 
 
-def balanced(row: Float[Tensor, "F"], part: Tensor) -> Float[Tensor, "F"]:
+def balanced(row: Float[Tensor, "F"], lengths: Tensor) -> Float[Tensor, "F"]:
     """The largest scale and the largest lambda_d of each layer made alike, by a power of two, which rounds nothing.
 
     Args:
         row: `g - 1`, scale and lambda_d of every layer.
-        part: which of these a value belongs to, three a layer, (F,).
+        lengths: of these, three a layer.
     """
-    largest = row.new_zeros(int(part[-1]) // 3 * 3 + 3).scatter_reduce_(0, part, row.abs(), "amax")
+    largest = torch.segment_reduce(row.abs(), "max", lengths=lengths)
     _, scale, lambda_d = largest.view(-1, 3).unbind(1)
     exponent = torch.where((scale > 0) & (lambda_d > 0), torch.round((lambda_d.log2() - scale.log2()) / 2), 0.0)
-    return row * torch.stack([torch.zeros_like(exponent), exponent, -exponent], 1).exp2().flatten()[part]
+    factor = torch.stack([torch.zeros_like(exponent), exponent, -exponent], 1).exp2().flatten()
+    return row * factor.repeat_interleave(lengths, output_size=len(row))
 
 
 def check_dtype(dtype: torch.dtype) -> None:

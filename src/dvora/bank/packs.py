@@ -21,7 +21,6 @@ import threading
 import unicodedata
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -158,23 +157,20 @@ class PackedSource(NamedTuple):
         Raises:
             ValueError: they are damaged, not finite, or others than were packed.
         """
-        with self.errors():
-            return values_of(self.description, self.data())
+        return self.data()[1]
 
-    def errors(self) -> AbstractContextManager[None]:
-        """Around what reads it: errors begin with where it was."""
-        return errors_of(f"{self.pack.path}: adapter {self.name!r}")
-
-    def data(self) -> bytes:
-        """The data of the values.
+    def data(self) -> tuple[bytes, AdapterValues]:
+        """The data behind the header, and the values in it.
 
         Raises:
-            ValueError: settings, header or data are not those that were packed.
+            ValueError: they are damaged, not finite, or others than were packed.
         """
-        data = self.pack.read(self.name)
-        if self.description.digest(data) != self.digest:
-            raise ValueError("it is damaged: its files are not those that were packed; pack the adapters again")
-        return data
+        with errors_of(f"{self.pack.path}: adapter {self.name!r}"):
+            data = self.pack.read(self.name)
+            values = values_of(self.description, data)
+            if self.description.digest(values) != self.digest:
+                raise ValueError("it is damaged: its files are not those that were packed; pack the adapters again")
+            return data, values
 
 
 def write_pack(path: Path, folders: Mapping[str, Path], on_progress: OnProgress | None = None) -> None:
@@ -224,9 +220,7 @@ def unpack(path: Path, output: Path, on_progress: OnProgress | None = None) -> N
     with Pack.open(path) as pack, new_folder(output) as filling:
         for number, name in enumerate(pack.entries, start=1):
             description = (source := pack.source(name)).description
-            with source.errors():
-                data = source.data()
-                values_of(description, data)
+            data, _ = source.data()
             (filling / name).mkdir()
             (filling / name / SETTINGS).write_bytes(description.settings)
             (filling / name / VALUES).write_bytes(description.header + data)
@@ -268,8 +262,8 @@ def _write(
         data = source.data()
         file.write(data)
         with errors_of(source.folder):
-            values_of(source.description, data)
-        entries[name] = entries[name]._replace(digest=source.description.digest(data))
+            values = values_of(source.description, data)
+        entries[name] = entries[name]._replace(digest=source.description.digest(values))
         if on_progress is not None:
             on_progress(number, len(sources))
     file.seek(0)
