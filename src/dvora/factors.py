@@ -201,8 +201,8 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
 class FactorStacks:
     """From flat vectors of adapters to their factor rows, for all layers of one shape at once.
 
-    A vector has magnitude, lambda_b and lambda_d of every layer, lambda_b only where there is a rank; a row has `g - 1`,
-    scale and lambda_d. One gather brings the vectors into the order of the stacks, and one the factors back.
+    A vector has magnitude, lambda_b and lambda_d of every layer, lambda_b only where there is a rank; a row has
+    `g - 1`, scale and lambda_d. One gather brings the vectors into the order of the stacks, and one the factors back.
 
     Args:
         weights: of the layers, with the constants that they have now.
@@ -220,14 +220,14 @@ class FactorStacks:
 
     def rows(self, vectors: Float[Tensor, "N S"]) -> Float[Tensor, "N F"]:
         """The factor rows of N adapters, in the dtype of the constants, with a graph where one is recorded."""
-        order, back, factors = self._vectors, self._rows, list[Tensor]()
-        parts = iter(_Reordered.apply(vectors, order.index, order.inverse).split(order.lengths, -1))
+        here, back, factors = self._vectors, self._rows, list[Tensor]()
+        parts = iter(_Reordered.apply(vectors, here.order, here.inverse).split(here.lengths, -1))
         for constants in self._constants:
             m, b, d = (_by_layer(next(parts), len(constants.weights)).to(constants.w.dtype) for _ in range(3))
             b = b if b.shape == m.shape else torch.zeros_like(m)
             gain_minus_one, scale, _ = stacked_factors(Vectors(m, b, d), constants)
             factors += [factor.transpose(0, 1).flatten(1) for factor in (gain_minus_one, scale, d)]
-        rows: Tensor = _Reordered.apply(torch.cat(factors, -1), back.inverse, back.index)
+        rows: Tensor = _Reordered.apply(torch.cat(factors, -1), back.inverse, back.order)
         return rows
 
 
@@ -238,7 +238,7 @@ def _by_layer(values: Float[Tensor, "N LO"], layers: int) -> Float[Tensor, "L N 
 class _StackOrder(NamedTuple):
     """Parts of layers, three each, in the order of the stacks: all first ones of a stack, all second, all third."""
 
-    index: Tensor
+    order: Tensor
     """Where each value stands among the layers."""
     inverse: Tensor
     lengths: list[int]
@@ -250,17 +250,17 @@ class _StackOrder(NamedTuple):
     ) -> "_StackOrder":
         places = torch.arange(sum(map(sum, lengths)), dtype=torch.int32).split([n for three in lengths for n in three])
         parts = [torch.cat([places[3 * layer + k] for layer in stack]) for stack in stacks for k in range(3)]
-        index = torch.cat(parts)
-        return cls(index.to(device), index.argsort().int().to(device), [len(part) for part in parts])
+        order = torch.cat(parts)
+        return cls(order.to(device), order.argsort().int().to(device), [len(part) for part in parts])
 
 
 class _Reordered(torch.autograd.Function):
     """The last dimension in another order; the way back is a gather too, not a sum of what might be repeated."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.orders = inverse, index
-        return values.index_select(-1, index)
+    def forward(ctx: Any, values: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.orders = inverse, order
+        return values.index_select(-1, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
