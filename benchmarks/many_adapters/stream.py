@@ -139,8 +139,6 @@ def _of_bank(workload: Workload, base: nn.Module, asked: int, pack: Path, banks:
     bank.add_pack(pack)
 
     def serve(rows: Sequence[int], following: Sequence[int]) -> None:
-        # What the next batch needs is loaded beside this one.
-        bank.prefetch({name_of(number) for number in following})
         with bank.rows([name_of(number) for number in rows]):
             workload.output(model, x[: len(rows)])
 

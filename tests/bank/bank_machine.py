@@ -86,12 +86,11 @@ class BankMachine(RuleBasedStateMachine):
         )
         self.limit = HOST_ROWS * one
         self.held: dict[str, int] = {}
-        self.pinned: set[str] = set()
         self.open: list[Open] = []
         self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
         for version, name in enumerate(NAMES[:3]):
-            # Or short histories would find nothing to replace, pin or remove.
-            self._add(name, version, "vector", False)
+            # Or short histories would find nothing to replace or remove.
+            self._add(name, version, "vector")
             self.held[name] = version
         self.count("begin")
 
@@ -114,7 +113,6 @@ class BankMachine(RuleBasedStateMachine):
         stats = self.bank.stats()
         assert sorted(self.bank) == sorted(self.held)
         assert stats.adapters == len(self.held)
-        assert stats.pinned == len(self._pinned_versions())
         assert stats.slots_in_use == len(self._in_use())
         assert stats.slots_filled <= SLOTS
         assert stats.host_bytes <= self.limit
@@ -122,23 +120,17 @@ class BankMachine(RuleBasedStateMachine):
         for batch in self.open:
             self._check(batch.rows, batch.call(self._outputs, len(batch.rows)))
 
-    @rule(name=names_, version=versions_, source=sources_, pinned=st.booleans())
-    def add(self, name: str, version: int, source: str, pinned: bool) -> None:
+    @rule(name=names_, version=versions_, source=sources_)
+    def add(self, name: str, version: int, source: str) -> None:
         before = self.bank.stats()
-        pinned = pinned and source != "pack"
         if name in self.held:
             with pytest.raises(ValueError, match=f"there is an adapter '{name}' already"):
-                self._add(name, version, source, False)
+                self._add(name, version, source)
             assert self.bank.stats() == before
             self.count("refused: a taken name")
-        elif pinned and len(self._pinned_versions() | {version}) >= SLOTS:
-            with pytest.raises(ValueError, match="would leave none of the 3 slots"):
-                self._add(name, version, source, pinned)
-            self.count("refused: too many pinned")
         else:
-            self._add(name, version, source, pinned)
+            self._add(name, version, source)
             self.held[name] = version
-            self.pinned |= {name} if pinned else set()
             self.count(f"add {source}")
 
     @rule(name=names_, version=versions_, source=st.sampled_from(["vector", "folder"]))
@@ -147,12 +139,6 @@ class BankMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=f"there is no adapter '{name}'"):
                 self.bank.replace(name, self._source(version, source))
             self.count("refused: replace nobody")
-            return
-        others = {self.held[other] for other in self.pinned if other != name}
-        if name in self.pinned and len(others | {version}) >= SLOTS:
-            with pytest.raises(ValueError, match="would leave none"):
-                self.bank.replace(name, self._source(version, source))
-            self.count("refused: replace, too many pinned")
             return
         self.bank.replace(name, self._source(version, source))
         self.held[name] = version
@@ -167,34 +153,7 @@ class BankMachine(RuleBasedStateMachine):
             return
         self.bank.remove(name)
         del self.held[name]
-        self.pinned.discard(name)
         self.count("remove")
-
-    @rule(name=names_)
-    def pin(self, name: str) -> None:
-        if name not in self.held:
-            return
-        if len(self._pinned_versions() | {self.held[name]}) >= SLOTS:
-            with pytest.raises(ValueError, match="would leave none"):
-                self.bank.pin([name])
-            self.count("refused: too many pinned")
-            return
-        self.bank.pin([name])
-        self.pinned.add(name)
-        self.count("pin")
-
-    @rule(name=names_)
-    def unpin(self, name: str) -> None:
-        if name in self.held:
-            self.bank.unpin([name])
-            self.pinned.discard(name)
-            self.count("unpin")
-
-    @rule(names=st.sets(names_, min_size=1))
-    def prefetch(self, names: set[str]) -> None:
-        known = sorted(names & self.held.keys())
-        self.bank.prefetch(known).result(PATIENCE)
-        self.count("prefetch")
 
     @rule(rows=rows_)
     def batch(self, rows: list[str | None]) -> None:
@@ -204,7 +163,7 @@ class BankMachine(RuleBasedStateMachine):
             self.count(f"refused: {'one' if len(unknown) == 1 else 'some'} unknown")
             return
         versions = self._versions(rows)
-        if len(self._distinct(versions) | self._pinned_versions()) > SLOTS:
+        if len(self._distinct(versions)) > SLOTS:
             with pytest.raises(ValueError, match="different adapters, and the bank 3 slots"), self.bank.rows(rows):
                 pass
             self.count("refused: more than slots")
@@ -245,9 +204,9 @@ class BankMachine(RuleBasedStateMachine):
     def threads_free(self) -> list[ThreadPoolExecutor]:
         return [thread for thread in self.threads if all(batch.thread is not thread for batch in self.open)]
 
-    def _add(self, name: str, version: int, source: str, pinned: bool) -> None:
+    def _add(self, name: str, version: int, source: str) -> None:
         if source != "pack":
-            self.bank.add(name, self._source(version, source), pinned=pinned)
+            self.bank.add(name, self._source(version, source))
             return
         with tempfile.TemporaryDirectory() as folder:
             write_pack(Path(folder) / "pack", {name: self.saved.folder / str(version)})
@@ -267,15 +226,12 @@ class BankMachine(RuleBasedStateMachine):
     def _distinct(versions: Sequence[int | None]) -> set[int]:
         return {version for version in versions if version is not None}
 
-    def _pinned_versions(self) -> set[int]:
-        return {self.held[name] for name in self.pinned}
-
     def _in_use(self) -> set[int]:
         return self._distinct([version for batch in self.open for version in batch.rows])
 
     def _has_room(self, versions: Sequence[int | None]) -> bool:
         """Whether a batch surely has not to wait for those that run."""
-        return len(self._distinct(versions) | self._pinned_versions() | self._in_use()) <= SLOTS
+        return len(self._distinct(versions) | self._in_use()) <= SLOTS
 
     @torch.no_grad()
     def _outputs(self, rows: int) -> Tensor:

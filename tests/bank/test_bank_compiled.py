@@ -60,7 +60,6 @@ def test_one_graph_serves_every_mix_and_every_set_of_slots(
         # Others come into the slots, and values change under the same name.
         served.bank.replace("a", these.path("b"))
         served.bank.remove("b")
-        served.bank.prefetch(["a", "c", "d"]).result()
         with served.bank.rows(["a", "a", None, "d"]):
             found = outputs(model)
         assert worst_difference(found, row_by_row(lambda n: outputs(alone[n]), ["b", "b", None, "d"])) < 1e-5

@@ -1,4 +1,4 @@
-"""Adapters are added, replaced, removed, pinned and prefetched while batches run in other threads."""
+"""Adapters are added, replaced, removed and read while batches run in other threads."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dvora
 from tests.bank.bank_machine import X, of_x
 from tests.bank.tenants import HEADED, LLAMA, MLP, Served, tenants
-from tests.bank.versions import PATIENCE, Names, Versions, in_threads, until
+from tests.bank.versions import PATIENCE, Names, Versions, in_threads
 from tests.peft.kinds import saved
 from tests.peft.tiny import MODELS
 
@@ -68,10 +68,8 @@ def wrong_rows(
         bank, rng = names.bank, random.Random(11)
         while not stop.is_set():
             bank.add("other", rng.choice(names.versions.vectors))
-            bank.pin(["other"])
-            bank.prefetch([rng.choice(list(names.begun)), "other"]).result()
+            bank.digest("other")
             bank.stats()
-            bank.unpin(["other"])
             bank.remove("other")
 
     def readers() -> None:
@@ -106,7 +104,7 @@ def test_rows_are_the_version_that_they_began_with(
             names.add(f"n{number}", number)
         assert not wrong_rows(names, [rounds] * 3, rows_of)
         stats = bank.stats()
-        assert (stats.slots_in_use, stats.pinned, stats.adapters) == (0, 0, 7)
+        assert (stats.slots_in_use, stats.adapters) == (0, 7)
         assert stats.evictions > 0
         assert stats.host_bytes <= one * host_rows
 
@@ -142,55 +140,6 @@ def served(tmp_path: Path) -> Iterator[Served]:
     """Six adapters, two slots."""
     with tenants(MLP, tmp_path, 6).bank(slots=2) as served:
         yield served
-
-
-def test_prefetched_adapters_need_no_read_and_no_load(served: Served) -> None:
-    bank = served.bank
-    with bank.rows(["a"]):
-        bank.prefetch(["b", "c"]).result()
-        before = bank.stats()
-        assert (before.reads, before.slots_filled, before.evictions) == (3, 2, 1)
-    with bank.rows(["a", "c"]):
-        assert bank.stats()[:8] == before._replace(slots_in_use=2)[:8]
-        # What all slots are held for stays out of them, and is read.
-        bank.prefetch(["d"]).result()
-        assert bank.stats().evictions == 1
-        assert bank.stats().host_adapters == 4
-
-
-def test_what_is_pinned_while_a_batch_waits_for_slots_ends_its_waiting(served: Served) -> None:
-    bank, entered, leave = served.bank, threading.Event(), threading.Event()
-
-    def holds() -> None:
-        with bank.rows(["a", "b"]):
-            entered.set()
-            leave.wait()
-
-    def waits() -> None:
-        entered.wait()
-        with pytest.raises(ValueError, match="1 of them pinned for others"), bank.rows(["c", "d"]):
-            pass
-
-    def pins() -> None:
-        until(lambda: bank.stats().host_adapters == 4)
-        bank.pin(["e"])
-        leave.set()
-
-    in_threads(holds, waits, pins)
-    with bank.rows(["e", "a"]):
-        assert bank.stats().slots_in_use == 2
-
-
-def test_a_pin_does_not_wait_for_a_batch_and_holds_from_the_first_use_on(served: Served) -> None:
-    bank = served.bank
-    with bank.rows(["a", "b"]):
-        in_threads(lambda: bank.pin(["d"]))
-        assert bank.stats().evictions == 0
-    for names in (["d"], ["a"], ["b"], ["c"]):
-        with bank.rows(names):
-            loads = bank.stats().loads
-    with bank.rows(["d"]):
-        assert bank.stats().loads == loads
 
 
 @pytest.mark.parametrize("names", [["a", "b"], [None, None]], ids=["adapters", "the base"])

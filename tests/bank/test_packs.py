@@ -471,10 +471,8 @@ FORKED = """
     bank = dvora.AdapterBank(model)
     bank.add_pack(sys.argv[1])
     served = Served(model, bank)
-    bank.prefetch(["0000"]).result(60)
     before = served(["0000", "0000", "0000", "0000"])
     child = os.fork()
-    bank.prefetch(["0001", "0002"]).result(60)
     served(["0001", "0002", "0001", "0002"])
     assert bank.stats().reads == 3
     assert torch.equal(served(["0000"] * 4), before)

@@ -159,7 +159,7 @@ def test_a_base_that_was_written_to(these: Tenants) -> None:
         (["a"], 0, ValueError, "repeats must be a positive integer, got 0"),
         (["a"], 1.5, ValueError, r"repeats must be a positive integer, got 1\.5"),
         (["a"], True, ValueError, "repeats must be a positive integer, got True"),
-        (["a", "b", "c"], 1, ValueError, "a batch has 3 different adapters, and the bank 2 slots, 0 of them pinned"),
+        (["a", "b", "c"], 1, ValueError, "a batch has 3 different adapters, and the bank 2 slots;"),
     ],
     ids=str,
 )
@@ -177,13 +177,12 @@ def test_another_number_of_names_than_rows(count: int, repeats: int, served: Ser
 
 def test_wrong_names(served: Served, these: Tenants) -> None:
     bank = served.bank
-    for of_many in (bank.pin, bank.unpin, bank.prefetch):
-        with pytest.raises(TypeError, match="names must be a list of names, got 'a'"):
-            of_many("a")
-        with pytest.raises(TypeError, match="names must be strings, got None"):
-            of_many(["a", None])
-        with pytest.raises(ValueError, match=r"names: there is no adapter 'cc' .*; the nearest is 'c'"):
-            of_many(["a", "cc"])
+    with pytest.raises(TypeError, match="names must be a list of names, got 'a'"):
+        bank.trainable("a")
+    with pytest.raises(TypeError, match="names must be strings, got None"):
+        bank.trainable(["a", None])
+    with pytest.raises(ValueError, match=r"names: there is no adapter 'cc' .*; the nearest is 'c'"):
+        bank.trainable(["a", "cc"])
     for of_one in (bank.remove, bank.digest, lambda name: bank.replace(name, these.path("a"))):
         with pytest.raises(ValueError, match="there is no adapter 'aa' among the 3 of the bank; the nearest is 'a'"):
             of_one("aa")
@@ -194,7 +193,6 @@ def test_wrong_names(served: Served, these: Tenants) -> None:
             bank.add(name, these.path("a"))
     with pytest.raises(ValueError, match=r"name: there is an adapter 'a' already; use bank\.replace, or remove it"):
         bank.add("a", these.path("b"))
-    assert bank.stats().pinned == 0
 
 
 def test_before_the_first_adapter(these: Tenants) -> None:
@@ -217,32 +215,6 @@ def test_outside_of_rows_and_in_a_second_batch(served: Served) -> None:
             outputs(served.model)
 
 
-def test_pins_that_would_leave_no_slot(served: Served, these: Tenants) -> None:
-    bank = served.bank
-    for names in (["a", "b"], ["a", "b", "c"]):
-        with pytest.raises(ValueError, match=f"names: {len(names)} pinned adapters would leave none of the 2 slots"):
-            bank.pin(names)
-    assert bank.stats().pinned == 0
-    bank.pin(["a"])
-    with pytest.raises(ValueError, match="2 pinned adapters would leave none"):
-        bank.add("new", these.path("c"), pinned=True)
-    with pytest.raises(ValueError, match="a batch has 2 different adapters, and the bank 2 slots, 1 of them pinned"):
-        served(["b", "c", None, None])
-    bank.unpin(["a"])
-    served(["b", "c", None, None])
-
-
-def test_a_replacement_whose_pin_has_no_place_changes_nothing(these: Tenants) -> None:
-    with dvora.AdapterBank(these.base(), slots=3) as bank:
-        for name, path in (("x", "a"), ("y", "a"), ("z", "b")):
-            bank.add(name, these.path(path), pinned=True)
-        with pytest.raises(ValueError, match="3 pinned adapters would leave none of the 3 slots"):
-            bank.replace("y", these.path("c"))
-        assert bank.digest("y") == bank.digest("x")
-        bank.replace("z", these.path("c"))
-        assert bank.stats().pinned == 2
-
-
 def test_a_closed_bank(these: Tenants) -> None:
     bank = dvora.AdapterBank(model := these.base())
     bank.add("a", these.path("a"))
@@ -256,9 +228,7 @@ def test_a_closed_bank(these: Tenants) -> None:
     for call in (
         lambda: bank.rows(["a"]).__enter__(),
         lambda: bank.add("b", these.path("b")),
-        lambda: bank.prefetch(["a"]),
         lambda: bank.replace("a", these.path("b")),
-        lambda: bank.pin(["a"]),
         lambda: bank.digest("a"),
     ):
         with pytest.raises(ValueError, match="the bank was closed; make a new one"):
@@ -375,13 +345,10 @@ def test_a_wrong_value_among_many_is_found_at_the_first_use(
         bank.add_pack(tmp_path / "pack")
     for use in (
         lambda: served(["bad", "a", None, None]),
-        lambda: bank.prefetch(["a", "bad"]).result(),
-        lambda: bank.pin(["bad"]),
         lambda: bank.digest("bad"),
     ):
         with pytest.raises(ValueError, match=f"adapter 'bad': .*{message}"):
             use()
-    assert bank.stats().pinned == 0
     bank.remove("bad")
 
 
@@ -470,8 +437,8 @@ def leave_by_ctrl_c(bank: dvora.AdapterBank) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    [leave_by_ctrl_c, lambda bank: bank.rows(["c", "a"]).__enter__(), lambda bank: bank.prefetch(["c"]).result()],
-    ids=["in a batch", "reading for a batch", "reading beside it"],
+    [leave_by_ctrl_c, lambda bank: bank.rows(["c", "a"]).__enter__(), lambda bank: bank.digest("c")],
+    ids=["in a batch", "reading for a batch", "reading alone"],
 )
 def test_after_ctrl_c_slots_are_free_and_names_as_before(
     call: Callable[[dvora.AdapterBank], object], these: Tenants, served: Served

@@ -8,7 +8,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ class BankStats(NamedTuple):
     slots_filled: int
     slots_in_use: int
     """By batches that run now."""
-    pinned: int
     device_bytes: int
     host_adapters: int
     host_bytes: int
@@ -63,7 +61,6 @@ class _Adapter:
     name: str
     source: Source
     allow_unchanged: bool
-    pinned: bool = False
     digest: str | None = None
     """Of its content; None until it is read."""
 
@@ -139,7 +136,6 @@ class AdapterBank:
         *,
         allow_partial: bool = False,
         allow_unchanged: bool = False,
-        pinned: bool = False,
     ) -> None:
         """Add an adapter, read and checked now.
 
@@ -148,17 +144,13 @@ class AdapterBank:
             source: a folder, its file of values, or a flat vector, whose strength is one.
             allow_partial: layers and heads that the adapter lacks are the base's.
             allow_unchanged: the adapter may change nothing.
-            pinned: never leaves its slot.
 
         Raises:
             TypeError, ValueError: the name is taken, or the adapter is not one of the bank's kind, is damaged, lacks
                 layers, or changes nothing; nothing is added then.
         """
         self._check_new([name])
-        adapter = _Adapter(name, self._source(source), allow_unchanged, pinned)
-        self._add([adapter], allow_partial, read=True)
-        if pinned:
-            self._load([adapter])
+        self._add([_Adapter(name, self._source(source), allow_unchanged)], allow_partial, read=True)
 
     def add_folder(
         self,
@@ -222,57 +214,6 @@ class AdapterBank:
             (adapter,) = self._named([name])
             del self._adapters[name]
             self._forget(adapter)
-
-    def pin(self, names: Collection[str]) -> None:
-        """Put adapters into slots, now or, where batches hold all of them, when they are first used; they stay there.
-
-        Raises:
-            TypeError, ValueError: a name is unknown, or no slot would be left.
-        """
-        # Read before names are kept from changing, since other batches go on meanwhile.
-        self._rows_of(self._named(names))
-        with self._lock:
-            adapters = self._named(names)
-            self._check_pins(adapters)
-            for adapter in adapters:
-                adapter.pinned = True
-            self._pin()
-        self._load(adapters)
-
-    def unpin(self, names: Collection[str]) -> None:
-        """Let adapters leave their slots again.
-
-        Raises:
-            ValueError: a name is unknown.
-        """
-        with self._lock:
-            for adapter in self._named(names):
-                adapter.pinned = False
-            self._pin()
-
-    def prefetch(self, names: Collection[str]) -> Future[None]:
-        """Read adapters beside the batches that run, and put them into slots that none of these holds.
-
-        Returns:
-            What tells when they are read, and raises what reading them raised.
-
-        Raises:
-            ValueError: a name is unknown.
-        """
-        adapters, done = self._named(names), Future[None]()
-        self._known()
-
-        def load() -> None:
-            try:
-                self._load(adapters)
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        # A thread of its own: one that waits for work is not there after a fork.
-        threading.Thread(target=load, name="dvora-bank", daemon=True).start()
-        return done
 
     @contextmanager
     def rows(self, names: Sequence[str | None], repeats: int = 1) -> Iterator[Batch]:
@@ -363,7 +304,6 @@ class AdapterBank:
             slots=self._slot_count,
             slots_filled=0 if slots is None else slots.used(),
             slots_in_use=0 if slots is None else slots.in_use(),
-            pinned=len(self._pins()),
             device_bytes=0 if slots is None else slots.nbytes,
             host_adapters=len(self._host),
             host_bytes=self._host.nbytes,
@@ -450,9 +390,7 @@ class AdapterBank:
                     self._rows_of(adapters)
                 with self._lock:
                     self._check_new([adapter.name for adapter in adapters])
-                    self._check_pins([adapter for adapter in adapters if adapter.pinned])
                     self._adapters |= {adapter.name: adapter for adapter in adapters}
-                    self._pin()
             except BaseException:
                 if first and self._fitted is not None and not self._adapters:
                     self._fitted.served.unhook(self._fitted.handles)
@@ -463,24 +401,18 @@ class AdapterBank:
     def _replace(
         self, before: _Adapter, source: Source, allow_partial: bool = False, allow_unchanged: bool = False
     ) -> None:
-        adapter = _Adapter(before.name, source, allow_unchanged, before.pinned)
+        adapter = _Adapter(before.name, source, allow_unchanged)
         self._check_fits(adapter, allow_partial)
         self._rows_of([adapter])
         with self._lock:
             (before,) = self._named([before.name])
-            if before.pinned:
-                self._check_pins([adapter], besides=before)
-            adapter.pinned = before.pinned
             self._adapters[adapter.name] = adapter
             self._forget(before)
-        if adapter.pinned:
-            self._load([adapter])
 
     def _forget(self, adapter: _Adapter) -> None:
         """Let go of the rows of a version that is no longer named, unless another name has the same content."""
         if adapter.digest is not None and adapter.digest not in {other.digest for other in self._adapters.values()}:
             self._host.remove(adapter.digest)
-        self._pin()
 
     def _source(self, given: AdapterSource, like: _Adapter | None = None) -> Source:
         """Where an adapter can be read.
@@ -563,29 +495,6 @@ class AdapterBank:
             if adapter.digest not in (None, digest):
                 raise ValueError("it has other values than when it was first used; call bank.replace")
         return digest, values
-
-    def _load(self, adapters: Sequence[_Adapter]) -> None:
-        """Read adapters, and put them into slots that no batch holds."""
-        slots = self._known().slots
-        for digest, row in self._rows_of(adapters).items():
-            slots.load_if_free(digest, row)
-
-    def _pins(self, besides: _Adapter | None = None) -> set[str]:
-        with self._lock:
-            pinned = [adapter for adapter in self._adapters.values() if adapter.pinned and adapter is not besides]
-        return {adapter.digest for adapter in pinned if adapter.digest is not None}
-
-    def _pin(self) -> None:
-        """Tell the slots which adapters are pinned now."""
-        if self._fitted is not None:
-            self._fitted.slots.pin(self._pins())
-
-    def _check_pins(self, adapters: Sequence[_Adapter], besides: _Adapter | None = None) -> None:
-        pins = self._pins(besides) | {str(adapter.digest) for adapter in adapters}
-        if adapters and len(pins) >= self._slot_count:
-            raise ValueError(
-                f"names: {len(pins)} pinned adapters would leave none of the {self._slot_count} slots for others"
-            )
 
     def _warn_of_own_heads(self, served: ServedModel) -> None:
         if not self._has_warned:

@@ -1,6 +1,6 @@
 """Where the rows of adapters are: in memory up to a number of bytes, and in slots on the device, for those of a batch.
 
-In both, what was used least recently goes first; from the slots none that a running batch has, and none that is pinned.
+In both, what was used least recently goes first; from the slots none that a running batch has.
 
 Dimensions: S slots, B rows of a batch, F values of a factor row.
 """
@@ -146,7 +146,6 @@ class Slots:
         self._held: dict[object, tuple[int, Collection[str]]] = {}
         """The thread of each running batch, and what it holds."""
         self._waiting: deque[object] = deque()
-        self._pinned: set[str] = set()
         self._left: dict[str, torch.cuda.Event] = {}
         """On CUDA: when the last batch that used a slot is through."""
         self.hits = self.loads = self.evictions = 0
@@ -166,10 +165,13 @@ class Slots:
             The slot of each.
 
         Raises:
-            ValueError: the slots that are not pinned for others are too few, now or after a while, or this thread is
-                in a batch already and there is no room for another one.
+            ValueError: there are too few slots, or this thread is in a batch already and there is no room for another.
         """
-        self._check_count(digests)
+        if len(digests) > self.count:
+            raise ValueError(
+                f"names: a batch has {len(digests)} different adapters, and the bank {self.count} slots; make smaller "
+                "batches, or a bank with more slots"
+            )
         # Outside of the lock, since other batches go on meanwhile.
         rows = load([digest for digest in digests if digest not in self._slot_of])
         with self._changed:
@@ -208,18 +210,6 @@ class Slots:
                     self._left[digest].record()
             self._changed.notify_all()
 
-    def load_if_free(self, digest: str, row: AdapterRow) -> None:
-        """Put an adapter into a slot that no batch holds, if there is one."""
-        with self._changed:
-            if digest not in self._slot_of and self._fit([digest]):
-                self._assign(digest, row)
-
-    def pin(self, digests: Collection[str]) -> None:
-        """Never evict these, and none but these."""
-        with self._changed:
-            self._pinned = set(digests)
-            self._changed.notify_all()
-
     def used(self) -> int:
         """How many slots hold an adapter."""
         return len(self._slot_of)
@@ -242,18 +232,9 @@ class Slots:
         held = (digests for holder, digests in self._held.values() if thread in (None, holder))
         return set(chain.from_iterable(held))
 
-    def _check_count(self, digests: Collection[str]) -> None:
-        if len(digests) + (pinned := len(self._pinned.difference(digests))) > self.count:
-            raise ValueError(
-                f"names: a batch has {len(digests)} different adapters, and the bank {self.count} slots, {pinned} of "
-                "them pinned for others; make smaller batches, or a bank with more slots"
-            )
-
     def _is_next(self, batch: object, digests: Collection[str]) -> bool:
         """Whether a batch that waits may take its slots. In a thread that holds some already none waits."""
-        # What was pinned while the batch waited may leave too few, for ever.
-        self._check_count(digests)
-        fit = self._fit(digests)
+        fit = len(self._in_use().union(digests)) <= self.count
         if not (held := self._in_use(threading.get_ident())):
             return fit and self._waiting[0] is batch
         if not fit:
@@ -263,13 +244,9 @@ class Slots:
             )
         return True
 
-    def _fit(self, digests: Collection[str]) -> bool:
-        """Whether there are slots for these now."""
-        return len(self._in_use().union(self._pinned.intersection(self._slot_of), digests)) <= self.count
-
     def _assign(self, digest: str, row: AdapterRow) -> None:
         if not self._unused:
-            in_use = self._in_use() | self._pinned
+            in_use = self._in_use()
             oldest = next(other for other in self._slot_of if other not in in_use)
             self._unused.append(self._slot_of.pop(oldest))
             self.evictions += 1
