@@ -67,7 +67,7 @@ def stream(rows: Rows) -> Figure:
     """Latencies against the number of adapters that are asked for."""
     figure, both = plt.subplots(1, 2, figsize=(WIDTH, 3.6), layout="constrained", sharey=True)
     for axes, loop in zip(both, ("closed", "open"), strict=True):
-        found = [row for row in rows if row["part"] == "stream" and row["loop"] == loop]
+        found = [row for row in rows if row["part"] == "stream" and row["loop"] == loop and not row["used"]]
         with_adapters = [row for row in found if row["asked"]]
         asked = [row["asked"] for row in with_adapters]
         for share, line in SHADES.items():

@@ -1,5 +1,8 @@
 """Streams of requests for more adapters than there are slots: throughput, and how long requests wait.
 
+An adapter's first use reads it and computes its factors. Where more are asked for than there are slots, one stream has
+first uses among its requests, and one bank has used all of its adapters before.
+
 All numbers of adapters are served in turns, some requests at a time, so that a busy machine slows all alike.
 """
 
@@ -47,11 +50,13 @@ class Stream:
 
     Args:
         asked: for how many adapters requests ask; 0 is the base alone.
+        used: whether the bank has used all of them before.
         serve: answers a batch.
         stats: of the bank.
     """
 
     asked: int
+    used: bool
     serve: Serve
     stats: Callable[[], Mapping[str, Any]]
     answered: dict[str, list[Answered]] = field(default_factory=lambda: {"closed": [], "open": []})
@@ -72,10 +77,11 @@ def measure(
         rounds: how many.
     """
     with ExitStack() as banks:
-        streams = [_of_base(workload, base), *(_of_bank(workload, base, count, pack, banks) for count in asked)]
+        kinds = [(count, used) for count in asked for used in ((False, True) if count > SLOTS else (False,))]
+        streams = [_of_base(workload, base), *(_of_bank(workload, base, *kind, pack, banks) for kind in kinds)]
         with torch.inference_mode():
             per_second = _serve(streams, requests, rounds)
-        for stream in sorted(streams, key=lambda stream: stream.asked):
+        for stream in sorted(streams, key=lambda stream: (stream.asked, stream.used)):
             for loop, answered in stream.answered.items():
                 offered = {"offered_per_second": _rounded(per_second)} if loop == "open" else {}
                 row = _setting(workload, stream, loop, requests) | offered | summary(answered)
@@ -110,7 +116,8 @@ def summary(rounds: Sequence[Answered]) -> dict[str, Any]:
 
 def _setting(workload: Workload, stream: Stream, loop: str, requests: int) -> dict[str, Any]:
     setting = {"part": "stream", "workload": workload.name, "dtype": "float32", "loop": loop, "asked": stream.asked}
-    setting |= {"slots": SLOTS, "batch": BATCH, "tokens": TOKENS, "exponent": EXPONENT, "requests": requests}
+    setting |= {"used": stream.used, "slots": SLOTS, "batch": BATCH, "tokens": TOKENS}
+    setting |= {"exponent": EXPONENT, "requests": requests}
     return setting | ({"clients": CLIENTS} if loop == "closed" else {"waiting": WAITING})
 
 
@@ -129,20 +136,23 @@ def _asked(stream: Stream, requests: int, seed: int) -> list[int]:
 
 def _of_base(workload: Workload, base: nn.Module) -> Stream:
     x = workload.inputs(BATCH, TOKENS, torch.float32)
-    return Stream(0, lambda rows, following: workload.output(base, x[: len(rows)]), dict)
+    return Stream(0, False, lambda rows, following: workload.output(base, x[: len(rows)]), dict)
 
 
-def _of_bank(workload: Workload, base: nn.Module, asked: int, pack: Path, banks: ExitStack) -> Stream:
+def _of_bank(workload: Workload, base: nn.Module, asked: int, used: bool, pack: Path, banks: ExitStack) -> Stream:
     x, model = workload.inputs(BATCH, TOKENS, torch.float32), sharing_copy(base)
     bank = dvora.AdapterBank(model, slots=SLOTS, dtype=torch.float16)
     banks.callback(bank.close)
     bank.add_pack(pack)
+    for first in range(0, asked if used else 0, SLOTS):
+        with bank.rows([name_of(number) for number in range(first, min(first + SLOTS, asked))]):
+            pass
 
     def serve(rows: Sequence[int], following: Sequence[int]) -> None:
         with bank.rows([name_of(number) for number in rows]):
             workload.output(model, x[: len(rows)])
 
-    return Stream(asked, serve, lambda: bank.stats()._asdict())
+    return Stream(asked, used, serve, lambda: bank.stats()._asdict())
 
 
 def _rounded(value: float) -> float:

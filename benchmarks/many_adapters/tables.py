@@ -67,8 +67,8 @@ def in_short(rows: Rows) -> list[str]:
         ),
         _sentence(
             f"**More adapters than slots**: with {SLOTS} slots the latency's 95th percentile is {{}} times that of 16 "
-            "adapters when requests ask for 256, {} for 1,024 and {} for 10,000",
-            [_p95_ratio(rows, asked) for asked in (256, MANY, 10_000)],
+            "adapters when requests ask for 1,024 and {} for 10,000; {} and {} with first uses among the requests",
+            [_p95_ratio(rows, asked, used) for used in (True, False) for asked in (MANY, 10_000)],
         ),
     ]
     return [f"- {sentence}." for sentence in sentences if sentence]
@@ -152,11 +152,11 @@ def stream(rows: Rows) -> list[str]:
         "| asked for | closed: a second | p50, ms | p95, ms | p99, ms | open: p50, ms | p95, ms | p99, ms | refused |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for asked in dict.fromkeys(row["asked"] for row in found):
-        closed, opened = (row_of(found, loop=loop, asked=asked) for loop in ("closed", "open"))
+    for asked, used in dict.fromkeys((row["asked"], row["used"]) for row in found):
+        closed, opened = (row_of(found, loop=loop, asked=asked, used=used) for loop in ("closed", "open"))
         if closed is not None and opened is not None:
             cells = [f"{spread(closed['per_second']).median:.0f}", *_latencies(closed), *_latencies(opened)]
-            name = f"{asked:,}" if asked else "none: the base"
+            name = f"{asked:,}{', all used before' if used else ''}" if asked else "none: the base"
             lines.append(f"| {name} | {' | '.join(cells)} | {opened['refused']:,} |")
     return lines
 
@@ -224,8 +224,9 @@ def _to_one(rows: Rows, way: str, adapters: Sequence[str] = (SMALL, *KINDS)) -> 
     ]
 
 
-def _p95_ratio(rows: Rows, asked: int) -> Spread | None:
-    few, many = (row_of(rows, part="stream", loop="closed", asked=count) for count in (16, asked))
+def _p95_ratio(rows: Rows, asked: int, used: bool) -> Spread | None:
+    few = row_of(rows, part="stream", loop="closed", asked=16)
+    many = row_of(rows, part="stream", loop="closed", asked=asked, used=used)
     return None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -133,6 +134,7 @@ def test_a_base_that_was_written_to(these: Tenants) -> None:
         lambda model: model.half(),
         lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
         lambda model: setattr(model.lin1, "weight", nn.Parameter(model.lin1.weight.clone())),
+        lambda model: nn.utils.parametrizations.weight_norm(model.lin1),
     ):
         with these.bank() as served:
             served(NAMES)
@@ -140,6 +142,22 @@ def test_a_base_that_was_written_to(these: Tenants) -> None:
                 change(served.model)
             with pytest.raises(ValueError, match=r"lin\d: its weight was written to, cast or moved since the bank"):
                 served(NAMES)
+
+
+def test_a_parametrized_base_is_served_until_what_its_weight_is_computed_from_changes(tmp_path: Path) -> None:
+    def base() -> Any:
+        model = MLP.base()
+        nn.utils.parametrizations.weight_norm(model.lin1)
+        return model
+
+    these = tenants(Kind(base, MLP.settings), tmp_path, 1)
+    with these.bank() as served:
+        alone = outputs(PeftModel.from_pretrained(base(), str(these.path("a"))))
+        assert worst_difference(served(["a"] * 4), alone) < 1e-5
+        with torch.no_grad():
+            served.model.lin1.parametrizations.weight.original0.mul_(2)
+        with pytest.raises(ValueError, match=r"lin1: its weight was written to, cast or moved since the bank"):
+            served(["a"] * 4)
 
 
 # Names, rows and pins

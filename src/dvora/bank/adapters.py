@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +39,8 @@ _EXACT = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values float32 holds exactly."""
 
 
-class Description(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Description:
     """What settings and the header of the values say of an adapter."""
 
     settings: bytes
@@ -55,10 +57,16 @@ class Description(NamedTuple):
     """Of all entries; bytes where they have several."""
     lengths: list[int]
     """Values of this dtype in every entry."""
-    order: Tensor
-    """Where each value of the flat vector stands among all values of the file, (S,)."""
     strengths: tuple[float, ...]
     """One a layer."""
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where each value of the flat vector stands among all values of the file, (S,); made when there are values."""
+        counts = [prod(shape) for _, shape in self.entries.values()]
+        ends = dict(zip(self.entries, accumulate(counts), strict=True))
+        own = [key for name, key in self.names.items() if VECTOR_PREFIX in name]
+        return torch.cat([torch.arange(ends[key] - prod(self.entries[key][1]), ends[key]) for key in own])
 
     def digest(self, values: AdapterValues) -> str:
         """32 hexadecimal digits that name both files, byte for byte: the values have all that the data has."""
@@ -261,11 +269,8 @@ def described(settings: bytes, header: bytes) -> Description:
     dtypes = {dtype for dtype, _ in entries.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
     lengths = [own.itemsize * prod(shape) // dtype.itemsize for own, shape in entries.values()]
-    counts = [prod(shape) for _, shape in entries.values()]
-    places = dict(zip(entries, torch.arange(sum(counts)).split(counts), strict=True))
-    order = torch.cat([places[key] for name, key in names.items() if VECTOR_PREFIX in name])
     strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
-    return Description(settings, header, config, content, entries, names, beside, dtype, lengths, order, strengths)
+    return Description(settings, header, config, content, entries, names, beside, dtype, lengths, strengths)
 
 
 def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:

@@ -19,7 +19,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 
 from ..factors import Factors
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
-from ..tensors import TensorVersion, bias_of, is_traced, weight_in_memory
+from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
 from .slots import GatheredRows, HeadGroup, ServedHead, Slots
 
@@ -243,13 +243,15 @@ class ServedLayer(NamedTuple):
     adapted: AdaptedWeight
     measured_bias: Tensor | None
     fingerprint: tuple[float, ...]
-    frozen: tuple[TensorVersion, ...]
-    """The weight as it was when the constants were computed, or what it is computed from; none of a quantised layer."""
+    frozen: tuple[tuple[Mapping[str, Any], str, TensorVersion], ...]
+    """Where the tensors are that the weight is or is computed from, and how they were when the constants were computed;
+    none of a quantised layer."""
 
     def is_unchanged(self) -> bool:
         """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
-        now = frozen_tensors(self.module, self.layer_type)
-        return len(now) == len(self.frozen) and all(map(TensorVersion.is_of, self.frozen, now))
+        return all(
+            (tensor := holder.get(name)) is not None and version.is_of(tensor) for holder, name, version in self.frozen
+        )
 
 
 def check_unchanged(layers: Sequence[ServedLayer]) -> None:
@@ -266,12 +268,16 @@ def check_unchanged(layers: Sequence[ServedLayer]) -> None:
             )
 
 
-def frozen_tensors(layer: nn.Module, layer_type: LayerType) -> list[Tensor]:
-    """The tensors that a layer's weight is, or is computed from in every pass."""
+def frozen_tensors(layer: nn.Module, layer_type: LayerType) -> tuple[tuple[Mapping[str, Any], str, TensorVersion], ...]:
+    """The tensors that a layer's weight is, or is computed from in every pass: where, and as they are now."""
+    if not layer_type.has_weight:
+        return ()
     if parametrize.is_parametrized(layer, "weight"):
-        return list(layer.get_submodule("parametrizations.weight").parameters())
-    weight = weight_in_memory(layer, "weight") if layer_type.has_weight else None
-    return [] if weight is None else [weight]
+        sources = layer.get_submodule("parametrizations.weight").modules()
+        places: list[tuple[Mapping[str, Any], str]] = [(m._parameters, name) for m in sources for name in m._parameters]
+    else:
+        places = [next((d, "weight") for d in (layer._parameters, layer._buffers, vars(layer)) if "weight" in d)]
+    return tuple((holder, name, TensorVersion.of(holder[name])) for holder, name in places)
 
 
 class _Hook:

@@ -20,7 +20,7 @@ from ..peft.config import DVoRAConfig, Shape
 from ..peft.content import Content, LayerSizes, SavedWhole
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_key
-from ..tensors import TensorVersion, is_dtensor, is_partitioned
+from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
     Batches,
@@ -194,7 +194,7 @@ def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[Ser
                 adapted,
                 measured_bias(base, target.layer_type),
                 tuple(prepared[sizes.name].fingerprint),
-                tuple(map(TensorVersion.of, frozen_tensors(base, target.layer_type))),
+                frozen_tensors(base, target.layer_type),
             )
         )
     return layers
