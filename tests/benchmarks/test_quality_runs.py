@@ -15,8 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from benchmarks.quality import backbones, fine_tuned
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.adapting import adapted
-from benchmarks.quality.grid import FILE, Arm, Grid, Rates, Run, TaskPlan, read_grid
+from benchmarks.quality.grid import FILE, Grid, Rates, Run, TaskPlan, read_grid
 from benchmarks.quality.heads import best_linear
 from benchmarks.quality.problems import problem
 from benchmarks.quality.running import carry_out
@@ -93,7 +92,7 @@ def test_baselines_take_no_steps(grid: Grid, arm: str, task: str) -> None:
     assert ("reference" in found) == (arm == "majority" and task == "movie_ratings") or arm != "majority"
 
 
-def test_generated_answers_are_checked_and_padding_changes_no_loss() -> None:
+def test_padding_changes_no_loss_and_a_model_that_has_learned_nothing_scores_zero() -> None:
     plan = TaskPlan(model="smollm2", steps=1, batch=2, train=4, validation=2, test=2)
     task = problem("cron_expressions", plan)
     model = task.model("float32")
@@ -102,20 +101,7 @@ def test_generated_answers_are_checked_and_padding_changes_no_loss() -> None:
         tokens = [len(answer) for answer in task.answers["train"]]  # type: ignore[attr-defined]
         mean = sum(loss * count for loss, count in zip(alone, tokens, strict=True)) / sum(tokens)
         assert task.loss(model, np.arange(4)).item() == pytest.approx(float(mean), rel=1e-4)
-    before = task.evaluate(model, "test")
-    assert before.score == 0
-    model.backbone = adapted(model.backbone, Arm("lora", r=8), {}, seed=0)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=5e-3)
-    for _ in range(8):
-        task.loss(model, np.arange(2)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    learned = replace(task.rows["train"])  # type: ignore[attr-defined]
-    task.rows["test"] = learned.first(2)  # type: ignore[attr-defined]
-    task.questions["test"], task.answers["test"] = task.questions["train"][:2], task.answers["train"][:2]  # type: ignore[attr-defined]
-    after = task.evaluate(model, "test")
-    assert after.loss < before.loss
-    assert after.score == after.items.mean() > 0
+    assert task.evaluate(model, "test").score == 0
 
 
 @pytest.mark.parametrize(("name", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)])
@@ -183,7 +169,7 @@ def ended_within(pid: int, seconds: float) -> bool:
     return False
 
 
-def test_the_command_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
     content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     content["tasks"] = {"movie_reviews": vars(PLAN)}
     content["arms"] = {name: content["arms"][name] for name in ("majority", "vera")}
@@ -196,15 +182,10 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureF
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert [each["arm"] for each in rows] == ["majority"]
 
-    main([*options, "--hours", "0"])
-    assert json.loads(output.read_text(encoding="utf-8"))["rows"] == rows
-
     main(options)
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert [each["stage"] for each in rows] == ["final", *["trial"] * 7, "final"]
     assert not any("error" in each for each in rows)
 
-    main([*options, "--repeat", rows[-1]["key"]])
-    assert "repeated" in capfd.readouterr().out
     with pytest.raises(SystemExit, match="no row has the key 'nothing'"):
         main([*options, "--repeat", "nothing"])
