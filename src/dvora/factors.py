@@ -232,7 +232,7 @@ class FactorStacks:
 
 
 def _by_layer(values: Float[Tensor, "N LO"], layers: int) -> Float[Tensor, "L N O"]:
-    return values.view(len(values), layers, values.shape[-1] // layers).transpose(0, 1).contiguous()
+    return values.view(len(values), layers, values.shape[-1] // layers).transpose(0, 1)
 
 
 class _StackOrder(NamedTuple):
