@@ -128,7 +128,7 @@ class Layout:
         tensors = list(by_name.values())
         # In one piece: most models are on one device.
         parts = vector.detach().to(tensors[0].device).split(list(self._parts.values()))
-        values = [part.view(own.shape).to(own.device, own.dtype) for part, own in zip(parts, tensors, strict=True)]
+        values = [part.view(old.shape).to(old.device, old.dtype) for part, old in zip(parts, tensors, strict=True)]
         _check_writable(by_name, values)
         with restored_on_error(tensors):
             torch._foreach_copy_(tensors, values)
@@ -150,17 +150,17 @@ class Layout:
         of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
         rows = FactorStacks(weights).rows(torch.atleast_2d(vectors)[:, :of_layers])
         parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.rank)], -1))
-        made: dict[str, LayerFactors] = {}
+        factors: dict[str, LayerFactors] = {}
         for layer in self.content.layers:
             strength = layers[layer.name].strength(self.adapter_name)
-            made[layer.name] = LayerFactors(next(parts) * strength, next(parts) * strength, next(parts))
+            factors[layer.name] = LayerFactors(next(parts) * strength, next(parts) * strength, next(parts))
         for name in layers if vectors.abs().max() > FAR else ():
-            if not all(factor.isfinite().all() for factor in made[name]):
+            if not all(factor.isfinite().all() for factor in factors[name]):
                 raise ValueError(
                     f"vector gives {name} factors that are not finite: its values are too large; use another"
                 )
         row = 0 if vectors.dim() == 1 else slice(None)
-        return {name: LayerFactors(*(factor[row] for factor in made[name])) for name in layers}
+        return {name: LayerFactors(*(factor[row] for factor in factors[name])) for name in layers}
 
     def views(self, vector: Float[Tensor, "*N S"]) -> dict[str, Vectors]:
         """The three vectors of every layer, by name, as views: writing into them writes into the vector.

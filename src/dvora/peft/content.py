@@ -304,7 +304,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
             "a name of their own instead"
         )
     layers, probes = list(adapter.layers.values()), config.base_probes or {}
-    warn_of_changes({each.name: change(each.fingerprint, probes[each.name]) for each in layers if each.name in probes})
+    warn_of_changes({x.name: change(x.fingerprint, probes[x.name]) for x in layers if x.name in probes})
     values = load_peft_weights(str(folder), device="cpu")
     restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
     try:
