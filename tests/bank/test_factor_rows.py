@@ -104,7 +104,7 @@ def test_balancing_is_exact_and_its_own_inverse(scale: float, lambda_d: float, z
     before = row
     # A magnitude, which stays, in front; and another layer behind.
     gains, other = torch.tensor([0.3, -2.0]), torch.tensor([0.5, 3.0, 0.0, 0.0])
-    found = balanced(torch.cat([gains, row, other]), torch.tensor([2, 5, rank, 1, 2, 1]))
+    (found,) = balanced(torch.cat([gains, row, other])[None], torch.tensor([2, 5, rank, 1, 2, 1]))
     assert torch.equal(found[:2], gains)
     assert torch.equal(found[-4:], other)
     row = found[2:-4]
@@ -151,6 +151,14 @@ def test_rows_do_not_depend_on_other_adapters_or_the_way_they_are_made(two: Tena
     with torch.inference_mode():
         assert torch.equal(rows.of([a])[0], first)
     assert torch.equal(rows_for(two.base(), b).of([a])[0], first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_keeps_no_memory_of_those_it_was_made_with(dtype: torch.dtype, two: Tenants) -> None:
+    a, b = (values_of(two.path(name)) for name in two.names)
+    rows = rows_for(two.base(), a, dtype)
+    row = rows.row(a, rows.of([a, b])[0])
+    assert row.factors.untyped_storage().nbytes() == row.factors.nbytes
 
 
 def test_what_names_an_adapter_is_base_content_and_values(two: Tenants, tmp_path: Path) -> None:
