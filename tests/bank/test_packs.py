@@ -29,7 +29,7 @@ from safetensors.torch import load, save, save_file
 import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
-from dvora.bank.packs import FORMAT, Pack, check_names, unpack, write_pack
+from dvora.bank.packs import FORMAT, Pack, check_folder_names, unpack, write_pack
 from tests.bank.adapters import HEADED, WIDE, change_values, contents, many
 from tests.bank.tenants import Served
 from tests.peft.kinds import mlp, saved
@@ -169,7 +169,7 @@ NO_NAMES += ["a ", ".hid", "a|b", "a?", "é" * 101, "__metadata__"]
 
 def are_names(names: set[str]) -> bool:
     try:
-        check_names(dict.fromkeys(names))
+        check_folder_names(dict.fromkeys(names))
     except ValueError:
         return False
     return True

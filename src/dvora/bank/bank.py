@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
-from .packs import Pack
+from .packs import OnProgress, Pack
 from .served import ServedModel
 from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
 from .training import TrainableAdapters
 
 AdapterSource = str | os.PathLike[str] | Tensor
 """The folder of an adapter, its file of values, or a flat vector in the order of `dvora.flat.Layout`."""
-OnProgress = Callable[[int, int], object]
-"""Called with what is done and how much there is."""
 _log = logging.getLogger("dvora.bank")
 
 
