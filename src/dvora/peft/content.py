@@ -42,7 +42,7 @@ from .saving import (
     OF_SAVED_MODULES,
     VECTOR_PREFIX,
     check_file,
-    check_whole,
+    check_unsharded,
     is_vector,
     layer_and_vector,
     plain_key,
@@ -259,7 +259,7 @@ class ModelAdapter(NamedTuple):
             if self.name in by_adapter
         }
         tensors = {**vectors, **self.whole}
-        check_whole(tensors)
+        check_unsharded(tensors)
         if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
         return tensors

@@ -199,7 +199,7 @@ def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) 
         )
 
 
-def check_whole(vectors: Mapping[str, Tensor]) -> None:
+def check_unsharded(vectors: Mapping[str, Tensor]) -> None:
     """Refuse to save the shards of vectors: gathering them here would never end where one process saves alone."""
     for key, vector in vectors.items():
         if not vector.numel() or type(vector) not in (Tensor, nn.Parameter):
@@ -213,7 +213,7 @@ def check_whole(vectors: Mapping[str, Tensor]) -> None:
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a file: vectors by the names of their weights, and the projections if the configuration asks."""
-    check_whole(vectors)
+    check_unsharded(vectors)
     config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, _saved_names(model))
     if not config.save_projection:
