@@ -1,7 +1,7 @@
 """Quantised bases: how to make each from a linear layer, and the weight that it multiplies by."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,10 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dvora import SharedProjections
-from tests.peft.dense import DenseSum
-from tests.peft.tiny import dvora_layers
-from tests.reference import DenseDVoRA
+from tests.peft.dense_weights import DenseModel
 
 GROUP = 64
 """Weights that share a scale, where the format has groups; bitsandbytes' 4-bit kernels need such sizes too."""
@@ -235,28 +232,12 @@ def operating_weight(linear: nn.Linear, kind: str) -> Tensor:
     return base.weight(fresh).to(base.compute).double()
 
 
-def dense_twin(adapted: PeftModel, model: nn.Module, kind: str, adapter_names: tuple[str, ...] = ()) -> nn.Module:
+def dense_twin(
+    adapted: PeftModel, model: nn.Module, kind: str, adapter_names: Sequence[str] = ("default",)
+) -> DenseModel:
     """`quantised(model, kind)` with the adapters of `adapted`, in float64 and with dense matrices only."""
-    twin = copy.deepcopy(model).to(BASES[kind].dtype).double()
+    base = copy.deepcopy(model).to(BASES[kind].dtype).double()
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear:
-            twin.get_submodule(name).weight.data = operating_weight(layer, kind)
-    for name, layer in dvora_layers(adapted):
-        linear = twin.get_submodule(name)
-        names = [each for each in adapter_names or ("default",) if each in layer.dvora_adapted]
-        twin.set_submodule(name, DenseSum([_dense(linear, layer.vectors(n), adapted.peft_config[n]) for n in names]))
-    return twin
-
-
-def _dense(linear: nn.Linear, vectors: tuple[Tensor, Tensor, Tensor], config: object) -> DenseDVoRA:
-    shared, rank = SharedProjections(config.projection_seed, config.projection_init), len(vectors[2])
-    return DenseDVoRA(
-        linear.weight,
-        linear.bias,
-        shared.A(rank, linear.in_features, torch.float64),
-        shared.B(rank, linear.out_features, torch.float64),
-        *vectors,
-        scaling=1.0 if config.alpha is None else config.alpha / rank,
-        direction=config.direction,
-        detach_norm=config.detach_norm,
-    )
+            base.get_submodule(name).weight.data = operating_weight(layer, kind)
+    return DenseModel(base, adapted, adapter_names)
