@@ -1,9 +1,11 @@
-"""Passes of PEFT models: factors of all layers at once, and whatever is done to a model between or within passes."""
+"""Passes of PEFT models: factors of all layers at once, and whatever is done to a model between or within passes.
+
+Changes of values between passes are one table in `tests/test_changes.py`; here are those that PEFT's model makes.
+"""
 
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,17 +23,15 @@ from dvora import DVoRAConfig
 from dvora.factors import current_pass, remove_factor_pass
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.peft import DVoRALayer
-from tests.cases import COPIES
 from tests.peft import tiny
 from tests.peft.dense_weights import DenseModel, gradients_by_parameter
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import worst_difference
 from tests.peft.subjects import Subject
-from tests.peft.tiny import MODELS, dvora_layers, gradients, same_bits, train_vectors
+from tests.peft.tiny import MODELS, gradients, same_bits, train_vectors
 from tests.peft.towers import (
     CHANGED,
     LAYERS,
-    Results,
     adapted,
     alone,
     evaluated,
@@ -44,17 +44,17 @@ from tests.peft.towers import (
     trained,
 )
 
+
+@pytest.fixture(autouse=True)
+def no_pass_is_left() -> Iterator[None]:
+    yield
+    assert current_pass() is None
+
+
 # Factors of whole models: as by every layer alone, and as the dense method.
 
-
 SCALINGS = {"lin1": 1.0, "lin2": 1 / 5, "lin3": 2 / 3}
-
-
 """alpha / r of "patterns"."""
-
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
 
 SETTINGS: dict[str, dict[str, object]] = {
     "defaults": {},
@@ -72,14 +72,12 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_every_pass_gives_what_layers_give_by_themselves_and_the_dense_method(
-    settings: str, distribution: str, dtype: torch.dtype
-) -> None:
-    model = adapted(projection_init=distribution, **SETTINGS[settings]).to(dtype)
-    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+def test_every_pass_gives_what_layers_give_by_themselves_and_the_dense_method(settings: str, distribution: str) -> None:
+    model = adapted(projection_init=distribution, **SETTINGS[settings]).double()
+    # As many tokens as fold.
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = trained(alone(model), x)
     dense = DenseModel(tower(), model)
     for name, scaling in SCALINGS.items() if settings == "patterns" else ():
@@ -88,47 +86,20 @@ def test_every_pass_gives_what_layers_give_by_themselves_and_the_dense_method(
     loss_of(y).backward()
     for _ in range(3):
         found = trained(model, x)
-        assert found.differ(expected) < TOLERANCE[dtype]
-        assert worst_difference(found["outputs"], y) < TOLERANCE[dtype]
+        assert found.differ(expected) < 1e-12
+        assert worst_difference(found["outputs"], y) < 1e-12
         for name, gradient in gradients_by_parameter(model).items():
-            assert worst_difference(gradient, dense.gradients()[name]) < 2 * TOLERANCE[dtype], name
-        assert worst_difference(evaluated(model, x), y) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("layer", ["Linear", "Conv2d, groups, reflect", "Embedding, padding", "Conv1d"])
-def test_two_active_adapters_of_every_kind_of_layer(layer: str) -> None:
-    subject = Subject(layer, "float64")
-    model = subject.adapted()
-    model.add_adapter("second", subject.config(r=7, projection_seed=3, direction="weight", detach_norm=True))
-    train_vectors(model, "second", seed=1)
-    model.base_model.set_adapter(["default", "second"])
-    expected = gradients_of(alone(model), subject)
-    dense = subject.dense(model, ("default", "second"))
-    for _ in range(2):
-        assert gradients_of(model, subject).differ(expected) < 1e-11
-        with torch.no_grad():
-            assert subject.close(model(subject.x()), dense(subject.x()))
-    for vector in (p for n, p in model.named_parameters() if n.endswith(".default")):
-        vector.requires_grad_(False)
-    expected = gradients_of(alone(model), subject)
-    for _ in range(2):
-        assert gradients_of(model, subject).differ(expected) < 1e-11
-
-
-def gradients_of(model: PeftModel, subject: Subject) -> Results:
-    model.zero_grad()
-    loss_of(model(subject.x())).backward()
-    return Results({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            assert worst_difference(gradient, dense.gradients()[name]) < 2e-12, name
+        assert worst_difference(evaluated(model, x), y) < 1e-12
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_whole_models_of_mixed_shapes(name: str, distribution: str) -> None:
+def test_whole_models_of_mixed_shapes_and_two_active_adapters(name: str) -> None:
     target = tiny.LAYERS[name]
-    config = DVoRAConfig(r=6, target_modules=target, projection_init=distribution, rank_pattern={target[0]: 4})
+    config = DVoRAConfig(r=6, target_modules=target, rank_pattern={target[0]: 4})
     model = get_peft_model(MODELS[name]().double(), config)
     train_vectors(model)
-    model.add_adapter("second", DVoRAConfig(r=6, target_modules=target[1:], projection_init=distribution))
+    model.add_adapter("second", DVoRAConfig(r=6, target_modules=target[1:], direction="weight", detach_norm=True))
     train_vectors(model, "second", seed=1)
     model.base_model.set_adapter(["default", "second"])
     expected = gradients(alone(model))
@@ -138,20 +109,13 @@ def test_whole_models_of_mixed_shapes(name: str, distribution: str) -> None:
         assert max(worst_difference(found[key], expected[key]) for key in expected) < 1e-11
 
 
-MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
-
-
-def other(values: Tensor, seed: int = 9) -> Tensor:
-    """Other values of the same size."""
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed), dtype=values.dtype)
-    return values.detach() * (1.3 + 0.4 * noise.tanh())
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
 # Between two passes.
+
+
+def other(values: Tensor) -> Tensor:
+    """Other values of the same size."""
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(9), dtype=values.dtype)
+    return values.detach() * (1.3 + 0.4 * noise.tanh())
 
 
 def load_state(model: PeftModel) -> None:
@@ -163,10 +127,6 @@ def load_adapter_state(model: PeftModel) -> None:
     set_peft_model_state_dict(model, {n: other(v) for n, v in get_peft_model_state_dict(model).items()})
 
 
-def load_base(model: PeftModel) -> None:
-    layer_of(model).base_layer.load_state_dict({"weight": torch.eye(8), "bias": torch.ones(8)})
-
-
 def second_and_back(model: PeftModel) -> None:
     model.set_adapter("second")
     evaluated(model)
@@ -174,32 +134,20 @@ def second_and_back(model: PeftModel) -> None:
     model.set_adapter("default")
 
 
-def delete_first(model: PeftModel) -> None:
+def replace_first(model: PeftModel) -> None:
     model.set_adapter("second")
     model.delete_adapter("default")
-
-
-def replace_first(model: PeftModel) -> None:
-    delete_first(model)
     evaluated(model)
-    config = dvora.DVoRAConfig(r=3, target_modules=["lin0", "lin1", "lin2", "lin3"], direction="weight")
-    model.add_adapter("default", config)
+    model.add_adapter("default", dvora.DVoRAConfig(r=3, target_modules=LAYERS, direction="weight"))
     train_vectors(model, "default", seed=6)
     model.set_adapter("default")
 
 
 def merge_there_and_back(model: PeftModel) -> None:
-    model.merge_adapter()
-    evaluated(model)
-    model.unmerge_adapter()
-    train_vectors(model, seed=8)
-
-
-def merge_the_second(model: PeftModel) -> None:
     model.merge_adapter(["second"])
     evaluated(model)
     model.unmerge_adapter()
-    model.set_adapter("second")
+    train_vectors(model, seed=8)
 
 
 def disable_for_a_while(model: PeftModel) -> None:
@@ -208,51 +156,43 @@ def disable_for_a_while(model: PeftModel) -> None:
         layer_of(model).vectors("default").lambda_d.data.mul_(1.4)
 
 
-def use_a_weighted_adapter(model: PeftModel) -> None:
-    with torch.no_grad():
-        for _, layer in dvora_layers(model):
-            layer.vectors("second").lambda_d.copy_(layer.vectors("default").lambda_d)
-    model.add_weighted_adapter(["default", "second"], [0.4, 0.9], "third", combination_type="linear")
-    model.set_adapter("third")
+def strength_there_and_back(model: PeftModel) -> None:
+    model.set_strength(0.3)
+    evaluated(model)
+    model.set_strength(1.0)
+    train_vectors(model, seed=4)
 
 
-def use_an_interpolated_adapter(model: PeftModel) -> None:
-    model.base_model.interpolate_adapters("default", "second", 0.3, "third")
-    model.set_adapter("third")
+def write_to_a_strength(model: PeftModel) -> None:
+    model.set_strength(0.3)
+    evaluated(model)
+    layer_of(model).strength("default").data.fill_(0.6)
 
 
 OPERATIONS: dict[str, Callable[[PeftModel], object]] = {
-    **{f.__name__: f for f in (load_state, load_adapter_state, load_base, second_and_back, delete_first)},
-    **{f.__name__: f for f in (replace_first, merge_there_and_back, merge_the_second)},
-    **{f.__name__: f for f in (disable_for_a_while, use_a_weighted_adapter, use_an_interpolated_adapter)},
-    "set_adapter": lambda model: model.set_adapter("second"),
-    "set_adapter of both": lambda model: model.base_model.set_adapter(["default", "second"]),
-    "strength": lambda model: model.set_strength(0.3),
+    "a state dict": load_state,
+    "a state dict of the adapter": load_adapter_state,
+    "a base layer's state dict": lambda model: layer_of(model).base_layer.load_state_dict(
+        {"weight": torch.eye(8), "bias": torch.ones(8)}
+    ),
+    "the second and back": second_and_back,
+    "the second": lambda model: model.set_adapter("second"),
+    "both": lambda model: model.base_model.set_adapter(["default", "second"]),
+    "another of the same name": replace_first,
+    "merged and unmerged": merge_there_and_back,
+    "disabled and enabled": disable_for_a_while,
     "strength of one layer": lambda model: model.set_strength({CHANGED: -0.5}),
-    "strength twice": lambda model: (model.set_strength(0.3), evaluated(model), model.set_strength(0.7)),
-    "strength there and back": lambda model: (
-        model.set_strength(0.3),
-        evaluated(model),
-        model.set_strength(1.0),
-        train_vectors(model, seed=4),
-    ),
-    "strength's data": lambda model: (
-        model.set_strength(0.3),
-        evaluated(model),
-        layer_of(model).strength("default").data.fill_(0.6),
-    ),
-    "bias": torch.no_grad()(lambda model: layer_of(model).base_layer.bias.add_(1)),
+    "strength there and back": strength_there_and_back,
+    "a strength written to": write_to_a_strength,
     "no bias": lambda model: setattr(layer_of(model).base_layer, "bias", None),
     "a layer replaced": lambda model: setattr(inner(model), CHANGED, copy.deepcopy(layer_of(model, "lin0"))),
-    "a layer deleted": lambda model: setattr(inner(model), CHANGED, nn.Identity()),
     "a layer called twice": lambda model: setattr(inner(model), CHANGED, layer_of(model, "lin0")),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
 def test_an_operation_between_passes_is_followed(operation: str) -> None:
-    for mode in MODES:
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         model = adapted(("default", "second")).eval()
         with mode():
             before = [model(inputs()).clone() for _ in range(3)]
@@ -260,30 +200,9 @@ def test_an_operation_between_passes_is_followed(operation: str) -> None:
         expected = evaluated(alone(model))
         with mode():
             for _ in range(2):
-                close(model(inputs()).clone(), expected)
+                torch.testing.assert_close(model(inputs()).clone(), expected, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(before[2], expected, atol=1e-5)
     assert trained(model).differ(trained(alone(model))) < 1e-5
-
-
-def load_as_third(model: PeftModel, folder: Path) -> None:
-    model.load_adapter(str(folder), "third")
-    model.set_adapter("third")
-
-
-def load_over_the_first(model: PeftModel, folder: Path) -> None:
-    model.load_adapter(str(folder), "default")
-    model.set_strength(0.7)
-
-
-@pytest.mark.parametrize("load", [dvora.hotswap_adapter, load_as_third, load_over_the_first])
-def test_values_from_a_file_are_followed(load: Callable[[PeftModel, Path], object], tmp_path: Path) -> None:
-    source, model = adapted(strength=0.7), adapted().eval()
-    train_vectors(source, seed=5)
-    source.save_pretrained(tmp_path)
-    before = [evaluated(model) for _ in range(3)]
-    load(model, tmp_path)
-    assert not torch.allclose(before[2], evaluated(model), atol=1e-5)
-    close(evaluated(model.eval()), evaluated(source.eval()))
 
 
 @pytest.mark.parametrize("layer", CASES)
@@ -306,23 +225,17 @@ def test_rows_with_adapters_of_their_own_follow_each() -> None:
     before = [evaluated(partial(model, adapter_names=names)) for _ in range(2)][1]
     train_vectors(model, "second", seed=4)
     found = evaluated(partial(model, adapter_names=names))
-    close(found, evaluated(partial(alone(model), adapter_names=names)))
+    assert worst_difference(found, evaluated(partial(alone(model), adapter_names=names))) < 1e-5
     assert [same_bits(*rows) for rows in zip(before, found, strict=True)] == [name != "second" for name in names]
 
 
 # In the middle of a pass, after the factors of all layers were made and before the last layer runs.
 
-Change = Callable[[DVoRALayer], object]
-
-
-@torch.no_grad()
-def write_weight(layer: DVoRALayer) -> None:
-    layer.base_layer.weight.copy_(other(layer.base_layer.weight))
-
 
 def replace_base(layer: DVoRALayer) -> None:
     layer.base_layer = copy.deepcopy(layer.base_layer)
-    write_weight(layer)
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(other(layer.base_layer.weight))
 
 
 @torch.no_grad()
@@ -331,72 +244,28 @@ def write_lambda_b(layer: DVoRALayer) -> None:
     vector.copy_(other(vector))
 
 
-CHANGES: dict[str, Change] = {
+CHANGES: dict[str, Callable[[DVoRALayer], object]] = {
     "lambda_b": write_lambda_b,
     "base replaced": replace_base,
     "strength": lambda layer: layer.set_strength("default", 0.3),
     "adapter switched": lambda layer: layer.set_adapter(["second"]),
-    "both adapters": lambda layer: layer.set_adapter(["default", "second"]),
     "adapter deleted": lambda layer: (layer.set_adapter(["second"]), layer.delete_adapter("default")),
     "adapter disabled": lambda layer: layer.enable_adapters(False),
     "weight trained": lambda layer: layer.base_layer.weight.requires_grad_(),
 }
 
 
-def warm() -> PeftModel:
-    """A model with two adapters, whose next pass makes the factors of all layers at once."""
-    model = adapted(("default", "second"))
-    trained(model)
-    trained(model)
-    return model
-
-
-def changed_in_the_middle(change: Callable[[PeftModel], object], model: PeftModel) -> Results:
-    with in_the_middle(model, lambda _: change(model)):
-        return trained(model)
-
-
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_pass_follows_a_change_in_its_middle(change: str) -> None:
-    model = warm()
-    found = changed_in_the_middle(lambda of: CHANGES[change](layer_of(of)), model)
-    expected = trained(alone(model))
-    assert found.differ(expected) < 1e-5
-    assert trained(model).differ(expected) < 1e-5
-    model = warm().eval()
-    evaluated(model), evaluated(model)
-    with in_the_middle(model, lambda of: CHANGES[change](layer_of(of))):
-        y = evaluated(model)
-    for _ in range(2):
-        close(y, expected["outputs"])
-        y = evaluated(model)
-
-
-# Copies.
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copy_is_independent(copied: Callable[[nn.Module], nn.Module]) -> None:
-    model, made = adapted(), []
-    expected = trained(model)
-    trained(model), evaluated(model), evaluated(model)
-    made.append(copied(model))
-    handle = inner(model).middle.register_forward_pre_hook(lambda *_: made.append(copy.deepcopy(model)))
-    trained(model)
-    handle.remove()
-    inner(made[1]).middle._forward_pre_hooks.clear()
-    for each in made:
-        train_vectors(each, seed=3)
-    for each in (*made, model):
-        assert trained(each).differ(trained(alone(each))) < 1e-5
-        close(evaluated(each), evaluated(alone(each)))
-    assert trained(model).differ(expected) < 1e-5
-
-
-@pytest.fixture(autouse=True)
-def no_pass_is_left() -> Iterator[None]:
-    yield
-    assert current_pass() is None
+    for evaluation in (False, True):
+        model = adapted(("default", "second")).train(not evaluation)
+        run = (lambda: {"outputs": evaluated(model)}) if evaluation else partial(trained, model)  # noqa: B023
+        run(), run()
+        with in_the_middle(model, lambda of: CHANGES[change](layer_of(of))):
+            found = run()
+        expected = trained(alone(model))
+        for results in (found, run()):
+            assert max(worst_difference(value, expected[name]) for name, value in results.items()) < 1e-5
 
 
 # The hooks around an adapted model's forward.
@@ -423,17 +292,12 @@ def test_hooks_are_there_once_whatever_is_added_and_gone_after_unloading() -> No
         made = copy.deepcopy(model)
         trained(made)
         assert hooks_of(unload(made)) == 0
-    assert hooks_of(model) == count
     injected = inject_adapter_in_model(DVoRAConfig(r=3, target_modules=["lin0"]), tower())
     inject_adapter_in_model(DVoRAConfig(r=3, target_modules=[CHANGED]), injected, adapter_name="second")
     assert hooks_of(injected) == count
-
-
-@pytest.mark.parametrize("settings", [{"target_modules": ["nothing"]}, {"alpha": -1.0}, {"r": -1}])
-def test_an_injection_that_fails_leaves_no_hook(settings: dict[str, object]) -> None:
     base = tower()
-    with pytest.raises(ValueError, match=r"."):
-        get_peft_model(base, DVoRAConfig(**{"r": 3, "target_modules": LAYERS, **settings}))
+    with pytest.raises(ValueError, match="nothing"):
+        get_peft_model(base, DVoRAConfig(r=3, target_modules=["nothing"]))
     assert hooks_of(base) == 0
 
 
