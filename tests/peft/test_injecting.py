@@ -189,6 +189,11 @@ REFUSALS = {
     "integers": Refusal(
         lambda: with_weight(torch.zeros(6, 6, dtype=torch.int8)), "middle: the base weight has dtype torch.int8"
     ),
+    "no values": Refusal(
+        lambda: with_weight(torch.empty(0, 6)),
+        r"middle: the base weight has shape \(0, 6\): there is nothing",
+        ValueError,
+    ),
     "not finite": Refusal(
         lambda: with_weight(torch.full((6, 6), torch.inf)),
         "middle: 6 of 6 rows of the base weight have no finite norm .*repair the base model",
