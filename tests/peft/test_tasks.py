@@ -38,6 +38,7 @@ def outputs(model: nn.Module) -> Tensor:
 def test_the_head_of_a_task_is_trained_saved_and_loaded(task: str, further: list[str] | None, tmp_path: Path) -> None:
     config = DVoRAConfig(r=4, target_modules=["query"], task_type=task, modules_to_save=further)
     model = get_peft_model(bert(task), config).eval()
+    # PEFT adds it to the configuration.
     head = [name for name, p in model.named_parameters() if p.requires_grad and TASKS[task][1] in name]
     assert len(head) == 2
     train_vectors(model)

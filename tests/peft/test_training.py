@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 
 from dvora import DVoRAConfig
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, forward, inputs, outputs, same_bits, train_vectors
@@ -33,61 +32,44 @@ def train(model: PeftModel, steps: int = 8) -> list[float]:
     return losses
 
 
-def vectors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(f".{adapter}")}
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_adamw_lowers_the_loss_and_moves_the_vectors_only(name: str) -> None:
     model = adapted(name)
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    before = vectors(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses = train(model)
     assert losses[-1] < losses[0]
-    assert all(not same_bits(value, before[n]) for n, value in vectors(model).items())
-    assert all(same_bits(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    moved = {n for n, p in model.named_parameters() if not same_bits(p, before[n])}
+    assert moved == trainable(model) == {n for n in before if ".dvora_" in n}
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_a_trained_adapter_is_the_same_after_saving_and_loading(name: str, tmp_path: Path) -> None:
-    model = adapted(name, save_projection=True)
+def test_a_loaded_adapter_trains_on_as_the_one_that_was_saved(tmp_path: Path) -> None:
+    model = adapted("bert", save_projection=True)
     train(model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path, is_trainable=True)
+    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path, is_trainable=True)
     assert same_bits(outputs(loaded), outputs(model.eval()))
     assert train(loaded, steps=3) == train(model, steps=3)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_count_of_trainable_parameters_is_two_outputs_and_a_rank_a_layer(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_count_of_trainable_parameters_is_two_outputs_and_a_rank_a_layer(name: str) -> None:
     model = adapted(name)
     expected = sum(2 * layer.out_features + 6 for _, layer in dvora_layers(model))
     total = sum(p.numel() for p in MODELS[name]().parameters()) + expected
     assert model.get_nb_trainable_parameters() == (expected, total)
-    model.print_trainable_parameters()
-    assert capsys.readouterr().out.startswith(f"trainable params: {expected:,} || all params: {total:,}")
-
-
-def test_a_thousand_by_a_thousand_layer_at_rank_8_has_2008_trainable_parameters() -> None:
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(1000, 1000)), DVoRAConfig(r=8, target_modules=["0"]))
-    assert model.get_nb_trainable_parameters()[0] == 2008
 
 
 @pytest.mark.parametrize(("bias", "theirs"), [("none", "none"), ("all", "all"), ("dvora_only", "lora_only")])
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_the_biases_that_train_are_those_of_lora(name: str, bias: str, theirs: str) -> None:
-    ours = trainable(adapted(name, bias=bias))
-    lora = LoraConfig(target_modules=LAYERS[name], bias=theirs, fan_in_fan_out=name == "gpt2")
-    expected = {n for n in trainable(get_peft_model(MODELS[name](), lora)) if n.endswith(".bias")}
+def test_the_biases_that_train_are_those_of_lora(bias: str, theirs: str) -> None:
+    ours = trainable(adapted("bert", bias=bias))
+    lora = LoraConfig(target_modules=LAYERS["bert"], bias=theirs)
+    expected = {n for n in trainable(get_peft_model(MODELS["bert"](), lora)) if n.endswith(".bias")}
     assert {n for n in ours if n.endswith(".bias")} == expected
     assert bool(expected) == (bias != "none")
 
 
-@pytest.mark.parametrize("bias", ["all", "dvora_only"])
-def test_a_trained_bias_is_not_rescaled_and_gets_its_gradient(bias: str) -> None:
-    model = adapted("mlp", bias=bias)
+def test_a_trained_bias_is_not_rescaled_and_gets_its_gradient() -> None:
+    model = adapted("mlp", bias="dvora_only")
     train_vectors(model)
     x = inputs(model)["x"]
     layer = model.get_submodule("base_model.model.lin0")
@@ -97,12 +79,3 @@ def test_a_trained_bias_is_not_rescaled_and_gets_its_gradient(bias: str) -> None
     with torch.no_grad():
         layer.base_layer.bias.add_(1.0)
         assert torch.allclose(layer(x) - y, torch.ones_like(y), atol=1e-5)
-
-
-def test_modules_to_save_train_beside_the_vectors_and_the_base_is_kept() -> None:
-    model = adapted("bert", modules_to_save=["classifier"])
-    head = {n for n in trainable(model) if ".dvora_" not in n}
-    assert head == {f"base_model.model.classifier.modules_to_save.default.{n}" for n in ("weight", "bias")}
-    train(model)
-    with model.disable_adapter():
-        assert same_bits(outputs(model), outputs(MODELS["bert"]()))
