@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import dvora
 from dvora import DVoRAConfig
 from dvora.peft.base_weight import CHUNK
 from tests.peft.adapter_files import edit_config, save_bert
-from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
+from tests.peft.tiny import MODELS, dvora_layers
 
 # A layer that is read through its forward; how exactly: `test_quantised.py`.
 
@@ -43,57 +43,6 @@ def test_wide_layers_are_read_in_chunks_and_left_as_they_were_whatever_mode_is_o
     assert not magnitude.is_inference()
     assert {name for name in vars(layer) if not name.startswith("_")} == settings
     assert not layer.training
-
-
-# Weights that an engine takes away between passes, and brings for the base layer's own: no DeepSpeed needed.
-
-
-def adapted() -> nn.Module:
-    model = get_peft_model(MODELS["llama"](), DVoRAConfig(r=6, target_modules=LAYERS["llama"]))
-    train_vectors(model)
-    return model
-
-
-def take_away(layer: nn.Linear, left: Tensor) -> None:
-    """Leave other values in place of a weight's, as ZeRO-3 does, and bring its own for the layer's passes only."""
-    weight, own = layer.weight, layer.weight.data
-    weight.ds_id = 0
-
-    def bring(*_: object) -> None:
-        weight.data = own.clone()
-
-    def remove(*_: object) -> None:
-        weight.data = left
-
-    remove()
-    layer.register_forward_pre_hook(bring)
-    layer.register_forward_hook(remove)
-    layer.register_full_backward_pre_hook(bring)
-
-
-@pytest.mark.parametrize("left", [(0,), None], ids=["nothing", "values on their way"])
-def test_a_weight_that_is_not_at_hand_is_never_measured(left: tuple[int] | None) -> None:
-    model = adapted()
-    expected, expected_gradients = outputs(model), gradients(model)
-    for _, layer in dvora_layers(model):
-        weight = layer.base_layer.weight
-        take_away(layer.base_layer, torch.full(weight.shape if left is None else left, 7.0))
-    assert same_bits(outputs(model), expected)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected_gradients.pop(name))
-    assert not expected_gradients
-
-
-def test_a_weight_that_is_not_there_is_not_merged_into_and_is_recognised_as_it_was() -> None:
-    model = adapted()
-    before = {name: list(layer.fingerprint) for name, layer in dvora_layers(model)}
-    for _, layer in dvora_layers(model):
-        take_away(layer.base_layer, torch.empty(0))
-    get_peft_model_state_dict(model)
-    assert model.peft_config["default"].fingerprints_to_save == before
-    with pytest.raises(ValueError, match=r"q_proj: DeepSpeed ZeRO-3 has partitioned the weight.*GatheredParameters"):
-        model.merge_adapter()
-    assert not any(layer.merged for _, layer in dvora_layers(model))
 
 
 # An adapter belongs to the base model that it was trained on.

@@ -147,15 +147,6 @@ def test_a_folder_that_misses_one_of_its_files_is_refused(tmp_path: Path) -> Non
                 read(folder)
 
 
-def test_half_precision_in_a_file_is_widened(tmp_path: Path) -> None:
-    folder = saved(mlp().trained(), tmp_path)
-    vector = Layout.of(folder).to_vector(folder)
-    edit_weights(folder, lambda values: values.update({key: value.bfloat16() for key, value in values.items()}))
-    widened = Layout.of(folder).to_vector(folder)
-    assert widened.dtype == torch.float32
-    assert torch.equal(widened, vector.bfloat16().float())
-
-
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
     get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path)
     for read in (Layout.of, partial(dvora.hotswap_adapter, mlp().fresh())):

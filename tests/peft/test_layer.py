@@ -85,13 +85,6 @@ def test_the_base_is_called_once_and_as_it_is() -> None:
     assert [call is inputs for call in calls] == [True]
 
 
-def test_the_layer_shows_its_sizes_and_its_adapters() -> None:
-    shown = repr(wrapped(linear(10, 7)))
-    assert shown.startswith("dvora.DVoRALinear(")
-    for part in ("in_features=10, out_features=7", "rank=5", "alpha=5", "direction='unit'", "seed=0"):
-        assert part in shown
-
-
 def test_models_that_read_the_weight_of_a_layer_find_it() -> None:
     wo = adapted("t5").get_submodule("base_model.model.encoder.block.0.layer.1.DenseReluDense.wo")
     assert wo.weight is wo.base_layer.weight
@@ -276,3 +269,13 @@ def test_dropout_drops_inputs_of_the_update_and_not_of_the_gain() -> None:
         layer.dvora_lambda_b["default"].zero_()
     assert torch.equal(layer(x(8, 10)), layer(x(8, 10)))
     assert not torch.equal(layer(x(8, 10)), layer.base_layer(x(8, 10)))
+
+
+def test_a_trained_bias_is_not_rescaled_and_gets_its_gradient() -> None:
+    layer = trained("mlp", bias="dvora_only").get_submodule("base_model.model.lin0")
+    y = layer(x(8, 10))
+    y.sum().backward()
+    assert torch.allclose(layer.base_layer.bias.grad, torch.full((24,), 8.0), rtol=1e-5)
+    with torch.no_grad():
+        layer.base_layer.bias.add_(1.0)
+        assert torch.allclose(layer(x(8, 10)) - y, torch.ones_like(y), atol=1e-5)

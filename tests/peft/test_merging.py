@@ -1,8 +1,6 @@
 """Merging into the base's weights, of all layers or of none, and taking it back bit for bit."""
 
-import copy
 import itertools
-import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -48,20 +46,6 @@ def merged_adapters(model: nn.Module) -> set[tuple[str, ...]]:
 # What a merge computes.
 
 
-# Every layer type in every dtype: `test_support.py`.
-@pytest.mark.parametrize("name", MODELS)
-def test_merged_outputs_equal_unmerged_ones_and_unmerge_restores_every_bit(name: str) -> None:
-    model = adapted(name)
-    before, expected = snapshot(model), outputs(model)
-    model.merge_adapter()
-    assert merged_adapters(model) == {("default",)}
-    assert worst_difference(outputs(model), expected) < 1e-5
-    model.unmerge_adapter()
-    assert merged_adapters(model) == {()}
-    assert_unchanged(model, before)
-    assert same_bits(outputs(model), expected)
-
-
 @pytest.mark.parametrize("order", list(itertools.permutations(ADAPTERS)), ids="-".join)
 def test_adapters_merged_one_by_one_in_any_order_are_the_dense_sum(order: tuple[str, ...]) -> None:
     model = adapted("gpt2", torch.float64)
@@ -90,55 +74,6 @@ def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once
     expected = DenseModel(MODELS["gpt2"](), model, ["second", "third"])(**inputs(model))
     model.merge_adapter(["second"])
     assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
-
-
-def test_an_adapter_is_merged_where_it_is() -> None:
-    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"]))
-    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin1"]))
-    model.merge_adapter(["second"])
-    assert {name: layer.merged_adapters for name, layer in dvora_layers(model)} == {"lin0": [], "lin1": ["second"]}
-
-
-def test_merging_or_unmerging_twice_warns_and_does_nothing_more_as_with_lora() -> None:
-    model = adapted()
-    before = snapshot(model)
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
-    assert_unchanged(model, before)
-    model.merge_adapter()
-    once = snapshot(model)
-    with pytest.warns(UserWarning, match="All adapters are already merged"):
-        model.merge_adapter()
-    assert_unchanged(model, once)
-
-
-def test_adding_an_adapter_to_a_merged_model_unmerges_it_as_with_lora() -> None:
-    model, unmerged = adapted(adapters=1), adapted(adapters=1)
-    model.merge_adapter()
-    config = DVoRAConfig(r=5, target_modules=LAYERS["mlp"])
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.add_adapter("late", config)
-    unmerged.add_adapter("late", config)
-    assert_unchanged(model, snapshot(unmerged))
-
-
-def test_the_original_follows_casts_a_copy_and_a_pickle() -> None:
-    model, cast = adapted(), adapted().bfloat16().float()
-    model.merge_adapter()
-    # Rounded in between, like all other values.
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).bfloat16().float()
-    twin.unmerge_adapter()
-    assert_unchanged(twin, snapshot(cast))
-
-
-def test_merged_for_good_is_said_where_it_matters() -> None:
-    model = adapted()
-    expected = outputs(model)
-    merge_model(model, None, keep_original=False, safe_merge=False)
-    for refused in (model.unmerge_adapter, next(dvora_layers(model))[1].unmerge, next(dvora_layers(model))[1].unmerged):
-        with pytest.raises(ValueError, match="default were merged permanently"):
-            refused()
-    assert torch.allclose(outputs(model), expected, atol=1e-6)
 
 
 # What rounding takes.

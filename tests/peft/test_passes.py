@@ -5,6 +5,7 @@ Changes of values between passes are one table in `tests/test_changes.py`; here 
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from peft import (
 from torch import Tensor, nn
 
 import dvora
-from dvora import DVoRAConfig
+from dvora import DVoRAConfig, SharedProjections
 from dvora.factors import current_pass, remove_factor_pass
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.peft import DVoRALayer
@@ -28,21 +29,111 @@ from tests.peft.dense_weights import DenseModel, gradients_by_parameter
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import worst_difference
 from tests.peft.subjects import Subject
-from tests.peft.tiny import MODELS, gradients, same_bits, train_vectors
-from tests.peft.towers import (
-    CHANGED,
-    LAYERS,
-    adapted,
-    alone,
-    evaluated,
-    in_the_middle,
-    inner,
-    inputs,
-    layer_of,
-    loss_of,
-    tower,
-    trained,
-)
+from tests.peft.tiny import MODELS, dvora_layers, gradients, same_bits, train_vectors
+
+WIDTH, RANK = 8, 3
+LAYERS = ["lin0", "lin1", "lin2", "lin3"]
+CHANGED = "lin3"
+"""The layer that tests change in the middle of a pass, before it runs."""
+
+
+class Tower(nn.Module):
+    """Four layers of one shape, whose factors are made together, with a place in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1, self.lin2, self.lin3 = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.middle = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(torch.tanh(self.lin1(torch.tanh(self.lin0(x)))))
+        return self.lin3(torch.tanh(self.lin2(x)))
+
+
+def tower() -> Tower:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Tower()
+
+
+def adapted(names: tuple[str, ...] = ("default",), **settings: object) -> PeftModel:
+    """The tower with adapters as if trained, the first one active."""
+    config = {"r": RANK, "target_modules": LAYERS, **settings}
+    model = get_peft_model(tower(), DVoRAConfig(**config))
+    for seed, name in enumerate(names):
+        if seed:
+            model.add_adapter(name, DVoRAConfig(**config))
+        train_vectors(model, name, seed)
+    return model
+
+
+def layer_of(model: nn.Module, name: str = CHANGED) -> DVoRALayer:
+    return dict(dvora_layers(model))[name]
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model that is adapted, whose forward is a pass."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def inputs() -> Tensor:
+    return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def alone(model: PeftModel) -> PeftModel:
+    """A copy in which nothing is kept, and every layer computes its constants and factors by itself."""
+    made = copy.deepcopy(model)
+    for _, layer in dvora_layers(made):
+        for adapted in map(layer.adapted, layer.dvora_adapted):
+            adapted.dvora_projections = copy.deepcopy(adapted.shared)
+            adapted.refresh(layer.unmerged())
+    remove_factor_pass(inner(made))
+    return made
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return (y * torch.linspace(-1, 2, y.numel()).to(y.dtype).view_as(y)).sum()
+
+
+class Results(dict[str, Tensor]):
+    """Outputs and all gradients of one training pass, by name."""
+
+    def differ(self, other: "Results") -> float:
+        """The worst difference, relative to the largest value of each."""
+        assert self.keys() == other.keys()
+        return max(worst_difference(self[key], other[key]) for key in self)
+
+
+def trained(model: nn.Module, x: Tensor | None = None) -> Results:
+    """What one training pass gives."""
+    model.zero_grad()
+    y = model(inputs() if x is None else x)
+    if y.requires_grad:
+        loss_of(y).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Results(outputs=y.detach(), **found)
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, x: Tensor | None = None) -> Tensor:
+    """The outputs, without gradients."""
+    return model(inputs() if x is None else x)
+
+
+@contextmanager
+def in_the_middle(model: nn.Module, do: Callable[[nn.Module], object]) -> Iterator[None]:
+    """Do something to the model after half of its layers have run, in the next pass."""
+    done = []
+
+    def hook(*_: object) -> None:
+        if not done:
+            done.append(None)
+            do(model)
+
+    handle = inner(model).middle.register_forward_pre_hook(hook)
+    yield
+    handle.remove()
+    assert done
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +357,47 @@ def test_a_pass_follows_a_change_in_its_middle(change: str) -> None:
         expected = trained(alone(model))
         for results in (found, run()):
             assert max(worst_difference(value, expected[name]) for name, value in results.items()) < 1e-5
+
+
+# What layers of whole models share.
+
+
+def projected(model: PeftModel) -> int:
+    """How often a pass multiplies by A."""
+    times = 0
+    (shared,) = {module for module in model.modules() if isinstance(module, SharedProjections)}
+    project = shared.impl.project
+
+    def counting(x: Tensor, rank: int) -> Tensor:
+        nonlocal times
+        times += 1
+        return project(x, rank)
+
+    shared.impl.project = counting
+    tiny.outputs(model)
+    del shared.impl.project
+    return times
+
+
+READERS = {
+    "llama": (["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], 6),
+    "bert": (["query", "key", "value"], 2),
+    "t5": (["q", "k", "v"], 8),
+}
+"""Targets, and the tensors that two blocks of them read: T5's decoders attend to two each."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_tensor_is_projected_once_but_where_layers_drop_inputs_of_their_own(name: str) -> None:
+    targets, tensors = READERS[name]
+    model = get_peft_model(MODELS[name](), DVoRAConfig(r=6, target_modules=targets, dvora_dropout=0.5)).eval()
+    train_vectors(model)
+    assert projected(model) == tensors
+    found = tiny.outputs(model)
+    assert same_bits(found, tiny.outputs(alone(model)))
+    for _, layer in dvora_layers(model):
+        layer.dvora_dropout.train()
+    assert projected(model) == len(list(dvora_layers(model)))
 
 
 # The hooks around an adapted model's forward.

@@ -115,32 +115,6 @@ def test_a_pickled_file_is_loaded_too(tmp_path: Path) -> None:
     assert same_bits(outputs(PeftModel.from_pretrained(MODELS["mlp"](), tmp_path)), outputs(model))
 
 
-def test_several_adapters_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
-    model = adapted("gpt2")
-    model.add_adapter("second", DVoRAConfig(r=9, target_modules=["c_proj"], projection_seed=4, direction="weight"))
-    train_vectors(model, "second", seed=1)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS["gpt2"](), tmp_path / "second", adapter_name="other name")
-    loaded.load_adapter(tmp_path, "first")
-    for theirs, ours in (("second", "other name"), ("default", "first")):
-        model.set_adapter(theirs)
-        loaded.set_adapter(ours)
-        assert same_bits(outputs(loaded), outputs(model))
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_loaded_adapter_trains_if_asked_to(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    model = adapted("bert")
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(tmp_path)
-    for is_trainable in (False, True):
-        options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
-        loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path, **options)
-        trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
-        assert trained == (trainable if is_trainable else set())
-        assert not any(p.is_meta for p in loaded.parameters())
-
-
 @pytest.mark.parametrize(
     "options", [{"modules_to_save": ["classifier"]}, {"bias": "all"}, {"bias": "dvora_only"}], ids=str
 )
