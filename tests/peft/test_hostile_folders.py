@@ -408,7 +408,6 @@ BOMBS: dict[str, Edit] = {
     "rank": settings(r=65536),
     "rank of another layer": settings(r=65536, rank_pattern={"wide": 4}, target_modules=["wide", "other"]),
     "rank and no vectors": several(settings(r=65536), weights(dict.clear)),
-    "expanded rank": several(settings(r=65536), pickled(lambda t: t | {LAMBDA_D: torch.ones(1).expand(65536)})),
     "expanded projections": pickled(
         lambda t: t | {f"{MATRICES}stream_0": torch.ones(1, 1).expand(65536, 65536)}
     ),
@@ -420,16 +419,9 @@ BOMBS: dict[str, Edit] = {
     "matrices of VeRA, rank": settings(projection_init="peft_vera(r=60000, in=2048, out=2048)"),
     "a head without columns": added("base_model.model.head.weight", lambda: torch.ones(30_000_000, 0)),
     "a slow expression": settings(exclude_modules=".*.*.*.*.*x"),
-    "an expression in a pattern": settings(rank_pattern={"(.+)+!": 4}),
-    "an expression for a long name": several(
-        settings(rank_pattern={".*a.*a.*a.*a!": 4}),
-        added(f"base_model.model.{'a' * 9999}.dvora_lambda_d", lambda: torch.ones(4)),
-    ),
-    "some sets of characters": settings(exclude_modules="(?i)" + "[Ā-退]" * 250),
     "4,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES[:4000], 1.0)),
     "40,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES, 1.0)),
     "4,000 targets": settings(target_modules=[*NAMES[:4000], "wide"]),
-    "long targets": settings(target_modules=["q" * 2**20, "wide"]),
     "probes without end": settings(base_probes={"wide": [1.0] * 10**6}),
     "one token a million times": settings(trainable_token_indices={"head": [0] * 10**6}),
     "deep JSON": text('{"a":' * 10**6),
@@ -496,12 +488,10 @@ def test_none_takes_much_time_or_memory(tmp_path: Path) -> None:
     assert not {name: length for name, (_, length, _) in found.items() if length > 3000}
     assert not {name: seconds for name, (_, _, seconds) in found.items() if seconds > SECONDS}
     loaded = {name for name, (ended, _, _) in found.items() if ended == "loaded"}
-    assert loaded - {"a slow expression", "some sets of characters"} == {
-        "4,000 patterns",
-        "4,000 targets",
-        "long targets",
-    }
+    assert loaded - {"a slow expression"} == {"4,000 patterns", "4,000 targets"}
 
+
+# Damage at random.
 
 SHORT, LONG = 30, 2000
 """Folders of each kind of damage."""
@@ -527,13 +517,8 @@ def one_tensor(folder: Path, rng: random.Random) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         key, other = rng.sample(sorted(tensors), 2)
         tensor = tensors.pop(key)
-        changed = {
-            key: rng.choice([tensors[other], torch.cat([tensor, tensor]), tensor[: len(tensor) // 2], tensor.half()]),
-            key + rng.choice([".default", "_", ".0"]): tensor,
-            key.replace("dvora_lambda_b", "base_layer.weight"): torch.ones(24, 24),
-        }
-        name = rng.choice(["", *changed])
-        tensors.update({name: changed[name].clone()} if name else {})
+        name = rng.choice([key, f"{key}.0", key.replace("dvora_lambda_b", "base_layer.weight")])
+        tensors[name] = rng.choice([tensor, tensors[other], torch.cat([tensor, tensor]), tensor.half()]).clone()
 
     edit_weights(folder, edit)
 
@@ -543,21 +528,15 @@ def one_setting(folder: Path, rng: random.Random) -> None:
     edit_config(folder, **{rng.choice([*names, "unknown"]): rng.choice(VALUES)})
 
 
-def no_setting(folder: Path, rng: random.Random) -> None:
-    names = json.loads((folder / CONFIG).read_text())
-    del names[rng.choice(list(names))]
-    (folder / CONFIG).write_text(json.dumps(names))
-
-
-def files(folder: Path, rng: random.Random) -> None:
+def a_file(folder: Path, rng: random.Random) -> None:
     path = folder / rng.choice([WEIGHTS, CONFIG])
     content, cut = path.read_bytes(), rng.randrange(100)
     path.unlink()
     changed = rng.choice([content[:cut], content[::-1], content[:cut] + rng.randbytes(8) + content[cut:], b"", None])
-    path.write_bytes(changed) if changed is not None else rng.choice([path.mkdir, lambda: None])()
+    path.mkdir() if changed is None else path.write_bytes(changed)
 
 
-@pytest.mark.parametrize("damage", [bits, one_tensor, one_setting, no_setting, files])
+@pytest.mark.parametrize("damage", [bits, one_tensor, one_setting, a_file])
 def test_a_damaged_folder_gives_what_it_holds_or_is_refused(
     damage: Callable[[Path, random.Random], object],
     sound: Callable[[Kind], Path],
@@ -585,18 +564,13 @@ def test_a_damaged_folder_gives_what_it_holds_or_is_refused(
                 assert list(model.peft_config) == ["mine"], seed
                 assert_unchanged(model, before)
             else:
-                check_loaded(model, folder, seed)
+                file = load_file(folder / WEIGHTS)
+                loaded = {n: p for n, p in model.named_parameters() if ".dvora_" in n and n.endswith(".loaded")}
+                assert loaded
+                for name, vector in loaded.items():
+                    assert vector.isfinite().all(), (seed, name)
+                    assert torch.equal(vector, file[name.removesuffix(".loaded")].to(vector.dtype)), (seed, name)
         assert model.active_adapters == ["mine"]
         assert same_bits(outputs(model), expected)
         shutil.rmtree(folder)
     assert refusals
-
-
-def check_loaded(model: PeftModel, folder: Path, seed: int) -> None:
-    """All vectors of the adapter are those of the file, and finite."""
-    file = load_file(folder / WEIGHTS)
-    loaded = {name: p for name, p in model.named_parameters() if ".dvora_" in name and name.endswith(".loaded")}
-    assert loaded
-    for name, parameter in loaded.items():
-        assert parameter.isfinite().all(), (seed, name)
-        assert torch.equal(parameter, file[name.removesuffix(".loaded")].to(parameter.dtype)), (seed, name)
