@@ -22,25 +22,19 @@ from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, tr
 
 
 SELECTIONS = [
-    pytest.param("bert", {"target_modules": "all-linear"}, id="all-linear"),
-    pytest.param("gpt2", {"target_modules": "all-linear"}, id="all-linear of Conv1D"),
-    pytest.param("t5", {"target_modules": "all-linear"}, id="all-linear of an encoder and decoder"),
-    pytest.param("bert", {}, id="default of bert"),
-    pytest.param("mlp", {"target_modules": ["lin0"]}, id="a layer of the model itself"),
-    pytest.param("bert", {"target_modules": ["query", "key"], "layers_to_transform": [1]}, id="layers_to_transform"),
-    pytest.param(
-        "llama",
-        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
-        id="layers_pattern",
-    ),
-    pytest.param(
-        "llama", {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.0.*"}, id="excluded expression"
-    ),
-    pytest.param("bert", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}, id="modules_to_save"),
+    ("bert", {"target_modules": "all-linear"}),
+    ("gpt2", {"target_modules": "all-linear"}),
+    ("t5", {"target_modules": "all-linear"}),
+    ("bert", {}),
+    ("mlp", {"target_modules": ["lin0"]}),
+    ("bert", {"target_modules": ["query", "key"], "layers_to_transform": [1]}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}),
+    ("llama", {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.0.*"}),
+    ("bert", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
 ]
 
 
-@pytest.mark.parametrize(("name", "selection"), SELECTIONS)
+@pytest.mark.parametrize(("name", "selection"), SELECTIONS, ids=str)
 def test_the_layers_are_those_of_lora_and_found_again_by_a_load(
     name: str, selection: dict[str, object], tmp_path: Path
 ) -> None:
@@ -79,21 +73,14 @@ def test_an_adapter_on_default_targets_can_be_loaded_where_some_of_their_names_a
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        pytest.param({"target_modules": ["quary"]}, r"'quary' \(closest: query.*\)", id="nothing"),
-        pytest.param(
-            {"target_modules": ["zzzzzz"]}, r"layers that can be adapted: classifier, dense, key", id="unlike all"
-        ),
-        pytest.param(
-            {"target_modules": ["layer.7.attention.self.query"]}, r"layer\.7\.attention\.self\.query", id="path"
-        ),
-        pytest.param(
-            {"target_modules": ["query"], "exclude_modules": ["query"]}, r"exclude_modules=\{'query'\}", id="excluded"
-        ),
-        pytest.param(
-            {"target_modules": ["query"], "layers_to_transform": [9]}, r"layers_to_transform=\[9\]", id="index"
-        ),
-        pytest.param({"target_modules": []}, r"no layer is left to adapt", id="empty list"),
+        ({"target_modules": ["quary"]}, r"'quary' \(closest: query.*\)"),
+        ({"target_modules": ["zzzzzz"]}, r"layers that can be adapted: classifier, dense, key"),
+        ({"target_modules": ["layer.7.attention.self.query"]}, r"layer\.7\.attention\.self\.query"),
+        ({"target_modules": ["query"], "exclude_modules": ["query"]}, r"exclude_modules=\{'query'\}"),
+        ({"target_modules": ["query"], "layers_to_transform": [9]}, r"layers_to_transform=\[9\]"),
+        ({"target_modules": []}, r"no layer is left to adapt"),
     ],
+    ids=str,
 )
 def test_targets_that_match_nothing_are_refused_with_the_closest_names(
     selection: dict[str, object], message: str

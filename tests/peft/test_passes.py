@@ -13,9 +13,7 @@ import torch
 from peft import (
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
 from torch import Tensor, nn
 
@@ -209,15 +207,6 @@ def other(values: Tensor) -> Tensor:
     return values.detach() * (1.3 + 0.4 * noise.tanh())
 
 
-def load_state(model: PeftModel) -> None:
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    model.load_state_dict({n: other(v) if n in names else v for n, v in model.state_dict().items()})
-
-
-def load_adapter_state(model: PeftModel) -> None:
-    set_peft_model_state_dict(model, {n: other(v) for n, v in get_peft_model_state_dict(model).items()})
-
-
 def second_and_back(model: PeftModel) -> None:
     model.set_adapter("second")
     evaluated(model)
@@ -261,18 +250,14 @@ def write_to_a_strength(model: PeftModel) -> None:
 
 
 OPERATIONS: dict[str, Callable[[PeftModel], object]] = {
-    "a state dict": load_state,
-    "a state dict of the adapter": load_adapter_state,
     "a base layer's state dict": lambda model: layer_of(model).base_layer.load_state_dict(
         {"weight": torch.eye(8), "bias": torch.ones(8)}
     ),
     "the second and back": second_and_back,
-    "the second": lambda model: model.set_adapter("second"),
     "both": lambda model: model.base_model.set_adapter(["default", "second"]),
     "another of the same name": replace_first,
     "merged and unmerged": merge_there_and_back,
     "disabled and enabled": disable_for_a_while,
-    "strength of one layer": lambda model: model.set_strength({CHANGED: -0.5}),
     "strength there and back": strength_there_and_back,
     "a strength written to": write_to_a_strength,
     "no bias": lambda model: setattr(layer_of(model).base_layer, "bias", None),
