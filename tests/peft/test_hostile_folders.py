@@ -411,6 +411,10 @@ BOMBS: dict[str, Edit] = {
     ),
     "a head without columns": added("base_model.model.head.weight", lambda: torch.ones(30_000_000, 0)),
     "a slow expression": settings(exclude_modules=".*.*.*.*.*x"),
+    "an expression for a long name": several(
+        settings(rank_pattern={".*a.*a.*a.*a!": 4}),
+        added(f"base_model.model.{'a' * 9999}.dvora_lambda_d", lambda: torch.ones(4)),
+    ),
     "4,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES[:4000], 1.0)),
     "40,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES, 1.0)),
     "4,000 targets": settings(target_modules=[*NAMES[:4000], "wide"]),

@@ -1,6 +1,7 @@
 """Layer types: which one a layer is of, and what is particular to single ones."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -64,49 +65,31 @@ def trained(base: nn.Module, **settings: object) -> PeftModel:
     return model
 
 
+CONVOLUTIONS = st.fixed_dictionaries(
+    {
+        "kernel_size": st.integers(1, 3),
+        "stride": st.integers(1, 2),
+        "dilation": st.integers(1, 2),
+        "padding": st.sampled_from([0, 1, "same", "valid"]),
+        "groups": st.sampled_from([1, 2, 4]),
+        "bias": st.booleans(),
+        "padding_mode": st.sampled_from(["zeros", "circular", "replicate", "reflect"]),
+    }
+)
+
+
 # PyTorch says it once a process, of even kernels.
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@given(
-    dimensions=st.sampled_from([1, 2, 3]),
-    groups=st.sampled_from([1, 2, 4]),
-    kernel=st.integers(1, 3),
-    stride=st.integers(1, 2),
-    dilation=st.integers(1, 2),
-    padding=st.sampled_from([0, 1, "same", "valid"]),
-    mode=st.sampled_from(["zeros", "circular", "replicate", "reflect"]),
-    bias=st.booleans(),
-    rank=st.integers(1, 9),
-    batched=st.booleans(),
-)
+@given(st.sampled_from([nn.Conv1d, nn.Conv2d, nn.Conv3d]), CONVOLUTIONS, st.integers(1, 9), st.booleans())
 def test_every_convolution_is_the_dense_one(
-    dimensions: int,
-    groups: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: int | str,
-    mode: str,
-    bias: bool,
-    rank: int,
-    batched: bool,
+    make: type[nn.Module], settings: dict[str, object], rank: int, batched: bool
 ) -> None:
-    make = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+    if settings["padding"] == "same":
+        settings["stride"] = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = make(
-            4,
-            8,
-            kernel,
-            stride=1 if padding == "same" else stride,
-            dilation=dilation,
-            padding=padding,
-            groups=groups,
-            bias=bias,
-            padding_mode=mode,
-            dtype=torch.float64,
-        )
-        base = nn.Sequential()
-        base.add_module("layer", layer)
+        base = nn.Sequential(OrderedDict(layer=make(4, 8, **settings, dtype=torch.float64)))
+        dimensions = len(base.layer.kernel_size)
         x = torch.randn(*([2] if batched else []), 4, *[6] * dimensions, dtype=torch.float64)
     model = trained(base, r=rank)
     assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-10
