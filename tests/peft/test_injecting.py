@@ -1,10 +1,8 @@
 """Putting adapters into a model: which weights names match, what is refused, and that the model is left as it was."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -143,83 +141,47 @@ def with_weight(weight: Tensor) -> nn.Linear:
     return layer
 
 
-class Refusal(NamedTuple):
-    """A layer or a setting that is refused before the model is touched."""
-
-    middle: Callable[[], nn.Module]
-    message: str
-    """Layer, reason, and what to do instead."""
-    error: type[Exception] = TypeError
-    settings: Mapping[str, object] = MappingProxyType({})
-
-
+ATTENTION = {"dvora_dropout": 0.1}
+PARAMETER = {"target_modules": ["first"], "target_parameters": ["middle.scale"]}
+PARAMETRIZED = {"target_modules": [], "target_parameters": ["middle.weight"]}
+TWICE = {"target_modules": ["last"], "target_parameters": ["last.weight"]}
 NOWHERE = {"target_modules": ["mdidle"]}
-REFUSALS = {
-    "transposed convolution": Refusal(
-        lambda: nn.ConvTranspose2d(6, 6, 1), "middle of type ConvTranspose2d is not supported; supported layers: "
-    ),
-    "renormalised embedding": Refusal(
-        lambda: nn.Embedding(6, 6, max_norm=1.0),
-        "middle: the embedding renormalises its table in every pass .*set max_norm=None, or leave",
-        ValueError,
-    ),
-    "positional embedding": Refusal(
-        lambda: BartLearnedPositionalEmbedding(6, 6), "middle .*does more than look its entries up.*exclude_modules"
-    ),
-    "not linear": Refusal(
-        lambda: Squared(6, 6), r"middle of type Squared is not linear .*off by .*%.*leave it out with exclude_modules"
-    ),
-    "two inputs": Refusal(
-        Pair, "middle of type Pair does not take vectors of its 6 input features .*leave it out with exclude_modules"
-    ),
-    "uninitialised": Refusal(lambda: nn.LazyLinear(6), "middle: the base weight is a UninitializedParameter"),
-    "integers": Refusal(
-        lambda: with_weight(torch.zeros(6, 6, dtype=torch.int8)), "middle: the base weight has dtype torch.int8"
-    ),
-    "no values": Refusal(
-        lambda: with_weight(torch.empty(0, 6)),
-        r"middle: the base weight has shape \(0, 6\): there is nothing",
-        ValueError,
-    ),
-    "not finite": Refusal(
-        lambda: with_weight(torch.full((6, 6), torch.inf)),
-        "middle: 6 of 6 rows of the base weight have no finite norm .*repair the base model",
-        ValueError,
-    ),
-    "meta": Refusal(
-        lambda: nn.Linear(6, 6, device="meta"), "middle: the base weight is on the meta device; load", ValueError
-    ),
-    "dropout of a weight that is read": Refusal(
-        lambda: nn.MultiheadAttention(6, 2),
-        r"middle\.in_proj_weight: dvora_dropout=0.1 drops inputs .*set dvora_dropout=0, or leave it out",
-        ValueError,
-        {"dvora_dropout": 0.1},
-    ),
-    "parameter with one dimension": Refusal(
-        Scale,
-        r"middle\.scale has shape \(6,\); DVoRA adapts matrices",
-        TypeError,
-        {"target_modules": ["first"], "target_parameters": ["middle.scale"]},
-    ),
-    "parametrized parameter": Refusal(
-        lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
-        r"nothing in the model is named 'middle\.weight'.* \(a parametrized weight is no parameter; name its layer in",
-        ValueError,
-        {"target_modules": [], "target_parameters": ["middle.weight"]},
-    ),
-    "parameter of a targeted layer": Refusal(
-        lambda: nn.Linear(6, 6),
-        "last.weight cannot be wrapped, because its layer is targeted by target_modules too",
-        ValueError,
-        {"target_modules": ["last"], "target_parameters": ["last.weight"]},
-    ),
-    "unknown name": Refusal(
-        lambda: nn.Linear(6, 6), r"nothing in the model is named 'mdidle' \(closest: middle\)", ValueError, NOWHERE
-    ),
-    "another base": Refusal(
-        lambda: nn.Linear(6, 6), "middle: .*another base model", ValueError, {"base_probes": {"middle": [100.0] * 5}}
-    ),
-}
+ANOTHER_BASE = {"base_probes": {"middle": [100.0] * 5}}
+
+# What is in the middle, the error, what it says of layer, reason and remedy, and the settings where they matter.
+REFUSALS: dict[str, tuple[Callable[[], nn.Module], type[Exception], str, dict[str, object]]] = {
+    "transposed convolution": (lambda: nn.ConvTranspose2d(6, 6, 1), TypeError,
+        "middle of type ConvTranspose2d is not supported; supported layers: ", {}),
+    "normalisation": (lambda: nn.LayerNorm(6), TypeError,
+        "middle of type LayerNorm is not supported; supported layers: ", {}),
+    "renormalised embedding": (lambda: nn.Embedding(6, 6, max_norm=1.0), ValueError,
+        "middle: the embedding renormalises its table in every pass .*set max_norm=None, or leave", {}),
+    "positional embedding": (lambda: BartLearnedPositionalEmbedding(6, 6), TypeError,
+        "middle .*does more than look its entries up.*exclude_modules", {}),
+    "not linear": (lambda: Squared(6, 6), TypeError,
+        "middle of type Squared is not linear .*off by .*%.*leave it out with exclude_modules", {}),
+    "two inputs": (Pair, TypeError,
+        "middle of type Pair does not take vectors of its 6 input features .*leave it out with exclude_modules", {}),
+    "uninitialised": (lambda: nn.LazyLinear(6), TypeError, "middle: the base weight is a UninitializedParameter", {}),
+    "integers": (lambda: with_weight(torch.zeros(6, 6, dtype=torch.int8)), TypeError,
+        "middle: the base weight has dtype torch.int8", {}),
+    "no values": (lambda: with_weight(torch.empty(0, 6)), ValueError,
+        r"middle: the base weight has shape \(0, 6\): there is nothing", {}),
+    "not finite": (lambda: with_weight(torch.full((6, 6), torch.inf)), ValueError,
+        "middle: 6 of 6 rows of the base weight have no finite norm .*repair the base model", {}),
+    "meta": (lambda: nn.Linear(6, 6, device="meta"), ValueError, "middle: the base weight is on the meta device", {}),
+    "dropout of a weight that is read": (lambda: nn.MultiheadAttention(6, 2), ValueError,
+        r"middle\.in_proj_weight: dvora_dropout=0.1 drops inputs .*set dvora_dropout=0, or leave it out", ATTENTION),
+    "parameter with one dimension": (Scale, TypeError,
+        r"middle\.scale has shape \(6,\); DVoRA adapts matrices", PARAMETER),
+    "parametrized parameter": (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), ValueError,
+        r"nothing .* is named 'middle\.weight'.* \(a parametrized weight is no parameter; name its", PARAMETRIZED),
+    "parameter of a targeted layer": (lambda: nn.Linear(6, 6), ValueError,
+        "last.weight cannot be wrapped, because its layer is targeted by target_modules too", TWICE),
+    "unknown name": (lambda: nn.Linear(6, 6), ValueError,
+        r"nothing in the model is named 'mdidle' \(closest: middle\)", NOWHERE),
+    "another base": (lambda: nn.Linear(6, 6), ValueError, "middle: .*another base model", ANOTHER_BASE),
+}  # fmt: skip
 
 
 # `inject_adapter_in_model` enters names of its own, before any tuner is asked.
@@ -231,18 +193,18 @@ WAYS: list[Callable[[nn.Module, DVoRAConfig], object]] = [
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_refused_layer_leaves_the_model_and_its_adapters_alone(case: str) -> None:
-    refusal = REFUSALS[case]
-    config = DVoRAConfig(**{"r": 4, "target_modules": ["first", "middle", "last"], **refusal.settings})
+    middle, error, message, settings = REFUSALS[case]
+    config = DVoRAConfig(**{"r": 4, "target_modules": ["first", "middle", "last"], **settings})
     for adapt in WAYS:
-        model = Model(refusal.middle())
+        model = Model(middle())
         before = _held(model)
-        with pytest.raises(refusal.error, match=refusal.message):
+        with pytest.raises(error, match=message):
             adapt(model, copy.deepcopy(config))
         assert _held(model) == before
-    model = get_peft_model(Model(refusal.middle()), DVoRAConfig(r=4, target_modules=["first"], bias="dvora_only"))
+    model = get_peft_model(Model(middle()), DVoRAConfig(r=4, target_modules=["first"], bias="dvora_only"))
     train_vectors(model)
     before = _held(model)
-    with pytest.raises(refusal.error, match=refusal.message):
+    with pytest.raises(error, match=message):
         model.add_adapter("second", config)
     assert _held(model) == before
     assert list(model.peft_config) == ["default"]
