@@ -1,5 +1,6 @@
 """How base weights are read and recognised: opaque ones by their forward, emptied ones, other bases."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import dvora
 from dvora import DVoRAConfig
 from dvora.peft.base_weight import CHUNK
-from tests.peft.adapter_files import edit_config, save_bert
+from tests.peft.adapter_files import CONFIG, edit_config, save_bert
 from tests.peft.tiny import MODELS, dvora_layers
 
 # A layer that is read through its forward; how exactly: `test_quantised.py`.
@@ -87,6 +88,13 @@ def test_another_base_is_refused_unless_the_probes_are_dropped_on_purpose(folder
         PeftModel.from_pretrained(changed(OTHERS[change]), folder)
     edit_config(folder, base_probes=None)
     PeftModel.from_pretrained(changed(OTHERS[change]), folder)
+
+
+def test_a_norm_alone_tells_bases_apart(folder: Path) -> None:
+    probes = json.loads((folder / CONFIG).read_text())["base_probes"]
+    edit_config(folder, base_probes={name: [1.1 * norm, *products] for name, (norm, *products) in probes.items()})
+    with pytest.raises(ValueError, match="another base model"):
+        PeftModel.from_pretrained(MODELS["bert"](), folder)
 
 
 def test_the_same_base_in_another_dtype_or_in_eight_bits_is_accepted_in_silence(folder: Path) -> None:

@@ -33,7 +33,7 @@ ENDLESS = (
     [
         r".*\.(q|v)_proj",
         # Of unsloth, for models that see.
-        r"(?:.*?(?:language|model).*?(?:self_attn|mlp).*?(?:q_proj|v_proj|gate_proj).*?)(?<!gate_proj)",
+        r"(?:.*?(?:language|model).*?(?:self_attn|attention).*?(?:q_proj|v_proj|query).*?)",
         r"(?i)MODEL\..*(q|v)_PROJ",
         r"model\.layers\.(\d|1\d)\.(self_attn|mlp)\.(q|v)_proj",
         r"^(?!.*vision).*(?:q_proj|v_proj).*$",
