@@ -204,11 +204,12 @@ def test_outputs_and_gradients_equal_the_dense_model(name: str, options: dict[st
     model = trained(name, torch.float64, **options)
     dense = DenseModel(MODELS[name](), model)
     expected = dense(**inputs(model))
-    assert worst_difference(outputs(model), expected) < 1e-12
-    gradients(model)
     (expected * torch.linspace(-1, 2, expected.numel()).double().view_as(expected)).sum().backward()
-    for parameter, gradient in gradients_by_parameter(model).items():
-        assert worst_difference(gradient, dense.gradients()[parameter]) < 1e-12, parameter
+    for _ in range(2):  # the second makes the factors of all layers together
+        assert worst_difference(outputs(model), expected) < 1e-12
+        gradients(model)
+        for parameter, gradient in gradients_by_parameter(model).items():
+            assert worst_difference(gradient, dense.gradients()[parameter]) < 1e-12, parameter
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
