@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,11 +171,15 @@ def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_i
     model = adapted().train()
     asked: list[str] = []
 
-    def ask(tensor: Tensor) -> bool:
-        asked.append(Path(sys._getframe(1).f_code.co_filename).name)
-        return tensor.item() != 0
+    def recorded(read: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+        def ask(tensor: Tensor) -> object:
+            asked.append(Path(sys._getframe(1).f_code.co_filename).name)
+            return read(tensor)
 
-    monkeypatch.setattr(Tensor, "__bool__", ask)
+        return ask
+
+    for name in ("__bool__", "__float__"):
+        monkeypatch.setattr(Tensor, name, recorded(getattr(Tensor, name)))
     x = torch.ones(600, 10)  # enough for the folded weight
     for _ in range(2):  # the first makes factors layer by layer, the second all together
         model(x).sum().backward()

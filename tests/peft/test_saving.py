@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from dvora import DVoRAConfig
 from tests.peft.adapter_files import WEIGHTS, edit_weights, save_bert
 from tests.peft.fresh_process import run_alone
+from tests.peft.kinds import KINDS
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
@@ -35,15 +36,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# Every layer type: `test_support.py`.
-@pytest.mark.parametrize("name", MODELS)
-def test_a_loaded_adapter_gives_the_same_bits_and_saves_equal_files(name: str, tmp_path: Path) -> None:
-    model = adapted(name)
-    model.save_pretrained(tmp_path / "first")
-    loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path / "first")
-    assert same_bits(outputs(loaded), outputs(model))
-    loaded.save_pretrained(tmp_path / "second")
-    assert files(tmp_path / "first") == files(tmp_path / "second")
+# That outputs are the same to the last bit, for every layer type: `test_support.py`.
+@pytest.mark.parametrize("name", KINDS)
+def test_all_that_is_trained_is_loaded_and_saved_again_in_an_equal_file(name: str, tmp_path: Path) -> None:
+    model = KINDS[name].trained()
+    model.save_pretrained(tmp_path / "first", save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(KINDS[name].base(), tmp_path / "first", is_trainable=True)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert all(same_bits(loaded.get_parameter(n), p) for n, p in trained.items())
+    loaded.save_pretrained(tmp_path / "second", save_embedding_layers=False)
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
 
 
 def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_path: Path) -> None:
-    model = adapted(name)
+    model = adapted(name, projection_init="kaiming_uniform")
     model.save_pretrained(tmp_path)
     assert set(files(tmp_path)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     expected = {}
@@ -76,11 +79,12 @@ def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_pa
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        pytest.param({}, {}, id="vectors only"),
-        pytest.param({"bias": "all"}, {"bias": "all"}, id="all biases"),
-        pytest.param({"bias": "dvora_only"}, {"bias": "lora_only"}, id="biases of adapted layers"),
-        pytest.param({"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}, id="head"),
+        ({}, {}),
+        ({"bias": "all"}, {"bias": "all"}),
+        ({"bias": "dvora_only"}, {"bias": "lora_only"}),
+        ({"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}),
     ],
+    ids=str,
 )
 def test_the_names_in_the_file_are_those_of_lora(ours: dict[str, object], theirs: dict[str, object]) -> None:
     targets = ["query", "value"]
@@ -96,7 +100,8 @@ def test_saving_twice_gives_equal_files(tmp_path: Path) -> None:
             "bert", target_modules=names, exclude_modules=["1.attention.self.key", "0.attention.self.query"]
         )
         model.save_pretrained(tmp_path / folder)
-    assert files(tmp_path / "first") == files(tmp_path / "second")
+    PeftModel.from_pretrained(MODELS["bert"](), tmp_path / "first").save_pretrained(tmp_path / "third")
+    assert files(tmp_path / "first") == files(tmp_path / "second") == files(tmp_path / "third")
 
 
 def test_saving_changes_nothing_and_works_while_merged(tmp_path: Path) -> None:
@@ -116,25 +121,11 @@ def test_a_pickled_file_is_loaded_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"modules_to_save": ["classifier"]}, {"bias": "all"}, {"bias": "dvora_only"}], ids=str
-)
-def test_heads_and_biases_are_saved_and_loaded(options: dict[str, object], tmp_path: Path) -> None:
-    model = adapted("bert", target_modules=["query", "key"], **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".dvora_" not in name:
-                parameter.add_(0.1)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
-    assert same_bits(outputs(loaded), outputs(model))
-
-
-@pytest.mark.parametrize(
     ("name", "auto", "task_type"),
     [
-        pytest.param("bert", AutoPeftModelForSequenceClassification, "SEQ_CLS", id="sequence classification"),
-        pytest.param("llama", AutoPeftModelForCausalLM, "CAUSAL_LM", id="causal"),
-        pytest.param("llama", AutoPeftModel, None, id="the class in the config"),
+        ("bert", AutoPeftModelForSequenceClassification, "SEQ_CLS"),
+        ("llama", AutoPeftModelForCausalLM, "CAUSAL_LM"),
+        ("llama", AutoPeftModel, None),
     ],
 )
 def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: str | None, tmp_path: Path) -> None:
@@ -150,17 +141,13 @@ def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: st
     assert same_bits(outputs(loaded), outputs(model))
 
 
-def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: Path) -> None:
-    model = adapted("bert", save_projection=True)
+def test_a_file_may_hold_the_projections_of_the_model(tmp_path: Path) -> None:
+    model = adapted("bert", projection_init="kaiming_uniform", save_projection=True)
     model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    prefix = "base_model.dvora_projections."
-    matrices = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+    prefix, saved = "base_model.dvora_projections.", load_file(tmp_path / "adapter_model.safetensors")
     shared = next(dvora_layers(model))[1].adapted("default").shared
-    assert matrices.keys() == shared.saved_tensors().keys()
-    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.saved_tensors().items())
-    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
-    assert same_bits(outputs(loaded), outputs(model))
+    assert {key.removeprefix(prefix) for key in saved if key.startswith(prefix)} == shared.saved_tensors().keys()
+    assert all(same_bits(saved[prefix + name], matrix) for name, matrix in shared.saved_tensors().items())
 
 
 def test_biases_in_a_state_dict_at_hand_are_taken_as_by_peft() -> None:
