@@ -157,11 +157,14 @@ def test_a_lookup_makes_no_table_of_the_vocabulary() -> None:
 
 
 def test_dropout_of_an_embedding_drops_the_update_of_whole_tokens() -> None:
-    layer = trained(CASES["Embedding"].base(), dvora_dropout=0.5).train().base_model.model.layer
+    layer = trained(CASES["Embedding"].base(), dvora_dropout=0.5).base_model.model.layer
     ids = torch.arange(20)
     g1 = layer.adapted("default").factors(layer.vectors("default"), layer.stored()).gain_minus_one
-    moved = (layer(ids) - (1 + g1) * layer.base_layer(ids)).abs().amax(1) > 1e-6
-    assert 0 < int(moved.sum()) < 20
+    rescaled = (1 + g1) * layer.base_layer(ids)
+    whole, dropped = layer(ids) - rescaled, layer.train()(ids) - rescaled
+    kept = dropped.abs().amax(1, keepdim=True) > 1e-6
+    assert 0 < int(kept.sum()) < 20
+    torch.testing.assert_close(dropped, 2 * kept * whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_was_compiled_before_is_adapted_through_its_forward() -> None:

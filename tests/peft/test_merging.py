@@ -78,16 +78,6 @@ def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once
     assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
 
 
-def test_adding_an_adapter_to_a_merged_model_unmerges_it_as_with_lora() -> None:
-    model, unmerged = adapted(adapters=1), adapted(adapters=1)
-    model.merge_adapter()
-    config = DVoRAConfig(r=5, target_modules=LAYERS["mlp"])
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.add_adapter("late", config)
-    unmerged.add_adapter("late", config)
-    assert_unchanged(model, snapshot(unmerged))
-
-
 def test_the_original_follows_casts_a_copy_and_a_pickle() -> None:
     model, cast = adapted(), adapted().bfloat16().float()
     model.merge_adapter()
