@@ -79,3 +79,5 @@ def test_all_linear_adapts_attentions_output_projection_to_effect() -> None:
         assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
         model.base_model.model.attn.out_proj.dvora_lambda_b["default"].zero_()
         assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules="all-linear"))
+    assert all("second" in layer.dvora_adapted for layer in layers_in(model))
