@@ -1,8 +1,9 @@
 """Quantised bases: how to make each from a linear layer, and the weight that it multiplies by."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter, methodcaller
 from typing import NamedTuple
 
 import pytest
@@ -10,10 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dvora import SharedProjections
-from tests.peft.dense import DenseSum
-from tests.peft.tiny import dvora_layers
-from tests.reference import DenseDVoRA
+from tests.peft.dense_weights import DenseModel
 
 GROUP = 64
 """Weights that share a scale, where the format has groups; bitsandbytes' 4-bit kernels need such sizes too."""
@@ -120,10 +118,6 @@ def _hqq(linear: nn.Linear, bits: int, compute: torch.dtype = torch.float32) -> 
     return hqq.HQQLinear(linear, config, compute_dtype=compute, device="cpu")
 
 
-def _plain_weight(layer: nn.Module) -> Tensor:
-    return layer.weight.detach()
-
-
 def _bnb_int8_weight(layer: nn.Module) -> Tensor:
     return layer.weight.CB * layer.weight.SCB[:, None] / 127
 
@@ -132,18 +126,6 @@ def _bnb_4bit_weight(layer: nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
-def _torchao_weight(layer: nn.Module) -> Tensor:
-    return layer.weight.dequantize()
-
-
-def _hqq_weight(layer: nn.Module) -> Tensor:
-    return layer.dequantize()
-
-
-def _packed_weight(layer: nn.Module) -> Tensor:
-    return layer.dequantised()
 
 
 _BFLOAT16 = {"dtype": torch.bfloat16, "compute": torch.bfloat16, "tolerance": 0.03, "eval_tolerance": 0.03}
@@ -155,33 +137,35 @@ _EVAL_4BIT = 0.02
 _EVAL_INT8_ACTIVATIONS = 0.02
 
 BASES: dict[str, Base] = {
-    "bfloat16": Base(lambda linear: linear, _plain_weight, **_BFLOAT16),
-    "float16": Base(lambda linear: linear, _plain_weight, **_FLOAT16),
+    "bfloat16": Base(lambda linear: linear, attrgetter("weight"), **_BFLOAT16),
+    "float16": Base(lambda linear: linear, attrgetter("weight"), **_FLOAT16),
     "bnb_int8": Base(_bnb_int8, _bnb_int8_weight, eval_tolerance=_EVAL_INT8_ACTIVATIONS),
     "bnb_nf4": Base(partial(_bnb_4bit, quant_type="nf4"), _bnb_4bit_weight, eval_tolerance=_EVAL_4BIT),
     "bnb_fp4": Base(partial(_bnb_4bit, quant_type="fp4"), _bnb_4bit_weight, eval_tolerance=_EVAL_4BIT),
     "bnb_nf4_bfloat16": Base(
         partial(_bnb_4bit, quant_type="nf4", compute=torch.bfloat16), _bnb_4bit_weight, **_BFLOAT16
     ),
-    "torchao_int8": Base(partial(_torchao, config="int8"), _torchao_weight),
-    "torchao_int4": Base(partial(_torchao, config="int4"), _torchao_weight),
-    "torchao_int8_bfloat16": Base(partial(_torchao, config="int8"), _torchao_weight, **_BFLOAT16),
+    "torchao_int8": Base(partial(_torchao, config="int8"), lambda layer: layer.weight.dequantize()),
+    "torchao_int4": Base(partial(_torchao, config="int4"), lambda layer: layer.weight.dequantize()),
+    "torchao_int8_bfloat16": Base(
+        partial(_torchao, config="int8"), lambda layer: layer.weight.dequantize(), **_BFLOAT16
+    ),
     # Its kernels round one-hot inputs, the largest there are, to 127 / 127.5 of their value.
     "torchao_int8_dynamic": Base(
         partial(_torchao, config="int8 dynamic"),
-        _torchao_weight,
+        lambda layer: layer.weight.dequantize(),
         tolerance=_EVAL_INT8_ACTIVATIONS,
         eval_tolerance=_EVAL_INT8_ACTIVATIONS,
         norm_tolerance=5e-3,
         differentiable=False,
     ),
-    "hqq_8bit": Base(partial(_hqq, bits=8), _hqq_weight),
-    "hqq_4bit": Base(partial(_hqq, bits=4), _hqq_weight),
-    "hqq_4bit_bfloat16": Base(partial(_hqq, bits=4, compute=torch.bfloat16), _hqq_weight, **_BFLOAT16),
-    "forward_only": Base(PackedLinear, _packed_weight),
-    "forward_only_float16": Base(PackedLinear, _packed_weight, **_FLOAT16),
-    "forward_only_hidden_bias": Base(HiddenBiasLinear, _packed_weight),
-    "inference_only": Base(InferenceOnlyLinear, _packed_weight, differentiable=False),
+    "hqq_8bit": Base(partial(_hqq, bits=8), methodcaller("dequantize")),
+    "hqq_4bit": Base(partial(_hqq, bits=4), methodcaller("dequantize")),
+    "hqq_4bit_bfloat16": Base(partial(_hqq, bits=4, compute=torch.bfloat16), methodcaller("dequantize"), **_BFLOAT16),
+    "forward_only": Base(PackedLinear, PackedLinear.dequantised),
+    "forward_only_float16": Base(PackedLinear, PackedLinear.dequantised, **_FLOAT16),
+    "forward_only_hidden_bias": Base(HiddenBiasLinear, PackedLinear.dequantised),
+    "inference_only": Base(InferenceOnlyLinear, PackedLinear.dequantised, differentiable=False),
 }
 PLAIN = ("bfloat16", "float16")
 """Those whose weight is a tensor of numbers."""
@@ -235,28 +219,12 @@ def operating_weight(linear: nn.Linear, kind: str) -> Tensor:
     return base.weight(fresh).to(base.compute).double()
 
 
-def dense_twin(adapted: PeftModel, model: nn.Module, kind: str, adapter_names: tuple[str, ...] = ()) -> nn.Module:
+def dense_twin(
+    adapted: PeftModel, model: nn.Module, kind: str, adapter_names: Sequence[str] = ("default",)
+) -> DenseModel:
     """`quantised(model, kind)` with the adapters of `adapted`, in float64 and with dense matrices only."""
-    twin = copy.deepcopy(model).to(BASES[kind].dtype).double()
+    base = copy.deepcopy(model).to(BASES[kind].dtype).double()
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear:
-            twin.get_submodule(name).weight.data = operating_weight(layer, kind)
-    for name, layer in dvora_layers(adapted):
-        linear = twin.get_submodule(name)
-        names = [each for each in adapter_names or ("default",) if each in layer.dvora_adapted]
-        twin.set_submodule(name, DenseSum([_dense(linear, layer.vectors(n), adapted.peft_config[n]) for n in names]))
-    return twin
-
-
-def _dense(linear: nn.Linear, vectors: tuple[Tensor, Tensor, Tensor], config: object) -> DenseDVoRA:
-    shared, rank = SharedProjections(config.projection_seed, config.projection_init), len(vectors[2])
-    return DenseDVoRA(
-        linear.weight,
-        linear.bias,
-        shared.A(rank, linear.in_features, torch.float64),
-        shared.B(rank, linear.out_features, torch.float64),
-        *vectors,
-        scaling=1.0 if config.alpha is None else config.alpha / rank,
-        direction=config.direction,
-        detach_norm=config.detach_norm,
-    )
+            base.get_submodule(name).weight.data = operating_weight(layer, kind)
+    return DenseModel(base, adapted, adapter_names)

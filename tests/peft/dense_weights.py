@@ -63,13 +63,14 @@ class DenseModel:
             present = [name for name in adapter_names if name in layer.dvora_adapted]
             if present:
                 parameter = parameter_name(path, layer)
-                self.weights[parameter] = _dense(self.base.get_parameter(parameter), layer, model, present)
+                self.weights[parameter] = dense_weight(self.base.get_parameter(parameter), layer, model, present)
 
     def parameters(self) -> dict[str, Tensor]:
         """The adapted weights by their names in the base model."""
         return {name: weight.parameter() for name, weight in self.weights.items()}
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """The outputs; logits, where a model returns more."""
         kwargs = {name: _doubled(value) for name, value in kwargs.items()}
         result = functional_call(self.base, self.parameters(), tuple(map(_doubled, args)), kwargs, tie_weights=False)
         return result if isinstance(result, Tensor) else result[0]
@@ -98,7 +99,8 @@ def gradients_by_parameter(model: PeftModel, adapter_name: str = "default") -> d
     }
 
 
-def _dense(weight: Tensor, layer: DVoRALayer, model: PeftModel, names: Sequence[str]) -> Dense:
+def dense_weight(weight: Tensor, layer: DVoRALayer, model: PeftModel, names: Sequence[str]) -> Dense:
+    """The named adapters of a layer over a weight, with matrices made anew from the configuration."""
     module, experts = layer.get_base_layer(), weight.dim() == 3 and not isinstance(layer.get_base_layer(), nn.Conv1d)
     turned = isinstance(module, Conv1D | nn.Embedding) or (experts and getattr(module, "is_transposed", False))
     matrix = weight.detach().transpose(-1, -2) if turned else weight.detach()

@@ -72,12 +72,9 @@ class Subject(NamedTuple):
 
     def dense(self, model: PeftModel, adapter_names: tuple[str, ...] = ("default",)) -> DenseModel:
         """The dense float64 model with the adapters of an adapted one."""
-        if not self.quantised:
-            return DenseModel(self.base(), model, adapter_names)
-        base = bases.wide().to(self.dtype).double()
-        for name, layer in bases.wide().named_children():
-            base.get_submodule(name).weight.data = bases.operating_weight(layer, self.base_name)
-        return DenseModel(base, model, adapter_names)
+        if self.quantised:
+            return bases.dense_twin(model, bases.wide(), self.base_name, adapter_names)
+        return DenseModel(self.base(), model, adapter_names)
 
     def close(self, actual: Tensor, expected: Tensor) -> bool:
         """Whether outputs agree as far as the base's precision goes."""

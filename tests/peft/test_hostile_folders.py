@@ -14,8 +14,9 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,11 @@ from torch import Tensor, nn
 
 import dvora
 from dvora import DVoRAConfig
-from dvora.peft import expressions, saving
+from dvora.peft import expressions
 from tests.census import Census
 from tests.fresh import FRESH
 from tests.peft.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights
+from tests.peft.kinds import Kind, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
@@ -44,21 +46,13 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 class Normalised(nn.Module):
-    """With statistics that are no parameters, and projections with wrappers around each other."""
+    """With statistics that are no parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.lin0, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-            self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6)
-
-
-class Kind(NamedTuple):
-    """A base, and the settings of the adapter that is saved for it."""
-
-    base: Callable[[], nn.Module]
-    settings: dict[str, Any]
 
 
 def bert(**settings: Any) -> Kind:
@@ -66,12 +60,16 @@ def bert(**settings: Any) -> Kind:
 
 
 BERT = bert(projection_init="kaiming_uniform", save_projection=True)
+PLAIN = bert()
 HEAD = bert(target_modules=["query"], modules_to_save=["classifier"])
 BIASES = bert(target_modules=["query"], bias="dvora_only")
 LLAMA = Kind(MODELS["llama"], {"r": 6, "target_modules": LAYERS["llama"]})
 TOKENS = Kind(MODELS["llama"], {"r": 6, "target_modules": ["q_proj"], "trainable_token_indices": [3, 5]})
+MLP = mlp(r=5, target_modules=LAYERS["mlp"][:2], rank_pattern={"lin1": 4}, modules_to_save=["lin2"])
 NORMALISED = Kind(Normalised, {"r": 4, "target_modules": ["lin0"]})
-ATTENTION = Kind(Normalised, {"r": 4, "target_modules": ["attention"]})
+
+
+KINDS = (BERT, HEAD, BIASES, LLAMA, TOKENS, MLP, NORMALISED, PLAIN)
 
 
 def weights(change: Callable[[dict[str, Tensor]], object]) -> Edit:
@@ -92,6 +90,10 @@ def renamed(old: str, new: str) -> Edit:
 
 def settings(**values: object) -> Edit:
     return lambda folder: edit_config(folder, **values)
+
+
+def vera(sizes: str) -> Edit:
+    return settings(projection_init=f"peft_vera({sizes})", projection_fingerprint="0" * 16)
 
 
 def text(content: str) -> Edit:
@@ -156,7 +158,6 @@ def evil(folder: Path) -> None:
 FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
     "a missing vector": (BERT, weights(lambda t: t.pop(f"{QUERY}.dvora_magnitude")), r"lacks .*query\.dvora_magnitude"),
     "no value": (BERT, weights(dict.clear), "lacks vectors of adapted layers: bert"),
-    "a renamed vector": (BERT, renamed(f"{QUERY}.dvora_lambda_b", f"{QUERY}.dvora_lambda_c"), r"query\.dvora_lambda_"),
     "a renamed layer": (BERT, renamed(f"{QUERY}.dvora_lambda_b", f"{QUERY[:-5]}quary.dvora_lambda_b"), "quary"),
     "a vector more": (BERT, added(f"{QUERY[:-5]}key.dvora_magnitude", lambda: torch.ones(32)),
         "not adapted here: .*key"),
@@ -164,20 +165,13 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
         r"lambda_d.* shape \(12,\).*\(6,\)"),
     "another rank everywhere": (BERT, weights(doubled),
                                 r"shape \(12,\) in the adapter and \(6,\) in its configuration"),
-    "a matrix": (BERT, value(f"{QUERY}.dvora_magnitude", lambda v: v[:, None]), r"query\.dvora_magnitude.* \(32, 1\)"),
-    "an empty vector": (BERT, value(f"{QUERY}.dvora_magnitude", lambda v: v[:0]), r"query\.dvora_magnitude.* \(0,\)"),
     "a short vector": (LLAMA, value(f"{Q_PROJ}.dvora_magnitude", lambda v: v[:31].clone()),
         r"shape \(31,\) .* \(32,\)"),
     "integers": (BERT, value(f"{QUERY}.dvora_lambda_b", Tensor.long), r"query\.dvora_lambda_b.* torch\.int64"),
     "NaN": (BERT, value(f"{QUERY}.dvora_lambda_d", poisoned(torch.nan)), r"query\.dvora_lambda_d.* not finite"),
-    "infinity": (BERT, value(f"{QUERY}.dvora_magnitude", poisoned(torch.inf)), r"dvora_magnitude.* not finite"),
     "infinite in float32": (BERT, value(f"{QUERY}.dvora_magnitude", lambda v: v.double() * 1e300), "not finite"),
-    "NaN in attention": (ATTENTION, weights(lambda t: [v.fill_(torch.nan) for v in t.values()]), "not finite"),
-    "NaN in a head": (HEAD, value(f"{CLASSIFIER}.weight", lambda v: v * torch.nan), "not finite"),
     "NaN in a bias": (BIASES, value(f"{QUERY}.base_layer.bias", lambda v: v * torch.nan),
         "bias has values that are not"),
-    "NaN in tokens": (TOKENS, weights(lambda t: [v.fill_(torch.nan) for k, v in t.items() if "delta" in k]),
-        "not finite"),
     "far magnitudes": (BERT, several(value(f"{QUERY}.dvora_magnitude", lambda v: torch.full_like(v, 3e38)),
                                      value(f"{QUERY}.dvora_lambda_d", lambda v: torch.full_like(v, 1e30))),
                        "so large that outputs would not be finite"),
@@ -185,20 +179,12 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
     "another projection": (BERT, value(f"{MATRICES}stream_1", lambda m: m.roll(1, 0)),
         "stream_1 differs"),
     "a changed bit": (BERT, value(f"{MATRICES}stream_0", flipped), "matrix stream_0 differs"),
-    "a renamed projection": (BERT, renamed(f"{MATRICES}stream_0", f"{MATRICES}stream_7"),
-                             "projection matrix stream_7"),
     "an empty file": (BERT, data(lambda _: b""), "(?i)header"),
     "half a file": (BERT, data(lambda content: content[:-7]), "(?i)incomplete|header"),
-    "half a header": (BERT, data(lambda content: content[:100]), "(?i)header"),
-    "another header": (BERT, data(lambda content: b"\xff" * 64 + content[64:]), "(?i)header"),
     "a folder as file": (BERT, lambda f: [(f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()], "is not a file"),
     "another fingerprint": (BERT, settings(projection_fingerprint="0123456789abcdef"),
         "fingerprint is '0123456789abcdef'"),
-    "another seed": (BERT, settings(projection_seed=1), "projection_seed=1 .* trained with other shared matrices"),
-    "another distribution": (BERT, settings(projection_init="structured"), "'structured' .* other shared matrices"),
     "another format": (BERT, settings(projection_format=99), "projection_format is 99, this version makes format 1"),
-    "another rank in the settings": (BERT, settings(r=7),
-        r"shape \(6,\) in the adapter and \(7,\) in its configuration"),
     "a rank twice": (LLAMA, lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().rstrip()[:-1] + ', "r": 65536}'),
                      r"\(65536,\) in its configuration"),
     "a rank for one layer": (BERT, settings(rank_pattern={"query": 5}),
@@ -207,25 +193,20 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
                                r"has rank 65536 in its configuration, and no lambda_d .* more than 6 values"),
     "fewer targets": (BERT, settings(target_modules=["query"]), "not adapted here: .*dense"),
     "more targets": (BERT, settings(target_modules=[*LAYERS["bert"], "key"]), "lacks vectors of adapted layers: .*key"),
+    "wide matrices of VeRA": (LLAMA, vera("r=6, in=22369600, out=22369600"), "larger than any layer .* 48 features"),
+    "long matrices of VeRA": (LLAMA, vera("r=60000, in=2000, out=2000"), "larger than any layer .* and rank 6"),
     "no JSON": (BERT, text("{not json"), "(?i)expecting|json"),
     "a method of no one": (LLAMA, text('{"peft_type": "NOPE"}'), "NOPE"),
     "probes of another base": (BERT, settings(base_probes={QUERY.removeprefix("base_model.model."): [1.0] * 9}),
                                "made for another base model"),
     "a table": (LLAMA, added(TABLE, lambda: torch.ones(40, 32)), r"does not train: .*embed_tokens\.weight"),
-    "a longer table": (LLAMA, added(TABLE, lambda: torch.ones(50, 32)), r"does not train: .*embed_tokens\.weight"),
-    "a normalisation": (LLAMA, added("base_model.model.model.norm.weight", lambda: torch.full((32,), 2.0)),
-        "does not train"),
     "a weight": (LLAMA, added(f"{Q_PROJ}.base_layer.weight", lambda: torch.ones(32, 32)), "does not train"),
     "a statistic": (NORMALISED, added("base_model.model.norm.running_mean", lambda: torch.ones(8)),
         "does not train: .*mean"),
-    "a bias": (bert(), added(f"{QUERY}.base_layer.bias", lambda: torch.ones(32)),
-        "does not train: .*bias"),
-    "a bias of others": (BIASES, added("base_model.model.classifier.bias", lambda: torch.ones(3)),
+    "a bias": (PLAIN, added(f"{QUERY}.base_layer.bias", lambda: torch.ones(32)),
         "does not train: .*bias"),
     "a missing bias": (BIASES, weights(lambda t: t.pop(f"{QUERY}.base_layer.bias")),
         r"lacks biases.*query\.base_layer\.bias"),
-    "something unknown": (LLAMA, added("base_model.model.elsewhere", lambda: torch.ones(3)),
-        "does not train: .*elsewhere"),
     "a missing head": (HEAD, weights(lambda t: t.pop(f"{CLASSIFIER}.weight")),
         r"lacks classifier\.weight, which"),
     "a head without columns": (HEAD, added(f"{CLASSIFIER}.weight", lambda: torch.ones(300_000, 0)),
@@ -240,8 +221,6 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
                            "has not as many values"),
     "a sparse tensor": (LLAMA, pickled(lambda t: t | {f"{Q_PROJ}.dvora_lambda_d": torch.ones(6).to_sparse()}),
         "many|cannot be read"),
-    "a tensor without values": (LLAMA, pickled(lambda t: t | {TABLE: torch.empty(6, device="meta")}),
-        "many|cannot be read"),
     "a compressed pickle": (LLAMA, pickled(lambda t: t | {TABLE: torch.zeros(2**22)}, compressed=True),
         "bin is compressed"),
     "a pickle of no tensors": (LLAMA, pickled(list), "does not hold tensors by name"),
@@ -251,18 +230,15 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
-    """Folders of trained adapters."""
-    made: dict[int, Path] = {}
+    """Folders of trained adapters, which can be loaded."""
 
-    def saved(kind: Kind) -> Path:
-        if id(kind) not in made:
-            model = get_peft_model(kind.base(), DVoRAConfig(**kind.settings))
-            train_vectors(model)
-            made[id(kind)] = tmp_path_factory.mktemp("sound")
-            model.save_pretrained(made[id(kind)], save_embedding_layers=False)
-        return made[id(kind)]
+    @cache
+    def folder(of: int) -> Path:
+        made = saved(KINDS[of].trained(), tmp_path_factory.mktemp("sound"), save_embedding_layers=False)
+        PeftModel.from_pretrained(KINDS[of].base(), made)
+        return made
 
-    return saved
+    return lambda kind: folder(KINDS.index(kind))
 
 
 @contextlib.contextmanager
@@ -273,23 +249,24 @@ def small_tensors_only() -> Iterator[None]:
     assert made.largest() <= 2**18
 
 
+REFUSALS = ValueError, TypeError, SafetensorError, KeyError
+
+
 def refused(kind: Kind, folder: Path, message: str) -> None:
     """Neither a fresh model nor one that has an adapter takes the folder; both go on as they were."""
     fresh = kind.base().eval()
-    before, names = snapshot(fresh), [(name, type(module)) for name, module in fresh.named_modules()]
-    with pytest.raises((ValueError, TypeError, SafetensorError, KeyError), match=message):
+    before = snapshot(fresh)
+    with pytest.raises(REFUSALS, match=message):
         PeftModel.from_pretrained(fresh, folder)
     assert_unchanged(fresh, before)
-    assert [(name, type(module)) for name, module in fresh.named_modules()] == names
     assert "peft_config" not in vars(fresh)
     first = next(name for name, module in fresh.named_modules() if isinstance(module, nn.Linear))
     model = get_peft_model(kind.base(), DVoRAConfig(r=3, target_modules=[first]), "own").eval()
     train_vectors(model, "own")
-    before, names = snapshot(model), [(name, type(module)) for name, module in model.named_modules()]
-    with pytest.raises((ValueError, TypeError, SafetensorError, KeyError), match=message):
+    before = snapshot(model)
+    with pytest.raises(REFUSALS, match=message):
         model.load_adapter(folder, "stranger")
     assert_unchanged(model, before)
-    assert [(name, type(module)) for name, module in model.named_modules()] == names
     assert model.active_adapters == list(model.peft_config) == ["own"]
 
 
@@ -303,23 +280,22 @@ def test_a_folder_is_refused_and_changes_nothing(name: str, sound: Callable[[Kin
     assert not (folder / "mark").exists()
 
 
-def test_the_folders_that_are_edited_are_sound(sound: Callable[[Kind], Path]) -> None:
-    for kind in {id(kind): kind for kind, _, _ in FOLDERS.values()}.values():
-        PeftModel.from_pretrained(kind.base(), sound(kind))
+SWAPPED = {"a rank of other layers", "fewer targets", "more targets"}
+"""A hot swap compares vectors and scales, whatever targets they were made by."""
+TAKEN = pytest.mark.xfail(reason="a bias that the folder does not train is written into the base")
 
 
-@pytest.mark.parametrize("sizes", ["r=6, in=22369600, out=22369600", "r=60000, in=2000, out=2000"])
-def test_matrices_of_vera_are_not_larger_than_the_model(
-    sizes: str, sound: Callable[[Kind], Path], tmp_path: Path
+@pytest.mark.parametrize("name", [pytest.param(n, marks=TAKEN if n == "a bias" else ()) for n in FOLDERS])
+def test_a_hot_swap_takes_vectors_from_it_or_refuses_it(
+    name: str, sound: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(sound(LLAMA), tmp_path / "folder"))
-    edit_config(folder, projection_init=f"peft_vera({sizes})", projection_fingerprint="0" * 16)
-    model = get_peft_model(MODELS["llama"](), DVoRAConfig(r=6, target_modules=LAYERS["llama"]))
-    with small_tensors_only():
-        refused(LLAMA, folder, "projection_init=.* is larger than any layer here: .* 48 features and rank 6")
-        assert DVoRAConfig.from_pretrained(str(folder)).projection_fingerprint == "0" * 16
-        with pytest.raises(ValueError, match="projection_init is 'structured' here"):
-            dvora.hotswap_adapter(model, folder)
+    kind, edit, _ = FOLDERS[name]
+    folder, model = Path(shutil.copytree(sound(kind), tmp_path / "folder")), kind.fresh()
+    edit(folder)
+    before, swapped = snapshot(model), kind.trained()
+    with small_tensors_only(), contextlib.nullcontext() if name in SWAPPED else pytest.raises(REFUSALS):
+        dvora.hotswap_adapter(model, folder)
+    assert_unchanged(model, snapshot(swapped) if name in SWAPPED else before)
 
 
 @pytest.mark.parametrize(
@@ -338,46 +314,36 @@ def test_our_own_door_says_what_is_wrong_with_a_configuration(content: str, mess
         DVoRAConfig.from_pretrained(str(tmp_path))
 
 
-def test_what_arrives_over_a_loaded_adapter_is_checked_as_a_folder_is(
-    sound: Callable[[Kind], Path], tmp_path: Path
-) -> None:
+ARRIVING: dict[str, tuple[str, Callable[[], Tensor], str]] = {
+    "NaN": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.full((6,), torch.nan), "not finite"),
+    "an expanded tensor": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.ones(1).expand(2**30), "has not as many values"),
+    "another rank": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.ones(7), r"shape \(7,\) in the adapter and \(6,\)"),
+    "a weight": (f"{Q_PROJ}.base_layer.weight", lambda: torch.ones(32, 32), "does not train"),
+    "a table": (TABLE, lambda: torch.ones(40, 32), "does not train"),
+}
+
+
+@pytest.mark.parametrize("name", ARRIVING)
+def test_a_state_dict_over_a_loaded_adapter_is_checked_as_a_folder_is(name: str, sound: Callable[[Kind], Path]) -> None:
+    key, make, message = ARRIVING[name]
     model = PeftModel.from_pretrained(MODELS["llama"](), sound(LLAMA))
     before, state = snapshot(model), get_peft_model_state_dict(model)
-    for change, message in (
-        ({f"{Q_PROJ}.dvora_lambda_d": torch.full((6,), torch.nan)}, "not finite"),
-        ({f"{Q_PROJ}.dvora_lambda_d": torch.ones(1).expand(2**30)}, "has not as many values of its own"),
-        ({f"{Q_PROJ}.dvora_lambda_d": torch.ones(7)}, r"shape \(7,\) in the adapter and \(6,\) in the model"),
-        ({f"{Q_PROJ}.base_layer.weight": torch.ones(32, 32)}, "does not train"),
-        ({TABLE: torch.ones(40, 32)}, "does not train"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            set_peft_model_state_dict(model, {**state, **change})
-        assert_unchanged(model, before)
-        folder = Path(shutil.copytree(sound(LLAMA), tmp_path / message[:9] / str(len(change)), dirs_exist_ok=True))
-        edit_weights(folder, lambda tensors, c=change: tensors.update({k: v.contiguous()[:40] for k, v in c.items()}))
-        with pytest.raises(ValueError, match=r"not finite|has shape|does not train"):
-            model.load_adapter(folder, "default")
-        assert_unchanged(model, before)
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, {**state, key: make()})
+    assert_unchanged(model, before)
 
 
-def test_a_file_that_changes_during_the_load_is_refused_where_its_values_arrive(
-    sound: Callable[[Kind], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["NaN", "a weight"])
+def test_a_folder_over_a_loaded_adapter_is_checked_too(
+    name: str, sound: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
-    """The model has the adapter then, with its starting values, which change nothing."""
-    folder = Path(shutil.copytree(sound(LLAMA), tmp_path / "folder"))
-    base, check = MODELS["llama"]().eval(), saving.check_folder
-    expected = outputs(base)
-    model = get_peft_model(base, DVoRAConfig(r=3, target_modules=["q_proj"]), "own")
-
-    def then_changed(*arguments: Any) -> None:
-        check(*arguments)
-        edit_weights(folder, lambda t: t.update({f"{Q_PROJ}.dvora_lambda_d": torch.full((6,), torch.nan)}))
-
-    monkeypatch.setattr("dvora.peft.model.check_folder", then_changed)
-    with pytest.raises(ValueError, match="not finite"):
-        model.load_adapter(folder, "late")
-    model.set_adapter("late")
-    assert torch.equal(outputs(model), expected)
+    key, make, message = ARRIVING[name]
+    model = PeftModel.from_pretrained(MODELS["llama"](), sound(LLAMA))
+    before, folder = snapshot(model), Path(shutil.copytree(sound(LLAMA), tmp_path / "folder"))
+    edit_weights(folder, lambda tensors: tensors.update({key: make()}))
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(folder, "default")
+    assert_unchanged(model, before)
 
 
 BAD_NAMES = (
@@ -386,13 +352,10 @@ BAD_NAMES = (
     "..",
     "keys",
     "forward",
-    "_modules",
-    "weight",
     "base_layer",
     "/etc",
     "a\\b",
     "x" * 201,
-    "a\nb",
     "\0",
 )
 
@@ -416,9 +379,7 @@ def test_a_name_that_no_model_could_keep_is_refused(name: str, sound: Callable[[
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize(
-    "name", ["a b", "é", "0", "lin0", "(", "org/name", "dvora_lambda_b", "modules_to_save", "x" * 200]
-)
+@pytest.mark.parametrize("name", ["é b", "0", "lin0", "(", "org/name", "dvora_lambda_b", "modules_to_save", "x" * 200])
 def test_a_name_that_is_accepted_keeps_everything(name: str, tmp_path: Path) -> None:
     config = DVoRAConfig(r=4, target_modules=["lin0", "lin1"], bias="all", modules_to_save=["lin2"])
     model = get_peft_model(MODELS["mlp"](), config, name).eval()
@@ -439,10 +400,8 @@ LAMBDA_D = "base_model.model.wide.dvora_lambda_d"
 NAMES = [f"name{number}" for number in range(40_000)]
 BOMBS: dict[str, Edit] = {
     "rank": settings(r=65536),
-    "rank of a pattern": settings(rank_pattern={".*": 65536}),
     "rank of another layer": settings(r=65536, rank_pattern={"wide": 4}, target_modules=["wide", "other"]),
     "rank and no vectors": several(settings(r=65536), weights(dict.clear)),
-    "expanded rank": several(settings(r=65536), pickled(lambda t: t | {LAMBDA_D: torch.ones(1).expand(65536)})),
     "expanded projections": pickled(
         lambda t: t | {f"{MATRICES}stream_0": torch.ones(1, 1).expand(65536, 65536)}
     ),
@@ -450,27 +409,18 @@ BOMBS: dict[str, Edit] = {
         settings(projection_init="kaiming_uniform", projection_fingerprint=None),
         added(f"{MATRICES}stream_0", lambda: torch.ones(2_000_000, 1)),
     ),
-    "matrices of VeRA, inputs": settings(projection_init="peft_vera(r=4, in=33000000, out=33000000)"),
-    "matrices of VeRA, rank": settings(projection_init="peft_vera(r=60000, in=2048, out=2048)"),
     "a head without columns": added("base_model.model.head.weight", lambda: torch.ones(30_000_000, 0)),
-    "an expression": settings(exclude_modules="(.*)*x"),
     "a slow expression": settings(exclude_modules=".*.*.*.*.*x"),
-    "an expression in a pattern": settings(rank_pattern={"(.+)+!": 4}),
     "an expression for a long name": several(
         settings(rank_pattern={".*a.*a.*a.*a!": 4}),
         added(f"base_model.model.{'a' * 9999}.dvora_lambda_d", lambda: torch.ones(4)),
     ),
-    "sets of characters": settings(exclude_modules="[Ā-退]" * 40_000),
-    "some sets of characters": settings(exclude_modules="(?i)" + "[Ā-退]" * 250),
     "4,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES[:4000], 1.0)),
     "40,000 patterns": settings(alpha_pattern=dict.fromkeys(NAMES, 1.0)),
-    "40,000 targets": settings(target_modules=[*NAMES, "wide"]),
     "4,000 targets": settings(target_modules=[*NAMES[:4000], "wide"]),
-    "long targets": settings(target_modules=["q" * 2**20, "wide"]),
     "probes without end": settings(base_probes={"wide": [1.0] * 10**6}),
     "one token a million times": settings(trainable_token_indices={"head": [0] * 10**6}),
     "deep JSON": text('{"a":' * 10**6),
-    "digits": text('{"r": ' + "9" * 10**6 + "}"),
 }  # fmt: skip
 
 
@@ -534,12 +484,10 @@ def test_none_takes_much_time_or_memory(tmp_path: Path) -> None:
     assert not {name: length for name, (_, length, _) in found.items() if length > 3000}
     assert not {name: seconds for name, (_, _, seconds) in found.items() if seconds > SECONDS}
     loaded = {name for name, (ended, _, _) in found.items() if ended == "loaded"}
-    assert loaded - {"a slow expression", "some sets of characters"} == {
-        "4,000 patterns",
-        "4,000 targets",
-        "long targets",
-    }
+    assert loaded - {"a slow expression"} == {"4,000 patterns", "4,000 targets"}
 
+
+# Damage at random.
 
 SHORT, LONG = 30, 2000
 """Folders of each kind of damage."""
@@ -565,13 +513,8 @@ def one_tensor(folder: Path, rng: random.Random) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         key, other = rng.sample(sorted(tensors), 2)
         tensor = tensors.pop(key)
-        changed = {
-            key: rng.choice([tensors[other], torch.cat([tensor, tensor]), tensor[: len(tensor) // 2], tensor.half()]),
-            key + rng.choice([".default", "_", ".0"]): tensor,
-            key.replace("dvora_lambda_b", "base_layer.weight"): torch.ones(24, 24),
-        }
-        name = rng.choice(["", *changed])
-        tensors.update({name: changed[name].clone()} if name else {})
+        name = rng.choice([key, f"{key}.0", key.replace("dvora_lambda_b", "base_layer.weight")])
+        tensors[name] = rng.choice([tensor, tensors[other], torch.cat([tensor, tensor]), tensor.half()]).clone()
 
     edit_weights(folder, edit)
 
@@ -581,21 +524,15 @@ def one_setting(folder: Path, rng: random.Random) -> None:
     edit_config(folder, **{rng.choice([*names, "unknown"]): rng.choice(VALUES)})
 
 
-def no_setting(folder: Path, rng: random.Random) -> None:
-    names = json.loads((folder / CONFIG).read_text())
-    del names[rng.choice(list(names))]
-    (folder / CONFIG).write_text(json.dumps(names))
-
-
-def files(folder: Path, rng: random.Random) -> None:
+def a_file(folder: Path, rng: random.Random) -> None:
     path = folder / rng.choice([WEIGHTS, CONFIG])
     content, cut = path.read_bytes(), rng.randrange(100)
     path.unlink()
     changed = rng.choice([content[:cut], content[::-1], content[:cut] + rng.randbytes(8) + content[cut:], b"", None])
-    path.write_bytes(changed) if changed is not None else rng.choice([path.mkdir, lambda: None])()
+    path.mkdir() if changed is None else path.write_bytes(changed)
 
 
-@pytest.mark.parametrize("damage", [bits, one_tensor, one_setting, no_setting, files])
+@pytest.mark.parametrize("damage", [bits, one_tensor, one_setting, a_file])
 def test_a_damaged_folder_gives_what_it_holds_or_is_refused(
     damage: Callable[[Path, random.Random], object],
     sound: Callable[[Kind], Path],
@@ -623,24 +560,13 @@ def test_a_damaged_folder_gives_what_it_holds_or_is_refused(
                 assert list(model.peft_config) == ["mine"], seed
                 assert_unchanged(model, before)
             else:
-                check_loaded(model, folder, seed)
+                file = load_file(folder / WEIGHTS)
+                loaded = {n: p for n, p in model.named_parameters() if ".dvora_" in n and n.endswith(".loaded")}
+                assert loaded
+                for name, vector in loaded.items():
+                    assert vector.isfinite().all(), (seed, name)
+                    assert torch.equal(vector, file[name.removesuffix(".loaded")].to(vector.dtype)), (seed, name)
         assert model.active_adapters == ["mine"]
         assert same_bits(outputs(model), expected)
         shutil.rmtree(folder)
     assert refusals
-
-
-MLP = Kind(
-    MODELS["mlp"],
-    {"r": 5, "target_modules": LAYERS["mlp"][:2], "rank_pattern": {"lin1": 4}, "modules_to_save": ["lin2"]},
-)
-
-
-def check_loaded(model: PeftModel, folder: Path, seed: int) -> None:
-    """All vectors of the adapter are those of the file, and finite."""
-    file = load_file(folder / WEIGHTS)
-    loaded = {name: p for name, p in model.named_parameters() if ".dvora_" in name and name.endswith(".loaded")}
-    assert loaded
-    for name, parameter in loaded.items():
-        assert parameter.isfinite().all(), (seed, name)
-        assert torch.equal(parameter, file[name.removesuffix(".loaded")].to(parameter.dtype)), (seed, name)

@@ -14,7 +14,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
@@ -22,16 +21,12 @@ from torch import Tensor, nn
 import dvora
 from dvora import DVoRAConfig, MergePrecisionWarning
 from dvora.peft.merging import merge_model
-from tests.peft.dense import dense_model
-from tests.peft.interruptions import interrupted
+from tests.peft.bases import PackedLinear
+from tests.peft.dense_weights import DenseModel
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ADAPTERS = ["default", "second", "third"]
-# These adapters do so much that half precision keeps their updates, up to its own rounding.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-
 # PEFT says so at every merge that follows another, here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
 
@@ -53,34 +48,15 @@ def merged_adapters(model: nn.Module) -> set[tuple[str, ...]]:
 # What a merge computes.
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_merged_outputs_equal_unmerged_ones_and_unmerge_restores_every_bit(name: str, dtype: torch.dtype) -> None:
-    # Llama and T5 normalise in float32 even in a float64 model.
-    tolerance = max(TOLERANCE[dtype], 1e-6 if name in ("llama", "t5") else 0)
-    model = adapted(name, dtype)
-    before, expected = snapshot(model), outputs(model)
-    model.merge_adapter()
-    assert merged_adapters(model) == {("default",)}
-    assert worst_difference(outputs(model), expected) < tolerance
-    model.unmerge_adapter()
-    assert merged_adapters(model) == {()}
-    assert_unchanged(model, before)
-    assert same_bits(outputs(model), expected)
-
-
 @pytest.mark.parametrize("order", list(itertools.permutations(ADAPTERS)), ids="-".join)
-@pytest.mark.parametrize("name", ["mlp", "gpt2"])
-def test_adapters_merged_one_by_one_in_any_order_are_the_dense_sum(name: str, order: tuple[str, ...]) -> None:
-    model = adapted(name, torch.float64)
-    before, rebuilt = snapshot(model), dense_model(model, ADAPTERS)
+def test_adapters_merged_one_by_one_in_any_order_are_the_dense_sum(order: tuple[str, ...]) -> None:
+    model = adapted("gpt2", torch.float64)
+    before, dense = snapshot(model), DenseModel(MODELS["gpt2"](), model, ADAPTERS).parameters()
     for adapter in order:
         model.merge_adapter([adapter])
     assert merged_adapters(model) == {order}
-    for layer_name, layer in dvora_layers(model):
-        expected = rebuilt.get_submodule(layer_name).weight()
-        merged = layer.layer_type.layout.matrix(layer.base_layer.weight)
-        assert worst_difference(merged.detach(), expected.detach()) < 1e-12
+    for name, layer in dvora_layers(model):
+        assert worst_difference(layer.base_layer.weight, dense[f"{name}.weight"]) < 1e-12
     model.unmerge_adapter()
     assert_unchanged(model, before)
 
@@ -97,70 +73,18 @@ def test_merge_and_unload_returns_a_plain_base_with_the_adapted_outputs(name: st
 
 def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once() -> None:
     model = adapted("gpt2", torch.float64)
-    expected = outputs(dense_model(model, ["second", "third"]))
+    expected = DenseModel(MODELS["gpt2"](), model, ["second", "third"])(**inputs(model))
     model.merge_adapter(["second"])
     assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
 
 
-def test_an_adapter_is_merged_where_it_is() -> None:
-    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"]))
-    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin1"]))
-    model.merge_adapter(["second"])
-    assert {name: layer.merged_adapters for name, layer in dvora_layers(model)} == {"lin0": [], "lin1": ["second"]}
-
-
-def test_merging_or_unmerging_twice_warns_and_does_nothing_more_as_with_lora() -> None:
-    model = adapted()
-    before = snapshot(model)
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
-    assert_unchanged(model, before)
+def test_the_original_follows_casts_a_copy_and_a_pickle() -> None:
+    model, cast = adapted(), adapted().bfloat16().float()
     model.merge_adapter()
-    once = snapshot(model)
-    with pytest.warns(UserWarning, match="All adapters are already merged"):
-        model.merge_adapter()
-    assert_unchanged(model, once)
-
-
-def test_adding_an_adapter_to_a_merged_model_unmerges_it_as_with_lora() -> None:
-    model, unmerged = adapted(adapters=1), adapted(adapters=1)
-    model.merge_adapter()
-    config = DVoRAConfig(r=5, target_modules=LAYERS["mlp"])
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.add_adapter("late", config)
-    unmerged.add_adapter("late", config)
-    assert_unchanged(model, snapshot(unmerged))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_original_follows_casts_a_copy_and_a_pickle(dtype: torch.dtype) -> None:
-    model, cast = adapted(), adapted().to(dtype).float()
-    model.merge_adapter()
-    # Rounded to `dtype` in between, like all other values.
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).to(dtype).float()
+    # Rounded in between, like all other values.
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).bfloat16().float()
     twin.unmerge_adapter()
     assert_unchanged(twin, snapshot(cast))
-
-
-def test_merged_for_good_is_said_where_it_matters() -> None:
-    model = adapted()
-    expected = outputs(model)
-    merge_model(model, None, keep_original=False, safe_merge=False)
-    for refused in (model.unmerge_adapter, next(dvora_layers(model))[1].unmerge, next(dvora_layers(model))[1].unmerged):
-        with pytest.raises(ValueError, match="default were merged permanently"):
-            refused()
-    assert torch.allclose(outputs(model), expected, atol=1e-6)
-
-
-def test_unmerging_is_refused_whole() -> None:
-    model = adapted()
-    model.merge_adapter()
-    model.base_model.model.lin2.original = None
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="default were merged permanently"):
-        model.unmerge_adapter()
-    assert_unchanged(model, before)
-    assert merged_adapters(model) == {("default",)}
 
 
 # What rounding takes.
@@ -175,14 +99,13 @@ def nudge(model: nn.Module) -> PeftModel:
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_merge_that_is_lost_to_rounding_warns_once_with_the_figure(dtype: torch.dtype, method: str) -> None:
-    model = nudge(get_peft_model(MODELS["bert"]().to(dtype), DVoRAConfig(r=4, target_modules=LAYERS["bert"])))
+def test_a_merge_that_is_lost_to_rounding_warns_once_with_the_figure(method: str) -> None:
+    model = nudge(get_peft_model(MODELS["bert"]().bfloat16(), DVoRAConfig(r=4, target_modules=LAYERS["bert"])))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         getattr(model, method)()
     (warning,) = [each for each in caught if issubclass(each.category, MergePrecisionWarning)]
-    assert re.search(rf"{dtype}.*11 of 11 layers, most in bert\.[\w.]+: \d+\.\d%", str(warning.message))
+    assert re.search(r"bfloat16.*11 of 11 layers, most in bert\.[\w.]+: \d+\.\d%", str(warning.message))
 
 
 def test_a_merge_that_loses_nothing_does_not_warn() -> None:
@@ -224,7 +147,6 @@ def test_tokens_that_peft_merges_are_taken_back_too() -> None:
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize(
     ("dtype", "value", "strength"),
     [
@@ -234,7 +156,7 @@ def test_tokens_that_peft_merges_are_taken_back_too() -> None:
     ],
 )
 def test_a_merge_that_is_not_finite_is_refused_and_leaves_all_layers_as_they_were(
-    dtype: torch.dtype, value: float | None, strength: float, method: str
+    dtype: torch.dtype, value: float | None, strength: float
 ) -> None:
     model = adapted("mlp", dtype)
     if value is not None:
@@ -243,10 +165,11 @@ def test_a_merge_that_is_not_finite_is_refused_and_leaves_all_layers_as_they_wer
     model.set_strength({"lin2": strength}, "second")
     model.merge_adapter(["default"])
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"lin2: merging default, second gives values that are not finite"):
-        getattr(model, method)(adapter_names=["second"])
-    assert_unchanged(model, before)
-    assert merged_adapters(model) == {("default",)}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"lin2: merging default, second gives values that are not finite"):
+            merge(adapter_names=["second"])
+        assert_unchanged(model, before)
+        assert merged_adapters(model) == {("default",)}
 
 
 def test_a_large_magnitude_with_a_small_strength_merges() -> None:
@@ -265,13 +188,21 @@ def tied(base: nn.Module) -> None:
     base.twin.weight = base.lin1.weight
 
 
+def parametrized(base: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(base.lin1)
+
+
+def packed(base: nn.Module) -> None:
+    base.lin1 = PackedLinear(base.lin1)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (tied, ValueError, r"lin1: its weight is tied \(.*lin1.weight and twin.weight are one tensor"),
-        (lambda base: nn.utils.parametrizations.weight_norm(base.lin1), TypeError, "lin1.* parametrized"),
+        (parametrized, TypeError, "lin1.* parametrized"),
+        (packed, TypeError, "lin1 .* keeps its weight in a format of its own"),
     ],
-    ids=["tied", "parametrized"],
 )
 def test_a_weight_that_cannot_be_set_keeps_all_layers_from_being_merged(
     change: Callable[[nn.Module], object], error: type[Exception], message: str
@@ -285,54 +216,6 @@ def test_a_weight_that_cannot_be_set_keeps_all_layers_from_being_merged(
         with pytest.raises(error, match=message):
             merge()
         assert_unchanged(model, before)
-
-
-def within_merged(model: PeftModel) -> None:
-    with dvora.merged(model):
-        pass
-
-
-INTERRUPTED: dict[str, tuple[list[str], Callable[[PeftModel], object]]] = {
-    "merge another than the active one": ([], lambda model: model.merge_adapter(["second"])),
-    "merge on top of another": (["default"], lambda model: model.merge_adapter(["second"])),
-    "unmerge two merges": (["default", "second"], lambda model: model.unmerge_adapter()),
-    "merged": ([], within_merged),
-    "one layer": ([], one_layer),
-}
-
-
-@pytest.mark.parametrize("name", INTERRUPTED)
-def test_an_interrupted_merge_is_as_before_or_as_after_and_can_be_unmerged(
-    name: str, pytestconfig: pytest.Config
-) -> None:
-    merged_before, act = INTERRUPTED[name]
-    model, prepared = adapted(adapters=2), adapted(adapters=2)
-    for adapter in merged_before:
-        prepared.merge_adapter([adapter])
-    unmerged, own, after = outputs(model), snapshot(model), copy.deepcopy(prepared)
-    act(after)
-    ends = [outputs(prepared), outputs(after)]
-    for stopped in interrupted(act, prepared, pytestconfig):
-        # What restores weights is not tried again: there a second call ends it.
-        if "merge" in name and "unmerge" not in name and name != "merged":
-            assert any(worst_difference(outputs(stopped), end) < 1e-6 for end in ends)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            stopped.unmerge_adapter()
-        assert_unchanged(stopped, own)
-        assert same_bits(outputs(stopped), unmerged)
-
-
-def test_an_interrupted_merge_and_unload_is_as_before_or_unloaded(pytestconfig: pytest.Config) -> None:
-    model = adapted(adapters=2)
-    before, own = outputs(model), snapshot(model)
-    expected = outputs(copy.deepcopy(model).merge_and_unload(adapter_names=["second"]))
-    for stopped in interrupted(lambda of: of.merge_and_unload(adapter_names=["second"]), model, pytestconfig):
-        if any(True for _ in dvora_layers(stopped)):
-            assert same_bits(outputs(stopped), before)
-            assert_unchanged(stopped, own)
-        else:
-            assert same_bits(outputs(stopped.base_model.model), expected)
 
 
 # What happens to a merged model.
@@ -385,15 +268,6 @@ def test_a_load_over_what_is_merged_is_refused_and_changes_nothing(name: str, tm
     model.unmerge_adapter()
     assert_unchanged(model, own)
     LOADS[name](model, tmp_path)  # as the message says
-
-
-def test_a_layer_injected_in_place_refuses_loads_too() -> None:
-    model = inject_adapter_in_model(DVoRAConfig(r=4, target_modules=LAYERS["mlp"]), MODELS["mlp"]())
-    state_dict = copy.deepcopy(model.state_dict())
-    for _, layer in dvora_layers(model):
-        layer.merge()
-    with pytest.raises(ValueError, match=r"lin0\.base_layer\.weight cannot be loaded while adapters are merged"):
-        model.load_state_dict(state_dict)
 
 
 def test_training_what_is_merged_is_refused() -> None:

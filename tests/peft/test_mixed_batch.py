@@ -51,11 +51,6 @@ def test_every_row_is_adapted_by_the_adapter_it_names(name: str) -> None:
     model = adapted(name)
     mixed = outputs(model, len(NAMES), adapter_names=NAMES)
     assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_rows_of_the_base_are_those_of_the_base(name: str) -> None:
-    model = adapted(name)
     assert same_bits(outputs(model, adapter_names=[BASE] * 4), outputs(MODELS[name]()))
 
 
@@ -76,29 +71,19 @@ def generate(model: PeftModel, rows: int, **options: object) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+# Beams repeat every row, but in an encoder.
+@pytest.mark.parametrize(("name", "beams"), [("llama", 1), ("gpt2", 3), ("t5", 3)])
 def test_generated_rows_are_those_of_the_adapters_alone(name: str, beams: int) -> None:
     model = adapted(name, torch.float64)
     mixed = generate(model, len(NAMES), num_beams=beams, adapter_names=NAMES)
-    for row, adapter in enumerate(NAMES):
-        if adapter == BASE:
-            with model.disable_adapter():
-                alone = generate(model, len(NAMES), num_beams=beams)
-        else:
-            model.set_adapter(adapter)
-            alone = generate(model, len(NAMES), num_beams=beams)
-        assert torch.equal(mixed[row], alone[row]), adapter
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_the_adapters_of_the_generation_test_do_not_all_generate_the_same(name: str) -> None:
-    model = adapted(name, torch.float64)
-    texts = set()
+    alone = {}
     for adapter in model.peft_config:
         model.set_adapter(adapter)
-        texts.add(tuple(generate(model, len(NAMES), num_beams=3).flatten().tolist()))
-    assert len(texts) == 3
+        alone[adapter] = generate(model, len(NAMES), num_beams=beams)
+    with model.disable_adapter():
+        alone[BASE] = generate(model, len(NAMES), num_beams=beams)
+    assert torch.equal(mixed, torch.stack([alone[adapter][row] for row, adapter in enumerate(NAMES)]))
+    assert len({tuple(tokens.flatten().tolist()) for tokens in alone.values()}) == 4
 
 
 REFUSED: dict[str, tuple[Callable[[PeftModel], object], str]] = {
@@ -126,6 +111,7 @@ def test_a_refused_batch_leaves_the_model_alone(case: str) -> None:
         act(model)
     assert_unchanged(model, before)
     assert same_bits(outputs(model.eval()), expected)
+    assert not any(layer._forward_pre_hooks for _, layer in dvora_layers(model))
 
 
 def test_a_mixed_batch_on_a_merged_model_is_refused() -> None:
@@ -135,40 +121,11 @@ def test_a_mixed_batch_on_a_merged_model_is_refused() -> None:
         outputs(model, adapter_names=["default"] * 4)
 
 
-def test_no_hook_is_left_behind_even_after_an_error() -> None:
-    model = adapted("bert")
-    with pytest.raises(ValueError, match="adapter_names has 3 entries"):
-        outputs(model, adapter_names=["default"] * 3)
-    outputs(model, adapter_names=["default"] * 4)
-    assert not any(layer._forward_pre_hooks for _, layer in dvora_layers(model))
-
-
-def test_active_adapters_of_parameters_serve_no_row_of_a_mixed_batch() -> None:
-    case = CASES["MultiheadAttention"]
-    model = get_peft_model(case.base(), case.config()).eval()
-    train_vectors(model)
-    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["keys"]))
-    train_vectors(model, "second")
-    x = case.inputs()
-    with torch.no_grad():
-        before = model(x)
-        mixed = model(x, adapter_names=["__base__", "second", "__base__", "second"])
-        assert torch.allclose(mixed[0], case.base()(x[:1])[0], atol=1e-6)
-        assert not torch.allclose(mixed[1], case.base()(x[1:2])[0], atol=1e-3)
-        assert torch.equal(model(x), before)
-        model.merge_adapter()
-        with pytest.raises(ValueError, match=r"attn\.in_proj_weight: adapter_names needs a layer"):
-            model(x, adapter_names=["__base__"] * 4)
-
-
 # Threads, and calls within calls: every call has its own names.
 
 
 BATCHES: list[list[str] | None] = [["default"] * 4, ["second", BASE, "second", BASE], [BASE] * 4, None]
-
-
 """Of adapter names; None is a plain call."""
-
 
 X = CASES["MultiheadAttention"].inputs()
 
@@ -185,7 +142,7 @@ def two_adapters(name: str = "bert", **settings: object) -> PeftModel:
 
 
 def attention() -> PeftModel:
-    """A parameter that its module reads, and layers that are called."""
+    """A parameter that its module reads, whose adapter serves no row of a mixed batch, and layers that are called."""
     case = CASES["MultiheadAttention"]
     model = get_peft_model(case.base(), case.config()).eval()
     train_vectors(model)
@@ -233,7 +190,12 @@ def test_threads_get_the_adapters_that_they_name(make: Callable[[], PeftModel]) 
 def test_a_parameter_that_is_silent_in_one_thread_serves_another() -> None:
     model, batches = attention(), [[BASE] * 4, [BASE, "second"] * 2, None]
     expected = [call(model, names) for names in batches]
-    assert not torch.equal(expected[0], expected[2])
+    with torch.no_grad():
+        base = CASES["MultiheadAttention"].base()(X)
+    assert torch.allclose(expected[0], base, atol=1e-6)
+    served = [not torch.allclose(row, own, atol=1e-3) for row, own in zip(expected[1], base, strict=True)]
+    assert served == [False, True, False, True]
+    assert not torch.allclose(expected[2], base, atol=1e-3)
 
     def many(which: int) -> bool:
         return all(same_bits(call(model, batches[which]), expected[which]) for _ in range(40))
@@ -242,7 +204,7 @@ def test_a_parameter_that_is_silent_in_one_thread_serves_another() -> None:
         assert all(threads.map(many, [0, 1, 2, 2, 0]))
 
 
-@pytest.mark.parametrize("inner", BATCHES, ids=str)
+@pytest.mark.parametrize("inner", [BATCHES[1], None], ids=str)
 def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None:
     model, found = two_adapters(), []
     expected, outer = call(model, inner), call(model, ["second"] * 4)

@@ -1,6 +1,5 @@
 """Several adapters in one model, which vectors are trained, and DVoRA beside other methods."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dvora import DVoRAConfig
-from tests.peft.dense import dense_model
+from tests.peft.dense_weights import DenseModel
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, loss, outputs, same_bits, train_vectors
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, inputs, loss, outputs, same_bits, train_vectors
 
 CONFIGS = {
     "default": {"r": 6},
@@ -20,8 +19,6 @@ CONFIGS = {
     "structured": {"r": 2, "projection_init": "structured"},
     "same seed": {"r": 11},
 }
-
-
 """Adapters of different ranks, seeds, distributions and directions."""
 
 
@@ -41,7 +38,7 @@ def with_adapters(
     return model.eval()
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(["default", "wide", "structured"])), ids="-".join)
+@pytest.mark.parametrize("order", [("default", "wide", "structured"), ("structured", "wide", "default")], ids="-".join)
 def test_the_order_of_adding_adapters_changes_no_bit_of_their_outputs(order: tuple[str, ...]) -> None:
     model = with_adapters("bert", order)
     for adapter in order:
@@ -50,59 +47,12 @@ def test_the_order_of_adding_adapters_changes_no_bit_of_their_outputs(order: tup
         assert same_bits(outputs(model), outputs(alone))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "tolerance"),
-    [
-        ("mlp", torch.float64, 1e-12),
-        ("gpt2", torch.float64, 1e-12),
-        ("bert", torch.float32, 1e-5),
-    ],
-)
-def test_active_adapters_add_up(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    model = with_adapters(name, dtype=dtype)
+def test_active_adapters_add_up() -> None:
     names = ["default", "wide", "structured"]
+    model = with_adapters("gpt2", dtype=torch.float64)
     model.base_model.set_adapter(names)
-    assert worst_difference(outputs(model), outputs(dense_model(model, names))) < tolerance
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_disable_adapter_returns_the_bits_of_the_base(name: str) -> None:
-    model = with_adapters(name)
-    adapted = outputs(model)
-    with model.disable_adapter():
-        assert same_bits(outputs(model), outputs(MODELS[name]()))
-    assert same_bits(outputs(model), adapted)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_unload_returns_the_base_as_it_was(name: str) -> None:
-    base = MODELS[name]()
-    before = snapshot(base)
-    model = with_adapters(name)
-    unloaded = model.unload()
-    assert type(unloaded) is type(base)
-    assert_unchanged(unloaded, before, trainable=False)
-    assert same_bits(outputs(unloaded), outputs(base))
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_a_deleted_adapter_is_gone_and_the_others_are_not_changed(name: str) -> None:
-    model, without = with_adapters(name), with_adapters(name, ("default", "structured", "same seed"))
-    model.delete_adapter("wide")
-    assert "wide" not in model.peft_config
-    assert not [key for key in model.state_dict() if ".wide" in key]
-    for adapter in without.peft_config:
-        model.set_adapter(adapter)
-        without.set_adapter(adapter)
-        assert same_bits(outputs(model), outputs(without))
-
-
-def test_deleting_the_active_adapter_activates_another_with_a_warning_as_with_lora() -> None:
-    model = with_adapters("mlp", ("default", "wide"))
-    with pytest.warns(UserWarning, match="default was active which is now deleted"):
-        model.delete_adapter("default")
-    assert model.active_adapters == ["wide"]
-    assert same_bits(outputs(model), outputs(with_adapters("mlp", ("wide",))))
+    expected = DenseModel(MODELS["gpt2"](), model, names)(**inputs(model))
+    assert worst_difference(outputs(model), expected) < 1e-12
 
 
 def test_all_layers_activate_the_same_adapter_when_the_active_one_is_deleted() -> None:
@@ -123,22 +73,6 @@ def test_an_adapter_can_be_injected_by_the_names_in_its_state_dict() -> None:
     assert same_bits(outputs(bare), outputs(model))
 
 
-def test_layer_and_model_status_are_those_of_lora() -> None:
-    ours = with_adapters("bert", ("default",)).get_model_status()
-    theirs = get_peft_model(MODELS["bert"](), LoraConfig(target_modules=LAYERS["bert"])).get_model_status()
-    for field in (
-        "num_adapter_layers",
-        "enabled",
-        "active_adapters",
-        "merged_adapters",
-        "requires_grad",
-        "available_adapters",
-        "devices",
-    ):
-        assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.peft_types == {"default": "DVORA"}
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_an_adapter_that_is_added_takes_the_mode_of_its_layers(training: bool) -> None:
     model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"])).train(training)
@@ -149,13 +83,21 @@ def test_an_adapter_that_is_added_takes_the_mode_of_its_layers(training: bool) -
     assert same_bits(outputs(model), outputs(model)) is not training
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_count_of_trainable_parameters_is_two_outputs_and_a_rank_a_layer(name: str) -> None:
+    model = with_adapters(name, ("default",))
+    expected = sum(2 * layer.out_features + 6 for _, layer in dvora_layers(model))
+    total = sum(p.numel() for p in MODELS[name]().parameters()) + expected
+    assert model.get_nb_trainable_parameters() == (expected, total)
+
+
 # Which vectors are trained, and what beside them.
 
 
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
 
 
-SUBSETS = [VECTORS[:1], VECTORS[1:2], VECTORS[2:], VECTORS[:2], VECTORS[::2], VECTORS[1:], VECTORS]
+SUBSETS = [VECTORS[:1], VECTORS[2:], VECTORS[1:]]
 
 
 @pytest.mark.parametrize("train", SUBSETS, ids="+".join)
@@ -173,13 +115,10 @@ def test_only_the_named_vectors_are_trained(train: tuple[str, ...]) -> None:
 
 REFUSED = [
     ("train", {"train": ["lambda_d"]}),
-    ("train", {"train": ["magnitude", "lambda_d"]}),
     ("d_initial", {"d_initial": 0}),
     ("d_initial", {"d_initial": 1e-320}),
-    ("d_initial", {"d_initial": 0, "train": ["lambda_b"]}),
     ("alpha", {"alpha": 1e-320}),
     ("alpha_pattern", {"alpha_pattern": {"lin0": 1e-45}}),
-    ("strength", {"strength": 0.0}),
     ("strength", {"strength": {"lin0": 0.0}}),
 ]
 
@@ -193,9 +132,8 @@ def test_what_would_train_nothing_is_refused_and_may_be_loaded(
     model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=["lin0"], inference_mode=True, **settings))
     train_vectors(model)
     model.save_pretrained(tmp_path)
-    for is_trainable in (False, True):
-        loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path, is_trainable=is_trainable).eval()
-        assert same_bits(outputs(loaded), outputs(model.eval()))
+    loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path, is_trainable=True).eval()
+    assert same_bits(outputs(loaded), outputs(model.eval()))
 
 
 def test_the_subset_survives_switching_freezing_and_loading(tmp_path: Path) -> None:
@@ -217,16 +155,8 @@ def test_layers_with_the_magnitude_only_have_one_vector(tmp_path: Path) -> None:
     model = get_peft_model(MODELS["mlp"](), config).eval()
     assert same_bits(outputs(model), outputs(MODELS["mlp"]()))
     assert model.get_nb_trainable_parameters()[0] == (2 * 24 + 4) + 24 + 6
-    train_vectors(model)
-    for name, layer in dvora_layers(model):
-        if name != "lin0":
-            gain = layer.vectors("default").magnitude / layer.stored().norm(dim=1)
-            expected = (gain[:, None] - 1) * layer.stored()
-            assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-6)
     model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 3 + 1 + 1
-    loaded = PeftModel.from_pretrained(MODELS["mlp"](), tmp_path).eval()
-    assert same_bits(outputs(loaded), outputs(model))
 
 
 def test_a_layer_that_is_targeted_both_ways_gets_the_magnitude_only() -> None:
@@ -254,9 +184,7 @@ def test_tokens_are_trained_saved_and_merged_beside_an_adapter(tmp_path: Path) -
     assert torch.allclose(outputs(model.merge_and_unload()), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "indices", [[40], [5, 6, 5], [-1], [10**30], [], {"wte": [1]}, {"embed_tokens": [5, 50]}], ids=str
-)
+@pytest.mark.parametrize("indices", [[40], [5, 6, 5], [-1], [], {"wte": [1]}, {"embed_tokens": [5, 50]}], ids=str)
 def test_tokens_that_no_layer_has_are_refused_before_the_model_is_touched(indices: object) -> None:
     base = MODELS["llama"]()
     before = snapshot(base)

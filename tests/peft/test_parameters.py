@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftModel, get_peft_model
 
 from dvora import DVoRAConfig
 from dvora.peft.layer import layers_in
@@ -15,70 +14,35 @@ from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import same_bits, train_vectors
 
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 4, dim_feedforward=24, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.encoder(x)
-
-
-def encoder() -> Encoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Encoder().eval().requires_grad_(False)
-
-
-def inputs() -> Tensor:
-    return torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+FUSED = CASES["TransformerEncoderLayer"]
 
 
 def adapted(*names: str) -> PeftModel:
-    model = get_peft_model(encoder(), DVoRAConfig(r=4, target_modules=list(names))).eval()
+    model = get_peft_model(FUSED.base(), DVoRAConfig(r=4, target_modules=list(names))).eval()
     train_vectors(model)
     return model
 
 
-@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
-@pytest.mark.parametrize(
-    "names",
-    [("linear1",), ("linear2",), ("out_proj",), ("self_attn",), ("self_attn", "linear1", "linear2")],
-    ids="+".join,
-)
-def test_no_evaluation_passes_an_adapter_by(names: tuple[str, ...], gradients: bool) -> None:
-    model = adapted(*names)
-    with torch.set_grad_enabled(gradients):
-        found = model(inputs())
-        assert worst_difference(found, DenseModel(encoder(), model)(inputs())) < 1e-5
-        assert worst_difference(found, encoder()(inputs())) > 1e-3
-
-
-def test_peft_lora_is_passed_by_there() -> None:
-    """Why this is tested: LoRA on the same layer trains, and evaluates as if it were not there."""
-    lora = get_peft_model(encoder(), LoraConfig(r=4, target_modules=["linear1"], init_lora_weights=False))
-    assert worst_difference(lora.train()(inputs()), encoder()(inputs())) > 1e-3
-    assert worst_difference(lora.eval()(inputs()), encoder()(inputs())) < 1e-5
+@pytest.mark.parametrize("name", ["linear1", "linear2", "out_proj", "self_attn"])
+def test_no_fused_evaluation_passes_an_adapter_by(name: str) -> None:
+    """As it does PEFT's LoRA on linear1, which trains, and evaluates as if it were not there."""
+    model = adapted(name)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found = model(FUSED.inputs())
+            assert worst_difference(found, DenseModel(FUSED.base(), model)(FUSED.inputs())) < 1e-5
+            assert worst_difference(found, FUSED.base()(FUSED.inputs())) > 1e-3
 
 
 @torch.no_grad()
-def test_merged_disabled_and_unloaded_layers_are_fused_again() -> None:
+def test_merged_and_disabled_layers_are_fused_again() -> None:
     model = adapted("linear1")
-    expected, base = model(inputs()), encoder()(inputs())
+    expected = model(FUSED.inputs())
     with model.disable_adapter():
-        assert torch.equal(model(inputs()), base)
+        assert torch.equal(model(FUSED.inputs()), FUSED.base()(FUSED.inputs()))
     model.merge_adapter()
-    assert worst_difference(model(inputs()), expected) < 1e-5
-    assert not model.base_model.model.encoder.layers[0].linear1.weight.is_meta
-
-
-def test_experts_have_a_magnitude_for_each_output_of_each_expert() -> None:
-    case = CASES["experts (E, out, in)"]
-    model = get_peft_model(case.base(), case.config())
-    shapes = {layer.name: layer.vectors("default").magnitude.shape for layer in layers_in(model)}
-    assert shapes == {"experts.up": (3 * 12,), "experts.down": (3 * 8,)}
+    assert worst_difference(model(FUSED.inputs()), expected) < 1e-5
+    assert not model.base_model.model.block.linear1.weight.is_meta
 
 
 def test_adapters_on_different_parameters_of_a_module_are_saved_and_loaded_apart(tmp_path: Path) -> None:
@@ -115,3 +79,5 @@ def test_all_linear_adapts_attentions_output_projection_to_effect() -> None:
         assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
         model.base_model.model.attn.out_proj.dvora_lambda_b["default"].zero_()
         assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-5
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules="all-linear"))
+    assert all("second" in layer.dvora_adapted for layer in layers_in(model))

@@ -1,8 +1,6 @@
 """Saved adapters: what a file has, that loading it gives the same bits, and what state dicts are refused."""
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,11 +16,11 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dvora import DVoRAConfig
 from tests.peft.adapter_files import WEIGHTS, edit_weights, save_bert
-from tests.peft.fresh_process import run_alone, run_fresh
+from tests.peft.fresh_process import run_alone
+from tests.peft.kinds import KINDS
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
@@ -38,31 +36,30 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_a_loaded_adapter_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = adapted(name, dtype)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS[name]().to(dtype), tmp_path)
-    assert same_bits(outputs(loaded), outputs(model))
+# That outputs are the same to the last bit, for every layer type: `test_support.py`.
+@pytest.mark.parametrize("name", KINDS)
+def test_all_that_is_trained_is_loaded_and_saved_again_in_an_equal_file(name: str, tmp_path: Path) -> None:
+    model = KINDS[name].trained()
+    model.save_pretrained(tmp_path / "first", save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(KINDS[name].base(), tmp_path / "first", is_trainable=True)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert all(same_bits(loaded.get_parameter(n), p) for n, p in trained.items())
+    loaded.save_pretrained(tmp_path / "second", save_embedding_layers=False)
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "distribution", "run"), [("bert", "structured", run_fresh), ("gpt2", "kaiming_uniform", run_alone)]
-)
-def test_a_fresh_process_gives_the_same_bits(
-    name: str, distribution: str, run: Callable[[str, Path, Path], dict[str, Tensor]], tmp_path: Path
-) -> None:
-    model = adapted(name, projection_init=distribution)
+def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
+    model = adapted("gpt2")
     model.save_pretrained(tmp_path / "adapter")
-    fresh = run(name, tmp_path / "adapter", tmp_path)
+    fresh = run_alone("gpt2", tmp_path / "adapter", tmp_path)
     assert same_bits(fresh["outputs"], outputs(model))
     assert same_bits(fresh["merged"], outputs(model.merge_and_unload()))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_path: Path) -> None:
-    model = adapted(name)
+    model = adapted(name, projection_init="kaiming_uniform")
     model.save_pretrained(tmp_path)
     assert set(files(tmp_path)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     expected = {}
@@ -72,16 +69,22 @@ def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_pa
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tuple(value.shape) for key, value in saved.items()} == expected
     assert {value.dtype for value in saved.values()} == {torch.float32}
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    norms = {n: float(layer.get_base_layer().weight.norm()) for n, layer in dvora_layers(model)}
+    assert {n: probes[0] for n, probes in settings["base_probes"].items()} == pytest.approx(norms, rel=1e-3)
+    assert settings["projection_format"] == 1
+    assert settings["inference_mode"] is True
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        pytest.param({}, {}, id="vectors only"),
-        pytest.param({"bias": "all"}, {"bias": "all"}, id="all biases"),
-        pytest.param({"bias": "dvora_only"}, {"bias": "lora_only"}, id="biases of adapted layers"),
-        pytest.param({"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}, id="head"),
+        ({}, {}),
+        ({"bias": "all"}, {"bias": "all"}),
+        ({"bias": "dvora_only"}, {"bias": "lora_only"}),
+        ({"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}),
     ],
+    ids=str,
 )
 def test_the_names_in_the_file_are_those_of_lora(ours: dict[str, object], theirs: dict[str, object]) -> None:
     targets = ["query", "value"]
@@ -91,30 +94,14 @@ def test_the_names_in_the_file_are_those_of_lora(ours: dict[str, object], theirs
     assert {name.partition(".dvora_")[0] for name in get_peft_model_state_dict(model)} == names
 
 
-def test_the_config_holds_format_fingerprint_and_the_norms_of_the_base(tmp_path: Path) -> None:
-    model = adapted("bert")
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["projection_format"] == 1
-    assert len(saved["projection_fingerprint"]) == 16
-    norms = {n: float(layer.base_layer.weight.norm()) for n, layer in dvora_layers(model)}
-    assert {n: probes[0] for n, probes in saved["base_probes"].items()} == pytest.approx(norms, rel=1e-3)
-    assert saved["inference_mode"] is True
-
-
 def test_saving_twice_gives_equal_files(tmp_path: Path) -> None:
     for folder, names in (("first", ["query", "value", "key"]), ("second", ["key", "value", "query"])):
         model = adapted(
             "bert", target_modules=names, exclude_modules=["1.attention.self.key", "0.attention.self.query"]
         )
         model.save_pretrained(tmp_path / folder)
-    assert files(tmp_path / "first") == files(tmp_path / "second")
-
-
-def test_a_loaded_adapter_saves_equal_files(tmp_path: Path) -> None:
-    adapted("bert").save_pretrained(tmp_path / "first")
-    PeftModel.from_pretrained(MODELS["bert"](), tmp_path / "first").save_pretrained(tmp_path / "second")
-    assert files(tmp_path / "first") == files(tmp_path / "second")
+    PeftModel.from_pretrained(MODELS["bert"](), tmp_path / "first").save_pretrained(tmp_path / "third")
+    assert files(tmp_path / "first") == files(tmp_path / "second") == files(tmp_path / "third")
 
 
 def test_saving_changes_nothing_and_works_while_merged(tmp_path: Path) -> None:
@@ -133,53 +120,12 @@ def test_a_pickled_file_is_loaded_too(tmp_path: Path) -> None:
     assert same_bits(outputs(PeftModel.from_pretrained(MODELS["mlp"](), tmp_path)), outputs(model))
 
 
-def test_several_adapters_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
-    model = adapted("gpt2")
-    model.add_adapter("second", DVoRAConfig(r=9, target_modules=["c_proj"], projection_seed=4, direction="weight"))
-    train_vectors(model, "second", seed=1)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS["gpt2"](), tmp_path / "second", adapter_name="other name")
-    loaded.load_adapter(tmp_path, "first")
-    for theirs, ours in (("second", "other name"), ("default", "first")):
-        model.set_adapter(theirs)
-        loaded.set_adapter(ours)
-        assert same_bits(outputs(loaded), outputs(model))
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_a_loaded_adapter_trains_if_asked_to(is_trainable: bool, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    model = adapted("bert")
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(tmp_path)
-    options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
-    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path, **options)
-    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == (trainable if is_trainable else set())
-    assert not any(p.is_meta for p in loaded.parameters())
-    assert same_bits(outputs(loaded.eval()), outputs(model))
-
-
-@pytest.mark.parametrize(
-    "options", [{"modules_to_save": ["classifier"]}, {"bias": "all"}, {"bias": "dvora_only"}], ids=str
-)
-def test_heads_and_biases_are_saved_and_loaded(options: dict[str, object], tmp_path: Path) -> None:
-    model = adapted("bert", target_modules=["query", "key"], **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".dvora_" not in name:
-                parameter.add_(0.1)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
-    assert same_bits(outputs(loaded), outputs(model))
-
-
 @pytest.mark.parametrize(
     ("name", "auto", "task_type"),
     [
-        pytest.param("bert", AutoPeftModelForSequenceClassification, "SEQ_CLS", id="sequence classification"),
-        pytest.param("llama", AutoPeftModelForCausalLM, "CAUSAL_LM", id="causal"),
-        pytest.param("gpt2", AutoPeftModelForCausalLM, "CAUSAL_LM", id="causal, Conv1D"),
-        pytest.param("llama", AutoPeftModel, None, id="the class in the config"),
+        ("bert", AutoPeftModelForSequenceClassification, "SEQ_CLS"),
+        ("llama", AutoPeftModelForCausalLM, "CAUSAL_LM"),
+        ("llama", AutoPeftModel, None),
     ],
 )
 def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: str | None, tmp_path: Path) -> None:
@@ -195,17 +141,13 @@ def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: st
     assert same_bits(outputs(loaded), outputs(model))
 
 
-def test_saved_projections_are_those_of_the_model_and_change_nothing(tmp_path: Path) -> None:
-    model = adapted("bert", save_projection=True)
+def test_a_file_may_hold_the_projections_of_the_model(tmp_path: Path) -> None:
+    model = adapted("bert", projection_init="kaiming_uniform", save_projection=True)
     model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    prefix = "base_model.dvora_projections."
-    matrices = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+    prefix, saved = "base_model.dvora_projections.", load_file(tmp_path / "adapter_model.safetensors")
     shared = next(dvora_layers(model))[1].adapted("default").shared
-    assert matrices.keys() == shared.saved_tensors().keys()
-    assert all(same_bits(matrices[name], matrix) for name, matrix in shared.saved_tensors().items())
-    loaded = PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
-    assert same_bits(outputs(loaded), outputs(model))
+    assert {key.removeprefix(prefix) for key in saved if key.startswith(prefix)} == shared.saved_tensors().keys()
+    assert all(same_bits(saved[prefix + name], matrix) for name, matrix in shared.saved_tensors().items())
 
 
 def test_biases_in_a_state_dict_at_hand_are_taken_as_by_peft() -> None:
@@ -225,13 +167,9 @@ def folder(tmp_path: Path) -> Path:
     return save_bert(tmp_path)
 
 
-def dense(**settings: object) -> DVoRAConfig:
-    """For the layers of the saved adapter, with matrices of its kind."""
-    return DVoRAConfig(target_modules=LAYERS["bert"], projection_init="kaiming_uniform", **settings)
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "low_cpu_mem_usage"), [(torch.bfloat16, False), (torch.float64, False), (torch.float16, True)]
+)
 def test_vectors_saved_in_another_dtype_are_loaded_in_the_layers_own(
     folder: Path, dtype: torch.dtype, low_cpu_mem_usage: bool
 ) -> None:
@@ -241,17 +179,16 @@ def test_vectors_saved_in_another_dtype_are_loaded_in_the_layers_own(
 
 
 def test_loading_over_an_adapter_of_another_rank_is_refused_and_changes_nothing(folder: Path) -> None:
-    model = get_peft_model(MODELS["bert"](), dense(r=5))
-    train_vectors(model)
-    before, expected = snapshot(model.eval()), outputs(model)
+    model = adapted("bert", r=5, projection_init="kaiming_uniform")
+    before = snapshot(model)
     with pytest.raises(ValueError, match=r"shape \(6,\) in the adapter and \(5,\) in the model"):
         model.load_adapter(folder, "default")
     assert_unchanged(model, before)
-    assert same_bits(outputs(model), expected)
 
 
 def test_ignore_mismatched_sizes_leaves_the_vectors_of_another_shape_and_says_which(folder: Path) -> None:
-    model = get_peft_model(MODELS["bert"](), dense(r=5))
+    settings = {"r": 5, "projection_init": "kaiming_uniform"}
+    model = get_peft_model(MODELS["bert"](), DVoRAConfig(target_modules=LAYERS["bert"], **settings))
     saved = load_file(folder / WEIGHTS)
     with pytest.warns(UserWarning, match=r"lambda_d\.default: found shape .*6.* in the checkpoint and .*5"):
         model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
@@ -262,12 +199,10 @@ def test_ignore_mismatched_sizes_leaves_the_vectors_of_another_shape_and_says_wh
         assert torch.equal(lambda_d, torch.full((5,), 0.1))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_vectors_stay_in_float32_and_a_wish_for_less_is_answered(folder: Path, dtype: torch.dtype) -> None:
-    base = MODELS["bert"]().to(dtype)
-    half = pytest.warns(UserWarning, match="autocast_adapter_dtype=False is ignored: the vectors stay in float32")
-    with half if dtype == torch.bfloat16 else nullcontext():
-        model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+def test_vectors_stay_in_float32_and_a_wish_for_less_is_answered(folder: Path) -> None:
+    PeftModel.from_pretrained(MODELS["bert"](), folder, autocast_adapter_dtype=False)
+    with pytest.warns(UserWarning, match="autocast_adapter_dtype=False is ignored: the vectors stay in float32"):
+        model = PeftModel.from_pretrained(MODELS["bert"]().bfloat16(), folder, autocast_adapter_dtype=False)
     assert {vector.dtype for _, layer in dvora_layers(model) for vector in layer.vectors("default")} == {torch.float32}
 
 
