@@ -14,10 +14,19 @@ from torch import Tensor, nn
 import dvora
 from dvora.flat import Layout
 from tests.peft.kinds import Kind
+from tests.peft.tiny import MODELS, inputs
 
+X = inputs(MODELS["mlp"](), 1)["x"][0]
+"""The input of one row."""
 Expected = TypeVar("Expected")
 PATIENCE = 30.0
 """Seconds until a short test counts as stuck."""
+
+
+@torch.no_grad()
+def of_x(model: nn.Module) -> Tensor:
+    """The outputs of a float64 model for X."""
+    return model(X.double()[None])[0]
 
 
 class Versions(Generic[Expected]):
