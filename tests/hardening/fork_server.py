@@ -103,13 +103,6 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
             os.dup2(os.open(name, os.O_RDWR), number)
         os.chdir(request["cwd"])
         counted = Path(request["counted"]).open("w")  # noqa: SIM115
-        if request.get("unread"):
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, 1)
-        if "largest_file" in request:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
         if "user" in request:
             os.setgroups([])
             os.setgid(request["user"])

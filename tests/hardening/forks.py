@@ -76,8 +76,7 @@ class Forks:
             arguments: behind "dvora".
             signal_after: seconds.
             number: of the signal.
-            options: of the server: `kill_at`, `largest_file`, `user`, `unread` (stdout's reader is gone), `memory`
-                (bytes beyond what the warm process has).
+            options: of the server: `kill_at`, `user`, `memory` (bytes beyond what the warm process has).
         """
         assert self.process.stdin
         self.number += 1

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.bank.adapters import contents as adapters_in
+from tests.bank.adapters import many
 from tests.hardening.forks import Forks
 
 QUICK, FULL, SEED = 2, 20, 20261126
@@ -139,3 +141,67 @@ def test_an_adapter_saved_over_another_is_the_old_one_the_new_one_or_refused(
         else:
             assert (inspected.code, inspected.stdout) == (1, "")
             assert "Traceback" not in inspected.stderr
+
+
+PACK = ["bank", "pack", "adapters", "--quiet", "--output"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A desk with so many adapters that packing them takes a while."""
+    folder = tmp_path_factory.mktemp("packed")
+    many(folder / "adapters", 100)
+    return folder
+
+
+def moments_of_names(changes: int, seconds: float, count: int) -> list[dict[str, float]]:
+    """When the process is about to change one of the first or of the last names, and at any time."""
+    drawn = random.Random(SEED)
+    return [
+        *({"kill_at": number} for number in sorted({1, 2, 3, changes - 2, changes - 1, changes})),
+        *({"signal_after": drawn.uniform(0, seconds)} for _ in range(count)),
+    ]
+
+
+def test_a_killed_pack_is_the_old_one_or_the_new_one(
+    adapters: Path, forks: Forks, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    desk, command = (
+        Path(shutil.copytree(adapters, tmp_path / "desk")),
+        ["bank", "pack", "adapters", "-o", "out", "--quiet"],
+    )
+    ended = forks.run(desk, *command)
+    assert ended.code == 0, ended.stderr
+    new, seen, count = (desk / "out").read_bytes(), set(), FULL if request.config.getoption("--fuzz") else QUICK
+    for moment in moments_of_names(ended.changes, ended.seconds, count):
+        (desk / "out").write_bytes(b"old")
+        forks.run(desk, *command, **moment)
+        seen.add((desk / "out").read_bytes())
+        assert seen <= {b"old", new}, moment
+        again = forks.run(desk, *command)
+        assert again.code == 0, (moment, again.stderr)
+        assert (desk / "out").read_bytes() == new
+        assert names(desk) == [*names(adapters), "out"], moment
+    # Killed after it took its name, too.
+    assert seen == {b"old", new}
+
+
+def test_what_a_killed_command_unpacked_is_whole_or_not_there(
+    adapters: Path, forks: Forks, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    desk, command = (
+        Path(shutil.copytree(adapters, tmp_path / "desk")),
+        ["bank", "unpack", "pack", "-o", "out", "--quiet"],
+    )
+    assert forks.run(desk, *["bank", "pack", "adapters", "-o", "pack", "--quiet"]).code == 0
+    ended = forks.run(desk, *command)
+    assert ended.code == 0, ended.stderr
+    expected, every = adapters_in(desk / "adapters"), names(desk)
+    for moment in moments_of_names(ended.changes, ended.seconds, FULL if request.config.getoption("--fuzz") else QUICK):
+        shutil.rmtree(desk / "out", ignore_errors=True)
+        forks.run(desk, *command, **moment)
+        assert not (desk / "out").exists() or adapters_in(desk / "out") == expected, moment
+        shutil.rmtree(desk / "out", ignore_errors=True)
+        assert forks.run(desk, *command).code == 0, moment
+        assert adapters_in(desk / "out") == expected
+        assert names(desk) == every, moment

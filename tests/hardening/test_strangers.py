@@ -1,9 +1,9 @@
 """What comes from elsewhere runs nothing, fetches nothing, fills nothing up and reaches nothing but what it is."""
 
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,9 +65,7 @@ def with_code(desk: Path, mark: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("command", "code"), [*((command, 2) for command in (*OF_RUNS, TRAIN)), (f"{OF_ADAPTERS[0]} --model base", 1)]
-)
+@pytest.mark.parametrize(("command", "code"), [(OF_RUNS[0], 2), (TRAIN, 2), (f"{OF_ADAPTERS[0]} --model base", 1)])
 def test_no_code_is_run_that_nobody_asked_for(
     forks: Forks, desk: Path, tmp_path: Path, command: str, code: int
 ) -> None:
@@ -81,8 +79,7 @@ def test_no_code_is_run_that_nobody_asked_for(
         assert mark.exists()
 
 
-@pytest.mark.parametrize("command", OF_RUNS)
-@pytest.mark.parametrize("setting", ["model", "tokenizer"])
+@pytest.mark.parametrize(("command", "setting"), [(OF_RUNS[0], "model"), (OF_RUNS[1], "tokenizer")])
 def test_a_run_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str, setting: str) -> None:
     of_run(**{setting: "nobody/nothing"})(desk)
     ended = forks.run(desk, *command.split())
@@ -94,7 +91,7 @@ def test_a_run_cannot_have_anything_fetched(forks: Forks, desk: Path, command: s
         assert ended.asked > 0
 
 
-@pytest.mark.parametrize("command", [*OF_ADAPTERS, "generate --adapter adapter x"])
+@pytest.mark.parametrize("command", [OF_ADAPTERS[0], OF_ADAPTERS[3], "generate --adapter adapter x"])
 def test_an_adapter_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str) -> None:
     of_adapter(base_model_name_or_path="nobody/nothing")(desk)
     ended = forks.run(desk, *command.split())
@@ -132,46 +129,26 @@ def untouched(folder: Path) -> bool:
     return [(path.name, path.read_text()) for path in folder.iterdir()] == [("letter", "dear")]
 
 
-@pytest.mark.parametrize("command", OF_ADAPTERS[:2])
-def test_no_folder_is_filled_through_a_link(forks: Forks, desk: Path, theirs: Path, command: str) -> None:
-    (desk / ".out.unfinished").symlink_to(theirs)
-    assert_error(forks.run(desk, *command.split()), 1, ".out.unfinished is a link")
-    assert untouched(theirs)
-    (desk / ".out.unfinished").unlink()
-    (desk / "out").symlink_to(theirs)
-    assert_error(forks.run(desk, *command.split()), 1, "out is a link")
-    assert untouched(theirs)
-
-
-def to_folder(desk: Path, name: str) -> None:
-    shutil.rmtree(desk / name, ignore_errors=True)
-    (desk / name).symlink_to(desk / "theirs")
-
-
-def to_file(desk: Path, name: str) -> None:
-    (desk / name).unlink(missing_ok=True)
-    (desk / name).symlink_to(desk / "theirs" / "letter")
-
-
 @pytest.mark.parametrize(
-    ("name", "link"),
+    ("name", "to", "state"),
     [
-        ("run/checkpoints", to_folder),
-        ("run/adapter", to_folder),
-        ("run/.adapter.unfinished", to_folder),
-        ("run/.run.json.x", to_folder),
-        ("run/tensorboard", to_folder),
-        ("run/.lock", to_file),
-        ("run/config.yaml", to_file),
+        ("run/checkpoints", "theirs", "finished"),
+        ("run/adapter", "theirs", "started"),
+        ("run/.adapter.unfinished", "theirs", "finished"),
+        ("run/.run.json.x", "theirs", "started"),
+        ("run/tensorboard", "theirs", "finished"),
+        ("run/.lock", "theirs/letter", "started"),
+        ("run/config.yaml", "theirs/letter", "finished"),
     ],
 )
-@pytest.mark.parametrize("state", ["finished", "started"])
-def test_no_run_goes_on_through_a_link(
-    forks: Forks, desk: Path, theirs: Path, name: str, link: Callable[[Path, str], None], state: str
-) -> None:
+def test_no_run_goes_on_through_a_link(forks: Forks, desk: Path, theirs: Path, name: str, to: str, state: str) -> None:
     settings(desk / "run" / "run.json", state=state)
     shutil.copy(desk / "run" / "config.yaml", desk / "a.yaml")
-    link(desk, name)
+    if (desk / name).is_dir():
+        shutil.rmtree(desk / name)
+    else:
+        (desk / name).unlink(missing_ok=True)
+    (desk / name).symlink_to(desk / to)
     assert_error(forks.run(desk, "train", "a.yaml", "--resume", "--quiet"), 2, f"{name} is a link")
     assert untouched(theirs)
 
@@ -194,24 +171,10 @@ def test_no_secret_is_copied_beside_a_merged_model(forks: Forks, desk: Path, the
     assert not (desk / "out").exists()
 
 
-def test_the_corpus_is_hostile(desk: Path) -> None:
-    """Each case changes what its command reads."""
-    before = {path: path.read_bytes() for path in desk.rglob("*") if path.is_file()}
-    for name, case in CASES.items():
-        folder = desk.parent / name
-        shutil.copytree(desk, folder)
-        case.change(folder)
-        after = {desk / path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert after != before or any(not path.is_file() for path in folder.rglob("*.*")), name
-        shutil.rmtree(folder)
-
-
 def test_a_changed_record_is_refused_or_obeyed_where_it_may_be(
     forks: Forks, desk: Path, request: pytest.FixtureRequest
 ) -> None:
     """Bytes of the small files that describe a run or an adapter, changed at random."""
-    import random
-
     drawn = random.Random(20261126)
     count = 90 * QUICK if request.config.getoption("--fuzz") else QUICK
     files = {

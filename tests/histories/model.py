@@ -108,9 +108,6 @@ WEIGHTS: dict[str, Weight] = {
 }
 """By the name of the parameter in the base model."""
 
-TIED = ("embed.weight", "head.weight")
-"""One tensor in a model that is made so."""
-
 TARGETS = sorted({weight.target for weight in WEIGHTS.values()})
 PARAMETERS = sorted({weight.target for weight in WEIGHTS.values() if weight.by_name})
 
@@ -132,7 +129,7 @@ class Mixed(nn.Module):
 
 
 @torch.no_grad()
-def mixed(dtype: torch.dtype = torch.float32, tied: bool = False) -> Mixed:
+def mixed(dtype: torch.dtype = torch.float32) -> Mixed:
     """The model with the same values each time; one row of one weight is zero, and no bias is."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
@@ -141,8 +138,6 @@ def mixed(dtype: torch.dtype = torch.float32, tied: bool = False) -> Mixed:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     model.get_parameter("blocks.plain.down.weight")[2] = 0
     model.embed.weight[0] = 0
-    if tied:
-        model.head.weight = model.embed.weight
     return model.to(dtype)
 
 
