@@ -85,6 +85,9 @@ class BankMachine(RuleBasedStateMachine):
         )
         self.held: dict[str, int] = {}
         self.open: list[Open] = []
+        self.slots: list[int] = []
+        """Versions in slots, the least recently used first."""
+        self.loads = self.evictions = 0
         self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
         for version, name in enumerate(NAMES[:3]):
             # Or short histories would find nothing to replace or remove.
@@ -107,7 +110,8 @@ class BankMachine(RuleBasedStateMachine):
         assert sorted(self.bank) == sorted(self.held)
         assert stats.adapters == len(self.held)
         assert stats.slots_in_use == len(self._in_use())
-        assert stats.slots_filled <= SLOTS
+        assert stats.slots_filled == len(self.slots)
+        assert (stats.loads, stats.evictions) == (self.loads, self.evictions)
         assert stats.host_bytes <= self.limit
         assert stats.host_adapters <= HOST_ROWS
         for batch in self.open:
@@ -153,6 +157,7 @@ class BankMachine(RuleBasedStateMachine):
         elif self._has_room(versions):
             with self.bank.rows(rows):
                 self._check(versions, self._outputs(len(rows)))
+            self._use(versions)
 
     @precondition(lambda self: self._threads_free())
     @rule(rows=rows_)
@@ -163,6 +168,7 @@ class BankMachine(RuleBasedStateMachine):
             batch = Open(self._threads_free()[0], versions)
             batch.call(batch.stack.enter_context, self.bank.rows(rows))
             self.open.append(batch)
+            self._use(versions)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -186,6 +192,19 @@ class BankMachine(RuleBasedStateMachine):
     def _leave(self, batch: Open) -> None:
         batch.call(batch.stack.close)
         self.open.remove(batch)
+
+    def _use(self, versions: Sequence[int | None]) -> None:
+        """What a batch does to the slots: the least recently used version leaves, but none that a batch has."""
+        distinct = list(dict.fromkeys(version for version in versions if version is not None))
+        for version in distinct:
+            if version not in self.slots:
+                self.loads += 1
+                if len(self.slots) == SLOTS:
+                    kept = self._in_use().union(distinct)
+                    self.slots.remove(next(other for other in self.slots if other not in kept))
+                    self.evictions += 1
+                self.slots.append(version)
+        self.slots.sort(key=lambda version: distinct.index(version) if version in distinct else -1)
 
     def _versions(self, rows: Sequence[str | None]) -> list[int | None]:
         return [None if name is None else self.held[name] for name in rows]

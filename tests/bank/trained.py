@@ -143,16 +143,20 @@ def together(kind: Kind, folder: Path, **options: Any) -> Iterator[Together]:
         yield Together(model, bank, adapters, TenantAdamW(adapters, **options))
 
 
+@torch.no_grad()
+def gradient_vector(model: PeftModel, layout: Layout) -> Tensor:
+    """The gradients of an adapter in the order of a flat vector; its values are lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return layout.to_vector(model)
+
+
 def check_gradients(both: Together, alone: Alone, tolerance: float = 1e-6) -> None:
-    """Of every adapter, together and alone, in the order of a flat vector."""
+    """Of every adapter, together and alone."""
     for name in NAMES:
-        place, model = both.adapters.place(name), alone.models[name]
+        place, expected = both.adapters.place(name), gradient_vector(alone.models[name], alone.layout)
         own = torch.cat([p.grad[place].float() for p in both.adapters.parameters() if p.grad is not None])
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        expected = alone.vector(name)
         assert expected.any()
         assert worst_difference(own, expected) < tolerance
 
