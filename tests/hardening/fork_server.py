@@ -11,20 +11,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
 """What a process does to files, as Python's audit hooks call it."""
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-
-def save(folder: str, base: str) -> None:
-    """Save an adapter over whatever is in the folder, as PEFT does."""
-    from tests.recipes.saved_adapters import adapted
-
-    adapted(Path(base), "dvora", rank=8).save_pretrained(folder)
 
 
 def load_everything() -> None:
@@ -42,11 +34,9 @@ def load_everything() -> None:
     import dvora.recipes.adapters_at_rest.inspection
     import dvora.recipes.adapters_at_rest.merging
     import dvora.recipes.training.run
-    from tests.recipes import saved_adapters
 
     used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)
     assert used
-    assert saved_adapters
     # Another user may not read the files that these are in.
     for encoding in ("utf-8-sig", "utf-16", "cp1252", "latin-1"):
         codecs.lookup(encoding)
@@ -94,7 +84,7 @@ def _is_below(path: object, folder: str) -> bool:
     )
 
 
-def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
+def child(request: dict[str, Any]) -> None:
     """Become the command that is asked for; never returns."""
     code = 70
     try:
@@ -113,7 +103,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
         asked = count_connections()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            run(request["arguments"])
+            command(request["arguments"])
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -128,10 +118,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """`dvora` with these arguments; "save" is no command, but what its users do with an adapter."""
-    if arguments[:1] == ["save"]:
-        save(*arguments[1:])
-        return
+    """`dvora` with these arguments."""
     from dvora.cli.app import main as program
 
     sys.argv = ["dvora", *arguments]
@@ -149,7 +136,7 @@ def main() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         pid = os.fork()
         if not pid:
-            child(request, command)
+            child(request)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         print(json.dumps(pid), file=answers, flush=True)
         began = time.monotonic()
