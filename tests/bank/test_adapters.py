@@ -58,13 +58,6 @@ def test_a_folder_gives_what_layout_reads(kind: str, tmp_path: Path) -> None:
     assert of_vector(expected, layout).read().digest == values.digest
 
 
-def test_what_is_not_the_adapter_s_own_is_kept_beside_it(tmp_path: Path) -> None:
-    values = FolderSource(saved(KINDS["embeddings"].trained(), tmp_path)).read()
-    (name,) = values.beside
-    assert name.endswith("embed_tokens.base_layer.weight")
-    assert not values.whole
-
-
 def test_strengths_are_those_of_the_layers_and_part_of_the_digest(tmp_path: Path) -> None:
     weak = FolderSource(saved(mlp(strength={"lin1": 0.5}).trained(), tmp_path / "weak")).read()
     plain = FolderSource(saved(mlp().trained(), tmp_path / "plain")).read()

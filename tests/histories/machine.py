@@ -7,12 +7,10 @@ float64.
 import copy
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -120,15 +118,11 @@ class Saved:
 class Histories(RuleBasedStateMachine):
     """`self.model` must always be what `self.reference` says."""
 
-    steps_of_histories: ClassVar[list[int]] = []
-    steps_by_rule: ClassVar[Counter[str]] = Counter()
-
     model: PeftModel
     reference: Reference
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = 0
         self.previous = ""
         self.saved: list[Saved] = []
         self.known: dict[Place, nn.Parameter] = {}
@@ -136,11 +130,10 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.folder.cleanup()
-        self.steps_of_histories.append(self.steps)
 
     @invariant()
     def model_is_what_the_reference_says(self) -> None:
-        if not self.steps:
+        if not hasattr(self, "model"):
             return
         self.reference.slack = self.reference.conditioning(self.model)
         for _ in range(2):  # no check may change anything
@@ -149,11 +142,6 @@ class Histories(RuleBasedStateMachine):
             check_outputs(self.model, self.reference)
         check_deltas(self.model, self.reference)
         self._check_optimizers_keep_working()
-
-    def count(self, step: str) -> None:
-        """To be called by every rule."""
-        self.steps += 1
-        self.steps_by_rule[step] += 1
 
     def free_name(self) -> str:
         return next(name for name in NAMES if name not in self.reference.adapters)
@@ -215,9 +203,8 @@ class Histories(RuleBasedStateMachine):
             yield
 
     @contextmanager
-    def refused(self, what: str, match: str) -> Iterator[None]:
+    def refused(self, match: str) -> Iterator[None]:
         """The block raises a ValueError, and nothing about the model has changed."""
-        self.count(f"refused: {what}")
         before = snapshot(self.model)
         with pytest.raises(ValueError, match=match):
             yield
@@ -237,14 +224,12 @@ class Histories(RuleBasedStateMachine):
         trained=st.booleans(),
     )
     def begin(self, settings: Settings, dtype: torch.dtype, trained: bool) -> None:
-        self.count("begin")
         self.reference = Reference.of_base(dtype)
         self.wrap(mixed(dtype), settings, trained)
 
     @has_room
     @step(settings=some_settings, trained=st.booleans())
     def add(self, settings: Settings, trained: bool) -> None:
-        self.count("add")
         name = self.free_name()
         with self.unmerges():
             self.model.add_adapter(name, settings.config())
@@ -253,7 +238,6 @@ class Histories(RuleBasedStateMachine):
     @has_adapters
     @step(names=several, trained=st.booleans())
     def switch(self, names: list[str], trained: bool) -> None:
-        self.count(f"switch to {'one' if len(names) == 1 else 'several'}")
         with self.unmerges():
             if len(names) == 1:
                 self.model.set_adapter(names[0], inference_mode=not trained)
@@ -265,10 +249,9 @@ class Histories(RuleBasedStateMachine):
     @step(name=present)
     def delete(self, name: str) -> None:
         if any(name in merged for merged in self.reference.merged.values()):
-            with self.refused("delete a merged adapter", "while they are merged"):
+            with self.refused("while they are merged"):
                 self.model.delete_adapter(name)
             return
-        self.count("delete")
         replaced = self.reference.active == [name] and len(self.reference.adapters) > 1
         with pytest.warns(UserWarning, match="which is now deleted") if replaced else nullcontext():
             self.model.delete_adapter(name)
@@ -276,7 +259,6 @@ class Histories(RuleBasedStateMachine):
 
     @step(enabled=st.booleans())
     def enable(self, enabled: bool) -> None:
-        self.count("enable" if enabled else "disable")
         tuner = self.model.base_model
         tuner.enable_adapter_layers() if enabled else tuner.disable_adapter_layers()
         self.reference.enable(enabled)
@@ -295,13 +277,11 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda machine: machine.reference.merged)
     @step()
     def unmerge(self) -> None:
-        self.count("unmerge")
         self.model.unmerge_adapter()
         self.reference.unmerge()
 
     @step(merge=st.booleans(), settings=some_settings, trained=st.booleans())
     def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
-        self.count("merge and unload" if merge else "unload")
         changed = self.reference.merge(None) if merge else []
         exact = self.reference.merged_weights(self.model, changed)
         with self.merging():
@@ -312,7 +292,6 @@ class Histories(RuleBasedStateMachine):
         self.wrap(base, settings, trained)
 
     def merge(self, names: list[str] | None) -> None:
-        self.count("merge the active adapters" if names is None else "merge some adapters")
         exact = self.reference.merged_weights(self.model, self.reference.merge(names))
         with self.merging():
             self.model.merge_adapter(names)
@@ -335,10 +314,9 @@ class Histories(RuleBasedStateMachine):
         weight = data.draw(st.none() | st.sampled_from(sorted(adapter.vectors)), label="weight")
         asked = strength if weight is None else {weight.removesuffix(".weight"): strength}
         if any(name in merged for merged in self.reference.merged.values()):
-            with self.refused("scale a merged adapter", "is merged"):
+            with self.refused("is merged"):
                 self.model.base_model.set_strength(asked, name)
             return
-        self.count("set strength" if weight is None else "set strength of a layer")
         self.model.base_model.set_strength(asked, name)
         adapter.strength |= dict.fromkeys(adapter.vectors if weight is None else [weight], strength)
 
@@ -348,7 +326,6 @@ class Histories(RuleBasedStateMachine):
     @has_adapters
     @step(name=present)
     def save(self, name: str) -> None:
-        self.count("save")
         self.save_one(name)
 
     @wrapper_is_usable
@@ -356,7 +333,6 @@ class Histories(RuleBasedStateMachine):
     @has_room
     @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
     def load(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
-        self.count("load")
         name = self.free_name()
         with self.unmerges():
             self.model.load_adapter(saved.folder, name, is_trainable=trainable, low_cpu_mem_usage=meta_first)
@@ -369,7 +345,6 @@ class Histories(RuleBasedStateMachine):
     @has_saved
     @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
     def load_into_a_fresh_model(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
-        self.count("load into a fresh model")
         self.reference.unmerge()
         base = mixed(self.reference.dtype)
         base.load_state_dict(self.reference.stored)
@@ -383,7 +358,6 @@ class Histories(RuleBasedStateMachine):
 
     @step(way=st.sampled_from(sorted(COPIES)), go_on_with_copy=st.booleans())
     def copy(self, way: str, go_on_with_copy: bool) -> None:
-        self.count(way)
         original, copied = self.model, COPIES[way](self.model)
         self.adopt(copied if go_on_with_copy else original)
         spoil(original if go_on_with_copy else copied)
@@ -402,13 +376,11 @@ class Histories(RuleBasedStateMachine):
     def train(self) -> None:
         """A step of an optimizer, with gradients that were compared."""
         if self.reference.training and self.reference.trains_merged():
-            self.count("refused: train what is merged")
             before = snapshot(self.model)
             with pytest.raises(RuntimeError, match="adapters are merged"):
                 forward(self.model)
             assert_unchanged(self.model, before)
             return
-        self.count("train")
         gradients = check_gradients(self.model, self.reference)
         if not gradients:
             return
@@ -419,13 +391,11 @@ class Histories(RuleBasedStateMachine):
 
     @step(dtype=drawn(lambda machine: [d for d in DTYPES if d != machine.reference.dtype]), device=st.booleans())
     def cast(self, dtype: torch.dtype, device: bool) -> None:
-        self.count(f"cast to {dtype}" + (" while merged" if self.reference.merged else ""))
         self.model.to("cpu", dtype) if device else self.model.to(dtype)
         self.reference.cast(dtype)
 
     @step(training=st.booleans())
     def set_mode(self, training: bool) -> None:
-        self.count("train mode" if training else "eval mode")
         self.model.train(training)
         self.reference.training = training
 
@@ -437,27 +407,18 @@ class Histories(RuleBasedStateMachine):
             self.reference.training = False
         available = st.sampled_from([BASE, *sorted(self.reference.adapters)])
         names = data.draw(st.lists(available, min_size=ROWS, max_size=ROWS))
+        weights = [w for name in names if name != BASE for w in self.reference.adapters[name].vectors]
         if self.reference.training:
-            with self.refused("mixed batch in training", "inference only"):
+            with self.refused("inference only"):
                 forward(self.model, adapter_names=names)
-        elif any(not WEIGHTS[weight].called for name in names if name != BASE for weight in self.weights(name)):
-            with self.refused("mixed batch of adapters of parameters", MIXED):
-                forward(self.model, adapter_names=names)
-        elif self.reference.merged:
-            with self.refused("mixed batch while merged", MIXED):
+        elif self.reference.merged or not all(WEIGHTS[weight].called for weight in weights):
+            with self.refused(MIXED):
                 forward(self.model, adapter_names=names)
         else:
-            self.count("mixed batch")
             with torch.no_grad():
                 actual = forward(self.model, adapter_names=names)
-            rows = [
-                self.reference.outputs(self.model, [n] if self.reference.enabled else [])[k]
-                for k, n in enumerate(names)
-            ]
-            check_close(actual, torch.stack(rows), self.reference)
-
-    def weights(self, name: str) -> list[str]:
-        return list(self.reference.adapters[name].vectors)
+            alone = {n: self.reference.outputs(self.model, [n] if self.reference.enabled else []) for n in {*names}}
+            check_close(actual, torch.stack([alone[n][row] for row, n in enumerate(names)]), self.reference)
 
     # Writes, with or without PyTorch's knowledge, and passes in other circumstances.
 
@@ -466,7 +427,6 @@ class Histories(RuleBasedStateMachine):
     def write_vectors(self, name: str, vector: str, way: str) -> None:
         if any(name in merged for merged in self.reference.merged.values()):
             return  # what is merged stays as it was
-        self.count(f"write vectors: {way}")
         for place, parameter in vectors_of(self.model).items():
             if place.adapter == name and place.vector == vector:
                 WAYS[way](parameter, 1.1 * parameter.detach() + 0.01)
@@ -475,7 +435,6 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda machine: not machine.reference.merged)
     @step(weight=st.sampled_from(sorted(WEIGHTS)), way=st.sampled_from(COUNTED))
     def write_a_weight(self, weight: str, way: str) -> None:
-        self.count(f"write a weight: {way}")
         parameter = base_of(self.model)[weight]
         factors = torch.linspace(0.9, 1.1, parameter.numel(), dtype=parameter.dtype).view_as(parameter)
         WAYS[way](parameter, parameter.detach() * factors)
@@ -484,7 +443,6 @@ class Histories(RuleBasedStateMachine):
 
     @step(half=st.booleans())
     def run_in_inference_mode_or_autocast(self, half: bool) -> None:
-        self.count("run in autocast" if half else "run in inference mode")
         mode = torch.autocast("cpu", torch.bfloat16) if half else torch.inference_mode()
         with torch.no_grad(), mode:
             actual = forward(self.model).clone()
@@ -496,7 +454,6 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda machine: not (machine.reference.training and machine.reference.trains_merged()))
     @step()
     def run_checkpointed(self) -> None:
-        self.count("run checkpointed")
         check_gradients(self.model, self.reference, lambda model: checkpoint(forward, model, use_reentrant=False))
 
 
