@@ -30,7 +30,7 @@ from tests.bank.tenants import HEADED
 from tests.bank.versions import PATIENCE, Versions, X, of_x
 from tests.peft.kinds import saved
 
-SHORT, LONG, STEPS = 25, 500, 20
+SHORT, LONG, STEPS = 80, 1000, 20
 """Histories in a short run and in a long one, and their steps."""
 NAMES = ["ann", "bob", "cleo", "dora", "eve"]
 VERSIONS, SLOTS, HOST_ROWS = 6, 3, 2
@@ -89,8 +89,8 @@ class BankMachine(RuleBasedStateMachine):
         """Versions in slots, the least recently used first."""
         self.loads = self.evictions = 0
         self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
-        for version, name in enumerate(NAMES[:3]):
-            # Or short histories would find nothing to replace or remove.
+        for version, name in enumerate(NAMES):
+            # Or short histories would find nothing to replace, remove or evict.
             self.add(name, version, "vector")
 
     def teardown(self) -> None:
