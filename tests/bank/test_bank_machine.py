@@ -27,7 +27,7 @@ from torch import Tensor
 import dvora
 from dvora.bank.packs import write_pack
 from tests.bank.tenants import HEADED
-from tests.bank.versions import PATIENCE, Versions, X, of_x
+from tests.bank.versions import PATIENCE, Versions, X
 from tests.peft.kinds import saved
 
 SHORT, LONG, STEPS = 80, 1000, 20
@@ -44,7 +44,7 @@ class Saved:
     """Versions of an adapter as vectors and as folders."""
 
     def __init__(self) -> None:
-        self.versions = Versions(HEADED, VERSIONS, of_x)
+        self.versions = Versions(VERSIONS)
         self._kept = tempfile.TemporaryDirectory()
         self.folder = Path(self._kept.name)
         for number, vector in enumerate(self.versions.vectors):
