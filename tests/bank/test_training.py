@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dvora
 from dvora.bank import TenantAdamW
 from dvora.flat import Layout
+from tests.bank.tenants import HEADED, MLP
 from tests.bank.trained import (
     NAMES,
     Alone,
@@ -27,8 +28,6 @@ from tests.peft.kinds import Kind, mlp
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, inputs
 
-MLP = mlp()
-HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])
 KINDS = {
     **{name: Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]}) for name in MODELS},
     "head": HEADED,
