@@ -27,8 +27,8 @@ import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
 from dvora.bank.packs import FORMAT, Pack, check_names, unpack, write_pack
-from tests.bank.adapters import HEADED, WIDE, contents, many
-from tests.bank.tenants import Served
+from tests.bank.adapters import WIDE, contents, many
+from tests.bank.tenants import HEADED, Served
 from tests.peft.adapter_files import edit_config, edit_weights
 from tests.peft.kinds import mlp, saved
 

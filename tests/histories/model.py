@@ -37,19 +37,6 @@ class Transposed(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-class Convolutions(nn.Module):
-    """Along the length, in groups: with one dimension and two, with a bias and without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.line = nn.Conv1d(WIDTH, 4, 3, padding=1, groups=2)
-        self.plane = nn.Conv2d(4, WIDTH, (1, 2), padding="same", padding_mode="circular", bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.line(x.transpose(1, 2)))
-        return self.plane(y.unsqueeze(2)).squeeze(2).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Torch's own, which reads its weights instead of calling layers."""
 
@@ -75,7 +62,6 @@ class Experts(nn.Module):
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain": FeedForward,
     "transposed": Transposed,
-    "convolved": Convolutions,
     "attention": Attention,
     "experts": Experts,
 }
@@ -98,8 +84,6 @@ WEIGHTS: dict[str, Weight] = {
     "blocks.plain.down.weight": Weight("plain.down"),
     "blocks.transposed.up.weight": Weight("transposed.up"),
     "blocks.transposed.down.weight": Weight("transposed.down"),
-    "blocks.convolved.line.weight": Weight("convolved.line"),
-    "blocks.convolved.plane.weight": Weight("convolved.plane"),
     "blocks.attention.inner.in_proj_weight": Weight("attention.inner", called=False),
     "blocks.attention.inner.out_proj.weight": Weight("attention.inner", called=False),
     "blocks.experts.stack": Weight("experts.stack", by_name=True, called=False),
