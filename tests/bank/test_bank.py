@@ -13,7 +13,8 @@ import dvora
 from dvora.bank.packs import write_pack
 from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Served, Tenants, row_by_row, tenants
-from tests.peft.adapter_files import edit_config
+from tests.peft.adapter_files import edit_config, edit_weights
+from tests.peft.dense_weights import DenseModel
 from tests.peft.kinds import Kind, saved
 from tests.peft.layer_cases import CASES, READ
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
@@ -68,13 +69,38 @@ def test_every_dtype_of_a_base_and_of_a_bank(dtype: torch.dtype, held: torch.dty
 
 
 @pytest.mark.parametrize(("name", "matrices"), list(zip(MODELS, MATRICES * 3, strict=False)))
-def test_rows_of_whole_models(name: str, matrices: str, tmp_path: Path) -> None:
-    kind = Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]})
+def test_rows_of_whole_models_are_those_of_the_dense_method(name: str, matrices: str, tmp_path: Path) -> None:
+    kind = Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name], "alpha": 3.5, "direction": "weight"})
     these = tenants(kind, tmp_path, projection_init=matrices)
     with these.bank() as served:
         found = served(MIXED)
         assert same_bits(served([None] * 6), outputs(these.base(), 6))
-    check_rows(found, these, MIXED, 2e-5)
+
+    def alone(name: str | None) -> Tensor:
+        if name is None:
+            return outputs(these.alone(None), 6)
+        model = PeftModel.from_pretrained(these.base(), these.path(name))
+        return DenseModel(these.base(), model)(**inputs(model, 6)).detach()
+
+    assert worst_difference(found, row_by_row(alone, MIXED)) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_half_precision_holds_an_update_however_it_is_written(size: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 1)
+    with these.bank() as served:
+        exact = served(["a"] * 4)
+    # The same one, with a small lambda_d and a large lambda_b, or the other way round.
+    factor = {"lambda_b": 1 / size, "lambda_d": size}
+
+    def rewrite(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.mul_(factor.get(name.rpartition("dvora_")[2], 1.0))
+
+    edit_weights(these.path("a"), rewrite)
+    with these.bank(dtype=dtype) as served:
+        assert worst_difference(served(["a"] * 4), exact) < OF_BANK[dtype]
 
 
 def test_under_autocast_rows_are_rounded_as_the_base_is(tmp_path: Path) -> None:
@@ -192,6 +218,46 @@ def test_an_unchanged_adapter_is_the_base_where_that_is_allowed(tmp_path: Path) 
         served.bank.add("fresh", tmp_path / "fresh", allow_unchanged=True)
         found = served(["fresh", "a", "fresh", None])
     assert same_bits(found[[0, 2, 3]], outputs(these.base())[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("part", ["dvora_magnitude", "dvora_lambda_b", "lin2.weight"])
+def test_an_adapter_that_changes_one_value_is_no_unchanged_one(part: str, tmp_path: Path) -> None:
+    these = tenants(HEADED, tmp_path / "whole", 1)
+    saved(HEADED.fresh(), tmp_path / "changed")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        next(tensor for name, tensor in tensors.items() if name.endswith(part)).view(-1)[3] += 0.5
+
+    edit_weights(tmp_path / "changed", change)
+    with these.bank() as served:
+        served.bank.add("changed", tmp_path / "changed")
+        assert not torch.equal(served(["changed"] * 4), served([None] * 4))
+
+
+def test_what_names_an_adapter_is_its_base_settings_and_values(tmp_path: Path) -> None:
+    these = tenants(HEADED, tmp_path / "whole", 1)
+    nudged = these.base()
+    nudged.lin1.weight[3, 4].mul_(1.01)
+
+    def digest(model: nn.Module, folder: Path, **settings: Any) -> str:
+        with dvora.AdapterBank(model, **settings) as bank:
+            bank.add("any", folder)
+            return bank.digest("any")
+
+    name = digest(these.base(), these.path("a"))
+    assert digest(these.base(), these.path("a"), dtype=torch.float16) == name
+    others = [digest(nudged, these.path("a"))]
+    for number, settings in enumerate(({"projection_seed": 1}, {"alpha": 2.0}, {"direction": "weight"})):
+        others.append(digest(these.base(), saved(HEADED.trained(**settings), tmp_path / str(number))))
+    assert len({name, *others}) == 5
+
+
+def test_bits_do_not_depend_on_the_adapters_that_were_read_together(tmp_path: Path) -> None:
+    these = tenants(HEADED, tmp_path)
+    with these.bank() as one, these.bank() as other:
+        with torch.inference_mode():
+            other(["c", "a", "b", "a"])
+        assert torch.equal(one(["a"] * 4), other(["a"] * 4))
 
 
 def test_equal_adapters_share_a_slot_and_their_rows(tmp_path: Path) -> None:

@@ -258,6 +258,12 @@ def with_values(change: Callable[[str, Tensor], object]) -> Callable[[Path], obj
     return make
 
 
+def without_direction(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "lambda" in name:
+            tensor.fill_("lambda_b" in name)
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (adapter(projection_seed=1), "projection_seed is 0 here and 1 there"),
     "another direction": (adapter(direction="weight"), "direction is 'unit' here"),
@@ -269,6 +275,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         r"the base models differ: .* of lin0",
     ),
     "untrained": (lambda folder: saved(HEADED.fresh(), folder), "it changes nothing; pass allow_unchanged=True"),
+    "without a direction": (
+        lambda folder: edit_weights(saved(HEADED.fresh(), folder), without_direction),
+        "it changes nothing",
+    ),
     "not finite": (with_values(lambda name, v: v.fill_(torch.nan) if "lin1" in name else v), "lin1.* are not finite"),
     "no folder": (lambda folder: None, r"there is no file adapter_config\.json"),
     "a fingerprint of other matrices": (
