@@ -399,6 +399,8 @@ def test_the_file_is_closed_with_the_last_adapter_that_is_in_it(folders: dict[st
         assert not is_open()
 
 
+# Python 3.12 and later say so of every fork beside other threads, of which this one's child uses none.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_reads_the_pack_beside_its_parent(folders: dict[str, Path], pack: Path) -> None:
     expected, model = served_by(folders), HEADED.base().requires_grad_(False)
     with dvora.AdapterBank(model) as bank:
