@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.factors import Source, add_factor_pass, factors_of
+from dvora.factors import FactorSource, add_factor_pass, factors_of
 from tests.cases import COPIES, fresh_copy, linear, randn, trained_layer
 from tests.reference import worst_error
 
@@ -376,7 +376,7 @@ def test_after_a_change_the_strength_is_the_new_one(trained: bool, write: str) -
 
     def scale() -> Tensor:
         with torch.set_grad_enabled(trained):
-            return factors_of(Source(layer.adapted, layer.vectors, strength), layer.base_layer.weight).scale
+            return factors_of(FactorSource(layer.adapted, layer.vectors, strength), layer.base_layer.weight).scale
 
     full = 2 * scale()
     scale()

@@ -22,8 +22,8 @@ from dvora import factors as source
 from dvora.factors import (
     FactorPass,
     Factors,
+    FactorSource,
     Snapshot,
-    Source,
     StackConstants,
     add_factor_pass,
     current_pass,
@@ -307,7 +307,7 @@ def test_where_the_weight_is_not_in_memory_the_terms_have_to_do() -> None:
     layer = nearly_cancelled(trained_layer(24, 10, 4, dtype=torch.float64), 1e-2)
     adapted, weight = layer.adapted, layer.base_layer.weight
     adapted.refresh_if_stale(weight)
-    source = Source(adapted, layer.vectors)
+    source = FactorSource(adapted, layer.vectors)
     with torch.no_grad():
         measured = factors_of(source, weight).gain
         adapted.readable, adapted.cache = False, None
@@ -330,8 +330,8 @@ def test_a_row_that_vanishes_altogether_gives_finite_numbers(dtype: torch.dtype)
 # One adapter of one layer.
 
 
-def source_of(layer: DVoRAAdapter, strength: Tensor | None = None) -> tuple[Source, Tensor]:
-    return Source(layer.adapted, layer.vectors, strength), layer.base_layer.weight
+def source_of(layer: DVoRAAdapter, strength: Tensor | None = None) -> tuple[FactorSource, Tensor]:
+    return FactorSource(layer.adapted, layer.vectors, strength), layer.base_layer.weight
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, -1.0])

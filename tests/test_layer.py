@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import layer as forward
-from dvora.factors import FactorPass, Factors, Source, factors_of
+from dvora.factors import FactorPass, Factors, FactorSource, factors_of
 from dvora.layer import folds, project, thin_outputs
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import MAGNITUDE_ONLY, AdaptedWeight
@@ -221,7 +221,7 @@ def test_a_magnitude_alone_rescales_rows(dtype: torch.dtype, bias: bool) -> None
     adapted = AdaptedWeight(base.weight, MAGNITUDE_ONLY, shared=SHARED)
     vectors = adapted.initial_vectors(0.1)
     magnitude = (1.3 * vectors.magnitude).requires_grad_()
-    factors = factors_of(Source(adapted, vectors._replace(magnitude=magnitude)), base.weight)
+    factors = factors_of(FactorSource(adapted, vectors._replace(magnitude=magnitude)), base.weight)
     x = inputs(FOLDED, dtype)
     assert not folds(base, x, adapted, factors)
     y = thin_outputs(base(x), x, adapted, factors, base.bias)
@@ -312,7 +312,7 @@ def test_a_layer_folds_with_enough_tokens_and_a_small_rank(tokens: int, rank: in
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_layer_folds_in_training_and_for_inputs_of_its_dtype_only(mode: Callable[[], Any]) -> None:
     layer = trained_layer(IN, OUT, RANK)
-    source = Source(layer.adapted, layer.vectors)
+    source = FactorSource(layer.adapted, layer.vectors)
     x, weight, factors = inputs(FOLDED), layer.base_layer.weight, factors_of(source, layer.base_layer.weight)
     assert folds(layer.base_layer, x, layer.adapted, factors)
     assert not folds(layer.base_layer, x.double(), layer.adapted, factors)

@@ -20,8 +20,8 @@ from dvora.weight import (
     ROWS,
     SMALL_LOSS,
     AdaptedWeight,
-    Layout,
     MergePrecisionWarning,
+    WeightLayout,
     check_can_be_set,
     check_finite,
     merge,
@@ -61,7 +61,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("layout", "stored", "matrix"), LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_leads_to_the_matrix_and_back(
-    layout: Layout, stored: tuple[int, ...], matrix: tuple[int, int]
+    layout: WeightLayout, stored: tuple[int, ...], matrix: tuple[int, int]
 ) -> None:
     weight = randn(*stored, seed=0)
     assert layout.matrix(weight).shape == matrix

@@ -16,7 +16,7 @@ from benchmarks.speed.steps import training_step
 from benchmarks.speed.targets import NORM_TOKENS
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import SEED, Workload, random, smollm2
-from dvora.factors import Source, StackConstants, layer_factors
+from dvora.factors import FactorSource, StackConstants, layer_factors
 from dvora.peft.layer import DVoRALayer, layers_in
 
 LAYERS = ((1024, 1024), (1024, 2816), (2816, 1024))
@@ -122,7 +122,7 @@ def norm_step(model: nn.Module) -> Step:
 def _gains(layers: Sequence[DVoRALayer]) -> Callable[[], object]:
     """Those of layers of one shape, which models make together."""
     (name,) = layers[0].active_adapters
-    sources = [Source(layer.adapted(name), layer.vectors(name)) for layer in layers]
+    sources = [FactorSource(layer.adapted(name), layer.vectors(name)) for layer in layers]
     constants = StackConstants.of([source.adapted for source in sources])
     leaves = [vector for source in sources for vector in source.vectors]
 

@@ -18,7 +18,7 @@ from .checks import (
     checked_values,
     checked_vectors,
 )
-from .factors import Source, delta_weight, factors_of
+from .factors import FactorSource, delta_weight, factors_of
 from .functional import Direction, Vectors
 from .layer import adapted_linear
 from .matrices.interface import SharedProjections
@@ -272,7 +272,7 @@ class DVoRAAdapter(nn.Module):
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight = weight_in_memory(self.base_layer, "weight")
-        factors = factors_of(Source(self.adapted, self.adapted.local(self.vectors, weight)), weight)
+        factors = factors_of(FactorSource(self.adapted, self.adapted.local(self.vectors, weight)), weight)
         return adapted_linear(self.base_layer, x, self.adapted, factors)
 
     def _state(self, x: Tensor) -> list[tuple[int, int]]:
@@ -367,7 +367,7 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
         cross, q = as_dtype(adapted.C, w.dtype) @ vectors.lambda_d, adapted.squares(vectors.lambda_d)
         s = (1 + kappa * (2 * cross + kappa * q)).clamp_min(0).sqrt()
         angle = F.row_angle(kappa, cross, q).rad2deg()
-        g1 = factors_of(Source(adapted, vectors), weight).gain_minus_one.abs()
+        g1 = factors_of(FactorSource(adapted, vectors), weight).gain_minus_one.abs()
     metrics = {
         "norm_ratio_mean": s.mean(),
         "norm_ratio_max": s.max(),

@@ -45,7 +45,7 @@ SMALLEST_GAIN = 1e-2
 """Layers with smaller gains are not folded: what their gradient is divided by would have too few digits."""
 
 
-class Source(NamedTuple):
+class FactorSource(NamedTuple):
     """What the row factors of one adapter in one layer are made from, besides the constants of the weight."""
 
     adapted: AdaptedWeight
@@ -72,7 +72,7 @@ class Source(NamedTuple):
         versions = m._version, b._version, d._version
         return versions + addresses if s is None else (*versions, *addresses, version_of(s), s.data_ptr())
 
-    def is_same(self, other: "Source") -> bool:
+    def is_same(self, other: "FactorSource") -> bool:
         """Whether both are of the same tensors, whatever is in them now."""
         (m, b, d), (other_m, other_b, other_d) = self.vectors, other.vectors
         return (
@@ -232,7 +232,7 @@ class FactorStacks:
 
 
 def _by_layer(values: Float[Tensor, "N LO"], layers: int) -> Float[Tensor, "L N O"]:
-    return values.view(len(values), layers, values.shape[-1] // layers).transpose(0, 1).contiguous()
+    return values.view(len(values), layers, values.shape[-1] // layers).transpose(0, 1)
 
 
 class _StackOrder(NamedTuple):
@@ -482,7 +482,7 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def layer_factors(sources: Sequence[Source], constants: StackConstants) -> list[Factors]:
+def layer_factors(sources: Sequence[FactorSource], constants: StackConstants) -> list[Factors]:
     """The factors of one adapter in each of several layers of one shape, with a graph where one is recorded.
 
     Args:
@@ -559,7 +559,7 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present)
 
 
-def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> Factors:
+def factors_of(source: FactorSource, weight: Tensor | None, together: bool = True) -> Factors:
     """The factors of an adapter in a layer, now.
 
     Args:
@@ -597,7 +597,7 @@ def factors_of(source: Source, weight: Tensor | None, together: bool = True) -> 
     return layer_factors([source], cache.constants)[0]
 
 
-def _by_definition(source: Source, weight: Tensor | None) -> Factors:
+def _by_definition(source: FactorSource, weight: Tensor | None) -> Factors:
     adapted, vectors, strength = source
     factors = adapted.factors(vectors, weight)
     gain_minus_one, scale, gain = factors if strength is None else _weakened(factors, strength)
@@ -618,7 +618,7 @@ def delta_weight(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor) -> Fl
         ValueError: the weight is sharded over processes.
     """
     check_whole(weight, adapted.name)
-    factors = factors_of(Source(adapted, vectors), weight)
+    factors = factors_of(FactorSource(adapted, vectors), weight)
     with full_precision(factors.scale.device):
         matrix, lambda_d = adapted.layout.matrix(weight), as_dtype(vectors.lambda_d, factors.scale.dtype)
         A, B = adapted.A(lambda_d), adapted.B(lambda_d)
@@ -637,14 +637,14 @@ class _Cache:
         # Of this weight alone; where they change, the whole cache goes.
         self.constants: StackConstants | None = None
 
-    def evaluated_now(self, source: Source, current: "Pass | None") -> Factors:
+    def evaluated_now(self, source: FactorSource, current: "Pass | None") -> Factors:
         """Factors without gradients."""
         cached = self.evaluated
         if cached is None or not cached.is_of(source) or not (cached.is_valid_in(current) or cached.is_unchanged()):
             cached = self.evaluated = Snapshot([source], compared=True)
         return cached.factors[id(source.adapted)]
 
-    def trained_now(self, source: Source, current: "Pass | None") -> Factors | None:
+    def trained_now(self, source: FactorSource, current: "Pass | None") -> Factors | None:
         """Those that were computed for the pass with gradients that this thread is in, if they are still right."""
         cached = None if self.trained is None else self.trained()
         if cached is None or not cached.is_of(source):
@@ -670,7 +670,7 @@ class Snapshot:
         compared: copy the vectors, to notice writes that PyTorch does not count; then there are no gradients.
     """
 
-    def __init__(self, sources: Sequence[Source], before: "Snapshot | None" = None, *, compared: bool) -> None:
+    def __init__(self, sources: Sequence[FactorSource], before: "Snapshot | None" = None, *, compared: bool) -> None:
         # Weakly: a pass has graphs, which hold the weights that hold this.
         self.valid_in: weakref.ref[Pass] | None = None
         """The pass for which they were computed or compared."""
@@ -692,7 +692,7 @@ class Snapshot:
             copied = list(sources) if self._copies is None else _with_values(sources, self._copies)
             self._compute([source for source in copied if id(source.adapted) not in self.factors], constants)
 
-    def _compute(self, sources: Sequence[Source], earlier: dict[int, StackConstants]) -> None:
+    def _compute(self, sources: Sequence[FactorSource], earlier: dict[int, StackConstants]) -> None:
         for group in _by_shape(sources):
             weights = [source.adapted for source in group]
             constants = earlier.get(id(weights[0]))
@@ -701,7 +701,7 @@ class Snapshot:
             self._constants[id(weights[0])] = constants
             self.factors |= zip(map(id, weights), layer_factors(group, constants), strict=True)
 
-    def is_of(self, source: Source) -> bool:
+    def is_of(self, source: FactorSource) -> bool:
         """Whether the factors of this layer are of its tensors, and of the versions that they have."""
         entry = self._states.get(id(source.adapted))
         if entry is None:
@@ -709,7 +709,7 @@ class Snapshot:
         before, state, w = entry
         return before.is_same(source) and source.adapted.w is w and source.state() == state
 
-    def is_of_all(self, sources: Sequence[Source]) -> bool:
+    def is_of_all(self, sources: Sequence[FactorSource]) -> bool:
         """Whether they are the factors of the tensors of these layers and no others, whatever is in them now."""
         entries = (self._states.get(id(source.adapted)) for source in sources)
         same = (entry is not None and entry[0].is_same(source) for entry, source in zip(entries, sources, strict=True))
@@ -731,7 +731,7 @@ class Snapshot:
         return now is not None and now.dtype == self._copies.dtype and torch.equal(now, self._copies)
 
 
-def _unchanged_factors(sources: Sequence[Source]) -> dict[int, Factors]:
+def _unchanged_factors(sources: Sequence[FactorSource]) -> dict[int, Factors]:
     """Factors of earlier passes that nothing has changed since; in another stack the last bit could be another one."""
     unchanged, factors = dict[Snapshot, bool](), dict[int, Factors]()
     for source in sources:
@@ -751,18 +751,18 @@ def _joined_values(inputs: Sequence[Tensor]) -> Tensor | None:
     return torch.cat([tensor if tensor.dim() else tensor[None] for tensor in inputs]).detach()
 
 
-def _with_values(sources: Sequence[Source], copies: Tensor) -> list[Source]:
+def _with_values(sources: Sequence[FactorSource], copies: Tensor) -> list[FactorSource]:
     parts = iter(copies.split([tensor.numel() for source in sources for tensor in source.inputs]))
     copied = []
     for source in sources:
         vectors = Vectors(next(parts), next(parts), next(parts))
-        copied.append(Source(source.adapted, vectors, None if source.strength is None else next(parts)[0]))
+        copied.append(FactorSource(source.adapted, vectors, None if source.strength is None else next(parts)[0]))
     return copied
 
 
-def _by_shape(sources: Iterable[Source]) -> list[list[Source]]:
+def _by_shape(sources: Iterable[FactorSource]) -> list[list[FactorSource]]:
     """Sources in groups whose factors are made at once."""
-    groups: dict[object, list[Source]] = {}
+    groups: dict[object, list[FactorSource]] = {}
     for source in sources:
         groups.setdefault((*source.adapted.stack_key, source.vectors.magnitude.dtype), []).append(source)
     return list(groups.values())
@@ -772,7 +772,7 @@ class Pass:
     """One forward pass of one model in one thread, compared by identity."""
 
     def __init__(self) -> None:
-        self.sources: dict[int, Source] = {}
+        self.sources: dict[int, FactorSource] = {}
         """Of the layers that have run in it."""
         self.trained: Snapshot | None = None
         """The factors that were computed for it, with gradients."""
@@ -812,7 +812,7 @@ class FactorPass:
         self._last[recorded] = current
         # FSDP2 has the values of this pass only when a layer runs.
         if last is not None and not gathers_uncounted():
-            trained, others = list[Source](), list[Source]()
+            trained, others = list[FactorSource](), list[FactorSource]()
             for source in filter(_can_be_stacked, list(last.sources.values())):
                 (trained if recorded and source.is_trained() else others).append(source)
             if trained:
@@ -832,7 +832,7 @@ class FactorPass:
         return FactorPass, ()
 
 
-def _compute_trained(sources: list[Source], last: Pass, current: Pass) -> None:
+def _compute_trained(sources: list[FactorSource], last: Pass, current: Pass) -> None:
     """Compute the factors with gradients of these layers for a pass."""
     current.trained = Snapshot(sources, last.trained, compared=False)
     current.trained.valid_in = weakref.ref(current)
@@ -840,7 +840,7 @@ def _compute_trained(sources: list[Source], last: Pass, current: Pass) -> None:
         _cache_of(source.adapted).trained = weakref.ref(current.trained)
 
 
-def _compute_evaluated(sources: list[Source], current: Pass) -> None:
+def _compute_evaluated(sources: list[FactorSource], current: Pass) -> None:
     """Have the factors without gradients of these layers for a pass: those of an earlier one, if nothing changed."""
     cached = _cache_of(sources[0].adapted).evaluated
     if cached is None or not (cached.is_of_all(sources) and cached.is_unchanged()):
@@ -850,7 +850,7 @@ def _compute_evaluated(sources: list[Source], current: Pass) -> None:
     cached.valid_in = weakref.ref(current)
 
 
-def _can_be_stacked(source: Source) -> bool:
+def _can_be_stacked(source: FactorSource) -> bool:
     """Whether the vectors are whole and where the weight is; what ZeRO-3 has partitioned is empty between passes."""
     adapted, (m, b, d), _ = source
     complete = m.numel() == b.numel() == adapted.out_features and d.numel() == adapted.rank

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .checks import FAR
 from .factors import FactorStacks
 from .functional import Vectors
-from .peft.content import Content, ModelAdapter, Source, restored_on_error, tensors_of
+from .peft.content import Content, ModelAdapter, ModelOrFolder, tensors_of, values_restored_on_error
 from .peft.layer import DVoRALayer, check_unmerged
 from .peft.saving import VECTOR_PREFIX, check_layer_factors
 from .tensors import Float, is_dtensor, weight_in_memory
@@ -73,7 +73,7 @@ class Layout:
         return sum(self._parts.values())
 
     @classmethod
-    def of(cls, source: Source, adapter_name: str = "default") -> Layout:
+    def of(cls, source: ModelOrFolder, adapter_name: str = "default") -> Layout:
         """The layout of an adapter in a model, or of a saved one, of which only the headers are read.
 
         Args:
@@ -86,7 +86,7 @@ class Layout:
         return cls(Content.of(source, adapter_name), adapter_name)
 
     @torch.no_grad()
-    def to_vector(self, source: Source) -> Float[Tensor, "S"]:
+    def to_vector(self, source: ModelOrFolder) -> Float[Tensor, "S"]:
         """The values of an adapter as a new vector: on its own device from a model, on the CPU from a folder.
 
         Raises:
@@ -128,9 +128,9 @@ class Layout:
         tensors = list(by_name.values())
         # In one piece: most models are on one device.
         parts = vector.detach().to(tensors[0].device).split(list(self._parts.values()))
-        values = [part.view(own.shape).to(own.device, own.dtype) for part, own in zip(parts, tensors, strict=True)]
+        values = [part.view(old.shape).to(old.device, old.dtype) for part, old in zip(parts, tensors, strict=True)]
         _check_writable(by_name, values)
-        with restored_on_error(tensors):
+        with values_restored_on_error(tensors):
             torch._foreach_copy_(tensors, values)
 
     @torch.no_grad()
@@ -150,17 +150,17 @@ class Layout:
         of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
         rows = FactorStacks(weights).rows(torch.atleast_2d(vectors)[:, :of_layers])
         parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.rank)], -1))
-        made: dict[str, LayerFactors] = {}
+        factors: dict[str, LayerFactors] = {}
         for layer in self.content.layers:
             strength = layers[layer.name].strength(self.adapter_name)
-            made[layer.name] = LayerFactors(next(parts) * strength, next(parts) * strength, next(parts))
+            factors[layer.name] = LayerFactors(next(parts) * strength, next(parts) * strength, next(parts))
         for name in layers if vectors.abs().max() > FAR else ():
-            if not all(factor.isfinite().all() for factor in made[name]):
+            if not all(factor.isfinite().all() for factor in factors[name]):
                 raise ValueError(
                     f"vector gives {name} factors that are not finite: its values are too large; use another"
                 )
         row = 0 if vectors.dim() == 1 else slice(None)
-        return {name: LayerFactors(*(factor[row] for factor in made[name])) for name in layers}
+        return {name: LayerFactors(*(factor[row] for factor in factors[name])) for name in layers}
 
     def views(self, vector: Float[Tensor, "*N S"]) -> dict[str, Vectors]:
         """The three vectors of every layer, by name, as views: writing into them writes into the vector.

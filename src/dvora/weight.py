@@ -47,7 +47,7 @@ _SURE_NORM = 1e-15
 """Below this norm, squares of a row's values may underflow in float32."""
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """The conversion between a stored weight and its matrix (O, I)."""
 
     matrix: Callable[[Tensor], Tensor]
@@ -94,15 +94,15 @@ def _experts_transposed_back(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 # Functions with names, since lambdas cannot be pickled with a model.
-ROWS = Layout(_same, _same_back)
+ROWS = WeightLayout(_same, _same_back)
 """(O, I), as in `nn.Linear`."""
-COLUMNS = Layout(_transposed, _transposed_back)
+COLUMNS = WeightLayout(_transposed, _transposed_back)
 """(I, O), as in transformers' `Conv1D`; an embedding table too, whose out features are its columns."""
-KERNELS = Layout(_kernels, _viewed_back)
+KERNELS = WeightLayout(_kernels, _viewed_back)
 """(O, in / groups, *kernel) of a convolution: I = in / groups * kernel elements."""
-EXPERTS = Layout(_experts, _viewed_back)
+EXPERTS = WeightLayout(_experts, _viewed_back)
 """(E, O, I): every expert brings out features of its own."""
-EXPERTS_TRANSPOSED = Layout(_experts_transposed, _experts_transposed_back)
+EXPERTS_TRANSPOSED = WeightLayout(_experts_transposed, _experts_transposed_back)
 """(E, I, O)."""
 
 
@@ -145,7 +145,7 @@ class AdaptedWeight(nn.Module):
         alpha: float | None = None,
         direction: Direction = "unit",
         detach_norm: bool = False,
-        layout: Layout = ROWS,
+        layout: WeightLayout = ROWS,
         padding_column: int | None = None,
         readable: bool = True,
         reads_matrices: bool = False,

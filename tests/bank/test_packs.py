@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
-from dvora.bank.packs import FORMAT, Pack, check_names, unpack, write_pack
+from dvora.bank.packs import FORMAT, Pack, check_folder_names, unpack, write_pack
 from tests.bank.adapters import WIDE, contents, many
 from tests.bank.tenants import HEADED, Served
 from tests.peft.adapter_files import edit_config, edit_weights
@@ -135,7 +135,7 @@ NO_NAMES += ["__metadata__"]
 
 def are_names(names: set[str]) -> bool:
     try:
-        check_names(dict.fromkeys(names))
+        check_folder_names(dict.fromkeys(names))
     except ValueError:
         return False
     return True

@@ -360,7 +360,7 @@ def test_a_folder_that_changes_is_refused_until_it_is_replaced(these: Tenants, t
 def test_what_half_precision_cannot_hold(these: Tenants, tmp_path: Path) -> None:
     with_values(lambda name, v: v.mul_(1e7 if "lin1.dvora_magnitude" in name else 1))(tmp_path / "a")
     bank = dvora.AdapterBank(these.base(), dtype=torch.float16, like=these.path("a"))
-    with pytest.raises(ValueError, match=r"'a': the adapter has factors up to .*, which torch\.float16 cannot hold"):
+    with pytest.raises(ValueError, match=r"'a': the adapter has factors that torch\.float16 cannot hold"):
         bank.add("a", tmp_path / "a")
     with dvora.AdapterBank(these.base(), dtype=torch.bfloat16, like=these.path("a")) as bank:
         bank.add("a", tmp_path / "a")

@@ -65,8 +65,8 @@ class Description:
         """Where each value of the flat vector stands among all values of the file, (S,); made when there are values."""
         counts = [prod(shape) for _, shape in self.entries.values()]
         ends = dict(zip(self.entries, accumulate(counts), strict=True))
-        own = [key for name, key in self.names.items() if VECTOR_PREFIX in name]
-        return torch.cat([torch.arange(ends[key] - prod(self.entries[key][1]), ends[key]) for key in own])
+        keys = [key for name, key in self.names.items() if VECTOR_PREFIX in name]
+        return torch.cat([torch.arange(ends[key] - prod(self.entries[key][1]), ends[key]) for key in keys])
 
     def digest(self, values: AdapterValues) -> str:
         """32 hexadecimal digits that name both files, byte for byte: the values have all that the data has."""

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
-from .packs import Pack
+from .packs import OnProgress, Pack
 from .served import ServedModel
 from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
 from .training import TrainableAdapters
 
 AdapterSource = str | os.PathLike[str] | Tensor
 """The folder of an adapter, its file of values, or a flat vector in the order of `dvora.flat.Layout`."""
-OnProgress = Callable[[int, int], object]
-"""Called with what is done and how much there is."""
 _log = logging.getLogger("dvora.bank")
 
 
@@ -238,7 +236,7 @@ class AdapterBank:
         """
         check_names(names, repeats)
         self._batches.check_free()
-        served, _, slots, _ = self._known()
+        served, _, slots, _ = self._required()
         check_unchanged(served.layers)
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         adapters = self._named(distinct)
@@ -269,7 +267,7 @@ class AdapterBank:
             TypeError, ValueError: a name is unknown, or taken, the base is not frozen, or an adapter has a strength
                 other than one, other settings than the others, or lacks layers.
         """
-        rows, adapters = self._known().rows, self._named(names)
+        rows, adapters = self._required().rows, self._named(names)
         self._check_new(new)
         values = {adapter.name: adapter.source.read() for adapter in adapters}
         return TrainableAdapters(rows, self._batches, {**values, **dict.fromkeys(new)})
@@ -284,7 +282,7 @@ class AdapterBank:
         Raises:
             ValueError: a name is not trained there, or an adapter is not finite; those before it are published then.
         """
-        content = self._known().served.content
+        content = self._required().served.content
         for name in trained.names if names is None else names:
             shapes = trained.head_shapes[trained.place(name)]
             parts = tuple(part._replace(shape=shapes.get(part.name, part.shape)) for part in content.whole)
@@ -320,7 +318,7 @@ class AdapterBank:
             ValueError: there is no such name, or its source is damaged.
         """
         (adapter,) = self._named([name])
-        self._known()
+        self._required()
         if adapter.digest is None:
             self._rows_of([adapter])
         return str(adapter.digest)
@@ -355,7 +353,7 @@ class AdapterBank:
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._adapters))
 
-    def _known(self) -> _Fitted:
+    def _required(self) -> _Fitted:
         """What the first adapter said of the model."""
         self._batches.check_open()
         if self._fitted is None:
@@ -437,7 +435,7 @@ class AdapterBank:
 
     def _check_fits(self, adapter: _Adapter, allow_partial: bool) -> None:
         with _of_adapter(adapter):
-            self._known().served.check_fits(adapter.source.content, adapter.source.beside, allow_partial)
+            self._required().served.check_fits(adapter.source.content, adapter.source.beside, allow_partial)
 
     def _check_new(self, names: Collection[str]) -> None:
         self._batches.check_open()
@@ -467,7 +465,7 @@ class AdapterBank:
         Raises:
             ValueError: one is damaged, has changed since it was first read, or changes nothing.
         """
-        rows = self._known().rows
+        rows = self._required().rows
         with self._reading:
             by_digest = {a.digest: row for a in adapters if (row := self._host.get(a.digest)) is not None}
             missing = [adapter for adapter in adapters if adapter.digest not in by_digest]

@@ -75,29 +75,35 @@ class FactorRows:
 
     @torch.no_grad()
     def of(self, adapters: Sequence[AdapterValues]) -> Float[Tensor, "N F"]:
-        """The factors of adapters, without their strengths, in float32 on the CPU."""
+        """The factor rows of adapters with their strengths, in the bank's dtype, on the CPU."""
         vectors = torch.stack([self.vector(values) for values in adapters])
-        return self.of_vectors(vectors.to(self.served.device)).to("cpu", torch.float32)
+        factors = self.of_vectors(vectors.to(self.served.device)).to("cpu", torch.float32)
+        for values, row in zip(adapters, factors, strict=True):
+            if len(values.strengths) < len(self.places) or set(values.strengths) != {1.0}:
+                strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
+                # Layers that it does not have are the base's.
+                for layer, place in zip(self.served.content.layers, self.places, strict=True):
+                    row[place.start : place.stop - place.rank] *= strengths.get(layer.name, 0.0)
+        return factors if self.dtype == torch.float32 else balanced(factors, self._segments).to(self.dtype)
 
-    @torch.no_grad()
     def row(self, values: AdapterValues, factors: Float[Tensor, "F"]) -> AdapterRow:
         """An adapter as the bank holds it.
 
         Args:
             values: of the adapter.
-            factors: what `of` has made of them; written to.
+            factors: its row in what `of` has made, of which a copy is kept: not the rows of others with it.
 
         Raises:
             ValueError: the dtype cannot hold them, or a file has other values besides, which are not the model's.
         """
         if values.beside:
             self.served.check_beside(values.beside)
-        if len(values.strengths) < len(self.places) or set(values.strengths) != {1.0}:
-            strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
-            # Layers that it does not have are the base's.
-            for layer, place in zip(self.served.content.layers, self.places, strict=True):
-                factors[place.start : place.stop - place.rank] *= strengths.get(layer.name, 0.0)
-        return AdapterRow(self._narrowed(factors), self.served.heads_of(values.whole))
+        if not is_finite(factors):
+            raise ValueError(
+                f"the adapter has factors that {self.dtype} cannot hold; make the bank with dtype=torch.float32, or "
+                "look whether its training diverged"
+            )
+        return AdapterRow(factors.clone(), self.served.heads_of(values.whole))
 
     def vector(self, values: AdapterValues) -> Float[Tensor, "S"]:
         """The vectors of an adapter; the base's for layers that it does not have."""
@@ -120,31 +126,20 @@ class FactorRows:
         parts: tuple[Tensor, ...] = vector.split([sum(layer.lengths) for layer in layers])
         return parts
 
-    def _narrowed(self, row: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
-        """The row in the bank's dtype."""
-        if self.dtype != torch.float32:
-            row = balanced(row, self._segments)
-        narrow = row.to(self.dtype)
-        if not is_finite(narrow):
-            raise ValueError(
-                f"the adapter has factors up to {float(row.abs().max()):.3g}, which {self.dtype} cannot hold; make the "
-                "bank with dtype=torch.float32, or look whether its training diverged"
-            )
-        return narrow
 
-
-def balanced(row: Float[Tensor, "F"], lengths: Tensor) -> Float[Tensor, "F"]:
+def balanced(rows: Float[Tensor, "N F"], lengths: Tensor) -> Float[Tensor, "N F"]:
     """The largest scale and the largest lambda_d of each layer made alike, by a power of two, which rounds nothing.
 
     Args:
-        row: `g - 1`, scale and lambda_d of every layer.
+        rows: `g - 1`, scale and lambda_d of every layer.
         lengths: of these, three a layer.
     """
-    largest = torch.segment_reduce(row.abs(), "max", lengths=lengths)
+    lengths = lengths.repeat(len(rows))
+    largest = torch.segment_reduce(rows.flatten().abs(), "max", lengths=lengths)
     _, scale, lambda_d = largest.view(-1, 3).unbind(1)
     exponent = torch.where((scale > 0) & (lambda_d > 0), torch.round((lambda_d.log2() - scale.log2()) / 2), 0.0)
     factor = torch.stack([torch.zeros_like(exponent), exponent, -exponent], 1).exp2().flatten()
-    return row * factor.repeat_interleave(lengths, output_size=len(row))
+    return rows * factor.repeat_interleave(lengths, output_size=rows.numel()).view_as(rows)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

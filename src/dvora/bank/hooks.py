@@ -161,7 +161,7 @@ class Batches:
             raise ValueError("this call is in two batches of the bank, one of a generator; take one at a time")
         return entered[0] if entered else None
 
-    def known(self) -> Batch:
+    def required(self) -> Batch:
         """The batch that this call is in.
 
         Raises:
@@ -226,7 +226,7 @@ _keys = count()
 @torch.library.custom_op("dvora::slots_of_rows", mutates_args=())
 def slots_of_rows(key: int, rows: int, device: torch.device) -> Tensor:
     """The slot of each row of the batch that a compiled graph runs in, asked for when it runs."""
-    return _of_key[key].known().rows.index(rows).clone()
+    return _of_key[key].required().rows.index(rows).clone()
 
 
 @slots_of_rows.register_fake
@@ -310,7 +310,7 @@ class LayerHook(_Hook):
         if is_traced():
             factors, dropout = self._traced(len(x), base_output), None
         else:
-            rows = self.batches.known().rows
+            rows = self.batches.required().rows
             dtype = layer.adapted.w.dtype
             factors, dropout = rows.factors(self.position, len(x), base_output.dim(), dtype), rows.dropout
         adapter = ActiveAdapter(layer.adapted, factors, dropout)
@@ -358,7 +358,7 @@ class HeadHook(_Hook):
         count = len(args[0])
         if is_traced():
             return self._traced(args, base_output)
-        batch = self.batches.known()
+        batch = self.batches.required()
         groups = batch.rows.heads(head, count)
         parts = [self._outputs(group, args) for group in groups]
         of_base = batch.rows.of_base(count)

@@ -190,7 +190,7 @@ def write_pack(path: Path, folders: Mapping[str, Path], on_progress: OnProgress 
         raise ValueError(f"path: {path} is a folder, a pipe or a device; name a file")
     if not folders:
         raise ValueError("folders: there are no adapters to pack")
-    check_names(folders)
+    check_folder_names(folders)
     sources = {name: FolderSource(folders[name]) for name in sorted(folders)}
     if clash := [s.folder for s in sources.values() for n in (SETTINGS, VALUES) if _is_same(path, s.folder / n)]:
         raise ValueError(f"path: {path} is a file of the adapter in {clash[0]}, which is to be packed; name another")
@@ -228,7 +228,7 @@ def unpack(path: Path, output: Path, on_progress: OnProgress | None = None) -> N
                 on_progress(number, len(pack.entries))
 
 
-def check_names(names: Mapping[str, object]) -> None:
+def check_folder_names(names: Mapping[str, object]) -> None:
     """Refuse names that some system could not give to a folder, or give to two.
 
     Raises:
@@ -324,7 +324,7 @@ def _read_index(file: BinaryIO) -> tuple[dict[str, range], dict[str, Entry]]:
         end = place.stop
     if end != size:
         raise ValueError(f"it has {size:,} bytes, and {end:,} by its index: it is truncated or damaged")
-    check_names(entries)
+    check_folder_names(entries)
     largest = {f".settings.{entry.settings}": LARGEST_SETTINGS for entry in entries.values()}
     largest |= {f".header.{entry.header}": LARGEST_HEADER for entry in entries.values()}
     if not entries or places.keys() != entries.keys() | largest.keys():

@@ -39,7 +39,7 @@ class Shard(NamedTuple):
         return tensor[..., self.start : self.stop]
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """A context for squares: a norm is never computed in half precision."""
     # Entering a context of autocast takes as long as a small product.
     return full_precision(device) if torch._C._is_any_autocast_enabled() else nullcontext()
@@ -106,7 +106,7 @@ class Matrices(nn.Module):
         """
         if lambda_d.dim() > 1 and lambda_d.numel() * out_features > _AT_ONCE:
             return torch.stack([self.squares(layer, in_features, out_features) for layer in lambda_d])
-        with without_autocast(lambda_d.device):
+        with autocast_off(lambda_d.device):
             return (lambda_d.unsqueeze(-2) @ self._half_gradients(lambda_d, in_features, out_features)).squeeze(-2)
 
     def squares_gradient(
@@ -116,7 +116,7 @@ class Matrices(nn.Module):
         if lambda_d.dim() > 1 and lambda_d.shape[-1] * d_q.numel() > _AT_ONCE:
             layers = zip(d_q, lambda_d, strict=True)
             return torch.stack([self.squares_gradient(*layer, in_features) for layer in layers])
-        with without_autocast(lambda_d.device):
+        with autocast_off(lambda_d.device):
             half = self._half_gradients(lambda_d, in_features, d_q.shape[-1])
             return 2 * (half @ d_q.unsqueeze(-1)).squeeze(-1)
 

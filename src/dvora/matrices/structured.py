@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from ..tensors import Float, as_dtype, norm_dtype, times
 from . import philox
-from .base import Constant, Matrices, Side, without_autocast
+from .base import Constant, Matrices, Side, autocast_off
 
 _FIRST_STREAM: dict[Side, int] = {"A": 2**34, "B": 2**34 + 1}
 """Block k of a matrix draws from this stream plus 2 k; its rows are the signs and the orders of both factors."""
@@ -225,7 +225,7 @@ class StructuredMatrices(Matrices):
         if rank > self._total("A", in_features):
             return super().squares(lambda_d, in_features, out_features)
         squares = self._constant(_SQUARED, rank, out_features, lambda_d.dtype, lambda_d.device)
-        with without_autocast(lambda_d.device):
+        with autocast_off(lambda_d.device):
             # As batches of one row, so that a layer gets the same bits alone as with others.
             rows = lambda_d.square().reshape(-1, 1, rank)
             if isinstance(squares, Stack):
@@ -241,7 +241,7 @@ class StructuredMatrices(Matrices):
         if rank > self._total("A", in_features):
             return super().squares_gradient(d_q, lambda_d, in_features)
         squares = self._constant(_SQUARED, rank, d_q.shape[-1], lambda_d.dtype, lambda_d.device)
-        with without_autocast(lambda_d.device):
+        with autocast_off(lambda_d.device):
             return 4 * lambda_d * _narrowed(squares, d_q)
 
     def fingerprint_values(self) -> np.ndarray:

@@ -42,7 +42,7 @@ from .saving import (
     OF_SAVED_MODULES,
     VECTOR_PREFIX,
     check_file,
-    check_whole,
+    check_unsharded,
     is_vector,
     layer_and_vector,
     plain_key,
@@ -53,7 +53,7 @@ from .saving import (
 
 FORMAT_VERSION = 1
 """Of the order of a vector's entries and of what the digest covers."""
-Source = nn.Module | str | os.PathLike[str]
+ModelOrFolder = nn.Module | str | os.PathLike[str]
 """A model with the adapter, or the folder of a saved one."""
 _Value = TypeVar("_Value")
 
@@ -81,7 +81,7 @@ class SavedWhole(NamedTuple):
     shape: Shape
 
 
-class Settings(NamedTuple):
+class CommonSettings(NamedTuple):
     """What all layers of an adapter have in common."""
 
     direction: str
@@ -92,7 +92,7 @@ class Settings(NamedTuple):
     """Indices by the layer's name; "" is the input embeddings."""
 
     @classmethod
-    def of(cls, config: DVoRAConfig) -> Settings:
+    def of(cls, config: DVoRAConfig) -> CommonSettings:
         """Those of a configuration."""
         tokens = config.trainable_token_indices or {}
         by_layer = tokens if isinstance(tokens, dict) else {"": tokens}
@@ -108,14 +108,14 @@ class Settings(NamedTuple):
 class Content(NamedTuple):
     """What an adapter consists of, in the order of a vector: layers by name, then what is saved whole by name."""
 
-    settings: Settings
+    settings: CommonSettings
     layers: tuple[LayerSizes, ...]
     whole: tuple[SavedWhole, ...]
     base: tuple[tuple[str, tuple[float, ...]], ...]
     """Fingerprints of the base weights by layer, where they are known."""
 
     @classmethod
-    def of(cls, source: Source, adapter_name: str) -> Content:
+    def of(cls, source: ModelOrFolder, adapter_name: str) -> Content:
         """That of an adapter in a model, or of the one in a folder."""
         if isinstance(source, nn.Module):
             return ModelAdapter.of(source, adapter_name).content()
@@ -141,7 +141,7 @@ class Content(NamedTuple):
             vectors.setdefault(plain_name(layer), {})[vector] = shapes[key]
         whole = {plain_key(key): shapes[key] for key in shapes if _is_trained_whole(key, config)}
         return cls(
-            Settings.of(config),
+            CommonSettings.of(config),
             tuple(_sizes(name, vectors[name], config) for name in sorted(vectors)),
             tuple(SavedWhole(name, whole[name]) for name in sorted(whole)),
             tuple(sorted((plain_name(name), tuple(probes)) for name, probes in (config.base_probes or {}).items())),
@@ -155,7 +155,7 @@ class Content(NamedTuple):
 
     def difference(self, other: Content) -> str | None:
         """Why a vector of one is none of the other, in words; None if it is one."""
-        for setting, ours, theirs in zip(Settings._fields, self.settings, other.settings, strict=True):
+        for setting, ours, theirs in zip(CommonSettings._fields, self.settings, other.settings, strict=True):
             if ours != theirs:
                 return f"{setting} is {ours!r:.200} here and {theirs!r:.200} there"
         here, there = self._by_name(), other._by_name()
@@ -194,7 +194,7 @@ class Content(NamedTuple):
         try:
             tokens = tuple((name, tuple(indices)) for name, indices in entries["settings"]["tokens"])
             content = cls(
-                Settings(**{**entries["settings"], "tokens": tokens}),
+                CommonSettings(**{**entries["settings"], "tokens": tokens}),
                 tuple(LayerSizes(*layer) for layer in entries["layers"]),
                 tuple(SavedWhole(name, tuple(shape)) for name, shape in entries["whole"]),
                 tuple((name, tuple(fingerprint)) for name, fingerprint in entries["base"].items()),
@@ -244,7 +244,7 @@ class ModelAdapter(NamedTuple):
         """What it consists of."""
         adapted = [(name, layer.adapted(self.name)) for name, layer in self.layers.items()]
         return Content(
-            Settings.of(self.config),
+            CommonSettings.of(self.config),
             tuple(LayerSizes(name, a.out_features, a.rank, a.scaling) for name, a in adapted),
             tuple(SavedWhole(name, tuple(tensor.shape)) for name, tensor in self.whole.items()),
             tuple((name, tuple(layer.present_fingerprint())) for name, layer in self.layers.items()),
@@ -259,7 +259,7 @@ class ModelAdapter(NamedTuple):
             if self.name in by_adapter
         }
         tensors = {**vectors, **self.whole}
-        check_whole(tensors)
+        check_unsharded(tensors)
         if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
         return tensors
@@ -304,11 +304,11 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
             "a name of their own instead"
         )
     layers, probes = list(adapter.layers.values()), config.base_probes or {}
-    warn_of_changes({each.name: change(each.fingerprint, probes[each.name]) for each in layers if each.name in probes})
+    warn_of_changes({x.name: change(x.fingerprint, probes[x.name]) for x in layers if x.name in probes})
     values = load_peft_weights(str(folder), device="cpu")
     restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
     try:
-        with restored_on_error(list(adapter.tensors().values())):
+        with values_restored_on_error(list(adapter.tensors().values())):
             set_peft_model_state_dict(model, values, adapter_name)
             for layer in layers:
                 layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
@@ -319,7 +319,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
 
 
 @contextmanager
-def restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
+def values_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
     """If anything is raised in the block, give the tensors the values back that they have now."""
     values = [tensor.detach().clone() for tensor in tensors]
     try:

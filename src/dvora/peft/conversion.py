@@ -49,8 +49,10 @@ class Converted(NamedTuple):
         """Write it into a folder as PEFT writes adapters."""
         folder.mkdir(exist_ok=True)
         # With bias="all" PEFT lists a head's bias twice, and a file takes no tensor twice.
-        own = {name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in self.values.items()}
-        save_file(own, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        copies = {
+            name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in self.values.items()
+        }
+        save_file(copies, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         self.config.save_pretrained(str(folder))
 
 
@@ -172,8 +174,8 @@ def dense_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 def _check_drawn(A: Tensor, B: Tensor, seed: int, sizes: VeraSizes) -> None:
     """Refuse matrices that another process would not draw: others, or rounded ones."""
-    for name, used, made in zip(("vera_A", "vera_B"), (A, B), drawn(seed, sizes), strict=True):
-        if used.dtype != made.dtype or not torch.equal(used.cpu(), made):
+    for name, used, expected in zip(("vera_A", "vera_B"), (A, B), drawn(seed, sizes), strict=True):
+        if used.dtype != expected.dtype or not torch.equal(used.cpu(), expected):
             raise ValueError(
                 f"{name} of the adapter is not what projection_prng_key={seed} gives here ({used.dtype}; it was cast, "
                 "drawn by another version of torch or on another kind of machine, or edited), and DVoRA keeps the seed "
@@ -254,8 +256,8 @@ def _entries_beside(model: PeftModel, adapter_name: str, method: str) -> dict[st
         method: the beginning of the last part of the method's own names.
     """
     entries = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    own = re.compile(rf"\.{method}\w+$|^{re.escape(MATRIX_PREFIX)}")
-    return {key: value for key, value in entries.items() if not own.search(key)}
+    of_method = re.compile(rf"\.{method}\w+$|^{re.escape(MATRIX_PREFIX)}")
+    return {key: value for key, value in entries.items() if not of_method.search(key)}
 
 
 def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:

@@ -82,8 +82,8 @@ def check_expressions(settings: Mapping[str, Any], names: Collection[str] = (), 
 def _expressions(setting: str, form: _Form, value: Any) -> list[str]:
     """The expressions of a setting; lists of whole names have none."""
     several = value if isinstance(value, list | tuple | set | dict) and not form.whole else ()
-    expressions = [value] if isinstance(value, str) else [each for each in several if isinstance(each, str)]
-    characters, sets = (sum(count(each) for each in expressions) for count in (len, lambda each: each.count("[")))
+    expressions = [value] if isinstance(value, str) else [entry for entry in several if isinstance(entry, str)]
+    characters, sets = (sum(map(count, expressions)) for count in (len, lambda expression: expression.count("[")))
     if len(expressions) > form.at_most or characters > MOST_CHARACTERS or sets > MOST_SETS:
         raise ValueError(
             f"{setting} has {len(expressions)} expressions of {characters} characters and {sets} sets together, "

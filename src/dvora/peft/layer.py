@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from ..factors import Source, delta_weight, factors_of
+from ..factors import FactorSource, delta_weight, factors_of
 from ..functional import Vectors, row_norm
 from ..layer import adapted_linear
 from ..matrices.interface import SharedProjections, checked_distribution
@@ -132,7 +132,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                 active.append(ActiveAdapter(source.adapted, factors, dropout if drops else None))
         return active
 
-    def _source(self, adapter_name: str, weight: Tensor | None) -> Source:
+    def _source(self, adapter_name: str, weight: Tensor | None) -> FactorSource:
         """What the row factors of an adapter are made from."""
         modules: Any = self._modules
         adapted: AdaptedWeight = modules["dvora_adapted"]._modules[adapter_name]
@@ -140,7 +140,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         # A graph must see a change of the strength.
         is_one = not is_traced() and strengths.number(adapter_name) == 1
         local = adapted.local(vectors, weight) if is_dtensor(weight) else vectors
-        return Source(adapted, local, None if is_one else strengths.value(adapter_name))
+        return FactorSource(adapted, local, None if is_one else strengths.value(adapter_name))
 
     def _weight_in_memory(self) -> Tensor | None:
         """The weight as stored, where it can be read in every pass."""

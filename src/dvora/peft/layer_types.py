@@ -20,7 +20,7 @@ from ..checks import computes_as
 from ..factors import Factors
 from ..layer import project, thin_outputs
 from ..tensors import Float, is_dtensor
-from ..weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, AdaptedWeight, Layout
+from ..weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, AdaptedWeight, WeightLayout
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LowRank = Callable[[AdaptedWeight, nn.Module, Tensor, Tensor, nn.Module], Tensor]
@@ -98,7 +98,7 @@ def _convolution(layer: Convolution, x: Tensor, weight: Tensor, groups: int) -> 
 class LayerType(NamedTuple):
     """How a layer type holds and uses its weight."""
 
-    layout: Layout
+    layout: WeightLayout
     low_rank: LowRank | None
     """Inputs through A, lambda_d and B; None where the weight is read instead of a layer called."""
     spatial: int = 0

@@ -26,7 +26,7 @@ BASE = "__base__"
 """PEFT's name for "no adapter" in a batch of adapter names."""
 
 
-class Batch:
+class NamedBatch:
     """One call of a model with an adapter for each row; compared by identity.
 
     Args:
@@ -43,7 +43,7 @@ class Batch:
         """Without gradients, of every layer: generation asks for them with each token, and goes on as it began."""
 
 
-current_batch: ContextVar[Batch | None] = ContextVar("dvora_adapter_names", default=None)
+current_batch: ContextVar[NamedBatch | None] = ContextVar("dvora_adapter_names", default=None)
 """That of the call of a model that this context is in."""
 
 
@@ -56,7 +56,7 @@ def is_silent(module: nn.Module) -> bool:
 
 
 @contextmanager
-def in_call(batch: Batch | None) -> Iterator[None]:
+def in_call(batch: NamedBatch | None) -> Iterator[None]:
     """Make a batch, or None, that of this call; a model within another has no part in the rows of the outer one."""
     if torch.compiler.is_compiling():
         # A compiled graph has no context.
@@ -71,7 +71,7 @@ def in_call(batch: Batch | None) -> Iterator[None]:
 
 
 @contextmanager
-def names_passed(batch: Batch, called: Collection[nn.Module], encoder: Collection[nn.Module]) -> Iterator[None]:
+def names_passed(batch: NamedBatch, called: Collection[nn.Module], encoder: Collection[nn.Module]) -> Iterator[None]:
     """Pass the names of a batch to the modules that are called with them; those of the encoder get their own."""
     handles = []
     try:
@@ -91,7 +91,7 @@ def _with_names(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     *,
-    batch: Batch,
+    batch: NamedBatch,
     names: Sequence[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     # Another thread may run a hook that is only half registered or removed: then without `kwargs`.

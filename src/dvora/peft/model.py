@@ -39,7 +39,7 @@ from .injecting import (
 )
 from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
-from .mixed_batch import BASE, Batch, current_batch, in_call, names_passed
+from .mixed_batch import BASE, NamedBatch, current_batch, in_call, names_passed
 from .parameters import ParamWrapper
 from .saving import as_saved, check_folder, check_load, from_saved
 
@@ -338,7 +338,7 @@ class DVoRAModel(BaseTuner):
         encoder = set(self.model.get_encoder().modules()) if has_encoder else set()
         # Beam search repeats every row in all modules but the encoder's.
         repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-        batch = Batch(repeated, list(names), silent=parameters)
+        batch = NamedBatch(repeated, list(names), silent=parameters)
         with names_passed(batch, [module for module in called if module not in parameters], encoder):
             yield
 

@@ -171,12 +171,12 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has not as many values of its own in the adapter")
 
 
-def check_same_values(key: str, loaded: Tensor, own: Tensor) -> None:
+def check_same_values(key: str, loaded: Tensor, present: Tensor) -> None:
     """Refuse values that the adapter does not train, unless they are the model's: PEFT writes tables of embeddings."""
     # Where this process does not have them, they cannot be compared, and are left alone all the same.
-    at_hand = type(own) in (Tensor, nn.Parameter) and not own.is_meta
+    at_hand = type(present) in (Tensor, nn.Parameter) and not present.is_meta
     # To the last bit, as a table may hold what is not finite.
-    if at_hand and not (loaded.shape == own.shape and torch.equal(_bytes(loaded.to(own)), _bytes(own))):
+    if at_hand and not (loaded.shape == present.shape and torch.equal(_bytes(loaded.to(present)), _bytes(present))):
         raise ValueError(
             f"the adapter's file has values that its configuration does not train: {key!r}, which differs from the "
             "model's own. Save a base that was changed (with further tokens, say) itself, and load the adapter onto "
@@ -199,7 +199,7 @@ def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) 
         )
 
 
-def check_whole(vectors: Mapping[str, Tensor]) -> None:
+def check_unsharded(vectors: Mapping[str, Tensor]) -> None:
     """Refuse to save the shards of vectors: gathering them here would never end where one process saves alone."""
     for key, vector in vectors.items():
         if not vector.numel() or type(vector) not in (Tensor, nn.Parameter):
@@ -213,7 +213,7 @@ def check_whole(vectors: Mapping[str, Tensor]) -> None:
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a file: vectors by the names of their weights, and the projections if the configuration asks."""
-    check_whole(vectors)
+    check_unsharded(vectors)
     config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
     renamed = _renamed(vectors, _saved_names(model))
     if not config.save_projection:
@@ -247,17 +247,17 @@ def from_saved(
     # Files carry PEFT's prefix, a model that was adapted in place does not.
     paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
     values = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, _renamed(rest, paths))
-    own, handed_over = model.state_dict(), config.file is None
-    needed = {key: own[key] for key in own if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
+    state, handed_over = model.state_dict(), config.file is None
+    needed = {key: state[key] for key in state if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
     needed |= trained_whole(model, config, adapter_name)
-    biases = {key: own[key] for key in own if key.endswith(".bias") and not _SECOND_BIAS.search(key)}
-    keys = {key: key if key in own else key.removeprefix(PEFT_PREFIX) for key in values}
+    biases = {key: state[key] for key in state if key.endswith(".bias") and not _SECOND_BIAS.search(key)}
+    keys = {key: key if key in state else key.removeprefix(PEFT_PREFIX) for key in values}
     if config.bias == "all" or handed_over:
         # PEFT saves those of modules_to_save a second time, under names that loading has no use for.
         keys = {key: name for key, name in keys.items() if name in needed or not _SECOND_BIAS.search(name)}
     trained = {**biases, **needed} if handed_over else needed
-    _check_names(keys.values(), needed, trained, own)
-    checked = dict(_checked_values(keys, values.__getitem__, trained, own))
+    _check_names(keys.values(), needed, trained, state)
+    checked = dict(_checked_values(keys, values.__getitem__, trained, state))
     for path, layer in model.named_modules():
         if isinstance(layer, DVoRALayer) and adapter_name in layer.dvora_adapted:
             arriving = (f"{path}.{vector}.{adapter_name}" for vector in VECTORS)
@@ -305,10 +305,10 @@ def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str =
             module.check_loadable(state_dict, f"{prefix}{name}.")
     # Base weights may be packed, and are loaded by their layers in ways of their own.
     packed = {id(tensor) for layer in layers_in(model) for tensor in layer.get_base_layer().parameters()}
-    for name, own in chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         loaded = state_dict.get(prefix + name)
-        if loaded is not None and (id(own) not in packed or name.endswith(".bias")):
-            _check_shape(prefix + name, loaded.shape, own.shape)
+        if loaded is not None and (id(tensor) not in packed or name.endswith(".bias")):
+            _check_shape(prefix + name, loaded.shape, tensor.shape)
 
 
 def trained_whole(model: nn.Module, config: DVoRAConfig, adapter_name: str, saved: bool = False) -> dict[str, Tensor]:
@@ -325,10 +325,10 @@ def trained_whole(model: nn.Module, config: DVoRAConfig, adapter_name: str, save
 
 
 def _check_names(
-    names: Collection[str], needed: Collection[str], trained: Collection[str], own: Collection[str]
+    names: Collection[str], needed: Collection[str], trained: Collection[str], present: Collection[str]
 ) -> None:
     """Refuse entries that are missing, or that neither the adapter nor the model has."""
-    vectors = {name for name in names if VECTOR_PREFIX in name and (name in trained or name not in own)}
+    vectors = {name for name in names if VECTOR_PREFIX in name and (name in trained or name not in present)}
     needed_vectors = {name for name in needed if VECTOR_PREFIX in name}
     if others := vectors - needed_vectors:
         raise ValueError(f"the adapter has vectors for layers that are not adapted here: {_some(others)}")
@@ -336,21 +336,21 @@ def _check_names(
         raise ValueError(f"the adapter lacks vectors of adapted layers: {_some(missing)}")
     if missing := set(needed) - set(names):
         raise ValueError(f"the adapter lacks biases, heads or tokens that its configuration trains: {_some(missing)}")
-    if unknown := set(names) - set(trained) - set(own):
+    if unknown := set(names) - set(trained) - set(present):
         raise ValueError(
             f"the adapter's file has values that its configuration does not train: {_some(map(repr, unknown))}"
         )
 
 
 def _checked_values(
-    keys: Mapping[str, str], read: Callable[[str], Tensor], trained: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    keys: Mapping[str, str], read: Callable[[str], Tensor], trained: Mapping[str, Tensor], present: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The values that an adapter trains, by name, in the model's dtypes; others are compared with the model's own."""
     for key, name in keys.items():
         value = read(key)
         check_dense(key, value)
         if name not in trained:
-            check_same_values(key, value, own[name])
+            check_same_values(key, value, present[name])
             continue
         if trained[name].is_floating_point() and not value.is_floating_point():
             raise ValueError(f"{key} has dtype {value.dtype} in the adapter, expected a floating-point vector")
@@ -379,8 +379,8 @@ def _renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict
     """The state dict with the layers in its keys under other names."""
 
     def renamed(key: str) -> str:
-        layer, found, rest = key.rpartition(VECTOR_PREFIX)
-        return f"{names[layer]}{found}{rest}" if layer in names else key
+        layer, prefix, rest = key.rpartition(VECTOR_PREFIX)
+        return f"{names[layer]}{prefix}{rest}" if layer in names else key
 
     return {renamed(key): value for key, value in state_dict.items()}
 

@@ -22,7 +22,7 @@ from ..peft.base_weight import device_of, input_dtype
 from ..peft.layer import DVoRALayer
 from ..peft.layer_types import LAYER_TYPES
 from ..tensors import Float
-from ..weight import Layout
+from ..weight import WeightLayout
 
 Values = Mapping[str, Tensor]
 """Trained parameters by the name of their vector or matrix, in float64."""
@@ -95,7 +95,7 @@ class Subject:
     layer: Any
     base: Any
     terms: tuple[Term, ...]
-    layout: Layout | None
+    layout: WeightLayout | None
 
     def stored(self) -> Tensor:
         """The base's weight as it is stored."""
@@ -175,7 +175,7 @@ def _is_plain(base: nn.Module) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).is_floating_point()
 
 
-def _layout(base: nn.Module) -> Layout | None:
+def _layout(base: nn.Module) -> WeightLayout | None:
     return next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
 
 
