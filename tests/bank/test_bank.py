@@ -206,10 +206,6 @@ def test_a_partial_adapter_is_the_base_where_it_lacks_layers_and_heads(tmp_path:
             served.bank.add("p", tmp_path / "partial")
         served.bank.add("p", tmp_path / "partial", allow_partial=True)
         found = served(["p", "a", "p", None])
-        # To the bits: "lin0" is one of them.
-        x = inputs(served.model)["x"]
-        with served.bank.rows(["p"] * 4), torch.no_grad():
-            assert same_bits(served.model.lin0(x), these.base().lin0(x))
     alone = PeftModel.from_pretrained(these.base().double(), tmp_path / "partial").merge_and_unload()
     expected = row_by_row(lambda name: outputs(alone if name == "p" else these.alone(name)), ["p", "a", "p", None])
     assert worst_difference(found, expected) < 1e-5
