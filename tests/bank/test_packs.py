@@ -6,13 +6,13 @@ A bank serves under a name what the vectors of that entry say, whatever else the
 import gc
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
-from dvora.bank.packs import FORMAT, Pack, check_folder_names, unpack, write_pack
+from dvora.bank.packs import FORMAT, Pack, unpack, write_pack
 from tests.bank.adapters import WIDE, contents, many
 from tests.bank.tenants import HEADED, Served
 from tests.peft.adapter_files import edit_config, edit_weights
@@ -128,30 +128,17 @@ def test_equal_adapters_make_equal_files_whatever_their_order(
     assert (tmp_path / "second").read_bytes() == pack.read_bytes()
 
 
-NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20)
+NAMES = ["a", "Ann Lee", "a.b", "-", "日本", "x" * 200, "conan"]
 NO_NAMES = ["", "..", "a/b", "a\0", "\ud800", "x" * 201, "é" * 101, "CON", "nul.txt", "a.", "a ", ".hid", "a?"]
 NO_NAMES += ["__metadata__"]
 
 
-def are_names(names: set[str]) -> bool:
-    try:
-        check_folder_names(dict.fromkeys(names))
-    except ValueError:
-        return False
-    return True
-
-
-@given(names=st.sets(NAMES, min_size=1, max_size=4).filter(are_names), which=st.randoms(use_true_random=False))
-def test_unpacked_is_byte_for_byte_what_was_packed_under_any_names(
-    names: set[str], which: random.Random, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    desk = tmp_path_factory.mktemp("desk")
-    packed = {name: which.choice([*folders.values()]) for name in names}
-    write_pack(desk / "pack", packed)
-    unpack(desk / "pack", desk / "out")
-    expected = {f"{name}/{file}": (packed[name] / file).read_bytes() for name in names for file in FILES}
-    assert contents(desk / "out") == expected
-    shutil.rmtree(desk)
+def test_unpacked_is_byte_for_byte_what_was_packed(folders: dict[str, Path], tmp_path: Path) -> None:
+    packed = dict(zip(NAMES, cycle(folders.values()), strict=False))
+    write_pack(tmp_path / "pack", packed)
+    unpack(tmp_path / "pack", tmp_path / "out")
+    expected = {f"{name}/{file}": (packed[name] / file).read_bytes() for name in NAMES for file in FILES}
+    assert contents(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize(
