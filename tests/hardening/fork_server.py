@@ -42,8 +42,8 @@ def load_everything() -> None:
         codecs.lookup(encoding)
 
 
-def kill_at_change(number: int, folder: str) -> list[int]:
-    """Kill this process when it is about to change a file below the folder for the nth time; 0: only count."""
+def signal_at_change(number: int, folder: str, what: int) -> list[int]:
+    """Send this process a signal when it is about to change a file below the folder for the nth time; 0: only count."""
     count = [0]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -53,7 +53,7 @@ def kill_at_change(number: int, folder: str) -> list[int]:
             return
         count[0] += 1
         if count[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), what)
 
     sys.addaudithook(watch)
     return count
@@ -99,7 +99,7 @@ def child(request: dict[str, Any]) -> None:
             os.setuid(request["user"])
         if "memory" in request:
             limit_memory(request["memory"])
-        count = kill_at_change(request.get("kill_at", 0), request["cwd"])
+        count = signal_at_change(request.get("kill_at", 0), request["cwd"], request.get("signal", signal.SIGKILL))
         asked = count_connections()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

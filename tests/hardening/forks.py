@@ -76,7 +76,8 @@ class Forks:
             arguments: behind "dvora".
             signal_after: seconds.
             number: of the signal.
-            options: of the server: `kill_at`, `user`, `memory` (bytes beyond what the warm process has).
+            options: of the server: `kill_at` (a change of files), `signal` (then, instead of SIGKILL), `user`, `memory`
+                (bytes beyond what the warm process has).
         """
         assert self.process.stdin
         self.number += 1
