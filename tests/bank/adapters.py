@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dvora.bank.adapters import SETTINGS, VALUES
-from tests.peft.kinds import Kind, mlp, saved
+from tests.bank.tenants import HEADED
+from tests.peft.kinds import Kind, saved
 
-HEADED = mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"])
 WIDE = Kind(lambda: nn.Sequential(nn.Linear(4, 8192)), {"r": 2, "target_modules": ["0"]})
 
 

@@ -15,6 +15,7 @@ from dvora.bank import TenantAdamW
 from dvora.bank.adapters import VALUES
 from dvora.flat import Layout
 from tests.bank.tenants import HEADED, MLP, Served
+from tests.bank.versions import in_threads
 from tests.peft.kinds import Kind, mlp, saved
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import MODELS, inputs
@@ -84,18 +85,19 @@ def test_rows_of_one_number_are_not_filled_up_and_the_base_has_its_own(served: S
         assert torch.equal(outputs[0, :2], served.model(x)[0])
 
 
-def test_what_is_served_does_not_depend_on_which_heads_came_before(folder: Path) -> None:
-    found = []
-    for order in (["two", "more"], ["more", "two"]):
-        model = base(2)
-        with dvora.AdapterBank(model, slots=2, like=folder / "two") as bank, torch.no_grad():
-            for name in order:
-                bank.add(name, folder / name)
-                with bank.rows([name]):
-                    model(inputs(model, 1)["x"])
-            with bank.rows(["two", "more"]):
-                found.append(model(inputs(model, 2)["x"]))
-    assert torch.equal(*found)
+def test_larger_heads_that_come_change_nothing_for_those_that_are_there(folder: Path) -> None:
+    model = base(2)
+    x = inputs(model, 1)["x"]
+    with dvora.AdapterBank(model, slots=2, like=folder / "two") as bank, torch.no_grad():
+        bank.add_folder(folder)
+        served = Served(model, bank)
+        with bank.rows(["two"]) as batch:
+            before = model(x)
+            # In another thread, which makes room for them.
+            in_threads(lambda: served(["more"], x))
+            assert torch.equal(model(x), before)
+            assert len(batch.split(before)[0]) == 2
+        assert torch.equal(served(["two", "more"], x.expand(2, -1))[0, :2], before[0])
 
 
 def test_heads_of_other_inputs_are_refused(served: Served, folder: Path, tmp_path: Path) -> None:

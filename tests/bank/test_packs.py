@@ -6,16 +6,13 @@ A bank serves under a name what the vectors of that entry say, whatever else the
 import gc
 import json
 import os
-import random
 import resource
 import shutil
-import subprocess
-import sys
-import textwrap
-import threading
+import signal
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +21,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 
 import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
-from dvora.bank.packs import FORMAT, Pack, check_folder_names, unpack, write_pack
-from tests.bank.adapters import HEADED, WIDE, change_values, contents, many
-from tests.bank.tenants import Served
+from dvora.bank.packs import FORMAT, Pack, unpack, write_pack
+from tests.bank.adapters import WIDE, contents, many
+from tests.bank.tenants import HEADED, Served
+from tests.peft.adapter_files import edit_config, edit_weights
 from tests.peft.kinds import mlp, saved
 
 FILES = (SETTINGS, VALUES)
@@ -76,10 +74,6 @@ class Parts(NamedTuple):
         self.entries[name][2] = description.digest(packs.values_of(description, data))
 
 
-def digests(folders: Mapping[str, Path]) -> dict[str, str]:
-    return {name: FolderSource(folder).read().digest for name, folder in folders.items()}
-
-
 def served_by(folders: Mapping[str, Path], pack: Path | None = None) -> dict[str, torch.Tensor]:
     """What a bank serves under each name of a pack, or of folders."""
     model = HEADED.base().requires_grad_(False)
@@ -117,18 +111,6 @@ def little_more_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_a_pack_gives_what_the_folders_give(folders: dict[str, Path], pack: Path) -> None:
-    with Pack.open(pack) as opened:
-        assert list(opened.entries) == list(folders)
-        for name, folder in folders.items():
-            source, expected = opened.source(name), FolderSource(folder).read()
-            values = source.read()
-            assert source.content == values.content == expected.content
-            assert values.digest == expected.digest
-            assert torch.equal(values.vector, expected.vector)
-            assert all(torch.equal(values.whole[part], expected.whole[part]) for part in expected.whole)
-
-
 def test_it_is_a_safetensors_file_with_one_tensor_an_adapter(folders: dict[str, Path], pack: Path) -> None:
     tensors = Parts.of(pack).tensors
     assert tensors.keys() == {*folders, ".settings.0", ".header.0"}
@@ -146,46 +128,17 @@ def test_equal_adapters_make_equal_files_whatever_their_order(
     assert (tmp_path / "second").read_bytes() == pack.read_bytes()
 
 
-NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20)
-NO_NAMES = [
-    "",
-    ".",
-    "..",
-    "a/b",
-    "/a",
-    "a\\b",
-    "C:a",
-    "a\0",
-    "a\nb",
-    "\ud800",
-    "x" * 201,
-    "CON",
-    "nul.txt",
-    "Lpt1",
-    "a.",
-]
-NO_NAMES += ["a ", ".hid", "a|b", "a?", "é" * 101, "__metadata__"]
+NAMES = ["a", "Ann Lee", "a.b", "-", "日本", "x" * 200, "conan"]
+NO_NAMES = ["", "..", "a/b", "a\0", "\ud800", "x" * 201, "é" * 101, "CON", "nul.txt", "a.", "a ", ".hid", "a?"]
+NO_NAMES += ["__metadata__"]
 
 
-def are_names(names: set[str]) -> bool:
-    try:
-        check_folder_names(dict.fromkeys(names))
-    except ValueError:
-        return False
-    return True
-
-
-@given(names=st.sets(NAMES, min_size=1, max_size=4).filter(are_names), which=st.randoms(use_true_random=False))
-def test_unpacked_is_byte_for_byte_what_was_packed_under_any_names(
-    names: set[str], which: random.Random, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    desk = tmp_path_factory.mktemp("desk")
-    packed = {name: which.choice([*folders.values()]) for name in names}
-    write_pack(desk / "pack", packed)
-    unpack(desk / "pack", desk / "out")
-    expected = {f"{name}/{file}": (packed[name] / file).read_bytes() for name in names for file in FILES}
-    assert contents(desk / "out") == expected
-    shutil.rmtree(desk)
+def test_unpacked_is_byte_for_byte_what_was_packed(folders: dict[str, Path], tmp_path: Path) -> None:
+    packed = dict(zip(NAMES, cycle(folders.values()), strict=False))
+    write_pack(tmp_path / "pack", packed)
+    unpack(tmp_path / "pack", tmp_path / "out")
+    expected = {f"{name}/{file}": (packed[name] / file).read_bytes() for name in NAMES for file in FILES}
+    assert contents(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize(
@@ -211,7 +164,7 @@ def test_names_that_some_system_cannot_give_to_folders_are_refused_in_writing_an
 
 def test_a_truncated_pack_is_refused_wherever_it_ends(pack: Path) -> None:
     whole = pack.read_bytes()
-    for length in reversed(range(0, len(whole), 3)):
+    for length in reversed(range(0, len(whole), 7)):
         os.truncate(pack, length)
         with pytest.raises(ValueError, match=r"pack: .*(truncated|is no pack)"):
             Pack.open(pack)
@@ -222,163 +175,135 @@ def test_a_truncated_pack_is_refused_wherever_it_ends(pack: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_damaged_bit_is_refused_or_changes_no_byte_of_an_adapter(
+def test_a_damaged_bit_is_refused_and_nothing_is_unpacked_or_changes_no_byte_of_an_adapter(
     place: float, bit: int, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    path = tmp_path_factory.mktemp("damaged") / "pack"
-    write_pack(path, folders)
-    damaged = bytearray(path.read_bytes())
-    damaged[int(place * len(damaged))] ^= 1 << bit
-    path.write_bytes(damaged)
+    desk = tmp_path_factory.mktemp("damaged")
+    write_pack(desk / "pack", folders)
+    damaged = bytearray((desk / "pack").read_bytes())
+    damaged[at := int(place * len(damaged))] ^= 1 << bit
+    (desk / "pack").write_bytes(damaged)
     try:
-        unpack(path, path.parent / "out")
+        unpack(desk / "pack", desk / "out")
     except ValueError as error:
-        assert str(error).startswith(str(path))  # noqa: PT017
+        assert str(error).startswith(f"{desk / 'pack'}: ")  # noqa: PT017
+        assert [path.name for path in desk.iterdir()] == ["pack"]
     else:
-        found = contents(path.parent / "out")
-        assert found == {f"{name}/{file}": (folders[name] / file).read_bytes() for name in folders for file in FILES}
+        # Only the index has bytes that mean nothing.
+        assert at < 8 + int.from_bytes(damaged[:8], "little")
+        expected = {f"{name}/{file}": (folders[name] / file).read_bytes() for name in folders for file in FILES}
+        assert contents(desk / "out") == expected
 
 
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
-def test_every_damaged_bit_behind_the_index_is_noticed(pack: Path, tmp_path: Path) -> None:
-    whole = pack.read_bytes()
-    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole), 37):
-        pack.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match="adapter '000"):
-            unpack(pack, tmp_path / "out")
+# What strangers send
 
 
-def entry(field: int, value: object) -> Callable[[Parts], object]:
-    return lambda parts: parts.entries["0001"].__setitem__(field, value)
+def forged(change: Callable[[Parts], object]) -> Callable[[Path], None]:
+    """A pack with other parts."""
+
+    def forge(path: Path) -> None:
+        change(parts := Parts.of(path))
+        parts.write(path)
+
+    return forge
 
 
-def tensor(name: str, data: Callable[[bytes], bytes]) -> Callable[[Parts], object]:
-    return lambda parts: parts.tensors.update({name: data(parts.tensors[name])})
+def entry(field: int, value: object) -> Callable[[Path], None]:
+    return forged(lambda parts: parts.entries["0001"].__setitem__(field, value))
 
 
-HOSTILE: dict[str, tuple[Callable[[Parts], object], str]] = {
+def tensor(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return forged(lambda parts: parts.tensors.update({name: change(parts.tensors[name])}))
+
+
+def index(header: bytes) -> Callable[[Path], object]:
+    """A pack that consists of its index."""
+    return lambda path: path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def write_sparse(path: Path, parts: Parts, name: str, size: int) -> None:
+    """A pack in which one tensor claims so many bytes, which take no place on the disk."""
+    header, start = dict[str, Any](), 0
+    for key in sorted(parts.tensors, key=lambda key: key == name):
+        length = size if key == name else len(parts.tensors[key])
+        header[key] = {"dtype": "U8", "shape": [length], "data_offsets": [start, start := start + length]}
+    text = json.dumps({"__metadata__": {"format": FORMAT, "adapters": json.dumps(parts.entries)}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts.tensors[key] for key in header))
+    os.truncate(path, 8 + len(text) + start)
+
+
+def claims(name: str) -> Callable[[Path], object]:
+    return lambda path: write_sparse(path, Parts.of(path), name, SPARSE)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no index": (index(b"[]"), "pack: "),
+    "an index of nothing": (index(b"{}"), "another safetensors file than a pack"),
+    "a deep index": (index(b"[" * 10**5), "its index is damaged"),
+    "an index that is no text": (index(b"\xff\xfe"), "pack: "),
+    "metadata that is none": (index(b'{"__metadata__":3}'), "its index is damaged"),
+    "a tensor of no place": (index(b'{"__metadata__":{"format":"%s"},"a":{}}' % FORMAT.encode()), "its index is dam"),
+    "another version": (lambda path: Parts.of(path).write(path, "dvora pack 1"), r"this version \(dvora pack 2\)"),
+    "text": (lambda path: path.write_text("name,value\n" * 100), "is no pack"),
     "settings that are not there": (entry(0, 7), "its index is damaged"),
-    "a negative number": (entry(1, -1), "its index is damaged"),
     "a number that is none": (entry(1, "x"), "pack: "),
-    "an entry with another length": (lambda parts: parts.entries.update({"0001": [0, 0]}), "pack: "),
-    "entries that are a list": (lambda parts: parts.entries.update({"0001": None}), "its index is damaged"),
-    "no entries": (lambda parts: parts.entries.clear(), "its index is damaged"),
-    "an adapter without an entry": (lambda parts: parts.entries.pop("0001"), "its index is damaged"),
-    "an entry without an adapter": (lambda parts: parts.tensors.pop("0001"), "its index is damaged"),
-    "a tensor of nobody": (lambda parts: parts.tensors.update(more=b"1234"), "its index is damaged"),
-    "a digest of nothing": (entry(2, "digest"), "adapter '0001': it is damaged"),
+    "an entry with another length": (forged(lambda parts: parts.entries.update({"0001": [0, 0]})), "pack: "),
+    "no entries": (forged(lambda parts: parts.entries.clear()), "its index is damaged"),
+    "an adapter without an entry": (forged(lambda parts: parts.entries.pop("0001")), "its index is damaged"),
+    "an entry without an adapter": (forged(lambda parts: parts.tensors.pop("0001")), "its index is damaged"),
     "the digest of another one": (
-        lambda parts: parts.entries.update({"0001": parts.entries["0000"]}),
+        forged(lambda parts: parts.entries.update({"0001": parts.entries["0000"]})),
         "adapter '0001': it is damaged: its files are not those that were packed",
     ),
     "values with a byte more": (tensor("0001", lambda data: data + b"\0"), "adapter '0001': .*it is damaged"),
-    "values with a byte less": (tensor("0001", lambda data: data[:-1]), "adapter '0001': .*it is damaged"),
-    "values that are not finite": (
-        tensor("0001", lambda data: b"\xff" * len(data)),
-        "adapter '0001': .*not finite",
-    ),
-    "settings of nothing": (tensor(".settings.0", lambda _: b"{"), "adapter '0000': .*cannot be read"),
+    "values that are not finite": (tensor("0001", lambda data: b"\xff" * len(data)), "adapter '0001': .*not finite"),
     "deep settings": (tensor(".settings.0", lambda _: b"[" * 10**5), "adapter '0000': .*cannot be read"),
-    "a header of nothing": (tensor(".header.0", lambda _: b"12345678[]"), "adapter '0000': .*damaged"),
     "a header that says another length": (
         tensor(".header.0", lambda header: (5).to_bytes(8, "little") + header[8:]),
         "adapter '0000': .*damaged|truncated",
     ),
     "an infinite shape": (
         tensor(".header.0", lambda header: header.replace(b'"shape":[24]', b'"shape":[1e999]')),
-        "adapter '0000': .*",
+        "adapter '0000': .*its header cannot be read",
     ),
     "other settings of training": (
         tensor(".settings.0", lambda text: text.replace(b'"dvora_dropout": 0.0', b'"dvora_dropout": 0.9')),
         "adapter '0000': .*its files are not those that were packed",
     ),
-    "a deep header": (tensor(".header.0", lambda _: b"[" * 10**5), "adapter '0000': .*damaged"),
+    "settings of gigabytes": (claims(".settings.0"), "2,000,000,000 bytes"),
+    "a header of gigabytes": (claims(".header.0"), "2,000,000,000 bytes"),
+    "values of gigabytes": (claims("0001"), "2,000,000,000 bytes"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_forged_pack_is_refused(name: str, folders: dict[str, Path], pack: Path) -> None:
+def test_a_hostile_pack_is_refused_in_little_memory(name: str, folders: dict[str, Path], pack: Path) -> None:
     change, message = HOSTILE[name]
-    change(forged := Parts.of(pack))
-    forged.write(pack)
-    with pytest.raises(ValueError, match=message):
+    change(pack)
+    with little_more_memory(), pytest.raises(ValueError, match=message):
         served_by(folders, pack)
 
 
-@pytest.mark.parametrize(
-    "header", [b"[]", b"{}", b"[" * 10**5, b"\xff\xfe", b'{"__metadata__":3}', b'{"a":{}}'], ids=repr
-)
-def test_an_index_that_is_none_is_refused(header: bytes, pack: Path) -> None:
-    header = header.replace(b'{"a"', b'{"__metadata__":{"format":"%s"},"a"' % FORMAT.encode())
-    pack.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ValueError, match="pack: "):
-        Pack.open(pack)
-
-
-def write_sparse(path: Path, parts: Parts, entries: object, name: str, size: int) -> None:
-    """A pack in which one tensor claims so many bytes, which take no place on the disk."""
-    header, start = dict[str, Any](), 0
-    for key in (".settings.0", ".header.0", *sorted(parts.tensors.keys() - {".settings.0", ".header.0"})):
-        length = size if key == name else len(parts.tensors[key])
-        header[key] = {"dtype": "U8", "shape": [length], "data_offsets": [start, start := start + length]}
-    text = json.dumps({"__metadata__": {"format": FORMAT, "adapters": json.dumps(entries)}, **header})
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text.encode())
-        for key, part in header.items():
-            file.seek(8 + len(text) + part["data_offsets"][0])
-            file.write(parts.tensors[key])
-        file.truncate(8 + len(text) + start)
-
-
-@pytest.mark.parametrize("name", [".settings.0", ".header.0", "0001"])
-def test_a_small_file_that_claims_gigabytes_is_refused_in_little_memory(
-    name: str, folders: dict[str, Path], pack: Path
-) -> None:
-    parts = Parts.of(pack)
-    write_sparse(pack, parts, parts.entries, name, SPARSE)
-    with little_more_memory(), pytest.raises(ValueError, match="2,000,000,000 bytes"):
-        served_by(folders, pack)
-
-
-@pytest.mark.parametrize(
-    "entries", [["extra"], ["lin1.dvora_lambda_b", "lin1.dvora_magnitude"]], ids=["beside", "of it"]
-)
 @pytest.mark.parametrize("how", ["folder", "pack"])
-def test_gigabytes_in_an_adapter_are_refused_before_they_are_read(
-    how: str, entries: list[str], folders: dict[str, Path], tmp_path: Path
+def test_gigabytes_beside_an_adapter_are_refused_before_they_are_read(
+    how: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(folders["0001"], tmp_path / "x"))
-    whole = (folder / VALUES).read_bytes()
-    length = 8 + int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8:length])
-    large = [f"base_model.model.{entry}" for entry in entries]
-    header = in_a_row({name: one for name, one in header.items() if name not in large})
-    end = max(one["data_offsets"][1] for one in header.values())
-    for entry in large:
-        header[entry] = {"dtype": "F32", "shape": [SPARSE // 4], "data_offsets": [end, end := end + SPARSE]}
-    text = json.dumps(header).encode()
-    (folder / VALUES).write_bytes(len(text).to_bytes(8, "little") + text + whole[length:])
-    if how == "pack":
-        # As if it had been packed: the file ends with its only adapter.
-        forged = Parts({}, {})
-        forged.tensors.update(x=whole[length:])
-        forged.tensors[".settings.0"] = (folder / SETTINGS).read_bytes()
-        forged.tensors[".header.0"] = (folder / VALUES).read_bytes()[: 8 + len(text)]
-        write_sparse(tmp_path / "pack", forged, {"x": [0, 0, "0" * 32]}, "x", end)
+    values = (folder / VALUES).read_bytes()
+    length = 8 + int.from_bytes(values[:8], "little")
+    end = len(values) - length
+    entries = json.loads(values[8:length])
+    entries["extra"] = {"dtype": "F32", "shape": [SPARSE // 4], "data_offsets": [end, end + SPARSE]}
+    text = json.dumps(entries).encode()
+    header = len(text).to_bytes(8, "little") + text
+    if how == "folder":
+        (folder / VALUES).write_bytes(header + values[length:])
+        os.truncate(folder / VALUES, len(header) + end + SPARSE)
     else:
-        os.truncate(folder / VALUES, 8 + len(text) + end)
-    with little_more_memory(), pytest.raises(ValueError, match="extra" if len(entries) == 1 else "lin1"):
+        tensors = {".settings.0": (folder / SETTINGS).read_bytes(), ".header.0": header, "x": values[length:]}
+        write_sparse(tmp_path / "pack", Parts(tensors, {"x": [0, 0, "0" * 32]}), "x", end + SPARSE)
+    with little_more_memory(), pytest.raises(ValueError, match="extra"):
         served_by({"0000": folders["0000"], "x": folder}, tmp_path / "pack" if how == "pack" else None)
-
-
-def in_a_row(header: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a header, each behind the one before."""
-    entries, end = {}, 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = entry["data_offsets"][1] - entry["data_offsets"][0]
-            entries[name], end = {**entry, "data_offsets": [end, end + size]}, end + size
-    return entries
 
 
 def test_an_entry_that_claims_the_digest_of_another_one_is_never_served_under_its_name(
@@ -409,24 +334,13 @@ def test_an_entry_with_the_values_of_another_one_serves_what_they_say(folders: d
     assert (pack.parent / "out" / "0001" / VALUES).read_bytes() == (folders["0002"] / VALUES).read_bytes()
 
 
-def test_other_files_are_no_packs(folders: dict[str, Path], pack: Path, tmp_path: Path) -> None:
-    Parts.of(pack).write(tmp_path / "old", "dvora pack 1")
-    (tmp_path / "text").write_text("name,value\n" * 100)
-    for path, message in (
-        (tmp_path / "old", r"another safetensors file than a pack of this version \(dvora pack 2\); pack again"),
-        (folders["0000"] / VALUES, "another safetensors file than a pack"),
-        (tmp_path / "text", "is no pack"),
-        (tmp_path, "is not a file"),
-        (tmp_path / "absent", "is not a file"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Pack.open(path)
+# An open file
 
 
 def test_an_open_pack_stays_what_it_was(folders: dict[str, Path], pack: Path) -> None:
     with Pack.open(pack) as opened:
         write_pack(pack, {"0000": folders["0001"]})
-        assert opened.source("0000").read().digest == digests(folders)["0000"]
+        assert opened.source("0000").read().digest == FolderSource(folders["0000"]).read().digest
         source = opened.source("0002")
     with pytest.raises(ValueError, match="was closed; open it again"):
         source.read()
@@ -438,12 +352,10 @@ def test_an_open_pack_stays_what_it_was(folders: dict[str, Path], pack: Path) ->
             opened.source("0000").read()
 
 
-def test_a_pack_that_is_cut_off_while_it_is_open_is_an_error(tmp_path: Path) -> None:
-    # Larger than what reading the index reads ahead.
-    write_pack(tmp_path / "pack", many(tmp_path / "adapters", 3, WIDE))
-    with Pack.open(tmp_path / "pack") as opened:
+def test_a_pack_that_is_cut_off_while_it_is_open_is_an_error(pack: Path) -> None:
+    with Pack.open(pack) as opened:
         source = opened.source("0002")
-        os.truncate(tmp_path / "pack", (tmp_path / "pack").stat().st_size - 1)
+        os.truncate(pack, pack.stat().st_size - 1)
         with pytest.raises(ValueError, match="pack was cut off while it was open"):
             source.read()
         assert opened.source("0000").read()
@@ -474,76 +386,51 @@ def test_the_file_is_closed_with_the_last_adapter_that_is_in_it(folders: dict[st
         assert not is_open()
 
 
-@pytest.mark.usefixtures("hasty_threads")
-def test_threads_read_one_pack_at_once(folders: dict[str, Path], pack: Path) -> None:
-    wrong, expected = list[str](), digests(folders)
-
-    def read(name: str) -> None:
-        wrong.extend(name for _ in range(50) if opened.source(name).read().digest != expected[name])
-
+# Python 3.12 and later say so of every fork beside other threads, of which this one's child uses none.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_reads_the_pack_beside_its_parent(folders: dict[str, Path], pack: Path) -> None:
+    digests = {name: FolderSource(folder).read().digest for name, folder in folders.items()}
     with Pack.open(pack) as opened:
-        threads = [threading.Thread(target=read, args=(name,)) for name in [*folders] * 2]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
+        sources = {name: opened.source(name) for name in folders}
+        position = os.lseek(opened._descriptor, 0, os.SEEK_CUR)
+
+        def is_read_right() -> bool:
+            return all(sources[name].read().digest == digests[name] for _ in range(200) for name in folders)
+
+        if not (child := os.fork()):
+            signal.alarm(60)
+            right = False
+            try:
+                right = is_read_right()
+            finally:
+                os._exit(not right)
+        assert is_read_right()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        # Both have one position in the file, which neither has moved.
+        assert os.lseek(opened._descriptor, 0, os.SEEK_CUR) == position
 
 
-FORKED = """
-    import os, sys, torch, dvora
-    from tests.bank.adapters import HEADED
-    from tests.bank.tenants import Served
-    torch.set_num_threads(1)
-    model = HEADED.base().requires_grad_(False)
-    bank = dvora.AdapterBank(model)
-    bank.add_pack(sys.argv[1])
-    served = Served(model, bank)
-    before = served(["0000", "0000", "0000", "0000"])
-    child = os.fork()
-    served(["0001", "0002", "0001", "0002"])
-    assert bank.stats().reads == 3
-    assert torch.equal(served(["0000"] * 4), before)
-    if child:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    os._exit(0)
-"""
+# Writing
 
 
-def test_a_forked_child_reads_the_pack_beside_its_parent(pack: Path) -> None:
-    program = [sys.executable, "-c", textwrap.dedent(FORKED), str(pack)]
-    done = subprocess.run(program, timeout=120, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_thousand_adapters_are_never_held_together(tmp_path: Path) -> None:
-    folders, told = many(tmp_path / "adapters", 1000, WIDE), []
+def test_hundreds_of_adapters_are_never_held_together(tmp_path: Path) -> None:
+    folders, told = many(tmp_path / "adapters", 250, WIDE), []
     before = contents(tmp_path / "adapters")
     with peak_of_memory() as written:
         write_pack(tmp_path / "pack", folders, lambda done, of: told.append((done, of)))
     with peak_of_memory() as read:
         unpack(tmp_path / "pack", tmp_path / "out")
-    assert max(written(), read()) < sum(map(len, before.values())) / 20
-    assert told == [(number, 1000) for number in range(1, 1001)]
+    assert max(written(), read()) < sum(map(len, before.values())) / 15
+    assert told == [(number, 250) for number in range(1, 251)]
     assert contents(tmp_path / "out") == before
 
 
-def cut_off(folder: Path) -> None:
-    os.truncate(folder / VALUES, 100)
-
-
-def not_finite(folder: Path) -> None:
-    values = load((folder / VALUES).read_bytes())
-    (folder / VALUES).write_bytes(save({name: value / 0 for name, value in values.items()}, {"format": "pt"}))
-
-
-@pytest.mark.parametrize("damage", [cut_off, not_finite, lambda folder: (folder / SETTINGS).unlink()])
-def test_a_damaged_adapter_leaves_the_old_pack(damage: Callable[[Path], object], tmp_path: Path) -> None:
+def test_an_adapter_that_is_found_damaged_while_it_is_packed_leaves_the_old_pack(tmp_path: Path) -> None:
     folders = many(tmp_path / "adapters", 3)
     write_pack(tmp_path / "pack", folders)
     before = (tmp_path / "pack").read_bytes()
-    damage(folders["0002"])
-    with pytest.raises(ValueError, match="0002: "):
+    edit_weights(folders["0002"], lambda tensors: [tensor.fill_(torch.nan) for tensor in tensors.values()])
+    with pytest.raises(ValueError, match=r"0002: .* not finite"):
         write_pack(tmp_path / "pack", folders)
     assert (tmp_path / "pack").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "pack"]
@@ -569,25 +456,15 @@ def test_adapters_of_several_kinds_are_one_pack(folders: dict[str, Path], tmp_pa
         assert opened.source("0002").read().digest == FolderSource(folders["0002"]).read().digest
 
 
-@pytest.mark.parametrize("settings", [{}, {"strength": 0.25}], ids=["the same settings", "others"])
-def test_a_folder_that_changes_while_it_is_packed_is_whole_or_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_that_becomes_another_adapter_while_it_is_packed_is_refused(tmp_path: Path) -> None:
     folders = many(tmp_path / "adapters", 2)
-    new = saved(HEADED.trained(**settings), tmp_path / "new")
-    change_values(new, 7)
 
     def change(done: int, of: int) -> None:
-        for name in (SETTINGS, VALUES):
-            shutil.copyfile(new / name, folders["0001"] / "coming")
-            (folders["0001"] / "coming").replace(folders["0001"] / name)
+        edit_config(folders["0001"], strength=0.25)
 
-    if settings:
-        with pytest.raises(ValueError, match="0001: it is another adapter than when it was added"):
-            write_pack(tmp_path / "pack", folders, change)
-        assert not (tmp_path / "pack").exists()
-    else:
+    with pytest.raises(ValueError, match="0001: it is another adapter than when it was added"):
         write_pack(tmp_path / "pack", folders, change)
-        with Pack.open(tmp_path / "pack") as opened:
-            assert opened.source("0001").read().digest == FolderSource(new).read().digest
+    assert not (tmp_path / "pack").exists()
 
 
 def test_what_cannot_be_packed_is_refused_before_anything_is_written(
@@ -605,10 +482,3 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="3 adapters are more than a pack can index"):
         write_pack(tmp_path / "pack", folders)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
-
-
-def test_a_damaged_pack_is_not_unpacked_in_part(pack: Path, tmp_path: Path) -> None:
-    pack.write_bytes(pack.read_bytes()[:-1] + b"\1")
-    with pytest.raises(ValueError, match="adapter '0002': it is damaged"):
-        unpack(pack, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["pack"]

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dvora
 from dvora.bank.adapters import VALUES, FolderSource
 from dvora.bank.packs import write_pack
-from dvora.flat import Layout
 from tests.bank.adapters import change_values
 from tests.bank.tenants import HEADED, MLP, Served, Tenants, row_by_row, tenants
 from tests.peft.adapter_files import edit_config, edit_weights
@@ -26,6 +24,8 @@ from tests.peft.tiny import MODELS, inputs, mlp, outputs, same_bits
 
 NAMES = ["a", None, "b", "a"]
 ANY = (ValueError, TypeError)
+ONE = 4 * (2 * (2 * 24 + 4) + 6 * 24)
+"""Bytes of an adapter with a head."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,12 @@ def served(these: Tenants) -> Iterator[Served]:
         assert torch.equal(served(NAMES), before)
 
 
+def check_serves(served: Served, these: Tenants, names: list[str | None]) -> None:
+    """Each row is that of its adapter's merged model."""
+    alone = row_by_row(lambda name: outputs(these.alone(name)), names)
+    assert worst_difference(served(names), alone) < 1e-5
+
+
 # Settings and models
 
 
@@ -52,22 +58,16 @@ def served(these: Tenants) -> Iterator[Served]:
     [
         ({"slots": 0}, ValueError, "slots must be a positive integer, got 0"),
         ({"slots": True}, ValueError, "slots must be a positive integer, got True"),
-        ({"slots": 2.5}, ValueError, r"slots must be a positive integer, got 2\.5"),
         ({"host_bytes": -1}, ValueError, "host_bytes must be a positive integer, got -1"),
         ({"dtype": torch.int8}, ValueError, r"dtype must be one of torch\.float32, .* got torch\.int8"),
-        ({"dtype": "float16"}, ValueError, "dtype must be one of"),
         ({"like": 3}, TypeError, "like must be a path, got 3"),
         ({"like": "/no/such/place"}, ValueError, "/no/such/place is not a file; a pack is"),
     ],
     ids=str,
 )
 def test_wrong_settings_of_a_bank(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = mlp()
-    before = snapshot(model)
     with pytest.raises(error, match=message):
-        dvora.AdapterBank(model, **settings)
-    assert_unchanged(model, before)
-    outputs(model)
+        dvora.AdapterBank(mlp(), **settings)
 
 
 def test_what_is_no_model_of_a_bank(these: Tenants) -> None:
@@ -79,103 +79,92 @@ def test_what_is_no_model_of_a_bank(these: Tenants) -> None:
         dvora.AdapterBank(these.base().to("meta"), like=these.path("a"))
 
 
-def test_host_bytes_that_cannot_hold_one_adapter(these: Tenants) -> None:
-    bank = dvora.AdapterBank(model := these.base(), host_bytes=100)
-    with pytest.raises(ValueError, match=r"adapter 'a': host_bytes=100 cannot hold one adapter, which takes \d+ bytes"):
-        bank.add("a", these.path("a"))
-    assert len(bank) == 0
-    outputs(model)
-
-
 def test_a_model_of_another_bank(these: Tenants) -> None:
     second = dvora.AdapterBank(model := these.base())
-    with dvora.AdapterBank(model, like=these.path("a")) as bank:
+    with dvora.AdapterBank(model, like=these.path("a")):
         with pytest.raises(ValueError, match=r"model: .* is served by another bank; close that one first"):
             dvora.AdapterBank(model)
         with pytest.raises(ValueError, match=r"adapter 'a': model: .* is served by another bank"):
             second.add("a", these.path("a"))
-        bank.add("a", these.path("a"))
-        assert Served(model, bank)(["a"] * 4).isfinite().all()
     second.add("a", these.path("a"))
 
 
-@pytest.mark.parametrize(
-    "name", ["MultiheadAttention", "TransformerEncoderLayer", "experts (E, out, in)", "transformers Mixtral experts"]
-)
-def test_weights_that_the_module_around_them_reads(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    saved(Kind(case.base, {"r": 3, **case.settings}).trained(), tmp_path / "a")
-    bank = dvora.AdapterBank(model := case.base())
-    with pytest.raises(ValueError, match=r"adapter 'a': .* is a weight that the module around it reads.*leave it out"):
-        bank.add("a", tmp_path / "a")
-    model(case.inputs())
+def with_two_dtypes() -> Any:
+    model = MODELS["mlp"]()
+    model.lin2.half()
+    return model
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (Kind(MLP.base, {**MLP.settings, "bias": "dvora_only"}), r"the adapter saves lin0\.bias \(bias='dvora_only'\)"),
-        (
-            Kind(MODELS["llama"], {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
-            r"the adapter trains tokens \(trainable_token_indices\)",
-        ),
-    ],
-    ids=["biases", "tokens"],
-)
-def test_what_a_bank_does_not_hold(kind: Kind, message: str, tmp_path: Path) -> None:
+def of_case(name: str) -> Kind:
+    return Kind(CASES[name].base, {"r": 3, **CASES[name].settings})
+
+
+NOT_HELD: dict[str, tuple[Kind, str]] = {
+    "a weight that attention reads": (of_case("MultiheadAttention"), "that the module around it reads.*leave it out"),
+    "a parameter": (of_case("experts (E, out, in)"), "is a weight that the module around it reads"),
+    "biases": (Kind(MLP.base, {**MLP.settings, "bias": "dvora_only"}), r"saves lin0\.bias \(bias='dvora_only'\)"),
+    "tokens": (
+        Kind(MODELS["llama"], {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
+        r"the adapter trains tokens \(trainable_token_indices\)",
+    ),
+    "heads of several dtypes": (
+        Kind(with_two_dtypes, {"r": 3, "target_modules": ["lin1"], "modules_to_save": ["lin2", "lin0"]}),
+        "model: its heads have several dtypes; cast them to one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_HELD)
+def test_what_a_bank_does_not_hold(name: str, tmp_path: Path) -> None:
+    kind, message = NOT_HELD[name]
     saved(kind.trained(), tmp_path / "a")
-    with pytest.raises(ValueError, match=message):
-        dvora.AdapterBank(kind.base(), like=tmp_path / "a")
+    bank = dvora.AdapterBank(model := kind.base())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"adapter 'a': .*{message}"):
+        bank.add("a", tmp_path / "a")
+    assert_unchanged(model, before)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_base_that_was_written_to(these: Tenants) -> None:
-    for change in (
-        lambda model: model.lin1.weight.mul_(2),
-        lambda model: model.half(),
-        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
-        lambda model: setattr(model.lin1, "weight", nn.Parameter(model.lin1.weight.clone())),
-        lambda model: nn.utils.parametrizations.weight_norm(model.lin1),
-    ):
-        with these.bank() as served:
-            served(NAMES)
-            with torch.no_grad():
-                change(served.model)
-            with pytest.raises(ValueError, match=r"lin\d: its weight was written to, cast or moved since the bank"):
-                served(NAMES)
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "written to": lambda model: model.lin1.weight.mul_(2),
+    "cast": lambda model: model.half(),
+    "loaded": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
+    "another parameter": lambda model: setattr(model.lin1, "weight", nn.Parameter(model.lin1.weight.clone())),
+    "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model.lin1),
+    "written to what it is computed from": lambda model: model.lin1.parametrizations.weight.original0.mul_(2),
+}
 
 
-def test_a_parametrized_base_is_served_until_what_its_weight_is_computed_from_changes(tmp_path: Path) -> None:
-    def base() -> Any:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_that_was_changed(change: str, these: Tenants, tmp_path: Path) -> None:
+    def parametrized() -> Any:
         model = MLP.base()
         nn.utils.parametrizations.weight_norm(model.lin1)
         return model
 
-    these = tenants(Kind(base, MLP.settings), tmp_path, 1)
+    if change == "written to what it is computed from":
+        these = tenants(Kind(parametrized, MLP.settings), tmp_path, 2)
     with these.bank() as served:
-        alone = outputs(PeftModel.from_pretrained(base(), str(these.path("a"))))
-        assert worst_difference(served(["a"] * 4), alone) < 1e-5
+        served(NAMES)
         with torch.no_grad():
-            served.model.lin1.parametrizations.weight.original0.mul_(2)
-        with pytest.raises(ValueError, match=r"lin1: its weight was written to, cast or moved since the bank"):
-            served(["a"] * 4)
+            CHANGES[change](served.model)
+        with pytest.raises(ValueError, match=r"lin\d: its weight was written to, cast or moved since the bank"):
+            served(NAMES)
 
 
-# Names, rows and pins
+# Names and rows
 
 
 @pytest.mark.parametrize(
     ("names", "repeats", "error", "message"),
     [
-        (["a", "customer", "b"], 1, ValueError, "names: there is no adapter 'customer' among the 3 of the bank"),
         (["a", "bb"], 1, ValueError, "there is no adapter 'bb' among the 3 of the bank; the nearest is 'b'"),
         ("a", 1, TypeError, "names must be a list with one name a row, got 'a'"),
-        ({"a"}, 1, TypeError, "names must be a list with one name a row"),
         (None, 1, TypeError, "names must be a list with one name a row, got None"),
         ([], 1, ValueError, "names is empty"),
         (["a", 3], 1, TypeError, "names must be strings, or None for the base, got 3"),
-        (["a", ["b"]], 1, TypeError, r"names must be strings, or None for the base, got \['b'\]"),
         (["a"], 0, ValueError, "repeats must be a positive integer, got 0"),
-        (["a"], 1.5, ValueError, r"repeats must be a positive integer, got 1\.5"),
         (["a"], True, ValueError, "repeats must be a positive integer, got True"),
         (["a", "b", "c"], 1, ValueError, "a batch has 3 different adapters, and the bank 2 slots;"),
     ],
@@ -186,7 +175,7 @@ def test_wrong_rows(names: Any, repeats: Any, error: type[Exception], message: s
         raise AssertionError
 
 
-@pytest.mark.parametrize(("count", "repeats"), [(1, 1), (3, 1), (5, 1), (8, 1), (2, 3)])
+@pytest.mark.parametrize(("count", "repeats"), [(3, 1), (8, 1), (2, 3)])
 def test_another_number_of_names_than_rows(count: int, repeats: int, served: Served) -> None:
     message = rf"bank.rows got {count} names(, each repeated 3 times)?, and the layer a batch of 4 rows; give one name"
     with pytest.raises(ValueError, match=message), served.bank.rows(["a"] * count, repeats):
@@ -199,14 +188,10 @@ def test_wrong_names(served: Served, these: Tenants) -> None:
         bank.trainable("a")
     with pytest.raises(TypeError, match="names must be strings, got None"):
         bank.trainable(["a", None])
-    with pytest.raises(ValueError, match=r"names: there is no adapter 'cc' .*; the nearest is 'c'"):
-        bank.trainable(["a", "cc"])
     for of_one in (bank.remove, bank.digest, lambda name: bank.replace(name, these.path("a"))):
         with pytest.raises(ValueError, match="there is no adapter 'aa' among the 3 of the bank; the nearest is 'a'"):
             of_one("aa")
-        with pytest.raises(TypeError, match="names must be strings, got 3"):
-            of_one(3)
-    for name in ("", None, 3, ["a"]):
+    for name in ("", None, 3):
         with pytest.raises(TypeError, match="name must be a string that is not empty"):
             bank.add(name, these.path("a"))
     with pytest.raises(ValueError, match=r"name: there is an adapter 'a' already; use bank\.replace, or remove it"):
@@ -223,9 +208,8 @@ def test_before_the_first_adapter(these: Tenants) -> None:
 
 
 def test_outside_of_rows_and_in_a_second_batch(served: Served) -> None:
-    outside = r"called outside of bank.rows\(...\), so nobody said which adapter each row has"
     for _ in range(2):
-        with pytest.raises(ValueError, match=outside):
+        with pytest.raises(ValueError, match=r"called outside of bank.rows\(...\), so nobody said which adapter"):
             outputs(served.model)
         with served.bank.rows(["a"] * 4):
             with pytest.raises(ValueError, match="this call is in a batch of the bank"), served.bank.rows(["b"] * 4):
@@ -237,9 +221,7 @@ def test_a_closed_bank(these: Tenants) -> None:
     bank = dvora.AdapterBank(model := these.base())
     bank.add("a", these.path("a"))
     with bank.rows(["a"] * 4):
-        with pytest.raises(
-            ValueError, match=r"1 batches are in the bank, .* leave their `with` blocks before it is cl"
-        ):
+        with pytest.raises(ValueError, match=r"1 batches are in the bank, .* before it is closed"):
             bank.close()
         outputs(model)
     bank.close()
@@ -252,32 +234,34 @@ def test_a_closed_bank(these: Tenants) -> None:
         with pytest.raises(ValueError, match="the bank was closed; make a new one"):
             call()
     outputs(model)
-    assert bank.stats().slots_in_use == 0
 
 
 # Adapters
 
 
-def of_other_base() -> Kind:
-    def other() -> nn.Module:
-        model = mlp()
-        with torch.no_grad():
-            model.lin0.weight.mul_(1.5)
-        return model
-
-    return HEADED._replace(base=other)
+def of_other_base() -> nn.Module:
+    model = mlp()
+    with torch.no_grad():
+        model.lin0.weight.mul_(1.5)
+    return model
 
 
 def adapter(**settings: Any) -> Callable[[Path], object]:
     return lambda folder: saved(HEADED.trained(**settings), folder)
 
 
-def with_values(change: Callable[[str, Tensor], object], fresh: bool = False) -> Callable[[Path], object]:
+def with_values(change: Callable[[str, Tensor], object]) -> Callable[[Path], object]:
     def make(folder: Path) -> None:
-        saved(HEADED.fresh() if fresh else HEADED.trained(), folder)
+        saved(HEADED.trained(), folder)
         edit_weights(folder, lambda tensors: [change(name, tensor) for name, tensor in tensors.items()])
 
     return make
+
+
+def without_direction(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "lambda" in name:
+            tensor.fill_("lambda_b" in name)
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -286,10 +270,13 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another rank": (adapter(r=5), r"lin0 is .*rank 4.* here and .*rank 5.* there"),
     "fewer layers": (adapter(target_modules=["lin1"]), "lacks lin0, and 1 of the bank's"),
     "no head": (adapter(modules_to_save=None), r"lacks lin2\.weight, and 1 of the bank's"),
-    "another base": (lambda folder: saved(of_other_base().trained(), folder), r"the base models differ: .* of lin0"),
+    "another base": (
+        lambda folder: saved(HEADED._replace(base=of_other_base).trained(), folder),
+        r"the base models differ: .* of lin0",
+    ),
     "untrained": (lambda folder: saved(HEADED.fresh(), folder), "it changes nothing; pass allow_unchanged=True"),
     "without a direction": (
-        with_values(lambda name, v: v.fill_(1.0) if "lambda_b" in name else v.mul_("lambda_d" not in name), fresh=True),
+        lambda folder: edit_weights(saved(HEADED.fresh(), folder), without_direction),
         "it changes nothing",
     ),
     "not finite": (with_values(lambda name, v: v.fill_(torch.nan) if "lin1" in name else v), "lin1.* are not finite"),
@@ -298,83 +285,66 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_config(saved(HEADED.trained(), folder), projection_fingerprint="0" * 16),
         "projection_fingerprint is '0000000000000000', but projection_seed=0",
     ),
+    "no source": (None, "source must be a path or a flat vector, got None"),
+    "a short vector": (torch.zeros(3), r"vector has shape \(3,\), expected"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_adapter_is_refused_by_name_and_reason(name: str, served: Served, tmp_path: Path) -> None:
-    make, message = WRONG[name]
-    make(tmp_path / "wrong")
+    wrong, message = WRONG[name]
+    if callable(wrong):
+        wrong(tmp_path / "wrong")
+        wrong = tmp_path / "wrong"
     bank, before = served.bank, served.bank.stats()
-    for call in (lambda: bank.add("new", tmp_path / "wrong"), lambda: bank.replace("a", tmp_path / "wrong")):
+    for call in (lambda: bank.add("new", wrong), lambda: bank.replace("a", wrong)):
         with pytest.raises(ANY, match=message):
             call()
     assert bank.stats() == before
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", ["untrained", "not finite"])
 def test_a_wrong_first_adapter_leaves_the_model_alone(name: str, these: Tenants, tmp_path: Path) -> None:
-    make, _ = WRONG[name]
+    make, message = WRONG[name]
     make(tmp_path / "wrong")
-    model = these.base()
-    with dvora.AdapterBank(model) as bank:
-        try:
+    with dvora.AdapterBank(model := these.base()) as bank:
+        with pytest.raises(ANY, match=message):
             bank.add("x", tmp_path / "wrong")
-        except ANY:
-            # Whatever it was, neither the model nor the bank remember it.
-            assert same_bits(outputs(model), outputs(these.base()))
-            bank.add_folder(these.folder)
-            alone = row_by_row(lambda each: outputs(these.alone(each)), NAMES)
-            assert worst_difference(Served(model, bank)(NAMES), alone) < 1e-5
+        # Neither the model nor the bank remember it.
+        assert same_bits(outputs(model), outputs(these.base()))
+        bank.add_folder(these.folder)
+        check_serves(Served(model, bank), these, NAMES)
 
 
 def test_a_wrong_adapter_among_many_adds_none(these: Tenants, served: Served, tmp_path: Path) -> None:
     for name in ("d", "e", "f"):
         shutil.copytree(these.path("a"), tmp_path / name)
     saved(HEADED.trained(projection_seed=1), tmp_path / "e")
-    with pytest.raises(ValueError, match=r"adapter 'e': .*projection_seed is 0 here and 1 there"):
-        served.bank.add_folder(tmp_path)
     write_pack(tmp_path / "pack", {name: tmp_path / name for name in ("d", "e", "f")})
-    with pytest.raises(ValueError, match=r"adapter 'e': .*projection_seed is 0 here and 1 there"):
-        served.bank.add_pack(tmp_path / "pack")
+    for add, path in ((served.bank.add_folder, tmp_path), (served.bank.add_pack, tmp_path / "pack")):
+        with pytest.raises(ValueError, match=r"adapter 'e': .*projection_seed is 0 here and 1 there"):
+            add(path)
     shutil.rmtree(tmp_path / "e")
     shutil.copytree(these.path("a"), tmp_path / "a")
     with pytest.raises(ValueError, match=r"name: there is an adapter 'a' already; use bank\.replace"):
         served.bank.add_folder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "how", "message"),
-    [
-        ("not finite", "folder", "has values that are not finite"),
-        ("untrained", "folder", "it changes nothing"),
-        ("untrained", "pack", "it changes nothing"),
-    ],
-)
-def test_a_wrong_value_among_many_is_found_at_the_first_use(
-    name: str, how: str, message: str, served: Served, tmp_path: Path
-) -> None:
-    bank = served.bank
-    WRONG[name][0](tmp_path / "folder" / "bad")
-    if how == "folder":
-        bank.add_folder(tmp_path / "folder")
-    else:
-        write_pack(tmp_path / "pack", {"bad": tmp_path / "folder" / "bad"})
-        bank.add_pack(tmp_path / "pack")
-    for use in (
-        lambda: served(["bad", "a", None, None]),
-        lambda: bank.digest("bad"),
-    ):
+@pytest.mark.parametrize("name", ["not finite", "untrained"])
+def test_a_wrong_value_among_many_is_found_at_the_first_use(name: str, served: Served, tmp_path: Path) -> None:
+    make, message = WRONG[name]
+    make(tmp_path / "bad")
+    served.bank.add_folder(tmp_path)
+    for use in (lambda: served(["bad", "a", None, None]), lambda: served.bank.digest("bad")):
         with pytest.raises(ValueError, match=f"adapter 'bad': .*{message}"):
             use()
-    bank.remove("bad")
+    served.bank.remove("bad")
 
 
 def test_a_folder_that_changes_is_refused_until_it_is_replaced(these: Tenants, tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(these.path(name), tmp_path / name)
-    one = 4 * (2 * 24 + 4) * 2 + 4 * 24 * 6
-    with dvora.AdapterBank(model := these.base(), slots=1, host_bytes=one) as bank:
+    with dvora.AdapterBank(model := these.base(), slots=1, host_bytes=ONE) as bank:
         bank.add_folder(tmp_path)
         served = Served(model, bank)
         before = served(["a"] * 4)
@@ -385,33 +355,6 @@ def test_a_folder_that_changes_is_refused_until_it_is_replaced(these: Tenants, t
             served(["a"] * 4)
         bank.replace("a", tmp_path / "a")
         assert not torch.equal(served(["a"] * 4), before)
-        shutil.rmtree(tmp_path / "a")
-        served(["b"] * 4)
-        with pytest.raises(ValueError, match=r"adapter 'a': .*(no longer there|there is no file)"):
-            served(["a"] * 4)
-        assert bank.stats().slots_in_use == 0
-
-
-def test_wrong_sources(served: Served, these: Tenants, tmp_path: Path) -> None:
-    bank, vector = served.bank, Layout.of(these.path("a")).to_vector(these.path("a"))
-    for source, error, message in [
-        (None, TypeError, "source must be a path or a flat vector, got None"),
-        (vector.tolist(), TypeError, "source must be a path or a flat vector"),
-        (vector[1:], ValueError, r"vector has shape \(\d+,\), expected"),
-    ]:
-        for call in (lambda source=source: bank.add("new", source), lambda source=source: bank.replace("a", source)):
-            with pytest.raises(error, match=message):
-                call()
-    for call, error, message in [
-        (lambda: bank.add_folder(tmp_path), ValueError, "has no folders with adapters in it"),
-        (lambda: bank.add_folder(these.path("a")), ValueError, "it is an adapter itself, name the folder around it"),
-        (lambda: bank.add_folder(tmp_path / "nowhere"), OSError, "nowhere"),
-        (lambda: bank.add_folder(3), TypeError, "folder must be a path, got 3"),
-        (lambda: bank.add_pack(tmp_path), ValueError, "is not a file"),
-        (lambda: bank.add_pack(None), TypeError, "file must be a path, got None"),
-    ]:
-        with pytest.raises(error, match=message):
-            call()
 
 
 def test_what_half_precision_cannot_hold(these: Tenants, tmp_path: Path) -> None:
@@ -433,12 +376,10 @@ def test_heads_that_the_dtype_of_the_base_cannot_hold(tmp_path: Path) -> None:
         dvora.AdapterBank(half.base()).add("a", half.path("a"))
 
 
-def test_heads_of_several_dtypes(tmp_path: Path) -> None:
-    kind = Kind(MODELS["mlp"], {"r": 3, "target_modules": ["lin1"], "modules_to_save": ["lin2", "lin0"]})
-    base = kind.base()
-    base.lin2.double()
-    with pytest.raises(ValueError, match="model: its heads have several dtypes; cast them to one"):
-        dvora.AdapterBank(base, like=saved(kind.trained(), tmp_path))
+def test_host_bytes_that_cannot_hold_one_adapter(these: Tenants) -> None:
+    bank = dvora.AdapterBank(these.base(), host_bytes=100)
+    with pytest.raises(ValueError, match=rf"'a': host_bytes=100 cannot hold one adapter, which takes {ONE} bytes"):
+        bank.add("a", these.path("a"))
 
 
 class Interrupted(FolderSource):
@@ -448,26 +389,12 @@ class Interrupted(FolderSource):
         raise KeyboardInterrupt
 
 
-def leave_by_ctrl_c(bank: dvora.AdapterBank) -> None:
-    with bank.rows(NAMES):
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    "call",
-    [leave_by_ctrl_c, lambda bank: bank.rows(["c", "a"]).__enter__(), lambda bank: bank.digest("c")],
-    ids=["in a batch", "reading for a batch", "reading alone"],
-)
-def test_after_ctrl_c_slots_are_free_and_names_as_before(
-    call: Callable[[dvora.AdapterBank], object], these: Tenants, served: Served
-) -> None:
+def test_after_ctrl_c_while_an_adapter_is_read_all_is_as_before(these: Tenants, served: Served) -> None:
     bank = served.bank
     # "c" has not been read yet.
     bank._adapters["c"].source = Interrupted(these.path("c"))
     with pytest.raises(KeyboardInterrupt):
-        call(bank)
+        bank.rows(["c", "a"]).__enter__()
     bank._adapters["c"].source = FolderSource(these.path("c"))
     assert bank.stats().slots_in_use == 0
-    assert list(bank) == ["a", "b", "c"]
-    alone = row_by_row(lambda each: outputs(these.alone(each)), ["c", "a", None, "c"])
-    assert worst_difference(served(["c", "a", None, "c"]), alone) < 1e-5
+    check_serves(served, these, ["c", "a", None, "c"])

@@ -143,6 +143,24 @@ def together(kind: Kind, folder: Path, **options: Any) -> Iterator[Together]:
         yield Together(model, bank, adapters, TenantAdamW(adapters, **options))
 
 
+@torch.no_grad()
+def gradient_vector(model: PeftModel, layout: Layout) -> Tensor:
+    """The gradients of an adapter in the order of a flat vector; its values are lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return layout.to_vector(model)
+
+
+def check_gradients(both: Together, alone: Alone, tolerance: float = 1e-6) -> None:
+    """Of every adapter, together and alone."""
+    for name in NAMES:
+        place, expected = both.adapters.place(name), gradient_vector(alone.models[name], alone.layout)
+        own = torch.cat([p.grad[place].float() for p in both.adapters.parameters() if p.grad is not None])
+        assert expected.any()
+        assert worst_difference(own, expected) < tolerance
+
+
 def largest_difference(both: Together, alone: Alone) -> float:
     """Of the values of any adapter, relative to its largest."""
     return max(worst_difference(both.adapters.flat_vector(name), alone.vector(name)) for name in NAMES)

@@ -11,20 +11,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
 """What a process does to files, as Python's audit hooks call it."""
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-
-def save(folder: str, base: str) -> None:
-    """Save an adapter over whatever is in the folder, as PEFT does."""
-    from tests.recipes.saved_adapters import adapted
-
-    adapted(Path(base), "dvora", rank=8).save_pretrained(folder)
 
 
 def load_everything() -> None:
@@ -42,18 +34,16 @@ def load_everything() -> None:
     import dvora.recipes.adapters_at_rest.inspection
     import dvora.recipes.adapters_at_rest.merging
     import dvora.recipes.training.run
-    from tests.recipes import saved_adapters
 
     used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)
     assert used
-    assert saved_adapters
     # Another user may not read the files that these are in.
     for encoding in ("utf-8-sig", "utf-16", "cp1252", "latin-1"):
         codecs.lookup(encoding)
 
 
-def kill_at_change(number: int, folder: str) -> list[int]:
-    """Kill this process when it is about to change a file below the folder for the nth time; 0: only count."""
+def signal_at_change(number: int, folder: str, what: int) -> list[int]:
+    """Send this process a signal when it is about to change a file below the folder for the nth time; 0: only count."""
     count = [0]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -63,7 +53,7 @@ def kill_at_change(number: int, folder: str) -> list[int]:
             return
         count[0] += 1
         if count[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), what)
 
     sys.addaudithook(watch)
     return count
@@ -94,7 +84,7 @@ def _is_below(path: object, folder: str) -> bool:
     )
 
 
-def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
+def child(request: dict[str, Any]) -> None:
     """Become the command that is asked for; never returns."""
     code = 70
     try:
@@ -103,24 +93,17 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
             os.dup2(os.open(name, os.O_RDWR), number)
         os.chdir(request["cwd"])
         counted = Path(request["counted"]).open("w")  # noqa: SIM115
-        if request.get("unread"):
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, 1)
-        if "largest_file" in request:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
         if "user" in request:
             os.setgroups([])
             os.setgid(request["user"])
             os.setuid(request["user"])
         if "memory" in request:
             limit_memory(request["memory"])
-        count = kill_at_change(request.get("kill_at", 0), request["cwd"])
+        count = signal_at_change(request.get("kill_at", 0), request["cwd"], request.get("signal", signal.SIGKILL))
         asked = count_connections()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            run(request["arguments"])
+            command(request["arguments"])
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -135,10 +118,7 @@ def child(request: dict[str, Any], run: Callable[[list[str]], None]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """`dvora` with these arguments; "save" is no command, but what its users do with an adapter."""
-    if arguments[:1] == ["save"]:
-        save(*arguments[1:])
-        return
+    """`dvora` with these arguments."""
     from dvora.cli.app import main as program
 
     sys.argv = ["dvora", *arguments]
@@ -156,7 +136,7 @@ def main() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         pid = os.fork()
         if not pid:
-            child(request, command)
+            child(request)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         print(json.dumps(pid), file=answers, flush=True)
         began = time.monotonic()

@@ -76,7 +76,7 @@ class Forks:
             arguments: behind "dvora".
             signal_after: seconds.
             number: of the signal.
-            options: of the server: `kill_at`, `largest_file`, `user`, `unread` (stdout's reader is gone), `memory`
+            options: of the server: `kill_at` (a change of files), `signal` (then, instead of SIGKILL), `user`, `memory`
                 (bytes beyond what the warm process has).
         """
         assert self.process.stdin

@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 SOON, MEMORY = 20.0, 2**30
 """Seconds after which a command counts as hanging, and bytes that it may need beyond the warm process's."""
 CLASSIFIER = "base_model.model.classifier.weight"
+THEIRS, MARK = "theirs", "made-by-code"
+"""On the desk: a folder that no command has to do with, and a file that code of strangers makes when it is run."""
 
 
 class Case(NamedTuple):
@@ -43,17 +48,6 @@ def of_run(**changes: Any) -> Callable[[Path], None]:
 
 def recorded(**changes: Any) -> Callable[[Path], None]:
     return lambda desk: settings(desk / "run" / "run.json", **changes)
-
-
-def without(name: str, **changes: Any) -> Callable[[Path], None]:
-    """Take a name out of a run's record."""
-
-    def change(desk: Path) -> None:
-        record = json.loads((desk / "run" / "run.json").read_text())
-        del record[name]
-        (desk / "run" / "run.json").write_text(json.dumps({**record, **changes}))
-
-    return change
 
 
 def of_adapter(**changes: Any) -> Callable[[Path], None]:
@@ -124,12 +118,65 @@ def empty_head(rows: int) -> Callable[[Path], None]:
     return change
 
 
+def with_code(desk: Path) -> None:
+    """A base with code of its own, and a run that asks for it."""
+    kinds = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoModel": "evil.Model"}
+    of_base(model_type="evil", auto_map=kinds)(desk)
+    (desk / "base" / "evil.py").write_text(
+        f"open({str(desk / MARK)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n"
+        "from transformers import BertForSequenceClassification as Model\n"
+    )
+    of_run(trust_remote_code=True)(desk)
+
+
+class Evil:
+    """Makes a file when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.mark), "w")
+
+
+def pickled(name: str, instead_of: str) -> Callable[[Path], None]:
+    """An evil pickle in the place of a file."""
+
+    def change(desk: Path) -> None:
+        (desk / instead_of).unlink()
+        torch.save({"weight": Evil(desk / MARK)}, desk / name)
+
+    return change
+
+
+def link(name: str, to: str = THEIRS) -> Callable[[Path], None]:
+    """A link to what is somebody else's, in the place of a file or a folder."""
+
+    def change(desk: Path) -> None:
+        if (desk / name).is_dir():
+            shutil.rmtree(desk / name)
+        (desk / name).unlink(missing_ok=True)
+        (desk / name).symlink_to(desk / to)
+
+    return change
+
+
+def linked_run(name: str, to: str = THEIRS, state: str = "started") -> Callable[[Path], None]:
+    """A run that would go on through a link."""
+
+    def change(desk: Path) -> None:
+        recorded(state=state)(desk)
+        shutil.copy(desk / "run" / "config.yaml", desk / "a.yaml")
+        link(name, to)(desk)
+
+    return change
+
+
 def cut(name: str, length: int) -> Callable[[Path], object]:
     return lambda desk: (desk / name).write_bytes((desk / name).read_bytes()[:length])
 
 
-def nested(depth: int, inside: str = "") -> str:
-    return "[" * depth + inside + "]" * depth
+NESTED = "[" * 100_000 + "]" * 100_000
 
 
 def laughs() -> str:
@@ -140,45 +187,66 @@ def laughs() -> str:
     return "\n".join(lines)
 
 
-TRAIN = "train --task text-classification -m base -o out --rank 4 --cpu"
-WIDE = ",".join(f"c{number}" for number in range(100_000))
+TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu"
+PREDICT, MERGE, GO_ON = "predict run reviews.csv -o new.csv", "merge adapter -o out", "train a.yaml --resume --quiet"
+NOT_HERE = "'nobody/nothing' is no folder here and not in the hub's cache"
 DIGITS = "9" * 6000
 CASES: dict[str, Case] = {
-    "a head of no values": Case(empty_head(30_000_000), "merge adapter -o out", "holds no values"),
+    "a head of no values": Case(empty_head(30_000_000), MERGE, "holds no values"),
     "a head that is missing": Case(of_adapter(task_type="SEQ_CLS", modules_to_save=["classifier"]),
-                                   "merge adapter -o out", "lacks the modules that the adapter trains whole"),
-    "five million classes": Case(recorded(labels=[""] * 5_000_000), "predict run reviews.csv -o new.csv", "5,000,000"),
-    "labels that are none": Case(recorded(labels="abc"), "predict run reviews.csv -o new.csv", "labels is not a list"),
+                                   MERGE, "lacks the modules that the adapter trains whole"),
+    "five million classes": Case(recorded(labels=[""] * 5_000_000), PREDICT, "5,000,000"),
     "a method of no one": Case(of_adapter(peft_type="EVIL"), "inspect adapter", "'EVIL', which is no method of PEFT"),
-    "a method of several": Case(of_adapter(peft_type=["LORA"]), "merge adapter -o out", "no method of PEFT"),
-    "no class of a model": Case(of_adapter(auto_mapping={"base_model_class": "Trainer"}), "merge adapter -o out",
+    "no class of a model": Case(of_adapter(auto_mapping={"base_model_class": "Trainer"}), MERGE,
                                 "transformers' Trainer, which is no model"),
-    "heads of numbers": Case(of_adapter(modules_to_save=[1]), "merge adapter -o out", "modules_to_save, got [1]"),
-    "a thousand heads": Case(of_adapter(modules_to_save=["x"] * 1000), "merge adapter -o out", "at most 256 names"),
-    "an expression without end": Case(of_adapter(peft_type="LORA", target_modules="(.+)+$x"), "merge adapter -o out",
+    "heads of numbers": Case(of_adapter(modules_to_save=[1]), MERGE, "modules_to_save, got [1]"),
+    "an expression without end": Case(of_adapter(peft_type="LORA", target_modules="(.+)+$x"), MERGE,
                                       "could take more than"),
     "a module to import": Case(of_adapter(peft_type="LORA", megatron_config={"a": 1}, megatron_core="this"),
-                               "merge adapter -o out", "'megatron_config', with which PEFT would load or import"),
-    "adapters elsewhere": Case(of_adapter(peft_type="XLORA", adapters={"a": "nobody/nothing"}), "merge adapter -o out",
+                               MERGE, "'megatron_config', with which PEFT would load or import"),
+    "adapters elsewhere": Case(of_adapter(peft_type="XLORA", adapters={"a": "nobody/nothing"}), MERGE,
                                "'adapters', with which PEFT would load or import"),
     "an adapter cut short": Case(cut("adapter/adapter_model.safetensors", 500), "inspect adapter", "cannot be read"),
-    "settings cut short": Case(cut("adapter/adapter_config.json", 99), "merge adapter -o out", "is damaged"),
     "weights cut short": Case(cut("base/model.safetensors", 3000), "merge adapter --model base -o out", "are damaged"),
-    "nested settings": Case(text("adapter/adapter_config.json", nested(100_000)), "inspect adapter", "too deeply"),
-    "a nested record": Case(text("run/run.json", nested(100_000)), "evaluate run", "too deeply"),
-    "a nested model": Case(text("base/config.json", nested(100_000)), "count base", "too deeply"),
+    "nested settings": Case(text("adapter/adapter_config.json", NESTED), "inspect adapter", "too deeply"),
+    "a nested model": Case(text("base/config.json", NESTED), "count base", "too deeply"),
     "a number in a record": Case(text("run/run.json", f'{{"state": {DIGITS}}}'), "evaluate run", "4300 digits"),
     "repeated settings": Case(text("a.yaml", laughs()), "train a.yaml", "line 2 repeats *a; write it out"),
     "code of a configuration": Case(text("a.yaml", "task: regression\nmodel: base\ndata: x\ntrust_remote_code: true\n"),
                                     "train a.yaml", "--trust-remote-code"),
     "a pipe as record": Case(pipe("run/run.json"), "evaluate run", "not a regular file"),
-    "a pipe as values": Case(pipe("adapter/adapter_model.safetensors"), "merge adapter -o out", "holds no adapter_mod"),
-    "a pipe as model": Case(pipe("base/model.safetensors"), "merge adapter -o out", "is a pipe or a device"),
-    "a pipe as a model's settings": Case(pipe("base/config.json"), "count base", "is a pipe or a device"),
+    "a pipe as values": Case(pipe("adapter/adapter_model.safetensors"), MERGE, "holds no adapter_mod"),
+    "a pipe as model": Case(pipe("base/model.safetensors"), MERGE, "is a pipe or a device"),
     "a pipe as data": Case(both(pipe("a.csv"), data("a.csv")), "evaluate run", "is a pipe or a device"),
-    "endless record": Case(endless("run/run.json"), "evaluate run", "not a regular file"),
     "endless data": Case(data("/dev/zero"), "evaluate run", "is a pipe or a device"),
     "other data": Case(data("base/model.safetensors"), "evaluate run", "has changed since"),
     "a base of another base": Case(text("base/adapter_config.json", '{"base_model_name_or_path": "nobody/nothing"}'),
-                                   "merge adapter -o out", "holds an adapter beside the model"),
+                                   MERGE, "holds an adapter beside the model"),
+    "code in a run's model": Case(with_code, PREDICT, "trust-remote-code"),
+    "code in a model": Case(with_code, TRAIN, "trust-remote-code"),
+    "code in a base": Case(with_code, "merge adapter --model base -o out", "which is not run"),
+    "a model elsewhere": Case(of_run(model="nobody/nothing"), PREDICT, NOT_HERE),
+    "a tokenizer elsewhere": Case(of_run(tokenizer="nobody/nothing"), "evaluate run", NOT_HERE),
+    "a base elsewhere": Case(of_adapter(base_model_name_or_path="nobody/nothing"), MERGE, NOT_HERE),
+    "a base elsewhere, asked to generate": Case(of_adapter(base_model_name_or_path="nobody/nothing"),
+                                                "generate --adapter adapter x", NOT_HERE),
+    "a pickled adapter": Case(pickled("adapter/adapter_model.bin", "adapter/adapter_model.safetensors"), MERGE,
+                              "pickled adapter_model.bin"),
+    "a pickled adapter to look at": Case(pickled("adapter/adapter_model.bin", "adapter/adapter_model.safetensors"),
+                                         "inspect adapter", "pickled adapter_model.bin"),
+    "a pickled base": Case(pickled("base/pytorch_model.bin", "base/model.safetensors"),
+                           "merge adapter --model base -o out", "no safetensors weights"),
+    "a pickled model": Case(pickled("base/pytorch_model.bin", "base/model.safetensors"), TRAIN,
+                            "no safetensors weights"),
+    "linked checkpoints": Case(linked_run("run/checkpoints", state="finished"), GO_ON, "run/checkpoints is a link"),
+    "a linked adapter": Case(linked_run("run/adapter"), GO_ON, "run/adapter is a link"),
+    "a linked name to write to": Case(linked_run("run/.adapter.unfinished"), GO_ON, ".adapter.unfinished is a link"),
+    "a linked record to write to": Case(linked_run("run/.run.json.x"), GO_ON, ".run.json.x is a link"),
+    "a linked lock": Case(linked_run("run/.lock", f"{THEIRS}/letter"), GO_ON, "run/.lock is a link"),
+    "linked settings": Case(linked_run("run/config.yaml", f"{THEIRS}/letter"), GO_ON, "run/config.yaml is a link"),
+    "a linked folder to make": Case(link("out"), MERGE, "out is a link"),
+    "a secret beside an adapter": Case(link("adapter/tokenizer_extra.json", f"{THEIRS}/letter"), MERGE,
+                                       "tokenizer_extra.json is a link out of its folder"),
+    "a secret beside a model": Case(link("base/tokenizer_extra.json", f"{THEIRS}/letter"), MERGE,
+                                    "tokenizer_extra.json is a link out of its folder"),
 }  # fmt: skip

@@ -1,34 +1,43 @@
 """What comes from elsewhere runs nothing, fetches nothing, fills nothing up and reaches nothing but what it is."""
 
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.hardening.errors import TRAIN, assert_error
 from tests.hardening.forks import ROOT, Forks
-from tests.hardening.strangers import CASES, MEMORY, SOON, of_adapter, of_run, settings
+from tests.hardening.strangers import (
+    CASES,
+    MARK,
+    MEMORY,
+    SOON,
+    THEIRS,
+    of_adapter,
+    of_run,
+    pickled,
+    settings,
+    with_code,
+)
 
 RUN = "train --task text-classification -m base --data reviews.csv -o run --rank 4 --cpu --epochs 1 --quiet"
-
-OF_RUNS = ("predict run reviews.csv -o new.csv", "evaluate run", "report run", "doctor run")
-
-OF_ADAPTERS = ("merge adapter -o out", "convert adapter --to dora -o out", "analyze adapter", "doctor adapter")
-
+PREDICT, MERGE = "predict run reviews.csv -o new.csv", "merge adapter -o out"
 QUICK = 18
-
 """Changes of single bytes of a record in the normal suite."""
 
 
 @pytest.fixture(scope="module")
 def with_run(forks: Forks, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A desk with a run."""
+    """A desk with a run, and with a folder that no command has to do with."""
     desk = Path(shutil.copytree(made, tmp_path_factory.mktemp("with-run") / "desk"))
     ended = forks.run(desk, *RUN.split())
     assert (ended.code, ended.asked) == (0, 0), ended
+    (desk / THEIRS).mkdir()
+    (desk / THEIRS / "letter").write_text("dear")
     return desk
 
 
@@ -43,7 +52,9 @@ def desk(with_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_hostile_input_is_reported_soon_and_in_little_memory(forks: Forks, desk: Path, name: str) -> None:
+def test_hostile_input_is_refused_soon_in_little_memory_and_reaches_nothing(
+    forks: Forks, desk: Path, name: str
+) -> None:
     change, command, message = CASES[name]
     change(desk)
     ended = forks.run(desk, *command.split(), signal_after=SOON, memory=MEMORY)
@@ -51,57 +62,26 @@ def test_hostile_input_is_reported_soon_and_in_little_memory(forks: Forks, desk:
     assert_error(ended, ended.code, message)
     assert len(ended.stderr) < 3000
     assert ended.asked == 0
-    assert not {"out", "new.csv"} & {path.name for path in desk.iterdir() if any(path.glob("[!.]*"))}
+    assert not (desk / MARK).exists()
+    assert [(path.name, path.read_text()) for path in (desk / THEIRS).iterdir()] == [("letter", "dear")]
+    assert not (desk / "new.csv").exists()
+    assert (desk / "out").is_symlink() or not [*(desk / "out").glob("[!.]*")]
 
 
-def with_code(desk: Path, mark: Path) -> None:
-    """A base with code of its own, which makes a file when it is run."""
-    path = desk / "base" / "config.json"
-    kinds = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoModel": "evil.Model"}
-    settings(path, model_type="evil", auto_map=kinds)
-    (desk / "base" / "evil.py").write_text(
-        f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n"
-        "from transformers import BertForSequenceClassification as Model\n"
-    )
+def test_the_code_and_the_pickles_of_the_cases_are_evil(forks: Forks, desk: Path) -> None:
+    with_code(desk)
+    forks.run(desk, *PREDICT.split(), "--trust-remote-code")
+    assert (desk / MARK).exists()
+    (desk / MARK).unlink()
+    pickled("evil.bin", "reviews.csv")(desk)
+    torch.load(desk / "evil.bin", weights_only=False)["weight"].close()
+    assert (desk / MARK).exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "code"), [*((command, 2) for command in (*OF_RUNS, TRAIN)), (f"{OF_ADAPTERS[0]} --model base", 1)]
-)
-def test_no_code_is_run_that_nobody_asked_for(
-    forks: Forks, desk: Path, tmp_path: Path, command: str, code: int
-) -> None:
-    mark = tmp_path / "made-by-code"
-    with_code(desk, mark)
-    of_run(trust_remote_code=True)(desk)
-    assert_error(forks.run(desk, *command.split()), code, "trust-remote-code" if code == 2 else "which is not run")
-    assert not mark.exists()
-    if command == OF_RUNS[0]:
-        forks.run(desk, *command.split(), "--trust-remote-code")
-        assert mark.exists()
-
-
-@pytest.mark.parametrize("command", OF_RUNS)
-@pytest.mark.parametrize("setting", ["model", "tokenizer"])
-def test_a_run_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str, setting: str) -> None:
-    of_run(**{setting: "nobody/nothing"})(desk)
+@pytest.mark.parametrize("command", [f"{PREDICT} --download", f"{MERGE} --model nobody/nothing"])
+def test_what_a_user_asks_for_is_fetched(forks: Forks, desk: Path, command: str) -> None:
+    of_run(model="nobody/nothing")(desk)
     ended = forks.run(desk, *command.split())
-    assert_error(ended, 2, "'nobody/nothing' is no folder here and not in the hub's cache", "give --download")
-    assert ended.asked == 0
-    if command == OF_RUNS[0]:
-        ended = forks.run(desk, *command.split(), "--download")
-        assert_error(ended, 2, "the hub cannot be reached")
-        assert ended.asked > 0
-
-
-@pytest.mark.parametrize("command", [*OF_ADAPTERS, "generate --adapter adapter x"])
-def test_an_adapter_cannot_have_anything_fetched(forks: Forks, desk: Path, command: str) -> None:
-    of_adapter(base_model_name_or_path="nobody/nothing")(desk)
-    ended = forks.run(desk, *command.split())
-    assert_error(ended, ended.code, "'nobody/nothing' is no folder here and not in the hub's cache")
-    assert ended.asked == 0
-    # Its user may name it.
-    ended = forks.run(desk, *command.split(), "--model", "nobody/nothing")
     assert_error(ended, ended.code, "the hub cannot be reached")
     assert ended.asked > 0
 
@@ -113,110 +93,32 @@ def test_what_is_in_the_hub_s_cache_is_taken_from_there(forks: Forks, desk: Path
     shutil.copytree(desk / "base", repository / "snapshots" / ("0" * 40))
     of_run(model="nobody/cached")(desk)
     of_adapter(base_model_name_or_path="nobody/cached")(desk)
-    for command in (OF_RUNS[0], OF_ADAPTERS[0]):
+    for command in (PREDICT, MERGE):
         ended = forks.run(desk, *command.split())
         assert (ended.code, ended.asked) == (0, 0), ended
     assert (desk / "out" / "tokenizer.json").exists()
 
 
-@pytest.fixture
-def theirs(desk: Path) -> Path:
-    """A folder that no command has to do with."""
-    folder = desk / "theirs"
-    folder.mkdir()
-    (folder / "letter").write_text("dear")
-    return folder
-
-
-def untouched(folder: Path) -> bool:
-    return [(path.name, path.read_text()) for path in folder.iterdir()] == [("letter", "dear")]
-
-
-@pytest.mark.parametrize("command", OF_ADAPTERS[:2])
-def test_no_folder_is_filled_through_a_link(forks: Forks, desk: Path, theirs: Path, command: str) -> None:
-    (desk / ".out.unfinished").symlink_to(theirs)
-    assert_error(forks.run(desk, *command.split()), 1, ".out.unfinished is a link")
-    assert untouched(theirs)
-    (desk / ".out.unfinished").unlink()
-    (desk / "out").symlink_to(theirs)
-    assert_error(forks.run(desk, *command.split()), 1, "out is a link")
-    assert untouched(theirs)
-
-
-def to_folder(desk: Path, name: str) -> None:
-    shutil.rmtree(desk / name, ignore_errors=True)
-    (desk / name).symlink_to(desk / "theirs")
-
-
-def to_file(desk: Path, name: str) -> None:
-    (desk / name).unlink(missing_ok=True)
-    (desk / name).symlink_to(desk / "theirs" / "letter")
-
-
-@pytest.mark.parametrize(
-    ("name", "link"),
-    [
-        ("run/checkpoints", to_folder),
-        ("run/adapter", to_folder),
-        ("run/.adapter.unfinished", to_folder),
-        ("run/.run.json.x", to_folder),
-        ("run/tensorboard", to_folder),
-        ("run/.lock", to_file),
-        ("run/config.yaml", to_file),
-    ],
-)
-@pytest.mark.parametrize("state", ["finished", "started"])
-def test_no_run_goes_on_through_a_link(
-    forks: Forks, desk: Path, theirs: Path, name: str, link: Callable[[Path, str], None], state: str
-) -> None:
-    settings(desk / "run" / "run.json", state=state)
-    shutil.copy(desk / "run" / "config.yaml", desk / "a.yaml")
-    link(desk, name)
-    assert_error(forks.run(desk, "train", "a.yaml", "--resume", "--quiet"), 2, f"{name} is a link")
-    assert untouched(theirs)
-
-
-def test_no_run_starts_through_a_link_that_nobody_typed(forks: Forks, desk: Path, theirs: Path) -> None:
-    (theirs / "letter").unlink()
-    (desk / "dvora-run").symlink_to(theirs)
+def test_no_run_starts_through_a_link_that_nobody_typed(forks: Forks, desk: Path) -> None:
+    (desk / THEIRS / "letter").unlink()
+    (desk / "dvora-run").symlink_to(desk / THEIRS)
     command = [*TRAIN.replace("-o out ", "").split(), "--quiet"]
     assert_error(forks.run(desk, *command), 2, "dvora-run is a link; name the folder")
-    assert not [*theirs.iterdir()]
+    assert not [*(desk / THEIRS).iterdir()]
     ended = forks.run(desk, *command, "-o", "dvora-run")
     assert ended.code == 0, ended.stderr
-    assert (theirs / "run.json").exists()
-
-
-@pytest.mark.parametrize("folder", ["adapter", "base"])
-def test_no_secret_is_copied_beside_a_merged_model(forks: Forks, desk: Path, theirs: Path, folder: str) -> None:
-    (desk / folder / "tokenizer_extra.json").symlink_to(theirs / "letter")
-    assert_error(forks.run(desk, *OF_ADAPTERS[0].split()), 1, "tokenizer_extra.json is a link out of its folder")
-    assert not (desk / "out").exists()
-
-
-def test_the_corpus_is_hostile(desk: Path) -> None:
-    """Each case changes what its command reads."""
-    before = {path: path.read_bytes() for path in desk.rglob("*") if path.is_file()}
-    for name, case in CASES.items():
-        folder = desk.parent / name
-        shutil.copytree(desk, folder)
-        case.change(folder)
-        after = {desk / path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert after != before or any(not path.is_file() for path in folder.rglob("*.*")), name
-        shutil.rmtree(folder)
+    assert (desk / THEIRS / "run.json").exists()
 
 
 def test_a_changed_record_is_refused_or_obeyed_where_it_may_be(
     forks: Forks, desk: Path, request: pytest.FixtureRequest
 ) -> None:
     """Bytes of the small files that describe a run or an adapter, changed at random."""
-    import random
-
     drawn = random.Random(20261126)
     count = 90 * QUICK if request.config.getoption("--fuzz") else QUICK
     files = {
         "run/run.json": "predict run lines.txt -o new.csv",
-        "adapter/adapter_config.json": "merge adapter -o out",
+        "adapter/adapter_config.json": MERGE,
         "run/config.yaml": "train run --resume",
     }
     (desk / "lines.txt").write_text("good\n")
@@ -241,6 +143,5 @@ def test_a_changed_record_is_refused_or_obeyed_where_it_may_be(
 def test_the_page_on_strangers_files_names_flags_that_there_are(forks: Forks, desk: Path) -> None:
     page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     flags = {*re.findall(r"`[^`\n]*?(--[\w-]+)[^`\n]*`", page)}
-    commands = ("train", "predict", "merge")
-    helped = "".join(forks.run(desk, command, "--help").stdout for command in commands)
+    helped = "".join(forks.run(desk, command, "--help").stdout for command in ("train", "predict", "merge"))
     assert flags - {flag for flag in flags if flag in helped} == {"--version"}

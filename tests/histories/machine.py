@@ -1,4 +1,4 @@
-"""A state machine over PEFT models: adapted, trained, merged, cast, copied, saved, written to, compiled in any order.
+"""A state machine over PEFT models: adapted, trained, merged, cast, copied, saved, written to in any order.
 
 After every step the model is compared with its reference: values to the last bit, outputs and updates with dense
 float64.
@@ -7,13 +7,10 @@ float64.
 import copy
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -25,14 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dvora import MergePrecisionWarning
-from dvora.peft.content import hotswap_adapter
 from tests.cases import COPIES
 from tests.histories.checks import (
-    GRADIENTS,
     OUTPUTS,
     base_of,
     check_close,
-    check_delta,
     check_deltas,
     check_gradients,
     check_outputs,
@@ -42,7 +36,7 @@ from tests.histories.checks import (
     take_over_merged,
     vectors_of,
 )
-from tests.histories.model import PARAMETERS, TARGETS, TIED, TOKENS, WEIGHTS, mixed
+from tests.histories.model import PARAMETERS, TARGETS, TOKENS, WEIGHTS, mixed
 from tests.histories.reference import VECTORS, Adapter, Place, Reference, Settings, vector_dtype
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import same_bits
@@ -56,12 +50,11 @@ WAYS: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "in inference mode": torch.inference_mode()(lambda parameter, value: parameter.mul_(1.1)),
 }
 COUNTED = ["in place", "data assigned"]
-SHARES = [1.0, 0.5, -2.0, 0.0]
 BASE = "__base__"
 """PEFT's name for "no adapter" in a batch."""
 MIXED = "called row by row|while adapters are merged"
 ROWS = len(TOKENS)
-LEARNING_RATE, DAMPING = 0.05, 0.1
+LEARNING_RATE = 0.05
 
 _modules = [target for target in TARGETS if target not in PARAMETERS]
 some_settings = st.builds(
@@ -125,30 +118,22 @@ class Saved:
 class Histories(RuleBasedStateMachine):
     """`self.model` must always be what `self.reference` says."""
 
-    steps_of_histories: ClassVar[list[int]] = []
-    steps_by_rule: ClassVar[Counter[str]] = Counter()
-
     model: PeftModel
     reference: Reference
-    compiled_passes_left: int
-    """Compiling takes seconds, so that only some histories do it, and not for long."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = 0
         self.previous = ""
         self.saved: list[Saved] = []
         self.known: dict[Place, nn.Parameter] = {}
         self.folder = tempfile.TemporaryDirectory()
-        self.compiled: Callable[[Tensor], Tensor] | None = None
 
     def teardown(self) -> None:
         self.folder.cleanup()
-        self.steps_of_histories.append(self.steps)
 
     @invariant()
     def model_is_what_the_reference_says(self) -> None:
-        if not self.steps:
+        if not hasattr(self, "model"):
             return
         self.reference.slack = self.reference.conditioning(self.model)
         for _ in range(2):  # no check may change anything
@@ -157,12 +142,6 @@ class Histories(RuleBasedStateMachine):
             check_outputs(self.model, self.reference)
         check_deltas(self.model, self.reference)
         self._check_optimizers_keep_working()
-        self._check_compiled()
-
-    def count(self, step: str) -> None:
-        """To be called by every rule."""
-        self.steps += 1
-        self.steps_by_rule[step] += 1
 
     def free_name(self) -> str:
         return next(name for name in NAMES if name not in self.reference.adapters)
@@ -171,7 +150,6 @@ class Histories(RuleBasedStateMachine):
         """Go on with another model."""
         self.model = model
         self.known.clear()
-        self.compiled = None
 
     def take_over_new(self, name: str, settings: Settings, trained: bool) -> None:
         """Enter a new adapter, which starts as it has to, in the reference; move its vectors if `trained`."""
@@ -225,9 +203,8 @@ class Histories(RuleBasedStateMachine):
             yield
 
     @contextmanager
-    def refused(self, what: str, match: str) -> Iterator[None]:
+    def refused(self, match: str) -> Iterator[None]:
         """The block raises a ValueError, and nothing about the model has changed."""
-        self.count(f"refused: {what}")
         before = snapshot(self.model)
         with pytest.raises(ValueError, match=match):
             yield
@@ -239,33 +216,20 @@ class Histories(RuleBasedStateMachine):
         assert not [place for place, parameter in self.known.items() if place in now and now[place] is not parameter]
         self.known = now
 
-    def _check_compiled(self) -> None:
-        """Compiled code has to notice what the next steps change, too."""
-        if self.compiled is None or not self.compiled_passes_left:
-            return
-        self.compiled_passes_left -= 1
-        with torch.no_grad():
-            check_close(self.compiled(TOKENS), self.reference.outputs(self.model), self.reference)
-
     # Which adapters there are, and what they do to the base.
 
     @initialize(
         settings=some_settings,
         dtype=st.sampled_from(DTYPES),
         trained=st.booleans(),
-        tied=st.sampled_from([False, False, False, True]),
-        compiles=st.sampled_from([False] * 5 + [True]),
     )
-    def begin(self, settings: Settings, dtype: torch.dtype, trained: bool, tied: bool, compiles: bool) -> None:
-        self.count("begin")
-        self.compiled_passes_left = 3 if compiles else 0
-        self.reference = Reference.of_base(dtype, tied)
-        self.wrap(mixed(dtype, tied), settings, trained)
+    def begin(self, settings: Settings, dtype: torch.dtype, trained: bool) -> None:
+        self.reference = Reference.of_base(dtype)
+        self.wrap(mixed(dtype), settings, trained)
 
     @has_room
     @step(settings=some_settings, trained=st.booleans())
     def add(self, settings: Settings, trained: bool) -> None:
-        self.count("add")
         name = self.free_name()
         with self.unmerges():
             self.model.add_adapter(name, settings.config())
@@ -274,7 +238,6 @@ class Histories(RuleBasedStateMachine):
     @has_adapters
     @step(names=several, trained=st.booleans())
     def switch(self, names: list[str], trained: bool) -> None:
-        self.count(f"switch to {'one' if len(names) == 1 else 'several'}")
         with self.unmerges():
             if len(names) == 1:
                 self.model.set_adapter(names[0], inference_mode=not trained)
@@ -286,10 +249,9 @@ class Histories(RuleBasedStateMachine):
     @step(name=present)
     def delete(self, name: str) -> None:
         if any(name in merged for merged in self.reference.merged.values()):
-            with self.refused("delete a merged adapter", "while they are merged"):
+            with self.refused("while they are merged"):
                 self.model.delete_adapter(name)
             return
-        self.count("delete")
         replaced = self.reference.active == [name] and len(self.reference.adapters) > 1
         with pytest.warns(UserWarning, match="which is now deleted") if replaced else nullcontext():
             self.model.delete_adapter(name)
@@ -297,26 +259,9 @@ class Histories(RuleBasedStateMachine):
 
     @step(enabled=st.booleans())
     def enable(self, enabled: bool) -> None:
-        self.count("enable" if enabled else "disable")
         tuner = self.model.base_model
         tuner.enable_adapter_layers() if enabled else tuner.disable_adapter_layers()
         self.reference.enable(enabled)
-
-    @wrapper_is_usable
-    @step(runs=st.booleans(), fails=st.booleans())
-    def disable_for_a_while(self, runs: bool, fails: bool) -> None:
-        self.count("disable for a while")
-        was_enabled = self.reference.enabled
-        with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), self.model.disable_adapter():
-            self.reference.enable(False)
-            if runs:
-                self.reference.unmerge()
-                with torch.no_grad():
-                    check_close(forward(self.model), self.reference.outputs(self.model), self.reference)
-            if fails:
-                raise KeyboardInterrupt
-        if was_enabled:
-            self.reference.enable(True)
 
     @has_adapters
     @step()
@@ -332,17 +277,11 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda machine: machine.reference.merged)
     @step()
     def unmerge(self) -> None:
-        self.count("unmerge")
         self.model.unmerge_adapter()
         self.reference.unmerge()
 
     @step(merge=st.booleans(), settings=some_settings, trained=st.booleans())
     def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
-        if merge and self.reference.adapts_tied(None):
-            with self.refused("merge into a tied weight and unload", "is tied"):
-                self.model.merge_and_unload()
-            return
-        self.count("merge and unload" if merge else "unload")
         changed = self.reference.merge(None) if merge else []
         exact = self.reference.merged_weights(self.model, changed)
         with self.merging():
@@ -353,11 +292,6 @@ class Histories(RuleBasedStateMachine):
         self.wrap(base, settings, trained)
 
     def merge(self, names: list[str] | None) -> None:
-        if self.reference.adapts_tied(names):
-            with self.refused("merge into a tied weight", "is tied"):
-                self.model.merge_adapter(names)
-            return
-        self.count("merge the active adapters" if names is None else "merge some adapters")
         exact = self.reference.merged_weights(self.model, self.reference.merge(names))
         with self.merging():
             self.model.merge_adapter(names)
@@ -380,66 +314,11 @@ class Histories(RuleBasedStateMachine):
         weight = data.draw(st.none() | st.sampled_from(sorted(adapter.vectors)), label="weight")
         asked = strength if weight is None else {weight.removesuffix(".weight"): strength}
         if any(name in merged for merged in self.reference.merged.values()):
-            with self.refused("scale a merged adapter", "is merged"):
+            with self.refused("is merged"):
                 self.model.base_model.set_strength(asked, name)
             return
-        self.count("set strength" if weight is None else "set strength of a layer")
         self.model.base_model.set_strength(asked, name)
         adapter.strength |= dict.fromkeys(adapter.vectors if weight is None else [weight], strength)
-
-    @has_room
-    @has_adapters
-    @step(names=several, data=st.data())
-    def add_up(self, names: list[str], data: st.DataObject) -> None:
-        """A sum is what it says or it is refused; a copy of one adapter is possible where its rows have a gain."""
-        shares = data.draw(st.lists(st.sampled_from(SHARES), min_size=len(names), max_size=len(names)), label="shares")
-        name = self.free_name()
-        whole = shares == [1.0] and {*self.reference.adapters[names[0]].strength.values()} == {1.0}
-        must = whole and self.reference.smallest_gain(self.model, names[0]) > 0.02
-        if self.done_or_refused(must, names, shares, name):
-            self.enter_combined(name, names[0])
-            deltas = {each: self.reference.deltas(self.model, each) for each in self.reference.adapters}
-            for weight, found in deltas[name].items():
-                expected = sum(share * deltas[each][weight] for share, each in zip(shares, names, strict=True))
-                check_delta(found, expected, weight, self.reference, slack=10)
-
-    @has_saved
-    @has_adapters
-    @step(saved=some_saved, name=present)
-    def hot_swap(self, saved: Saved, name: str) -> None:
-        adapter, reference = self.reference.adapters[name], self.reference
-        merged = any(name in each for each in reference.merged.values())
-        if merged or not alike(adapter, saved.adapter):
-            with self.refused("hot swap", "merged|own instead|shape|not adapted here|lacks vectors"):
-                hotswap_adapter(self.model, saved.folder, name)
-            return
-        self.count("hot swap")
-        hotswap_adapter(self.model, saved.folder, name)
-        self.enter_loaded(name, saved)
-        adapter.strength = dict(saved.adapter.strength)
-
-    def done_or_refused(self, must: bool, *arguments: object) -> bool:
-        """Ask for a weighted sum, which may be refused unless it `must` not be."""
-        before = snapshot(self.model)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*Unmerging the model first")
-                self.model.base_model.add_weighted_adapter(*arguments)
-        except ValueError:
-            assert not must
-            self.count("refused: weighted sum")
-            assert_unchanged(self.model, before)
-            return False
-        self.count("weighted sum")
-        return True
-
-    def enter_combined(self, name: str, like: str) -> None:
-        """Enter the new adapter, with the vectors that it has, in the reference."""
-        settings = replace(self.reference.adapters[like].settings, strength=1.0)
-        self.reference.add(name, settings, self.model)
-        for place, vector in vectors_of(self.model).items():
-            if place.adapter == name:
-                self.reference.adapters[name].vectors[place.weight][place.vector] = vector.detach().clone()
 
     # What leaves a model and comes back.
 
@@ -447,7 +326,6 @@ class Histories(RuleBasedStateMachine):
     @has_adapters
     @step(name=present)
     def save(self, name: str) -> None:
-        self.count("save")
         self.save_one(name)
 
     @wrapper_is_usable
@@ -455,7 +333,6 @@ class Histories(RuleBasedStateMachine):
     @has_room
     @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
     def load(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
-        self.count("load")
         name = self.free_name()
         with self.unmerges():
             self.model.load_adapter(saved.folder, name, is_trainable=trainable, low_cpu_mem_usage=meta_first)
@@ -466,28 +343,10 @@ class Histories(RuleBasedStateMachine):
         self.reference.training &= trainable
 
     @has_saved
-    @has_adapters
-    @step(saved=some_saved, name=present, trainable=st.booleans())
-    def load_over(self, saved: Saved, name: str, trainable: bool) -> None:
-        if any(name in merged for merged in self.reference.merged.values()):
-            with self.refused("load over a merged adapter", "is merged into"):
-                self.model.load_adapter(saved.folder, name, is_trainable=trainable)
-            return
-        if self.reference.adapters[name].shapes() != saved.adapter.shapes():
-            with self.refused("load over another shape", "not adapted here|lacks vectors|has shape"):
-                self.model.load_adapter(saved.folder, name, is_trainable=trainable)
-            return
-        self.count("load over")
-        self.model.load_adapter(saved.folder, name, is_trainable=trainable)
-        self.enter_loaded(name, saved)
-        self.reference.training &= trainable
-
-    @has_saved
     @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
     def load_into_a_fresh_model(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
-        self.count("load into a fresh model")
         self.reference.unmerge()
-        base = mixed(self.reference.dtype, self.reference.tied)
+        base = mixed(self.reference.dtype)
         base.load_state_dict(self.reference.stored)
         options = {"adapter_name": saved.folder.name, "is_trainable": trainable, "low_cpu_mem_usage": meta_first}
         self.adopt(PeftModel.from_pretrained(base, saved.folder, **options))
@@ -499,129 +358,71 @@ class Histories(RuleBasedStateMachine):
 
     @step(way=st.sampled_from(sorted(COPIES)), go_on_with_copy=st.booleans())
     def copy(self, way: str, go_on_with_copy: bool) -> None:
-        self.count(way)
         original, copied = self.model, COPIES[way](self.model)
         self.adopt(copied if go_on_with_copy else original)
         spoil(original if go_on_with_copy else copied)
 
-    @step(assign=st.booleans())
-    def load_own_state_dict(self, assign: bool) -> None:
-        assign = assign and not self.reference.tied  # assigning, torch unties
-        if self.reference.merged:
-            with self.refused("load own state dict while merged", "call unmerge_adapter first"):
-                self.model.load_state_dict(self.model.state_dict(), assign=assign)
-            return
-        self.count("load own state dict")
-        state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.add_(1)
-        self.model.load_state_dict(state, assign=assign)
-        self.known.clear()
-
     # What a model computes, forwards and backwards.
 
     @has_adapters
-    @step(names=several, adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
-    def switch_and_train(self, names: list[str], adam: bool, decay: float) -> None:
+    @step(names=several)
+    def switch_and_train(self, names: list[str]) -> None:
         with self.unmerges():
             self.model.base_model.set_adapter(names)
         self.reference.activate(names)
-        self.train(adam=adam, decay=decay)
+        self.train()
 
-    @step(adam=st.booleans(), decay=st.sampled_from([0.0, 0.1]))
-    def train(self, adam: bool, decay: float) -> None:
+    @step()
+    def train(self) -> None:
+        """A step of an optimizer, with gradients that were compared."""
         if self.reference.training and self.reference.trains_merged():
-            self.count("refused: train what is merged")
             before = snapshot(self.model)
             with pytest.raises(RuntimeError, match="adapters are merged"):
                 forward(self.model)
             assert_unchanged(self.model, before)
             return
-        self.count("train")
-        of_vectors, of_weights = check_gradients(self.model, self.reference)
-        now, base = vectors_of(self.model), base_of(self.model)
-        trained = [(now[place], gradient) for place, gradient in of_vectors.items()]
-        # Merged weights are put back to what they were, so training them would be lost.
-        weights = {} if self.reference.merged else of_weights
-        trained += [(base[weight], gradient) for weight, gradient in weights.items()]
-        if not trained:
+        gradients = check_gradients(self.model, self.reference)
+        if not gradients:
             return
-        expected = [stepped(parameter, gradient, adam, decay) for parameter, gradient in trained]
-        # An eps of the gradients' size keeps Adam's first step a smooth function of them.
-        kind, options = (torch.optim.AdamW, {"eps": DAMPING}) if adam else (torch.optim.SGD, {})
-        parameters = [parameter for parameter, _ in trained]
-        kind(parameters, lr=LEARNING_RATE, weight_decay=decay, **options).step()
-        slack = LEARNING_RATE * GRADIENTS[self.reference.dtype] * self.reference.slack / (DAMPING if adam else 1)
-        slack *= sum(float(gradient.norm()) for _, gradient in trained)
-        for (parameter, _), value in zip(trained, expected, strict=True):
-            rounding = torch.finfo(parameter.dtype).eps * value.abs()
-            assert ((parameter.double() - value).abs() <= rounding + slack).all()
-        for place in of_vectors:
-            self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = now[place].detach().clone()
-        if weights:
-            self.saved.clear()  # of another base, which may be taken for this one or not
-        for weight in weights:
-            self.reference.stored[weight] = base[weight].detach().clone()
-
-    @precondition(lambda machine: not machine.reference.tied)
-    @step(trained=st.booleans())
-    def train_the_base_too(self, trained: bool) -> None:
-        self.count("train the base too" if trained else "freeze the base")
-        base = base_of(self.model)
-        for weight in WEIGHTS:
-            base[weight].requires_grad_(trained)
-        self.reference.base_trained = trained
+        vectors = vectors_of(self.model)
+        torch.optim.SGD([vectors[place] for place in gradients], lr=LEARNING_RATE).step()
+        for place in gradients:
+            self.reference.adapters[place.adapter].vectors[place.weight][place.vector] = vectors[place].detach().clone()
 
     @step(dtype=drawn(lambda machine: [d for d in DTYPES if d != machine.reference.dtype]), device=st.booleans())
     def cast(self, dtype: torch.dtype, device: bool) -> None:
-        self.count(f"cast to {dtype}" + (" while merged" if self.reference.merged else ""))
         self.model.to("cpu", dtype) if device else self.model.to(dtype)
         self.reference.cast(dtype)
 
     @step(training=st.booleans())
     def set_mode(self, training: bool) -> None:
-        self.count("train mode" if training else "eval mode")
         self.model.train(training)
         self.reference.training = training
 
     @wrapper_is_usable
     @step(data=st.data(), go_on=st.booleans())
     def mixed_batch(self, data: st.DataObject, go_on: bool) -> None:
+        adapters = sorted(self.reference.adapters)
         if go_on:
+            # Nothing but merged adapters can be in the way then.
             self.model.eval()
             self.reference.training = False
-        available = st.sampled_from([BASE, *sorted(self.reference.adapters)])
-        names = data.draw(st.lists(available, min_size=ROWS, max_size=ROWS))
+            adapters = [name for name in adapters if self._is_called(name)]
+        names = data.draw(st.lists(st.sampled_from([BASE, *adapters]), min_size=ROWS, max_size=ROWS))
         if self.reference.training:
-            with self.refused("mixed batch in training", "inference only"):
+            with self.refused("inference only"):
                 forward(self.model, adapter_names=names)
-        elif any(not WEIGHTS[weight].called for name in names if name != BASE for weight in self.weights(name)):
-            with self.refused("mixed batch of adapters of parameters", MIXED):
-                forward(self.model, adapter_names=names)
-        elif self.reference.merged:
-            with self.refused("mixed batch while merged", MIXED):
+        elif self.reference.merged or not all(self._is_called(name) for name in names if name != BASE):
+            with self.refused(MIXED):
                 forward(self.model, adapter_names=names)
         else:
-            self.count("mixed batch")
             with torch.no_grad():
                 actual = forward(self.model, adapter_names=names)
-            rows = [
-                self.reference.outputs(self.model, [n] if self.reference.enabled else [])[k]
-                for k, n in enumerate(names)
-            ]
-            check_close(actual, torch.stack(rows), self.reference)
+            alone = {n: self.reference.outputs(self.model, [n] if self.reference.enabled else []) for n in {*names}}
+            check_close(actual, torch.stack([alone[n][row] for row, n in enumerate(names)]), self.reference)
 
-    def weights(self, name: str) -> list[str]:
-        return list(self.reference.adapters[name].vectors)
-
-    @has_adapters
-    @precondition(lambda machine: machine.compiled is None and machine.compiled_passes_left)
-    @step(backend=st.sampled_from(["eager", "aot_eager"]))
-    def compile(self, backend: str) -> None:
-        self.count("compile")
-        torch._dynamo.reset()
-        self.compiled = torch.compile(self.model.base_model.model, backend=backend, fullgraph=True)
+    def _is_called(self, name: str) -> bool:
+        return all(WEIGHTS[weight].called for weight in self.reference.adapters[name].vectors)
 
     # Writes, with or without PyTorch's knowledge, and passes in other circumstances.
 
@@ -630,7 +431,6 @@ class Histories(RuleBasedStateMachine):
     def write_vectors(self, name: str, vector: str, way: str) -> None:
         if any(name in merged for merged in self.reference.merged.values()):
             return  # what is merged stays as it was
-        self.count(f"write vectors: {way}")
         for place, parameter in vectors_of(self.model).items():
             if place.adapter == name and place.vector == vector:
                 WAYS[way](parameter, 1.1 * parameter.detach() + 0.01)
@@ -639,17 +439,14 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda machine: not machine.reference.merged)
     @step(weight=st.sampled_from(sorted(WEIGHTS)), way=st.sampled_from(COUNTED))
     def write_a_weight(self, weight: str, way: str) -> None:
-        self.count(f"write a weight: {way}")
         parameter = base_of(self.model)[weight]
         factors = torch.linspace(0.9, 1.1, parameter.numel(), dtype=parameter.dtype).view_as(parameter)
         WAYS[way](parameter, parameter.detach() * factors)
-        for name in TIED if self.reference.tied and weight in TIED else [weight]:
-            self.reference.stored[name] = parameter.detach().clone()
+        self.reference.stored[weight] = parameter.detach().clone()
         self.saved.clear()  # of another base, which may be taken for this one or not
 
     @step(half=st.booleans())
     def run_in_inference_mode_or_autocast(self, half: bool) -> None:
-        self.count("run in autocast" if half else "run in inference mode")
         mode = torch.autocast("cpu", torch.bfloat16) if half else torch.inference_mode()
         with torch.no_grad(), mode:
             actual = forward(self.model).clone()
@@ -661,15 +458,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda machine: not (machine.reference.training and machine.reference.trains_merged()))
     @step()
     def run_checkpointed(self) -> None:
-        self.count("run checkpointed")
         check_gradients(self.model, self.reference, lambda model: checkpoint(forward, model, use_reentrant=False))
-
-
-def alike(a: Adapter, b: Adapter) -> bool:
-    """Whether two adapters differ in nothing that decides what their vectors mean."""
-    one, other = a.settings, b.settings
-    of_one, of_other = ((s.seed, s.projections, s.r, s.alpha, s.direction) for s in (one, other))
-    return of_one == of_other and a.shapes() == b.shapes()
 
 
 @torch.no_grad()
@@ -677,11 +466,3 @@ def spoil(model: nn.Module) -> None:
     """Overwrite every tensor of a model that is not needed any more: nothing else may depend on it."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.fill_(float("nan"))
-
-
-def stepped(parameter: Tensor, gradient: Tensor, adam: bool, decay: float) -> Tensor:
-    """The first step of AdamW (which decays apart from the gradient) or of SGD (which does not), from the formulas."""
-    before = parameter.detach().double()
-    if adam:
-        return before * (1 - LEARNING_RATE * decay) - LEARNING_RATE * gradient / (gradient.abs() + DAMPING)
-    return before - LEARNING_RATE * (gradient + decay * before)

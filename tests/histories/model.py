@@ -37,19 +37,6 @@ class Transposed(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-class Convolutions(nn.Module):
-    """Along the length, in groups: with one dimension and two, with a bias and without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.line = nn.Conv1d(WIDTH, 4, 3, padding=1, groups=2)
-        self.plane = nn.Conv2d(4, WIDTH, (1, 2), padding="same", padding_mode="circular", bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.line(x.transpose(1, 2)))
-        return self.plane(y.unsqueeze(2)).squeeze(2).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Torch's own, which reads its weights instead of calling layers."""
 
@@ -75,7 +62,6 @@ class Experts(nn.Module):
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain": FeedForward,
     "transposed": Transposed,
-    "convolved": Convolutions,
     "attention": Attention,
     "experts": Experts,
 }
@@ -98,8 +84,6 @@ WEIGHTS: dict[str, Weight] = {
     "blocks.plain.down.weight": Weight("plain.down"),
     "blocks.transposed.up.weight": Weight("transposed.up"),
     "blocks.transposed.down.weight": Weight("transposed.down"),
-    "blocks.convolved.line.weight": Weight("convolved.line"),
-    "blocks.convolved.plane.weight": Weight("convolved.plane"),
     "blocks.attention.inner.in_proj_weight": Weight("attention.inner", called=False),
     "blocks.attention.inner.out_proj.weight": Weight("attention.inner", called=False),
     "blocks.experts.stack": Weight("experts.stack", by_name=True, called=False),
@@ -107,9 +91,6 @@ WEIGHTS: dict[str, Weight] = {
     "head.weight": Weight("head"),
 }
 """By the name of the parameter in the base model."""
-
-TIED = ("embed.weight", "head.weight")
-"""One tensor in a model that is made so."""
 
 TARGETS = sorted({weight.target for weight in WEIGHTS.values()})
 PARAMETERS = sorted({weight.target for weight in WEIGHTS.values() if weight.by_name})
@@ -132,7 +113,7 @@ class Mixed(nn.Module):
 
 
 @torch.no_grad()
-def mixed(dtype: torch.dtype = torch.float32, tied: bool = False) -> Mixed:
+def mixed(dtype: torch.dtype = torch.float32) -> Mixed:
     """The model with the same values each time; one row of one weight is zero, and no bias is."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
@@ -141,8 +122,6 @@ def mixed(dtype: torch.dtype = torch.float32, tied: bool = False) -> Mixed:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     model.get_parameter("blocks.plain.down.weight")[2] = 0
     model.embed.weight[0] = 0
-    if tied:
-        model.head.weight = model.embed.weight
     return model.to(dtype)
 
 

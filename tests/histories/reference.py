@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from dvora import DVoRAConfig
-from tests.histories.model import COEFFICIENTS, PARAMETERS, TIED, TOKENS, WEIGHTS, mixed
+from tests.histories.model import COEFFICIENTS, PARAMETERS, TOKENS, WEIGHTS, mixed
 from tests.peft.dense_weights import DenseModel
 
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
@@ -77,10 +77,6 @@ class Adapter:
     strength: dict[str, float] = field(default_factory=dict)
     """By weight: s of `W + s (W' - W)`."""
 
-    def shapes(self) -> dict[tuple[str, str], torch.Size]:
-        """Of the vectors by weight and name."""
-        return {(w, vector): value.shape for w, vectors in self.vectors.items() for vector, value in vectors.items()}
-
     def trains(self, vector: str) -> bool:
         return self.trained and vector in self.settings.train
 
@@ -95,7 +91,6 @@ class Reference:
     """The state of the model."""
 
     dtype: torch.dtype
-    tied: bool
     stored: dict[str, Tensor]
     """Every parameter of the base as the model has to hold it, to the last bit; merged weights too."""
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -108,16 +103,14 @@ class Reference:
     """How much worse than usual the adapters are conditioned; `conditioning` of the last look."""
     enabled: bool = True
     training: bool = False
-    base_trained: bool = False
 
     @classmethod
-    def of_base(cls, dtype: torch.dtype, tied: bool) -> "Reference":
-        values = mixed(dtype, tied).named_parameters(remove_duplicate=False)
-        return cls(dtype, tied, {name: value.detach().clone() for name, value in values})
+    def of_base(cls, dtype: torch.dtype) -> "Reference":
+        return cls(dtype, {name: value.detach().clone() for name, value in mixed(dtype).named_parameters()})
 
     def of_its_base(self, training: bool = False) -> "Reference":
         """A model without adapters that has this one's weights as they are."""
-        return Reference(self.dtype, self.tied, self.stored, training=training)
+        return Reference(self.dtype, self.stored, training=training)
 
     def base(self, weight: str) -> Tensor:
         """The base's own weight."""
@@ -137,11 +130,6 @@ class Reference:
         """Whether vectors are trained whose adapter is merged, so that they would get no gradients."""
         merged = [(self.adapters[name], weight) for weight, names in self.merged.items() for name in names]
         return self.enabled and any(a.trains(vector) for a, weight in merged for vector in a.vectors[weight])
-
-    def adapts_tied(self, names: list[str] | None) -> bool:
-        """Whether one of the adapters, or of the active ones, is at a weight that is another one too."""
-        names = self.active if names is None else names
-        return self.tied and any(name in self.at(weight) for weight in TIED for name in names)
 
     # ---- what operations do
 
@@ -236,12 +224,6 @@ class Reference:
         return worst
 
     @torch.no_grad()
-    def smallest_gain(self, model: PeftModel, name: str) -> float:
-        """Of an adapter's rows, how little the one is scaled that is scaled least."""
-        weights = self.dense(model, [name]).weights.values()
-        return min(float(one.adapters[0].gain().abs().min()) for one in weights)
-
-    @torch.no_grad()
     def deltas(self, model: PeftModel, name: str) -> dict[str, Tensor]:
         """s (W' - W) of one adapter, as stored, by weight."""
         parameters = self.dense(model, [name]).parameters()
@@ -257,18 +239,17 @@ class Reference:
         """What the model returns; or what it returns with exactly these adapters instead, unmerged."""
         return self.dense(model, names)(TOKENS)
 
-    def gradients(self, model: PeftModel) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
-        """The gradients of the loss: of the vectors in effect, and of all adaptable base weights."""
+    def gradients(self, model: PeftModel) -> dict[Place, Tensor]:
+        """The gradients of the loss: of the vectors in effect that are trained."""
         dense = self.dense(model)
         loss(dense(TOKENS)).backward()
-        of_vectors, of_weights = {}, {weight: dense.base.get_parameter(weight).grad for weight in WEIGHTS}
-        for weight, one in dense.weights.items():
-            for name, adapter in zip(self.in_effect(weight), one.adapters, strict=True):
-                held = self.adapters[name].vectors[weight]
-                of_vectors |= {Place(weight, name, vector): getattr(adapter, vector).grad for vector in held}
-            # Each adapter has a copy of the weight.
-            of_weights[weight] = one.stored(sum(adapter.weight.grad for adapter in one.adapters))
-        return of_vectors, of_weights
+        return {
+            Place(weight, name, vector): getattr(adapter, vector).grad
+            for weight, one in dense.weights.items()
+            for name, adapter in zip(self.in_effect(weight), one.adapters, strict=True)
+            for vector in self.adapters[name].vectors[weight]
+            if self.adapters[name].trains(vector)
+        }
 
 
 def loss(outputs: Tensor) -> Tensor:
