@@ -73,6 +73,7 @@ def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_pa
     norms = {n: float(layer.get_base_layer().weight.norm()) for n, layer in dvora_layers(model)}
     assert {n: probes[0] for n, probes in settings["base_probes"].items()} == pytest.approx(norms, rel=1e-3)
     assert settings["projection_format"] == 1
+    assert settings["target_modules"] == sorted(LAYERS[name])
     assert settings["inference_mode"] is True
 
 
