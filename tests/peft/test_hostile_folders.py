@@ -282,10 +282,9 @@ def test_a_folder_is_refused_and_changes_nothing(name: str, sound: Callable[[Kin
 
 SWAPPED = {"a rank of other layers", "fewer targets", "more targets"}
 """A hot swap compares vectors and scales, whatever targets they were made by."""
-TAKEN = pytest.mark.xfail(reason="a bias that the folder does not train is written into the base")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=TAKEN if n == "a bias" else ()) for n in FOLDERS])
+@pytest.mark.parametrize("name", FOLDERS)
 def test_a_hot_swap_takes_vectors_from_it_or_refuses_it(
     name: str, sound: Callable[[Kind], Path], tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ from .saving import (
     OF_SAVED_MODULES,
     VECTOR_PREFIX,
     check_file,
+    check_folder,
     check_unsharded,
     is_vector,
     layer_and_vector,
@@ -226,9 +227,7 @@ class ModelAdapter(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module, adapter_name: str) -> ModelAdapter:
         """Look an adapter up, also in a model that is compiled or wrapped."""
-        # Names in files are relative to the model that PEFT has put adapters into, within whatever is around it.
-        holder = next((module for module in model.modules() if vars(module).get("peft_config")), model)
-        base: nn.Module = holder.model if isinstance(holder, BaseTuner) else holder
+        base = _adapted_model(model)
         configs: Any = vars(base).get("peft_config", {})
         if adapter_name not in configs:
             raise ValueError(
@@ -305,6 +304,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         )
     layers, probes = list(adapter.layers.values()), config.base_probes or {}
     warn_of_changes({x.name: change(x.fingerprint, probes[x.name]) for x in layers if x.name in probes})
+    # With its own configuration: what that does not train must be the model's already, as in loading.
+    check_folder(_adapted_model(model), config, adapter_name)
     values = load_peft_weights(str(folder), device="cpu")
     restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
     try:
@@ -328,6 +329,13 @@ def values_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             torch._foreach_copy_(list(tensors), values)
         raise
+
+
+def _adapted_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT has put adapters into, to which names in files are relative, within what is around it."""
+    holder = next((module for module in model.modules() if vars(module).get("peft_config")), model)
+    base: nn.Module = holder.model if isinstance(holder, BaseTuner) else holder
+    return base
 
 
 def config_in_folder(folder: Path) -> DVoRAConfig:
