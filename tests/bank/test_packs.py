@@ -195,6 +195,20 @@ def test_a_damaged_bit_is_refused_and_nothing_is_unpacked_or_changes_no_byte_of_
         assert contents(desk / "out") == expected
 
 
+def test_damage_in_what_a_file_has_beside_the_adapter_is_refused(tmp_path: Path) -> None:
+    folder = saved(mlp().trained(save_projection=True), tmp_path / "a")
+    write_pack(tmp_path / "pack", {"a": folder})
+    description, damaged = FolderSource(folder).description, Parts.of(tmp_path / "pack")
+    assert description.dtype == torch.float32
+    place = next(place for place, name in enumerate(description.entries) if name in description.beside)
+    data = bytearray(damaged.tensors["a"])
+    data[4 * sum(description.lengths[:place])] ^= 1
+    damaged.tensors["a"] = bytes(data)
+    damaged.write(tmp_path / "damaged")
+    with pytest.raises(ValueError, match="it is damaged"):
+        unpack(tmp_path / "damaged", tmp_path / "out")
+
+
 # What strangers send
 
 
