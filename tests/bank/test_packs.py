@@ -196,7 +196,7 @@ def test_a_damaged_bit_is_refused_and_nothing_is_unpacked_or_changes_no_byte_of_
 
 
 def test_damage_in_what_a_file_has_beside_the_adapter_is_refused(tmp_path: Path) -> None:
-    folder = saved(mlp().trained(save_projection=True), tmp_path / "a")
+    folder = saved(mlp().trained(save_projection=True, projection_init="kaiming_uniform"), tmp_path / "a")
     write_pack(tmp_path / "pack", {"a": folder})
     description, damaged = FolderSource(folder).description, Parts.of(tmp_path / "pack")
     assert description.dtype == torch.float32
