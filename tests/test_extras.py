@@ -27,10 +27,12 @@ main()
 def brought() -> dict[str, str]:
     """The first extra with each module; an extra's metadata repeats what it takes from another."""
     requirements = [Requirement(line) for line in importlib.metadata.requires("dvora") or ()]
+    # What is always there may be newer in an extra.
+    always = {"dvora", *(each.name for each in requirements if not each.marker)}
     found: dict[str, str] = {}
     for extra in EXTRAS:
         for each in requirements:
-            if each.marker and f'extra == "{extra}"' in str(each.marker) and each.name != "dvora":
+            if each.marker and f'extra == "{extra}"' in str(each.marker) and each.name not in always:
                 found.setdefault(MODULES.get(each.name, each.name), extra)
     return found
 
