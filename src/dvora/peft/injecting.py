@@ -430,7 +430,6 @@ def add_adapter(
         trained=config.train,
         strength=config.strength_of(layer.name),
         dropout=config.dvora_dropout,
-        inference_mode=config.inference_mode,
     )
     layer.fingerprint, layer.fingerprint_version = prepared.fingerprint, prepared.adapted.weight_version
     layer.set_adapter(list(active_adapters), inference_mode=config.inference_mode)

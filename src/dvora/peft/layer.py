@@ -182,13 +182,12 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         trained: Sequence[str] = Vectors._fields,
         strength: float = 1.0,
         dropout: float = 0.0,
-        inference_mode: bool = False,
     ) -> None:
-        """Add an adapter, or replace the one of the same name.
+        """Add an adapter, or replace the one of the same name; which are active and trained is for `set_adapter`.
 
         Args:
             adapter_name, adapted, vectors: its name, its frozen side for `unmerged()`, and its starting values.
-            trained: which of the vectors are trained; none in `inference_mode`.
+            trained: which of the vectors are trained.
             strength: s of `W + s (W' - W)`.
             dropout: probability with which an input of the update is dropped in training.
         """
@@ -204,7 +203,6 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
                     vector_dict[adapter_name] = nn.Parameter(value)
                 elif adapter_name in vector_dict:
                     del vector_dict[adapter_name]
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         # New modules start in training mode, where dropout is active.
         self.training = self.base_layer.training
         for name, child in self.named_children():

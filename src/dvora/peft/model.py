@@ -37,7 +37,7 @@ from .injecting import (
     restored_on_error,
     wrap,
 )
-from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
+from .layer import DVoRALayer, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
 from .mixed_batch import BASE, NamedBatch, current_batch, in_call, names_passed
 from .parameters import ParamWrapper
@@ -307,7 +307,6 @@ class DVoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_unmerged(model, adapter_name)
         values = from_saved(model, own_config(config), adapter_name, state_dict)
         # A tuner checks shapes where torch hands it the values: by then PEFT may have dropped some.
         if not any(isinstance(module, DVoRAModel) for module in model.modules()):
