@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.many_adapters.numbers import KNOWN, MANY, ROWS, SLOTS
-from benchmarks.many_adapters.targets import DECODED, KINDS, READ, SMALL, TOKEN, all_targets, bank_arm
+from benchmarks.many_adapters.targets import DECODED, KINDS, READ, SMALL, TOKEN, all_targets, bank_arm, p95_ratio
 from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.tables import missing, written
-from benchmarks.speed.timing import Spread, ratios, spread
+from benchmarks.speed.timing import Spread, spread
 
 COLUMNS: dict[str, dict[str, object]] = {
     "linear layers, one token": DECODED,
@@ -68,7 +68,7 @@ def in_short(rows: Rows) -> list[str]:
         _sentence(
             f"**More adapters than slots**: with {SLOTS} slots the latency's 95th percentile is {{}} times that of 16 "
             "adapters when requests ask for 1,024 and {} for 10,000; {} and {} with first uses among the requests",
-            [_p95_ratio(rows, asked, used) for used in (True, False) for asked in (MANY, 10_000)],
+            [p95_ratio(rows, "closed", asked, used) for used in (True, False) for asked in (MANY, 10_000)],
         ),
     ]
     return [f"- {sentence}." for sentence in sentences if sentence]
@@ -222,12 +222,6 @@ def _to_one(rows: Rows, way: str, adapters: Sequence[str] = (SMALL, *KINDS)) -> 
         for setting in COLUMNS.values()
         for known in (MANY, ROWS)
     ]
-
-
-def _p95_ratio(rows: Rows, asked: int, used: bool) -> Spread | None:
-    few = row_of(rows, part="stream", loop="closed", asked=16)
-    many = row_of(rows, part="stream", loop="closed", asked=asked, used=used)
-    return None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
 
 
 def _cell(rows: Rows, arm: str, setting: dict[str, object]) -> str:

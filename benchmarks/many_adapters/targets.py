@@ -34,6 +34,13 @@ def bank_ratio(rows: Rows, kind: str, distinct: int, known: int, to: str, **sett
     return time_ratio(rows, bank_arm(kind, distinct, known), to, **setting)
 
 
+def p95_ratio(rows: Rows, loop: str, asked: int, used: bool) -> Spread | None:
+    """The latency's 95th percentile in that of requests for 16 adapters; None if one was not measured."""
+    few = row_of(rows, part="stream", loop=loop, asked=16)
+    many = row_of(rows, part="stream", loop=loop, asked=asked, used=used)
+    return None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
+
+
 def bank_arm(kind: str, distinct: int, known: int) -> str:
     """The name of an arm."""
     return f"bank, {kind}, {distinct} of {known:,}"
@@ -64,9 +71,7 @@ def _training(rows: Rows) -> Iterator[Target]:
 def _stream(rows: Rows) -> Iterator[Target]:
     for loop in ("closed", "open"):
         for used, which in ((True, "all used before"), (False, "with first uses")):
-            few = row_of(rows, part="stream", loop=loop, asked=16)
-            many = row_of(rows, part="stream", loop=loop, asked=1024, used=used)
-            measured = None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
+            measured = p95_ratio(rows, loop, 1024, used)
             yield Target(f"95th percentile of the latency, 1,024 adapters to 16, {which}, {loop} loop", 1.1, measured)
 
 

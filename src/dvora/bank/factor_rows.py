@@ -54,7 +54,7 @@ class FactorRows:
 
     @cached_property
     def _stacks(self) -> FactorStacks:
-        """Their constants stay right: batches are refused where the base has changed."""
+        """The layers by shape; their constants stay right, since batches are refused where the base has changed."""
         return FactorStacks([layer.adapted for layer in self.served.layers])
 
     def identity(self, values: AdapterValues) -> str:
