@@ -143,7 +143,11 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
         print_line(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
-    output.result(_shown(outcome.run, output.as_json), title=f"{settings.method} on {settings.task}")
+    output.result(
+        _shown(outcome.run, output.as_json),
+        title=f"{settings.method} on {settings.task}",
+        verdict="\n".join(outcome.run.record.get("verdict", [])),
+    )
     output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")
 
 
@@ -180,4 +184,5 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
         "rows": record["data"]["rows"],
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),
         "metrics": metric_rows(record["metrics"]),
+        **({"verdict": record["verdict"]} if as_json and "verdict" in record else {}),
     }
