@@ -11,7 +11,7 @@ from .errors import check_writable, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
-    from ..recipes.finished.evaluation import Evaluation
+    from ..recipes.reports.evaluation import Evaluation
     from ..recipes.run_folder import Run
 
 _COLUMNS, TRAINED = "Columns of the files", "as in the training data"
@@ -68,8 +68,8 @@ def evaluate(
         if output is not None:
             check_writable(output)
         from ..recipes.files import typed
-        from ..recipes.finished.evaluation import evaluate_run
         from ..recipes.models.hub import Trust
+        from ..recipes.reports.evaluation import evaluate_run
         from ..recipes.run_folder import read_run
         from ..whole_files import write_atomically
 

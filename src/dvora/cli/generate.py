@@ -13,8 +13,8 @@ from .errors import UsageError, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
-    from ..recipes.finished.generation import Continuation
     from ..recipes.models.hub import Trust
+    from ..recipes.reports.generation import Continuation
     from ..recipes.run_folder import Run
 
 _SAMPLING, _WITHOUT_RUN = "How tokens are chosen", "Without a run"
@@ -96,8 +96,8 @@ def generate(
             raise UsageError("--system is a message of a chat; give --chat too")
         shown = Output(as_json, quiet)
         prompts = _prompts(prompt, file, shown)
-        from ..recipes.finished.generation import Generator, Sampling
         from ..recipes.models.hub import Trust
+        from ..recipes.reports.generation import Generator, Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
         generator = Generator(_chosen(run, adapter, model, Trust(own_code, download)), not only_adapter)

@@ -17,7 +17,7 @@ from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
     from ..recipes.data.new_files import Input
-    from ..recipes.finished.prediction import Predicted
+    from ..recipes.reports.prediction import Predicted
     from ..recipes.run_folder import Run
 
 _COLUMNS, TRAINED = "Columns of the file", "as in the training data"
@@ -77,8 +77,8 @@ def predict(
         _check_output(output, safe_csv)
         shown, summary = Output(as_json, quiet), None
         columns = {"text_column": text_column, "second_text_column": second_text_column}
-        from ..recipes.finished.prediction import Predictor
         from ..recipes.models.hub import Trust
+        from ..recipes.reports.prediction import Predictor
         from ..recipes.run_folder import read_run
 
         found = read_run(run, Trust(own_code, download))
