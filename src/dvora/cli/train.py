@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..recipes.settings import SettingOption, Settings, commented, options, read_settings
-from .errors import INTERRUPTED, UsageError, one_line
+from .errors import INTERRUPTED, UsageError, check_there, one_line, wrong_input
 from .output import Debug, Json, Output, OwnCode, Quiet, print_line, results
 from .progress import shown_progress
 
@@ -125,8 +125,16 @@ def _placed(settings: Settings, config: Path | None, resume: bool, is_named: boo
 
 
 def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
-    from ..recipes.models.hub import Trust
-    from ..recipes.run_folder import is_first
+    from ..recipes.run_folder import check_resumable, is_first, read_record
+    from ..recipes.settings import Trust, resolved
+
+    folder = Path(settings.output)
+    with wrong_input():
+        check_resumable(folder, read_record(folder), resolved(settings), resume)
+    if not resume:
+        # A name on the hub has one slash at most, and begins with neither of these.
+        is_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
+        check_there(*settings.all_data, settings.model if is_path else None)
     from ..recipes.training.run import InputError
     from ..recipes.training.run import train as train_recipe
 

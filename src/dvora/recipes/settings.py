@@ -239,6 +239,28 @@ class Settings(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class Trust:
+    """What the caller allows beyond reading files. No file that is read can allow it.
+
+    Args:
+        code: run Python code that comes with a model.
+        download: ask the hub for a model or a tokenizer; else its cache has to hold what is no folder here.
+    """
+
+    code: bool = False
+    download: bool = False
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Arguments of transformers' `from_pretrained`."""
+        return {"trust_remote_code": self.code, "local_files_only": not self.download}
+
+
+NOTHING, NAMED = Trust(), Trust(download=True)
+"""What is allowed for a model that only a file names, and for one that the caller names."""
+
+
 def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """The settings in a YAML file, with some of them replaced.
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvora.recipes.run_folder import load_trained, read_record, read_run
+from dvora.recipes.models.trained import load_trained
+from dvora.recipes.run_folder import read_record, read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.checkpoints import checkpoints

@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from ..files import check_no_device
-from ..settings import Settings, Task
-from .hub import NOTHING, Trust, check_weights, loading
+from ..settings import NOTHING, Settings, Task, Trust
+from .hub import check_weights, loading
 
 _ADVICE = "; if you trust its author, give --trust-remote-code", "give --download to have it fetched"
 

@@ -35,7 +35,7 @@ def verdict(
         _compared(metric, part, trained[metric], metrics[key], name, rows.get(part, 0))
         for key, name in (
             (f"{part}_simplest_guess", f"always {shown(metrics.get(f'{part}_simplest_guess', {}).get('guess'))}"),
-            (f"{part}_head_alone", "the head alone on the frozen base"),
+            (f"{part}_head_alone", "the head alone"),
             (f"{part}_before_training", "the base before training"),
         )
         if key in metrics

@@ -12,12 +12,12 @@ import torch
 from ...whole_files import new_folder, remove
 from ..data.run_data import Data, load_data
 from ..models.bases import Base, load_base, load_processor, quiet_transformers
-from ..models.hub import NAMED, Trust
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
     HEAD_ALONE,
     Run,
+    check_resumable,
     is_first,
     locked,
     read_record,
@@ -26,14 +26,14 @@ from ..run_folder import (
     write_config,
     write_record,
 )
-from ..settings import Settings, resolved
+from ..settings import NAMED, Settings, Trust, resolved
 from ..tasks.head_alone import HeadAlone, fitted_head, last_layer
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import verdict
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
-from .records import check_resumable, start_record
+from .records import start_record
 from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
 
