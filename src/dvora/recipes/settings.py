@@ -327,7 +327,8 @@ def resolved(settings: Settings) -> Settings:
     """
 
     def path(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        # A link stays one: its name may say more than where it leads to.
+        return str(Path(name).absolute()) if Path(name).exists() else name
 
     by_group, rank = settings.learning_rates, settings.rank or RANKS.get(settings.method)
     is_small = settings.method in ("lora", "dora") and rank is not None and rank <= SMALL_RANK
