@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import report
-from dvora.recipes.finished.comparison import compared
-from dvora.recipes.finished.evaluation import unchanged_data
-from dvora.recipes.finished.prediction import Predictor
+from dvora.recipes.reports.comparison import compared
+from dvora.recipes.reports.evaluation import unchanged_data
+from dvora.recipes.reports.prediction import Predictor
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import assert_refused, run
 from tests.recipes import tiny_data

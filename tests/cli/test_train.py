@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dvora.cli.app import app
 from dvora.cli.train import train as train_command
-from dvora.recipes.finished.evaluation import evaluate_run
+from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.run_folder import read_run
 from dvora.recipes.settings import options
 from tests.recipes import tiny_data, tiny_models

@@ -45,7 +45,7 @@ def inspect_command(
     Reads safetensors only; pickled adapters are refused.
     """
     with one_line(debug):
-        from ..recipes.adapters_at_rest.inspection import inspect
+        from ..recipes.adapters.inspection import inspect
 
         found = inspect(adapter, model).to_dict()
         shown, title = Output(as_json, quiet), f"Adapter in {adapter}"

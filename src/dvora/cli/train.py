@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..recipes.settings import SettingOption, Settings, commented, options, read_settings
-from .errors import INTERRUPTED, UsageError, one_line
+from .errors import INTERRUPTED, UsageError, check_there, one_line, wrong_input
 from .output import Debug, Json, Output, OwnCode, Quiet, print_line, results
 from .progress import shown_progress
 
@@ -125,8 +125,16 @@ def _placed(settings: Settings, config: Path | None, resume: bool, is_named: boo
 
 
 def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
-    from ..recipes.models.hub import Trust
-    from ..recipes.run_folder import is_first
+    from ..recipes.run_folder import check_resumable, is_first, read_record
+    from ..recipes.settings import Trust, resolved
+
+    folder = Path(settings.output)
+    with wrong_input():
+        check_resumable(folder, read_record(folder), resolved(settings), resume)
+    if not resume:
+        # A name on the hub has one slash at most, and begins with neither of these.
+        is_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
+        check_there(*settings.all_data, settings.model if is_path else None)
     from ..recipes.training.run import InputError
     from ..recipes.training.run import train as train_recipe
 
@@ -143,7 +151,11 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
         print_line(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
-    output.result(_shown(outcome.run, output.as_json), title=f"{settings.method} on {settings.task}")
+    output.result(
+        _shown(outcome.run, output.as_json),
+        title=f"{settings.method} on {settings.task}",
+        verdict="\n".join(outcome.run.record.get("verdict", [])),
+    )
     output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")
 
 
@@ -180,4 +192,5 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
         "rows": record["data"]["rows"],
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),
         "metrics": metric_rows(record["metrics"]),
+        **({"verdict": record["verdict"]} if as_json and "verdict" in record else {}),
     }

@@ -29,6 +29,8 @@ RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
+SMALL_RANK, SMALL_RANK_RATE = 4, 3e-3
+"""Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
 OWN_CODE = "trust_remote_code"
 """Was a setting once; now only the caller can allow it."""
 LARGEST_CONFIG = 2**18
@@ -114,7 +116,8 @@ class Settings(BaseModel):
     learning_rate: float | None = _training(
         "learning rate",
         None,
-        null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}",
+        null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}; "
+        f"{SMALL_RANK_RATE:g} for lora and dora up to rank {SMALL_RANK}",
     )
     learning_rates: dict[Group, float] = _training(
         "learning rates of groups that differ: magnitude, lambda_b, lambda_d (dvora), head (new layers). Left out, the "
@@ -236,6 +239,28 @@ class Settings(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class Trust:
+    """What the caller allows beyond reading files. No file that is read can allow it.
+
+    Args:
+        code: run Python code that comes with a model.
+        download: ask the hub for a model or a tokenizer; else its cache has to hold what is no folder here.
+    """
+
+    code: bool = False
+    download: bool = False
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Arguments of transformers' `from_pretrained`."""
+        return {"trust_remote_code": self.code, "local_files_only": not self.download}
+
+
+NOTHING, NAMED = Trust(), Trust(download=True)
+"""What is allowed for a model that only a file names, and for one that the caller names."""
+
+
 def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """The settings in a YAML file, with some of them replaced.
 
@@ -302,9 +327,11 @@ def resolved(settings: Settings) -> Settings:
     """
 
     def path(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        # A link stays one: its name may say more than where it leads to.
+        return str(Path(name).absolute()) if Path(name).exists() else name
 
-    by_group = settings.learning_rates
+    by_group, rank = settings.learning_rates, settings.rank or RANKS.get(settings.method)
+    is_small = settings.method in ("lora", "dora") and rank is not None and rank <= SMALL_RANK
     if settings.learning_rate is None and settings.method != "head" and settings.task != "causal-lm":
         by_group = {"head": HEAD_RATE, **by_group}
     return settings.model_copy(
@@ -313,8 +340,9 @@ def resolved(settings: Settings) -> Settings:
             "tokenizer": path(settings.tokenizer) if settings.tokenizer else None,
             "output": str(Path(settings.output).resolve()),
             **{key: tuple(map(path, getattr(settings, key))) for key in PATHS},
-            "rank": settings.rank or RANKS.get(settings.method),
-            "learning_rate": settings.learning_rate or LEARNING_RATES[settings.method],
+            "rank": rank,
+            "learning_rate": settings.learning_rate
+            or (SMALL_RANK_RATE if is_small else LEARNING_RATES[settings.method]),
             "learning_rates": by_group,
             "max_length": settings.max_length or (256 if settings.task == "causal-lm" else 128),
         }

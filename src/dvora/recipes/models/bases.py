@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from ..files import check_no_device
-from ..settings import Settings, Task
-from .hub import NOTHING, Trust, check_weights, loading
+from ..settings import NOTHING, Settings, Task, Trust
+from .hub import check_weights, loading
 
 _ADVICE = "; if you trust its author, give --trust-remote-code", "give --download to have it fetched"
 
@@ -34,11 +34,13 @@ class Base:
     Args:
         model: with the labels in its configuration.
         heads: names of the modules that the task adds to the base; trained and saved whole by every method.
+        new: names of the modules whose values are random, since the model's file has none for them.
         notes: what was made new, for whoever starts the run.
     """
 
     model: Any
     heads: tuple[str, ...]
+    new: frozenset[str]
     notes: tuple[str, ...]
 
 
@@ -107,10 +109,10 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     if settings.task == "causal-lm":
         if new:
             raise ValueError(f"{source} is no language model: it has no weights for {', '.join(sorted(new)[:3])}")
-        return Base(model, (), ())
+        return Base(model, (), frozenset(), ())
     heads = _heads(model, new)
     notes = [f"new layers: {', '.join(heads)}"] if new else [f"the head of {source} is trained on: {', '.join(heads)}"]
-    return Base(model, heads, tuple(notes))
+    return Base(model, heads, frozenset(key.rpartition(".")[0] for key in new), tuple(notes))
 
 
 def _head_options(task: Task, labels: Sequence[str]) -> dict[str, Any]:

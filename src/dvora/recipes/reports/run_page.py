@@ -17,8 +17,10 @@ from ...tools.pages.page import Section, Table, page
 from ...tools.pages.text import shown
 from ...whole_files import write_atomically
 from ..data.images import opened_image
-from ..models.hub import NOTHING, Trust, offline
-from ..run_folder import Run, load_trained, read_run
+from ..models.hub import offline
+from ..models.trained import load_trained
+from ..run_folder import Run, read_run
+from ..settings import NOTHING, Trust
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .comparison import Compared, compared, continuations

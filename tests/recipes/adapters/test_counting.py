@@ -16,7 +16,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from dvora.recipes.adapters_at_rest.counting import METHODS, count
+from dvora.recipes.adapters.counting import METHODS, count
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted, trained_parameters
 
