@@ -1,18 +1,16 @@
 """The settings of a training run, each named once: a key of config.yaml, an option of `dvora train`, and its checks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from textwrap import wrap
-from types import UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, cast, get_args
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ..tools.pages.text import did_you_mean, shown
 from .files import parsed_yaml, read_small
@@ -67,7 +65,7 @@ _evaluating = partial(_key, "Evaluating, saving, stopping")
 
 
 class Settings(BaseModel):
-    """Everything that a run depends on: each is a key of config.yaml, and an option of `dvora train` (`options`)."""
+    """Everything that a run depends on: each is a key of config.yaml, and an option of `dvora train`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -353,7 +351,7 @@ def commented(settings: Settings) -> str:
     """A YAML file with every setting, each with a comment."""
     values, lines, section = settings.model_dump(mode="json"), [], ""
     for key, field in Settings.model_fields.items():
-        extra = _extra(field)
+        extra = cast(dict[str, Any], field.json_schema_extra)
         if extra["section"] != section:
             section = extra["section"]
             lines += ["", f"# {section}"]
@@ -363,57 +361,10 @@ def commented(settings: Settings) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
-@dataclass(frozen=True)
-class SettingOption:
-    """A setting as an option of a command line.
-
-    Args:
-        name: of the setting.
-        section, meaning: for the help text.
-        type: of the value that is typed; several of it where the option may be given again.
-        default: in words; empty where there is none.
-        is_required: it has to be given.
-        rare: left out of the help text.
-    """
-
-    name: str
-    section: str
-    meaning: str
-    type: Any
-    default: str
-    is_required: bool
-    rare: bool
-
-
-def options() -> Iterator[SettingOption]:
-    """The options of `dvora train`, one for each setting."""
-    for name, field in Settings.model_fields.items():
-        extra = _extra(field)
-        plain = field.default not in (..., PydanticUndefined, None, (), {})
-        default = shown(field.default) if plain else extra["null"]
-        yield SettingOption(
-            name,
-            extra["section"],
-            str(field.description),
-            _typed(field.annotation),
-            default,
-            field.is_required(),
-            extra["rare"],
-        )
-
-
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    return cast(dict[str, Any], field.json_schema_extra)
-
-
-def _typed(annotation: Any) -> Any:
-    """What is typed for a setting: one of several words and a mapping are text, which `Settings` checks."""
-    origin = get_origin(annotation)
-    if origin is tuple:
-        return list[str]
-    if origin in (Union, UnionType):
-        return _typed(get_args(annotation)[0])
-    return str if origin in (Literal, dict) else annotation
+def default_of(field: FieldInfo) -> str:
+    """The default of a setting in words; empty where there is none."""
+    null: str = cast(dict[str, Any], field.json_schema_extra)["null"]
+    return null or ("" if field.is_required() or field.default in (None, (), {}) else shown(field.default))
 
 
 def _entry(key: str, value: object) -> str:
