@@ -302,7 +302,8 @@ def resolved(settings: Settings) -> Settings:
     """
 
     def path(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        # A link keeps its name: what it leads to may be named by a digest.
+        return str(Path(name).absolute()) if Path(name).exists() else name
 
     by_group = settings.learning_rates
     if settings.learning_rate is None and settings.method != "head" and settings.task != "causal-lm":

@@ -81,9 +81,13 @@ def _loading(settings: Settings, labels: Sequence[str], config: Any) -> list[str
     if settings.method == "head":
         return ["The head alone was trained (`head.safetensors`): `dvora predict RUN FILE` loads it onto the base."]
     auto = MODEL_CLASSES[settings.task].__name__
-    options = ""
+    options, names = "", list[str]()
+    if labels:
+        # No letter of a name may end the block of code.
+        names = [f"labels = {json.dumps(list(labels)).replace('`', chr(92) + 'u0060')}"]
+        options = ", id2label=dict(enumerate(labels)), label2id={name: index for index, name in enumerate(labels)}"
     if settings.task != "causal-lm":
-        options += f", num_labels={len(labels) or 1}, ignore_mismatched_sizes=True"
+        options += f"{'' if labels else ', num_labels=1'}, ignore_mismatched_sizes=True"
         if getattr(config, "pad_token_id", None) is not None:
             options += f", pad_token_id={config.pad_token_id}"
     folder = "path/to/this/folder"
@@ -95,6 +99,7 @@ def _loading(settings: Settings, labels: Sequence[str], config: Any) -> list[str
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
+            *names,
             f"base = {auto}.from_pretrained({json.dumps(settings.model, ensure_ascii=False)}{options})",
             f'model = PeftModel.from_pretrained(base, "{folder}").eval()',
         ]
