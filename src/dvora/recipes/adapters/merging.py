@@ -20,8 +20,8 @@ from ..models.adapters import base_class, load_adapted, of_base
 from ..models.architectures import config_of, load_base, quietly
 from ..models.hub import NOTHING, Trust, offline
 from ..models.inputs import difference, example_output
+from . import DTYPES
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
     "spiece*", "sentencepiece*", "preprocessor_config.json", "processor_config.json", "generation_config.json",
