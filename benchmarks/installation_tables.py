@@ -1,4 +1,4 @@
-"""The tables of docs/versions.md: which versions held, what they take on disk, and how long commands take to start."""
+"""Tables of an installation: which versions held, what they take on disk, and how long commands take to start."""
 
 from typing import Any
 

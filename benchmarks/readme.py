@@ -206,9 +206,12 @@ def _results() -> dict[str, str]:
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"), _load("speed")["rows"])},
     "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(_load("conformance"))},
-    "benchmarks/README.md": lambda: {"targets": targets([*_load("speed")["rows"], *_load("overhead")["rows"]])},
-    "docs/choosing.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"), _load("speed")["rows"])},
+    "benchmarks/README.md": lambda: {
+        "targets": targets([*_load("speed")["rows"], *_load("overhead")["rows"]]),
+        "start-up": start_up(_load("start_up")),
+    },
     "docs/compatibility.md": lambda: {
+        "versions": versions(_load("versions")),
         "support": support(_load("support")),
         "conformance": conformance(_load("conformance")),
         "examples": examples(_load("examples")),
@@ -220,7 +223,6 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/overhead.md": lambda: overhead(_load("overhead")),
     "docs/results.md": _results,
     "docs/speed.md": lambda: {"gate": gate(_load("gate")), "speed": speed(_load("speed"))},
-    "docs/versions.md": lambda: {"versions": versions(_load("versions")), "start-up": start_up(_load("start_up"))},
 }
 """The generated parts of every page, by the page's path and the part's name."""
 

@@ -195,6 +195,11 @@ def world_size() -> int:
     return _number_in("WORLD_SIZE", 1)
 
 
+def local_rank() -> int:
+    """Which of this machine's accelerators this process uses."""
+    return _number_in("LOCAL_RANK", 0)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return _number_in("RANK", 0) == 0

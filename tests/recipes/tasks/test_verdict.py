@@ -22,20 +22,20 @@ def run(losses: list[float], best_step: int = 10) -> dict[str, Any]:
     return {"history": history, "steps": len(losses), "best_step": best_step, "settings": {"learning_rate": 0.03}}
 
 
-def test_a_success_is_compared_with_everything() -> None:
-    guess, head = verdict(metrics(0.92, 0.87, 0.5), ROWS, run([1.0] * 20))
-    assert guess == "better than always good by 42.0 points (test accuracy: 0.92 trained, 0.5 always good)"
-    assert head.startswith("better than the head alone by 5.0 points (test")
+def test_a_success_is_compared_with_the_best_baseline() -> None:
+    assert verdict(metrics(0.92, 0.87, 0.5), ROWS, run([1.0] * 20)) == [
+        "Better than the head alone by 5.0 points (test accuracy: 0.92 trained, 0.87 the head alone)"
+    ]
 
 
 def test_a_gain_within_chance_is_said_to_be() -> None:
-    *_, head = verdict(metrics(0.88, 0.87, 0.5), ROWS, run([1.0] * 20))
+    (head,) = verdict(metrics(0.88, 0.87, 0.5), ROWS, run([1.0] * 20))
     assert "by 1.0 points, which 400 rows cannot tell from chance" in head
 
 
 @pytest.mark.parametrize("trained", [0.5, 0.4])
 def test_a_result_of_the_commonest_class_is_no_result(trained: float) -> None:
-    guess, head, advice = verdict(metrics(trained, 0.87, 0.5), ROWS, run([1.0] * 20))
+    head, guess, advice = verdict(metrics(trained, 0.87, 0.5), ROWS, run([1.0] * 20))
     assert guess.startswith("NO BETTER than always good")
     assert head.startswith("NO BETTER than the head alone")
     assert advice

@@ -32,7 +32,9 @@ def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: 
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
     evaluated = [entry["step"] for entry in record["history"] if "eval_loss" in entry]
     assert len(evaluated) == len(set(evaluated)) == 4
-    assert sum(losses[-3:]) < sum(losses[:3])
+    if task == "causal-lm":
+        # The others start from a head that is fitted already.
+        assert sum(losses[-3:]) < sum(losses[:3])
     expected = {
         "regression": {"loss", "pearson", "rmse"},
         "causal-lm": {"loss", "perplexity", "bits_per_byte"},
@@ -247,8 +249,9 @@ def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, 
 def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     rates = {"magnitude": 0.0, "lambda_b": 0.01, "head": 0.0}
-    train(run.settings("out", learning_rates=rates, keep_best=False))
-    train(run.settings("start", learning_rates=rates, keep_best=False, max_steps=1, warmup_share=0.5))
+    steps = {"keep_best": False, "max_steps": 12}
+    train(run.settings("out", learning_rates=rates, **steps))
+    train(run.settings("start", learning_rate=1e-12, learning_rates={"head": 0.0}, **steps))
     ends, starts = trained_parameters(tmp_path / "out"), trained_parameters(tmp_path / "start")
     changed = " ".join(name for name in ends if not torch.equal(ends[name], starts[name]))
     assert "lambda_b" in changed
@@ -266,8 +269,8 @@ def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dic
     rows = [value for name, value in trained_parameters(tmp_path / "whole").items() if "magnitude" in name]
     median = torch.cat(rows).median().item()
     assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual_rate * median, rel=0.02)
-    assert third["learning_rates"] == {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3)}
-    assert usual["learning_rates"] == {"magnitude": pytest.approx(third["learning_rates"]["magnitude"]), "head": 1e-3}
+    expected = {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3), "head": 1e-3}
+    assert third["learning_rates"] == usual["learning_rates"] == expected
 
 
 @pytest.mark.parametrize(

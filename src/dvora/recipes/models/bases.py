@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from ..files import check_no_device
+from ..run_folder import local_rank
 from ..settings import NOTHING, Settings, Task, Trust
 from .hub import check_weights, loading
 
@@ -187,9 +188,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def device_of(settings: Settings) -> torch.device:
-    """The accelerator, if there is one and the run does not keep to the CPU."""
+    """The accelerator of this process, if there is one and the run does not keep to the CPU."""
     found = None if settings.cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return found or torch.device("cpu")
+    return torch.device("cpu") if found is None else torch.device(found.type, local_rank())
 
 
 @contextmanager

@@ -24,7 +24,8 @@ def verdict(
         run: the record of a run that has just been trained, for advice where the result is a failure.
 
     Returns:
-        Sentences; none where nothing was held out.
+        Every baseline that is as good, and what to try; else by how much the best baseline was beaten. Nothing where
+        no rows were held out.
     """
     part = next((part for part in ("test", "validation", *metrics) if part in metrics), None)
     if part is None:
@@ -34,16 +35,16 @@ def verdict(
     compared = [
         _compared(metric, part, trained[metric], metrics[key], name, rows.get(part, 0))
         for key, name in (
-            (f"{part}_simplest_guess", f"always {shown(metrics.get(f'{part}_simplest_guess', {}).get('guess'))}"),
             (f"{part}_head_alone", "the head alone"),
             (f"{part}_before_training", "the base before training"),
+            (f"{part}_simplest_guess", f"always {shown(metrics.get(f'{part}_simplest_guess', {}).get('guess'))}"),
         )
         if key in metrics
     ]
-    sentences = [sentence for sentence, _ in compared]
-    if run is not None and not all(is_better for _, is_better in compared):
-        sentences.append(_advice(run))
-    return sentences
+    failures = [sentence for sentence, is_better in compared if not is_better]
+    if failures:
+        return failures + ([_advice(run)] if run is not None else [])
+    return [sentence for sentence, _ in compared[:1]]
 
 
 def _compared(
@@ -59,7 +60,7 @@ def _compared(
     error = sqrt(trained * (1 - trained) / rows) if metric == "accuracy" and rows else 0.0
     by = f"{100 * gain:.1f} points" if metric == "accuracy" else f"{gain:.3g}"
     chance = f", which {rows:,} rows cannot tell from chance" if gain < error else ""
-    return f"better than {name} by {by}{chance} ({values})", True
+    return f"Better than {name} by {by}{chance} ({values})", True
 
 
 def _advice(run: Mapping[str, Any]) -> str:

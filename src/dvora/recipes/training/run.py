@@ -1,9 +1,11 @@
 """Training: from settings to a finished run folder, or to a checkpoint that training goes on from."""
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ..run_folder import (
     read_record,
     read_run,
     remove_leftovers,
+    world_size,
     write_config,
     write_record,
 )
@@ -33,11 +36,11 @@ from ..tasks.verdict import verdict
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
-from .records import start_record
 from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
+PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 class InputError(ValueError):
@@ -92,7 +95,7 @@ def train(
                 return Outcome(read_run(folder, trust), None)
             check_precision(settings)
             data = load_data(settings)
-            started = start_record(settings, data, record)
+            started = _start_record(settings, data, record)
             prepared = _prepared(settings, data, started, note, trust)
         return _trained(prepared, started, on_progress)
 
@@ -196,6 +199,35 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
     return Prepared(settings, data, base, model, task, datasets, head_alone)
+
+
+def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """What is known when training starts or resumes.
+
+    Raises:
+        ValueError: a data file is not what it was when the run started.
+    """
+    record = {
+        "state": "started",
+        "settings": settings.model_dump(mode="json"),
+        "labels": list(data.labels),
+        "data": data.record,
+        "notes": list(data.notes),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "processes": world_size(),
+        "seconds": earlier["seconds"] if earlier else 0.0,
+    }
+    if earlier and earlier["data"]["files"] != data.record["files"]:
+        changed = [path for path, found in data.record["files"].items() if earlier["data"]["files"].get(path) != found]
+        raise ValueError(f"{changed[0]} has changed since the run started; start another one, into another folder")
+    return record
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 @torch.no_grad()
