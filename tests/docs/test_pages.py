@@ -3,24 +3,19 @@
 import csv
 import os
 import re
-import shlex
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import typer
 import yaml
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
-from typer.core import TyperGroup
 
 import dvora
-from dvora.cli.app import app
 from tests.fresh import FRESH
 from tests.recipes import tiny_models
 from transcript.__main__ import BLOCK, PAGES, SHELL, commands, recorded
@@ -91,41 +86,6 @@ def test_commands_are_ours_and_have_shown_something(page: str) -> None:
     assert {command.split()[0] for command in commands(page=text)} <= {"dvora", *SHELL}
     assert all(match[2].strip() for match in BLOCK.finditer(text)), "python -m transcript --record"
     assert len(commands(text)) == text.count("```console")
-
-
-def named_commands(page: str) -> list[str]:
-    """What of a page a reader would type: lines of its blocks, and commands within sentences and tables."""
-    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-    lines = [line.partition(" > ")[0] for line in blocks.splitlines()] + commands(page)
-    return [*(line for line in lines if line.startswith("dvora ")), *TYPED.findall(CODE.sub("", page))]
-
-
-def parse(arguments: list[str], group: Any, context: typer.Context) -> None:
-    """Parse as the program does, without running anything.
-
-    Raises:
-        Exception: of the parser.
-    """
-    name, command, rest = group.resolve_command(context, arguments)
-    if isinstance(command, TyperGroup) and rest:
-        parse(rest, command, typer.Context(command, info_name=name, parent=context))
-    elif rest and rest[0].startswith("-") and command.name != "train":
-        # A command with options only stands for a longer one.
-        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
-        assert {part for part in rest if part.startswith("-")} <= options
-    elif rest:
-        command.make_context(name, rest, parent=context)
-
-
-@pytest.mark.parametrize("path", [*FILES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_command_that_a_page_names_is_understood(path: Path) -> None:
-    program = typer.main.get_command(app)
-    for typed in named_commands(path.read_text(encoding="utf-8")):
-        _, *arguments = shlex.split(typed, comments=True)
-        try:
-            parse(arguments, program, typer.Context(program, info_name="dvora"))
-        except Exception as error:
-            pytest.fail(f"{typed}: {error}")
 
 
 def test_what_is_shown_goes_into_its_own_block() -> None:
