@@ -1,4 +1,4 @@
-"""The tables of docs/versions.md: which versions held, what they take on disk, and how long commands take to start."""
+"""Tables of an installation: which versions held, what they take on disk, and how long commands take to start."""
 
 from typing import Any
 
@@ -12,6 +12,8 @@ TRIALS = {
 SHOWN = ("torch", "peft", "transformers", "accelerate", "numpy")
 INSTALLED = {"dev": "everything that the tests need", "report": "the extra `report`"}
 """Where commands were started, by the extra that was installed."""
+STARTED = ("dvora --help", "import dvora", "dvora.DVoRAConfig", "dvora inspect ABSENT", "dvora predict ABSENT ABSENT")
+"""What the table shows of them: nothing is imported, PEFT is, and everything that a model needs is."""
 
 
 def versions(result: dict[str, Any]) -> str:
@@ -44,7 +46,7 @@ def start_up(result: dict[str, Any]) -> str:
             f"`{command}`",
             *(f"{rows[command]['processor_seconds']:.1f} ({rows[command]['seconds']:.1f})" for rows in now.values()),
         )
-        for command in now[first]
+        for command in STARTED
     )
     return text(
         f"`python -m benchmarks.start_up` (`benchmarks/results/start_up.json`; Python {environment['python']}, torch "

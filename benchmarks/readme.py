@@ -167,19 +167,16 @@ def demo(result: dict[str, Any]) -> str:
     )
 
 
-def _glance() -> dict[str, str]:
-    return {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"])}
-
-
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
-    "README.md": _glance,
+    "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"])},
     "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(load("conformance"))},
     "benchmarks/README.md": lambda: {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
+        "start-up": start_up(load("start_up")),
     },
-    "docs/choosing.md": _glance,
     "docs/compatibility.md": lambda: {
+        "versions": versions(load("versions")),
         "support": support(load("support")),
         "conformance": conformance(load("conformance")),
         "examples": examples(load("examples")),
@@ -195,7 +192,6 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "demo": demo(load("demo")),
     },
     "docs/speed.md": lambda: {**speed(load("speed")), "overhead": overhead(load("overhead"))},
-    "docs/versions.md": lambda: {"versions": versions(load("versions")), "start-up": start_up(load("start_up"))},
 }
 """The generated parts of every page, by the page's path and the part's name."""
 

@@ -106,17 +106,26 @@ def test_merge_says_nothing_of_what_is_nothing(work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "columns"),
-    [("", ["magnitude", "lambda b", "lambda d"]), (" --model base", ["angle", "update", "gain"])],
+    [("", ["magnitude", "lambda b", "lambda d"]), (" --model base", ["angle", "widest", "update", "gain"])],
 )
-def test_inspect_explains_its_columns_and_folds_no_name(
+def test_inspect_summarises_types_of_layers_and_shows_all_if_asked(
     options: str, columns: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    names = [row["layer"] for row in json.loads(run("dvora inspect adapter --json").stdout)["layers"]]
-    lines = run(f"dvora inspect adapter{options}").stdout.splitlines()
-    assert all(any(line.startswith(name) for line in lines) for name in names)
+    layers = json.loads(run(f"dvora inspect adapter{options} --json").stdout)["layers"]
+    in_short = run(f"dvora inspect adapter{options}").stdout
+    whole = run(f"dvora inspect adapter{options} --all").stdout
+    assert not any(row["layer"] in in_short for row in layers)
+    assert all(any(line.startswith(row["layer"]) for line in whole.splitlines()) for row in layers)
+    of_queries = sorted(
+        row["angle_mean" if options else "norm_of_magnitude"] for row in layers if "query" in row["layer"]
+    )
+    line = next(line for line in in_short.splitlines() if line.startswith("attention.self.query "))
+    spread = [of_queries[0], sum(of_queries) / len(of_queries), of_queries[-1]]
+    assert len(of_queries) == 2
+    assert line.split()[1:3] == ["2", "/".join(f"{value:.3g}" for value in spread)]
     for column in columns:
-        assert any(line.startswith(f"{column} ") for line in lines)
+        assert any(line.startswith(f"{column} ") for line in in_short.splitlines())
 
 
 @pytest.mark.parametrize("command", [lines[0] for lines in EXAMPLES.values()])

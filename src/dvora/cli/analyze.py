@@ -49,7 +49,7 @@ def analyze_command(
     with one_line(debug), wrong_input():
         page = output or Path("analysis.html")
         check_page(page)
-        from ..recipes.adapters_at_rest.analyzing import analyze_folders, write_report
+        from ..recipes.adapters.analyzing import analyze_folders, write_report
         from ..recipes.files import typed
         from ..tools.analysis.measures import means
 

@@ -50,7 +50,7 @@ def pack_command(
     """
     with one_line(debug):
         check_writable(output)
-        from ..recipes.adapters_at_rest.packing import pack
+        from ..recipes.adapters.packing import pack
         from ..recipes.files import typed
 
         with _progress("packed", quiet) as on_progress:
@@ -96,7 +96,7 @@ def inspect_command(
 ) -> None:
     """Show what a packed file holds: how many adapters of which kinds, bytes an adapter, names and digests."""
     with one_line(debug):
-        from ..recipes.adapters_at_rest.packing import inspect_pack
+        from ..recipes.adapters.packing import inspect_pack
 
         values = asdict(inspect_pack(file))
         shown = Output(as_json, quiet)

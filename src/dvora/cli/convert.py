@@ -35,7 +35,7 @@ def convert_command(
     To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
     """
     with one_line(debug):
-        from ..recipes.adapters_at_rest.conversion import TARGETS, TO_LORA, convert
+        from ..recipes.adapters.conversion import TARGETS, TO_LORA, convert
 
         if to not in TARGETS:
             unknown = f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}"

@@ -50,8 +50,8 @@ def doctor_command(
     The exit code is 1 if something failed.
     """
     with one_line(debug), wrong_input():
-        from ..recipes.finished.examination import examine_folder
-        from ..recipes.models.hub import Trust
+        from ..recipes.reports.examination import examine_folder
+        from ..recipes.settings import Trust
 
         found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
         shown = Output(as_json, quiet)

@@ -34,7 +34,7 @@ def merge_command(
     The folder appears whole, and only if the merged model, loaded again, gives the adapted model's outputs.
     """
     with one_line(debug):
-        from ..recipes.adapters_at_rest.merging import DTYPES, merge
+        from ..recipes.adapters.merging import DTYPES, merge
 
         if dtype not in DTYPES:
             raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")

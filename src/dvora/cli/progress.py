@@ -25,9 +25,18 @@ def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
     elif not sys.stderr.isatty():
         yield lambda progress: _show(progress, print_line, every_tenth=True)
     else:
-        with _bar() as bar:
-            task = bar.add_task("", total=None, said="")
-            yield lambda progress: _update(bar, task, progress)
+        bar = _bar()
+        task = bar.add_task("", total=None, said="")
+
+        def update(progress: "Progress") -> None:
+            # With the first step: what is said before would stick to the bar.
+            bar.start()
+            _update(bar, task, progress)
+
+        try:
+            yield update
+        finally:
+            bar.stop()
 
 
 def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -> None:

@@ -18,9 +18,10 @@ from dvora.recipes.data.encodings import stream_lines
 from dvora.recipes.data.new_files import Input, file_inputs, line_inputs
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.data.tables import stream_table
-from dvora.recipes.finished.evaluation import evaluate_run
-from dvora.recipes.finished.prediction import Predicted, Predictor
-from dvora.recipes.run_folder import Run, load_trained
+from dvora.recipes.models.trained import load_trained
+from dvora.recipes.reports.evaluation import evaluate_run
+from dvora.recipes.reports.prediction import Predicted, Predictor
+from dvora.recipes.run_folder import Run
 from dvora.recipes.tasks.metrics import number_metrics
 from tests.recipes.finished_runs import finished
 

@@ -8,9 +8,11 @@ from ...tools.doctor import Examination, examine
 from ..data.new_files import labelled_examples
 from ..models.adapter_folder import read_adapter
 from ..models.adapters import load_adapted
-from ..models.hub import NOTHING, Trust, offline
+from ..models.hub import offline
 from ..models.inputs import example_inputs
-from ..run_folder import RECORD, Run, load_trained, read_run
+from ..models.trained import load_trained
+from ..run_folder import RECORD, Run, read_run
+from ..settings import NOTHING, Trust
 from ..tasks.task import features, longest, task_parts, without_bytes
 from .evaluation import unchanged_data
 

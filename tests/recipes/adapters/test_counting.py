@@ -16,7 +16,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from dvora.recipes.adapters_at_rest.counting import METHODS, count
+from dvora.recipes.adapters.counting import RANKS, count
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted, trained_parameters
 
@@ -53,11 +53,11 @@ def test_they_agree_with_what_peft_trains_and_saves(name: str, targets: str, tmp
     names = TARGETS[name] if targets == "some" else ()
     found = count(str(base), names, [3], task_type, labels=3 if task_type == "SEQ_CLS" else None)
     by_method = {row.method: row for row in found.counts}
-    assert [row.method for row in found.counts] == list(METHODS)
+    assert [row.method for row in found.counts] == list(RANKS)
     for method in ("dvora", "vera", "lora", "dora"):
         row = by_method[method]
         if method == "vera" and "embed_tokens" in names:
-            assert "VeRA has linear layers only" in row.note
+            assert (row.trained, "Embedding(103, 16) is not supported" in row.note) == (None, True)
             continue
         options = {"target_modules": list(names)} if names else {}
         model = adapted(base, method, rank=3, task_type=task_type, **options)
@@ -70,6 +70,13 @@ def test_they_agree_with_what_peft_trains_and_saves(name: str, targets: str, tmp
         optimizer.step()
         state = [value for values in optimizer.state.values() for key, value in values.items() if key != "step"]
         assert row.optimizer_bytes == sum(value.nbytes for value in state)
+
+
+def test_the_smallest_adapters_are_compared_unless_ranks_are_named(tmp_path: Path) -> None:
+    base = str(tiny_models.bert(tmp_path / "base"))
+    shown = {(row.method, row.rank) for row in count(base).counts}
+    assert shown >= {("lora", 1), ("dvora", 64), ("lora", 8), ("dvora", 256), ("full", None)}
+    assert {row.rank for row in count(base, ranks=[5, 7]).counts} == {5, 7, None}
 
 
 def test_full_and_head_are_the_models_own(tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_convolutions_count_too(tmp_path: Path) -> None:
     head = sum(p.numel() for p in model.classifier.parameters())
     assert rows["dvora"].trained == head + sum(2 * m.out_channels + 2 for m in convolutions)
     assert rows["lora"].trained == head + sum(2 * m.weight[0].numel() + 2 * m.out_channels for m in convolutions)
-    assert "VeRA has linear layers only" in rows["vera"].note
+    assert "No layers types compatible with VeRA" in rows["vera"].note
 
 
 def test_nothing_but_the_configuration_is_needed(tmp_path: Path) -> None:

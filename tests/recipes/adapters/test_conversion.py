@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from dvora.recipes.adapters_at_rest.conversion import DENSE_FILE, convert
+from dvora.recipes.adapters.conversion import DENSE_FILE, convert
 from dvora.recipes.models.adapter_folder import read_adapter
 from dvora.recipes.models.adapters import load_adapted
 from dvora.recipes.models.inputs import difference, example_output

@@ -8,8 +8,6 @@ from markupsafe import Markup
 
 from ...tools.pages.pictures import COLOURS, axes_of, label, new_figure, svg
 
-MOST_CLASSES = 30
-
 
 def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | None:
     """Training loss (each step, and smoothed) and validation metrics; None without a loss on record."""
@@ -36,30 +34,6 @@ def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | Non
         axes.locator_params(axis="x", integer=True)
         axes.axvline(best_step, color="#8a8a8a", linewidth=1, linestyle=":")
     return svg(figure, "Loss and validation metrics along the steps; a dotted line at the step that was kept")
-
-
-def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Markup | None:
-    """How often each class (down) was predicted as each (across); None for more classes than can be read."""
-    if len(labels) > MOST_CLASSES:
-        return None
-    place = {name: index for index, name in enumerate(labels)}
-    counts = np.zeros((len(labels), len(labels)), int)
-    for true, predicted in pairs:
-        counts[place[true], place[predicted]] += 1
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    size = min(6.5, 1.8 + 0.45 * len(labels))
-    figure = new_figure(size + 0.4, size)
-    (axes,) = axes_of(figure)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [*map(label, labels)]
-    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(labels)), names)
-    axes.set(xlabel="predicted", ylabel="true")
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            shade = "#ffffff" if shares[row, column] > 0.6 else "#222222"
-            axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=8)
-    return svg(figure, "Confusion matrix: true classes down, predicted classes across")
 
 
 def numbers(pairs: Sequence[tuple[float, float]]) -> Markup:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from dvora.recipes.adapters_at_rest import merging
-from dvora.recipes.adapters_at_rest.merging import merge
+from dvora.recipes.adapters import merging
+from dvora.recipes.adapters.merging import merge
 from dvora.recipes.models.inputs import example_inputs, first_output
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import METHODS, adapted, save

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dvora.recipes.adapters_at_rest.inspection import inspect
+from dvora.recipes.adapters.inspection import inspect
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import METHODS, adapted, save, trained_parameters
 

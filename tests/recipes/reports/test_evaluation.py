@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dvora.recipes.data.run_data import load_data
-from dvora.recipes.finished.evaluation import evaluate_run
+from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.run_folder import Run, read_run, write_record
 from tests.recipes.finished_runs import DATA, finished
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..data.new_files import labelled_examples
 from ..data.run_data import Data, fingerprints, load_data, size_of
 from ..models.bases import quiet_transformers
-from ..run_folder import HEAD_ALONE, Run, load_trained
+from ..models.trained import load_trained
+from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
 from ..tasks.head_alone import HeadAlone, frozen_features, head_metrics, read_head_alone
 from ..tasks.task import Task, Truncation, features, longest, task_parts

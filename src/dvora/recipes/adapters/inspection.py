@@ -70,7 +70,8 @@ def inspect(folder: Path, model: str | None = None) -> Inspection:
     adapter = read_adapter(folder)
     layers = _layers(adapter)
     trained = {key: prod(shape) for key, shape in adapter.shapes.items() if not key.startswith(FIXED)}
-    heads = adapter.settings.get("modules_to_save") or ()
+    # PEFT adds the usual names of a task's heads to those that were given.
+    heads = list(dict.fromkeys(adapter.settings.get("modules_to_save") or ()))
     targets = adapter.settings.get("target_modules")
     found: dict[str, Any] = {
         "folder": str(adapter.folder),
@@ -87,6 +88,7 @@ def inspect(folder: Path, model: str | None = None) -> Inspection:
     }
     if adapter.method == "dvora":
         found |= _of_dvora(adapter, layers, model)
+        found["settings"]["modules_to_save"] = heads or None
     elif model is not None:
         raise ValueError(f"--model is for adapters of DVoRA; {adapter.folder} holds one of {adapter.method}")
     return Inspection(**found)
@@ -115,7 +117,7 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
             {"layer": name, "rank": rank, **_norms(values, adapter, name), **done.get(name, {})}
             for name, rank in ranks.items()
         ]
-    shown = ("direction", "alpha", "strength", "train", "bias", "modules_to_save", "dvora_dropout", "detach_norm")
+    shown = ("direction", "alpha", "strength", "train", "bias", "dvora_dropout", "detach_norm")
     return {
         "projections": {
             "distribution": config.projection_init,
