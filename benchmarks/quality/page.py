@@ -25,9 +25,7 @@ LABELS: Mapping[str, str] = {
     "structured_r256": "DVoRA r=256, structured",
     "dvora_r256": "DVoRA r=256, dense",
     "structured_r64": "DVoRA r=64, structured",
-    "dvora_r64": "DVoRA r=64, dense",
     "structured_r16": "DVoRA r=16, structured",
-    "dvora_r16": "DVoRA r=16, dense",
     "randlora": "RandLoRA r=192",
     "vera_r256": "VeRA r=256",
     "magnitude": "magnitude only",
@@ -39,7 +37,6 @@ LABELS: Mapping[str, str] = {
     "structured_r64_attention": "DVoRA r=64, structured, attention",
     "structured_r64_query_value": "DVoRA r=64, structured, query and value",
     "lora_query_value_r16": "LoRA r=16, query and value",
-    "lora_query_value_r4": "LoRA r=4, query and value",
     "lora_query_value_r1": "LoRA r=1, query and value",
 }
 """Every arm that is compared; baselines and runs in other settings have their own tables."""
