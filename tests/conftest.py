@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from tests.fresh import preload
 
 # The doctor's new processes are forks of the same server.
 preload()
+
+# A shell that starts the tests in its background has Ctrl-C ignored, and commands that tests stop would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sums over several threads depend on their number, and small tensors are faster on one.
 torch.set_num_threads(1)

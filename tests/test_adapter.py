@@ -2,14 +2,12 @@
 
 import copy
 import io
-import itertools
 import re
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -28,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import dvora
 from dvora import DVoRAAdapter, SharedProjections
 from dvora.functional import Vectors
+from dvora.matrices.interface import DISTRIBUTIONS
 from tests.cases import COPIES, DIRECTIONS, DTYPES, SHARED, fresh_copy, linear, randn, train, trained_layer
 from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
@@ -53,43 +52,40 @@ def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
 # The start, inputs and numbers.
 
 
-@frozen_or_not
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @dtypes
 @given(
     sizes=st.tuples(*[st.integers(1, 20)] * 3),
+    tokens=st.sampled_from([4, 40]),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     zero_rows=st.booleans(),
     bias=st.booleans(),
     direction=st.sampled_from(DIRECTIONS),
+    distribution=st.sampled_from(DISTRIBUTIONS),
+    freeze_base_layer=st.booleans(),
 )
 def test_any_layer_is_its_base_at_the_start_bit_for_bit(
     sizes: tuple[int, int, int],
+    tokens: int,
     scale: float,
     zero_rows: bool,
     bias: bool,
-    direction: str,
+    distribution: str,
     dtype: torch.dtype,
-    freeze_base_layer: bool,
+    mode: Callable[[], Any],
+    **options: object,
 ) -> None:
     in_features, out_features, rank = sizes
     base = linear(in_features, out_features, bias=bias, dtype=dtype)
     with torch.no_grad():
         base.weight.mul_(scale)
         base.weight[:: 2 if zero_rows else out_features + 1] = 0
-    layer = new_layer(base, rank, direction=direction, freeze_base_layer=freeze_base_layer)
-    x = randn(4, in_features, seed=0, dtype=dtype)
-    assert torch.equal(layer(x), base(x))
-    assert layer(x).dtype == dtype
+    layer = new_layer(base, rank, shared=SharedProjections(3, distribution), **options)
+    x = randn(tokens, in_features, seed=0, dtype=dtype)
+    with mode():
+        assert torch.equal(layer(x), base(x))
+        assert layer(x).dtype == dtype
     assert torch.equal(layer.merge_to_original_layer().weight, base.weight)
-
-
-def test_a_half_precision_layer_is_its_base_wherever_the_base_is_finite() -> None:
-    base = linear(4096, 8, dtype=torch.float16)
-    with torch.no_grad():
-        base.weight.mul_(0.01)
-    x = 1000 * randn(4, 4096, seed=0, dtype=torch.float16)
-    assert base(x).isfinite().all()
-    assert torch.equal(new_layer(base, 64)(x), base(x))
 
 
 @given(leading=st.lists(st.integers(0, 3), max_size=4), training=st.booleans())
@@ -113,18 +109,14 @@ def test_a_wrong_width_is_refused_with_both_sizes(shape: tuple[int, ...]) -> Non
         trained_layer(IN, OUT, RANK)(torch.zeros(shape))
 
 
-def test_a_thousand_by_thousand_layer_of_rank_8_trains_2008_values() -> None:
-    layer = new_layer(nn.Linear(1000, 1000), 8)
-    assert layer.parameter_count == sum(p.numel() for p in trained(layer).values()) == 2008
-
-
-@frozen_or_not
-@bias_or_not
-def test_the_base_is_counted_and_trained_where_it_is_not_frozen(bias: bool, freeze_base_layer: bool) -> None:
-    layer = new_layer(linear(IN, OUT, bias=bias), freeze_base_layer=freeze_base_layer)
-    of_base = 0 if freeze_base_layer else 30 + (5 if bias else 0)
-    assert layer.parameter_count == sum(p.numel() for p in trained(layer).values()) == 13 + of_base
-    assert all(p.requires_grad is not freeze_base_layer for p in layer.base_layer.parameters())
+def test_what_is_trained_is_counted_and_the_base_where_it_is_not_frozen() -> None:
+    for base, freeze_base_layer, count in [
+        (nn.Linear(1000, 1000), True, 2 * 1000 + 8),
+        (nn.Linear(6, 5), False, 2 * 5 + 8 + 30 + 5),
+        (nn.Linear(6, 5, bias=False), False, 2 * 5 + 8 + 30),
+    ]:
+        layer = new_layer(base, 8, freeze_base_layer=freeze_base_layer)
+        assert layer.parameter_count == sum(p.numel() for p in trained(layer).values()) == count
 
 
 def test_the_starting_values_are_those_of_the_papers() -> None:
@@ -207,11 +199,9 @@ def test_explicit_training_equals_autograd_with_plain_sgd(
             assert parameter.grad is None
 
 
-@pytest.mark.parametrize("frozen", [s for n in (1, 2, 3) for s in itertools.combinations(NAMES, n)], ids="+".join)
 @frozen_or_not
-def test_frozen_vectors_get_no_gradients_and_the_others_theirs(
-    freeze_base_layer: bool, frozen: tuple[str, ...]
-) -> None:
+@given(frozen=st.sets(st.sampled_from(NAMES), min_size=1))
+def test_frozen_vectors_get_no_gradients_and_the_others_theirs(freeze_base_layer: bool, frozen: set[str]) -> None:
     layer = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer)
     for name in (*frozen, *([] if freeze_base_layer else ["base_layer.bias"])):
         layer.get_parameter(name).requires_grad_(False)
@@ -341,7 +331,7 @@ def test_a_refused_gradient_leaves_the_input_for_another_try() -> None:
     layer = trained_layer(IN, OUT, RANK)
     expected = by_autograd(layer)
     layer(X)
-    for shape in [(4, OUT + 1), (3, OUT), (4, 1, OUT), (4 * OUT,)]:
+    for shape in [(4, OUT + 1), (4 * OUT,)]:
         with pytest.raises(ValueError, match=r"output_gradient has shape .* the last outputs had \(4, 5\)"):
             layer.backward(torch.zeros(shape))
     with pytest.raises(TypeError, match="output_gradient must be a tensor of real numbers"):
@@ -418,13 +408,9 @@ def one_bad(value: float) -> Tensor:
     ("value", "error", "message"),
     [
         (torch.zeros(12), ValueError, r"must have shape \(13,\) for this layer, got \(12,\)"),
-        (torch.zeros(13, 1), ValueError, r"must have shape \(13,\)"),
-        (torch.zeros(()), ValueError, r"must have shape \(13,\)"),
         ([1.0] * 13, TypeError, "parameters must be a tensor of real numbers"),
-        (np.ones(13), TypeError, "parameters must be a tensor of real numbers"),
         (torch.ones(13, dtype=torch.complex64), TypeError, "parameters must be a tensor of real numbers"),
         (one_bad(float("nan")), ValueError, "parameters must be finite"),
-        (one_bad(float("inf")), ValueError, "parameters must be finite"),
         (one_bad(1e39), ValueError, r"parameters must be finite in torch\.float32"),
     ],
     ids=str,
@@ -483,13 +469,11 @@ BAD_STATES: dict[str, tuple[str, object, type[Exception], str]] = {
     },
     **{
         f"{value} in {name}": (name, value, ValueError, f"{name} has values that are not finite in torch.float32")
-        for name in NAMES
-        for value in (float("nan"), float("inf"), 1e39)
+        for name, value in (("magnitude", float("nan")), ("lambda_b", float("inf")), ("lambda_d", 1e39))
     },
     "far": ("lambda_b", 3e38, ValueError, "lambda_b has values up to 3e.38 .*go back to an earlier checkpoint"),
     "a list": ("lambda_d", [1.0, 2.0, 3.0], TypeError, "lambda_d is a list in the state dict, expected a tensor"),
     "base size": ("base_layer.weight", torch.ones(2 * OUT, IN), ValueError, "base_layer.weight"),
-    "bias size": ("base_layer.bias", torch.ones(2 * OUT), ValueError, "base_layer.bias"),
     "NaN in the base": ("base_layer.weight", float("nan"), ValueError, r"base_layer\.weight: 1 of 5 rows"),
     "too large a base": ("base_layer.weight", 3e38, ValueError, r"base_layer\.weight: 1 of 5 rows .* no finite norm"),
     "missing": ("lambda_d", None, RuntimeError, r"Missing key.*lambda_d"),
@@ -587,36 +571,27 @@ def plain() -> nn.Linear:
     return linear(IN, OUT)
 
 
-QCONFIG = torch.ao.quantization.get_default_qat_qconfig()
 REFUSED: list[tuple[Callable[[], object], dict[str, object], type[Exception], str]] = [
-    *((plain, {"rank": rank}, ValueError, f"rank must be a positive integer, got {rank}") for rank in (0, -1)),
-    *((plain, {"rank": rank}, TypeError, "rank must be a positive integer") for rank in (2.0, "2", None, True)),
+    (plain, {"rank": 0}, ValueError, "rank must be a positive integer, got 0"),
+    *((plain, {"rank": rank}, TypeError, "rank must be a positive integer") for rank in (2.0, True)),
     (plain, {"rank": 2**16 + 1}, ValueError, "rank must be at most 65536"),
     *(
         (plain, {"alpha": alpha}, ValueError, f"alpha must be finite and positive.* got {re.escape(str(alpha))}")
-        for alpha in (0, -1, float("nan"), float("inf"), 1e39)
+        for alpha in (0, float("nan"), 1e39)
     ),
-    *((plain, {"alpha": alpha}, TypeError, "alpha must be a positive number or None") for alpha in ("1", True)),
-    *(
-        (plain, {"direction": direction}, ValueError, f"unknown direction {direction!r}, expected one of unit, weight")
-        for direction in ("column", None, "Unit")
-    ),
+    (plain, {"alpha": "1"}, TypeError, "alpha must be a positive number or None"),
+    (plain, {"direction": "Unit"}, ValueError, "unknown direction 'Unit', expected one of unit, weight"),
     (plain, {"d_initial": float("nan")}, ValueError, "d_initial must be finite"),
     (plain, {"d_initial": "1"}, TypeError, "d_initial must be a number"),
-    (plain, {"alpha": -1, "freeze_base_layer": False}, ValueError, "alpha"),
     (lambda: nn.Conv2d(3, 4, 2), {}, TypeError, r"type Conv2d is not supported; supported: torch\.nn\.Linear"),
-    (lambda: nn.Embedding(4, 3), {}, TypeError, "type Embedding is not supported"),
-    (lambda: nn.Identity(), {"shared": None}, TypeError, "type Identity is not supported"),
     (with_lora, {}, TypeError, r"is not supported; supported: torch\.nn\.Linear"),
     (lambda: torch.zeros(3, 3), {}, TypeError, "type Tensor is not supported"),
     (lambda: nn.LazyLinear(OUT), {}, ValueError, "uninitialized"),
     (lambda: FakeQuantised(IN, OUT), {}, TypeError, r"its forward is not that of torch\.nn\.Linear.*through PEFT"),
-    (lambda: torch.ao.nn.qat.Linear(IN, OUT, qconfig=QCONFIG), {}, TypeError, "its forward is not that"),
     (replaced_forward, {}, TypeError, "its forward is not that"),
     (new_layer, {}, TypeError, "already carries a DVoRA adapter"),
     (lambda: nn.Linear(IN, OUT, device="meta"), {}, ValueError, r"Linear\(6, 5\): the base weight is on the meta"),
     (lambda: with_values("weight", float("nan")), {}, ValueError, r"Linear\(6, 5\): 2 of 5 rows .* no finite norm"),
-    (lambda: with_values("weight", 3e38), {}, ValueError, r"2 of 5 rows .* overflow"),
     (lambda: with_values("bias", float("inf")), {}, ValueError, "Linear: 2 of 5 values of the bias are not finite"),
     (plain, {"shared": None}, ValueError, r"dvora\.initialize_shared_matrices\(input_size=6, output_size=5, rank=3\)"),
 ]
@@ -643,15 +618,6 @@ def test_what_cannot_be_adapted_is_refused_and_stays_as_it_was(
     with pytest.raises(error, match=message):
         DVoRAAdapter(base, **{"rank": RANK, "shared": SHARED, **options})
     assert snapshot(base) == before
-
-
-@pytest.mark.parametrize("sizes", [(0, 5), (6, 0)])
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_layer_without_values_is_refused(sizes: tuple[int, int]) -> None:
-    with pytest.raises(
-        ValueError, match=rf"Linear\({sizes[0]}, {sizes[1]}\): .* nothing to adapt; leave the layer out"
-    ):
-        new_layer(nn.Linear(*sizes))
 
 
 def test_a_wrapper_that_says_what_it_wraps_is_no_other_forward() -> None:
@@ -693,12 +659,8 @@ def test_layers_use_the_matrices_of_the_seed_and_keep_them(seed: int | None, nam
     ("wrong", "error", "message"),
     [
         ({"input_size": 0}, ValueError, "input_size must be a positive integer, got 0"),
-        ({"output_size": -2}, ValueError, "output_size must be a positive integer, got -2"),
-        ({"input_size": 2.0}, TypeError, "input_size must be a positive integer, got 2.0 of type float"),
         ({"output_size": True}, TypeError, "output_size must be a positive integer, got True of type bool"),
         ({"rank": 0}, ValueError, "rank must be a positive integer, got 0"),
-        ({"rank": "8"}, TypeError, "rank must be a positive integer, got '8'"),
-        ({"seed": -1}, ValueError, "seed must lie in"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
     ],
     ids=str,
@@ -754,53 +716,6 @@ def test_diagnostics_count_rows_near_cancellation_and_show_no_change_at_the_star
     assert layer.diagnostics()["near_cancellation_share"] == 0.25
 
 
-# PEFT's DoRA as an independent oracle: any DVoRA adapter is one of its adapters, written out.
-
-
-def beta(layer: DVoRAAdapter) -> Tensor:
-    scale = layer.base_layer.weight.norm(dim=1) if layer.adapted.direction == "unit" else 1.0
-    return (scale * layer.lambda_b * layer.alpha / layer.rank).detach()
-
-
-def peft_dora(layer: DVoRAAdapter) -> nn.Module:
-    """lora_A = diag(lambda_d) A, lora_B = diag(beta) B, scaling one."""
-    base, shared = layer.base_layer, layer.shared
-    copied = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
-    copied.load_state_dict(base.state_dict())
-    config = LoraConfig(r=layer.rank, lora_alpha=layer.rank, use_dora=True, target_modules=["0"])
-    dora = get_peft_model(nn.Sequential(copied), config).base_model.model[0]
-    with torch.no_grad():
-        dora.lora_A["default"].weight.copy_(layer.lambda_d[:, None] * shared.A(layer.rank, base.in_features))
-        dora.lora_B["default"].weight.copy_(beta(layer)[:, None] * shared.B(layer.rank, base.out_features))
-        dora.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
-    return dora
-
-
-@directions
-@bias_or_not
-@pytest.mark.parametrize("tokens", [4, 40])
-def test_outputs_gradients_and_merge_agree_with_pefts_dora(tokens: int, bias: bool, direction: str) -> None:
-    # PEFT's DoRA detaches the norm, as section 4.3 of its paper proposes.
-    layer = trained_layer(30, 20, RANK, bias=bias, direction=direction, detach_norm=True, alpha=4)
-    dora, d = peft_dora(layer), randn(3, tokens, 20, seed=9)
-    x, theirs_x = (randn(3, tokens, 30, seed=8).requires_grad_() for _ in range(2))
-    y, expected = layer(x), dora(theirs_x)
-    y.backward(d)
-    expected.backward(d)
-    by_row_of_A = (dora.lora_A["default"].weight.grad * layer.shared.A(RANK, 30)).sum(1)
-    by_row_of_B = (dora.lora_B["default"].weight.grad * layer.shared.B(RANK, 20)).sum(1)
-    for ours, theirs in [
-        (y, expected),
-        (x.grad, theirs_x.grad),
-        (layer.magnitude.grad, dora.lora_magnitude_vector["default"].weight.grad),
-        (layer.lambda_b.grad, beta(layer) / layer.lambda_b.detach() * by_row_of_B),
-        (layer.lambda_d.grad, by_row_of_A),
-    ]:
-        assert worst_error(ours, theirs.double()) < 5e-6
-    dora.merge()
-    assert worst_error(layer.merge_to_original_layer().weight, dora.base_layer.weight.double()) < 1e-6
-
-
 # No product of the weight's size once the constants exist, but for the folded weight.
 
 
@@ -812,26 +727,18 @@ def largest_made(step: Callable[[], object]) -> int:
     return census.largest() // 4
 
 
-def step(layer: nn.Module, dtype: torch.dtype, tokens: int) -> None:
-    x = randn(tokens, 50, seed=0, dtype=dtype).requires_grad_()
-    layer(x).square().sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=1e-6).step()
-
-
 @directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("detach_norm", [False, True])
-def test_a_thin_step_makes_nothing_dense(detach_norm: bool, dtype: torch.dtype, direction: str) -> None:
-    layer = trained_layer(50, 60, 4, dtype=dtype, direction=direction, detach_norm=detach_norm)
-    assert largest_made(lambda: step(layer, dtype, 8)) < 50 * 60 // 2
-    x = randn(8, 50, seed=0, dtype=dtype)
-    with torch.no_grad():
-        assert largest_made(lambda: (layer(x), layer.diagnostics())) < 50 * 60 // 2
+def test_a_thin_step_makes_nothing_dense(dtype: torch.dtype, direction: str) -> None:
+    layer = trained_layer(50, 60, 4, dtype=dtype, direction=direction)
+    x = randn(8, 50, seed=0, dtype=dtype).requires_grad_()
 
+    def step() -> None:
+        layer(x).square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=1e-6).step()
+        layer.diagnostics()
 
-def test_the_dense_method_and_a_merge_make_the_whole_weight() -> None:
-    layer = trained_layer(50, 60, 4)
-    assert largest_made(lambda: step(DenseDVoRA.of(layer), torch.float64, 8)) >= 50 * 60
+    assert largest_made(step) < 50 * 60 // 2
     assert largest_made(layer.merge_to_original_layer) >= 50 * 60
 
 
@@ -891,12 +798,9 @@ WAYS: dict[str, Callable[[DVoRAAdapter, Tensor], Tensor]] = {
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tokens", [4, 20])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @frozen_or_not
-def test_a_transformed_layer_equals_the_layer(freeze_base_layer: bool, training: bool, tokens: int, way: str) -> None:
-    layer = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer).train(training)
-    x = randn(tokens, IN, seed=0)
+def test_a_transformed_layer_equals_the_layer(freeze_base_layer: bool, way: str) -> None:
+    layer, x = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer), randn(20, IN, seed=0)
     expected = layer(x)
     torch.testing.assert_close(WAYS[way](layer, x), expected, rtol=1e-5, atol=1e-5)
     layer.reset_state()
@@ -906,9 +810,8 @@ def test_a_transformed_layer_equals_the_layer(freeze_base_layer: bool, training:
 
 
 @frozen_or_not
-@pytest.mark.parametrize("tokens", [4, 20])
-def test_gradients_by_func_equal_autograd_and_those_of_each_sample_add_up(tokens: int, freeze_base_layer: bool) -> None:
-    layer, x = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer), randn(tokens, IN, seed=0)
+def test_gradients_by_func_equal_autograd_and_those_of_each_sample_add_up(freeze_base_layer: bool) -> None:
+    layer, x = trained_layer(IN, OUT, RANK, freeze_base_layer=freeze_base_layer), X
     values = {name: p.detach() for name, p in trained(layer).items()}
     expected = torch.autograd.grad(layer(x).square().sum(), list(trained(layer).values()))
 

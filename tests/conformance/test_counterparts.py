@@ -1,9 +1,9 @@
 """LoRA's and VeRA's cases, translated to DVoRA."""
 
 import pytest
-from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig
+from peft import LoraConfig, VeraConfig
 
-from conformance.counterparts import METHODS, InPlaceOfLora, NoCounterpartError, counterpart, mentions, options
+from conformance.counterparts import NoCounterpartError, counterpart, options
 from dvora import DVoRAConfig
 
 
@@ -32,16 +32,3 @@ def test_rows_of_cases() -> None:
     assert counterpart(LoraConfig) is DVoRAConfig
     config = counterpart(LoraConfig(target_modules=["lin0"], init_lora_weights=False))
     assert (config.r, config.alpha, config.target_modules, config.init_weights) == (8, 8, {"lin0"}, False)
-
-
-def test_a_config_in_place_of_lora_is_an_ordinary_one() -> None:
-    config = InPlaceOfLora(target_modules=["lin0"], r=4, use_dora=True)
-    assert type(config) is DVoRAConfig
-    assert (config.r, config.alpha) == (4, 8)
-
-
-def test_other_methods_are_not_mentioned() -> None:
-    assert mentions(METHODS, ("MLP", LoraConfig, {}))
-    assert mentions(METHODS, VeraConfig())
-    assert not mentions(METHODS, ("MLP", IA3Config, {}))
-    assert not mentions(METHODS, AdaLoraConfig)

@@ -33,13 +33,6 @@ MANY = ManyAdapters(
 )
 
 
-def test_compare_counts() -> None:
-    scores = comparison()
-    assert (scores.majority.correct, scores.frozen.correct, scores.dvora.correct) == (2, 2, 3)
-    assert (scores.only_dvora, scores.only_frozen) == (2, 1)
-    assert (scores.frozen.trained_parameters, scores.dvora.trained_parameters) == (6, 60)
-
-
 def test_the_report_has_every_number() -> None:
     console = Console(width=200, record=True, quiet=False)
     with console.capture() as printed:
@@ -66,12 +59,6 @@ def test_the_file_can_be_read_back(tmp_path: Path) -> None:
     assert content["scores"]["dvora"]["accuracy"] == 0.75
     assert content["settings"]["batch"] == 32
     assert content["many_adapters"]["rows"] == 64
-
-
-def test_the_last_lines_compare_many_adapters_with_one() -> None:
-    text = " ".join(MANY.lines())
-    for number in ("64 sentences", "2.00 times", "2.10 times", "1e-06", "206 kB"):
-        assert number in text, number
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

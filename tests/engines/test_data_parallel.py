@@ -60,67 +60,15 @@ def trained_in_parallel() -> dict[str, tuple[list[float], dict[str, np.ndarray]]
     return found
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_train_what_one_does(processes: int) -> None:
-    found = run(trained_in_parallel, processes)
+def test_two_processes_train_what_one_does() -> None:
+    found = run(trained_in_parallel, 2)
     for case, (settings, _) in CASES.items():
         one, start = adapted(**settings), vectors(adapted(**settings))
         losses = train(one)
         for step, loss in enumerate(losses):
-            assert sum(rank[case][0][step] for rank in found) / processes == pytest.approx(loss, rel=1e-5)
+            assert sum(rank[case][0][step] for rank in found) / 2 == pytest.approx(loss, rel=1e-5)
         for name, vector in vectors(one).items():
             moved = (vector - start[name]).abs().max()
             first = found[0][case][1][name]
             assert (torch.from_numpy(first) - vector).abs().max() < 1e-4 * moved, (case, name)
             assert all((rank[case][1][name] == first).all() for rank in found), (case, name)
-
-
-def fails_on_the_second_rank() -> None:
-    if dist.get_rank() == 1:
-        raise ValueError("not here")
-    dist.barrier()
-
-
-def test_a_rank_that_fails_leaves_no_process_waiting() -> None:
-    with pytest.raises(RuntimeError, match=r"rank \d: "):
-        run(fails_on_the_second_rank, 2)
-
-
-class Detour(nn.Module):
-    """Two linear layers, of which a pass takes one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken, self.left = nn.Linear(6, 5), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.taken(x)
-
-
-def trained_with_a_layer_left_out() -> tuple[str, bool]:
-    """DDP's error in the second step without `find_unused_parameters`, and whether training works with it."""
-    x = torch.ones(2, 6)
-    unaware, aware = (
-        DistributedDataParallel(
-            get_peft_model(Detour(), DVoRAConfig(r=3, target_modules=["taken", "left"])),
-            find_unused_parameters=find_unused_parameters,
-        )
-        for find_unused_parameters in (False, True)
-    )
-    start = vectors(aware)
-    for _ in range(2):
-        aware(x).sum().backward()
-    torch.optim.SGD(aware.parameters(), lr=0.1).step()
-    moved = {name for name, vector in vectors(aware).items() if not torch.equal(vector, start[name])}
-    try:
-        for _ in range(2):
-            unaware(x).sum().backward()
-    except RuntimeError as error:
-        return str(error), all(".taken." in name for name in moved) and bool(moved)
-    return "nothing", False
-
-
-def test_a_layer_that_is_never_called_is_named_as_ddp_names_it() -> None:
-    for message, trained in run(trained_with_a_layer_left_out, 2):
-        assert "find_unused_parameters=True" in message
-        assert trained

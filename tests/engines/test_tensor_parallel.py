@@ -61,7 +61,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("sharded first", {}),
     ("sharded first", {"projection_init": "structured"}),
     ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS}),
-    # B is then a stack, and parts of 12 outputs split the blocks of its structured rows.
+    # B is then a stack.
     ("sharded first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
     ("adapted first", {"detach_norm": True}),
     ("sharded by transformers", {}),
@@ -87,15 +87,14 @@ def trained_in_parts(folder: Path) -> list[tuple[list[float], dict[str, np.ndarr
     return found
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_divide_the_weights_train_what_one_does(processes: int, tmp_path: Path) -> None:
+def test_processes_that_divide_the_weights_train_what_one_does(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
-    found = run(trained_in_parts, processes, tmp_path)
+    found = run(trained_in_parts, 2, tmp_path)
     for case, (_, settings) in enumerate(CASES):
         one = adapted(llama(), **settings)
         losses = train(one)
         start = vectors(adapted(llama(), **settings))
-        for rank in range(processes):
+        for rank in range(2):
             in_parts, trained = found[rank][case]
             assert in_parts == pytest.approx(losses, rel=1e-5)
             for name, vector in vectors(one).items():
@@ -233,11 +232,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "dropout": (lambda: sharded(dvora_dropout=0.1)(input_ids=batch(0)), "set dvora_dropout=0"),
     "a trained base": (trained_base, "cannot be trained"),
     "merge": (lambda: sharded().merge_and_unload(), "merge there"),
-    "merge for a while": (lambda: sharded().merge_adapter(), "merge there"),
-    "dense update": (
-        lambda: sharded().base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default"),
-        "merge there",
-    ),
 }
 
 

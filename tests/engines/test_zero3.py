@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from dvora import DVoRAConfig
-from dvora.training import AdapterSettings
 from tests.engines import zero3
 from tests.engines.processes import refusal, run
 from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
@@ -25,26 +24,24 @@ from tests.peft.tiny import LAYERS, MODELS, dvora_layers, train_vectors
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (pip install deepspeed)", allow_module_level=True)
 
-CASES: dict[str, tuple[dict[str, object], dict[str, object], bool | None]] = {
-    "every parameter is freed": ({}, {}, None),
-    "small ones are kept": ({}, {"stage3_param_persistence_threshold": 100_000}, None),
-    "structured": ({"projection_init": "structured"}, {}, None),
-    "embedding": ({"target_modules": ["embed_tokens", "q_proj"], "direction": "weight"}, {}, None),
-    "checkpointed": ({}, {}, False),
-    "checkpointed, reentrant": ({}, {}, True),
+CASES: dict[str, tuple[dict[str, object], dict[str, object], bool]] = {
+    "every parameter is freed": ({}, {}, False),
+    "small ones are kept": ({}, {"stage3_param_persistence_threshold": 100_000}, False),
+    "embedding": ({"target_modules": ["embed_tokens", "q_proj"], "direction": "weight"}, {}, False),
+    "checkpointed": ({}, {}, True),
 }
-"""Settings of the adapter, those of ZeRO-3, and whether activation checkpointing is reentrant (None: not used)."""
+"""Settings of the adapter, those of ZeRO-3, and whether activations are checkpointed."""
 
 
 def trained() -> dict[str, dict[str, Any]]:
     return {name: trained_in_parts(*case) for name, case in CASES.items()}
 
 
-def trained_in_parts(settings: dict[str, object], zero: dict[str, object], reentrant: bool | None) -> dict[str, Any]:
+def trained_in_parts(settings: dict[str, object], zero: dict[str, object], checkpointed: bool) -> dict[str, Any]:
     model = adapted(**settings)
-    if reentrant is not None:
+    if checkpointed:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable()
         model.train()
     engine = zero3.engine(model, **zero)
     layers = [layer for _, layer in dvora_layers(model)]
@@ -80,9 +77,8 @@ def test_processes_with_parts_train_what_one_does(case: str, found: list[dict[st
             assert (torch.from_numpy(rank["vectors"][name]) - vector).abs().max() < 1e-4 * moved, name
 
 
-CALLED = ["Linear, weight_norm", "transformers Conv1D", "Conv2d, groups, reflect", "Embedding, scaled"]
-CALLED += ["embedding and lm_head, tied", "Linear, magnitude only"]
-READ = ["MultiheadAttention", "experts (E, out, in)", "transformers Mixtral experts"]
+CALLED = ["Linear, weight_norm", "Conv2d, groups, reflect", "embedding and lm_head, tied", "Linear, magnitude only"]
+READ = ["MultiheadAttention", "experts (E, out, in)"]
 
 
 def every_way_to_hold_a_weight() -> dict[str, tuple[float, float] | str]:
@@ -174,30 +170,3 @@ def test_a_base_in_parts_is_adapted_merged_and_saved(tmp_path: Path) -> None:
     assert not list((tmp_path / "wrong").glob("*.safetensors"))
     loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "adapter").eval()
     np.testing.assert_array_equal(outputs(loaded), first["outputs"])
-
-
-def interrupted(folder: str, others: list[dict[str, object]]) -> dict[str, Any]:
-    """Losses of a whole run and of the rest of one from its checkpoint, and what is said to other adapters."""
-    model = adapted()
-    engine = zero3.engine(model)
-    whole = zero3.train(engine, 0, 3)
-    engine.save_checkpoint(folder, client_state=AdapterSettings(model).state_dict())
-    whole += zero3.train(engine, 3, STEPS)
-    said = [refusal(lambda other=other: load(folder, **other)) for other in others]
-    return {"whole": whole, "rest": zero3.train(load(folder), 3, STEPS), "said": said}
-
-
-def load(folder: str, **settings: object) -> Any:
-    model = adapted(**settings)
-    engine = zero3.engine(model)
-    _, client_state = engine.load_checkpoint(folder)
-    AdapterSettings(model).load_state_dict(client_state)
-    return engine
-
-
-def test_a_run_goes_on_from_its_checkpoint_and_from_no_other(tmp_path: Path) -> None:
-    for rank in run(interrupted, 2, str(tmp_path), [{"projection_seed": 5}, {"r": 5}]):
-        assert rank["rest"] == rank["whole"][3:]
-        for said, difference in zip(rank["said"], ("projections=", "rank=5"), strict=True):
-            assert "the checkpoint is of other adapters" in said
-            assert difference in said

@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.examples import rows
-from benchmarks.examples.__main__ import main, run_all
+from benchmarks.examples.__main__ import run_all
 from benchmarks.examples.catalogue import CATALOGUE, Example
-from benchmarks.examples.rows import read_report
-from benchmarks.examples.table import describe_metrics
-from benchmarks.examples.table import examples as table
 from examples.checks import report
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
@@ -103,15 +100,6 @@ def test_without_its_packages_an_example_is_not_started(root: Path) -> None:
     assert (row["outcome"], row["reason"]) == ("not installed", "install no-such-package")
 
 
-def test_what_is_not_installed_here_does_not_hide_what_was_found_before(root: Path) -> None:
-    file = root / "examples.json"
-    run_all([made(root, "one", REPORTS)], [made(root, "one", REPORTS)], file)
-    before = saved_rows(file)
-    absent = made(root, "one", REPORTS, needs=("no-such-package",))
-    run_all([absent], [absent], file)
-    assert saved_rows(file) == before
-
-
 def test_a_run_of_some_keeps_the_rows_of_the_others(root: Path) -> None:
     first, second, gone = made(root, "first", REPORTS), made(root, "second", FAILS), made(root, "gone", REPORTS)
     file = root / "examples.json"
@@ -125,12 +113,6 @@ def test_a_run_of_some_keeps_the_rows_of_the_others(root: Path) -> None:
     assert after["second"]["outcome"] == "works"
 
 
-def test_a_name_that_is_unknown_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["no_such_example"])
-    assert "there is no example 'no_such_example'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "result",
     [{}, {"works": "yes"}, {"works": False}, {"works": False, "outcome": "failed", "reason": "it broke"}],
@@ -138,32 +120,3 @@ def test_a_name_that_is_unknown_is_an_error(capsys: pytest.CaptureFixture[str]) 
 def test_a_report_that_is_not_one_is_refused(result: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"works|outcome"):
         report(result)
-
-
-def test_a_report_is_found_among_other_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    report({"figures": {"steps": 3}, "works": True})
-    printed = capsys.readouterr().out
-    assert read_report(f"step 1\n{printed}goodbye\n") == {"works": True, "figures": {"steps": 3}}
-    assert read_report("step 1\n") is None
-
-
-def test_figures_in_words() -> None:
-    metrics = {"loss": [0.69314, 0.5], "trained_values": 51458, "adapter_bytes": 221_000, "base_bytes": 90_900_000}
-    assert describe_metrics(metrics) == "loss 0.693 to 0.5, trained parameters 51,458, adapter 221 kB, base 90.9 MB"
-    assert describe_metrics({"bits_equal": True, "engine": "gloo"}) == "bits equal yes, engine gloo"
-
-
-def test_the_table_has_a_row_for_each() -> None:
-    row = {"name": "one", "trainer": "TRL", "shows": "a loss", "versions": {"trl": "1.0"}, "seconds": 1.0}
-    result = {
-        "environment": {"torch": "2.13.0", "peft": "0.21.2", "transformers": "5.24.0"},
-        "rows": [
-            {**row, "outcome": "works", "figures": {"loss": [2.0, 1.0]}},
-            {**row, "name": "two", "outcome": "refused", "reason": "a\nb | c", "figures": {}},
-        ],
-    }
-    text = table(result)
-    assert "1 of 2 examples work" in text
-    assert "| TRL (trl 1.0) | yes | `examples/one.py` | a loss | loss 2 to 1 |" in text
-    assert r"| TRL (trl 1.0) | refused: a b \| c | `examples/two.py` | a loss |  |" in text
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.speakers import ARMS, differences, table
+from benchmarks.speakers import ARMS
 from examples.speakers import ALL, BASE, BOTH, EACH, QUICK, run
 from examples.spoken_lines import ROWS, TOKENS, spoken_lines
 from materials.fetch import cache_folder
@@ -36,25 +36,3 @@ def test_every_arm_learns() -> None:
     for arm in (ALL, EACH, BOTH):
         assert all(trained < base for trained, base in zip(losses[arm], losses[BASE], strict=True))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_table_pairs_speakers() -> None:
-    rows = [
-        {
-            "seed": seed,
-            "speaker": speaker,
-            BASE: 5.0 + own,
-            ALL: 4.0 + own,
-            EACH: 4.0 + own,
-            BOTH: 3.5 + own - seed / 10,
-        }
-        for seed in (0, 1)
-        for own, speaker in enumerate(("Iago", "Puck", "Bottom"))
-    ]
-    setting = {"steps": 10, "batch": 4}
-    result = {"rows": rows, "setting": setting, "processor_seconds": {"0": 60}, "environment": {"torch": "2"}}
-    assert differences(result, BOTH) == pytest.approx(dict.fromkeys(("Iago", "Puck", "Bottom"), 0.55))
-    shown = table(result)
-    assert "3 speakers, 10 steps of 4 rows for every arm, 2 seeds" in shown
-    assert f"| {BOTH} | 4.450 (1.966 to 6.934) | +0.550 (+0.550 to +0.550) | 3 of 3 |" in shown
-    assert f"| {EACH} | 5.000 (2.516 to 7.484) | +0.000 (+0.000 to +0.000) | 0 of 3 |" in shown

@@ -21,14 +21,6 @@ def test_advice_is_one_line_that_names_the_extra() -> None:
             expect_advice(output, "cli")
 
 
-def test_a_missing_python_is_named_in_the_error() -> None:
-    with (
-        pytest.raises(InstallationError, match="there is no Python 'no-such-python'"),
-        empty_environment("no-such-python"),
-    ):
-        pass
-
-
 def test_a_command_that_fails_shows_its_end() -> None:
     with empty_environment(sys.executable) as environment:
         folder = environment.folder

@@ -15,10 +15,6 @@ Requires-Dist: transformers>=5.0; extra == 'cli'
 """
 
 
-def test_lower_bounds_are_those_of_the_extra() -> None:
-    assert lower_bounds(METADATA, "peft") == ["torch==2.8", "transformers==4.50"]
-
-
 def test_the_highest_of_several_bounds_counts() -> None:
     assert lower_bounds(METADATA, "cli") == ["rich==13.8", "torch==2.8", "transformers==5.0"]
 

@@ -40,14 +40,6 @@ def test_every_class_has_rows_and_no_text_comes_twice(loader: Callable[[], TextT
     assert min(counts.values()) >= 30
 
 
-def test_a_town_is_in_one_country() -> None:
-    task = many_classes.countries()
-    home = dict(zip(task.train.texts, task.train.labels.tolist(), strict=True))
-    names = {name: task.classes[label] for name, label in home.items()}
-    assert not {"Springfield", "Victoria", "San José"} & set(names)
-    assert max(Counter(home.values()).values()) <= many_classes.PLACES_OF_A_COUNTRY
-
-
 def test_definitions_do_not_name_their_field() -> None:
     task = loaded(many_classes.webster_fields)
     marks = re.compile("|".join(re.escape(f"({name})") for name in many_classes.FIELDS))

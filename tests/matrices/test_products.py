@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dvora.matrices import base, structured
 from dvora.matrices.interface import DISTRIBUTIONS, Matrices, Shard, SharedProjections
 from tests.cases import DTYPES, randn
+from tests.census import Census
 from tests.checked import checked
 from tests.matrices import naive
 from tests.matrices.naive import VERA
@@ -152,16 +153,6 @@ def squares_and_gradient(A: Tensor, B: Tensor, lambda_d: Tensor, d_q: Tensor) ->
     return squares.detach(), *torch.autograd.grad(squares, lambda_d, d_q)
 
 
-@every_kind
-@pytest.mark.parametrize("sizes", [(16, 64, 64), (64, 1024, 768), (300, 128, 100), (7, 97, 33)], ids=str)
-def test_a_layer_has_the_same_squares_alone_as_with_others(kind: str, sizes: tuple[int, int, int]) -> None:
-    ours, (rank, in_features, out_features) = SharedProjections(SEED, kind).impl, sizes
-    lambda_d = randn(5, rank, seed=0)
-    together = ours.squares(lambda_d, in_features, out_features)
-    for layer, squares in zip(lambda_d, together, strict=True):
-        assert torch.equal(ours.squares(layer, in_features, out_features), squares)
-
-
 def differentiable(kind: str, rank: int = 5) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     """All that has derivatives, on inputs in float64: 6 inputs, 4 outputs, two tokens."""
     ours = SharedProjections(SEED, kind).impl
@@ -191,43 +182,12 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationW
 @every_kind
 @pytest.mark.parametrize("rank", [5, 9])
 @pytest.mark.usefixtures("limit")
-def test_derivatives_of_first_and_second_order(kind: str, rank: int) -> None:
+def test_derivatives_of_first_and_second_order_and_vmap(kind: str, rank: int) -> None:
     for function, inputs in differentiable(kind, rank).values():
+        torch.testing.assert_close(torch.vmap(function)(*inputs), function(*inputs), rtol=1e-7, atol=1e-8)
         inputs = tuple(x.requires_grad_() for x in inputs)
         assert gradcheck(function, inputs, check_forward_ad=True)
         assert gradgradcheck(function, inputs)
-
-
-@forward_mode
-@every_kind
-@pytest.mark.parametrize("transform", ["compile", "export", "vmap", "jvp"])
-@pytest.mark.usefixtures("limit", "compiler")
-def test_what_pytorch_transforms_gives_the_same(kind: str, transform: str) -> None:
-    for name, (function, inputs) in differentiable(kind).items():
-        expected = function(*inputs)
-        if transform == "compile":
-            found = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
-        elif transform == "export":
-            found = torch.export.export(_Module(function), inputs, strict=False).module()(*inputs)
-        elif transform == "vmap":
-            found = torch.vmap(function)(*inputs)
-        else:
-            # Of a linear function it is the function; of the others, a difference quotient.
-            _, found = torch.func.jvp(function, inputs, inputs)
-            longer, shorter = (function(*((1 + step) * x for x in inputs)) for step in (1e-5, -1e-5))
-            expected = (longer - shorter) / 2e-5
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8, msg=name)
-
-
-class _Module(torch.nn.Module):
-    """A function, for export."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
 
 
 @every_kind
@@ -387,14 +347,14 @@ def test_small_and_prime_structured_matrices_are_multiplied_by_their_values(rank
     assert [isinstance(constant, Tensor) for constant in constants] == [dense, dense]
 
 
-def test_squares_of_many_layers_need_no_more_memory_than_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, largest = SharedProjections(SEED).impl, []
-    half_gradients = ours._half_gradients
-    monkeypatch.setattr(
-        ours, "_half_gradients", lambda *sizes: largest.append((half := half_gradients(*sizes)).numel()) or half
-    )
+@every_kind
+def test_squares_of_many_layers_need_no_more_memory_than_those_of_some(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base, "_AT_ONCE", 2**14)
-    lambda_d, d_q = torch.ones(40, 16), torch.ones(40, 64)
-    ours.squares(lambda_d, 16, 64)
-    ours.squares_gradient(d_q, lambda_d, 16)
-    assert max(largest) <= 2**14 < 40 * 16 * 64
+    ours, lambda_d, d_q = SharedProjections(SEED, kind).impl, torch.ones(40, 16), torch.ones(40, 64)
+    ours.reserve(16, 16, 64, torch.float32)
+    with Census() as census:
+        ours.squares(lambda_d, 16, 64)
+        ours.squares_gradient(d_q, lambda_d, 16)
+    assert census.largest() <= 4 * 2**14

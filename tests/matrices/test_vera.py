@@ -37,13 +37,6 @@ def test_the_fingerprint_is_of_all_values_and_sizes() -> None:
     assert shared().fingerprint() == shared().fingerprint()
 
 
-def test_the_global_generator_is_left_alone() -> None:
-    before = torch.random.get_rng_state()
-    shared().reserve(6, 40, 33)
-    shared().fingerprint()
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 @pytest.mark.parametrize(("rank", "inputs", "outputs"), [(7, 40, 33), (6, 41, 33), (6, 40, 34)])
 def test_nothing_larger_is_made_up(rank: int, inputs: int, outputs: int) -> None:
     with pytest.raises(ValueError, match="has matrices of rank 6 for at most"):

@@ -122,7 +122,7 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
         ({}, {"head": HEAD_RATE}),
         ({"method": "full"}, {"head": HEAD_RATE}),
         ({"learning_rates": {"head": 0.5, "magnitude": 0.1}}, {"head": 0.5, "magnitude": 0.1}),
-        ({"learning_rate": 0.01}, {}),
+        ({"learning_rate": 0.01}, {"head": HEAD_RATE}),
         ({"method": "head"}, {}),
         ({"task": "causal-lm"}, {}),
     ],

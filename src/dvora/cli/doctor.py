@@ -51,8 +51,8 @@ def doctor_command(
     """
     with one_line(debug), wrong_input():
         check_adapter(folder)
-        from ..recipes.models.hub import Trust
         from ..recipes.reports.examination import examine_folder
+        from ..recipes.settings import Trust
 
         found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
         shown = Output(as_json, quiet)

@@ -39,8 +39,8 @@ def report_command(
         check_page(page)
         check_adapter(run)
         from ..recipes.files import typed
-        from ..recipes.models.hub import Trust
         from ..recipes.reports.run_page import write_page
+        from ..recipes.settings import Trust
 
         write_page(run, page if output is None else typed(output), against, rows, doctor, Trust(own_code, download))
         shown = Output(as_json, quiet)

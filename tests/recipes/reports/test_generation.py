@@ -14,8 +14,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from dvora.recipes.models.bases import quiet_transformers
+from dvora.recipes.models.trained import as_run
 from dvora.recipes.reports.generation import Continuation, Generator, Sampling, text_after
-from dvora.recipes.run_folder import Run, as_run
+from dvora.recipes.run_folder import Run
 from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
 

@@ -18,8 +18,9 @@ from ...whole_files import check_new_folder, new_folder
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import base_class, load_adapted, of_base
 from ..models.architectures import config_of, load_base, quietly
-from ..models.hub import NOTHING, Trust, offline
+from ..models.hub import offline
 from ..models.inputs import difference, example_output
+from ..settings import NOTHING, Trust
 from . import DTYPES
 
 COMPANIONS = (

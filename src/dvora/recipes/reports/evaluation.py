@@ -14,7 +14,8 @@ from torch import Tensor
 from ..data.new_files import labelled_examples
 from ..data.run_data import Data, fingerprints, load_data, size_of
 from ..models.bases import quiet_transformers
-from ..run_folder import HEAD_ALONE, Run, load_trained
+from ..models.trained import load_trained
+from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
 from ..tasks.head_alone import HeadAlone, frozen_features, head_metrics, read_head_alone
 from ..tasks.task import Task, Truncation, features, longest, task_parts
@@ -66,8 +67,9 @@ def evaluate_run(
     examples = labelled_examples(files, run, columns or {})
     own = _data_if_unchanged(run)
     known = {*own.train_keys} if own else ()
-    seen = sum(key in known for key in examples.keys) if own else None
-    return _evaluation("files", examples.rows, _guess(run, own, examples.rows), run, with_base, seen)
+    seen = sum(example.key in known for example in examples) if own else None
+    rows = [example.row for example in examples]
+    return _evaluation("files", rows, _guess(run, own, rows), run, with_base, seen)
 
 
 def head_alone_of(run: Run) -> HeadAlone | None:

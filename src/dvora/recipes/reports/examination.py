@@ -8,9 +8,11 @@ from ...tools.doctor import Examination, examine
 from ..data.new_files import labelled_examples
 from ..models.adapter_folder import read_adapter
 from ..models.adapters import load_adapted
-from ..models.hub import NOTHING, Trust, offline
+from ..models.hub import offline
 from ..models.inputs import example_inputs
-from ..run_folder import RECORD, Run, load_trained, read_run
+from ..models.trained import load_trained
+from ..run_folder import RECORD, Run, read_run
+from ..settings import NOTHING, Trust
 from ..tasks.task import features, longest, task_parts, without_bytes
 from .evaluation import unchanged_data
 
@@ -71,6 +73,6 @@ def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]
 
 def _rows(run: Run, files: Sequence[str]) -> Sequence[dict[str, Any]]:
     if files:
-        return labelled_examples(files, run, {}).rows
+        return [example.row for example in labelled_examples(files, run, {})]
     data = unchanged_data(run)
     return data.test or data.train

@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 
 from ..data.chats import prompt_text
 from ..models.bases import computing, device_of
-from ..run_folder import Run, load_trained
+from ..models.trained import load_trained
+from ..run_folder import Run
 from ..tasks.task import longest
 
 

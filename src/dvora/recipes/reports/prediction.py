@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..data.new_files import Input
 from ..models.bases import computing, device_of, quiet_transformers
-from ..run_folder import Run, load_trained
+from ..models.trained import load_trained
+from ..run_folder import Run
 from ..tasks.task import Task, Truncation, features, longest, task_parts
 
 DIGITS = 7

@@ -18,8 +18,10 @@ from ...tools.pages.page import Section, Table, matrix, page
 from ...tools.pages.text import shown
 from ...whole_files import write_atomically
 from ..data.images import opened_image
-from ..models.hub import NOTHING, Trust, offline
-from ..run_folder import Run, load_trained, read_run
+from ..models.hub import offline
+from ..models.trained import load_trained
+from ..run_folder import Run, read_run
+from ..settings import NOTHING, Trust
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .comparison import Compared, compared, continuations
@@ -163,7 +165,7 @@ def _classes(run: Run, found: Sequence[Compared], other: Run | None) -> list[Sec
 
 def _scores(classes: Sequence[str], labels: Sequence[Any], predicted: Sequence[Any]) -> list[dict[str, Any]]:
     """A row of a table for each class."""
-    from sklearn.metrics import precision_recall_fscore_support  # type: ignore[import-untyped]
+    from sklearn.metrics import precision_recall_fscore_support
 
     scores = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0)
     names = ("precision", "recall", "F1", "rows")
