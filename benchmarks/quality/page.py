@@ -180,7 +180,7 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
                 for arm in MAIN
             ),
         ),
-        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves the adapter. float16: "
+        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it. float16: "
         f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of one core "
         f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
