@@ -127,7 +127,8 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("dvora report nowhere", "holds no run.json"),
+        ("dvora report nowhere", "nowhere is not a folder"),
+        ("dvora report ..", "holds no run.json"),
         ("dvora report dvora-run -o page.txt", "has to end in .html"),
         ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),
         ("dvora report dvora-run -o /proc/page.html", "/proc"),

@@ -77,7 +77,7 @@ def test_a_run_as_json(desk: Path) -> None:
         ("test", "head alone, base frozen"),
         ("test", "always bad"),
     ]
-    assert "step 1 of 6: training" in result.stderr
+    assert "step 2 of 6: training" in result.stderr
     assert "s a step, about 0:" in result.stderr
     assert "step 6 of 6, validation: loss" in result.stderr
     assert typed("out", "--resume", "--quiet", "--json").stderr == ""

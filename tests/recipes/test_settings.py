@@ -122,7 +122,7 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
         ({}, {"head": HEAD_RATE}),
         ({"method": "full"}, {"head": HEAD_RATE}),
         ({"learning_rates": {"head": 0.5, "magnitude": 0.1}}, {"head": 0.5, "magnitude": 0.1}),
-        ({"learning_rate": 0.01}, {}),
+        ({"learning_rate": 0.01}, {"head": HEAD_RATE}),
         ({"method": "head"}, {}),
         ({"task": "causal-lm"}, {}),
     ],
@@ -134,3 +134,10 @@ def test_new_layers_have_a_rate_of_their_own_unless_one_is_given(changes: dict[s
 def test_the_rates_are_those_of_the_library() -> None:
     assert HEAD_RATE == training.HEAD_RATE
     assert LEARNING_RATES["dvora"] == training.LAMBDA_RATE
+
+
+def test_a_linked_model_keeps_the_name_of_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot-4f2a").mkdir()
+    (tmp_path / "minilm").symlink_to("snapshot-4f2a")
+    assert resolved(checked_settings({**LEAST, "model": "minilm"}, "")).model == str(tmp_path / "minilm")

@@ -37,7 +37,7 @@ app = typer.Typer(no_args_is_help=True, help="Pack thousands of adapters into on
 
 @app.command("pack", epilog=PACK_EXAMPLES)
 def pack_command(
-    adapters: Annotated[Path, typer.Argument(help="Folder with a folder for each adapter in it.")],
+    adapters: Annotated[Path, typer.Argument(help="Folder with a folder in it for each adapter or run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; replaced if it is there.")],
     as_json: Json = False,
     quiet: Quiet = False,

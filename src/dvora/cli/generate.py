@@ -134,13 +134,13 @@ def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[s
 
 
 def _lines(file: Path | None, shown: Output) -> Iterator[str]:
-    from ..recipes.data.encodings import opened_text, stream_lines
+    from ..recipes.data.tables import stream_lines, stream_table
 
     if file is None:
         yield from (line for _, line in stream_lines(sys.stdin.buffer, "stdin") if line.strip())
         return
-    with opened_text(file, None, shown.note) as opened:
-        yield from (line.rstrip("\n") for line in opened if line.strip())
+    rows = stream_table(file, None, shown.note, suffix=".txt")
+    yield from (row["text"] for _, row in rows if row["text"].strip())
 
 
 def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:

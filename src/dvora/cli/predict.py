@@ -112,8 +112,8 @@ def _check_output(output: str, safe: bool) -> None:
 
 
 def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output) -> "Iterator[Input]":
-    from ..recipes.data.encodings import stream_lines
     from ..recipes.data.new_files import file_inputs, line_inputs
+    from ..recipes.data.tables import stream_lines
 
     if file == STREAM:
         return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)

@@ -46,8 +46,8 @@ def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -
         say(evaluation_line(progress))
     elif progress.made == min(FIRST, max(1, progress.steps // 10)):
         say(estimate_line(progress))
-    elif every_tenth and tenth and progress.step < progress.steps:
-        say(f"{_place(progress)}: {_loss(progress)}, {_clock(progress.seconds_left or 0.0)} left")
+    elif every_tenth and tenth and progress.step < progress.steps and progress.seconds_left is not None:
+        say(f"{_place(progress)}: {_loss(progress)}, {_clock(progress.seconds_left)} left")
 
 
 def evaluation_line(progress: "Progress") -> str:

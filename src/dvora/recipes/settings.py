@@ -120,7 +120,7 @@ class Settings(BaseModel):
     learning_rates: dict[Group, float] = _training(
         "learning rates of groups that differ: magnitude, lambda_b, lambda_d (dvora), head (new layers). Left out, the "
         "magnitude has one in proportion to learning_rate and to the norms of the base's rows, and new layers have "
-        f"{HEAD_RATE:g}, or learning_rate if that is given",
+        f"{HEAD_RATE:g}",
         {},
         rare=True,
     )
@@ -330,7 +330,8 @@ def resolved(settings: Settings) -> Settings:
 
     by_group, rank = settings.learning_rates, settings.rank or RANKS.get(settings.method)
     is_small = settings.method in ("lora", "dora") and rank is not None and rank <= SMALL_RANK
-    if settings.learning_rate is None and settings.method != "head" and settings.task != "causal-lm":
+    # Whatever the adapter's rate: the head starts fitted, and a rate of 0.01 undoes some of that.
+    if settings.method != "head" and settings.task != "causal-lm":
         by_group = {"head": HEAD_RATE, **by_group}
     return settings.model_copy(
         update={

@@ -76,8 +76,8 @@ def test_rows_that_were_trained_on_are_reported(classified: Run) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "good", "label": "great"}], "line 2: the class 'great' does not occur in the training data"),
-        ([{"text": "good", "label": ""}], "has no label in line 2"),
+        ([{"text": "good", "label": "great"}], "row 1: the class 'great' does not occur in the training data"),
+        ([{"text": "good", "label": ""}], "row 1: column 'label' is empty"),
         ([{"sentence": "good", "label": "good"}], "has no column 'text'"),
     ],
 )

@@ -14,10 +14,9 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dvora.recipes.data.encodings import stream_lines
 from dvora.recipes.data.new_files import Input, file_inputs, line_inputs
 from dvora.recipes.data.run_data import load_data
-from dvora.recipes.data.tables import stream_table
+from dvora.recipes.data.tables import stream_lines, stream_table
 from dvora.recipes.models.trained import load_trained
 from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.reports.prediction import Predicted, Predictor
@@ -169,13 +168,17 @@ def test_a_long_file_takes_no_more_memory(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "sentence,label\ngood,1\n", r"a\.csv has no column 'text', which the run calls its text_column"),
-        ("a.csv", "text\ngood\n\nbad\n   \n", r"a\.csv, line 5: column 'text' has no text"),
+        (
+            "a.csv",
+            "sentence,label\ngood,1\n",
+            r"a\.csv has no column 'text'; set --text-column, expected one of label, sentence$",
+        ),
+        ("a.csv", "text\ngood\n\nbad\n   \n", r"a\.csv, row 3: column 'text' is empty; fill it in"),
         ("a.csv", "text,prediction\ngood,good\n", "a column 'prediction' already; rename it"),
-        ("a.jsonl", '{"text": "good"}\n{"text": 3}\n', r"a\.jsonl, line 2: .*holds 3, which is no text"),
-        ("a.jsonl", '{"text": "good"}\n{"txt": "good"}\n', r"line 2: column 'text' has no text"),
+        ("a.jsonl", '{"text": "good"}\n{"text": 3}\n', r"a\.jsonl, row 2: .*holds 3, which is no text"),
+        ("a.jsonl", '{"text": "good"}\n{"txt": "good"}\n', r"row 2: column 'text' is empty"),
         ("a.xlsx", "x", "names no format that is read here"),
-        ("a.txt", "", r"a\.txt is empty"),
+        ("a.txt", "", r"a\.txt has no rows"),
         ("a", None, "no such file"),
         (".", None, "is a folder; give a file"),
     ],

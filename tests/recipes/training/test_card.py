@@ -36,6 +36,9 @@ def test_the_code_loads_the_model(tmp_path: Path, task: str, method: str) -> Non
     assert found.keys() == values.keys()
     # Of a head that the adapter brings, the one that it replaces is random.
     assert all(torch.equal(value, found[name]) for name, value in values.items() if "original_module" not in name)
+    if run.labels:
+        assert named["model"].config.id2label == dict(enumerate(run.labels))
+        assert named["model"].config.label2id == {label: index for index, label in enumerate(run.labels)}
 
 
 def test_it_says_what_the_run_was(tmp_path: Path) -> None:
@@ -54,7 +57,6 @@ def test_it_says_what_the_run_was(tmp_path: Path) -> None:
     assert "reviews.csv" in text
     assert "bad, good" in text
     assert str(tmp_path) not in text
-    assert 'id2label=dict(enumerate(["bad", "good"]))' in text
 
 
 def test_the_head_alone_is_loaded_by_the_program(tmp_path: Path) -> None:
@@ -64,8 +66,9 @@ def test_the_head_alone_is_loaded_by_the_program(tmp_path: Path) -> None:
 
 def test_names_from_files_are_no_markup(tmp_path: Path) -> None:
     run = finished("text-classification", tmp_path)
-    labels = ["<script>", "a|b", "\x1b[2J", "**bold**"]
+    labels = ["<script>", "a|b", "\x1b[2J", "**bold**", "```"]
     text = model_card(run.settings, run.record, labels, load_trained(run)[0].config)
     assert not re.search("[\x00-\x08\x0b-\x1f]", text)
     for label in (r"\<script\>", r"a\|b", r"\\x1b\[2J", r"\*\*bold\*\*"):
         assert label in text
+    assert text.count("```") == 2

@@ -235,6 +235,14 @@ def test_every_method_starts_from_the_fitted_head(models: dict[str, Path], tmp_p
     assert found.record["verdict"]
 
 
+def test_a_last_layer_without_a_bias_starts_fitted_too(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = Run(models, tmp_path).settings("out", model=str(models["llama"]), max_steps=1, learning_rate=1e-12)
+    found = train(settings).run
+    assert found is not None
+    metrics = found.record["metrics"]
+    assert metrics["validation"]["accuracy"] == pytest.approx(metrics["validation_head_alone"]["accuracy"])
+
+
 def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     first = train(run.settings("first", method="full")).run
@@ -251,7 +259,7 @@ def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: 
     rates = {"magnitude": 0.0, "lambda_b": 0.01, "head": 0.0}
     steps = {"keep_best": False, "max_steps": 12}
     train(run.settings("out", learning_rates=rates, **steps))
-    train(run.settings("start", learning_rate=1e-12, **steps))
+    train(run.settings("start", learning_rate=1e-12, learning_rates={"head": 0.0}, **steps))
     ends, starts = trained_parameters(tmp_path / "out"), trained_parameters(tmp_path / "start")
     changed = " ".join(name for name in ends if not torch.equal(ends[name], starts[name]))
     assert "lambda_b" in changed
@@ -269,8 +277,8 @@ def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dic
     rows = [value for name, value in trained_parameters(tmp_path / "whole").items() if "magnitude" in name]
     median = torch.cat(rows).median().item()
     assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual_rate * median, rel=0.02)
-    assert third["learning_rates"] == {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3)}
-    assert usual["learning_rates"] == {"magnitude": pytest.approx(third["learning_rates"]["magnitude"]), "head": 1e-3}
+    expected = {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3), "head": 1e-3}
+    assert third["learning_rates"] == usual["learning_rates"] == expected
 
 
 @pytest.mark.parametrize(

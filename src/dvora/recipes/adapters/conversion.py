@@ -11,13 +11,9 @@ from ...whole_files import new_folder
 from ..models.adapter_folder import VALUES, read_adapter
 from ..models.adapters import load_adapted
 from ..models.inputs import difference, example_output
+from . import TARGETS, TO_LORA
 
-TARGETS = ("dora", "dvora", "dense")
 DENSE_FILE = "weight_updates.safetensors"
-TO_LORA = (
-    "an adapter of DVoRA is no LoRA: it rescales whole rows of the weight, (g - 1) W, which has the rank of W itself. "
-    "Convert it to dora, which is exact, or merge it"
-)
 
 
 @dataclass(frozen=True)

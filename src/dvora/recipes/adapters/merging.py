@@ -21,8 +21,8 @@ from ..models.architectures import config_of, load_base, quietly
 from ..models.hub import offline
 from ..models.inputs import difference, example_output
 from ..settings import NOTHING, Trust
+from . import DTYPES
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
     "spiece*", "sentencepiece*", "preprocessor_config.json", "processor_config.json", "generation_config.json",

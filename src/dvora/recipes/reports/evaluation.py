@@ -67,8 +67,9 @@ def evaluate_run(
     examples = labelled_examples(files, run, columns or {})
     own = _data_if_unchanged(run)
     known = {*own.train_keys} if own else ()
-    seen = sum(key in known for key in examples.keys) if own else None
-    return _evaluation("files", examples.rows, _guess(run, own, examples.rows), run, with_base, seen)
+    seen = sum(example.key in known for example in examples) if own else None
+    rows = [example.row for example in examples]
+    return _evaluation("files", rows, _guess(run, own, rows), run, with_base, seen)
 
 
 def head_alone_of(run: Run) -> HeadAlone | None:

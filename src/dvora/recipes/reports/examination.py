@@ -73,6 +73,6 @@ def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]
 
 def _rows(run: Run, files: Sequence[str]) -> Sequence[dict[str, Any]]:
     if files:
-        return labelled_examples(files, run, {}).rows
+        return [example.row for example in labelled_examples(files, run, {})]
     data = unchanged_data(run)
     return data.test or data.train

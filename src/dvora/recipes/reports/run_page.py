@@ -165,7 +165,7 @@ def _classes(run: Run, found: Sequence[Compared], other: Run | None) -> list[Sec
 
 def _scores(classes: Sequence[str], labels: Sequence[Any], predicted: Sequence[Any]) -> list[dict[str, Any]]:
     """A row of a table for each class."""
-    from sklearn.metrics import precision_recall_fscore_support  # type: ignore[import-untyped]
+    from sklearn.metrics import precision_recall_fscore_support
 
     scores = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0)
     names = ("precision", "recall", "F1", "rows")

@@ -82,12 +82,13 @@ def _loading(settings: Settings, base: str, labels: Sequence[str], config: Any) 
     if settings.method == "head":
         return ["The head alone was trained (`head.safetensors`): `dvora predict RUN FILE` loads it onto the base."]
     auto = MODEL_CLASSES[settings.task].__name__
-    options = ""
+    options, names = "", list[str]()
+    if labels:
+        # No letter of a name may end the block of code.
+        names = [f"labels = {json.dumps(list(labels)).replace('`', chr(92) + 'u0060')}"]
+        options = ", id2label=dict(enumerate(labels)), label2id={name: index for index, name in enumerate(labels)}"
     if settings.task != "causal-lm":
-        # Without their names the model would call them LABEL_0, LABEL_1, ...
-        names = json.dumps(list(map(visible, labels)), ensure_ascii=False)
-        options += f", id2label=dict(enumerate({names}))" if labels else ", num_labels=1"
-        options += ", ignore_mismatched_sizes=True"
+        options += f"{'' if labels else ', num_labels=1'}, ignore_mismatched_sizes=True"
         if getattr(config, "pad_token_id", None) is not None:
             options += f", pad_token_id={config.pad_token_id}"
     folder = "path/to/this/folder"
@@ -99,6 +100,7 @@ def _loading(settings: Settings, base: str, labels: Sequence[str], config: Any) 
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
+            *names,
             f"base = {auto}.from_pretrained({json.dumps(base, ensure_ascii=False)}{options})",
             f'model = PeftModel.from_pretrained(base, "{folder}").eval()',
         ]

@@ -190,7 +190,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     head_alone = None
     if settings.task != "causal-lm" and last_layer(base.model) is not None:
         note("fitting the head alone to the frozen base, to start from and to compare with")
-        head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels)
+        head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
         _start_from(head_alone[0], base)
     model = adapted(base, settings)
     rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
