@@ -89,8 +89,6 @@ CHOICES = (
 )
 """Comparisons that decided about defaults."""
 EARLIER: Mapping[str, str] = {
-    "frozen": "frozen base, best head",
-    "full": "full fine-tuning",
     "lora_r8": "LoRA r=8",
     "lora_r1": "LoRA r=1",
     "vera": "VeRA r=256",
@@ -172,17 +170,17 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
     hours = sum(row["seconds"] for row in result.rows) / 3600
     return text(
         table(
-            ("", "kB", "kB as PEFT saves it", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
+            ("", "file, kB", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
             (
                 (
-                    *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm))),
-                    *(kilobytes(result.size(tasks[0], arm, "saved_bytes")), _above(result, tasks, arm)),
+                    *(LABELS[arm], kilobytes(result.size(tasks[0], arm, "saved_bytes"))),
+                    *(kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)),
                     *(f"{_score(result, task, arm):.1f}" for task in tasks),
                 )
                 for arm in MAIN
             ),
         ),
-        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. kB: the adapter in float16, "
+        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it. float16: "
         f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of one core "
         f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
@@ -193,7 +191,7 @@ def _all(result: Result) -> str:
     arms = [arm for arm in LABELS if all(result.finals(task, arm) for task in tasks)]
     arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
     rows = ((LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)) for arm in arms)
-    return text(table(("", "kB", "points above LoRA r=1"), rows))
+    return text(table(("", "kB, float16", "points above LoRA r=1"), rows))
 
 
 def _generation(result: Result) -> str:
@@ -205,7 +203,7 @@ def _generation(result: Result) -> str:
         )
         for arm in GENERATED
     )
-    return text(table(("", "kB", "right answers, %", "above LoRA r=1"), rows))
+    return text(table(("", "kB, float16", "right answers, %", "above LoRA r=1"), rows))
 
 
 def _settings(result: Result) -> str:

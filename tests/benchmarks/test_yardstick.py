@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.yardstick import __main__ as command
 from benchmarks.yardstick import needs, rows
-from benchmarks.yardstick.checkout import FOLDER, CheckoutError, check_unchanged, checked_out
-from benchmarks.yardstick.environment import comparison
+from benchmarks.yardstick.checkout import CheckoutError, check_unchanged, checked_out
 from benchmarks.yardstick.experiments import (
     ADAPTER_FILE,
     CATALOGUE,
@@ -30,7 +29,6 @@ from benchmarks.yardstick.rates import compare
 from benchmarks.yardstick.running import finished_row, place, row_file, run
 from benchmarks.yardstick.sizes import OUTPUTS, trained_parameters, vera_parameters
 from benchmarks.yardstick.tasks import EXPERIMENTS, TASKS
-from benchmarks.yardstick.tryout.prepare import SHORT
 from dvora import DVoRAConfig
 from dvora.training import Group, parameter_groups
 
@@ -99,15 +97,6 @@ def test_there_are_no_other_folders() -> None:
     found = {file.parent for file in EXPERIMENTS.rglob("*.json")}
     assert found == {folder_of(experiment) for experiment in CATALOGUE}
     assert {experiment.task for experiment in CATALOGUE} == set(TASKS)
-
-
-@pytest.mark.skipif(not (FOLDER / ".git").is_dir(), reason="make yardstick has not fetched PEFT's scripts here")
-@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
-def test_names_of_training_parameters_are_those_of_the_scripts(task: Any) -> None:
-    file = comparison(FOLDER) / task.name / "default_training_params.json"
-    defaults = json.loads(file.read_text(encoding="utf-8"))
-    assert {"optimizer_kwargs", *(SHORT if task.name == "MetaMathQA" else ())} <= {*defaults}
-    assert defaults["optimizer_type"] == "AdamW"
 
 
 def losses(config: PeftConfig, rate: float, rates: dict[Group, float]) -> list[float]:
