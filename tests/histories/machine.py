@@ -19,12 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dvora import MergePrecisionWarning
 from tests.cases import COPIES
 from tests.histories.checks import (
-    OUTPUTS,
     base_of,
     check_close,
     check_deltas,
@@ -36,9 +34,9 @@ from tests.histories.checks import (
     take_over_merged,
     vectors_of,
 )
-from tests.histories.model import PARAMETERS, TARGETS, TOKENS, WEIGHTS, mixed
+from tests.histories.model import TARGETS, TOKENS, WEIGHTS, mixed
 from tests.histories.reference import VECTORS, Adapter, Place, Reference, Settings, vector_dtype
-from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import same_bits
 
 NAMES = ("first", "second", "third", "fourth")
@@ -56,7 +54,6 @@ MIXED = "called row by row|while adapters are merged"
 ROWS = len(TOKENS)
 LEARNING_RATE = 0.05
 
-_modules = [target for target in TARGETS if target not in PARAMETERS]
 some_settings = st.builds(
     Settings,
     targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(lambda names: tuple(sorted(names))),
@@ -68,7 +65,6 @@ some_settings = st.builds(
     projections=st.sampled_from(["structured", "kaiming_uniform"]),
     random_start=st.booleans(),
     train=st.sampled_from([VECTORS, VECTORS, ("magnitude",), ("lambda_b", "lambda_d")]),
-    magnitude_only=st.just(()) | st.sampled_from(_modules).map(lambda name: (name,)),
     strength=st.sampled_from([1.0, 1.0, 0.5, 0.25]),
 )
 
@@ -280,17 +276,6 @@ class Histories(RuleBasedStateMachine):
         self.model.unmerge_adapter()
         self.reference.unmerge()
 
-    @step(merge=st.booleans(), settings=some_settings, trained=st.booleans())
-    def unload_and_wrap_again(self, merge: bool, settings: Settings, trained: bool) -> None:
-        changed = self.reference.merge(None) if merge else []
-        exact = self.reference.merged_weights(self.model, changed)
-        with self.merging():
-            base = self.model.merge_and_unload() if merge else self.model.unload()
-        take_over_merged(dict(base.named_parameters()), exact, self.reference)
-        self.reference = self.reference.of_its_base()
-        self.saved.clear()  # of another base, which may be taken for this one or not
-        self.wrap(base, settings, trained)
-
     def merge(self, names: list[str] | None) -> None:
         exact = self.reference.merged_weights(self.model, self.reference.merge(names))
         with self.merging():
@@ -341,20 +326,6 @@ class Histories(RuleBasedStateMachine):
         self.reference.adapters[name].strength = dict(saved.adapter.strength)
         self.reference.adapters[name].trained = trainable
         self.reference.training &= trainable
-
-    @has_saved
-    @step(saved=some_saved, trainable=st.booleans(), meta_first=st.booleans())
-    def load_into_a_fresh_model(self, saved: Saved, trainable: bool, meta_first: bool) -> None:
-        self.reference.unmerge()
-        base = mixed(self.reference.dtype)
-        base.load_state_dict(self.reference.stored)
-        options = {"adapter_name": saved.folder.name, "is_trainable": trainable, "low_cpu_mem_usage": meta_first}
-        self.adopt(PeftModel.from_pretrained(base, saved.folder, **options))
-        self.reference = self.reference.of_its_base(trainable)
-        self.reference.add(saved.folder.name, saved.adapter.settings, self.model)
-        self.reference.activate([saved.folder.name], trainable)
-        self.enter_loaded(saved.folder.name, saved)
-        self.reference.adapters[saved.folder.name].strength = dict(saved.adapter.strength)
 
     @step(way=st.sampled_from(sorted(COPIES)), go_on_with_copy=st.booleans())
     def copy(self, way: str, go_on_with_copy: bool) -> None:
@@ -444,21 +415,6 @@ class Histories(RuleBasedStateMachine):
         WAYS[way](parameter, parameter.detach() * factors)
         self.reference.stored[weight] = parameter.detach().clone()
         self.saved.clear()  # of another base, which may be taken for this one or not
-
-    @step(half=st.booleans())
-    def run_in_inference_mode_or_autocast(self, half: bool) -> None:
-        mode = torch.autocast("cpu", torch.bfloat16) if half else torch.inference_mode()
-        with torch.no_grad(), mode:
-            actual = forward(self.model).clone()
-        if not self.reference.enabled:
-            self.reference.unmerge()
-        tolerance = max(OUTPUTS[self.reference.dtype], 0.06 if half else 0.0) * self.reference.slack
-        assert worst_difference(actual, self.reference.outputs(self.model)) < tolerance
-
-    @precondition(lambda machine: not (machine.reference.training and machine.reference.trains_merged()))
-    @step()
-    def run_checkpointed(self) -> None:
-        check_gradients(self.model, self.reference, lambda model: checkpoint(forward, model, use_reentrant=False))
 
 
 @torch.no_grad()

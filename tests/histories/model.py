@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 WIDTH, VOCABULARY = 6, 9
 
@@ -20,18 +19,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(WIDTH, 8)
         self.down = nn.Linear(8, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)))
-
-
-class Transposed(nn.Module):
-    """Linear layers that store their weights transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = Conv1D(5, WIDTH)
-        self.down = Conv1D(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.tanh(self.up(x)))
@@ -61,7 +48,6 @@ class Experts(nn.Module):
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain": FeedForward,
-    "transposed": Transposed,
     "attention": Attention,
     "experts": Experts,
 }
@@ -82,8 +68,6 @@ class Weight(NamedTuple):
 WEIGHTS: dict[str, Weight] = {
     "blocks.plain.up.weight": Weight("plain.up"),
     "blocks.plain.down.weight": Weight("plain.down"),
-    "blocks.transposed.up.weight": Weight("transposed.up"),
-    "blocks.transposed.down.weight": Weight("transposed.down"),
     "blocks.attention.inner.in_proj_weight": Weight("attention.inner", called=False),
     "blocks.attention.inner.out_proj.weight": Weight("attention.inner", called=False),
     "blocks.experts.stack": Weight("experts.stack", by_name=True, called=False),

@@ -41,8 +41,6 @@ class Settings:
     random_start: bool = False
     train: tuple[str, ...] = VECTORS
     """The vectors that are trained."""
-    magnitude_only: tuple[str, ...] = ()
-    """Targets whose layers get the magnitude only."""
     strength: float = 1.0
 
     def config(self) -> DVoRAConfig:
@@ -51,7 +49,6 @@ class Settings:
             alpha=self.alpha,
             target_modules=[target for target in self.targets if target not in PARAMETERS],
             target_parameters=[target for target in self.targets if target in PARAMETERS],
-            magnitude_modules=list(self.magnitude_only),
             train=self.train,
             strength=self.strength,
             direction=self.direction,
@@ -63,8 +60,7 @@ class Settings:
 
     def weights(self) -> list[str]:
         """The names of the weights that the adapter adapts."""
-        adapted = {*self.targets, *self.magnitude_only}
-        return [name for name, weight in WEIGHTS.items() if weight.target in adapted]
+        return [name for name, weight in WEIGHTS.items() if weight.target in self.targets]
 
 
 @dataclass
@@ -108,10 +104,6 @@ class Reference:
     def of_base(cls, dtype: torch.dtype) -> "Reference":
         return cls(dtype, {name: value.detach().clone() for name, value in mixed(dtype).named_parameters()})
 
-    def of_its_base(self, training: bool = False) -> "Reference":
-        """A model without adapters that has this one's weights as they are."""
-        return Reference(self.dtype, self.stored, training=training)
-
     def base(self, weight: str) -> Tensor:
         """The base's own weight."""
         return self.original.get(weight, self.stored[weight])
@@ -141,11 +133,11 @@ class Reference:
         dense = self.dense(model, [name]).weights
         for weight in settings.weights():
             magnitude = dense[weight].adapters[0].weight.detach().norm(dim=1).to(dtype)
-            vectors = {"magnitude": magnitude}
-            if WEIGHTS[weight].target not in settings.magnitude_only:
-                vectors["lambda_b"] = torch.zeros(len(magnitude), dtype=dtype)
-                vectors["lambda_d"] = torch.full((settings.r,), 0.1, dtype=dtype)
-            self.adapters[name].vectors[weight] = vectors
+            self.adapters[name].vectors[weight] = {
+                "magnitude": magnitude,
+                "lambda_b": torch.zeros(len(magnitude), dtype=dtype),
+                "lambda_d": torch.full((settings.r,), 0.1, dtype=dtype),
+            }
 
     def activate(self, names: list[str], trained: bool = True) -> None:
         """Make these the active adapters, and those whose vectors are trained."""
