@@ -1,7 +1,6 @@
 """The forward of a layer, folded and thin, against the dense method: outputs, all gradients, what is kept for them."""
 
 import gc
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -581,28 +580,6 @@ def test_z_is_freed_with_its_inputs_or_its_graph(requires_grad: bool, leaf: bool
     gc.collect()
     assert of_z.expired()
     assert of_x.expired()
-
-
-@pytest.mark.usefixtures("hasty_threads")
-@both
-def test_threads_do_not_disturb_one_another(tokens: int) -> None:
-    model, count = Siblings(), 4
-    given_ = [randn(tokens, IN, seed=seed) for seed in range(count)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    expected = [[y := model(x), *torch.autograd.grad(y.square().sum(), trained)] for x in given_]
-    start = threading.Barrier(count)
-
-    def run(index: int) -> bool:
-        start.wait()
-        for _ in range(8):
-            y = model(given_[index])
-            found = y, *torch.autograd.grad(y.square().sum(), trained)
-            if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected[index], strict=True)):
-                return False
-        return True
-
-    with ThreadPoolExecutor(count) as pool:
-        assert all(pool.map(run, range(count)))
 
 
 @both

@@ -61,14 +61,6 @@ def test_stacked_blocks_are_pinned() -> None:
     assert [sha256(shared.A(64, 40)), sha256(shared.B(100, 36))] == PINNED_BLOCKS
 
 
-def test_layers_of_all_sizes_are_cut_from_the_same_values() -> None:
-    shared = SharedProjections(7)
-    small, large = shared.A(3, 8).double(), shared.A(5, 32).double()
-    torch.testing.assert_close(small, 2 * large[:3, :8], rtol=1e-6, atol=0)
-    small, large = shared.B(4, 8).double(), shared.B(16, 20).double()
-    torch.testing.assert_close(small, 2 * large[:8, :4], rtol=1e-6, atol=0)
-
-
 @every_distribution
 def test_entries_have_mean_zero_and_the_variance_of_kaiming_uniform(distribution: str) -> None:
     shared = SharedProjections(0, distribution)
@@ -84,11 +76,6 @@ def test_structured_rows_are_orthogonal_within_blocks_of_the_size(rank: int, siz
         assert float(rows.square().mean()) == pytest.approx(2 / fan_in, rel=1e-12)
         for block in rows.split(size):
             assert worst_error(block @ block.T, 2 * size / fan_in * torch.eye(len(block), dtype=f64)) < 1e-12
-
-
-def test_structured_blocks_are_independent() -> None:
-    blocks = SharedProjections(0, "structured").A(16, 8).split(8)
-    assert not torch.isclose(*blocks).all(1).any()
 
 
 @every_distribution
