@@ -2,8 +2,8 @@
 
 The library may be rebuilt; a file that a user has must go on meaning the same. `test_golden_files.py` holds that. So
 these files were made once, by this file as it was then, whose name is in some of them, and are not to be made again
-because a test fails. The pack is in the format that came after ("dvora pack 2"), of the adapters that the pack of that commit
-held, which are in it byte for byte; answers and digests are that commit's.
+because a test fails. The pack is in the format that came after ("dvora pack 2"), of the adapters that the pack of that
+commit held, which are in it byte for byte; answers and digests are that commit's.
 
 A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
 `flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
