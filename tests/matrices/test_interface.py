@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dvora.matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections
+from dvora.matrices.structured import factors_of_rows, factors_of_size
 from tests.reference import worst_error
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
@@ -59,6 +60,23 @@ def test_values_are_pinned(distribution: str) -> None:
 def test_stacked_blocks_are_pinned() -> None:
     shared = SharedProjections(7, "structured")
     assert [sha256(shared.A(64, 40)), sha256(shared.B(100, 36))] == PINNED_BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "factors"),
+    [
+        (256, 1024, (16, 16)),
+        (1024, 1024, (32, 32)),
+        (1024, 5632, (64, 16)),
+        (7, 1024, (1, 7)),
+        (100, 101, (1, 100)),
+        (1, 1, (1, 1)),
+        (101, 384, (7, 16)),
+    ],
+)
+def test_factors_of_structured_matrices_are_pinned(rows: int, size: int, factors: tuple[int, int]) -> None:
+    # Another choice is another matrix: a new format.
+    assert factors_of_rows(rows, *factors_of_size(size)) == factors
 
 
 @every_distribution
