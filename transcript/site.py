@@ -15,7 +15,7 @@ from mkdocs.plugins import event_priority
 from benchmarks.examples.catalogue import CATALOGUE
 from dvora.cli.app import app
 from dvora.recipes.data import columns as names
-from dvora.recipes.settings import options
+from dvora.recipes.settings import Settings, default_of
 
 ROOT = Path(__file__).parent.parent
 PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.svg\)$", flags=re.MULTILINE)
@@ -61,12 +61,13 @@ def _parameter(each: Any) -> str:
 def settings() -> str:
     """A table for each section of the configuration, from the settings themselves."""
     lines, section = [], ""
-    for each in options():
-        if each.section != section:
-            section = each.section
+    for name, field in Settings.model_fields.items():
+        extra: Any = field.json_schema_extra
+        if extra["section"] != section:
+            section = extra["section"]
             lines += ["", f"### {section}", "", "| key | default | |", "|---|---|---|"]
-        default = _cell(each.default) if each.default else "required" if each.is_required else "none"
-        lines.append(f"| `{each.name}` | {default} | {_cell(each.meaning)} |")
+        default = _cell(default_of(field)) or ("required" if field.is_required() else "none")
+        lines.append(f"| `{name}` | {default} | {_cell(str(field.description))} |")
     return "\n".join(lines)
 
 

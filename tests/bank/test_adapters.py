@@ -207,6 +207,9 @@ def test_the_adapters_of_a_folder_are_those_with_settings(tmp_path: Path) -> Non
     (tmp_path / "file.txt").touch()
     shutil.copytree(folders["0000"], tmp_path / ".0003.unfinished")
     assert adapters_in(tmp_path) == folders
+    (tmp_path / "run").mkdir()
+    in_run = folders.pop("0002").rename(tmp_path / "run" / "adapter")
+    assert adapters_in(tmp_path) == {**folders, "run": in_run}
     with pytest.raises(ValueError, match="it is an adapter itself, name the folder around it"):
         adapters_in(folders["0000"])
     with pytest.raises(ValueError, match="has no folders with adapters in it"):

@@ -73,14 +73,14 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
     ("command", "code", "message"),
     [
         ("dvora inspect base", 1, "holds no adapter_config.json"),
-        ("dvora inspect nothing", 1, "is not a folder"),
+        ("dvora inspect nothing", 2, "is not a folder"),
         ("dvora count adapter", 1, "holds an adapter, not a model; name its base"),
         ("dvora count no/such-model", 1, "no/such-model"),
         ("dvora count base --targets nothing", 1, "nothing"),
         ("dvora merge adapter --output base", 1, "not an empty folder"),
-        ("dvora merge adapter --output merged --dtype int4", 2, "unknown --dtype 'int4'"),
+        ("dvora merge adapter --output merged --dtype int4", 2, "'--dtype': 'int4' is none of auto, float32"),
         ("dvora convert adapter --to lora --output lora", 2, "is no LoRA"),
-        ("dvora convert adapter --to ia3 --output ia3", 2, "unknown --to 'ia3', expected one of dora, dvora, dense"),
+        ("dvora convert adapter --to ia3 --output ia3", 2, "'--to': 'ia3' is none of dora, dvora, dense"),
         ("dvora convert vera-adapter --to dora --output new", 1, "only adapters of dvora are converted to dora"),
     ],
 )
@@ -106,17 +106,26 @@ def test_merge_says_nothing_of_what_is_nothing(work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "columns"),
-    [("", ["magnitude", "lambda b", "lambda d"]), (" --model base", ["angle", "update", "gain"])],
+    [("", ["magnitude", "lambda b", "lambda d"]), (" --model base", ["angle", "widest", "update", "gain"])],
 )
-def test_inspect_explains_its_columns_and_folds_no_name(
+def test_inspect_summarises_types_of_layers_and_shows_all_if_asked(
     options: str, columns: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    names = [row["layer"] for row in json.loads(run("dvora inspect adapter --json").stdout)["layers"]]
-    lines = run(f"dvora inspect adapter{options}").stdout.splitlines()
-    assert all(any(line.startswith(name) for line in lines) for name in names)
+    layers = json.loads(run(f"dvora inspect adapter{options} --json").stdout)["layers"]
+    in_short = run(f"dvora inspect adapter{options}").stdout
+    whole = run(f"dvora inspect adapter{options} --all").stdout
+    assert not any(row["layer"] in in_short for row in layers)
+    assert all(any(line.startswith(row["layer"]) for line in whole.splitlines()) for row in layers)
+    of_queries = sorted(
+        row["angle_mean" if options else "norm_of_magnitude"] for row in layers if "query" in row["layer"]
+    )
+    line = next(line for line in in_short.splitlines() if line.startswith("attention.self.query "))
+    spread = [of_queries[0], sum(of_queries) / len(of_queries), of_queries[-1]]
+    assert len(of_queries) == 2
+    assert line.split()[1:3] == ["2", "/".join(f"{value:.3g}" for value in spread)]
     for column in columns:
-        assert any(line.startswith(f"{column} ") for line in lines)
+        assert any(line.startswith(f"{column} ") for line in in_short.splitlines())
 
 
 @pytest.mark.parametrize("command", [lines[0] for lines in EXAMPLES.values()])
@@ -127,10 +136,18 @@ def test_every_command_names_the_next_one(command: str, work: Path) -> None:
     assert run(f"{command} --quiet").stderr == ""
 
 
-def test_help_needs_none_of_the_heavy_packages() -> None:
+def test_help_and_cheap_mistakes_need_none_of_the_heavy_packages() -> None:
+    mistakes = [
+        *(f"dvora {name} nowhere" for name in ("inspect", "doctor", "analyze", "report")),
+        "dvora merge nowhere -o new",
+        "dvora merge adapter -o new --dtype int4",
+        "dvora convert nowhere --to dora -o new",
+        "dvora convert adapter --to peft-dora -o new",
+    ]
     code = (
         "import sys; from tests.cli.program import run\n"
         f"for name in {list(EXAMPLES)!r}: assert run(f'dvora {{name}} --help').code == 0\n"
+        f"for command in {mistakes!r}: assert run(command).code == 2, command\n"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

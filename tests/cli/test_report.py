@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dvora.cli import report
-from dvora.recipes.finished.comparison import compared
-from dvora.recipes.finished.evaluation import unchanged_data
-from dvora.recipes.finished.prediction import Predictor
+from dvora.recipes.reports.comparison import compared
+from dvora.recipes.reports.evaluation import unchanged_data
+from dvora.recipes.reports.prediction import Predictor
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import assert_refused, run
 from tests.recipes import tiny_data
@@ -20,7 +20,7 @@ from tests.tools.pages.seen import PHONE, WIDE, seen
 EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 RUNS = {task: "dvora-run" if task == "text-classification" else task for task in DATA}
 """Folders, by task."""
-SECTIONS = ["What was trained", "Training", "How good it is"]
+SECTIONS = ["How good it is", "What was trained", "Training"]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,31 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, 
     found = headings(pages[name])
     assert found[:3] == SECTIONS
     middle = {"causal-lm": ["Texts"], "regression": ["Predicted and true numbers"]}
-    classes = ["Which classes it mistakes for which", "Compared with head alone"]
+    classes = ["Scores of each class", "Which classes it mistakes for which", "Compared with head alone"]
     pairs = ["Predicted and true numbers"] if not read_run(made / name).labels else classes
     assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is the adapter right?"]
+
+
+def test_every_class_has_its_scores(made: Path, pages: dict[str, Path]) -> None:
+    trained = read_run(made / "dvora-run")
+    found = compared(trained, unchanged_data(trained).test)
+    page = pages["dvora-run"].read_text(encoding="utf-8")
+    for name in trained.labels:
+        hits = sum(each.label == each.predicted == name for each in found)
+        rows, predicted = sum(each.label == name for each in found), sum(each.predicted == name for each in found)
+        scores = [hits / max(1, predicted), hits / rows, 2 * hits / (rows + predicted), rows]
+        cells = "".join(f'<td class="number">{round(score, 3):.4g}</td>' for score in scores)
+        assert re.search(f"<td[^>]*>{name}</td>{cells}", page)
+
+
+def test_the_verdict_of_the_run_is_on_top(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "head-run", tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record["verdict"] = ["It learned <nothing>.", "Train longer."]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert run(f"dvora report {folder} --output {tmp_path / 'page.html'}").code == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.index("It learned &lt;nothing&gt;.") < page.index("Train longer.") < page.index("<h2>")
 
 
 @pytest.mark.parametrize("name", ["head-run", "full-run"])
@@ -95,6 +117,7 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
     with seen(pages[name], width, scheme) as found:
         assert found.width() == width
         assert found.page.locator("svg").count() >= 2
+        assert found.page.locator(".verdict").inner_text().startswith("The doctor on the adapter: all ")
         assert found.page.locator("td.pass").count() >= 8
         assert found.page.locator("td.fail").count() == 0
         assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
@@ -104,7 +127,8 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("dvora report nowhere", "holds no run.json"),
+        ("dvora report nowhere", "nowhere is not a folder"),
+        ("dvora report ..", "holds no run.json"),
         ("dvora report dvora-run -o page.txt", "has to end in .html"),
         ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),
         ("dvora report dvora-run -o /proc/page.html", "/proc"),
@@ -113,19 +137,6 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
 )
 def test_wrong_use_is_one_line(command: str, message: str) -> None:
     assert_refused(command, message)
-
-
-def test_a_run_that_searched_for_its_rate_says_what_to_do(made: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(made / "head-run", tmp_path / "run")
-    record = json.loads((folder / "run.json").read_text())
-    record["settings"]["learning_rate"] = "auto"
-    record["rate_search"] = {"rate": 0.017, "steps": 8, "trials": [{"rate": 0.017, "loss": 0.5}]}
-    (folder / "run.json").write_text(json.dumps(record))
-    message = "run.json: learning_rate is 'auto': the search for a learning rate was removed; write a number"
-    assert_refused(f"dvora report {folder} --output {tmp_path / 'page.html'}", message)
-    record["settings"]["learning_rate"] = 0.017
-    (folder / "run.json").write_text(json.dumps(record))
-    assert run(f"dvora report {folder} --output {tmp_path / 'page.html'}").code == 0
 
 
 def test_a_run_whose_data_has_changed_is_refused(tmp_path: Path) -> None:

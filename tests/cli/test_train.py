@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from dvora.cli.app import app
 from dvora.cli.train import train as train_command
-from dvora.recipes.finished.evaluation import evaluate_run
+from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.run_folder import read_run
-from dvora.recipes.settings import options
+from dvora.recipes.settings import Settings, default_of
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,7 +77,7 @@ def test_a_run_as_json(desk: Path) -> None:
         ("test", "head alone, base frozen"),
         ("test", "always bad"),
     ]
-    assert "step 1 of 6: training" in result.stderr
+    assert "step 2 of 6: training" in result.stderr
     assert "s a step, about 0:" in result.stderr
     assert "step 6 of 6, validation: loss" in result.stderr
     assert typed("out", "--resume", "--quiet", "--json").stderr == ""
@@ -138,10 +138,10 @@ def test_print_config_is_a_config(desk: Path) -> None:
 def test_every_setting_is_an_option_and_the_help_shows_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     shown = typed("--help").stdout
-    for setting in options():
-        flag = f"│ --{setting.name.replace('_', '-')} "
-        assert (flag in shown) != setting.rare
-        assert setting.rare or f"({setting.default})" in shown or not setting.default
+    for name, field in Settings.model_fields.items():
+        extra: Any = field.json_schema_extra
+        assert (f"│ --{name.replace('_', '-')} " in shown) != extra["rare"]
+        assert extra["rare"] or f"({default_of(field)})" in shown or not default_of(field)
     given = ["--weight-decay", "0.5", "--no-keep-best", "--cpu", "--learning-rates", "head: 0.5, magnitude: 0.25"]
     printed = typed("--print-config", *given, "--validation-data", "a.csv", "--validation-data", "b.csv").stdout
     expected = ["weight_decay: 0.5", "keep_best: false", "cpu: true", "learning_rates: {head: 0.5, magnitude: 0.25}"]

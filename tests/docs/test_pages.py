@@ -73,7 +73,7 @@ def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path, desk: Path) -> N
 def test_every_block_is_run_or_says_why_not(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     opened = FENCES.findall(text)[::2]
-    assert {*opened} <= {"python", "console", "sh"}
+    assert {*opened} <= {"python", "console", "sh", "csv"}
     assert ("console" in opened) == (name(path) in PAGES)
     assert opened.count("sh") == len(re.findall(r"^<!-- not run: .+ -->\n```sh$", text, flags=re.MULTILINE))
     assert not re.search(r"^    (pip|python|dvora|make) ", text, flags=re.MULTILINE)
@@ -97,6 +97,17 @@ def test_get_started_leads_from_a_table_to_a_merged_model() -> None:
     typed = commands((DOCS / "get-started.md").read_text(encoding="utf-8"))
     order = ["train", "predict", "doctor", "report", "analyze", "merge"]
     assert [command.split()[1] for command in typed if command.split()[1] in order] == order
+
+
+@pytest.mark.parametrize("first", ["README.md", "docs/index.md"])
+def test_the_result_on_the_first_screens_is_the_recorded_one(first: str) -> None:
+    page = (DOCS / "get-started.md").read_text(encoding="utf-8")
+    shown = page.partition("text,prediction,probability\n")[2].partition("\n```")[0]
+    rows = [(text, predicted) for text, predicted, _ in csv.reader(shown.splitlines())]
+    text = (ROOT / first).read_text(encoding="utf-8")
+    table = text.partition("| text | prediction |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert rows
+    assert [tuple(line.strip("| ").split(" | ")) for line in table.splitlines()] == rows
 
 
 def test_the_notebook_runs() -> None:

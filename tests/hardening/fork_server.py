@@ -30,9 +30,9 @@ def load_everything() -> None:
     from transformers import BertForSequenceClassification, PreTrainedTokenizerFast, Trainer
 
     import dvora.cli.app
-    import dvora.recipes.adapters_at_rest.conversion
-    import dvora.recipes.adapters_at_rest.inspection
-    import dvora.recipes.adapters_at_rest.merging
+    import dvora.recipes.adapters.conversion
+    import dvora.recipes.adapters.inspection
+    import dvora.recipes.adapters.merging
     import dvora.recipes.training.run
 
     used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)

@@ -210,7 +210,7 @@ CASES: dict[str, Case] = {
     "repeated settings": Case(text("a.yaml", laughs()), "train a.yaml", "line 2 repeats *a; write it out"),
     "code of a configuration": Case(text("a.yaml", "task: regression\nmodel: base\ndata: x\ntrust_remote_code: true\n"),
                                     "train a.yaml", "--trust-remote-code"),
-    "a pipe as record": Case(pipe("run/run.json"), "evaluate run", "not a regular file"),
+    "a pipe as record": Case(pipe("run/run.json"), "evaluate run", "is a pipe or a device"),
     "a pipe as values": Case(pipe("adapter/adapter_model.safetensors"), MERGE, "holds no adapter_mod"),
     "a pipe as data": Case(both(pipe("a.csv"), data("a.csv")), "evaluate run", "is a pipe or a device"),
     "endless data": Case(data("/dev/zero"), "evaluate run", "is a pipe or a device"),

@@ -46,10 +46,6 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': expected"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: expected"),
         ({"learning_rate": float("inf")}, "learning_rate is inf: expected"),
-        (
-            {"learning_rate": "auto"},
-            "learning_rate is 'auto': the search for a learning rate was removed; write",
-        ),
         ({"learning_rate": [0.1]}, "learning_rate is .0.1.: expected"),
         ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
         ({"data": []}, "data is"),
@@ -122,7 +118,7 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
         ({}, {"head": HEAD_RATE}),
         ({"method": "full"}, {"head": HEAD_RATE}),
         ({"learning_rates": {"head": 0.5, "magnitude": 0.1}}, {"head": 0.5, "magnitude": 0.1}),
-        ({"learning_rate": 0.01}, {}),
+        ({"learning_rate": 0.01}, {"head": HEAD_RATE}),
         ({"method": "head"}, {}),
         ({"task": "causal-lm"}, {}),
     ],
@@ -134,3 +130,10 @@ def test_new_layers_have_a_rate_of_their_own_unless_one_is_given(changes: dict[s
 def test_the_rates_are_those_of_the_library() -> None:
     assert HEAD_RATE == training.HEAD_RATE
     assert LEARNING_RATES["dvora"] == training.LAMBDA_RATE
+
+
+def test_a_linked_model_keeps_the_name_of_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot-4f2a").mkdir()
+    (tmp_path / "minilm").symlink_to("snapshot-4f2a")
+    assert resolved(checked_settings({**LEAST, "model": "minilm"}, "")).model == str(tmp_path / "minilm")

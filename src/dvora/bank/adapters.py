@@ -29,6 +29,8 @@ from ..peft.saving import VECTOR_PREFIX, check_file, plain_key
 from ..tensors import Float
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
+IN_RUN = "adapter"
+"""Where a run of `dvora train` has its adapter."""
 LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
 """Bytes; the second is safetensors' own limit."""
 _DTYPES = {
@@ -221,19 +223,23 @@ class VectorSource:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """The folders in a folder that hold an adapter, sorted by name; hidden ones, which are unfinished, are left out.
+    """The adapters in a folder, by the names of the folders in it, sorted; hidden ones are unfinished and left out.
+
+    A folder in it is an adapter, or a run of `dvora train` with the adapter in it.
 
     Raises:
         ValueError: there is none.
         OSError: it cannot be read.
     """
-    folders = [path for path in sorted(folder.iterdir()) if (path / SETTINGS).is_file() and path.name[0] != "."]
+    visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    places = {path.name: path if (path / SETTINGS).is_file() else path / IN_RUN for path in visible}
+    folders = {name: place for name, place in places.items() if (place / SETTINGS).is_file()}
     if not folders:
         advice = (
             "it is an adapter itself, name the folder around it" if (folder / SETTINGS).is_file() else "name another"
         )
         raise ValueError(f"{folder} has no folders with adapters in it ({SETTINGS} and {VALUES}); {advice}")
-    return {path.name: path for path in folders}
+    return folders
 
 
 @lru_cache(maxsize=64)

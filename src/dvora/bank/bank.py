@@ -158,7 +158,7 @@ class AdapterBank:
         allow_unchanged: bool = False,
         on_progress: OnProgress | None = None,
     ) -> list[str]:
-        """Add every adapter in a folder of adapters, by the names of their folders: all of them, or none.
+        """Add every adapter in a folder of adapters or of runs, by the names of the folders in it: all, or none.
 
         Settings, names and shapes are read and checked now, values when an adapter is first used.
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import check_page, one_line, wrong_input
+from .errors import check_adapter, check_page, one_line, wrong_input
 from .output import Debug, Json, Output, Quiet
 
 LEGEND = {
@@ -49,7 +49,9 @@ def analyze_command(
     with one_line(debug), wrong_input():
         page = output or Path("analysis.html")
         check_page(page)
-        from ..recipes.adapters_at_rest.analyzing import analyze_folders, write_report
+        for folder in folders:
+            check_adapter(folder)
+        from ..recipes.adapters.analyzing import analyze_folders, write_report
         from ..recipes.files import typed
         from ..tools.analysis.measures import means
 

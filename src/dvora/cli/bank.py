@@ -37,7 +37,7 @@ app = typer.Typer(no_args_is_help=True, help="Pack thousands of adapters into on
 
 @app.command("pack", epilog=PACK_EXAMPLES)
 def pack_command(
-    adapters: Annotated[Path, typer.Argument(help="Folder with a folder for each adapter in it.")],
+    adapters: Annotated[Path, typer.Argument(help="Folder with a folder in it for each adapter or run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; replaced if it is there.")],
     as_json: Json = False,
     quiet: Quiet = False,
@@ -50,7 +50,7 @@ def pack_command(
     """
     with one_line(debug):
         check_writable(output)
-        from ..recipes.adapters_at_rest.packing import pack
+        from ..recipes.adapters.packing import pack
         from ..recipes.files import typed
 
         with _progress("packed", quiet) as on_progress:
@@ -96,7 +96,7 @@ def inspect_command(
 ) -> None:
     """Show what a packed file holds: how many adapters of which kinds, bytes an adapter, names and digests."""
     with one_line(debug):
-        from ..recipes.adapters_at_rest.packing import inspect_pack
+        from ..recipes.adapters.packing import inspect_pack
 
         values = asdict(inspect_pack(file))
         shown = Output(as_json, quiet)

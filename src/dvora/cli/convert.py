@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError, one_line
+from ..recipes.adapters import TARGETS, TO_LORA
+from .errors import check_adapter, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -19,9 +20,15 @@ EXAMPLES = """[bold]Examples[/bold]
 """
 
 
+def _target(to: str) -> str:
+    if to not in TARGETS:
+        raise typer.BadParameter(TO_LORA if to == "lora" else f"{to!r} is none of {', '.join(TARGETS)}")
+    return to
+
+
 def convert_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
-    to: Annotated[str, typer.Option(help="dora or dense (from dvora), dvora (from PEFT's vera).")],
+    to: Annotated[str, typer.Option(help="dora or dense (from dvora), dvora (from PEFT's vera).", callback=_target)],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
@@ -35,11 +42,9 @@ def convert_command(
     To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
     """
     with one_line(debug):
-        from ..recipes.adapters_at_rest.conversion import TARGETS, TO_LORA, convert
+        check_adapter(adapter)
+        from ..recipes.adapters.conversion import convert
 
-        if to not in TARGETS:
-            unknown = f"unknown --to {to!r}, expected one of {', '.join(TARGETS)}"
-            raise UsageError(TO_LORA if to == "lora" else unknown)
         done = convert(adapter, to, output, model)
         shown = Output(as_json, quiet)
         shown.result(asdict(done), f"Converted adapter in {output}")

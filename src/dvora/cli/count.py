@@ -44,7 +44,7 @@ def count_command(
     From the model's configuration alone: no weights are downloaded or read.
     """
     with one_line(debug):
-        from ..recipes.adapters_at_rest.counting import count
+        from ..recipes.adapters.counting import count
 
         names = [name for name in targets.replace(" ", "").split(",") if name]
         found = asdict(count(model, names, rank or (), task_type, labels))

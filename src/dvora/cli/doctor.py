@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import one_line, wrong_input
+from .errors import check_adapter, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def doctor_command(
     The exit code is 1 if something failed.
     """
     with one_line(debug), wrong_input():
-        from ..recipes.finished.examination import examine_folder
-        from ..recipes.models.hub import Trust
+        check_adapter(folder)
+        from ..recipes.reports.examination import examine_folder
+        from ..recipes.settings import Trust
 
         found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
         shown = Output(as_json, quiet)

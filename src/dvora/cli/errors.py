@@ -44,6 +44,16 @@ class UsageError(ValueError):
     """The command was used wrongly: an argument, a configuration, a file that is not what it should be."""
 
 
+def check_there(*paths: str | Path | None) -> None:
+    """Refuse files and folders that are not there, before libraries are imported that take seconds.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if missing_ones := [path for path in paths if path is not None and not Path(path).exists()]:
+        raise UsageError(f"{missing_ones[0]}: no such file or folder")
+
+
 def check_page(page: Path) -> None:
     """Refuse a name under which no page can be written, before the work begins.
 
@@ -72,6 +82,16 @@ def check_writable(file: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse what is not there before anything heavy is imported.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; name that of an adapter, or of a run of `dvora train`")
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import check_writable, one_line, wrong_input
+from .errors import check_there, check_writable, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
-    from ..recipes.finished.evaluation import Evaluation
+    from ..recipes.reports.evaluation import Evaluation
     from ..recipes.run_folder import Run
 
 _COLUMNS, TRAINED = "Columns of the files", "as in the training data"
@@ -67,19 +67,25 @@ def evaluate(
     with one_line(debug), wrong_input():
         if output is not None:
             check_writable(output)
-        from ..recipes.files import typed
-        from ..recipes.finished.evaluation import evaluate_run
-        from ..recipes.models.hub import Trust
+        check_there(*data or ())
         from ..recipes.run_folder import read_run
-        from ..whole_files import write_atomically
+        from ..recipes.settings import Trust
 
         found = read_run(run, Trust(own_code, download))
+        # After all that can be wrong without them: libraries of models take seconds.
+        from ..recipes.files import typed
+        from ..recipes.reports.evaluation import evaluate_run
+        from ..recipes.tasks.verdict import verdict
+        from ..whole_files import write_atomically
+
         evaluation = evaluate_run(found, data or [], columns, base)
-        result = _shown(found, data or [], evaluation, as_json)
+        sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
+        result = _shown(found, data or [], evaluation, as_json) | ({"verdict": sentences} if as_json else {})
         if output is not None:
             write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
         shown = Output(as_json, quiet)
-        shown.result(result, title=f"{found.settings.method} on {found.settings.task}")
+        title = f"{found.settings.method} on {found.settings.task}"
+        shown.result(result, title=title, verdict="\n".join(sentences))
         if found.settings.task == "causal-lm":
             shown.next_step("dvora", "generate", str(run), "Once upon a time")
         else:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ..tools.pages.text import visible
-from .errors import UsageError, one_line, wrong_input
+from .errors import UsageError, check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
-    from ..recipes.finished.generation import Continuation
-    from ..recipes.models.hub import Trust
+    from ..recipes.reports.generation import Continuation
     from ..recipes.run_folder import Run
+    from ..recipes.settings import Trust
 
 _SAMPLING, _WITHOUT_RUN = "How tokens are chosen", "Without a run"
 
@@ -96,25 +96,30 @@ def generate(
             raise UsageError("--system is a message of a chat; give --chat too")
         shown = Output(as_json, quiet)
         prompts = _prompts(prompt, file, shown)
-        from ..recipes.finished.generation import Generator, Sampling
-        from ..recipes.models.hub import Trust
+        check_there(file, adapter)
+        from ..recipes.settings import Trust
+
+        found = _chosen(run, adapter, model, Trust(own_code, download))
+        from ..recipes.reports.generation import Generator, Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        generator = Generator(_chosen(run, adapter, model, Trust(own_code, download)), not only_adapter)
+        generator = Generator(found, not only_adapter)
         _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, results())
         if results().isatty():
             shown.next_step("dvora", "merge", str(run or adapter), "--output", "merged", why="a model without dvora")
 
 
 def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Trust") -> "Run":
-    from ..recipes.run_folder import as_run, read_run
-
     if adapter is not None:
+        from ..recipes.models.trained import as_run
+
         return as_run(adapter, model, trust)
     if model is not None:
         raise UsageError("--model is the base of an --adapter; a run knows its base")
     if run is None:
         raise UsageError("nothing to generate with: give the folder of a run, or --adapter FOLDER")
+    from ..recipes.run_folder import read_run
+
     return read_run(Path(run), trust)
 
 
@@ -129,13 +134,13 @@ def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[s
 
 
 def _lines(file: Path | None, shown: Output) -> Iterator[str]:
-    from ..recipes.data.encodings import opened_text, stream_lines
+    from ..recipes.data.tables import stream_lines, stream_table
 
     if file is None:
         yield from (line for _, line in stream_lines(sys.stdin.buffer, "stdin") if line.strip())
         return
-    with opened_text(file, None, shown.note) as opened:
-        yield from (line.rstrip("\n") for line in opened if line.strip())
+    rows = stream_table(file, None, shown.note, suffix=".txt")
+    yield from (row["text"] for _, row in rows if row["text"].strip())
 
 
 def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError, one_line
+from ..recipes.adapters import DTYPES
+from .errors import check_adapter, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -17,13 +18,21 @@ EXAMPLES = """[bold]Examples[/bold]
 """
 
 
+def _dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}")
+    return dtype
+
+
 def merge_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.", callback=_dtype)
+    ] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest size of one file of weights.")] = "5GB",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -34,10 +43,9 @@ def merge_command(
     The folder appears whole, and only if the merged model, loaded again, gives the adapted model's outputs.
     """
     with one_line(debug):
-        from ..recipes.adapters_at_rest.merging import DTYPES, merge
+        check_adapter(adapter)
+        from ..recipes.adapters.merging import merge
 
-        if dtype not in DTYPES:
-            raise UsageError(f"unknown --dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         done = merge(adapter, output, model, dtype, shard_size)
         shown = Output(as_json, quiet)
         values = asdict(done) if as_json else _without_nothing(asdict(done))

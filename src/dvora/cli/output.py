@@ -52,7 +52,7 @@ class Output:
             values: by name.
             title: above tables.
             legend: what columns mean, below the tables.
-            verdict: what it all comes to, at the end.
+            verdict: what it all comes to, at the end; lines.
         """
         if self.as_json:
             typer.echo(json.dumps(values, default=str), file=results())
@@ -76,7 +76,8 @@ class Output:
             _print_table(console, [{"": spaced(name), " ": meaning} for name, meaning in legend.items()], headed=False)
         if verdict:
             console.print()
-            console.print(Text(visible(verdict), style="bold"))
+            for line in verdict.splitlines():
+                console.print(Text(visible(line), style="bold"))
 
     def note(self, text: str) -> None:
         """Say something on stderr."""

@@ -12,12 +12,12 @@ import typer
 
 from ..tools.pages.text import shown as as_text
 from ..tools.pages.text import visible
-from .errors import UsageError, check_writable, one_line, wrong_input
+from .errors import UsageError, check_there, check_writable, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 
 if TYPE_CHECKING:
     from ..recipes.data.new_files import Input
-    from ..recipes.finished.prediction import Predicted
+    from ..recipes.reports.prediction import Predicted
     from ..recipes.run_folder import Run
 
 _COLUMNS, TRAINED = "Columns of the file", "as in the training data"
@@ -77,11 +77,13 @@ def predict(
         _check_output(output, safe_csv)
         shown, summary = Output(as_json, quiet), None
         columns = {"text_column": text_column, "second_text_column": second_text_column}
-        from ..recipes.finished.prediction import Predictor
-        from ..recipes.models.hub import Trust
+        check_there(None if file == STREAM else file)
         from ..recipes.run_folder import read_run
+        from ..recipes.settings import Trust
 
         found = read_run(run, Trust(own_code, download))
+        from ..recipes.reports.prediction import Predictor
+
         predictor = Predictor(found)
         # Whoever types lines wants an answer to each.
         size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
@@ -110,8 +112,8 @@ def _check_output(output: str, safe: bool) -> None:
 
 
 def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output) -> "Iterator[Input]":
-    from ..recipes.data.encodings import stream_lines
     from ..recipes.data.new_files import file_inputs, line_inputs
+    from ..recipes.data.tables import stream_lines
 
     if file == STREAM:
         return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)

@@ -25,9 +25,18 @@ def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
     elif not sys.stderr.isatty():
         yield lambda progress: _show(progress, print_line, every_tenth=True)
     else:
-        with _bar() as bar:
-            task = bar.add_task("", total=None, said="")
-            yield lambda progress: _update(bar, task, progress)
+        bar = _bar()
+        task = bar.add_task("", total=None, said="")
+
+        def update(progress: "Progress") -> None:
+            # With the first step: what is said before would stick to the bar.
+            bar.start()
+            _update(bar, task, progress)
+
+        try:
+            yield update
+        finally:
+            bar.stop()
 
 
 def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -> None:
@@ -37,8 +46,8 @@ def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -
         say(evaluation_line(progress))
     elif progress.made == min(FIRST, max(1, progress.steps // 10)):
         say(estimate_line(progress))
-    elif every_tenth and tenth and progress.step < progress.steps:
-        say(f"{_place(progress)}: {_loss(progress)}, {_clock(progress.seconds_left or 0.0)} left")
+    elif every_tenth and tenth and progress.step < progress.steps and progress.seconds_left is not None:
+        say(f"{_place(progress)}: {_loss(progress)}, {_clock(progress.seconds_left)} left")
 
 
 def evaluation_line(progress: "Progress") -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import check_page, one_line, wrong_input
+from .errors import check_adapter, check_page, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -37,9 +37,10 @@ def report_command(
     with one_line(debug), wrong_input():
         page = output or Path(f"{run.resolve().name}.html")
         check_page(page)
+        check_adapter(run)
         from ..recipes.files import typed
-        from ..recipes.finished.run_page import write_page
-        from ..recipes.models.hub import Trust
+        from ..recipes.reports.run_page import write_page
+        from ..recipes.settings import Trust
 
         write_page(run, page if output is None else typed(output), against, rows, doctor, Trust(own_code, download))
         shown = Output(as_json, quiet)

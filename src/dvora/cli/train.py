@@ -4,12 +4,14 @@ import gc
 import shlex
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
-from ..recipes.settings import SettingOption, Settings, commented, options, read_settings
-from .errors import INTERRUPTED, UsageError, one_line
+from ..recipes.settings import Settings, commented, default_of, read_settings
+from .errors import INTERRUPTED, UsageError, check_there, one_line, wrong_input
 from .output import Debug, Json, Output, OwnCode, Quiet, print_line, results
 from .progress import shown_progress
 
@@ -29,24 +31,36 @@ def with_an_option_for_each_setting(command: Any) -> Any:
     """
     own = [each for each in signature(command).parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
     kind = Parameter.POSITIONAL_OR_KEYWORD
-    added = [Parameter(each.name, kind, default=None, annotation=_option(each)) for each in options()]
+    fields = Settings.model_fields.items()
+    added = [Parameter(name, kind, default=None, annotation=_option(name, field)) for name, field in fields]
     # In the order of the help text.
     command.__signature__ = Signature([own[0], *added, *own[1:]])
     command.__annotations__ = {each.name: each.annotation for each in (*own, *added)}
     return command
 
 
-def _option(setting: SettingOption) -> Any:
-    flag = f"--{setting.name.replace('_', '-')}"
-    shown = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if setting.default == "yes" else flag,
-        *filter(None, [SHORT.get(setting.name)]),
-        help=f"{setting.meaning[0].upper()}{setting.meaning[1:]}.",
-        rich_help_panel=setting.section,
-        show_default=setting.default or False,
-        hidden=setting.rare,
+def _option(name: str, field: FieldInfo) -> Any:
+    extra, meaning = cast(dict[str, Any], field.json_schema_extra), str(field.description)
+    flag = f"--{name.replace('_', '-')}"
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if field.default is True else flag,
+        *filter(None, [SHORT.get(name)]),
+        help=f"{meaning[0].upper()}{meaning[1:]}.",
+        rich_help_panel=extra["section"],
+        show_default=default_of(field) or False,
+        hidden=extra["rare"],
     )
-    return Annotated[setting.type | None, shown]
+    return Annotated[_typed(field.annotation) | None, option]
+
+
+def _typed(annotation: Any) -> Any:
+    """What is typed for a setting: one of several words and a mapping are text, which `Settings` checks."""
+    origin = get_origin(annotation)
+    if origin is tuple:
+        return list[str]
+    if origin in (Union, UnionType):
+        return _typed(get_args(annotation)[0])
+    return str if origin in (Literal, dict) else annotation
 
 
 @with_an_option_for_each_setting
@@ -83,8 +97,8 @@ def train(
     with one_line(debug):
         if print_config:
             # A file has what it has; without one the keys that must be set get an example.
-            shown = _settings(config, given if config else {**EXAMPLE, **given})
-            typer.echo(commented(shown), file=results(), nl=False)
+            settings_shown = _settings(config, given if config else {**EXAMPLE, **given})
+            typer.echo(commented(settings_shown), file=results(), nl=False)
             return
         chosen = _placed(_settings(config, given), config, resume, is_named="output" in given)
         _run(chosen, resume, Output(as_json, quiet), quiet, own_code)
@@ -125,8 +139,16 @@ def _placed(settings: Settings, config: Path | None, resume: bool, is_named: boo
 
 
 def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
-    from ..recipes.models.hub import Trust
-    from ..recipes.run_folder import is_first
+    from ..recipes.run_folder import check_resumable, is_first, read_record
+    from ..recipes.settings import Trust, resolved
+
+    folder = Path(settings.output)
+    with wrong_input():
+        check_resumable(folder, read_record(folder), resolved(settings), resume)
+    if not resume:
+        # A name on the hub has one slash at most, and begins with neither of these.
+        is_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
+        check_there(*settings.all_data, settings.model if is_path else None)
     from ..recipes.training.run import InputError
     from ..recipes.training.run import train as train_recipe
 
@@ -143,7 +165,11 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
         print_line(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
-    output.result(_shown(outcome.run, output.as_json), title=f"{settings.method} on {settings.task}")
+    output.result(
+        _shown(outcome.run, output.as_json),
+        title=f"{settings.method} on {settings.task}",
+        verdict="\n".join(outcome.run.record.get("verdict", [])),
+    )
     output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")
 
 
@@ -180,4 +206,5 @@ def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
         "rows": record["data"]["rows"],
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),
         "metrics": metric_rows(record["metrics"]),
+        **({"verdict": record["verdict"]} if as_json and "verdict" in record else {}),
     }

@@ -1,8 +1,6 @@
 """Users' files, read with care: bounded, regular, and no links where a command writes."""
 
 import json
-import os
-import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,6 @@ import yaml  # type: ignore[import-untyped]
 
 LARGEST_RECORD = 2**28
 """Bytes of a record; one that notes a loss at each of a million steps has a quarter of them."""
-DEEPEST = 8
-"""Lists in lists in a file of settings."""
 
 
 def typed(path: Path) -> Path:
@@ -21,75 +17,6 @@ def typed(path: Path) -> Path:
     Links under names that a command chooses itself are never followed.
     """
     return path.resolve() if path.is_symlink() else path
-
-
-def read_small(path: Path, at_most: int = LARGEST_RECORD) -> str:
-    """The text of a file of settings, or of a record; pipes and devices are not waited for.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file, larger than that, or not UTF-8.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is not a regular file")
-        content = file.read(at_most + 1)
-    if len(content) > at_most:
-        raise ValueError(f"{path} is larger than the {at_most:,} bytes that such a file may have")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def parsed_json(text: str) -> Any:
-    """The value of a text in JSON.
-
-    Raises:
-        ValueError: it is not JSON, nested too deeply, or has a number of thousands of digits.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def parsed_yaml(text: str) -> Any:
-    """The value of a text in YAML.
-
-    Raises:
-        ValueError: it is not YAML, is nested deeper than any setting, or has aliases (`*name`), with which ten
-            lines can stand for ten thousand million.
-    """
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"line {event.start_mark.line + 1} repeats *{event.anchor}; write it out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise ValueError(f"line {event.start_mark.line + 1} is nested too deeply")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, OverflowError) as error:
-        raise ValueError(str(error)) from None
-
-
-def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:
-    """The names and values of a JSON file that is one object.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, something else, or too large.
-    """
-    text = read_small(path, at_most)
-    try:
-        found = parsed_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it is no table of settings")
-    return found
 
 
 def check_no_device(path: Path) -> None:
@@ -124,13 +51,69 @@ def check_no_links(folder: Path, inner: Callable[[str], bool]) -> None:
     Raises:
         ValueError: there is one, which no command made.
     """
-    for parent, folders, files in os.walk(folder):
-        paths = [Path(parent, name) for name in (*folders, *files)]
-        if Path(parent) == folder:
-            folders[:] = filter(inner, folders)
-        for path in paths:
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise ValueError(
-                    f"{path} is a link, a pipe or a device, which no command makes in such a folder; remove it, or "
-                    "choose another folder"
-                )
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(
+                f"{path} is a link, a pipe or a device, which no command makes in such a folder; remove it, or choose "
+                "another folder"
+            )
+        if inner(path.name):
+            check_no_links(path, lambda _: True)
+
+
+def read_small(path: Path, at_most: int = LARGEST_RECORD) -> str:
+    """The text of a file of settings, or of a record.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a pipe or a device, larger than that, or not UTF-8.
+    """
+    check_no_device(path)
+    if path.stat().st_size > at_most:
+        raise ValueError(f"{path} is larger than the {at_most:,} bytes that such a file may have")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:
+    """The names and values of a JSON file that is one object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, something else, or too large.
+    """
+    text = read_small(path, at_most)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no table of settings")
+    return found
+
+
+class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise ValueError(f"line {alias.start_mark.line + 1} repeats *{alias.anchor}; write it out")
+        return super().compose_node(parent, index)
+
+
+def parsed_yaml(text: str) -> Any:
+    """The value of a text in YAML.
+
+    Raises:
+        ValueError: it is not YAML, is nested too deeply, or has aliases (`*name`), with which ten lines can stand for
+            ten thousand million.
+    """
+    try:
+        return yaml.load(text, _WithoutAliases)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(str(error)) from None

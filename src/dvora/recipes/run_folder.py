@@ -1,19 +1,16 @@
-"""The folder of a training run: what is in it, which process may write to it, and how its model is loaded."""
+"""The folder of a training run: what is in it, and which process may write to it. No library of models is imported."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..whole_files import remove, write_atomically
 from .files import check_no_links, read_json
-from .models.adapter_folder import adapter_on, check_labels, checked_labels, read_adapter, shapes_in
-from .models.bases import Base, load_base, load_processor, quiet_transformers
-from .models.hub import NOTHING, Trust
-from .settings import Settings, checked_settings, commented
+from .settings import NOTHING, Settings, Trust, checked_settings, commented
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
 HEAD_FILE = "head.safetensors"
@@ -77,74 +74,21 @@ def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
     return Run(folder, settings, checked_labels(record["labels"], folder / RECORD), folder / ADAPTER, record, trust)
 
 
+def checked_labels(labels: object, record: Path) -> tuple[str, ...]:
+    """The names of the classes in a record.
+
+    Raises:
+        ValueError: they are no list of texts.
+    """
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{record} is damaged: labels is not a list of names")
+    return tuple(labels)
+
+
 def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], file: Path) -> None:
     for name, kind in kinds.items():
         if name in values and not isinstance(values[name], kind):
             raise ValueError(f"{file} is damaged: {name} is not what `dvora train` writes")
-
-
-def as_run(adapter: Path, base: str | None, trust: Trust = NOTHING) -> Run:
-    """A language model's adapter that no run made, as if one had.
-
-    Args:
-        adapter: a folder that PEFT reads.
-        base: the model; None: the one that the adapter names.
-        trust: what is allowed when it is loaded; a base that is given may be fetched.
-
-    Raises:
-        ValueError: it holds no adapter, or names no base.
-    """
-    found = read_adapter(adapter)
-    # It has no data, but settings want some.
-    settings = Settings(task="causal-lm", model=found.base(base), data=(str(adapter),))
-    trust = replace(trust, download=trust.download or base is not None)
-    return Run(found.folder, settings, (), found.folder, {}, trust)
-
-
-def load_trained(run: Run, with_adapter: bool = True) -> tuple[Any, Any]:
-    """The model of a run, in evaluation mode, and its tokenizer or image processor.
-
-    Args:
-        run: finished.
-        with_adapter: False: the base, whose new layers, if its task needs some, have not been trained.
-
-    Raises:
-        ValueError: the base or the adapter cannot be read, or they do not fit.
-    """
-    _check_trained(run)
-    with quiet_transformers():
-        processor = load_processor(run.settings, run.trust)
-        pad_token_id = getattr(processor, "pad_token_id", None)
-        if not with_adapter or run.settings.method != "full":
-            base = load_base(run.settings, run.labels, pad_token_id, run.trust)
-            return (_with_adapter(base, run) if with_adapter else base.model).eval(), processor
-        whole = run.settings.model_copy(update={"model": str(run.adapter)})
-        return load_base(whole, run.labels, pad_token_id, run.trust).model.eval(), processor
-
-
-def _check_trained(run: Run) -> None:
-    """Check what was trained before a model with the record's number of classes is made."""
-    if run.settings.method not in ("full", "head"):
-        read_adapter(run.adapter)
-        return
-    files = sorted(run.adapter.glob("*.safetensors"))
-    shapes = {key: shape for file in files for key, shape in shapes_in(file).items()}
-    check_labels(run.labels, shapes, run.adapter)
-
-
-def _with_adapter(base: Base, run: Run) -> Any:
-    """The base with the trained adapter, or with the trained head."""
-    from safetensors.torch import load_file
-
-    if run.settings.method != "head":
-        return adapter_on(base.model, run.adapter)
-    file = run.adapter / HEAD_FILE
-    missing, unexpected = base.model.load_state_dict(load_file(file), strict=False)
-    if unexpected:
-        raise ValueError(f"{file} has {unexpected[0]}, which {run.base} has not")
-    if lacking := [name for name in missing if name.startswith(tuple(f"{head}." for head in base.heads))]:
-        raise ValueError(f"{file} lacks {lacking[0]}, which the run trained")
-    return base.model
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -173,6 +117,43 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 def write_config(folder: Path, settings: Settings) -> None:
     """Write config.yaml, with which the run can be repeated."""
     write_atomically(folder / CONFIG, commented(settings).encode())
+
+
+def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Settings, resume: bool) -> None:
+    """Refuse to write into a folder that holds something else.
+
+    Raises:
+        ValueError: it does; the message says what it holds and what to do.
+    """
+    if record is None:
+        # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
+        paths = [path for path in folder.iterdir() if not _is_empty(path)] if folder.is_dir() else []
+        others = [path.name for path in paths if path.name not in (LOCK, CONFIG) and not is_leftover(path.name)]
+        if others:
+            raise ValueError(f"{folder} is not empty (it holds {others[0]}); choose another output folder")
+        return
+    if not resume:
+        state = "a finished run" if record["state"] == "finished" else "an unfinished run"
+        way = "shows it" if record["state"] == "finished" else "goes on with it"
+        raise ValueError(f"{folder} holds {state}; --resume {way}, --output NAME starts another")
+    now = settings.model_dump(mode="json")
+    # The folder may have been moved.
+    changed = [key for key, value in now.items() if key != "output" and record["settings"].get(key) != value]
+    if changed:
+        which = ", ".join(f"{key} {record['settings'].get(key)!r} is now {now[key]!r}" for key in changed)
+        raise ValueError(f"the run in {folder} was started with other settings ({which}); choose another output folder")
+    if record["state"] == "finished":
+        return
+    if not {"data", "processes", "seconds"} <= record.keys():
+        raise ValueError(f"the record of the run in {folder} is damaged; choose another output folder")
+    if record["processes"] != world_size():
+        raise ValueError(
+            f"the run in {folder} was started with {record['processes']} processes, not {world_size()}; start as many"
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def is_leftover(name: str) -> bool:
@@ -212,6 +193,11 @@ def locked(folder: Path) -> Iterator[None]:
 def world_size() -> int:
     """How many processes train together, as accelerate launch and torchrun set it."""
     return _number_in("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Which of this machine's accelerators this process uses."""
+    return _number_in("LOCAL_RANK", 0)
 
 
 def is_first() -> bool:

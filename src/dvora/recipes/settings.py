@@ -1,18 +1,16 @@
 """The settings of a training run, each named once: a key of config.yaml, an option of `dvora train`, and its checks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from textwrap import wrap
-from types import UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, cast, get_args
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ..tools.pages.text import did_you_mean, shown
 from .files import parsed_yaml, read_small
@@ -29,6 +27,8 @@ RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
+SMALL_RANK, SMALL_RANK_RATE = 4, 3e-3
+"""Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
 OWN_CODE = "trust_remote_code"
 """Was a setting once; now only the caller can allow it."""
 LARGEST_CONFIG = 2**18
@@ -65,7 +65,7 @@ _evaluating = partial(_key, "Evaluating, saving, stopping")
 
 
 class Settings(BaseModel):
-    """Everything that a run depends on: each is a key of config.yaml, and an option of `dvora train` (`options`)."""
+    """Everything that a run depends on: each is a key of config.yaml, and an option of `dvora train`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -114,12 +114,13 @@ class Settings(BaseModel):
     learning_rate: float | None = _training(
         "learning rate",
         None,
-        null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}",
+        null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}; "
+        f"{SMALL_RANK_RATE:g} for lora and dora up to rank {SMALL_RANK}",
     )
     learning_rates: dict[Group, float] = _training(
         "learning rates of groups that differ: magnitude, lambda_b, lambda_d (dvora), head (new layers). Left out, the "
         "magnitude has one in proportion to learning_rate and to the norms of the base's rows, and new layers have "
-        f"{HEAD_RATE:g}, or learning_rate if that is given",
+        f"{HEAD_RATE:g}",
         {},
         rare=True,
     )
@@ -185,12 +186,6 @@ class Settings(BaseModel):
     def _a_rate_above_zero(cls, value: object) -> object:
         if value is None:
             return value
-        if value == "auto":
-            # A setting of earlier versions, in files of settings and in records of runs.
-            raise ValueError(
-                "the search for a learning rate was removed; write a number, or null for the method's default (a "
-                "finished run has the rate that it found in run.json, under rate_search)"
-            )
         try:
             rate = float(cast(Any, value))
         except (TypeError, ValueError, OverflowError):
@@ -234,6 +229,28 @@ class Settings(BaseModel):
         if self.task == "causal-lm" and self.method == "head":
             raise ValueError("causal-lm has no new head to train; use dvora, vera, lora, dora or full")
         return self
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the caller allows beyond reading files. No file that is read can allow it.
+
+    Args:
+        code: run Python code that comes with a model.
+        download: ask the hub for a model or a tokenizer; else its cache has to hold what is no folder here.
+    """
+
+    code: bool = False
+    download: bool = False
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Arguments of transformers' `from_pretrained`."""
+        return {"trust_remote_code": self.code, "local_files_only": not self.download}
+
+
+NOTHING, NAMED = Trust(), Trust(download=True)
+"""What is allowed for a model that only a file names, and for one that the caller names."""
 
 
 def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
@@ -302,10 +319,13 @@ def resolved(settings: Settings) -> Settings:
     """
 
     def path(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        # A link stays one: its name may say more than where it leads to.
+        return str(Path(name).absolute()) if Path(name).exists() else name
 
-    by_group = settings.learning_rates
-    if settings.learning_rate is None and settings.method != "head" and settings.task != "causal-lm":
+    by_group, rank = settings.learning_rates, settings.rank or RANKS.get(settings.method)
+    is_small = settings.method in ("lora", "dora") and rank is not None and rank <= SMALL_RANK
+    # Whatever the adapter's rate: the head starts fitted, and a rate of 0.01 undoes some of that.
+    if settings.method != "head" and settings.task != "causal-lm":
         by_group = {"head": HEAD_RATE, **by_group}
     return settings.model_copy(
         update={
@@ -313,8 +333,9 @@ def resolved(settings: Settings) -> Settings:
             "tokenizer": path(settings.tokenizer) if settings.tokenizer else None,
             "output": str(Path(settings.output).resolve()),
             **{key: tuple(map(path, getattr(settings, key))) for key in PATHS},
-            "rank": settings.rank or RANKS.get(settings.method),
-            "learning_rate": settings.learning_rate or LEARNING_RATES[settings.method],
+            "rank": rank,
+            "learning_rate": settings.learning_rate
+            or (SMALL_RANK_RATE if is_small else LEARNING_RATES[settings.method]),
             "learning_rates": by_group,
             "max_length": settings.max_length or (256 if settings.task == "causal-lm" else 128),
         }
@@ -325,7 +346,7 @@ def commented(settings: Settings) -> str:
     """A YAML file with every setting, each with a comment."""
     values, lines, section = settings.model_dump(mode="json"), [], ""
     for key, field in Settings.model_fields.items():
-        extra = _extra(field)
+        extra = cast(dict[str, Any], field.json_schema_extra)
         if extra["section"] != section:
             section = extra["section"]
             lines += ["", f"# {section}"]
@@ -335,57 +356,10 @@ def commented(settings: Settings) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
-@dataclass(frozen=True)
-class SettingOption:
-    """A setting as an option of a command line.
-
-    Args:
-        name: of the setting.
-        section, meaning: for the help text.
-        type: of the value that is typed; several of it where the option may be given again.
-        default: in words; empty where there is none.
-        is_required: it has to be given.
-        rare: left out of the help text.
-    """
-
-    name: str
-    section: str
-    meaning: str
-    type: Any
-    default: str
-    is_required: bool
-    rare: bool
-
-
-def options() -> Iterator[SettingOption]:
-    """The options of `dvora train`, one for each setting."""
-    for name, field in Settings.model_fields.items():
-        extra = _extra(field)
-        plain = field.default not in (..., PydanticUndefined, None, (), {})
-        default = shown(field.default) if plain else extra["null"]
-        yield SettingOption(
-            name,
-            extra["section"],
-            str(field.description),
-            _typed(field.annotation),
-            default,
-            field.is_required(),
-            extra["rare"],
-        )
-
-
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    return cast(dict[str, Any], field.json_schema_extra)
-
-
-def _typed(annotation: Any) -> Any:
-    """What is typed for a setting: one of several words and a mapping are text, which `Settings` checks."""
-    origin = get_origin(annotation)
-    if origin is tuple:
-        return list[str]
-    if origin in (Union, UnionType):
-        return _typed(get_args(annotation)[0])
-    return str if origin in (Literal, dict) else annotation
+def default_of(field: FieldInfo) -> str:
+    """The default of a setting in words; empty where there is none."""
+    null: str = cast(dict[str, Any], field.json_schema_extra)["null"]
+    return null or ("" if field.is_required() or field.default in (None, (), {}) else shown(field.default))
 
 
 def _entry(key: str, value: object) -> str:

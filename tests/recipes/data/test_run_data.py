@@ -64,16 +64,20 @@ def test_rows_of_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "settings", "message"),
     [
-        (["text,label", "a,1", "b,", "c, "], {}, "a.csv: column 'label' has no label in line 3, line 4; fill in"),
-        (["text,label", "a,1", ",2"], {}, "a.csv, line 3: column 'text' has no text"),
+        (["text,label", "a,1", "b,", "c, "], {}, "a.csv, row 2: column 'label' is empty; fill it in, or remove"),
+        (["text,label", "a,1", ",2"], {}, "a.csv, row 2: column 'text' is empty"),
         (["text,label", "a,x", "b,x"], {}, "column 'label' has the single class 'x'"),
         (["text,label", *(f"a{n},b{n}" for n in range(50))], {}, "50 different labels in 50 rows"),
         (["text,label", "a,1", "b,2"], {}, "too few different rows for the part .*train 2, validation 0, test 0"),
-        (["txt,label", "a,1", "b,2"], {"text_column": "text"}, "no column 'text' .*did you mean 'txt'"),
-        (["a,b,c", "a,1,2"], {}, r"which of its columns \(a, b, c\) is the text_column"),
+        (
+            ["txt,label", "a,1", "b,2"],
+            {"text_column": "text"},
+            "no column 'text'; set --text-column, did you mean 'txt'?",
+        ),
+        (["a,b,c", "a,1,2"], {}, "which column is the text_column. Set --text-column to one of a, b, c$"),
         (["text,label", "a,1", "b,2"], {"text_column": "label", "label_column": "label"}, "two columns have one name"),
-        (["text,rating", "a,1", "b,good"], {"task": "regression"}, "line 3, column 'rating': 'good' is not a number"),
-        (["text,rating", "a,1", "b,inf"], {"task": "regression"}, "line 3, column 'rating': 'inf' is not finite"),
+        (["text,rating", "a,1", "b,good"], {"task": "regression"}, "row 2: the label 'good' is not a number"),
+        (["text,rating", "a,1", "b,inf"], {"task": "regression"}, "row 2: the label 'inf' is not finite"),
         (["text"], {}, "a.csv has no rows"),
     ],
 )
@@ -100,7 +104,7 @@ def test_numbers_as_classes_have_one_name_and_their_order(tmp_path: Path) -> Non
 def test_a_class_that_training_does_not_have_is_reported(tmp_path: Path) -> None:
     train = csv(tmp_path, "text,label", *(f"t{n},{n % 2}" for n in range(30)))
     test = csv(tmp_path, "text,label", "new,7", name="test.csv")
-    with pytest.raises(ValueError, match=r"test\.csv, line 2: the class '7' does not occur"):
+    with pytest.raises(ValueError, match=r"test\.csv, row 1: the class '7' does not occur"):
         load(train, test_data=str(test))
 
 
@@ -143,18 +147,18 @@ def test_of_many_texts_whole_ones_are_held_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "holds no messages"),
+        ([], "no message of the assistant"),
         (["hi"], "message 1 has to be an object"),
         ([{"role": "user", "content": "hi"}], "no message of the assistant"),
         ([{"role": "bot", "content": "hi"}], "message 1 has the role 'bot'"),
         ([{"role": "user"}], "message 1 has to be an object with `role` and `content`"),
     ],
 )
-def test_an_invalid_chat_is_reported_with_its_line(tmp_path: Path, messages: list[Any], message: str) -> None:
+def test_an_invalid_chat_is_reported_with_its_row(tmp_path: Path, messages: list[Any], message: str) -> None:
     path = tiny_data.chats(tmp_path / "a.jsonl")
     with path.open("a") as file:
         file.write("\n" + json.dumps({"messages": messages}))
-    with pytest.raises(ValueError, match=rf"a\.jsonl, line 41: .*{message}"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 41: .*{message}"):
         load(path, "causal-lm")
 
 

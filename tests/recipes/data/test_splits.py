@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.recipes.data.splits import first_of_each, same_text, split_rows
+from dvora.recipes.data.splits import same_text, split_rows
 
 ROWS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), max_size=80)
 SHARE = st.floats(0, 0.45)
@@ -46,11 +46,6 @@ def test_shares_are_those_asked_for() -> None:
 def test_another_seed_draws_another_split() -> None:
     first, second = (split_rows(range(100), [0] * 100, 0.1, 0.1, seed) for seed in (0, 1))
     assert first != second
-
-
-@given(st.lists(st.integers(0, 5)))
-def test_the_first_of_each_stays(values: list[int]) -> None:
-    assert [values[index] for index in first_of_each(values)] == list(dict.fromkeys(values))
 
 
 def test_case_and_spacing_do_not_make_another_text() -> None:

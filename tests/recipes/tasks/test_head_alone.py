@@ -1,5 +1,6 @@
-"""The head alone: fitted as scikit-learn does, on what the head's last layer reads, of a base that stays as it was."""
+"""The head alone: fitted by scikit-learn, on what the head's last layer reads, of a base that stays as it was."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dvora.recipes.models.bases import load_base, load_processor
 from dvora.recipes.settings import Settings
+from dvora.recipes.tasks import head_alone
 from dvora.recipes.tasks.head_alone import HeadAlone, fitted, fitted_head, frozen_features, last_layer, read_head_alone
 from dvora.recipes.tasks.task import features, task_parts
 from tests.recipes import tiny_data
@@ -33,25 +35,39 @@ def made(
     return base, features(rows, chosen, processor, 24).dataset, task_parts(chosen, classes, processor).collator, chosen
 
 
-@pytest.mark.parametrize("strength", [1e-1, 1e-3])
-def test_classes_are_fitted_as_scikit_learn_does(strength: float) -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_layer_on_features_is_scikit_learn_s_on_scaled_ones(classes: int) -> None:
     generator = np.random.default_rng(0)
-    x, y = generator.normal(size=(60, 5)) * [1, 2, 3, 4, 5] + 7, generator.integers(0, 3, 60)
-    head = fitted(torch.tensor(x), torch.tensor(y), 3, strength)
+    x, y = generator.normal(size=(60, 5)) * [1, 2, 3, 4, 5] + 7, generator.integers(0, classes, 60)
+    head = fitted(torch.tensor(x).float(), torch.tensor(y), classes, 1e-2)
     scaled = (x - x.mean(0)) / x.std(0)
-    expected = LogisticRegression(C=1 / (len(x) * strength), tol=1e-8, max_iter=1000).fit(scaled, y)
+    expected = LogisticRegression(C=1 / (len(x) * 1e-2), tol=1e-8, max_iter=1000).fit(scaled, y)
     probabilities = head.outputs(torch.tensor(x).float()).softmax(-1).numpy()
     np.testing.assert_allclose(probabilities, expected.predict_proba(scaled), atol=1e-3)
+    numbers = fitted(torch.tensor(x).float(), torch.tensor(y), 0, 1e-2).outputs(torch.tensor(x).float()).flatten()
+    np.testing.assert_allclose(numbers, Ridge(alpha=0.6).fit(scaled, y).predict(scaled), rtol=1e-4, atol=1e-3)
 
 
-def test_numbers_are_fitted_as_scikit_learn_does() -> None:
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(60, 5)) * [1, 2, 3, 4, 5] + 7
-    y = x @ [1.0, -1.0, 0.5, 0.0, 2.0] + generator.normal(size=60)
-    head = fitted(torch.tensor(x), torch.tensor(y), 0, 1e-2)
-    scaled = (x - x.mean(0)) / x.std(0)
-    expected = Ridge(alpha=1e-2 * len(x)).fit(scaled, y).predict(scaled)
-    np.testing.assert_allclose(head.outputs(torch.tensor(x).float()).flatten().numpy(), expected, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("classes", [0, 2, 3])
+def test_a_layer_without_a_bias_is_fitted_as_one(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(80, 5, generator=generator) + 3, torch.randn(max(classes, 1), 5, generator=generator)
+    labels = (x @ weight.T).argmax(-1) if classes else (x @ weight.T).flatten()
+    head = fitted(x, labels, classes, 1e-4, has_bias=False)
+    assert not head.bias.any()
+    found = head.outputs(x)
+    if classes:
+        assert (found.argmax(-1) == labels).double().mean() > 0.95
+    else:
+        torch.testing.assert_close(found.flatten(), labels, rtol=0.01, atol=0.01)
+
+
+def test_a_class_without_rows_has_an_output_that_is_not_chosen() -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for labels in (torch.tensor([0, 2] * 10), torch.zeros(20, dtype=torch.int64)):
+        head = fitted(x, labels, 4, 1e-2)
+        assert head.weight.shape == (4, 3)
+        assert {*head.outputs(x).argmax(-1).tolist()} <= {*labels.tolist()}
 
 
 @pytest.mark.parametrize(("name", "task"), [("bert", "text-classification"), ("llama", "text-classification")])
@@ -65,6 +81,7 @@ def test_features_are_what_the_last_layer_reads(models: dict[str, Path], name: s
             batch = collator([row])
             del batch["labels"]
             torch.testing.assert_close(layer(features_of_row), base(**batch).logits[0], rtol=1e-4, atol=1e-5)
+    assert last_layer(base) is layer
 
 
 def test_images_have_features_too(models: dict[str, Path], tmp_path: Path) -> None:
@@ -111,3 +128,12 @@ def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
     HeadAlone(torch.randn(2, 3), torch.randn(3)).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         read_head_alone(tmp_path / "a.safetensors")
+
+
+def test_a_long_reading_says_how_long_it_still_takes(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
+    monkeypatch.setattr(head_alone, "SOON", 0.0)
+    notes: list[str] = []
+    fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("bad", "good"), notes.append)
+    assert len(notes) == 1
+    assert re.fullmatch(r"the frozen base has read \d+% of the rows, about \d+ s left", notes[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from dvora.recipes.run_folder import load_trained
+from dvora.recipes.models.trained import load_trained
 from dvora.recipes.training.card import model_card
 from tests.recipes.finished_runs import finished
 
@@ -28,13 +28,17 @@ def test_the_code_loads_the_model(tmp_path: Path, task: str, method: str) -> Non
     code = text.partition("```python\n")[2].partition("```")[0]
     assert ("import dvora" in code) == (method == "dvora")
     named: dict[str, Any] = {}
-    exec(code.replace("path/to/this/folder", str(run.adapter)), named)
+    here = code.replace("path/to/this/folder", str(run.adapter)).replace("path/to/", f"{Path(run.base).parent}/")
+    exec(here, named)
     expected, _ = load_trained(run)
     values = expected.state_dict()
     found = named["model"].state_dict()
     assert found.keys() == values.keys()
     # Of a head that the adapter brings, the one that it replaces is random.
     assert all(torch.equal(value, found[name]) for name, value in values.items() if "original_module" not in name)
+    if run.labels:
+        assert named["model"].config.id2label == dict(enumerate(run.labels))
+        assert named["model"].config.label2id == {label: index for index, label in enumerate(run.labels)}
 
 
 def test_it_says_what_the_run_was(tmp_path: Path) -> None:
@@ -52,7 +56,7 @@ def test_it_says_what_the_run_was(tmp_path: Path) -> None:
     assert "head alone" in text
     assert "reviews.csv" in text
     assert "bad, good" in text
-    assert str(tmp_path) not in text.replace(str(run.base), "")
+    assert str(tmp_path) not in text
 
 
 def test_the_head_alone_is_loaded_by_the_program(tmp_path: Path) -> None:
@@ -62,8 +66,9 @@ def test_the_head_alone_is_loaded_by_the_program(tmp_path: Path) -> None:
 
 def test_names_from_files_are_no_markup(tmp_path: Path) -> None:
     run = finished("text-classification", tmp_path)
-    labels = ["<script>", "a|b", "\x1b[2J", "**bold**"]
+    labels = ["<script>", "a|b", "\x1b[2J", "**bold**", "```"]
     text = model_card(run.settings, run.record, labels, load_trained(run)[0].config)
     assert not re.search("[\x00-\x08\x0b-\x1f]", text)
     for label in (r"\<script\>", r"a\|b", r"\\x1b\[2J", r"\*\*bold\*\*"):
         assert label in text
+    assert text.count("```") == 2

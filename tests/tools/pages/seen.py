@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WIDE, PHONE = 1100, 390
+WIDE, PHONE = 1600, 390
 
 
 @dataclass

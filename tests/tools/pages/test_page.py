@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dvora.tools.pages.page import Section, Table, page
+from dvora.tools.pages.page import Section, Table, matrix, page
 from dvora.tools.pages.pictures import axes_of, new_figure, svg
 from dvora.tools.pages.text import shown
 from tests.tools.pages.seen import PHONE, WIDE, seen
@@ -76,3 +76,35 @@ def test_a_page_reads_well(file: Path, width: int, scheme: str) -> None:
         )
         assert min(letters) >= 9
         assert found.complaints == []
+
+
+def test_a_wide_screen_is_used_and_a_phone_has_lines_of_many_words(tmp_path: Path) -> None:
+    long = "a sentence of a review that goes on for a while, as reviews do, and then ends"
+    table = Table([{"row": long, "true": "good", "predicted": "bad", "head alone": "good"}])
+    file = tmp_path / "page.html"
+    file.write_text(page("Title", "", [Section(name, tables=[table]) for name in "ab"], ""), encoding="utf-8")
+    with seen(file, WIDE) as found:
+        left, right = (box.bounding_box() for box in found.page.locator("section").all())
+        assert left["y"] == right["y"]
+        assert left["width"] + right["width"] > 0.9 * WIDE
+    with seen(file, PHONE) as found:
+        assert found.page.locator("td").first.bounding_box()["width"] > 0.8 * PHONE
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_matrix_is_shaded_in_the_colours_of_the_page(tmp_path: Path, scheme: str) -> None:
+    cells = [[("9", 0.9), ("", 0.0)], [("5", -0.5), ("5", 0.5)]]
+    drawn = matrix(["a <b>", "c"], ["a <b>", "c"], cells, "which for which")
+    file = tmp_path / "page.html"
+    file.write_text(page("Title", "", [Section("Matrix", pictures=[drawn])], ""), encoding="utf-8")
+    with seen(file, PHONE, scheme) as found:
+        assert found.page.locator(".matrix tbody th").all_inner_texts() == ["a <b>", "c"]
+        shades = found.page.eval_on_selector_all(
+            ".matrix tbody td", "all => all.map(c => getComputedStyle(c).backgroundColor)"
+        )
+        assert shades == [
+            "rgba(59, 130, 196, 0.72)",
+            "rgba(0, 0, 0, 0)",
+            "rgba(224, 138, 44, 0.4)",
+            "rgba(59, 130, 196, 0.4)",
+        ]

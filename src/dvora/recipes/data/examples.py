@@ -1,192 +1,137 @@
 """The examples of a task in its files: checked, each with its place for errors and a key for what is the same."""
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import check_no_device
 from ..settings import Settings
-from .columns import Columns, chosen_columns
-from .images import image_examples
+from .columns import chosen_columns
+from .images import image_key, labelled_images
 from .splits import same_text
-from .tables import Table, read_table, read_text
+from .tables import Note, Row, opened_text, stream_table
 
 ROLES = ("system", "user", "assistant", "tool")
 STRETCHES = 100
 """Pieces of consecutive paragraphs that a single text file is held out in."""
 WHOLE_FILES = 10
 """Text files from which on whole files are held out."""
-HUGE = 1_000_000
-"""Characters of a text of which its reader should know."""
 
 
 @dataclass(frozen=True)
-class Examples:
-    """The examples of some files, in their order.
+class Example:
+    """One example.
 
     Args:
-        rows: `text` (and `text2`), `passage` (a piece of a longer text), `messages` or `image` (a path), and `label`.
-        keys: the same for examples that a split has to keep together.
-        places: file and line of each.
-        columns: names by kind, for the record.
-        notes: what was guessed or assumed.
+        row: `text` (and `text2`), `passage` (a piece of a longer text), `messages` or `image` (a path), and `label`.
+        key: the same for examples that a split has to keep together.
+        place: where it is, for errors.
     """
 
-    rows: list[dict[str, Any]]
-    keys: list[str]
-    places: list[str]
-    columns: dict[str, str]
-    notes: list[str]
-
-    def chosen(self, indices: Sequence[int]) -> "Examples":
-        """Some of them."""
-        return replace(
-            self,
-            rows=[self.rows[index] for index in indices],
-            keys=[self.keys[index] for index in indices],
-            places=[self.places[index] for index in indices],
-        )
+    row: Row
+    key: str
+    place: str
 
 
-def read_examples(paths: Sequence[str], settings: Settings) -> Examples:
+def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple[list[Example], dict[str, str]]:
     """Read the examples of a task.
+
+    Args:
+        paths: of the files or folders.
+        settings: of the run.
+        note: called with what was guessed or assumed.
+
+    Returns:
+        The examples in their order, and the names of their columns by kind.
 
     Raises:
         ValueError: a file is not there, empty or damaged, or a row lacks what the task needs.
     """
+    examples: list[Example] = []
+    columns: dict[str, str] = {}
+    whole = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
     for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-        check_no_device(path)
-        if path.is_dir() != (settings.task == "image-classification"):
-            raise ValueError(
-                f"{path} is a folder; give files (csv, tsv, jsonl, json, parquet, txt)"
-                if path.is_dir()
-                else f"{path} is a file; image-classification reads a folder with one folder of images for each class"
-            )
-    if settings.task == "image-classification":
-        found, keys = image_examples([Path(path) for path in paths])
-        return Examples(found, keys, [row["image"] for row in found], {}, [])
-    texts = [Path(path) for path in paths if path.lower().endswith(".txt")]
-    if texts and settings.task != "causal-lm":
-        raise ValueError(
-            f"{texts[0]} has no columns; {settings.task} needs a text and a label in each row: csv, tsv, jsonl"
-        )
-    examples = Examples([], [], [], {}, [])
-    for path in map(Path, paths):
-        if path in texts:
-            _add_text(examples, path, settings.encoding, whole=len(texts) >= WHOLE_FILES)
+        _check_kind(path, settings.task)
+        if path.is_dir():
+            found = [({"image": str(image), "label": name}, str(image)) for image, name in labelled_images(path)]
+            examples += [Example(row, image_key(Path(place)), place) for row, place in found]
+        elif path.suffix.lower() == ".txt":
+            examples += _pieces(path, settings.encoding, note, whole)
         else:
-            _add_table(examples, read_table(path, settings.encoding), settings)
-    examples.notes[:] = dict.fromkeys(examples.notes)
-    return examples
+            rows = [*stream_table(path, settings.encoding, note)]
+            names = dict.fromkeys(name for _, row in rows for name in row)
+            columns.update(chosen_columns(path, names, settings, note))
+            read = _chat_or_text if settings.task == "causal-lm" else row_of
+            examples += [Example(*read(row, columns, place), place) for place, row in rows]
+    return examples, columns
 
 
-def _add_text(examples: Examples, path: Path, encoding: str | None, whole: bool) -> None:
-    text, notes = read_text(path, encoding)
-    pieces = [text] if whole else stretches(text, STRETCHES)
+def _check_kind(path: Path, task: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    check_no_device(path)
+    if path.is_dir() and task != "image-classification":
+        raise ValueError(f"{path} is a folder; give files (csv, tsv, jsonl, json, parquet, txt)")
+    if task == "image-classification" and not path.is_dir():
+        raise ValueError(f"{path} is a file; {task} reads a folder with one folder of images for each class")
+    if path.suffix.lower() == ".txt" and task != "causal-lm":
+        raise ValueError(f"{path} has no columns; {task} needs a text and a label in each row: csv, tsv, jsonl")
+
+
+def _pieces(path: Path, encoding: str | None, note: Note, whole: bool) -> Iterator[Example]:
+    try:
+        with opened_text(path, encoding, note) as file:
+            text = file.read()
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    pieces = [text] if whole else _stretches(text)
     if not whole:
-        examples.notes.append(f"{path.name}: held out in {len(pieces)} stretches of consecutive paragraphs")
-    examples.notes.extend(notes)
-    examples.rows.extend({"passage": piece} for piece in pieces)
-    examples.keys.extend(map(same_text, pieces))
-    examples.places.extend(f"{path}, piece {number}" for number in range(1, len(pieces) + 1))
+        note(f"{path.name}: held out in {len(pieces)} stretches of consecutive paragraphs")
+    for number, piece in enumerate(pieces, start=1):
+        yield Example({"passage": piece}, same_text(piece), f"{path}, piece {number}")
 
 
-def stretches(text: str, count: int) -> list[str]:
-    """Cut a text between paragraphs, or lines if it has no paragraphs, into about `count` pieces of one length."""
-    separator = "\n\n" if text.count("\n\n") >= count else "\n"
-    length, pieces, piece = len(text) / count, [], ""
+def _stretches(text: str) -> list[str]:
+    """Cut a text between paragraphs, or lines if it has no paragraphs, into `STRETCHES` pieces of about one length."""
+    separator = "\n\n" if text.count("\n\n") >= STRETCHES else "\n"
+    pieces = [""]
     for part in text.split(separator):
-        piece += part + separator
-        if len(piece) >= length:
-            pieces.append(piece)
-            piece = ""
-    return [piece for piece in (*pieces, piece) if piece.strip()]
+        if len(pieces[-1]) >= len(text) / STRETCHES:
+            pieces.append("")
+        pieces[-1] += part + separator
+    return [piece for piece in pieces if piece.strip()]
 
 
-def _add_table(examples: Examples, table: Table, settings: Settings) -> None:
-    columns = chosen_columns(table, settings)
-    examples.notes.extend((*table.notes, *columns.notes))
-    named = {"text": columns.text, "text2": columns.second, "label": columns.label}
-    examples.columns.update({kind: name for kind, name in named.items() if name is not None})
-    _check_labels(table, columns)
-    read = _chat if settings.task == "causal-lm" and _holds_chats(table, columns.text) else row_of
-    for values, place in zip(table.rows, table.places, strict=True):
-        where = f"{table.path}, {place}"
-        row, key = read(values, columns, where)
-        examples.rows.append(row)
-        examples.keys.append(key)
-        examples.places.append(where)
-
-
-def _check_labels(table: Table, columns: Columns) -> None:
-    if columns.label is None:
-        return
-    lacking = [
-        place for row, place in zip(table.rows, table.places, strict=True) if _is_missing(row.get(columns.label))
-    ]
-    if lacking:
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        raise ValueError(
-            f"{table.path}: column {columns.label!r} has no label in {', '.join(lacking[:5])}{more}; fill in or remove "
-            "these rows"
-        )
-
-
-def _is_missing(value: object) -> bool:
-    return (
-        value is None
-        or (isinstance(value, str) and not value.strip())
-        or (isinstance(value, float) and math.isnan(value))
-    )
-
-
-def row_of(values: dict[str, Any], columns: Columns, where: str) -> tuple[dict[str, Any], str]:
-    """The texts and the label in a table's row, and the key of the example.
+def row_of(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
+    """What an example takes from a table's row, by the kinds of `columns`, and its key.
 
     Raises:
-        ValueError: a text is missing or none.
+        ValueError: a text or a label is missing, or a text is none.
     """
-    row = {"text": _text(values, columns.text, where)}
-    key = same_text(row["text"])
-    if columns.second is not None:
-        row["text2"] = _text(values, columns.second, where)
-        # A pair in the other order gives away as much about a held-out one.
-        key = "\n".join(sorted((key, same_text(row["text2"]))))
-    if columns.label is not None:
-        row["label"] = values[columns.label]
-    return row, key
+    row = {kind: values.get(name) for kind, name in columns.items()}
+    for kind, value in row.items():
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"{place}: column {columns[kind]!r} is empty; fill it in, or remove the row")
+        if kind != "label" and not isinstance(value, str):
+            raise ValueError(f"{place}: column {columns[kind]!r} holds {value!r}, which is no text")
+    # A pair in the other order gives away as much about a held-out one.
+    return row, "\n".join(sorted(same_text(str(row[kind])) for kind in ("text", "text2") if kind in row))
 
 
-def _text(values: dict[str, Any], column: str, where: str) -> str:
-    text = values.get(column)
-    if _is_missing(text):
-        raise ValueError(f"{where}: column {column!r} has no text")
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: column {column!r} holds {text!r}, which is no text")
-    return text
-
-
-def _holds_chats(table: Table, column: str) -> bool:
-    return any(isinstance(row.get(column), list) for row in table.rows)
-
-
-def _chat(values: dict[str, Any], columns: Columns, where: str) -> tuple[dict[str, Any], str]:
-    messages = values.get(columns.text)
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: column {columns.text!r} holds no messages")
+def _chat_or_text(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
+    messages: Any = values.get(columns["text"])
+    if not isinstance(messages, list):
+        return row_of(values, columns, place)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
             raise ValueError(
-                f"{where}: message {number} has to be an object with `role` and `content`, got {message!r}"
+                f"{place}: message {number} has to be an object with `role` and `content`, got {message!r}"
             )
         if message["role"] not in ROLES:
-            raise ValueError(f"{where}: message {number} has the role {message['role']!r}, expected {', '.join(ROLES)}")
+            raise ValueError(f"{place}: message {number} has the role {message['role']!r}, expected {', '.join(ROLES)}")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: there is no message of the assistant, so there is nothing to learn")
-    found = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return {"messages": found}, json.dumps([[m["role"], same_text(m["content"])] for m in found])
+        raise ValueError(f"{place}: there is no message of the assistant, so there is nothing to learn")
+    texts = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return {"messages": texts}, json.dumps([[m["role"], same_text(m["content"])] for m in texts])

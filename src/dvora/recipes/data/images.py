@@ -1,8 +1,12 @@
-"""A folder of images: one folder for each class."""
+"""Images: one, or a folder with one folder for each class.
+
+Not by `load_dataset("imagefolder")`, which gives no labels where folders differ in depth, drops classes beside a folder
+called "test", and reads any format that Pillow knows.
+"""
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,30 +19,22 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test"}
 
 
-def image_examples(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The images with the class that their folder names, and the sha256 of each file.
+def labelled_images(folder: Path) -> list[tuple[Path, str]]:
+    """The images in a folder, each with the class that their folder in it names.
 
     Raises:
-        ValueError: there are no images, one cannot be read, or the folders are parts of a split.
+        ValueError: there are none, or the folders are parts of a split.
     """
-    rows: list[dict[str, Any]] = []
-    for folder in folders:
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if parts := sorted({path.name for path in classes} & PARTS):
-            raise ValueError(
-                f"{folder} holds {', '.join(parts)}, which are parts, not classes: give them one by one, as in data: "
-                f"{folder / parts[0]}, test_data: {folder / parts[-1]}"
-            )
-        found = [
-            {"image": str(path), "label": name.name}
-            for name in classes
-            for path in sorted(name.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not found:
-            raise ValueError(f"{folder} holds no folders with images ({', '.join(sorted(SUFFIXES))})")
-        rows += found
-    return rows, [image_key(Path(row["image"])) for row in rows]
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if parts := sorted({path.name for path in classes} & PARTS):
+        raise ValueError(
+            f"{folder} holds {', '.join(parts)}, which are parts, not classes: give them one by one, as in data: "
+            f"{folder / parts[0]}, test_data: {folder / parts[-1]}"
+        )
+    found = [(image, path.name) for path in classes for image in _images(path)]
+    if not found:
+        raise ValueError(f"{folder} holds no folders with images ({', '.join(sorted(SUFFIXES))})")
+    return found
 
 
 def images_in(path: Path) -> list[Path]:
@@ -47,12 +43,14 @@ def images_in(path: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    if not path.is_dir():
-        return [path]
-    found = [image for image in sorted(path.rglob("*")) if image.suffix.lower() in SUFFIXES]
+    found = _images(path) if path.is_dir() else [path]
     if not found:
         raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
     return found
+
+
+def _images(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """The values of a label column: classes by name, or numbers."""
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
+from math import isfinite
 from typing import Any
 
 MANY = 20
@@ -12,9 +11,7 @@ MANY = 20
 
 def class_name(value: object) -> str:
     """A label as a class; 1 and 1.0 are the same one."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
@@ -23,8 +20,7 @@ def class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
     Raises:
         ValueError: there is only one, or so many that the column can hardly be one of classes.
     """
-    counts = Counter(map(class_name, values))
-    names = sorted(counts)
+    names = sorted({*map(class_name, values)})
     if len(names) == 1:
         raise ValueError(f"column {column!r} has the single class {names[0]!r}; there is nothing to predict")
     if len(names) > max(MANY, len(values) / 2):
@@ -48,7 +44,7 @@ def number(value: Any) -> float:
         found = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is not a number") from None
-    if not math.isfinite(found):
+    if not isfinite(found):
         raise ValueError(f"{value!r} is not finite")
     return found
 

@@ -5,21 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...tools.pages.text import did_you_mean
 from ..run_folder import Run
 from ..settings import Settings
-from .columns import Columns
-from .encodings import Note, opened_text
-from .examples import Examples, read_examples, row_of
+from .columns import KINDS, check_column
+from .examples import Example, read_examples, row_of
 from .images import image_key, images_in
 from .run_data import encode_labels
-from .tables import stream_table
-
-Line = tuple[str, str]
-"""Where a line is, and its text."""
-
-COLUMNS = {"text_column": "text", "second_text_column": "text2", "label_column": "label"}
-"""Settings, and what a run's record calls their columns."""
+from .tables import Note, stream_table
 
 
 @dataclass(frozen=True)
@@ -44,17 +36,16 @@ def reading_settings(run: Run, columns: Mapping[str, str | None]) -> Settings:
             in the run's own files.
     """
     recorded: Mapping[str, str] = run.record["data"]["columns"]
-    chosen = {key: columns.get(key) or recorded.get(kind) for key, kind in COLUMNS.items()}
-    return run.settings.model_copy(update=chosen)
+    return run.settings.model_copy(update={key: columns.get(key) or recorded.get(kind) for key, kind in KINDS.items()})
 
 
-def labelled_examples(paths: Sequence[str], run: Run, columns: Mapping[str, str | None]) -> Examples:
+def labelled_examples(paths: Sequence[str], run: Run, columns: Mapping[str, str | None]) -> list[Example]:
     """The examples in some files, their labels as the run's model predicts them.
 
     Raises:
         ValueError: a file or a row is not what the task needs, or a label is none of the run's.
     """
-    examples = read_examples(paths, reading_settings(run, columns))
+    examples, _ = read_examples(paths, reading_settings(run, columns), lambda _: None)
     if run.settings.task != "causal-lm":
         encode_labels(examples, run.labels)
     return examples
@@ -74,23 +65,30 @@ def file_inputs(path: Path, run: Run, columns: Mapping[str, str | None], note: N
         OSError: it cannot be read.
     """
     settings = reading_settings(run, columns)
-    images = settings.task == "image-classification"
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.suffix.lower() == ".txt":
-        with opened_text(path, settings.encoding, note) as file:
-            yield from line_inputs(_placed(path, file), run, columns)
-    elif images:
-        for image in images_in(path):
-            yield _image(str(image))
+        lines = stream_table(path, settings.encoding, note)
+        yield from line_inputs(((place, row["text"]) for place, row in lines), run, columns)
+    elif settings.task == "image-classification":
+        yield from (_image(str(image)) for image in images_in(path))
     elif path.is_dir():
         raise ValueError(f"{path} is a folder; give a file (csv, tsv, jsonl, json, parquet, or txt with a text a line)")
     else:
-        yield from _table_inputs(path, settings, note)
+        named = {key: name for key in ("text_column", "second_text_column") if (name := getattr(settings, key))}
+        for number, (place, values) in enumerate(stream_table(path, settings.encoding, note)):
+            for key, name in named.items() if not number else ():
+                check_column(path, key, name, values)
+            yield Input(values, row_of(values, {KINDS[key]: name for key, name in named.items()}, place)[0])
 
 
-def line_inputs(lines: Iterable[Line], run: Run, columns: Mapping[str, str | None]) -> Iterator[Input]:
+def line_inputs(lines: Iterable[tuple[str, str]], run: Run, columns: Mapping[str, str | None]) -> Iterator[Input]:
     """A text, two texts with a tab between them, or the path of an image in each line; empty lines are passed over.
+
+    Args:
+        lines: each with its place.
+        run: finished.
+        columns: what to call the texts, see `reading_settings`.
 
     Raises:
         ValueError: a line is not what the task needs.
@@ -111,30 +109,6 @@ def line_inputs(lines: Iterable[Line], run: Run, columns: Mapping[str, str | Non
             yield Input({first: texts[0], second: texts[1]}, {"text": texts[0], "text2": texts[1]})
 
 
-def _placed(path: Path, file: Iterable[str]) -> Iterator[Line]:
-    for number, line in enumerate(file, start=1):
-        yield f"{path}, line {number}", line.rstrip("\n")
-
-
 def _image(path: str) -> Input:
     image_key(Path(path))
     return Input({"image": path}, {"image": path})
-
-
-def _table_inputs(path: Path, settings: Settings, note: Note) -> Iterator[Input]:
-    columns = Columns(settings.text_column or "text", settings.second_text_column, None, ())
-    first = True
-    for place, values in stream_table(path, settings.encoding, note):
-        if first:
-            _check_columns(path, values, {"text_column": columns.text, "second_text_column": columns.second})
-            first = False
-        yield Input(values, row_of(values, columns, f"{path}, {place}")[0])
-
-
-def _check_columns(path: Path, values: dict[str, Any], wanted: dict[str, str | None]) -> None:
-    for key, name in wanted.items():
-        if name is not None and name not in values:
-            raise ValueError(
-                f"{path} has no column {name!r}, which the run calls its {key}, {did_you_mean(name, values)} "
-                f"Name it with --{key.replace('_', '-')}"
-            )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from ...tools.pages.text import did_you_mean, visible
+from ...tools.pages.text import did_you_mean
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What spreadsheets take for the beginning of a formula, or pass over before one."""
@@ -28,80 +28,57 @@ def writer_for(suffix: str, safe: bool = False) -> Callable[[Iterable[Row]], Ite
     Raises:
         ValueError: the suffix names no format that is written here, or one that no spreadsheet opens as a table.
     """
-    if suffix.lower() not in _WRITERS:
-        raise ValueError(
-            f"the suffix {suffix!r} names no format that is written here, {did_you_mean(suffix, _WRITERS)}"
-        )
-    if not safe:
-        return _WRITERS[suffix.lower()]
-    if suffix.lower() not in _SAFE_WRITERS:
-        raise ValueError(
-            f"only tables are opened by spreadsheets; {suffix} is none, write .csv or .tsv to be safe there"
-        )
-    return _SAFE_WRITERS[suffix.lower()]
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(suffix.lower())
+    if delimiter:
+        return partial(_separated, delimiter=delimiter, safe=safe)
+    if suffix.lower() not in (".jsonl", ".ndjson"):
+        near = did_you_mean(suffix, (".csv", ".tsv", ".jsonl", ".ndjson"))
+        raise ValueError(f"the suffix {suffix!r} names no format that is written here, {near}")
+    if safe:
+        raise ValueError(f"only tables are opened by spreadsheets; {suffix} is none, write .csv or .tsv to be safe")
+    return json_lines
 
 
 def json_lines(rows: Iterable[Row]) -> Iterator[str]:
     """An object a line."""
-    for row in rows:
-        yield _json(row) + "\n"
+    return (_json(row) + "\n" for row in rows)
 
 
 def json_object(rows: Iterable[Row], name: str) -> Iterator[str]:
     """One object, with all rows in a list of that name."""
-    separator = f'{{"{name}": ['
-    for row in rows:
-        yield separator + _json(row)
-        separator = ",\n"
-    yield "]}\n" if separator == ",\n" else f"{separator}]}}\n"
+    yield f'{{"{name}": ['
+    for number, row in enumerate(rows):
+        yield (",\n" if number else "") + _json(row)
+    yield "]}\n"
 
 
-def _separated(rows: Iterable[Row], delimiter: str, shown: Callable[[str], str] = str) -> Iterator[str]:
-    header: tuple[str, ...] | None = None
-    for number, row in enumerate(rows, start=1):
-        if header is None:
-            header = tuple(row)
-            yield _line(map(shown, header), delimiter)
-        if unknown := row.keys() - {*header}:
-            raise ValueError(
-                f"row {number} has {min(unknown)!r}, which the first row lacks, so a table cannot hold it; write .jsonl"
-            )
-        yield _line([shown(_cell(row.get(name))) for name in header], delimiter)
-
-
-def _line(cells: Iterable[str], delimiter: str) -> str:
+def _separated(rows: Iterable[Row], delimiter: str, safe: bool) -> Iterator[str]:
     line = io.StringIO()
-    csv.writer(line, delimiter=delimiter, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    writer = csv.writer(line, delimiter=delimiter, lineterminator="\n")
+    columns: list[str] = []
+    for number, row in enumerate(rows):
+        if not number:
+            columns = [*row]
+            writer.writerow(_cell(name, safe) for name in columns)
+        if unknown := row.keys() - {*columns}:
+            raise ValueError(
+                f"row {number + 1} has {min(unknown)!r}, which the first row lacks, so a table cannot hold it; write "
+                ".jsonl"
+            )
+        writer.writerow([_cell(row.get(name), safe) for name in columns])
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, safe: bool) -> str:
     if value is None:
         return ""
-    return _json(value) if isinstance(value, dict | list | bool) else str(value)
-
-
-def _without_formula(cell: str) -> str:
-    return f"'{cell}" if cell.startswith(FORMULA) and not NUMBER.fullmatch(cell) else cell
+    cell = _json(value) if isinstance(value, dict | list | bool) else str(value)
+    return f"'{cell}" if safe and cell.startswith(FORMULA) and not NUMBER.fullmatch(cell) else cell
 
 
 def _json(value: Any) -> str:
-    """With letters as they are, but for those that do something to a terminal, which JSON can spell."""
+    """With letters as they are, unless some do something to a terminal: JSON can spell them."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if text.isprintable() else "".join(map(_spelled, text))
-
-
-def _spelled(letter: str) -> str:
-    return letter if visible(letter) == letter else json.dumps(letter)[1:-1].replace("\x7f", "\\u007f")
-
-
-_WRITERS: dict[str, Callable[[Iterable[Row]], Iterator[str]]] = {
-    ".csv": partial(_separated, delimiter=","),
-    ".tsv": partial(_separated, delimiter="\t"),
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-}
-_SAFE_WRITERS: dict[str, Callable[[Iterable[Row]], Iterator[str]]] = {
-    ".csv": partial(_separated, delimiter=",", shown=_without_formula),
-    ".tsv": partial(_separated, delimiter="\t", shown=_without_formula),
-}
+    return text if text.isprintable() else json.dumps(value, default=str).replace("\x7f", "\\u007f")

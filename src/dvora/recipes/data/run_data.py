@@ -2,19 +2,20 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import check_no_device
 from ..settings import Settings
-from .encodings import CHUNK
-from .examples import HUGE, Examples, read_examples
+from .examples import Example, read_examples
 from .labels import are_numbers, class_name, class_names, number
-from .splits import first_of_each, split_rows
+from .splits import split_rows
+from .tables import CHUNK, Note
 
 Rows = list[dict[str, Any]]
+Parts = dict[str, list[Example]]
 SMALLEST = 2
 
 
@@ -46,127 +47,122 @@ def load_data(settings: Settings) -> Data:
     Raises:
         ValueError: a file or a row is not what the task needs, or there are too few rows.
     """
-    read = {
-        part: read_examples(paths, settings)
-        for part, paths in (
-            ("train", settings.data),
-            ("validation", settings.validation_data),
-            ("test", settings.test_data),
-        )
-        if paths
-    }
-    labels = _encode_labels(read, settings)
-    notes = [note for examples in read.values() for note in examples.notes]
+    notes: list[str] = []
+    train, columns = read_examples(settings.data, settings, notes.append)
+    read: Parts = {"train": train}
+    for part, paths in (("validation", settings.validation_data), ("test", settings.test_data)):
+        if paths:
+            read[part], _ = read_examples(paths, settings, notes.append)
+    labels: tuple[str, ...] = ()
+    if settings.task != "causal-lm":
+        labels = _classes(train, columns.get("label", "folder"), settings, notes.append)
+        for examples in read.values():
+            encode_labels(examples, labels)
     distinct = {part: _without_duplicates(examples) for part, examples in read.items()}
-    parts = _split(distinct, bool(labels), settings)
-    clean = _without_leaks(parts)
+    drawn = _split(distinct, bool(labels), settings)
+    parts = _without_leaks(drawn)
     removed = {
         "duplicates_removed": _count(read) - _count(distinct),
-        "leaks_removed": _count(parts) - _count(clean),
+        "leaks_removed": _count(drawn) - _count(parts),
     }
-    _check_parts(clean, settings)
-    rows = {part: examples.rows for part, examples in clean.items()}
+    _check_sizes(parts, settings)
     record = {
         "files": fingerprints(settings),
-        "columns": read["train"].columns,
-        "rows": {part: len(found) for part, found in rows.items()},
+        "columns": columns,
+        "rows": {part: len(examples) for part, examples in parts.items()},
         **removed,
     }
-    notes += _notes(clean, **removed)
-    keys = tuple(clean["train"].keys)
-    return Data(rows["train"], rows["validation"], rows["test"], labels, record, tuple(dict.fromkeys(notes)), keys)
+    notes += _notes(parts, **removed)
+    rows = {part: [example.row for example in examples] for part, examples in parts.items()}
+    return Data(
+        **rows,
+        labels=labels,
+        record=record,
+        notes=tuple(dict.fromkeys(notes)),
+        train_keys=tuple(example.key for example in parts["train"]),
+    )
 
 
-def _count(parts: Mapping[str, Examples]) -> int:
-    return sum(len(examples.rows) for examples in parts.values())
+def _count(parts: Parts) -> int:
+    return sum(map(len, parts.values()))
 
 
-def _encode_labels(read: Mapping[str, Examples], settings: Settings) -> tuple[str, ...]:
-    """Replace raw labels by indices of classes or by numbers; the names of the classes."""
-    if settings.task == "causal-lm":
-        return ()
-    main = read["train"]
-    column = main.columns.get("label", "folder")
-    raw = [row["label"] for row in main.rows]
+def _classes(train: Sequence[Example], column: str, settings: Settings, note: Note) -> tuple[str, ...]:
+    """The names of the classes; none where the labels are numbers."""
+    labels = [example.row["label"] for example in train]
     numbers = settings.task == "regression" or settings.label_kind == "numbers"
     if settings.task == "sentence-pairs" and settings.label_kind is None:
-        numbers = are_numbers(raw)
-        main.notes.append(f"label_kind: {'numbers' if numbers else 'classes'} (seen from {column!r})")
-    labels = () if numbers else class_names(raw, column)
-    for examples in read.values():
-        encode_labels(examples, labels)
-    return labels
+        numbers = are_numbers(labels)
+        note(f"label_kind: {'numbers' if numbers else 'classes'} (seen from {column!r})")
+    return () if numbers else class_names(labels, column)
 
 
-def encode_labels(examples: Examples, labels: Sequence[str]) -> None:
+def encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
     """Replace raw labels by indices of the classes, or by numbers where there are no classes.
 
     Raises:
         ValueError: a label is no number, or none of the classes.
     """
     indices = {name: index for index, name in enumerate(labels)}
-    for row, place in zip(examples.rows, examples.places, strict=True):
+    for example in examples:
+        label = example.row["label"]
+        if labels and class_name(label) not in indices:
+            raise ValueError(f"{example.place}: the class {label!r} does not occur in the training data")
         try:
-            row["label"] = indices[class_name(row["label"])] if labels else number(row["label"])
+            example.row["label"] = indices[class_name(label)] if labels else number(label)
         except ValueError as error:
-            raise ValueError(f"{place}, column {examples.columns['label']!r}: {error}") from None
-        except KeyError:
-            raise ValueError(f"{place}: the class {row['label']!r} does not occur in the training data") from None
+            raise ValueError(f"{example.place}: the label {error}") from None
 
 
-def _without_duplicates(examples: Examples) -> Examples:
+def _without_duplicates(examples: Sequence[Example]) -> list[Example]:
     """Without the rows that repeat another one exactly; of images the content counts, not the name."""
-    contents = [
-        (key, row["label"]) if "image" in row else repr(row)
-        for row, key in zip(examples.rows, examples.keys, strict=True)
-    ]
-    return examples.chosen(first_of_each(contents))
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(repr((example.key, {**example.row, "image": None})), example)
+    return [*first.values()]
 
 
-def _split(read: Mapping[str, Examples], classes: bool, settings: Settings) -> dict[str, Examples]:
-    main = read["train"]
+def _split(read: Parts, classes: bool, settings: Settings) -> Parts:
+    train = read["train"]
     split = split_rows(
-        main.keys,
-        [row["label"] for row in main.rows] if classes else [0] * len(main.rows),
+        [example.key for example in train],
+        [example.row["label"] if classes else 0 for example in train],
         0.0 if "validation" in read else settings.validation_share,
         0.0 if "test" in read else settings.test_share,
         settings.split_seed,
     )
-    drawn = {part: main.chosen(indices) for part, indices in split._asdict().items()}
+    drawn = {part: [train[row] for row in rows] for part, rows in split._asdict().items()}
     return {**drawn, **{part: examples for part, examples in read.items() if part != "train"}}
 
 
-def _without_leaks(parts: Mapping[str, Examples]) -> dict[str, Examples]:
+def _without_leaks(parts: Parts) -> Parts:
     """Training and validation rows without what is held out; only files given as parts can bring such rows."""
-    clean = dict(parts)
-    for part, held_out in (("train", ("validation", "test")), ("validation", ("test",))):
-        known = {key for name in held_out for key in parts[name].keys}
-        clean[part] = parts[part].chosen([i for i, key in enumerate(parts[part].keys) if key not in known])
-    return clean
+    test = {example.key for example in parts["test"]}
+    held_out = test | {example.key for example in parts["validation"]}
+    return {
+        "train": [example for example in parts["train"] if example.key not in held_out],
+        "validation": [example for example in parts["validation"] if example.key not in test],
+        "test": parts["test"],
+    }
 
 
-def _check_parts(parts: Mapping[str, Examples], settings: Settings) -> None:
-    counts = {part: len(examples.rows) for part, examples in parts.items()}
-    shares = ", ".join(f"{part} {count}" for part, count in counts.items())
+def _check_sizes(parts: Parts, settings: Settings) -> None:
     wanted = {"train": SMALLEST, "validation": int(settings.validation_share > 0), "test": int(settings.test_share > 0)}
-    if short := [part for part, least in wanted.items() if counts[part] < least]:
-        raise ValueError(f"too few different rows for the part {short[0]} ({shares}); add data, or change its share")
+    if short := [part for part, least in wanted.items() if len(parts[part]) < least]:
+        sizes = ", ".join(f"{part} {len(examples)}" for part, examples in parts.items())
+        raise ValueError(f"too few different rows for the part {short[0]} ({sizes}); add data, or change its share")
 
 
-def _notes(parts: Mapping[str, Examples], duplicates_removed: int, leaks_removed: int) -> list[str]:
+def _notes(parts: Parts, duplicates_removed: int, leaks_removed: int) -> list[str]:
     notes = []
     if duplicates_removed:
         notes.append(f"{duplicates_removed:,} exact duplicates removed")
     if leaks_removed:
         notes.append(f"{leaks_removed:,} rows removed that also occur in a held-out file")
-    rows = [(key, row) for part in parts.values() for key, row in zip(part.keys, part.rows, strict=True)]
-    if rows and "label" in rows[0][1] and "text" in rows[0][1]:
-        labels = Counter(key for key, _ in {(key, row["label"]) for key, row in rows})
-        if torn := sum(count > 1 for count in labels.values()):
-            notes.append(f"{torn:,} texts occur with different labels")
-    huge = sum(len(row.get("text", "")) > HUGE for _, row in rows if "label" in row)
-    if huge:
-        notes.append(f"{huge:,} texts have more than {HUGE:,} characters; what is beyond max_length is not read")
+    labelled = [example for part in parts.values() for example in part if {"text", "label"} <= example.row.keys()]
+    labels = Counter(key for key, _ in {(example.key, example.row["label"]) for example in labelled})
+    if torn := sum(count > 1 for count in labels.values()):
+        notes.append(f"{torn:,} texts occur with different labels")
     return notes
 
 
@@ -192,14 +188,15 @@ def size_of(path: Path) -> int:
 
 def _sha256(path: Path) -> str:
     """Of a file, or of the names and contents of a folder's files."""
-    if not path.is_dir():
-        hashed = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                hashed.update(chunk)
+    hashed = hashlib.sha256()
+    if path.is_dir():
+        for file in _files_in(path):
+            hashed.update(f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n".encode())
         return hashed.hexdigest()
-    lines = [f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _files_in(path)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            hashed.update(chunk)
+    return hashed.hexdigest()
 
 
 def _files_in(folder: Path) -> list[Path]:

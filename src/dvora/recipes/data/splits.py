@@ -1,4 +1,8 @@
-"""Train, validation and test rows: drawn by a seed, what is the same in one part, and classes in the same shares."""
+"""Train, validation and test rows: drawn by a seed, what is the same in one part, and classes in the same shares.
+
+Finished runs draw their held-out rows again, so the same rows and seed have to give the same parts in every version.
+scikit-learn's `StratifiedGroupKFold` has shares of one k-th only, refuses small data, and is slow with many groups.
+"""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -9,22 +13,14 @@ import numpy as np
 class Split(NamedTuple):
     """Indices of the rows of each part, ascending; every row is in one."""
 
-    train: tuple[int, ...]
-    validation: tuple[int, ...]
-    test: tuple[int, ...]
+    train: list[int]
+    validation: list[int]
+    test: list[int]
 
 
 def same_text(text: str) -> str:
     """The same for texts that differ in case or spacing only."""
     return " ".join(text.split()).casefold()
-
-
-def first_of_each(rows: Sequence[Hashable]) -> list[int]:
-    """Indices of the rows that did not occur before."""
-    seen: dict[Hashable, int] = {}
-    for index, row in enumerate(rows):
-        seen.setdefault(row, index)
-    return list(seen.values())
 
 
 def split_rows(
@@ -40,22 +36,22 @@ def split_rows(
         seed: of the split.
     """
     rows_of: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(index)
-    members: dict[int, list[list[int]]] = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    groups_of: dict[int, list[list[int]]] = {}
     for rows in rows_of.values():
-        members.setdefault(classes[rows[0]], []).append(rows)
+        groups_of.setdefault(classes[rows[0]], []).append(rows)
     generator = np.random.default_rng(seed)
-    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    split = Split([], [], [])
     owed = {"test": 0.0, "validation": 0.0}
-    for name in sorted(members):
-        groups = [members[name][place] for place in generator.permutation(len(members[name]))]
+    for name in sorted(groups_of):
+        groups = [groups_of[name][place] for place in generator.permutation(len(groups_of[name]))]
         for part, share in (("test", test_share), ("validation", validation_share)):
             # What rounding takes from one class the next one gives.
-            owed[part] += share * len(members[name])
+            owed[part] += share * len(groups_of[name])
             taken = min(int(owed[part] + 1e-9), len(groups) - 1)
             owed[part] -= taken
-            parts[part] += [row for group in groups[:taken] for row in group]
+            getattr(split, part).extend(row for group in groups[:taken] for row in group)
             groups = groups[taken:]
-        parts["train"] += [row for group in groups for row in group]
-    return Split(*(tuple(sorted(parts[part])) for part in ("train", "validation", "test")))
+        split.train.extend(row for group in groups for row in group)
+    return Split(*map(sorted, split))

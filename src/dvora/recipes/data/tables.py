@@ -1,186 +1,175 @@
-"""Files of rows (csv, tsv, jsonl, json, parquet) and of text, with the line that each row is in."""
+"""Files of rows (csv, tsv, jsonl, json, parquet) and of text, every cell and line as it is written.
 
+By Python's `csv` and `json` and by pyarrow. `datasets.load_dataset` would be shorter, but it takes texts for dates and
+numbers, moves the cells of rows that are too long into other columns, and keeps copies that can be out of date.
+"""
+
+import codecs
 import csv
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from ...tools.pages.text import did_you_mean, listed
-from ..files import parsed_json
-from .encodings import Note, opened_text
+from ..files import check_no_device
 
-Placed = tuple[str, dict[str, Any]]
-"""Where a row is, such as "line 7", and its values by column."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of one file.
-
-    Args:
-        path: of the file.
-        columns: their names, in the file's order.
-        rows: values by column.
-        places: where each row is, such as "line 7".
-        notes: what had to be assumed to read it.
-    """
-
-    path: Path
-    columns: tuple[str, ...]
-    rows: tuple[dict[str, Any], ...]
-    places: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+Note = Callable[[str], None]
+Row = dict[str, Any]
+CHUNK = 2**20
+MARK = "\ufeff"
 
 
-def read_table(path: Path, encoding: str | None = None) -> Table:
-    """Read a file in the format of its suffix.
+def stream_table(path: Path, encoding: str | None, note: Note, suffix: str | None = None) -> Iterator[tuple[str, Row]]:
+    """The rows of a file in the format of its suffix, one after another; in constant memory, unless it is a .json.
 
     Args:
         path: of the file.
-        encoding: None: UTF-8, or that of its byte order mark, and windows-1252 for what is not UTF-8.
+        encoding: see `opened_text`.
+        note: called with what had to be assumed.
+        suffix: None: that of the path. Of a .txt each line is a row with a `text`.
+
+    Returns:
+        Where each row is, such as "a.csv, row 7", and its values by column.
 
     Raises:
-        ValueError: the format is unknown, or the file is empty or damaged, with the place.
+        ValueError: the format is unknown, or the file is empty or damaged, when the place is reached.
         OSError: it cannot be read.
     """
-    notes: list[str] = []
-    found = [*stream_table(path, encoding, notes.append)]
-    columns = dict.fromkeys(name for _, row in found for name in row)
-    return Table(path, tuple(columns), tuple(row for _, row in found), tuple(place for place, _ in found), tuple(notes))
-
-
-def stream_table(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
-    """The rows of such a file one after another, with their places; in constant memory, unless it is a .json.
-
-    Raises:
-        ValueError, OSError: as `read_table`, when the place is reached.
-    """
-    suffix = path.suffix.lower()
+    suffix = (suffix or path.suffix).lower()
     if suffix not in _READERS:
-        near = did_you_mean(suffix, [*_READERS, ".txt"])
-        raise ValueError(f"{path}: the suffix {suffix!r} names no format that is read here; {near}")
-    empty = True
-    for placed in _READERS[suffix](path, encoding, note):
-        empty = False
-        yield placed
-    if empty:
+        raise ValueError(
+            f"{path}: the suffix {suffix!r} names no format that is read here, {did_you_mean(suffix, _READERS)}"
+        )
+    check_no_device(path)
+    number = 0
+    try:
+        for number, row in enumerate(_READERS[suffix](path, encoding, note), start=1):
+            yield f"{path}, row {number}", row
+    except (ValueError, LookupError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}, row {number + 1}: {error}") from None
+    if not number:
         raise ValueError(f"{path} has no rows")
 
 
-def read_text(path: Path, encoding: str | None = None) -> tuple[str, tuple[str, ...]]:
-    r"""A text file, its line ends as "\n", and notes on what had to be assumed.
+@contextmanager
+def opened_text(path: Path, encoding: str | None, note: Note) -> Iterator[TextIO]:
+    r"""A text file to read, its line ends as "\n" and without a byte order mark.
+
+    Args:
+        path: of the file.
+        encoding: None: UTF-8, or that of its byte order mark, and windows-1252 for what is not UTF-8. The file is then
+            read once before it is opened.
+        note: called with what had to be assumed.
 
     Raises:
-        ValueError: it is empty, no text, or not in the encoding.
+        ValueError: it is no text, or not in the encoding.
+        LookupError: there is no such encoding.
         OSError: it cannot be read.
     """
-    notes: list[str] = []
-    with opened_text(path, encoding, notes.append) as file:
-        return file.read(), tuple(notes)
+    with path.open(encoding=encoding or _guessed_encoding(path, note)) as file:
+        if file.read(1) != MARK:
+            file.seek(0)
+        yield file
 
 
-def _read_csv(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+def _guessed_encoding(path: Path, note: Note) -> str:
+    """The first of a few encodings that all of the file is in; what guesses among all is wrong too often."""
+    with path.open("rb") as start:
+        if start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+    for encoding, name in (("utf-8", "UTF-8"), ("cp1252", "windows-1252")):
+        try:
+            with path.open(encoding=encoding) as file:
+                while text := file.read(CHUNK):
+                    if "\0" in text:
+                        raise ValueError("it has a zero byte, so it is no text")
+        except UnicodeDecodeError:
+            continue
+        if encoding != "utf-8":
+            note(f"{path.name} is not UTF-8: read as {name}; set `encoding` if it is another")
+        return encoding
+    raise ValueError("it is neither UTF-8 nor windows-1252; set `encoding`, such as latin-1")
+
+
+def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+    """The lines of UTF-8 text that cannot be read twice, each with its place, as soon as they are there.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{name}, line {number}: not UTF-8") from None
+        yield f"{name}, line {number}", text.rstrip("\r\n")
+
+
+def _read_separated(path: Path, encoding: str | None, note: Note, delimiter: str | None = None) -> Iterator[Row]:
+    # Python allows a cell no more than 128 KiB by default.
+    csv.field_size_limit(2**31 - 1)
     with opened_text(path, encoding, note) as file:
         first = file.readline()
-        delimiter = ","
-        if delimiter not in first and (others := [other for other in ";\t|" if other in first]):
-            delimiter = max(others, key=first.count)
-            note(f"{path.name} has no commas in its first line: read as separated by {delimiter!r}")
-        yield from _separated(path, chain([first], file), delimiter)
+        if delimiter is None:
+            delimiter = "," if "," in first else max(",;\t|", key=first.count)
+            if delimiter != ",":
+                note(f"{path.name} has no commas in its first line: read as separated by {delimiter!r}")
+        records = filter(None, csv.reader(chain([first], file), delimiter=delimiter, strict=True))
+        columns = [name.strip() for name in next(records, [])]
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise ValueError(f"two columns have the name {twice[0]!r}; rename one of them in the first line")
+        for cells in records:
+            if len(cells) != len(columns):
+                raise ValueError(
+                    f"{len(cells)} cells where the first line names {len(columns)} columns ({listed(columns)}); a cell "
+                    f"with {delimiter!r} in it has to be in double quotes"
+                )
+            yield dict(zip(columns, cells, strict=True))
 
 
-def _read_tsv(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+def _read_json_lines(path: Path, encoding: str | None, note: Note) -> Iterator[Row]:
     with opened_text(path, encoding, note) as file:
-        yield from _separated(path, file, "\t")
+        yield from (_object(json.loads(line)) for line in file if line.strip())
 
 
-def _separated(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[Placed]:
-    records = _records(path, lines, delimiter)
-    _, header = next(records)
-    columns = tuple(name.strip() for name in header)
-    if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise ValueError(
-            f"{path}: the column {twice[0]!r} occurs twice in the first line, which has to name the columns"
-        )
-    for line, fields in records:
-        if len(fields) != len(columns):
-            raise ValueError(
-                f"{path}, line {line}: {len(fields)} fields where the first line names {len(columns)} columns "
-                f"({listed(columns)}); a field with {delimiter!r} in it has to be in double quotes"
-            )
-        yield f"line {line}", dict(zip(columns, fields, strict=True))
-
-
-def _records(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records that are not empty, with the line that each starts in."""
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    start = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield start, fields
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {start}: {error}; is a double quote left open or not doubled there?") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_json_lines(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
+def _read_json(path: Path, encoding: str | None, note: Note) -> Iterator[Row]:
     with opened_text(path, encoding, note) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _checked(path, f"line {number}", _parsed(path, f", line {number}", line))
-
-
-def _read_json(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
-    with opened_text(path, encoding, note) as file:
-        rows = _parsed(path, "", file.read())
+        rows = json.load(file)
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, each an object; for one object a line name the file .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield _checked(path, f"row {number}", row)
+        raise ValueError("expected a list of rows, each an object; for one object a line name the file .jsonl")
+    yield from map(_object, rows)
 
 
-def _parsed(path: Path, place: str, text: str) -> Any:
-    try:
-        return parsed_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}{place}: not JSON: {error}") from None
-
-
-def _checked(path: Path, place: str, row: Any) -> Placed:
+def _object(row: Any) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, {place}: expected an object with a value for each column, got {type(row).__name__}")
-    return place, row
+        raise ValueError(f"expected an object with a value for each column, got {type(row).__name__}")
+    return row
 
 
-def _read_parquet(path: Path, encoding: str | None, note: Note) -> Iterator[Placed]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
+def _read_parquet(path: Path, encoding: str | None, note: Note) -> Iterator[Row]:
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
-    number = 0
-    try:
-        # Not `read_table`, which takes the names of folders ("label=1") for columns.
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file: {error}") from None
+    # Not `read_table`, which takes the names of folders ("label=1") for columns.
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
 
 
-_READERS: dict[str, Callable[[Path, str | None, Note], Iterator[Placed]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+def _read_lines(path: Path, encoding: str | None, note: Note) -> Iterator[Row]:
+    with opened_text(path, encoding, note) as file:
+        yield from ({"text": line.rstrip("\n")} for line in file)
+
+
+_READERS: dict[str, Callable[[Path, str | None, Note], Iterator[Row]]] = {
+    ".csv": _read_separated,
+    ".tsv": partial(_read_separated, delimiter="\t"),
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".txt": _read_lines,
 }

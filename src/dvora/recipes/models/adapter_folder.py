@@ -14,6 +14,7 @@ from ...peft.expressions import check_expressions
 from ...peft.saving import opened
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
+from ..run_folder import checked_labels
 from .hub import offline
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -205,14 +206,3 @@ def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], f
 def labels_of(record: Path) -> tuple[str, ...]:
     """The names of the classes that a run of `dvora train` notes beside its adapter; empty where there is no run."""
     return checked_labels(read_json(record).get("labels") or [], record) if record.is_file() else ()
-
-
-def checked_labels(labels: object, record: Path) -> tuple[str, ...]:
-    """The names of the classes in a record.
-
-    Raises:
-        ValueError: they are no list of texts.
-    """
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{record} is damaged: labels is not a list of names")
-    return tuple(labels)

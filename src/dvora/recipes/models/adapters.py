@@ -9,9 +9,10 @@ from peft import PeftConfig, PeftModel
 import dvora
 
 from ...peft.saving import check_file
+from ..settings import NOTHING, Trust
 from .adapter_folder import Adapter, adapter_on, check_targets
 from .architectures import config_of, load_base, model_class, quietly
-from .hub import NOTHING, Trust, offline
+from .hub import offline
 
 
 def load_adapted(

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
+from ..settings import NAMED, Trust
 from .bases import check_model_folder, quiet_transformers
-from .hub import NAMED, Trust, check_weights, loading
+from .hub import check_weights, loading
 
 _ADVICE = ", which is not run; only transformers' own models are read", "name it with --model to have it fetched"
 

@@ -12,8 +12,9 @@ import transformers
 from torch import nn
 
 from ..files import check_no_device
-from ..settings import Settings, Task
-from .hub import NOTHING, Trust, check_weights, loading
+from ..run_folder import local_rank
+from ..settings import NOTHING, Settings, Task, Trust
+from .hub import check_weights, loading
 
 _ADVICE = "; if you trust its author, give --trust-remote-code", "give --download to have it fetched"
 
@@ -34,11 +35,13 @@ class Base:
     Args:
         model: with the labels in its configuration.
         heads: names of the modules that the task adds to the base; trained and saved whole by every method.
+        new: names of the modules whose values are random, since the model's file has none for them.
         notes: what was made new, for whoever starts the run.
     """
 
     model: Any
     heads: tuple[str, ...]
+    new: frozenset[str]
     notes: tuple[str, ...]
 
 
@@ -107,10 +110,10 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     if settings.task == "causal-lm":
         if new:
             raise ValueError(f"{source} is no language model: it has no weights for {', '.join(sorted(new)[:3])}")
-        return Base(model, (), ())
+        return Base(model, (), frozenset(), ())
     heads = _heads(model, new)
     notes = [f"new layers: {', '.join(heads)}"] if new else [f"the head of {source} is trained on: {', '.join(heads)}"]
-    return Base(model, heads, tuple(notes))
+    return Base(model, heads, frozenset(key.rpartition(".")[0] for key in new), tuple(notes))
 
 
 def _head_options(task: Task, labels: Sequence[str]) -> dict[str, Any]:
@@ -185,9 +188,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def device_of(settings: Settings) -> torch.device:
-    """The accelerator, if there is one and the run does not keep to the CPU."""
+    """The accelerator of this process, if there is one and the run does not keep to the CPU."""
     found = None if settings.cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return found or torch.device("cpu")
+    return torch.device("cpu") if found is None else torch.device(found.type, local_rank())
 
 
 @contextmanager

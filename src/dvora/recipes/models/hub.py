@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -11,30 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from ..files import check_readable
+from ..settings import Trust
 
 SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What the caller allows beyond reading files. No file that is read can allow it.
-
-    Args:
-        code: run Python code that comes with a model.
-        download: ask the hub for a model or a tokenizer; else its cache has to hold what is no folder here.
-    """
-
-    code: bool = False
-    download: bool = False
-
-    @property
-    def options(self) -> dict[str, bool]:
-        """Arguments of transformers' `from_pretrained`."""
-        return {"trust_remote_code": self.code, "local_files_only": not self.download}
-
-
-NOTHING, NAMED = Trust(), Trust(download=True)
-"""What is allowed for a model that only a file names, and for one that the caller names."""
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """How good a model is on rows with labels, and how good the simplest guess is."""
 
+from collections import Counter
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -10,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..models.bases import device_of
 from ..settings import Settings
-from .metrics import bits_per_byte, simplest_guess
+from .metrics import class_metrics, number_metrics
 from .task import Task, bytes_of, without_bytes
 
 HIDDEN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "tokens")
@@ -67,7 +70,8 @@ def evaluated(trainer: Any, dataset: Dataset) -> dict[str, float]:
     values = {name.removeprefix("eval_"): value for name, value in raw.items() if name.startswith("eval_")}
     found = {name: value for name, value in values.items() if name not in HIDDEN}
     if size:
-        found["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
+        # In a unit that does not depend on the tokenizer.
+        found["bits_per_byte"] = values["loss"] * values["tokens"] / log(2) / size
     return found
 
 
@@ -75,4 +79,9 @@ def simplest_guess_on(
     train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], labels: Sequence[str]
 ) -> dict[str, Any]:
     """Metrics on held-out rows of always predicting the commonest class of the training rows, or their mean."""
-    return simplest_guess([row["label"] for row in train], [row["label"] for row in held_out], labels)
+    values, right = [row["label"] for row in train], [row["label"] for row in held_out]
+    if labels:
+        commonest = Counter(values).most_common(1)[0][0]
+        return {"guess": labels[commonest], **class_metrics([commonest] * len(right), right)}
+    mean = fmean(values)
+    return {"guess": mean, **number_metrics([mean] * len(right), right)}

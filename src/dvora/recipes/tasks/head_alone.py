@@ -1,13 +1,15 @@
-"""The head alone: how far the frozen base gets without an adapter, for a run to be compared with.
+"""The head alone: how far the frozen base gets without an adapter, to start from and to compare with.
 
-What the last layer of the model's head reads is computed once for every row; a linear layer is then fitted to it (for
-classes a softmax regression, for numbers a ridge regression), as strong as the validation rows prefer. It costs a
-forward pass over the rows, and has no random part.
+What the last layer of the model's head reads is computed once for every row, which takes nearly all of the time; a
+linear layer is then fitted to it by scikit-learn, with the penalty that the validation rows prefer. It has no random
+part.
 
 Dimensions: N rows, H features, C outputs.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ...tensors import Float
 from ...whole_files import write_atomically
@@ -27,10 +28,12 @@ from .metrics import class_metrics, number_metrics
 
 MOST_ROWS = 20_000
 """Training rows that it is fitted on at most, spread over all of them."""
-STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
-"""Of the L2 penalty, on features of unit variance."""
-MIDDLE = 1e-2
-"""Without validation rows."""
+STRENGTHS = (1e-2, 1e-1, 1e-3, 1e-4)
+"""Of the L2 penalty, beside a mean loss on features of unit variance; the first without validation rows."""
+
+ITERATIONS = 100
+SOON, OFTEN = 3.0, 30.0
+"""Seconds after which an estimate is made, and another one."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def frozen_features(model: Any, dataset: Dataset, collator: Any, settings: Settings) -> Float[Tensor, "N H"]:
+def frozen_features(
+    model: Any, dataset: Dataset, collator: Any, settings: Settings, on_batch: Callable[[int], None] = lambda _: None
+) -> Float[Tensor, "N H"]:
     """What the last layer of the head reads of every row, in float32 on the CPU.
 
     Args:
@@ -88,6 +93,7 @@ def frozen_features(model: Any, dataset: Dataset, collator: Any, settings: Setti
         dataset: the model's inputs.
         collator: makes a batch of them.
         settings: of the run: batches, device, precision.
+        on_batch: called after each batch with the sum of its `_lengths`.
 
     Raises:
         ValueError: the model has no last layer, see `last_layer`.
@@ -95,36 +101,41 @@ def frozen_features(model: Any, dataset: Dataset, collator: Any, settings: Setti
     layer, device = last_layer(model), device_of(settings)
     if layer is None:
         raise ValueError(f"the head of {type(model).__name__} does not end in a linear layer")
-    seen: dict[str, Tensor] = {}
-    handle = layer.register_forward_hook(lambda _, inputs, output: seen.update(read=inputs[0], given=output))
-    # Rows of similar length together: a batch is padded to its longest.
-    lengths = list(map(len, dataset["input_ids"])) if "input_ids" in dataset.column_names else [0] * len(dataset)
-    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+    parent, _, child = next(name for name, module in model.named_modules() if module is layer).rpartition(".")
+    # Rows of similar length together, as a batch is padded to its longest; the longest first, to estimate from.
+    lengths = _lengths(dataset)
+    order = np.argsort(-lengths, kind="stable")
     rows: list[Tensor] = []
     try:
+        # Without this layer the model's outputs are what the layer reads, of the token that the model chooses.
+        setattr(model.get_submodule(parent), child, nn.Identity())
         model.to(device).eval()
         for start in range(0, len(order), settings.batch_size):
-            batch = collator([dataset[index] for index in order[start : start + settings.batch_size]])
+            chosen = order[start : start + settings.batch_size]
+            batch = collator([dataset[int(row)] for row in chosen])
             with computing(settings):
-                logits = model(**{name: values.to(device) for name, values in batch.items() if name != "labels"}).logits
-            rows.append(_read_for(logits, seen["read"], seen["given"]).float().cpu())
+                outputs = model(**{name: values.to(device) for name, values in batch.items() if name != "labels"})
+            rows.append(outputs.logits.float().cpu())
+            on_batch(int(lengths[chosen].sum()))
     finally:
-        handle.remove()
+        setattr(model.get_submodule(parent), child, layer)
         model.to("cpu")
-    found = torch.cat(rows)
-    return found[torch.tensor(order).argsort()]
+    return torch.cat(rows)[torch.from_numpy(order).argsort()]
 
 
-def _read_for(logits: Float[Tensor, "N C"], read: Tensor, given: Tensor) -> Float[Tensor, "N H"]:
-    """The features behind the logits: of a layer that is called on every token, those of the token that was chosen."""
-    if read.dim() == 2:
-        return read
-    chosen = (given == logits[:, None].to(given)).all(-1).int().argmax(1)
-    return read[torch.arange(len(read), device=read.device), chosen]
+def _lengths(dataset: Dataset) -> Any:
+    """Tokens of each row; of images 1, as they all cost the same."""
+    texts = "input_ids" in dataset.column_names
+    return np.array([len(tokens) for tokens in dataset["input_ids"]] if texts else [1] * len(dataset))
 
 
 def fitted_head(
-    model: Any, datasets: Mapping[str, Dataset], collator: Any, settings: Settings, classes: Sequence[str]
+    model: Any,
+    datasets: Mapping[str, Dataset],
+    collator: Any,
+    settings: Settings,
+    classes: Sequence[str],
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[HeadAlone, dict[str, dict[str, float]]]:
     """Fit the head alone, and evaluate it on the parts that were held out.
 
@@ -134,6 +145,7 @@ def fitted_head(
         collator: makes a batch of them.
         settings: of the run, which reads no fewer training rows than this does.
         classes: their names; empty for numbers.
+        note: called every half a minute with how long it still takes.
 
     Returns:
         The layer, and the task's metrics by part.
@@ -142,20 +154,36 @@ def fitted_head(
     most = min(len(train), MOST_ROWS, (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation)
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
-    features = {part: frozen_features(model, dataset, collator, settings) for part, dataset in parts.items()}
-    labels = {part: torch.tensor(dataset.with_format(None)["label"][:]) for part, dataset in parts.items()}
-    best: tuple[float, HeadAlone] | None = None
-    for strength in STRENGTHS if "validation" in parts else (MIDDLE,):
-        head = fitted(features["train"], labels["train"], len(classes), strength)
-        score = 0.0
-        if "validation" in parts:
-            found = head_metrics(head.outputs(features["validation"]), labels["validation"], classes)
-            score = found["accuracy"] if classes else -found["rmse"]
-        if best is None or score > best[0]:
-            best = score, head
-    assert best is not None
+    on_batch = _estimating(note, sum(int(_lengths(dataset).sum()) for dataset in parts.values()))
+    features = {part: frozen_features(model, rows, collator, settings, on_batch) for part, rows in parts.items()}
+    labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
+
+    def score(head: HeadAlone) -> float:
+        found = head_metrics(head.outputs(features["validation"]), labels["validation"], classes)
+        return found["accuracy"] if classes else -found["rmse"]
+
+    strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
+    layer = last_layer(model)
+    has_bias = layer is not None and layer.bias is not None
+    heads = [fitted(features["train"], labels["train"], len(classes), each, has_bias) for each in strengths]
+    head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
-    return best[1], {part: head_metrics(best[1].outputs(features[part]), labels[part], classes) for part in held_out}
+    return head, {part: head_metrics(head.outputs(features[part]), labels[part], classes) for part in held_out}
+
+
+def _estimating(note: Callable[[str], None], total: int) -> Callable[[int], None]:
+    """What is to be called with the tokens of each batch, and says from time to time how long the rest takes."""
+    begun, done, told = time.monotonic(), 0, 0.0
+
+    def on_batch(tokens: int) -> None:
+        nonlocal done, told
+        done += tokens
+        passed = time.monotonic() - begun
+        if passed > told + (OFTEN if told else SOON):
+            told, left = passed, passed * (total / done - 1)
+            note(f"the frozen base has read {done / total:.0%} of the rows, about {left:.0f} s left")
+
+    return on_batch
 
 
 def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
@@ -165,43 +193,37 @@ def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequenc
     return number_metrics(outputs.flatten().double().numpy(), labels.double().numpy())
 
 
-def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float) -> HeadAlone:
-    """A linear layer fitted with an L2 penalty on its weight.
+def fitted(
+    features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float, has_bias: bool = True
+) -> HeadAlone:
+    """A linear layer fitted with an L2 penalty on its weight: logistic regression, or ridge regression of numbers.
 
     Args:
         features: of the training rows.
         labels: indices of classes, or numbers.
         classes: how many; 0 for numbers.
-        strength: of the penalty.
+        strength: of the penalty, beside the mean loss on features of unit variance.
+        has_bias: False: the bias is zero, for models whose last layer has none.
     """
-    x = features.double()
-    mean, spread = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-6)
-    x = (x - mean) / spread
-    weight, bias = (
-        _softmax_regression(x, labels, classes, strength) if classes else _ridge_regression(x, labels, strength)
-    )
-    weight = weight / spread
-    return HeadAlone(weight.float(), (bias - weight @ mean).float())
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.preprocessing import StandardScaler
 
-
-def _ridge_regression(x: Tensor, labels: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    y = labels.double()
-    mean = y.mean()
-    penalty = strength * torch.eye(x.shape[1], dtype=x.dtype)
-    return torch.linalg.solve(x.T @ x / len(x) + penalty, x.T @ (y - mean) / len(x))[None], mean[None]
-
-
-@torch.enable_grad()
-def _softmax_regression(x: Tensor, labels: Tensor, classes: int, strength: float) -> tuple[Tensor, Tensor]:
-    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value: Tensor = cross_entropy(x @ weight.T + bias, labels) + strength / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
+    scaler = StandardScaler(with_mean=has_bias).fit(features.double().numpy())
+    x, y = scaler.transform(features.double().numpy()), labels.numpy()
+    if not classes:
+        model = Ridge(alpha=strength * len(x), fit_intercept=has_bias).fit(x, y)
+    else:
+        # A mean row of each class with next to no weight: the layer has an output of classes that have no rows here.
+        means, weights = np.zeros((classes, x.shape[1])), [1.0] * len(x) + [1e-3] * classes
+        model = LogisticRegression(C=1 / (strength * len(x)), max_iter=ITERATIONS, fit_intercept=has_bias)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(np.vstack([x, means]), np.append(y, range(classes)), sample_weight=weights)
+    weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+    if classes == 2:
+        # scikit-learn gives the second class's logit minus the first's.
+        weight, bias = np.vstack([-weight, weight]) / 2, np.append(-bias, bias) / 2
+    weight = weight / scaler.scale_
+    bias = bias - weight @ scaler.mean_ if has_bias else np.zeros(len(weight))
+    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias).float())

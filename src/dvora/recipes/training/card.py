@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCardData
 
 from ...tools.pages.text import shown, visible
 from ..models.bases import MODEL_CLASSES
@@ -31,13 +31,14 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         labels: names of the classes.
         config: of the base model, as it was trained.
     """
-    base = Path(settings.model).name if Path(settings.model).exists() else settings.model
-    front = {
-        "base_model": base,
-        "library_name": "transformers" if settings.method == "full" else "peft",
-        "pipeline_tag": PIPELINES[settings.task],
-        "tags": [settings.method, settings.task],
-    }
+    is_here = Path(settings.model).exists()
+    base = Path(settings.model).name if is_here else settings.model
+    front = ModelCardData(
+        base_model=base,
+        library_name="transformers" if settings.method == "full" else "peft",
+        pipeline_tag=PIPELINES[settings.task],
+        tags=[settings.method, settings.task],
+    )
     data = ", ".join(Path(path).name for path in settings.all_data)
     rows = ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items())
     facts = {
@@ -54,14 +55,14 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(front, allow_unicode=True, sort_keys=False).rstrip(),
+            front.to_yaml(),
             "---",
             "",
             f"# {_cell(base)} trained with {settings.method} for {settings.task}",
             "",
             "## How to load it",
             "",
-            *_loading(settings, labels, config),
+            *_loading(settings, f"path/to/{base}" if is_here else base, labels, config),
             "",
             "## What it is",
             "",
@@ -77,13 +78,17 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     )
 
 
-def _loading(settings: Settings, labels: Sequence[str], config: Any) -> list[str]:
+def _loading(settings: Settings, base: str, labels: Sequence[str], config: Any) -> list[str]:
     if settings.method == "head":
         return ["The head alone was trained (`head.safetensors`): `dvora predict RUN FILE` loads it onto the base."]
     auto = MODEL_CLASSES[settings.task].__name__
-    options = ""
+    options, names = "", list[str]()
+    if labels:
+        # No letter of a name may end the block of code.
+        names = [f"labels = {json.dumps(list(labels)).replace('`', chr(92) + 'u0060')}"]
+        options = ", id2label=dict(enumerate(labels)), label2id={name: index for index, name in enumerate(labels)}"
     if settings.task != "causal-lm":
-        options += f", num_labels={len(labels) or 1}, ignore_mismatched_sizes=True"
+        options += f"{'' if labels else ', num_labels=1'}, ignore_mismatched_sizes=True"
         if getattr(config, "pad_token_id", None) is not None:
             options += f", pad_token_id={config.pad_token_id}"
     folder = "path/to/this/folder"
@@ -95,7 +100,8 @@ def _loading(settings: Settings, labels: Sequence[str], config: Any) -> list[str
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
-            f"base = {auto}.from_pretrained({json.dumps(settings.model, ensure_ascii=False)}{options})",
+            *names,
+            f"base = {auto}.from_pretrained({json.dumps(base, ensure_ascii=False)}{options})",
             f'model = PeftModel.from_pretrained(base, "{folder}").eval()',
         ]
     return ["```python", *code, "```"]

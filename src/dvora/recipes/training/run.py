@@ -1,21 +1,25 @@
 """Training: from settings to a finished run folder, or to a checkpoint that training goes on from."""
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...whole_files import new_folder, remove
 from ..data.run_data import Data, load_data
-from ..models.bases import load_base, load_processor, quiet_transformers
-from ..models.hub import NAMED, Trust
+from ..models.bases import Base, load_base, load_processor, quiet_transformers
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
     HEAD_ALONE,
     Run,
+    check_resumable,
     is_first,
     locked,
     read_record,
@@ -25,17 +29,18 @@ from ..run_folder import (
     write_config,
     write_record,
 )
-from ..settings import Settings, resolved
-from ..tasks.head_alone import fitted_head, last_layer
+from ..settings import NAMED, Settings, Trust, resolved
+from ..tasks.head_alone import HeadAlone, fitted_head, last_layer
 from ..tasks.task import Truncation, features, longest, task_parts
+from ..tasks.verdict import verdict
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
-from .records import check_resumable, start_record
 from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
+PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 class InputError(ValueError):
@@ -90,7 +95,7 @@ def train(
                 return Outcome(read_run(folder, trust), None)
             check_precision(settings)
             data = load_data(settings)
-            started = start_record(settings, data, record)
+            started = _start_record(settings, data, record)
             prepared = _prepared(settings, data, started, note, trust)
         return _trained(prepared, started, on_progress)
 
@@ -142,6 +147,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         "metrics": final_metrics(trainer, prepared),
         "history": history,
     }
+    record["verdict"] = verdict(record["metrics"], record["data"]["rows"], record)
     if is_first():
         _finish(folder, prepared, record)
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
@@ -182,9 +188,10 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     for text in notes:
         note(text)
     head_alone = None
-    if settings.task != "causal-lm" and world_size() == 1 and last_layer(base.model) is not None:
-        note("fitting the head alone to the frozen base, to compare with")
-        head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels)
+    if settings.task != "causal-lm" and last_layer(base.model) is not None:
+        note("fitting the head alone to the frozen base, to start from and to compare with")
+        head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
+        _start_from(head_alone[0], base)
     model = adapted(base, settings)
     rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")
@@ -192,6 +199,46 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
     return Prepared(settings, data, base, model, task, datasets, head_alone)
+
+
+def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """What is known when training starts or resumes.
+
+    Raises:
+        ValueError: a data file is not what it was when the run started.
+    """
+    record = {
+        "state": "started",
+        "settings": settings.model_dump(mode="json"),
+        "labels": list(data.labels),
+        "data": data.record,
+        "notes": list(data.notes),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "processes": world_size(),
+        "seconds": earlier["seconds"] if earlier else 0.0,
+    }
+    if earlier and earlier["data"]["files"] != data.record["files"]:
+        changed = [path for path, found in data.record["files"].items() if earlier["data"]["files"].get(path) != found]
+        raise ValueError(f"{changed[0]} has changed since the run started; start another one, into another folder")
+    return record
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@torch.no_grad()
+def _start_from(fitted: HeadAlone, base: Base) -> None:
+    """Give every method the same start: the fitted head, unless the model brings a trained one."""
+    last = last_layer(base.model)
+    assert last is not None
+    if any(base.model.get_submodule(name) is last for name in base.new):
+        last.weight.copy_(fitted.weight)
+        if last.bias is not None:
+            last.bias.copy_(fitted.bias)
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

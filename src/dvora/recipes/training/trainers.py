@@ -8,8 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ...training import check_ranks_agree
 from ..data.run_data import Data
@@ -19,9 +18,8 @@ from ..settings import EPOCHS, MOST_STEPS, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
 from ..tasks.head_alone import HeadAlone
 from ..tasks.task import Task, without_bytes
-from .checkpoints import step_of
 from .methods import optimizer
-from .watching import OnProgress, Patience, StopRequest, Watching
+from .watching import OnProgress, StopRequest, Watching
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,7 @@ def make_trainer(
     """
     settings, task = prepared.settings, prepared.task
     arguments = _arguments(settings, task, prepared.datasets)
-    patience = Patience(task.best, task.greater_is_better, settings.early_stopping)
-    if last and patience.is_over(TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history):
-        # It had stopped early, and was ended before that was on record: no step is left to be made.
-        arguments.max_steps = step_of(last)
-    watching = Watching(stop, on_progress, patience)
+    watching = Watching(stop, on_progress)
     if settings.method == "dvora" and world_size() > 1:
         check_ranks_agree(prepared.model)
     if settings.gradient_checkpointing:
@@ -101,6 +95,8 @@ def make_trainer(
     # batches and processes. Classifiers do not, so their gradients would be multiplied by both.
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
+    if settings.early_stopping and "validation" in prepared.datasets:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))
     if settings.tensorboard and is_first():
         trainer.add_callback(_tensorboard(Path(settings.output)))
     return trainer, watching
@@ -161,6 +157,8 @@ def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> T
         metric_for_best_model=task.best if validates else None,
         greater_is_better=task.greater_is_better if validates else None,
         logging_steps=1,
+        # How often there was no better evaluation.
+        restore_callback_states_from_checkpoint=True,
         seed=settings.seed,
         data_seed=settings.seed,
     )

@@ -21,9 +21,9 @@ class Progress:
 
     Args:
         step: steps that were made, of `steps`.
-        made: of them, by this process: fewer in a run that was resumed.
+        made: of them, by this process after its first one, by which the pace is measured.
         loss: training loss of the last step, None before the first.
-        pace: seconds a step took so far, evaluations among them; None before the first step of this process.
+        pace: seconds a step took so far, evaluations among them; None before it is measured.
         memory: bytes that the process (on a GPU: torch) has held at most.
         metrics: of an evaluation that just ended, else None.
         is_best: whether that evaluation is the best one so far.
@@ -69,50 +69,23 @@ class StopRequest:
         self.wanted = True
 
 
-@dataclass(frozen=True)
-class Patience:
-    """When training ends early, computed from a run's history, which survives an end and a new start.
-
-    Args:
-        best: the metric that evaluations are compared by.
-        greater_is_better: whether more of it is better.
-        evaluations: without a better one after which training ends; None: never.
-    """
-
-    best: str
-    greater_is_better: bool
-    evaluations: int | None
-
-    def values(self, history: list[dict[str, Any]]) -> list[float]:
-        """The metric in every evaluation so far, turned so that more is better."""
-        name = f"eval_{self.best}"
-        return [entry[name] if self.greater_is_better else -entry[name] for entry in history if name in entry]
-
-    def is_over(self, history: list[dict[str, Any]]) -> bool:
-        """Whether there has been no better evaluation for long enough."""
-        values = self.values(history)
-        if not values or self.evaluations is None:
-            return False
-        return len(values) - 1 - values.index(max(values)) >= self.evaluations
-
-
 class Watching(TrainerCallback):
-    """Reports progress, stops with a checkpoint when asked, stops early, and marks checkpoints as complete.
+    """Reports progress, stops with a checkpoint when asked, and marks checkpoints as complete.
 
     Args:
         stop: whether to stop after this step.
         on_progress: called after every step and evaluation, on the first process.
-        patience: when to stop early.
     """
 
-    def __init__(self, stop: StopRequest, on_progress: OnProgress | None, patience: Patience) -> None:
-        self.stop, self.on_progress, self.patience = stop, on_progress, patience
+    def __init__(self, stop: StopRequest, on_progress: OnProgress | None) -> None:
+        self.stop, self.on_progress = stop, on_progress
         self.was_stopped = self.stopped_within_epoch = False
-        self.started, self.first_step = 0.0, 0
+        self.first_step: int | None = None
+        """After which the pace is measured: that one also warms caches up."""
+        self.started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
-        self.started, self.first_step = time.monotonic(), state.global_step
+        """Find the best checkpoint."""
         # A checkpoint holds the path of the best one, which is wrong in a run that was moved.
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -125,6 +98,8 @@ class Watching(TrainerCallback):
             of_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
             self.stopped_within_epoch = not (of_epochs and float(state.epoch).is_integer())
             control.should_save = self.stopped_within_epoch
+        if self.first_step is None:
+            self.started, self.first_step = time.monotonic(), state.global_step
         self._report(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -133,16 +108,15 @@ class Watching(TrainerCallback):
             control.should_save = not self.stopped_within_epoch
             control.should_evaluate &= not self.stopped_within_epoch
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report the metrics, and stop if there has been no better evaluation for long."""
-        values = self.patience.values(state.log_history)
-        if not values:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Report the metrics, and whether they are the best so far."""
+        value = metrics.get(f"eval_{args.metric_for_best_model}")
+        if value is None:
             return
-        if self.patience.is_over(state.log_history):
-            control.should_training_stop = True
-        latest = next(entry for entry in reversed(state.log_history) if f"eval_{self.patience.best}" in entry)
-        metrics = {name.removeprefix("eval_"): value for name, value in latest.items() if name.startswith("eval_")}
-        self._report(state, metrics, values.index(max(values)) == len(values) - 1)
+        best = state.best_metric
+        is_best = best is None or (value > best if args.greater_is_better else value < best)
+        found = {name.removeprefix("eval_"): each for name, each in metrics.items() if name.startswith("eval_")}
+        self._report(state, found, is_best)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Be silent in the evaluations of the finished model."""
@@ -158,7 +132,7 @@ class Watching(TrainerCallback):
     def _report(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
         if self.on_progress is None or not state.is_world_process_zero:
             return
-        made = state.global_step - self.first_step
+        made = state.global_step - (state.global_step if self.first_step is None else self.first_step)
         pace = (time.monotonic() - self.started) / made if made else None
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         self.on_progress(Progress(state.global_step, state.max_steps, made, loss, pace, memory(), metrics, is_best))

@@ -72,25 +72,6 @@ def log_limits(drawn: np.ndarray) -> tuple[float, float] | None:
     return float(max(positive.min(), positive.max() * 1e-6)) / 1.5, float(positive.max()) * 1.5
 
 
-def similarity(found: Analysis) -> Markup:
-    """Cosines of the whole updates, adapter by adapter."""
-    count = len(found.adapters)
-    size = min(7.0, 2.2 + 0.5 * count)
-    figure = new_figure(size + 0.8, size)
-    (axes,) = axes_of(figure)
-    image = axes.imshow(np.array(found.similarity), cmap="RdBu", vmin=-1, vmax=1)
-    names = [*map(label, found.adapters)]
-    axes.set_xticks(range(count), names, rotation=45, ha="right")
-    axes.set_yticks(range(count), names)
-    if count <= 12:
-        for row, values in enumerate(found.similarity):
-            for column, value in enumerate(values):
-                shade = "#ffffff" if abs(value) > 0.6 else "#222222"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8)
-    return svg(figure, "Cosines of the updates of adapters")
-
-
 def drift(found: Analysis, steps: Sequence[int]) -> Markup:
     """Along checkpoints: how far the adapter is from the base, and how alike its last state."""
     figure = new_figure(5, 4.6)

@@ -18,13 +18,13 @@ _STYLE: Any = {
     # Names inside the file come from this instead of from the time.
     "svg.hashsalt": "dvora",
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=COLOURS),
 }
 
-_REM_PER_INCH = 7.0
+_REM_PER_INCH = 8.0
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -1,0 +1,103 @@
+"""Adapters of one method as adapters of another, where that is exact."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ...peft.conversion import Converted, dense_updates, from_vera, to_dora
+from ...whole_files import new_folder
+from ..models.adapter_folder import VALUES, read_adapter
+from ..models.adapters import load_adapted
+from ..models.inputs import difference, example_output
+from . import TARGETS, TO_LORA
+
+DENSE_FILE = "weight_updates.safetensors"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted adapter.
+
+    Args:
+        source, output: the folders.
+        from_method, to_method: of the adapters.
+        base_model: that both are for.
+        layers: that are adapted.
+        bytes: of the new file of values.
+        difference: largest relative distance of the two adapted models' outputs on a fixed input.
+        note: what there is to know of the result.
+    """
+
+    source: str
+    output: str
+    from_method: str
+    to_method: str
+    base_model: str
+    layers: int
+    bytes: int
+    difference: float | None
+    note: str
+
+
+_NOTES = {
+    "dora": "trained further it is another method: PEFT's DoRA trains A and B too, without the norm's gradient",
+    "dvora": "its matrices are drawn again from PEFT's seed when it is loaded, in the size of the largest layer",
+    "dense": "to be added to the base's weights, by their names in its state dict",
+}
+
+
+def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Conversion:
+    """Convert an adapter into a new folder, and compare the outputs of both before the folder takes its name.
+
+    Args:
+        folder: of the adapter, or of a run of `dvora train`.
+        to: "dora" or "dense" of a DVoRA adapter, "dvora" of one of PEFT's VeRA.
+        output: that must not exist, or be empty.
+        model: the base, a folder or a name on the hub; None takes the one that the adapter names.
+
+    Raises:
+        FileExistsError: there is something in the output folder.
+        TypeError, ValueError: the conversion would not be exact, or something cannot be read.
+    """
+    adapter = read_adapter(folder)
+    _check_pair(adapter.method, to)
+    base = adapter.base(model)
+    adapted = load_adapted(adapter, model)
+    with new_folder(output) as filling:
+        if to == "dense":
+            values = dense_updates(adapted)
+            _save_dense(values, filling)
+            file, layers, changed = DENSE_FILE, len(values), None
+        else:
+            converted = from_vera(adapted) if to == "dvora" else to_dora(adapted)
+            converted.config.base_model_name_or_path = base
+            converted.save(filling)
+            file, layers = VALUES, _layer_count(converted)
+            again = load_adapted(read_adapter(filling), model)
+            changed = difference(example_output(again), example_output(adapted))
+        size = (filling / file).stat().st_size
+    return Conversion(
+        str(adapter.folder), str(output), adapter.method, to, base, layers, size, changed, _NOTES[to]
+    )  # fmt: skip
+
+
+def _check_pair(method: str, to: str) -> None:
+    if to == "lora":
+        raise ValueError(TO_LORA)
+    if to not in TARGETS:
+        raise ValueError(f"unknown target {to!r}, expected one of {', '.join(TARGETS)}")
+    needed = "vera" if to == "dvora" else "dvora"
+    if method != needed:
+        raise ValueError(f"only adapters of {needed} are converted to {to}, and this is one of {method}")
+
+
+def _save_dense(values: dict[str, torch.Tensor], folder: Path) -> None:
+    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in values.items()}
+    save_file(own, folder / DENSE_FILE, metadata={"format": "pt"})
+
+
+def _layer_count(converted: Converted) -> int:
+    ends = ("dvora_magnitude", "lora_magnitude_vector")
+    return sum(key.endswith(ends) for key in converted.values)

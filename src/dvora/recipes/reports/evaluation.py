@@ -1,0 +1,162 @@
+"""A finished run evaluated: on the rows that it held out, or on the rows of other files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from peft import PeftModel
+from torch import Tensor
+
+from ..data.new_files import labelled_examples
+from ..data.run_data import Data, fingerprints, load_data, size_of
+from ..models.bases import quiet_transformers
+from ..models.trained import load_trained
+from ..run_folder import HEAD_ALONE, Run
+from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
+from ..tasks.head_alone import HeadAlone, frozen_features, head_metrics, read_head_alone
+from ..tasks.task import Task, Truncation, features, longest, task_parts
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a run's model is.
+
+    Args:
+        part: "test", or "files" where files were given.
+        rows: that were evaluated.
+        seen: how many of them the model was trained on; None where the run's data is no longer there to compare with.
+        metrics: as in run.json: of the part, and of what it is compared with: `_head_alone`, `_simplest_guess`,
+            `_before_training`.
+        truncation: of the rows' texts.
+        max_length: tokens to which texts are cut; 0 for images.
+    """
+
+    part: str
+    rows: int
+    seen: int | None
+    metrics: dict[str, dict[str, Any]]
+    truncation: Truncation
+    max_length: int
+
+
+def evaluate_run(
+    run: Run, files: Sequence[str] = (), columns: Mapping[str, str | None] | None = None, with_base: bool = False
+) -> Evaluation:
+    """Evaluate a run's model.
+
+    Args:
+        run: finished.
+        files: in the formats of training; none: the rows that the run held out for its test.
+        columns: of the files, where they are not those of the run; see `reading_settings`.
+        with_base: also evaluate the base: a language model's as it is, that of another task with the head alone.
+
+    Raises:
+        ValueError: the run's data has changed, a file is not what the task needs, or the run kept no head alone.
+    """
+    if not files:
+        data = unchanged_data(run)
+        if not data.test:
+            raise ValueError(f"the run in {run.folder} held no rows out for a test; give files to evaluate it on")
+        return _evaluation("test", data.test, _guess(run, data, data.test), run, with_base, 0)
+    examples = labelled_examples(files, run, columns or {})
+    own = _data_if_unchanged(run)
+    known = {*own.train_keys} if own else ()
+    seen = sum(example.key in known for example in examples) if own else None
+    rows = [example.row for example in examples]
+    return _evaluation("files", rows, _guess(run, own, rows), run, with_base, seen)
+
+
+def head_alone_of(run: Run) -> HeadAlone | None:
+    """The head that the run fitted to the frozen base; None where it fitted none."""
+    file = run.folder / HEAD_ALONE
+    return read_head_alone(file) if file.is_file() else None
+
+
+def head_alone_outputs(run: Run, head: HeadAlone, dataset: Dataset, task: Task) -> Tensor:
+    """Outputs of the base with the head alone, (rows, outputs)."""
+    base, _ = load_trained(run, with_adapter=False)
+    return head.outputs(frozen_features(base, dataset, task.collator, run.settings))
+
+
+def unchanged_data(run: Run) -> Data:
+    """The data of a run, read and split again.
+
+    Raises:
+        ValueError: it is not there any more, or not what it was.
+    """
+    advice = "so the rows that were held out are not known; give files to evaluate the run on"
+    recorded: Mapping[str, Mapping[str, Any]] = run.record["data"]["files"]
+    try:
+        # A run from elsewhere may name any file here: what has another size is not even read.
+        paths = run.settings.all_data
+        changed = [path for path in paths if size_of(Path(path)) != recorded.get(path, {}).get("bytes")]
+        if not changed:
+            changed = [path for path, now in fingerprints(run.settings).items() if recorded.get(path) != now]
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}), {advice}") from None
+    if changed:
+        raise ValueError(f"{changed[0]} has changed since the run was trained on it, {advice}")
+    return load_data(run.settings)
+
+
+def _data_if_unchanged(run: Run) -> Data | None:
+    try:
+        return unchanged_data(run)
+    except ValueError:
+        return None
+
+
+def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
+    """What the simplest guess gets; None where there is none, or where nobody knows any more what it would be."""
+    if run.settings.task == "causal-lm":
+        return None
+    if data is not None:
+        return simplest_guess_on(data.train, rows, run.labels)
+    recorded = [values["guess"] for name, values in run.record["metrics"].items() if name.endswith("_simplest_guess")]
+    if not recorded:
+        return None
+    label = run.labels.index(recorded[0]) if run.labels else recorded[0]
+    return simplest_guess_on([{"label": label}], rows, run.labels)
+
+
+def _evaluation(
+    part: str, rows: Rows, guess: dict[str, Any] | None, run: Run, with_base: bool, seen: int | None
+) -> Evaluation:
+    settings = run.settings
+    head = head_alone_of(run) if with_base and settings.task != "causal-lm" else None
+    if with_base and settings.task != "causal-lm" and head is None:
+        raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
+    model, processor = load_trained(run)
+    length = 0 if settings.task == "image-classification" else longest(settings, processor, model.config)
+    task = task_parts(settings, run.labels, processor)
+    found = {}
+    with quiet_transformers(), TemporaryDirectory() as folder:
+        dataset, truncation = features(rows, settings, processor, length)
+        if not len(dataset):
+            raise ValueError(f"no row has anything to evaluate within max_length {length}")
+        found[part] = evaluated(evaluator(model, task, settings, Path(folder)), dataset)
+        recorded = run.record["metrics"].get(f"{part}_head_alone")
+        if head is not None:
+            labels = torch.tensor(dataset.with_format(None)["label"][:])
+            found[f"{part}_head_alone"] = head_metrics(head_alone_outputs(run, head, dataset, task), labels, run.labels)
+        elif recorded is not None:
+            found[f"{part}_head_alone"] = recorded
+        if guess is not None:
+            found[f"{part}_simplest_guess"] = guess
+        if with_base and settings.task == "causal-lm":
+            found[f"{part}_before_training"] = _before_training(run, model, task, dataset, Path(folder))
+    return Evaluation(part, len(rows), seen, found, truncation, length)
+
+
+def _before_training(run: Run, model: Any, task: Task, dataset: Dataset, folder: Path) -> dict[str, float]:
+    if not isinstance(model, PeftModel):
+        base, _ = load_trained(run, with_adapter=False)
+        return evaluated(evaluator(base, task, run.settings, folder), dataset)
+    with model.disable_adapter():
+        return evaluated(evaluator(model, task, run.settings, folder), dataset)

@@ -1,0 +1,78 @@
+"""The doctor on folders: a run with its own rows, or an adapter on its base with random inputs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...tools.doctor import Examination, examine
+from ..data.new_files import labelled_examples
+from ..models.adapter_folder import read_adapter
+from ..models.adapters import load_adapted
+from ..models.hub import offline
+from ..models.inputs import example_inputs
+from ..models.trained import load_trained
+from ..run_folder import RECORD, Run, read_run
+from ..settings import NOTHING, Trust
+from ..tasks.task import features, longest, task_parts, without_bytes
+from .evaluation import unchanged_data
+
+TOKENS = 16
+EXAMINED = 8
+"""Rows of the batch that checks use."""
+
+
+def examine_folder(
+    folder: Path,
+    model: str | None = None,
+    files: Sequence[str] = (),
+    rows: int = EXAMINED,
+    layers: int | None = None,
+    trust: Trust = NOTHING,
+) -> Examination:
+    """Examine an adapter on its base.
+
+    Args:
+        folder: of a run of `dvora train`, or of an adapter of PEFT.
+        model: the base of an adapter; None: the one that it names.
+        files: with labelled rows for a run's model; none: rows that the run held out, or trained on.
+        rows: of the batch that checks use.
+        layers: checked one by one at most; None: all.
+        trust: what is allowed to get the base.
+
+    Raises:
+        ValueError: the folder holds no adapter, it does not fit the base, or a file is not what the task needs.
+    """
+    if rows < 2:
+        raise ValueError(f"rows is {rows}; the doctor compares rows of a batch, so it needs two or more")
+    if (folder / RECORD).is_file():
+        if model is not None:
+            raise ValueError(f"{folder} is a run, whose base is on record; leave --model out, or name its adapter")
+        run = read_run(folder, trust)
+        if run.settings.method in ("full", "head"):
+            raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
+        adapted, processor = load_trained(run)
+        batch = batch_of(run, adapted, processor, _rows(run, files)[:rows])
+        with offline():
+            return examine(adapted, batch, layers=layers)
+    if files:
+        raise ValueError(f"{folder} is no run, so it is not known how to read {files[0]}; leave the data out")
+    adapter = read_adapter(folder)
+    adapted = load_adapted(adapter, model, trust)
+    with offline():
+        return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
+
+
+def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Labelled rows as a batch of the run's model."""
+    length = 0 if run.settings.task == "image-classification" else longest(run.settings, processor, model.config)
+    dataset = without_bytes(features(rows, run.settings, processor, length).dataset)
+    task = task_parts(run.settings, run.labels, processor)
+    batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(len(rows), len(dataset)))]))
+    return batch
+
+
+def _rows(run: Run, files: Sequence[str]) -> Sequence[dict[str, Any]]:
+    if files:
+        return [example.row for example in labelled_examples(files, run, {})]
+    data = unchanged_data(run)
+    return data.test or data.train

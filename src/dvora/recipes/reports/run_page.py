@@ -1,0 +1,268 @@
+"""The page of a finished run: how good it is, where it is wrong, what was trained, and whether the adapter is right."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup, escape
+from peft import PeftModel
+
+from ...tools.analysis import analyze
+from ...tools.analysis.pictures import magnitude_and_direction
+from ...tools.doctor import Examination, examine
+from ...tools.pages.page import Section, Table, matrix, page
+from ...tools.pages.text import shown
+from ...whole_files import write_atomically
+from ..data.images import opened_image
+from ..models.hub import offline
+from ..models.trained import load_trained
+from ..run_folder import Run, read_run
+from ..settings import NOTHING, Trust
+from ..tasks.metrics import metric_rows
+from ..tasks.task import Truncation
+from .comparison import Compared, compared, continuations
+from .evaluation import unchanged_data
+from .examination import EXAMINED, batch_of
+from .generation import Continuation
+from .run_pictures import curves, numbers
+
+SHOWN = 8
+"""Examples of each kind."""
+LETTERS = 240
+TOKENS = 60
+THUMBNAIL = 72
+MOST_CLASSES = 30
+"""Classes beyond which there is no matrix, but a list of the commonest mistakes."""
+MAIN_METRICS = ("accuracy", "pearson", "bits_per_byte", "perplexity")
+
+
+def write_page(
+    folder: Path,
+    output: Path,
+    against: Path | None = None,
+    rows: int = 500,
+    doctor: bool = True,
+    trust: Trust = NOTHING,
+) -> None:
+    """Write the page of a run.
+
+    Args:
+        folder: of a finished run.
+        output: a file that ends in .html.
+        against: another run of the same task and classes, to show what this one gets right that the other does not, and
+            the other way; None: the head alone on the frozen base.
+        rows: held-out rows to predict for at most.
+        doctor: whether to check the adapter.
+        trust: what is allowed to get the runs' bases.
+
+    Raises:
+        ValueError: the run is not finished, its data has changed, or it held no rows out.
+        OSError: a file cannot be read or written.
+    """
+    run = read_run(folder, trust)
+    data = unchanged_data(run)
+    held_out = (data.test or data.validation)[:rows]
+    if not held_out:
+        raise ValueError(f"the run in {folder} held no rows out, so there is nothing to show that it has not seen")
+    other = None if against is None else read_run(against, trust)
+    part = "test" if data.test else "validation"
+    sections = [_metrics(run), _trained(run), _curves(run)]
+    if run.settings.task == "causal-lm":
+        sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
+    elif run.labels:
+        sections += _classes(run, compared(run, held_out, other), other)
+    else:
+        sections.append(_numbers(compared(run, held_out, other)))
+    verdict = [*run.record.get("verdict", ())]
+    model, processor = load_trained(run)
+    if isinstance(model, PeftModel):
+        sections.append(_layers(model))
+        if doctor:
+            batch = batch_of(run, model, processor, (data.test or data.train)[:EXAMINED])
+            with offline():
+                examined = examine(model, batch)
+            verdict.append(f"The doctor on the adapter: {examined.verdict}.")
+            sections.append(_doctor(examined))
+    settings = run.settings
+    lead = f"{settings.method} on {Path(settings.model).name}, {settings.task}; examples and counts are of "
+    lead += f"{len(held_out):,} of its {part} rows."
+    text = page(
+        f"A run of dvora train: {folder.resolve().name}",
+        lead,
+        sections,
+        "Made by dvora report.",
+        verdict,
+        _figures(run, part, sum(each.numel() for each in model.parameters())),
+    )
+    write_atomically(output, text.encode())
+
+
+def _figures(run: Run, part: str, parameters: int) -> dict[str, str]:
+    """The numbers on top: the main metric beside the baseline's, and what it cost."""
+    metrics, trained = run.record["metrics"], run.record["trained_parameters"]
+    own = metrics.get(part, {})
+    found = {}
+    if name := next((each for each in MAIN_METRICS if each in own), None):
+        found[f"{part} {name.replace('_', ' ')}"] = shown(own[name])
+        for key, what in (("head_alone", "head alone"), ("before_training", "before training")):
+            if name in metrics.get(f"{part}_{key}", {}):
+                found[what] = shown(metrics[f"{part}_{key}"][name])
+    size = sum(file.stat().st_size for file in run.adapter.rglob("*") if file.is_file())
+    return {
+        **found,
+        "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
+        "size on disk": f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB",
+        "steps": f"{run.record['steps']:,}",
+        "time": f"{run.record['seconds']:.0f} s",
+    }
+
+
+def _metrics(run: Run) -> Section:
+    by_part: dict[str, list[dict[str, Any]]] = {}
+    for row in metric_rows(run.record["metrics"]):
+        part = str(row.pop("part"))
+        by_part.setdefault(part, []).append({name.replace("_", " "): value for name, value in row.items()})
+    text = []
+    if any(part.endswith("head_alone") for part in run.record["metrics"]):
+        text = ["Head alone: a linear layer fitted to the frozen base. What the adapter adds is the difference."]
+    # The rows that were held out for the test come first.
+    tables = [Table(by_part[part], f"{part} rows") for part in sorted(by_part)]
+    return Section("How good it is", text, tables=tables)
+
+
+def _curves(run: Run) -> Section:
+    drawn = curves(run.record["history"], run.record["best_step"])
+    return Section("Training", [] if drawn else ["No loss is on record."], [drawn] if drawn else [])
+
+
+def _classes(run: Run, found: Sequence[Compared], other: Run | None) -> list[Section]:
+    name = "head alone" if other is None else other.folder.name
+    labels, predicted = [each.label for each in found], [each.predicted for each in found]
+    right = sum(each.predicted == each.label for each in found)
+    text = f"{right:,} of {len(found):,} right ({right / len(found):.1%})."
+    with_other = all(each.other is not None for each in found)
+    scores = _scores(run.labels, labels, predicted)
+    if with_other:
+        of_other = _scores(run.labels, labels, [each.other for each in found])
+        scores = [{**row, f"F1, {name}": beside["F1"]} for row, beside in zip(scores, of_other, strict=True)]
+    scores.sort(key=lambda row: row["F1"])
+    sections = [Section("Scores of each class", [text, "The worst class first."], tables=[Table(scores)])]
+    sections.append(_mistakes(run.labels, Counter(zip(labels, predicted, strict=True))))
+    if not with_other:
+        return sections
+    gained = [each for each in found if each.predicted == each.label != each.other]
+    lost = [each for each in found if each.predicted != each.label == each.other]
+    tables = [
+        Table(_examples(gained, name), f"right here, wrong with {name}: {len(gained):,}"),
+        Table(_examples(lost, name), f"wrong here, right with {name}: {len(lost):,}"),
+    ]
+    return [*sections, Section(f"Compared with {name}", tables=tables, wide=True)]
+
+
+def _scores(classes: Sequence[str], labels: Sequence[Any], predicted: Sequence[Any]) -> list[dict[str, Any]]:
+    """A row of a table for each class."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    scores = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0)
+    names = ("precision", "recall", "F1", "rows")
+    return [
+        {"class": name, **{score: round(float(value), 3) for score, value in zip(names, values, strict=True)}}
+        for name, *values in zip(classes, *scores, strict=True)
+    ]
+
+
+def _mistakes(classes: Sequence[str], counts: Mapping[tuple[Any, Any], int]) -> Section:
+    """How often each class was predicted as each, shaded by its share of the true class."""
+    heading = "Which classes it mistakes for which"
+    if len(classes) > MOST_CLASSES:
+        wrong = Counter({pair: count for pair, count in counts.items() if len({*pair}) > 1}).most_common(MOST_CLASSES)
+        rows = [{"true": true, "predicted": predicted, "rows": count} for (true, predicted), count in wrong]
+        return Section(heading, ["The commonest mistakes."], tables=[Table(rows)])
+    cells = []
+    for true in classes:
+        line = np.array([counts[true, predicted] for predicted in classes])
+        shades = line / max(1, line.sum()) * [1 if predicted == true else -1 for predicted in classes]
+        cells.append([(str(count or ""), float(shade)) for count, shade in zip(line, shades, strict=True)])
+    drawn = matrix(classes, classes, cells, "Confusion matrix: true classes down, predicted classes across")
+    text = "True classes down, predicted classes across; right ones are blue, mistakes orange."
+    return Section(heading, [text], [drawn])
+
+
+def _examples(found: Sequence[Compared], name: str) -> list[dict[str, Any]]:
+    return [
+        {"row": _row(each.row), "true": each.label, "predicted": each.predicted, name: each.other}
+        for each in found[:SHOWN]
+    ]
+
+
+def _numbers(found: Sequence[Compared]) -> Section:
+    pairs = [(float(each.label), float(each.predicted)) for each in found]
+    furthest = sorted(found, key=lambda each: -abs(float(each.predicted) - float(each.label)))
+    rows = [{"row": _row(each.row), "true": each.label, "predicted": each.predicted} for each in furthest[:SHOWN]]
+    return Section("Predicted and true numbers", [], [numbers(pairs)], [Table(rows, "furthest off")], wide=True)
+
+
+def _texts(found: Sequence[Continuation]) -> Section:
+    rows = [
+        {"prompt": each.prompt, "with the adapter": each.with_adapter, "without": each.without_adapter}
+        for each in found
+    ]
+    text = [f"Beginnings of held-out texts, and the {TOKENS} likeliest tokens that follow, one after the other."]
+    text = text if rows else ["No held-out text is long enough to begin with."]
+    return Section("Texts", text, tables=[Table(rows)], wide=True)
+
+
+def _layers(model: PeftModel) -> Section:
+    drawn = magnitude_and_direction(analyze(model).changes[0])
+    return Section("What changed in the layers", ["One point a layer; dvora analyze shows more."], [drawn])
+
+
+def _doctor(found: Examination) -> Section:
+    advice = [f"{each.check}: {each.advice}." for each in found.findings if each.advice]
+    return Section("Is the adapter right?", advice, tables=[Table(found.rows())])
+
+
+def _trained(run: Run) -> Section:
+    settings, record = run.settings, run.record
+    facts: dict[str, Any] = {
+        "base": Path(settings.model).name,
+        "data": ", ".join(Path(path).name for path in settings.data),
+        "rows": ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items()),
+        "method": settings.method,
+        "rank": settings.rank,
+        "learning rate": settings.learning_rate,
+        "other rates": ", ".join(f"{name} {rate:.3g}" for name, rate in record.get("learning_rates", {}).items()),
+        "kept step": f"{record['best_step']:,} of {record['steps']:,}",
+        "texts that were cut": _cut(run),
+    }
+    rows = [{"": name, " ": shown(value)} for name, value in facts.items() if value not in (None, "")]
+    return Section("What was trained", tables=[Table(rows, headed=False)])
+
+
+def _cut(run: Run) -> str:
+    """What the texts lost at `max_length`, part by part."""
+    length = run.record.get("max_length", 0)
+    parts = {part: Truncation(**found) for part, found in run.record.get("truncation", {}).items()}
+    return "; ".join(f"{part}: {found.sentence(length)}" for part, found in parts.items() if found.cut)
+
+
+def _row(row: Mapping[str, Any]) -> str | Markup:
+    """A row as a cell: its texts, cut, or its image, small."""
+    if "image" in row:
+        return _thumbnail(Path(row["image"]))
+    texts = [row[name] for name in ("text", "text2") if name in row]
+    return " | ".join(text if len(text) <= LETTERS else text[: LETTERS - 1] + "…" for text in texts)
+
+
+def _thumbnail(path: Path) -> Markup:
+    with opened_image(path) as image:
+        small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return Markup(f'<img alt="{escape(path.name)}" width="{small.width}" src="data:image/png;base64,{data}">')

@@ -1,0 +1,88 @@
+"""Whole folders converted: from a folder of one method to one of another, compared before it appears."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from dvora.recipes.adapters.conversion import DENSE_FILE, convert
+from dvora.recipes.models.adapter_folder import read_adapter
+from dvora.recipes.models.adapters import load_adapted
+from dvora.recipes.models.inputs import difference, example_output
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import adapted, save
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize(("method", "to"), [("dvora", "dora"), ("vera", "dvora")])
+def test_the_converted_folder_is_an_adapter_with_the_same_outputs(
+    method: str, to: str, task_type: str | None, bert: Path, tmp_path: Path
+) -> None:
+    model = adapted(bert, method, task_type=task_type)
+    model.save_pretrained(tmp_path / "adapter")
+    done = convert(tmp_path / "adapter", to, tmp_path / "converted")
+    assert (done.from_method, done.to_method, done.base_model) == (method, to, str(bert))
+    assert done.layers == 13
+    assert done.difference is not None
+    assert done.difference < 1e-5
+    loaded = load_adapted(read_adapter(tmp_path / "converted"), str(bert))
+    assert difference(example_output(loaded), example_output(model)) < 1e-5
+    with model.disable_adapter():
+        assert difference(example_output(loaded), example_output(model)) > 1e-4
+    assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["inference_mode"]
+
+
+def test_there_and_back_again(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "vera", "vera")
+    convert(tmp_path / "vera", "dvora", tmp_path / "dvora")
+    convert(tmp_path / "dvora", "dora", tmp_path / "dora")
+    first, last = (load_adapted(read_adapter(tmp_path / name), str(bert)) for name in ("vera", "dora"))
+    assert difference(example_output(first), example_output(last)) < 1e-5
+
+
+def test_dense_updates_are_those_of_the_merged_model(bert: Path, tmp_path: Path) -> None:
+    model: PeftModel = adapted(bert, "dvora")
+    model.save_pretrained(tmp_path / "adapter")
+    done = convert(tmp_path / "adapter", "dense", tmp_path / "dense")
+    updates = load_file(tmp_path / "dense" / DENSE_FILE)
+    merged, base = model.merge_and_unload().state_dict(), AutoModel.from_pretrained(bert).state_dict()
+    assert len(updates) == done.layers == 13
+    for name, update in updates.items():
+        torch.testing.assert_close(base[name] + update, merged[name])
+
+
+def test_lora_is_refused_with_the_reason(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is no LoRA: it rescales whole rows .* which has the rank of W itself"):
+        convert(tmp_path / "adapter", "lora", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(("method", "to"), [("lora", "dvora"), ("vera", "dora"), ("dvora", "dvora")])
+def test_other_pairs_are_refused(method: str, to: str, bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "adapter", method)
+    with pytest.raises(ValueError, match=f"only adapters of .* are converted to {to}, and this is one of {method}"):
+        convert(tmp_path / "adapter", to, tmp_path / "converted")
+
+
+def test_what_is_there_stays_and_what_fails_leaves_nothing(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "adapter", "vera")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        convert(tmp_path / "adapter", "dvora", tmp_path / "full")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"projection_prng_key": 5}))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"vera_A of the adapter is not what projection_prng_key=5 gives here"):
+        convert(tmp_path / "adapter", "dvora", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

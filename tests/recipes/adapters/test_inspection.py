@@ -1,0 +1,140 @@
+"""Inspection of an adapter's folder, and what the folder cannot hide."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvora.recipes.adapters.inspection import inspect
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import METHODS, adapted, save, trained_parameters
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_named(method: str, task_type: str | None, bert: Path, tmp_path: Path) -> None:
+    model = adapted(bert, method, rank=3, task_type=task_type, target_modules=["query", "value"])
+    model.save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert (found.method, found.base_model, found.task_type) == (method, str(bert), task_type)
+    assert found.ranks == {3: 4}
+    assert found.layer_count == 4
+    assert found.targets == ["query", "value"]
+    assert found.trained_parameters == trained_parameters(model)
+    assert found.head_values == (51 if task_type else 0)
+    assert found.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert found.folder_bytes > found.bytes
+    assert bool(found.layers) == (method == "dvora")
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_dvora_is_described_in_detail(save_projection: bool, bert: Path, tmp_path: Path) -> None:
+    settings = {"rank_pattern": {"query": 2}, "magnitude_modules": ["value"], "save_projection": save_projection}
+    settings |= {"projection_seed": 7, "projection_init": "kaiming_uniform"}
+    save(bert, tmp_path, rank=5, target_modules=["query", "key"], **settings)
+    found = inspect(tmp_path)
+    assert found.ranks == {0: 2, 2: 2, 5: 2}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert found.projections == {
+        "distribution": "kaiming_uniform",
+        "seed": 7,
+        "fingerprint": config["projection_fingerprint"],
+        "in_file": save_projection,
+    }
+    values = load_file(tmp_path / "adapter_model.safetensors")
+    vectors = {key: value for key, value in values.items() if "dvora_projections" not in key}
+    assert found.trained_parameters == sum(value.numel() for value in vectors.values())
+    for row in found.layers:
+        for vector in ("magnitude", "lambda_b", "lambda_d"):
+            key = f"base_model.model.{row['layer']}.dvora_{vector}"
+            assert (f"norm_of_{vector}" in row) == (key in vectors)
+            if key in vectors:
+                assert row[f"norm_of_{vector}"] == pytest.approx(vectors[key].norm().item())
+
+
+def test_with_the_base_the_changes_of_the_weights_are_reported(bert: Path, tmp_path: Path) -> None:
+    model = adapted(bert, "dvora", rank=4, target_modules=["query"])
+    model.save_pretrained(tmp_path)
+    base = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
+    merged = model.merge_and_unload().state_dict()
+    for row in inspect(tmp_path, str(bert)).layers:
+        W = base[f"{row['layer']}.base_layer.weight"].double()
+        changed = merged[f"{row['layer']}.weight"].double()
+        cosine = torch.nn.functional.cosine_similarity(W, changed)
+        assert row["angle_mean"] == pytest.approx(cosine.arccos().rad2deg().mean().item(), rel=1e-4)
+        assert row["angle_max"] == pytest.approx(cosine.arccos().rad2deg().max().item(), rel=1e-4)
+
+
+def test_another_base_is_refused(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "adapter", target_modules=["query"])
+    other = adapted(bert, "lora", target_modules=["query"]).merge_and_unload()
+    with torch.no_grad():
+        other.encoder.layer[0].attention.self.query.weight.normal_()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was made for another base model"):
+        inspect(tmp_path / "adapter", str(tmp_path / "other"))
+
+
+def test_the_folder_of_a_run_will_do(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "adapter")
+    assert inspect(tmp_path).folder == str(tmp_path / "adapter")
+
+
+def test_pickled_values_are_refused_and_never_read(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    # A file that leaves a mark if it is unpickled.
+    (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "run").encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match=r"pickled adapter_model\.bin, which can run any code .*save_pretrained"):
+        inspect(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_folders_are_refused(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a folder"):
+        inspect(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
+        inspect(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="no table of settings"):
+        inspect(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no peft_type"):
+        inspect(tmp_path)
+    save(bert, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cannot be read"):
+        inspect(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
+        inspect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"projection_seed": 8}, "projection_fingerprint"),
+        ({"r": 7}, r"lambda_d has shape .* in the adapter and \(7,\) in its configuration"),
+    ],
+    ids=["seed", "rank"],
+)
+def test_an_edited_configuration_is_noticed(edit: dict[str, int], message: str, bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    with pytest.raises(ValueError, match=message):
+        inspect(tmp_path)
+
+
+def test_a_base_is_for_dvora_only(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path, "lora")
+    with pytest.raises(ValueError, match="--model is for adapters of DVoRA"):
+        inspect(tmp_path, str(bert))
