@@ -67,11 +67,8 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness
 	$(PY) -m benchmarks.support
 	$(PY) -m benchmarks.speed
-	$(PY) -m benchmarks.speed.overhead
-	$(PY) -m benchmarks.gate
-	$(PY) -m benchmarks.speed.plots
 	$(PY) -m benchmarks.many_adapters
-	$(PY) -m benchmarks.many_adapters.plots
+	$(PY) -m benchmarks.compiling
 	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record
 
@@ -83,8 +80,9 @@ yardstick:  ## PEFT's method comparison with DVoRA, on a GPU; ARGS="MetaMathQA" 
 	$(YARDSTICK).environment $(ARGS)
 	$(YARDSTICK) $(ARGS)
 
-docs: setup  ## write the README's tables from the committed results
+docs: setup  ## write the tables and pictures of README and pages from the committed results
 	$(PY) -m benchmarks.readme
+	$(PY) -m benchmarks.plots
 
 site: setup  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet

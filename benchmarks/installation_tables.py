@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from benchmarks.tables import table, text
+
 TRIALS = {
     "oldest": "the oldest in Python (`peft`)",
     "oldest-commands": "the oldest of the command line (`report`)",
@@ -10,46 +12,49 @@ TRIALS = {
 SHOWN = ("torch", "peft", "transformers", "accelerate", "numpy")
 INSTALLED = {"dev": "everything that the tests need", "report": "the extra `report`"}
 """Where commands were started, by the extra that was installed."""
+STARTED = ("dvora --help", "import dvora", "dvora.DVoRAConfig", "dvora inspect ABSENT", "dvora predict ABSENT ABSENT")
+"""What the table shows of them: nothing is imported, PEFT is, and everything that a model needs is."""
 
 
 def versions(result: dict[str, Any]) -> str:
     """Which versions were installed together, and what was tried with them."""
-    lines = [
-        f"`make versions` (`benchmarks/results/versions.json`; {result['system']}):",
-        "",
-        "| installed | Python | " + " | ".join(SHOWN) + " | size | tried | tests |",
-        "|---|" + "---|" * (len(SHOWN) + 4),
-    ]
+    lines = []
     for row in result["rows"]:
-        found = [row["versions"][package] for package in SHOWN]
         done = "quick start, commands" if row["extra"] == "report" else "quick start"
-        cells = [row["python"], *found, f"{row['installed_megabytes'] / 1e3:.1f} GB", done, _tests(row.get("tests"))]
-        lines.append(f"| {TRIALS[row['name']]} | " + " | ".join(cells) + " |")
+        size = f"{row['installed_megabytes'] / 1e3:.1f} GB"
+        installed = (row["versions"][package] for package in SHOWN)
+        lines.append((TRIALS[row["name"]], row["python"], *installed, size, done, _tests(row.get("tests"))))
     failures = [f"`{name}`" for row in result["rows"] for name in row.get("tests", {}).get("failures", ())]
-    return "\n".join([*lines, *(["", f"Failed: {', '.join(failures)}."] if failures else []), ""])
+    return text(
+        f"`make versions` (`benchmarks/results/versions.json`; {result['system']}):",
+        table(("installed", "Python", *SHOWN, "size", "tried", "tests"), lines),
+        f"Failed: {', '.join(failures)}." if failures else "",
+    )
 
 
 def start_up(result: dict[str, Any]) -> str:
     """Seconds until commands have started, by what is installed beside dvora."""
-    environments = {name: content for name, content in result.items() if name in INSTALLED}
     now = {
-        name: {row["command"]: row for row in content["rows"] if row["source"] == "now"}
-        for name, content in environments.items()
+        name: {row["command"]: row for row in result[name]["rows"] if row["source"] == "now"}
+        for name in result
+        if name in INSTALLED
     }
-    first = next(iter(environments.values()))["environment"]
-    lines = [
-        f"`python -m benchmarks.start_up` (`benchmarks/results/start_up.json`; Python {first['python']}, torch "
-        f"{first['torch']}, PEFT {first['peft']}, transformers {first['transformers']}, {first['cores']} cores, "
-        "shared with other work). Seconds of the processor, and in brackets seconds on the clock, medians; a command "
-        "that works on a folder was given one that is not there:",
-        "",
-        "| | " + " | ".join(INSTALLED[name] for name in now) + " |",
-        "|---|" + "---|" * len(now),
-    ]
-    for command in next(iter(now.values())):
-        cells = [f"{rows[command]['processor_seconds']:.1f} ({rows[command]['seconds']:.1f})" for rows in now.values()]
-        lines.append(f"| `{command}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    first = next(iter(now))
+    environment = result[first]["environment"]
+    lines = (
+        (
+            f"`{command}`",
+            *(f"{rows[command]['processor_seconds']:.1f} ({rows[command]['seconds']:.1f})" for rows in now.values()),
+        )
+        for command in STARTED
+    )
+    return text(
+        f"`python -m benchmarks.start_up` (`benchmarks/results/start_up.json`; Python {environment['python']}, torch "
+        f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, "
+        f"{environment['cores']} cores, shared with other work). Seconds of the processor, and in brackets seconds on "
+        "the clock, medians; a command that works on a folder was given one that is not there:",
+        table(("", *(INSTALLED[name] for name in now)), lines),
+    )
 
 
 def _tests(tests: dict[str, Any] | None) -> str:

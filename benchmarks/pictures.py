@@ -15,22 +15,12 @@ WIDTH = 7.0
 """Inches of a picture, at which its text has about the size of the page's."""
 METHODS = {
     "DVoRA": "#2378d6",
-    "DVoRA, structured": "#9a5fd6",
     "DVoRA, r=64": "#c43bb0",
-    "DVoRA, merged": "#1c9bbd",
     "VeRA": "#de7b12",
     "LoRA": "#26985a",
     "LoRA r=1": "#84a318",
     "DoRA": "#d64545",
-    "LoRA, query and value": "#5fb58a",
-    "RandLoRA": "#a9714f",
-    "VB-LoRA": "#5b7f95",
-    "Uni-LoRA": "#b0567f",
-    "(IA)3": "#ad8a1b",
-    "BitFit": "#8f7a6a",
-    "magnitude only": "#d6559e",
     "full fine-tuning": "#707880",
-    "frozen base": "#9aa1a9",
 }
 """By method; of a brightness between those of a white page and a dark one, so that both can have the same."""
 FAINT = "#8b90a0"

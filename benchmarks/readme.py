@@ -3,29 +3,27 @@
 Run from the repository's root: python -m benchmarks.readme
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compiling import compiling
 from benchmarks.examples.table import examples
-from benchmarks.gate import compiling
-from benchmarks.gate import page as gate
 from benchmarks.installation_tables import start_up, versions
-from benchmarks.many_adapters.tables import parts as many_adapters_parts
-from benchmarks.quality.equal_bytes_page import at_a_glance
-from benchmarks.quality.equal_bytes_page import parts as equal_bytes_parts
-from benchmarks.quality.grid import FILE, read_grid
-from benchmarks.quality.page import parts as quality_parts
-from benchmarks.quality.schedule import remaining
-from benchmarks.quality.summary import result_of
-from benchmarks.reinforcement.tables import reinforcement
+from benchmarks.many_adapters.tables import parts as many_adapters
+from benchmarks.many_adapters.targets import all_targets as targets_of_many
+from benchmarks.quality.page import at_a_glance
+from benchmarks.quality.page import parts as quality
+from benchmarks.reinforcement import reinforcement
+from benchmarks.results import load
 from benchmarks.speakers import table as speakers
-from benchmarks.speed.overhead_tables import overhead
-from benchmarks.speed.tables import speed, targets
-from benchmarks.users.tables import users
+from benchmarks.speed.tables import overhead, speed
+from benchmarks.speed.targets import all_targets as targets_of_speed
+from benchmarks.speed.targets import targets_table
+from benchmarks.tables import table, text
+from benchmarks.users.jobs import users
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = {
@@ -70,9 +68,9 @@ def filled(page: str, file: str, parts: dict[str, str]) -> str:
     Raises:
         ValueError: a part has no marks in the page, or several.
     """
-    for name, text in parts.items():
+    for name, made in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-        page, found = re.subn(pattern, lambda marks, text=text: f"{marks[1]}{text}{marks[2]}", page, flags=re.DOTALL)
+        page, found = re.subn(pattern, lambda marks, made=made: f"{marks[1]}{made}{marks[2]}", page, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f"{file} has {found} parts between <!-- {name}:begin --> and end, expected one")
     return page
@@ -86,21 +84,19 @@ def exactness(result: dict[str, Any]) -> str:
         "gradients": lambda name: name.startswith("gradient"),
         "merged weight": lambda name: name == "merged weight",
     }
-    lines = [
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        worst = (
+            max(e for row in rows if row["dtype"] == dtype for name, e in row["worst"].items() if matches(name))
+            for matches in quantities.values()
+        )
+        lines.append((dtype, *(f"{error:.0e}" for error in worst)))
+    return text(
         f"Worst relative error against the dense float64 method ({len(rows)} combinations of size, direction and "
         f"dtype, 1 x 1 to 1536 x 384, ranks 1 to 256, {len(result['seeds'])} seeds; torch {environment['torch']}, CPU, "
         "`benchmarks/results/exactness.json`):",
-        "",
-        "| dtype | " + " | ".join(quantities) + " |",
-        "|---|" + "---|" * len(quantities),
-    ]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        worst = [
-            max(e for row in rows if row["dtype"] == dtype for name, e in row["worst"].items() if matches(name))
-            for matches in quantities.values()
-        ]
-        lines.append(f"| {dtype} | " + " | ".join(f"{error:.0e}" for error in worst) + " |")
-    return "\n".join(lines) + "\n"
+        table(("dtype", *quantities), lines),
+    )
 
 
 def support(result: dict[str, Any]) -> str:
@@ -117,28 +113,18 @@ def support(result: dict[str, Any]) -> str:
         (usual, _), *_ = Counter(found.values()).most_common(1)
         return "; ".join([usual, *(f"{base}: {outcome}" for base, outcome in found.items() if outcome != usual)])
 
-    head = ["| | " + " | ".join(OPERATIONS.get(o, o) for o in operations) + " |", "|---|" + "---|" * len(operations)]
-    layers = [f"| {name} | " + " | ".join(cell(name, plain, o) for o in operations) + " |" for name in bases]
-    linear = [
-        f"| {BASES[base]} | " + " | ".join(cell("Linear", [base], o) for o in operations) + " |" for base in others
-    ]
+    head = ("", *(OPERATIONS.get(operation, operation) for operation in operations))
+    layers = [(name, *(cell(name, plain, operation) for operation in operations)) for name in bases]
+    linear = [(BASES[base], *(cell("Linear", [base], operation) for operation in operations)) for base in others]
     environment = result["environment"]
-    return "\n".join(
-        [
-            f"Every cell is a test for each of {', '.join(plain)} (`benchmarks/results/support.json`; torch "
-            f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). "
-            '"Refused" is an error that says why and leaves the model unchanged; "base cannot" means that the model '
-            "cannot do it without an adapter either.",
-            "",
-            *head,
-            *layers,
-            "",
-            "A linear layer on a quantised base. An unknown format is a layer of which only the forward pass is known:",
-            "",
-            *head,
-            *linear,
-            "",
-        ]
+    return text(
+        f"Every cell is a test for each of {', '.join(plain)} (`benchmarks/results/support.json`; torch "
+        f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). "
+        '"Refused" is an error that says why and leaves the model unchanged; "base cannot" means that the model '
+        "cannot do it without an adapter either.",
+        table(head, layers),
+        "A linear layer on a quantised base. An unknown format is a layer of which only the forward pass is known:",
+        table(head, linear),
     )
 
 
@@ -154,8 +140,9 @@ def conformance(result: dict[str, Any]) -> str:
 def conformance_reasons(result: dict[str, Any]) -> str:
     """Why some of PEFT's own tests do not simply pass, as a table."""
     reasons = sorted(result["reasons"].items(), key=lambda reason: -reason[1])
-    lines = ["", "| tests | reason |", "|---|---|", *(f"| {count} | {reason} |" for reason, count in reasons)]
-    return conformance(result) + "\n".join(lines) + "\n"
+    return text(
+        conformance(result).rstrip(), table(("tests", "reason"), ((f"{count}", reason) for reason, count in reasons))
+    )
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -163,66 +150,48 @@ def demo(result: dict[str, Any]) -> str:
     scores, differences = result["scores"], result["largest_logit_difference"]
     environment = result["environment"]
     lines = [
-        f"Accuracy on {scores['dvora']['count']:,} movie reviews that were not in the training set "
-        f"(`benchmarks/results/demo.json`; torch {environment['torch']}, {environment['threads']} "
-        f"threads, seed {result['seed']}, {result['training_seconds']:.0f} s of training):",
-        "",
-        "| | test accuracy | 95 % interval (Wilson) | trained parameters |",
-        "|---|---|---|---|",
-    ]
-    for score in scores.values():
-        low, high = score["interval"]
-        lines.append(
-            f"| {score['name']} | {score['accuracy']:.1%} | {low:.1%} to {high:.1%} | {score['trained_values']:,} |"
+        (
+            *(score["name"], f"{score['accuracy']:.1%}"),
+            *("{:.1%} to {:.1%}".format(*score["interval"]), f"{score['trained_values']:,}"),
         )
-    lines += [
-        "",
-        f"The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} kB, the model's "
-        f"{result['model_bytes'] / 1e6:,.1f} MB. Outputs differ by {differences['fresh_process']:.2g} after loading in "
-        f"a fresh process and by {differences['merged']:.2g} after merging into the weights. Both models use the same "
-        "kind of head, and DVoRA's starts from the frozen model's. One seed and one data set: a demonstration, not "
-        "evidence about the method.",
+        for score in scores.values()
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    return content
-
-
-def _results() -> dict[str, str]:
-    made = {"demo": demo(_load("demo")), "users": users(_load("users"))}
-    made["reinforcement"] = reinforcement(_load("reinforcement"))
-    contents = {name: _load(name) for name in ("quality", "equal_bytes")}
-    whole = {name: result_of(content) for name, content in contents.items()}
-    for name, parts in (("quality", quality_parts), ("equal_bytes", equal_bytes_parts)):
-        content, grid = contents[name], read_grid(FILE.parent / f"{name}.yaml")
-        missing = remaining(grid, {row["key"]: row for row in content["rows"]}, list(grid.tasks), list(grid.arms))
-        made |= parts(whole[name], content["environment"], missing)
-    return made
+    return text(
+        table(("", "test accuracy", "95 % interval (Wilson)", "trained parameters"), lines),
+        f"{scores['dvora']['count']:,} movie reviews that were not in the training set, one seed "
+        f"(`benchmarks/results/demo.json`; torch {environment['torch']}, {environment['threads']} threads, "
+        f"{result['training_seconds']:.0f} s of training). The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} "
+        f"kB, the model's {result['model_bytes'] / 1e6:,.1f} MB. Outputs differ by {differences['fresh_process']:.2g} "
+        f"after loading in a fresh process and by {differences['merged']:.2g} after merging into the weights. "
+        "Both models use the same kind of head, and DVoRA's starts from the frozen model's.",
+    )
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
-    "README.md": lambda: {"at-a-glance": at_a_glance(_load("equal_bytes"), _load("speed")["rows"])},
-    "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(_load("conformance"))},
+    "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"])},
+    "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(load("conformance"))},
     "benchmarks/README.md": lambda: {
-        "targets": targets([*_load("speed")["rows"], *_load("overhead")["rows"]]),
-        "start-up": start_up(_load("start_up")),
+        "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
+        "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
+        "start-up": start_up(load("start_up")),
     },
     "docs/compatibility.md": lambda: {
-        "versions": versions(_load("versions")),
-        "support": support(_load("support")),
-        "conformance": conformance(_load("conformance")),
-        "examples": examples(_load("examples")),
+        "versions": versions(load("versions")),
+        "support": support(load("support")),
+        "conformance": conformance(load("conformance")),
+        "examples": examples(load("examples")),
     },
-    "docs/how-to/train-many-adapters.md": lambda: {"speakers": speakers(_load("speakers"))},
-    "docs/how-to/compile.md": lambda: {"compile": compiling(_load("gate"))},
-    "docs/how-it-works.md": lambda: {"exactness": exactness(_load("exactness"))},
-    "docs/many-adapters.md": lambda: many_adapters_parts(_load("many_adapters")),
-    "docs/overhead.md": lambda: overhead(_load("overhead")),
-    "docs/results.md": _results,
-    "docs/speed.md": lambda: {"gate": gate(_load("gate")), "speed": speed(_load("speed"))},
+    "docs/how-to/train-many-adapters.md": lambda: {"speakers": speakers(load("speakers"))},
+    "docs/how-to/compile.md": lambda: {"compile": compiling(load("gate"))},
+    "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
+    "docs/many-adapters.md": lambda: many_adapters(load("many_adapters")),
+    "docs/results.md": lambda: {
+        **quality(load("equal_bytes"), load("quality")),
+        "users": users(load("users")),
+        "reinforcement": reinforcement(load("reinforcement")),
+        "demo": demo(load("demo")),
+    },
+    "docs/speed.md": lambda: {**speed(load("speed")), "overhead": overhead(load("overhead"))},
 }
 """The generated parts of every page, by the page's path and the part's name."""
 

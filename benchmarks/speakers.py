@@ -15,14 +15,15 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks import tables
 from benchmarks.environment import environment
-from benchmarks.pictures import FAINT, METHODS, WIDTH, save
+from benchmarks.pictures import FAINT, METHODS, WIDTH
 from benchmarks.quality.statistics import Interval, over_seeds
 from examples.speakers import ALL, BASE, BOTH, EACH, FULL, run
 
 RESULT = Path(__file__).parent / "results" / "speakers.json"
 ARMS = (BASE, ALL, EACH, BOTH)
-COLOURS = {BASE: FAINT, EACH: METHODS["DVoRA"], BOTH: METHODS["DVoRA, structured"]}
+COLOURS = {BASE: FAINT, EACH: METHODS["DVoRA"], BOTH: METHODS["DVoRA, r=64"]}
 Result = dict[str, Any]
 """`environment`, `setting`, `tuning`, `processor_seconds` by seed, and `rows`: the losses of a speaker by arm."""
 
@@ -59,23 +60,19 @@ def table(result: Result) -> str:
     rows, setting = result["rows"], result["setting"]
     speakers, seeds = dict.fromkeys(row["speaker"] for row in rows), dict.fromkeys(row["seed"] for row in rows)
     minutes = mean(result["processor_seconds"].values()) / 60
-    lines = [
+    lines = []
+    for arm in ARMS:
+        losses = [mean(row[arm] for row in rows if row["speaker"] == speaker) for speaker in speakers]
+        against = list(differences(result, arm).values())
+        better = f"{sum(difference > 0 for difference in against)} of {len(against)}"
+        lines.append((arm, _interval(losses), *(("", "") if arm == ALL else (_interval(against, "+"), better))))
+    return tables.text(
         f"{len(speakers)} speakers, {setting['steps']} steps of {setting['batch']} rows for every arm, {len(seeds)} "
         f"{'seeds' if len(seeds) > 1 else 'seed'}, {minutes:.0f} minutes of one processor a seed "
         f"(`benchmarks/results/speakers.json`; torch {result['environment']['torch']}, CPU). Intervals are over "
         "speakers, 95 %:",
-        "",
-        "| adapter | loss a token, held-out scenes | lower than one for all by | better for |",
-        "|---|---|---|---|",
-    ]
-    for arm in ARMS:
-        losses = [mean(row[arm] for row in rows if row["speaker"] == speaker) for speaker in speakers]
-        against = list(differences(result, arm).values())
-        shown = (
-            ("", "") if arm == ALL else (_interval(against, "+"), f"{sum(d > 0 for d in against)} of {len(against)}")
-        )
-        lines.append(f"| {arm} | {_interval(losses)} | {shown[0]} | {shown[1]} |")
-    return "\n".join(lines) + "\n"
+        tables.table(("adapter", "loss a token, held-out scenes", "lower than one for all by", "better for"), lines),
+    )
 
 
 def picture(result: Result) -> Figure:
@@ -97,7 +94,7 @@ def _interval(values: list[float], sign: str = "") -> str:
 
 
 def main() -> None:
-    """Measure, or tune, and write the result file and the picture."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speakers")
     parser.add_argument("seeds", nargs="+", type=int, metavar="SEED")
     torch.set_num_threads(1)
@@ -105,7 +102,6 @@ def main() -> None:
     for seed in parser.parse_args().seeds:
         result = measure(seed, result)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    save("speakers", lambda: picture(result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 OUT = Path(__file__).parent / "out"
-HOW_LONG = "This takes about five minutes on two cores; the first run fetches a model and data of 86 MB."
+HOW_LONG = "This takes about three minutes on two cores; the first run fetches a model and data of 86 MB."
 HOW_LONG_QUICK = "This takes about a minute on two cores; the first run fetches a model and data of 86 MB."
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import table, text
+
 RESULT = Path(__file__).parent.parent / "results" / "examples.json"
 
 
@@ -10,21 +12,19 @@ def examples(result: dict[str, Any]) -> str:
     """Trainer, whether it works, the example and what it reported, as a table."""
     rows, environment = result["rows"], result["environment"]
     works = sum(row["outcome"] == "works" for row in rows)
-    lines = [
-        f"{works} of {len(rows)} examples work (`make examples`, `benchmarks/results/examples.json`; torch "
-        f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). Each "
-        "trains, and stops with an error if what it shows does not hold:",
-        "",
-        "| trainer | works | example | shows | measured |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         outcome = "yes" if row["outcome"] == "works" else f"{row['outcome']}: {_one_line(row['reason'])}"
-        example = f"`examples/{row['name']}.py`"
         trainer = row["trainer"] + (f" ({versions})" if versions else "")
-        lines.append(f"| {trainer} | {outcome} | {example} | {row['shows']} | {describe_metrics(row['figures'])} |")
-    return "\n".join(lines) + "\n"
+        example = f"`examples/{row['name']}.py`"
+        lines.append((trainer, outcome, example, row["shows"], describe_metrics(row["figures"])))
+    return text(
+        f"{works} of {len(rows)} examples work (`make examples`, `benchmarks/results/examples.json`; torch "
+        f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). Each "
+        "trains, and stops with an error if what it shows does not hold:",
+        table(("trainer", "works", "example", "shows", "measured"), lines),
+    )
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:

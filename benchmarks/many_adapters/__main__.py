@@ -4,7 +4,7 @@ import argparse
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 
 import dvora
-from benchmarks.many_adapters import batches, loading, plan, resident, storage, stream, training
+from benchmarks.many_adapters import batches, loading, plan, resident, stream, training
 from benchmarks.many_adapters.population import Population, packed
-from benchmarks.many_adapters.results import RESULT, check_environment, merge
+from benchmarks.many_adapters.results import check_environment, merge
 from benchmarks.many_adapters.targets import all_targets
-from benchmarks.speed.__main__ import quieten
+from benchmarks.results import file_of
+from benchmarks.speed.__main__ import quieten, show
 from benchmarks.speed.arms import Arm
-from benchmarks.speed.results import show
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload
 
 
-class Measured:
+class Sections:
     """What is measured, section by section; packs are written once.
 
     Args:
@@ -45,48 +45,31 @@ class Measured:
         """Adapters of the encoder."""
         return packed(self.population, max(self.plan.asked), self._new_folder("pack"))
 
-    def batches(self, report: Report) -> Iterator[str]:
+    def batches(self, report: Report) -> None:
         """Batches with one adapter and with many."""
         for ground in self.plan.grounds:
-            yield f"batches: {ground.workload.name}, {ground.dtype}"
             batches.measure(report, ground)
 
-    def storage(self, report: Report) -> Iterator[str]:
-        """Bytes of an adapter, where it can be."""
-        for workload, arms, _ in self.plan.loaded:
-            yield f"storage: {workload.name}"
-            storage.measure(
-                report, workload, self._populations(workload, arms), self._new_folder(f"storage-{workload.name}")
-            )
+    def training(self, report: Report) -> None:
+        """Steps that train one adapter, and as many as rows."""
+        training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
 
-    def loading(self, report: Report) -> Iterator[str]:
-        """First uses, and adapters that have left their slots."""
-        for workload, arms, count in self.plan.loaded:
-            yield f"loading: {workload.name}"
-            folder = self._new_folder(f"loading-{workload.name}")
-            loading.measure(report, workload, self._populations(workload, arms), folder, count)
-
-    def stream(self, report: Report) -> Iterator[str]:
+    def stream(self, report: Report) -> None:
         """Requests for more adapters than slots."""
-        yield f"packing {max(self.plan.asked):,} adapters"
         settings = self.plan.asked, self.pack, self.plan.requests, self.plan.rounds
-        yield "stream of requests"
         stream.measure(report, self.plan.encoder, self.population.base, *settings)
 
-    def resident(self, report: Report) -> Iterator[str]:
+    def resident(self, report: Report) -> None:
         """Memory of processes with thousands of adapters."""
-        most = max(self.plan.asked)
-        yield f"packing {most:,} adapters"
-        pack = self.pack
         for slots, host_bytes in self.plan.resident:
-            yield f"resident: {slots} slots, {host_bytes / 1e6:,.0f} MB on the host"
-            measure = partial(resident.measure, report, self.plan.encoder, pack, most, slots, host_bytes)
-            report.attempt(f"resident size, {slots} slots", measure)
+            given = self.plan.encoder, self.pack, max(self.plan.asked), slots, host_bytes
+            report.attempt(f"resident size, {slots} slots", partial(resident.measure, report, *given))
 
-    def training(self, report: Report) -> Iterator[str]:
-        """Steps that train one adapter, and as many as rows."""
-        yield "training"
-        training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
+    def loading(self, report: Report) -> None:
+        """Sizes, first uses, and adapters that have left their slots."""
+        for workload, arms, count in self.plan.loaded:
+            folder = self._new_folder(f"loading-{workload.name}")
+            loading.measure(report, workload, self._populations(workload, arms), folder, count)
 
     @staticmethod
     def _populations(workload: Workload, arms: Sequence[Arm]) -> list[Population]:
@@ -95,18 +78,17 @@ class Measured:
         return [Population(base, arm, workload.targets) for arm in arms]
 
     def _new_folder(self, name: str) -> Path:
-        found = self.folder / name
-        found.mkdir()
-        return found
+        folder = self.folder / name
+        folder.mkdir()
+        return folder
 
 
-SECTIONS: dict[str, Callable[[Measured, Report], Iterator[str]]] = {
-    "batches": Measured.batches,
-    "training": Measured.training,
-    "stream": Measured.stream,
-    "resident": Measured.resident,
-    "loading": Measured.loading,
-    "storage": Measured.storage,
+SECTIONS: dict[str, Callable[[Sections, Report], None]] = {
+    "batches": Sections.batches,
+    "training": Sections.training,
+    "stream": Sections.stream,
+    "resident": Sections.resident,
+    "loading": Sections.loading,
 }
 
 
@@ -117,21 +99,20 @@ def main(arguments: list[str] | None = None) -> int:
     # That a merge in bfloat16 rounds is not what is measured.
     warnings.filterwarnings("ignore", category=dvora.MergePrecisionWarning)
     torch.set_num_threads(chosen.threads)
-    sections: list[str] = chosen.part or list(SECTIONS)
-    file: Path | None = chosen.output or (None if chosen.quick else RESULT)
+    names: list[str] = chosen.part or list(SECTIONS)
+    file: Path | None = chosen.output or (None if chosen.quick else file_of("many_adapters"))
     if file:
-        check_environment(file, sections)
+        check_environment(file, names)
     console, everything = Console(stderr=True), Report()
     with tempfile.TemporaryDirectory(prefix="dvora-many-adapters-") as folder:
-        measured = Measured(plan.quick() if chosen.quick else plan.whole(), Path(folder))
-        for section in sections:
+        sections = Sections(plan.quick() if chosen.quick else plan.whole(), Path(folder))
+        for name in names:
             report, start = Report(), perf_counter()
-            with console.status(section) as status:
-                for what in SECTIONS[section](measured, report):
-                    status.update(what)
+            with console.status(name):
+                SECTIONS[name](sections, report)
             if file:
-                merge(file, section, report, perf_counter() - start)
-            console.print(f"{section}: {perf_counter() - start:.0f} s")
+                merge(file, name, report, perf_counter() - start)
+            console.print(f"{name}: {perf_counter() - start:.0f} s")
             everything.rows += report.rows
             everything.not_measured += report.not_measured
     show(everything, all_targets)

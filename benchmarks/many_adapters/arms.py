@@ -13,7 +13,7 @@ from torch import nn
 import dvora
 from benchmarks.many_adapters.gathered_lora import GatheredLoRA, random_factors
 from benchmarks.many_adapters.population import Population, name_of, packed
-from benchmarks.speed.arms import CONFIGS, MERGED, Arm, adapted, moved, sharing_copy
+from benchmarks.speed.arms import MERGED, Arm, adapted, config_of, moved, sharing_copy
 from benchmarks.speed.workloads import Workload
 
 Chosen = Callable[[], AbstractContextManager[Callable[..., Any]]]
@@ -136,7 +136,7 @@ def with_adapters(base: nn.Module, adapter: Arm, targets: Sequence[str], count: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for number in range(1, count):
-            model.add_adapter(name_of(number), CONFIGS[adapter.method](adapter.rank, list(targets)))
+            model.add_adapter(name_of(number), config_of(adapter, targets))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or ".dvora_" in name)
     return moved(model).requires_grad_(False).eval(), ["default", *(name_of(number) for number in range(1, count))]

@@ -1,4 +1,4 @@
-"""How long an adapter takes to be known, to be used first, and to be used again when it has left its slot.
+"""What an adapter takes at rest, and how long until it is known, used first, and used again when it has left its slot.
 
 What is read was written just before, so it comes from the system's cache of files, not from a disk.
 """
@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import dvora
 from benchmarks.many_adapters.plan import LORAS
@@ -27,12 +26,13 @@ SLOTS = 4
 SWITCHES = 20
 AT_ONCE = 5
 """Banks whose first batch needs all adapters."""
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 Add = Callable[[str, list[float]], None]
 """Adds a row: what was done, and its seconds."""
 
 
 def measure(report: Report, workload: Workload, populations: Sequence[Population], folder: Path, count: int) -> None:
-    """Add rows of a bank's times, then of PEFT's, one number for each adapter.
+    """Add rows of sizes, of a bank's times, then of PEFT's, one number for each adapter.
 
     Args:
         report: gets the rows.
@@ -47,68 +47,58 @@ def measure(report: Report, workload: Workload, populations: Sequence[Population
         setting = {"part": "loading", "workload": workload.name, "dtype": "float32"}
         report.add({**setting, **described, "what": what, "seconds": seconds})
 
-    for population in populations:
-        _of_bank(partial(add, "bank", population.arm), population, folder / population.arm.name, count)
+    def weigh(arm: Arm, values: int, **at_rest: int) -> None:
+        """On the device and on the host an adapter is the same."""
+        held = {"values": values, "float16": 2 * values, "float32": 4 * values}
+        report.add({"part": "storage", "workload": workload.name, **arm.described(), **held, **at_rest})
+
     names = [name_of(number) for number in range(count)]
     for arm in LORAS:
         model = adapted(populations[0].base, arm, workload.targets)
         model.save_pretrained(str(folder / arm.name))
+        values = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        weigh(arm, values, folder=_size(folder / arm.name))
         _of_peft(partial(add, "PEFT", arm), model, dict.fromkeys(names, folder / arm.name))
     for population in populations:
-        folders = {name: folder / population.arm.name / "adapters" / name for name in names}
+        parent, pack = folder / population.arm.name, folder / f"{population.arm.name}.dvora"
+        folders = population.save(parent, count)
+        write_pack(pack, folders)
+        values = sum(2 * layer.out_features + layer.rank for layer in population.layout.content.layers)
+        at_rest = {"folder": _size(folders[names[0]]), "pack": pack.stat().st_size // count}
+        weigh(population.arm, values, **at_rest)
+        _of_bank(partial(add, "bank", population.arm), population, parent, folders, pack)
         _of_peft(partial(add, "PEFT", population.arm), population.model, folders)
 
 
-def _of_bank(add: Add, population: Population, folder: Path, count: int) -> None:
-    parent, pack = folder / "adapters", folder / "adapters.dvora"
-    folders = population.save(parent, count)
-    write_pack(pack, folders)
+def _of_bank(add: Add, population: Population, parent: Path, folders: Mapping[str, Path], pack: Path) -> None:
     with ExitStack() as banks:
-        _of_vectors(add, _bank(population, folders, banks), [population.vector(n) for n in range(count)])
-        _of_folders(add, [_bank(population, folders, banks) for _ in range(2)], parent, folders)
-        _of_pack(add, _bank(population, folders, banks), pack)
-        _at_once(add, [_bank(population, folders, banks, slots=count + 1) for _ in range(AT_ONCE)], pack)
 
+        def bank(slots: int = SLOTS) -> dvora.AdapterBank:
+            """One that has computed what all adapters share, and holds another one than the folders'."""
+            some = next(iter(folders.values()))
+            made = dvora.AdapterBank(sharing_copy(population.base), slots=slots, dtype=torch.float16, like=some)
+            banks.callback(made.close)
+            made.add("other", population.vector(len(folders)))
+            _use(made, "other")
+            return made
 
-def _bank(
-    population: Population, folders: Mapping[str, Path], banks: ExitStack, slots: int = SLOTS
-) -> dvora.AdapterBank:
-    """A bank that has computed what all adapters share, and holds another one than the folders'."""
-    some = next(iter(folders.values()))
-    bank = dvora.AdapterBank(sharing_copy(population.base), slots=slots, dtype=torch.float16, like=some)
-    banks.callback(bank.close)
-    bank.add("other", population.vector(len(folders)))
-    _use(bank, "other")
-    return bank
-
-
-def _of_vectors(add: Add, bank: dvora.AdapterBank, vectors: Sequence[Tensor]) -> None:
-    add("add a vector", [_seconds(bank.add, str(number), vector) for number, vector in enumerate(vectors)])
-
-
-def _of_folders(add: Add, banks: Sequence[dvora.AdapterBank], parent: Path, folders: Mapping[str, Path]) -> None:
-    at_once, later = banks
-    add("add a folder", [_seconds(at_once.add, name, folder) for name, folder in folders.items()])
-    add("add_folder, each", [_seconds(later.add_folder, parent) / len(folders)])
-    add("first use, folder", _uses(later, folders))
-    # By now the first ones have no slots any more.
-    add("in memory, not in a slot", _uses(later, folders))
-    *_, last = folders
-    add("in a slot", _uses(later, [last] * SWITCHES))
-
-
-def _of_pack(add: Add, bank: dvora.AdapterBank, pack: Path) -> None:
-    start = perf_counter()
-    names = bank.add_pack(pack)
-    add("add_pack, each", [(perf_counter() - start) / len(names)])
-    add("first use, pack", _uses(bank, names))
-
-
-def _at_once(add: Add, banks: Sequence[dvora.AdapterBank], pack: Path) -> None:
-    """Of each adapter in a batch in which all are new."""
-    *_, names = (bank.add_pack(pack) for bank in banks)
-    seconds = [_seconds(_use, bank, *names) / len(names) for bank in banks]
-    add(f"first use, {len(names)} at once, pack", seconds)
+        of_vectors, of_folders, later, of_pack = (bank() for _ in range(4))
+        vectors = [population.vector(number) for number in range(len(folders))]
+        add("add a vector", [_seconds(of_vectors.add, str(n), vector) for n, vector in enumerate(vectors)])
+        add("add a folder", [_seconds(of_folders.add, name, folder) for name, folder in folders.items()])
+        add("add_folder, each", [_seconds(later.add_folder, parent) / len(folders)])
+        add("first use, folder", _uses(later, folders))
+        # By now the first ones have no slots any more.
+        add("in memory, not in a slot", _uses(later, folders))
+        *_, last = folders
+        add("in a slot", _uses(later, [last] * SWITCHES))
+        add("add_pack, each", [_seconds(of_pack.add_pack, pack) / len(folders)])
+        add("first use, pack", _uses(of_pack, folders))
+        together = [bank(slots=len(folders) + 1) for _ in range(AT_ONCE)]
+        for each in together:
+            each.add_pack(pack)
+        seconds = [_seconds(_use, each, *folders) / len(folders) for each in together]
+        add(f"first use, {len(folders)} at once, pack", seconds)
 
 
 def _of_peft(add: Add, model: Any, folders: Mapping[str, Path]) -> None:
@@ -130,3 +120,7 @@ def _seconds(step: Callable[..., object], *arguments: object) -> float:
     start = perf_counter()
     step(*arguments)
     return perf_counter() - start
+
+
+def _size(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in FILES)

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.many_adapters.arms import ManyArm
-from benchmarks.many_adapters.numbers import KNOWN, MANY, ROWS, SLOTS
 from benchmarks.speed import workloads
 from benchmarks.speed.arms import Arm
 from benchmarks.speed.workloads import Workload
 
+ROWS = 64
+"""Of a batch."""
+MANY = 1024
+"""Adapters known to a bank, where nothing else is said."""
+KNOWN = (ROWS, MANY, 10_000)
+SLOTS = 256
 DENSE, STRUCTURED, SMALL = Arm("dvora dense", 256), Arm("dvora structured", 256), Arm("dvora structured", 64)
 LORAS = (Arm("LoRA", 8), Arm("LoRA", 1))
 BASE, MERGED = ManyArm("base"), ManyArm("merged", DENSE)
@@ -96,7 +101,7 @@ def whole() -> Plan:
 
 def quick() -> Plan:
     """The same on tiny models: whether everything works, not how fast it is."""
-    tiny = workloads.bert_square(64)
+    tiny = workloads.bert(64, 1)
     return Plan(
         grounds=quick_grounds(),
         encoder=tiny,

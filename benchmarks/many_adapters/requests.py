@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-Serve = Callable[[Sequence[int], Sequence[int]], object]
-"""Answers a batch, given the adapters of its rows, and those of the requests that wait already for the next one."""
+Serve = Callable[[Sequence[int]], object]
+"""Answers a batch, given the adapters of its rows."""
 
 
 class Clock(Protocol):
@@ -79,7 +79,7 @@ def closed_loop(adapters: Sequence[int], clients: int, batch: int, serve: Serve,
     waiting = deque((adapter, start) for adapter in islice(coming, clients))
     while waiting:
         taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
-        _answer(taken, waiting, batch, serve)
+        serve([adapter for adapter, _ in taken])
         now = clock.now()
         latencies += [now - asked for _, asked in taken]
         waiting.extend((adapter, now) for adapter in islice(coming, len(taken)))
@@ -111,23 +111,8 @@ def open_loop(
                 refused += 1
         if waiting:
             taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
-            _answer(taken, waiting, batch, serve)
+            serve([adapter for adapter, _ in taken])
             latencies += [clock.now() - asked for _, asked in taken]
         elif coming:
             clock.wait_until(coming[0][1])
     return Answered(latencies, clock.now() - start, refused)
-
-
-def _answer(taken: Sequence[tuple[int, float]], waiting: deque[tuple[int, float]], batch: int, serve: Serve) -> None:
-    serve([adapter for adapter, _ in taken], [adapter for adapter, _ in islice(waiting, batch)])
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the values lies, between two of them in proportion.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if not values:
-        raise ValueError("expected at least one value, got none")
-    return float(np.quantile(values, share))

@@ -1,17 +1,17 @@
 """The memory of a process that holds thousands of adapters, each measured in a process of its own."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.speed.footprint import ROOT, process_bytes
+import dvora
+from benchmarks.speed.memory import in_a_process, process_bytes
 from benchmarks.speed.runner import Report
-from benchmarks.speed.workloads import Workload, bert_square, minilm
+from benchmarks.speed.workloads import Workload, bert, minilm
 
-ENCODERS = {workload.name: workload for workload in (minilm(), bert_square(64))}
+ENCODERS = {workload.name: workload for workload in (minilm(), bert(64, 1))}
 AT_ONCE = 64
 """Adapters that are put into slots together."""
 
@@ -26,21 +26,15 @@ def measure(report: Report, workload: Workload, pack: Path, known: int, slots: i
         known: how many are in it.
         slots, host_bytes: of the bank.
     """
-    arguments = [workload.name, str(pack), str(slots), str(host_bytes)]
-    command = [sys.executable, "-m", "benchmarks.many_adapters.resident", *arguments]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise RuntimeError(process.stderr.strip().splitlines()[-1])
-    sizes = json.loads(process.stdout.splitlines()[-1])
+    given = workload.name, str(pack), str(slots), str(host_bytes)
+    sizes = in_a_process("benchmarks.many_adapters.resident", *given)
     setting = {"part": "resident", "workload": workload.name, "known": known, "slots": slots, "host_bytes": host_bytes}
     report.rows.append({**setting, "dtype": "float16", **sizes})
 
 
 @torch.no_grad()
-def sizes(workload: Workload, pack: Path, slots: int, host_bytes: int) -> dict[str, int]:
+def _sizes(workload: Workload, pack: Path, slots: int, host_bytes: int) -> dict[str, int]:
     """Bytes of this process with the model at work, and when every adapter has been in a slot."""
-    import dvora
-
     base = workload.frozen(torch.float32).eval()
     x = workload.inputs(1, 8, torch.float32)
     workload.output(base, x)
@@ -59,4 +53,4 @@ def sizes(workload: Workload, pack: Path, slots: int, host_bytes: int) -> dict[s
 if __name__ == "__main__":
     name, file, slots, host_bytes = sys.argv[1:]
     torch.set_num_threads(1)
-    print(json.dumps(sizes(ENCODERS[name], Path(file), int(slots), int(host_bytes))))
+    print(json.dumps(_sizes(ENCODERS[name], Path(file), int(slots), int(host_bytes))))

@@ -6,10 +6,8 @@ from typing import Any
 
 from benchmarks.environment import environment
 from benchmarks.many_adapters.plan import LEFT_OUT
-from benchmarks.speed.results import write
+from benchmarks.results import write
 from benchmarks.speed.runner import Report
-
-RESULT = Path(__file__).parent.parent / "results" / "many_adapters.json"
 
 
 def check_environment(file: Path, sections: list[str]) -> None:
@@ -53,7 +51,7 @@ def merge(file: Path, section: str, report: Report, seconds: float) -> None:
     ):
         of_all += [each for each in of_earlier if each["section"] != section]
         of_all += [{"section": section, **each} for each in new]
-    write(whole, file, sum(row["took"] for row in whole.rows if row["part"] == "duration"), LEFT_OUT)
+    write(file, whole.rows, left_out=LEFT_OUT, not_measured=whole.not_measured)
 
 
 def _read(file: Path) -> dict[str, Any]:

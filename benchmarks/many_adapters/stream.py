@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import dvora
-from benchmarks.many_adapters.numbers import SLOTS
+from benchmarks.many_adapters.plan import SLOTS
 from benchmarks.many_adapters.population import name_of
 from benchmarks.many_adapters.requests import (
     Answered,
@@ -24,7 +25,6 @@ from benchmarks.many_adapters.requests import (
     WallClock,
     closed_loop,
     open_loop,
-    percentile,
     poisson,
     zipf,
 )
@@ -107,9 +107,9 @@ def summary(rounds: Sequence[Answered]) -> dict[str, Any]:
     """Percentiles and throughput of each round, and percentiles of all rounds together."""
     together = [latency for answered in rounds for latency in answered.latencies]
     return {
-        **{name: [_rounded(percentile(each.latencies, share)) for each in rounds] for name, share in SHARES.items()},
+        **{name: [_rounded(np.quantile(each.latencies, share)) for each in rounds] for name, share in SHARES.items()},
         "per_second": [_rounded(len(each.latencies) / each.seconds) for each in rounds],
-        "together": {name: _rounded(percentile(together, share)) for name, share in SHARES.items()},
+        "together": {name: _rounded(np.quantile(together, share)) for name, share in SHARES.items()},
         "refused": sum(each.refused for each in rounds),
     }
 
@@ -136,7 +136,7 @@ def _asked(stream: Stream, requests: int, seed: int) -> list[int]:
 
 def _of_base(workload: Workload, base: nn.Module) -> Stream:
     x = workload.inputs(BATCH, TOKENS, torch.float32)
-    return Stream(0, False, lambda rows, following: workload.output(base, x[: len(rows)]), dict)
+    return Stream(0, False, lambda rows: workload.output(base, x[: len(rows)]), dict)
 
 
 def _of_bank(workload: Workload, base: nn.Module, asked: int, used: bool, pack: Path, banks: ExitStack) -> Stream:
@@ -148,12 +148,12 @@ def _of_bank(workload: Workload, base: nn.Module, asked: int, used: bool, pack: 
         with bank.rows([name_of(number) for number in range(first, min(first + SLOTS, asked))]):
             pass
 
-    def serve(rows: Sequence[int], following: Sequence[int]) -> None:
+    def serve(rows: Sequence[int]) -> None:
         with bank.rows([name_of(number) for number in rows]):
             workload.output(model, x[: len(rows)])
 
     return Stream(asked, used, serve, lambda: bank.stats()._asdict())
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: Any) -> float:
     return float(f"{value:.5g}")

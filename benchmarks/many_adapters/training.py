@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 
 import dvora
 from benchmarks.many_adapters.arms import ManyArm
-from benchmarks.many_adapters.numbers import ROWS
+from benchmarks.many_adapters.plan import ROWS
 from benchmarks.many_adapters.population import NOISE, Population, name_of
 from benchmarks.speed.arms import sharing_copy
 from benchmarks.speed.runner import Report
-from benchmarks.speed.timing import Step, interleaved
+from benchmarks.speed.timing import Step
 from benchmarks.speed.workloads import Workload, random
 from dvora.bank import TenantAdamW
 
@@ -36,17 +37,15 @@ def measure(report: Report, workload: Workload, population: Population, folder: 
         model = sharing_copy(population.base)
         bank = dvora.AdapterBank(model, like=like)
         banks.callback(bank.close)
-        steps: dict[ManyArm, Step] = {
-            ManyArm("bank", population.arm, count, ROWS): _of_bank(workload, model, bank, x, count)
+        makers: dict[ManyArm, Callable[[], Step]] = {
+            ManyArm("bank", population.arm, count, ROWS): partial(_of_bank, workload, model, bank, x, count)
             for count in (1, ROWS)
         }
         alone = _alone(workload, population.model)
-        steps[ManyArm("alone", population.arm, 1, ROWS)] = lambda: alone(x)
-        steps[ManyArm("alone", population.arm, ROWS, ROWS)] = lambda: [alone(row) for row in x.split(1)]
-        seconds, repeats = interleaved({arm.name: step for arm, step in steps.items()}, rounds)
-    setting = {"part": "training", "workload": workload.name, "dtype": "float32", "batch": ROWS, "tokens": TOKENS}
-    for arm in steps:
-        report.add({**setting, **arm.described(), "repeats": repeats, "seconds": seconds[arm.name]})
+        makers[ManyArm("alone", population.arm, 1, ROWS)] = lambda: lambda: alone(x)
+        makers[ManyArm("alone", population.arm, ROWS, ROWS)] = lambda: lambda: [alone(row) for row in x.split(1)]
+        setting = {"part": "training", "workload": workload.name, "dtype": "float32", "batch": ROWS, "tokens": TOKENS}
+        report.time_in_turns(setting, makers, rounds)
 
 
 def _of_bank(workload: Workload, model: nn.Module, bank: dvora.AdapterBank, x: Tensor, count: int) -> Step:

@@ -1,26 +1,19 @@
-"""Puts an arm's method into a backbone, and its trainable parameters into groups."""
+"""Puts an arm's method into a backbone, groups what it trains, and weighs what it saves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    RandLoraConfig,
-    UniLoraConfig,
-    VBLoRAConfig,
-    VeraConfig,
-    get_peft_model,
-)
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from benchmarks.methods import peft_config
 from benchmarks.quality.grid import Arm, Rates
-from dvora import DVoRAConfig
+
+SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
+"""Parts of the names of tensors that PEFT saves though they come from a seed."""
 
 
 def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int) -> nn.Module:
@@ -34,47 +27,34 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
     if arm.method == "full":
         return backbone
     if arm.method == "bitfit":
-        biases = [parameter for name, parameter in backbone.named_parameters() if name.endswith("bias")]
-        for bias in biases:
-            bias.requires_grad_(True)
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
         return backbone
+    targets = "all-linear" if arm.layers == "all" else layers[arm.layers]
+    if arm.method == "magnitude":
+        targets = f"{layers['attention']}|{layers['feed_forward']}"
+    options = arm.options
+    if arm.method == "dvora":
+        # Rows of arms that name no kind of matrices were made when this was the default.
+        options = {"projection_init": "kaiming_uniform", **options}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(backbone, _CONFIGS[arm.method](arm, layers, seed))
-    if arm.vectors == "bfloat16":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-    return model
+        return get_peft_model(backbone, peft_config(arm.method, arm.r, targets, seed, options))
 
 
-def magnitude_only(layers: str, **options: Any) -> DVoRAConfig:
-    """DVoRA with nothing trained but the magnitudes of the layers that a regular expression matches."""
-    return DVoRAConfig(r=1, target_modules=layers, magnitude_modules=layers, **options)
-
-
-def groups(model: nn.Module, head: nn.Module | None, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
+def groups(model: nn.Module, head: nn.Module | None, rates: Rates) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: the adapter, its magnitude if that has a rate of its own, and the head."""
     members: dict[str, list[nn.Parameter]] = {"adapter": [], "magnitude": [], "head": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = rates.magnitude is not None and ("dvora_magnitude" in name or "lora_magnitude" in name)
-            members["magnitude" if own else "adapter"].append(parameter)
+            is_magnitude = "dvora_magnitude" in name or "lora_magnitude" in name
+            members["magnitude" if is_magnitude and rates.magnitude else "adapter"].append(parameter)
     members["head"] = [] if head is None else list(head.parameters())
     return [
-        {
-            "params": parameters,
-            "lr": getattr(rates, group),
-            # Decay would pull the rows of the weights towards zero, not towards the pretrained model.
-            "weight_decay": 0.0 if group == "magnitude" else weight_decay,
-        }
+        {"params": parameters, "lr": getattr(rates, group), "weight_decay": 0.0}
         for group, parameters in members.items()
         if parameters
     ]
-
-
-SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
-"""Parts of the names of tensors that PEFT saves though they come from a seed."""
 
 
 def saved_bytes(model: nn.Module, folder: Path) -> dict[str, int]:
@@ -106,68 +86,3 @@ def round_to_half(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.copy_(parameter.half())
-
-
-def _targets(arm: Arm, layers: Mapping[str, str]) -> str:
-    return "all-linear" if arm.layers == "all" else layers[arm.layers]
-
-
-def _dvora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert arm.r is not None
-    # Rows of arms that name no kind of matrices were made when this was the default.
-    options = {"projection_init": "kaiming_uniform", **arm.options}
-    return DVoRAConfig(r=arm.r, target_modules=_targets(arm, layers), projection_seed=seed, **options)
-
-
-def _magnitude(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    return magnitude_only(f"{layers['attention']}|{layers['feed_forward']}", **arm.options)
-
-
-def _vera(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    return VeraConfig(r=arm.r, target_modules=_targets(arm, layers), projection_prng_key=seed, **arm.options)
-
-
-def _lora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert arm.r is not None
-    return LoraConfig(
-        r=arm.r,
-        lora_alpha=2 * arm.r,
-        target_modules=_targets(arm, layers),
-        use_dora=arm.method == "dora",
-        **arm.options,
-    )
-
-
-def _ia3(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    """(IA)3 where its authors put it, or, where the grid names no such layers, on the outputs of all linear layers."""
-    if "ia3" not in layers:
-        return IA3Config(target_modules="all-linear", feedforward_modules=[], **arm.options)
-    return IA3Config(target_modules=layers["ia3"], feedforward_modules=layers["ia3_feed_forward"], **arm.options)
-
-
-def _vblora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert arm.r is not None
-    return VBLoRAConfig(r=arm.r, target_modules=_targets(arm, layers), **arm.options)
-
-
-def _unilora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert arm.r is not None
-    return UniLoraConfig(r=arm.r, target_modules=_targets(arm, layers), proj_seed=seed, **arm.options)
-
-
-def _randlora(arm: Arm, layers: Mapping[str, str], seed: int) -> PeftConfig:
-    assert arm.r is not None
-    return RandLoraConfig(r=arm.r, target_modules=_targets(arm, layers), projection_prng_key=seed, **arm.options)
-
-
-_CONFIGS: dict[str, Callable[[Arm, Mapping[str, str], int], PeftConfig]] = {
-    "dvora": _dvora,
-    "magnitude": _magnitude,
-    "vera": _vera,
-    "lora": _lora,
-    "dora": _lora,
-    "ia3": _ia3,
-    "vblora": _vblora,
-    "unilora": _unilora,
-    "randlora": _randlora,
-}

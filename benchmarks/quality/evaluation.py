@@ -1,15 +1,13 @@
 """What a task of the grid is: a model to start from, batches, a loss, and an evaluation of a split."""
 
+import base64
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-from benchmarks.quality.backbones import ImageReader, SentenceReader, TextModel
-
-Batch = dict[str, Tensor]
-Reader = SentenceReader | ImageReader | TextModel
+from benchmarks.quality.models import SentenceReader, TextModel
 
 
 @dataclass(frozen=True)
@@ -18,9 +16,8 @@ class Evaluation:
 
     Args:
         loss: mean of the training loss.
-        score: accuracy, Pearson's correlation, or bits per byte (where less is better).
-        items: one value a row, from which the score can be computed again: correct (1) or not (0), the predicted
-            number, or the nats of a window.
+        score: accuracy, or Pearson's correlation.
+        items: one value a row, from which the score can be computed again: correct or not, or the predicted number.
     """
 
     loss: float
@@ -33,10 +30,10 @@ class Problem(Protocol):
 
     @property
     def reference(self) -> np.ndarray | None:
-        """(test items,) what items are compared with: true numbers, or bytes; None: each item is correct or not."""
+        """(test items,) the true numbers; None where each item is correct or not."""
         ...
 
-    def model(self, base: str) -> Reader:
+    def model(self, base: str) -> SentenceReader | TextModel:
         """The pretrained model, with the head that is best for its frozen features."""
         ...
 
@@ -51,3 +48,22 @@ class Problem(Protocol):
     def evaluate(self, model: nn.Module, part: str) -> Evaluation:
         """The metrics of the model on "validation" or "test"."""
         ...
+
+    def commonest(self, part: str) -> Evaluation:
+        """The metrics of the commonest class, the mean number, or one answer for all."""
+        ...
+
+
+def packed(items: np.ndarray) -> str:
+    """Items as text for a row of the result file: bits (of booleans) or float32 values, in base64."""
+    if items.dtype == bool:
+        return base64.b64encode(np.packbits(items).tobytes()).decode()
+    return base64.b64encode(items.astype("<f4").tobytes()).decode()
+
+
+def unpacked(text: str, kind: str, count: int) -> np.ndarray:
+    """What `packed` made of `count` items; `kind` is "bits" or "numbers"."""
+    content = base64.b64decode(text)
+    if kind == "bits":
+        return np.unpackbits(np.frombuffer(content, np.uint8), count=count).astype(bool)
+    return np.frombuffer(content, "<f4")

@@ -1,19 +1,22 @@
-"""A grid of runs: tasks, arms and tuning, as its file in `grids/` says."""
+"""A grid of runs as its file says (tasks, arms, seeds), and which runs follow from the finished ones.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+An arm's rates are tuned on each task by as many trials as every other arm's, in as many steps as the final runs, by
+validation loss alone: three rates, then one more, beyond the best if it is at an edge, else beside it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-FILE = Path(__file__).parent / "grids" / "quality.yaml"
+FILE = Path(__file__).parent / "equal_bytes.yaml"
+FIXED = ("majority", "frozen")
+"""Methods that take no steps: the commonest answer, and the base with the head that is best for its features."""
 
-Stage = Literal["trial", "final", "alone"]
-"""Tuning; the runs that are evaluated on the test split; a few steps with nothing else running, for time and memory."""
-
-BASELINES = ("majority", "tfidf", "frozen")
-"""Methods of `baselines.baseline`; "untrained" takes no steps either, but its base may be quantised."""
+Rows = Mapping[str, Mapping[str, Any]]
+"""Finished rows by the key of their run."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,7 @@ class TaskPlan:
     """How much of a task is used: the model, steps, rows of a step, and at most so many rows of each part.
 
     Args:
-        tuned_on: the task whose tuned rates are taken over; None: its own.
-        fresh: rows behind the `train` rows that the batches are of, so that the head has not seen them; 0: they are of
-            the `train` rows.
+        fresh: rows behind the `train` rows, which the head was fitted to, that the batches are of; 0: of those rows.
     """
 
     model: str
@@ -32,7 +33,6 @@ class TaskPlan:
     train: int
     validation: int
     test: int
-    tuned_on: str | None = None
     fresh: int = 0
 
 
@@ -41,24 +41,17 @@ class Arm:
     """A method with its settings.
 
     Args:
-        method: what `adapting.adapted` or `baselines.baseline` knows.
+        method: of `FIXED` or `methods.METHODS`, or "full" or "bitfit".
         r: rank of the update, for methods that have one.
         layers: a name under `layers` in the grid, or "all".
         options: further fields of the method's configuration.
         magnitude: whether there is a magnitude with a rate of its own.
-        rates: adapter rates that are tried first.
-        tuned_as: the arm whose tuned rates this one takes.
-        rate_by: how the adapter's rate is chosen: by the trials of `tuning`, or not at all: it is the `centre`.
-        centre: the method's usual rate.
-        base: how the frozen weights are kept: float32, or quantised as nf4 or int8; or those of a base that was
-            fine-tuned before.
-        precision: dtype of the matrix products.
-        vectors: dtype of the trained parameters.
-        one_rate: the magnitude has the adapter's rate.
-        projection_seed, order_seed: fixed seeds of the shared matrices and of the batches; None: the run's seed.
+        rates: of the adapter, that are tried first; without them those of `tuned_as` are taken.
+        rate: of the adapter, where it is not tuned.
+        tuned_as: the arm whose tuned rates this one takes, times `rate_factor`.
+        base: float32, quantised as nf4, or fine_tuned before.
         schedule: how the rates fall after the warm-up.
         steps_factor: trains so many times as long as the task's other arms.
-        rate_factor: of the rates of adapter and magnitude that are taken over.
         tasks, seeds: None: all.
     """
 
@@ -68,19 +61,12 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     magnitude: bool = False
     rates: tuple[float, ...] = ()
+    rate: float | None = None
     tuned_as: str | None = None
-    rate_by: Literal["trials", "centre"] = "trials"
-    centre: float = 0.0
-    weight_decay: float = 0.0
-    base: Literal["float32", "nf4", "int8", "fine_tuned"] = "float32"
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    vectors: Literal["float32", "bfloat16"] = "float32"
-    one_rate: bool = False
-    projection_seed: int | None = None
-    order_seed: int | None = None
+    rate_factor: float = 1.0
+    base: Literal["float32", "nf4", "fine_tuned"] = "float32"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     steps_factor: int = 1
-    rate_factor: float = 1.0
     tasks: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
 
@@ -93,6 +79,10 @@ class Rates:
     magnitude: float | None
     head: float | None
 
+    def times(self, factor: float) -> "Rates":
+        """The rates of adapter and magnitude go together."""
+        return replace(self, adapter=self.adapter * factor, magnitude=self.magnitude and self.magnitude * factor)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -100,7 +90,7 @@ class Run:
 
     task: str
     arm: str
-    stage: Stage
+    stage: Literal["trial", "final"]
     seed: int
     steps: int
     rates: Rates | None
@@ -123,20 +113,95 @@ class Grid:
     layers: Mapping[str, Mapping[str, str]]
     arms: Mapping[str, Arm]
 
-    def arms_of(self, task: str) -> dict[str, Arm]:
-        """The arms that run on a task."""
-        return {name: arm for name, arm in self.arms.items() if arm.tasks is None or task in arm.tasks}
+    def runs_on(self, task: str, name: str) -> bool:
+        """Whether an arm runs on a task."""
+        return self.arms[name].tasks is None or task in self.arms[name].tasks
 
-    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+    def seeds_of(self, name: str) -> tuple[int, ...]:
         """The final seeds of an arm."""
-        return arm.seeds or tuple(self.training["final_seeds"])
+        return self.arms[name].seeds or tuple(self.training["final_seeds"])
+
+    def waiting(self, rows: Rows, tasks: Sequence[str], arms: Sequence[str]) -> Iterator[Run]:
+        """Runs that can start now, the most important first; those that have a row already are among them.
+
+        Tuning first, then the final runs, one seed of every arm before the next seed of any.
+        """
+        pairs = [(task, name) for task in tasks for name in arms if self.runs_on(task, name)]
+        for task, name in pairs:
+            if self.arms[name].rates:
+                yield from self.trials(task, name, rows)
+        for seed in sorted({seed for name in arms for seed in self.seeds_of(name)}):
+            finals = [self.final(task, name, seed, rows) for task, name in pairs if seed in self.seeds_of(name)]
+            yield from (run for run in finals if run)
+
+    def final(self, task: str, name: str, seed: int, rows: Rows) -> Run | None:
+        """The run that is evaluated on the test split; None until its rates are chosen."""
+        arm = self.arms[name]
+        if arm.method in FIXED:
+            return Run(task, name, "final", seed, 0, None)
+        rates = self.chosen(task, name, rows)
+        return rates and Run(task, name, "final", seed, self.tasks[task].steps * arm.steps_factor, rates)
+
+    def chosen(self, task: str, name: str, rows: Rows) -> Rates | None:
+        """The rates of an arm's final runs; None while trials are missing."""
+        arm = self.arms[name]
+        if arm.tuned_as:
+            rates = self.chosen(task, arm.tuned_as, rows)
+            return rates and rates.times(arm.rate_factor)
+        if arm.rate:
+            return self._usual(task, arm, arm.rate)
+        runs = self.trials(task, name, rows)
+        is_finished = len(runs) > len(arm.rates) and all(run.key in rows for run in runs)
+        return min(runs, key=lambda run: loss_of(rows[run.key])).rates if is_finished else None
+
+    def trials(self, task: str, name: str, rows: Rows) -> list[Run]:
+        """The trials that follow from the finished ones, which are included."""
+        arm, plan = self.arms[name], self.tasks[task]
+        middle = sorted(arm.rates)[len(arm.rates) // 2]
+        start = self._usual(task, arm, middle)
+        seed = self.training["tuning_seed"]
+        runs = [Run(task, name, "trial", seed, plan.steps, start.times(rate / middle)) for rate in arm.rates]
+        if all(run.key in rows for run in runs):
+            losses = {run.rates.adapter: loss_of(rows[run.key]) for run in runs if run.rates}
+            best = min(losses, key=losses.__getitem__)
+            rates = start.times(best / middle)
+            last = one_more(losses, self.tuning["between"])
+            runs.append(Run(task, name, "trial", seed, plan.steps, rates.times(last / rates.adapter)))
+        return runs
+
+    def _usual(self, task: str, arm: Arm, rate: float) -> Rates:
+        """An adapter's rate with the usual ones of magnitude and head beside it."""
+        model = self.tasks[task].model
+        magnitude = self.tuning["magnitude_rate"][model] if arm.magnitude else None
+        return Rates(rate, magnitude, self.tuning["head_rate"][model])
+
+
+def loss_of(row: Mapping[str, Any]) -> float:
+    """Validation loss of a row; a run that failed or diverged has the worst."""
+    loss = row["validation"]["loss"] if row.get("validation") else None
+    return float("inf") if loss is None else loss
+
+
+def one_more(losses: Mapping[float, float], between: float) -> float:
+    """The rate to try next: beyond the best one if it is at an edge, else between it and the better of its neighbours.
+
+    Args:
+        losses: by the rates that were tried.
+        between: the factor from a rate to one half way to the next.
+    """
+    order = sorted(losses)
+    place = order.index(min(losses, key=losses.__getitem__))
+    if place in (0, len(order) - 1):
+        return order[place] * (between**2 if place else between**-2)
+    below, above = losses[order[place - 1]], losses[order[place + 1]]
+    return order[place] * (1 / between if below < above else between)
 
 
 def read_grid(file: Path = FILE) -> Grid:
     """The grid of a YAML file.
 
     Raises:
-        ValueError: an arm names a task or another arm that is not there, or is to be tuned though it has one rate.
+        ValueError: an arm names a task or another arm that is not there, or has no rate.
         TypeError: an entry has a key that is none.
     """
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -145,12 +210,10 @@ def read_grid(file: Path = FILE) -> Grid:
     for name, arm in arms.items():
         if unknown := set(arm.tasks or ()) - set(tasks):
             raise ValueError(f"arm {name!r} names the task {min(unknown)!r}; there are {', '.join(tasks)}")
-        if arm.tuned_as is not None and not arms.get(arm.tuned_as, arm).rates:
+        if arm.tuned_as and not (arm.tuned_as in arms and arms[arm.tuned_as].rates):
             raise ValueError(f"arm {name!r} is tuned as {arm.tuned_as!r}, which is no arm with rates")
-        if arm.rate_by != "trials" and not (arm.centre > 0 and arm.rates):
-            raise ValueError(f"arm {name!r} has rate_by {arm.rate_by!r}, which needs a centre and rates; give it both")
-        if arm.one_rate and arm.rates:
-            raise ValueError(f"arm {name!r} has one rate, which is not tuned by itself; give it tuned_as")
+        if arm.method not in FIXED and not (arm.rates or arm.rate or arm.tuned_as):
+            raise ValueError(f"arm {name!r} has no learning rate; give it rates, a rate, or tuned_as")
     return Grid(content["training"], content["tuning"], tasks, content["layers"], arms)
 
 

@@ -1,8 +1,7 @@
-"""The linear head that is best for frozen features: where every method starts, and a baseline of its own."""
+"""The linear head that is best for frozen features: where every method starts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ def fitted_head(name: str, parts: Sequence[tuple[Tensor, Callable[[], Tensor]]],
     Args:
         name: of the task and its sizes.
         parts: labels, and what computes the features, of training and validation.
-        outputs: classes, or 1 for a number.
+        outputs: classes (three or more), or 1 for a number.
     """
 
     def build(folder: Path) -> None:
@@ -48,27 +47,19 @@ def best_linear(
     # MiniLM has a feature that is always zero.
     scale = np.where(scale > 1e-6 * scale.max(), scale, 1.0)
     features, checked = ((each - mean) / scale for each in (train[0], validation[0]))
-    tried = [fitted(features, train[1], penalty, outputs) for penalty in PENALTIES]
+    tried = [_fitted(features, train[1], penalty, outputs) for penalty in PENALTIES]
     weight, bias = min(tried, key=lambda each: _loss(checked @ each[0].T + each[1], validation[1], outputs))
     weight = weight / scale
     return np.ascontiguousarray(weight, np.float32), (bias - weight @ mean).astype(np.float32)
 
 
-def fitted(features: Any, labels: np.ndarray, penalty: float, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weight (outputs, features) and bias (outputs,) of a regression with this penalty.
-
-    Args:
-        features: (rows, features), dense or of scipy's sparse kinds.
-    """
+def _fitted(features: np.ndarray, labels: np.ndarray, penalty: float, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (outputs, features) and bias (outputs,) of a regression with this penalty."""
     if outputs == 1:
         ridge = Ridge(alpha=penalty).fit(features, labels)
         return ridge.coef_[None], np.atleast_1d(ridge.intercept_)
-    fitted = LogisticRegression(C=1 / penalty, max_iter=2000).fit(features, labels)
-    weight, bias = fitted.coef_, fitted.intercept_
-    # Two classes have one row: their difference.
-    return (
-        (np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2) if outputs == 2 else (weight, bias)
-    )
+    classifier = LogisticRegression(C=1 / penalty, max_iter=2000).fit(features, labels)
+    return classifier.coef_, classifier.intercept_
 
 
 def _loss(outputs: np.ndarray, labels: np.ndarray, count: int) -> float:

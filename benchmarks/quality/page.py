@@ -1,139 +1,293 @@
-"""The generated parts of docs/results.md: one table a question."""
+"""The generated parts of docs/results.md, and the table at a glance of other pages, from the rows of both grids."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from benchmarks.quality.summary import ARMS, CHOICES, EQUAL_VALUES, KINDS, QUANTISED, RANKS, SEEDS, Result
-from benchmarks.quality.tables import MODELS, REFERENCE, difference, score_cell, scores, sizes, table
+import numpy as np
 
-TRAINED = {name: label for name, label in ARMS.items() if name not in ("majority", "tfidf", "frozen")}
+from benchmarks.quality.statistics import Interval
+from benchmarks.quality.summary import NAMES, Result, names_of, result_of
+from benchmarks.speed.metrics import Rows, time_ratio
+from benchmarks.tables import kilobytes, points, table, text
+
+YARDSTICK = "lora_r1"
+LABELS: Mapping[str, str] = {
+    "full": "full fine-tuning",
+    "rslora_r16": "rsLoRA r=16",
+    "lora_r16": "LoRA r=16",
+    "dora_r8": "DoRA r=8",
+    "lora_r8": "LoRA r=8",
+    "lora_r4": "LoRA r=4",
+    "lora_r2": "LoRA r=2",
+    "lora_r1": "LoRA r=1",
+    "dora_r1": "DoRA r=1",
+    "structured_r1024": "DVoRA r=1024, structured",
+    "structured_r256": "DVoRA r=256, structured",
+    "dvora_r256": "DVoRA r=256, dense",
+    "structured_r64": "DVoRA r=64, structured",
+    "structured_r16": "DVoRA r=16, structured",
+    "randlora": "RandLoRA r=192",
+    "vera_r256": "VeRA r=256",
+    "magnitude": "magnitude only",
+    "ia3": "(IA)3, all linear layers",
+    "bitfit": "BitFit",
+    "vblora": "VB-LoRA",
+    "unilora_32768": "Uni-LoRA, 32,768",
+    "unilora_4096": "Uni-LoRA, 4,096",
+    "structured_r64_attention": "DVoRA r=64, structured, attention",
+    "structured_r64_query_value": "DVoRA r=64, structured, query and value",
+    "lora_query_value_r16": "LoRA r=16, query and value",
+    "lora_query_value_r1": "LoRA r=1, query and value",
+}
+"""Every arm that is compared; baselines and runs in other settings have their own tables."""
+MAIN = ("ia3", "magnitude", "vera_r256", "lora_r1", "structured_r64", "structured_r256", "dvora_r256", "lora_r8")
+"""Arms that run on every task but the generated one; a task is counted as soon as it has runs of all of them."""
+FEW = (*MAIN, "dora_r1", "bitfit", "lora_r16")
+"""Likewise, for the tasks on which every arm runs."""
+GENERATED = ("magnitude", "vera_r256", "lora_r1", "structured_r64", "lora_r8")
+GLANCE: Mapping[str, tuple[str, str]] = {
+    "frozen": ("frozen, best head", ""),
+    "magnitude": ("DVoRA, magnitude only", "dvora magnitude"),
+    "vera_r256": ("VeRA r=256", "VeRA r=256"),
+    "lora_r1": ("LoRA r=1", "LoRA r=1"),
+    "structured_r64": ("**DVoRA r=64, structured**", "dvora structured r=64"),
+    "structured_r256": ("**DVoRA r=256, structured**", "dvora structured r=256"),
+    "lora_r8": ("LoRA r=8", "LoRA r=8"),
+}
+"""The arms of the table at a glance: their labels there, and their names in the benchmark of speed."""
 
 
-def parts(result: Result, environment: Mapping[str, Any], missing: int) -> dict[str, str]:
-    """The text of every part, by its name.
+class Setting(NamedTuple):
+    """How the arms of a column were trained; of several endings of an arm's name the lower validation loss counts."""
+
+    label: str
+    endings: tuple[str, ...]
+    frozen: str = "frozen"
+
+
+USUAL, TWICE = Setting("500 steps", ("",)), Setting("1,000 steps", ("_twice", "_twice_half"))
+SETTINGS = (
+    USUAL,
+    TWICE,
+    Setting("base in nf4, 1,000 steps", ("_nf4",), "frozen_nf4"),
+    Setting("base fine-tuned before", ("_continued",), "frozen_continued"),
+)
+IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
+CHOICES = (
+    ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
+    ("r=64 minus r=256, structured", "structured_r64", "structured_r256"),
+    ("r=64 minus r=256, dense", "dvora_r64", "dvora_r256"),
+    ("rate falling along a cosine minus along a line", "structured_r64", "structured_r64_linear"),
+    ("constant rate minus falling along a line", "structured_r64_constant", "structured_r64_linear"),
+    (
+        "constant rate of half the height minus falling along a line",
+        "structured_r64_constant_half",
+        "structured_r64_linear",
+    ),
+    ("DVoRA r=64: rate chosen by four trials minus the default rate", "structured_r64", "structured_r64_default"),
+    ("LoRA r=8: rate chosen by four trials minus 0.001, its default then", "lora_r8", "lora_r8_default"),
+)
+"""Comparisons that decided about defaults."""
+EARLIER: Mapping[str, str] = {
+    "lora_r8": "LoRA r=8",
+    "lora_r1": "LoRA r=1",
+    "vera": "VeRA r=256",
+    "magnitude": "magnitude only",
+    "dvora_structured": "structured matrices",
+    "dvora_r16": "rank 16",
+    "dvora_r64": "rank 64",
+    "dvora_r1024": "rank 1,024",
+    "query_value": "query and value only",
+    "dvora_attention": "attention only",
+    "feed_forward": "feed-forward only",
+    "lambda_d_frozen": "`lambda_d` not trained",
+    "d_initial_1": "`d_initial` 1",
+    "direction_weight": "`direction` weight",
+    "detached_norm": "detached norm",
+    "vectors_bfloat16": "vectors in bfloat16",
+    "dvora_nf4": "base in nf4",
+    "dvora_int8": "base in int8",
+}
+"""Arms of the earlier grid beside dense DVoRA of rank 256."""
+EARLIER_TASKS = {"movie_reviews": "movie reviews", "movie_ratings": "movie ratings", "wordnet10": "ten WordNet topics"}
+
+
+def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, str]:
+    """The text of every part of the page that is about these grids, by its name.
 
     Args:
-        missing: runs of the grid that have no row yet.
+        content, earlier: of the result files `equal_bytes.json` and `quality.json`.
     """
-    made: dict[str, Callable[[], list[str]]] = {
-        "budget": lambda: budget(result, environment, missing),
-        "scores": lambda: scores(result, "methods", ARMS),
-        "means": lambda: means(result),
-        "sizes": lambda: [*sizes(result, ARMS), *smallest_lora(result)],
-        "equal": lambda: scores(result, "equal_values", EQUAL_VALUES, "dvora"),
-        "ranks": lambda: scores(result, "ranks", RANKS, "dvora"),
-        "choices": lambda: scores(result, "choices", {"dvora": "default", **CHOICES}, "dvora"),
-        "rates": lambda: rates(result),
-        "stability": lambda: stability(result),
-        "long": lambda: long(result),
-        "quantised": lambda: scores(result, "quantised", QUANTISED, "dvora"),
-        "seeds": lambda: seeds(result),
-        "failures": lambda: failures(result),
+    result = result_of(content)
+    return {
+        "equal-bytes": _main(result, content["environment"]),
+        "all-methods": _all(result),
+        "generation": _generation(result),
+        "settings": _settings(result),
+        "defaults": _defaults(result),
+        "earlier": _earlier(result_of(earlier)),
     }
-    return {f"quality-{name}": "\n".join([*make(), ""]) for name, make in made.items()}
 
 
-def budget(result: Result, environment: Mapping[str, Any], missing: int) -> list[str]:
-    """How many runs of which kind, what they took, and how many are missing."""
-    stages = [row["stage"] for row in result.rows]
-    hours = sum(row["seconds"] for row in result.rows) / 3600
-    return [
-        f"{len(stages):,} runs: {stages.count('trial')} to tune learning rates, {stages.count('final')} evaluated on "
-        f"the test split, {stages.count('alone')} for time and memory; {hours:.1f} hours of one core each. Python "
-        f"{environment['python']}, torch {environment['torch']}, PEFT {environment['peft']}, transformers "
-        f"{environment['transformers']}, {environment['cores']} cores, one thread a run.",
-        *([f"\n**The grid is not finished: {missing:,} of its runs are missing.**"] if missing else []),
-    ]
+def at_a_glance(content: Mapping[str, Any], timed: Rows) -> str:
+    """What the main methods store, how good they are on the tasks of all main arms, and what a step takes.
 
-
-def means(result: Result) -> list[str]:
-    """Mean differences to VeRA over the tasks that are scored in points."""
-    points = [task for task in result.tasks("methods") if KINDS[task] != "bits"]
-    longer = [task for task in points if task in result.tasks("long")]
-    lines = [f"| | short, {len(points)} tasks | four times as long, {len(longer)} tasks |", "|---|---|---|"]
-    for arm, label in TRAINED.items():
-        short = result.mean_gain([(task, arm, REFERENCE) for task in points])
-        pairs = [(task, *pair) for task in longer if (pair := _better_rates(result, task, arm))]
-        long = result.mean_gain(pairs) if len(pairs) == len(longer) else None
-        if arm != REFERENCE and (short or long):
-            cells = ["" if each is None else difference(each, 1) for each in (short, long)]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
-
-
-def smallest_lora(result: Result) -> list[str]:
-    """What LoRA r=1 would train of the models that it was not run on: its parameters are proportional to the rank."""
-    not_run = [
-        f"{eight // 8:,} parameters of {name}"
-        for name, task in MODELS.items()
-        if (eight := result.size(task, "lora_r8", "trained_values")) and not result.finals(task, "lora_r1")
-    ]
-    return ["", f"LoRA r=1 was run on MiniLM only; it would train {' and '.join(not_run)}."] if not_run else []
-
-
-def rates(result: Result) -> list[str]:
-    """The tuned rates: adapter, and magnitude where it has one."""
-    tasks = result.tuned_tasks()
-    return table(tasks, [(label, [_rates_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()])
-
-
-def stability(result: Result) -> list[str]:
-    """Standard deviation over seeds, and how wide the plateau of learning rates is."""
-    tasks = result.tuned_tasks()
-    return table(
-        tasks, [(label, [_stability_cell(result, task, arm) for task in tasks]) for arm, label in TRAINED.items()]
+    Args:
+        content: of the result file of the grid.
+        timed: the rows of the benchmark of speed.
+    """
+    result, environment = result_of(content), content["environment"]
+    tasks = result.tasks(*MAIN)
+    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "a training step")
+    rows = []
+    for arm, (label, name) in GLANCE.items():
+        trained, saved = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
+        rows.append(
+            (
+                *(label, f"{trained:,}" if trained else "", f"{kilobytes(saved)} kB" if saved else ""),
+                *(f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm), _steps(timed, name)),
+            )
+        )
+    return text(
+        table(head, rows),
+        f"MiniLM (22.7 million parameters): mean over {len(tasks)} tasks with 24 to 40 classes or a number to "
+        f"predict ({names_of(tasks)}), {_seeds(result, tasks)} seeds, differences with 95 % intervals. Every "
+        "method had four trials for its learning rate on each task; heads are not counted. A step of 16 x 32 / "
+        "64 x 32 tokens, timed in turns, LoRA r=1 = 1 (`benchmarks/results/equal_bytes.json` and `speed.json`; "
+        f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
 
 
-def long(result: Result) -> list[str]:
-    """Four times as many steps: each method with the better of two rates by validation loss, then everything."""
-    methods = {arm: ARMS[arm] for arm in ("lora_r8", "vera", "dvora")}
-    tasks = result.tasks("long")
-    better = [(label, [_long_cell(result, task, arm) for task in tasks]) for arm, label in methods.items()]
-    endings = {"": "", "_long": ", four times as long", "_long_third": ", four times as long, a third of the rates"}
-    arms = {f"{arm}{ending}": label + text for arm, label in methods.items() for ending, text in endings.items()}
-    heading = "All of these runs, with differences to VeRA's longer runs with the tuned rates:"
-    return [*table(tasks, better), "", heading, "", *scores(result, "long", arms, "vera_long")]
+def size_of(result: Result, task: str, arm: str) -> int:
+    """Bytes of the adapter in float16, without matrices that a seed would give."""
+    size = result.size(task, arm, "smallest_bytes")
+    assert size is not None, (task, arm)
+    return size
 
 
-def seeds(result: Result) -> list[str]:
-    """Standard deviations over the shared matrices, and over the order of the batches."""
-    tasks = result.tasks("seeds")
-    spreads = [(label, [result.spread(task, arm, first) for task in tasks]) for arm, (label, first) in SEEDS.items()]
-    return table(tasks, [(label, ["" if each is None else f"{each:.2f}" for each in some]) for label, some in spreads])
+def _main(result: Result, environment: Mapping[str, Any]) -> str:
+    tasks = result.tasks(*MAIN)
+    hours = sum(row["seconds"] for row in result.rows) / 3600
+    return text(
+        table(
+            ("", "file, kB", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
+            (
+                (
+                    *(LABELS[arm], kilobytes(result.size(tasks[0], arm, "saved_bytes"))),
+                    *(kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)),
+                    *(f"{_score(result, task, arm):.1f}" for task in tasks),
+                )
+                for arm in MAIN
+            ),
+        ),
+        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it. float16: "
+        f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of one core "
+        f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
+    )
 
 
-def failures(result: Result) -> list[str]:
-    """Runs that raised an error or diverged, and trials that ended worse than they began."""
-    lines = [f"- `{row['key']}`: {row.get('error', 'diverged')}" for row in result.failed()]
-    worse = result.worse_than_the_start()
-    lines.append(f"- {len(worse)} trials ended with a higher validation loss than the frozen model's.")
-    return lines
+def _all(result: Result) -> str:
+    tasks = result.tasks(*FEW)
+    arms = [arm for arm in LABELS if all(result.finals(task, arm) for task in tasks)]
+    arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
+    rows = ((LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)) for arm in arms)
+    return text(table(("", "kB, float16", "points above LoRA r=1"), rows))
 
 
-def _rates_cell(result: Result, task: str, arm: str) -> str:
-    row = next(iter(result.finals(task, arm).values()), None)
-    if row is None:
-        return ""
-    magnitude = row["rates"]["magnitude"]
-    return f"{row['rates']['adapter']:.2g}" + ("" if magnitude is None else f", magnitude {magnitude:.2g}")
+def _generation(result: Result) -> str:
+    task = "cron_expressions"
+    rows = (
+        (
+            *(LABELS[arm], kilobytes(size_of(result, task, arm))),
+            *(f"{_score(result, task, arm):.1f}", _above(result, [task], arm)),
+        )
+        for arm in GENERATED
+    )
+    return text(table(("", "kB, float16", "right answers, %", "above LoRA r=1"), rows))
 
 
-def _long_cell(result: Result, task: str, arm: str) -> str:
-    pair = _better_rates(result, task, arm)
-    return score_cell(result, task, *pair) if pair else ""
+def _settings(result: Result) -> str:
+    def cell(setting: Setting, arm: str, over: Setting | None = None) -> str:
+        tasks = result.tasks(*(YARDSTICK + ending for ending in (TWICE if setting is USUAL else setting).endings))
+        pairs = [
+            (task, _best(result, task, setting, arm), _best(result, task, over or setting, YARDSTICK)) for task in tasks
+        ]
+        gain = result.mean_gain([(task, ours, theirs) for task, ours, theirs in pairs if ours and theirs])
+        return "" if gain is None or not all(ours for _, ours, _ in pairs) else points(gain.mean, gain)
+
+    columns = [(setting.label, setting, None) for setting in SETTINGS]
+    head = ("", *(label for label, *_ in columns), "500 steps, LoRA r=1 with 1,000")
+    labels = {"frozen": "frozen base, best head"} | {arm: LABELS[arm] for arm in IN_SETTINGS}
+    rows = (
+        (label, *(cell(setting, arm) for setting in SETTINGS), "" if arm == "frozen" else cell(USUAL, arm, TWICE))
+        for arm, label in labels.items()
+    )
+    return text(table(head, rows))
 
 
-def _better_rates(result: Result, task: str, arm: str) -> tuple[str, str] | None:
-    """Of the longer runs of an arm and of VeRA those with the lower validation loss."""
-    ours, theirs = (result.lowest_loss(task, (f"{each}_long", f"{each}_long_third")) for each in (arm, REFERENCE))
-    return (ours, theirs) if ours and theirs else None
+def _best(result: Result, task: str, setting: Setting, arm: str) -> str | None:
+    names = (setting.frozen,) if arm == "frozen" else [arm + ending for ending in setting.endings]
+    return result.lowest_loss(task, names)
 
 
-def _stability_cell(result: Result, task: str, arm: str) -> str:
-    spread, plateau = result.spread(task, arm), result.plateau(task, arm)
-    shown = "" if spread is None else f"{spread:.2f}" if KINDS[task] != "bits" else f"{spread:.4f}"
-    if plateau is None:
-        return shown
-    factor, ends = plateau
-    return f"{shown}, rates x {'' if ends else '> '}{factor:.0f}"
+def _defaults(result: Result) -> str:
+    rows = []
+    for label, first, second in CHOICES:
+        tasks = result.tasks(first, second)
+        gain = result.gain(tasks, first, second)
+        if gain is not None:
+            rows.append((label, f"{len(tasks)}", points(gain.mean, gain, 2)))
+    tasks = result.tasks(*MAIN)
+    lost = [result.lost(task, arm) for task in tasks for arm in ("structured_r64", "structured_r256", "dvora_r256")]
+    shares = {
+        rate: 100 * float(np.mean([by_rate[rate] for by_rate in lost]))
+        for rate in sorted(set.intersection(*map(set, lost)))
+    }
+    shown = ", ".join(f"{share:.0f} % with {rate:g}" for rate, share in shares.items())
+    return text(
+        table(("", "tasks", "points"), rows),
+        "Of what tuning gains in validation loss, DVoRA loses this much with a fixed rate, a mean over "
+        f"{len(tasks)} tasks and three kinds of adapter: {shown}.",
+    )
+
+
+def _earlier(result: Result) -> str:
+    def cell(task: str, arm: str) -> str:
+        gain = result.gain([task], arm, "dvora")
+        return "" if gain is None else points(gain.mean, gain)
+
+    rows = ((label, *(cell(task, arm) for task in EARLIER_TASKS)) for arm, label in EARLIER.items())
+    hours = sum(row["seconds"] for row in result.rows) / 3600
+    return text(
+        table(("", *EARLIER_TASKS.values()), rows),
+        f"Test points above DVoRA r=256 with dense matrices, 120 or 150 steps of 16 rows, 3 seeds (`benchmarks/results/"
+        f"quality.json`; {len(result.rows)} runs, {hours:.0f} hours of one core).",
+    )
+
+
+def _score(result: Result, task: str, arm: str) -> float:
+    score = result.score(task, arm)
+    assert score is not None, (task, arm)
+    return score.mean
+
+
+def _mean_score(result: Result, tasks: Sequence[str], arm: str) -> float:
+    return float(np.mean([_score(result, task, arm) for task in tasks]))
+
+
+def _above(result: Result, tasks: Sequence[str], arm: str) -> str:
+    gain: Interval | None = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
+    return "" if gain is None else points(gain.mean, gain)
+
+
+def _steps(timed: Rows, arm: str) -> str:
+    """The time of a step of MiniLM in LoRA r=1's, with few tokens and with many."""
+    setting = {"part": "training", "workload": "minilm", "dtype": "float32"}
+    ratios = [time_ratio(timed, arm, "LoRA r=1", batch=batch, **setting) for batch in (16, 64)]
+    return " / ".join(f"{ratio.median:.2f}" for ratio in ratios if ratio is not None)
+
+
+def _seeds(result: Result, tasks: Sequence[str]) -> str:
+    """How many seeds the main arms have, such as "5" or "2 to 5"."""
+    counts = {len(result.finals(task, arm)) for task in tasks for arm in MAIN}
+    return str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"

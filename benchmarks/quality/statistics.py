@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-Kind = Literal["accuracy", "pearson", "bits"]
+Kind = Literal["accuracy", "pearson"]
 RESAMPLES = 2000
 
 
@@ -19,11 +19,6 @@ class Interval:
     mean: float
     low: float
     high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign is certain at this level."""
-        return self.low > 0 or self.high < 0
 
 
 def over_seeds(scores: np.ndarray) -> Interval:
@@ -83,18 +78,14 @@ def scores(kind: Kind, items: np.ndarray, reference: np.ndarray, weights: np.nda
     """(draws, seeds) scores of weighted items, where more is better.
 
     Args:
-        kind: "accuracy" (in %) of items that are correct or not, "pearson" (times 100) of predicted numbers, or "bits"
-            per byte (negative) of nats.
+        kind: "accuracy" (in %) of items that are correct or not, or "pearson" (times 100) of predicted numbers.
         items: (seeds, items).
-        reference: (items,) true numbers for "pearson", bytes for "bits"; not read for "accuracy".
+        reference: (items,) true numbers for "pearson"; not read for "accuracy".
         weights: (draws, items), how often each item is drawn.
     """
     if kind == "accuracy":
         share: np.ndarray = 100 * (weights @ items.T.astype(np.float64)) / weights.sum(1, keepdims=True)
         return share
-    if kind == "bits":
-        bits: np.ndarray = -(weights @ items.T.astype(np.float64)) / np.log(2) / (weights @ reference)[:, None]
-        return bits
     # Centred first, so that the moments lose no digits.
     x = items.T.astype(np.float64) - items.mean(1)
     y = (reference - reference.mean())[:, None].astype(np.float64)

@@ -3,146 +3,104 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from transformers.utils import logging
 
-from benchmarks.speed import adapterhub, footprint, plan, set_up
+from benchmarks.results import file_of, write
+from benchmarks.speed import plan
 from benchmarks.speed.arms import BASE
+from benchmarks.speed.memory import measure_kept, measure_resident
+from benchmarks.speed.metrics import Rows
 from benchmarks.speed.plan import Run
-from benchmarks.speed.results import show, write
 from benchmarks.speed.runner import Report, carry_out
-
-RESULT = Path(__file__).parent.parent / "results" / "speed.json"
-
-
-def memory(report: Report, quick: bool) -> None:
-    """Memory of models, of single layers and of whole processes."""
-    if quick:
-        footprint.measure_model(report, plan.linears_64(), plan.TINY)
-        return
-    footprint.measure_model(report, plan.linears_1024(), plan.COMPARED)
-    footprint.measure_layers(report, plan.COMPARED[2:])
-    footprint.measure_resident(report, plan.FEW)
-
-
-def setting_up(report: Report, quick: bool) -> None:
-    """Constants of layers, a whole model, and the norm's share of a step."""
-    if quick:
-        set_up.measure_norm(report, 2, plan.linears_64(), plan.at_rank(16)[::2])
-        return
-    set_up.measure_layers(report, 7)
-    set_up.measure_norm(report, 9)
-    set_up.measure_model(report, 3)
-
-
-def beside_adapterhub(report: Report, quick: bool) -> None:
-    """AdapterHub's DVoRA; a quick run installs nothing."""
-    if not quick:
-        adapterhub.measure(report, 7)
-
-
-SECTIONS: dict[str, Callable[[Report, bool], None]] = {
-    "memory": memory,
-    "set-up": setting_up,
-    "adapterhub": beside_adapterhub,
-}
-"""Parts that are no timed run of the plan."""
+from benchmarks.speed.targets import Target, all_targets
+from benchmarks.speed.timing import ratios, spread
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure how fast adapted models are; only a whole run writes the committed result file."""
+    """Measure how fast adapted models are; only a whole run on the CPU writes the committed result file."""
     chosen = _parser().parse_args(arguments)
     quieten()
     torch.set_num_threads(chosen.threads)
-    runs = selected(plan.quick() if chosen.quick else plan.whole(), chosen)
-    sections = [name for name in SECTIONS if name in (chosen.part or SECTIONS) and not _narrowed(chosen)]
-    if not runs and not sections:
+    runs = selected(plan.QUICK if chosen.quick else plan.WHOLE, chosen)
+    narrowed = chosen.part or chosen.workload or chosen.arm or chosen.rounds or chosen.device != "cpu"
+    if not runs:
         raise SystemExit("no run of the plan is as described; see benchmarks/speed/plan.py")
-    report, start = Report(), perf_counter()
-    whole = not (chosen.quick or chosen.part or _narrowed(chosen))
-    file: Path | None = chosen.output or (RESULT if whole else None)
-    try:
-        measure(report, runs, sections, chosen.quick)
-    except BaseException:
-        if file:
-            # What was measured until then, under another name: a result file is whole.
-            write(report, file.with_suffix(".unfinished.json"), perf_counter() - start)
-        raise
+    report, start, console = Report(), perf_counter(), Console(stderr=True)
+    for run in runs:
+        with console.status(f"{run.part} {run.workload().name} {run.dtype} {run.batch} x {run.tokens}"):
+            carry_out(run, report, chosen.device)
+    if not narrowed:
+        measure_kept(
+            report,
+            (plan.linears_64 if chosen.quick else plan.linears_1024)(),
+            plan.TINY if chosen.quick else plan.COMPARED,
+        )
+        measure_resident(report, () if chosen.quick else plan.FEW)
+    file: Path | None = chosen.output or (None if chosen.quick or narrowed else file_of("speed"))
     if file:
-        write(report, file, perf_counter() - start)
-    show(report)
+        head = {"left_out": plan.LEFT_OUT, "not_measured": report.not_measured}
+        write(file, report.rows, seconds=round(perf_counter() - start), **head)
+    show(report, all_targets)
     return 0
 
 
-def measure(report: Report, runs: list[Run], sections: list[str], quick: bool) -> None:
-    """Carry out runs and sections, with a progress bar."""
-    with _progress() as progress:
-        bar = progress.add_task("", total=sum(run.rounds for run in runs) + 10 * len(sections))
-        for run in runs:
-            progress.update(bar, description=f"{run.part} {_name(run)} {run.dtype} {run.batch} x {run.tokens}")
-            carry_out(run, report, on_round=lambda: progress.advance(bar))
-        for name in sections:
-            progress.update(bar, description=name)
-            SECTIONS[name](report, quick)
-            progress.advance(bar, 10)
-
-
-def selected(runs: list[Run], chosen: argparse.Namespace) -> list[Run]:
+def selected(runs: Iterable[Run], chosen: argparse.Namespace) -> list[Run]:
     """The runs of the command line; the base stays in each as the reference."""
     kept = [
         run
         for run in runs
-        if run.part in (chosen.part or [run.part])
-        and _name(run) in (chosen.workload or [_name(run)])
-        and run.tokens in (chosen.tokens or [run.tokens])
-        and run.dtype in (chosen.dtype or [run.dtype])
-        and run.batch in (chosen.batch or [run.batch])
+        if run.part in (chosen.part or [run.part]) and run.workload().name in (chosen.workload or [run.workload().name])
     ]
     if chosen.arm:
         kept = [replace(run, arms=[a for a in run.arms if a == BASE or a.name in chosen.arm]) for run in kept]
-    if chosen.rounds:
-        kept = [replace(run, rounds=chosen.rounds) for run in kept]
-    return kept
+    return [replace(run, rounds=chosen.rounds) for run in kept] if chosen.rounds else kept
 
 
-def _narrowed(chosen: argparse.Namespace) -> bool:
-    return any((chosen.workload, chosen.tokens, chosen.dtype, chosen.batch, chosen.arm, chosen.rounds))
-
-
-def _name(run: Run) -> str:
-    return run.workload.__name__.replace("_", "-")
+def show(report: Report, targets_of: Callable[[Rows], Iterable[Target]]) -> None:
+    """Ratios to the base, the targets, and what is missing."""
+    console, keys = Console(), ("part", "workload", "dtype", "batch", "tokens")
+    timed = [row for row in report.rows if all(key in row for key in ("batch", "seconds"))]
+    for setting in dict.fromkeys(tuple(row[key] for key in keys) for row in timed):
+        rows = [row for row in timed if tuple(row[key] for key in keys) == setting]
+        shown = Table("", "ms", "to base", "quartiles", title=" ".join(map(str, setting)))
+        for row in rows:
+            low, median, high = spread(ratios(row["seconds"], rows[0]["seconds"]))
+            milliseconds = spread(row["seconds"]).median * 1e3
+            shown.add_row(row["arm"], f"{milliseconds:.2f}", f"{median:.3f}", f"{low:.3f} - {high:.3f}")
+        console.print(shown)
+    targets = Table("metric", "target", "median (quartiles)", "met", title="targets")
+    for target in targets_of(report.rows):
+        if target.measured is not None:
+            targets.add_row(*target.cells())
+    console.print(targets)
+    for miss in report.not_measured:
+        console.print(f"not measured: {miss['what']}: {miss['reason']}", markup=False)
 
 
 def quieten() -> None:
-    """Hide what would tear the progress bar."""
+    """Hide what would tear the line that says what is measured."""
     # transformers deprecates a property that PEFT still asks for, and its own name for a cache.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
     logging.disable_progress_bar()
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=main.__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--device", default="cpu", help="cuda: never tried")
     parser.add_argument("--output", type=Path, help="result file; left out, only a whole run writes one")
-    parser.add_argument("--part", nargs="+", help="training, prefill, decode, memory, set-up, adapterhub")
+    parser.add_argument("--part", nargs="+", help="training, prefill, decode")
     parser.add_argument("--workload", nargs="+", help="linears-1024, llama-1024, minilm ...")
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--batch", nargs="+", type=int)
-    parser.add_argument("--dtype", nargs="+", help="float32, bfloat16")
     parser.add_argument("--arm", nargs="+", help='"VeRA r=256" "dvora dense r=256" ...; the base is always there')
     parser.add_argument("--rounds", type=int, help="in place of the plan's")
     return parser

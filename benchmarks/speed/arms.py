@@ -4,16 +4,15 @@ All models of one workload share the base's weights, so that many of them fit in
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, RandLoraConfig, VeraConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
-RANDLORA_RANK = 32
-"""PEFT's default; a smaller rank means more trained parameters."""
+from benchmarks.methods import peft_config
 
 
 class Arm(NamedTuple):
@@ -33,36 +32,41 @@ class Arm(NamedTuple):
         return {"arm": self.name, "method": self.method, "rank": self.rank}
 
 
-BASE = Arm("base")
-FULL = Arm("full fine-tuning")
-MAGNITUDE = Arm("dvora magnitude")
+BASE, FULL, MAGNITUDE = Arm("base"), Arm("full fine-tuning"), Arm("dvora magnitude")
 MERGED = Arm("dvora merged", 256)
+DENSE, STRUCTURED = {"projection_init": "kaiming_uniform"}, {"projection_init": "structured"}
+METHODS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "LoRA": ("lora", {}),
+    "DoRA": ("dora", {}),
+    "VeRA": ("vera", {}),
+    "RandLoRA": ("randlora", {}),
+    "dvora dense": ("dvora", DENSE),
+    "dvora structured": ("dvora", STRUCTURED),
+    MAGNITUDE.method: ("magnitude", {}),
+    MERGED.method: ("dvora", DENSE),
+}
+"""By the names in the result files: the method, and options of its configuration."""
+
+
+def config_of(arm: Arm, targets: Sequence[str]) -> PeftConfig:
+    """The configuration of a method that PEFT has."""
+    method, options = METHODS[arm.method]
+    return peft_config(method, arm.rank, list(targets), options=options)
 
 
 def adapted(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
     """A model of a method on the base's own weights; its trained parameters have moved slightly."""
-    model = _eager(base, arm, targets)
-    return cast(nn.Module, torch.compile(model)) if arm.compiled else model
-
-
-def _eager(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
-    if arm.method == BASE.method:
+    if arm == BASE:
         return base
-    if arm.method == FULL.method:
+    if arm == FULL:
         return unfrozen(base)
+    # A merge writes to the weights, so this model has its own.
+    own = copy.deepcopy(base) if arm.method == MERGED.method else sharing_copy(base)
     # PEFT's other methods draw their initial values from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        own = arm.method == MERGED.method
-        model: nn.Module = get_peft_model(
-            unshared(base) if own else sharing_copy(base), CONFIGS[arm.method](arm.rank, list(targets))
-        )
-    return moved(model)
-
-
-def unshared(base: nn.Module) -> nn.Module:
-    """A copy with weights of its own, for a method that writes to them."""
-    return copy.deepcopy(base)
+        model: nn.Module = moved(get_peft_model(own, config_of(arm, targets)))
+    return cast(nn.Module, torch.compile(model)) if arm.compiled else model
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -86,52 +90,3 @@ def moved(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
-
-
-def _lora(rank: int, targets: list[str]) -> PeftConfig:
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-
-
-def _dora(rank: int, targets: list[str]) -> PeftConfig:
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=True)
-
-
-def _vera(rank: int, targets: list[str]) -> PeftConfig:
-    return VeraConfig(r=rank, target_modules=targets)
-
-
-def _randlora(rank: int, targets: list[str]) -> PeftConfig:
-    return RandLoraConfig(r=rank, target_modules=targets)
-
-
-def _dvora(rank: int, targets: list[str], distribution: str) -> PeftConfig:
-    # Here, because the environments of some peers do not have it.
-    from dvora import DVoRAConfig
-
-    return DVoRAConfig(r=rank, target_modules=targets, projection_init=distribution)
-
-
-def _dvora_dense(rank: int, targets: list[str]) -> PeftConfig:
-    return _dvora(rank, targets, "kaiming_uniform")
-
-
-def _dvora_structured(rank: int, targets: list[str]) -> PeftConfig:
-    return _dvora(rank, targets, "structured")
-
-
-def _magnitude(rank: int, targets: list[str]) -> PeftConfig:
-    from dvora import DVoRAConfig
-
-    return DVoRAConfig(r=1, target_modules=targets, magnitude_modules=targets)
-
-
-CONFIGS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
-    "LoRA": _lora,
-    "DoRA": _dora,
-    "VeRA": _vera,
-    "RandLoRA": _randlora,
-    "dvora dense": _dvora_dense,
-    "dvora structured": _dvora_structured,
-    MAGNITUDE.method: _magnitude,
-    MERGED.method: _dvora_dense,
-}

@@ -1,130 +1,100 @@
-"""What a training step keeps: counted tensor by tensor, so that it is exact and the same on every machine."""
+"""Memory: what a training step keeps for its backward pass, and how much a process grows that trains."""
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Storages = dict[int, int]
-"""Bytes of each storage, by its address."""
+from benchmarks.speed.arms import BASE, Arm, adapted
+from benchmarks.speed.runner import Report
+from benchmarks.speed.steps import training_step
+from benchmarks.speed.workloads import Workload, linears
+
+ROOT = Path(__file__).parent.parent.parent
+TOKENS, RESIDENT_TOKENS = 2048, 4096
 
 
-class Saved(NamedTuple):
-    """What autograd saves, each storage once, without parameters and constants."""
+def measure_kept(report: Report, workload: Workload, arms: Sequence[Arm]) -> None:
+    """Bytes that a forward pass of each method keeps."""
+    base = workload.frozen(torch.float32)
+    x = workload.inputs(1, TOKENS, torch.float32).requires_grad_()
 
-    values: int
-    bytes: int
-    keeps_input: bool
-
-
-class _Kept:
-    """Alive as long as the graph that keeps the tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class Live(NamedTuple):
-    """Bytes of the live tensors of a step, without constants."""
-
-    after_forward: int
-    """Without the output."""
-    at_most: int
-    """In forward and backward pass together; temporaries inside one operation are not seen."""
-
-
-class Constants(NamedTuple):
-    """Bytes that a method keeps besides the base and the trained parameters."""
-
-    per_layer: int
-    shared: int
-    """What more than one layer refers to."""
-    trained: int
-
-
-def saved_for_backward(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Saved:
-    """What a forward pass saves for the backward pass.
-
-    Args:
-        model: of which parameters and constants are not counted.
-        forward: from inputs to outputs.
-        x: inputs; needs a gradient.
-    """
-    known = storages(tensors_of(model))
-    packed: list[weakref.ref[_Kept]] = []
-
-    def pack(tensor: Tensor) -> _Kept:
-        # Detached, or a saved output would keep its own graph alive.
-        kept = _Kept(tensor.detach())
-        packed.append(weakref.ref(kept))
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        output = forward(x)
-    # A graph that no output needs is gone by now, with all that it saved.
-    alive = [kept.tensor for reference in packed if (kept := reference()) is not None]
-    found = {_address(tensor): tensor for tensor in alive if tensor.numel() and _address(tensor) not in known}
-    del output
-    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in found.items()}
-    return Saved(
-        values=sum(size // found[address].element_size() for address, size in sizes.items()),
-        bytes=sum(sizes.values()),
-        keeps_input=_address(x) in found,
-    )
-
-
-def live_memory(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Live:
-    """Bytes alive after a forward pass and at most in a training step; counts also what hooks are not shown.
-
-    A warm-up step comes first: buffers that it leaves, which all layers share, belong to no layer.
-    """
-    known = storages([x, *tensors_of(model)])
-    with _LiveTensors(known) as before:
+    def measure(arm: Arm) -> None:
+        model = adapted(base, arm, workload.targets)
+        forward = partial(workload.output, model)
+        # What is made at first use and kept is a constant.
         torch.autograd.backward(output := forward(x), torch.ones_like(output))
-    del output
-    for tensor in (x, *model.parameters()):
-        tensor.grad = None
-    with _LiveTensors(known | before.storages()) as live:
-        output = forward(x)
-        after_forward = live.now() - output.untyped_storage().nbytes()
-        torch.autograd.backward(output, torch.ones_like(output))
-    return Live(after_forward, live.at_most)
+        setting = {"part": "memory", "workload": workload.name, "dtype": "float32", "tokens": TOKENS}
+        report.rows.append({**setting, **arm.described(), "saved_bytes": saved_for_backward(model, forward, x)})
+
+    for arm in arms:
+        report.attempt(f"memory, {workload.name}: {arm.name}", partial(measure, arm))
 
 
-def constants(base: nn.Module, model: nn.Module, layer_names: Sequence[str]) -> Constants:
-    """What a method keeps besides the base and the trained parameters.
+def saved_for_backward(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass, each storage once, without the model's own tensors."""
+    known = {_address(tensor) for tensor in _tensors_of(model)}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()) or tensor, lambda t: t):
+        forward(x)
+    kept = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in saved if tensor.numel()}
+    return sum(size for address, size in kept.items() if address not in known)
 
-    Args:
-        base: the frozen model.
-        model: the adapted one, on the base's own tensors.
-        layer_names: ends of the names of the adapted layers.
+
+def measure_resident(report: Report, arms: Sequence[Arm]) -> None:
+    """The largest resident size of a process that does two steps with one method, each in a process of its own."""
+
+    def measure(arm: Arm) -> None:
+        given = [arm.method, str(arm.rank), str(torch.get_num_threads())]
+        sizes = in_a_process("benchmarks.speed.memory", *given)
+        report.rows.append({"part": "resident", "tokens": RESIDENT_TOKENS, **arm.described(), **sizes})
+
+    for arm in arms:
+        report.attempt(f"resident size: {arm.name}", partial(measure, arm))
+
+
+def in_a_process(module: str, *arguments: str) -> dict[str, int]:
+    """What a module of ours prints last, as JSON, when it is run.
+
+    Raises:
+        RuntimeError: it failed.
     """
-    trained = storages(parameter for parameter in model.parameters() if parameter.requires_grad)
-    own = storages(tensors_of(base)).keys() | trained.keys()
-    layers = [module for name, module in model.named_modules() if name.endswith(tuple(layer_names))]
-    owners: dict[int, int] = {}
-    for layer in layers:
-        for address in storages(tensors_of(layer)):
-            owners[address] = owners.get(address, 0) + 1
-    found = {address: size for address, size in storages(tensors_of(model)).items() if address not in own}
-    per_layer = sum(size for address, size in found.items() if owners.get(address) == 1)
-    return Constants(per_layer, sum(found.values()) - per_layer, sum(trained.values()))
+    command = [sys.executable, "-m", module, *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr.strip().splitlines()[-1])
+    sizes: dict[str, int] = json.loads(ended.stdout.splitlines()[-1])
+    return sizes
 
 
-def storages(tensors: Iterable[Tensor]) -> Storages:
-    """The storages behind tensors."""
-    return {_address(t): t.untyped_storage().nbytes() for t in tensors if not t.is_meta and t.numel()}
+def process_bytes(name: str) -> int:
+    """A size of this process, from Linux. `getrusage` would give the parent's if that was larger."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+def _resident_sizes(arm: Arm) -> dict[str, int]:
+    """Bytes of this process before the model is adapted, and at most in two training steps after that."""
+    workload = linears(1024, 2816)
+    base = workload.frozen(torch.float32)
+    x = workload.inputs(1, RESIDENT_TOKENS, torch.float32)
+    before = process_bytes("VmRSS")
+    step = training_step(workload, adapted(base, arm, workload.targets), x)
+    step()
+    step()
+    return {"before_bytes": before, "most_bytes": process_bytes("VmHWM")}
+
+
+def _tensors_of(model: nn.Module) -> Iterable[Tensor]:
     """Parameters, buffers, and tensors that modules keep as attributes or in dictionaries, lists and tuples of them."""
-    yield from chain(model.parameters(), model.buffers())
+    yield from model.parameters()
+    yield from model.buffers()
     for module in model.modules():
         plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
         yield from (leaf for leaf in tree_leaves(plain) if isinstance(leaf, Tensor))
@@ -135,30 +105,7 @@ def _address(tensor: Tensor) -> int:
     return address
 
 
-class _LiveTensors(TorchDispatchMode):
-    """Watches every operation's outputs."""
-
-    def __init__(self, known: Storages) -> None:
-        super().__init__()
-        self.known = known
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.at_most = 0
-
-    def now(self) -> int:
-        """Bytes alive, of storages that were not known when the mode was entered."""
-        return sum(self.storages().values())
-
-    def storages(self) -> Storages:
-        """The same, each by itself."""
-        self.alive = {a: (ref, size) for a, (ref, size) in self.alive.items() if not ref.expired()}
-        return {address: size for address, (_, size) in self.alive.items()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.now()
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _address(leaf) not in self.known:
-                storage = leaf.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.at_most = max(self.at_most, self.now())
-        return result
+if __name__ == "__main__":
+    method, rank, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(_resident_sizes(Arm(method, int(rank)) if int(rank) else BASE._replace(method=method))))

@@ -1,140 +1,122 @@
-"""Tables of times, memory and targets, for the page "Speed" and the benchmarks' own; from the result file."""
+"""The tables of the page "Speed" and of the benchmarks' own, from the result files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.speed.metrics import Rows, row_of, time_ratio
-from benchmarks.speed.targets import Target, all_targets
+from benchmarks.results import Row
+from benchmarks.speed.metrics import Rows, host_microseconds, row_of, time_ratio
+from benchmarks.tables import table, text
 
 _TRAINING = {"part": "training", "dtype": "float32", "batch": 1}
 _DECODING = {"part": "decode", "workload": "llama-1024", "dtype": "float32"}
-COLUMNS: dict[str, dict[str, object]] = {
+COLUMNS: Mapping[str, dict[str, object]] = {
     "linear layers, 512 tokens": {**_TRAINING, "workload": "linears-1024", "tokens": 512},
     "4,096 tokens": {**_TRAINING, "workload": "linears-1024", "tokens": 4096},
     "Llama block, 512 tokens": {**_TRAINING, "workload": "llama-1024", "tokens": 512},
     "bfloat16": {**_TRAINING, "workload": "llama-1024", "tokens": 512, "dtype": "bfloat16"},
-    "prefill, 512 tokens": {"part": "prefill", "workload": "llama-1024", "dtype": "float32"},
-    "decode, batch 1": {**_DECODING, "batch": 1},
-    "batch 16": {**_DECODING, "batch": 16},
+    "prompt, 512 tokens": {"part": "prefill", "workload": "llama-1024", "dtype": "float32"},
+    "one token": {**_DECODING, "batch": 1},
+    "16 rows of a token": {**_DECODING, "batch": 16},
 }
 ARMS = (
-    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "VeRA r=1024", "RandLoRA r=32"),
+    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "RandLoRA r=32"),
     *("dvora structured r=64", "dvora structured r=256", "dvora structured r=1024", "dvora dense r=256"),
     *("dvora dense r=1024", "dvora merged r=256"),
 )
-
-
 FEW_ARMS = (
     *("LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256"),
     *("dvora structured r=64", "dvora structured r=256", "dvora dense r=256"),
 )
-MORE: dict[str, dict[str, object]] = {
+MODELS: Mapping[str, dict[str, object]] = {
     "seven linear layers, hidden 2,048": {**_TRAINING, "workload": "linears-2048", "tokens": 512},
     "a Llama block, hidden 2,048": {**_TRAINING, "workload": "llama-2048", "tokens": 512},
-    "... at 2,048 tokens": {**_TRAINING, "workload": "llama-2048", "tokens": 2048},
+    "... 2,048 tokens": {**_TRAINING, "workload": "llama-2048", "tokens": 2048},
     "MiniLM, 16 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 16},
     "... 64 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 64},
     "SmolLM2-135M, 128 tokens": {**_TRAINING, "workload": "smollm2"},
 }
+ROUTES = {"training": "training", "training, few tokens": "training, 8 tokens", "one token": "one token"}
+SMALL_RANKS = {
+    "VeRA r=256": "VeRA r=16",
+    "dvora structured r=256": "dvora structured r=16",
+    "dvora dense r=256": "dvora dense r=16",
+}
+"""The host's time was taken in a model of hidden size 64, which has no room for rank 256."""
 
 
-def speed(result: dict[str, Any]) -> str:
-    """Times and memory of all methods, times in units of the frozen base's."""
+def speed(result: Mapping[str, Any]) -> dict[str, str]:
+    """Times and memory of all methods, then of larger and of whole models, in units of the frozen base's."""
     rows, environment = result["rows"], result["environment"]
-    lines = [
-        "Times in units of the frozen base's, medians of ratios within a round (`benchmarks/results/speed.json`; "
-        f"torch {environment['torch']}, PEFT {environment['peft']}, CPU, {environment['threads']} "
-        "threads; hidden size 1,024, all linear layers adapted, float32 unless noted). A training step of the base "
-        "computes its output and the gradient of its input; of all others, also the gradients of what is trained:",
-        "",
-        "| | " + " | ".join(COLUMNS) + " | kept for backward, MB | resident, MB |",
-        "|---|" + "---|" * (len(COLUMNS) + 2),
-        *(f"| {arm} | " + " | ".join(cells) + " |" for arm in ARMS if any(cells := _cells(rows, arm))),
-        "",
-        "Training steps of larger and of whole models, in the same units:",
-        "",
-        "| | " + " | ".join(FEW_ARMS) + " |",
-        "|---|" + "---|" * len(FEW_ARMS),
-        *(f"| {label} | " + " | ".join(_medians(rows, setting)) + " |" for label, setting in MORE.items()),
-        "",
-        *beside_adapterhub(rows),
-        "Kept for backward: by the seven linear layers at 2,048 tokens. Resident: the growth of a process that adapts "
-        "them and trains on 4,096 tokens, the base's own activations included.",
-        "",
-        *missing(result["not_measured"]),
-    ]
-    return "\n".join(lines)
+    cells = {arm: [*(_ratio(rows, arm, setting) for setting in COLUMNS.values()), *_memory(rows, arm)] for arm in ARMS}
+    methods = text(
+        table(("", *COLUMNS, "kept, MB", "process, MB"), ((arm, *shown) for arm, shown in cells.items() if any(shown))),
+        f"Medians of ratios within a round (`benchmarks/results/speed.json`; torch {environment['torch']}, PEFT "
+        f"{environment['peft']}, CPU, {environment['threads']} threads), hidden size 1,024, float32 unless "
+        "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
+        "it adapts them and trains on 4,096 tokens.",
+    )
+    models = ((label, *(_ratio(rows, arm, setting) for arm in FEW_ARMS)) for label, setting in MODELS.items())
+    return {"speed": methods, "models": text(table(("", *FEW_ARMS), models), *_adapterhub(rows), *missing(result))}
 
 
-def targets(rows: Rows) -> str:
-    """The targets, and whether they are met, from the rows of the speed and of the overhead."""
-    lines = [
-        "| measure | target | median | quartiles | met |",
-        "|---|---|---|---|---|",
-        *(_target_line(target) for target in all_targets(rows)),
-    ]
-    return "\n".join(lines) + "\n"
+def overhead(result: Mapping[str, Any]) -> str:
+    """What a method adds to every layer whatever its size: kernels, and the host's time to launch them."""
+    rows: Rows = result["rows"]
+    lines = []
+    for arm in FEW_ARMS:
+        counted = [
+            row_of(rows, part="kernels", device="cpu", dtype="float32", arm=arm, route=route) for route in ROUTES
+        ]
+        timed = [
+            row_of(rows, part="host time", dtype="float32", arm=SMALL_RANKS.get(arm, arm), route=route)
+            for route in list(ROUTES)[1:]
+        ]
+        lines.append(
+            (
+                arm,
+                *(
+                    "" if row is None else f"{(row['kernels'] - row['base_kernels']) / row['layers']:.1f}"
+                    for row in counted
+                ),
+                *("" if row is None else f"{host_microseconds(row):.0f}" for row in timed),
+            )
+        )
+    heads = [f"kernels, {name}" for name in ROUTES.values()] + [f"µs, {name}" for name in list(ROUTES.values())[1:]]
+    return text(table(("", *heads), lines))
 
 
-def beside_adapterhub(rows: Rows) -> list[str]:
-    """AdapterHub's DVoRA on its own ground."""
+def missing(result: Mapping[str, Any]) -> list[str]:
+    """What could not be measured, one line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for miss in result["not_measured"]:
+        by_reason.setdefault(miss["reason"], []).append(miss["what"])
+    lines = [f"- {'; '.join(what)}: {reason}" for reason, what in by_reason.items()]
+    return ["Not measured:", "\n".join(lines)] if lines else []
+
+
+def _adapterhub(rows: Rows) -> list[str]:
+    """AdapterHub's DVoRA on its own ground; what timed it, in an environment of its own, is in git's history."""
     timed = [row for row in rows if row["part"] == "adapterhub" and row["method"] != "base"]
     if not timed:
         return []
-    found = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
-    parts = [f"{arm} {ratio.median:.2f}" for arm, ratio in found.items() if ratio is not None]
+    ratios = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
+    shown = ", ".join(f"{arm} {ratio.median:.2f}" for arm, ratio in ratios.items() if ratio is not None)
     versions = timed[0]["environment"]
-    sentence = (
+    return [
         f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) adapts square "
-        "layers only; on a BERT block of 1,024 x 1,024 layers, 512 tokens: "
-    )
-    return [f"{sentence}{', '.join(parts)}.", ""]
+        f"layers only; on a BERT block of 1,024 x 1,024 layers, 512 tokens: {shown}."
+    ]
 
 
-def _medians(rows: Rows, setting: dict[str, object]) -> list[str]:
-    found = [time_ratio(rows, arm, "base", **setting) for arm in FEW_ARMS]
-    return ["" if ratio is None else f"{ratio.median:.2f}" for ratio in found]
+def _ratio(rows: Rows, arm: str, setting: Mapping[str, object]) -> str:
+    ratio = time_ratio(rows, arm, "base", **setting)
+    return "" if ratio is None else f"{ratio.median:.2f}"
 
 
-def _cells(rows: Rows, arm: str) -> list[str]:
-    times = [time_ratio(rows, arm, "base", **setting) for setting in COLUMNS.values()]
-    row = row_of(rows, part="memory", workload="linears-1024", dtype="float32", arm=arm)
-    kept = "" if row is None else _megabytes(max(row["held_bytes"], row["saved_bytes"]))
+def _memory(rows: Rows, arm: str) -> Sequence[str]:
+    kept: Row | None = row_of(rows, part="memory", workload="linears-1024", dtype="float32", arm=arm)
     process = row_of(rows, part="resident", arm=arm)
-    resident = "" if process is None else _megabytes(process["most_bytes"] - process["before_bytes"])
-    return [*("" if t is None else f"{t.median:.2f}" for t in times), kept, resident]
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.0f}"
-
-
-def _target_line(target: Target) -> str:
-    limit = f"{'≥' if target.at_least else '≤'} {written(target.limit, target.unit)}"
-    if target.measured is None:
-        return f"| {target.metric} | {limit} | not measured | | |"
-    low, median, high = (written(value, target.unit) for value in target.measured)
-    quartiles = f"{low} to {high}" if low != high else ""
-    cells = [target.metric, limit, median, quartiles, "yes" if target.met else "no"]
-    return f"| {' | '.join(cells)} |"
-
-
-def written(value: float, unit: str) -> str:
-    """A number with its unit; milliseconds are given as seconds."""
-    return {
-        "times": f"{value:.3g}",
-        "share": f"{value:.1%}",
-        "seconds": f"{value:.2g} s",
-        "milliseconds": f"{value * 1e3:.3g} ms",
-        "gigabytes": f"{value:.2f} GB",
-        "count": f"{value:.1f}",
-    }[unit]
-
-
-def missing(not_measured: Sequence[dict[str, str]]) -> list[str]:
-    """One sentence for each reason."""
-    by_reason: dict[str, list[str]] = {}
-    for miss in not_measured:
-        by_reason.setdefault(miss["reason"], []).append(miss["what"])
-    lines = [f"- {'; '.join(what)}: {reason}" for reason, what in by_reason.items()]
-    return ["Not measured:", "", *lines, ""] if lines else []
+    return (
+        "" if kept is None else f"{kept['saved_bytes'] / 1e6:,.0f}",
+        "" if process is None else f"{(process['most_bytes'] - process['before_bytes']) / 1e6:,.0f}",
+    )

@@ -24,7 +24,6 @@ def interleaved(
     rounds: int,
     warm_ups: int = 1,
     at_least: float = 0.02,
-    on_round: Step = lambda: None,
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of every step in every round.
 
@@ -34,7 +33,6 @@ def interleaved(
         warm_ups: rounds before them that are thrown away.
         at_least: seconds that the first step should take in a round; it is repeated until it does, and all steps
             are repeated as often.
-        on_round: called after every round, for a progress bar.
 
     Returns:
         Seconds of one step by name, and how often a step was repeated in a round.
@@ -43,7 +41,6 @@ def interleaved(
     for _ in range(warm_ups):
         for name in order:
             steps[name]()
-        on_round()
     first = _timed(steps[order[0]], 1)
     repeats = max(1, round(at_least / max(first, 1e-9)))
     for _ in range(rounds):
@@ -51,7 +48,6 @@ def interleaved(
             seconds[name].append(_timed(steps[name], repeats))
         # Back and forth, so that no step always follows the same one.
         order.reverse()
-        on_round()
     return seconds, repeats
 
 

@@ -108,22 +108,16 @@ def llama(hidden: int, intermediate: int, heads: int, blocks: int = 1) -> Worklo
     return Workload(_named("llama", hidden, blocks), hidden, LLAMA_LAYERS, build, last_hidden_state)
 
 
-def bert_square(hidden: int) -> Workload:
-    """One BERT block whose layers are all square."""
+def bert(hidden: int, blocks: int) -> Workload:
+    """A BERT without dropout: query, key and value read the same input."""
 
     def build() -> nn.Module:
-        config = BertConfig(
-            vocab_size=8,
-            hidden_size=hidden,
-            intermediate_size=hidden,
-            num_attention_heads=hidden // 64,
-            num_hidden_layers=1,
-            **NO_DROPOUT,
-        )
-        return randomised(BertModel(config, add_pooling_layer=False))
+        torch.manual_seed(SEED)
+        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": hidden // 32}
+        config = BertConfig(vocab_size=8, num_hidden_layers=blocks, **sizes, **NO_DROPOUT)
+        return BertModel(config, add_pooling_layer=False)
 
-    targets = ("query", "key", "value", "intermediate.dense", "0.output.dense")
-    return Workload(f"bert-square-{hidden}", hidden, targets, build, last_hidden_state)
+    return Workload(_named("bert", hidden, blocks), hidden, BERT_LAYERS, build, last_hidden_state)
 
 
 def minilm() -> Workload:

@@ -1,19 +1,27 @@
 """An adapter for every user: DVoRA's side by side through a bank, PEFT's others one after another, on the same rows."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 import dvora
-from benchmarks.quality.adapting import magnitude_only, saved_bytes
+from benchmarks.methods import peft_config
+from benchmarks.quality.adapting import saved_bytes
+from benchmarks.users.jobs import Job
+from benchmarks.users.sources import SOURCES
 from dvora.bank import TenantAdamW
 from examples.top_layers import TopLayers
+
+USERS, TUNED_ON = 50, 12
+"""Users, and how many of them choose the rates, on rows for development."""
 
 LAYERS = 4
 """Of SmolLM2, at the top, are adapted; what is below is computed once."""
@@ -26,28 +34,14 @@ TOGETHER = 4
 EVERY_LAYER = r".*\.([qkvo]|gate|up|down)_proj"
 
 
-class Arm(NamedTuple):
-    """A method: its configuration by seed, and the rates that are tried."""
-
-    config: Callable[[int], PeftConfig]
-    rates: tuple[float, ...]
-
-
-ARMS: Mapping[str, Arm] = {
-    "structured_r64": Arm(
-        lambda seed: dvora.DVoRAConfig(
-            r=64, target_modules="all-linear", projection_init="structured", projection_seed=seed
-        ),
-        (0.01, 0.03, 0.09),
-    ),
-    "magnitude": Arm(lambda _: magnitude_only(EVERY_LAYER), (0.01, 0.03, 0.09)),
-    "lora_r1": Arm(lambda seed: LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"), (0.001, 0.003, 0.009)),
-    "lora_r8": Arm(lambda seed: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), (0.0007, 0.002, 0.006)),
-    "vera_r256": Arm(
-        lambda seed: VeraConfig(r=256, target_modules="all-linear", projection_prng_key=seed), (0.01, 0.03, 0.09)
-    ),
+ARMS: Mapping[str, tuple[str, int | None, str]] = {
+    "structured_r64": ("dvora", 64, "all-linear"),
+    "magnitude": ("magnitude", None, EVERY_LAYER),
+    "lora_r1": ("lora", 1, "all-linear"),
+    "lora_r8": ("lora", 8, "all-linear"),
+    "vera_r256": ("vera", 256, "all-linear"),
 }
-"""By the names in the result file."""
+"""Method, rank and layers, by the names in the result file."""
 IN_BANK = ("structured_r64", "magnitude")
 
 
@@ -58,31 +52,46 @@ class Outcome(NamedTuple):
     sizes: dict[str, int]
 
 
-def run(top: TopLayers, arm: str, rate: float, rows: int, seed: int, part: str) -> Outcome:
-    """An adapter for each user, trained on its first `rows` rows.
+def carry_out(job: Job) -> dict[str, Any]:
+    """The row of a job."""
+    start, top = perf_counter(), _top_layers(job.source, job.part)
+    if job.arm == "base":
+        outcome = Outcome([_loss(top, job.part, user) for user in range(len(top.targets[job.part]))], {})
+    else:
+        generator = torch.Generator().manual_seed(job.seed)
+        passes = [
+            [torch.randperm(job.examples, generator=generator) for _ in range(PASSES)] for _ in top.targets["train"]
+        ]
+        order = torch.stack([torch.cat(of_user) for of_user in passes])
+        train = _in_bank if job.arm in IN_BANK else _one_by_one
+        outcome = train(top, _config(job), job.rate, order, job.seed, job.part)
+    losses = [round(loss, 4) for loss in outcome.losses]
+    return {
+        "key": job.key,
+        **vars(job),
+        **outcome.sizes,
+        "losses": losses,
+        "seconds": round(perf_counter() - start, 1),
+    }
 
-    Args:
-        top: layers and rows of all users; its model is as it was afterwards.
-        part: that is evaluated.
-    """
-    users = len(top.targets["train"])
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack(
-        [torch.cat([torch.randperm(rows, generator=generator) for _ in range(PASSES)]) for _ in range(users)]
-    )
-    each = _in_bank if arm in IN_BANK else _one_by_one
-    return each(top, arm, rate, order, seed, part)
+
+def _config(job: Job) -> PeftConfig:
+    method, rank, layers = ARMS[job.arm]
+    return peft_config(method, rank, layers, job.seed)
 
 
-def base(top: TopLayers, part: str) -> list[float]:
-    """Losses of each user without an adapter."""
-    return [_loss(top, part, user) for user in range(len(top.targets[part]))]
+@lru_cache(maxsize=1)
+def _top_layers(source: str, part: str) -> TopLayers:
+    """Those that are adapted, and the rows of the users who are trained for a part."""
+    users = SOURCES[source](USERS)
+    some = TUNED_ON if part == "development" else USERS
+    return TopLayers.of({name: users.parts[name][:some] for name in ("train", part)}, LAYERS)
 
 
-def _in_bank(top: TopLayers, arm: str, rate: float, order: Tensor, seed: int, part: str) -> Outcome:
+def _in_bank(top: TopLayers, config: PeftConfig, rate: float, order: Tensor, seed: int, part: str) -> Outcome:
     names = [str(user) for user in range(len(order))]
     with tempfile.TemporaryDirectory() as folder:
-        fresh = get_peft_model(top.model, ARMS[arm].config(seed))
+        fresh = get_peft_model(top.model, config)
         sizes = saved_bytes(fresh, Path(folder))
         plain = top._replace(model=fresh.unload())
         with dvora.AdapterBank(plain.model, like=folder) as bank:
@@ -107,12 +116,12 @@ def _in_bank(top: TopLayers, arm: str, rate: float, order: Tensor, seed: int, pa
     return Outcome(losses, sizes)
 
 
-def _one_by_one(top: TopLayers, arm: str, rate: float, order: Tensor, seed: int, part: str) -> Outcome:
+def _one_by_one(top: TopLayers, config: PeftConfig, rate: float, order: Tensor, seed: int, part: str) -> Outcome:
     losses, sizes = [], {}
     for user, rows in enumerate(order):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapted = get_peft_model(top.model, ARMS[arm].config(seed))
+            adapted = get_peft_model(top.model, config)
         mine = top._replace(model=adapted)
         _train(mine, rate, user, rows.split(BATCH))
         losses.append(_loss(mine, part, user))

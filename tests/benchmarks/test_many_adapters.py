@@ -1,12 +1,14 @@
-"""The benchmark of many adapters: our own LoRA gives PEFT's outputs, and the command runs from end to end."""
+"""Many adapters: our own LoRA gives PEFT's outputs, requests wait as they should, the command runs from end to end."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -14,13 +16,13 @@ from benchmarks.many_adapters import plan
 from benchmarks.many_adapters.__main__ import SECTIONS, main
 from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows, with_adapters
 from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA
-from benchmarks.many_adapters.plots import PICTURES
+from benchmarks.many_adapters.requests import Answered, closed_loop, open_loop, poisson, zipf
 from benchmarks.many_adapters.results import merge
-from benchmarks.many_adapters.tables import parts
+from benchmarks.many_adapters.stream import summary
 from benchmarks.many_adapters.targets import all_targets
 from benchmarks.speed.arms import Arm, sharing_copy
 from benchmarks.speed.runner import Report
-from benchmarks.speed.workloads import Workload, bert_square, linears, llama
+from benchmarks.speed.workloads import Workload, bert, linears, llama
 
 
 def factors_of(model: nn.Module) -> dict[str, Factors]:
@@ -35,12 +37,11 @@ def factors_of(model: nn.Module) -> dict[str, Factors]:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-EMPTY = {"environment": {"torch": "2", "peft": "0", "threads": 1}, "left_out": [], "not_measured": [], "rows": []}
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("workload", [linears(64, 176), llama(64, 176, heads=4), bert_square(64)], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [linears(64, 176), llama(64, 176, heads=4), bert(64, 1)], ids=lambda w: w.name)
 def test_gathered_lora_has_the_outputs_of_peft_s(workload: Workload, tokens: int, rank: int) -> None:
     base, x = workload.frozen(torch.float32).eval(), workload.inputs(6, tokens, torch.float32)
     peft, names = with_adapters(base, Arm("LoRA", rank), workload.targets, 6)
@@ -89,7 +90,7 @@ def test_every_target_is_of_something_that_the_plan_measures() -> None:
         for arm in ground.arms
     ]
     of_batches = [target for target in all_targets(rows) if "64 adapters" in target.metric]
-    assert len(of_batches) == 6 + 4 + 1 + 6
+    assert len(of_batches) == 3 + 1
     assert all(target.measured is not None for target in of_batches)
 
 
@@ -101,13 +102,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result["not_measured"] == []
     assert "gathered, LoRA r=1, 8 of 8" in capsys.readouterr().out
     # A part is measured again: its rows are new, all others stay.
-    assert main(["--quick", "--threads", "1", "--part", "storage", "--output", str(file)]) == 0
+    assert main(["--quick", "--threads", "1", "--part", "resident", "--output", str(file)]) == 0
     again = json.loads(file.read_text(encoding="utf-8"))
     assert len(again["rows"]) == len(result["rows"])
     for section in SECTIONS:
         kept, old = ([r for r in each["rows"] if r["section"] == section] for each in (again, result))
-        assert kept == old or section == "storage"
-    assert set(parts(again)) == set(parts(EMPTY))
+        assert kept == old or section == "resident"
 
 
 def test_rows_of_another_environment_are_not_put_beside(tmp_path: Path) -> None:
@@ -117,17 +117,66 @@ def test_rows_of_another_environment_are_not_put_beside(tmp_path: Path) -> None:
     result["environment"]["torch"] = "1.0"
     file.write_text(json.dumps(result), encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows of stream from another environment .*'torch': \('1.0'"):
-        main(["--quick", "--threads", "1", "--part", "storage", "--output", str(file)])
+        main(["--quick", "--threads", "1", "--part", "resident", "--output", str(file)])
 
 
-def test_pictures_and_tables_can_be_made_of_any_part_of_the_rows() -> None:
-    setting = {"part": "decode", "workload": "linears-1024-2-blocks", "dtype": "float32", "layers": 14, "passes": 4}
-    arms = [plan.BASE, *plan.gathered()]
-    rows = [{**setting, **arm.described(), "kernels": 9, "seconds": [1.0, 2.0]} for arm in arms]
-    for draw in PICTURES.values():
-        for some in (rows, []):
-            figure = draw(some)
-            assert figure.get_size_inches().min() > 0
-            plt.close(figure)
-    assert "| gathered, LoRA r=1 | 1.00 / 1.00 |" in parts({**EMPTY, "rows": rows})["many-batches"]
-    assert parts(EMPTY)["many-stream"] == "\n"
+@dataclass
+class Server:
+    """Answers a batch in one second of its own time."""
+
+    time: float = 100.0
+    batches: list[list[int]] = field(default_factory=list)
+
+    def now(self) -> float:
+        return self.time
+
+    def wait_until(self, moment: float) -> None:
+        self.time = max(self.time, moment)
+
+    def serve(self, rows: Sequence[int]) -> None:
+        self.batches.append(list(rows))
+        self.time += 1
+
+
+def test_a_closed_loop_answers_in_order_and_clients_ask_again_when_answered() -> None:
+    server = Server()
+    answered = closed_loop([*range(7)], clients=4, batch=2, serve=server.serve, clock=server)
+    assert server.batches == [[0, 1], [2, 3], [4, 5], [6]]
+    # The first batch waits for itself only, all others for one before them.
+    assert answered == Answered([1, 1, 2, 2, 2, 2, 2], seconds=4)
+
+
+def test_an_open_loop_serves_what_has_come_and_waits_where_nothing_has() -> None:
+    server = Server()
+    answered = open_loop([7, 8, 9], [0.5, 0.75, 10.0], at_most=8, batch=2, serve=server.serve, clock=server)
+    assert server.batches == [[7], [8], [9]]
+    assert answered == Answered([1, 1.75, 1], seconds=11)
+
+
+def test_an_open_loop_is_bounded() -> None:
+    server = Server()
+    moments = [0.0, 0.1, 0.2, 0.3, 0.4]
+    answered = open_loop([*range(5)], moments, at_most=2, batch=2, serve=server.serve, clock=server)
+    assert server.batches == [[0], [1, 2]]
+    assert answered.refused == 2
+    assert answered.latencies == pytest.approx([1, 1.9, 1.8])
+
+
+def test_requests_follow_their_laws_and_their_seeds() -> None:
+    asked = zipf(count=100, requests=200_000, exponent=1.0, seed=0)
+    harmonic = sum(1 / rank for rank in range(1, 101))
+    shares = np.bincount(asked, minlength=100)[[0, 1, 9]] / len(asked)
+    assert shares == pytest.approx([1 / harmonic, 1 / (2 * harmonic), 1 / (10 * harmonic)], rel=0.05)
+    assert zipf(9, 50, 1.0, seed=1) == zipf(9, 50, 1.0, seed=1) != zipf(9, 50, 1.0, seed=2)
+    moments = poisson(20_000, per_second=4.0, seed=0)
+    assert moments == sorted(moments)
+    assert moments[-1] == pytest.approx(5_000, rel=0.05)
+
+
+def test_a_summary_has_each_round_and_all_together() -> None:
+    rounds = [Answered([1.0, 3.0], seconds=2.0), Answered([5.0] * 4, seconds=8.0, refused=3)]
+    found = summary(rounds)
+    assert found["p50"] == [2.0, 5.0]
+    assert found["per_second"] == [1.0, 0.5]
+    assert found["together"]["p50"] == 5.0
+    assert found["refused"] == 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.quality.items import packed, unpacked
+from benchmarks.quality.evaluation import packed, unpacked
 from benchmarks.quality.statistics import Interval, Kind, mean_difference, over_seeds, paired_difference, scores
 
 GENERATOR = np.random.default_rng(0)
@@ -14,12 +14,10 @@ def naive(kind: Kind, items: np.ndarray, reference: np.ndarray, rows: np.ndarray
     """The score of one seed on some rows, some of them several times."""
     if kind == "accuracy":
         return 100 * float(np.mean([items[row] for row in rows]))
-    if kind == "bits":
-        return -sum(float(items[row]) for row in rows) / np.log(2) / sum(float(reference[row]) for row in rows)
     return 100 * float(np.corrcoef(items[rows], reference[rows])[0, 1])
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "pearson", "bits"])
+@pytest.mark.parametrize("kind", ["accuracy", "pearson"])
 def test_weighted_scores_are_those_of_repeated_rows(kind: Kind) -> None:
     items = GENERATOR.random((3, 40)) + 5
     items = items > 5.5 if kind == "accuracy" else items
@@ -46,7 +44,6 @@ def test_an_arm_does_not_differ_from_itself() -> None:
     items = GENERATOR.random((5, 100)) > 0.3
     found = difference(items, items)
     assert (found.mean, found.low, found.high) == (0, 0, 0)
-    assert not found.excludes_zero
 
 
 def test_the_interval_covers_the_truth_at_least_as_often_as_it_says() -> None:
@@ -65,7 +62,7 @@ def test_the_interval_covers_the_truth_at_least_as_often_as_it_says() -> None:
 
 def test_the_same_items_are_drawn_for_both_sides() -> None:
     """Where both arms err on the same items but one, the interval is narrow, whatever the accuracy."""
-    theirs = np.tile(GENERATOR.random(1000) > 0.5, (5, 1))
+    theirs = np.tile(np.random.default_rng(0).random(1000) > 0.5, (5, 1))
     ours = theirs.copy()
     ours[:, np.flatnonzero(~theirs[0])[:20]] = True
     found = difference(ours, theirs)

@@ -23,7 +23,7 @@ def commands(page: str) -> set[str]:
     """Command lines in blocks of shell, and in code within text."""
     found = {" ".join(span.split()) for span in SPAN.findall(FENCE.sub("", page))}
     for block in FENCE.findall(page):
-        kind, *lines = block.splitlines()
+        kind, *lines = block.replace("\\\n", " ").splitlines()
         if kind == "```console":
             # The other lines are output.
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]

@@ -24,7 +24,6 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 FILES = sorted(DOCS.rglob("*.md"))
 CODE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-TYPED = re.compile(r"`(dvora [a-z][^`]*)`")
 FENCES = re.compile(r"^```(\w*)$", flags=re.MULTILINE)
 # transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.
 DEPRECATED = ["`is_gradient_checkpointing` is deprecated", "`broadcast_buffers` is deprecated"]

@@ -163,7 +163,9 @@ def fitted_head(
         return found["accuracy"] if classes else -found["rmse"]
 
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
-    heads = [fitted(features["train"], labels["train"], len(classes), strength) for strength in strengths]
+    layer = last_layer(model)
+    has_bias = layer is not None and layer.bias is not None
+    heads = [fitted(features["train"], labels["train"], len(classes), each, has_bias) for each in strengths]
     head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
     return head, {part: head_metrics(head.outputs(features[part]), labels[part], classes) for part in held_out}
@@ -191,7 +193,9 @@ def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequenc
     return number_metrics(outputs.flatten().double().numpy(), labels.double().numpy())
 
 
-def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float) -> HeadAlone:
+def fitted(
+    features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float, has_bias: bool = True
+) -> HeadAlone:
     """A linear layer fitted with an L2 penalty on its weight: logistic regression, or ridge regression of numbers.
 
     Args:
@@ -199,19 +203,20 @@ def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strengt
         labels: indices of classes, or numbers.
         classes: how many; 0 for numbers.
         strength: of the penalty, beside the mean loss on features of unit variance.
+        has_bias: False: the bias is zero, for models whose last layer has none.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(features.double().numpy())
+    scaler = StandardScaler(with_mean=has_bias).fit(features.double().numpy())
     x, y = scaler.transform(features.double().numpy()), labels.numpy()
     if not classes:
-        model = Ridge(alpha=strength * len(x)).fit(x, y)
+        model = Ridge(alpha=strength * len(x), fit_intercept=has_bias).fit(x, y)
     else:
         # A mean row of each class with next to no weight: the layer has an output of classes that have no rows here.
         means, weights = np.zeros((classes, x.shape[1])), [1.0] * len(x) + [1e-3] * classes
-        model = LogisticRegression(C=1 / (strength * len(x)), max_iter=ITERATIONS)
+        model = LogisticRegression(C=1 / (strength * len(x)), max_iter=ITERATIONS, fit_intercept=has_bias)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(np.vstack([x, means]), np.append(y, range(classes)), sample_weight=weights)
@@ -220,4 +225,5 @@ def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strengt
         # scikit-learn gives the second class's logit minus the first's.
         weight, bias = np.vstack([-weight, weight]) / 2, np.append(-bias, bias) / 2
     weight = weight / scaler.scale_
-    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias - weight @ scaler.mean_).float())
+    bias = bias - weight @ scaler.mean_ if has_bias else np.zeros(len(weight))
+    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias).float())

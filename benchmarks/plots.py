@@ -1,0 +1,133 @@
+"""The pictures of the documentation that are drawn from result files: python -m benchmarks.plots"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from benchmarks.many_adapters.targets import DECODED
+from benchmarks.pictures import FAINT, METHODS, WIDTH, save
+from benchmarks.quality.page import MAIN, YARDSTICK
+from benchmarks.quality.summary import result_of
+from benchmarks.results import load
+from benchmarks.speakers import picture as speakers
+from benchmarks.speed.metrics import time_ratio
+
+POINTS = {
+    "lora_r1": ("LoRA r=1", "LoRA", (0, 12), "center"),
+    "structured_r64": ("DVoRA r=64", "DVoRA", (-9, -4), "right"),
+    "structured_r256": ("DVoRA r=256", "DVoRA", (9, -4), "left"),
+    "lora_r8": ("LoRA r=8", "LoRA", (0, 24), "center"),
+}
+"""Labels, colours, and where the labels stand beside the points."""
+STEPS = {
+    "LoRA r=1": ("LoRA r=1", "LoRA r=1", -5),
+    "dvora structured r=64": ("DVoRA r=64", "DVoRA, r=64", 5),
+    "dvora structured r=256": ("DVoRA r=256", "DVoRA", 4),
+    "VeRA r=256": ("VeRA r=256", "VeRA", -3),
+    "DoRA r=16": ("DoRA r=16", "DoRA", 3),
+}
+"""Labels, colours, and by how much the labels are moved upwards."""
+TOKENS = (128, 512, 2048, 4096)
+WAYS = {
+    "adapter_names, LoRA r=8": ("PEFT's adapter_names, LoRA r=8", "LoRA", 0),
+    "adapter_names, dvora structured r=64": ("PEFT's adapter_names, DVoRA r=64", "DVoRA, r=64", 0),
+    "bank, dvora structured r=256": ("bank, DVoRA r=256", "DVoRA", 0),
+    "gathered, LoRA r=1": ("batched products, LoRA r=1", "LoRA r=1", 5),
+}
+"""Likewise."""
+DISTINCT = (1, 16, 64)
+
+
+def equal_bytes() -> Figure:
+    """Points above LoRA r=1 against the size of the adapter's file: means over tasks with 95 % intervals."""
+    result = result_of(load("equal_bytes"))
+    tasks = result.tasks(*MAIN)
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.3), layout="constrained")
+    axes.axhline(0, color=FAINT, linewidth=1)
+    for arm, (label, method, offset, side) in POINTS.items():
+        size = (result.size(tasks[0], arm, "saved_bytes") or 0) / 1e3
+        gain = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
+        mean, ends = (gain.mean, [[gain.mean - gain.low], [gain.high - gain.mean]]) if gain else (0.0, None)
+        axes.errorbar([size], [mean], yerr=ends, fmt="o", markersize=9, capsize=4, color=METHODS[method])
+        text = f"{label}\n{size:,.0f} kB" + ("" if gain is None else f", {mean:+.1f}")
+        look: dict[str, Any] = {"color": METHODS[method], "weight": "bold", "ha": side}
+        axes.annotate(text, (size, mean), offset, textcoords="offset points", **look)
+    axes.set(xscale="log", xlim=(90, 2600), ylim=(-0.35, 3.1), xlabel="the adapter's file, kB (logarithmic)")
+    label_axis(axes.xaxis, (100, 200, 500, 1000, 2000))
+    axes.set_ylabel("test points above LoRA r=1")
+    title = f"MiniLM, mean over {len(tasks)} tasks, 500 steps of every method, 95 % intervals"
+    axes.set_title(title, fontsize="medium", loc="left")
+    return figure
+
+
+def speed_tokens() -> Figure:
+    """Time of a training step against the number of tokens."""
+    rows = load("speed")["rows"]
+    setting = {"part": "training", "workload": "linears-1024", "dtype": "float32"}
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    for arm, look in STEPS.items():
+        ratios = [time_ratio(rows, arm, "base", tokens=tokens, **setting) for tokens in TOKENS]
+        _line(axes, TOKENS, [ratio and ratio.median for ratio in ratios], *look)
+    _finish(axes, "tokens in a step", TOKENS, (1, 1.25, 1.5, 2, 2.5), "a training step, frozen base = 1")
+    axes.set(xlim=(110, 9500))
+    axes.set_title("Seven linear layers, hidden size 1,024, float32, CPU", fontsize="medium", loc="left")
+    return figure
+
+
+def many_batch() -> Figure:
+    """Time of a batch against the number of different adapters in it."""
+    rows = load("many_adapters")["rows"]
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    for way, look in WAYS.items():
+        medians = []
+        for distinct in DISTINCT:
+            found = [time_ratio(rows, f"{way}, {distinct} of {known}", "base", **DECODED) for known in ("1,024", "64")]
+            medians.append(next((ratio.median for ratio in found if ratio is not None), None))
+        _line(axes, DISTINCT, medians, *look)
+    _finish(
+        axes, "adapters in a batch of 64 rows", DISTINCT, (1, 1.25, 1.5, 2, 2.5), "time of a batch, frozen base = 1"
+    )
+    axes.set(xlim=(0.9, 2200))
+    axes.set_title("Fourteen linear layers, hidden size 1,024, one token a row, CPU", fontsize="medium", loc="left")
+    return figure
+
+
+def label_axis(axis: Axis, ticks: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic axis; where they lie does not change what is shown."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _line(
+    axes: Axes, at: Sequence[float], values: Sequence[float | None], label: str, method: str, upwards: int
+) -> None:
+    """A line through what was measured, with its label at the right end."""
+    points = [(x, value) for x, value in zip(at, values, strict=True) if value is not None]
+    axes.plot(*zip(*points, strict=True), marker="o", color=METHODS[method])
+    look: dict[str, Any] = {"color": METHODS[method], "weight": "bold", "va": "center"}
+    axes.annotate(label, points[-1], (8, upwards), textcoords="offset points", **look)
+
+
+def _finish(axes: Axes, x_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float], y_label: str) -> None:
+    axes.axhline(1, color=FAINT, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+    label_axis(axes.xaxis, x_ticks)
+    label_axis(axes.yaxis, y_ticks)
+
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "equal_bytes": equal_bytes,
+    "speed_tokens": speed_tokens,
+    "many_batch": many_batch,
+    "speakers": lambda: speakers(load("speakers")),
+}
+
+if __name__ == "__main__":
+    for name, draw in PICTURES.items():
+        save(name, draw)

@@ -1,0 +1,111 @@
+"""What result files say is what pages show: scores and differences of known outcome, tables, pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from benchmarks.pictures import METHODS, save
+from benchmarks.plots import PICTURES
+from benchmarks.quality.evaluation import packed
+from benchmarks.quality.summary import Result
+from benchmarks.results import file_of, load, write
+from benchmarks.speed.runner import Report
+from benchmarks.speed.targets import Target
+from benchmarks.speed.timing import Spread
+from benchmarks.tables import points, table, text
+
+ITEMS = 50
+LIGHTEST, DARKEST = 0.4, 0.12
+"""Luminances between which a colour stands out from a white and from a dark page."""
+
+
+def final(arm: str, seed: int, right: int, loss: float = 0.5, steps: int = 10) -> dict[str, Any]:
+    """A row with so many right answers."""
+    row = {"task": "countries", "arm": arm, "stage": "final", "seed": seed, "steps": steps, "test_items": ITEMS}
+    scores = {"validation": {"loss": loss, "score": 0.5}, "test": {"loss": 1.0, "score": right / ITEMS}}
+    return {**row, **scores, "items": packed(np.arange(ITEMS) < right)}
+
+
+def result(*rows: dict[str, Any]) -> Result:
+    return Result((final("majority", 0, 1, steps=0), *rows))
+
+
+def test_a_gain_is_on_the_seeds_that_both_have() -> None:
+    rows = [final("lora_r1", seed, 30) for seed in range(3)] + [final("structured_r64", seed, 35) for seed in range(2)]
+    rows.append(final("lora_r1", 3, 0))
+    found = result(*rows).gain(["countries"], "structured_r64", "lora_r1")
+    assert found is not None
+    assert found.mean == pytest.approx(10)
+    assert result(*rows).gain(["countries"], "vera_r256", "lora_r1") is None
+
+
+def test_a_baseline_is_compared_with_every_seed() -> None:
+    rows = [final("lora_r1", seed, 30 + seed) for seed in range(3)] + [final("frozen", 0, 25, steps=0)]
+    found = result(*rows).gain(["countries"], "frozen", "lora_r1")
+    assert found is not None
+    assert found.mean == pytest.approx(-12)
+
+
+def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
+    rows = [final("lora_r1_twice", 0, 10, loss=0.5), final("lora_r1_twice_half", 0, 50, loss=0.6)]
+    names = ("lora_r1_twice", "lora_r1_twice_half")
+    assert result(*rows).lowest_loss("countries", names) == "lora_r1_twice"
+
+
+def test_what_a_rate_loses_is_its_share_of_what_tuning_gained() -> None:
+    trials = [
+        {"task": "countries", "arm": "vera", "stage": "trial", "rates": {"adapter": rate}, "validation": {"loss": loss}}
+        for rate, loss in ((0.01, 0.7), (0.1, 0.6), (1.0, 1.4))
+    ]
+    found = result(final("frozen", 0, 20, loss=1.0, steps=0), *trials).lost("countries", "vera")
+    assert found == {0.01: pytest.approx(0.25), 0.1: 0.0, 1.0: pytest.approx(2.0)}
+
+
+def test_a_target_is_met_by_the_median() -> None:
+    spread = Spread(0.9, 1.0, 1.3)
+    assert Target("a", 1.0, spread).cells() == ("a", "≤ 1", "1 (0.9 to 1.3)", "yes")
+    assert Target("a", 1.1, spread, at_least=True).cells() == ("a", "≥ 1.1", "1 (0.9 to 1.3)", "no")
+    assert Target("a", 0.01, Spread(0.02, 0.02, 0.02), unit="ms").cells() == ("a", "≤ 10 ms", "20 ms", "no")
+    assert Target("a", 1.0, None).cells() == ("a", "≤ 1", "not measured", "")
+
+
+def test_a_table_is_markdown_and_has_no_crooked_row() -> None:
+    assert text("a:", table(("", "b"), [("1", "2")])) == "a:\n\n| | b |\n|---|---|\n| 1 | 2 |\n"
+    assert points(1.25, Spread(0.5, 1.25, 2), 2) == "+1.25 (+0.50 to +2.00)"
+    with pytest.raises(ValueError, match="a row of 1 cells, expected 2"):
+        table(("a", "b"), [("1",)])
+
+
+def test_a_result_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.results.FOLDER", tmp_path)
+    report = Report()
+    report.add({"part": "training", "seconds": [1.23456789]})
+    write(file_of("speed"), report.rows, not_measured=[])
+    content = load("speed")
+    assert content["rows"] == [{"part": "training", "seconds": [1.2346]}]
+    assert content["not_measured"] == []
+    assert "torch" in content["environment"]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_is_drawn_from_the_committed_rows(name: str, tmp_path: Path) -> None:
+    save(name, PICTURES[name], tmp_path)
+    light, dark = ((tmp_path / f"{name}{end}.svg").read_text(encoding="utf-8") for end in ("", "-dark"))
+    assert "DVoRA" in light or name == "speakers"
+    assert ("#d9dbe2" in light, "#d9dbe2" in dark) == (False, True)
+    assert light == (file_of("").parent.parent.parent / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+    assert plt.get_fignums() == []
+
+
+def luminance(colour: str) -> float:
+    parts = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_every_method_has_a_colour_of_its_own_that_both_pages_can_show() -> None:
+    assert len(set(METHODS.values())) == len(METHODS)
+    assert all(DARKEST < luminance(colour) < LIGHTEST for colour in METHODS.values())

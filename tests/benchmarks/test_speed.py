@@ -1,0 +1,134 @@
+"""Times are ratios within a round; every method's models work; the command from end to end on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.speed import plan
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.arms import BASE, FULL, METHODS, Arm, adapted, sharing_copy
+from benchmarks.speed.memory import saved_for_backward
+from benchmarks.speed.metrics import row_of, time_ratio
+from benchmarks.speed.runner import Report, carry_out
+from benchmarks.speed.steps import decode_step, training_step
+from benchmarks.speed.timing import Spread, interleaved, ratios, spread
+from benchmarks.speed.workloads import linears, llama, random
+
+# transformers deprecates its own name for a cache.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
+
+def test_the_spread_is_median_and_quartiles() -> None:
+    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(2.0, 3.0, 4.0)
+    assert spread([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # The machine is twice as slow in the second round: the ratio of medians would be 2.5 / 1.5.
+    assert ratios([2.0, 6.0], [1.0, 2.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="as many rounds"):
+        ratios([1.0], [1.0, 2.0])
+
+
+def test_steps_are_timed_in_turns_and_short_ones_are_repeated() -> None:
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds, repeats = interleaved(steps, rounds=2, warm_ups=1, at_least=0)
+    assert repeats == 1
+    # The warm-up, the first step once to see how long it takes, then there and back.
+    assert "".join(calls) == "abc" + "a" + "abc" + "cba"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert interleaved({"short": lambda: None}, rounds=1, at_least=1e-3)[1] > 1
+
+
+def test_times_are_compared_within_a_setting() -> None:
+    rows = [
+        {"arm": "base", "tokens": 512, "seconds": [1.0, 2.0]},
+        {"arm": "VeRA r=256", "tokens": 512, "seconds": [2.0, 4.0]},
+        {"arm": "VeRA r=256", "tokens": 128, "seconds": [9.0, 9.0]},
+    ]
+    assert time_ratio(rows, "VeRA r=256", "base", tokens=512) == Spread(2.0, 2.0, 2.0)
+    assert time_ratio(rows, "VeRA r=256", "base", tokens=128) is None
+    with pytest.raises(ValueError, match="found 2"):
+        row_of(rows, arm="VeRA r=256")
+
+
+@pytest.mark.parametrize("arm", [BASE, FULL, *(Arm(method, 4) for method in METHODS)], ids=lambda arm: arm.name)
+def test_a_training_step_gives_every_gradient(arm: Arm) -> None:
+    workload = linears(64, 176)
+    base = workload.frozen(torch.float32)
+    model = adapted(base, arm, workload.targets)
+    x = workload.inputs(1, 8, torch.float32)
+    training_step(workload, model, x)()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+    assert bool(trained) == (arm != BASE)
+    # Values off their start: a method that does nothing yet could take a short cut.
+    assert torch.equal(model(x), base(x)) == (arm in (BASE, FULL))
+
+
+def test_a_decoded_token_is_always_at_the_same_place() -> None:
+    model = llama(64, 176, heads=4).frozen(torch.float32)
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+    )
+    step = decode_step(model, random(2, 129, 64))
+    step()
+    step()
+    assert seen == [0, 128, 128]
+
+
+def test_a_copy_has_the_base_s_own_tensors() -> None:
+    base = linears(64, 176).frozen(torch.float32)
+    pointers = [parameter.data_ptr() for parameter in base.parameters()]
+    for copied in (sharing_copy(base), adapted(base, FULL, ["q_proj"])):
+        assert copied is not base
+        assert [parameter.data_ptr() for parameter in copied.parameters()] == pointers
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_what_is_kept_is_counted_once_and_without_weights() -> None:
+    layer, x = nn.Linear(8, 6), random(10, 8).requires_grad_()
+    # The input for the weight's gradient, and sigmoid's output.
+    assert saved_for_backward(layer, lambda x: layer(x).sigmoid(), x) == 4 * (10 * 8 + 10 * 6)
+    # Views of one tensor are one tensor.
+    assert saved_for_backward(layer, lambda x: (2 * x).sin() * 3, x) == 4 * 80
+    assert saved_for_backward(layer, layer.requires_grad_(False), x) == 0
+
+
+def test_what_cannot_be_built_is_reported_and_the_rest_measured() -> None:
+    report = Report()
+    carry_out(
+        plan.Run("training", plan.linears_64, [BASE, Arm("VeRA", 4), Arm("VeRA", -1)], tokens=4, rounds=2), report
+    )
+    assert [row["arm"] for row in report.rows] == ["base", "VeRA r=4"]
+    assert all(len(row["seconds"]) == 2 for row in report.rows)
+    (miss,) = report.not_measured
+    assert miss["what"] == "training, linears-64, float32: VeRA r=-1"
+    assert miss["reason"].startswith("RuntimeError: Trying to create tensor with negative dimension")
+
+
+def test_every_run_of_the_plan_has_a_base_and_no_method_twice() -> None:
+    for run in (*plan.WHOLE, *plan.QUICK):
+        assert run.arms[0] == BASE
+        assert len(set(run.arms)) == len(run.arms)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    assert main(["--quick", "--threads", "1", "--output", str(file)]) == 0
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert {row["part"] for row in content["rows"]} == {"training", "prefill", "decode", "memory"}
+    assert content["not_measured"] == []
+    assert "dvora dense r=16" in capsys.readouterr().out
+    assert main(["--quick", "--threads", "1", "--part", "decode", "--arm", "VeRA r=16", "--rounds", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "decode llama-64" in output
+    assert "training" not in output
+    assert "DoRA" not in output
+    with pytest.raises(SystemExit, match="no run of the plan"):
+        main(["--quick", "--part", "sleeping"])
