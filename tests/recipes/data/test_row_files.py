@@ -13,7 +13,7 @@ from dvora.recipes.data.tables import stream_table
 ROWS = [{"text": 'schön, "gut"\nund\tlang', "n": "1"}, {"text": "", "n": "a\u2028b"}]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".CSV"])
+@pytest.mark.parametrize("suffix", [".tsv", ".ndjson", ".CSV"])
 def test_what_is_written_is_read_back(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes("".join(writer_for(suffix)(ROWS)).encode())

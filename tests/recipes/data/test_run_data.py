@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from dvora.recipes.data.run_data import Data, load_data
 from dvora.recipes.data.splits import same_text
@@ -101,13 +100,6 @@ def test_numbers_as_classes_have_one_name_and_their_order(tmp_path: Path) -> Non
     assert load(tmp_path / "a.jsonl").labels == ("-1", "2", "10")
 
 
-def test_a_class_that_training_does_not_have_is_reported(tmp_path: Path) -> None:
-    train = csv(tmp_path, "text,label", *(f"t{n},{n % 2}" for n in range(30)))
-    test = csv(tmp_path, "text,label", "new,7", name="test.csv")
-    with pytest.raises(ValueError, match=r"test\.csv, row 1: the class '7' does not occur"):
-        load(train, test_data=str(test))
-
-
 def test_pairs_have_classes_or_numbers_and_both_ways_round_is_one_pair(tmp_path: Path) -> None:
     rows = [f"a{n},b{n},{n % 2}" for n in range(40)]
     turned = [f"b{n},a{n},{n % 2}" for n in range(40)]
@@ -199,9 +191,3 @@ def test_data_of_another_kind_is_reported(tmp_path: Path, name: str, task: str, 
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / name, task)
-
-
-def test_an_image_of_another_colour_space_is_read(tmp_path: Path) -> None:
-    folder = tiny_data.images(tmp_path / "squares", 20)
-    Image.new("RGBA", (9, 7)).save(folder / "dark" / "alpha.png")
-    assert len(load(folder, "image-classification", test_share=0).train) == 19

@@ -1,7 +1,6 @@
 """The values of a label column: classes by name, or numbers."""
 
 from collections.abc import Sequence
-from decimal import Decimal
 from math import isfinite
 from typing import Any
 
@@ -29,8 +28,7 @@ def class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
             "For numbers take the task regression, or label_kind: numbers"
         )
     if all(name.removeprefix("-").isdecimal() for name in names):
-        # Python makes no whole number of more than 4,300 digits.
-        names.sort(key=Decimal)
+        names.sort(key=int)
     return tuple(names)
 
 

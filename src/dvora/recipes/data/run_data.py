@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,21 +61,24 @@ def load_data(settings: Settings) -> Data:
     distinct = {part: _without_duplicates(examples) for part, examples in read.items()}
     drawn = _split(distinct, bool(labels), settings)
     parts = _without_leaks(drawn)
-    removed = {
-        "duplicates_removed": _count(read) - _count(distinct),
-        "leaks_removed": _count(drawn) - _count(parts),
-    }
-    _check_sizes(parts, settings)
+    rows = {part: len(examples) for part, examples in parts.items()}
+    _check_sizes(rows, settings)
+    duplicates, leaks = _count(read) - _count(distinct), _count(drawn) - _count(parts)
+    if duplicates:
+        notes.append(f"{duplicates:,} exact duplicates removed")
+    if leaks:
+        notes.append(f"{leaks:,} rows removed that also occur in a held-out file")
+    if torn := _torn(parts):
+        notes.append(f"{torn:,} texts occur with different labels")
     record = {
         "files": fingerprints(settings),
         "columns": columns,
-        "rows": {part: len(examples) for part, examples in parts.items()},
-        **removed,
+        "rows": rows,
+        "duplicates_removed": duplicates,
+        "leaks_removed": leaks,
     }
-    notes += _notes(parts, **removed)
-    rows = {part: [example.row for example in examples] for part, examples in parts.items()}
     return Data(
-        **rows,
+        **{part: [example.row for example in examples] for part, examples in parts.items()},
         labels=labels,
         record=record,
         notes=tuple(dict.fromkeys(notes)),
@@ -146,24 +149,18 @@ def _without_leaks(parts: Parts) -> Parts:
     }
 
 
-def _check_sizes(parts: Parts, settings: Settings) -> None:
+def _check_sizes(rows: Mapping[str, int], settings: Settings) -> None:
     wanted = {"train": SMALLEST, "validation": int(settings.validation_share > 0), "test": int(settings.test_share > 0)}
-    if short := [part for part, least in wanted.items() if len(parts[part]) < least]:
-        sizes = ", ".join(f"{part} {len(examples)}" for part, examples in parts.items())
+    if short := [part for part, least in wanted.items() if rows[part] < least]:
+        sizes = ", ".join(f"{part} {count}" for part, count in rows.items())
         raise ValueError(f"too few different rows for the part {short[0]} ({sizes}); add data, or change its share")
 
 
-def _notes(parts: Parts, duplicates_removed: int, leaks_removed: int) -> list[str]:
-    notes = []
-    if duplicates_removed:
-        notes.append(f"{duplicates_removed:,} exact duplicates removed")
-    if leaks_removed:
-        notes.append(f"{leaks_removed:,} rows removed that also occur in a held-out file")
+def _torn(parts: Parts) -> int:
+    """How many texts have several labels."""
     labelled = [example for part in parts.values() for example in part if {"text", "label"} <= example.row.keys()]
     labels = Counter(key for key, _ in {(example.key, example.row["label"]) for example in labelled})
-    if torn := sum(count > 1 for count in labels.values()):
-        notes.append(f"{torn:,} texts occur with different labels")
-    return notes
+    return sum(count > 1 for count in labels.values())
 
 
 def fingerprints(settings: Settings) -> dict[str, dict[str, Any]]:
