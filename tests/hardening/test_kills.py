@@ -18,7 +18,6 @@ TRAIN = "train --task text-classification -m base --data reviews.csv -o out --ra
 COMMANDS = {
     "train": f"{TRAIN} --epochs 2 --quiet --json",
     "merge into shards": "merge adapter -o out --shard-size 8KB --json",
-    "convert to dora": "convert adapter --to dora -o out --json",
     "pack": "bank pack adapters -o out --json",
     "unpack": "bank unpack pack -o out --json",
 }

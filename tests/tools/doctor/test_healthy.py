@@ -1,6 +1,8 @@
 """The doctor finds nothing on healthy models, and leaves them as they were."""
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from dvora.tools.doctor import Examination, examine
+from dvora.tools.doctor.checks import CHECKS
 from tests.peft import tiny
 from tests.tools.doctor.patients import METHODS, Convolved, adapted, inputs, patient
 
@@ -175,3 +178,14 @@ def test_what_cannot_be_examined_is_refused() -> None:
 class Nothing(nn.Module):
     def forward(self, x: torch.Tensor) -> list[int]:
         return [1]
+
+
+def test_every_check_is_explained_on_its_page_and_made() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "doctor.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| check \|.*?\n\n", page, flags=re.MULTILINE | re.DOTALL)
+    assert table is not None
+    assert [row.split("|")[1].strip() for row in table[0].splitlines()[2:] if row] == list(CHECKS)
+    model = patient()
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    found = examine(model, inputs(), optimizer=optimizer)
+    assert [finding.check for finding in found.findings] == list(CHECKS)

@@ -4,12 +4,9 @@ import torch
 from peft import PeftModel
 
 from ..dense_rebuild import subjects
+from .checks import CHECKS
 from .findings import Examination, Finding
-from .layer_checks import constants, gradients, merge_losses, outputs, short_rows, small_rows
-from .model_checks import calls, finite_parameters, merging, mixed_batch, received
-from .round_trip import round_trip
-from .training_checks import identity, movement, rates
-from .watched import Inputs, Loss, recorded, restored
+from .patient import Inputs, Loss, Patient, recorded, restored
 
 __all__ = ["Examination", "Finding", "examine"]
 
@@ -55,23 +52,8 @@ def examine(
         raise ValueError(f"layers must be at least 1, got {layers}")
     count = len(every) if layers is None else min(layers, len(every))
     some = tuple(every[place * len(every) // count] for place in range(count))
+    left_out = {*(["learning rates"] if optimizer is None else []), *([] if fresh_process else ["save and load"])}
     with restored(model):
-        adapted, seen = recorded(model, inputs, every)
-        findings = [
-            identity(model, inputs),
-            outputs(some, seen),
-            gradients(some, seen),
-            constants(some),
-            short_rows(some),
-            small_rows(some),
-            calls(every, seen),
-            received(model, inputs, every, loss),
-            finite_parameters(model, every),
-            movement(some),
-            *([rates(model, some, optimizer)] if optimizer is not None else []),
-            merge_losses(some),
-            merging(model, inputs, every, adapted),
-            mixed_batch(model, inputs, every, adapted),
-            *([round_trip(model, inputs, adapted)] if fresh_process else []),
-        ]
+        patient = Patient(model, inputs, loss, optimizer, every, some, *recorded(model, inputs, every))
+        findings = [check.finding(patient) for name, check in CHECKS.items() if name not in left_out]
     return Examination(tuple(findings), len(every), count)

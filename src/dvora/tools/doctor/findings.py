@@ -1,4 +1,4 @@
-"""What a check found: whether it passed, the numbers, where, and what to do about it."""
+"""What checks found: whether each passed, the numbers, where, and what to do about it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -89,46 +89,3 @@ class Examination:
             if finding.advice:
                 lines.append(f"{'':{width + 8}}{finding.advice}")
         return "\n".join([*lines, f"Verdict: {self.verdict}"])
-
-
-def within_limits(
-    check: str,
-    values: Mapping[str, float],
-    limits: float | Mapping[str, float],
-    what: str,
-    advice: str,
-    status: Status = "fail",
-) -> Finding:
-    """The finding on one number a layer, which has to stay below a limit.
-
-    Args:
-        check: its name.
-        values: by layer; NaN is above any limit.
-        limits: highest value that passes, one for all layers or one a layer.
-        what: it is, in words.
-        advice: for what does not pass.
-        status: of a finding that does not pass.
-    """
-    if not values:
-        return Finding(check, "skip", "no layer that this can be checked on")
-    by_layer = {name: limits[name] if isinstance(limits, Mapping) else limits for name in values}
-    # The farthest above its own limit first; of those that pass, the nearest to it.
-    ordered = sorted(values, key=lambda name: -_size(values[name]) / max(by_layer[name], 1e-30))
-    above = [name for name in ordered if not values[name] <= by_layer[name]]
-    worst, limit = _size(values[ordered[0]]), by_layer[ordered[0]]
-    figures = {"worst": worst, "limit": limit, "layers": float(len(values))}
-    line = f"{what} {'at most ' if len(values) > 1 else ''}{worst:.1e} (limit {limit:.0e})"
-    if not above:
-        return Finding(check, "pass", line, figures=figures)
-    if len(values) > 1:
-        line += f"; too much in {len(above)} of {len(values)} layers, most in {above[0]}"
-    return Finding(check, status, line, advice, figures, tuple(above) if len(values) > 1 else ())
-
-
-def within_limit(check: str, value: float, limit: float, what: str, advice: str) -> Finding:
-    """The finding on one number of the whole model."""
-    return within_limits(check, {"": value}, limit, what, advice)
-
-
-def _size(value: float) -> float:
-    return value if value == value else float("inf")

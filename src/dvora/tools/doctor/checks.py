@@ -1,0 +1,501 @@
+"""The checks: each by its name, with what it measures and what to do if it does not pass.
+
+`CHECKS` has them in the order of a report. One that looks at layers does so against their dense rebuilds.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from ...functional import unit_rows
+from ...peft.layer import DVoRALayer
+from ...tensors import bias_of
+from ...weight import MergePrecisionWarning
+from ..dense_rebuild import Subject, Term
+from .findings import Finding, Status
+from .patient import CannotCheckError, Loss, Patient, called, restored, tensors_of
+from .round_trip import outputs_of_the_file
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Relative error of outputs by the dtype of what is computed with."""
+GRADIENT_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+QUANTISED_TOLERANCE = 2e-2
+SHORT_ROW = 0.1
+SMALL_ROW = 1e-2
+LOST = 0.05
+RUNAWAY = 0.5
+"""Median relative change of a magnitude beyond which it has run away."""
+FAST = 0.05
+"""Learning rate of the magnitude, as a share of the median norm of a row, beyond which it will."""
+_STEP = 1e-5
+_PERTURBATION = 0.01
+_FRESH = "doctor"
+_REFUSALS = (TypeError, ValueError, NotImplementedError)
+_NO_GRADIENT = "an autograd kernel was not registered"
+"""In torch's warning when an operator without a gradient is differentiated."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found.
+
+    Args:
+        passed: whether nothing has to be done.
+        found, figures, layers: as in `Finding`.
+        status, advice: of what did not pass, where they are others than the check's.
+    """
+
+    passed: bool
+    found: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    status: Status | None = None
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check.
+
+    Args:
+        name: of it.
+        look: at a model; raises `CannotCheckError` where it cannot.
+        advice: for what does not pass.
+        status: of what does not pass.
+    """
+
+    name: str
+    look: Callable[[Patient], Outcome]
+    advice: str
+    status: Status
+
+    def finding(self, patient: Patient) -> Finding:
+        """The finding on a model."""
+        try:
+            outcome = self.look(patient)
+        except CannotCheckError as reason:
+            return Finding(self.name, "skip", str(reason))
+        if outcome.passed:
+            return Finding(self.name, "pass", outcome.found, figures=outcome.figures)
+        status, advice = outcome.status or self.status, outcome.advice or self.advice
+        return Finding(self.name, status, outcome.found, advice, outcome.figures, outcome.layers)
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def _check(name: str, advice: str, status: Status = "fail") -> Callable[[Callable[[Patient], Outcome]], None]:
+    """Add a function to the checks."""
+
+    def add(look: Callable[[Patient], Outcome]) -> None:
+        CHECKS[name] = Check(name, look, advice, status)
+
+    return add
+
+
+@_check(
+    "identity at the start",
+    "training starts from a damaged model: leave init_weights (init_lora_weights) at its default",
+)
+def _identity(patient: Patient) -> Outcome:
+    """A fresh adapter of the same configuration against the base alone."""
+    model, active = patient.model, patient.adapter
+    config = copy.deepcopy(model.peft_config[active])
+    config.inference_mode = False
+    with restored(model):
+        try:
+            model.add_adapter(_FRESH, config)
+        except _REFUSALS as problem:
+            raise CannotCheckError(f"no second adapter fits beside this one: {_first_line(problem)}") from problem
+        try:
+            model.set_adapter(_FRESH)
+            model.eval()
+            started = patient.output()
+            with model.disable_adapter():
+                base = patient.output()
+        finally:
+            model.set_adapter(active)
+            model.delete_adapter(_FRESH)
+    error = distance(started, base)
+    return _within({"": error}, TOLERANCES[base.dtype], "outputs of a fresh adapter differ from the base's by")
+
+
+@_check(
+    "outputs",
+    "the layer does not compute its adapter: do not trust its results; try another version of the library, or an "
+    "unquantised base",
+)
+def _outputs(patient: Patient) -> Outcome:
+    """Each layer's outputs against those of W' as a dense matrix."""
+    errors, limits = {}, {}
+    for subject, x in _called(patient):
+        with torch.no_grad():
+            found = subject.layer(x)
+            errors[subject.name] = distance(found, subject.outputs(x, subject.rebuilt(subject.weight())))
+        limits[subject.name] = QUANTISED_TOLERANCE if subject.layout is None else TOLERANCES[found.dtype]
+    return _within(errors, limits, "outputs differ from a dense float64 rebuild by")
+
+
+@_check("gradients", "training goes in a wrong direction: look for hooks, custom kernels, and a forward under no_grad")
+def _gradients(patient: Patient) -> Outcome:
+    """Each layer's gradients against finite differences of its dense rebuild."""
+    errors, limits = {}, {}
+    for subject, x in _called(patient):
+        errors[subject.name] = _gradient_error(subject, x)
+        limits[subject.name] = GRADIENT_TOLERANCES[subject.dtype if subject.layout else torch.bfloat16]
+    return _within(errors, limits, "gradients differ from finite differences by")
+
+
+@_check(
+    "norm constants",
+    "the base was changed behind the layer's back (through .data, or another library): adapt it again, or load the "
+    "base's weights with load_state_dict",
+)
+def _constants(patient: Patient) -> Outcome:
+    """The constants of the norm that DVoRA keeps, against the weight as it is now."""
+    errors: dict[str, float] = {}
+    for subject in patient.some:
+        if not isinstance(subject.layer, DVoRALayer) or subject.layout is None:
+            continue
+        weight, w = subject.weight(), subject.weight().norm(dim=1)
+        for term in subject.terms:
+            adapted = subject.layer.adapted(term.adapter)
+            error = distance(adapted.w, w)
+            if adapted.C is not None and adapted.rank:
+                expected = adapted.B(weight) * (unit_rows(weight, w) @ adapted.A(weight).T)
+                rounded = 1e-2 if adapted.C.dtype == torch.bfloat16 else 1.0
+                error = max(error, rounded * distance(adapted.C, expected))
+            errors[subject.name] = max(error, errors.get(subject.name, 0.0))
+    return _within(errors, 1e-4, "kept norms differ from those of the weight by")
+
+
+@_check(
+    "cancelled rows",
+    "lower the learning rate of lambda_b and lambda_d (LoRA's matrices), or alpha: such rows point anywhere",
+    "warn",
+)
+def _short_rows(patient: Patient) -> Outcome:
+    """Rows that the update nearly cancels, so that the rescaling magnifies what is left of them."""
+    shares: dict[str, float] = {}
+    for subject in patient.some:
+        weight = subject.weight()
+        for term in subject.terms:
+            if term.magnitude is not None:
+                # A row of zeros has nothing that could be cancelled.
+                short = term.norm(term.values(), weight) < SHORT_ROW * weight.norm(dim=1)
+                shares[subject.name] = max(float(short.double().mean()), shares.get(subject.name, 0.0))
+    return _within(shares, 0.0, f"share of rows with less than {SHORT_ROW:g} of their norm left before rescaling:")
+
+
+@_check(
+    "small rows",
+    "nothing has to be done if their magnitudes stay near their norms; outputs of others lose digits: leave the layer "
+    "out, or compute in float64",
+    "warn",
+)
+def _small_rows(patient: Patient) -> Outcome:
+    """Rows of DVoRA that are tiny beside their bias, which is subtracted from the base's rounded outputs."""
+    shares = {}
+    for subject in patient.some:
+        if isinstance(layer := subject.layer, DVoRALayer):
+            w, bias = subject.weight().norm(dim=1), bias_of(layer.get_base_layer(), layer.measured_bias)
+            small = torch.zeros_like(w) if bias is None else (w > 0) & (w < SMALL_ROW * bias.detach().abs().to(w))
+            shares[subject.name] = float(small.double().mean())
+    return _within(shares, 0.0, f"share of rows whose norm is less than {SMALL_ROW:g} of their bias:")
+
+
+@_check(
+    "calls", "leave them out (target_modules, exclude_modules), or give inputs that reach them, as experts may need"
+)
+def _calls(patient: Patient) -> Outcome:
+    """Layers that were adapted and did not run."""
+    names = [subject.name for subject in patient.layers]
+    never = [name for name in names if name not in patient.layer_inputs]
+    found = f"all {len(names)} adapted layers were called"
+    return _none_of(never, names, found, "adapted layers were never called")
+
+
+@_check(
+    "gradients received",
+    "what is not reached is not trained: look for a detach, a branch that is off, or layers that are not called",
+)
+def _received(patient: Patient) -> Outcome:
+    """Trained parameters that no gradient reaches, a small step away from where they are.
+
+    At the start of training some gradients are zero by design: lambda_d's, and those of LoRA's A.
+    """
+    with restored(patient.model, values=True):
+        trained, generator = patient.trained(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in trained.values():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.device)
+                parameter.add_((_PERTURBATION * noise).to(parameter.dtype)).requires_grad_(True)
+        for subject in patient.layers:
+            subject.make_differentiable()
+        with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _loss(called(patient.model, patient.inputs), patient.loss, generator).backward()
+        without = [name for name, parameter in trained.items() if not _has_gradient(parameter)]
+    if stops := [str(warning.message) for warning in caught if _NO_GRADIENT in str(warning.message)]:
+        advice = (
+            "load the model again and train it before it is evaluated: bitsandbytes repacks 4-bit weights in the first "
+            "evaluation on a CPU, and what lies before them gets no gradient from then on"
+        )
+        found = f"gradients end at an operator that has none: {stops[0].partition(': an')[0]}"
+        return Outcome(False, found, advice=advice)
+    found = f"all {len(trained)} trained tensors get a gradient"
+    return _none_of(without, trained, found, "trained tensors get no gradient")
+
+
+@_check("values", "training diverged: go back to a checkpoint and lower the learning rate")
+def _values(patient: Patient) -> Outcome:
+    """Trained parameters that are not finite."""
+    trained = patient.trained()
+    bad = [name for name, parameter in trained.items() if not bool(parameter.isfinite().all())]
+    found = f"all values of {len(trained)} trained tensors are finite"
+    return _none_of(bad, trained, found, "trained tensors hold values that are not finite")
+
+
+@_check("movement", "lower the magnitude's learning rate (dvora.training.recommended_rates)")
+def _movement(patient: Patient) -> Outcome:
+    """Whether the adapter is still where it started, and whether its magnitude ran away."""
+    changes: dict[str, float] = {}
+    moved = 0
+    for subject in patient.some:
+        weight = subject.weight()
+        for term in subject.terms:
+            moved += term.moves(weight)
+            if term.magnitude is not None:
+                rows = weight.norm(dim=1)
+                relative = (term.values()[term.magnitude].flatten() - rows).abs() / rows.clamp_min(1e-30)
+                changes[subject.name] = float(relative.nan_to_num(float("inf")).median())
+    figures = {"layers": float(len(patient.some)), "moved": float(moved)}
+    if not moved:
+        found = "no layer has moved from where it started: the adapter does nothing"
+        advice = "train it; after training, look whether its values are in the optimizer and its rates above zero"
+        return Outcome(False, found, figures, status="warn", advice=advice)
+    found = f"{moved} of {len(patient.some)} layers have moved"
+    if not changes:
+        return Outcome(True, found, figures)
+    worst = max(changes.values())
+    figures["worst"] = worst
+    if runaway := tuple(layer for layer, change in changes.items() if change > RUNAWAY):
+        found = f"the magnitude ran away in {len(runaway)} of {len(changes)} layers: half of its rows changed by "
+        return Outcome(False, f"{found}{worst:.0%} or more", figures, runaway)
+    return Outcome(True, f"{found}; median change of a row's magnitude at most {worst:.1%}", figures)
+
+
+@_check(
+    "learning rates",
+    "take dvora.training.recommended_rates: AdamW moves every value by about its rate in each step",
+    "warn",
+)
+def _rates(patient: Patient) -> Outcome:
+    """Learning rates that look wrong, and trained parameters that the optimizer does not have."""
+    if patient.optimizer is None:
+        raise CannotCheckError("no optimizer was given")
+    rates = {id(each): float(group["lr"]) for group in patient.optimizer.param_groups for each in group["params"]}
+    trained = {name: parameter for name, parameter in patient.model.named_parameters() if parameter.requires_grad}
+    if left_out := [name for name, parameter in trained.items() if id(parameter) not in rates]:
+        advice = "make the optimizer after the adapter, over all that is trained (dvora.training.parameter_groups)"
+        outcome = _none_of(left_out, trained, "", "trained tensors are in no group of the optimizer")
+        return Outcome(False, outcome.found, layers=outcome.layers, status="fail", advice=advice)
+    fast, still = {}, []
+    for subject in patient.some:
+        for term in subject.terms:
+            for vector, parameter in term.parameters.items():
+                rate = rates.get(id(parameter))
+                if rate == 0:
+                    still.append(f"{subject.name}.{vector}")
+                elif rate is not None and vector == term.magnitude:
+                    fast[subject.name] = rate / float(subject.weight().norm(dim=1).median().clamp_min(1e-30))
+    if still:
+        found = f"{len(still)} trained tensors have a learning rate of zero, first {still[0]}"
+        return Outcome(
+            False, found, layers=tuple(still), advice="leave them out of training (train=...), or give them a rate"
+        )
+    if not fast:
+        return Outcome(True, f"all {len(trained)} trained tensors have a learning rate above zero")
+    return _within(fast, FAST, "the magnitude's learning rate, as a share of the median norm of a row, is")
+
+
+@_check(
+    "merge rounding",
+    "keep the adapter unmerged, or merge into a float32 copy of the base (dvora merge --dtype float32)",
+    "warn",
+)
+def _merge_losses(patient: Patient) -> Outcome:
+    """The share of each update that rounding to the base's dtype would change in a merge."""
+    lost = {}
+    for subject in patient.some:
+        if subject.layout is not None:
+            weight = subject.weight()
+            merged = subject.rebuilt(weight)
+            moved = any(term.moves(weight) for term in subject.terms)
+            error = float((merged.to(subject.dtype).double() - merged).norm())
+            lost[subject.name] = error / float((merged - weight).norm()) if moved else 0.0
+    return _within(lost, LOST, "share of the update that a merge in the base's dtype loses:")
+
+
+@_check("merge", "do not ship the merged model: keep the adapter, or merge into a float32 copy of the base")
+def _merge(patient: Patient) -> Outcome:
+    """The outputs of the model with its adapter merged into the weights, against those of the adapted model."""
+    if any(subject.layout is None for subject in patient.layers):
+        raise CannotCheckError("the base is quantised: a merge would quantise it anew")
+    merges: Any = patient.model
+    with restored(patient.model, values=True), warnings.catch_warnings():
+        # The check "merge rounding" reports it.
+        warnings.simplefilter("ignore", MergePrecisionWarning)
+        try:
+            merges.merge_adapter()
+            error = distance(patient.output(), patient.outputs)
+        except _REFUSALS as problem:
+            raise CannotCheckError(f"not possible here: {problem}") from problem
+        finally:
+            if any(subject.layer.merged for subject in patient.layers):
+                merges.unmerge_adapter()
+    limit = max(TOLERANCES[subject.dtype] for subject in patient.layers)
+    return _within({"": error}, 10 * limit, "outputs of the merged model differ by")
+
+
+@_check("mixed batch", "serve one adapter at a time until it is mended")
+def _mixed_batch(patient: Patient) -> Outcome:
+    """A batch whose rows have the adapter and the base by turns, against the rows of both."""
+    if any(isinstance(each.layer, LoraLayer) and term.magnitude for each in patient.layers for term in each.terms):
+        # It would refuse in the middle of a pass, and leave its hooks behind.
+        raise CannotCheckError("PEFT's DoRA takes no batches of several adapters")
+    adapter, adapted = patient.adapter, patient.outputs
+    rows = [adapter if row % 2 else "__base__" for row in range(len(adapted))]
+    if len(rows) < 2:
+        raise CannotCheckError("the inputs have a single row")
+    try:
+        mixed = patient.output(adapter_names=rows)
+        with patient.model.disable_adapter():
+            base = patient.output()
+    except (*_REFUSALS, AttributeError) as problem:
+        raise CannotCheckError(f"not possible here: {_first_line(problem)}") from problem
+    expected = torch.stack([adapted[row] if row % 2 else base[row] for row in range(len(rows))])
+    limit = 10 * TOLERANCES[adapted.dtype]
+    return _within({"": distance(mixed, expected)}, limit, "rows of a mixed batch differ from single ones by")
+
+
+@_check(
+    "save and load",
+    "the file is not the adapter: look which of its values differ (dvora inspect), and in which dtype they are",
+)
+def _round_trip(patient: Patient) -> Outcome:
+    """The outputs of the saved adapter in a fresh process, against those of the model."""
+    error = distance(outputs_of_the_file(patient), patient.outputs.cpu())
+    what = "outputs after saving and loading in a fresh process differ by"
+    return _within({"": error}, TOLERANCES[patient.outputs.dtype], what)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """`||found - expected|| / ||expected||` in float64."""
+    found, expected = found.detach().double(), expected.detach().double()
+    size = torch.linalg.vector_norm(expected)
+    return float(torch.linalg.vector_norm(found - expected) / torch.where(size > 0, size, 1.0))
+
+
+def _within(values: Mapping[str, float], limits: float | Mapping[str, float], what: str) -> Outcome:
+    """One number a layer, or one of the model by the name "", which has to stay below a limit; NaN is above any."""
+    if not values:
+        raise CannotCheckError("no layer that this can be checked on")
+    by_layer = limits if isinstance(limits, Mapping) else dict.fromkeys(values, limits)
+    sizes = {name: value if value == value else float("inf") for name, value in values.items()}
+    # The farthest above its own limit first; of those that pass, the nearest to it.
+    ordered = sorted(sizes, key=lambda name: -sizes[name] / max(by_layer[name], 1e-30))
+    above = [name for name in ordered if sizes[name] > by_layer[name]]
+    worst, limit = sizes[ordered[0]], by_layer[ordered[0]]
+    found = f"{what} {'at most ' if len(values) > 1 else ''}{worst:.2g} (limit {limit:.1g})"
+    if above and len(values) > 1:
+        found += f"; too much in {len(above)} of {len(values)} layers, most in {above[0]}"
+    figures = {"worst": worst, "limit": limit, "layers": float(len(values))}
+    return Outcome(not above, found, figures, tuple(filter(None, above)))
+
+
+def _none_of(bad: Collection[str], names: Collection[str], right: str, wrong: str) -> Outcome:
+    """Names of which none should be there."""
+    found = f"{len(bad)} of {len(names)} {wrong}, first {next(iter(bad))}" if bad else right
+    return Outcome(not bad, found, {"layers": float(len(names))}, tuple(bad))
+
+
+def _called(patient: Patient) -> Iterator[tuple[Subject, Tensor]]:
+    """The layers that are checked one by one and were called, with their inputs."""
+    for subject in patient.some:
+        if subject.name in patient.layer_inputs:
+            yield subject, patient.layer_inputs[subject.name]
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).splitlines()[0]
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
+
+
+def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor:
+    """The given loss, the model's own, or a random sum of its outputs."""
+    if loss is not None:
+        return loss(outputs)
+    own: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if own is not None:
+        return own
+    weighed = [
+        (tensor.float() * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
+        for tensor in tensors_of(outputs)
+    ]
+    return torch.stack(weighed).sum()
+
+
+def _gradient_error(subject: Subject, x: Tensor) -> float:
+    """The largest error of a directional derivative, as a share of the gradient's norm."""
+    weight, generator = subject.weight(), torch.Generator().manual_seed(0)
+    trained = [
+        (term, name, each.requires_grad_(True)) for term in subject.terms for name, each in term.parameters.items()
+    ]
+    for _, _, parameter in trained:
+        parameter.requires_grad_(True)
+    subject.make_differentiable()
+    with torch.enable_grad():
+        found = subject.layer(x)
+        weights = torch.randn(found.shape, generator=generator, dtype=torch.float64).to(found.device)
+        loss = (found.double() * weights).sum()
+        gradients = torch.autograd.grad(loss, [parameter for _, _, parameter in trained], allow_unused=True)
+    worst = 0.0
+    for (term, name, parameter), given in zip(trained, gradients, strict=True):
+        gradient = torch.zeros_like(parameter).double() if given is None else given.double()
+        random = torch.randn(gradient.shape, generator=generator, dtype=torch.float64).to(gradient.device)
+        for direction in (gradient, random):
+            step = direction / direction.norm().clamp_min(1e-300)
+            slope = _slope(subject, term, name, step, weight, lambda y: float((y * weights).sum()), x)
+            error = abs(float((gradient * step).sum()) - slope)
+            worst = max(worst, error / max(float(gradient.norm()), abs(slope), 1e-12))
+    return worst
+
+
+@torch.no_grad()
+def _slope(
+    subject: Subject,
+    term: Term,
+    name: str,
+    step: Tensor,
+    weight: Tensor,
+    loss: Callable[[Tensor], float],
+    x: Tensor,
+) -> float:
+    """The slope of a loss of the rebuilt layer's outputs along a step of one vector, by central differences."""
+    values = term.values()
+    norm = term.norm(values, weight) if term.detached and term.magnitude is not None else None
+    ends = [
+        loss(subject.outputs(x, weight + term.delta({**values, name: values[name] + sign * step}, weight, norm)))
+        for sign in (_STEP, -_STEP)
+    ]
+    return (ends[0] - ends[1]) / (2 * _STEP)
