@@ -1,4 +1,4 @@
-"""The generated parts of docs/results.md, and the table at a glance of other pages, from the rows of both grids."""
+"""The generated parts of docs/results.md and the table at a glance, from `equal_bytes.json` and `quality.json`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -113,7 +113,7 @@ EARLIER_TASKS = {"movie_reviews": "movie reviews", "movie_ratings": "movie ratin
 
 
 def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, str]:
-    """The text of every part of the page that is about these grids, by its name.
+    """The text of every part of the page that is about these runs, by its name.
 
     Args:
         content, earlier: of the result files `equal_bytes.json` and `quality.json`.

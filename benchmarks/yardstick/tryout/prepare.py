@@ -30,11 +30,6 @@ SHORT: dict[str, Any] = {
 def prepare(task: Task, checkout: Path, folder: Path) -> Path:
     """Lay out the trial of a task.
 
-    Args:
-        task: which.
-        checkout: PEFT's repository.
-        folder: of the trial, for all tasks.
-
     Returns:
         The task's folder in it: the copy of PEFT's, without its experiments and rows, and with the stand-ins.
 
