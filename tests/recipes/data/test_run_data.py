@@ -48,16 +48,16 @@ def test_duplicates_go_and_what_nearly_is_one_stays_in_one_part(tmp_path: Path) 
     assert sum(map(len, (found.train, found.validation, found.test))) == 181
 
 
-def test_rows_of_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_rows_of_held_out_files_are_in_no_other_part(tmp_path: Path, part: str) -> None:
     rows = [f"text {number},{number % 2}" for number in range(50)]
     train = csv(tmp_path, "text,label", *rows)
-    test = csv(tmp_path, "text,label", *rows[:10], "TEXT 20,0", name="test.csv")
-    found = load(train, test_data=str(test))
+    held_out = csv(tmp_path, "text,label", *rows[:10], "TEXT 20,0", name="held-out.csv")
+    found = load(train, **{f"{part}_data": str(held_out)})
+    parts = [{same_text(row["text"]) for row in rows} for rows in (found.train, found.validation, found.test)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 50
     assert found.record["leaks_removed"] == 11
     assert "11 rows removed that also occur in a held-out file" in found.notes
-    held_out = {same_text(row["text"]) for row in found.test}
-    assert not held_out & {same_text(row["text"]) for row in (*found.train, *found.validation)}
-    assert len(found.test) == 11
 
 
 @pytest.mark.parametrize(
