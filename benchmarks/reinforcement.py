@@ -23,7 +23,7 @@ def reinforcement(content: Mapping[str, Any]) -> str:
     rows, environment = content["rows"], content["environment"]
     head = [
         "",
-        "kB",
+        "kB, float16",
         *(cell for name in PROBLEMS for cell in (f"{name}: solved, %", "above LoRA r=1")),
         "both problems",
     ]

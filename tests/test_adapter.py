@@ -88,21 +88,6 @@ def test_any_layer_is_its_base_at_the_start_bit_for_bit(
     assert torch.equal(layer.merge_to_original_layer().weight, base.weight)
 
 
-@given(leading=st.lists(st.integers(0, 3), max_size=4), training=st.booleans())
-def test_inputs_may_have_any_leading_dimensions(leading: list[int], training: bool) -> None:
-    layer, x = trained_layer(IN, OUT, RANK).train(training), randn(*leading, IN, seed=0).requires_grad_()
-    y, d = layer(x), randn(*leading, OUT, seed=1)
-    assert y.shape == (*leading, OUT)
-    flat = x.detach().reshape(-1, IN).requires_grad_()
-    torch.testing.assert_close(y.reshape(-1, OUT), layer(flat))
-    (ours,) = torch.autograd.grad(y, x, d)
-    (theirs,) = torch.autograd.grad(layer(flat), flat, d.reshape(-1, OUT))
-    torch.testing.assert_close(ours.reshape(-1, IN), theirs)
-    if training:
-        layer(x)
-        torch.testing.assert_close(layer.backward(d), ours)
-
-
 @pytest.mark.parametrize("shape", [(3, 7), (5,), (2, 6, 1), ()], ids=str)
 def test_a_wrong_width_is_refused_with_both_sizes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"width 6 .* got shape {re.escape(str(shape))}"):

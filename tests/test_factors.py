@@ -1,8 +1,6 @@
 """The row factors of layers made at once: those of the definition; and when a model's passes make them again."""
 
-import copy
 import gc
-import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,22 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import factors as source
 from dvora.factors import (
-    FactorPass,
     Factors,
     FactorSource,
-    Snapshot,
     StackConstants,
     add_factor_pass,
     current_pass,
     delta_weight,
     factors_of,
-    remove_factor_pass,
     stacked_factors,
 )
 from dvora.functional import Vectors
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
-from tests.cases import DIRECTIONS, SHARED, TOLERANCE, fresh_copy, nearly_cancelled, randn, trained_layer
+from tests.cases import DIRECTIONS, TOLERANCE, fresh_copy, nearly_cancelled, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 9, 4
@@ -186,20 +181,8 @@ def test_one_of_two_factors_may_have_no_gradient(missing: int) -> None:
     assert torch.equal(given_, stack.gradients()[1])
 
 
-@dtypes
-@directions
-def test_without_training_every_factor_is_exact(direction: str, dtype: torch.dtype) -> None:
-    stack = Stack(3, dtype=dtype, direction=direction)
-    w = torch.stack([adapted.w for adapted in stack.adapted])[:, None]
-    stack.vectors = Vectors(w, torch.zeros_like(w), stack.vectors.lambda_d)
-    gain_minus_one, scale, gain = stack.made()
-    assert not gain_minus_one.any()
-    assert not scale.any()
-    assert torch.equal(gain, torch.ones_like(gain))
-
-
 @distributions
-@pytest.mark.parametrize("shape", [(IN, OUT, RANK), (64, 64, 8), (120, 120, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (120, 768, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_gets_the_same_bits_alone_as_in_a_stack(
     dtype: torch.dtype, shape: tuple[int, int, int], distribution: str
@@ -221,7 +204,7 @@ def test_a_layer_gets_the_same_bits_alone_as_in_a_stack(
 
 @distributions
 @directions
-@pytest.mark.parametrize("shape", [(64, 64, 8), (10, 20, 40), (120, 360, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (10, 20, 40), (120, 768, 64)], ids=str)
 def test_the_definition_gives_the_bits_of_the_stack(
     shape: tuple[int, int, int], direction: str, distribution: str
 ) -> None:
@@ -230,19 +213,6 @@ def test_the_definition_gives_the_bits_of_the_stack(
     for layer, (adapted, weight) in enumerate(zip(stack.adapted, stack.weights, strict=True)):
         for ours, theirs in zip(adapted.factors(stack.one(layer, 0)[0], weight), together, strict=True):
             assert torch.equal(ours, theirs[layer, 0])
-
-
-@directions
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_narrow_C_is_widened_before_anything_is_summed(dtype: torch.dtype, direction: str) -> None:
-    stack = Stack(2, dtype=torch.float32, direction=direction)
-    for adapted in stack.adapted:
-        adapted.C = adapted.C.to(dtype)
-    narrow = stack.made()
-    for adapted in stack.adapted:
-        adapted.C = adapted.C.float()
-    for ours, theirs in zip(narrow, stack.made(), strict=True):
-        assert worst_error(ours, theirs.double()) < 1e-6
 
 
 def test_constants_are_joined_only_while_they_are_parts_of_one_tensor() -> None:
@@ -288,12 +258,12 @@ def test_nearly_cancelled_rows_of_one_layer_are_measured_and_leave_the_others_al
 
 
 @directions
-@pytest.mark.parametrize("tokens", [4, 600])
-@pytest.mark.parametrize("ratio", [0.3, 1e-1, 1e-2])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained base"])
+@given(ratio=st.sampled_from([0.3, 1e-2]), tokens=st.sampled_from([4, 600]))
 def test_outputs_of_nearly_cancelled_layers_are_right_to_a_hundred_thousandth_or_two(
-    ratio: float, tokens: int, direction: str
+    frozen: bool, direction: str, ratio: float, tokens: int
 ) -> None:
-    layer = nearly_cancelled(trained_layer(24, 10, 4, direction=direction), ratio)
+    layer = nearly_cancelled(trained_layer(24, 10, 4, direction=direction, freeze_base_layer=frozen), ratio)
     assert DenseDVoRA.of(layer).norm_ratio().max() < 3 * ratio
     x = randn(tokens, 24, seed=8)
     expected = DenseDVoRA.of(layer)(x)
@@ -301,20 +271,6 @@ def test_outputs_of_nearly_cancelled_layers_are_right_to_a_hundred_thousandth_or
     assert worst_error(layer(x), expected) < 2e-5
     with torch.no_grad():
         assert worst_error(layer.eval()(x), expected) < 2e-5
-
-
-def test_where_the_weight_is_not_in_memory_the_terms_have_to_do() -> None:
-    layer = nearly_cancelled(trained_layer(24, 10, 4, dtype=torch.float64), 1e-2)
-    adapted, weight = layer.adapted, layer.base_layer.weight
-    adapted.refresh_if_stale(weight)
-    source = FactorSource(adapted, layer.vectors)
-    with torch.no_grad():
-        measured = factors_of(source, weight).gain
-        adapted.readable, adapted.cache = False, None
-        by_terms = factors_of(source, None).gain
-    assert measured is not None
-    assert not torch.equal(by_terms, measured)
-    assert worst_error(by_terms, measured) < 1e-10
 
 
 @dtypes
@@ -380,8 +336,8 @@ def test_the_delta_has_the_precision_of_the_forward(direction: str) -> None:
     assert worst_error(delta, dense.merged_weight() - dense.weight) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_norms_of_vectors_in_half_precision_are_not(dtype: torch.dtype) -> None:
+def test_norms_of_vectors_in_half_precision_are_not() -> None:
+    dtype = torch.bfloat16
     layer, x = trained_layer(IN, OUT, RANK), randn(4, IN, seed=0)
     for vector in layer.vectors:
         vector.data = vector.data.to(dtype).float()
@@ -406,13 +362,11 @@ class Model(nn.Module):
         with torch.no_grad():
             for index, layer in enumerate(self.layers):
                 layer.lambda_d.mul_(1 + index)
-        self.seen: list[object] = []
         if passes:
             add_factor_pass(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            self.seen.append(current_pass())
             x = torch.tanh(layer(x))
         return x
 
@@ -485,7 +439,7 @@ def test_evaluation_makes_factors_once_while_nothing_changes(monkeypatch: pytest
         assert made == []
 
 
-def test_training_and_evaluation_remember_their_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_pass_ends_what_evaluation_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     step(model)
     with torch.no_grad():
@@ -495,8 +449,17 @@ def test_training_and_evaluation_remember_their_own_layers(monkeypatch: pytest.M
         step(model)
         with torch.no_grad():
             model(inputs())
-    # Not every optimizer's step is counted as a write, so that what an evaluation kept ends with a training pass.
+    # Not every optimizer's step is counted as a write, and only on a CPU values are compared.
     assert made == [3, 3]
+
+
+def test_a_layer_called_by_itself_takes_nothing_of_the_models_last_pass() -> None:
+    model = Model()
+    step(model)
+    model(inputs())
+    layer = model.layers[0]
+    layer.lambda_b.data.mul_(1.5)
+    torch.testing.assert_close(layer(inputs()), fresh_copy(layer)(inputs()))
 
 
 def test_layers_that_are_added_used_no_more_or_gone_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,19 +470,27 @@ def test_layers_that_are_added_used_no_more_or_gone_are_noticed(monkeypatch: pyt
     with counted(monkeypatch) as made:
         step(model)
         assert made == [4]
-    model.seen.clear()
     gone = [weakref.ref(model.layers[1].adapted), weakref.ref(model.layers[1].magnitude)]
     del model.layers[1]
     model.zero_grad(set_to_none=True)
     step(model)
-    model.seen.clear()
     with counted(monkeypatch) as made:
         found = step(model)
     assert made == [3]
-    model.seen.clear()
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
     assert_equal(found, step(model.alone()))
+
+
+def test_a_layer_that_is_not_called_gets_no_gradient() -> None:
+    model = Model()
+    step(model)
+    model.zero_grad()
+    first, *others = model.layers
+    model.layers = nn.ModuleList([first])
+    step(model)
+    assert first.lambda_b.grad is not None
+    assert all(parameter.grad is None for layer in others for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(
@@ -561,18 +532,6 @@ def test_a_trained_base_or_another_dtype_of_vectors_beside_the_others() -> None:
     for _ in range(3):
         assert_equal([gradient.float() for gradient in step(model)], expected)
     assert model.layers[1].lambda_b.grad.dtype == torch.float64
-
-
-@FEW_AND_MANY
-def test_accumulated_gradients_are_those_of_one_batch(tokens: int) -> None:
-    model, parts = Model(), [randn(tokens, WIDTH, seed=seed) for seed in range(3)]
-    alone = model.alone()
-    step(model)
-    model.zero_grad()
-    for part in parts:
-        model(part).square().sum().backward()
-    alone(torch.cat(parts)).square().sum().backward()
-    assert_equal([p.grad for p in model.trained()], [p.grad for p in alone.trained()])
 
 
 def test_several_passes_may_be_open_until_one_backward_pass_reaches_them() -> None:
@@ -640,16 +599,6 @@ def test_a_write_within_a_pass_is_seen_by_the_layers_that_come_after() -> None:
             torch.testing.assert_close(y, model.alone()(inputs()))
 
 
-def test_factors_of_another_pass_serve_nobody() -> None:
-    model = Model()
-    step(model)
-    step(model)
-    layer = model.layers[0]
-    with torch.no_grad():
-        layer.adapted.cache.trained().factors[id(layer.adapted)].scale.mul_(0)
-    torch.testing.assert_close(layer(inputs()), fresh_copy(layer)(inputs()))
-
-
 @pytest.mark.parametrize(("width", "rank"), [(310, 16), (33, 5)])
 def test_every_evaluation_gives_the_same_bits_from_the_first_on(width: int, rank: int) -> None:
     # Where the parts of a stack are not aligned in memory, products with them round in another way than alone.
@@ -678,51 +627,6 @@ def test_a_pass_of_functional_call_trains_the_values_that_it_was_given() -> None
 
 
 # Passes begin and end.
-
-
-def hooks(model: nn.Module) -> int:
-    return len(model._forward_pre_hooks) + len(model._forward_hooks) + len(model._forward_hooks_always_called)
-
-
-def test_every_forward_is_a_pass_of_its_own_and_a_layer_by_itself_is_in_none() -> None:
-    model = Model()
-    for _ in range(2):
-        model(inputs())
-    first, second = set(model.seen[:3]), set(model.seen[3:])
-    assert len(first) == len(second) == 1
-    assert first != second
-    assert None not in first | second
-    assert current_pass() is None
-
-
-def test_hooks_are_added_once_and_taken_back_without_those_of_others() -> None:
-    model = Model(passes=False)
-    model.register_forward_pre_hook(lambda *_: None)
-    before = hooks(model)
-    add_factor_pass(model)
-    added = hooks(model)
-    add_factor_pass(model)
-    assert hooks(model) == added == before + 3
-    remove_factor_pass(model)
-    remove_factor_pass(model)
-    assert hooks(model) == before
-    model(inputs())
-    assert model.seen == [None] * 3
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_hooks_and_a_memory_of_its_own(copied: Callable[[nn.Module], Model]) -> None:
-    model = Model()
-    step(model)
-    model.seen.clear()
-    made = copied(model)
-    assert hooks(made) == hooks(model)
-    owners = [{h.__self__ for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())} for m in (model, made)]
-    assert [len(own) for own in owners] == [1, 1]
-    assert owners[0].isdisjoint(owners[1])
-    assert not owners[1].pop()._last
-    for _ in range(2):
-        assert_equal(step(made), step(model))
 
 
 def test_a_model_within_a_model_has_passes_of_its_own() -> None:
@@ -755,18 +659,6 @@ def test_a_pass_ends_with_an_error_and_those_within_it_that_an_interruption_left
     assert current_pass() is None
 
 
-def test_passes_left_open_end_with_the_one_around_them() -> None:
-    outer, inner = FactorPass(), FactorPass()
-    outer.begin()
-    first = current_pass()
-    inner.begin()
-    inner.begin()
-    assert current_pass() is not first
-    outer.end()
-    assert current_pass() is None
-    outer.end()
-
-
 @pytest.mark.usefixtures("hasty_threads")
 def test_threads_may_train_and_evaluate_one_model_at_once() -> None:
     model = Model()
@@ -786,13 +678,3 @@ def test_threads_may_train_and_evaluate_one_model_at_once() -> None:
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(run, range(6)))
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_cached_factors_hold_no_graph_and_no_inference_tensors(many: bool) -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    sources = [source_of(layer)[0]] + ([source_of(trained_layer(IN, OUT, RANK, shared=SHARED))[0]] if many else [])
-    with torch.inference_mode():
-        cached = Snapshot(sources, compared=True)
-    for factors in cached.factors.values():
-        assert not any(t.requires_grad or t.is_inference() for t in factors[:4])

@@ -10,14 +10,14 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from dvora import functional as unchecked
-from tests.cases import DIRECTIONS, DTYPES, LARGE_SIZES, SIZES, TOLERANCE, randn
+from tests.cases import DIRECTIONS, DTYPES, SIZES, TOLERANCE, randn
 from tests.checked import checked
 from tests.reference import DenseDVoRA, worst_error
 
 F = checked("functional")
 
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
-sizes = pytest.mark.parametrize(("in_features", "out_features", "rank"), SIZES + LARGE_SIZES[:2])
+sizes = pytest.mark.parametrize(("in_features", "out_features", "rank"), SIZES)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 NAMES = ("magnitude", "lambda_b", "lambda_d")
 
@@ -61,11 +61,24 @@ class Problem:
 
 @dtypes
 @sizes
-@given(scaling=st.floats(0.01, 10), direction=st.sampled_from(DIRECTIONS))
+@given(
+    scaling=st.floats(0.01, 10),
+    direction=st.sampled_from(DIRECTIONS),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    bias=st.booleans(),
+)
 def test_every_function_equals_the_dense_method(
-    in_features: int, out_features: int, rank: int, dtype: torch.dtype, **options: object
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    leading: list[int],
+    bias: bool,
+    **options: object,
 ) -> None:
     p = Problem(in_features, out_features, rank, dtype, **options)
+    p.bias = p.bias if bias else None
+    p.x = randn(*leading, in_features, seed=8, dtype=dtype)
     dense, tolerance = p.dense(), 5 * TOLERANCE[dtype]
     merged = F.merged_weight(*p.matrices, p.vectors, **options)
     delta = F.delta_weight(*p.matrices, p.vectors, **options)
@@ -74,24 +87,6 @@ def test_every_function_equals_the_dense_method(
     assert worst_error(delta, dense.merged_weight() - dense.weight) < tolerance
     assert worst_error(p.outputs(), dense(p.x)) < tolerance
     assert worst_error(p.factors().scale, dense.scale()) < tolerance
-
-
-@given(
-    shape=st.tuples(st.integers(1, 9), st.integers(2, 9), st.integers(1, 12)),
-    leading=st.lists(st.integers(0, 3), max_size=3),
-    bias=st.booleans(),
-    scaling=st.floats(0.01, 10),
-    direction=st.sampled_from(DIRECTIONS),
-)
-def test_inputs_of_any_shape_equal_the_dense_method(
-    shape: tuple[int, int, int], leading: list[int], bias: bool, **options: object
-) -> None:
-    p = Problem(*shape, **options)
-    p.bias = p.bias if bias else None
-    p.x = randn(*leading, shape[0], seed=8, dtype=torch.float64)
-    # Where the update nearly cancels a row, the terms of its norm do: the error grows like (w / n)**2.
-    lost = max(1.0, float(0.01 / p.dense().norm_ratio().min()) ** 2)
-    assert worst_error(p.outputs(), p.dense()(p.x)) < 1e-12 * lost
 
 
 @directions
@@ -195,13 +190,9 @@ def test_the_angle_keeps_its_digits_when_it_is_small(size: float) -> None:
     new = torch.nn.functional.normalize(old + (kappa[:, None] * p.B * p.vectors.lambda_d) @ p.A, dim=1)
     expected = 2 * torch.atan2((new - old).norm(dim=1), (new + old).norm(dim=1))
     assert worst_error(angle, expected) < 1e-8
-
-
-def test_the_angle_of_a_reversed_row_is_a_half_turn_and_that_of_a_zero_row_none() -> None:
-    weight, w = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
-    terms = F.update_terms(weight, w, torch.eye(2), torch.tensor([[1.0, 0.0]] * 2), torch.ones(2))
-    angle = F.row_angle(F.relative_scale(torch.tensor([-3.0, 1.0]), w, 1.0, "unit"), *terms)
-    assert angle.tolist() == pytest.approx([math.pi, 0.0])
+    zero = torch.zeros(9, dtype=torch.float64)
+    assert not F.row_angle(kappa, zero, zero).any()
+    assert torch.allclose(F.row_angle(zero - 3, zero + 1, zero + 1), zero + math.pi), "a reversed row"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,7 +217,7 @@ def test_a_wrong_shape_is_refused_by_the_checked_copy(name: str) -> None:
 
 def test_a_shape_that_broadcasts_is_refused_by_the_checked_copy_alone() -> None:
     p = Problem(6, 5, 3)
-    arguments = (p.x, p.weight, randn(1, seed=0, dtype=torch.float64), p.A, p.B, p.vectors)
+    p.bias = randn(1, seed=0, dtype=torch.float64)
     with pytest.raises(TypeCheckError):
-        F.dvora_linear(*arguments)
-    unchecked.dvora_linear(*arguments)  # as users import it, without the cost (or the graph breaks) of the check
+        p.outputs()
+    unchecked.dvora_linear(p.x, p.weight, p.bias, p.A, p.B, p.vectors)  # without the cost of the check

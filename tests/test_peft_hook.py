@@ -37,18 +37,6 @@ def test_peft_before_dvora() -> None:
     check(f"import peft, dvora; {REGISTERED}; {NO_HOOK}")
 
 
-def test_without_peft_the_plain_layer_works_and_the_config_says_what_is_missing() -> None:
-    out = check(
-        "import sys; sys.modules['peft'] = None\n"
-        "import dvora, torch\n"
-        "layer = dvora.DVoRAAdapter(torch.nn.Linear(3, 4), 2, shared=dvora.SharedProjections())\n"
-        "print(layer(torch.ones(1, 3)).shape)\n"
-        "try:\n    dvora.DVoRAConfig\nexcept ImportError as error:\n    print('ImportError', error)"
-    )
-    assert "torch.Size([1, 4])" in out
-    assert "ImportError dvora.DVoRAConfig is not available: peft is missing; install dvora's extra 'peft'" in out
-
-
 def test_a_peft_that_does_not_fit_can_still_be_imported_and_warns() -> None:
     out = check(
         "import sys, warnings, dvora\n"

@@ -10,45 +10,17 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dvora.tensors import (
-    TensorVersion,
-    as_dtype,
-    at_least_float32,
-    is_traced,
-    version_of,
-)
+from dvora.tensors import TensorVersion, at_least_float32, is_traced
 from tests.cases import randn
-
-
-def assigned_until_the_address_returns(tensor: Tensor) -> None:
-    address = tensor.data_ptr()
-    for seed in range(100):
-        tensor.data = randn(3, 4, seed=seed)
-        if tensor.data_ptr() == address:
-            break
-
-
-def fused_step(tensor: Tensor) -> None:
-    tensor.grad = torch.ones_like(tensor)
-    torch.optim.AdamW([tensor], lr=0.1, fused=True).step()
-
 
 WRITES: dict[str, tuple[bool, Callable[[Tensor], object]]] = {
     "in place": (True, lambda t: t.mul_(2)),
-    "through a view": (True, lambda t: t.view(-1)[3:5].zero_()),
-    "through detach": (True, lambda t: t.detach().mul_(2)),
-    "foreach": (True, lambda t: torch._foreach_mul_([t], 2.0)),
-    "out": (True, lambda t: torch.mul(t, 2, out=t)),
     "in inference mode": (True, lambda t: torch.inference_mode()(t.mul_)(2)),
     "data assigned": (True, lambda t: setattr(t, "data", randn(3, 4, seed=1))),
-    "the address returns": (True, assigned_until_the_address_returns),
-    "a part of the same memory": (True, lambda t: setattr(t, "data", t.data[:1].expand(3, 4))),
     "another place in the same memory": (True, lambda t: setattr(t, "data", t.data.as_strided((3, 4), (4, 1), 12))),
     "other strides": (True, lambda t: setattr(t, "data", t.data.view(4, 3).T)),
-    "another dtype": (True, lambda t: setattr(t, "data", t.data.view(torch.int32).view(torch.float32).double())),
+    "another dtype": (True, lambda t: setattr(t, "data", t.data.view(torch.int32))),
     "a read": (False, lambda t: t.sum()),
-    "a gradient": (False, lambda t: setattr(t, "grad", torch.ones_like(t))),
-    "a fused optimizer": (False, fused_step),
     "data in place": (False, lambda t: t.data.mul_(2)),
 }
 
@@ -56,21 +28,15 @@ WRITES: dict[str, tuple[bool, Callable[[Tensor], object]]] = {
 @pytest.mark.parametrize("write", WRITES)
 def test_a_version_tells_every_write_that_torch_counts(write: str) -> None:
     noticed, change = WRITES[write]
-    tensor = nn.Parameter(randn(2, 3, 4, seed=0)[0])
+    tensor = nn.Parameter(randn(2, 3, 4, seed=0)[0], requires_grad=False)
     version = TensorVersion.of(tensor)
-    assert version.is_of(tensor)
     assert version.is_of(tensor.detach())
-    with torch.no_grad():
-        change(tensor)
+    change(tensor)
     assert version.is_of(tensor) == (version == TensorVersion.of(tensor)) == (not noticed)
 
 
 def test_a_version_keeps_no_memory_alive_and_no_other_tensor_gets_it() -> None:
-    versions = []
-    for seed in range(50):
-        tensor = randn(6, seed=seed)
-        versions.append(TensorVersion.of(tensor))
-        del tensor
+    versions = [TensorVersion.of(randn(6, seed=seed)) for seed in range(50)]
     assert all(first != second for i, first in enumerate(versions) for second in versions[:i])
     assert all(version.storage.expired() for version in versions)
 
@@ -78,22 +44,15 @@ def test_a_version_keeps_no_memory_alive_and_no_other_tensor_gets_it() -> None:
 def test_a_tensor_of_inference_mode_has_no_version_that_could_be_trusted() -> None:
     with torch.inference_mode():
         tensor = randn(6, seed=0)
-    assert version_of(tensor) == -1
     assert not TensorVersion.of(tensor).is_of(tensor)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
-    ids=str,
-)
-def test_a_guarded_cast_ends_at_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_guarded_cast_ends_at_float32(dtype: torch.dtype) -> None:
     cast = at_least_float32(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    assert cast(torch.ones(2)).dtype == expected
+    assert cast(torch.ones(2)).dtype == max(dtype, torch.float32, key=lambda d: d.itemsize)
     assert cast(torch.ones(2, dtype=torch.int64)).dtype == torch.int64
     assert at_least_float32(lambda t: t.to("meta", dtype))(torch.ones(2)).is_meta
-    ones = torch.ones(2)
-    assert as_dtype(ones, torch.float32) is ones
 
 
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode, FakeTensorMode])

@@ -2,14 +2,12 @@
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dvora import DVoRAAdapter, SharedProjections
+from dvora import SharedProjections
 from dvora import weight as weights
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import (
@@ -18,17 +16,14 @@ from dvora.weight import (
     EXPERTS_TRANSPOSED,
     KERNELS,
     ROWS,
-    SMALL_LOSS,
     AdaptedWeight,
     MergePrecisionWarning,
     WeightLayout,
-    check_can_be_set,
     check_finite,
     merge,
     merged_copy,
-    warn_of_losses,
 )
-from tests.cases import DTYPES, SHARED, fresh_copy, linear, randn, trained_layer
+from tests.cases import DTYPES, SHARED, linear, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 5, 3
@@ -104,7 +99,7 @@ def test_constants_made_under_autocast_are_not_rounded() -> None:
     assert_constants_of(adapted, weight)
 
 
-@pytest.mark.parametrize("norm", [1e-12, 1e-20, 1e-30])
+@pytest.mark.parametrize("norm", [1e-12, 1e-30])
 def test_norms_whose_squares_underflow_are_measured(norm: float) -> None:
     weight = randn(OUT, IN, seed=1)
     weight[2] *= norm / weight[2].norm()
@@ -139,80 +134,6 @@ def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distri
     lambda_d, d_q = vectors.lambda_d.clone().requires_grad_(), randn(OUT, seed=3, dtype=torch.float64)
     (expected,) = torch.autograd.grad(adapted.squares(lambda_d), lambda_d, d_q)
     assert worst_error(adapted.squares_gradient(d_q, lambda_d.detach()), expected) < 1e-12
-
-
-# The constants follow.
-
-
-def new_weight(layer: DVoRAAdapter, seed: int = 11) -> Tensor:
-    return 3 * randn(OUT, IN, seed=seed, dtype=layer.base_layer.weight.dtype)
-
-
-def assign_data_until_the_address_returns(layer: DVoRAAdapter) -> None:
-    # An address alone does not identify a weight: freed memory is allocated again.
-    weight = layer.base_layer.weight
-    address = weight.data_ptr()
-    for seed in range(11, 111):
-        weight.data = new_weight(layer, seed)
-        if weight.data_ptr() == address:
-            break
-
-
-def replace_the_base_layer(layer: DVoRAAdapter) -> None:
-    layer.base_layer = linear(IN, OUT).requires_grad_(False)
-    layer.base_layer.weight.mul_(3)
-
-
-def through_meta(layer: DVoRAAdapter) -> None:
-    values = {name: 2 * value for name, value in layer.state_dict().items()}
-    layer.to("meta").to_empty(device="cpu").load_state_dict(values)
-
-
-def assigned_from_meta(layer: DVoRAAdapter) -> None:
-    values = {name: nn.Parameter(2 * value, False) for name, value in layer.state_dict().items()}
-    layer.to("meta").load_state_dict(values, assign=True)
-
-
-def load(layer: nn.Module, assign: bool) -> None:
-    prefix = "" if isinstance(layer, nn.Linear) else "base_layer."
-    layer.load_state_dict({**layer.state_dict(), f"{prefix}weight": 3 * randn(OUT, IN, seed=11)}, assign=assign)
-
-
-FOLLOWED: dict[str, Callable[[DVoRAAdapter], object]] = {
-    "written in place": lambda layer: layer.base_layer.weight.copy_(new_weight(layer)),
-    "one row": lambda layer: layer.base_layer.weight[2].mul_(4),
-    "through a view": lambda layer: layer.base_layer.weight.view(-1)[3:9].zero_(),
-    "data assigned": lambda layer: setattr(layer.base_layer.weight, "data", new_weight(layer)),
-    "the address returns": assign_data_until_the_address_returns,
-    "parameter": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(new_weight(layer), False)),
-    "layer replaced": replace_the_base_layer,
-    "base loaded": lambda layer: load(layer.base_layer, assign=False),
-    "base loaded with assign": lambda layer: load(layer.base_layer, assign=True),
-    "all loaded": lambda layer: load(layer, assign=False),
-    "all loaded with assign": lambda layer: load(layer, assign=True),
-    "double": lambda layer: layer.double(),
-    "bfloat16": lambda layer: layer.bfloat16(),
-    "bfloat16 and back": lambda layer: layer.bfloat16().float(),
-    "meta and loaded": through_meta,
-    "meta and assigned": assigned_from_meta,
-    "refreshed after an uncounted write": lambda layer: (
-        layer.base_layer.weight.data.mul_(2),
-        layer.adapted.refresh(layer.base_layer.weight),
-    ),
-}
-
-
-@pytest.mark.parametrize("change", FOLLOWED)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_constants_follow(training: bool, change: str) -> None:
-    layer = trained_layer(IN, OUT, RANK, shared=SharedProjections(3)).train(training)
-    with torch.no_grad():
-        layer(randn(1, IN, seed=0))
-        FOLLOWED[change](layer)
-    with torch.set_grad_enabled(training):
-        x, fresh = randn(4, IN, seed=8, dtype=layer.base_layer.weight.dtype), fresh_copy(layer)
-        assert torch.equal(layer(x), fresh(x))
-    assert_constants_of(layer.adapted, layer.base_layer.weight)
 
 
 def test_a_pickle_holds_its_own_part_of_joined_constants_only() -> None:
@@ -295,17 +216,6 @@ def test_a_delta_below_the_rounding_of_the_weight_is_lost_whole_and_none_not_at_
     assert nothing.lost == 0
 
 
-def test_one_warning_counts_the_layers_and_names_the_worst() -> None:
-    with pytest.warns(MergePrecisionWarning) as caught:
-        warn_of_losses({"a": 0.2, "b": 0.416, "c": 0.01}, torch.bfloat16)
-    assert len(caught) == 1
-    for part in ("torch.bfloat16", "2 of 3 layers", "most in b: 41.6%"):
-        assert part in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_losses({"first": SMALL_LOSS, "second": 0.0}, torch.bfloat16)
-
-
 def test_a_merged_copy_has_the_bases_class_and_warns_by_name() -> None:
     base = linear(IN, OUT, dtype=torch.bfloat16)
     base.calls = 7
@@ -324,10 +234,3 @@ def test_a_merge_that_is_not_finite_in_the_weights_dtype_is_refused(dtype: torch
     with pytest.raises(ValueError, match=rf"here: merging gives .* too large for {dtype}; nothing was merged"):
         merged_copy(base, delta, "here")
     check_finite(torch.ones(3).to(torch.float8_e4m3fn), "a merge")
-
-
-def test_a_weight_that_is_computed_in_every_pass_cannot_be_set() -> None:
-    base = linear(IN, OUT)
-    check_can_be_set(base, "weight", "here")
-    with pytest.raises(TypeError, match=r"here computes its weight in every pass .*remove_parametrizations"):
-        check_can_be_set(nn.utils.parametrizations.weight_norm(base), "weight", "here")

@@ -40,12 +40,7 @@ class Population:
         return self._start + NOISE * torch.randn(len(self._start), generator=generator)
 
     def save(self, parent: Path, count: int) -> dict[str, Path]:
-        """A folder for each adapter, as `save_pretrained` writes it; by the adapter's name.
-
-        Args:
-            parent: a new folder for all of them.
-            count: how many.
-        """
+        """A folder for each adapter, as `save_pretrained` writes it; by the adapter's name."""
         first = parent / "first"
         self.model.save_pretrained(str(first))
         folders = {name_of(number): parent / name_of(number) for number in range(count)}
@@ -71,13 +66,7 @@ def name_of(number: int) -> str:
 
 
 def packed(population: Population, count: int, folder: Path) -> Path:
-    """A pack of the first so many adapters, whose own folders are gone afterwards.
-
-    Args:
-        population: of which the adapters are.
-        count: how many.
-        folder: for the pack.
-    """
+    """A pack of the first so many adapters, whose own folders are gone afterwards."""
     file = folder / "adapters.dvora"
     with TemporaryDirectory(dir=folder) as unpacked:
         write_pack(file, population.save(Path(unpacked) / "adapters", count))

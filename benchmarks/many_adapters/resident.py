@@ -17,15 +17,7 @@ AT_ONCE = 64
 
 
 def measure(report: Report, workload: Workload, pack: Path, known: int, slots: int, host_bytes: int) -> None:
-    """Add a row: a bank with every adapter of a pack used once.
-
-    Args:
-        report: gets the row.
-        workload: one of `ENCODERS`.
-        pack: of adapters.
-        known: how many are in it.
-        slots, host_bytes: of the bank.
-    """
+    """Add a row: a bank with every adapter of a pack used once."""
     given = workload.name, str(pack), str(slots), str(host_bytes)
     sizes = in_a_process("benchmarks.many_adapters.resident", *given)
     setting = {"part": "resident", "workload": workload.name, "known": known, "slots": slots, "host_bytes": host_bytes}

@@ -65,17 +65,7 @@ class Stream:
 def measure(
     report: Report, workload: Workload, base: nn.Module, asked: Sequence[int], pack: Path, requests: int, rounds: int
 ) -> None:
-    """Add a row for each loop and number of adapters.
-
-    Args:
-        report: gets the rows.
-        workload: the model.
-        base: its frozen base.
-        asked: for how many adapters the requests ask, in each stream.
-        pack: of at least as many.
-        requests: in a round.
-        rounds: how many.
-    """
+    """Add a row for each loop and number of adapters."""
     with ExitStack() as banks:
         kinds = [(count, used) for count in asked for used in ((False, True) if count > SLOTS else (False,))]
         streams = [_of_base(workload, base), *(_of_bank(workload, base, *kind, pack, banks) for kind in kinds)]

@@ -22,15 +22,7 @@ TOKENS = 16
 
 
 def measure(report: Report, workload: Workload, population: Population, folder: Path, rounds: int) -> None:
-    """Add a row for one tenant with all rows, for a tenant a row, and for PEFT's training of one, at once or in turns.
-
-    Args:
-        report: gets the rows.
-        workload: the model.
-        population: adapters of its base.
-        folder: an empty one.
-        rounds: how often each way is timed.
-    """
+    """Add a row for one tenant with all rows, for a tenant a row, and for PEFT's training of one adapter at a time."""
     x = workload.inputs(ROWS, TOKENS, torch.float32)
     like = next(iter(population.save(folder / "adapters", 1).values()))
     with ExitStack() as banks:

@@ -151,7 +151,7 @@ class Grid:
         if arm.rate:
             return self._usual(task, arm, arm.rate)
         runs = self.trials(task, name, rows)
-        is_finished = len(runs) > len(arm.rates) and all(run.key in rows for run in runs)
+        is_finished = all(run.key in rows for run in runs)
         return min(runs, key=lambda run: loss_of(rows[run.key])).rates if is_finished else None
 
     def trials(self, task: str, name: str, rows: Rows) -> list[Run]:

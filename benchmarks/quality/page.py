@@ -1,4 +1,4 @@
-"""The generated parts of docs/results.md, and the table at a glance of other pages, from the rows of both grids."""
+"""The generated parts of docs/results.md and the table at a glance, from `equal_bytes.json` and `quality.json`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,9 +25,7 @@ LABELS: Mapping[str, str] = {
     "structured_r256": "DVoRA r=256, structured",
     "dvora_r256": "DVoRA r=256, dense",
     "structured_r64": "DVoRA r=64, structured",
-    "dvora_r64": "DVoRA r=64, dense",
     "structured_r16": "DVoRA r=16, structured",
-    "dvora_r16": "DVoRA r=16, dense",
     "randlora": "RandLoRA r=192",
     "vera_r256": "VeRA r=256",
     "magnitude": "magnitude only",
@@ -39,7 +37,6 @@ LABELS: Mapping[str, str] = {
     "structured_r64_attention": "DVoRA r=64, structured, attention",
     "structured_r64_query_value": "DVoRA r=64, structured, query and value",
     "lora_query_value_r16": "LoRA r=16, query and value",
-    "lora_query_value_r4": "LoRA r=4, query and value",
     "lora_query_value_r1": "LoRA r=1, query and value",
 }
 """Every arm that is compared; baselines and runs in other settings have their own tables."""
@@ -92,8 +89,6 @@ CHOICES = (
 )
 """Comparisons that decided about defaults."""
 EARLIER: Mapping[str, str] = {
-    "frozen": "frozen base, best head",
-    "full": "full fine-tuning",
     "lora_r8": "LoRA r=8",
     "lora_r1": "LoRA r=1",
     "vera": "VeRA r=256",
@@ -118,7 +113,7 @@ EARLIER_TASKS = {"movie_reviews": "movie reviews", "movie_ratings": "movie ratin
 
 
 def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, str]:
-    """The text of every part of the page that is about these grids, by its name.
+    """The text of every part of the page that is about these runs, by its name.
 
     Args:
         content, earlier: of the result files `equal_bytes.json` and `quality.json`.
@@ -175,17 +170,17 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
     hours = sum(row["seconds"] for row in result.rows) / 3600
     return text(
         table(
-            ("", "kB", "kB as PEFT saves it", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
+            ("", "file, kB", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
             (
                 (
-                    *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm))),
-                    *(kilobytes(result.size(tasks[0], arm, "saved_bytes")), _above(result, tasks, arm)),
+                    *(LABELS[arm], kilobytes(result.size(tasks[0], arm, "saved_bytes"))),
+                    *(kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)),
                     *(f"{_score(result, task, arm):.1f}" for task in tasks),
                 )
                 for arm in MAIN
             ),
         ),
-        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. kB: the adapter in float16, "
+        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it. float16: "
         f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of one core "
         f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
@@ -196,7 +191,7 @@ def _all(result: Result) -> str:
     arms = [arm for arm in LABELS if all(result.finals(task, arm) for task in tasks)]
     arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
     rows = ((LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)) for arm in arms)
-    return text(table(("", "kB", "points above LoRA r=1"), rows))
+    return text(table(("", "kB, float16", "points above LoRA r=1"), rows))
 
 
 def _generation(result: Result) -> str:
@@ -208,7 +203,7 @@ def _generation(result: Result) -> str:
         )
         for arm in GENERATED
     )
-    return text(table(("", "kB", "right answers, %", "above LoRA r=1"), rows))
+    return text(table(("", "kB, float16", "right answers, %", "above LoRA r=1"), rows))
 
 
 def _settings(result: Result) -> str:

@@ -19,7 +19,7 @@ COLUMNS: Mapping[str, dict[str, object]] = {
     "16 rows of a token": {**_DECODING, "batch": 16},
 }
 ARMS = (
-    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "VeRA r=1024", "RandLoRA r=32"),
+    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "RandLoRA r=32"),
     *("dvora structured r=64", "dvora structured r=256", "dvora structured r=1024", "dvora dense r=256"),
     *("dvora dense r=1024", "dvora merged r=256"),
 )

@@ -98,7 +98,7 @@ def users(content: Mapping[str, Any]) -> str:
     hours = sum(row["seconds"] for row in rows) / 3600
     counts = max(len(row["losses"]) for row in rows if row["part"] == "test")
     return text(
-        table(["", "kB", *(f"{KINDS[source]}, {count} rows each" for source, count in settings)], lines),
+        table(["", "kB, float16", *(f"{KINDS[source]}, {count} rows each" for source, count in settings)], lines),
         "Nats a token below LoRA r=1 (95 % intervals over users; for LoRA r=1 itself, below the base), and how "
         f"many of the {counts} users are worse off than without an adapter. Rows of 48 tokens; {hours:.1f} hours "
         f"of one core (`benchmarks/results/users.json`; torch {environment['torch']}, PEFT "

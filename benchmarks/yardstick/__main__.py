@@ -23,10 +23,6 @@ TRIAL = ROOT / "build" / "yardstick" / "tryout"
 def measure(task: Task, checkout: Path) -> list[str]:
     """Run what has no row yet, keep the rows, show the table.
 
-    Args:
-        task: which.
-        checkout: PEFT's repository.
-
     Returns:
         The experiments that failed, each with the reason.
 
@@ -54,10 +50,6 @@ def measure(task: Task, checkout: Path) -> list[str]:
 def check_nothing_shadows_the_hub(task: Task, folder: Path) -> None:
     """Check that the script finds no folder of a model's or data set's name where it runs: it would read that instead.
 
-    Args:
-        task: which.
-        folder: PEFT's folder of it.
-
     Raises:
         CheckoutError: there is one.
     """
@@ -71,10 +63,6 @@ def check_nothing_shadows_the_hub(task: Task, folder: Path) -> None:
 
 def try_out(task: Task, checkout: Path) -> list[str]:
     """Run every experiment for a few steps on stand-ins, on the CPU, and show the table of the trial's rows.
-
-    Args:
-        task: which.
-        checkout: PEFT's repository.
 
     Returns:
         The experiments that failed, each with the reason.

@@ -47,10 +47,6 @@ def checked_out(folder: Path = FOLDER, url: str = URL, commit: str = COMMIT) -> 
 def check_unchanged(folder: Path = FOLDER, commit: str = COMMIT) -> None:
     """Check that the folder has the commit's files, on the right branch; files of other names may lie among them.
 
-    Args:
-        folder: with the repository.
-        commit: its full hash.
-
     Raises:
         CheckoutError: a file differs, or another commit or branch is checked out.
     """

@@ -16,11 +16,7 @@ from benchmarks.yardstick.tasks import TASKS
 
 
 def comparison(checkout: Path) -> Path:
-    """PEFT's folder with the tasks.
-
-    Args:
-        checkout: PEFT's repository, or a trial's copy of a part of it.
-    """
+    """PEFT's folder with the tasks."""
     return checkout / "method_comparison"
 
 
@@ -28,9 +24,6 @@ def install(checkout: Path) -> None:
     """Install PEFT from the repository into this environment, with what the scripts of all tasks import.
 
     The scripts note the commit and the branch of the PEFT that they import, which a wheel does not have.
-
-    Args:
-        checkout: PEFT's repository.
 
     Raises:
         CheckoutError: pip failed.

@@ -1,4 +1,4 @@
-"""What a run needs, said before anything is fetched: python -m benchmarks.yardstick.needs
+"""What a run needs, checked before anything is fetched: python -m benchmarks.yardstick.needs
 
 The top of this file imports no package, so that any Python can say what is missing.
 """
@@ -12,10 +12,8 @@ from benchmarks.yardstick.tasks import TASKS, Task
 OLDEST_PYTHON = (3, 12)
 """PEFT's scripts ask for it: with an older one they cannot save the adapter, and a row has a wrong file size."""
 TRYOUT = "make yardstick ARGS=--tryout runs tiny stand-ins on a CPU, which shows that it works and measures nothing"
-TRIAL = (
-    "A trial of PEFT's method comparison with DVoRA: its scripts, unchanged, on tiny models and data made here, on the "
-    "CPU.\nIt needs Python 3.12 or newer, git, about 8 GB of disk, and a network that reaches PEFT's repository."
-)
+TRIED = ("MetaMathQA",)
+"""Tasks that have stand-ins."""
 FILES = {"black-forest-labs/FLUX.2-klein-base-4B": "model_index.json"}
 """A small file of a model, where that is not config.json."""
 
@@ -29,24 +27,10 @@ def chosen(arguments: Sequence[str]) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     if unknown := [name for name in found.tasks if name not in TASKS]:
         parser.error(f"TASK is {unknown[0]!r}, expected one of {', '.join(TASKS)}")
-    found.tasks = [TASKS[name] for name in found.tasks or TASKS]
+    if found.tryout and set(found.tasks) - set(TRIED):
+        parser.error(f"--tryout has stand-ins for {', '.join(TRIED)} only")
+    found.tasks = [TASKS[name] for name in found.tasks or (TRIED if found.tryout else TASKS)]
     return found
-
-
-def describe(tasks: Iterable[Task]) -> str:
-    """What will be done, and what it takes."""
-    lines = ["PEFT's method comparison with DVoRA. Experiments that have a row are skipped."]
-    for task in tasks:
-        lines.append(f"  {task.name} reads {', '.join((*task.models, *task.data))};")
-        lines.append(f"    PEFT's run of VeRA took {task.minutes} minutes and {task.memory} GiB on an NVIDIA L40S.")
-    return "\n".join(
-        [
-            *lines,
-            "It needs a CUDA or XPU device that nothing else uses (24 GB did for most of PEFT's runs),",
-            f"Python {_version(OLDEST_PYTHON)} or newer, git, about 40 GB of disk, and a network that reaches PEFT's",
-            "repository and the model hub, with an account there that may read the models (hf auth login).",
-        ]
-    )
 
 
 def first_problem(asked: argparse.Namespace) -> str | None:
@@ -102,7 +86,6 @@ def _version(numbers: Iterable[int]) -> str:
 
 
 if __name__ == "__main__":
-    asked = chosen(sys.argv[1:])
-    print(TRIAL if asked.tryout else describe(asked.tasks), file=sys.stderr)
+    chosen(sys.argv[1:])
     # A process has torch only once its environment is there; the next step looks for the device.
     sys.exit(check_python())

@@ -23,10 +23,6 @@ def describe(task: Task) -> str:
 def compare(experiment: Experiment, model: nn.Module) -> str:
     """The magnitude's rate of one folder beside that of `dvora.training.recommended_rates`.
 
-    Args:
-        experiment: one of ours.
-        model: its base.
-
     Returns:
         One line.
     """

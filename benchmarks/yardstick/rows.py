@@ -16,10 +16,6 @@ SMALL = 2_000_000
 def processed(task: Task, comparison: Path) -> Any:
     """The table of a task as PEFT's app shows it: every row went through PEFT's own processing, and none was skipped.
 
-    Args:
-        task: whose rows.
-        comparison: PEFT's folder with the tasks, with the rows in it.
-
     Returns:
         A pandas DataFrame.
 
@@ -43,10 +39,6 @@ def processed(task: Task, comparison: Path) -> Any:
 
 def keep(experiment: Experiment, task_folder: Path) -> Path:
     """Copy a row to where rows are kept, as it is.
-
-    Args:
-        experiment: with a row.
-        task_folder: PEFT's folder of its task.
 
     Returns:
         The copy.

@@ -22,10 +22,6 @@ Row = dict[str, Any]
 def place(experiment: Experiment, task_folder: Path) -> Path:
     """Copy an experiment's files to where PEFT's script looks for them.
 
-    Args:
-        experiment: one of ours.
-        task_folder: PEFT's folder of its task.
-
     Returns:
         The folder's path as the script wants it, relative to the task's.
     """
@@ -54,11 +50,6 @@ def finished_row(experiment: Experiment, task_folder: Path) -> Row | None:
 
 def run(experiment: Experiment, task_folder: Path, options: Sequence[str] = ()) -> str | None:
     """Run PEFT's script on an experiment, which prints as it goes.
-
-    Args:
-        experiment: placed in the task's folder.
-        task_folder: PEFT's folder of its task, with the script.
-        options: of `benchmarks.yardstick.launch`.
 
     Returns:
         Why there is no row of success now, or None.

@@ -20,16 +20,12 @@ class Task:
         models: read by the script, as the hub names them; the first may ask for a licence to be accepted.
         data: read by the script, likewise.
         metric: the score, as a column of PEFT's own tables, where more is better.
-        minutes: that PEFT's run of VeRA took on an NVIDIA L40S.
-        memory: of the GPU that its training took, in GiB.
     """
 
     name: str
     models: tuple[str, ...]
     data: tuple[str, ...]
     metric: str
-    minutes: int
-    memory: int
 
 
 TASKS = {
@@ -40,16 +36,12 @@ TASKS = {
             models=("meta-llama/Llama-3.2-3B",),
             data=("meta-math/MetaMathQA", "openai/gsm8k", "HuggingFaceFW/finewiki"),
             metric="test_accuracy",
-            minutes=21,
-            memory=20,
         ),
         Task(
             name="image-gen",
             models=("black-forest-labs/FLUX.2-klein-base-4B", "facebook/dinov2-base"),
             data=("peft-internal-testing/cat-image-dataset",),
             metric="test_dino_similarity",
-            minutes=14,
-            memory=10,
         ),
     )
 }

@@ -90,7 +90,7 @@ def test_every_target_is_of_something_that_the_plan_measures() -> None:
         for arm in ground.arms
     ]
     of_batches = [target for target in all_targets(rows) if "64 adapters" in target.metric]
-    assert len(of_batches) == 6 + 1
+    assert len(of_batches) == 3 + 1
     assert all(target.measured is not None for target in of_batches)
 
 

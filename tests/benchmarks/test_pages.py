@@ -42,11 +42,12 @@ def test_a_gain_is_on_the_seeds_that_both_have() -> None:
     assert result(*rows).gain(["countries"], "vera_r256", "lora_r1") is None
 
 
-def test_a_baseline_is_compared_with_every_seed() -> None:
+@pytest.mark.parametrize(("pair", "mean"), [(("frozen", "lora_r1"), -12), (("lora_r1", "frozen"), 12)])
+def test_a_baseline_is_compared_with_every_seed(pair: tuple[str, str], mean: float) -> None:
     rows = [final("lora_r1", seed, 30 + seed) for seed in range(3)] + [final("frozen", 0, 25, steps=0)]
-    found = result(*rows).gain(["countries"], "frozen", "lora_r1")
+    found = result(*rows).gain(["countries"], *pair)
     assert found is not None
-    assert found.mean == pytest.approx(-12)
+    assert found.mean == pytest.approx(mean)
 
 
 def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:

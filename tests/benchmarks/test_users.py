@@ -51,8 +51,8 @@ def test_no_row_is_in_two_parts_or_of_two_users() -> None:
 
 def test_an_adapter_for_each_lowers_its_loss_and_leaves_the_model_as_it_was() -> None:
     base = carry_out(replace(JOB, arm="base"))["losses"]
-    for arm, rates in RATES.items():
-        row = carry_out(replace(JOB, arm=arm, rate=rates[1]))
+    for arm in ("structured_r64", "magnitude", "lora_r1"):
+        row = carry_out(replace(JOB, arm=arm, rate=RATES[arm][1]))
         assert all(after < before for after, before in zip(row["losses"], base, strict=True)), arm
         assert 0 < row["smallest_bytes"] < row["saved_bytes"]
     assert carry_out(replace(JOB, arm="base"))["losses"] == base

@@ -144,19 +144,6 @@ def test_wrong_use_is_one_line(command: str, message: str) -> None:
     assert_refused(command, message)
 
 
-def test_a_run_that_searched_for_its_rate_says_what_to_do(made: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(made / "head-run", tmp_path / "run")
-    record = json.loads((folder / "run.json").read_text())
-    record["settings"]["learning_rate"] = "auto"
-    record["rate_search"] = {"rate": 0.017, "steps": 8, "trials": [{"rate": 0.017, "loss": 0.5}]}
-    (folder / "run.json").write_text(json.dumps(record))
-    message = "run.json: learning_rate is 'auto': the search for a learning rate was removed; write a number"
-    assert_refused(f"dvora report {folder} --output {tmp_path / 'page.html'}", message)
-    record["settings"]["learning_rate"] = 0.017
-    (folder / "run.json").write_text(json.dumps(record))
-    assert run(f"dvora report {folder} --output {tmp_path / 'page.html'}").code == 0
-
-
 def test_a_run_whose_data_has_changed_is_refused(tmp_path: Path) -> None:
     trained = finished("text-classification", tmp_path)
     tiny_data.reviews(tmp_path / "reviews.csv", 61)

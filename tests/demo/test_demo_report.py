@@ -8,7 +8,7 @@ from rich.console import Console
 
 from demo.many import ManyAdapters
 from demo.plot import save_plot
-from demo.report import Comparison, Findings, compare, print_findings, print_predictions, save_findings
+from demo.report import Comparison, Findings, compare, print_findings, save_findings
 from demo.statistics import KINDS, LayerChange
 from demo.train import History, Settings
 
@@ -40,15 +40,6 @@ def test_the_report_has_every_number() -> None:
     text = printed.get()
     for number in ("50.0%", "75.0%", "60", "220 kB", "90.0 MB: 409 times", "at most 0;", "by 2e-06", "2 s for 4 steps"):
         assert number in text, number
-
-
-def test_predictions_show_the_sentence_as_it_is() -> None:
-    console = Console(width=200)
-    with console.capture() as printed:
-        print_predictions(["[bold]brackets[/bold]"], torch.tensor([[0.0, 3.0]]), console)
-    assert "[bold]brackets[/bold]" in printed.get()
-    assert "good" in printed.get()
-    assert "95.3%" in printed.get()
 
 
 def test_the_file_can_be_read_back(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.__main__ import main, parse
+from demo.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,9 +44,3 @@ def test_a_package_that_is_missing_is_one_line() -> None:
     assert ended.returncode == 1
     assert "make demo" in ended.stderr
     assert ended.stderr.count("\n") == 1
-
-
-def test_a_recorded_run_is_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["demo", "--quick", "--record"])
-    with pytest.raises(SystemExit):
-        parse()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -15,7 +14,7 @@ from torch import nn
 from dvora import DVoRAConfig
 from dvora.training import AdapterSettings
 from tests.engines.processes import run
-from tests.engines.test_data_parallel import adapted, train, vectors
+from tests.engines.training import adapted, assert_trained_as_by_one, train, vectors
 from tests.peft.tiny import LAYERS, MODELS
 
 
@@ -48,15 +47,8 @@ def trained_in_parts() -> tuple[list[float], dict[str, np.ndarray]]:
 
 
 def test_a_model_prepared_for_fsdp2_trains_what_one_process_does() -> None:
-    one = adapted()
-    losses, start = train(one), vectors(adapted())
-    found = run(trained_in_parts, 2)
-    for step, loss in enumerate(losses):
-        assert sum(part[step] for part, _ in found) / 2 == pytest.approx(loss, rel=1e-5)
-    for _, trained in found:
-        for name, vector in vectors(one).items():
-            moved = (vector - start[name]).abs().max()
-            assert (torch.from_numpy(trained[name]) - vector).abs().max() < 1e-4 * moved, name
+    losses, ranks = zip(*run(trained_in_parts, 2), strict=True)
+    assert_trained_as_by_one(adapted(), *ranks, losses=list(losses))
 
 
 def test_a_state_of_accelerate_is_loaded_into_the_adapters_that_it_is_of_and_into_no_others(tmp_path: Path) -> None:

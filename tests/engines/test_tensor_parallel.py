@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -17,10 +16,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
-from dvora.matrices.interface import Shard as FeatureShard
+from dvora import DVoRAConfig
 from tests.engines.processes import run
-from tests.engines.test_data_parallel import batch, train, vectors
+from tests.engines.training import assert_trained_as_by_one, batch, train, vectors
 
 COLUMNS, ROWS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj", "down_proj"]
 
@@ -91,56 +89,8 @@ def test_processes_that_divide_the_weights_train_what_one_does(tmp_path: Path) -
     llama().save_pretrained(tmp_path)
     found = run(trained_in_parts, 2, tmp_path)
     for case, (_, settings) in enumerate(CASES):
-        one = adapted(llama(), **settings)
-        losses = train(one)
-        start = vectors(adapted(llama(), **settings))
-        for rank in range(2):
-            in_parts, trained = found[rank][case]
-            assert in_parts == pytest.approx(losses, rel=1e-5)
-            for name, vector in vectors(one).items():
-                moved = (vector - start[name]).abs().max()
-                assert (torch.from_numpy(trained[name]) - vector).abs().max() < 1e-4 * moved, (name, settings)
-                assert (trained[name] == found[0][case][1][name]).all(), (name, settings)
-
-
-def plain_layer() -> DVoRAAdapter:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layer = DVoRAAdapter(nn.Linear(8, 6), 4, shared=SharedProjections(0))
-    layer.set_parameters(layer.get_parameters() + torch.linspace(-0.2, 0.3, layer.parameter_count))
-    return layer
-
-
-def outputs_and_gradients(layer: DVoRAAdapter, x: Tensor, of_outputs: Shard | None = None) -> list[np.ndarray]:
-    outputs = layer(x)
-    weights = torch.linspace(1, 2, 6)
-    (outputs * (weights if of_outputs is None else of_outputs.of(weights))).sum().backward()
-    return [tensor.detach().numpy() for tensor in (outputs, *(vector.grad for vector in layer.vectors))]
-
-
-def divided_layers() -> list[list[np.ndarray]]:
-    """A plain layer whose outputs are sharded, and one whose inputs are."""
-    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-    x = torch.linspace(-1, 1, 24).view(3, 8)
-    columns, rows = plain_layer(), plain_layer()
-    parallelize_module(columns.base_layer, mesh, ColwiseParallel())
-    parallelize_module(rows.base_layer, mesh, RowwiseParallel())
-    return [
-        outputs_and_gradients(columns, x, FeatureShard(3 * rank, 3 * rank + 3, 6)),
-        outputs_and_gradients(rows, x[:, 4 * rank : 4 * rank + 4]),
-    ]
-
-
-def test_a_plain_layer_is_divided_too() -> None:
-    expected = outputs_and_gradients(plain_layer(), torch.linspace(-1, 1, 24).view(3, 8))
-    found = run(divided_layers, 2)
-    outputs = np.concatenate([columns[0] for columns, _ in found], axis=-1)
-    np.testing.assert_allclose(outputs, expected[0], rtol=1e-5, atol=1e-6)
-    for columns, rows in found:
-        for whole, of_columns, of_rows in zip(expected[1:], columns[1:], rows[1:], strict=True):
-            np.testing.assert_allclose(of_columns, whole, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(of_rows, whole, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(rows[0], expected[0], rtol=1e-5, atol=1e-6)
+        losses, ranks = zip(*(rank[case] for rank in found), strict=True)
+        assert_trained_as_by_one(adapted(llama(), **settings), *ranks, losses=list(losses))
 
 
 def one_step(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from dvora import DVoRAConfig
 from tests.engines import zero3
 from tests.engines.processes import refusal, run
-from tests.engines.test_data_parallel import STEPS, adapted, batch, train, vectors
+from tests.engines.training import STEPS, adapted, assert_trained_as_by_one, batch, train
 from tests.peft.layer_cases import CASES as LAYER_CASES
 from tests.peft.layer_cases import Case
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, train_vectors
@@ -64,17 +64,11 @@ def found() -> list[dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_processes_with_parts_train_what_one_does(case: str, found: list[dict[str, dict[str, Any]]]) -> None:
     settings, _, _ = CASES[case]
-    one = adapted(**settings)
-    losses, start = train(one), vectors(adapted(**settings))
     ranks = [rank[case] for rank in found]
-    for step, loss in enumerate(losses):
-        assert sum(rank["losses"][step] for rank in ranks) / 2 == pytest.approx(loss, rel=1e-5)
-    for rank in ranks:
-        assert rank["sharded"]
-        assert rank["kept"], "constants were made again"
-        for name, vector in vectors(one).items():
-            moved = (vector - start[name]).abs().max()
-            assert (torch.from_numpy(rank["vectors"][name]) - vector).abs().max() < 1e-4 * moved, name
+    losses = [rank["losses"] for rank in ranks]
+    assert_trained_as_by_one(adapted(**settings), *(rank["vectors"] for rank in ranks), losses=losses)
+    assert all(rank["sharded"] for rank in ranks)
+    assert all(rank["kept"] for rank in ranks), "constants were made again"
 
 
 CALLED = ["Linear, weight_norm", "Conv2d, groups, reflect", "embedding and lm_head, tied", "Linear, magnitude only"]

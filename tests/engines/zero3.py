@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dvora.training import parameter_groups
-from tests.engines.test_data_parallel import BATCH, batch
+from tests.engines.training import BATCH, batch
 
 
 def settings(**zero: object) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 from benchmarks.examples import rows
 from benchmarks.examples.__main__ import run_all
 from benchmarks.examples.catalogue import CATALOGUE, Example
-from examples.checks import report
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What several of them use.
@@ -17,7 +16,6 @@ SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "revi
 
 REPORTS = """print('{"works": true, "figures": {"loss": [2.0, 1.0]}}')\n"""
 """As `examples.checks.report` prints it, which imports torch."""
-REFUSES = """print('{"works": false, "outcome": "refused", "reason": "sharded weights"}')\n"""
 FAILS = 'raise SystemExit("the loss went up")\n'
 SAYS_NOTHING = 'print("trained")\n'
 
@@ -85,13 +83,6 @@ def test_one_that_fails_says_why_and_fails_the_run(root: Path, code: str, limit:
     assert found["good"]["outcome"] == "works"
 
 
-def test_one_that_is_refused_does_not_fail_the_run(root: Path) -> None:
-    example = made(root, "refuses", REFUSES)
-    assert run_all([example], [example], root / "examples.json") == 0
-    row = saved_rows(root / "examples.json")["refuses"]
-    assert (row["outcome"], row["reason"]) == ("refused", "sharded weights")
-
-
 def test_without_its_packages_an_example_is_not_started(root: Path) -> None:
     example = made(root, "absent", FAILS, needs=("torch", "no-such-package"))
     file = root / "examples.json"
@@ -111,12 +102,3 @@ def test_a_run_of_some_keeps_the_rows_of_the_others(root: Path) -> None:
     assert list(after) == ["first", "second"]
     assert after["first"] == before["first"]
     assert after["second"]["outcome"] == "works"
-
-
-@pytest.mark.parametrize(
-    "result",
-    [{}, {"works": "yes"}, {"works": False}, {"works": False, "outcome": "failed", "reason": "it broke"}],
-)
-def test_a_report_that_is_not_one_is_refused(result: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"works|outcome"):
-        report(result)

@@ -1,30 +1,21 @@
-"""Makes the golden files: adapters as the library of commit 24ccd64 saved them, with what their models answered.
+"""The models of the golden files: adapters as the library of commit 24ccd64 saved them, with what they answered.
 
 The library may be rebuilt; a file that a user has must go on meaning the same. `test_golden_files.py` holds that. So
-these files are made once, by that commit, and are not to be made again because a test fails:
-
-    git worktree add ../before 24ccd64
-    PYTHONPATH=../before/src:. python -c "from tests.golden.make import make; make()"
-
-The pack is in the format that came after ("dvora pack 2"), of the adapters that the pack of that commit held, which
-are in it byte for byte; answers and digests are that commit's.
+these files were made once, by this file as it was then, whose name is in some of them, and are not to be made again
+because a test fails. The pack is in the format that came after ("dvora pack 2"), of the adapters that the pack of that
+commit held, which are in it byte for byte; answers and digests are that commit's.
 
 A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
 `flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
@@ -171,55 +162,8 @@ def trained(case: Case, seed: int = 0) -> PeftModel:
     return model
 
 
-def save(model: PeftModel, folder: Path) -> None:
-    """What `save_pretrained` writes, but for the model card."""
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink()
-
-
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     """Of any of the models, the last hidden state."""
     y = model(x)
     return y if isinstance(y, Tensor) else y.last_hidden_state
-
-
-def keep_answers(file: Path, case: Case, *models: nn.Module) -> None:
-    """Inputs, and the outputs of every model for them; they are not those of the base."""
-    x = case.inputs()
-    answers = torch.stack([outputs(model, x) for model in models])
-    assert (answers - outputs(case.base(), x)).abs().max() > 0.1
-    save_file({"inputs": x, "outputs": answers}, file)
-
-
-def write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def make() -> None:
-    from dvora import AdapterBank
-    from dvora.flat import Layout
-
-    for name, case in CASES.items():
-        model = trained(case)
-        save(model, GOLDEN / name)
-        keep_answers(GOLDEN / name / ANSWERS, case, model)
-    model, flat, packs = trained(CASES[FLAT]), GOLDEN / "flat", GOLDEN / "packs"
-    layout = Layout.of(model)
-    flat.mkdir(exist_ok=True)
-    write_json(flat / "layout.json", layout.to_dict())
-    save_file({"vector": layout.to_vector(model)}, flat / "vector.safetensors")
-    write_json(flat / "digests.json", {name: Layout.of(GOLDEN / name).digest for name in CASES})
-
-    packs.mkdir(exist_ok=True)
-    tenants = {name: trained(PACKED, seed) for seed, name in enumerate(TENANTS)}
-    keep_answers(packs / ANSWERS, PACKED, *tenants.values())
-    with TemporaryDirectory() as made:
-        folders = Path(made, "adapters")
-        for name, model in tenants.items():
-            save(model, folders / name)
-        command = [sys.executable, "-m", "dvora.cli", "bank", "pack", str(folders), "--quiet", "--output"]
-        subprocess.run([*command, str(packs / "adapters.dvora")], check=True)
-    with AdapterBank(PACKED.base()) as bank:
-        bank.add_pack(packs / "adapters.dvora")
-        write_json(packs / "digests.json", {name: bank.digest(name) for name in TENANTS})

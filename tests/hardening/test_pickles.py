@@ -30,7 +30,7 @@ def killed(forks: Forks, made: Path, tmp_path_factory: pytest.TempPathFactory) -
     return desk
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.bin"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.bin"])
 def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path, name: str) -> None:
     """transformers keeps an optimizer's state in torch's format; it is read as tensors and nothing else."""
     # Its settings name the folders where it was killed.

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.hardening.errors import TRAIN, assert_error
-from tests.hardening.forks import ROOT, Forks
+from tests.hardening.forks import Forks
 from tests.hardening.strangers import (
     CASES,
     MARK,
@@ -138,10 +137,3 @@ def test_a_changed_record_is_refused_or_obeyed_where_it_may_be(
         assert "\x1b" not in ended.stderr
         shutil.rmtree(desk / "out", ignore_errors=True)
     assert not os.path.lexists(desk / ".out.unfinished")
-
-
-def test_the_page_on_strangers_files_names_flags_that_there_are(forks: Forks, desk: Path) -> None:
-    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    flags = {*re.findall(r"`[^`\n]*?(--[\w-]+)[^`\n]*`", page)}
-    helped = "".join(forks.run(desk, command, "--help").stdout for command in ("train", "predict", "merge"))
-    assert flags - {flag for flag in flags if flag in helped} == {"--version"}

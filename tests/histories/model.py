@@ -1,14 +1,9 @@
-"""The small mixed model of the histories, and the table of its weights that can be adapted.
-
-A layer type more is a block in `BLOCKS` and a line for each of its weights in `WEIGHTS`.
-"""
+"""The small mixed model of the histories, and its layers that can be adapted."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 WIDTH, VOCABULARY = 6, 9
 
@@ -20,18 +15,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(WIDTH, 8)
         self.down = nn.Linear(8, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)))
-
-
-class Transposed(nn.Module):
-    """Linear layers that store their weights transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = Conv1D(5, WIDTH)
-        self.down = Conv1D(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.tanh(self.up(x)))
@@ -61,39 +44,16 @@ class Experts(nn.Module):
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain": FeedForward,
-    "transposed": Transposed,
     "attention": Attention,
     "experts": Experts,
 }
 """Modules from (batch, length, width) to the same, applied one after the other, each beside a residual connection."""
 
 
-class Weight(NamedTuple):
-    """A weight that can be adapted."""
-
-    target: str
-    """What a configuration calls it: the name of its layer, or of a parameter."""
-    by_name: bool = False
-    """The target is a parameter."""
-    called: bool = True
-    """Its layer is called, so that rows of a batch can use different adapters."""
-
-
-WEIGHTS: dict[str, Weight] = {
-    "blocks.plain.up.weight": Weight("plain.up"),
-    "blocks.plain.down.weight": Weight("plain.down"),
-    "blocks.transposed.up.weight": Weight("transposed.up"),
-    "blocks.transposed.down.weight": Weight("transposed.down"),
-    "blocks.attention.inner.in_proj_weight": Weight("attention.inner", called=False),
-    "blocks.attention.inner.out_proj.weight": Weight("attention.inner", called=False),
-    "blocks.experts.stack": Weight("experts.stack", by_name=True, called=False),
-    "embed.weight": Weight("embed"),
-    "head.weight": Weight("head"),
-}
-"""By the name of the parameter in the base model."""
-
-TARGETS = sorted({weight.target for weight in WEIGHTS.values()})
-PARAMETERS = sorted({weight.target for weight in WEIGHTS.values() if weight.by_name})
+PARAMETERS = ["experts.stack"]
+"""Targets that are parameters, by their names."""
+TARGETS = ["attention.inner", "embed", "experts.stack", "head", "plain.down", "plain.up"]
+"""What a configuration calls the weights that can be adapted."""
 
 
 class Mixed(nn.Module):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dvora.matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections
+from dvora.matrices.structured import factors_of_rows, factors_of_size
 from tests.reference import worst_error
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
@@ -61,12 +62,21 @@ def test_stacked_blocks_are_pinned() -> None:
     assert [sha256(shared.A(64, 40)), sha256(shared.B(100, 36))] == PINNED_BLOCKS
 
 
-def test_layers_of_all_sizes_are_cut_from_the_same_values() -> None:
-    shared = SharedProjections(7)
-    small, large = shared.A(3, 8).double(), shared.A(5, 32).double()
-    torch.testing.assert_close(small, 2 * large[:3, :8], rtol=1e-6, atol=0)
-    small, large = shared.B(4, 8).double(), shared.B(16, 20).double()
-    torch.testing.assert_close(small, 2 * large[:8, :4], rtol=1e-6, atol=0)
+@pytest.mark.parametrize(
+    ("rows", "size", "factors"),
+    [
+        (256, 1024, (16, 16)),
+        (1024, 1024, (32, 32)),
+        (1024, 5632, (64, 16)),
+        (7, 1024, (1, 7)),
+        (100, 101, (1, 100)),
+        (1, 1, (1, 1)),
+        (101, 384, (7, 16)),
+    ],
+)
+def test_factors_of_structured_matrices_are_pinned(rows: int, size: int, factors: tuple[int, int]) -> None:
+    # Another choice is another matrix: a new format.
+    assert factors_of_rows(rows, *factors_of_size(size)) == factors
 
 
 @every_distribution
@@ -84,11 +94,6 @@ def test_structured_rows_are_orthogonal_within_blocks_of_the_size(rank: int, siz
         assert float(rows.square().mean()) == pytest.approx(2 / fan_in, rel=1e-12)
         for block in rows.split(size):
             assert worst_error(block @ block.T, 2 * size / fan_in * torch.eye(len(block), dtype=f64)) < 1e-12
-
-
-def test_structured_blocks_are_independent() -> None:
-    blocks = SharedProjections(0, "structured").A(16, 8).split(8)
-    assert not torch.isclose(*blocks).all(1).any()
 
 
 @every_distribution

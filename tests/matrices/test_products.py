@@ -9,7 +9,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvora.matrices import base, structured
 from dvora.matrices.interface import DISTRIBUTIONS, Matrices, Shard, SharedProjections
@@ -228,32 +227,6 @@ def test_autocast_changes_the_products_no_more_than_those_of_a_linear_layer(kind
     assert worst_error(x.grad, d_y.double() @ B @ A) < 3e-2
     assert worst_error(wide, x.double() @ A.T) < 1e-12, "nor are products of float64"
     assert worst_error(squares, ours.squares(lambda_d.double(), 24, 32)) < 1e-6, "a norm is never of half precision"
-
-
-class _Calls(TorchDispatchMode):
-    """The operations that run, and how much each reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.made += [(func._schema.name, arg.numel()) for arg in args if isinstance(arg, Tensor)]
-        return func(*args, **(kwargs or {}))
-
-
-@every_kind
-def test_a_batch_out_of_order_is_one_product_and_autocast_casts_no_matrix(kind: str) -> None:
-    ours = SharedProjections(SEED, kind).impl
-    x = randn(3, 4, 2, 256, seed=0).transpose(1, 2)
-    ours.reserve(32, 256, 256, torch.bfloat16 if kind == "kaiming_uniform" else torch.float32)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), _Calls() as calls:
-            ours.project(x, 32)
-        products = [name for name, _ in calls.made if "mm" in name]
-        assert products == ["aten::mm"] * 2
-        cast = [size for name, size in calls.made if name == "aten::_to_copy"]
-        assert kind == "structured" or all(size == x.numel() for size in cast)
 
 
 @every_kind

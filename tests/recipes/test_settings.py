@@ -46,10 +46,6 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': expected"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: expected"),
         ({"learning_rate": float("inf")}, "learning_rate is inf: expected"),
-        (
-            {"learning_rate": "auto"},
-            "learning_rate is 'auto': the search for a learning rate was removed; write",
-        ),
         ({"learning_rate": [0.1]}, "learning_rate is .0.1.: expected"),
         ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
         ({"data": []}, "data is"),

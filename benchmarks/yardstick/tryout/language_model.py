@@ -26,9 +26,6 @@ BATCH, LENGTH = 8, 128
 def write_language_model(folder: Path) -> None:
     """Train the model and save it with its tokenizer.
 
-    Args:
-        folder: for both, as `from_pretrained` reads it.
-
     Raises:
         RuntimeError: the loss stays above what the script accepts.
     """

@@ -3,7 +3,6 @@
 import filecmp
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from benchmarks.yardstick.environment import comparison
 from benchmarks.yardstick.experiments import TRAINING_FILE, Experiment
 from benchmarks.yardstick.running import place
 from benchmarks.yardstick.tasks import Task
-from benchmarks.yardstick.tryout.images import write_images
 from benchmarks.yardstick.tryout.language_model import write_language_model
 from benchmarks.yardstick.tryout.text import write_text
 
@@ -20,48 +18,17 @@ MODEL = "stand-in/{task}"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def _language(folder: Path, model: Path) -> None:
-    write_text(folder)
-    write_language_model(model)
-
-
-def _image(folder: Path, model: Path) -> None:
-    # Only this task needs diffusers.
-    from benchmarks.yardstick.tryout.image_model import write_image_models
-
-    write_images(folder)
-    write_image_models(folder, model)
-
-
-STAND_INS: dict[str, Callable[[Path, Path], None]] = {"MetaMathQA": _language, "image-gen": _image}
-SHORT: dict[str, dict[str, Any]] = {
-    "MetaMathQA": {
-        "max_steps": 4,
-        "eval_steps": 2,
-        "batch_size_eval": 25,
-        "generation_kwargs": {"max_length": 800, "max_new_tokens": 40},
-    },
-    "image-gen": {
-        "max_steps": 4,
-        "eval_steps": 2,
-        "resolution": 32,
-        "num_inference_steps": 2,
-        "max_sequence_length": 48,
-        "text_encoder_out_layers": [0, 1, 2],
-        "dino_image_size": 28,
-        "dino_model_id": "stand-in/dino",
-    },
+SHORT: dict[str, Any] = {
+    "max_steps": 4,
+    "eval_steps": 2,
+    "batch_size_eval": 25,
+    "generation_kwargs": {"max_length": 800, "max_new_tokens": 40},
 }
 """What a trial changes in the training parameters, beside the model."""
 
 
 def prepare(task: Task, checkout: Path, folder: Path) -> Path:
     """Lay out the trial of a task.
-
-    Args:
-        task: which.
-        checkout: PEFT's repository.
-        folder: of the trial, for all tasks.
 
     Returns:
         The task's folder in it: the copy of PEFT's, without its experiments and rows, and with the stand-ins.
@@ -74,7 +41,8 @@ def prepare(task: Task, checkout: Path, folder: Path) -> Path:
     shutil.copytree(source / task.name, target / task.name, ignore=shutil.ignore_patterns("experiments", "*--*.json"))
     shutil.copy2(source / "processing.py", target)
     check_copies(task, checkout, folder)
-    STAND_INS[task.name](target / task.name, target / task.name / MODEL.format(task=task.name))
+    write_text(target / task.name)
+    write_language_model(target / task.name / MODEL.format(task=task.name))
     return target / task.name
 
 
@@ -95,5 +63,5 @@ def place_short(experiment: Experiment, task_folder: Path) -> None:
     """Put an experiment into a trial: its configuration as it is, its training parameters with few steps."""
     file = task_folder / place(experiment, task_folder) / TRAINING_FILE
     params = json.loads(file.read_text(encoding="utf-8"))
-    params |= {"model_id": MODEL.format(task=experiment.task), **SHORT[experiment.task]}
+    params |= {"model_id": MODEL.format(task=experiment.task), **SHORT}
     file.write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")

@@ -14,11 +14,7 @@ Row = dict[str, str]
 
 
 def write_text(folder: Path) -> None:
-    """Write the three data sets where `load_dataset` looks before it asks the hub: in the folder that a script runs in.
-
-    Args:
-        folder: the task's.
-    """
+    """Write the three data sets into the folder that a script runs in, where `load_dataset` looks before the hub."""
     chance = random.Random(0)
     _write(folder / "meta-math" / "MetaMathQA" / "train.jsonl", (_trained(chance) for _ in range(TRAINED)))
     exams = folder / "openai" / "gsm8k"

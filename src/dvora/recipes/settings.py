@@ -186,12 +186,6 @@ class Settings(BaseModel):
     def _a_rate_above_zero(cls, value: object) -> object:
         if value is None:
             return value
-        if value == "auto":
-            # A setting of earlier versions, in files of settings and in records of runs.
-            raise ValueError(
-                "the search for a learning rate was removed; write a number, or null for the method's default (a "
-                "finished run has the rate that it found in run.json, under rate_search)"
-            )
         try:
             rate = float(cast(Any, value))
         except (TypeError, ValueError, OverflowError):

@@ -88,6 +88,7 @@ def test_what_is_not_utf_8_is_told_or_read_as_it_is_said_to_be(tmp_path: Path) -
         ("a.csv", b"text,label\na\x81,b\n", "row 1: it is neither UTF-8 nor windows-1252"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "row 2: Expecting value"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "row 2: expected an object"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', "row 1: two columns have the name 'a'"),
         ("a.jsonl", "[" * 100_000, "row 1: maximum recursion depth"),
         ("a.json", '{"a": 1}', "expected a list of rows"),
         ("a.json", "[]", "has no rows"),
@@ -122,3 +123,10 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
     # Any other error fails the test.
     with suppress(ValueError):
         read(written(tmp_path_factory.getbasetemp(), "any.csv", content))
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    column = pyarrow.array(["a"])
+    parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: two columns have the name 'text'"):
+        read(tmp_path / "a.parquet")

@@ -48,6 +48,20 @@ def test_the_layer_on_features_is_scikit_learn_s_on_scaled_ones(classes: int) ->
     np.testing.assert_allclose(numbers, Ridge(alpha=0.6).fit(scaled, y).predict(scaled), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("classes", [0, 2, 3])
+def test_a_layer_without_a_bias_is_fitted_as_one(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(80, 5, generator=generator) + 3, torch.randn(max(classes, 1), 5, generator=generator)
+    labels = (x @ weight.T).argmax(-1) if classes else (x @ weight.T).flatten()
+    head = fitted(x, labels, classes, 1e-4, has_bias=False)
+    assert not head.bias.any()
+    found = head.outputs(x)
+    if classes:
+        assert (found.argmax(-1) == labels).double().mean() > 0.95
+    else:
+        torch.testing.assert_close(found.flatten(), labels, rtol=0.01, atol=0.01)
+
+
 def test_a_class_without_rows_has_an_output_that_is_not_chosen() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     for labels in (torch.tensor([0, 2] * 10), torch.zeros(20, dtype=torch.int64)):
@@ -122,4 +136,4 @@ def test_a_long_reading_says_how_long_it_still_takes(models: dict[str, Path], mo
     notes: list[str] = []
     fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("bad", "good"), notes.append)
     assert len(notes) == 1
-    assert re.fullmatch(r"the frozen base has read \d+% of the rows, about \d+ s left", notes[0])
+    assert re.fullmatch(r"the frozen base reads the rows: \d+% done, about \d+ s left", notes[0])

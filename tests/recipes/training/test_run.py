@@ -235,6 +235,14 @@ def test_every_method_starts_from_the_fitted_head(models: dict[str, Path], tmp_p
     assert found.record["verdict"]
 
 
+def test_a_last_layer_without_a_bias_starts_fitted_too(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = Run(models, tmp_path).settings("out", model=str(models["llama"]), max_steps=1, learning_rate=1e-12)
+    found = train(settings).run
+    assert found is not None
+    metrics = found.record["metrics"]
+    assert metrics["validation"]["accuracy"] == pytest.approx(metrics["validation_head_alone"]["accuracy"])
+
+
 def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     first = train(run.settings("first", method="full")).run

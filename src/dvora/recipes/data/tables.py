@@ -7,7 +7,8 @@ numbers, moves the cells of rows that are too long into other columns, and keeps
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -120,25 +121,31 @@ def _read_separated(path: Path, encoding: str | None, note: Note, delimiter: str
                 note(f"{path.name} has no commas in its first line: read as separated by {delimiter!r}")
         records = filter(None, csv.reader(chain([first], file), delimiter=delimiter, strict=True))
         columns = [name.strip() for name in next(records, [])]
-        if twice := [name for name in columns if columns.count(name) > 1]:
-            raise ValueError(f"two columns have the name {twice[0]!r}; rename one of them in the first line")
         for cells in records:
             if len(cells) != len(columns):
                 raise ValueError(
                     f"{len(cells)} cells where the first line names {len(columns)} columns ({listed(columns)}); a cell "
                     f"with {delimiter!r} in it has to be in double quotes"
                 )
-            yield dict(zip(columns, cells, strict=True))
+            yield _row([*zip(columns, cells, strict=True)])
+
+
+def _row(cells: Sequence[tuple[str, Any]]) -> Row:
+    row = dict(cells)
+    if len(row) < len(cells):
+        name, _ = Counter(name for name, _ in cells).most_common(1)[0]
+        raise ValueError(f"two columns have the name {name!r}; rename one of them")
+    return row
 
 
 def _read_json_lines(path: Path, encoding: str | None, note: Note) -> Iterator[Row]:
     with opened_text(path, encoding, note) as file:
-        yield from (_object(json.loads(line)) for line in file if line.strip())
+        yield from (_object(json.loads(line, object_pairs_hook=_row)) for line in file if line.strip())
 
 
 def _read_json(path: Path, encoding: str | None, note: Note) -> Iterator[Row]:
     with opened_text(path, encoding, note) as file:
-        rows = json.load(file)
+        rows = json.load(file, object_pairs_hook=_row)
     if not isinstance(rows, list):
         raise ValueError("expected a list of rows, each an object; for one object a line name the file .jsonl")
     yield from map(_object, rows)
@@ -155,6 +162,7 @@ def _read_parquet(path: Path, encoding: str | None, note: Note) -> Iterator[Row]
 
     # Not `read_table`, which takes the names of folders ("label=1") for columns.
     with parquet.ParquetFile(path) as file:
+        _row([(name, None) for name in file.schema_arrow.names])
         for batch in file.iter_batches(batch_size=1024):
             yield from batch.to_pylist()
 

@@ -154,7 +154,8 @@ def fitted_head(
     most = min(len(train), MOST_ROWS, (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation)
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
-    on_batch = _estimating(note, sum(int(_lengths(dataset).sum()) for dataset in parts.values()))
+    tokens = sum(int(_lengths(dataset).sum()) for dataset in parts.values())
+    on_batch = _estimating(note, "the frozen base reads the rows", tokens)
     features = {part: frozen_features(model, rows, collator, settings, on_batch) for part, rows in parts.items()}
     labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
 
@@ -163,25 +164,31 @@ def fitted_head(
         return found["accuracy"] if classes else -found["rmse"]
 
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
-    heads = [fitted(features["train"], labels["train"], len(classes), strength) for strength in strengths]
+    layer = last_layer(model)
+    has_bias = layer is not None and layer.bias is not None
+    on_fit = _estimating(note, "the head alone is fitted", len(strengths))
+    heads = []
+    for strength in strengths:
+        heads.append(fitted(features["train"], labels["train"], len(classes), strength, has_bias))
+        on_fit(1)
     head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
     return head, {part: head_metrics(head.outputs(features[part]), labels[part], classes) for part in held_out}
 
 
-def _estimating(note: Callable[[str], None], total: int) -> Callable[[int], None]:
-    """What is to be called with the tokens of each batch, and says from time to time how long the rest takes."""
+def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
+    """What is to be called with each part of the total work, and says from time to time how long the rest takes."""
     begun, done, told = time.monotonic(), 0, 0.0
 
-    def on_batch(tokens: int) -> None:
+    def on_part(part: int) -> None:
         nonlocal done, told
-        done += tokens
+        done += part
         passed = time.monotonic() - begun
-        if passed > told + (OFTEN if told else SOON):
-            told, left = passed, passed * (total / done - 1)
-            note(f"the frozen base has read {done / total:.0%} of the rows, about {left:.0f} s left")
+        if done < total and passed > told + (OFTEN if told else SOON):
+            told = passed
+            note(f"{what}: {done / total:.0%} done, about {passed * (total / done - 1):.0f} s left")
 
-    return on_batch
+    return on_part
 
 
 def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
@@ -191,7 +198,9 @@ def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequenc
     return number_metrics(outputs.flatten().double().numpy(), labels.double().numpy())
 
 
-def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float) -> HeadAlone:
+def fitted(
+    features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float, has_bias: bool = True
+) -> HeadAlone:
     """A linear layer fitted with an L2 penalty on its weight: logistic regression, or ridge regression of numbers.
 
     Args:
@@ -199,19 +208,20 @@ def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strengt
         labels: indices of classes, or numbers.
         classes: how many; 0 for numbers.
         strength: of the penalty, beside the mean loss on features of unit variance.
+        has_bias: False: the bias is zero, for models whose last layer has none.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(features.double().numpy())
+    scaler = StandardScaler(with_mean=has_bias).fit(features.double().numpy())
     x, y = scaler.transform(features.double().numpy()), labels.numpy()
     if not classes:
-        model = Ridge(alpha=strength * len(x)).fit(x, y)
+        model = Ridge(alpha=strength * len(x), fit_intercept=has_bias).fit(x, y)
     else:
         # A mean row of each class with next to no weight: the layer has an output of classes that have no rows here.
         means, weights = np.zeros((classes, x.shape[1])), [1.0] * len(x) + [1e-3] * classes
-        model = LogisticRegression(C=1 / (strength * len(x)), max_iter=ITERATIONS)
+        model = LogisticRegression(C=1 / (strength * len(x)), max_iter=ITERATIONS, fit_intercept=has_bias)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(np.vstack([x, means]), np.append(y, range(classes)), sample_weight=weights)
@@ -220,4 +230,5 @@ def fitted(features: Float[Tensor, "N H"], labels: Tensor, classes: int, strengt
         # scikit-learn gives the second class's logit minus the first's.
         weight, bias = np.vstack([-weight, weight]) / 2, np.append(-bias, bias) / 2
     weight = weight / scaler.scale_
-    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias - weight @ scaler.mean_).float())
+    bias = bias - weight @ scaler.mean_ if has_bias else np.zeros(len(weight))
+    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias).float())
