@@ -140,9 +140,9 @@ def test_help_and_cheap_mistakes_need_none_of_the_heavy_packages() -> None:
     mistakes = [
         *(f"dvora {name} nowhere" for name in ("inspect", "doctor", "analyze", "report")),
         "dvora merge nowhere -o new",
-        "dvora merge adapter -o new --dtype int4",
+        "dvora merge docs -o new --dtype int4",
         "dvora convert nowhere --to dora -o new",
-        "dvora convert adapter --to peft-dora -o new",
+        "dvora convert docs --to peft-dora -o new",
     ]
     code = (
         "import sys; from tests.cli.program import run\n"

@@ -66,9 +66,11 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, 
     name = RUNS[task]
     found = headings(pages[name])
     assert found[:3] == SECTIONS
-    middle = {"causal-lm": ["Texts"], "regression": ["Predicted and true numbers"]}
+    middle = {"causal-lm": ["Texts"]}
     classes = ["Scores of each class", "Which classes it mistakes for which", "Compared with head alone"]
-    pairs = ["Predicted and true numbers"] if not read_run(made / name).labels else classes
+    pairs = (
+        ["Predicted and true numbers", "Rows that are furthest off"] if not read_run(made / name).labels else classes
+    )
     assert found[3:] == [*middle.get(task, pairs), "What changed in the layers", "Is the adapter right?"]
 
 

@@ -76,7 +76,7 @@ def write_page(
     elif run.labels:
         sections += _classes(run, compared(run, held_out, other), other)
     else:
-        sections.append(_numbers(compared(run, held_out, other)))
+        sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
     model, processor = load_trained(run)
     if isinstance(model, PeftModel):
@@ -199,11 +199,14 @@ def _examples(found: Sequence[Compared], name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _numbers(found: Sequence[Compared]) -> Section:
+def _numbers(found: Sequence[Compared]) -> list[Section]:
     pairs = [(float(each.label), float(each.predicted)) for each in found]
     furthest = sorted(found, key=lambda each: -abs(float(each.predicted) - float(each.label)))
     rows = [{"row": _row(each.row), "true": each.label, "predicted": each.predicted} for each in furthest[:SHOWN]]
-    return Section("Predicted and true numbers", [], [numbers(pairs)], [Table(rows, "furthest off")], wide=True)
+    return [
+        Section("Predicted and true numbers", pictures=[numbers(pairs)]),
+        Section("Rows that are furthest off", tables=[Table(rows)]),
+    ]
 
 
 def _texts(found: Sequence[Continuation]) -> Section:

@@ -31,6 +31,8 @@ def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
         )
     axes.set(xlabel="change of direction, mean of 1 - cos", ylabel="relative change of magnitude")
     axes.set_xlim(left=0)
+    # Shares such as 0.00125 take room.
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(bottom=0)
     _legend(figure)
     return svg(figure, "Change of magnitude against change of direction, a point a layer")
