@@ -49,7 +49,7 @@ examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" f
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
 
-fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 205 kills of commands
+fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 164 kills of commands
 	$(PY) -m pytest --fuzz tests/histories tests/bank tests/peft/test_hostile_folders.py tests/hardening
 
 lint: setup

@@ -324,6 +324,16 @@ def test_a_refused_gradient_leaves_the_input_for_another_try() -> None:
     assert_close(found(layer, layer.backward(D)), expected)
 
 
+def test_another_threads_pass_is_not_this_threads() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(layer, X).result()
+        assert_refused(layer)
+        layer(3 * X)
+        expected = by_autograd(fresh_copy(layer))
+        assert_close(found(layer, pool.submit(layer.backward, D).result()), expected)
+
+
 @pytest.mark.usefixtures("hasty_threads")
 def test_gradients_of_several_threads_add_up() -> None:
     layer, threads, rounds = trained_layer(IN, OUT, RANK), 4, 10

@@ -362,13 +362,11 @@ class Model(nn.Module):
         with torch.no_grad():
             for index, layer in enumerate(self.layers):
                 layer.lambda_d.mul_(1 + index)
-        self.seen: list[object] = []
         if passes:
             add_factor_pass(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            self.seen.append(current_pass())
             x = torch.tanh(layer(x))
         return x
 
@@ -472,16 +470,13 @@ def test_layers_that_are_added_used_no_more_or_gone_are_noticed(monkeypatch: pyt
     with counted(monkeypatch) as made:
         step(model)
         assert made == [4]
-    model.seen.clear()
     gone = [weakref.ref(model.layers[1].adapted), weakref.ref(model.layers[1].magnitude)]
     del model.layers[1]
     model.zero_grad(set_to_none=True)
     step(model)
-    model.seen.clear()
     with counted(monkeypatch) as made:
         found = step(model)
     assert made == [3]
-    model.seen.clear()
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
     assert_equal(found, step(model.alone()))

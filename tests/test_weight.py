@@ -136,9 +136,6 @@ def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distri
     assert worst_error(adapted.squares_gradient(d_q, lambda_d.detach()), expected) < 1e-12
 
 
-# The constants follow.
-
-
 def test_a_pickle_holds_its_own_part_of_joined_constants_only() -> None:
     adapted = adapted_weight(randn(OUT, IN, seed=1))
     size = len(pickle.dumps(adapted))

@@ -107,7 +107,7 @@ def test_predict_writes_a_file_when_it_is_complete(desk: Path) -> None:
     (desk / "broken.csv").write_text("text\n" + "good\n" * 100 + "good,bad\n")
     result = typed("predict", "dvora-run", "broken.csv", "-o", "predicted.csv")
     assert result.exit_code == 2
-    assert "broken.csv, line 102: 2 fields" in result.stderr
+    assert "broken.csv, row 101: 2 cells" in result.stderr
     assert (desk / "predicted.csv").read_bytes() == before
     assert not [path for path in desk.iterdir() if path.name.startswith(".predicted")]
 

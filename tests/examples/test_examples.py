@@ -16,7 +16,6 @@ SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "revi
 
 REPORTS = """print('{"works": true, "figures": {"loss": [2.0, 1.0]}}')\n"""
 """As `examples.checks.report` prints it, which imports torch."""
-REFUSES = """print('{"works": false, "outcome": "refused", "reason": "sharded weights"}')\n"""
 FAILS = 'raise SystemExit("the loss went up")\n'
 SAYS_NOTHING = 'print("trained")\n'
 

@@ -240,6 +240,15 @@ def test_large_values_of_float16_do_not_overflow(kind: str) -> None:
         assert float(product(ours, x)[0]) == pytest.approx(100 * float(matrix[:, 0].abs().sum()), rel=3e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("limit")
+def test_structured_products_of_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    ours = SharedProjections(SEED, "structured").impl
+    for name, (product, width) in products(32, 64, 128).items():
+        x = randn(5, width, seed=0, dtype=dtype)
+        assert torch.equal(product(ours, x), product(ours, x.float()).to(dtype)), name
+
+
 SIZES = [(24, 20, 6, 2), (24, 20, 30, 4), (48, 36, 16, 4), (14, 10, 5, 3)]
 """Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks."""
 

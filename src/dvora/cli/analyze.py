@@ -55,11 +55,12 @@ def analyze_command(
         from ..recipes.files import typed
         from ..tools.analysis.measures import means
 
-        found = analyze_folders(folders, model)
-        figures = write_report(found, folders, page if output is None else typed(output))
+        analysis, steps = analyze_folders(folders, model)
+        what = folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} adapters"
+        figures = write_report(analysis, steps, what, page if output is None else typed(output))
         rows: list[dict[str, Any]] = [
             {"adapter": name, "layers": len(changes), **means([each.change for each in changes])}
-            for name, changes in zip(found.analysis.adapters, found.analysis.changes, strict=True)
+            for name, changes in zip(analysis.adapters, analysis.changes, strict=True)
         ]
         shown = Output(as_json, quiet)
         shown.result({"report": str(page), "figures": str(figures), "adapters": rows}, legend=LEGEND)

@@ -78,12 +78,12 @@ def evaluate(
         from ..recipes.tasks.verdict import verdict
         from ..whole_files import write_atomically
 
-        evaluation = evaluate_run(found, data or [], columns, base)
+        shown = Output(as_json, quiet)
+        evaluation = evaluate_run(found, data or [], columns, base, shown.note)
         sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
         result = _shown(found, data or [], evaluation, as_json) | ({"verdict": sentences} if as_json else {})
         if output is not None:
             write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
-        shown = Output(as_json, quiet)
         title = f"{found.settings.method} on {found.settings.task}"
         shown.result(result, title=title, verdict="\n".join(sentences))
         if found.settings.task == "causal-lm":

@@ -88,6 +88,15 @@ def test_a_file_that_does_not_fit_is_reported(
         evaluate_run(classified, [write_csv(tmp_path / "new.csv", rows)])
 
 
+def test_what_was_assumed_of_a_file_is_told(classified: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text;label\nschön good;good\n".encode("cp1252"))
+    notes: list[str] = []
+    evaluate_run(classified, [str(tmp_path / "a.csv")], note=notes.append)
+    assert len(notes) == 2
+    assert "read as windows-1252" in notes[0]
+    assert "read as separated by ';'" in notes[1]
+
+
 def test_data_that_changed_is_not_taken_for_held_out(tmp_path: Path) -> None:
     run = finished("text-classification", tmp_path)
     expected = evaluate_run(run).metrics

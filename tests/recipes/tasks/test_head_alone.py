@@ -136,4 +136,4 @@ def test_a_long_reading_says_how_long_it_still_takes(models: dict[str, Path], mo
     notes: list[str] = []
     fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("bad", "good"), notes.append)
     assert len(notes) == 1
-    assert re.fullmatch(r"the frozen base has read \d+% of the rows, about \d+ s left", notes[0])
+    assert re.fullmatch(r"the frozen base reads the rows: \d+% done, about \d+ s left", notes[0])

@@ -99,9 +99,12 @@ def test_values_that_are_no_numbers(method: str, value: float) -> None:
     model = patient(method)
     with torch.no_grad():
         next(each for each in layer(model).parameters() if each.requires_grad).flatten()[0] = value
-    found = finding(model, "values")
+    examined = examine(model, inputs(), fresh_process=False)
+    found = examined.of("values")
     assert found.status == "fail"
     assert all(name.startswith("lin1") for name in found.layers)
+    # Nothing that is no number is below a limit.
+    assert examined.of("outputs").status == "fail"
 
 
 @pytest.mark.parametrize("method", ["dvora", "magnitude", "dora"])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ...tools.analysis import Analysis, analyze
@@ -13,31 +13,22 @@ from ..run_folder import ADAPTER, RECORD
 from ..training.checkpoints import CHECKPOINT, step_of
 
 
-@dataclass(frozen=True)
-class Analyzed:
-    """The analysis of adapters in folders.
-
-    Args:
-        analysis: of them, in the order of the folders.
-        steps: of the checkpoints, where they are those of one training.
-    """
-
-    analysis: Analysis
-    steps: tuple[int, ...] | None
-
-
-def analyze_folders(folders: Sequence[Path], model: str | None = None) -> Analyzed:
+def analyze_folders(folders: Sequence[Path], model: str | None = None) -> tuple[Analysis, tuple[int, ...] | None]:
     """Measure what adapters changed in their base.
 
     Args:
         folders: of adapters, or of runs of `dvora train`; or a single one with the `checkpoint-*` of a trainer.
         model: the base; None: the one that the first adapter names.
 
+    Returns:
+        The analysis, and the steps of the checkpoints, where the adapters are those of one training.
+
     Raises:
         ValueError: a folder holds no adapter, or the adapters are of several methods or do not fit the base.
     """
-    found = _checkpoints(folders[0]) if len(folders) == 1 else []
-    adapters = [read_adapter(folder) for folder in found or folders]
+    checkpoints = _checkpoints(folders[0]) if len(folders) == 1 else []
+    folders = checkpoints or folders
+    adapters = [read_adapter(folder) for folder in folders]
     methods = dict.fromkeys(adapter.method for adapter in adapters)
     if len(methods) > 1:
         raise ValueError(f"the adapters are of several methods ({', '.join(methods)}); compare those of one method")
@@ -46,42 +37,37 @@ def analyze_folders(folders: Sequence[Path], model: str | None = None) -> Analyz
     names = ["default", *(f"adapter{number}" for number in range(2, len(adapters) + 1))]
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         with_another(adapted, adapter, name)
-    analysis = analyze(adapted, names)
-    steps = tuple(map(step_of, found)) if found else None
-    return Analyzed(replace(analysis, adapters=tuple(_names(found or folders))), steps)
+    analysis = replace(analyze(adapted, names), adapters=tuple(_names(folders)))
+    return analysis, tuple(map(step_of, checkpoints)) or None
 
 
-def write_report(found: Analyzed, folders: Sequence[Path], page: Path) -> Path:
+def write_report(analysis: Analysis, steps: Sequence[int] | None, what: str, page: Path) -> Path:
     """Write the page, and the numbers beside it as JSON; returns their file.
 
+    Args:
+        analysis, steps: of `analyze_folders`.
+        what: was analyzed, for the title.
+        page: a file that ends in .html.
+
     Raises:
-        ValueError: the page's name does not end in .html.
         OSError: a file cannot be written.
     """
     from ...tools.analysis.page import report
 
-    if page.suffix != ".html":
-        raise ValueError(f"the report is a page: {page} has to end in .html")
-    what = folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} adapters"
-    text = report(found.analysis, f"What training changed: {what}", "Made by dvora analyze.", found.steps)
-    values = {**found.analysis.to_dict(), "steps": found.steps}
+    text = report(analysis, f"What training changed: {what}", "Made by dvora analyze.", steps)
     # Both take their names when both are written.
     with new_file(page) as html, new_file(page.with_suffix(".json")) as numbers:
         html.write(text.encode())
-        numbers.write((json.dumps(values, indent=1) + "\n").encode())
+        numbers.write((json.dumps({**analysis.to_dict(), "steps": steps}, indent=1) + "\n").encode())
     return page.with_suffix(".json")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Those that a trainer left in a folder, by step; none in the folder of an adapter."""
-    if not folder.is_dir() or _is_adapter(folder):
+    if not folder.is_dir() or (folder / SETTINGS).is_file():
         return []
-    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and _is_adapter(path)]
-    return sorted(found, key=step_of)
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / SETTINGS).is_file()
+    inside = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and (path / SETTINGS).is_file()]
+    return sorted(inside, key=step_of)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -91,6 +77,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
         path = folder.resolve()
         of_run = path.name == ADAPTER and (path.parent / RECORD).is_file()
         name = (path.parent.name if of_run else path.name) or "adapter"
-        earlier = names.count(name) + sum(each.startswith(f"{name} (") for each in names)
+        earlier = names.count(name) + sum(other.startswith(f"{name} (") for other in names)
         names.append(f"{name} ({earlier + 1})" if earlier else name)
     return names

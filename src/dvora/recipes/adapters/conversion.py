@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from ...peft.conversion import Converted, dense_updates, from_vera, to_dora
+from ...peft.conversion import dense_updates, from_vera, to_dora
 from ...whole_files import new_folder
 from ..models.adapter_folder import VALUES, read_adapter
 from ..models.adapters import load_adapted
@@ -14,6 +13,8 @@ from ..models.inputs import difference, example_output
 from . import TARGETS, TO_LORA
 
 DENSE_FILE = "weight_updates.safetensors"
+_MAGNITUDES = ("dvora_magnitude", "lora_magnitude_vector")
+"""One a layer, by the ends of their names."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Co
     adapted = load_adapted(adapter, model)
     with new_folder(output) as filling:
         if to == "dense":
-            values = dense_updates(adapted)
-            _save_dense(values, filling)
-            file, layers, changed = DENSE_FILE, len(values), None
+            # Copies: safetensors takes no tensors that share their memory.
+            updates = {name: value.detach().clone().contiguous() for name, value in dense_updates(adapted).items()}
+            save_file(updates, filling / DENSE_FILE, metadata={"format": "pt"})
+            file, layers, changed = DENSE_FILE, len(updates), None
         else:
             converted = from_vera(adapted) if to == "dvora" else to_dora(adapted)
             converted.config.base_model_name_or_path = base
             converted.save(filling)
-            file, layers = VALUES, _layer_count(converted)
+            file, layers = VALUES, sum(key.endswith(_MAGNITUDES) for key in converted.values)
             again = load_adapted(read_adapter(filling), model)
             changed = difference(example_output(again), example_output(adapted))
         size = (filling / file).stat().st_size
@@ -91,13 +93,3 @@ def _check_pair(method: str, to: str) -> None:
     needed = "vera" if to == "dvora" else "dvora"
     if method != needed:
         raise ValueError(f"only adapters of {needed} are converted to {to}, and this is one of {method}")
-
-
-def _save_dense(values: dict[str, torch.Tensor], folder: Path) -> None:
-    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in values.items()}
-    save_file(own, folder / DENSE_FILE, metadata={"format": "pt"})
-
-
-def _layer_count(converted: Converted) -> int:
-    ends = ("dvora_magnitude", "lora_magnitude_vector")
-    return sum(key.endswith(ends) for key in converted.values)

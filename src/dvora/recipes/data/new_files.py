@@ -39,13 +39,15 @@ def reading_settings(run: Run, columns: Mapping[str, str | None]) -> Settings:
     return run.settings.model_copy(update={key: columns.get(key) or recorded.get(kind) for key, kind in KINDS.items()})
 
 
-def labelled_examples(paths: Sequence[str], run: Run, columns: Mapping[str, str | None]) -> list[Example]:
-    """The examples in some files, their labels as the run's model predicts them.
+def labelled_examples(
+    paths: Sequence[str], run: Run, columns: Mapping[str, str | None], note: Note = lambda _: None
+) -> list[Example]:
+    """The examples in some files, their labels as the run's model predicts them; `note` is called with assumptions.
 
     Raises:
         ValueError: a file or a row is not what the task needs, or a label is none of the run's.
     """
-    examples, _ = read_examples(paths, reading_settings(run, columns), lambda _: None)
+    examples, _ = read_examples(paths, reading_settings(run, columns), note)
     if run.settings.task != "causal-lm":
         encode_labels(examples, run.labels)
     return examples

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.new_files import labelled_examples
 from ..data.run_data import Data, fingerprints, load_data, size_of
+from ..data.tables import Note
 from ..models.bases import quiet_transformers
 from ..models.trained import load_trained
 from ..run_folder import HEAD_ALONE, Run
@@ -46,7 +47,11 @@ class Evaluation:
 
 
 def evaluate_run(
-    run: Run, files: Sequence[str] = (), columns: Mapping[str, str | None] | None = None, with_base: bool = False
+    run: Run,
+    files: Sequence[str] = (),
+    columns: Mapping[str, str | None] | None = None,
+    with_base: bool = False,
+    note: Note = lambda _: None,
 ) -> Evaluation:
     """Evaluate a run's model.
 
@@ -55,6 +60,7 @@ def evaluate_run(
         files: in the formats of training; none: the rows that the run held out for its test.
         columns: of the files, where they are not those of the run; see `reading_settings`.
         with_base: also evaluate the base: a language model's as it is, that of another task with the head alone.
+        note: called with what had to be assumed to read the files.
 
     Raises:
         ValueError: the run's data has changed, a file is not what the task needs, or the run kept no head alone.
@@ -64,7 +70,7 @@ def evaluate_run(
         if not data.test:
             raise ValueError(f"the run in {run.folder} held no rows out for a test; give files to evaluate it on")
         return _evaluation("test", data.test, _guess(run, data, data.test), run, with_base, 0)
-    examples = labelled_examples(files, run, columns or {})
+    examples = labelled_examples(files, run, columns or {}, note)
     own = _data_if_unchanged(run)
     known = {*own.train_keys} if own else ()
     seen = sum(example.key in known for example in examples) if own else None

@@ -85,7 +85,7 @@ def write_page(
             batch = batch_of(run, model, processor, (data.test or data.train)[:EXAMINED])
             with offline():
                 examined = examine(model, batch)
-            verdict.append(f"The doctor on the adapter: {examined.verdict}.")
+            verdict.append(f"The doctor on the adapter: {examined.verdict}")
             sections.append(_doctor(examined))
     settings = run.settings
     lead = f"{settings.method} on {Path(settings.model).name}, {settings.task}; examples and counts are of "

@@ -13,7 +13,8 @@ def curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Markup | Non
     """Training loss (each step, and smoothed) and validation metrics; None without a loss on record."""
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     names = [name for entry in history for name in entry if name.startswith("eval_") and name != "eval_loss"]
-    shown = next(iter(dict.fromkeys(names)), None)
+    # A single evaluation is a number in a table, no curve.
+    shown = next((name for name in names if names.count(name) > 1), None)
     if not losses:
         return None
     figure = new_figure(5, 4.6 if shown else 2.9)

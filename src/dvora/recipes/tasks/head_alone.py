@@ -154,7 +154,8 @@ def fitted_head(
     most = min(len(train), MOST_ROWS, (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation)
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
-    on_batch = _estimating(note, sum(int(_lengths(dataset).sum()) for dataset in parts.values()))
+    tokens = sum(int(_lengths(dataset).sum()) for dataset in parts.values())
+    on_batch = _estimating(note, "the frozen base reads the rows", tokens)
     features = {part: frozen_features(model, rows, collator, settings, on_batch) for part, rows in parts.items()}
     labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
 
@@ -165,25 +166,29 @@ def fitted_head(
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
     layer = last_layer(model)
     has_bias = layer is not None and layer.bias is not None
-    heads = [fitted(features["train"], labels["train"], len(classes), each, has_bias) for each in strengths]
+    on_fit = _estimating(note, "the head alone is fitted", len(strengths))
+    heads = []
+    for strength in strengths:
+        heads.append(fitted(features["train"], labels["train"], len(classes), strength, has_bias))
+        on_fit(1)
     head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
     return head, {part: head_metrics(head.outputs(features[part]), labels[part], classes) for part in held_out}
 
 
-def _estimating(note: Callable[[str], None], total: int) -> Callable[[int], None]:
-    """What is to be called with the tokens of each batch, and says from time to time how long the rest takes."""
+def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
+    """What is to be called with each part of the total work, and says from time to time how long the rest takes."""
     begun, done, told = time.monotonic(), 0, 0.0
 
-    def on_batch(tokens: int) -> None:
+    def on_part(part: int) -> None:
         nonlocal done, told
-        done += tokens
+        done += part
         passed = time.monotonic() - begun
-        if passed > told + (OFTEN if told else SOON):
-            told, left = passed, passed * (total / done - 1)
-            note(f"the frozen base has read {done / total:.0%} of the rows, about {left:.0f} s left")
+        if done < total and passed > told + (OFTEN if told else SOON):
+            told = passed
+            note(f"{what}: {done / total:.0%} done, about {passed * (total / done - 1):.0f} s left")
 
-    return on_batch
+    return on_part
 
 
 def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
