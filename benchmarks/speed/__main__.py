@@ -27,6 +27,8 @@ from benchmarks.speed.timing import ratios, spread
 def main(arguments: list[str] | None = None) -> int:
     """Measure how fast adapted models are; only a whole run on the CPU writes the committed result file."""
     chosen = _parser().parse_args(arguments)
+    if chosen.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {chosen.device}: torch {torch.__version__} sees no GPU; leave the option out")
     quieten()
     torch.set_num_threads(chosen.threads)
     runs = selected(plan.QUICK if chosen.quick else plan.WHOLE, chosen)

@@ -50,10 +50,11 @@ def test_gathered_lora_has_the_outputs_of_peft_s(workload: Workload, tokens: int
     # The same model again and again: nothing of a batch may stay for the next one.
     for rows in ([0] * 6, [0, 1, 2, 2, 1, 0], [*range(6)], [5] * 6):
         with torch.no_grad(), gathered.rows(rows):
-            outputs = workload.output(model, x)
-            expected = workload.output(partial(peft, adapter_names=[names[row] for row in rows]), x)
-            torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
-            assert not torch.allclose(expected, workload.output(base, x), atol=1e-3)
+            for inputs in (x, -2 * x):
+                outputs = workload.output(model, inputs)
+                expected = workload.output(partial(peft, adapter_names=[names[row] for row in rows]), inputs)
+                torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+                assert not torch.allclose(expected, workload.output(base, inputs), atol=1e-3)
 
 
 def test_outside_of_a_batch_gathered_lora_is_the_base() -> None:

@@ -1,5 +1,6 @@
 """What result files say is what pages show: scores and differences of known outcome, tables, pictures."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from benchmarks.pictures import METHODS, save
+from benchmarks.pictures import FOLDER, METHODS, save
 from benchmarks.plots import PICTURES
 from benchmarks.quality.evaluation import packed
 from benchmarks.quality.summary import Result
@@ -92,12 +93,14 @@ def test_a_result_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_is_drawn_from_the_committed_rows(name: str, tmp_path: Path) -> None:
+def test_the_committed_pictures_say_what_is_drawn_from_the_committed_rows(name: str, tmp_path: Path) -> None:
     save(name, PICTURES[name], tmp_path)
     light, dark = ((tmp_path / f"{name}{end}.svg").read_text(encoding="utf-8") for end in ("", "-dark"))
     assert "DVoRA" in light or name == "speakers"
     assert ("#d9dbe2" in light, "#d9dbe2" in dark) == (False, True)
-    assert light == (file_of("").parent.parent.parent / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+    committed = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    # Not the bytes, which another version of matplotlib would change.
+    assert re.findall(r">([^<]+)</text>", light) == re.findall(r">([^<]+)</text>", committed)
     assert plt.get_fignums() == []
 
 
