@@ -356,6 +356,17 @@ def test_factors_have_the_strength_that_the_layers_have() -> None:
     assert all(agree(found[name], own_factors(layer)) for name, layer in layers(model).items())
 
 
+def test_factors_are_of_the_base_as_it_is_now() -> None:
+    model = mlp().trained()
+    with torch.no_grad():
+        model.base_model.model.lin1.base_layer.weight.mul_(2)
+    layout = Layout.of(model)
+    found = layout.factors(model, layout.to_vector(model))
+    fresh = Kind(lambda: copy.deepcopy(model).unload(), mlp().settings).fresh()
+    layout.from_vector(layout.to_vector(model), fresh)
+    assert all(agree(found[name], own_factors(layer)) for name, layer in layers(fresh).items())
+
+
 def test_factors_are_those_of_the_vector_and_leave_the_model_alone() -> None:
     model, other = mlp().trained(), mlp().trained(seed=1)
     layout = Layout.of(model)

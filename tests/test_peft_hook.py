@@ -44,7 +44,9 @@ def test_a_peft_that_does_not_fit_can_still_be_imported_and_warns() -> None:
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    import peft\n"
-        "print(peft.LoraConfig, [str(w.message) for w in caught if issubclass(w.category, ImportWarning)])"
+        "print(peft.LoraConfig, [str(w.message) for w in caught if issubclass(w.category, ImportWarning)])\n"
+        "try:\n    dvora.DVoRAConfig\nexcept ImportError as error:\n    print('ImportError', error)"
     )
+    assert "ImportError dvora.DVoRAConfig is not available" in out
     assert "dvora's PEFT method is not available" in out
     assert "pip install '.[peft]'" in out

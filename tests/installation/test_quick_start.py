@@ -1,11 +1,8 @@
 """The wheel is tested with the README's first code, and a failure is one message."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from installation.environments import InstallationError, empty_environment
+from installation.environments import InstallationError
 from installation.wheel import expect_advice, quick_start
 
 
@@ -19,11 +16,3 @@ def test_advice_is_one_line_that_names_the_extra() -> None:
     for output in ("Error: typer is missing\n", "Traceback\nError: pip install '.[cli]'\n"):
         with pytest.raises(InstallationError, match=r"expected one line that says to install '\.\[cli\]'"):
             expect_advice(output, "cli")
-
-
-def test_a_command_that_fails_shows_its_end() -> None:
-    with empty_environment(sys.executable) as environment:
-        folder = environment.folder
-        with pytest.raises(InstallationError, match="exit status 3, expected 0\nout of luck"):
-            environment.run("python", "-c", "print('out of luck'); raise SystemExit(3)")
-    assert not Path(folder).exists()
