@@ -73,7 +73,7 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
     ("command", "code", "message"),
     [
         ("dvora inspect base", 1, "holds no adapter_config.json"),
-        ("dvora inspect nothing", 2, "is not a folder"),
+        ("dvora inspect nothing", 2, "nothing: no such file or folder"),
         ("dvora count adapter", 1, "holds an adapter, not a model; name its base"),
         ("dvora count no/such-model", 1, "no/such-model"),
         ("dvora count base --targets nothing", 1, "nothing"),

@@ -77,7 +77,7 @@ def test_the_report_reads_well_in_a_browser(made: Path, width: int, scheme: str)
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("dvora analyze nowhere", "nowhere is not a folder"),
+        ("dvora analyze nowhere", "nowhere: no such file or folder"),
         ("dvora analyze adapter vera --model base", "several methods (dvora, vera)"),
         ("dvora analyze adapter --model base -o report.txt", "has to end in .html"),
         ("dvora analyze adapter --model base -o nowhere/report.html", "there is no folder nowhere"),

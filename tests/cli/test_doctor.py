@@ -89,7 +89,7 @@ def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("dvora doctor nowhere", "nowhere is not a folder"),
+        ("dvora doctor nowhere", "nowhere: no such file or folder"),
         ("dvora doctor adapter --model base --rows 1", "needs two or more"),
         ("dvora doctor adapter new.csv --model base", "leave the data out"),
         ("dvora doctor dvora-run --model base", "leave --model out"),

@@ -132,7 +132,7 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("dvora report nowhere", "nowhere is not a folder"),
+        ("dvora report nowhere", "nowhere: no such file or folder"),
         ("dvora report ..", "holds no run.json"),
         ("dvora report dvora-run -o page.txt", "has to end in .html"),
         ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),

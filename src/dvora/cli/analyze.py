@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import check_adapter, check_page, one_line, wrong_input
+from .errors import check_page, check_there, one_line, wrong_input
 from .output import Debug, Json, Output, Quiet
 
 LEGEND = {
@@ -50,7 +50,7 @@ def analyze_command(
         page = output or Path("analysis.html")
         check_page(page)
         for folder in folders:
-            check_adapter(folder)
+            check_there(folder)
         from ..recipes.adapters.analyzing import analyze_folders, write_report
         from ..recipes.files import typed
         from ..tools.analysis.measures import means

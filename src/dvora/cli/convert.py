@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..recipes.adapters import TARGETS, TO_LORA
-from .errors import check_adapter, one_line
+from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -42,7 +42,7 @@ def convert_command(
     To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
     """
     with one_line(debug):
-        check_adapter(adapter)
+        check_there(adapter)
         from ..recipes.adapters.conversion import convert
 
         done = convert(adapter, to, output, model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import check_adapter, one_line, wrong_input
+from .errors import check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def doctor_command(
     The exit code is 1 if something failed.
     """
     with one_line(debug), wrong_input():
-        check_adapter(folder)
+        check_there(folder)
         from ..recipes.reports.examination import examine_folder
         from ..recipes.settings import Trust
 

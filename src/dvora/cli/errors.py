@@ -84,16 +84,6 @@ def check_writable(file: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
-def check_adapter(folder: Path) -> None:
-    """Refuse what is not there before anything heavy is imported.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; name that of an adapter, or of a run of `dvora train`")
-
-
 @contextmanager
 def one_line(debug: bool) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code, and keep stdout for results.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import check_adapter, one_line
+from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -48,7 +48,7 @@ def inspect_command(
     Reads safetensors only; pickled adapters are refused.
     """
     with one_line(debug):
-        check_adapter(adapter)
+        check_there(adapter)
         from ..recipes.adapters.inspection import inspect
 
         found = inspect(adapter, model).to_dict()

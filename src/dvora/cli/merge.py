@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..recipes.adapters import DTYPES
-from .errors import check_adapter, one_line
+from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -43,7 +43,7 @@ def merge_command(
     The folder appears whole, and only if the merged model, loaded again, gives the adapted model's outputs.
     """
     with one_line(debug):
-        check_adapter(adapter)
+        check_there(adapter)
         from ..recipes.adapters.merging import merge
 
         done = merge(adapter, output, model, dtype, shard_size)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import check_adapter, check_page, one_line, wrong_input
+from .errors import check_page, check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -37,7 +37,7 @@ def report_command(
     with one_line(debug), wrong_input():
         page = output or Path(f"{run.resolve().name}.html")
         check_page(page)
-        check_adapter(run)
+        check_there(run)
         from ..recipes.files import typed
         from ..recipes.reports.run_page import write_page
         from ..recipes.settings import Trust
