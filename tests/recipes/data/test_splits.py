@@ -38,6 +38,11 @@ def test_classes_keep_their_shares_and_are_all_trained_on(
     assert {classes[index] for index in parts.train} == {*classes}
 
 
+def test_shares_are_those_asked_for() -> None:
+    parts = split_rows(range(1000), [index % 7 for index in range(1000)], 0.1, 0.2, 0)
+    assert [len(part) for part in parts] == [700, 100, 200]
+
+
 def test_case_and_spacing_do_not_make_another_text() -> None:
     assert same_text(" A  Straße\n") == same_text("a STRASSE")
     assert same_text("a b") != same_text("ab")
