@@ -78,6 +78,8 @@ def test_every_class_has_its_scores(made: Path, pages: dict[str, Path]) -> None:
     trained = read_run(made / "dvora-run")
     found = compared(trained, unchanged_data(trained).test)
     page = pages["dvora-run"].read_text(encoding="utf-8")
+    columns = ("precision", "recall", "F1", "rows")
+    assert "".join(f'<th scope="col" class="number">{name}</th>' for name in columns) in page
     for name in trained.labels:
         hits = sum(each.label == each.predicted == name for each in found)
         rows, predicted = sum(each.label == name for each in found), sum(each.predicted == name for each in found)

@@ -156,11 +156,12 @@ def _classes(run: Run, found: Sequence[Compared], other: Run | None) -> list[Sec
         return sections
     gained = [each for each in found if each.predicted == each.label != each.other]
     lost = [each for each in found if each.predicted != each.label == each.other]
+    counts = f"{len(gained):,} rows are right here and wrong with {name}, {len(lost):,} the other way."
     tables = [
-        Table(_examples(gained, name), f"right here, wrong with {name}: {len(gained):,}"),
-        Table(_examples(lost, name), f"wrong here, right with {name}: {len(lost):,}"),
+        Table(_examples(gained, name), f"right here, wrong with {name}"),
+        Table(_examples(lost, name), f"wrong here, right with {name}"),
     ]
-    return [*sections, Section(f"Compared with {name}", tables=tables, wide=True)]
+    return [*sections, Section(f"Compared with {name}", [counts], tables=tables, wide=True)]
 
 
 def _scores(classes: Sequence[str], labels: Sequence[Any], predicted: Sequence[Any]) -> list[dict[str, Any]]:
