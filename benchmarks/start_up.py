@@ -1,8 +1,9 @@
 """How long commands take to start: python -m benchmarks.start_up
 
 Every command runs in a process of its own: some to their end (those that load no model), the others until they find
-that the folder they were given is not there. Each round goes through all commands, so that a busy machine slows all
-alike; beside the time on the clock the processor's time is kept, which depends less on what else runs.
+that there is no adapter and no model in the folder they were given. Each round goes through all commands, so that a
+busy machine slows all alike; beside the time on the clock the processor's time is kept, which depends less on what else
+runs.
 """
 
 import argparse
@@ -25,10 +26,10 @@ COMMANDS = {
     "help": ("dvora --help", "dvora --version", "dvora train --help", "dvora train --print-config"),
     "import": ("import dvora", "dvora.DVoRAAdapter", "dvora.DVoRAConfig"),
     "start": (
-        *("dvora inspect ABSENT", "dvora count ABSENT", "dvora merge ABSENT --output OUT", "dvora analyze ABSENT"),
-        *("dvora convert ABSENT --to dora --output OUT", "dvora doctor ABSENT"),
-        *("dvora report ABSENT", "dvora evaluate ABSENT", "dvora generate ABSENT", "dvora predict ABSENT ABSENT"),
-        "dvora train --task text-classification --model ABSENT --data ABSENT.csv",
+        *("dvora inspect EMPTY", "dvora count EMPTY", "dvora merge EMPTY --output OUT", "dvora analyze EMPTY"),
+        *("dvora convert EMPTY --to dora --output OUT", "dvora doctor EMPTY"),
+        *("dvora report RUN", "dvora evaluate RUN", "dvora generate RUN text", "dvora predict RUN rows.csv"),
+        "dvora train --task text-classification --model EMPTY --data rows.csv",
     ),
 }
 """By what they wait for: nothing; imports; everything that their work needs."""
@@ -37,6 +38,16 @@ LARGE = (
     *("torchao", "bitsandbytes", "hqq", "deepspeed", "scipy", "sklearn"),
 )
 """Large packages, which a test looks for in what commands import."""
+
+
+def prepare(folder: Path) -> None:
+    """Make what the commands name: all that is found without large packages is right, the model is not there."""
+    (folder / "EMPTY").mkdir()
+    (folder / "RUN").mkdir()
+    (folder / "rows.csv").write_text("text,label\ngood,yes\n")
+    settings = {"task": "text-classification", "model": str(folder / "EMPTY"), "data": [str(folder / "rows.csv")]}
+    record = {"state": "finished", "settings": settings, "labels": ["no", "yes"], "data": {"files": {}}, "metrics": {}}
+    (folder / "RUN" / "run.json").write_text(json.dumps(record))
 
 
 def started(command: str, folder: str) -> tuple[float, float]:
@@ -60,6 +71,7 @@ def measured(rounds: int) -> list[dict[str, Any]]:
     cases = [(kind, command) for kind, commands in COMMANDS.items() for command in commands]
     runs: dict[str, list[tuple[float, float]]] = {command: [] for _, command in cases}
     with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
         # Imports nearly everything, so that nothing is left to be compiled.
         started("dvora report ABSENT", folder)
         for _ in range(rounds):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.start_up import COMMANDS, LARGE, SOURCE
+from benchmarks.start_up import COMMANDS, LARGE, SOURCE, prepare
 
 # PEFT and transformers import the last four where they are installed, which no command that uses PEFT can prevent.
 FOR_PEFT = {"torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "hqq", "scipy"}
@@ -57,6 +57,7 @@ def test_what_loads_no_model_imports_nothing_large(tmp_path: Path) -> None:
 
 
 def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:
+    prepare(tmp_path)
     allowed = {command: ALLOWED[command.split()[1]] for command in COMMANDS["start"]}
     found = imported_after(tmp_path, *sorted(allowed, key=lambda command: len(allowed[command])))
     assert not {command: names - allowed[command] for command, names in found.items() if names - allowed[command]}
