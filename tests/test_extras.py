@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from dvora.extras import how_to_install, missing
 
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 EXTRAS = ("peft", "cli", "report")
 WITHOUT = """
 import sys

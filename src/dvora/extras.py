@@ -2,7 +2,7 @@
 
 _BROUGHT = {
     "peft": ("accelerate", "peft", "transformers"),
-    "cli": ("datasets", "filelock", "PIL", "pydantic", "rich", "typer", "yaml"),
+    "cli": ("datasets", "filelock", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
     "report": ("jinja2", "matplotlib"),
 }
 """Of each extra, the modules that are imported from what it installs."""
