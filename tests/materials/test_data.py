@@ -19,8 +19,6 @@ def digest(content: bytes, part: Texts | Images) -> str:
     [
         (data.movie_reviews, (7049, 1007, 2014), "8a1b898922376c5c"),
         (data.movie_ratings, (7423, 1060, 2120), "e16abff5afab4c83"),
-        (data.tweets, (2361, 337, 674), "719058a1eff6db5f"),
-        (data.tweet_ratings, (2898, 414, 828), "dd9f61ae9bd8d068"),
     ],
 )
 def test_texts_are_disjoint_and_pinned(
