@@ -14,7 +14,7 @@ from materials.models import minilm, smollm2
 REVIEWS, LINES, PLAY = 2000, 400, "lear"
 NEW_REVIEWS = (
     "a fine, funny and touching film",
-    "two hours that I shall never get back",
+    "a dull story, badly told",
     "the actors do what they can with a script that does nothing",
 )
 

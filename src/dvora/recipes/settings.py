@@ -27,7 +27,7 @@ RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
-SMALL_RANK, SMALL_RANK_RATE = 4, 3e-3
+SMALL_RANK, SMALL_RANK_RATE = 4, 4e-3
 """Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
 OWN_CODE = "trust_remote_code"
 """Was a setting once; now only the caller can allow it."""
