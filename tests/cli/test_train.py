@@ -185,15 +185,6 @@ def test_a_killed_run_goes_on_and_signals_stop_it_with_a_checkpoint(desk: Path) 
         assert max(int(path.name.partition("-")[2]) for path in folder.iterdir()) == int(last.split()[3].rstrip(";"))
 
 
-def test_a_search_for_the_rate_in_old_settings_is_refused_in_one_line(desk: Path) -> None:
-    (desk / "old.yaml").write_text("task: text-classification\nmodel: m\ndata: a.csv\nlearning_rate: auto\n")
-    result = typed("old.yaml", "-o", "never")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "old.yaml: learning_rate is 'auto': the search for a learning rate was removed" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert not (desk / "never").exists()
-
-
 def test_two_processes_train_as_one(desk: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     options = ["-o", "together", "--epochs", "10", "--json", "--seed", "3", "--batch-size", "4"]
