@@ -12,7 +12,7 @@ TRIALS = {
 SHOWN = ("torch", "peft", "transformers", "accelerate", "numpy")
 INSTALLED = {"dev": "everything that the tests need", "report": "the extra `report`"}
 """Where commands were started, by the extra that was installed."""
-STARTED = ("dvora --help", "import dvora", "dvora.DVoRAConfig", "dvora inspect ABSENT", "dvora predict ABSENT ABSENT")
+STARTED = ("dvora --help", "import dvora", "dvora.DVoRAConfig", "dvora inspect EMPTY", "dvora predict RUN rows.csv")
 """What the table shows of them: nothing is imported, PEFT is, and everything that a model needs is."""
 
 
@@ -52,7 +52,7 @@ def start_up(result: dict[str, Any]) -> str:
         f"`python -m benchmarks.start_up` (`benchmarks/results/start_up.json`; Python {environment['python']}, torch "
         f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, "
         f"{environment['cores']} cores, shared with other work). Seconds of the processor, and in brackets seconds on "
-        "the clock, medians; a command that works on a folder was given one that is not there:",
+        "the clock, medians; a command that works on a folder was given one without an adapter or a model:",
         table(("", *(INSTALLED[name] for name in now)), lines),
     )
 
