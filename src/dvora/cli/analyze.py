@@ -49,8 +49,7 @@ def analyze_command(
     with one_line(debug), wrong_input():
         page = output or Path("analysis.html")
         check_page(page)
-        for folder in folders:
-            check_there(folder)
+        check_there(*folders)
         from ..recipes.adapters.analyzing import analyze_folders, write_report
         from ..recipes.files import typed
         from ..tools.analysis.measures import means

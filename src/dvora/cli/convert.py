@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..recipes.adapters import TARGETS, TO_LORA
-from .errors import check_there, one_line
+from .errors import check_there, one_line, one_of
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -21,9 +21,9 @@ EXAMPLES = """[bold]Examples[/bold]
 
 
 def _target(to: str) -> str:
-    if to not in TARGETS:
-        raise typer.BadParameter(TO_LORA if to == "lora" else f"{to!r} is none of {', '.join(TARGETS)}")
-    return to
+    if to == "lora":
+        raise typer.BadParameter(TO_LORA)
+    return one_of(to, TARGETS)
 
 
 def convert_command(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..recipes.adapters import DTYPES
-from .errors import check_there, one_line
+from .errors import check_there, one_line, one_of
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -19,9 +19,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
 
 def _dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}")
-    return dtype
+    return one_of(dtype, DTYPES)
 
 
 def merge_command(

@@ -143,6 +143,7 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
     from ..recipes.settings import Trust, resolved
 
     folder = Path(settings.output)
+    # Here before the imports, which take seconds, and in the recipe once more, when the folder is locked.
     with wrong_input():
         check_resumable(folder, read_record(folder), resolved(settings), resume)
     if not resume:

@@ -14,7 +14,7 @@ from ...peft.expressions import check_expressions
 from ...peft.saving import opened
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
-from ..run_folder import checked_labels
+from ..run_folder import ADAPTER, checked_labels
 from .hub import offline
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -104,8 +104,8 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; an adapter is a folder with {SETTINGS} and {VALUES}")
-    if not (folder / SETTINGS).exists() and (folder / "adapter" / SETTINGS).exists():
-        folder = folder / "adapter"
+    if not (folder / SETTINGS).exists() and (folder / ADAPTER / SETTINGS).exists():
+        folder = folder / ADAPTER
     if not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds no {SETTINGS}, so it is no adapter folder")
     settings = checked_adapter_settings(folder / SETTINGS)

@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from ...tools.pages.text import shown
 
+GREATER_IS_BETTER = {"accuracy": True, "rmse": False, "loss": False}
+"""The metric that a task is judged by: the first of these that it has."""
 MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
 """Names for what is evaluated, by the ending of its key in run.json."""
 

@@ -28,15 +28,13 @@ class Task:
         collator: makes a batch of features.
         compute_metrics: of predictions and labels, by name.
         reduce_logits: makes of a batch's outputs and labels the predictions.
-        best: the metric that the best step is chosen by.
-        greater_is_better: whether more of it is better.
+        best: the metric that the best step is chosen by, one of `metrics.GREATER_IS_BETTER`.
     """
 
     collator: Any
     compute_metrics: Callable[[Any], dict[str, float]]
     reduce_logits: Callable[[Any, Any], Any]
     best: str
-    greater_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,12 @@ def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Tas
     """The parts of a run's task."""
     if settings.task == "causal-lm":
         padding = DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
-        return Task(padding, metrics.of_tokens, metrics.surprise, "loss", False)
+        return Task(padding, metrics.of_tokens, metrics.surprise, "loss")
     images = settings.task == "image-classification"
     collator: Any = DefaultDataCollator() if images else DataCollatorWithPadding(processor)
     if labels:
-        return Task(collator, metrics.of_classes, metrics.only_logits, "accuracy", True)
-    return Task(collator, metrics.of_numbers, metrics.only_logits, "rmse", False)
+        return Task(collator, metrics.of_classes, metrics.only_logits, "accuracy")
+    return Task(collator, metrics.of_numbers, metrics.only_logits, "rmse")
 
 
 def longest(settings: Settings, processor: Any, model_config: Any) -> int:

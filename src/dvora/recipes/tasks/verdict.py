@@ -6,9 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from ...tools.pages.text import shown
+from .metrics import GREATER_IS_BETTER
 
-BETTER = {"accuracy": True, "rmse": False, "loss": False}
-"""The metric that each task is judged by, and whether more of it is better."""
 CHANGE = 0.02
 """Relative change of the training loss that counts as one."""
 
@@ -31,7 +30,7 @@ def verdict(
     if part is None:
         return []
     trained = metrics[part]
-    metric = next(name for name in BETTER if name in trained)
+    metric = next(name for name in GREATER_IS_BETTER if name in trained)
     compared = [
         _compared(metric, part, trained[metric], metrics[key], name, rows.get(part, 0))
         for key, name in (
@@ -52,7 +51,7 @@ def _compared(
 ) -> tuple[str, bool]:
     """A sentence on one baseline, and whether the trained model is better than it."""
     other = float(baseline[metric])
-    gain = trained - other if BETTER[metric] else other - trained
+    gain = trained - other if GREATER_IS_BETTER[metric] else other - trained
     values = f"{part} {metric}: {trained:.4g} trained, {other:.4g} {name}"
     if not gain > 0:
         return f"NO BETTER than {name} ({values})", False

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...whole_files import new_folder, remove
 from ..data.run_data import Data, load_data
-from ..models.bases import Base, load_base, load_processor, quiet_transformers
+from ..models.bases import load_base, load_processor, quiet_transformers
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -187,11 +188,12 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
-    head_alone = None
-    if settings.task != "causal-lm" and last_layer(base.model) is not None:
+    head_alone, last = None, None if settings.task == "causal-lm" else last_layer(base.model)
+    if last is not None:
         note("fitting the head alone to the frozen base, to start from and to compare with")
         head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
-        _start_from(head_alone[0], base)
+        if any(base.model.get_submodule(name) is last for name in base.new):
+            _start_from(head_alone[0], last)
     model = adapted(base, settings)
     rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")
@@ -231,14 +233,11 @@ def _version(package: str) -> str:
 
 
 @torch.no_grad()
-def _start_from(fitted: HeadAlone, base: Base) -> None:
-    """Give every method the same start: the fitted head, unless the model brings a trained one."""
-    last = last_layer(base.model)
-    assert last is not None
-    if any(base.model.get_submodule(name) is last for name in base.new):
-        last.weight.copy_(fitted.weight)
-        if last.bias is not None:
-            last.bias.copy_(fitted.bias)
+def _start_from(fitted: HeadAlone, last: nn.Linear) -> None:
+    """Give every method the same start: the fitted head in the model's new last layer."""
+    last.weight.copy_(fitted.weight)
+    if last.bias is not None:
+        last.bias.copy_(fitted.bias)
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

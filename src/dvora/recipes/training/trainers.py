@@ -17,6 +17,7 @@ from ..run_folder import CHECKPOINTS, is_first, world_size
 from ..settings import EPOCHS, MOST_STEPS, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
 from ..tasks.head_alone import HeadAlone
+from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
 from .methods import optimizer
 from .watching import OnProgress, StopRequest, Watching
@@ -155,7 +156,7 @@ def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> T
         save_total_limit=2,
         load_best_model_at_end=settings.keep_best and validates,
         metric_for_best_model=task.best if validates else None,
-        greater_is_better=task.greater_is_better if validates else None,
+        greater_is_better=GREATER_IS_BETTER[task.best] if validates else None,
         logging_steps=1,
         # How often there was no better evaluation.
         restore_callback_states_from_checkpoint=True,

@@ -80,12 +80,12 @@ class Watching(TrainerCallback):
     def __init__(self, stop: StopRequest, on_progress: OnProgress | None) -> None:
         self.stop, self.on_progress = stop, on_progress
         self.was_stopped = self.stopped_within_epoch = False
-        self.first_step: int | None = None
-        """After which the pace is measured: that one also warms caches up."""
-        self.started = 0.0
+        self.started, self.first_step = 0.0, 0
+        """When the first step of this process was made; the pace is measured from there, since it warms caches up."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Find the best checkpoint."""
+        """Note which step comes first, and find the best checkpoint."""
+        self.first_step = state.global_step + 1
         # A checkpoint holds the path of the best one, which is wrong in a run that was moved.
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -98,8 +98,8 @@ class Watching(TrainerCallback):
             of_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
             self.stopped_within_epoch = not (of_epochs and float(state.epoch).is_integer())
             control.should_save = self.stopped_within_epoch
-        if self.first_step is None:
-            self.started, self.first_step = time.monotonic(), state.global_step
+        if state.global_step == self.first_step:
+            self.started = time.monotonic()
         self._report(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -132,7 +132,7 @@ class Watching(TrainerCallback):
     def _report(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
         if self.on_progress is None or not state.is_world_process_zero:
             return
-        made = state.global_step - (state.global_step if self.first_step is None else self.first_step)
+        made = state.global_step - self.first_step
         pace = (time.monotonic() - self.started) / made if made else None
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         self.on_progress(Progress(state.global_step, state.max_steps, made, loss, pace, memory(), metrics, is_best))
