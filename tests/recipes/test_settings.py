@@ -10,6 +10,7 @@ from dvora import training
 from dvora.recipes.settings import (
     HEAD_RATE,
     LEARNING_RATES,
+    SMALL_RANK_RATE,
     Settings,
     checked_settings,
     commented,
@@ -125,6 +126,21 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
 )
 def test_new_layers_have_a_rate_of_their_own_unless_one_is_given(changes: dict[str, Any], rates: Any) -> None:
     assert resolved(checked_settings({**LEAST, **changes}, "")).learning_rates == rates
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({"method": "lora"}, LEARNING_RATES["lora"]),
+        ({"method": "lora", "rank": 1}, SMALL_RANK_RATE),
+        ({"method": "dora", "rank": 4}, SMALL_RANK_RATE),
+        ({"method": "lora", "rank": 5}, LEARNING_RATES["lora"]),
+        ({"method": "lora", "rank": 1, "learning_rate": 0.01}, 0.01),
+        ({"method": "vera", "rank": 1}, LEARNING_RATES["vera"]),
+    ],
+)
+def test_small_ranks_of_lora_learn_at_a_rate_of_their_own(changes: dict[str, Any], rate: float) -> None:
+    assert resolved(checked_settings({**LEAST, **changes}, "")).learning_rate == rate
 
 
 def test_the_rates_are_those_of_the_library() -> None:
