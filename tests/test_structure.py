@@ -30,13 +30,14 @@ ORDER = [
     "bank",
     "tools",
     "recipes",
+    "serve",
     "cli",
 ]
 NOT_BELOW = {"bank": {"tools"}, "tools": {"bank"}}
 """Rooms beside each other."""
 ROOMS = {room: set(ORDER[:index]) - NOT_BELOW.get(room, set()) for index, room in enumerate(ORDER)}
 ROOMS["whole_files"] = set()
-for room_of_files in ("bank", "recipes", "cli"):
+for room_of_files in ("bank", "recipes", "serve", "cli"):
     ROOMS[room_of_files].add("whole_files")
 ADDRESSES = {"__init__", "extras", "peft_hook", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""

@@ -294,6 +294,11 @@ class AdapterBank:
             else:
                 self._add([_Adapter(name, source, allow_unchanged=True)], read=True)
 
+    @property
+    def serves(self) -> bool:
+        """Whether an adapter has come, so that the model's layers are hooked, and it runs within `rows` only."""
+        return self._fitted is not None
+
     def stats(self) -> BankStats:
         """Counts and bytes as they are now."""
         slots = None if self._fitted is None else self._fitted.slots

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bank, convert, count, doctor, inspect, merge, report
+from . import analyze, bank, convert, count, doctor, inspect, merge, report, serve
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
 from .generate import generate
@@ -49,6 +49,7 @@ app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert_command)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve_command)
 app.add_typer(bank.app, name="bank")
 
 

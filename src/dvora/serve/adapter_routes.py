@@ -1,0 +1,158 @@
+"""Routes that change which adapters are served: by the request's body, or in the dialect of vLLM by a folder's name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict
+
+from ..bank.adapters import SETTINGS, VALUES
+from ..bank.packs import FORMAT, unpack
+from ..whole_files import remove
+from .answers import headers_of, server_of
+from .registry import Version, check_name
+from .requests import RefusedError
+from .server import Server
+from .store import files_of_upload, files_of_vector, lengths_of_vector, vector_of
+
+router = APIRouter(tags=["adapters"])
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+class Load(BaseModel):
+    """Of /v1/load_lora_adapter, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class Unload(BaseModel):
+    """Of /v1/unload_lora_adapter, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+@router.get("/v1/adapters")
+async def adapters(request: Request) -> dict[str, Any]:
+    """All adapters, and what a flat vector has to be like."""
+    server = server_of(request)
+    cards = [server.registry.card(version) for version in server.registry.versions()]
+    return {"base": server.base.name, "layout": _layout(server), "adapters": cards}
+
+
+@router.get("/v1/adapters/{name}")
+async def adapter(name: str, request: Request) -> Response:
+    """One adapter with its digest; it is read now if nobody has used it."""
+    server = server_of(request)
+    async with server.versions([name]) as versions:
+        version = versions[name]
+        assert version is not None
+        return JSONResponse(server.registry.card(version), headers=headers_of([version]))
+
+
+@router.put("/v1/adapters/{name}")
+async def put_adapter(
+    name: str,
+    request: Request,
+    format: Literal["file", "vector"] = "file",
+    layout: str | None = None,
+    labels: Annotated[list[str] | None, Query()] = None,
+) -> Response:
+    """Serve the adapter in the body from now on, and after a restart.
+
+    The body is a file (`adapter_model.safetensors` of an adapter, or a pack of one), or the bytes of a flat vector,
+    little-endian float32, in the layout that `GET /v1/adapters` describes. Files of values and vectors have the
+    settings of the adapter that they replace, or of the others. `labels` are the names of the classes.
+    """
+    server, body = server_of(request), await request.body()
+    check_name(name)
+    version, was_there = await asyncio.to_thread(_put, server, name, body, format, layout, tuple(labels or ()))
+    return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
+
+
+@router.delete("/v1/adapters/{name}")
+async def delete_adapter(name: str, request: Request) -> Response:
+    """Serve an adapter no longer; requests that use it end with it. Files that the server was given stay."""
+    server = server_of(request)
+    version = await asyncio.to_thread(server.registry.delete, name)
+    return JSONResponse(server.registry.card(version))
+
+
+@router.post(LOAD)
+async def load(body: Load, request: Request) -> Response:
+    """Serve an adapter in the folder of adapters, named relative to it."""
+    server = server_of(request)
+
+    def work() -> tuple[Version, bool]:
+        folder = server.store.below(body.lora_path)
+        return server.registry.load(body.lora_name, folder, is_upload=False, replaces=body.load_inplace)
+
+    version, _ = await asyncio.to_thread(work)
+    message = f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(message, headers=headers_of([version]))
+
+
+@router.post(UNLOAD)
+async def unload(body: Unload, request: Request) -> Response:
+    """Serve an adapter no longer."""
+    await asyncio.to_thread(server_of(request).registry.delete, body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _put(
+    server: Server, name: str, body: bytes, format: str, layout: str | None, labels: tuple[str, ...]
+) -> tuple[Version, bool]:
+    if not body:
+        raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
+    try:
+        folder = server.store.write(_files(server, name, body, format, layout))
+    except ValueError as error:
+        raise RefusedError(422, f"the adapter cannot be served: {error}", "adapter_error") from error
+    try:
+        return server.registry.load(name, folder, labels, is_upload=True)
+    except BaseException:
+        remove(folder)
+        raise
+
+
+def _files(server: Server, name: str, body: bytes, format: str, layout: str | None) -> dict[str, bytes]:
+    """The files of an adapter that came as a body.
+
+    Raises:
+        ValueError: it is none.
+    """
+    like = server.store.description_of(name)
+    if format == "vector":
+        if like is None:
+            raise ValueError("there is no adapter yet whose layout a vector could have; put a folder there first")
+        if layout is not None and layout != like.content.digest:
+            raise ValueError(f"the vector's layout is {layout[:80]!r}, expected {like.content.digest!r}")
+        return files_of_vector(vector_of(body), like)
+    if f'"{FORMAT}"'.encode() not in body[:200]:
+        return files_of_upload(body, like)
+    with tempfile.TemporaryDirectory() as scratch:
+        pack = Path(scratch) / "pack"
+        pack.write_bytes(body)
+        unpack(pack, Path(scratch) / "unpacked")
+        folders = [*(Path(scratch) / "unpacked").iterdir()]
+        if len(folders) != 1:
+            raise ValueError(f"the pack has {len(folders)} adapters, expected one; send them one by one")
+        return {file: (folders[0] / file).read_bytes() for file in (SETTINGS, VALUES)}
+
+
+def _layout(server: Server) -> dict[str, Any] | None:
+    like = server.store.description_of()
+    if like is None:
+        return None
+    values = sum(lengths_of_vector(like))
+    return {"digest": like.content.digest, "values": values, "bytes": 4 * values, "settings": json.loads(like.settings)}

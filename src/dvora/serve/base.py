@@ -1,0 +1,126 @@
+"""The base model in memory, its tokenizer, and the bank of adapters over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..bank import AdapterBank
+from ..bank.adapters import Description
+from ..bank.hooks import Batch as BankBatch
+from ..recipes.models.adapter_folder import Adapter
+from ..recipes.models.adapters import base_class
+from ..recipes.models.architectures import config_of, heads_of, load_base, model_class
+from ..recipes.models.bases import check_model_folder
+from ..recipes.models.hub import loading
+from ..recipes.settings import Trust
+
+
+@dataclass(eq=False)
+class Base:
+    """What the engine computes with; `enter` and `leave` are for one thread.
+
+    Args:
+        source: the folder of the model, or its name on the hub.
+        model: in evaluation mode.
+        tokenizer: of the model.
+        bank: of the model.
+        has_own_head: whether a classifier came with the base, so that rows without an adapter mean something.
+    """
+
+    source: str
+    model: Any
+    tokenizer: Any
+    bank: AdapterBank
+    has_own_head: bool
+    _names: list[str | None] | None = None
+    _batch: BankBatch | None = None
+    _entered: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a language model; else an encoder."""
+        return self.model.get_output_embeddings() is not None and self.model.can_generate()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the encoder has a head, its own or those of adapters."""
+        return not self.generates and bool(heads_of(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        path = Path(self.source)
+        return path.resolve().name if path.is_dir() else self.source
+
+    def longest(self) -> int:
+        """Tokens that model and tokenizer can take."""
+        limits = [self.tokenizer.model_max_length]
+        # Absent where positions are not counted.
+        if positions := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
+            limits.append(positions)
+        return int(min(limits))
+
+    def enter(self, adapters: Sequence[str | None]) -> BankBatch | None:
+        """Give the rows of the next passes these adapters; staying in a batch of the bank while they are the same.
+
+        Returns:
+            The batch; None where no adapter has ever been, so that rows can only be the base's.
+        """
+        names = list(adapters)
+        if names != self._names:
+            self.leave()
+            if self.bank.serves:
+                self._batch = self._entered.enter_context(self.bank.rows(names))
+            self._names = names
+        return self._batch
+
+    def leave(self) -> None:
+        """Give back the slots of the last rows."""
+        self._names = self._batch = None
+        self._entered.close()
+
+
+def open_base(source: str, first: Description | None, slots: int, host_bytes: int, dtype: str, trust: Trust) -> Base:
+    """Load a base model for the kind of adapters that it will have.
+
+    Args:
+        source: a folder, or a name on the hub.
+        first: of one of the adapters, whose task decides on the class and the head; None: as the model was saved.
+        slots, host_bytes: of the bank.
+        dtype: of the base's weights: auto, float32, bfloat16 or float16.
+        trust: whether it may be fetched.
+
+    Raises:
+        ValueError: it cannot be read, or is of no class that is served.
+    """
+    check_model_folder(source)
+    if first is None:
+        config = config_of(source, trust)
+        kind = model_class(config)
+    else:
+        shapes = {name: shape for name, (_, shape) in first.entries.items()}
+        kind, config = base_class(Adapter(Path(source), json.loads(first.settings), shapes, ()), source, trust)
+    model = load_base(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    with loading("the tokenizer", source, trust, "; it is not run", "give --download to have it fetched"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trust.options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    saved = config_of(source, trust).architectures or []
+    has_own_head = type(model).__name__ in saved
+    return Base(source, model, tokenizer, AdapterBank(model, slots=slots, host_bytes=host_bytes), has_own_head)

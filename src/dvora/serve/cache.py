@@ -1,0 +1,133 @@
+"""Keys and values of the texts that are being generated: a row for each, every row with a length of its own.
+
+Rows are without gaps: the texts that run are rows 0 to n - 1, so a step takes a slice of each layer and copies nothing.
+Row i holds its tokens from position 0 on; what stands behind its length is never attended to, and written over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+FIRST_LENGTH = 256
+"""Tokens that there is room for at first."""
+
+
+class RowCache(Cache):
+    """The cache of one model, of at most `rows` texts of at most `longest` tokens.
+
+    Before a pass `begin` says which rows it is of, and how many tokens they have.
+
+    Args:
+        layers: of the model.
+        rows: at most.
+        longest: tokens of a text, its prompt among them.
+    """
+
+    def __init__(self, layers: int, rows: int, longest: int) -> None:
+        self.capacity, self.longest, self.room = rows, longest, min(FIRST_LENGTH, longest)
+        self.first, self.positions, self.seen = 0, torch.empty(0, 0, dtype=torch.long), 0
+        self.of_layers = [_Layer(self) for _ in range(layers)]
+        super().__init__(layers=[*self.of_layers])
+
+    def begin(self, first: int, positions: Tensor) -> None:
+        """Say which rows a pass is of.
+
+        Args:
+            first: of consecutive rows.
+            positions: of the tokens that each row gets, (rows, tokens).
+        """
+        self.first, self.positions, self.seen = first, positions, int(positions.max()) + 1
+        while self.room < self.seen:
+            self.room = min(2 * self.room, self.longest)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the attention of a pass: every token sees its row up to itself, (rows, 1, tokens, seen)."""
+        hidden = torch.arange(self.seen, device=self.positions.device) > self.positions.unsqueeze(-1)
+        return (
+            torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            .masked_fill_(hidden, torch.finfo(dtype).min)
+            .unsqueeze(1)
+        )
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row into the place of another one."""
+        for layer in self.of_layers:
+            for held in layer.held:
+                held[target, :, :length] = held[source, :, :length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(held.nbytes for layer in self.of_layers for held in layer.held)
+
+
+class _Layer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.held: list[Tensor] = []
+        """Keys and values of all rows, (rows, heads, room, width) each; none before the first pass."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room, or more of it."""
+        before = self.held
+        self.held = [
+            states.new_zeros(self.cache.capacity, states.shape[1], self.cache.room, states.shape[3])
+            for states in (key_states, value_states)
+        ]
+        for old, new in zip(before, self.held, strict=False):
+            new[:, :, : old.shape[2]] = old
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens of the pass's rows, and give all that these rows have."""
+        cache = self.cache
+        if not self.held or self.held[0].shape[2] < cache.room:
+            self.lazy_initialization(key_states, value_states)
+        rows = slice(cache.first, cache.first + len(cache.positions))
+        for states, held in zip((key_states, value_states), self.held, strict=True):
+            if states.shape[2] == 1:
+                index = cache.positions.view(-1, 1, 1, 1).expand(-1, states.shape[1], 1, states.shape[3])
+                held[rows].scatter_(2, index, states)
+            else:
+                # Of new texts, which begin at 0.
+                held[rows, :, : states.shape[2]] = states
+        keys, values = (held[rows, :, : cache.seen] for held in self.held)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Unused: passes bring their masks."""
+        return self.cache.seen, 0
+
+    def get_seq_length(self) -> int:
+        """Unused: passes bring their positions."""
+        return self.cache.seen
+
+    def get_max_length(self) -> int:
+        """Tokens of a row at most."""
+        return self.cache.longest
+
+
+def check_cacheable(config: PreTrainedConfig) -> None:
+    """Refuse models whose layers remember otherwise than by the keys and values of all tokens.
+
+    Raises:
+        ValueError: it is one (a sliding window, a state space, an encoder beside the decoder).
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    # Absent where a model has no such layers.
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if kinds != {"full_attention"} or window or text.is_encoder_decoder:
+        raise ValueError(
+            f"{config.model_type} has layers of {', '.join(sorted(kinds))}"
+            f"{f' with a window of {window}' if window else ''}, and only models that attend to all tokens are served; "
+            "merge the adapter, and serve the model with another engine"
+        )

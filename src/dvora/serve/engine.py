@@ -1,0 +1,130 @@
+"""The engine: one thread that schedules, runs and answers, batch after batch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from .base import Base
+from .decoder import Decoder
+from .encoder import Encoder
+from .metrics import Metrics
+from .requests import Answer, RefusedError, Request
+from .scheduler import Batch, Limits, Scheduler
+
+_log = logging.getLogger("dvora.serve")
+
+
+class Engine:
+    """Serves requests over one base until it is closed.
+
+    Args:
+        base: with its bank; used by the engine's thread only from now on.
+        limits: of the server.
+        longest: tokens of a text, its continuation among them.
+        metrics: to count in.
+    """
+
+    def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
+        self.base, self.metrics, self.longest = base, metrics, longest
+        self._scheduler = Scheduler(limits)
+        self._decoder = Decoder(base, limits, longest) if base.generates else None
+        self._encoder = None if base.generates else Encoder(base)
+        self._changed = threading.Condition()
+        self._is_draining = False
+        self._thread = threading.Thread(target=self._loop, name="dvora-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Let requests wait for their batch: all of them, or none.
+
+        Raises:
+            RefusedError: 429, too many wait; 503, the server is stopping.
+        """
+        with self._changed:
+            if not self.takes_requests:
+                raise RefusedError(503, "the server is stopping; send the request elsewhere", "unavailable")
+            self._scheduler.add(requests)
+            self._changed.notify()
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Drop requests that nobody waits for any more, before the next batch."""
+        with self._changed:
+            for request in requests:
+                request.is_cancelled = True
+            self._changed.notify()
+
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._scheduler.waiting)
+
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """What the bank calls the adapters of texts that are generated, and of requests that wait."""
+        with self._changed:
+            running = {request.adapter for request in self._scheduler.running}
+            waiting = {request.adapter for request in self._scheduler.waiting}
+        return {name for name in running if name}, {name for name in waiting if name}
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether requests are taken."""
+        return self.is_alive and not self._is_draining
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether batches are made."""
+        return self._thread.is_alive()
+
+    def close(self, seconds: float) -> None:
+        """Answer what has been taken, and stop; after some seconds the rest is refused."""
+        with self._changed:
+            self._is_draining = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            with self._changed:
+                left = [*self._scheduler.waiting, *self._scheduler.running]
+                for request in left:
+                    request.answer(Answer(error=RefusedError(503, "the server has stopped", "unavailable")))
+                    request.is_cancelled = True
+                self._changed.notify()
+            self._thread.join()
+
+    def _loop(self) -> None:
+        while (batch := self._next()) is not None:
+            started = time.monotonic()
+            for request, answer in self._run(batch):
+                request.answer(answer)
+            self.metrics.batch(batch, time.monotonic() - started, started)
+        self.base.leave()
+
+    def _next(self) -> Batch | None:
+        """The next batch, which is waited for; None when the server stops and nothing is left."""
+        with self._changed:
+            if self._decoder is not None:
+                self._scheduler.running = self._decoder.running
+            while (batch := self._scheduler.schedule()) is None:
+                if self._is_draining:
+                    return None
+                # Idle: nobody needs the slots of the last batch.
+                self.base.leave()
+                self._changed.wait()
+            return batch
+
+    def _run(self, batch: Batch) -> list[tuple[Request, Answer]]:
+        """The answers of a batch. Where it fails its requests run one by one, so that none fails for another one."""
+        runner = self._decoder or self._encoder
+        assert runner is not None
+        try:
+            return runner.run(batch)
+        except Exception as error:
+            # A server goes on; whoever asked is told, and the log has the traceback.
+            self.base.leave()
+            if len(batch.requests) == 1 or batch.kind == "decode":
+                _log.exception("a batch of %s failed", batch.kind)
+                if self._decoder is not None:
+                    self._decoder.drop([text for text in self._decoder.texts if text.request in batch.requests])
+                return [(request, Answer(error=error)) for request in batch.requests]
+        return [pair for request in batch.requests for pair in self._run(Batch(batch.kind, [request]))]

@@ -1,0 +1,66 @@
+"""What a server counts, for Prometheus: labels are of the server's making, none grows with adapters or clients."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .scheduler import Batch
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "dvora_requests", "Requests that were answered.", ["route", "status"], registry=self.registry
+        )
+        self._latency = Histogram(
+            "dvora_request_seconds", "From a request to its answer.", ["route"], buckets=SECONDS, registry=self.registry
+        )
+        self._batches = Counter("dvora_batches", "Batches that ran.", ["kind"], registry=self.registry)
+        self._rows = Counter("dvora_batch_rows", "Rows of batches that ran.", ["kind"], registry=self.registry)
+        self._compute = Counter("dvora_batch_seconds", "Seconds in batches.", ["kind"], registry=self.registry)
+        self._queued = Histogram(
+            "dvora_queue_seconds", "From a request to its first batch.", buckets=SECONDS, registry=self.registry
+        )
+        self._gauges: dict[str, Gauge] = {}
+        self._adapters = Gauge(
+            "dvora_lora_requests_info",
+            "What gateways route on: adapters of running and of waiting requests, and how many fit.",
+            ["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+            registry=self.registry,
+        )
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self._requests.labels(route, str(status)).inc()
+        self._latency.labels(route).observe(seconds)
+
+    def batch(self, batch: Batch, seconds: float, started: float) -> None:
+        """Count a batch."""
+        self._batches.labels(batch.kind).inc()
+        self._rows.labels(batch.kind).inc(len(batch.requests))
+        self._compute.labels(batch.kind).inc(seconds)
+        if batch.kind != "decode":
+            for request in batch.requests:
+                self._queued.observe(max(0.0, started - request.arrived))
+
+    def text(self, values: dict[str, float], running: list[str], waiting: list[str], slots: int) -> bytes:
+        """All metrics as Prometheus reads them.
+
+        Args:
+            values: of the moment, by name.
+            running, waiting: names of adapters.
+            slots: how many may run.
+        """
+        for name, value in values.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"dvora_{name}", name.replace("_", " "), registry=self.registry)
+            self._gauges[name].set(value)
+        # One series, of this moment.
+        self._adapters.clear()
+        self._adapters.labels(",".join(running), ",".join(waiting), str(slots)).set_to_current_time()
+        return generate_latest(self.registry)

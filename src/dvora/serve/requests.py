@@ -1,0 +1,92 @@
+"""What the engine is asked for, one row of a batch a request, and how it can be refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Work = Literal["classify", "embed", "generate"]
+Finish = Literal["stop", "length"]
+
+
+class RefusedError(Exception):
+    """A request that is not served, with what its client is told.
+
+    Args:
+        status: of HTTP.
+        message: what was wrong, what was expected, what to do.
+        kind: in words for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self, status: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.headers = status, message, kind, headers or {}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        max_tokens: at most so many are generated.
+        temperature: 0 takes the likeliest token.
+        top_p: only the likeliest tokens that have this probability together.
+        seed: of the sampling; None draws another one for every request.
+        stop: texts before which generation ends.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class Answer(NamedTuple):
+    """What came out for a request: the last thing that it hears."""
+
+    values: Any = None
+    """Logits of a head, or an embedding: a tensor on the CPU. None for generated text, which comes in pieces."""
+    finish: Finish | None = None
+    error: BaseException | None = None
+
+
+class Piece(NamedTuple):
+    """Generated text that is new, and how many tokens have been generated."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(eq=False)
+class Request:
+    """One row of a batch.
+
+    Args:
+        work: what is wanted.
+        adapter: what the bank knows the adapter's version by; None is the base.
+        tokens: ids of the input.
+        hear: called in the engine's thread with pieces and the answer.
+        sampling: of generated text.
+        token_types: of the input, where the tokenizer of an encoder gives them.
+    """
+
+    work: Work
+    adapter: str | None
+    tokens: Sequence[int]
+    hear: Callable[[Request, Piece | Answer], None]
+    sampling: Sampling = Sampling()
+    token_types: Sequence[int] | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    is_cancelled: bool = False
+    """Nobody listens any more."""
+
+    def answer(self, answer: Answer) -> None:
+        """Tell the answer, unless nobody listens."""
+        if not self.is_cancelled:
+            self.hear(self, answer)

@@ -1,0 +1,281 @@
+"""A running server without HTTP: texts become requests of the engine, and what comes out is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..recipes.settings import NAMED, Trust
+from .base import open_base
+from .engine import Engine
+from .metrics import Metrics
+from .registry import Registry, Version
+from .requests import Answer, Piece, RefusedError, Request, Sampling, Work
+from .scheduler import Limits
+from .store import Store
+
+Gone = asyncio.Future[None]
+"""Is done when the client has hung up."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is set up.
+
+    Args:
+        base: folder or name of the base model.
+        adapters: a folder of adapters or runs, or a pack.
+        limits: of batches and of the queue.
+        host_bytes: of adapters in memory.
+        dtype: of the base's weights: auto, float32, bfloat16 or float16.
+        max_length: tokens of a text; None: what the model takes.
+        token: of whoever may change adapters; None: nobody may.
+        timeout: seconds that a request may take.
+        largest_upload: bytes of an adapter in a request.
+        trust: whether the base may be fetched.
+    """
+
+    base: str
+    adapters: Path
+    limits: Limits = field(default_factory=Limits)
+    host_bytes: int = 2**30
+    dtype: str = "auto"
+    max_length: int | None = None
+    token: str | None = None
+    timeout: float = 120.0
+    largest_upload: int = 2**26
+    trust: Trust = NAMED
+
+
+class Text(NamedTuple):
+    """A text, or a pair of them, as tokens."""
+
+    tokens: Sequence[int]
+    types: Sequence[int] | None = None
+
+
+class Row(NamedTuple):
+    """What came out for one row."""
+
+    version: Version | None
+    """Of its adapter; None is the base."""
+    values: Tensor
+
+
+class Server:
+    """One base, its adapters and its engine.
+
+    Args:
+        settings: of the server.
+
+    Raises:
+        ValueError: the base or an adapter cannot be served; the message names it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.metrics = settings, Metrics()
+        self.store = Store(settings.adapters)
+        try:
+            self.base = open_base(
+                settings.base,
+                self.store.description_of(),
+                settings.limits.slots,
+                settings.host_bytes,
+                settings.dtype,
+                settings.trust,
+            )
+            self.registry = Registry(self.base.bank, self.store, self.base.name)
+            self.registry.open()
+            self.longest = min(settings.max_length or self.base.longest(), self.base.longest())
+            self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def close(self, seconds: float = 30.0) -> None:
+        """Answer what has been taken, for some seconds, and free everything."""
+        self.engine.close(seconds)
+        self.base.bank.close()
+        self.store.close()
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """What this base does."""
+        if self.base.generates:
+            return ("generate",)
+        return ("classify", "embed") if self.base.classifies else ("embed",)
+
+    def require(self, work: Work) -> None:
+        """Refuse what this base does not do.
+
+        Raises:
+            RefusedError: 400.
+        """
+        if work not in self.works:
+            raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
+
+    def text(self, text: str | Sequence[str] | Sequence[int], *, truncate: bool = False, room: int = 0) -> Text:
+        """A text, a pair, or tokens, as the model reads them.
+
+        Args:
+            text: as a client sent it.
+            truncate: cut what is longer than the model reads, in place of a refusal.
+            room: tokens that are left for a continuation.
+
+        Raises:
+            RefusedError: 400, it is empty or too long.
+        """
+        most = self.longest - room
+        if not isinstance(text, str) and all(isinstance(token, int) for token in text):
+            vocabulary = self.base.model.get_input_embeddings().num_embeddings
+            tokens: Sequence[int] = [int(token) for token in text]
+            if any(not 0 <= token < vocabulary for token in tokens):
+                raise RefusedError(400, f"a token is not from 0 to {vocabulary - 1}; use the base's tokenizer")
+            types = None
+        else:
+            parts = (text,) if isinstance(text, str) else tuple(map(str, text))
+            encoded = self.base.tokenizer(*parts, verbose=False)
+            tokens, types = encoded["input_ids"], encoded.get("token_type_ids")
+            if len(tokens) > most and truncate:
+                encoded = self.base.tokenizer(*parts, truncation=True, max_length=most)
+                tokens, types = encoded["input_ids"], encoded.get("token_type_ids")
+        if not tokens:
+            raise RefusedError(400, "the input has no tokens; send a text")
+        if len(tokens) > most:
+            advice = "send a shorter one" if self.base.generates else "send a shorter one, or truncate: true"
+            raise RefusedError(400, f"the input has {len(tokens):,} tokens, and at most {most:,} are read; {advice}")
+        return Text(tokens, types)
+
+    @asynccontextmanager
+    async def versions(self, names: Iterable[str | None]) -> AsyncIterator[dict[str | None, Version | None]]:
+        """Hold the adapters that answer now under these names.
+
+        An adapter that was never used is read beside the engine, so that no batch waits for a disk.
+        """
+        with ExitStack() as held:
+            yield {
+                name: await asyncio.to_thread(held.enter_context, self.registry.using(name))
+                if self.registry.is_cold(name)
+                else held.enter_context(self.registry.using(name))
+                for name in dict.fromkeys(names)
+            }
+
+    async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], gone: Gone) -> list[Row]:
+        """Classify or embed texts, each by an adapter, in as few batches as they fit.
+
+        Args:
+            work: classify or embed.
+            rows: the name of an adapter, None for the base, and its text.
+            gone: see `Gone`.
+
+        Raises:
+            RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
+        """
+        self.require(work)
+        if work == "classify" and not self.base.has_own_head and any(name is None for name, _ in rows):
+            raise RefusedError(
+                400, f"{self.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
+            )
+        loop = asyncio.get_running_loop()
+        async with self.versions(name for name, _ in rows) as versions:
+            answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in rows]
+            place: dict[Request, int] = {}
+
+            def hear(request: Request, answer: Piece | Answer) -> None:
+                loop.call_soon_threadsafe(_set, answers[place[request]], answer)
+
+            for number, (name, text) in enumerate(rows):
+                version = versions[name]
+                key = None if version is None else version.key
+                place[Request(work, key, text.tokens, hear, token_types=text.types)] = number
+            self.engine.submit([*place])
+            try:
+                values = await self._in_time(asyncio.gather(*answers), gone)
+            finally:
+                self.engine.cancel([*place])
+        for answer in values:
+            if answer.error is not None:
+                raise _failed(answer.error)
+        return [Row(versions[name], answer.values) for (name, _), answer in zip(rows, values, strict=True)]
+
+    @asynccontextmanager
+    async def generation(
+        self, name: str | None, text: Text, sampling: Sampling, gone: Gone
+    ) -> AsyncIterator[tuple[Version | None, AsyncIterator[Piece | Answer]]]:
+        """Generate a text: its adapter's version, and its pieces with the answer as the last one.
+
+        Raises:
+            RefusedError: the adapter is unknown or damaged, the queue is full, or it took too long.
+        """
+        self.require("generate")
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | Answer]()
+
+        def hear(_: Request, part: Piece | Answer) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, part)
+
+        async with self.versions([name]) as versions:
+            version = versions[name]
+            request = Request("generate", None if version is None else version.key, text.tokens, hear, sampling)
+            self.engine.submit([request])
+            try:
+                yield version, self._pieces(heard, gone)
+            finally:
+                self.engine.cancel([request])
+
+    async def _pieces(self, heard: asyncio.Queue[Piece | Answer], gone: Gone) -> AsyncIterator[Piece | Answer]:
+        while True:
+            part = await self._in_time(asyncio.ensure_future(heard.get()), gone)
+            if isinstance(part, Answer) and part.error is not None:
+                raise _failed(part.error)
+            yield part
+            if isinstance(part, Answer):
+                return
+
+    async def _in_time(self, wanted: asyncio.Future[Any], gone: Gone) -> Any:
+        done, _ = await asyncio.wait({wanted, gone}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
+        if wanted in done:
+            return wanted.result()
+        wanted.cancel()
+        if gone in done:
+            raise RefusedError(499, "the client has gone", "client_closed_request")
+        raise RefusedError(504, f"no answer came in {self.settings.timeout:g} seconds", "timeout")
+
+    def metrics_text(self) -> bytes:
+        """What Prometheus reads."""
+        stats = self.base.bank.stats()
+        running, waiting = self.engine.adapters()
+        names = {version.key: version.name for version in self.registry.versions()}
+        values = {
+            "queue_size": float(self.engine.waiting()),
+            "adapters": float(len(self.registry)),
+            "slots": float(stats.slots),
+            "slots_filled": float(stats.slots_filled),
+            "slot_bytes": float(stats.device_bytes),
+            "host_bytes": float(stats.host_bytes),
+            "adapter_loads": float(stats.loads),
+            "adapter_reads": float(stats.reads),
+            "adapter_evictions": float(stats.evictions),
+        }
+        return self.metrics.text(
+            values,
+            sorted(names.get(key, key) for key in running),
+            sorted(names.get(key, key) for key in waiting),
+            stats.slots,
+        )
+
+
+def _set(future: asyncio.Future[Any], answer: Piece | Answer) -> None:
+    if not future.done():
+        future.set_result(answer)
+
+
+def _failed(error: BaseException) -> RefusedError:
+    if isinstance(error, RefusedError):
+        return error
+    return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
