@@ -52,12 +52,14 @@ async def adapters(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/adapters/{name}")
 async def adapter(name: str, request: Request) -> Response:
-    """One adapter with its digest; it is read now if nobody has used it."""
+    """One adapter with its digest and size; it is read now if nobody has used it."""
     server = server_of(request)
     async with server.versions([name]) as versions:
         version = versions[name]
         assert version is not None
-        return JSONResponse(server.registry.card(version), headers=headers_of([version]))
+        described = await asyncio.to_thread(server.store.description_of, name)
+        card = {**server.registry.card(version), "bytes": described.size if described is not None else None}
+        return JSONResponse(card, headers=headers_of([version]))
 
 
 @router.put("/v1/adapters/{name}")

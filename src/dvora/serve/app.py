@@ -7,9 +7,10 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -106,7 +107,8 @@ class Guard:
                     scope, receive, self.server.settings.largest_upload if changes else LARGEST_JSON
                 )
             except RefusedError as refusal:
-                await _answer(refusal)(scope, receive, noted)
+                # Of the body there may be more to come, which nobody reads.
+                await _answer(refusal, {"Connection": "close"})(scope, receive, noted)
                 return
             await self.app(scope, _replayed(body, receive), noted)
         finally:
@@ -187,8 +189,8 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _answer(refusal: RefusedError) -> Response:
-    return JSONResponse(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
+def _answer(refusal: RefusedError, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+    return JSONResponse(error_body(refusal.message, refusal.kind), refusal.status, {**refusal.headers, **headers})
 
 
 async def _refused(_: Request, refusal: Any) -> Response:

@@ -62,7 +62,7 @@ class Store:
         self.root = source if source.is_dir() else source.parent
         self.folder = source / ".served" if source.is_dir() else source.with_name(f".{source.name}.served")
         self.folder.mkdir(exist_ok=True)
-        self._held = filelock.FileLock(self.folder / "lock", timeout=0)
+        self._held = filelock.FileLock(self.folder / "lock", timeout=0, thread_local=False)
         try:
             self._held.acquire()
         except filelock.Timeout:

@@ -37,11 +37,11 @@ class Seen:
 
 
 @contextlib.contextmanager
-def seen(file: Path, width: int = WIDE, scheme: str = "light", root: Path | None = None) -> Iterator[Seen]:
-    """A file in headless Chromium, which may load nothing but the file, or the files of a site.
+def seen(file: Path | str, width: int = WIDE, scheme: str = "light", root: Path | None = None) -> Iterator[Seen]:
+    """A file in headless Chromium, which may load nothing but the file, or the files of a site; or a server's page.
 
     Args:
-        file: a page.
+        file: a page, or its address.
         width: of the window, in pixels.
         scheme: light or dark.
         root: of the site; None: the page is all there is.
@@ -57,8 +57,10 @@ def seen(file: Path, width: int = WIDE, scheme: str = "light", root: Path | None
             found = Seen(context.new_page())
             found.page.on("console", lambda message: found.complaints.append(message.text))
             found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
-            found.page.on("request", lambda asked: _note(found, asked.url, (root or file).as_uri()))
-            found.page.goto(file.as_uri())
+            address = file if isinstance(file, str) else file.as_uri()
+            allowed = address if root is None else root.as_uri()
+            found.page.on("request", lambda asked: _note(found, asked.url, allowed))
+            found.page.goto(address)
             yield found
         finally:
             browser.close()

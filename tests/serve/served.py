@@ -1,0 +1,134 @@
+"""Tiny bases with adapters, a server of them on a port of its own, and what each merged model answers alone."""
+
+import functools
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import torch
+import uvicorn
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from dvora.serve.app import make_app
+from dvora.serve.scheduler import Limits
+from dvora.serve.server import Server, Settings
+from tests.recipes.saved_adapters import save
+
+TOKEN = "a secret of the tests"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+CLASSES = {"two": 2, "three": 3, "five": 5, "one": 1}
+TEXTS = ("the ", "a", "Once upon", "0123456789 " * 3, "good book", "!?")
+
+
+def save_trained(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
+    """An adapter with values of its own."""
+    save(base, folder, **settings)
+    file = folder / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        name: value + 0.3 * torch.randn(value.shape, generator=generator) for name, value in load_file(file).items()
+    }
+    save_file(values, file, metadata={"format": "pt"})
+    return folder
+
+
+def save_language_adapters(base: Path, folder: Path, count: int) -> Path:
+    """Adapters a0, a1, ... of a language model."""
+    for number in range(count):
+        save_trained(base, folder / f"a{number}", number, task_type="CAUSAL_LM")
+    return folder
+
+
+def save_classifiers(base: Path, folder: Path) -> Path:
+    """Adapters with heads of the numbers of outputs in `CLASSES`."""
+    for number, (name, outputs) in enumerate(CLASSES.items()):
+        save_classifier(base, folder / name, number, outputs)
+    return folder
+
+
+def save_classifier(base: Path, folder: Path, seed: int, outputs: int) -> Path:
+    """An adapter with a head."""
+    save_trained(base, folder, seed, task_type="SEQ_CLS")
+    file = folder / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        name: torch.randn(outputs, *value.shape[1:], generator=generator) if "classifier" in name else value
+        for name, value in load_file(file).items()
+    }
+    save_file(values, file, metadata={"format": "pt"})
+    return folder
+
+
+@contextmanager
+def serving(
+    base: Path, adapters: Path, token: str | None = TOKEN, **settings: Any
+) -> Iterator[tuple[httpx.Client, Server]]:
+    """A server on a free port, and a client of it."""
+    limits = Limits(**{"batch_rows": 6, "slots": 16, **settings.pop("limits", {})})
+    server = Server(Settings(str(base), adapters, limits, token=token, **settings))
+    config = uvicorn.Config(make_app(server), port=0, log_config=None, http="h11", timeout_graceful_shutdown=20)
+    process = uvicorn.Server(config)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    try:
+        while not process.started:
+            time.sleep(0.005)
+        port = process.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client, server
+    finally:
+        process.should_exit = True
+        thread.join()
+
+
+def complete(client: httpx.Client, model: str, prompt: str, tokens: int = 8, **options: Any) -> httpx.Response:
+    """A greedy completion."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}
+    return client.post("/v1/completions", json=body)
+
+
+class Alone:
+    """Merged models, each alone and without a server."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.merged = functools.cache(self._merged)
+        self.continued = functools.cache(self._continued)
+
+    def _merged(self, adapter: Path | None, outputs: int | None) -> Any:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
+            model = kind.from_pretrained(self.base, **({} if outputs is None else {"num_labels": outputs}))
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return model.eval()
+
+    def _continued(self, adapter: Path | None, prompt: str, tokens: int) -> str:
+        ids = self.tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            whole = self.merged(adapter, None).generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        text: str = self.tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text
+
+    def logits(self, adapter: Path, outputs: int, *texts: str) -> torch.Tensor:
+        """Of a classifier."""
+        with torch.no_grad():
+            logits: torch.Tensor = self.merged(adapter, outputs)(**self.tokenizer(*texts, return_tensors="pt")).logits[
+                0
+            ]
+        return logits
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(folder, target))

@@ -1,0 +1,219 @@
+"""Adapters that come, change and go over HTTP, and are there again after a restart."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+import dvora
+from dvora.bank.packs import write_pack
+from tests.serve.served import ADMIN, TOKEN, Alone, complete, copied, save_classifier, serving
+
+VALUES = "adapter_model.safetensors"
+
+
+def text_of(client: httpx.Client, model: str) -> str:
+    text: str = complete(client, model, "the ", 12).json()["choices"][0]["text"]
+    return text
+
+
+def test_put_a_file_a_pack_and_a_vector(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    alone = Alone(llama)
+    layout = dvora.flat.Layout.of(language_adapters / "a2")
+    vector = layout.to_vector(language_adapters / "a2").numpy().tobytes()
+    write_pack(tmp_path / "pack", {"anything": language_adapters / "a3"})
+    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
+        described = client.get("/v1/adapters").json()["layout"]
+        assert (described["digest"], described["bytes"]) == (layout.digest, len(vector))
+        for name, content, query in (
+            ("file", (language_adapters / "a1" / VALUES).read_bytes(), {}),
+            ("vector", vector, {"format": "vector", "layout": layout.digest}),
+            ("pack", (tmp_path / "pack").read_bytes(), {}),
+        ):
+            answer = client.put(f"/v1/adapters/{name}", content=content, params=query, headers=ADMIN)
+            assert answer.status_code == 201
+            assert answer.headers["x-dvora-digest"] == answer.json()["digest"] != ""
+        for name, source in (("file", "a1"), ("vector", "a2"), ("pack", "a3")):
+            assert text_of(client, name) == alone.continued(language_adapters / source, "the ", 12)
+        # Equal contents have one digest, whichever way they came.
+        assert client.get("/v1/adapters/vector").json()["digest"] == client.get("/v1/adapters/a2").json()["digest"]
+
+
+def test_a_vector_has_the_strength_of_the_adapter_that_it_replaces(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    file = adapters / "a0" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "strength": 0.5}))
+    before = dvora.DVoRAConfig.from_pretrained(str(adapters / "a0"))
+    assert before.strength == 0.5
+    vector = dvora.flat.Layout.of(adapters / "a0").to_vector(adapters / "a0").numpy().tobytes()
+    with serving(llama, adapters) as (client, _):
+        text, digest = text_of(client, "a0"), client.get("/v1/adapters/a0").json()["digest"]
+        client.put("/v1/adapters/a0", content=vector, params={"format": "vector"}, headers=ADMIN).raise_for_status()
+        assert text_of(client, "a0") == text
+        assert client.get("/v1/adapters/a0").json()["digest"] == digest
+
+
+def test_heads_of_any_size_and_names_of_classes(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    new = save_classifier(bert, tmp_path / "new", 9, 4)
+    labels = ["north", "east", "south", "west"]
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
+        content = (new / VALUES).read_bytes()
+        for query in ({"labels": labels}, {}):
+            answer = client.put("/v1/adapters/wind", content=content, params=query, headers=ADMIN)
+            # Kept when a new version comes without names.
+            assert answer.json()["labels"] == labels
+        row = client.post("/v1/classify", json={"model": "wind", "input": "good"}).json()["data"][0]
+    assert row["labels"] == labels
+    assert row["probs"] == pytest.approx(Alone(bert).logits(new, 4, "good").softmax(-1).tolist(), abs=1e-5)
+
+
+def test_the_dialect_of_vllm(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    with serving(llama, adapters) as (client, _):
+
+        def load(**body: object) -> httpx.Response:
+            return client.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+
+        answer = load(lora_name="policy-v1", lora_path="a1")
+        assert answer.text == "Success: LoRA adapter 'policy-v1' added successfully."
+        assert load(lora_name="policy-v2", lora_path="a2").status_code == 200
+        assert load(lora_name="policy-v1", lora_path="a2").status_code == 400
+        # Several versions at once, each itself.
+        assert text_of(client, "policy-v1") == text_of(client, "a1") != text_of(client, "policy-v2")
+        assert load(lora_name="policy-v1", lora_path="a2", load_inplace=True).status_code == 200
+        assert text_of(client, "policy-v1") == text_of(client, "a2")
+        assert load(lora_name="x", lora_path="a9").status_code == 404
+        for path in ("../elsewhere", "/etc", str(language_adapters / "a1"), ".served"):
+            assert load(lora_name="x", lora_path=path).status_code in (400, 404), path
+        unload = {"lora_name": "policy-v2"}
+        assert client.post("/v1/unload_lora_adapter", json=unload, headers=ADMIN).status_code == 200
+        assert client.post("/v1/unload_lora_adapter", json=unload, headers=ADMIN).status_code == 404
+        assert complete(client, "policy-v2", "the ").status_code == 404
+        # The folders are the operator's.
+        assert (adapters / "a2" / VALUES).is_file()
+
+
+def test_only_who_has_the_token_changes_adapters(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    values = (language_adapters / "a1" / VALUES).read_bytes()
+    load = {"lora_name": "x", "lora_path": "a1"}
+    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, server):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+            assert client.put("/v1/adapters/x", content=values, headers=headers).status_code == 401
+            assert client.delete("/v1/adapters/a1", headers=headers).status_code == 401
+            assert client.post("/v1/load_lora_adapter", json=load, headers=headers).status_code == 401
+            assert client.post("/v1/unload_lora_adapter", json={"lora_name": "a1"}, headers=headers).status_code == 401
+        assert len(server.registry) == 6
+    with serving(llama, tmp_path / "adapters", token=None) as (client, _):
+        assert client.delete("/v1/adapters/a1", headers=ADMIN).status_code == 403
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["folder", "pack"])
+def test_a_restart_serves_the_same(llama: Path, language_adapters: Path, tmp_path: Path, is_packed: bool) -> None:
+    adapters = tmp_path / "adapters"
+    if is_packed:
+        write_pack(adapters, {path.name: path for path in language_adapters.iterdir()})
+    else:
+        copied(language_adapters, adapters)
+    values = (language_adapters / "a5" / VALUES).read_bytes()
+    with serving(llama, adapters) as (client, server):
+        for name in ("a0", "new", "gone"):
+            client.put(f"/v1/adapters/{name}", content=values, headers=ADMIN).raise_for_status()
+        for name in ("a1", "gone"):
+            client.delete(f"/v1/adapters/{name}", headers=ADMIN).raise_for_status()
+        names = [version.name for version in server.registry.versions()]
+        assert names == ["a0", "a2", "a3", "a4", "a5", "new"]
+        texts = {name: text_of(client, name) for name in names}
+        digests = {name: client.get(f"/v1/adapters/{name}").json()["digest"] for name in names}
+    with serving(llama, adapters) as (client, _):
+        assert {card["id"] for card in client.get("/v1/models").json()["data"]} == {"llama", *names}
+        assert {name: text_of(client, name) for name in names} == texts
+        assert {name: client.get(f"/v1/adapters/{name}").json()["digest"] for name in names} == digests
+
+
+def test_an_empty_folder_takes_what_comes(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    """A server that only the base is in before the first adapter comes, as a pack since there are no settings yet."""
+    (tmp_path / "adapters").mkdir()
+    write_pack(tmp_path / "pack", {"a1": language_adapters / "a1"})
+    with serving(llama, tmp_path / "adapters") as (client, _):
+        assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
+        values = (language_adapters / "a1" / VALUES).read_bytes()
+        assert client.put("/v1/adapters/a1", content=values, headers=ADMIN).status_code == 422
+        client.put("/v1/adapters/a1", content=(tmp_path / "pack").read_bytes(), headers=ADMIN).raise_for_status()
+        assert client.put("/v1/adapters/a2", content=values, headers=ADMIN).status_code == 201
+        assert text_of(client, "a1") == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+        assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
+
+
+def test_two_servers_do_not_share_a_folder(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    with (
+        serving(llama, adapters),
+        pytest.raises(ValueError, match="another server has it"),
+        serving(llama, adapters),
+    ):
+        pass
+
+
+@contextmanager
+def process(base: Path, adapters: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """The program itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dvora.cli", "serve", str(base), "--adapters", str(adapters), "--port", str(port)]
+    environment = {**os.environ, "DVORA_SERVE_TOKEN": TOKEN}
+    running = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        try:
+            until = time.monotonic() + 60
+            while time.monotonic() < until and running.poll() is None:
+                with suppress(httpx.HTTPError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield running, client
+        finally:
+            running.kill()
+            running.wait()
+
+
+def test_a_killed_server_starts_again_with_what_it_had(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    """Killed while an adapter is replaced again and again: every start has the old one or the new one, whole."""
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    contents = {name: (language_adapters / name / VALUES).read_bytes() for name in ("a1", "a2")}
+    with process(llama, adapters) as (running, client):
+        digests = {client.get(f"/v1/adapters/{name}").json()["digest"] for name in contents}
+        client.delete("/v1/adapters/a3", headers=ADMIN).raise_for_status()
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            for content in contents.values():
+                client.put("/v1/adapters/a0", content=content, headers=ADMIN).raise_for_status()
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    with serving(llama, adapters) as (client, server):
+        assert client.get("/v1/adapters/a0").json()["digest"] in digests
+        assert "a3" not in server.registry
+        # Neither what was half written nor what was replaced is left.
+        assert len([path for path in (adapters / ".served").iterdir() if path.is_dir()]) == 1
+
+
+def test_sigterm_answers_what_was_taken(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    body = {"model": "a0", "prompt": "the ", "max_tokens": 59, "temperature": 0, "stream": True}
+    with process(llama, copied(language_adapters, tmp_path / "adapters")) as (running, client):
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            got = [next(lines)]
+            running.terminate()
+            got += list(lines)
+        assert got[-2] == "data: [DONE]"
+        assert running.wait(20) in (0, -signal.SIGTERM)

@@ -1,0 +1,161 @@
+"""What strangers send: refused with a status and a sentence, and the server goes on serving what it served."""
+
+import random
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from dvora.bank.packs import write_pack
+from dvora.serve import app
+from tests.recipes import tiny_models
+from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving
+
+VALUES = "adapter_model.safetensors"
+
+
+def changed(values: bytes, change: object) -> bytes:
+    tensors = load(values)
+    name = sorted(tensors)[0]
+    tensors[name] = change(tensors[name])  # type: ignore[operator]
+    return save(tensors)
+
+
+def hostile_uploads(values: bytes, count: int) -> list[bytes]:
+    """An adapter cut off, with a damaged header, or something else altogether."""
+    draw, length = random.Random(0), 8 + int.from_bytes(values[:8], "little")
+    uploads = [
+        b"PK\x03\x04" + bytes(100),
+        b"\x80\x04\x95" + bytes(100),
+        bytes(8),
+        b"\xff" * 64,
+        (2**40).to_bytes(8, "little") + b"{}",
+        changed(values, lambda tensor: tensor * torch.nan),
+        changed(values, lambda tensor: tensor.fill_(torch.inf)),
+        changed(values, lambda tensor: tensor[:-1].clone()),
+        changed(values, lambda tensor: tensor.double()),
+        save({"other": torch.zeros(3)}),
+    ]
+    while len(uploads) < count:
+        if draw.random() < 0.5:
+            uploads.append(values[: draw.randrange(1, len(values))])
+        else:
+            damaged = bytearray(values)
+            for _ in range(draw.randint(1, 8)):
+                damaged[draw.randrange(length)] = draw.choice(b'\0{}[]",:9\xff')
+            # Some only exchange a letter of a name's length with itself.
+            uploads += [bytes(damaged)] * (bytes(damaged) != values)
+    return uploads
+
+
+def test_hostile_uploads(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    values = (language_adapters / "a1" / VALUES).read_bytes()
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    other = save_trained(other_llama(tmp_path), tmp_path / "other", 0, task_type="CAUSAL_LM")
+    write_pack(tmp_path / "two", {"x": language_adapters / "a1", "y": language_adapters / "a2"})
+    write_pack(tmp_path / "of_another_base", {"x": other})
+    uploads = [*hostile_uploads(values, 200), *((tmp_path / name).read_bytes() for name in ("two", "of_another_base"))]
+    with serving(llama, adapters) as (client, server):
+        for number, upload in enumerate(uploads):
+            answer = client.put("/v1/adapters/a0", content=upload, headers=ADMIN)
+            assert answer.status_code == 422, (number, answer.text)
+            assert len(answer.json()["error"]["message"]) > 20
+        for query, content in (({}, b""), ({"format": "vector"}, bytes(12)), ({"format": "vector"}, bytes(13))):
+            assert client.put("/v1/adapters/a0", content=content, params=query, headers=ADMIN).status_code in (400, 422)
+        assert complete(client, "a0", "the ").json()["choices"][0]["text"] == Alone(llama).continued(
+            language_adapters / "a0", "the ", 8
+        )
+        assert sorted(server.registry.bank) == [f"a{number}" for number in range(6)]
+        assert [path.name for path in (adapters / ".served").iterdir()] == ["lock"]
+
+
+def other_llama(folder: Path) -> Path:
+    """Another base of the same shapes."""
+    from transformers import LlamaForCausalLM
+
+    base = tiny_models.llama(folder / "base")
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("name", ["..%2F..%2Fx", ".hid", "a:b", "llama", "a" * 129, "x%00y", "%20"])
+def test_names_that_no_adapter_can_have(name: str, llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    values = (language_adapters / "a1" / VALUES).read_bytes()
+    base = copied(llama, tmp_path / "llama")
+    with serving(base, copied(language_adapters, tmp_path / "adapters")) as (client, server):
+        assert client.put(f"/v1/adapters/{name}", content=values, headers=ADMIN).status_code in (400, 404)
+        assert len(server.registry) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "llama"]
+
+
+def test_bodies_that_are_too_large_or_no_json(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    with serving(llama, adapters, largest_upload=10_000) as (client, _):
+        assert client.put("/v1/adapters/x", content=bytes(10_001), headers=ADMIN).status_code == 413
+
+        def endless() -> object:
+            while True:
+                yield bytes(10_000)
+
+        try:
+            assert client.put("/v1/adapters/x", content=endless(), headers=ADMIN).status_code == 413  # type: ignore[arg-type]
+        except httpx.HTTPError:
+            pass  # It hung up in the middle of our sending.
+        for content in (b"{", b"[" * 100_000, b"\xff", b"null", b'{"model": "a0"}'):
+            answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, content[:20]
+            assert "error" in answer.json()
+        assert client.post("/v1/completions", content=bytes(app.LARGEST_JSON + 1)).status_code == 413
+        assert complete(client, "a0", "the ").status_code == 200
+
+
+def test_slow_and_endless_clients(
+    llama: Path, language_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.5)
+    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
+        place = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(place) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            slow.settimeout(10)
+            assert b" 408 " in slow.recv(1000)
+        with socket.create_connection(place) as endless:
+            endless.sendall(b"GET / HTTP/1.1\r\n")
+            ended = threading.Event()
+
+            def send() -> None:
+                try:
+                    for _ in range(10_000):
+                        endless.sendall(b"X-Header: " + b"x" * 10_000)
+                except OSError:
+                    ended.set()
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            sender.join(20)
+            assert ended.is_set()
+        started = time.monotonic()
+        assert complete(client, "a0", "the ").status_code == 200
+        assert time.monotonic() - started < 10
+
+
+def test_damaged_adapters_fail_alone(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    """Values that are damaged in their folder show when they are first used: to who asks for them, and nobody else."""
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    file = adapters / "a3" / VALUES
+    file.write_bytes(changed(file.read_bytes(), lambda tensor: tensor * torch.nan))
+    with serving(llama, adapters) as (client, _):
+        answer = complete(client, "a3", "the ")
+        assert answer.status_code == 422
+        assert "a3" in answer.json()["error"]["message"]
+        assert complete(client, "a2", "the ").status_code == 200
+        assert client.get("/healthz").status_code == 200

@@ -1,0 +1,95 @@
+"""Classes by heads of several sizes, embeddings, and the routes of text-embeddings-inference."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from openai import OpenAI
+from transformers import AutoModel
+
+from tests.serve.served import CLASSES, Alone, copied, serving
+
+TEXTS = ["good movie", "the book was very bad", "it"]
+
+
+def test_classes_of_one_text_by_several_adapters_in_one_pass(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    alone = Alone(bert)
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, server):
+        answer = client.post("/v1/classify", json={"model": [*CLASSES], "input": TEXTS[0]}).json()
+        assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
+    for row in answer["data"]:
+        logits = alone.logits(classifiers / row["model"], CLASSES[row["model"]], TEXTS[0])
+        if len(logits) == 1:
+            assert row["label"] is None
+            assert row["score"] == pytest.approx(float(logits), abs=1e-5)
+        else:
+            np.testing.assert_allclose(row["probs"], logits.softmax(-1), atol=1e-5)
+            assert row["label"] == f"LABEL_{int(logits.argmax())}"
+
+
+def test_names_of_classes_are_those_of_the_run(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    run = tmp_path / "adapters" / "tone"
+    copied(classifiers / "two", run / "adapter")
+    (run / "run.json").write_text('{"labels": ["cross", "kind"]}')
+    with serving(bert, tmp_path / "adapters") as (client, _):
+        answer = client.post("/predict", json={"model": "tone", "inputs": TEXTS[0]}).json()
+    assert {row["label"] for row in answer} == {"cross", "kind"}
+    assert answer[0]["score"] > answer[1]["score"]
+
+
+def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    alone = Alone(bert)
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
+        several = client.post("/predict", json={"model": "three", "inputs": [[text] for text in TEXTS]}).json()
+        pair = client.post("/predict", json={"model": "three", "inputs": TEXTS[:2], "raw_scores": True}).json()
+        ranked = client.post(
+            "/rerank", json={"model": "one", "query": "good", "texts": TEXTS, "raw_scores": True}
+        ).json()
+        assert client.post("/rerank", json={"model": "two", "query": "good", "texts": TEXTS}).status_code == 400
+        assert client.get("/info").json()["works"] == ["classify", "embed"]
+        assert client.get("/health").status_code == 200
+    for text, answer in zip(TEXTS, several, strict=True):
+        best = alone.logits(classifiers / "three", 3, text).softmax(-1).max()
+        assert answer[0]["score"] == pytest.approx(float(best), abs=1e-5)
+    logits = alone.logits(classifiers / "three", 3, *TEXTS[:2])
+    assert pair[0]["score"] == pytest.approx(float(logits.max()), abs=1e-5)
+    expected = [float(alone.logits(classifiers / "one", 1, "good", text)) for text in TEXTS]
+    assert [row["index"] for row in ranked] == sorted(range(3), key=lambda row: -expected[row])
+
+
+def test_embeddings_are_the_merged_encoders(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    alone = Alone(bert)
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (http, server):
+        client = OpenAI(base_url=f"{http.base_url}/v1", api_key="unused", max_retries=0)
+        of_adapter = client.embeddings.create(model="two", input=TEXTS).data
+        of_base = client.embeddings.create(model=server.base.name, input=TEXTS, encoding_format="float").data
+        routes = http.post("/embed", json={"inputs": TEXTS, "model": "two"}).json()
+    models = {"two": alone.merged(classifiers / "two", 2).base_model, "base": AutoModel.from_pretrained(bert).eval()}
+    for index, text in enumerate(TEXTS):
+        for given, name in ((of_adapter[index].embedding, "two"), (of_base[index].embedding, "base")):
+            with torch.no_grad():
+                hidden = models[name](**alone.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+            expected = torch.nn.functional.normalize(hidden.mean(0), dim=0)
+            np.testing.assert_allclose(given, expected, atol=1e-5)
+        np.testing.assert_allclose(routes[index], of_adapter[index].embedding, atol=1e-6)
+
+
+def test_the_base_never_answers_for_an_adapter(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    """A head that nobody trained, unknown names and fields that are not kept are errors."""
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, server):
+        for path, body, status, message in [
+            ("/predict", {"inputs": "good"}, 400, "no trained head"),
+            ("/v1/classify", {"model": server.base.name, "input": "good"}, 400, "no trained head"),
+            ("/v1/classify", {"model": ["two", "six"], "input": "good"}, 404, "no model 'six'"),
+            ("/v1/embeddings", {"model": "six", "input": "good"}, 404, "no model 'six'"),
+            ("/v1/embeddings", {"model": "two", "input": "good", "dimensions": 4}, 400, "dimensions"),
+            ("/embed", {"model": "two", "inputs": "good", "lora": "two"}, 400, "lora"),
+            ("/v1/classify", {"model": "two", "input": "good " * 40}, 400, "42 tokens, and at most 32"),
+            ("/v1/completions", {"model": "two", "prompt": "good"}, 400, "cannot generate"),
+        ]:
+            answer = client.post(path, json=body)
+            assert answer.status_code == status, (path, answer.text)
+            assert message in answer.json()["error"]["message"]
+        cut = client.post("/v1/classify", json={"model": "two", "input": "good " * 40, "truncate": True})
+        assert cut.status_code == 200

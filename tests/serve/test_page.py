@@ -1,0 +1,53 @@
+"""The page at /, in a browser: adapters are chosen, a text is sent, answers stand side by side."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.serve.served import Alone, copied, serving
+from tests.tools.pages.seen import PHONE, WIDE, seen
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
+def test_classes(bert: Path, classifiers: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    with (
+        serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _),
+        seen(str(client.base_url), width, scheme) as found,
+    ):
+        page = found.page
+        page.wait_for_selector("#adapters button")
+        page.fill("#search", "wo")
+        page.click("#adapters >> text=two")
+        page.fill("#text", "good movie")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("article >> nth=3")
+        assert sorted(page.locator("article h2").all_inner_texts()) == ["five", "one", "three", "two"]
+        two = page.locator("article", has_text="two").inner_text()
+        probabilities = Alone(bert).logits(classifiers / "two", 2, "good movie").softmax(-1)
+        assert f"{100 * probabilities.max():.1f} %" in two
+        assert client.get("/v1/adapters/two").json()["digest"] in two
+        assert found.width() <= width
+        assert not found.complaints
+        page.click("#adapters >> text=one")
+        page.click("#ask")
+        page.wait_for_function("document.querySelectorAll('article').length == 3")
+
+
+def test_texts(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    with (
+        serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _),
+        seen(str(client.base_url)) as found,
+    ):
+        page = found.page
+        page.wait_for_selector("#adapters button")
+        page.fill("#text", "<b>a")
+        page.click("#ask")
+        page.wait_for_selector("article >> nth=2")
+        expected = Alone(llama).continued(language_adapters / "a1", "<b>a", 48)
+        assert "".join(("<b>a" + expected).split()) in "".join(
+            page.locator("article", has_text="a1").inner_text().split()
+        )
+        page.fill("#text", "x" * 100)
+        page.click("#ask")
+        page.wait_for_selector(".error")
+        assert "at most" in page.locator(".error").inner_text()

@@ -1,0 +1,78 @@
+"""Many clients while adapters are replaced and deleted: every answer is its digest's, none another's or the base's."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.serve.served import ADMIN, TEXTS, Alone, complete, copied, serving
+
+CONTENTS = tuple(f"a{number}" for number in range(6))
+
+
+def test_adapters_change_under_load(
+    llama: Path, language_adapters: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    count = 10_000 if request.config.getoption("--fuzz") else 300
+    alone, draw = Alone(llama), random.Random(1)
+    values = {name: (language_adapters / name / "adapter_model.safetensors").read_bytes() for name in CONTENTS}
+    tenants = [f"tenant{number}" for number in range(5)]
+    jobs = [(draw.choice(tenants), draw.choice(TEXTS), draw.randint(1, 12)) for _ in range(count)]
+    is_done = threading.Event()
+    with (
+        serving(llama, copied(language_adapters, tmp_path / "adapters"), limits={"slots": 7}) as (client, server),
+        ThreadPoolExecutor(17) as pool,
+    ):
+        content_of = {client.get(f"/v1/adapters/{name}").json()["digest"]: name for name in CONTENTS}
+        served: dict[str, set[str]] = {tenant: set() for tenant in tenants}
+
+        def change() -> int:
+            changes, choose = 0, random.Random(2)
+            while not is_done.is_set():
+                tenant = choose.choice(tenants)
+                if choose.random() < 0.2:
+                    assert client.delete(f"/v1/adapters/{tenant}", headers=ADMIN).status_code in (200, 404)
+                else:
+                    content = choose.choice(CONTENTS)
+                    served[tenant].add(content)
+                    answer = client.put(f"/v1/adapters/{tenant}", content=values[content], headers=ADMIN)
+                    assert answer.status_code in (200, 201)
+                changes += 1
+            return changes
+
+        changing = pool.submit(change)
+        answers = list(pool.map(lambda job: complete(client, *job), jobs))
+        is_done.set()
+        changes = changing.result()
+        # Every version that nobody uses has left.
+        assert len(server.registry.bank) == len(server.registry)
+    answered = 0
+    for (tenant, prompt, tokens), answer in zip(jobs, answers, strict=True):
+        if answer.status_code == 404:
+            continue
+        content = content_of[answer.headers["x-dvora-digest"]]
+        assert content in served[tenant]
+        assert answer.json()["choices"][0]["text"] == alone.continued(language_adapters / content, prompt, tokens)
+        answered += 1
+    assert answered > count / 2
+    assert changes > 10
+
+
+def test_who_hangs_up_frees_the_place(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    body = {"model": "a0", "prompt": "a", "max_tokens": 62, "stream": True}
+    with serving(llama, copied(language_adapters, tmp_path / "adapters"), limits={"batch_rows": 1}) as (client, server):
+        for _ in range(20):
+            with client.stream("POST", "/v1/completions", json=body) as stream:
+                next(stream.iter_lines())
+        assert complete(client, "a1", "the ").status_code == 200
+        assert all(version.in_flight == 0 for version in server.registry.versions())
+
+
+def test_a_full_queue_is_429(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    with serving(bert, copied(classifiers, tmp_path / "adapters"), limits={"queue": 3}) as (client, _):
+        answer = client.post("/v1/classify", json={"model": "two", "input": ["good"] * 4})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert client.post("/v1/classify", json={"model": "two", "input": ["good"] * 3}).status_code == 200
