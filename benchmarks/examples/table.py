@@ -9,7 +9,7 @@ RESULT = Path(__file__).parent.parent / "results" / "examples.json"
 
 
 def examples(result: dict[str, Any]) -> str:
-    """Trainer, whether it works, the example and what it reported, as a table."""
+    """Trainer, whether it works, and the example, as a table."""
     rows, environment = result["rows"], result["environment"]
     works = sum(row["outcome"] == "works" for row in rows)
     lines = []
@@ -18,12 +18,12 @@ def examples(result: dict[str, Any]) -> str:
         outcome = "yes" if row["outcome"] == "works" else f"{row['outcome']}: {_one_line(row['reason'])}"
         trainer = row["trainer"] + (f" ({versions})" if versions else "")
         example = f"`examples/{row['name']}.py`"
-        lines.append((trainer, outcome, example, row["shows"], describe_metrics(row["figures"])))
+        lines.append((trainer, outcome, example))
     return text(
         f"{works} of {len(rows)} examples work (`make examples`, `benchmarks/results/examples.json`; torch "
         f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). Each "
         "trains, and stops with an error if what it shows does not hold:",
-        table(("trainer", "works", "example", "shows", "measured"), lines),
+        table(("trainer", "works", "example"), lines),
     )
 
 

@@ -89,16 +89,6 @@ CHOICES = (
 )
 """Comparisons that decided about defaults."""
 EARLIER: Mapping[str, str] = {
-    "lora_r8": "LoRA r=8",
-    "lora_r1": "LoRA r=1",
-    "vera": "VeRA r=256",
-    "magnitude": "magnitude only",
-    "dvora_structured": "structured matrices",
-    "dvora_r16": "rank 16",
-    "dvora_r64": "rank 64",
-    "dvora_r1024": "rank 1,024",
-    "query_value": "query and value only",
-    "dvora_attention": "attention only",
     "feed_forward": "feed-forward only",
     "lambda_d_frozen": "`lambda_d` not trained",
     "d_initial_1": "`d_initial` 1",
@@ -108,8 +98,8 @@ EARLIER: Mapping[str, str] = {
     "dvora_nf4": "base in nf4",
     "dvora_int8": "base in int8",
 }
-"""Arms of the earlier grid beside dense DVoRA of rank 256."""
-EARLIER_TASKS = {"movie_reviews": "movie reviews", "movie_ratings": "movie ratings", "wordnet10": "ten WordNet topics"}
+"""Arms of the earlier grid beside dense DVoRA of rank 256, for questions that the later one did not ask again."""
+EARLIER_TASKS = {"movie_reviews": "movie reviews", "wordnet10": "ten WordNet topics"}
 
 
 def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, str]:
