@@ -140,10 +140,9 @@ def at_a_glance(content: Mapping[str, Any], timed: Rows) -> str:
         )
     return text(
         table(head, rows),
-        f"MiniLM (22.7 million parameters): mean over {len(tasks)} tasks with 24 to 40 classes or a number to "
-        f"predict ({names_of(tasks)}), {_seeds(result, tasks)} seeds, differences with 95 % intervals. Every "
-        "method had four trials for its learning rate on each task; heads are not counted. A step of 16 x 32 / "
-        "64 x 32 tokens, timed in turns, LoRA r=1 = 1 (`benchmarks/results/equal_bytes.json` and `speed.json`; "
+        f"Mean over {len(tasks)} tasks ({names_of(tasks)}) and {_seeds(result, tasks)} seeds, differences with 95 % "
+        "intervals; four trials for every method's learning rate; without heads. A step of 16 x 32 / 64 x 32 tokens in "
+        "units of LoRA r=1's (`benchmarks/results/equal_bytes.json` and `speed.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
 
