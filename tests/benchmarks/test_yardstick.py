@@ -45,7 +45,7 @@ row = {"run_info": {"peft_config": settings, "train_config": training}, "train_i
 pathlib.Path("results", f"dvora--{folder.name}.json").write_text(json.dumps(row))
 print("ran", folder.name, file=sys.stderr, flush=True)
 """
-"""Do with rows what PEFT's scripts do."""
+"""Does with rows what PEFT's scripts do."""
 
 
 def name(experiment: Experiment) -> str:
