@@ -1,20 +1,23 @@
-"""PEFT's method comparison with DVoRA: python -m benchmarks.yardstick [--rates] [TASK ...]
+"""PEFT's method comparison with DVoRA: python -m benchmarks.yardstick [--tryout | --rates] [TASK ...]
 
 Runs PEFT's scripts, unchanged, on those of our experiments that have no row yet, keeps their rows in `rows/`, and shows
 them beside PEFT's. The exit status is 1 if a run failed. `make yardstick` prepares the environment.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.yardstick import rows
-from benchmarks.yardstick.checkout import CheckoutError, check_unchanged, checked_out
+from benchmarks.yardstick.checkout import ROOT, CheckoutError, check_unchanged, checked_out
 from benchmarks.yardstick.environment import comparison, is_installed_from
 from benchmarks.yardstick.experiments import of_task
 from benchmarks.yardstick.needs import check_access, chosen, first_problem
 from benchmarks.yardstick.running import finished_row, place, run
 from benchmarks.yardstick.tasks import Task
+
+TRIAL = ROOT / "build" / "yardstick" / "tryout"
 
 
 def measure(task: Task, checkout: Path) -> list[str]:
@@ -58,6 +61,27 @@ def check_nothing_shadows_the_hub(task: Task, folder: Path) -> None:
             )
 
 
+def try_out(task: Task, checkout: Path) -> list[str]:
+    """Run every experiment for a few steps on stand-ins, on the CPU, and show the table of the trial's rows.
+
+    Returns:
+        The experiments that failed, each with the reason.
+    """
+    from benchmarks.yardstick.tryout.prepare import OFFLINE, check_copies, place_short, prepare
+
+    os.environ |= OFFLINE
+    folder = prepare(task, checkout, TRIAL)
+    failed = []
+    for experiment in of_task(task.name):
+        place_short(experiment, folder)
+        if reason := run(experiment, folder, ["--on-cpu"]):
+            failed.append(f"{task.name} {experiment.name}: {reason}")
+    check_copies(task, checkout, TRIAL)
+    print(rows.describe(task, rows.processed(task, comparison(TRIAL))))
+    print("A trial of stand-ins: a tiny model, data made here, a few steps on a CPU. No figure of it means anything.")
+    return failed
+
+
 def compare_rates(tasks: Sequence[Task]) -> None:
     """Show the rates of our folders beside those that the models' rows ask for."""
     from benchmarks.yardstick.rates import describe
@@ -84,14 +108,15 @@ def main(arguments: Sequence[str]) -> int:
     asked = chosen(arguments)
     if problem := first_problem(asked):
         sys.exit(problem)
-    if problem := next(filter(None, map(check_access, asked.tasks)), None):
+    if not asked.tryout and (problem := next(filter(None, map(check_access, asked.tasks)), None)):
         sys.exit(problem)
     if asked.rates:
         compare_rates(asked.tasks)
         return 0
+    act = try_out if asked.tryout else measure
     try:
         checkout = ready_checkout()
-        failed = [line for task in asked.tasks for line in measure(task, checkout)]
+        failed = [line for task in asked.tasks for line in act(task, checkout)]
     except CheckoutError as error:
         sys.exit(str(error))
     for line in failed:

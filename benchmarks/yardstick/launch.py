@@ -1,4 +1,4 @@
-"""Runs one of PEFT's scripts in a process that knows DVoRA: python -m benchmarks.yardstick.launch SCRIPT ...
+"""Runs one of PEFT's scripts in a process that knows DVoRA: python -m benchmarks.yardstick.launch [--on-cpu] SCRIPT ...
 
 Started in the script's folder, the process sees what `python SCRIPT ...` would see. The only difference is the import
 of dvora, which makes PEFT read a configuration whose `peft_type` is DVORA.
@@ -22,4 +22,10 @@ def launch(script: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch(sys.argv[1], sys.argv[2:])
+    given = sys.argv[1:]
+    if given[:1] == ["--on-cpu"]:
+        from benchmarks.yardstick.tryout.cpu import pose_as_gpu
+
+        pose_as_gpu()
+        given = given[1:]
+    launch(given[0], given[1:])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ def finished_row(experiment: Experiment, task_folder: Path) -> Row | None:
     return row if is_current and row["train_info"]["status"] == "success" else None
 
 
-def run(experiment: Experiment, task_folder: Path) -> str | None:
+def run(experiment: Experiment, task_folder: Path, options: Sequence[str] = ()) -> str | None:
     """Run PEFT's script on an experiment, which prints as it goes.
 
     Returns:
         Why there is no row of success now, or None.
     """
     path = Path("experiments", METHOD, experiment.name)
-    command = [sys.executable, "-m", "benchmarks.yardstick.launch", "run.py", "-v", str(path)]
+    command = [sys.executable, "-m", "benchmarks.yardstick.launch", *options, "run.py", "-v", str(path)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = _canceled(experiment, task_folder)
     code = subprocess.run(command, cwd=task_folder, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode

@@ -38,3 +38,9 @@ def trained_parameters(experiment: Experiment, outputs: Outputs | None = None) -
     """
     layers = OUTPUTS[experiment.task] if outputs is None else outputs
     return sum(count * (2 * width + RANK) for width, count in (layers[name] for name in experiment.target_modules))
+
+
+def vera_parameters(experiment: Experiment, rank: int) -> int:
+    """What VeRA trains on the same layers: a lambda_b an output, a lambda_d a rank; PEFT's rows say it too."""
+    layers = OUTPUTS[experiment.task]
+    return sum(count * (width + rank) for width, count in (layers[name] for name in experiment.target_modules))

@@ -25,7 +25,7 @@ from benchmarks.yardstick.experiments import (
     training_params,
 )
 from benchmarks.yardstick.rates import compare
-from benchmarks.yardstick.running import finished_row, place, row_file
+from benchmarks.yardstick.running import finished_row, place, row_file, run
 from benchmarks.yardstick.sizes import OUTPUTS, trained_parameters
 from benchmarks.yardstick.tasks import TASKS
 from dvora import DVoRAConfig
@@ -45,7 +45,13 @@ row = {"run_info": {"peft_config": settings, "train_config": training}, "train_i
 pathlib.Path("results", f"dvora--{folder.name}.json").write_text(json.dumps(row))
 print("ran", folder.name, file=sys.stderr, flush=True)
 """
-"""Does with rows what PEFT's scripts do."""
+IS_CANCELED = """
+import json, pathlib, sys
+row = {"run_info": {"error_msg": "out of memory"}}
+name = pathlib.Path(sys.argv[-1]).name
+pathlib.Path("cancelled_results", f"dvora--{name}--now.json").write_text(json.dumps(row))
+"""
+"""Do with rows what PEFT's scripts do."""
 
 
 def name(experiment: Experiment) -> str:
@@ -155,7 +161,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_nothing_starts_and_the_message_says_what_to_do() -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main([])
-    assert re.search(r"^no GPU: torch .* CUDA nor an XPU ", str(stopped.value))
+    assert re.search(r"^no GPU: torch .* CUDA nor an XPU .*make yardstick ARGS=--tryout", str(stopped.value))
 
 
 @pytest.mark.usefixtures("no_device")
@@ -208,6 +214,15 @@ def test_a_row_of_other_settings_or_of_no_success_is_run_again(task_folder: Path
     for change in ({"run_info": {**row["run_info"], "train_config": other}}, {"train_info": {"status": "canceled"}}):
         file.write_text(json.dumps(row | change), encoding="utf-8")
         assert finished_row(experiment, task_folder) is None
+
+
+def test_a_run_that_did_not_end_well_says_why(task_folder: Path) -> None:
+    experiment = LANGUAGE[0]
+    place(experiment, task_folder)
+    (task_folder / "run.py").write_text(IS_CANCELED, encoding="utf-8")
+    assert run(experiment, task_folder) == "canceled: out of memory"
+    (task_folder / "run.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
+    assert run(experiment, task_folder) == "PEFT's script ended with status 3 and without a row; what it said is above"
 
 
 READS_ROWS = """
