@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import factors as source
 from dvora.factors import (
-    Factors,
     FactorSource,
     StackConstants,
     add_factor_pass,
@@ -171,37 +170,6 @@ def test_second_derivatives_equal_finite_differences(distribution: str, directio
     assert torch.autograd.gradgradcheck(made, vectors)
 
 
-@pytest.mark.parametrize("missing", [0, 1])
-def test_one_of_two_factors_may_have_no_gradient(missing: int) -> None:
-    stack = Stack(2)
-    stack.gradient[missing].zero_()
-    vectors = Vectors(*(v.requires_grad_() for v in stack.vectors))
-    made = stacked_factors(vectors, StackConstants.of(stack.adapted))
-    (given_,) = torch.autograd.grad(made[1 - missing], vectors[1], stack.gradient[1 - missing])
-    assert torch.equal(given_, stack.gradients()[1])
-
-
-@distributions
-@pytest.mark.parametrize("shape", [(64, 64, 8), (120, 768, 64)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_gets_the_same_bits_alone_as_in_a_stack(
-    dtype: torch.dtype, shape: tuple[int, int, int], distribution: str
-) -> None:
-    stack = Stack(5, 1, shape, torch.float32, distribution)
-    for adapted in stack.adapted:
-        adapted.C = adapted.C.to(dtype)
-    together, gradients = stack.made(), stack.gradients()
-    for layer in range(5):
-        alone = Stack(5, 1, shape, torch.float32, distribution)
-        alone.adapted = [stack.adapted[layer]]
-        alone.vectors = Vectors(*(v[layer : layer + 1] for v in stack.vectors))
-        alone.gradient = stack.gradient[:, layer : layer + 1]
-        for ours, theirs in zip(alone.made(), together, strict=True):
-            assert torch.equal(ours[0], theirs[layer])
-        for ours, theirs in zip(alone.gradients(), gradients, strict=True):
-            assert worst_error(ours[0], theirs[layer].double()) < 1e-5
-
-
 @distributions
 @directions
 @pytest.mark.parametrize("shape", [(64, 64, 8), (10, 20, 40), (120, 768, 64)], ids=str)
@@ -231,30 +199,6 @@ def test_constants_are_joined_only_while_they_are_parts_of_one_tensor() -> None:
 
 
 # Rows near cancellation.
-
-
-@directions
-@pytest.mark.parametrize("detach_norm", [False, True])
-def test_nearly_cancelled_rows_of_one_layer_are_measured_and_leave_the_others_alone(
-    detach_norm: bool, direction: str
-) -> None:
-    stack = Stack(3, 1, (16, 6, 4), torch.float32, direction=direction, detach_norm=detach_norm)
-    before, rows, adapted = stack.made(), [0, 2, 5], stack.adapted[1]
-    lambda_d = stack.vectors.lambda_d[1, 0]
-    update = (adapted.B(lambda_d) * lambda_d) @ adapted.A(lambda_d)
-    size = update.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        stack.weights[1][rows] = (-update / size + 0.01 * torch.nn.functional.normalize(stack.weights[1]))[rows]
-        stack.vectors.lambda_b[1, 0, rows] = 1 / size[rows, 0]
-    stack.anew()
-    if direction == "unit":
-        stack.vectors.lambda_b[1, 0, rows] /= adapted.w[rows]
-    assert stack.one(1, 0)[1].norm_ratio()[rows].max() < 3e-2
-    after, (_, dense) = stack.made(), stack.one(1, 0)
-    assert worst_error(after[2][1, 0], dense.gain()) < 1e-5
-    assert worst_error(after[1][1, 0], dense.scale()) < 1e-5
-    for index in (0, 2):
-        assert all(torch.equal(now[index], then[index]) for now, then in zip(after, before, strict=True))
 
 
 @directions
@@ -302,29 +246,6 @@ def test_a_strength_scales_update_and_gain(trained: bool, strength: float) -> No
     torch.testing.assert_close(scaled.gain, 1 + strength * full.gain_minus_one)
     if strength == 1:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(scaled[:4], full[:4], strict=True))
-
-
-def test_a_trained_strength_gets_its_gradient() -> None:
-    layer, strength = trained_layer(IN, OUT, RANK), torch.tensor(0.4, requires_grad=True)
-    factors = factors_of(*source_of(layer, strength))
-    (gradient,) = torch.autograd.grad(factors.gain_minus_one.sum() + factors.scale.sum(), strength)
-    full = factors_of(*source_of(layer))
-    torch.testing.assert_close(gradient, full.gain_minus_one.sum() + full.scale.sum())
-
-
-def test_factors_of_rows_are_those_of_their_adapters() -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    own, other = (
-        factors_of(*source_of(layer), together=False),
-        factors_of(*source_of(trained_layer(IN, OUT, RANK, alpha=9.0))),
-    )
-    rows = Factors.of_rows(torch.stack([own.row, other.row]), RANK, dimensions=4)
-    assert rows.scale.shape == (2, 1, 1, OUT)
-    assert rows.lambda_d.shape == (2, 1, 1, RANK)
-    assert rows.gain is None
-    for index, factors in enumerate((own, other)):
-        assert torch.equal(rows.gain_minus_one[index, 0, 0], factors.gain_minus_one)
-        assert torch.equal(rows.scale[index, 0, 0], factors.scale)
 
 
 @directions
@@ -541,15 +462,6 @@ def test_several_passes_may_be_open_until_one_backward_pass_reaches_them() -> No
     for each in (model, alone):
         sum(each(randn(tokens, WIDTH, seed=tokens)).square().sum() for tokens in (4, 40, 7)).backward()
     assert_equal([p.grad for p in model.trained()], [p.grad for p in alone.trained()])
-
-
-@FEW_AND_MANY
-def test_a_graph_that_is_retained_gives_the_same_gradients_again(tokens: int) -> None:
-    model = Model()
-    step(model)
-    y = model(inputs(tokens)).square().sum()
-    first = torch.autograd.grad(y, model.trained(), retain_graph=True)
-    assert all(map(torch.equal, first, torch.autograd.grad(y, model.trained())))
 
 
 class Checkpointed(Model):

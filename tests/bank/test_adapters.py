@@ -83,21 +83,6 @@ def test_a_vector_is_copied() -> None:
     assert source.read().digest == before
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        (lambda vector: vector.double(), TypeError, "torch.float64, expected a tensor of torch.float32"),
-        (lambda vector: vector.tolist(), TypeError, "vector is list"),
-        (lambda vector: vector[1:], ValueError, r"vector has shape \(\d+,\), expected"),
-        (lambda vector: vector[None], ValueError, r"vector has shape \(1, "),
-        (lambda vector: vector.index_fill(0, torch.tensor([30]), torch.nan), ValueError, "lin0.dvora_lambda_b has"),
-    ],
-)
-def test_a_wrong_vector_is_refused(wrong: Callable[[Any], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        of_vector(wrong(torch.ones(layout_of_headed().size)))
-
-
 def values(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     return lambda folder: edit_weights(folder, change)
 

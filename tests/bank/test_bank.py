@@ -260,16 +260,6 @@ def test_bits_do_not_depend_on_the_adapters_that_were_read_together(tmp_path: Pa
         assert torch.equal(one(["a"] * 4), other(["a"] * 4))
 
 
-@pytest.mark.parametrize("dtype", OF_BANK, ids=str)
-def test_a_row_in_memory_keeps_none_of_those_that_were_read_together(dtype: torch.dtype, tmp_path: Path) -> None:
-    these = tenants(MLP, tmp_path)
-    with these.bank(dtype=dtype) as served:
-        served(["a", "b", "c"])
-        rows = list(served.bank._host._rows.values())
-    assert len(rows) == 3
-    assert all(row.factors.untyped_storage().nbytes() == row.factors.nbytes for row in rows)
-
-
 def test_equal_adapters_share_a_slot_and_their_rows(tmp_path: Path) -> None:
     these = tenants(MLP, tmp_path, 2)
     with these.bank(slots=1) as served:

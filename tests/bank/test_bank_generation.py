@@ -1,6 +1,5 @@
 """Generated text of mixed batches is that of each merged model alone: greedy, beams, padding, encoder-decoders."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from tests.bank.tenants import row_by_row, tenants
-from tests.bank.versions import in_threads
+from tests.bank.tenants import tenants
 from tests.peft.kinds import Kind
 from tests.peft.tiny import LAYERS, MODELS
 
@@ -71,19 +69,3 @@ def test_generated_rows_are_those_of_the_merged_models(name: str, options: dict[
     repeats = options.get("num_beams") or options.get("num_return_sequences", 1)
     with these.bank() as served, served.bank.rows(NAMES, repeats):
         assert torch.equal(generate(served.model, TEXTS, **options), torch.cat(alone))
-
-
-@pytest.mark.usefixtures("hasty_threads")
-def test_threads_generate_at_once_each_with_its_own_adapters(tmp_path: Path) -> None:
-    these = tenants(KINDS["llama"], tmp_path, 3, torch.float64)
-    alone = {name: generate(these.alone(name), TEXTS) for name in (None, *these.names)}
-    orders = [NAMES, NAMES[2:] + NAMES[:2], NAMES[::-1]] * 2
-    with these.bank() as served:
-
-        def request(names: list[str | None]) -> Tensor:
-            with served.bank.rows(names):
-                return generate(served.model, TEXTS)
-
-        answers = in_threads(*(partial(request, names) for names in orders))
-    for names, tokens in zip(orders, answers, strict=True):
-        assert torch.equal(tokens, row_by_row(alone.__getitem__, names))

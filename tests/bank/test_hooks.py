@@ -2,8 +2,6 @@
 
 import asyncio
 import copy
-import gc
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -199,24 +197,6 @@ def test_two_batches_of_one_thread_never_wait_for_each_other(these: Tenants, x: 
         assert served.bank.stats().slots_in_use == 0
 
 
-@pytest.mark.parametrize("kind", ["served adapters", "the base", "adapters in training"])
-def test_a_bank_is_not_closed_while_a_batch_runs_in_another_thread(kind: str, tmp_path: Path) -> None:
-    save_all(MLP, tmp_path)
-    with together(MLP, tmp_path) as both, ExitStack() as stack:
-        batch = {
-            "served adapters": lambda: both.bank.rows(["a"]),
-            "the base": lambda: both.bank.rows([None]),
-            "adapters in training": lambda: both.adapters.rows(["a"]),
-        }[kind]
-        other, x = Thread(), inputs(both.model, 1)["x"]
-        other(lambda: stack.enter_context(batch()))
-        before = other(lambda: both.model(x))
-        with pytest.raises(ValueError, match="1 batches are in the bank, which would have the base's outputs"):
-            both.bank.close()
-        assert torch.equal(other(lambda: both.model(x)), before)
-        other(stack.close)
-
-
 # What the hooks do
 
 
@@ -238,21 +218,6 @@ def test_a_served_model_is_not_copied_or_saved_as_a_whole(served: Served, tmp_pa
     for call in (lambda: copy.deepcopy(served.model), lambda: torch.save(served.model, tmp_path / "model.pt")):
         with pytest.raises(TypeError, match="an AdapterBank serves this model, so it cannot be copied"):
             call()
-
-
-def test_a_batch_that_has_ended_keeps_nothing_of_where_it_ran(served: Served) -> None:
-    ended, seen = [], list[weakref.ref[nn.Module]]()
-
-    def run() -> Iterator[None]:
-        local = nn.Linear(2, 2)
-        seen.append(weakref.ref(local))
-        with served.bank.rows(["a"]) as batch:
-            ended.append(batch)
-            yield
-
-    list(run())
-    gc.collect()
-    assert seen[0]() is None
 
 
 # Checkpoints, whose layers run again in the backward pass

@@ -1,10 +1,8 @@
 """Batches that wait for slots go in turn, and rows in memory keep within their bytes. LRU: `test_bank_machine.py`."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,43 +54,6 @@ def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_o
     in_threads(lambda: take("large", "cd", 0), lambda: take("small", "a", 1), watch)
     assert order == ["large", "small"]
     assert held.in_use() == 0
-
-
-def test_rows_that_do_not_fit_lose_no_slot() -> None:
-    held = slots(1)
-    for _ in range(3):
-        with pytest.raises(RuntimeError):
-            held.take(object(), "B", rows)
-    assert (held.used(), held.in_use()) == (0, 0)
-    held.take(object(), "a", rows)
-
-
-def test_rows_that_were_evicted_while_a_batch_waits_are_loaded_then() -> None:
-    held, loaded, holds = slots(2), list[str](), threading.Event()
-    held.take(before := object(), "a", rows)
-    held.leave(before)
-
-    def load(digests: Sequence[str]) -> dict[str, AdapterRow]:
-        loaded.extend(digests)
-        return rows(digests)
-
-    def waits() -> None:
-        holds.wait()
-        held.take(object(), "ac", load)
-
-    def watches() -> None:
-        held.take(first := object(), "b", rows)
-        holds.set()
-        until(lambda: len(held._waiting) == 1)
-        assert loaded == ["c"]
-        # A second batch of a thread that holds slots, as another asyncio task may begin one, waits for none.
-        held.take(second := object(), "d", rows)
-        assert "a" not in held
-        held.leave(first)
-        held.leave(second)
-
-    in_threads(waits, watches)
-    assert sorted(loaded) == ["a", "c"]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdE"), st.sampled_from(["put", "get", "remove"])), max_size=40))

@@ -1,10 +1,8 @@
 """accelerate: its preparation for FSDP2, and its checkpoints."""
 
 import os
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -12,7 +10,6 @@ from peft import get_peft_model
 from torch import nn
 
 from dvora import DVoRAConfig
-from dvora.training import AdapterSettings
 from tests.engines.processes import run
 from tests.engines.training import adapted, assert_trained_as_by_one, train, vectors
 from tests.peft.tiny import LAYERS, MODELS
@@ -49,16 +46,3 @@ def trained_in_parts() -> tuple[list[float], dict[str, np.ndarray]]:
 def test_a_model_prepared_for_fsdp2_trains_what_one_process_does() -> None:
     losses, ranks = zip(*run(trained_in_parts, 2), strict=True)
     assert_trained_as_by_one(adapted(), *ranks, losses=list(losses))
-
-
-def test_a_state_of_accelerate_is_loaded_into_the_adapters_that_it_is_of_and_into_no_others(tmp_path: Path) -> None:
-    for settings in ({}, {"projection_seed": 5}):
-        model = adapted(**settings)
-        made = Accelerator(cpu=True)
-        made.register_for_checkpointing(AdapterSettings(model))
-        if not settings:
-            made.save_state(str(tmp_path))
-            made.load_state(str(tmp_path))
-            continue
-        with pytest.raises(ValueError, match="the checkpoint is of other adapters"):
-            made.load_state(str(tmp_path))

@@ -186,22 +186,15 @@ def test_threads_get_the_adapters_that_they_name(make: Callable[[], PeftModel]) 
     assert not any(layer._forward_pre_hooks for _, layer in dvora_layers(model))
 
 
-@pytest.mark.usefixtures("hasty_threads")
-def test_a_parameter_that_is_silent_in_one_thread_serves_another() -> None:
-    model, batches = attention(), [[BASE] * 4, [BASE, "second"] * 2, None]
-    expected = [call(model, names) for names in batches]
+def test_a_parameter_that_is_read_serves_no_row_of_the_base() -> None:
+    model = attention()
     with torch.no_grad():
         base = CASES["MultiheadAttention"].base()(X)
-    assert torch.allclose(expected[0], base, atol=1e-6)
-    served = [not torch.allclose(row, own, atol=1e-3) for row, own in zip(expected[1], base, strict=True)]
+    assert torch.allclose(call(model, [BASE] * 4), base, atol=1e-6)
+    served = [
+        not torch.allclose(*rows, atol=1e-3) for rows in zip(call(model, [BASE, "second"] * 2), base, strict=True)
+    ]
     assert served == [False, True, False, True]
-    assert not torch.allclose(expected[2], base, atol=1e-3)
-
-    def many(which: int) -> bool:
-        return all(same_bits(call(model, batches[which]), expected[which]) for _ in range(40))
-
-    with ThreadPoolExecutor(5) as threads:
-        assert all(threads.map(many, [0, 1, 2, 2, 0]))
 
 
 @pytest.mark.parametrize("inner", [BATCHES[1], None], ids=str)
@@ -218,22 +211,3 @@ def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None
     assert same_bits(call(model, ["second"] * 4), outer)
     handle.remove()
     assert same_bits(found[0], expected)
-
-
-class Twice(nn.Module):
-    """Calls a layer without gradients and with them, as a model does that looks ahead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(10, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            ahead = self.layer(x)
-        return self.layer(x) + ahead
-
-
-def test_what_is_kept_for_a_call_does_not_cut_gradients_off() -> None:
-    model = get_peft_model(Twice(), DVoRAConfig(r=4, target_modules=["layer"])).eval()
-    model(torch.ones(2, 10), adapter_names=["default", BASE]).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

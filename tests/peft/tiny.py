@@ -51,13 +51,13 @@ def bert() -> BertForSequenceClassification:
     return _seeded(lambda: BertForSequenceClassification(config))
 
 
-def llama() -> LlamaForCausalLM:
+def llama(key_value_heads: int = 2) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_value_heads,
         intermediate_size=48,
         max_position_embeddings=64,
         pad_token_id=0,
