@@ -291,24 +291,7 @@ def agree(found: LayerFactors, expected: LayerFactors) -> bool:
     return all(a.dtype == b.dtype and worst_error(a, b.double()) <= 2 * 2**-23 for a, b in pairs)
 
 
-SEVERAL = [
-    "bert model",
-    "llama model",
-    "Embedding, padding",
-    "Conv2d, groups, reflect",
-    "experts (E, out, in)",
-    "MultiheadAttention, kdim and vdim",
-    "transformers Conv1D",
-    "patterns",
-    "structured",
-    "magnitudes",
-    "head",
-    "scales in one shape",
-    "all biases",
-]
-
-
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", KINDS)
 def test_factors_of_a_batch_are_those_that_layers_make_for_themselves(name: str) -> None:
     models = [KINDS[name].trained(seed) for seed in range(3)]
     layout = Layout.of(models[0])

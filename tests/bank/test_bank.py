@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaForTokenClassification
+from transformers import BertForTokenClassification
 
 import dvora
 from dvora.bank.packs import write_pack
@@ -18,7 +18,7 @@ from tests.peft.dense_weights import DenseModel
 from tests.peft.kinds import Kind, saved
 from tests.peft.layer_cases import CASES, READ
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.tiny import LAYERS, MODELS, inputs, outputs, same_bits
+from tests.peft.tiny import LAYERS, MODELS, bert, inputs, outputs, same_bits
 
 # What PEFT says of an adapter on embeddings.
 pytestmark = [
@@ -140,30 +140,11 @@ def test_adapters_of_one_bank_have_strengths_of_their_own(tmp_path: Path) -> Non
     assert same_bits(found[1], outputs(these.base(), 6)[1])
 
 
-def roberta(head: type[nn.Module]) -> nn.Module:
-    config = RobertaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        num_labels=5,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return head(config).eval()
-
-
 HEADS = {
     "bert classifier": BERT,
-    "roberta classification head": Kind(
-        lambda: roberta(RobertaForSequenceClassification),
-        {"r": 3, "target_modules": ["query"], "task_type": "SEQ_CLS"},
-    ),
+    "a head of several modules": BERT._replace(settings={**BERT.settings, "modules_to_save": ["pooler", "classifier"]}),
     "a head on every token": Kind(
-        lambda: roberta(RobertaForTokenClassification), {"r": 3, "target_modules": ["query"], "task_type": "TOKEN_CLS"}
+        lambda: bert(BertForTokenClassification), {"r": 3, "target_modules": ["query"], "task_type": "TOKEN_CLS"}
     ),
     "two heads": Kind(MODELS["mlp"], {"r": 3, "target_modules": ["lin1"], "modules_to_save": ["lin2", "lin0"]}),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dvora
-from tests.bank.tenants import HEADED
+from tests.bank.tenants import HEADED, MLP, Served, tenants
 from tests.bank.versions import Versions, X, in_threads
 from tests.peft.kinds import saved
 
@@ -87,3 +87,15 @@ def test_rows_are_the_version_that_they_began_with(
     assert stats.evictions > 0
     assert stats.host_bytes <= ONE
     bank.close()
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_first_adapters_may_come_from_several_threads(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 4)
+    for _ in range(5):
+        model = these.base()
+        with dvora.AdapterBank(model) as bank:
+            in_threads(*(partial(bank.add, name, these.path(name)) for name in these.names))
+            assert sorted(bank) == these.names
+            assert sum(len(module._forward_hooks) for module in model.modules()) == 3 + 2
+            assert Served(model, bank)(these.names).isfinite().all()

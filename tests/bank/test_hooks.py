@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -218,6 +220,21 @@ def test_a_served_model_is_not_copied_or_saved_as_a_whole(served: Served, tmp_pa
     for call in (lambda: copy.deepcopy(served.model), lambda: torch.save(served.model, tmp_path / "model.pt")):
         with pytest.raises(TypeError, match="an AdapterBank serves this model, so it cannot be copied"):
             call()
+
+
+def test_a_batch_that_has_ended_keeps_nothing_of_where_it_ran(served: Served) -> None:
+    ended, seen = [], list[weakref.ref[nn.Module]]()
+
+    def run() -> Iterator[None]:
+        local = nn.Linear(2, 2)
+        seen.append(weakref.ref(local))
+        with served.bank.rows(["a"]) as batch:
+            ended.append(batch)
+            yield
+
+    list(run())
+    gc.collect()
+    assert seen[0]() is None
 
 
 # Checkpoints, whose layers run again in the backward pass

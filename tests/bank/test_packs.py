@@ -343,6 +343,10 @@ def test_an_open_pack_stays_what_it_was(folders: dict[str, Path], pack: Path) ->
         write_pack(pack, {"0000": folders["0001"]})
         assert opened.source("0000").read().digest == FolderSource(folders["0000"]).read().digest
         source = opened.source("0002")
+        # A forked process shares the position in the file: no read moves it.
+        position = os.lseek(opened._descriptor, 0, os.SEEK_CUR)
+        assert source.read()
+        assert os.lseek(opened._descriptor, 0, os.SEEK_CUR) == position
     with pytest.raises(ValueError, match="was closed; open it again"):
         source.read()
     with Pack.open(pack) as opened:

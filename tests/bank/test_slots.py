@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,15 @@ def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_o
     in_threads(lambda: take("large", "cd", 0), lambda: take("small", "a", 1), watch)
     assert order == ["large", "small"]
     assert held.in_use() == 0
+
+
+def test_rows_that_do_not_fit_lose_no_slot() -> None:
+    held = slots(1)
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            held.take(object(), "B", rows)
+    assert (held.used(), held.in_use()) == (0, 0)
+    held.take(object(), "a", rows)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdE"), st.sampled_from(["put", "get", "remove"])), max_size=40))

@@ -1,7 +1,10 @@
 """Strength, interpolation and weighted sums of the adapters of a model."""
 
 import copy
+import sys
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +153,25 @@ def test_a_strength_by_name_is_that_of_the_layers_so_named_and_a_whole_name_come
         model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=2, target_modules=["layer"], strength=start))
         model.set_strength(strengths)
         assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)
+
+
+def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted().train()
+    asked: list[str] = []
+
+    def recorded(read: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+        def ask(tensor: Tensor) -> object:
+            asked.append(Path(sys._getframe(1).f_code.co_filename).name)
+            return read(tensor)
+
+        return ask
+
+    for name in ("__bool__", "__float__"):
+        monkeypatch.setattr(Tensor, name, recorded(getattr(Tensor, name)))
+    x = torch.ones(600, 10)  # enough for the folded weight
+    for _ in range(2):  # the first makes factors layer by layer, the second all together
+        model(x).sum().backward()
+    # Of rows that nearly cancel, and of tiny gains; both on the CPU only.
+    assert set(asked) <= {"factors.py"}

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 
 from dvora import DVoRAConfig
 from dvora.peft.layer_types import FORWARD_ONLY, LAYER_TYPES, LayerType, layer_type_of
 from tests.census import Census
 from tests.peft.dense_weights import DenseModel
-from tests.peft.layer_cases import CASES
+from tests.peft.layer_cases import CASES, Convolution
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import MODELS, outputs, same_bits, train_vectors
 
@@ -105,6 +106,20 @@ def test_channels_last_stays_channels_last_and_starts_as_the_base() -> None:
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             assert adapted(x).stride() == layer(x).stride()
+
+
+def test_a_rank_beyond_a_kernel_costs_no_more_than_the_kernel() -> None:
+    base = Convolution(nn.Conv2d(32, 32, 3, groups=32)).eval()
+    x = torch.randn(2, 32, 12, 12)
+    costs = []
+    for rank in (9, 90):
+        model = trained(base, r=rank)
+        with torch.no_grad():
+            model(x)  # makes the factors
+            with FlopCounterMode(display=False) as counter:
+                model(x)
+        costs.append(counter.get_total_flops())
+    assert costs[1] < 1.5 * costs[0]
 
 
 def test_a_lookup_makes_no_table_of_the_vocabulary() -> None:

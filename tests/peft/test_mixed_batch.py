@@ -211,3 +211,22 @@ def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None
     assert same_bits(call(model, ["second"] * 4), outer)
     handle.remove()
     assert same_bits(found[0], expected)
+
+
+class Twice(nn.Module):
+    """Calls a layer without gradients and with them, as a model does that looks ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            ahead = self.layer(x)
+        return self.layer(x) + ahead
+
+
+def test_what_is_kept_for_a_call_does_not_cut_gradients_off() -> None:
+    model = get_peft_model(Twice(), DVoRAConfig(r=4, target_modules=["layer"])).eval()
+    model(torch.ones(2, 10), adapter_names=["default", BASE]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from dvora import DVoRAConfig
 from tests.peft.adapter_files import WEIGHTS, edit_weights, save_bert
-from tests.peft.fresh_process import run_alone
 from tests.peft.kinds import KINDS
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
@@ -46,14 +45,6 @@ def test_all_that_is_trained_is_loaded_and_saved_again_in_an_equal_file(name: st
     assert all(same_bits(loaded.get_parameter(n), p) for n, p in trained.items())
     loaded.save_pretrained(tmp_path / "second", save_embedding_layers=False)
     assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
-
-
-def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
-    model = adapted("gpt2")
-    model.save_pretrained(tmp_path / "adapter")
-    fresh = run_alone("gpt2", tmp_path / "adapter", tmp_path)
-    assert same_bits(fresh["outputs"], outputs(model))
-    assert same_bits(fresh["merged"], outputs(model.merge_and_unload()))
 
 
 @pytest.mark.parametrize("name", MODELS)

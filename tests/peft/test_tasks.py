@@ -6,25 +6,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
 from dvora import DVoRAConfig
-from tests.peft.tiny import VOCABULARY, same_bits, train_vectors
+from tests.peft.tiny import bert, same_bits, train_vectors
 
 TASKS: dict[str, tuple[type[nn.Module], str]] = {
     "SEQ_CLS": (BertForSequenceClassification, "classifier"),
     "TOKEN_CLS": (BertForTokenClassification, "classifier"),
     "QUESTION_ANS": (BertForQuestionAnswering, "qa_outputs"),
 }
-
-
-def bert(task: str) -> nn.Module:
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return TASKS[task][0](config).eval()
 
 
 @torch.no_grad()
@@ -37,7 +28,7 @@ def outputs(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_head_of_a_task_is_trained_saved_and_loaded(task: str, further: list[str] | None, tmp_path: Path) -> None:
     config = DVoRAConfig(r=4, target_modules=["query"], task_type=task, modules_to_save=further)
-    model = get_peft_model(bert(task), config).eval()
+    model = get_peft_model(bert(TASKS[task][0], num_labels=2), config).eval()
     # PEFT adds it to the configuration.
     head = [name for name, p in model.named_parameters() if p.requires_grad and TASKS[task][1] in name]
     assert len(head) == 2
@@ -47,4 +38,4 @@ def test_the_head_of_a_task_is_trained_saved_and_loaded(task: str, further: list
             model.get_parameter(name).add_(0.5)
     model.save_pretrained(tmp_path)
     assert set(model.peft_config["default"].modules_to_save) >= {TASKS[task][1], *(further or ())}
-    assert same_bits(outputs(PeftModel.from_pretrained(bert(task), tmp_path)), outputs(model))
+    assert same_bits(outputs(PeftModel.from_pretrained(bert(TASKS[task][0], num_labels=2), tmp_path)), outputs(model))

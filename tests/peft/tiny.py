@@ -37,7 +37,7 @@ def mlp() -> MLP:
     return _seeded(MLP)
 
 
-def bert() -> BertForSequenceClassification:
+def bert(head: type[nn.Module] = BertForSequenceClassification, num_labels: int = 3) -> nn.Module:
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -45,10 +45,10 @@ def bert() -> BertForSequenceClassification:
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=32,
-        num_labels=3,
+        num_labels=num_labels,
         initializer_range=0.2,
     )
-    return _seeded(lambda: BertForSequenceClassification(config))
+    return _seeded(lambda: head(config))
 
 
 def llama(key_value_heads: int = 2) -> LlamaForCausalLM:
