@@ -44,12 +44,11 @@ settings = st.fixed_dictionaries(
 
 
 class Stack:
-    """L layers of one shape with N adapters each."""
+    """L layers of one shape with an adapter each."""
 
     def __init__(
         self,
         layers: int,
-        adapters: int = 1,
         shape: tuple[int, int, int] = (IN, OUT, RANK),
         dtype: torch.dtype = torch.float64,
         distribution: str = "kaiming_uniform",
@@ -60,106 +59,19 @@ class Stack:
         self.weights = [randn(out_features, in_features, seed=10 + i, dtype=dtype) for i in range(layers)]
         self.adapted = [AdaptedWeight(weight, rank, shared=shared, **options) for weight in self.weights]
         norms = torch.stack([weight.norm(dim=1) for weight in self.weights])[:, None]
-        sizes, low = (layers, adapters, out_features), (layers, adapters, rank)
         self.vectors = Vectors(
-            norms * (0.5 + randn(*sizes, seed=4, dtype=dtype).abs()),
-            randn(*sizes, seed=5, dtype=dtype),
-            0.3 * randn(*low, seed=6, dtype=dtype),
+            norms * (0.5 + randn(layers, 1, out_features, seed=4, dtype=dtype).abs()),
+            randn(layers, 1, out_features, seed=5, dtype=dtype),
+            0.3 * randn(layers, 1, rank, seed=6, dtype=dtype),
         )
-        self.gradient = randn(2, *sizes, seed=7, dtype=dtype)
-
-    def anew(self) -> None:
-        """The constants again, after a write to the weights."""
-        for adapted, weight in zip(self.adapted, self.weights, strict=True):
-            adapted.refresh(weight)
-
-    def made(self) -> tuple[Tensor, Tensor, Tensor]:
-        return stacked_factors(self.vectors, StackConstants.of(self.adapted))
-
-    def gradients(self, vectors: Vectors | None = None, **options: object) -> tuple[Tensor, ...]:
-        vectors = vectors or Vectors(*(v.detach().clone().requires_grad_() for v in self.vectors))
-        made = stacked_factors(vectors, StackConstants.of(self.adapted))
-        return torch.autograd.grad(made[:2], vectors, [*self.gradient], allow_unused=True, **options)
-
-    def one(self, layer: int, adapter: int) -> tuple[Vectors, DenseDVoRA]:
-        """One adapter of one layer by the dense method."""
-        vectors, adapted = Vectors(*(v[layer, adapter] for v in self.vectors)), self.adapted[layer]
-        wide = self.weights[layer].double()
-        dense = DenseDVoRA(
-            wide,
-            None,
-            adapted.A(wide),
-            adapted.B(wide),
-            *vectors,
-            scaling=adapted.scaling,
-            direction=adapted.direction,
-            detach_norm=adapted.detach_norm,
-        )
-        return vectors, dense
-
-    def dense_gradients(self, layer: int, adapter: int) -> tuple[Tensor, ...]:
-        _, dense = self.one(layer, adapter)
-        factors = torch.stack([dense.gain() - 1, dense.scale()])
-        wanted = [dense.magnitude, dense.lambda_b, dense.lambda_d]
-        gradient = self.gradient[:, layer, adapter].double()
-        found = torch.autograd.grad(factors, wanted, gradient, allow_unused=True)
-        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True))
-
-    def assert_equal_to_the_dense_method(self, tolerance: float) -> None:
-        made, gradients = self.made(), self.gradients()
-        for layer in range(len(self.weights)):
-            for adapter in range(self.vectors.magnitude.shape[1]):
-                gain_minus_one, scale, gain = (factor[layer, adapter] for factor in made)
-                _, dense = self.one(layer, adapter)
-                assert worst_error(gain_minus_one, dense.gain() - 1) < tolerance
-                assert worst_error(gain, dense.gain()) < tolerance
-                assert worst_error(scale, dense.scale()) < tolerance
-                expected = self.dense_gradients(layer, adapter)
-                for name, ours, theirs in zip(Vectors._fields, gradients, expected, strict=True):
-                    ours = torch.zeros_like(theirs) if ours is None else ours[layer, adapter]
-                    assert worst_error(ours, theirs) < 5 * tolerance, name
-
-
-@dtypes
-@distributions
-@given(layers=st.integers(1, 4), adapters=st.integers(1, 3), options=settings)
-def test_factors_and_their_gradients_equal_the_dense_method(
-    distribution: str, dtype: torch.dtype, layers: int, adapters: int, options: dict[str, object]
-) -> None:
-    stack = Stack(layers, adapters, dtype=dtype, distribution=distribution, **options)
-    stack.assert_equal_to_the_dense_method(4 * TOLERANCE[dtype])
-
-
-@distributions
-@given(shape=st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(1, 12)), options=settings)
-def test_factors_of_any_shape_equal_the_dense_method(
-    distribution: str, shape: tuple[int, int, int], options: dict[str, object]
-) -> None:
-    padding = {"padding_column": 1} if shape[0] > 2 else {}
-    Stack(2, 2, shape, distribution=distribution, **options, **padding).assert_equal_to_the_dense_method(1e-11)
-
-
-@directions
-@pytest.mark.parametrize("detach_norm", [False, True])
-def test_zero_rows_of_one_layer_leave_the_others_alone(detach_norm: bool, direction: str) -> None:
-    stack = Stack(3, direction=direction, detach_norm=detach_norm, alpha=2.0)
-    before = stack.made()
-    stack.weights[1][[0, 3]] = 0
-    stack.anew()
-    stack.assert_equal_to_the_dense_method(1e-12)
-    after, gradients = stack.made(), stack.gradients()
-    for index in (0, 2):
-        assert all(torch.equal(now[index], then[index]) for now, then in zip(after, before, strict=True))
-    assert not after[0][1, 0, [0, 3]].any()
-    assert not gradients[0][1, 0, [0, 3]].any()
 
 
 @directions
 @distributions
 def test_second_derivatives_equal_finite_differences(distribution: str, direction: str) -> None:
-    stack = Stack(2, 1, (3, 4, 2), distribution=distribution, direction=direction)
+    stack = Stack(2, (3, 4, 2), distribution=distribution, direction=direction)
     stack.weights[0][1] = 0
-    stack.anew()
+    stack.adapted[0].refresh(stack.weights[0])
     constants = StackConstants.of(stack.adapted)
     vectors = tuple(v.requires_grad_() for v in stack.vectors)
 
@@ -176,10 +88,11 @@ def test_second_derivatives_equal_finite_differences(distribution: str, directio
 def test_the_definition_gives_the_bits_of_the_stack(
     shape: tuple[int, int, int], direction: str, distribution: str
 ) -> None:
-    stack = Stack(3, 1, shape, torch.float32, distribution, direction=direction)
-    together = stack.made()
+    stack = Stack(3, shape, torch.float32, distribution, direction=direction)
+    together = stacked_factors(stack.vectors, StackConstants.of(stack.adapted))
     for layer, (adapted, weight) in enumerate(zip(stack.adapted, stack.weights, strict=True)):
-        for ours, theirs in zip(adapted.factors(stack.one(layer, 0)[0], weight), together, strict=True):
+        vectors = Vectors(*(vector[layer, 0] for vector in stack.vectors))
+        for ours, theirs in zip(adapted.factors(vectors, weight), together, strict=True):
             assert torch.equal(ours, theirs[layer, 0])
 
 

@@ -98,12 +98,6 @@ def projections(model: nn.Module) -> list[SharedProjections]:
     return list({id(m): m for m in model.modules() if isinstance(m, SharedProjections)}.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_a_new_adapter_returns_the_bits_of_the_base(name: str, dtype: torch.dtype) -> None:
-    assert same_bits(outputs(adapted(name, dtype)), outputs(MODELS[name]().to(dtype)))
-
-
 def test_without_init_weights_a_new_adapter_is_not_the_identity_and_always_the_same() -> None:
     model, again = (adapted("bert", init_weights=False) for _ in range(2))
     assert worst_difference(outputs(model), outputs(MODELS["bert"]())) > 0.01

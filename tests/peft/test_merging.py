@@ -1,7 +1,5 @@
 """Merging into the base's weights, of all layers or of none, and taking it back bit for bit."""
 
-import copy
-import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -47,18 +45,6 @@ def merged_adapters(model: nn.Module) -> set[tuple[str, ...]]:
 # What a merge computes.
 
 
-def test_adapters_merged_one_by_one_in_any_order_are_the_dense_sum() -> None:
-    model, order = adapted("gpt2", torch.float64), ("third", "default", "second")
-    before, dense = snapshot(model), DenseModel(MODELS["gpt2"](), model, ADAPTERS).parameters()
-    for adapter in order:
-        model.merge_adapter([adapter])
-    assert merged_adapters(model) == {order}
-    for name, layer in dvora_layers(model):
-        assert worst_difference(layer.base_layer.weight, dense[f"{name}.weight"]) < 1e-12
-    model.unmerge_adapter()
-    assert_unchanged(model, before)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_merge_and_unload_returns_a_plain_base_with_the_adapted_outputs(name: str) -> None:
     base, model = MODELS[name](), adapted(name)
@@ -74,15 +60,6 @@ def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once
     expected = DenseModel(MODELS["gpt2"](), model, ["second", "third"])(**inputs(model))
     model.merge_adapter(["second"])
     assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
-
-
-def test_the_original_follows_casts_a_copy_and_a_pickle() -> None:
-    model, cast = adapted(), adapted().bfloat16().float()
-    model.merge_adapter()
-    # Rounded in between, like all other values.
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).bfloat16().float()
-    twin.unmerge_adapter()
-    assert_unchanged(twin, snapshot(cast))
 
 
 # What rounding takes.

@@ -95,16 +95,6 @@ def test_saving_twice_gives_equal_files(tmp_path: Path) -> None:
     assert files(tmp_path / "first") == files(tmp_path / "second") == files(tmp_path / "third")
 
 
-def test_saving_changes_nothing_and_works_while_merged(tmp_path: Path) -> None:
-    model = adapted("mlp")
-    model.save_pretrained(tmp_path / "unmerged")
-    model.merge_adapter()
-    before = outputs(model)
-    model.save_pretrained(tmp_path / "merged")
-    assert same_bits(outputs(model), before)
-    assert files(tmp_path / "unmerged") == files(tmp_path / "merged")
-
-
 def test_a_pickled_file_is_loaded_too(tmp_path: Path) -> None:
     model = adapted("mlp")
     model.save_pretrained(tmp_path, safe_serialization=False)
