@@ -1,5 +1,6 @@
 """The forward of a layer, folded and thin, against the dense method: outputs, all gradients, what is kept for them."""
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import layer as forward
@@ -159,6 +161,15 @@ def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torc
         assert torch.equal(gradient, found[1][name]), name
 
 
+@both
+def test_a_backward_pass_under_autocast_is_in_the_dtype_of_its_forward_pass(tokens: int) -> None:
+    # Of the vectors: the gradient of x comes from PyTorch's products.
+    layer, x, d = trained_layer(IN, OUT, RANK), inputs(tokens), randn(tokens, OUT, seed=9)
+    expected, y = gradients(layer, layer(x), x, d), layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, gradients(layer, y, x, d).values(), expected.values()))
+
+
 # One computation or the other.
 
 
@@ -285,6 +296,20 @@ def test_derivatives_of_higher_order_equal_finite_differences(tokens: int, bias:
     leaves = x, *(p.detach().clone().requires_grad_() for p in trained.values())
     assert torch.autograd.gradcheck(outputs, leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+@directions
+@both
+def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(tokens: int, direction: str) -> None:
+    layer = trained_layer(IN, OUT, RANK, dtype=torch.float64, detach_norm=True, direction=direction)
+    x, d = inputs(tokens, torch.float64), randn(tokens, OUT, seed=9, dtype=torch.float64)
+    dense, second = DenseDVoRA.of(layer), []
+    for module in (layer, dense):
+        leaves = [module.magnitude, module.lambda_b, module.lambda_d]
+        first = torch.autograd.grad(module(x), leaves, d, create_graph=True)
+        second.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves))
+    for ours, theirs in zip(*second, strict=True):
+        assert worst_error(ours, theirs) < 1e-12
 
 
 # What is kept for the backward pass.
@@ -449,6 +474,24 @@ def test_z_is_shared_with_nobody_else(case: str) -> None:
     assert first is not second
     if first.shape == second.shape and case != "other matrices":
         torch.testing.assert_close(first, second.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_z_is_freed_with_its_inputs_or_its_graph(requires_grad: bool, leaf: bool) -> None:
+    first, _ = pair()
+    x = randn(3, IN, seed=8).requires_grad_(requires_grad)
+    x = x if leaf else 1 * x
+    z = project(first, x)
+    of_z, of_x = (StorageWeakRef(t.untyped_storage()) for t in (z, x))
+    del z
+    if leaf and requires_grad:
+        gc.collect()
+        assert of_z.expired()
+    del x
+    gc.collect()
+    assert of_z.expired()
+    assert of_x.expired()
 
 
 @both

@@ -17,10 +17,8 @@ from safetensors.torch import load_file
 import dvora
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource, VectorSource, adapters_in
 from dvora.flat import Layout
-from tests.bank.adapters import many
-from tests.bank.tenants import HEADED
-from tests.peft.adapter_files import edit_config, edit_weights
-from tests.peft.kinds import KINDS, bits, mlp, saved
+from tests.bank.tenants import HEADED, many
+from tests.peft.kinds import KINDS, bits, edit_config, edit_weights, mlp, saved
 from tests.peft.tiny import MODELS
 
 # What PEFT says of an adapter on embeddings.

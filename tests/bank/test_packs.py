@@ -25,11 +25,9 @@ import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
 from dvora.bank.packs import FORMAT, Pack, unpack, write_pack
-from tests.bank.adapters import WIDE, contents, many
-from tests.bank.tenants import HEADED, Served
+from tests.bank.tenants import HEADED, WIDE, Served, contents, many
 from tests.census import little_more_memory
-from tests.peft.adapter_files import edit_weights
-from tests.peft.kinds import mlp, saved
+from tests.peft.kinds import edit_weights, mlp, saved
 
 FILES = (SETTINGS, VALUES)
 SPARSE = 2_000_000_000

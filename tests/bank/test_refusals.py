@@ -14,10 +14,8 @@ from torch import Tensor, nn
 import dvora
 from dvora.bank.adapters import VALUES
 from dvora.bank.packs import write_pack
-from tests.bank.adapters import change_values
-from tests.bank.tenants import HEADED, MLP, Served, Tenants, row_by_row, tenants
-from tests.peft.adapter_files import edit_config, edit_weights
-from tests.peft.kinds import Kind, saved
+from tests.bank.tenants import HEADED, MLP, Served, Tenants, change_values, row_by_row, tenants
+from tests.peft.kinds import Kind, edit_config, edit_weights, saved
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import MODELS, inputs, mlp, outputs, same_bits

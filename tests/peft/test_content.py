@@ -11,8 +11,7 @@ from torch import nn
 
 import dvora
 from dvora.flat import Layout
-from tests.peft.adapter_files import CONFIG, WEIGHTS, edit_config
-from tests.peft.kinds import KINDS, Kind, mlp, saved
+from tests.peft.kinds import CONFIG, KINDS, WEIGHTS, Kind, edit_config, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import MODELS, outputs
 

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 import dvora
 from dvora import DVoRAConfig
 from tests.census import Census, little_more_memory
-from tests.peft.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights
-from tests.peft.kinds import Kind, mlp, saved
+from tests.peft.kinds import CONFIG, WEIGHTS, Kind, edit_config, edit_weights, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
 
