@@ -15,7 +15,7 @@ from dvora import DVoRAConfig
 from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.subjects import Subject, second
+from tests.peft.operations_tried import Subject, second
 from tests.peft.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 MLP = ["lin0", "lin1", "lin2"]
