@@ -26,8 +26,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
 
 
 class Chain(nn.Module):
-    """Layers one after another."""
-
     def __init__(self, layers: list[DVoRAAdapter]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)

@@ -188,8 +188,6 @@ def test_norms_of_vectors_in_half_precision_are_not() -> None:
 
 
 class Model(nn.Module):
-    """Layers of one shape, one after another."""
-
     def __init__(self, count: int = 3, passes: bool = True, width: int = WIDTH, rank: int = RANK) -> None:
         super().__init__()
         self.layers = nn.ModuleList(trained_layer(width, width, rank) for _ in range(count))
@@ -208,7 +206,6 @@ class Model(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def alone(self) -> "Model":
-        """The same with fresh layers and no passes."""
         made = Model(0, passes=False)
         made.layers.extend(fresh_copy(layer).train(layer.training) for layer in self.layers)
         return made
@@ -219,7 +216,6 @@ def inputs(tokens: int = 4) -> Tensor:
 
 
 def step(model: nn.Module, tokens: int = 4) -> list[Tensor]:
-    """The gradients of one pass."""
     model.zero_grad()
     model(inputs(tokens)).square().sum().backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

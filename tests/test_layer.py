@@ -373,8 +373,6 @@ def test_saved_tensors_may_be_moved_away_and_back(tokens: int, hooks: Callable[[
 
 
 class Siblings(nn.Module):
-    """Query, key and value."""
-
     def __init__(self, **options: object) -> None:
         super().__init__()
         shared = SharedProjections(3)

@@ -36,11 +36,9 @@ class Tenants(NamedTuple):
     dtype: torch.dtype
 
     def base(self) -> nn.Module:
-        """The frozen model, anew each time."""
         return self.kind.base().to(self.dtype).eval().requires_grad_(False)
 
     def path(self, name: str) -> Path:
-        """The folder of an adapter."""
         return self.folder / name
 
     def alone(self, name: str | None, merge: bool = True) -> nn.Module:
@@ -53,7 +51,6 @@ class Tenants(NamedTuple):
 
     @contextmanager
     def bank(self, **settings: Any) -> Iterator[Served]:
-        """A base with a bank of all of them."""
         model = self.base()
         with dvora.AdapterBank(model, **settings) as bank:
             bank.add_folder(self.folder)
@@ -61,8 +58,6 @@ class Tenants(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A model and its bank."""
-
     model: nn.Module
     bank: dvora.AdapterBank
 
@@ -86,13 +81,11 @@ def tenants(kind: Kind, folder: Path, count: int = 3, dtype: torch.dtype = torch
 
 
 def row_by_row(outputs_of: Callable[[str | None], Tensor], names: Sequence[str | None]) -> Tensor:
-    """Each row from the outputs of its adapter alone."""
     alone = {name: outputs_of(name) for name in set(names)}
     return torch.stack([alone[name][row] for row, name in enumerate(names)])
 
 
 def vectors_of(kind: Kind, count: int) -> list[Tensor]:
-    """The flat vectors of so many adapters."""
     model = kind.trained()
     layout = Layout.of(model)
     start = layout.to_vector(model)
@@ -113,7 +106,6 @@ def change_values(folder: Path, seed: int) -> None:
 
 
 def many(folder: Path, count: int, kind: Kind = HEADED) -> dict[str, Path]:
-    """The folders of so many adapters, by name."""
     first = saved(kind.trained(), folder / "0000")
     (first / "README.md").unlink()
     for number in range(1, count):

@@ -198,8 +198,6 @@ def test_damage_in_what_a_file_has_beside_the_adapter_is_refused(tmp_path: Path)
 
 
 def forged(change: Callable[[Parts], object]) -> Callable[[Path], None]:
-    """A pack with other parts."""
-
     def forge(path: Path) -> None:
         change(parts := Parts.of(path))
         parts.write(path)

@@ -22,7 +22,6 @@ CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
 
 
 def trained_in_parallel() -> dict[str, tuple[list[float], dict[str, np.ndarray]]]:
-    """Losses and vectors of every case."""
     found = {}
     for case, (settings, options) in CASES.items():
         model = DistributedDataParallel(adapted(**settings), **options)

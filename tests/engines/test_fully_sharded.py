@@ -111,7 +111,6 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def outputs_after_loading() -> list[np.ndarray]:
-    """Evaluations before and after other weights of the base were loaded into the parts."""
     model = shard(adapted(init_weights=False).eval())
     found = []
     for load in (False, False, True, False):

@@ -176,7 +176,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
 
 
 def messages() -> list[str]:
-    """What every mistake says on this rank."""
     found = []
     for attempt, _ in MISTAKES.values():
         try:

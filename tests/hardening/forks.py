@@ -103,7 +103,6 @@ class Forks:
         return Ended(code, out.read_text(), err.read_text(), seconds, changes, asked)
 
     def close(self) -> None:
-        """End the warm process."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.close()

@@ -46,7 +46,6 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def start(made: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A desk with adapters and a pack of them."""
     desk = Path(shutil.copytree(made, tmp_path_factory.mktemp("start") / "desk"))
     many(desk / "adapters", 50)
     assert forks.run(desk, *["bank", "pack", "adapters", "-o", "pack", "--quiet"]).code == 0

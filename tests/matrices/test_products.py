@@ -51,7 +51,6 @@ def few_values(dense: int | None = None, at_once: int | None = None) -> Iterator
 
 
 def products(rank: int, in_features: int, out_features: int) -> dict[str, tuple[Product, int]]:
-    """All products by name, and the width of what each takes."""
     return {
         "project": (lambda m, x: m.project(x, rank), in_features),
         "project_transpose": (lambda m, h: m.project_transpose(h, in_features), rank),
@@ -61,7 +60,6 @@ def products(rank: int, in_features: int, out_features: int) -> dict[str, tuple[
 
 
 def by_definition(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The matrix on the right of each product."""
     return {"project": A.T, "project_transpose": A, "expand": B.T, "expand_transpose": B}
 
 
@@ -146,7 +144,6 @@ def test_squares_and_their_gradient_are_those_of_the_dense_rows(
 
 
 def squares_and_gradient(A: Tensor, B: Tensor, lambda_d: Tensor, d_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the dense rows."""
     lambda_d.requires_grad_()
     squares = ((B * lambda_d.unsqueeze(-2)) @ A).square().sum(-1)
     return squares.detach(), *torch.autograd.grad(squares, lambda_d, d_q)

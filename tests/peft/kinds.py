@@ -37,7 +37,6 @@ class Kind(NamedTuple):
 
 
 def saved(model: PeftModel, folder: Path, **options: Any) -> Path:
-    """The folder of a model's adapter."""
     model.save_pretrained(folder, **options)
     return folder
 
@@ -83,13 +82,11 @@ def save_bert(folder: Path) -> Path:
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors of the file in place."""
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def edit_config(folder: Path, **values: object) -> None:
-    """Overwrite settings."""
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **values}))

@@ -33,8 +33,6 @@ PAIRS = [
 
 
 class Subject(NamedTuple):
-    """One layer type on one base."""
-
     layer: str
     base_name: str
 
@@ -57,19 +55,16 @@ class Subject(NamedTuple):
         return TOLERANCES[self.dtype]
 
     def base(self) -> nn.Module:
-        """The model that is adapted."""
         if self.quantised:
             return bases.quantised(bases.wide(), self.base_name)
         return CASES[self.layer].base(self.dtype)
 
     def x(self) -> Tensor:
-        """Its inputs."""
         if self.quantised:
             return torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).to(self.dtype)
         return CASES[self.layer].inputs(self.dtype)
 
     def config(self, **settings: Any) -> DVoRAConfig:
-        """Settings that adapt it."""
         if self.quantised:
             return DVoRAConfig(**{"r": 5, "target_modules": ["lin0", "lin1", "lin2"], **settings})
         return CASES[self.layer].config(**settings)
@@ -81,17 +76,14 @@ class Subject(NamedTuple):
         return model
 
     def dense(self, model: PeftModel, adapter_names: tuple[str, ...] = ("default",)) -> DenseModel:
-        """The dense float64 model with the adapters of an adapted one."""
         if self.quantised:
             return bases.dense_twin(model, bases.wide(), self.base_name, adapter_names)
         return DenseModel(self.base(), model, adapter_names)
 
     def close(self, actual: Tensor, expected: Tensor) -> bool:
-        """Whether outputs agree as far as the base's precision goes."""
         return worst_difference(actual, expected) <= self.tolerance
 
     def gradients_agree(self, model: PeftModel) -> bool:
-        """Whether the gradients of all vectors agree with those of the dense model."""
         dense = self.dense(model)
         outputs = dense(self.x())
         weights = torch.linspace(-1, 2, outputs.numel(), dtype=torch.float64).view_as(outputs)
@@ -103,7 +95,6 @@ class Subject(NamedTuple):
 
 
 def second(model: PeftModel, subject: Subject, name: str = "second") -> None:
-    """Add another adapter as if trained."""
     model.add_adapter(name, copy.deepcopy(subject.config()))
     train_vectors(model, name, seed=1)
 

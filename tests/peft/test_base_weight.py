@@ -56,7 +56,6 @@ def folder(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def changed(change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The tiny BERT with other weights."""
     model = MODELS["bert"]()
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -58,7 +58,6 @@ BAD_VALUES: list[tuple[dict[str, object], type[Exception], str]] = [
 
 
 def edited(folder: Path, **values: object) -> Path:
-    """A saved configuration with other values."""
     DVoRAConfig(r=4).save_pretrained(folder)
     edit_config(folder, **values)
     return folder

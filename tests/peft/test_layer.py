@@ -22,7 +22,6 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, **options: object) ->
 
 
 def trained(name: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
-    """A tiny model with an adapter that does a lot."""
     model = adapted(name, dtype, **options)
     train_vectors(model)
     return model
@@ -44,7 +43,6 @@ def conv1d(in_features: int, out_features: int) -> Conv1D:
 
 
 def wrapped(base: nn.Module, **options: object) -> DVoRALayer:
-    """The only layer of a model, adapted and trained."""
     model = get_peft_model(nn.Sequential(base), DVoRAConfig(**{"r": 5, "target_modules": ["0"], **options}))
     train_vectors(model)
     return next(layer for _, layer in dvora_layers(model.eval()))
@@ -94,7 +92,6 @@ def test_models_that_read_the_weight_of_a_layer_find_it() -> None:
 
 
 def projections(model: nn.Module) -> list[SharedProjections]:
-    """The distinct objects."""
     return list({id(m): m for m in model.modules() if isinstance(m, SharedProjections)}.values())
 
 

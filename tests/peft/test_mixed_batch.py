@@ -54,11 +54,16 @@ def test_every_row_is_adapted_by_the_adapter_it_names(name: str) -> None:
     assert same_bits(outputs(model, adapter_names=[BASE] * 4), outputs(MODELS[name]()))
 
 
-def test_rows_can_name_different_heads() -> None:
+def with_heads() -> PeftModel:
     model = adapted("bert", modules_to_save=["classifier"])
     with torch.no_grad():
         for seed, adapter in enumerate(model.peft_config):
             model.base_model.model.classifier.modules_to_save[adapter].weight.add_(seed)
+    return model
+
+
+def test_rows_can_name_different_heads() -> None:
+    model = with_heads()
     mixed = outputs(model, len(NAMES), adapter_names=NAMES)
     assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
 
@@ -130,17 +135,6 @@ BATCHES: list[list[str] | None] = [["default"] * 4, ["second", BASE, "second", B
 X = CASES["MultiheadAttention"].inputs()
 
 
-def two_adapters(name: str = "bert", **settings: object) -> PeftModel:
-    model = get_peft_model(MODELS[name](), DVoRAConfig(r=4, target_modules=LAYERS[name], **settings)).eval()
-    model.add_adapter("second", DVoRAConfig(r=4, target_modules=LAYERS[name], **settings))
-    for seed, adapter in enumerate(model.peft_config):
-        train_vectors(model, adapter, seed)
-        if settings:
-            with torch.no_grad():
-                model.base_model.model.classifier.modules_to_save[adapter].weight.add_(seed)
-    return model
-
-
 def attention() -> PeftModel:
     """A parameter that its module reads, whose adapter serves no row of a mixed batch, and layers that are called."""
     case = CASES["MultiheadAttention"]
@@ -173,9 +167,7 @@ def meeting_in(model: PeftModel, parties: int) -> Iterator[None]:
     handle.remove()
 
 
-@pytest.mark.parametrize(
-    "make", [two_adapters, lambda: two_adapters(modules_to_save=["classifier"])], ids=["bert", "heads"]
-)
+@pytest.mark.parametrize("make", [lambda: adapted("bert"), with_heads], ids=["bert", "heads"])
 def test_threads_get_the_adapters_that_they_name(make: Callable[[], PeftModel]) -> None:
     model = make()
     expected = [call(model, names) for names in BATCHES]
@@ -199,7 +191,7 @@ def test_a_parameter_that_is_read_serves_no_row_of_the_base() -> None:
 
 @pytest.mark.parametrize("inner", [BATCHES[1], None], ids=str)
 def test_a_call_within_a_call_has_its_own_names(inner: list[str] | None) -> None:
-    model, found = two_adapters(), []
+    model, found = adapted("bert"), []
     expected, outer = call(model, inner), call(model, ["second"] * 4)
 
     def within(*_: object) -> None:

@@ -88,7 +88,6 @@ def loss_of(y: Tensor) -> Tensor:
 
 
 def trained(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
-    """The outputs and all gradients of one training pass, by name."""
     model.zero_grad()
     y = model(inputs() if x is None else x)
     loss_of(y).backward()
@@ -97,12 +96,10 @@ def trained(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluated(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
-    """The outputs of a pass without gradients."""
     return {"outputs": model(inputs() if x is None else x)}
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The worst difference of all values, or of the outputs alone."""
     assert found.keys() == expected.keys() or found.keys() == {"outputs"}
     return max(worst_difference(value, expected[name]) for name, value in found.items())
 

@@ -24,7 +24,6 @@ def inputs(base: Base, rows: int = 5) -> Tensor:
 
 
 def trained(kind: str, **options: object) -> PeftModel:
-    """In training mode."""
     config = DVoRAConfig(**{"r": 8, "target_modules": TARGETS, **options})
     model = get_peft_model(quantised(wide(), kind), config).train()
     train_vectors(model)

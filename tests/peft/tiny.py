@@ -110,7 +110,6 @@ LAYERS: dict[str, list[str]] = {
 
 
 def inputs(model: nn.Module, rows: int = 4) -> dict[str, Tensor]:
-    """A batch for the model."""
     generator = torch.Generator().manual_seed(rows)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
@@ -126,7 +125,6 @@ def inputs(model: nn.Module, rows: int = 4) -> dict[str, Tensor]:
 
 
 def forward(model: nn.Module, rows: int = 4, **options: object) -> Tensor:
-    """What the model returns for `inputs`: its logits."""
     result = model(**inputs(model, rows), **options)
     return result if isinstance(result, Tensor) else result.logits
 
@@ -138,7 +136,6 @@ def outputs(model: nn.Module, rows: int = 4, **options: object) -> Tensor:
 
 
 def loss(model: nn.Module, rows: int = 4) -> Tensor:
-    """A scalar that every output matters to."""
     result = forward(model, rows)
     return (result * torch.linspace(-1, 2, result.numel()).to(result.dtype).view_as(result)).sum()
 
