@@ -25,17 +25,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-class Chain(nn.Module):
-    def __init__(self, layers: list[DVoRAAdapter]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Subject:
     """What is changed, and passed through in one mode."""
 
@@ -43,7 +32,7 @@ class Subject:
         shared = SharedProjections(3)
         self.model: nn.Module = trained_layer(WIDTH, WIDTH, RANK, shared=shared)
         if kind == "in a model":
-            self.model = Chain([trained_layer(WIDTH, WIDTH, RANK, shared=shared), self.model])
+            self.model = nn.Sequential(trained_layer(WIDTH, WIDTH, RANK, shared=shared), self.model)
             add_factor_pass(self.model)
         self.mode, self.tokens = mode, tokens
         self.model.train(mode == "training")
@@ -81,7 +70,7 @@ class Subject:
         for new, layer in zip(layers, self.layers, strict=True):
             for own, other in zip(new.parameters(), layer.parameters(), strict=True):
                 own.requires_grad_(other.requires_grad)
-        return self.passed(Chain(layers))
+        return self.passed(nn.Sequential(*layers))
 
 
 def other(vector: Tensor, seed: int = 21) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import dvora
 from dvora import DVoRAConfig
 from tests.census import Census, little_more_memory
+from tests.hardening.strangers import Evil
 from tests.peft.kinds import CONFIG, WEIGHTS, Kind, edit_config, edit_weights, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, outputs, same_bits, train_vectors
@@ -122,16 +123,6 @@ def flipped(matrix: Tensor) -> Tensor:
     matrix = matrix.clone()
     matrix.view(torch.int32)[3, 5] ^= 1
     return matrix
-
-
-class Evil:
-    """Makes a file when it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return open, (str(self.mark), "w")
 
 
 def evil(folder: Path) -> None:
