@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dvora import DVoRAConfig
 from dvora.flat import LayerFactors, Layout
 from dvora.peft import DVoRALayer
-from tests.peft.kinds import KINDS, Kind, bits, mlp, saved
+from tests.peft.kinds import KINDS, Kind, bits, edit_weights, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import MODELS, dvora_layers, same_bits, train_vectors
 from tests.reference import worst_error
@@ -231,6 +231,13 @@ def test_vectors_that_are_not_here_are_refused() -> None:
     for use in (layout.to_vector, partial(layout.from_vector, torch.ones(layout.size))):
         with pytest.raises(ValueError, match=r"lin1\.dvora_magnitude is on the meta device and has no values yet"):
             use(model)
+
+
+def test_a_folder_without_vectors_has_no_layout(tmp_path: Path) -> None:
+    folder = saved(KINDS["head"].trained(), tmp_path)
+    edit_weights(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".dvora_" in key])
+    with pytest.raises(ValueError, match="adapter 'default' has no vectors of any layer"):
+        Layout.of(folder)
 
 
 def test_sources_without_an_adapter_are_named() -> None:

@@ -103,6 +103,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),
     "another rank": (lambda folder: edit_config(folder, r=5), "another rank"),
     "a vector less": (values(lambda tensors: tensors.pop(f"{LAYER}lambda_b")), "lin1 has vec"),
+    "no vectors": (
+        values(lambda tensors: [tensors.pop(k) for k in list(tensors) if ".dvora_" in k]),
+        "has no vectors of",
+    ),
     "not finite": (values(lambda tensors: tensors[f"{LAYER}lambda_b"].fill_(torch.inf)), "lambda_b has values that ar"),
     "a head that is not finite": (
         values(lambda tensors: tensors["base_model.model.lin2.weight"].fill_(torch.nan)),
