@@ -241,6 +241,19 @@ def test_bits_do_not_depend_on_the_adapters_that_were_read_together(tmp_path: Pa
         assert torch.equal(one(["a"] * 4), other(["a"] * 4))
 
 
+def test_equal_adapters_share_a_slot_and_their_rows(tmp_path: Path) -> None:
+    these = tenants(MLP, tmp_path, 2)
+    with these.bank(slots=1) as served:
+        served.bank.add("again", these.path("a"))
+        assert served.bank.digest("again") == served.bank.digest("a") != served.bank.digest("b")
+        found = served(["a", "again", None, "a"])
+        stats = served.bank.stats()
+        assert (stats.adapters, stats.slots_filled, stats.host_adapters) == (3, 1, 2)
+        served.bank.remove("a")
+        assert torch.equal(served(["again"] * 4)[:2], found[:2])
+        assert served.bank.stats().reads == stats.reads
+
+
 def test_a_closed_bank_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     these = tenants(HEADED, tmp_path, 1)
     model = these.base()
