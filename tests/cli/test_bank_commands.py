@@ -8,7 +8,7 @@ import pytest
 
 from dvora.bank.packs import FORMAT
 from dvora.cli import bank
-from tests.bank.adapters import change_values, contents
+from tests.bank.tenants import change_values, contents
 from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
