@@ -50,32 +50,27 @@ class Term:
 
     def values(self) -> dict[str, Tensor]:
         """The current trained parameters, in float64."""
-        return {name: parameter.detach().double() for name, parameter in self.parameters.items()}
+        return {name: parameter.double() for name, parameter in self.parameters.items()}
 
-    def delta(self, values: Values, weight: Float[Tensor, "O I"], norm: Tensor | None = None) -> Float[Tensor, "O I"]:
-        """`W' - W` in float64.
-
-        Args:
-            values: the trained ones.
-            weight: W.
-            norm: of the rows of V', to hold it while the values move; None computes it.
-        """
+    def delta(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        """`W' - W` in float64, for `weight` W; where autograd records, it has the gradients of the definition."""
+        values = self.values()
         updated = self.updated(values, weight)
         if self.magnitude is not None:
-            norm = self.norm(values, weight) if norm is None else norm
-            gain = torch.where(norm > 0, values[self.magnitude].flatten() / norm, 1.0)
+            norm = self.norm(weight).detach() if self.detached else self.norm(weight)
+            # A gradient through a quotient by zero is no number, even where the quotient is not taken.
+            gain = torch.where(norm > 0, values[self.magnitude].flatten() / torch.where(norm > 0, norm, 1.0), 1.0)
             updated = gain[:, None] * updated
         return self.strength * (updated - weight)
 
     def moves(self, weight: Float[Tensor, "O I"]) -> bool:
         """Whether it changes the weight by more than rounding; values that are no numbers do."""
         precision = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
-        change = self.delta(self.values(), weight)
-        return not bool(change.norm() <= 4 * precision * weight.norm())
+        return not bool(self.delta(weight).norm() <= 4 * precision * weight.norm())
 
-    def norm(self, values: Values, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
+    def norm(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
         """Norms of the rows of V'."""
-        norms: Tensor = torch.linalg.vector_norm(self.updated(values, weight), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.updated(self.values(), weight), dim=1)
         return norms
 
 
@@ -134,7 +129,7 @@ class Subject:
 
     def rebuilt(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """W' of all its terms together."""
-        return weight + sum(term.delta(term.values(), weight) for term in self.terms)
+        return weight + sum(term.delta(weight) for term in self.terms)
 
 
 def subjects(model: nn.Module, adapters: Sequence[str] | None = None) -> Iterator[Subject]:

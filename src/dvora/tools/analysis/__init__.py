@@ -105,7 +105,7 @@ def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis
         if subject.layer.merged:
             raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
         weight = subject.weight()
-        updates = {term.adapter: term.delta(term.values(), weight) for term in subject.terms}
+        updates = {term.adapter: term.delta(weight) for term in subject.terms}
         for name, update in updates.items():
             shape = (weight.shape[0], weight.shape[1])
             moved, values = change(weight, weight + update), spectrum(weight, update)

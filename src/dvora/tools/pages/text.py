@@ -54,8 +54,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"expected one of {listed(names)}" if names else "there are none"
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
     """Names with commas between them: as many as a reader wants to see."""
-    shown = [*names]
-    more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
-    return ", ".join(each if len(each) <= LONG else f"{each[:LONG]}..." for each in shown[:SHOWN]) + more
+    names = [*names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(name if len(name) <= LONG else f"{name[:LONG]}..." for name in names[:most]) + more
