@@ -14,7 +14,7 @@ from ..models.trained import load_trained
 from ..run_folder import RECORD, Run, read_run
 from ..settings import NOTHING, Trust
 from ..tasks.task import features, longest, task_parts, without_bytes
-from .evaluation import unchanged_data
+from .evaluation import Rows, unchanged_data
 
 TOKENS = 16
 EXAMINED = 8
@@ -50,8 +50,13 @@ def examine_folder(
         run = read_run(folder, trust)
         if run.settings.method in ("full", "head"):
             raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
+        if files:
+            labelled: Rows = [example.row for example in labelled_examples(files, run, {})]
+        else:
+            data = unchanged_data(run)
+            labelled = data.test or data.train
         adapted, processor = load_trained(run)
-        batch = batch_of(run, adapted, processor, _rows(run, files)[:rows])
+        batch = batch_of(run, adapted, processor, labelled[:rows])
         with offline():
             return examine(adapted, batch, layers=layers)
     if files:
@@ -62,17 +67,9 @@ def examine_folder(
         return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
 
 
-def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def batch_of(run: Run, model: Any, processor: Any, rows: Rows) -> dict[str, Any]:
     """Labelled rows as a batch of the run's model."""
     length = 0 if run.settings.task == "image-classification" else longest(run.settings, processor, model.config)
     dataset = without_bytes(features(rows, run.settings, processor, length).dataset)
     task = task_parts(run.settings, run.labels, processor)
-    batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(len(rows), len(dataset)))]))
-    return batch
-
-
-def _rows(run: Run, files: Sequence[str]) -> Sequence[dict[str, Any]]:
-    if files:
-        return [example.row for example in labelled_examples(files, run, {})]
-    data = unchanged_data(run)
-    return data.test or data.train
+    return dict(task.collator([dataset[row] for row in range(min(len(rows), len(dataset)))]))
