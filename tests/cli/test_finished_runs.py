@@ -7,7 +7,6 @@ import pty
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from dvora.cli.app import app
-from dvora.cli.evaluate import evaluate
-from dvora.cli.generate import generate
-from dvora.cli.predict import predict
 from dvora.recipes.settings import Settings
 from dvora.recipes.training.run import train
 from tests.recipes import tiny_data, tiny_models
@@ -56,24 +52,6 @@ def at_the_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def typed(*arguments: str, stdin: str | bytes | None = None) -> Any:
     return CliRunner().invoke(app, [*arguments], input=stdin)
-
-
-def examples(command: Callable[..., Any]) -> list[str]:
-    lines = (command.__doc__ or "").partition("Examples:")[2].splitlines()
-    return [line.strip() for line in lines if "dvora " in line]
-
-
-@pytest.mark.parametrize("command", [evaluate, predict, generate])
-def test_the_examples_of_the_help_work(command: Callable[..., Any]) -> None:
-    shown = " ".join(typed(command.__name__, "--help").stdout.split())
-    assert len(examples(command)) >= 3
-    for example in examples(command):
-        assert example in shown
-        before, _, words = example.rpartition(" | ")
-        stdin = subprocess.run(shlex.split(before), capture_output=True, check=True).stdout if before else None
-        result = typed(*shlex.split(words)[1:], stdin=stdin)
-        assert result.exit_code == 0, (example, result.output, result.exception)
-        assert result.stdout.strip()
 
 
 def test_evaluate_tells_the_record_s_figures_and_writes_them_where_asked(desk: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dvora.cli import report
 from dvora.recipes.reports.comparison import compared
 from dvora.recipes.reports.evaluation import unchanged_data
 from dvora.recipes.reports.prediction import Predictor
@@ -17,7 +16,6 @@ from tests.recipes import tiny_data
 from tests.recipes.finished_runs import DATA, finished
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
-EXAMPLES = [line.strip() for line in report.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 RUNS = {task: "dvora-run" if task == "text-classification" else task for task in DATA}
 """Folders, by task."""
 SECTIONS = ["How good it is", "What was trained", "Training"]
@@ -52,13 +50,6 @@ def pages(made: Path) -> dict[str, Path]:
 
 def headings(page: Path) -> list[str]:
     return re.findall("<h2>(.*)</h2>", page.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("command", EXAMPLES)
-def test_every_example_of_the_help_text_runs(command: str) -> None:
-    ended = run(command)
-    assert ended.code == 0, ended.stderr
-    assert command in run("dvora report --help").stdout
 
 
 @pytest.mark.parametrize("task", DATA)

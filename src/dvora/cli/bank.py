@@ -4,14 +4,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import check_writable, one_line
 from .output import Debug, Json, Output, Quiet, print_line
+
+if TYPE_CHECKING:
+    from ..recipes.adapters.packing import PackInspection
 
 PACK_EXAMPLES = """[bold]Examples[/bold]
 
@@ -54,10 +57,9 @@ def pack_command(
         from ..recipes.files import typed
 
         with _progress("packed", quiet) as on_progress:
-            done = pack(adapters, typed(output), on_progress)
+            packed = pack(adapters, typed(output), on_progress)
         shown = Output(as_json, quiet)
-        values = asdict(done)
-        shown.result(values if as_json else _fitting(values), f"Packed adapters in {output}")
+        shown.result(_shown(packed, as_json), f"Packed adapters in {output}")
         shown.next_step("dvora", "bank", "inspect", str(output))
 
 
@@ -73,17 +75,11 @@ def unpack_command(
     with one_line(debug):
         from ..bank.packs import unpack
 
-        count = 0
-
-        def counted(done: int, of: int) -> None:
-            nonlocal count
-            count = done
-            on_progress(done, of)
-
         with _progress("unpacked", quiet) as on_progress:
-            unpack(file, output, counted)
+            unpack(file, output, on_progress)
         shown = Output(as_json, quiet)
-        shown.result({"file": str(file), "output": str(output), "count": count}, f"Unpacked adapters in {output}")
+        values = {"file": str(file), "output": str(output), "count": len([*output.iterdir()])}
+        shown.result(values, f"Unpacked adapters in {output}")
         shown.next_step("dvora", "inspect", str(output / "NAME"))
 
 
@@ -98,17 +94,17 @@ def inspect_command(
     with one_line(debug):
         from ..recipes.adapters.packing import inspect_pack
 
-        values = asdict(inspect_pack(file))
+        packed = inspect_pack(file)
         shown = Output(as_json, quiet)
-        shown.result(values if as_json else _fitting(values), f"Packed adapters in {file}")
-        if not as_json and len(values["adapters"]) > MANY:
-            shown.note(f"{len(values['adapters']) - MANY:,} more adapters are in it; --json names all")
+        shown.result(_shown(packed, as_json), f"Packed adapters in {file}")
+        if not as_json and packed.count > MANY:
+            shown.note(f"{packed.count - MANY:,} more adapters are in it; --json names all")
         shown.next_step("dvora", "bank", "unpack", str(file), "--output", "unpacked")
 
 
-def _fitting(values: dict[str, Any]) -> dict[str, Any]:
-    """What fits a terminal: the first adapters."""
-    return {**values, "adapters": values["adapters"][:MANY]}
+def _shown(packed: "PackInspection", as_json: bool) -> dict[str, Any]:
+    """Everything, or what fits a terminal: the first adapters."""
+    return asdict(packed if as_json else replace(packed, adapters=packed.adapters[:MANY]))
 
 
 @contextmanager

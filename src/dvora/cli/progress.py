@@ -52,9 +52,11 @@ def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -
 
 def evaluation_line(progress: "Progress") -> str:
     """An evaluation in one line."""
-    metrics = progress.metrics or {}
-    kept = {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second", "tokens"))}
-    values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in kept.items())
+    values = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}"
+        for name, value in (progress.metrics or {}).items()
+        if not name.endswith(("runtime", "per_second", "tokens"))
+    )
     return f"{_place(progress)}, validation: {values}{' (best so far)' if progress.is_best else ''}"
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dvora.recipes.data.new_files import Input, file_inputs, line_inputs
+from dvora.recipes.data.new_files import Input, file_inputs, line_inputs, reading_settings
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.data.tables import stream_lines, stream_table
 from dvora.recipes.models.trained import load_trained
@@ -34,12 +34,12 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 
 def from_file(predictor: Predictor, path: Path, **columns: str) -> list[Predicted]:
     notes: list[str] = []
-    return [*predictor.predict(file_inputs(path, predictor.run, columns, notes.append), 4)]
+    return [*predictor.predict(file_inputs(path, reading_settings(predictor.run, columns), notes.append), 4)]
 
 
 def from_lines(predictor: Predictor, text: str, batch_size: int = 4, every_class: bool = False) -> list[Predicted]:
     lines = stream_lines(io.BytesIO(text.encode()), "stdin")
-    return [*predictor.predict(line_inputs(lines, predictor.run, {}), batch_size, every_class)]
+    return [*predictor.predict(line_inputs(lines, reading_settings(predictor.run, {})), batch_size, every_class)]
 
 
 def logits(run: Run, *texts: list[str]) -> torch.Tensor:
