@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cli.program import Ended, assert_refused, run
+from tests.cli.program import Ended, run
 from tests.recipes import tiny_data, tiny_models
 from tests.recipes.finished_runs import DATA, finished
 from tests.recipes.saved_adapters import save
@@ -64,19 +64,6 @@ def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
     assert ended.code == 0, ended.stdout + ended.stderr
     content = json.loads(ended.stdout)
     assert (content["healthy"], content["verdict"]) == (True, "all 14 checks passed")
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("dvora doctor nowhere", "nowhere: no such file or folder"),
-        ("dvora doctor adapter --model base --rows 1", "needs two or more"),
-        ("dvora doctor adapter new.csv --model base", "leave the data out"),
-        ("dvora doctor dvora-run --model base", "leave --model out"),
-    ],
-)
-def test_wrong_use_is_one_line(command: str, message: str) -> None:
-    assert_refused(command, message)
 
 
 def test_what_has_no_adapter_is_refused(tmp_path: Path) -> None:

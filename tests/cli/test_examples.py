@@ -24,7 +24,8 @@ WITH_JSON = ("count base", "merge adapter --output merged", "bank unpack adapter
 
 def examples(command: str) -> list[str]:
     """The lines of a help text that can be typed."""
-    lines = [line.strip() for line in run(f"dvora {command} --help").stdout.splitlines()]
+    text = run(f"dvora {command} --help").stdout
+    lines = [line.strip().removeprefix("Example: ") for line in text.splitlines()]
     return [line for line in lines if f"dvora {command} " in line and line.startswith(("dvora", "echo", "cat"))]
 
 

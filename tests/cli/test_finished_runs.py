@@ -1,4 +1,4 @@
-"""dvora evaluate, predict and generate as they are typed: their examples, their output, their errors, their pipes."""
+"""Commands on finished runs as they are typed: their output, their errors, their pipes."""
 
 import csv
 import json
@@ -140,6 +140,15 @@ def test_continuations_as_json() -> None:
         (["generate", "runs/play", "x", "--top-p", "0.5"], "top_p is set but temperature is 0"),
         (["generate", "runs/play", "x", "--system", "y"], "give --chat too"),
         (["generate", "runs/play", ""], "the prompt is empty"),
+        (["doctor", "nowhere"], "nowhere: no such file or folder"),
+        (["doctor", "dvora-run", "--rows", "1"], "needs two or more"),
+        (["doctor", "dvora-run", "--model", "minilm"], "leave --model out"),
+        (["doctor", "runs/play/adapter", "new.csv"], "leave the data out"),
+        (["report", "nowhere"], "nowhere: no such file or folder"),
+        (["report", "minilm"], "holds no run.json"),
+        (["report", "dvora-run", "-o", "page.txt"], "has to end in .html"),
+        (["report", "dvora-run", "-o", "no/page.html"], "there is no folder no"),
+        (["report", "dvora-run", "--against", "runs/play"], "predicts other classes"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

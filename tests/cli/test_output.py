@@ -5,7 +5,6 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from dvora.cli.errors import nearest_option
 from dvora.cli.output import Output
 
 NAME = "bert.encoder.layer.10.attention.output.dense"
@@ -47,19 +46,3 @@ def test_the_next_command_can_be_copied() -> None:
     with redirect_stderr(stderr):
         Output(as_json=True).next_step("dvora", "report", "my run")
     assert stderr.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
-        ("--lr", "--learning-rate"),
-        ("--learning_rate", "--learning-rate"),
-        ("--bs", "--batch-size"),
-        ("--epoch", "--epochs"),
-        ("--steps", "--max-steps"),
-        ("--zzz", None),
-    ],
-)
-def test_a_mistyped_option_has_a_nearest_one(typed: str, expected: str | None) -> None:
-    known = ["--learning-rate", "--batch-size", "--epochs", "--max-steps", "--rank", "--model"]
-    assert nearest_option(typed, known) == expected

@@ -11,7 +11,7 @@ from dvora.recipes.reports.comparison import compared
 from dvora.recipes.reports.evaluation import unchanged_data
 from dvora.recipes.reports.prediction import Predictor
 from dvora.recipes.run_folder import read_run
-from tests.cli.program import assert_refused, run
+from tests.cli.program import run
 from tests.recipes import tiny_data
 from tests.recipes.finished_runs import DATA, finished
 from tests.tools.pages.seen import PHONE, WIDE, seen
@@ -120,21 +120,6 @@ def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, wid
         assert found.page.locator("td.fail").count() == 0
         assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
         assert found.complaints == []
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("dvora report nowhere", "nowhere: no such file or folder"),
-        ("dvora report ..", "holds no run.json"),
-        ("dvora report dvora-run -o page.txt", "has to end in .html"),
-        ("dvora report dvora-run -o nowhere/page.html", "there is no folder nowhere"),
-        ("dvora report dvora-run -o /proc/page.html", "/proc"),
-        ("dvora report dvora-run --against regression", "predicts other classes"),
-    ],
-)
-def test_wrong_use_is_one_line(command: str, message: str) -> None:
-    assert_refused(command, message)
 
 
 def test_a_run_whose_data_has_changed_is_refused(tmp_path: Path) -> None:

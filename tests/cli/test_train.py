@@ -78,6 +78,7 @@ def test_a_run_as_json(desk: Path) -> None:
             "did you mean 'text-classification'",
         ),
         (["--lr", "1"], "No such option --lr, did you mean --learning-rate; dvora train --help"),
+        (["--bs", "1"], "did you mean --batch-size"),
         (["--steps", "1"], "did you mean --max-steps"),
         (["--weight_decai", "1"], "did you mean --weight-decay"),
         (

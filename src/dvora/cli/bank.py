@@ -16,20 +16,6 @@ from .output import Debug, Json, Output, Quiet, print_line
 if TYPE_CHECKING:
     from ..recipes.adapters.packing import PackInspection
 
-PACK_EXAMPLES = """[bold]Examples[/bold]
-
-    dvora bank pack adapters --output adapters.dvora
-"""
-UNPACK_EXAMPLES = """[bold]Examples[/bold]
-
-    dvora bank unpack adapters.dvora --output unpacked
-"""
-INSPECT_EXAMPLES = """[bold]Examples[/bold]
-
-    dvora bank inspect adapters.dvora
-
-    dvora bank inspect adapters.dvora --json
-"""
 MANY = 12
 """Adapters that a terminal shows."""
 SECONDS = 10.0
@@ -38,7 +24,7 @@ SECONDS = 10.0
 app = typer.Typer(no_args_is_help=True, help="Pack thousands of adapters into one file for dvora.AdapterBank.")
 
 
-@app.command("pack", epilog=PACK_EXAMPLES)
+@app.command("pack")
 def pack_command(
     adapters: Annotated[Path, typer.Argument(help="Folder with a folder in it for each adapter or run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; replaced if it is there.")],
@@ -50,6 +36,8 @@ def pack_command(
 
     The file holds each adapter byte for byte. Equal adapters make equal files;
     a file of that name is replaced when the new one is complete.
+
+    Example: dvora bank pack adapters --output adapters.dvora
     """
     with one_line(debug):
         check_writable(output)
@@ -63,7 +51,7 @@ def pack_command(
         shown.next_step("dvora", "bank", "inspect", str(output))
 
 
-@app.command("unpack", epilog=UNPACK_EXAMPLES)
+@app.command("unpack")
 def unpack_command(
     file: Annotated[Path, typer.Argument(help="A file of `dvora bank pack`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
@@ -71,7 +59,10 @@ def unpack_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write the adapters of a packed file into a new folder: a folder for each, byte for byte what was packed."""
+    """Write the adapters of a packed file into a new folder: a folder for each, byte for byte what was packed.
+
+    Example: dvora bank unpack adapters.dvora --output unpacked
+    """
     with one_line(debug):
         from ..bank.packs import unpack
 
@@ -83,14 +74,17 @@ def unpack_command(
         shown.next_step("dvora", "inspect", str(output / "NAME"))
 
 
-@app.command("inspect", epilog=INSPECT_EXAMPLES)
+@app.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(help="A file of `dvora bank pack`.")],
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a packed file holds: how many adapters of which kinds, bytes an adapter, names and digests."""
+    """Show what a packed file holds: how many adapters of which kinds, bytes an adapter, names and digests.
+
+    Example: dvora bank inspect adapters.dvora --json
+    """
     with one_line(debug):
         from ..recipes.adapters.packing import inspect_pack
 

@@ -13,18 +13,10 @@ from .output import Debug, Download, Json, Output, OwnCode, Quiet
 if TYPE_CHECKING:
     from ..tools.doctor import Examination
 
-EXAMPLES = """[bold]Examples[/bold]
-
-    dvora doctor dvora-run
-
-    dvora doctor dvora-run new.csv --rows 16
-
-    dvora doctor adapter --model base --json
-"""
 MANY = 4
 
 
-def doctor_command(
+def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder of a run of `dvora train`, or of an adapter.")],
     data: Annotated[
         list[str] | None, typer.Argument(help="Labelled rows for a run's model.", show_default="those that it held out")
@@ -49,6 +41,13 @@ def doctor_command(
     the merged model with the adapted one, and the saved file with what a fresh
     process loads of it; checks values, norms, and what is trained.
     The exit code is 1 if something failed.
+
+    Examples:
+
+    \b
+    dvora doctor dvora-run
+    dvora doctor dvora-run new.csv --rows 16
+    dvora doctor adapter --model base --json
     """
     with one_line(debug), wrong_input():
         check_there(folder)

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import check_there, check_writable, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
+from .output import Debug, Download, Json, LabelColumn, Output, OwnCode, Quiet, SecondTextColumn, TextColumn
 
 if TYPE_CHECKING:
     from ..recipes.reports.evaluation import Evaluation
     from ..recipes.run_folder import Run
-
-_COLUMNS, TRAINED = "Columns of the files", "as in the training data"
 
 
 def evaluate(
@@ -27,16 +25,9 @@ def evaluate(
         bool,
         typer.Option("--base", help="Also evaluate the base: a language model before training, else the head alone."),
     ] = False,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the text.", show_default=TRAINED, rich_help_panel=_COLUMNS)
-    ] = None,
-    second_text_column: Annotated[
-        str | None,
-        typer.Option(help="Column of the second text of a pair.", show_default=TRAINED, rich_help_panel=_COLUMNS),
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of the class or number.", show_default=TRAINED, rich_help_panel=_COLUMNS)
-    ] = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
+    label_column: LabelColumn = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the result, as JSON, to this file.")
     ] = None,

@@ -25,6 +25,17 @@ OwnCode = Annotated[
         "--trust-remote-code", help="Run Python code that comes with the base, if it has any.", rich_help_panel=_BASE
     ),
 ]
+_COLUMNS, _TRAINED = "Columns of the files", "as in the training data"
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the text.", show_default=_TRAINED, rich_help_panel=_COLUMNS)
+]
+SecondTextColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the second text of a pair.", show_default=_TRAINED, rich_help_panel=_COLUMNS),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column of the class or number.", show_default=_TRAINED, rich_help_panel=_COLUMNS)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
 LONGEST = 2000

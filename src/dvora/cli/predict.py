@@ -13,12 +13,11 @@ import typer
 from ..tools.pages.text import shown as as_text
 from ..tools.pages.text import visible
 from .errors import UsageError, check_there, check_writable, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
+from .output import Debug, Download, Json, Output, OwnCode, Quiet, SecondTextColumn, TextColumn, results
 
 if TYPE_CHECKING:
     from ..recipes.reports.prediction import Predicted
 
-_COLUMNS, TRAINED = "Columns of the file", "as in the training data"
 STREAM = "-"
 
 
@@ -35,13 +34,8 @@ def predict(
         bool, typer.Option("--all-probabilities", help="A column with the probability of every class.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 32,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the text.", show_default=TRAINED, rich_help_panel=_COLUMNS)
-    ] = None,
-    second_text_column: Annotated[
-        str | None,
-        typer.Option(help="Column of the second text of a pair.", show_default=TRAINED, rich_help_panel=_COLUMNS),
-    ] = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
     safe_csv: Annotated[
         bool,
         typer.Option(

@@ -6,8 +6,8 @@
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -40,19 +40,12 @@ _NO_GRADIENT = "an autograd kernel was not registered"
 """In torch's warning when an operator without a gradient is differentiated."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a check found.
-
-    Args:
-        passed: whether nothing has to be done.
-        found, figures, layers: as in `Finding`.
-        status, advice: of what did not pass, where they are others than the check's.
-    """
+class Outcome(NamedTuple):
+    """What a check found, as in `Finding`; status and advice only where they are others than the check's."""
 
     passed: bool
     found: str
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = {}
     layers: tuple[str, ...] = ()
     status: Status | None = None
     advice: str | None = None
