@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from ..data.new_files import Input
 from ..run_folder import Run
-from ..tasks.task import features
 from .evaluation import head_alone_of, head_alone_outputs
 from .generation import Continuation, Generator, Sampling
 from .prediction import Predictor
@@ -43,8 +42,7 @@ def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = Non
     if against is not None:
         others = _predictions(Predictor(against), rows)
     elif (head := head_alone_of(run)) is not None:
-        dataset = features(rows, run.settings, predictor.processor, predictor.length).dataset
-        outputs = head_alone_outputs(run, head, dataset, predictor.task)
+        outputs = head_alone_outputs(run, head, predictor.features(rows).dataset, predictor.task)
         others = [run.labels[best] for best in outputs.argmax(-1)] if run.labels else outputs.flatten().tolist()
     return [
         Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)

@@ -20,9 +20,8 @@ from ..models.trained import load_trained
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
 from ..tasks.head_alone import HeadAlone, frozen_features, head_metrics, read_head_alone
-from ..tasks.task import Task, Truncation, features, longest, task_parts
-
-Rows = Sequence[dict[str, Any]]
+from ..tasks.task import Task, Truncation
+from .run_model import Rows, RunModel
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,12 @@ def _evaluation(
     head = head_alone_of(run) if with_base and not of_text else None
     if with_base and not of_text and head is None:
         raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
-    model, processor = load_trained(run)
-    length = 0 if settings.task == "image-classification" else longest(settings, processor, model.config)
-    task = task_parts(settings, run.labels, processor)
+    trained = RunModel(run)
+    model, task = trained.model, trained.task
     with quiet_transformers(), TemporaryDirectory() as folder:
-        dataset, truncation = features(rows, settings, processor, length)
+        dataset, truncation = trained.features(rows)
         if not len(dataset):
-            raise ValueError(f"no row has anything to evaluate within max_length {length}")
+            raise ValueError(f"no row has anything to evaluate within max_length {trained.length}")
         metrics = {part: evaluated(evaluator(model, task, settings, Path(folder)), dataset)}
         if head is not None:
             labels = torch.tensor(dataset.with_format(None)["label"][:])
@@ -157,4 +155,4 @@ def _evaluation(
             base = model if adapted else load_trained(run, with_adapter=False)[0]
             with base.disable_adapter() if adapted else nullcontext():
                 metrics[f"{part}_before_training"] = evaluated(evaluator(base, task, settings, Path(folder)), dataset)
-    return Evaluation(part, len(rows), seen, metrics, truncation, length)
+    return Evaluation(part, len(rows), seen, metrics, truncation, trained.length)

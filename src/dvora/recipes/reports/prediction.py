@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..data.new_files import Input
 from ..models.bases import computing, device_of, quiet_transformers
-from ..models.trained import load_trained
 from ..run_folder import Run
-from ..tasks.task import Task, Truncation, features, longest, task_parts
+from ..tasks.task import Truncation
+from .run_model import Rows, RunModel
 
 DIGITS = 7
 """Decimal digits that a number in single precision has."""
@@ -33,7 +33,7 @@ class Predicted(NamedTuple):
         return {**self.input.values, **self.columns}
 
 
-class Predictor:
+class Predictor(RunModel):
     """The model of a run, ready to predict.
 
     Args:
@@ -51,12 +51,9 @@ class Predictor:
             raise ValueError(
                 f"the run in {run.folder} is of a language model; `dvora generate` continues texts with it"
             )
-        self.run, self.device = run, device_of(run.settings)
-        model, self.processor = load_trained(run)
-        self.model = model.to(self.device)
-        images = run.settings.task == "image-classification"
-        self.length = 0 if images else longest(run.settings, self.processor, model.config)
-        self.task: Task = task_parts(run.settings, run.labels, self.processor)
+        super().__init__(run)
+        self.device = device_of(run.settings)
+        self.model.to(self.device)
         self.truncation = Truncation()
 
     def predict(self, inputs: Iterable[Input], batch_size: int, every_class: bool = False) -> Iterator[Predicted]:
@@ -90,13 +87,12 @@ class Predictor:
                 rows[-1] |= {f"probability_{name}": _rounded(value) for name, value in probabilities.items()}
         return rows
 
-    def _logits(self, rows: Sequence[dict[str, Any]]) -> Tensor:
-        settings = self.run.settings
+    def _logits(self, rows: Rows) -> Tensor:
         with quiet_transformers():
-            dataset, truncation = features(rows, settings, self.processor, self.length)
+            dataset, truncation = self.features(rows)
             self.truncation += truncation
             batch = self.task.collator([dataset[index] for index in range(len(dataset))])
-        with computing(settings):
+        with computing(self.run.settings):
             outputs = self.model(**{name: values.to(self.device) for name, values in batch.items()})
         return torch.as_tensor(outputs.logits, device="cpu", dtype=torch.float32)
 

@@ -20,15 +20,15 @@ from ...tools.pages.text import shown
 from ...whole_files import write_atomically
 from ..data.images import opened_image
 from ..models.hub import offline
-from ..models.trained import load_trained
 from ..run_folder import Run, read_run
 from ..settings import NOTHING, Trust
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .comparison import Compared, compared, continuations
 from .evaluation import unchanged_data
-from .examination import EXAMINED, batch_of
+from .examination import EXAMINED
 from .generation import Continuation
+from .run_model import RunModel
 from .run_pictures import curves, numbers
 
 SHOWN = 8
@@ -84,15 +84,15 @@ def write_page(
     else:
         sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
-    model, processor = load_trained(run)
+    trained = RunModel(run)
+    model = trained.model
     if isinstance(model, PeftModel):
         drawn = magnitude_and_direction(analyze(model).changes[0])
         explained = ["One point a layer; dvora analyze shows more."]
         sections.append(Section("What changed in the layers", explained, [drawn]))
         if doctor:
-            batch = batch_of(run, model, processor, (data.test or data.train)[:EXAMINED])
             with offline():
-                examination = examine(model, batch)
+                examination = examine(model, trained.batch((data.test or data.train)[:EXAMINED]))
             verdict.append(f"The doctor on the adapter: {examination.verdict}")
             advice = [f"{finding.check}: {finding.advice}." for finding in examination.findings if finding.advice]
             sections.append(Section("Is the adapter right?", advice, tables=[Table(examination.rows())]))
