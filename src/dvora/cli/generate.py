@@ -124,23 +124,19 @@ def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Tr
 
 
 def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[str]:
+    from ..recipes.data.tables import stream_lines, stream_table
+
     if prompt is not None:
         if file is not None:
             raise UsageError("both a prompt and --file are given; give one of them")
         return iter([prompt])
-    if file is None and sys.stdin.isatty():
+    if file is not None:
+        lines = (row["text"] for _, row in stream_table(file, None, shown.note, suffix=".txt"))
+    elif sys.stdin.isatty():
         raise UsageError('there is no prompt; give one, as in: dvora generate RUN "Once upon a time"')
-    return _lines(file, shown)
-
-
-def _lines(file: Path | None, shown: Output) -> Iterator[str]:
-    from ..recipes.data.tables import stream_lines, stream_table
-
-    if file is None:
-        yield from (line for _, line in stream_lines(sys.stdin.buffer, "stdin") if line.strip())
-        return
-    rows = stream_table(file, None, shown.note, suffix=".txt")
-    yield from (row["text"] for _, row in rows if row["text"].strip())
+    else:
+        lines = (line for _, line in stream_lines(sys.stdin.buffer, "stdin"))
+    return filter(str.strip, lines)
 
 
 def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:

@@ -10,7 +10,7 @@ Nothing here is fast, and nothing is shared with what it is compared with.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -156,22 +156,16 @@ def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> Subject | None:
     # Parameters and attention's projections are read by the modules around them.
     if not terms or (is_dvora and layer.layer_type.low_rank is None):
         return None
-    layout = layer.layer_type.layout if is_dvora else _layout(base)
-    if layout is None or not _is_plain(base):
-        layout = None
-        if not isinstance(getattr(base, "in_features", None), int):
-            return None
-    return Subject(name, layer, base, terms, layout)
-
-
-def _is_plain(base: nn.Module) -> bool:
-    """Whether it keeps its weight as a tensor of numbers that are what they seem."""
+    layout = next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
+    if is_dvora:
+        layout = layer.layer_type.layout
     weight = base._parameters.get("weight")
-    return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).is_floating_point()
-
-
-def _layout(base: nn.Module) -> WeightLayout | None:
-    return next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        # It has no weight, or one whose numbers are not what they seem.
+        layout = None
+    if layout is None and not isinstance(getattr(base, "in_features", None), int):
+        return None
+    return Subject(name, layer, base, terms, layout)
 
 
 def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:

@@ -216,6 +216,8 @@ def _texts(texts: Sequence[Continuation]) -> Section:
 
 def _trained(run: Run) -> Section:
     settings, record = run.settings, run.record
+    truncation = {part: Truncation(**counts) for part, counts in record.get("truncation", {}).items()}
+    sentences = {part: lost.sentence(record.get("max_length", 0)) for part, lost in truncation.items()}
     facts: dict[str, Any] = {
         "base": Path(settings.model).name,
         "data": ", ".join(Path(path).name for path in settings.data),
@@ -225,17 +227,10 @@ def _trained(run: Run) -> Section:
         "learning rate": settings.learning_rate,
         "other rates": ", ".join(f"{name} {rate:.3g}" for name, rate in record.get("learning_rates", {}).items()),
         "kept step": f"{record['best_step']:,} of {record['steps']:,}",
-        "texts that were cut": _cut(run),
+        "texts that were cut": "; ".join(f"{part}: {sentence}" for part, sentence in sentences.items() if sentence),
     }
     rows = [{"": name, " ": shown(value)} for name, value in facts.items() if value not in (None, "")]
     return Section("What was trained", tables=[Table(rows, headed=False)])
-
-
-def _cut(run: Run) -> str:
-    """What the texts lost at `max_length`, part by part."""
-    length = run.record.get("max_length", 0)
-    parts = {part: Truncation(**counts) for part, counts in run.record.get("truncation", {}).items()}
-    return "; ".join(f"{part}: {lost.sentence(length)}" for part, lost in parts.items() if lost.cut)
 
 
 def _row(row: Mapping[str, Any]) -> str | Markup:

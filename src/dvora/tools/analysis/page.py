@@ -30,10 +30,12 @@ def report(analysis: Analysis, title: str, foot: str, steps: Sequence[int] | Non
         {"adapter": name, "layers": len(layers), **_means(layers)}
         for name, layers in zip(analysis.adapters, analysis.changes, strict=True)
     ]
+    moved = sorted(changes, key=lambda layer: -layer.change.size)[:3]
+    most = [f"{layer.layer} ({layer.change.size:.1%})" for layer in moved]
     sections = [
         Section("Overview", ["Means over layers."], tables=[Table(rows)], wide=True),
         _directions(analysis),
-        Section("Which layers moved", [_most_moved(changes)], [sizes(changes)]),
+        Section("Which layers moved", [f"Most: {', '.join(most)}."], [sizes(changes)]),
         _spectra(changes),
     ]
     if steps is not None:
@@ -52,11 +54,6 @@ def _directions(analysis: Analysis) -> Section:
     if correlation is not None:
         text.append(f"Correlation here: {correlation:+.2f}.")
     return Section("Magnitude and direction", text, [magnitude_and_direction(analysis.changes[-1])])
-
-
-def _most_moved(changes: Sequence[LayerChange]) -> str:
-    most = sorted(changes, key=lambda layer: -layer.change.size)[:3]
-    return f"Most: {', '.join(f'{layer.layer} ({layer.change.size:.1%})' for layer in most)}."
 
 
 def _spectra(changes: Sequence[LayerChange]) -> Section:

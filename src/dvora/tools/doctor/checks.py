@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...functional import unit_rows
 from ...peft.layer import DVoRALayer
@@ -223,7 +223,11 @@ def _received(examined: Examined) -> Outcome:
         with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             _loss(called(examined.model, examined.inputs), examined.loss, generator).backward()
-        without = [name for name, parameter in trained.items() if not _has_gradient(parameter)]
+        without = [
+            name
+            for name, parameter in trained.items()
+            if (gradient := parameter.grad) is None or not (gradient.isfinite().all() and gradient.any())
+        ]
     if stops := [str(warning.message) for warning in caught if _NO_GRADIENT in str(warning.message)]:
         advice = (
             "load the model again and train it before it is evaluated: bitsandbytes repacks 4-bit weights in the first "
@@ -417,10 +421,6 @@ def _called(examined: Examined) -> Iterator[tuple[Subject, Tensor]]:
 
 def _first_line(problem: Exception) -> str:
     return str(problem).splitlines()[0]
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
 
 
 def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor:
