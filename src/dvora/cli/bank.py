@@ -1,7 +1,6 @@
 """`dvora bank`: thousands of adapters as one file, and from it."""
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -11,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import check_writable, one_line
-from .output import Debug, Json, Output, Quiet, print_line
+from .output import Debug, Json, Output, Quiet
 
 if TYPE_CHECKING:
     from ..recipes.adapters.packing import PackInspection
 
 MANY = 12
 """Adapters that a terminal shows."""
-SECONDS = 10.0
-"""Between two lines of progress where there is no terminal."""
 
 app = typer.Typer(no_args_is_help=True, help="Pack thousands of adapters into one file for dvora.AdapterBank.")
 
@@ -103,24 +100,14 @@ def _shown(packed: "PackInspection", as_json: bool) -> dict[str, Any]:
 
 @contextmanager
 def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """What is to be called with progress: a bar on a terminal, else a line now and then."""
-    if quiet:
+    """What is to be called with progress: a bar, on a terminal."""
+    if quiet or not sys.stderr.isatty():
         yield lambda done, of: None
-    elif not sys.stderr.isatty():
-        last = time.monotonic()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        def line(done: int, of: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > SECONDS:
-                last = time.monotonic()
-                print_line(f"{what} {done:,} of {of:,} adapters")
-
-        yield line
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, of: bar.update(task, completed=done, total=of)
+    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

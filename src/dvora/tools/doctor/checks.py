@@ -291,7 +291,7 @@ def _rates(examined: Examined) -> Outcome:
     if left_out := [name for name, parameter in trained.items() if id(parameter) not in rates]:
         advice = "make the optimizer after the adapter, over all that is trained (dvora.training.parameter_groups)"
         outcome = _none_of(left_out, trained, "", "trained tensors are in no group of the optimizer")
-        return Outcome(False, outcome.found, layers=outcome.layers, status="fail", advice=advice)
+        return outcome._replace(status="fail", advice=advice)
     fast, still = {}, []
     for subject in examined.some:
         for term in subject.terms:
@@ -302,10 +302,8 @@ def _rates(examined: Examined) -> Outcome:
                 elif rate is not None and vector == term.magnitude:
                     fast[subject.name] = rate / float(subject.weight().norm(dim=1).median().clamp_min(1e-30))
     if still:
-        found = f"{len(still)} trained tensors have a learning rate of zero, first {still[0]}"
-        return Outcome(
-            False, found, layers=tuple(still), advice="leave them out of training (train=...), or give them a rate"
-        )
+        outcome = _none_of(still, trained, "", "trained tensors have a learning rate of zero")
+        return outcome._replace(advice="leave them out of training (train=...), or give them a rate")
     if not fast:
         return Outcome(True, f"all {len(trained)} trained tensors have a learning rate above zero")
     return _within(fast, FAST, "the magnitude's learning rate, as a share of the median norm of a row, is")
