@@ -80,7 +80,11 @@ def inspect_command(
 ) -> None:
     """Show what a packed file holds: how many adapters of which kinds, bytes an adapter, names and digests.
 
-    Example: dvora bank inspect adapters.dvora --json
+    Examples:
+
+    \b
+    dvora bank inspect adapters.dvora
+    dvora bank inspect adapters.dvora --json
     """
     with one_line(debug):
         from ..recipes.adapters.packing import inspect_pack
