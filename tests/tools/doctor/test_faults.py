@@ -73,24 +73,25 @@ def test_rows_that_the_update_cancels() -> None:
 
 
 class WithSpare(tiny.MLP):
-    """Has a layer that nobody calls, and one that no gradient reaches."""
+    """Has a layer that nobody calls, one that no gradient reaches, and one whose gradient is zero."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.spare = nn.Linear(24, 24)
+        self.spare, self.idle = nn.Linear(24, 24), nn.Linear(24, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(torch.tanh(self.lin1(torch.tanh(self.lin0(x)).detach())))
+        hidden = torch.tanh(self.lin0(x)).detach()
+        return self.lin2(torch.tanh(self.lin1(hidden + 0 * self.idle(hidden))))
 
 
 @pytest.mark.parametrize("method", ["dvora", "lora", "vera"])
 def test_layers_that_are_not_called_and_values_that_no_gradient_reaches(method: str) -> None:
-    model = adapted(WithSpare(), method, ["lin0", "lin1", "spare"])
+    model = adapted(WithSpare(), method, ["lin0", "lin1", "spare", "idle"])
     called = finding(model, "calls")
     assert (called.status, called.layers) == ("fail", ("spare",))
     received = finding(model, "gradients received")
     assert received.status == "fail"
-    assert {name.split(".")[0] for name in received.layers} == {"lin0", "spare"}
+    assert {name.split(".")[0] for name in received.layers} == {"lin0", "spare", "idle"}
 
 
 @pytest.mark.parametrize("method", METHODS)
