@@ -5,7 +5,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from dvora.cli.output import Output
+from dvora.cli.output import Output, results_alone
 
 NAME = "bert.encoder.layer.10.attention.output.dense"
 
@@ -46,3 +46,10 @@ def test_the_next_command_can_be_copied() -> None:
     with redirect_stderr(stderr):
         Output(as_json=True).next_step("dvora", "report", "my run")
     assert stderr.getvalue() == ""
+
+
+def test_what_libraries_print_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with results_alone():
+        print("loading")
+        Output(as_json=True).result({"a": 1})
+    assert capsys.readouterr() == ('{"a": 1}\n', "loading\n")
