@@ -69,6 +69,11 @@ def test_every_class_has_its_scores(made: Path, pages: dict[str, Path]) -> None:
     trained = read_run(made / "dvora-run")
     found = compared(trained, unchanged_data(trained).test)
     page = pages["dvora-run"].read_text(encoding="utf-8")
+    right, right_alone = (
+        {place for place, row in enumerate(found) if getattr(row, name) == row.label} for name in ("predicted", "other")
+    )
+    gained, lost = len(right - right_alone), len(right_alone - right)
+    assert f"{gained} rows are right here and wrong with head alone, {lost} the other way." in page
     columns = ("precision", "recall", "F1", "rows")
     assert "".join(f'<th scope="col" class="number">{name}</th>' for name in columns) in page
     for name in trained.labels:
