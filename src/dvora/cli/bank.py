@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +55,7 @@ def pack_command(
         with _progress("packed", quiet) as on_progress:
             done = pack(adapters, typed(output), on_progress)
         shown = Output(as_json, quiet)
-        values = asdict(done)
+        values = done
         shown.result(values if as_json else _fitting(values), f"Packed adapters in {output}")
         shown.next_step("dvora", "bank", "inspect", str(output))
 
@@ -98,7 +97,7 @@ def inspect_command(
     with one_line(debug):
         from ..recipes.adapters.packing import inspect_pack
 
-        values = asdict(inspect_pack(file))
+        values = inspect_pack(file)
         shown = Output(as_json, quiet)
         shown.result(values if as_json else _fitting(values), f"Packed adapters in {file}")
         if not as_json and len(values["adapters"]) > MANY:

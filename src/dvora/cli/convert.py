@@ -1,6 +1,5 @@
 """`dvora convert`: an adapter of one method as one of another."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -45,8 +44,7 @@ def convert_command(
         check_there(adapter)
         from ..recipes.adapters.conversion import convert
 
-        done = convert(adapter, to, output, model)
         shown = Output(as_json, quiet)
-        shown.result(asdict(done), f"Converted adapter in {output}")
+        shown.result(convert(adapter, to, output, model), f"Converted adapter in {output}")
         if to != "dense":
             shown.next_step("dvora", "inspect", str(output))

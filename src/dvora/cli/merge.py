@@ -1,8 +1,7 @@
 """`dvora merge`: a model with an adapter in its weights."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,15 +43,14 @@ def merge_command(
         check_there(adapter)
         from ..recipes.adapters.merging import merge
 
-        done = merge(adapter, output, model, dtype, shard_size)
+        values = merge(adapter, output, model, dtype, shard_size)
         shown = Output(as_json, quiet)
-        values = asdict(done) if as_json else _without_nothing(asdict(done))
+        if not as_json:
+            # No loss where nothing was lost, no warning where there is none.
+            none = {name for name in ("lost_worst", "warning") if not values[name]}
+            values = {name: value for name, value in values.items() if name not in none}
+            if "lost_worst" in none:
+                del values["lost_layer"]
         shown.result(values, f"Merged model in {output}")
         if not as_json:
             shown.note(f'Next: load it with transformers, from_pretrained("{output}"); it needs nothing of dvora')
-
-
-def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
-    """Without empty values: no loss where nothing was lost, no warning where there is none."""
-    kept = {name: value for name, value in values.items() if value or name == "difference"}
-    return kept if values["lost_worst"] else {name: value for name, value in kept.items() if name != "lost_layer"}

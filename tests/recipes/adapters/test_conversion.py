@@ -30,10 +30,10 @@ def test_the_converted_folder_is_an_adapter_with_the_same_outputs(
     model = adapted(bert, method, task_type=task_type)
     model.save_pretrained(tmp_path / "adapter")
     done = convert(tmp_path / "adapter", to, tmp_path / "converted")
-    assert (done.from_method, done.to_method, done.base_model) == (method, to, str(bert))
-    assert done.layers == 13
-    assert done.difference is not None
-    assert done.difference < 1e-5
+    assert (done["from_method"], done["to_method"], done["base_model"]) == (method, to, str(bert))
+    assert done["layers"] == 13
+    assert done["difference"] is not None
+    assert done["difference"] < 1e-5
     loaded = load_adapted(read_adapter(tmp_path / "converted"), str(bert))
     assert difference(example_output(loaded), example_output(model)) < 1e-5
     with model.disable_adapter():
@@ -55,7 +55,7 @@ def test_dense_updates_are_those_of_the_merged_model(bert: Path, tmp_path: Path)
     done = convert(tmp_path / "adapter", "dense", tmp_path / "dense")
     updates = load_file(tmp_path / "dense" / DENSE_FILE)
     merged, base = model.merge_and_unload().state_dict(), AutoModel.from_pretrained(bert).state_dict()
-    assert len(updates) == done.layers == 13
+    assert len(updates) == done["layers"] == 13
     for name, update in updates.items():
         torch.testing.assert_close(base[name] + update, merged[name])
 

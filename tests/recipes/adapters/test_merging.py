@@ -32,10 +32,10 @@ def test_a_merged_folder_is_the_adapted_model(method: str, bert: Path, tmp_path:
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     expected = first_output(model(**example_inputs(model.get_base_model(), rows=3, tokens=9)))
     torch.testing.assert_close(outputs(merged), expected, rtol=1e-4, atol=1e-4)
-    assert done.difference is not None
-    assert done.difference < 1e-4
-    assert done.files == sorted(path.name for path in (tmp_path / "merged").iterdir())
-    assert (done.lost_worst is not None) == (method == "dvora")
+    assert done["difference"] is not None
+    assert done["difference"] < 1e-4
+    assert done["files"] == sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert (done["lost_worst"] is not None) == (method == "dvora")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("good movie").input_ids == [2, 4, 10, 3]
     assert AutoConfig.from_pretrained(tmp_path / "merged").num_labels == 3
 
@@ -46,11 +46,11 @@ def test_other_kinds_of_models(make: object, tmp_path: Path) -> None:
     task_type = "CAUSAL_LM" if make is tiny_models.llama else None
     save(base, tmp_path / "adapter", task_type=task_type)
     done = merge(tmp_path / "adapter", tmp_path / "merged", shard_size="20KB")
-    assert done.difference is not None
-    assert done.difference < 1e-4
-    assert len([name for name in done.files if name.endswith(".safetensors")]) > 1
+    assert done["difference"] is not None
+    assert done["difference"] < 1e-4
+    assert len([name for name in done["files"] if name.endswith(".safetensors")]) > 1
     wanted = "tokenizer.json" if task_type else "preprocessor_config.json"
-    assert wanted in done.files
+    assert wanted in done["files"]
 
 
 def test_a_classifier_on_a_language_model_gets_a_token_to_pad_with(tmp_path: Path) -> None:
@@ -79,17 +79,17 @@ def test_another_dtype_tells_what_it_loses(bert: Path, tmp_path: Path) -> None:
                 parameter.copy_(layer.adapted("default").w)
     model.save_pretrained(tmp_path / "adapter")
     done = merge(tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16")
-    assert done.dtype == "bfloat16"
-    assert done.lost_worst is not None
-    assert done.lost_worst > 0.05
-    assert done.warning is not None
-    assert done.lost_layer is not None
-    assert done.lost_layer in done.warning
+    assert done["dtype"] == "bfloat16"
+    assert done["lost_worst"] is not None
+    assert done["lost_worst"] > 0.05
+    assert done["warning"] is not None
+    assert done["lost_layer"] is not None
+    assert done["lost_layer"] in done["warning"]
     assert AutoModel.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
     whole = merge(tmp_path / "adapter", tmp_path / "whole", dtype="float32")
-    assert whole.warning is None
-    assert whole.lost_worst is not None
-    assert whole.lost_worst < 1e-3
+    assert whole["warning"] is None
+    assert whole["lost_worst"] is not None
+    assert whole["lost_worst"] < 1e-3
 
 
 def test_a_quantised_base_is_refused(bert: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from ...peft.layer_types import LAYER_TYPES
-from ..models.architectures import config_of, heads_of, model_class, quietly, without_memory
+from ..models.bases import config_of, heads_of, model_class, quiet_transformers, without_memory
 
 RANKS: Mapping[str, tuple[int | None, ...]] = {
     "dvora": (64, 256, 1024),
@@ -124,7 +124,7 @@ def count(
             return _of_dvora(layers, rank) | {f"base_model.model.{name}": shape for name, shape in head.items()}
         options = {"r": rank, "target_modules": list(layers), "modules_to_save": heads or None}
         adapted = _adapted(without_memory(make, config), _CONFIGS[method](**options))
-        with quietly():
+        with quiet_transformers():
             values = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         return {name: tuple(value.shape) for name, value in values.items()}
 
@@ -166,7 +166,7 @@ def _count(method: str, rank: int | None, shapes_of: Callable[[str, int | None],
 
 def _adapted(model: nn.Module, config: PeftConfig) -> nn.Module:
     """The model with PEFT's adapter: on the meta device it costs nothing."""
-    with torch.device("meta"), quietly():
+    with torch.device("meta"), quiet_transformers():
         return get_peft_model(model, config)
 
 

@@ -15,6 +15,7 @@ from ...peft.saving import opened
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
 from ..run_folder import ADAPTER, checked_labels
+from .bases import quiet_transformers
 from .hub import offline
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -53,21 +54,25 @@ class Adapter:
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        heads = self.settings.get("modules_to_save") or ()
         # PEFT names heads that a model may have; no model has all of them.
-        if heads and not any(f".{head}." in key for head in heads for key in self.shapes):
-            raise ValueError(f"{self.file} lacks the modules that the adapter trains whole ({', '.join(heads)})")
+        if self.heads and not self.head_shapes:
+            raise ValueError(f"{self.file} lacks the modules that the adapter trains whole ({', '.join(self.heads)})")
         check_labels(self.labels, self.shapes, self.file)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the modules that are trained and saved whole, among them names that the model may not have."""
+        return list(dict.fromkeys(self.settings.get("modules_to_save") or ()))
+
+    @property
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of these modules' values, by name."""
+        return {key: shape for key, shape in self.shapes.items() if any(f".{head}." in key for head in self.heads)}
 
     @property
     def label_count(self) -> int | None:
         """The outputs of the head that an adapter brings; None if it brings none."""
-        heads = self.settings.get("modules_to_save") or ()
-        last = [
-            shape
-            for key, shape in self.shapes.items()
-            if len(shape) == 2 and any(f".{head}." in key for head in heads) and key.endswith("weight")
-        ]
+        last = [shape for key, shape in self.head_shapes.items() if len(shape) == 2 and key.endswith("weight")]
         # The last layer of a head of several, which has one output a label, is the smallest.
         return min((shape[0] for shape in last), default=None)
 
@@ -131,8 +136,8 @@ def checked_adapter_settings(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has no peft_type, so it is not of an adapter")
     method = settings["peft_type"]
     if not isinstance(method, str) or method not in PeftType.__members__:
-        known = did_you_mean(str(method)[:40], PeftType.__members__)
-        raise ValueError(f"{file} has the peft_type {method!r}, which is no method of PEFT here; {known}")
+        meant = did_you_mean(str(method)[:40], PeftType.__members__)
+        raise ValueError(f"{file} has the peft_type {method!r}, which is no method of PEFT here; {meant}")
     for name, types in _TYPES.items():
         if not isinstance(settings.get(name), (*types, type(None))):
             raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {types[0].__name__} or null")
@@ -165,32 +170,29 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def adapter_on(model: Any, folder: Path) -> PeftModel:
-    """A base with the adapter of a folder, which has been looked at before.
+def adapter_on(model: Any, adapter: Adapter, name: str = "default") -> PeftModel:
+    """A base with an adapter, or an adapted model with another one beside those that it has.
 
     Raises:
-        ValueError: the adapter's file lacks something that the adapter trains, or does not fit the base.
+        ValueError: the adapter's file lacks something that the adapter trains, does not fit the base, or has an
+            expression that would match the base's names without end.
     """
-    check_targets(folder, model)
-    with offline(), warnings.catch_warnings():
-        # PEFT goes on with random values.
-        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-        try:
-            adapted: PeftModel = PeftModel.from_pretrained(model, str(folder))
-        except UserWarning as warning:
-            lacking = str(warning).partition("[")[2].partition("]")[0]
-            raise ValueError(f"{folder / VALUES} lacks values that the adapter trains: {lacking}") from None
+    check_expressions(adapter.settings, [module for module, _ in model.named_modules()])
+    folder = str(adapter.folder)
+    with offline(), quiet_transformers():
+        if isinstance(model, PeftModel):
+            lacking = ", ".join(model.load_adapter(folder, adapter_name=name).missing_keys)
+        else:
+            # PEFT goes on with random values.
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            try:
+                model, lacking = PeftModel.from_pretrained(model, folder, name), ""
+            except UserWarning as warning:
+                lacking = str(warning).partition("[")[2].partition("]")[0]
+    if lacking:
+        raise ValueError(f"{adapter.file} lacks values that the adapter trains: {lacking}")
+    adapted: PeftModel = model.eval()
     return adapted
-
-
-def check_targets(folder: Path, model: Any) -> None:
-    """Refuse an adapter of any method whose expressions would match a model's names without end.
-
-    Raises:
-        ValueError: one would, or is none.
-    """
-    settings = checked_adapter_settings(folder / SETTINGS)
-    check_expressions(settings, [name for name, _ in model.named_modules()])
 
 
 def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...matrices.philox import raw_row, uniform_row
-from .architectures import quietly
+from .bases import quiet_transformers
 
 _SEED, _TOKENS, _PIXELS = 0, 2**36, 2**36 + 1
 
@@ -53,7 +53,7 @@ def example_output(model: Any) -> Tensor | None:
         inputs = example_inputs(model.get_base_model() if isinstance(model, PeftModel) else model, rows=2, tokens=16)
     except ValueError:
         return None
-    with quietly():
+    with quiet_transformers():
         return first_output(model(**inputs)).double()
 
 

@@ -5,23 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
 from ...peft import DVoRAConfig
 from ...training import parameter_groups, recommended_rates
-from ..models.bases import Base
+from ..models.bases import TASK_TYPES, Base
 from ..run_folder import HEAD_FILE
-from ..settings import METHODS, Group, Method, Settings, Task
-
-TASK_TYPES: dict[Task, TaskType | None] = {
-    "text-classification": TaskType.SEQ_CLS,
-    "sentence-pairs": TaskType.SEQ_CLS,
-    "regression": TaskType.SEQ_CLS,
-    "image-classification": None,
-    "causal-lm": TaskType.CAUSAL_LM,
-}
+from ..settings import METHODS, Group, Method, Settings
 
 
 def adapted(base: Base, settings: Settings) -> nn.Module:
@@ -54,7 +46,8 @@ def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
         "r": settings.rank,
         "target_modules": targets,
         "modules_to_save": list(heads) or None,
-        "task_type": TASK_TYPES[settings.task],
+        # PEFT has no name for images.
+        "task_type": None if settings.task == "image-classification" else TASK_TYPES[settings.task],
     }
     return _CONFIGS[settings.method](settings, common)
 
