@@ -39,11 +39,6 @@ class Run:
     record: Mapping[str, Any]
     trust: Trust = NOTHING
 
-    @property
-    def base(self) -> str:
-        """The base model: a folder or a name on the hub."""
-        return self.settings.model
-
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
     "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_parameters": int,

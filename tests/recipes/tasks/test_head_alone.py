@@ -134,6 +134,6 @@ def test_a_long_reading_says_how_long_it_still_takes(models: dict[str, Path], mo
     base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
     monkeypatch.setattr(head_alone, "SOON", 0.0)
     notes: list[str] = []
-    fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("bad", "good"), notes.append)
+    frozen_features(base, dataset, collator, chosen, notes.append)
     assert len(notes) == 1
-    assert re.fullmatch(r"the frozen base reads the rows: \d+% done, about \d+ s left", notes[0])
+    assert re.fullmatch(r"the frozen base reads 11 rows: \d+% done, about \d+ s left", notes[0])

@@ -157,6 +157,18 @@ def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path]
     assert names[0] == names[1]
 
 
+def test_a_resumed_run_starts_from_the_head_that_was_fitted(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("whole"))
+    settings, notes = run.settings("killed"), list[str]()
+    train(settings, on_progress=signal_after(2))
+    # As if killed before the first checkpoint.
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    assert train(settings, resume=True, note=notes.append).run is not None
+    assert not any("fitting the head" in note for note in notes)
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("changes", [{}, {"evaluate_every": 5}], ids=["an epoch", "steps"])
 def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
     models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]

@@ -63,6 +63,6 @@ def _load_head(base: Base, run: Run) -> None:
     file = run.adapter / HEAD_FILE
     missing, unexpected = base.model.load_state_dict(load_file(file), strict=False)
     if unexpected:
-        raise ValueError(f"{file} has {unexpected[0]}, which {run.base} has not")
+        raise ValueError(f"{file} has {unexpected[0]}, which {run.settings.model} has not")
     if lacking := [name for name in missing if name.startswith(tuple(f"{head}." for head in base.heads))]:
         raise ValueError(f"{file} lacks {lacking[0]}, which the run trained")

@@ -50,8 +50,15 @@ class HeadAlone:
 
     def outputs(self, features: Float[Tensor, "N H"]) -> Float[Tensor, "N C"]:
         """Logits of classes, or numbers."""
-        found: Tensor = features @ self.weight.T + self.bias
-        return found
+        outputs: Tensor = features @ self.weight.T + self.bias
+        return outputs
+
+    @torch.no_grad()
+    def copy_to(self, layer: nn.Linear) -> None:
+        """Start a layer from it."""
+        layer.weight.copy_(self.weight)
+        if layer.bias is not None:
+            layer.bias.copy_(self.bias)
 
     def save(self, file: Path) -> None:
         """Write it as safetensors, whole or not at all."""
@@ -84,7 +91,7 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 @torch.no_grad()
 def frozen_features(
-    model: Any, dataset: Dataset, collator: Any, settings: Settings, on_batch: Callable[[int], None] = lambda _: None
+    model: Any, dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
 ) -> Float[Tensor, "N H"]:
     """What the last layer of the head reads of every row, in float32 on the CPU.
 
@@ -93,7 +100,7 @@ def frozen_features(
         dataset: the model's inputs.
         collator: makes a batch of them.
         settings: of the run: batches, device, precision.
-        on_batch: called after each batch with the sum of its `_lengths`.
+        note: called every half a minute with how long it still takes.
 
     Raises:
         ValueError: the model has no last layer, see `last_layer`.
@@ -103,8 +110,13 @@ def frozen_features(
         raise ValueError(f"the head of {type(model).__name__} does not end in a linear layer")
     parent, _, child = next(name for name, module in model.named_modules() if module is layer).rpartition(".")
     # Rows of similar length together, as a batch is padded to its longest; the longest first, to estimate from.
-    lengths = _lengths(dataset)
+    if "input_ids" in dataset.column_names:
+        lengths = np.array([len(tokens) for tokens in dataset["input_ids"]])
+    else:
+        # Images all cost the same.
+        lengths = np.ones(len(dataset), int)
     order = np.argsort(-lengths, kind="stable")
+    on_batch = _estimating(note, f"the frozen base reads {len(order):,} rows", lengths.sum())
     rows: list[Tensor] = []
     try:
         # Without this layer the model's outputs are what the layer reads, of the token that the model chooses.
@@ -116,17 +128,11 @@ def frozen_features(
             with computing(settings):
                 outputs = model(**{name: values.to(device) for name, values in batch.items() if name != "labels"})
             rows.append(outputs.logits.float().cpu())
-            on_batch(int(lengths[chosen].sum()))
+            on_batch(lengths[chosen].sum())
     finally:
         setattr(model.get_submodule(parent), child, layer)
         model.to("cpu")
     return torch.cat(rows)[torch.from_numpy(order).argsort()]
-
-
-def _lengths(dataset: Dataset) -> Any:
-    """Tokens of each row; of images 1, as they all cost the same."""
-    texts = "input_ids" in dataset.column_names
-    return np.array([len(tokens) for tokens in dataset["input_ids"]] if texts else [1] * len(dataset))
 
 
 def fitted_head(
@@ -154,14 +160,12 @@ def fitted_head(
     most = min(len(train), MOST_ROWS, (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation)
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
-    tokens = sum(int(_lengths(dataset).sum()) for dataset in parts.values())
-    on_batch = _estimating(note, "the frozen base reads the rows", tokens)
-    features = {part: frozen_features(model, rows, collator, settings, on_batch) for part, rows in parts.items()}
+    features = {part: frozen_features(model, rows, collator, settings, note) for part, rows in parts.items()}
     labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
 
     def score(head: HeadAlone) -> float:
-        found = head_metrics(head.outputs(features["validation"]), labels["validation"], classes)
-        return found["accuracy"] if classes else -found["rmse"]
+        metrics = head_metrics(head.outputs(features["validation"]), labels["validation"], classes)
+        return metrics["accuracy"] if classes else -metrics["rmse"]
 
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
     layer = last_layer(model)
@@ -178,12 +182,12 @@ def fitted_head(
 
 def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
     """What is to be called with each part of the total work, and says from time to time how long the rest takes."""
-    begun, done, told = time.monotonic(), 0, 0.0
+    start, done, told = time.monotonic(), 0, 0.0
 
     def on_part(part: int) -> None:
         nonlocal done, told
         done += part
-        passed = time.monotonic() - begun
+        passed = time.monotonic() - start
         if done < total and passed > told + (OFTEN if told else SOON):
             told = passed
             note(f"{what}: {done / total:.0%} done, about {passed * (total / done - 1):.0f} s left")
