@@ -14,7 +14,7 @@ from ...peft.expressions import check_expressions
 from ...peft.saving import opened
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
-from ..run_folder import ADAPTER, checked_labels
+from ..run_folder import ADAPTER, RECORD, checked_labels
 from .bases import quiet_transformers
 from .hub import offline
 
@@ -24,12 +24,12 @@ LARGEST_SETTINGS = 2**24
 MOST_HEADS = 256
 ELSEWHERE = ("adapters", "megatron_config", "tokenizer_kwargs", "tokenizer_name_or_path")
 """Settings with which PEFT loads or imports what is not in the folder."""
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "base_model_name_or_path": (str,),
-    "task_type": (str,),
-    "auto_mapping": (dict,),
-    "modules_to_save": (list,),
-    "use_dora": (bool,),
+_TYPES: Mapping[str, type] = {
+    "base_model_name_or_path": str,
+    "task_type": str,
+    "auto_mapping": dict,
+    "modules_to_save": list,
+    "use_dora": bool,
 }
 """Of the settings that are used here; null counts as missing."""
 
@@ -113,7 +113,7 @@ def read_adapter(folder: Path) -> Adapter:
         folder = folder / ADAPTER
     if not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds no {SETTINGS}, so it is no adapter folder")
-    settings = checked_adapter_settings(folder / SETTINGS)
+    settings = _checked_settings(folder / SETTINGS)
     if not (folder / VALUES).is_file():
         if (folder / PICKLED).exists():
             raise ValueError(
@@ -121,16 +121,12 @@ def read_adapter(folder: Path) -> Adapter:
                 "trusts it, load it with PEFT once and save it again (save_pretrained writes safetensors)"
             )
         raise ValueError(f"{folder} holds no {VALUES}")
-    return Adapter(folder, settings, shapes_in(folder / VALUES), labels_of(folder.parent / "run.json"))
+    record = folder.parent / RECORD
+    labels = checked_labels(read_json(record).get("labels") or [], record) if record.is_file() else ()
+    return Adapter(folder, settings, shapes_in(folder / VALUES), labels)
 
 
-def checked_adapter_settings(file: Path) -> dict[str, Any]:
-    """The content of an adapter_config.json.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, of no method of PEFT, or a setting is not what it may be.
-    """
+def _checked_settings(file: Path) -> dict[str, Any]:
     settings = read_json(file, LARGEST_SETTINGS)
     if "peft_type" not in settings:
         raise ValueError(f"{file} has no peft_type, so it is not of an adapter")
@@ -138,9 +134,9 @@ def checked_adapter_settings(file: Path) -> dict[str, Any]:
     if not isinstance(method, str) or method not in PeftType.__members__:
         meant = did_you_mean(str(method)[:40], PeftType.__members__)
         raise ValueError(f"{file} has the peft_type {method!r}, which is no method of PEFT here; {meant}")
-    for name, types in _TYPES.items():
-        if not isinstance(settings.get(name), (*types, type(None))):
-            raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {types[0].__name__} or null")
+    for name, kind in _TYPES.items():
+        if not isinstance(settings.get(name), kind | None):
+            raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {kind.__name__} or null")
     heads = settings.get("modules_to_save") or ()
     if len(heads) > MOST_HEADS or not all(isinstance(head, str) for head in heads):
         raise ValueError(f"{file}: expected at most {MOST_HEADS} names in modules_to_save, got {heads!r}")
@@ -203,8 +199,3 @@ def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], f
     """
     if labels and not any(shape[:1] == (len(labels),) for shape in shapes.values()):
         raise ValueError(f"{len(labels):,} classes are on record, and nothing in {file} has as many rows")
-
-
-def labels_of(record: Path) -> tuple[str, ...]:
-    """The names of the classes that a run of `dvora train` notes beside its adapter; empty where there is no run."""
-    return checked_labels(read_json(record).get("labels") or [], record) if record.is_file() else ()

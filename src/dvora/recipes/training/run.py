@@ -9,12 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...whole_files import new_folder, remove
+from ...whole_files import new_folder, remove, write_atomically
 from ..data.run_data import Data, load_data
 from ..models.bases import load_base, load_processor, quiet_transformers
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
+    CONFIG,
     HEAD_ALONE,
     Run,
     check_resumable,
@@ -24,10 +25,9 @@ from ..run_folder import (
     read_run,
     remove_leftovers,
     world_size,
-    write_config,
     write_record,
 )
-from ..settings import NAMED, Settings, Trust, resolved
+from ..settings import NAMED, Settings, Trust, commented, resolved
 from ..tasks.head_alone import fitted_head, last_layer, read_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import verdict
@@ -120,7 +120,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
     if is_first():
         # What an earlier start left half-written goes; what makes the folder that of a run comes.
         remove_leftovers(folder)
-        write_config(folder, prepared.settings)
+        write_atomically(folder / CONFIG, commented(prepared.settings).encode())
         # First: what it names is a run, which can be resumed if the disk is full now.
         write_record(folder, record)
         if prepared.head_alone is not None:
