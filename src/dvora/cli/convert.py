@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..recipes.adapters import TARGETS, TO_LORA
-from .errors import check_there, one_line, one_of
+from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -22,7 +22,9 @@ EXAMPLES = """[bold]Examples[/bold]
 def _target(to: str) -> str:
     if to == "lora":
         raise typer.BadParameter(TO_LORA)
-    return one_of(to, TARGETS)
+    if to not in TARGETS:
+        raise typer.BadParameter(f"{to!r} is none of {', '.join(TARGETS)}")
+    return to
 
 
 def convert_command(

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..recipes.adapters import DTYPES
-from .errors import check_there, one_line, one_of
+from ..recipes.adapters import Dtype
+from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -17,19 +17,13 @@ EXAMPLES = """[bold]Examples[/bold]
 """
 
 
-def _dtype(dtype: str) -> str:
-    return one_of(dtype, DTYPES)
-
-
 def merge_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.", callback=_dtype)
-    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: the base's own.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest size of one file of weights.")] = "5GB",
     as_json: Json = False,
     quiet: Quiet = False,

@@ -129,17 +129,3 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str,
     base = tiny_models.bert(tmp_path)
     with pytest.raises(ValueError, match=message):
         count(str(base), **arguments)
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
-        count(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter, not a model; name its base"):
-        count(str(tmp_path))
-    (tmp_path / "config.json").write_text("{not json")
-    with pytest.raises(ValueError, match="holds an adapter beside the model"):
-        count(str(tmp_path))
-    (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
-        count(str(tmp_path))

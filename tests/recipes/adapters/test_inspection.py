@@ -97,24 +97,26 @@ def test_pickled_values_are_refused_and_never_read(bert: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_folders_are_refused(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a folder"):
-        inspect(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, r"holds no adapter_config\.json"),
+        ("[]", "no table of settings"),
+        ("{}", "no peft_type"),
+        ('{"peft_type": "LORA"}', r"holds no adapter_model\.safetensors"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(settings: str | None, message: str, tmp_path: Path) -> None:
+    if settings is not None:
+        (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(ValueError, match=message):
         inspect(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="no table of settings"):
-        inspect(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no peft_type"):
-        inspect(tmp_path)
-    save(bert, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+
+
+def test_a_truncated_file_is_refused(bert: Path, tmp_path: Path) -> None:
+    file = save(bert, tmp_path) / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match="cannot be read"):
-        inspect(tmp_path)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
         inspect(tmp_path)
 
 

@@ -102,15 +102,6 @@ def test_a_quantised_base_is_refused(bert: Path, tmp_path: Path) -> None:
         merge(tmp_path / "adapter", tmp_path / "merged", str(tmp_path / "base"))
 
 
-def test_a_pickled_base_is_refused(bert: Path, tmp_path: Path) -> None:
-    save(bert, tmp_path / "adapter")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text((bert / "config.json").read_text())
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
-    with pytest.raises(ValueError, match=r"holds no safetensors weights; pickled ones .* never loaded"):
-        merge(tmp_path / "adapter", tmp_path / "merged", str(tmp_path / "base"))
-
-
 def test_a_merged_model_that_differs_is_not_kept(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(bert, tmp_path / "adapter")
     # As if rounding were forbidden altogether.

@@ -3,7 +3,7 @@
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -20,7 +20,7 @@ from ..models.hub import offline
 from ..models.inputs import difference, example_output
 from ..run_folder import RECORD
 from ..settings import NOTHING
-from . import DTYPES
+from . import Dtype
 
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.2, torc
 
 
 def merge(
-    folder: Path, output: Path, model: str | None = None, dtype: str = "auto", shard_size: str = "5GB"
+    folder: Path, output: Path, model: str | None = None, dtype: Dtype = "auto", shard_size: str = "5GB"
 ) -> dict[str, Any]:
     """Merge an adapter into its base model and write the result into a new folder, with the tokenizer beside it.
 
@@ -62,8 +62,8 @@ def merge(
         TypeError, ValueError: the base is quantised, or something cannot be read or merged.
         RuntimeError: the merged model gives other outputs; nothing is kept.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(get_args(Dtype))}")
     adapter = read_adapter(folder)
     base = adapter.base(model)
     if getattr(config_of(base, of_base(model, NOTHING)), "quantization_config", None) is not None:

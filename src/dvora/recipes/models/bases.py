@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import nn
 
+from ..files import check_readable
 from ..run_folder import local_rank
 from ..settings import NAMED, NOTHING, Settings, Task, Trust
-from .hub import check_weights, loading
+from .hub import loading
 
 AUTO_CLASSES: Mapping[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -173,9 +174,17 @@ def load_model(
         trust: whether it may be fetched, and its own code run.
 
     Raises:
+        OSError: a file may not be read.
         ValueError: its weights cannot be read, or are pickled.
     """
-    check_weights(source)
+    if Path(source).is_dir():
+        weights = [*Path(source).glob("*.safetensors")]
+        if not weights:
+            raise ValueError(
+                f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once "
+                "with save_pretrained"
+            )
+        check_readable(weights)
     with loading("the model", source, trust), quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model, info = model_class.from_pretrained(

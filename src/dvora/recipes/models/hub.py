@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from ..files import check_no_device, check_readable
+from ..files import check_no_device
 from ..settings import Trust
 
 SECONDS = 10.0
@@ -40,22 +40,6 @@ def _check_reachable(name: str) -> None:
             f"{name!r} is no folder here, and the hub cannot be reached ({message}); give a folder, or set "
             "HF_HUB_OFFLINE=1 if the model was fetched before"
         ) from error
-
-
-def check_weights(source: str) -> None:
-    """Refuse a folder whose weights are pickled or may not be read; a name on the hub is not looked at.
-
-    Raises:
-        OSError: a file may not be read.
-        ValueError: there are no safetensors.
-    """
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
-            "save_pretrained"
-        )
-    check_readable(folder.glob("*.safetensors"))
 
 
 @contextmanager

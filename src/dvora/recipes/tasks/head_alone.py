@@ -10,7 +10,6 @@ Dimensions: N rows, H features, C outputs.
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +35,12 @@ SOON, OFTEN = 3.0, 30.0
 """Seconds after which an estimate is made, and another one."""
 
 
-@dataclass(frozen=True)
-class HeadAlone:
-    """A linear layer on frozen features.
-
-    Args:
-        weight: (C, H).
-        bias: (C,).
-    """
-
-    weight: Float[Tensor, "C H"]
-    bias: Float[Tensor, "C"]
-
-    def outputs(self, features: Float[Tensor, "N H"]) -> Float[Tensor, "N C"]:
-        """Logits of classes, or numbers."""
-        outputs: Tensor = features @ self.weight.T + self.bias
-        return outputs
-
-    @torch.no_grad()
-    def copy_to(self, layer: nn.Linear) -> None:
-        """Start a layer from it."""
-        layer.weight.copy_(self.weight)
-        if layer.bias is not None:
-            layer.bias.copy_(self.bias)
-
-    def save(self, file: Path) -> None:
-        """Write it as safetensors, whole or not at all."""
-        write_atomically(file, save({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}))
+def save_head_alone(head: nn.Linear, file: Path) -> None:
+    """Write it as safetensors, whole or not at all."""
+    write_atomically(file, save({name: value.contiguous() for name, value in head.state_dict().items()}))
 
 
-def read_head_alone(file: Path) -> HeadAlone:
+def read_head_alone(file: Path) -> nn.Linear:
     """One that was saved.
 
     Raises:
@@ -75,7 +50,14 @@ def read_head_alone(file: Path) -> HeadAlone:
     values = load_file(file)
     if values.keys() != {"weight", "bias"} or values["weight"].shape[:1] != values["bias"].shape:
         raise ValueError(f"{file} is damaged: it is not a weight and a bias of one linear layer")
-    return HeadAlone(values["weight"], values["bias"])
+    return _linear(**values)
+
+
+def _linear(weight: Float[Tensor, "C H"], bias: Float[Tensor, "C"]) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], len(weight))
+    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return layer.requires_grad_(False)
 
 
 def last_layer(model: Any) -> nn.Linear | None:
@@ -142,7 +124,7 @@ def fitted_head(
     settings: Settings,
     classes: Sequence[str],
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[HeadAlone, dict[str, dict[str, float]]]:
+) -> tuple[nn.Linear, dict[str, dict[str, float]]]:
     """Fit the head alone, and evaluate it on the parts that were held out.
 
     Args:
@@ -163,8 +145,8 @@ def fitted_head(
     features = {part: frozen_features(model, rows, collator, settings, note) for part, rows in parts.items()}
     labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
 
-    def score(head: HeadAlone) -> float:
-        metrics = head_metrics(head.outputs(features["validation"]), labels["validation"], classes)
+    def score(head: nn.Linear) -> float:
+        metrics = head_metrics(head(features["validation"]), labels["validation"], classes)
         return metrics["accuracy"] if classes else -metrics["rmse"]
 
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
@@ -177,7 +159,7 @@ def fitted_head(
         on_fit(1)
     head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
-    return head, {part: head_metrics(head.outputs(features[part]), labels[part], classes) for part in held_out}
+    return head, {part: head_metrics(head(features[part]), labels[part], classes) for part in held_out}
 
 
 def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
@@ -204,7 +186,7 @@ def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequenc
 
 def fitted(
     features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float, has_bias: bool = True
-) -> HeadAlone:
+) -> nn.Linear:
     """A linear layer fitted with an L2 penalty on its weight: logistic regression, or ridge regression of numbers.
 
     Args:
@@ -235,4 +217,4 @@ def fitted(
         weight, bias = np.vstack([-weight, weight]) / 2, np.append(-bias, bias) / 2
     weight = weight / scaler.scale_
     bias = bias - weight @ scaler.mean_ if has_bias else np.zeros(len(weight))
-    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias).float())
+    return _linear(torch.tensor(weight).float(), torch.tensor(bias).float())

@@ -28,7 +28,7 @@ from ..run_folder import (
     write_record,
 )
 from ..settings import NAMED, Settings, Trust, commented, resolved
-from ..tasks.head_alone import fitted_head, last_layer, read_head_alone
+from ..tasks.head_alone import fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import verdict
 from .card import model_card
@@ -124,7 +124,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         # First: what it names is a run, which can be resumed if the disk is full now.
         write_record(folder, record)
         if prepared.head_alone is not None:
-            prepared.head_alone.save(folder / HEAD_ALONE)
+            save_head_alone(prepared.head_alone, folder / HEAD_ALONE)
         remove_incomplete(folder / CHECKPOINTS)
     with stop.listening(), errors_of_damage(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -185,7 +185,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
             record["metrics"] = {f"{part}_head_alone": values for part, values in metrics.items()}
         if any(base.model.get_submodule(name) is last for name in base.new):
             # The same start for every method.
-            head.copy_to(last)
+            last.load_state_dict(head.state_dict(), strict=last.bias is not None)
     model = adapted(base, settings)
     rows = ", ".join(f"{part} {len(of_part):,}" for part, of_part in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")

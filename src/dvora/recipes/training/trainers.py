@@ -16,7 +16,6 @@ from ..models.bases import Base
 from ..run_folder import CHECKPOINTS, is_first, world_size
 from ..settings import EPOCHS, MOST_STEPS, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
-from ..tasks.head_alone import HeadAlone
 from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
 from .methods import optimizer
@@ -43,7 +42,7 @@ class Prepared:
     model: nn.Module
     task: Task
     datasets: Mapping[str, Any]
-    head_alone: HeadAlone | None = None
+    head_alone: nn.Linear | None = None
 
 
 def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
