@@ -13,13 +13,7 @@ from dvora.recipes.adapters.conversion import DENSE_FILE, convert
 from dvora.recipes.models.adapter_folder import read_adapter
 from dvora.recipes.models.adapters import load_adapted
 from dvora.recipes.models.inputs import difference, example_output
-from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted, save
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.bert(tmp_path_factory.mktemp("models") / "bert")
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])

@@ -8,13 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dvora.recipes.adapters.inspection import inspect
-from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import METHODS, adapted, save, trained_parameters
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.bert(tmp_path_factory.mktemp("models") / "bert")
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])

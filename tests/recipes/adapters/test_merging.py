@@ -14,11 +14,6 @@ from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import METHODS, adapted, save
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.bert(tmp_path_factory.mktemp("models") / "bert")
-
-
 @torch.no_grad()
 def outputs(model: torch.nn.Module) -> torch.Tensor:
     return first_output(model.eval()(**example_inputs(model, rows=3, tokens=9)))

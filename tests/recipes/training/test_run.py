@@ -20,10 +20,11 @@ from dvora.recipes.training.trainers import length_of_run
 from dvora.recipes.training.watching import Progress
 from dvora.training import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
-from tests.recipes.training.runs import TASKS, Run, assert_same, signal_after, trained_parameters
+from tests.recipes.finished_runs import DATA
+from tests.recipes.training.runs import Run, assert_same, signal_after, trained_parameters
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DATA)
 def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: Path, task: str) -> None:
     run = Run(models, tmp_path, task)
     outcome = train(run.settings("out", learning_rate=0.02, epochs=4))
@@ -176,11 +177,11 @@ def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
 
 @pytest.mark.parametrize("task", ["text-classification", "regression", "causal-lm"])
 def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp_path: Path, task: str) -> None:
-    without_dropout = shutil.copytree(models[TASKS[task][0]], tmp_path / "model")
+    without_dropout = shutil.copytree(models[DATA[task][0]], tmp_path / "model")
     config = json.loads((without_dropout / "config.json").read_text())
     config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     (without_dropout / "config.json").write_text(json.dumps(config))
-    run = Run({TASKS[task][0]: without_dropout}, tmp_path, task)
+    run = Run({DATA[task][0]: without_dropout}, tmp_path, task)
     histories = []
     for output, changes in (("whole", {"batch_size": 4}), ("parts", {"batch_size": 2, "accumulation": 2})):
         train(run.settings(output, max_steps=3, max_gradient_norm=0, keep_best=False, **changes))
@@ -213,7 +214,7 @@ def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path:
     train(run.settings("out"), on_progress=signal_after(2))
     with run.data.open("a") as file:
         file.write("one more,good\n")
-    with pytest.raises(InputError, match=r"a\.csv has changed since the run started"):
+    with pytest.raises(InputError, match=r"reviews\.csv has changed since the run started"):
         train(run.settings("out"), resume=True)
 
 
@@ -243,7 +244,7 @@ def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, 
     run = Run(models, tmp_path)
     first = train(run.settings("first", method="full")).run
     assert first is not None
-    trained = Run({TASKS["text-classification"][0]: first.adapter}, tmp_path)
+    trained = Run({DATA["text-classification"][0]: first.adapter}, tmp_path)
     again = train(trained.settings("again", tokenizer=first.settings.model, max_steps=1, learning_rate=1e-12)).run
     assert again is not None
     metrics = [each.record["metrics"]["test"]["loss"] for each in (first, again)]
