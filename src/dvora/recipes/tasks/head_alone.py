@@ -48,7 +48,8 @@ def read_head_alone(file: Path) -> nn.Linear:
         ValueError: it is damaged.
     """
     values = load_file(file)
-    if values.keys() != {"weight", "bias"} or values["weight"].shape[:1] != values["bias"].shape:
+    shapes = {name: value.shape for name, value in values.items()}
+    if shapes.keys() != {"weight", "bias"} or len(shapes["weight"]) != 2 or shapes["weight"][:1] != shapes["bias"]:
         raise ValueError(f"{file} is damaged: it is not a weight and a bias of one linear layer")
     return _linear(**values)
 
@@ -90,7 +91,7 @@ def frozen_features(
     layer, device = last_layer(model), device_of(settings)
     if layer is None:
         raise ValueError(f"the head of {type(model).__name__} does not end in a linear layer")
-    parent, _, child = next(name for name, module in model.named_modules() if module is layer).rpartition(".")
+    name = next(name for name, module in model.named_modules() if module is layer)
     # Rows of similar length together, as a batch is padded to its longest; the longest first, to estimate from.
     if "input_ids" in dataset.column_names:
         lengths = np.array([len(tokens) for tokens in dataset["input_ids"]])
@@ -102,17 +103,17 @@ def frozen_features(
     rows: list[Tensor] = []
     try:
         # Without this layer the model's outputs are what the layer reads, of the token that the model chooses.
-        setattr(model.get_submodule(parent), child, nn.Identity())
+        model.set_submodule(name, nn.Identity())
         model.to(device).eval()
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
             batch = collator([dataset[int(row)] for row in chosen])
             with computing(settings):
-                outputs = model(**{name: values.to(device) for name, values in batch.items() if name != "labels"})
+                outputs = model(**{key: values.to(device) for key, values in batch.items() if key != "labels"})
             rows.append(outputs.logits.float().cpu())
             on_batch(lengths[chosen].sum())
     finally:
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
         model.to("cpu")
     return torch.cat(rows)[torch.from_numpy(order).argsort()]
 

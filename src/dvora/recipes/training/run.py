@@ -11,7 +11,7 @@ from typing import Any
 
 from ...whole_files import new_folder, remove, write_atomically
 from ..data.run_data import Data, load_data
-from ..models.bases import load_base, load_processor, quiet_transformers
+from ..models.bases import device_of, load_base, load_processor, quiet_transformers
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -34,7 +34,7 @@ from ..tasks.verdict import verdict
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
-from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
+from .trainers import Prepared, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
@@ -95,7 +95,8 @@ def train(
                 if is_first():
                     _clear(folder)
                 return Outcome(read_run(folder, trust), None)
-            check_precision(settings)
+            if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
+                raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
             data = load_data(settings)
             record = _start_record(settings, data, earlier)
             prepared = _prepared(settings, data, record, note, trust)

@@ -122,16 +122,6 @@ def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, A
     return metrics
 
 
-def check_precision(settings: Settings) -> None:
-    """Refuse fp16 on a CPU, before anything is fitted.
-
-    Raises:
-        ValueError: there is no GPU to compute on.
-    """
-    if settings.mixed_precision == "fp16" and not common_arguments(settings, Path(settings.output))["fp16"]:
-        raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
-
-
 def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> TrainingArguments:
     validates = "validation" in datasets
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
