@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dvora.recipes.data.run_data import load_data
+from dvora.recipes.models.adapter_folder import read_adapter
 from dvora.recipes.models.trained import load_trained
 from dvora.recipes.run_folder import read_record, read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
@@ -68,6 +69,8 @@ def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_pa
     assert loss.item() == pytest.approx(found.record["metrics"]["test"]["loss"], rel=1e-5)
     if method == "head":
         assert found.record["trained_parameters"] == 34
+    elif method != "full":
+        assert read_adapter(found.adapter).method == method
 
 
 def test_chats_are_trained_on_and_compared_with_the_base(models: dict[str, Path], tmp_path: Path) -> None:
