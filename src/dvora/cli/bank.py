@@ -3,17 +3,13 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .errors import check_writable, one_line
 from .output import Debug, Json, Output, Quiet
-
-if TYPE_CHECKING:
-    from ..recipes.adapters.packing import PackInspection
 
 MANY = 12
 """Adapters that a terminal shows."""
@@ -92,14 +88,14 @@ def inspect_command(
         packed = inspect_pack(file)
         shown = Output(as_json, quiet)
         shown.result(_shown(packed, as_json), f"Packed adapters in {file}")
-        if not as_json and packed.count > MANY:
-            shown.note(f"{packed.count - MANY:,} more adapters are in it; --json names all")
+        if not as_json and packed["count"] > MANY:
+            shown.note(f"{packed['count'] - MANY:,} more adapters are in it; --json names all")
         shown.next_step("dvora", "bank", "unpack", str(file), "--output", "unpacked")
 
 
-def _shown(packed: "PackInspection", as_json: bool) -> dict[str, Any]:
+def _shown(packed: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """Everything, or what fits a terminal: the first adapters."""
-    return asdict(packed if as_json else replace(packed, adapters=packed.adapters[:MANY]))
+    return packed if as_json else {**packed, "adapters": packed["adapters"][:MANY]}
 
 
 @contextmanager

@@ -50,17 +50,6 @@ def check_there(*paths: str | Path | None) -> None:
             raise UsageError(f"{path}: no such file or folder")
 
 
-def one_of(value: str, names: Sequence[str]) -> str:
-    """An option's value, if it is one of some words.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    if value not in names:
-        raise typer.BadParameter(f"{value!r} is none of {', '.join(names)}")
-    return value
-
-
 def check_page(page: Path) -> None:
     """Refuse a name under which no page can be written, before the work begins.
 
@@ -174,7 +163,7 @@ def _typed_wrongly() -> Iterator[None]:
     try:
         yield
     except _TYPERS_ERROR as error:
-        message = " ".join(str(cast(Any, error).format_message()).split())
+        message = " ".join(str(cast(Any, error).format_message()).replace("Value error, ", "").split())
         if not message or "Usage:" in message:
             # It is no error: the help is shown where nothing was typed.
             raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.new_files import labelled_examples
 from ..data.run_data import Data, fingerprints, load_data, size_of
@@ -19,7 +19,7 @@ from ..models.bases import quiet_transformers
 from ..models.trained import load_trained
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
-from ..tasks.head_alone import HeadAlone, frozen_features, head_metrics, read_head_alone
+from ..tasks.head_alone import frozen_features, head_metrics, read_head_alone
 from ..tasks.task import Task, Truncation
 from .run_model import Rows, RunModel
 
@@ -81,16 +81,17 @@ def evaluate_run(
     return _evaluation("files", rows, _guess(run, data, rows), run, with_base, seen)
 
 
-def head_alone_of(run: Run) -> HeadAlone | None:
+def head_alone_of(run: Run) -> nn.Linear | None:
     """The head that the run fitted to the frozen base; None where it fitted none."""
     file = run.folder / HEAD_ALONE
     return read_head_alone(file) if file.is_file() else None
 
 
-def head_alone_outputs(run: Run, head: HeadAlone, dataset: Dataset, task: Task) -> Tensor:
+def head_alone_outputs(run: Run, head: nn.Linear, dataset: Dataset, task: Task) -> Tensor:
     """Outputs of the base with the head alone, (rows, outputs)."""
     base, _ = load_trained(run, with_adapter=False)
-    return head.outputs(frozen_features(base, dataset, task.collator, run.settings))
+    outputs: Tensor = head(frozen_features(base, dataset, task.collator, run.settings))
+    return outputs
 
 
 def unchanged_data(run: Run) -> Data:
