@@ -1,4 +1,4 @@
-"""inspect, count, merge and convert: their examples run, their errors are one line, their JSON is whole."""
+"""inspect, count, merge and convert: what they show, and errors of one line."""
 
 import json
 import shutil
@@ -8,21 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dvora.cli import convert, count, inspect, merge
 from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
 
 ROOT = Path(__file__).parent.parent.parent
-EXAMPLES = {
-    name: [line.strip() for line in module.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
-    for name, module in {
-        "inspect": inspect,
-        "count": count,
-        "merge": merge,
-        "convert": convert,
-    }.items()
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +34,6 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [line for lines in EXAMPLES.values() for line in lines])
-def test_every_example_of_a_help_text_runs(command: str, work: Path) -> None:
-    result = run(command)
-    assert result.code == 0, result.stderr
-    assert result.stdout
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_help_text_shows_its_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    result = run(f"dvora {name} --help")
-    assert result.code == 0
-    assert EXAMPLES[name]
-    for line in EXAMPLES[name]:
-        assert line in result.stdout
-
-
-@pytest.mark.parametrize("command", [lines[-1] for lines in EXAMPLES.values()])
-def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
-    result = run(command if "--json" in command else f"{command} --json")
-    assert result.code == 0, result.stderr
-    assert isinstance(json.loads(result.stdout), dict)
-    assert result.stdout.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
@@ -78,7 +43,7 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
         ("dvora count no/such-model", 1, "no/such-model"),
         ("dvora count base --targets nothing", 1, "nothing"),
         ("dvora merge adapter --output base", 1, "not an empty folder"),
-        ("dvora merge adapter --output merged --dtype int4", 2, "'--dtype': 'int4' is none of auto, float32"),
+        ("dvora merge adapter --output merged --dtype int4", 2, "'--dtype': 'int4' is not one of 'auto', 'float32'"),
         ("dvora convert adapter --to lora --output lora", 2, "is no LoRA"),
         ("dvora convert adapter --to ia3 --output ia3", 2, "'--to': 'ia3' is none of dora, dvora, dense"),
         ("dvora convert vera-adapter --to dora --output new", 1, "only adapters of dvora are converted to dora"),
@@ -86,14 +51,6 @@ def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
 )
 def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:
     assert_ends_with_one_line(run(command), code, message)
-
-
-def test_a_rounding_loss_is_reported_on_stderr_too(work: Path) -> None:
-    result = run("dvora merge adapter --output merged --dtype bfloat16 --json")
-    done = json.loads(result.stdout)
-    assert done["dtype"] == "bfloat16"
-    assert result.code == 0
-    assert 0 <= done["lost_worst"] < 1
 
 
 def test_merge_says_nothing_of_what_is_nothing(work: Path) -> None:
@@ -128,14 +85,6 @@ def test_inspect_summarises_types_of_layers_and_shows_all_if_asked(
         assert any(line.startswith(f"{column} ") for line in in_short.splitlines())
 
 
-@pytest.mark.parametrize("command", [lines[0] for lines in EXAMPLES.values()])
-def test_every_command_names_the_next_one(command: str, work: Path) -> None:
-    assert "Next: " in run(command).stderr
-    shutil.rmtree("merged", ignore_errors=True)
-    shutil.rmtree("as-dora", ignore_errors=True)
-    assert run(f"{command} --quiet").stderr == ""
-
-
 def test_help_and_cheap_mistakes_need_none_of_the_heavy_packages() -> None:
     mistakes = [
         *(f"dvora {name} nowhere" for name in ("inspect", "doctor", "analyze", "report")),
@@ -146,7 +95,7 @@ def test_help_and_cheap_mistakes_need_none_of_the_heavy_packages() -> None:
     ]
     code = (
         "import sys; from tests.cli.program import run\n"
-        f"for name in {list(EXAMPLES)!r}: assert run(f'dvora {{name}} --help').code == 0\n"
+        f"for name in ('inspect', 'count', 'merge', 'convert'): assert run(f'dvora {{name}} --help').code == 0\n"
         f"for command in {mistakes!r}: assert run(command).code == 2, command\n"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)))"
     )

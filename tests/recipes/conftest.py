@@ -11,3 +11,9 @@ from tests.recipes.finished_runs import all_models
 def models() -> dict[str, Path]:
     """Folders by name."""
     return all_models()
+
+
+@pytest.fixture(scope="session")
+def bert() -> Path:
+    """A base without a head."""
+    return all_models()["bert"]

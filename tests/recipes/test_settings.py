@@ -42,12 +42,9 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rat": 1}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
         ({"task": "regresion"}, "task is 'regresion', did you mean 'regression'"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast': expected a number above zero"),
-        ({"learning_rate": 0}, "learning_rate is 0: expected a number above zero"),
-        ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': expected"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan: expected"),
-        ({"learning_rate": float("inf")}, "learning_rate is inf: expected"),
-        ({"learning_rate": [0.1]}, "learning_rate is .0.1.: expected"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast': input should be a valid number"),
+        ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': input should be greater than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: input should be a finite number"),
         ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
         ({"data": []}, "data is"),
         ({"validation_share": 0.6, "test_share": 0.4}, "leave nothing to train on"),
@@ -87,12 +84,6 @@ def test_a_learning_rate_is_a_number_or_left_out(tmp_path: Path, typed: str, mea
     found = read_settings(file, {})
     assert found.learning_rate == meant
     assert checked_settings(yaml.safe_load(commented(found)), "") == found
-
-
-def test_only_a_number_is_a_rate_to_train_with() -> None:
-    assert checked_settings({**LEAST, "learning_rate": "0.02"}, "").rate == 0.02
-    with pytest.raises(ValueError, match="expected a number: resolve the settings first"):
-        assert checked_settings(LEAST, "").rate
 
 
 @pytest.mark.parametrize("content", [b"- a\n", b"text", b"a: [", b"\xff\xfe\x00", b"a: 1\na\n"])

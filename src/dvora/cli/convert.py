@@ -1,13 +1,12 @@
 """`dvora convert`: an adapter of one method as one of another."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..recipes.adapters import TARGETS, TO_LORA
-from .errors import check_there, one_line, one_of
+from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -23,7 +22,9 @@ EXAMPLES = """[bold]Examples[/bold]
 def _target(to: str) -> str:
     if to == "lora":
         raise typer.BadParameter(TO_LORA)
-    return one_of(to, TARGETS)
+    if to not in TARGETS:
+        raise typer.BadParameter(f"{to!r} is none of {', '.join(TARGETS)}")
+    return to
 
 
 def convert_command(
@@ -45,8 +46,7 @@ def convert_command(
         check_there(adapter)
         from ..recipes.adapters.conversion import convert
 
-        done = convert(adapter, to, output, model)
         shown = Output(as_json, quiet)
-        shown.result(asdict(done), f"Converted adapter in {output}")
+        shown.result(convert(adapter, to, output, model), f"Converted adapter in {output}")
         if to != "dense":
             shown.next_step("dvora", "inspect", str(output))

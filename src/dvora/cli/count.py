@@ -1,6 +1,5 @@
 """`dvora count`: what each method would train."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -47,7 +46,6 @@ def count_command(
         from ..recipes.adapters.counting import count
 
         names = [name for name in targets.replace(" ", "").split(",") if name]
-        found = asdict(count(model, names, rank or (), task_type, labels))
         shown = Output(as_json, quiet)
-        shown.result(found, f"What methods train of {model}")
+        shown.result(count(model, names, rank or (), task_type, labels), f"What methods train of {model}")
         shown.next_step("dvora", "train", "--task", "text-classification", "--model", model, "--data", "reviews.csv")

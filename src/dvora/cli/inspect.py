@@ -51,7 +51,7 @@ def inspect_command(
         check_there(adapter)
         from ..recipes.adapters.inspection import inspect
 
-        found = inspect(adapter, model).to_dict()
+        found = inspect(adapter, model)
         shown, title = Output(as_json, quiet), f"Adapter in {adapter}"
         if as_json:
             shown.result(found, title)

@@ -6,27 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ..recipes.adapters import DTYPES
-from .errors import UsageError, check_there, one_line, one_of, wrong_input
+from ..recipes.adapters import Dtype
+from .errors import UsageError, check_there, one_line, wrong_input
 from .output import Debug, Download, Quiet, print_line
 
-EXAMPLES = """[bold]Examples[/bold]
-
-    dvora serve minilm --adapters customers
-
-    dvora serve smollm2 --adapters adapters.pack --slots 64 --port 8080
-
-    DVORA_SERVE_TOKEN=secret dvora serve smollm2 --adapters adapters
-"""
 TOKEN = "DVORA_SERVE_TOKEN"
 _LIMITS, _MEMORY = "Limits", "Memory"
 
 
-def _dtype(dtype: str) -> str:
-    return one_of(dtype, DTYPES)
-
-
-def serve_command(
+def serve(
     base: Annotated[str, typer.Argument(help="Folder of the base model, or its name on the hub.")],
     adapters: Annotated[Path, typer.Option(help="A folder of adapters or of runs, which may be empty, or a pack.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
@@ -42,12 +30,7 @@ def serve_command(
         float, typer.Option(help="GiB of adapters in memory.", min=0.001, rich_help_panel=_MEMORY)
     ] = 1.0,
     dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the base: auto (as it is stored), float32, bfloat16 or float16.",
-            callback=_dtype,
-            rich_help_panel=_MEMORY,
-        ),
+        Dtype, typer.Option(help="Of the base's weights; auto: as they are stored.", rich_help_panel=_MEMORY)
     ] = "auto",
     max_length: Annotated[
         int | None,
@@ -83,6 +66,13 @@ def serve_command(
     text-embeddings-inference; a page to try adapters at /; routes at /docs.
     Adapters can be put, replaced and deleted while it runs, and are there
     again after a restart. SIGTERM answers what has been taken first.
+
+    Examples:
+
+    \b
+    dvora serve minilm --adapters customers
+    dvora serve smollm2 --adapters adapters.pack --slots 64 --port 8080
+    DVORA_SERVE_TOKEN=secret-of-trainers dvora serve smollm2 --adapters adapters
     """
     with one_line(debug), wrong_input():
         if token is not None and len(token) < 8:
@@ -92,7 +82,7 @@ def serve_command(
         check_there(adapters)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from ..recipes.settings import Trust
-        from ..serve.run import serve
+        from ..serve.run import serve as run_server
         from ..serve.scheduler import Limits
         from ..serve.server import Settings
 
@@ -108,4 +98,4 @@ def serve_command(
             upload,
             Trust(download=download),
         )
-        serve(settings, host, port, connections, None if quiet else print_line)
+        run_server(settings, host, port, connections, None if quiet else print_line)

@@ -86,14 +86,14 @@ def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:
     """
     text = read_small(path, at_most)
     try:
-        found = json.loads(text)
+        values = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it is no table of settings")
-    return found
+    return values
 
 
 class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]

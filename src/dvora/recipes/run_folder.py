@@ -10,7 +10,7 @@ from typing import Any
 
 from ..whole_files import remove, write_atomically
 from .files import check_no_links, read_json
-from .settings import NOTHING, Settings, Trust, checked_settings, commented
+from .settings import NOTHING, Settings, Trust, checked_settings
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
 HEAD_FILE = "head.safetensors"
@@ -38,11 +38,6 @@ class Run:
     adapter: Path
     record: Mapping[str, Any]
     trust: Trust = NOTHING
-
-    @property
-    def base(self) -> str:
-        """The base model: a folder or a name on the hub."""
-        return self.settings.model
 
 
 _FINISHED: Mapping[str, type | tuple[type, ...]] = {
@@ -114,11 +109,6 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_atomically(folder / RECORD, (text + "\n").encode())
 
 
-def write_config(folder: Path, settings: Settings) -> None:
-    """Write config.yaml, with which the run can be repeated."""
-    write_atomically(folder / CONFIG, commented(settings).encode())
-
-
 def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Settings, resume: bool) -> None:
     """Refuse to write into a folder that holds something else.
 
@@ -126,16 +116,16 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
         ValueError: it does; the message says what it holds and what to do.
     """
     if record is None:
-        # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
-        paths = [path for path in folder.iterdir() if not _is_empty(path)] if folder.is_dir() else []
-        others = [path.name for path in paths if path.name not in (LOCK, CONFIG) and not is_leftover(path.name)]
-        if others:
-            raise ValueError(f"{folder} is not empty (it holds {others[0]}); choose another output folder")
+        for path in folder.iterdir() if folder.is_dir() else ():
+            # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
+            is_empty = path.is_dir() and not any(path.iterdir())
+            if not is_empty and path.name not in (LOCK, CONFIG) and not is_leftover(path.name):
+                raise ValueError(f"{folder} is not empty (it holds {path.name}); choose another output folder")
         return
     if not resume:
-        state = "a finished run" if record["state"] == "finished" else "an unfinished run"
-        way = "shows it" if record["state"] == "finished" else "goes on with it"
-        raise ValueError(f"{folder} holds {state}; --resume {way}, --output NAME starts another")
+        finished = record["state"] == "finished"
+        state, way = ("a finished", "shows") if finished else ("an unfinished", "goes on with")
+        raise ValueError(f"{folder} holds {state} run; --resume {way} it, --output NAME starts another")
     now = settings.model_dump(mode="json")
     # The folder may have been moved.
     changed = [key for key, value in now.items() if key != "output" and record["settings"].get(key) != value]
@@ -150,10 +140,6 @@ def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Setti
         raise ValueError(
             f"the run in {folder} was started with {record['processes']} processes, not {world_size()}; start as many"
         )
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def is_leftover(name: str) -> bool:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Literal, cast, get_args
@@ -51,7 +50,7 @@ def _key(section: str, meaning: str, default: Any = ..., *, null: str = "", rare
         default: left out: the setting has to be given.
         null: what None stands for.
         rare: left out of `--help`; the option is there all the same.
-        checks: of pydantic: ge, gt, lt, min_length.
+        checks: of pydantic: ge, gt, lt, allow_inf_nan, min_length.
     """
     extra: dict[str, Any] = {"section": section, "null": null, "rare": rare}
     return Field(default, description=meaning, json_schema_extra=extra, **checks)
@@ -116,6 +115,8 @@ class Settings(BaseModel):
         None,
         null=f"by method: {', '.join(f'{name} {rate:g}' for name, rate in LEARNING_RATES.items())}; "
         f"{SMALL_RANK_RATE:g} for lora and dora up to rank {SMALL_RANK}",
+        gt=0,
+        allow_inf_nan=False,
     )
     learning_rates: dict[Group, float] = _training(
         "learning rates of groups that differ: magnitude, lambda_b, lambda_d (dvora), head (new layers). Left out, the "
@@ -167,32 +168,14 @@ class Settings(BaseModel):
 
     @property
     def rate(self) -> float:
-        """The learning rate, of settings that have a number for it.
-
-        Raises:
-            ValueError: it is left to the method.
-        """
-        if not isinstance(self.learning_rate, float):
-            raise ValueError(f"learning_rate is {self.learning_rate!r}, expected a number: resolve the settings first")
+        """The learning rate of resolved settings."""
+        assert self.learning_rate is not None, "resolve the settings first"
         return self.learning_rate
 
     @field_validator(*PATHS, mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("learning_rate", mode="before")
-    @classmethod
-    def _a_rate_above_zero(cls, value: object) -> object:
-        if value is None:
-            return value
-        try:
-            rate = float(cast(Any, value))
-        except (TypeError, ValueError, OverflowError):
-            rate = 0.0
-        if not (isfinite(rate) and rate > 0):
-            raise ValueError("expected a number above zero")
-        return rate
 
     @field_validator("learning_rates", mode="before")
     @classmethod
@@ -293,8 +276,8 @@ def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
     try:
         return Settings.model_validate({key: value for key, value in values.items() if key != OWN_CODE})
     except ValidationError as error:
-        found = [_explained(cast(dict[str, Any], problem)) for problem in error.errors()]
-        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(found))}") from None
+        problems = [_explained(cast(dict[str, Any], problem)) for problem in error.errors()]
+        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(problems))}") from None
 
 
 def _explained(problem: dict[str, Any]) -> str:

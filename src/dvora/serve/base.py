@@ -17,8 +17,7 @@ from ..bank.adapters import Description
 from ..bank.hooks import Batch as BankBatch
 from ..recipes.models.adapter_folder import Adapter
 from ..recipes.models.adapters import base_class
-from ..recipes.models.architectures import config_of, heads_of, load_base, model_class
-from ..recipes.models.bases import check_model_folder
+from ..recipes.models.bases import config_of, heads_of, load_model, model_class
 from ..recipes.models.hub import loading
 from ..recipes.settings import Trust
 
@@ -107,20 +106,20 @@ def open_base(source: str, first: Description | None, slots: int, host_bytes: in
     Raises:
         ValueError: it cannot be read, or is of no class that is served.
     """
-    check_model_folder(source)
     if first is None:
         config = config_of(source, trust)
         kind = model_class(config)
     else:
         shapes = {name: shape for name, (_, shape) in first.entries.items()}
         kind, config = base_class(Adapter(Path(source), json.loads(first.settings), shapes, ()), source, trust)
-    model = load_base(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust)
+    model, new = load_model(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust=trust)
+    model.requires_grad_(False)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    with loading("the tokenizer", source, trust, "; it is not run", "give --download to have it fetched"):
+    with loading("the tokenizer", source, trust):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trust.options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    saved = config_of(source, trust).architectures or []
-    has_own_head = type(model).__name__ in saved
+    heads = heads_of(model)
+    has_own_head = bool(heads) and not any(key.partition(".")[0] in heads for key in new)
     return Base(source, model, tokenizer, AdapterBank(model, slots=slots, host_bytes=host_bytes), has_own_head)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..bank.adapters import IN_RUN, SETTINGS, VALUES, Description, FolderSource, adapters_in
 from ..bank.packs import Pack
 from ..recipes.files import read_json
-from ..recipes.models.adapter_folder import labels_of
+from ..recipes.run_folder import RECORD, checked_labels
 from ..whole_files import new_folder, remove, write_atomically
 from .requests import RefusedError
 
@@ -84,7 +84,10 @@ class Store:
 
     def labels_of(self, name: str) -> tuple[str, ...]:
         """Names of the classes of an adapter that was given as a run of `dvora train`."""
-        return labels_of(self.root / name / "run.json") if self.pack is None else ()
+        record = self.root / name / RECORD
+        if self.pack is not None or not record.is_file():
+            return ()
+        return checked_labels(read_json(record).get("labels") or [], record)
 
     def below(self, path: str) -> Path:
         """A folder that a client names, in the root.

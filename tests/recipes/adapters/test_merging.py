@@ -14,11 +14,6 @@ from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import METHODS, adapted, save
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.bert(tmp_path_factory.mktemp("models") / "bert")
-
-
 @torch.no_grad()
 def outputs(model: torch.nn.Module) -> torch.Tensor:
     return first_output(model.eval()(**example_inputs(model, rows=3, tokens=9)))
@@ -32,10 +27,10 @@ def test_a_merged_folder_is_the_adapted_model(method: str, bert: Path, tmp_path:
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     expected = first_output(model(**example_inputs(model.get_base_model(), rows=3, tokens=9)))
     torch.testing.assert_close(outputs(merged), expected, rtol=1e-4, atol=1e-4)
-    assert done.difference is not None
-    assert done.difference < 1e-4
-    assert done.files == sorted(path.name for path in (tmp_path / "merged").iterdir())
-    assert (done.lost_worst is not None) == (method == "dvora")
+    assert done["difference"] is not None
+    assert done["difference"] < 1e-4
+    assert done["files"] == sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert (done["lost_worst"] is not None) == (method == "dvora")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("good movie").input_ids == [2, 4, 10, 3]
     assert AutoConfig.from_pretrained(tmp_path / "merged").num_labels == 3
 
@@ -46,11 +41,11 @@ def test_other_kinds_of_models(make: object, tmp_path: Path) -> None:
     task_type = "CAUSAL_LM" if make is tiny_models.llama else None
     save(base, tmp_path / "adapter", task_type=task_type)
     done = merge(tmp_path / "adapter", tmp_path / "merged", shard_size="20KB")
-    assert done.difference is not None
-    assert done.difference < 1e-4
-    assert len([name for name in done.files if name.endswith(".safetensors")]) > 1
+    assert done["difference"] is not None
+    assert done["difference"] < 1e-4
+    assert len([name for name in done["files"] if name.endswith(".safetensors")]) > 1
     wanted = "tokenizer.json" if task_type else "preprocessor_config.json"
-    assert wanted in done.files
+    assert wanted in done["files"]
 
 
 def test_a_classifier_on_a_language_model_gets_a_token_to_pad_with(tmp_path: Path) -> None:
@@ -79,17 +74,17 @@ def test_another_dtype_tells_what_it_loses(bert: Path, tmp_path: Path) -> None:
                 parameter.copy_(layer.adapted("default").w)
     model.save_pretrained(tmp_path / "adapter")
     done = merge(tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16")
-    assert done.dtype == "bfloat16"
-    assert done.lost_worst is not None
-    assert done.lost_worst > 0.05
-    assert done.warning is not None
-    assert done.lost_layer is not None
-    assert done.lost_layer in done.warning
+    assert done["dtype"] == "bfloat16"
+    assert done["lost_worst"] is not None
+    assert done["lost_worst"] > 0.05
+    assert done["warning"] is not None
+    assert done["lost_layer"] is not None
+    assert done["lost_layer"] in done["warning"]
     assert AutoModel.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
     whole = merge(tmp_path / "adapter", tmp_path / "whole", dtype="float32")
-    assert whole.warning is None
-    assert whole.lost_worst is not None
-    assert whole.lost_worst < 1e-3
+    assert whole["warning"] is None
+    assert whole["lost_worst"] is not None
+    assert whole["lost_worst"] < 1e-3
 
 
 def test_a_quantised_base_is_refused(bert: Path, tmp_path: Path) -> None:
@@ -99,15 +94,6 @@ def test_a_quantised_base_is_refused(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"is quantised: its steps are larger .*--model"):
-        merge(tmp_path / "adapter", tmp_path / "merged", str(tmp_path / "base"))
-
-
-def test_a_pickled_base_is_refused(bert: Path, tmp_path: Path) -> None:
-    save(bert, tmp_path / "adapter")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text((bert / "config.json").read_text())
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
-    with pytest.raises(ValueError, match=r"holds no safetensors weights; pickled ones .* never loaded"):
         merge(tmp_path / "adapter", tmp_path / "merged", str(tmp_path / "base"))
 
 

@@ -1,15 +1,50 @@
-"""Computing as a run did: its precision, no gradients, on a device that is there."""
+"""Bases: loaded or refused in one line; and computing as a run did, on a device that is there."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from dvora.recipes.models.bases import computing, device_of
+from dvora.recipes.models.bases import computing, device_of, load_base
 from dvora.recipes.settings import Settings
 
 
-def settings(mixed_precision: str) -> Settings:
-    given = {"task": "regression", "model": "m", "data": "d.csv", "cpu": True, "mixed_precision": mixed_precision}
-    return Settings.model_validate(given)
+def settings(mixed_precision: str = "no", model: str = "m", task: str = "regression", seed: int = 0) -> Settings:
+    given = {"mixed_precision": mixed_precision, "model": model, "task": task, "seed": seed}
+    return Settings.model_validate({**given, "data": "d.csv", "cpu": True})
+
+
+def test_new_layers_come_from_the_seed_alone(models: dict[str, Path]) -> None:
+    chosen = settings(model=str(models["bert"]), task="text-classification", seed=3)
+    first, second = (load_base(chosen, ["bad", "good"], 0) for _ in range(2))
+    assert (first.heads, first.new, first.notes) == (("classifier",), {"classifier"}, ("new layers: classifier",))
+    assert first.model.config.id2label == {0: "bad", 1: "good"}
+    assert (first.model.classifier.weight == second.model.classifier.weight).all()
+    other = load_base(chosen.model_copy(update={"seed": 4}), ["bad", "good"], 0)
+    assert (first.model.classifier.weight != other.model.classifier.weight).any()
+
+
+MODEL = {"config.json": {"model_type": "bert"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json"),
+        ({"adapter_config.json": {}}, "an adapter, not a model; name its base"),
+        ({**MODEL, "adapter_config.json": {}}, "an adapter beside the model"),
+        ({**MODEL, "pytorch_model.bin": {}}, "pickled ones .* are never loaded"),
+        ({"config.json": {"model_type": "no"}, "model.safetensors": {}}, "cannot be read"),
+        (None, "'nobody/nothing' is no folder here"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, files: dict[str, object] | None, message: str) -> None:
+    for name, content in (files or {}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        load_base(settings(model="nobody/nothing" if files is None else str(tmp_path)), [], 0)
+    assert "\n" not in str(error.value)
 
 
 # A run in float16 comes from a GPU; a CPU goes on in the precision of the weights.

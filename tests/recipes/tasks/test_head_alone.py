@@ -14,7 +14,14 @@ from transformers import AutoModelForSequenceClassification
 from dvora.recipes.models.bases import load_base, load_processor
 from dvora.recipes.settings import Settings
 from dvora.recipes.tasks import head_alone
-from dvora.recipes.tasks.head_alone import HeadAlone, fitted, fitted_head, frozen_features, last_layer, read_head_alone
+from dvora.recipes.tasks.head_alone import (
+    fitted,
+    fitted_head,
+    frozen_features,
+    last_layer,
+    read_head_alone,
+    save_head_alone,
+)
 from dvora.recipes.tasks.task import features, task_parts
 from tests.recipes import tiny_data
 
@@ -42,9 +49,9 @@ def test_the_layer_on_features_is_scikit_learn_s_on_scaled_ones(classes: int) ->
     head = fitted(torch.tensor(x).float(), torch.tensor(y), classes, 1e-2)
     scaled = (x - x.mean(0)) / x.std(0)
     expected = LogisticRegression(C=1 / (len(x) * 1e-2), tol=1e-8, max_iter=1000).fit(scaled, y)
-    probabilities = head.outputs(torch.tensor(x).float()).softmax(-1).numpy()
+    probabilities = head(torch.tensor(x).float()).softmax(-1).numpy()
     np.testing.assert_allclose(probabilities, expected.predict_proba(scaled), atol=1e-3)
-    numbers = fitted(torch.tensor(x).float(), torch.tensor(y), 0, 1e-2).outputs(torch.tensor(x).float()).flatten()
+    numbers = fitted(torch.tensor(x).float(), torch.tensor(y), 0, 1e-2)(torch.tensor(x).float()).flatten()
     np.testing.assert_allclose(numbers, Ridge(alpha=0.6).fit(scaled, y).predict(scaled), rtol=1e-4, atol=1e-3)
 
 
@@ -55,7 +62,7 @@ def test_a_layer_without_a_bias_is_fitted_as_one(classes: int) -> None:
     labels = (x @ weight.T).argmax(-1) if classes else (x @ weight.T).flatten()
     head = fitted(x, labels, classes, 1e-4, has_bias=False)
     assert not head.bias.any()
-    found = head.outputs(x)
+    found = head(x)
     if classes:
         assert (found.argmax(-1) == labels).double().mean() > 0.95
     else:
@@ -67,7 +74,7 @@ def test_a_class_without_rows_has_an_output_that_is_not_chosen() -> None:
     for labels in (torch.tensor([0, 2] * 10), torch.zeros(20, dtype=torch.int64)):
         head = fitted(x, labels, 4, 1e-2)
         assert head.weight.shape == (4, 3)
-        assert {*head.outputs(x).argmax(-1).tolist()} <= {*labels.tolist()}
+        assert {*head(x).argmax(-1).tolist()} <= {*labels.tolist()}
 
 
 @pytest.mark.parametrize(("name", "task"), [("bert", "text-classification"), ("llama", "text-classification")])
@@ -121,11 +128,11 @@ def test_a_head_that_ends_otherwise_has_none(models: dict[str, Path]) -> None:
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
-    head = HeadAlone(torch.randn(2, 3), torch.randn(2))
-    head.save(tmp_path / "a.safetensors")
-    found = read_head_alone(tmp_path / "a.safetensors")
-    assert torch.equal(found.weight, head.weight)
-    HeadAlone(torch.randn(2, 3), torch.randn(3)).save(tmp_path / "a.safetensors")
+    head = nn.Linear(3, 2)
+    save_head_alone(head, tmp_path / "a.safetensors")
+    assert torch.equal(read_head_alone(tmp_path / "a.safetensors").weight, head.weight)
+    head.bias = nn.Parameter(torch.randn(3))
+    save_head_alone(head, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         read_head_alone(tmp_path / "a.safetensors")
 
@@ -134,6 +141,6 @@ def test_a_long_reading_says_how_long_it_still_takes(models: dict[str, Path], mo
     base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
     monkeypatch.setattr(head_alone, "SOON", 0.0)
     notes: list[str] = []
-    fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("bad", "good"), notes.append)
+    frozen_features(base, dataset, collator, chosen, notes.append)
     assert len(notes) == 1
-    assert re.fullmatch(r"the frozen base reads the rows: \d+% done, about \d+ s left", notes[0])
+    assert re.fullmatch(r"the frozen base reads 11 rows: \d+% done, about \d+ s left", notes[0])

@@ -11,22 +11,14 @@ from safetensors.torch import load_file
 
 from dvora.recipes.settings import Settings, checked_settings
 from dvora.recipes.training.watching import OnProgress, Progress
-from tests.recipes import tiny_data
-
-TASKS = {
-    "text-classification": ("bert", tiny_data.reviews, "a.csv"),
-    "regression": ("bert", tiny_data.ratings, "a.csv"),
-    "sentence-pairs": ("bert", tiny_data.pairs, "a.csv"),
-    "image-classification": ("vit", tiny_data.images, "a"),
-    "causal-lm": ("llama", tiny_data.play, "a.txt"),
-}
+from tests.recipes.finished_runs import DATA
 
 
 class Run:
     """Makes settings of one task, with data and model."""
 
     def __init__(self, models: dict[str, Path], folder: Path, task: str = "text-classification") -> None:
-        model, write, name = TASKS[task]
+        model, name, write = DATA[task]
         self.task, self.model, self.folder = task, models[model], folder
         self.data = write(folder / name)
 

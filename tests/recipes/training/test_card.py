@@ -28,7 +28,9 @@ def test_the_code_loads_the_model(tmp_path: Path, task: str, method: str) -> Non
     code = text.partition("```python\n")[2].partition("```")[0]
     assert ("import dvora" in code) == (method == "dvora")
     named: dict[str, Any] = {}
-    here = code.replace("path/to/this/folder", str(run.adapter)).replace("path/to/", f"{Path(run.base).parent}/")
+    here = code.replace("path/to/this/folder", str(run.adapter)).replace(
+        "path/to/", f"{Path(run.settings.model).parent}/"
+    )
     exec(here, named)
     expected, _ = load_trained(run)
     values = expected.state_dict()

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from dvora.recipes.data.run_data import load_data
+from dvora.recipes.models.adapter_folder import read_adapter
 from dvora.recipes.models.trained import load_trained
 from dvora.recipes.run_folder import read_record, read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
@@ -19,10 +21,11 @@ from dvora.recipes.training.trainers import length_of_run
 from dvora.recipes.training.watching import Progress
 from dvora.training import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
-from tests.recipes.training.runs import TASKS, Run, assert_same, signal_after, trained_parameters
+from tests.recipes.finished_runs import DATA
+from tests.recipes.training.runs import Run, assert_same, signal_after, trained_parameters
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DATA)
 def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: Path, task: str) -> None:
     run = Run(models, tmp_path, task)
     outcome = train(run.settings("out", learning_rate=0.02, epochs=4))
@@ -57,8 +60,6 @@ def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_pa
     found = read_run(tmp_path / "out")
     model, tokenizer = load_trained(found)
     assert model.config.id2label == {0: "bad", 1: "good"}
-    from dvora.recipes.data.run_data import load_data
-
     test = load_data(settings).test
     inputs = features(test, settings, tokenizer, 32).dataset
     batch = tokenizer.pad(inputs.remove_columns("label")[:], return_tensors="pt")
@@ -68,22 +69,19 @@ def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_pa
     assert loss.item() == pytest.approx(found.record["metrics"]["test"]["loss"], rel=1e-5)
     if method == "head":
         assert found.record["trained_parameters"] == 34
+    elif method != "full":
+        assert read_adapter(found.adapter).method == method
 
 
-def test_a_language_model_s_base_is_what_it_was_before_training(models: dict[str, Path], tmp_path: Path) -> None:
-    outcome = train(Run(models, tmp_path, "causal-lm").settings("out", learning_rate=0.05))
-    assert outcome.run is not None
-    metrics = outcome.run.record["metrics"]
-    assert metrics["test"]["loss"] < metrics["test_before_training"]["loss"]
-    assert metrics["test"]["perplexity"] == pytest.approx(torch.tensor(metrics["test"]["loss"]).exp().item(), rel=1e-5)
-
-
-def test_chats_are_trained_on(models: dict[str, Path], tmp_path: Path) -> None:
+def test_chats_are_trained_on_and_compared_with_the_base(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path, "causal-lm")
     run.data = tiny_data.chats(tmp_path / "chats.jsonl")
     outcome = train(run.settings("out", learning_rate=0.05))
     assert outcome.run is not None
-    assert outcome.run.record["metrics"]["test"]["bits_per_byte"] > 0
+    metrics = outcome.run.record["metrics"]
+    assert metrics["test"]["bits_per_byte"] > 0
+    assert metrics["test"]["loss"] < metrics["test_before_training"]["loss"]
+    assert metrics["test"]["perplexity"] == pytest.approx(torch.tensor(metrics["test"]["loss"]).exp().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dvora", "lora"])
@@ -101,16 +99,11 @@ def test_the_same_seed_gives_the_same_run_and_another_another(
     assert any(not torch.equal(one[name], three[name]) for name in one)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Path, number: signal.Signals) -> None:
-    run = Run(models, tmp_path)
-    train(run.settings("whole", dropout=0.1))
-    settings = run.settings("stopped", dropout=0.1)
-    outcome = train(settings, on_progress=signal_after(7, number))
-    assert outcome.run is None
+def test_a_stopped_run_is_refused_unless_it_is_resumed(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = Run(models, tmp_path).settings("stopped")
+    outcome = train(settings, on_progress=signal_after(7, signal.SIGTERM))
     # The signal came when the seventh step was over.
-    assert outcome.stopped_at == 8
-    assert [path.name for path in checkpoints(tmp_path / "stopped" / "checkpoints")][-1] == "checkpoint-8"
+    assert (outcome.run, outcome.stopped_at) == (None, 8)
     with pytest.raises(ValueError, match="is not finished"):
         read_run(tmp_path / "stopped")
     with pytest.raises(InputError, match="holds an unfinished run; --resume goes on"):
@@ -118,7 +111,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Pa
     steps: list[int] = []
     assert train(settings, resume=True, on_progress=lambda progress: steps.append(progress.step)).run is not None
     assert min(steps) == 9
-    assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("changes", [{}, {"evaluate_every": 2}], ids=["epochs", "steps"])
@@ -157,6 +149,18 @@ def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path]
     assert names[0] == names[1]
 
 
+def test_a_resumed_run_starts_from_the_head_that_was_fitted(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path)
+    train(run.settings("whole"))
+    settings, notes = run.settings("killed"), list[str]()
+    train(settings, on_progress=signal_after(2))
+    # As if killed before the first checkpoint.
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    assert train(settings, resume=True, note=notes.append).run is not None
+    assert not any("fitting the head" in note for note in notes)
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("changes", [{}, {"evaluate_every": 5}], ids=["an epoch", "steps"])
 def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
     models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
@@ -176,11 +180,11 @@ def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
 
 @pytest.mark.parametrize("task", ["text-classification", "regression", "causal-lm"])
 def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp_path: Path, task: str) -> None:
-    without_dropout = shutil.copytree(models[TASKS[task][0]], tmp_path / "model")
+    without_dropout = shutil.copytree(models[DATA[task][0]], tmp_path / "model")
     config = json.loads((without_dropout / "config.json").read_text())
     config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     (without_dropout / "config.json").write_text(json.dumps(config))
-    run = Run({TASKS[task][0]: without_dropout}, tmp_path, task)
+    run = Run({DATA[task][0]: without_dropout}, tmp_path, task)
     histories = []
     for output, changes in (("whole", {"batch_size": 4}), ("parts", {"batch_size": 2, "accumulation": 2})):
         train(run.settings(output, max_steps=3, max_gradient_norm=0, keep_best=False, **changes))
@@ -213,7 +217,7 @@ def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path:
     train(run.settings("out"), on_progress=signal_after(2))
     with run.data.open("a") as file:
         file.write("one more,good\n")
-    with pytest.raises(InputError, match=r"a\.csv has changed since the run started"):
+    with pytest.raises(InputError, match=r"reviews\.csv has changed since the run started"):
         train(run.settings("out"), resume=True)
 
 
@@ -225,9 +229,13 @@ def test_training_ends_early_with_the_best_step(models: dict[str, Path], tmp_pat
     assert (found.record["best_step"], found.record["steps"]) == (6, 24)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_starts_from_the_fitted_head(models: dict[str, Path], tmp_path: Path, method: str) -> None:
-    found = train(Run(models, tmp_path).settings("out", method=method, max_steps=1, learning_rate=1e-12)).run
+@pytest.mark.parametrize(("base", "method"), [*(("bert", method) for method in METHODS), ("llama", "dvora")], ids=str)
+def test_every_method_starts_from_the_fitted_head(
+    models: dict[str, Path], tmp_path: Path, base: str, method: str
+) -> None:
+    # The last layer of the second base has no bias.
+    changes = {"model": str(models[base]), "method": method, "max_steps": 1, "learning_rate": 1e-12}
+    found = train(Run(models, tmp_path).settings("out", **changes)).run
     assert found is not None
     metrics = found.record["metrics"]
     for metric in ("accuracy", "macro_f1"):
@@ -235,19 +243,11 @@ def test_every_method_starts_from_the_fitted_head(models: dict[str, Path], tmp_p
     assert found.record["verdict"]
 
 
-def test_a_last_layer_without_a_bias_starts_fitted_too(models: dict[str, Path], tmp_path: Path) -> None:
-    settings = Run(models, tmp_path).settings("out", model=str(models["llama"]), max_steps=1, learning_rate=1e-12)
-    found = train(settings).run
-    assert found is not None
-    metrics = found.record["metrics"]
-    assert metrics["validation"]["accuracy"] == pytest.approx(metrics["validation_head_alone"]["accuracy"])
-
-
 def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     first = train(run.settings("first", method="full")).run
     assert first is not None
-    trained = Run({TASKS["text-classification"][0]: first.adapter}, tmp_path)
+    trained = Run({DATA["text-classification"][0]: first.adapter}, tmp_path)
     again = train(trained.settings("again", tokenizer=first.settings.model, max_steps=1, learning_rate=1e-12)).run
     assert again is not None
     metrics = [each.record["metrics"]["test"]["loss"] for each in (first, again)]
@@ -302,14 +302,10 @@ def test_a_mismatch_is_reported_before_anything_is_written(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mixed_precision": "bf16"},
-        {"gradient_checkpointing": True},
-        {"accumulation": 3},
-        {"validation_share": 0.0, "test_share": 0.0},
-        {"evaluate_every": 2, "save_every": 4},
-        {"keep_best": False, "save_every": 5},
+        {"mixed_precision": "bf16", "evaluate_every": 2, "save_every": 4},
+        {"gradient_checkpointing": True, "accumulation": 3, "keep_best": False, "save_every": 5},
+        {"validation_share": 0.0, "test_share": 0.0, "base_dtype": "bfloat16"},
         {"max_steps": 3, "schedule": "cosine"},
-        {"base_dtype": "bfloat16"},
     ],
     ids=lambda changes: ",".join(changes),
 )

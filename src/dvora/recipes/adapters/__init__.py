@@ -1,6 +1,8 @@
 """What can be done with an adapter's folder; what commands offer of it is here, where it costs no import."""
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of merged weights; "auto" is the base's own."""
 TARGETS = ("dora", "dvora", "dense")
 """What adapters are converted to."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...tools.analysis import Analysis, analyze
 from ...whole_files import new_file
-from ..models.adapter_folder import SETTINGS, read_adapter
-from ..models.adapters import load_adapted, with_another
+from ..models.adapter_folder import SETTINGS, adapter_on, read_adapter
+from ..models.adapters import load_adapted
 from ..run_folder import ADAPTER, RECORD
 from ..training.checkpoints import CHECKPOINT, step_of
 
@@ -36,7 +36,7 @@ def analyze_folders(folders: Sequence[Path], model: str | None = None) -> tuple[
     # Names of folders may be none that PEFT takes.
     names = ["default", *(f"adapter{number}" for number in range(2, len(adapters) + 1))]
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        with_another(adapted, adapter, name)
+        adapter_on(adapted, adapter, name)
     analysis = replace(analyze(adapted, names), adapters=tuple(_names(folders)))
     return analysis, tuple(map(step_of, checkpoints)) or None
 

@@ -1,7 +1,7 @@
 """Adapters of one method as adapters of another, where that is exact."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -17,31 +17,6 @@ _MAGNITUDES = ("dvora_magnitude", "lora_magnitude_vector")
 """One a layer, by the ends of their names."""
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A converted adapter.
-
-    Args:
-        source, output: the folders.
-        from_method, to_method: of the adapters.
-        base_model: that both are for.
-        layers: that are adapted.
-        bytes: of the new file of values.
-        difference: largest relative distance of the two adapted models' outputs on a fixed input.
-        note: what there is to know of the result.
-    """
-
-    source: str
-    output: str
-    from_method: str
-    to_method: str
-    base_model: str
-    layers: int
-    bytes: int
-    difference: float | None
-    note: str
-
-
 _NOTES = {
     "dora": "trained further it is another method: PEFT's DoRA trains A and B too, without the norm's gradient",
     "dvora": "its matrices are drawn again from PEFT's seed when it is loaded, in the size of the largest layer",
@@ -49,7 +24,7 @@ _NOTES = {
 }
 
 
-def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Conversion:
+def convert(folder: Path, to: str, output: Path, model: str | None = None) -> dict[str, Any]:
     """Convert an adapter into a new folder, and compare the outputs of both before the folder takes its name.
 
     Args:
@@ -57,6 +32,15 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Co
         to: "dora" or "dense" of a DVoRA adapter, "dvora" of one of PEFT's VeRA.
         output: that must not exist, or be empty.
         model: the base, a folder or a name on the hub; None takes the one that the adapter names.
+
+    Returns:
+        source, output: the folders.
+        from_method, to_method: of the adapters.
+        base_model: that both are for.
+        layers: that are adapted.
+        bytes: of the new file of values.
+        difference: largest relative distance of the two adapted models' outputs on a fixed input.
+        note: what there is to know of the result.
 
     Raises:
         FileExistsError: there is something in the output folder.
@@ -80,9 +64,17 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> Co
             again = load_adapted(read_adapter(filling), model)
             changed = difference(example_output(again), example_output(adapted))
         size = (filling / file).stat().st_size
-    return Conversion(
-        str(adapter.folder), str(output), adapter.method, to, base, layers, size, changed, _NOTES[to]
-    )  # fmt: skip
+    return {
+        "source": str(adapter.folder),
+        "output": str(output),
+        "from_method": adapter.method,
+        "to_method": to,
+        "base_model": base,
+        "layers": layers,
+        "bytes": size,
+        "difference": changed,
+        "note": _NOTES[to],
+    }
 
 
 def _check_pair(method: str, to: str) -> None:

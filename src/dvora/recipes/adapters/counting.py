@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from ...peft.layer_types import LAYER_TYPES
-from ..models.architectures import config_of, heads_of, model_class, quietly, without_memory
+from ..models.bases import config_of, heads_of, model_class, quiet_transformers, without_memory
 
 RANKS: Mapping[str, tuple[int | None, ...]] = {
     "dvora": (64, 256, 1024),
@@ -36,49 +35,13 @@ OPTIMIZER_VALUES = 2
 """AdamW keeps two values for each trained parameter."""
 
 
-@dataclass(frozen=True)
-class Count:
-    """What one method costs.
-
-    Args:
-        method: its name.
-        rank: of the update; None where there is none.
-        trained: parameters, a head included.
-        share: of the model's own parameters.
-        file_bytes: of the saved adapter; of all weights for "full".
-        optimizer_bytes: what AdamW keeps.
-        note: what the numbers leave out, or why there are none.
-    """
-
-    method: str
-    rank: int | None
-    trained: int | None
-    share: float | None
-    file_bytes: int | None
-    optimizer_bytes: int | None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A model and what every method would train of it."""
-
-    model: str
-    architecture: str
-    parameters: int
-    targets: list[str]
-    layers: int
-    heads: list[str]
-    counts: list[Count]
-
-
 def count(
     source: str,
     targets: Sequence[str] = (),
     ranks: Sequence[int] = (),
     task_type: str | None = None,
     labels: int | None = None,
-) -> Counted:
+) -> dict[str, Any]:
     """Trained parameters and bytes of every method; only the configuration is read, nothing is allocated.
 
     Args:
@@ -87,6 +50,14 @@ def count(
         ranks: to count with; none means those that are usual for each method.
         task_type: PEFT's name of the task; None keeps the class that the model was saved with.
         labels: outputs of the head; None keeps the model's.
+
+    Returns:
+        model, architecture, parameters: of the model.
+        targets, layers: names of the adapted layers, without their places, and how many they are.
+        heads: the modules that are trained whole.
+        counts: of each method and rank: `method`, `rank` (None where there is none), `trained` parameters, a head
+            included, and their `share` of the model's, `file_bytes` of the saved adapter (of all weights for "full"),
+            `optimizer_bytes` that AdamW keeps, and a `note` on what the numbers leave out, or why there are none.
 
     Raises:
         ValueError: there is no such model, a rank is no rank, or no layer has such a name.
@@ -99,9 +70,8 @@ def count(
     make = model_class(config, task_type)
     model = without_memory(make, config)
     heads = heads_of(model)
-    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    total = sum(map(prod, own.values()))
-
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    head = {name: shape for name, shape in shapes.items() if name.split(".")[0] in heads}
     # PEFT adapts a linear head that it also trains whole, unless it is left out.
     excluded = [name for name, _ in model.named_modules() if name.split(".")[0] in heads]
     lora = LoraConfig(r=1, target_modules=list(targets) or "all-linear", exclude_modules=excluded or None)
@@ -110,11 +80,10 @@ def count(
         for name, layer in _adapted(without_memory(make, config), lora).named_modules()
         if isinstance(layer, LoraLayer)
     }
-    head = {name: shape for name, shape in own.items() if name.split(".")[0] in heads}
 
-    def trained(method: str, rank: int | None) -> Shapes:
+    def saved(method: str, rank: int | None) -> Shapes:
         if method == "full":
-            return own
+            return shapes
         if method == "head" and not head:
             raise ValueError("the model has no head of its own to train; choose a task")
         if rank is None:
@@ -124,17 +93,42 @@ def count(
             return _of_dvora(layers, rank) | {f"base_model.model.{name}": shape for name, shape in head.items()}
         options = {"r": rank, "target_modules": list(layers), "modules_to_save": heads or None}
         adapted = _adapted(without_memory(make, config), _CONFIGS[method](**options))
-        with quietly():
+        with quiet_transformers():
             values = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         return {name: tuple(value.shape) for name, value in values.items()}
 
-    counts = [
-        _count(method, rank, trained, total)
-        for method, usual in RANKS.items()
-        for rank in (ranks if ranks and usual != (None,) else usual)
-    ]
-    names = sorted({name.rpartition(".")[2] for name in layers})
-    return Counted(source, type(model).__name__, total, names, len(layers), heads, counts)
+    total = sum(map(prod, shapes.values()))
+    counts = []
+    for method, usual in RANKS.items():
+        for rank in ranks if ranks and usual != (None,) else usual:
+            row = dict.fromkeys(("trained", "share", "file_bytes", "optimizer_bytes", "note"))
+            try:
+                row |= _sizes(saved(method, rank), total)
+            except (TypeError, ValueError) as error:
+                # PEFT's own words for layers of a type that a method has not.
+                row["note"] = str(error)
+            counts.append({"method": method, "rank": rank, **row})
+    return {
+        "model": source,
+        "architecture": type(model).__name__,
+        "parameters": total,
+        "targets": sorted({name.rpartition(".")[2] for name in layers}),
+        "layers": len(layers),
+        "heads": heads,
+        "counts": counts,
+    }
+
+
+def _sizes(saved: Shapes, total: int) -> dict[str, Any]:
+    trained = {name: shape for name, shape in saved.items() if not name.startswith("base_model.vera_")}
+    values = sum(map(prod, trained.values()))
+    return {
+        "trained": values,
+        "share": values / total,
+        "file_bytes": file_bytes(saved),
+        "optimizer_bytes": OPTIMIZER_VALUES * VALUE_BYTES * values,
+        "note": "" if saved == trained else f"with save_projection=False: {file_bytes(trained):,} bytes",
+    }
 
 
 def file_bytes(shapes: Shapes) -> int:
@@ -148,25 +142,9 @@ def file_bytes(shapes: Shapes) -> int:
     return 8 + -(-text // 8) * 8 + end
 
 
-def _count(method: str, rank: int | None, shapes_of: Callable[[str, int | None], Shapes], total: int) -> Count:
-    try:
-        saved = shapes_of(method, rank)
-    except (TypeError, ValueError) as error:
-        # PEFT's own words for layers of a type that a method has not.
-        return Count(method, rank, None, None, None, None, str(error))
-    trained = {name: shape for name, shape in saved.items() if not name.startswith("base_model.vera_")}
-    note = ""
-    if saved != trained:
-        note = f"with save_projection=False: {file_bytes(trained):,} bytes"
-    values = sum(map(prod, trained.values()))
-    return Count(
-        method, rank, values, values / total, file_bytes(saved), OPTIMIZER_VALUES * VALUE_BYTES * values, note
-    )  # fmt: skip
-
-
 def _adapted(model: nn.Module, config: PeftConfig) -> nn.Module:
     """The model with PEFT's adapter: on the meta device it costs nothing."""
-    with torch.device("meta"), quietly():
+    with torch.device("meta"), quiet_transformers():
         return get_peft_model(model, config)
 
 

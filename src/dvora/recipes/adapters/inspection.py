@@ -1,10 +1,9 @@
 """What an adapter is, from its folder; with its base model also how far it moves the weights."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -12,18 +11,30 @@ from safetensors import safe_open
 from ...adapter import diagnostics
 from ...peft.config import DVoRAConfig
 from ...peft.layer import layers_in
+from ...peft.saving import check_file
 from ..models.adapter_folder import Adapter, read_adapter
-from ..models.adapters import config_of_adapter, load_adapted
+from ..models.adapters import load_adapted
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
 """Prefixes of the names of fixed tensors."""
+SETTINGS = ("direction", "alpha", "strength", "train", "bias", "dvora_dropout", "detach_norm")
+MEASURES = {
+    "angle_mean": "angle_degrees_mean",
+    "angle_max": "angle_degrees_max",
+    "norm_ratio": "norm_ratio_mean",
+    "gain_distance": "gain_distance_mean",
+}
+"""The names of a layer's changes, and of the diagnostics that they are."""
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What is known of an adapter.
+def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
+    """What an adapter's folder holds, and how far the adapter moves the weights of a base model.
 
     Args:
+        folder: of the adapter, or of a run of `dvora train`.
+        model: the base, a folder or a name on the hub; None reads no model.
+
+    Returns:
         folder, method, base_model, task_type: from its files.
         ranks: how many layers have each rank; 0 means the magnitude only.
         targets: the setting `target_modules`.
@@ -32,69 +43,38 @@ class Inspection:
         head_values: those of them in modules that are trained whole.
         bytes: of the adapter's file of values.
         folder_bytes: of all files in the folder.
-        projections: of DVoRA: distribution, seed, fingerprint, and whether the matrices are in the file.
-        settings: further settings of DVoRA that change what it computes.
-        layers: numbers of each layer of DVoRA.
-    """
-
-    folder: str
-    method: str
-    base_model: str | None
-    task_type: str | None
-    ranks: dict[int, int]
-    targets: Any
-    layer_count: int
-    trained_parameters: int
-    head_values: int
-    bytes: int
-    folder_bytes: int
-    projections: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, without what is empty."""
-        return {name: value for name, value in asdict(self).items() if value not in ({}, [])}
-
-
-def inspect(folder: Path, model: str | None = None) -> Inspection:
-    """What an adapter's folder holds, and how far the adapter moves the weights of a base model.
-
-    Args:
-        folder: of the adapter, or of a run of `dvora train`.
-        model: the base, a folder or a name on the hub; None reads no model.
+        projections: of DVoRA alone: distribution, seed, fingerprint, and whether the matrices are in the file.
+        settings: of DVoRA alone: further ones that change what it computes.
+        layers: of DVoRA alone: numbers of each layer.
 
     Raises:
         TypeError, ValueError: the folder holds no adapter, a pickled or a damaged one, or it does not fit the model.
     """
     adapter = read_adapter(folder)
-    layers = _layers(adapter)
+    ranks = _ranks(adapter)
     trained = {key: prod(shape) for key, shape in adapter.shapes.items() if not key.startswith(FIXED)}
-    # PEFT adds the usual names of a task's heads to those that were given.
-    heads = list(dict.fromkeys(adapter.settings.get("modules_to_save") or ()))
     targets = adapter.settings.get("target_modules")
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "folder": str(adapter.folder),
         "method": adapter.method,
         "base_model": adapter.settings.get("base_model_name_or_path"),
         "task_type": adapter.settings.get("task_type"),
-        "ranks": dict(sorted(Counter(layers.values()).items())),
+        "ranks": dict(sorted(Counter(ranks.values()).items())),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
-        "layer_count": len(layers),
+        "layer_count": len(ranks),
         "trained_parameters": sum(trained.values()),
-        "head_values": sum(n for key, n in trained.items() if any(f".{head}." in key for head in heads)),
+        "head_values": sum(values for key, values in trained.items() if key in adapter.head_shapes),
         "bytes": adapter.file.stat().st_size,
         "folder_bytes": sum(path.stat().st_size for path in adapter.folder.rglob("*") if path.is_file()),
     }
     if adapter.method == "dvora":
-        found |= _of_dvora(adapter, layers, model)
-        found["settings"]["modules_to_save"] = heads or None
-    elif model is not None:
+        return facts | _of_dvora(adapter, ranks, model)
+    if model is not None:
         raise ValueError(f"--model is for adapters of DVoRA; {adapter.folder} holds one of {adapter.method}")
-    return Inspection(**found)
+    return facts
 
 
-def _layers(adapter: Adapter) -> dict[str, int]:
+def _ranks(adapter: Adapter) -> dict[str, int]:
     """The rank of every adapted layer, by its name."""
     ranks: dict[str, int] = {}
     for key, shape in adapter.shapes.items():
@@ -109,15 +89,14 @@ def _layers(adapter: Adapter) -> dict[str, int]:
 
 
 def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dict[str, Any]:
-    config = config_of_adapter(adapter)
-    assert isinstance(config, DVoRAConfig), type(config)
-    done = {} if model is None else _done_to(adapter, model)
+    config = cast(DVoRAConfig, DVoRAConfig.from_pretrained(str(adapter.folder)))
+    check_file(config)
+    changes = {} if model is None else _changes(adapter, model)
     with safe_open(adapter.file, "pt") as values:
         layers = [
-            {"layer": name, "rank": rank, **_norms(values, adapter, name), **done.get(name, {})}
+            {"layer": name, "rank": rank, **_norms(values, adapter, name), **changes.get(name, {})}
             for name, rank in ranks.items()
         ]
-    shown = ("direction", "alpha", "strength", "train", "bias", "dvora_dropout", "detach_norm")
     return {
         "projections": {
             "distribution": config.projection_init,
@@ -125,7 +104,7 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
             "fingerprint": config.projection_fingerprint,
             "in_file": any(key.startswith(FIXED) for key in adapter.shapes),
         },
-        "settings": {name: vars(config)[name] for name in shown},
+        "settings": {**{name: vars(config)[name] for name in SETTINGS}, "modules_to_save": adapter.heads or None},
         "layers": layers,
     }
 
@@ -143,17 +122,11 @@ def _norms(values: Any, adapter: Adapter, layer: str) -> dict[str, float | int]:
     return norms
 
 
-def _done_to(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
-    """How far each layer's weight was moved, by its name."""
-    short = {
-        "angle_degrees_mean": "angle_mean",
-        "angle_degrees_max": "angle_max",
-        "norm_ratio_mean": "norm_ratio",
-        "gain_distance_mean": "gain_distance",
-    }
-    moved = {}
+def _changes(adapter: Adapter, model: str) -> dict[str, dict[str, float]]:
+    """How far each layer's weight was moved, by the layer's name."""
+    changes = {}
     for layer in layers_in(load_adapted(adapter, model)):
         weight = layer.unmerged() if layer.layer_type.has_weight else None
         measured = diagnostics(layer.adapted("default"), layer.vectors("default"), weight)
-        moved[layer.name] = {name: measured[measure] for measure, name in short.items()}
-    return moved
+        changes[layer.name] = {name: measured[measure] for name, measure in MEASURES.items()}
+    return changes

@@ -1,7 +1,6 @@
 """A folder of adapters as one file for the bank, and what is in such a file."""
 
 from collections import Counter
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,7 @@ from ...bank.packs import FORMAT, OnProgress, Pack, write_pack
 from ...peft.content import Content
 
 
-@dataclass(frozen=True)
-class PackInspection:
-    """What a pack holds.
-
-    Args:
-        file: the pack.
-        format: of it.
-        count: of adapters.
-        bytes: of the file.
-        bytes_an_adapter: on average, with its part of the index.
-        contents: for each kind of adapter in it: how many, their layers, ranks, and the names of what is saved whole.
-        adapters: name, bytes and digest of each.
-    """
-
-    file: str
-    format: str
-    count: int
-    bytes: int
-    bytes_an_adapter: int
-    contents: list[dict[str, Any]]
-    adapters: list[dict[str, Any]]
-
-
-def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> PackInspection:
+def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Write all adapters of a folder into one file, and look into it.
 
     Args:
@@ -52,8 +28,16 @@ def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> P
     return inspect_pack(output)
 
 
-def inspect_pack(file: Path) -> PackInspection:
+def inspect_pack(file: Path) -> dict[str, Any]:
     """What a pack holds; no values are read.
+
+    Returns:
+        file, format: of the pack.
+        count: of adapters.
+        bytes: of the file.
+        bytes_an_adapter: on average, with its part of the index.
+        contents: for each kind of adapter in it: how many, their layers, ranks, and the names of what is saved whole.
+        adapters: name, bytes and digest of each.
 
     Raises:
         ValueError: it is none, truncated or damaged.
@@ -61,15 +45,17 @@ def inspect_pack(file: Path) -> PackInspection:
     with Pack.open(file) as opened:
         sources = [opened.source(name) for name in opened.entries]
     contents, size = Counter(source.content for source in sources), file.stat().st_size
-    return PackInspection(
-        str(file),
-        FORMAT,
-        len(sources),
-        size,
-        size // len(sources),
-        [_in_short(content, count) for content, count in contents.items()],
-        [{"name": each.name, "bytes": each.description.size, "digest": each.digest} for each in sources],
-    )
+    return {
+        "file": str(file),
+        "format": FORMAT,
+        "count": len(sources),
+        "bytes": size,
+        "bytes_an_adapter": size // len(sources),
+        "contents": [_in_short(content, count) for content, count in contents.items()],
+        "adapters": [
+            {"name": source.name, "bytes": source.description.size, "digest": source.digest} for source in sources
+        ],
+    }
 
 
 def _in_short(content: Content, count: int) -> dict[str, Any]:
@@ -77,7 +63,7 @@ def _in_short(content: Content, count: int) -> dict[str, Any]:
         "adapters": count,
         "layers": len(content.layers),
         "ranks": sorted({layer.rank for layer in content.layers}),
-        "values": sum(sum(layer.lengths) for layer in content.layers) + sum(prod(each.shape) for each in content.whole),
-        "saved_whole": [each.name for each in content.whole],
+        "values": sum(sum(layer.lengths) for layer in content.layers) + sum(prod(part.shape) for part in content.whole),
+        "saved_whole": [part.name for part in content.whole],
         "digest": content.digest,
     }

@@ -14,7 +14,8 @@ from ...peft.expressions import check_expressions
 from ...peft.saving import opened
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
-from ..run_folder import ADAPTER, checked_labels
+from ..run_folder import ADAPTER, RECORD, checked_labels
+from .bases import quiet_transformers
 from .hub import offline
 
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -23,12 +24,12 @@ LARGEST_SETTINGS = 2**24
 MOST_HEADS = 256
 ELSEWHERE = ("adapters", "megatron_config", "tokenizer_kwargs", "tokenizer_name_or_path")
 """Settings with which PEFT loads or imports what is not in the folder."""
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "base_model_name_or_path": (str,),
-    "task_type": (str,),
-    "auto_mapping": (dict,),
-    "modules_to_save": (list,),
-    "use_dora": (bool,),
+_TYPES: Mapping[str, type] = {
+    "base_model_name_or_path": str,
+    "task_type": str,
+    "auto_mapping": dict,
+    "modules_to_save": list,
+    "use_dora": bool,
 }
 """Of the settings that are used here; null counts as missing."""
 
@@ -53,21 +54,25 @@ class Adapter:
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        heads = self.settings.get("modules_to_save") or ()
         # PEFT names heads that a model may have; no model has all of them.
-        if heads and not any(f".{head}." in key for head in heads for key in self.shapes):
-            raise ValueError(f"{self.file} lacks the modules that the adapter trains whole ({', '.join(heads)})")
+        if self.heads and not self.head_shapes:
+            raise ValueError(f"{self.file} lacks the modules that the adapter trains whole ({', '.join(self.heads)})")
         check_labels(self.labels, self.shapes, self.file)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the modules that are trained and saved whole, among them names that the model may not have."""
+        return list(dict.fromkeys(self.settings.get("modules_to_save") or ()))
+
+    @property
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of these modules' values, by name."""
+        return {key: shape for key, shape in self.shapes.items() if any(f".{head}." in key for head in self.heads)}
 
     @property
     def label_count(self) -> int | None:
         """The outputs of the head that an adapter brings; None if it brings none."""
-        heads = self.settings.get("modules_to_save") or ()
-        last = [
-            shape
-            for key, shape in self.shapes.items()
-            if len(shape) == 2 and any(f".{head}." in key for head in heads) and key.endswith("weight")
-        ]
+        last = [shape for key, shape in self.head_shapes.items() if len(shape) == 2 and key.endswith("weight")]
         # The last layer of a head of several, which has one output a label, is the smallest.
         return min((shape[0] for shape in last), default=None)
 
@@ -108,7 +113,7 @@ def read_adapter(folder: Path) -> Adapter:
         folder = folder / ADAPTER
     if not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds no {SETTINGS}, so it is no adapter folder")
-    settings = checked_adapter_settings(folder / SETTINGS)
+    settings = _checked_settings(folder / SETTINGS)
     if not (folder / VALUES).is_file():
         if (folder / PICKLED).exists():
             raise ValueError(
@@ -116,26 +121,22 @@ def read_adapter(folder: Path) -> Adapter:
                 "trusts it, load it with PEFT once and save it again (save_pretrained writes safetensors)"
             )
         raise ValueError(f"{folder} holds no {VALUES}")
-    return Adapter(folder, settings, shapes_in(folder / VALUES), labels_of(folder.parent / "run.json"))
+    record = folder.parent / RECORD
+    labels = checked_labels(read_json(record).get("labels") or [], record) if record.is_file() else ()
+    return Adapter(folder, settings, shapes_in(folder / VALUES), labels)
 
 
-def checked_adapter_settings(file: Path) -> dict[str, Any]:
-    """The content of an adapter_config.json.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, of no method of PEFT, or a setting is not what it may be.
-    """
+def _checked_settings(file: Path) -> dict[str, Any]:
     settings = read_json(file, LARGEST_SETTINGS)
     if "peft_type" not in settings:
         raise ValueError(f"{file} has no peft_type, so it is not of an adapter")
     method = settings["peft_type"]
     if not isinstance(method, str) or method not in PeftType.__members__:
-        known = did_you_mean(str(method)[:40], PeftType.__members__)
-        raise ValueError(f"{file} has the peft_type {method!r}, which is no method of PEFT here; {known}")
-    for name, types in _TYPES.items():
-        if not isinstance(settings.get(name), (*types, type(None))):
-            raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {types[0].__name__} or null")
+        meant = did_you_mean(str(method)[:40], PeftType.__members__)
+        raise ValueError(f"{file} has the peft_type {method!r}, which is no method of PEFT here; {meant}")
+    for name, kind in _TYPES.items():
+        if not isinstance(settings.get(name), kind | None):
+            raise ValueError(f"{file}: {name} is {settings[name]!r}, expected {kind.__name__} or null")
     heads = settings.get("modules_to_save") or ()
     if len(heads) > MOST_HEADS or not all(isinstance(head, str) for head in heads):
         raise ValueError(f"{file}: expected at most {MOST_HEADS} names in modules_to_save, got {heads!r}")
@@ -165,32 +166,29 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def adapter_on(model: Any, folder: Path) -> PeftModel:
-    """A base with the adapter of a folder, which has been looked at before.
+def adapter_on(model: Any, adapter: Adapter, name: str = "default") -> PeftModel:
+    """A base with an adapter, or an adapted model with another one beside those that it has.
 
     Raises:
-        ValueError: the adapter's file lacks something that the adapter trains, or does not fit the base.
+        ValueError: the adapter's file lacks something that the adapter trains, does not fit the base, or has an
+            expression that would match the base's names without end.
     """
-    check_targets(folder, model)
-    with offline(), warnings.catch_warnings():
-        # PEFT goes on with random values.
-        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-        try:
-            adapted: PeftModel = PeftModel.from_pretrained(model, str(folder))
-        except UserWarning as warning:
-            lacking = str(warning).partition("[")[2].partition("]")[0]
-            raise ValueError(f"{folder / VALUES} lacks values that the adapter trains: {lacking}") from None
+    check_expressions(adapter.settings, [module for module, _ in model.named_modules()])
+    folder = str(adapter.folder)
+    with offline(), quiet_transformers():
+        if isinstance(model, PeftModel):
+            lacking = ", ".join(model.load_adapter(folder, adapter_name=name).missing_keys)
+        else:
+            # PEFT goes on with random values.
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            try:
+                model, lacking = PeftModel.from_pretrained(model, folder, name), ""
+            except UserWarning as warning:
+                lacking = str(warning).partition("[")[2].partition("]")[0]
+    if lacking:
+        raise ValueError(f"{adapter.file} lacks values that the adapter trains: {lacking}")
+    adapted: PeftModel = model.eval()
     return adapted
-
-
-def check_targets(folder: Path, model: Any) -> None:
-    """Refuse an adapter of any method whose expressions would match a model's names without end.
-
-    Raises:
-        ValueError: one would, or is none.
-    """
-    settings = checked_adapter_settings(folder / SETTINGS)
-    check_expressions(settings, [name for name, _ in model.named_modules()])
 
 
 def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
@@ -201,8 +199,3 @@ def check_labels(labels: Sequence[str], shapes: Mapping[str, tuple[int, ...]], f
     """
     if labels and not any(shape[:1] == (len(labels),) for shape in shapes.values()):
         raise ValueError(f"{len(labels):,} classes are on record, and nothing in {file} has as many rows")
-
-
-def labels_of(record: Path) -> tuple[str, ...]:
-    """The names of the classes that a run of `dvora train` notes beside its adapter; empty where there is no run."""
-    return checked_labels(read_json(record).get("labels") or [], record) if record.is_file() else ()

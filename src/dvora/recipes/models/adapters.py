@@ -4,15 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 import dvora
 
-from ...peft.saving import check_file
 from ..settings import NOTHING, Trust
-from .adapter_folder import Adapter, adapter_on, check_targets
-from .architectures import config_of, load_base, model_class, quietly
-from .hub import offline
+from .adapter_folder import Adapter, adapter_on
+from .bases import config_of, load_model, model_class, set_labels
 
 
 def load_adapted(
@@ -32,22 +30,8 @@ def load_adapted(
     assert dvora.__version__  # importing it makes the method known to PEFT
     trust = of_base(model, trust)
     base = adapter.base(model)
-    loaded = load_base(base, *base_class(adapter, base, trust), dtype, trust)
-    with quietly():
-        return adapter_on(loaded, adapter.folder).eval()
-
-
-def with_another(adapted: PeftModel, adapter: Adapter, name: str) -> None:
-    """Load another adapter beside those of a model.
-
-    Raises:
-        ValueError: it does not fit, or its file lacks something that it trains.
-    """
-    check_targets(adapter.folder, adapted)
-    with offline(), quietly():
-        lacking = adapted.load_adapter(str(adapter.folder), adapter_name=name).missing_keys
-    if lacking:
-        raise ValueError(f"{adapter.file} lacks values that the adapter trains: {lacking[0]}")
+    loaded, _ = load_model(base, *base_class(adapter, base, trust), dtype, trust=trust)
+    return adapter_on(loaded.requires_grad_(False), adapter)
 
 
 def of_base(model: str | None, trust: Trust) -> Trust:
@@ -59,27 +43,12 @@ def base_class(adapter: Adapter, base: str, trust: Trust) -> tuple[Any, Any]:
     """The class of an adapter's base model, and its configuration with as many labels as the adapter's head has."""
     config = config_of(base, trust)
     mapping = adapter.settings.get("auto_mapping") or {}
-    found = model_class(config, adapter.settings.get("task_type"), mapping.get("base_model_class"))
+    make = model_class(config, adapter.settings.get("task_type"), mapping.get("base_model_class"))
     if (count := adapter.label_count) is not None:
         config.num_labels = count
-    if adapter.labels:
-        config.id2label = dict(enumerate(adapter.labels))
-        config.label2id = {label: index for index, label in enumerate(adapter.labels)}
+    set_labels(config, adapter.labels)
     if getattr(config, "pad_token_id", None) is None:
         # Classifiers of decoders look for the end of a text by it; `dvora train` pads with this token too.
         ends = getattr(config, "eos_token_id", None)
         config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-    return found, config
-
-
-def config_of_adapter(adapter: Adapter) -> PeftConfig:
-    """The configuration as PEFT has it, checked; one of DVoRA also against the names and shapes in its file.
-
-    Raises:
-        TypeError, ValueError: a setting is wrong.
-    """
-    # Of any method; it reads the names and shapes of a file of DVoRA too.
-    config = dvora.DVoRAConfig.from_pretrained(str(adapter.folder))
-    if isinstance(config, dvora.DVoRAConfig):
-        check_file(config)
-    return config
+    return make, config

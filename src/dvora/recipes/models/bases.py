@@ -1,7 +1,7 @@
-"""Base models with their tokenizers and image processors: loaded with the task's head, and where they compute."""
+"""Base models: their class and weights, with the head of a task, their tokenizers, and where they compute."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +11,30 @@ import torch
 import transformers
 from torch import nn
 
-from ..files import check_no_device
+from ..files import check_readable
 from ..run_folder import local_rank
-from ..settings import NOTHING, Settings, Task, Trust
-from .hub import check_weights, loading
+from ..settings import NAMED, NOTHING, Settings, Task, Trust
+from .hub import loading
 
-_ADVICE = "; if you trust its author, give --trust-remote-code", "give --download to have it fetched"
-
-MODEL_CLASSES: dict[Task, type] = {
-    "text-classification": transformers.AutoModelForSequenceClassification,
-    "sentence-pairs": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-    "causal-lm": transformers.AutoModelForCausalLM,
+AUTO_CLASSES: Mapping[str, Any] = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+    "IMAGE_CLS": transformers.AutoModelForImageClassification,
+}
+"""By PEFT's names of tasks; it has none for images."""
+TASK_TYPES: Mapping[Task, str] = {
+    "text-classification": "SEQ_CLS",
+    "sentence-pairs": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "image-classification": "IMAGE_CLS",
+    "causal-lm": "CAUSAL_LM",
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,12 @@ def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     # A folder without a model has no tokenizer either; report the model first.
     check_model_folder(settings.model)
     source = settings.tokenizer or settings.model
-    kind = transformers.AutoImageProcessor if settings.task == "image-classification" else transformers.AutoTokenizer
     images = settings.task == "image-classification"
-    files = ("preprocessor_config.json", "processor_config.json") if images else TOKENIZER_FILES
-    name = "image processor" if images else "tokenizer"
-    folder = Path(source)
-    if folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern)):
+    name, files = ("image processor", IMAGE_PROCESSOR_FILES) if images else ("tokenizer", TOKENIZER_FILES)
+    if Path(source).is_dir() and not any(True for pattern in files for _ in Path(source).glob(pattern)):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); give its folder with `tokenizer`")
-    check_model_files(source)
-    with loading(f"the {name}", source, trust, *_ADVICE):
+    with loading(f"the {name}", source, trust):
+        kind: Any = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
         processor = kind.from_pretrained(source, **trust.options)
     if not images and processor.pad_token is None:
         if processor.eos_token is None:
@@ -87,55 +93,129 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
     Raises:
         ValueError: it is no model, cannot be fetched, or has no safetensors weights.
     """
-    source = settings.model
-    check_model_folder(source)
-    check_weights(source)
-    with loading("the model", source, trust, *_ADVICE):
-        options = _head_options(settings.task, labels)
-        config = transformers.AutoConfig.from_pretrained(source, **trust.options, **options)
-        if pad_token_id is not None:
-            config.pad_token_id = pad_token_id
-        with quiet_transformers(), torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            model, info = MODEL_CLASSES[settings.task].from_pretrained(  # type: ignore[attr-defined]
-                source,
-                config=config,
-                dtype=getattr(torch, settings.base_dtype),
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **trust.options,
-            )
-    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
-    if settings.task == "causal-lm":
+    source, task_type = settings.model, TASK_TYPES[settings.task]
+    config = config_of(source, trust)
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    if task_type != "CAUSAL_LM":
+        config.problem_type = "single_label_classification" if labels else "regression"
+        config.num_labels = 1
+        set_labels(config, labels)
+    dtype = getattr(torch, settings.base_dtype)
+    model, new = load_model(source, AUTO_CLASSES[task_type], config, dtype, settings.seed, trust)
+    if task_type == "CAUSAL_LM":
         if new:
             raise ValueError(f"{source} is no language model: it has no weights for {', '.join(sorted(new)[:3])}")
         return Base(model, (), frozenset(), ())
-    heads = _heads(model, new)
-    notes = [f"new layers: {', '.join(heads)}"] if new else [f"the head of {source} is trained on: {', '.join(heads)}"]
-    return Base(model, heads, frozenset(key.rpartition(".")[0] for key in new), tuple(notes))
+    modules = frozenset(key.rpartition(".")[0] for key in new)
+    beside = heads_of(model)
+    heads = (*beside, *sorted(name for name in modules if name.partition(".")[0] not in beside))
+    note = f"new layers: {', '.join(heads)}" if new else f"the head of {source} is trained on: {', '.join(heads)}"
+    return Base(model, heads, modules, (note,))
 
 
-def _head_options(task: Task, labels: Sequence[str]) -> dict[str, Any]:
-    """The model configuration's entries for the labels."""
-    if task == "causal-lm":
-        return {}
-    if not labels:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
-    }
+def config_of(source: str, trust: Trust = NAMED) -> Any:
+    """The configuration of a model.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        trust: whether it may be fetched, and its own code run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_model_folder(source)
+    with loading("the model", source, trust):
+        return transformers.AutoConfig.from_pretrained(source, **trust.options)
 
 
-def _heads(model: nn.Module, new: set[str]) -> tuple[str, ...]:
-    """The modules beside the base, and those in the base that its weights lack."""
-    base = model.base_model_prefix
-    beside = [name for name, module in model.named_children() if name != base and [*module.parameters()]]
-    lacking = {key.rpartition(".")[0] for key in new if key.partition(".")[0] == base}
-    return (*beside, *sorted(lacking))
+def set_labels(config: Any, labels: Sequence[str]) -> None:
+    """Name a configuration's classes, where there are names."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def model_class(config: Any, task_type: str | None = None, class_name: str | None = None) -> Any:
+    """The class to load a model with: that of the task, that of the name, or the one that the model was saved with.
+
+    Raises:
+        ValueError: the task is unknown, or the name is that of no model.
+    """
+    if task_type is not None:
+        if task_type not in AUTO_CLASSES:
+            raise ValueError(f"unknown task type {task_type!r}, expected one of {', '.join(AUTO_CLASSES)}")
+        return AUTO_CLASSES[task_type]
+    for name in (class_name, *(config.architectures or ())):
+        # transformers imports its classes at their first use.
+        if isinstance(model := getattr(transformers, name or "", None), type):
+            if not issubclass(model, transformers.PreTrainedModel):
+                raise ValueError(f"the model's class is said to be transformers' {name}, which is no model")
+            return model
+    return transformers.AutoModel
+
+
+def load_model(
+    source: str,
+    model_class: Any,
+    config: Any,
+    dtype: torch.dtype | str = "auto",
+    seed: int = 0,
+    trust: Trust = NAMED,
+) -> tuple[Any, set[str]]:
+    """A model with its weights, and the names of the values that its files lack, which are random.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        model_class: of `model_class`.
+        config: of the model; may ask for another head.
+        dtype: of its weights; "auto" means as they are stored.
+        seed: of the random values; the global generator is left alone.
+        trust: whether it may be fetched, and its own code run.
+
+    Raises:
+        OSError: a file may not be read.
+        ValueError: its weights cannot be read, or are pickled.
+    """
+    if Path(source).is_dir():
+        weights = [*Path(source).glob("*.safetensors")]
+        if not weights:
+            raise ValueError(
+                f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once "
+                "with save_pretrained"
+            )
+        check_readable(weights)
+    with loading("the model", source, trust), quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, info = model_class.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **trust.options,
+        )
+    return model, {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+
+
+def without_memory(model_class: Any, config: Any) -> nn.Module:
+    """A model on the meta device: names and shapes without memory."""
+    with torch.device("meta"), quiet_transformers():
+        # The automatic classes look the class up, the others are one.
+        automatic = model_class.__name__.startswith("Auto")
+        model: nn.Module = model_class.from_config(config) if automatic else model_class(config)
+    return model.float()
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The modules that a task adds to a base, such as a classifier; none for what a language model brings itself."""
+    if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is not None:
+        return []
+    children, base = dict(model.named_children()), model.base_model_prefix
+    if base not in children:
+        return []
+    return [name for name, module in children.items() if name != base and any(True for _ in module.parameters())]
 
 
 def check_model_folder(source: str) -> None:
@@ -149,25 +229,14 @@ def check_model_folder(source: str) -> None:
         raise ValueError(f"{source} is a file; a model is a folder with config.json and safetensors weights")
     if not folder.is_dir():
         return
+    has_adapter = (folder / "adapter_config.json").exists()
     if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
+        if has_adapter:
             raise ValueError(f"{source} holds an adapter, not a model; name its base")
         raise ValueError(f"{source} holds no config.json, so it is no model folder")
-    if (folder / "adapter_config.json").exists():
+    if has_adapter:
         # transformers would load another base, which the adapter names, in place of the model beside it.
         raise ValueError(f"{source} holds an adapter beside the model; a model's folder has to be without one")
-    check_model_files(source)
-
-
-def check_model_files(source: str) -> None:
-    """Refuse a model's or a tokenizer's folder with pipes and devices, which transformers would wait for.
-
-    Raises:
-        ValueError: there is one.
-    """
-    folder = Path(source)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        check_no_device(path)
 
 
 @contextmanager
@@ -178,8 +247,10 @@ def quiet_transformers() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5 for a flag by its old name, and transformers 4 knows no other.
-            warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")
+            # Of one library for another: PEFT 0.21 asks transformers 5 for a flag by its old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            # What PEFT corrects by itself in models such as GPT-2.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from ..files import check_readable
+from ..files import check_no_device
 from ..settings import Trust
 
 SECONDS = 10.0
@@ -42,37 +42,21 @@ def _check_reachable(name: str) -> None:
         ) from error
 
 
-def check_weights(source: str) -> None:
-    """Refuse a folder whose weights are pickled or may not be read; a name on the hub is not looked at.
-
-    Raises:
-        OSError: a file may not be read.
-        ValueError: there are no safetensors.
-    """
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{source} holds no safetensors weights; pickled ones (*.bin) are never loaded: save the model once with "
-            "save_pretrained"
-        )
-    check_readable(folder.glob("*.safetensors"))
-
-
 @contextmanager
-def loading(what: str, source: str, trust: Trust, code_advice: str, download_advice: str) -> Iterator[None]:
+def loading(what: str, source: str, trust: Trust) -> Iterator[None]:
     """Load something with transformers, and turn its long errors into a sentence.
 
     Args:
         what: is loaded, for the message.
         source: a folder, or a name on the hub.
         trust: what is allowed.
-        code_advice: for a model that comes with its own code.
-        download_advice: what to do to have it fetched, where that is not allowed.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or its folder has a pipe or a device, which transformers would wait for.
     """
     is_here = Path(source).exists()
+    for path in Path(source).iterdir() if Path(source).is_dir() else ():
+        check_no_device(path)
     if not is_here and trust.download and not constants.HF_HUB_OFFLINE:
         _check_reachable(source)
     try:
@@ -87,12 +71,15 @@ def loading(what: str, source: str, trust: Trust, code_advice: str, download_adv
     except (OSError, ValueError, KeyError, ImportError) as error:
         message = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
-            message = f"it is made of code that comes with it{code_advice}"
+            message = (
+                "it is made of code that comes with it, which is not run; if you trust its author, dvora train, "
+                "evaluate, predict, generate, report and doctor run it with --trust-remote-code"
+            )
         if is_here:
             raise ValueError(f"{what} in {source} cannot be read: {message}") from error
         if not trust.download:
             raise ValueError(
                 f"{what} {source!r} is no folder here and not in the hub's cache, and what only a file names is not "
-                f"downloaded; {download_advice}"
+                "downloaded; give --download, or its name with --model, whichever this command takes"
             ) from error
         raise ValueError(f"{what} {source!r} is no folder here, and the hub did not give it: {message}") from error

@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ...matrices.philox import raw_row, uniform_row
-from .architectures import quietly
-
-_SEED, _TOKENS, _PIXELS = 0, 2**36, 2**36 + 1
+from .bases import quiet_transformers
 
 
 def example_inputs(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -24,18 +20,23 @@ def example_inputs(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the model takes something else.
     """
-    name = model.main_input_name
+    name, generator = model.main_input_name, torch.Generator().manual_seed(0)
     if name == "input_ids":
-        inputs = {"input_ids": _ids(model, rows, tokens), "attention_mask": torch.ones(rows, _length(model, tokens))}
-        inputs["attention_mask"] = inputs["attention_mask"].long()
+        text = model.config.get_text_config()
+        # RoBERTa's positions start behind the padding index.
+        longest = (getattr(text, "max_position_embeddings", None) or tokens + 2) - 2
+        # The first tokens are for padding, beginnings and ends, as far as there are others.
+        first, shape = min(10, text.vocab_size // 2), (rows, min(tokens, max(1, longest)))
+        ids = torch.randint(first, text.vocab_size, shape, generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"][:, : tokens // 2 + 1]
+            inputs["decoder_input_ids"] = ids[:, : tokens // 2 + 1]
         return inputs
     if name == "pixel_values":
         size, colours = model.config.image_size, model.config.num_channels
         height, width = (size, size) if isinstance(size, int) else size
-        values = np.stack([uniform_row(_SEED, _PIXELS, row, colours * height * width) for row in range(rows)])
-        pixels = torch.from_numpy(values).view(rows, colours, height, width)
+        # Of the mean and the deviation that image processors give.
+        pixels = torch.randn(rows, colours, height, width, generator=generator)
         return {name: pixels.to(model.dtype)}
     raise ValueError(f"{type(model).__name__} takes {name!r}; only models of tokens and of pixels are known here")
 
@@ -53,7 +54,7 @@ def example_output(model: Any) -> Tensor | None:
         inputs = example_inputs(model.get_base_model() if isinstance(model, PeftModel) else model, rows=2, tokens=16)
     except ValueError:
         return None
-    with quietly():
+    with quiet_transformers():
         return first_output(model(**inputs)).double()
 
 
@@ -62,18 +63,3 @@ def difference(actual: Tensor | None, expected: Tensor | None) -> float | None:
     if actual is None or expected is None:
         return None
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-def _ids(model: Any, rows: int, tokens: int) -> Tensor:
-    length, vocabulary = _length(model, tokens), model.config.get_text_config().vocab_size
-    raw = np.stack([raw_row(_SEED, _TOKENS, row, length) for row in range(rows)])
-    # The first tokens are for padding, beginnings and ends, as far as there are others.
-    first = min(10, vocabulary // 2)
-    ids: Tensor = torch.from_numpy((raw % np.uint64(vocabulary - first)).astype(np.int64)) + first
-    return ids
-
-
-def _length(model: Any, tokens: int) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
-    # RoBERTa's positions start behind the padding index.
-    return int(min(tokens, max(1, longest - 2)))

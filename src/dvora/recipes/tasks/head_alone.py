@@ -10,7 +10,6 @@ Dimensions: N rows, H features, C outputs.
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +35,12 @@ SOON, OFTEN = 3.0, 30.0
 """Seconds after which an estimate is made, and another one."""
 
 
-@dataclass(frozen=True)
-class HeadAlone:
-    """A linear layer on frozen features.
-
-    Args:
-        weight: (C, H).
-        bias: (C,).
-    """
-
-    weight: Float[Tensor, "C H"]
-    bias: Float[Tensor, "C"]
-
-    def outputs(self, features: Float[Tensor, "N H"]) -> Float[Tensor, "N C"]:
-        """Logits of classes, or numbers."""
-        found: Tensor = features @ self.weight.T + self.bias
-        return found
-
-    def save(self, file: Path) -> None:
-        """Write it as safetensors, whole or not at all."""
-        write_atomically(file, save({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}))
+def save_head_alone(head: nn.Linear, file: Path) -> None:
+    """Write it as safetensors, whole or not at all."""
+    write_atomically(file, save({name: value.contiguous() for name, value in head.state_dict().items()}))
 
 
-def read_head_alone(file: Path) -> HeadAlone:
+def read_head_alone(file: Path) -> nn.Linear:
     """One that was saved.
 
     Raises:
@@ -66,9 +48,17 @@ def read_head_alone(file: Path) -> HeadAlone:
         ValueError: it is damaged.
     """
     values = load_file(file)
-    if values.keys() != {"weight", "bias"} or values["weight"].shape[:1] != values["bias"].shape:
+    shapes = {name: value.shape for name, value in values.items()}
+    if shapes.keys() != {"weight", "bias"} or len(shapes["weight"]) != 2 or shapes["weight"][:1] != shapes["bias"]:
         raise ValueError(f"{file} is damaged: it is not a weight and a bias of one linear layer")
-    return HeadAlone(values["weight"], values["bias"])
+    return _linear(**values)
+
+
+def _linear(weight: Float[Tensor, "C H"], bias: Float[Tensor, "C"]) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], len(weight))
+    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return layer.requires_grad_(False)
 
 
 def last_layer(model: Any) -> nn.Linear | None:
@@ -84,7 +74,7 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 @torch.no_grad()
 def frozen_features(
-    model: Any, dataset: Dataset, collator: Any, settings: Settings, on_batch: Callable[[int], None] = lambda _: None
+    model: Any, dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
 ) -> Float[Tensor, "N H"]:
     """What the last layer of the head reads of every row, in float32 on the CPU.
 
@@ -93,7 +83,7 @@ def frozen_features(
         dataset: the model's inputs.
         collator: makes a batch of them.
         settings: of the run: batches, device, precision.
-        on_batch: called after each batch with the sum of its `_lengths`.
+        note: called every half a minute with how long it still takes.
 
     Raises:
         ValueError: the model has no last layer, see `last_layer`.
@@ -101,32 +91,31 @@ def frozen_features(
     layer, device = last_layer(model), device_of(settings)
     if layer is None:
         raise ValueError(f"the head of {type(model).__name__} does not end in a linear layer")
-    parent, _, child = next(name for name, module in model.named_modules() if module is layer).rpartition(".")
+    name = next(name for name, module in model.named_modules() if module is layer)
     # Rows of similar length together, as a batch is padded to its longest; the longest first, to estimate from.
-    lengths = _lengths(dataset)
+    if "input_ids" in dataset.column_names:
+        lengths = np.array([len(tokens) for tokens in dataset["input_ids"]])
+    else:
+        # Images all cost the same.
+        lengths = np.ones(len(dataset), int)
     order = np.argsort(-lengths, kind="stable")
+    on_batch = _estimating(note, f"the frozen base reads {len(order):,} rows", lengths.sum())
     rows: list[Tensor] = []
     try:
         # Without this layer the model's outputs are what the layer reads, of the token that the model chooses.
-        setattr(model.get_submodule(parent), child, nn.Identity())
+        model.set_submodule(name, nn.Identity())
         model.to(device).eval()
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
             batch = collator([dataset[int(row)] for row in chosen])
             with computing(settings):
-                outputs = model(**{name: values.to(device) for name, values in batch.items() if name != "labels"})
+                outputs = model(**{key: values.to(device) for key, values in batch.items() if key != "labels"})
             rows.append(outputs.logits.float().cpu())
-            on_batch(int(lengths[chosen].sum()))
+            on_batch(lengths[chosen].sum())
     finally:
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
         model.to("cpu")
     return torch.cat(rows)[torch.from_numpy(order).argsort()]
-
-
-def _lengths(dataset: Dataset) -> Any:
-    """Tokens of each row; of images 1, as they all cost the same."""
-    texts = "input_ids" in dataset.column_names
-    return np.array([len(tokens) for tokens in dataset["input_ids"]] if texts else [1] * len(dataset))
 
 
 def fitted_head(
@@ -136,7 +125,7 @@ def fitted_head(
     settings: Settings,
     classes: Sequence[str],
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[HeadAlone, dict[str, dict[str, float]]]:
+) -> tuple[nn.Linear, dict[str, dict[str, float]]]:
     """Fit the head alone, and evaluate it on the parts that were held out.
 
     Args:
@@ -154,14 +143,12 @@ def fitted_head(
     most = min(len(train), MOST_ROWS, (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation)
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
-    tokens = sum(int(_lengths(dataset).sum()) for dataset in parts.values())
-    on_batch = _estimating(note, "the frozen base reads the rows", tokens)
-    features = {part: frozen_features(model, rows, collator, settings, on_batch) for part, rows in parts.items()}
+    features = {part: frozen_features(model, rows, collator, settings, note) for part, rows in parts.items()}
     labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
 
-    def score(head: HeadAlone) -> float:
-        found = head_metrics(head.outputs(features["validation"]), labels["validation"], classes)
-        return found["accuracy"] if classes else -found["rmse"]
+    def score(head: nn.Linear) -> float:
+        metrics = head_metrics(head(features["validation"]), labels["validation"], classes)
+        return metrics["accuracy"] if classes else -metrics["rmse"]
 
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
     layer = last_layer(model)
@@ -173,17 +160,17 @@ def fitted_head(
         on_fit(1)
     head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
-    return head, {part: head_metrics(head.outputs(features[part]), labels[part], classes) for part in held_out}
+    return head, {part: head_metrics(head(features[part]), labels[part], classes) for part in held_out}
 
 
 def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
     """What is to be called with each part of the total work, and says from time to time how long the rest takes."""
-    begun, done, told = time.monotonic(), 0, 0.0
+    start, done, told = time.monotonic(), 0, 0.0
 
     def on_part(part: int) -> None:
         nonlocal done, told
         done += part
-        passed = time.monotonic() - begun
+        passed = time.monotonic() - start
         if done < total and passed > told + (OFTEN if told else SOON):
             told = passed
             note(f"{what}: {done / total:.0%} done, about {passed * (total / done - 1):.0f} s left")
@@ -200,7 +187,7 @@ def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequenc
 
 def fitted(
     features: Float[Tensor, "N H"], labels: Tensor, classes: int, strength: float, has_bias: bool = True
-) -> HeadAlone:
+) -> nn.Linear:
     """A linear layer fitted with an L2 penalty on its weight: logistic regression, or ridge regression of numbers.
 
     Args:
@@ -231,4 +218,4 @@ def fitted(
         weight, bias = np.vstack([-weight, weight]) / 2, np.append(-bias, bias) / 2
     weight = weight / scaler.scale_
     bias = bias - weight @ scaler.mean_ if has_bias else np.zeros(len(weight))
-    return HeadAlone(torch.tensor(weight).float(), torch.tensor(bias).float())
+    return _linear(torch.tensor(weight).float(), torch.tensor(bias).float())

@@ -8,18 +8,16 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ...tools.pages.text import shown, visible
-from ..models.bases import MODEL_CLASSES
-from ..settings import Settings, Task
+from ..models.bases import AUTO_CLASSES, TASK_TYPES
+from ..settings import Settings
 from ..tasks.metrics import metric_rows
 
-PIPELINES: Mapping[Task, str] = {
-    "text-classification": "text-classification",
-    "regression": "text-classification",
-    "sentence-pairs": "text-classification",
-    "image-classification": "image-classification",
-    "causal-lm": "text-generation",
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "IMAGE_CLS": "image-classification",
+    "CAUSAL_LM": "text-generation",
 }
-"""The hub's names of tasks."""
+"""The hub's names of tasks, by PEFT's."""
 
 
 def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[str], config: Any) -> str:
@@ -36,7 +34,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     front = ModelCardData(
         base_model=base,
         library_name="transformers" if settings.method == "full" else "peft",
-        pipeline_tag=PIPELINES[settings.task],
+        pipeline_tag=PIPELINES[TASK_TYPES[settings.task]],
         tags=[settings.method, settings.task],
     )
     data = ", ".join(Path(path).name for path in settings.all_data)
@@ -81,7 +79,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
 def _loading(settings: Settings, base: str, labels: Sequence[str], config: Any) -> list[str]:
     if settings.method == "head":
         return ["The head alone was trained (`head.safetensors`): `dvora predict RUN FILE` loads it onto the base."]
-    auto = MODEL_CLASSES[settings.task].__name__
+    auto = AUTO_CLASSES[TASK_TYPES[settings.task]].__name__
     options, names = "", list[str]()
     if labels:
         # No letter of a name may end the block of code.

@@ -1,27 +1,18 @@
 """The methods that a base can be trained with: what each trains of it, at which learning rates, and what it saves."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
 from ...peft import DVoRAConfig
 from ...training import parameter_groups, recommended_rates
-from ..models.bases import Base
+from ..models.bases import TASK_TYPES, Base
 from ..run_folder import HEAD_FILE
-from ..settings import METHODS, Group, Method, Settings, Task
-
-TASK_TYPES: dict[Task, TaskType | None] = {
-    "text-classification": TaskType.SEQ_CLS,
-    "sentence-pairs": TaskType.SEQ_CLS,
-    "regression": TaskType.SEQ_CLS,
-    "image-classification": None,
-    "causal-lm": TaskType.CAUSAL_LM,
-}
+from ..settings import Group, Settings
 
 
 def adapted(base: Base, settings: Settings) -> nn.Module:
@@ -49,44 +40,27 @@ def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
         settings: with a method that has one.
         heads: modules to train and save whole.
     """
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    common = {
+    common: dict[str, Any] = {
         "r": settings.rank,
-        "target_modules": targets,
+        "target_modules": settings.targets if isinstance(settings.targets, str) else list(settings.targets),
         "modules_to_save": list(heads) or None,
-        "task_type": TASK_TYPES[settings.task],
+        # PEFT has no name for images.
+        "task_type": None if settings.task == "image-classification" else TASK_TYPES[settings.task],
     }
-    return _CONFIGS[settings.method](settings, common)
-
-
-def _dvora(settings: Settings, common: dict[str, Any]) -> PeftConfig:
-    return DVoRAConfig(
-        alpha=settings.alpha,
-        projection_init=settings.projections,
-        projection_seed=settings.projection_seed,
-        dvora_dropout=settings.dropout,
-        **common,
-    )
-
-
-def _vera(settings: Settings, common: dict[str, Any]) -> PeftConfig:
-    if settings.alpha is not None:
-        raise ValueError("alpha is set, but vera has none; its scale is in its vectors")
-    return VeraConfig(projection_prng_key=settings.projection_seed, vera_dropout=settings.dropout, **common)
-
-
-def _lora(settings: Settings, common: dict[str, Any]) -> PeftConfig:
+    if settings.method == "dvora":
+        return DVoRAConfig(
+            alpha=settings.alpha,
+            projection_init=settings.projections,
+            projection_seed=settings.projection_seed,
+            dvora_dropout=settings.dropout,
+            **common,
+        )
+    if settings.method == "vera":
+        if settings.alpha is not None:
+            raise ValueError("alpha is set, but vera has none; its scale is in its vectors")
+        return VeraConfig(projection_prng_key=settings.projection_seed, vera_dropout=settings.dropout, **common)
     alpha: Any = settings.alpha or 2 * common["r"]
     return LoraConfig(lora_alpha=alpha, lora_dropout=settings.dropout, use_dora=settings.method == "dora", **common)
-
-
-_CONFIGS: dict[Method, Callable[[Settings, dict[str, Any]], PeftConfig]] = {
-    "dvora": _dvora,
-    "vera": _vera,
-    "lora": _lora,
-    "dora": _lora,
-}
-assert {*_CONFIGS, "full", "head"} == {*METHODS}
 
 
 def optimizer(model: nn.Module, settings: Settings, heads: tuple[str, ...]) -> torch.optim.Optimizer:
@@ -120,8 +94,8 @@ def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
     if settings.method != "dvora":
         return settings.learning_rates
     recommended = recommended_rates(model, settings.rate)
-    own: dict[Group, float] = {"magnitude": recommended["magnitude"]} if "magnitude" in recommended else {}
-    return own | settings.learning_rates
+    rates: dict[Group, float] = {"magnitude": recommended["magnitude"]} if "magnitude" in recommended else {}
+    return rates | settings.learning_rates
 
 
 def save_trained(model: Any, settings: Settings, heads: tuple[str, ...], folder: Path) -> None:

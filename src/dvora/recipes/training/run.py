@@ -5,19 +5,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ...whole_files import new_folder, remove
+from ...whole_files import new_folder, remove, write_atomically
 from ..data.run_data import Data, load_data
-from ..models.bases import load_base, load_processor, quiet_transformers
+from ..models.bases import device_of, load_base, load_processor, quiet_transformers
 from ..run_folder import (
     ADAPTER,
     CHECKPOINTS,
+    CONFIG,
     HEAD_ALONE,
     Run,
     check_resumable,
@@ -27,17 +25,16 @@ from ..run_folder import (
     read_run,
     remove_leftovers,
     world_size,
-    write_config,
     write_record,
 )
-from ..settings import NAMED, Settings, Trust, resolved
-from ..tasks.head_alone import HeadAlone, fitted_head, last_layer
+from ..settings import NAMED, Settings, Trust, commented, resolved
+from ..tasks.head_alone import fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import verdict
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
 from .methods import adapted, learning_rates, save_trained, trained_parameters
-from .trainers import Prepared, check_precision, final_metrics, length_of_run, make_trainer
+from .trainers import Prepared, final_metrics, length_of_run, make_trainer
 from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
@@ -86,19 +83,24 @@ def train(
     """
     settings = resolved(settings)
     folder = Path(settings.output)
-    with _lock(folder), quiet_transformers():
+    with ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
         with _input_errors():
-            record = read_record(folder)
-            check_resumable(folder, record, settings, resume)
-            if record is not None and record["state"] == "finished":
+            if is_first():
+                # For this process and those that train with it.
+                stack.enter_context(locked(folder))
+            earlier = read_record(folder)
+            check_resumable(folder, earlier, settings, resume)
+            if earlier is not None and earlier["state"] == "finished":
                 if is_first():
                     _clear(folder)
                 return Outcome(read_run(folder, trust), None)
-            check_precision(settings)
+            if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
+                raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
             data = load_data(settings)
-            started = _start_record(settings, data, record)
-            prepared = _prepared(settings, data, started, note, trust)
-        return _trained(prepared, started, on_progress)
+            record = _start_record(settings, data, earlier)
+            prepared = _prepared(settings, data, record, note, trust)
+        return _trained(prepared, record, on_progress)
 
 
 @contextmanager
@@ -109,30 +111,25 @@ def _input_errors() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Lock the folder for this process and those that train with it."""
-    if not is_first():
-        yield
-        return
-    with ExitStack() as stack:
-        with _input_errors():
-            stack.enter_context(locked(folder))
-        yield
-
-
 def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None) -> Outcome:
     folder = Path(prepared.settings.output)
-    stop, begun = StopRequest(), time.monotonic()
+    stop, start = StopRequest(), time.monotonic()
     last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
     with _input_errors():
         record["learning_rates"] = learning_rates(prepared.model, prepared.settings)
-        trainer, watching = make_trainer(prepared, stop, on_progress, last)
+        trainer, watching = make_trainer(prepared, stop, on_progress)
     if is_first():
-        _begin(folder, prepared, record)
+        # What an earlier start left half-written goes; what makes the folder that of a run comes.
+        remove_leftovers(folder)
+        write_atomically(folder / CONFIG, commented(prepared.settings).encode())
+        # First: what it names is a run, which can be resumed if the disk is full now.
+        write_record(folder, record)
+        if prepared.head_alone is not None:
+            save_head_alone(prepared.head_alone, folder / HEAD_ALONE)
+        remove_incomplete(folder / CHECKPOINTS)
     with stop.listening(), errors_of_damage(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    record["seconds"] += time.monotonic() - begun
+    record["seconds"] += time.monotonic() - start
     if watching.was_stopped:
         if is_first():
             write_record(folder, record)
@@ -145,24 +142,13 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         "steps": trainer.state.global_step,
         "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
         or trainer.state.global_step,
-        "metrics": final_metrics(trainer, prepared),
+        "metrics": final_metrics(trainer, prepared, record["metrics"]),
         "history": history,
     }
     record["verdict"] = verdict(record["metrics"], record["data"]["rows"], record)
     if is_first():
         _finish(folder, prepared, record)
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
-
-
-def _begin(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
-    """Write what makes a folder that of a run, and remove what an earlier start left half-written."""
-    remove_leftovers(folder)
-    write_config(folder, prepared.settings)
-    # First: what it names is a run, which can be resumed if the disk is full now.
-    write_record(folder, record)
-    if prepared.head_alone is not None:
-        prepared.head_alone[0].save(folder / HEAD_ALONE)
-    remove_incomplete(folder / CHECKPOINTS)
 
 
 def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note, trust: Trust) -> Prepared:
@@ -176,31 +162,38 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
         if length < (settings.max_length or 0):
             notes.append(f"max_length: {length}, which is all that the model can take")
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
-    made = {part: features(rows, settings, processor, length) for part, rows in parts.items() if rows}
-    datasets = {part: found.dataset for part, found in made.items()}
+    inputs = {part: features(rows, settings, processor, length) for part, rows in parts.items() if rows}
+    datasets = {part: dataset for part, (dataset, _) in inputs.items()}
     if empty := [part for part, dataset in datasets.items() if not len(dataset)]:
         raise ValueError(f"no row of the part {empty[0]} has anything to learn within max_length {length}")
     record["max_length"] = length
-    record["truncation"] = {part: asdict(found.truncation) for part, found in made.items()}
-    if cut := sum((found.truncation for found in made.values()), Truncation()).sentence(length):
+    record["truncation"] = {part: asdict(truncation) for part, (_, truncation) in inputs.items()}
+    if cut := sum((truncation for _, truncation in inputs.values()), Truncation()).sentence(length):
         notes.append(f"{cut}; set max_length to keep more")
     task = task_parts(settings, data.labels, processor)
     # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
-    head_alone, last = None, None if settings.task == "causal-lm" else last_layer(base.model)
+    head, last = None, None if settings.task == "causal-lm" else last_layer(base.model)
     if last is not None:
-        note("fitting the head alone to the frozen base, to start from and to compare with")
-        head_alone = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
+        file = Path(settings.output) / HEAD_ALONE
+        if record["metrics"] and file.is_file():
+            # Of the run that is resumed, with the same settings and data.
+            head = read_head_alone(file)
+        else:
+            note("fitting the head alone to the frozen base, to start from and to compare with")
+            head, metrics = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
+            record["metrics"] = {f"{part}_head_alone": values for part, values in metrics.items()}
         if any(base.model.get_submodule(name) is last for name in base.new):
-            _start_from(head_alone[0], last)
+            # The same start for every method.
+            last.load_state_dict(head.state_dict(), strict=last.bias is not None)
     model = adapted(base, settings)
-    rows = ", ".join(f"{part} {len(found):,}" for part, found in parts.items())
+    rows = ", ".join(f"{part} {len(of_part):,}" for part, of_part in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
-    return Prepared(settings, data, base, model, task, datasets, head_alone)
+    return Prepared(settings, data, base, model, task, datasets, head)
 
 
 def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:
@@ -215,42 +208,25 @@ def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None
         "labels": list(data.labels),
         "data": data.record,
         "notes": list(data.notes),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "processes": world_size(),
         "seconds": earlier["seconds"] if earlier else 0.0,
+        "metrics": earlier.get("metrics", {}) if earlier else {},
     }
     if earlier and earlier["data"]["files"] != data.record["files"]:
-        changed = [path for path, found in data.record["files"].items() if earlier["data"]["files"].get(path) != found]
+        changed = [path for path, now in data.record["files"].items() if earlier["data"]["files"].get(path) != now]
         raise ValueError(f"{changed[0]} has changed since the run started; start another one, into another folder")
     return record
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
-
-
-@torch.no_grad()
-def _start_from(fitted: HeadAlone, last: nn.Linear) -> None:
-    """Give every method the same start: the fitted head in the model's new last layer."""
-    last.weight.copy_(fitted.weight)
-    if last.bias is not None:
-        last.bias.copy_(fitted.bias)
-
-
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Losses and evaluations by step, without times, so that equal runs have equal histories."""
-    kept = ("loss", "eval_")
+    times = ("_runtime", "_per_second", "_time")
     return [
         {
-            "step": entry["step"],
-            **{
-                name: value
-                for name, value in entry.items()
-                if name.startswith(kept) and not name.endswith(("_runtime", "_per_second", "_time"))
-            },
+            name: value
+            for name, value in entry.items()
+            if name == "step" or (name.startswith(("loss", "eval_")) and not name.endswith(times))
         }
         for entry in log
         if "loss" in entry or "eval_loss" in entry

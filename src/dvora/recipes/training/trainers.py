@@ -16,7 +16,6 @@ from ..models.bases import Base
 from ..run_folder import CHECKPOINTS, is_first, world_size
 from ..settings import EPOCHS, MOST_STEPS, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
-from ..tasks.head_alone import HeadAlone
 from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
 from .methods import optimizer
@@ -34,7 +33,7 @@ class Prepared:
         model: the adapted one.
         task: its metrics and batches.
         datasets: the model's inputs, of the parts that have rows.
-        head_alone: the baseline and its metrics by part; None where there is none.
+        head_alone: the baseline; None where there is none.
     """
 
     settings: Settings
@@ -43,7 +42,7 @@ class Prepared:
     model: nn.Module
     task: Task
     datasets: Mapping[str, Any]
-    head_alone: tuple[HeadAlone, dict[str, dict[str, float]]] | None = None
+    head_alone: nn.Linear | None = None
 
 
 def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
@@ -57,16 +56,13 @@ def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
     return EPOCHS, MOST_STEPS if EPOCHS * ceil(rows / rows_of_step) > MOST_STEPS else None
 
 
-def make_trainer(
-    prepared: Prepared, stop: StopRequest, on_progress: OnProgress | None, last: Path | None
-) -> tuple[Any, Watching]:
+def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress | None) -> tuple[Any, Watching]:
     """The trainer of a run, and what watches it.
 
     Args:
         prepared: what is trained.
         stop: whether somebody asked to stop.
         on_progress: called after every step and evaluation.
-        last: the checkpoint that training will go on from.
 
     Raises:
         ValueError: a setting does not fit this machine, or processes hold different adapters.
@@ -103,32 +99,27 @@ def make_trainer(
     return trainer, watching
 
 
-def final_metrics(trainer: Any, prepared: Prepared) -> dict[str, Any]:
-    """Metrics of the held-out parts, and of what they are compared with: simple baselines, a language model's base."""
-    found: dict[str, Any] = {}
+def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of the held-out parts, each before those of what it is compared with.
+
+    Args:
+        trainer: of `make_trainer`, when it has trained.
+        prepared: what it trained.
+        of_baselines: those of the head alone; the simplest guess, or a language model's base, are added.
+    """
+    metrics: dict[str, Any] = {}
     for part in ("validation", "test"):
         if part not in prepared.datasets:
             continue
-        found[part] = evaluated(trainer, prepared.datasets[part])
+        metrics[part] = evaluated(trainer, prepared.datasets[part])
+        metrics |= {name: values for name, values in of_baselines.items() if name.startswith(part)}
         if prepared.settings.task != "causal-lm":
-            if prepared.head_alone is not None:
-                found[f"{part}_head_alone"] = prepared.head_alone[1][part]
             rows = getattr(prepared.data, part)
-            found[f"{part}_simplest_guess"] = simplest_guess_on(prepared.data.train, rows, prepared.data.labels)
+            metrics[f"{part}_simplest_guess"] = simplest_guess_on(prepared.data.train, rows, prepared.data.labels)
         elif isinstance(prepared.model, PeftModel):
             with prepared.model.disable_adapter():
-                found[f"{part}_before_training"] = evaluated(trainer, prepared.datasets[part])
-    return found
-
-
-def check_precision(settings: Settings) -> None:
-    """Refuse fp16 on a CPU, before anything is fitted.
-
-    Raises:
-        ValueError: there is no GPU to compute on.
-    """
-    if settings.mixed_precision == "fp16" and not common_arguments(settings, Path(settings.output))["fp16"]:
-        raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+                metrics[f"{part}_before_training"] = evaluated(trainer, prepared.datasets[part])
+    return metrics
 
 
 def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> TrainingArguments:
