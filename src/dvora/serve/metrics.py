@@ -28,8 +28,8 @@ class Metrics:
         )
         self._gauges: dict[str, Gauge] = {}
         self._adapters = Gauge(
-            "dvora_lora_requests_info",
-            "What gateways route on: adapters of running and of waiting requests, and how many fit.",
+            "vllm:lora_requests_info",
+            "Adapters of running and of waiting requests, and how many fit: what gateways route on.",
             ["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
             registry=self.registry,
         )

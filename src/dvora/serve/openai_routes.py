@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from .answers import digest_of, error_body, headers_of, listening, server_of
 from .requests import Answer, Piece, RefusedError, Sampling
@@ -47,9 +49,11 @@ class Generation(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    n: Literal[1] = 1
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
+    # Of OpenAI's other fields what means nothing.
+    n: Literal[1] | None = 1
+    frequency_penalty: Literal[0] | None = 0
+    presence_penalty: Literal[0] | None = 0
+    logit_bias: None = None
 
     def sampling(self, max_tokens: int) -> Sampling:
         """How tokens are chosen."""
@@ -64,14 +68,30 @@ class Completion(Generation):
 
     prompt: str | list[int]
     max_tokens: int = Field(16, ge=1)
+    best_of: Literal[1] | None = 1
+    echo: Literal[False] | None = False
+    logprobs: None = None
+    suffix: None = None
+
+
+class Part(_Body):
+    """Of a message."""
+
+    type: Literal["text"]
+    text: str
 
 
 class Message(_Body):
     """Of a chat."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: str | list[Part]
     name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As templates read it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 
 class Chat(Generation):
@@ -80,6 +100,11 @@ class Chat(Generation):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = False
+    top_logprobs: None = None
+    response_format: None = None
+    tools: None = None
+    tool_choice: None = None
 
 
 class Embeddings(_Body):
@@ -127,13 +152,12 @@ async def chat_completions(body: Chat, request: Request) -> Response:
     tokenizer = server.base.tokenizer
     if not tokenizer.chat_template:
         raise RefusedError(400, f"the tokenizer of {server.base.name} has no chat template; use /v1/completions")
-    messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    messages = [message.plain() for message in body.messages]
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # of the template, which is the model's and raises what it likes
         raise RefusedError(400, f"the chat template refuses these messages: {error}") from error
-    tokens = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    text = server.text(tokens, room=1)
+    text = server.text(prompt, room=1, is_template=True)
     most = body.max_completion_tokens or body.max_tokens or server.longest - len(text.tokens)
     return await _generate(request, body, text, _room(server, text, most), is_chat=True)
 
@@ -148,7 +172,7 @@ async def embeddings(body: Embeddings, request: Request) -> Response:
     inputs: Sequence[Any] = [body.input] if is_one else body.input
     if not 0 < len(inputs) <= MOST_INPUTS:
         raise RefusedError(400, f"input has {len(inputs)} texts, expected 1 to {MOST_INPUTS}")
-    texts = [server.text(text) for text in inputs]
+    texts = await asyncio.to_thread(lambda: [server.text(text) for text in inputs])
     async with listening(request) as gone:
         rows = await server.rows("embed", [(name, text) for text in texts], gone)
     count = sum(len(text.tokens) for text in texts)
@@ -196,9 +220,20 @@ async def _generate(request: Request, body: Generation, text: Text, max_tokens: 
             return JSONResponse(shape.whole("".join(texts), finish, tokens), headers=headers)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         # Held until the last piece is sent.
-        return StreamingResponse(
-            _events(shape, parts, held.pop_all(), with_usage), media_type="text/event-stream", headers=headers
-        )
+        return _Stream(_events(shape, parts, with_usage), held.pop_all(), headers)
+
+
+class _Stream(StreamingResponse):
+    """Events, and what is held until they are sent, or nobody wants them."""
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: Mapping[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        async with self._held:
+            await super().__call__(scope, receive, send)
 
 
 class _Shape:
@@ -234,27 +269,24 @@ class _Shape:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
 
 
-async def _events(
-    shape: _Shape, parts: AsyncIterator[Piece | Answer], held: AsyncExitStack, with_usage: bool
-) -> AsyncIterator[str]:
+async def _events(shape: _Shape, parts: AsyncIterator[Piece | Answer], with_usage: bool) -> AsyncIterator[str]:
     """A completion as events; an error that comes after the first one is an event too."""
-    async with held:
-        tokens, is_first = 0, True
-        try:
-            async for part in parts:
-                if isinstance(part, Piece):
-                    tokens = part.tokens
-                    if part.text or is_first:
-                        yield _event(shape.piece(part.text, is_first=is_first))
-                        is_first = False
-                else:
-                    yield _event(shape.piece("", part.finish))
-        except RefusedError as refusal:
-            yield _event(error_body(refusal.message, refusal.kind))
-            return
-        if with_usage:
-            yield _event({**shape.piece(""), "choices": [], "usage": shape.usage(tokens)})
-        yield "data: [DONE]\n\n"
+    tokens, is_first = 0, True
+    try:
+        async for part in parts:
+            if isinstance(part, Piece):
+                tokens = part.tokens
+                if part.text or is_first:
+                    yield _event(shape.piece(part.text, is_first=is_first))
+                    is_first = False
+            else:
+                yield _event(shape.piece("", part.finish))
+    except RefusedError as refusal:
+        yield _event(error_body(refusal.message, refusal.kind))
+        return
+    if with_usage:
+        yield _event({**shape.piece(""), "choices": [], "usage": shape.usage(tokens)})
+    yield "data: [DONE]\n\n"
 
 
 def _event(content: dict[str, Any]) -> str:

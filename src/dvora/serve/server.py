@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+import copy
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +94,8 @@ class Server:
             )
             self.registry = Registry(self.base.bank, self.store, self.base.name)
             self.registry.open()
+            # Of its own: a tokenizer that truncates is changed by that, and the engine decodes with the other one.
+            self._tokenizer, self._tokenizing = copy.deepcopy(self.base.tokenizer), threading.Lock()
             self.longest = min(settings.max_length or self.base.longest(), self.base.longest())
             self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
         except BaseException:
@@ -120,13 +124,21 @@ class Server:
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
 
-    def text(self, text: str | Sequence[str] | Sequence[int], *, truncate: bool = False, room: int = 0) -> Text:
+    def text(
+        self,
+        text: str | Sequence[str] | Sequence[int],
+        *,
+        truncate: bool = False,
+        room: int = 0,
+        is_template: bool = False,
+    ) -> Text:
         """A text, a pair, or tokens, as the model reads them.
 
         Args:
             text: as a client sent it.
             truncate: cut what is longer than the model reads, in place of a refusal.
             room: tokens that are left for a continuation.
+            is_template: whether the text has the special tokens of a chat's template already.
 
         Raises:
             RefusedError: 400, it is empty or too long.
@@ -140,11 +152,11 @@ class Server:
             types = None
         else:
             parts = (text,) if isinstance(text, str) else tuple(map(str, text))
-            encoded = self.base.tokenizer(*parts, verbose=False)
+            with self._tokenizing:
+                encoded = self._tokenizer(*parts, verbose=False, add_special_tokens=not is_template)
+                if len(encoded["input_ids"]) > most and truncate:
+                    encoded = self._tokenizer(*parts, truncation=True, max_length=most)
             tokens, types = encoded["input_ids"], encoded.get("token_type_ids")
-            if len(tokens) > most and truncate:
-                encoded = self.base.tokenizer(*parts, truncation=True, max_length=most)
-                tokens, types = encoded["input_ids"], encoded.get("token_type_ids")
         if not tokens:
             raise RefusedError(400, "the input has no tokens; send a text")
         if len(tokens) > most:
@@ -188,7 +200,7 @@ class Server:
             place: dict[Request, int] = {}
 
             def hear(request: Request, answer: Piece | Answer) -> None:
-                loop.call_soon_threadsafe(_set, answers[place[request]], answer)
+                _tell(loop, _set, answers[place[request]], answer)
 
             for number, (name, text) in enumerate(rows):
                 version = versions[name]
@@ -217,7 +229,7 @@ class Server:
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | Answer]()
 
         def hear(_: Request, part: Piece | Answer) -> None:
-            loop.call_soon_threadsafe(heard.put_nowait, part)
+            _tell(loop, heard.put_nowait, part)
 
         async with self.versions([name]) as versions:
             version = versions[name]
@@ -270,6 +282,12 @@ class Server:
         )
 
 
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Call something in the loop's thread, unless the loop has ended with all who listened there."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
 def _set(future: asyncio.Future[Any], answer: Piece | Answer) -> None:
     if not future.done():
         future.set_result(answer)
@@ -278,4 +296,7 @@ def _set(future: asyncio.Future[Any], answer: Piece | Answer) -> None:
 def _failed(error: BaseException) -> RefusedError:
     if isinstance(error, RefusedError):
         return error
+    if isinstance(error, ValueError):
+        # Of the bank: an adapter's files are other ones than when it was loaded, or are gone.
+        return RefusedError(422, str(error), "adapter_error")
     return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
